@@ -1,0 +1,1 @@
+"""Images: lists of files, decoding, sizes, batches, patches, perturbations and generated examples."""

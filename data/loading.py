@@ -1,0 +1,30 @@
+"""The DataLoader all programs use: deterministic whatever the number of workers, quiet on Ctrl-C."""
+
+import signal
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+
+def make_loader(
+    dataset: Dataset, batches: Sampler, collate: Callable, workers: int, device: torch.device
+) -> DataLoader:
+    """Read `batches` (lists of (epoch, index)) of `dataset` in `workers` processes, a few batches ahead."""
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
+def _start_worker(_: int) -> None:
+    """The main process decides when to stop; one thread each, since there are several workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)

@@ -1,0 +1,134 @@
+"""RDN, the re-synthesizer: a residual dense network for single-image super-resolution.
+
+Follows Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super-Resolution" (CVPR 2018);
+parameter names are those of yjn870/RDN-pytorch (MIT), which the released checkpoints use.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.errors import ModelError
+
+
+class DenseLayer(nn.Module):
+    """One layer of a dense block: the input, followed by `growth_rate` new channels."""
+
+    def __init__(self, in_channels: int, growth_rate: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, growth_rate, kernel_size=3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(x).relu_()], dim=1)  # (B, C + G, h, w)
+
+
+class ResidualDenseBlock(nn.Module):
+    """Dense layers, fused by a 1x1 convolution ("local feature fusion") and added to the block's input."""
+
+    def __init__(self, num_features: int, growth_rate: int, num_layers: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            *[DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
+        )
+        # Release: maps to growth_rate, which only works where it equals num_features; the paper's form is this.
+        self.lff = nn.Conv2d(num_features + num_layers * growth_rate, num_features, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lff(self.layers(x))  # (B, G0, h, w)
+
+
+class RDN(nn.Module):
+    """Residual dense network: (B, 3, h, w) in [0, 1] -> (B, 3, scale * h, scale * w), not clipped.
+
+    Args:
+        scale: up-sampling factor, 2, 3 or 4.
+        num_features: G0, channels between the blocks.
+        growth_rate: G, channels each dense layer adds.
+        num_blocks: D, residual dense blocks.
+        num_layers: C, dense layers in each block.
+
+    Raises:
+        ModelError: for another scale.
+
+    The defaults are the paper's: 22,271,107 parameters.
+    """
+
+    def __init__(
+        self,
+        scale: int = 4,
+        num_features: int = 64,
+        growth_rate: int = 64,
+        num_blocks: int = 16,
+        num_layers: int = 8,
+    ):
+        super().__init__()
+        if scale not in (2, 3, 4):
+            raise ModelError(f"RDN up-samples by 2, 3 or 4, not by {scale}: choose one of these as the scale")
+        self.scale = scale
+        self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
+        g0 = num_features
+        self.sfe1 = nn.Conv2d(3, g0, kernel_size=3, padding=1)
+        self.sfe2 = nn.Conv2d(g0, g0, kernel_size=3, padding=1)
+        self.rdbs = nn.ModuleList(
+            [ResidualDenseBlock(g0, growth_rate, num_layers) for _ in range(num_blocks)]
+        )
+        self.gff = nn.Sequential(
+            nn.Conv2d(g0 * num_blocks, g0, kernel_size=1), nn.Conv2d(g0, g0, kernel_size=3, padding=1)
+        )
+        steps = [3] if scale == 3 else [2] * int(math.log2(scale))
+        self.upscale = nn.Sequential(
+            *[
+                layer
+                for step in steps
+                for layer in (nn.Conv2d(g0, g0 * step**2, kernel_size=3, padding=1), nn.PixelShuffle(step))
+            ]
+        )
+        self.output = nn.Conv2d(g0, 3, kernel_size=3, padding=1)
+
+    def forward(self, x_lr: Tensor) -> Tensor:
+        """x_lr: (B, 3, h, w) in [0, 1]. Returns x_hat (B, 3, scale * h, scale * w), float32, about [0, 1]."""
+        sfe1 = self.sfe1(x_lr)  # (B, G0, h, w)
+        x = self.sfe2(sfe1)
+        block_outputs = []
+        for block in self.rdbs:
+            x = self._run(block, x)  # (B, G0, h, w)
+            block_outputs.append(x)
+        x = torch.cat(block_outputs, dim=1)  # (B, D * G0, h, w)
+        x = self.gff(x) + sfe1  # (B, G0, h, w)
+        x = self._run(self.upscale, x)  # (B, G0, scale * h, scale * w)
+        # The residual is a small difference of two images: its last step stays float32 in any precision.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(x.float())  # (B, 3, scale * h, scale * w)
+
+    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+        if self.checkpoint_blocks and torch.is_grad_enabled():
+            return checkpoint(module, x, use_reentrant=False)
+        return module(x)
+
+
+def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:
+    """The arguments of `RDN` that fit these weights: an architecture is read off a file, not retyped.
+
+    Raises:
+        ModelError: if these are not the weights of an RDN.
+    """
+    try:
+        num_features = state_dict["sfe1.weight"].shape[0]
+        growth_rate = state_dict["rdbs.0.layers.0.conv.weight"].shape[0]
+        steps = sum(key.startswith("upscale.") and key.endswith(".weight") for key in state_dict)
+        shuffle = state_dict["upscale.0.weight"].shape[0] // num_features
+    except KeyError as error:
+        raise ModelError(
+            f"{name} holds no RDN: no key {error} among its {len(state_dict)}, the first of which is"
+            f" {next(iter(state_dict), 'none')}; give a file written by train_sr.py or the released one"
+        ) from None
+    return {
+        "scale": 3 if shuffle == 9 else 2**steps,
+        "num_features": num_features,
+        "growth_rate": growth_rate,
+        "num_blocks": len({key.split(".")[1] for key in state_dict if key.startswith("rdbs.")}),
+        "num_layers": len({key.split(".")[3] for key in state_dict if key.startswith("rdbs.0.layers.")}),
+    }

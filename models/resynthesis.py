@@ -1,0 +1,71 @@
+"""The method of "Beyond the Spectrum" (He, Yu, Keuper and Fritz, IJCAI 2021) on one screen."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.vgg import VGGStages
+
+
+def downsample(x: Tensor, scale: int) -> Tensor:
+    """The mean of each scale x scale block: (B, C, H, W) -> (B, C, H / scale, W / scale)."""
+    return F.avg_pool2d(x, scale)
+
+
+class ResynthesisDetector(nn.Module):
+    """Tell real from generated images by what re-synthesis fails to bring back.
+
+        x_lr     = downsample(x)                  throw the fine detail away
+        x_hat    = resynthesizer(x_lr)            put it back, as learned from real images only
+        residual = |phi_l(x_hat) - phi_l(x)|      l = 0: the pixels; l = 1..5: VGG-19 relu{l}_1
+        logits   = classifier(residual)           columns FAKE, REAL
+
+    Args:
+        resynthesizer: RDN, (B, 3, h, w) -> (B, 3, scale * h, scale * w), with an attribute `scale`.
+        classifier: ResNet, (B, C_l, H_l, W_l) -> (B, 2).
+        stage: l.
+        vgg: the features phi; may be None for stage 0.
+    """
+
+    def __init__(self, resynthesizer: nn.Module, classifier: nn.Module, stage: int, vgg: VGGStages | None):
+        super().__init__()
+        self.resynthesizer = resynthesizer
+        self.classifier = classifier
+        self.stage = stage
+        self.vgg = vgg
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, H, W) in [0, 1], H and W multiples of the scale. Returns logits (B, 2)."""
+        return self.classify(self.residual(x))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """What re-synthesis could not bring back: (B, C_l, H / 2^(l-1), W / 2^(l-1)), float32, >= 0."""
+        x_hat = self.resynthesize(x)  # (B, 3, H, W)
+        return self.difference(self.phi(x_hat), self.phi(x))
+
+    def resynthesize(self, x: Tensor) -> Tensor:
+        """x_hat (B, 3, H, W) from the down-sampled x alone."""
+        return self.resynthesizer(downsample(x, self.resynthesizer.scale))
+
+    def phi(self, x: Tensor) -> Tensor:
+        """The space residuals are taken in: x itself, or its VGG-19 features of the stage."""
+        return x if self.stage == 0 else self.vgg(x, [self.stage])[self.stage]
+
+    @staticmethod
+    def difference(a: Tensor, b: Tensor) -> Tensor:
+        """|a - b|, in float32 whatever the precision of the features."""
+        return (a.float() - b.float()).abs()
+
+    def classify(self, residual: Tensor) -> Tensor:
+        """residual -> logits (B, 2), float32."""
+        return self.classifier(residual).float()
+
+    def freeze_resynthesizer(self, frozen: bool) -> None:
+        """The one switch between `--fixed-sr` and end-to-end training (the release never undoes its freezing)."""
+        self.resynthesizer.requires_grad_(not frozen)
+
+
+@torch.no_grad()
+def residual_energy(residual: Tensor) -> Tensor:
+    """Mean residual of each image, (B,): the simplest score the method has."""
+    return residual.mean(dim=(1, 2, 3))

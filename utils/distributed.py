@@ -1,0 +1,90 @@
+"""More than one process, by torchrun: who am I, and the few collective operations training needs.
+
+Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel: each process
+divides its loss by the *global* batch, so that uneven shares, micro-batches and the auxiliary pass are exact.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class World(NamedTuple):
+    """This process among all: `rank` of `size`; `local_rank` picks the GPU on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def world_of_processes(device_type: str) -> Iterator[World]:
+    """Join the processes torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World()
+        return
+    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+    """Add every process's gradients up, in place, in one collective call."""
+    if world.size == 1:
+        return
+    parameters = [p for p in parameters if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    for parameter, gradient in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
+        parameter.grad = gradient.view_as(parameter).clone()
+
+
+def sum_over_processes(values: Tensor, world: World) -> Tensor:
+    """Element-wise sum over the processes (a new tensor)."""
+    if world.size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def max_over_processes(values: Tensor, world: World) -> Tensor:
+    """Element-wise maximum over the processes (a new tensor)."""
+    if world.size > 1:
+        values = values.clone()
+        dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def gather_rows(rows: Tensor, world: World) -> Tensor:
+    """The rows of all processes, rank after rank, on the CPU of each."""
+    if world.size == 1:
+        return rows
+    gathered = [None] * world.size
+    dist.all_gather_object(gathered, rows.cpu())
+    return torch.cat(gathered)
+
+
+def share_buffers(module: nn.Module, world: World) -> None:
+    """Give every process the main one's buffers (batch-norm statistics)."""
+    if world.size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def wait_for_all(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
