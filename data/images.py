@@ -328,6 +328,33 @@ def _refuse_absent(what: str, file: str, entries: list, absent: list[str]) -> No
         )
 
 
+def labelled_items(
+    real_roots: Sequence[str] | None,
+    fake_roots: Sequence[str] | None,
+    tree: str | None = None,
+    csv_file: str | None = None,
+) -> list[Item]:
+    """The items of whichever of the three ways to name labelled images was used: folders, a tree, or a CSV list.
+
+    Raises:
+        DataError: if none or several were, or one of the two classes is missing.
+    """
+    ways = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)]
+    if sum(ways) != 1:
+        raise DataError(
+            f"{'no images' if not any(ways) else 'images named in more than one way'}: give --data-root-pos REAL and"
+            " --data-root-neg GENERATED folders, or --data-root TREE, or --csv FILE"
+        )
+    if tree:
+        return tree_items(tree)
+    if csv_file:
+        return csv_items(csv_file)
+    if not real_roots or not fake_roots:
+        lacking = "--data-root-pos (real images)" if not real_roots else "--data-root-neg (generated images)"
+        raise DataError(f"one class only: {lacking} is missing")
+    return folder_items(real_roots, fake_roots)
+
+
 def input_items(paths: Sequence[str]) -> list[Item]:
     """Unlabelled images: files of any name, and the images of folders, in the order given.
 

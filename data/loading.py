@@ -1,5 +1,6 @@
 """The DataLoader all programs use: deterministic whatever the number of workers, quiet on Ctrl-C."""
 
+import os
 import signal
 from collections.abc import Callable
 
@@ -10,7 +11,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 def make_loader(
     dataset: Dataset, batches: Sampler, collate: Callable, workers: int, device: torch.device
 ) -> DataLoader:
-    """Read `batches` (lists of (epoch, index)) of `dataset` in `workers` processes, a few batches ahead."""
+    """Read `batches` (lists of (epoch, index)) of `dataset` a few batches ahead, in `workers` processes.
+
+    At most one for each core: what is read does not depend on their number.
+    """
+    workers = min(workers, os.cpu_count() or 1)
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -1,4 +1,4 @@
-"""Calibration against brute force: no better temperature on a grid, no threshold that keeps the rates and decides more."""
+"""Calibration against brute force: no temperature is better, no threshold keeps the rates and does more."""
 
 import math
 

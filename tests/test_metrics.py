@@ -41,7 +41,7 @@ def auroc_by_pairs(scores, is_fake):
 
 
 def points_by_thresholds(scores, is_fake):
-    """(threshold, fpr, tpr, precision) for every threshold that calls something fake, from the strictest on."""
+    """(threshold, fpr, tpr, precision) of every threshold at a score, from the strictest on."""
     points = []
     for threshold in np.sort(np.unique(scores))[::-1]:
         called = scores >= threshold
@@ -90,7 +90,9 @@ def test_accuracy_and_the_released_precision_and_recall_by_hand():
     is_fake = np.array([False, False, False, True, True])
     called = np.array([False, True, False, True, False])
     assert metrics.accuracy(called, is_fake) == {
-        "accuracy": pytest.approx(3 / 5), "accuracy_real": pytest.approx(2 / 3), "accuracy_fake": pytest.approx(1 / 2),
+        "accuracy": pytest.approx(3 / 5),
+        "accuracy_real": pytest.approx(2 / 3),
+        "accuracy_fake": pytest.approx(1 / 2),
     }  # fmt: skip
     assert metrics.release_precision_recall(called, is_fake) == {  # real positive: TP 2, FP 1, FN 1
         "precision_real_positive": pytest.approx(2 / 3), "recall_real_positive": pytest.approx(2 / 3),
@@ -170,7 +172,8 @@ def test_bootstrap_is_quick_and_right_on_many_scores():
     started = time.perf_counter()
     first = metrics.bootstrap(scores, is_fake, n=1000, seed=3)
     assert time.perf_counter() - started < 10  # about one second
-    # merging scores into quantiles moves nothing one could see; standard error of AUROC by Hanley and McNeil (1982)
+    # Merging scores into quantiles moves nothing one could see.
+    # Standard error of AUROC: Hanley and McNeil (1982).
     area = metrics.auroc(scores, is_fake)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     error = np.sqrt((area * (1 - area) + 49_999 * (q1 - area**2) + 49_999 * (q2 - area**2)) / 2.5e9)

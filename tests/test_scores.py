@@ -21,9 +21,10 @@ from utils.scores import (
 
 HEADER = ",".join(COLUMNS)
 NAMES = [
-    "plain.png", "with space .png", " leading and trailing ", "a,b;c.png", 'quo"te.png', '"', "new\nline.png", "\n",
-    "carriage\rreturn", "\r\n", "=1+1.png", "+a", "-a", "@a", "\ta", "＝a", "'", "''", "'=a", "''=a", "'plain",
-    "naïve/é/雪.png", "<script>alert(1)</script>", "\udcff\udcfe.png", "\ufeffmark", "real", ",", "C:\\new\\table",
+    "plain.png", "with space .png", " leading and trailing ", "a,b;c.png", 'quo"te.png', '"', "new\nline.png",
+    "\n", "carriage\rreturn", "\r\n", "=1+1.png", "+a", "-a", "@a", "\ta", "＝a", "'", "''", "'=a", "''=a",
+    "'plain", "naïve/é/雪.png", "<script>alert(1)</script>", "\udcff\udcfe.png", "\ufeffmark", "real", ",",
+    "C:\\new\\table",
 ]  # fmt: skip
 
 

@@ -1,1 +1,1 @@
-"""What is neither network nor image: options, records, checkpoints, score tables and what is computed from them."""
+"""What is neither network nor image: options, records, checkpoints, score tables and numbers from them."""

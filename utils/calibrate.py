@@ -2,10 +2,10 @@
 
     python -m utils.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 [0.01]]
 
-SCORES.csv is a labelled score table of this detector, written by test.py, on images that neither training nor the
-final test uses. A temperature is fitted (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), then two
-thresholds: an image is called fake from t_fake on, real up to t_real, and unsure between. They are stored in the
-detector's file; test.py uses them from then on, and says so.
+SCORES.csv is a labelled score table of this detector, written by test.py, on images that neither training nor
+the final test uses. A temperature is fitted (Guo et al., "On Calibration of Modern Neural Networks", ICML
+2017), then two thresholds: an image is called fake from t_fake on, real up to t_real, and unsure between. They
+are stored in the detector's file; test.py uses them from then on, and says so.
 
 Exit status: 0 done, 2 a mistake of the user's.
 """
@@ -32,7 +32,7 @@ BISECTIONS = 60  # halvings of log T: far below float32
 
 
 class CalibrationError(ValueError):
-    """A table or detector that cannot be calibrated: one line with what was got, what was wanted, the way out."""
+    """What cannot be calibrated: one line with what was got, what was wanted, the way out."""
 
 
 class Thresholds(NamedTuple):
@@ -62,7 +62,7 @@ def calibrate(
     n_real = len(table) - n_fake
     if not n_real or not n_fake:
         raise CalibrationError(
-            f"{n_real} real and {n_fake} fake images with a score: some of each were wanted; score labelled images"
+            f"{n_real} real and {n_fake} fake images with a score: some of each were wanted"
         )
     temperature, warnings = fit_temperature(table.margins, is_fake)
     prob_fake, _ = predict(table.logits, temperature)
@@ -75,8 +75,8 @@ def calibrate(
 def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, list[str]]:
     """The temperature T that minimises the mean NLL of P(fake) = sigmoid(margin / T), and warnings.
 
-    The NLL is convex in 1/T, so its slope changes sign once: bisection finds where. Classes that do not overlap have
-    no best T (the smaller the better), so T stays 1 for them.
+    The NLL is convex in 1/T, so its slope changes sign once: bisection finds where. Classes that do not
+    overlap have no best T (the smaller the better), so T stays 1 for them.
 
     Args:
         margins: (N,) logit_fake - logit_real. is_fake: (N,) bool.
@@ -103,8 +103,9 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> Thresholds:
     """The thresholds that leave as few images unsure as the wanted rates allow.
 
-    At most a share `fpr` of the reals has P(fake) >= t_fake, at most `fnr` of the fakes has P(fake) <= t_real. Where
-    both could be met without an unsure zone (t_real would exceed t_fake), they meet halfway, and nothing is unsure.
+    At most a share `fpr` of the reals has P(fake) >= t_fake, at most `fnr` of the fakes has P(fake) <=
+    t_real. Where both could be met without an unsure zone (t_real would exceed t_fake), they meet halfway,
+    and nothing is unsure.
 
     Args:
         prob_fake: (N,) in [0, 1], calibrated. is_fake: (N,) bool, both classes present.
@@ -117,7 +118,7 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def _lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """The lowest t with at most a share `rate` of `negatives` >= t, halfway to the next score above if there is one."""
+    """The lowest t with at most a share `rate` of `negatives` >= t; halfway to the next score above, if any."""
     allowed = min(
         math.floor(rate * len(negatives) + 1e-9), len(negatives) - 1
     )  # 0.07 * 100 is 7.000000000000001
@@ -134,8 +135,8 @@ def _warnings(n_real: int, n_fake: int, fpr: float, fnr: float) -> list[str]:
         if count < needed:
             wanted = f"{needed} {kind} or more" if rate else "no finite number"
             warnings.append(
-                f"{100 * rate:g} % of the {kind} called {verdict} can be told from none only with {wanted}, there are"
-                f" {count}: the threshold lets none of these through, what others will do is anyone's guess"
+                f"{100 * rate:g} % of the {kind} called {verdict} can be told from none only with {wanted}, there"
+                f" are {count}: the threshold lets none of these through, what others will do is anyone's guess"
             )
     return warnings
 
@@ -155,8 +156,8 @@ def require_detector(content: dict, path: str | Path) -> None:
     names = content.get("state_dict")
     if not isinstance(names, dict) or not any(name.endswith("fc.weight") for name in names):
         raise CalibrationError(
-            f"{path} holds no detector (no classifier under state_dict): give the file of train_detector.py that"
-            " the scores came from"
+            f"{path} holds no detector (no classifier under state_dict): give the file of train_detector.py"
+            " that the scores came from"
         )
 
 
@@ -191,9 +192,10 @@ def rate(text: str) -> float:
 
 def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m utils.calibrate", description="Fit a temperature and two thresholds to a score table.",
+        prog="python -m utils.calibrate",
+        description="Fit a temperature and two thresholds to a score table.",
         allow_abbrev=False,
-    )  # fmt: skip
+    )
     parser.add_argument(
         "scores", metavar="SCORES.csv", help="labelled score table of the detector, by test.py"
     )

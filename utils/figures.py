@@ -1,7 +1,7 @@
-"""Figures of score tables: matplotlib Figure objects, drawn without pyplot's global state and without a display.
+"""Figures of score tables, drawn without pyplot's global state and without a display.
 
-Fake is the positive class. Reals are grey everywhere, each generator keeps its colour and dash in all panels; the
-colours are those of Okabe and Ito, which colour-blind readers can tell apart.
+Fake is the positive class. Reals are grey everywhere, each generator keeps its colour and dash in all panels;
+the colours are those of Okabe and Ito, which colour-blind readers can tell apart.
 """
 
 import os
@@ -210,7 +210,7 @@ _MARGIN_LABEL = (
 def _draw_classes(
     axes: Axes, table: ScoreTable, styles: Mapping[str, dict], edges: np.ndarray, headroom: float = 1.08
 ) -> None:
-    """Histogram of a table's reals, filled, and over it the outline of the fakes of each generator in `styles`.
+    """Histogram of a table's reals, filled, and over it the fakes of each generator in `styles` as outlines.
 
     The key None stands for all generators together.
     """
@@ -258,6 +258,26 @@ def _draw_robustness(
         axes.invert_xaxis()
     lowest = min(p[2][0] if p[2] else p[1] for points in by_generator.values() for p in points)
     axes.set(ylim=(min(axes.get_ylim()[0], 0.45, lowest), 1.01), xlabel=label, title=shorten(perturbation))
+
+
+def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, path: str | os.PathLike) -> None:
+    """Image | re-synthesis | residual as a heat map with its scale, as a PNG.
+
+    x, x_hat: (3, H, W), shown clipped to [0, 1]; residual: (H_l, W_l), the mean over its channels.
+    """
+    height, width = x.shape[1:]
+    with rc_context(STYLE):
+        figure = new_figure(11, 0.6 + 11 / 3.2 * height / width)
+        panels = figure.subplots(1, 3)
+        for panel, picture, title in zip(panels, (x, x_hat), ("image", "re-synthesis"), strict=False):
+            panel.imshow(picture.clip(0, 1).transpose(1, 2, 0))
+            panel.set_title(title)
+        heat = panels[2].imshow(residual, cmap="magma", vmin=0)
+        panels[2].set_title("residual")
+        figure.colorbar(heat, ax=panels[2], shrink=0.8)
+        for panel in panels:
+            panel.set_axis_off()
+        save(figure, path)
 
 
 # ---- pieces ----

@@ -1,8 +1,9 @@
 """Numbers from scores: pure functions of arrays, and the summary of a score table.
 
-FAKE IS THE POSITIVE CLASS throughout: a higher score means more likely generated, a false positive is a real image
-called fake. The one exception is what the released program prints (`release_precision_recall`: positive = real).
-A number that is not defined (one class only, say) is None, never NaN, so that it can be told apart and written as JSON.
+FAKE IS THE POSITIVE CLASS throughout: a higher score means more likely generated, a false positive is a real
+image called fake. The one exception is what the released program prints (`release_precision_recall`: positive
+= real). A number that is not defined (one class only, say) is None, never NaN, so that it can be told apart
+and written as JSON.
 """
 
 import math
@@ -24,7 +25,8 @@ MAX_DISTINCT_SCORES = 5000  # bootstrap: more are merged into as many quantiles
 UNNAMED = "(unnamed)"
 
 AVERAGED = (
-    "accuracy", "accuracy_real", "accuracy_fake", "auroc", "average_precision", "eer", *FPR_LEVELS, "ece", "nll",
+    "accuracy", "accuracy_real", "accuracy_fake", "auroc", "average_precision", "eer", *FPR_LEVELS,
+    "ece", "nll",
 )  # fmt: skip
 
 
@@ -138,12 +140,13 @@ def both_classes(is_fake: np.ndarray) -> bool:
 def bootstrap(
     scores: np.ndarray, is_fake: np.ndarray, n: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float]] | None:
-    """95 % percentile intervals of accuracy, AUROC and AP over `n` resamples of the images, within each class.
+    """95 % percentile intervals of accuracy, AUROC and AP over `n` resamples of each class's images.
 
-    A resample only says how often each image is taken. So the scores are sorted once, the counts of all resamples
-    are drawn at the distinct scores (a multinomial a class, the same distribution as drawing images), and the metrics
-    are sums over a matrix (resamples, distinct scores). More than MAX_DISTINCT_SCORES distinct scores are merged into
-    as many quantiles, which keeps ten million images as quick as five thousand.
+    A resample only says how often each image is taken. So the scores are sorted once, the counts of all
+    resamples are drawn at the distinct scores (a multinomial a class, the same distribution as drawing
+    images), and the metrics are sums over a matrix (resamples, distinct scores). More than
+    MAX_DISTINCT_SCORES distinct scores are merged into as many quantiles, which keeps ten million images as
+    quick as five thousand.
 
     Args:
         scores: (N,), the higher the more likely fake; fake is predicted from 0 on (a margin of logits).
@@ -207,7 +210,8 @@ def _average_precision_of_counts(reals: np.ndarray, fakes: np.ndarray) -> np.nda
 def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
     """Everything that is reported about a labelled score table, ready for JSON.
 
-    Each generator's fakes are compared with its own reals if it has any, else with the reals that name no generator.
+    Each generator's fakes are compared with its own reals if it has any, else with the reals that name no
+    generator.
 
     Args:
         resamples: of the bootstrap; 0: no intervals.
@@ -236,7 +240,7 @@ def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> d
 
 
 def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
-    """For each generator the (N,) bool of the rows it is measured on: its fakes and the reals they are compared with."""
+    """For each generator, (N,) bool: the rows of its fakes and of the reals they are compared with."""
     usable = table.scored & (table.is_real | table.is_fake)
     generators = np.asarray(table.generators, dtype=object)
     shared_reals = usable & table.is_real & (generators == "")
@@ -298,7 +302,7 @@ def _notes(summary: dict) -> list[str]:
 
 
 def format_table(summary: dict) -> str:
-    """The summary as text for the terminal: a row a generator, their mean, all images, and the confusion matrix."""
+    """The summary as text for the terminal: a row a generator, their mean, all images, the confusion matrix."""
     rows = [(name, m) for name, m in summary["generators"].items()]
     if len(rows) > 1:
         rows.append(("mean over generators", summary["mean"]))

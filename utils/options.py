@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+PERTURBATIONS = ("none", "blur", "crop", "jpeg", "noise", "resize", "combined")
+PERTURBATION_PROTOCOLS = ("frank2020", "frank2020-released", "sweep")
 TASKS = ("none", "colorization", "denoising")
 
 
@@ -31,7 +33,7 @@ class NoEffect(argparse.Action):
     """A flag of the released program that this one accepts and does not need; `args.without_effect` lists them."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace.without_effect = [*getattr(namespace, "without_effect", []), option_string]
+        namespace.without_effect = [*namespace.without_effect, option_string]
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
@@ -264,11 +266,21 @@ def test_parser() -> Parser:
     group.add_argument(
         "--save_path", "--save-path", dest="save_path", metavar="P", help="writes P.csv, P.npy, P.json and P.png"
     )
-    group.add_argument("--save-residuals", metavar="DIR", help="a picture of each image's residual")
+    group.add_argument(
+        "--save-residuals", metavar="DIR", help="writes image | re-synthesis | residual of each image as a picture"
+    )
+    group.add_argument(
+        "--perturb", choices=(*PERTURBATIONS, "all"), default="none", help="perturb the images before they are scored"
+    )
+    group.add_argument(
+        "--perturb-protocol", choices=PERTURBATION_PROTOCOLS, default="sweep",
+        help="fixed strengths (sweep), or Frank et al. (ICML 2020) as described or as their script computes it",
+    )  # fmt: skip
     group.add_argument("-b", "--batch-size", type=number(int, 1), default=1, metavar="N", help="images at a time (1)")
     release = parser.add_argument_group("accepted for the released scripts' sake, without effect in a test")
     for flag in ("--lr", "--momentum", "--wd", "--epochs", "--output-path", "--save-every-epoch", "--mode-sr",
                  "--lr-sr", "--lw-sr"):  # fmt: skip
         release.add_argument(flag, action=NoEffect, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
     release.add_argument("--fixed-sr", action=NoEffect, nargs=0, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    parser.set_defaults(without_effect=[])
     return parser

@@ -2,12 +2,13 @@
 
     python -m utils.report SCORES.csv [SCORES.csv ...] --out DIR [--residuals DIR]
 
-Reads score tables of test.py, and for settings and versions the SCORES.json beside each. Writes DIR/report.html, which
-holds everything it shows (no scripts, nothing fetched from anywhere), and its figures as PNG beside it.
+Reads score tables of test.py, and for settings and versions the SCORES.json beside each. Writes
+DIR/report.html, which holds everything it shows (no scripts, nothing fetched from anywhere), and its figures as
+PNG beside it.
 
-A table whose SCORES.json has {"perturbation": {"name": "jpeg", "strength": 75}} is of perturbed images: together these
-become robustness curves, and the other tables are shown in full. Residual pictures are looked for where
-`residual_path` says test.py puts them.
+A table whose SCORES.json has {"perturbation": {"name": "jpeg", "strength": 75}} is of perturbed images:
+together these become robustness curves, and the other tables are shown in full. Residual pictures are looked for
+where `utils.scores.residual_path` says test.py puts them.
 
 Exit status: 0 done, 2 a mistake of the user's.
 """
@@ -172,12 +173,16 @@ def _head(tables: Sequence[Scores]) -> str:
     """Title, and how to read the page."""
     images = sum(len(t.table) for t in tables)
     count = f"{len(tables)} score table{'s' * (len(tables) > 1)}, {images:,} rows"
-    interval = f"{metrics.CONFIDENCE:.0%} bootstrap intervals ({tables[0].summary['resamples']:,} resamples of the images, within each class)"
+    interval = (
+        f"{metrics.CONFIDENCE:.0%} bootstrap intervals ({tables[0].summary['resamples']:,} resamples of the images,"
+        " within each class)"
+    )
     return f"""<header><h1>Real or generated?</h1>
 <p class="lead">Detection by re-synthesis: report on {count}.</p>
-<p>The <b>positive class is fake</b>: a true positive is a generated image called fake, a false positive a real image
-called fake. Numbers are percentages unless they are counts. Brackets are {_text(interval)}. A generator&rsquo;s fakes
-are compared with its own reals where it has any, else with the reals that all generators share.</p></header>"""
+<p>The <b>positive class is fake</b>: a true positive is a generated image called fake, a false
+positive a real image called fake. Numbers are percentages unless they are counts. Brackets are {_text(interval)}.
+A generator&rsquo;s fakes are compared with its own reals where it has any, else with the reals that all
+generators share.</p></header>"""
 
 
 def _section(scores: Scores, out: Path, residuals: str | os.PathLike | None, single: bool) -> str:
@@ -250,7 +255,8 @@ def _verdicts(summary: Mapping) -> str:
     )
     return f"""<div class="aside">{_scrolling("confusion", lines)}
 <dl><dt>Calibration of P(fake), all images</dt><dd>ECE {m["ece"]:.4f}, NLL {m["nll"]:.4f}</dd>
-<dt>As the released program counts (positive class: real)</dt><dd>precision {precision}, recall {recall}</dd></dl></div>"""
+<dt>As the released program counts (positive class: real)</dt>
+<dd>precision {precision}, recall {recall}</dd></dl></div>"""
 
 
 def _worst_images(scores: Scores, residuals: str | os.PathLike | None) -> str:
@@ -260,7 +266,7 @@ def _worst_images(scores: Scores, residuals: str | os.PathLike | None) -> str:
         return ""
     cards = [_card(scores, int(i), residuals) for i in rows]
     wrong = sum(not is_right(scores.table, i) for i in rows)
-    about = f"The {len(cards)} images whose scores lie furthest towards the wrong side, worst first; {wrong} of them are wrong."
+    about = f"The {len(cards)} images whose scores lie furthest towards the wrong side; {wrong} of them are wrong."
     return f'<h3>Most wrong</h3><p>{about}</p><div class="cards">{"".join(cards)}</div>'
 
 
@@ -271,7 +277,8 @@ def _card(scores: Scores, i: int, residuals: str | os.PathLike | None) -> str:
     if residuals is not None:
         pictures.append(_thumbnail(residual_path(residuals, path), "residual"))
     generator = f" ({_text(table.generators[i])})" if table.generators[i] else ""
-    return f"""<figure class="card {"right" if is_right(table, i) else "wrong"}"><div class="pictures">{"".join(pictures)}</div>
+    side = "right" if is_right(table, i) else "wrong"
+    return f"""<figure class="card {side}"><div class="pictures">{"".join(pictures)}</div>
 <figcaption><b>{truth}</b>{generator}, called <b>{_text(table.predictions[i])}</b>
 <span class="bar"><i style="width:{100 * prob:.1f}%"></i></span>P(fake) {prob:.4g}
 <code>{_text(path)}</code></figcaption></figure>"""
@@ -348,7 +355,7 @@ def by_difficulty(scores: Scores) -> tuple:
 
 
 def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, dict[str, list]]:
-    """{perturbation: {generator: [(strength, AUROC, interval or None), ...]}} where strengths are numbers, rising.
+    """{perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, strengths rising.
 
     Protocols do not mix: where several have the same perturbation, each is a curve of its own.
     """
@@ -397,7 +404,7 @@ def _records(tables: Sequence[Scores]) -> str:
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
-    """Nested settings as one level of texts: {"a": {"b": 1}} becomes {"a.b": "1"}. What is not set is left out."""
+    """Nested settings as one level of texts: {"a": {"b": 1}} becomes {"a.b": "1"}; None is left out."""
     if not isinstance(values, dict):
         return {}
     texts = {}
@@ -454,9 +461,11 @@ STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 1080px; padding: 2.5rem 1.5rem 4rem; color: var(--ink); background: #fff;
   font: 16px/1.55 "Charter", "Bitstream Charter", "Iowan Old Style", Georgia, "DejaVu Serif", serif; }
-h1, h2, h3, table, figcaption, dl, .notes { font-family: system-ui, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif; }
+h1, h2, h3, table, figcaption, dl, .notes { 
+  font-family: system-ui, "Segoe UI", Helvetica, Arial, "DejaVu Sans", sans-serif; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0; letter-spacing: -.01em; }
-h2 { font-size: 1.3rem; margin: 3rem 0 1rem; padding-top: .8rem; border-top: 2px solid var(--ink); overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 3rem 0 1rem; padding-top: .8rem; border-top: 2px solid var(--ink);
+  overflow-wrap: anywhere; }
 h3 { font-size: 1rem; margin: 2rem 0 .4rem; overflow-wrap: anywhere; }
 p { max-width: 46rem; margin: .5rem 0 1rem; }
 .lead { font-size: 1.15rem; color: var(--soft); }
@@ -470,7 +479,8 @@ tr > :first-child { text-align: left; padding-left: 0; }
 .metrics td small { display: block; font-size: .72rem; white-space: nowrap; }
 .compact td small { display: inline; margin-left: .5rem; }
 .compact td, .compact tr:not(:first-child) th { padding-top: .22rem; padding-bottom: .22rem; }
-.metrics tr:not(:first-child) th { font-weight: 600; min-width: 8.5rem; max-width: 18rem; overflow-wrap: anywhere; }
+.metrics tr:not(:first-child) th { font-weight: 600; min-width: 8.5rem; max-width: 18rem;
+  overflow-wrap: anywhere; }
 .metrics tr.sum { background: #f6f6f4; }
 .metrics tr.sum > :first-child { padding-left: .4rem; }
 .confusion td, .confusion th { border: 1px solid var(--line); padding: .4rem .8rem; }
@@ -493,20 +503,29 @@ figcaption { font-size: .8rem; color: var(--soft); margin-top: .4rem; }
 .card.right { border-color: var(--right); }
 .card figcaption b { color: var(--ink); }
 .pictures { display: flex; gap: 4px; }
-.pictures > * { flex: 1 1 0; min-width: 0; width: 100%; aspect-ratio: 1; object-fit: contain; background: #f3f3f1; }
+.pictures > * { flex: 1 1 0; min-width: 0; width: 100%; aspect-ratio: 1; object-fit: contain;
+  background: #f3f3f1; }
 .missing { display: flex; align-items: center; justify-content: center; text-align: center; color: #999;
   font: .75rem/1.4 system-ui, "DejaVu Sans", sans-serif; }
-.bar { display: block; height: 4px; background: var(--line); margin: .45rem 0 .2rem; } .bar i { display: block; height: 100%; background: #d55e00; }
-code { display: block; font: .72rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; margin-top: .2rem; }
-@media print { body { max-width: none; padding: 0; font-size: 11pt; } figure, .card, tr { break-inside: avoid; } h2, h3 { break-after: avoid; } }
+.bar { display: block; height: 4px; background: var(--line); margin: .45rem 0 .2rem; }
+.bar i { display: block; height: 100%; background: #d55e00; }
+code { display: block; font: .72rem/1.4 ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere;
+  margin-top: .2rem; }
+@media print {
+  body { max-width: none; padding: 0; font-size: 11pt; }
+  figure, .card, tr { break-inside: avoid; }
+  h2, h3 { break-after: avoid; }
+}
 """
+
+CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def _page(body: str) -> str:
-    """The whole document. Its content policy lets it load nothing and run nothing, whatever a file name says."""
+    """The whole document. Its content policy lets it load and run nothing, whatever a file name says."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="{CONTENT_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Real or generated? Detection report</title><style>{STYLE}</style></head>
 <body>{body}</body></html>

@@ -187,21 +187,22 @@ class Recorder:
             self.writer = SummaryWriter(str(folder / "tensorboard"))
             self.stats = (folder / "stats.jsonl").open("a")
 
-    def scalars(self, epoch: int, step: int, values: dict[str, float], line: bool = True) -> None:
-        """Record `values` at the end of an epoch (`step`: optimiser steps so far)."""
+    def epoch(self, epoch: int, values: dict[str, float]) -> None:
+        """Record the values of a finished epoch."""
         if self.writer is None:
             return
-        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self.stats.write(json.dumps({"epoch": epoch, "step": step, **finite}) + "\n")
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+        self.stats.write(json.dumps({"epoch": epoch, **finite}) + "\n")
         self.stats.flush()
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, epoch)
-        if line:
-            logger.info("epoch %d: %s", epoch, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+        for name, value in finite.items():
+            if value is not None:
+                self.writer.add_scalar(name, value, epoch)
+        words = (f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in finite.items())
+        logger.info("epoch %d: %s", epoch, "  ".join(words))
 
-    def images(self, name: str, images: torch.Tensor, epoch: int) -> None:
-        """images: (B, 3, H, W) in [0, 1], shown as one row of pictures."""
-        if self.writer is not None:
+    def pictures(self, name: str, images: torch.Tensor, epoch: int) -> None:
+        """images: (B, 3, H, W) in [0, 1]."""
+        if self.writer is not None and len(images):
             self.writer.add_images(name, images.detach().float().clamp(0, 1).cpu(), epoch)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Score tables: one CSV row an image, written by test.py, read by everything that computes numbers from scores.
+"""Score tables: a CSV row an image, written by test.py, read by all that computes numbers from scores.
 
 Columns: path, label (real, fake or empty), generator (empty for reals that all generators share), logit_fake,
 logit_real, prob_fake, prediction (real, fake or unsure), error (one line; the numbers are then empty).
@@ -39,7 +39,7 @@ class ScoreError(ValueError):
 
 
 class Row(NamedTuple):
-    """One image of a score table. The numbers and the prediction are None and empty where there is an error."""
+    """One image of a score table. Where there is an error, the numbers are None and the prediction empty."""
 
     path: str
     label: str = ""
@@ -73,7 +73,7 @@ class ScoreTable:
 
     @property
     def margins(self) -> np.ndarray:
-        """(N,) float64, logit_fake - logit_real. Ranks images as prob_fake does, and never saturates at 0 or 1."""
+        """(N,) float64, logit_fake - logit_real: ranks images as prob_fake does, and never saturates."""
         logits = self.logits.astype(np.float64)
         return logits[:, 0] - logits[:, 1]
 
@@ -150,7 +150,7 @@ class RowWriter:
         try:
             if append and os.path.exists(path):
                 drop_torn_row(path)
-            self._file = open(path, "a" if append else "w", **ENCODING)  # noqa: SIM115 - closed by close()
+            self._file = open(path, "a" if append else "w", **ENCODING)
         except OSError as error:
             raise ScoreError(f"cannot write the score table {path} ({error.strerror})") from None
         if self._file.tell() == 0:
@@ -315,7 +315,7 @@ def _number(name: str, text: str) -> float:
 
 
 def _whole_records(file: BinaryIO) -> tuple[int, int]:
-    """How many records are whole, and where the last of them ends (bytes). Quotes come in pairs in a whole one."""
+    """How many records are whole, and where the last ends (bytes). In a whole one, quotes come in pairs."""
     records = end = position = 0
     quoted = False
     for line in file:
@@ -329,8 +329,8 @@ def _whole_records(file: BinaryIO) -> tuple[int, int]:
 def residual_path(folder: str | os.PathLike, image: str) -> Path:
     """Where the residual picture of an image is: folder/the image's path.residual.png.
 
-    The suffix stays, so that a.png and a.jpg have a picture each; the path loses its root, and "__" stands for "..",
-    so that all of them are inside the folder.
+    The suffix stays, so that a.png and a.jpg have a picture each; the path loses its root, and "__" stands
+    for "..", so that all of them are inside the folder.
     """
     parts = Path(os.path.splitdrive(os.path.normpath(image))[1]).parts
     inside = ["__" if part == os.pardir else part for part in parts if part.strip("\\/")]

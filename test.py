@@ -1,0 +1,318 @@
+"""Score images, real or generated: labelled sets get metrics, `--input` takes any file or folder.
+
+    python test.py --resume DETECTOR --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --save_path output/mine
+    python test.py --resume DETECTOR --input a.png photos/
+
+Scores first, metrics second: P.csv has a row an image (path,label,generator,logit_fake,logit_real,prob_fake,prediction,
+error), P.npy the same logits (N, 2), columns FAKE, REAL. P.json (metrics, settings, versions) and P.png (ROC, histogram)
+are made from them. A killed run goes on where it stopped.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from data.images import (
+    LABEL_NAMES,
+    DataError,
+    ImageDataset,
+    Item,
+    SizePolicy,
+    check_headers,
+    collate,
+    fitted_size,
+    input_items,
+    labelled_items,
+    mixed_sizes,
+    to_float,
+)
+from data.loading import make_loader
+from data.perturbations import Cell, PerturbTransform, cells
+from data.sampling import EpochBatches, shard
+from models import Checkpoint, ModelError, ResynthesisDetector, fingerprint, load_detector
+from utils import checkpoint as checkpoints
+from utils.checkpoint import CheckpointError
+from utils.distributed import World, wait_for_all, world_of_processes
+from utils.figures import residual_picture, roc_and_histogram
+from utils.metrics import format_table, printable, summarize
+from utils.options import test_parser
+from utils.run import (
+    Stopped,
+    StopSignal,
+    UsageError,
+    autocast,
+    choose_device,
+    make_folder,
+    run_program,
+    set_deterministic,
+    versions,
+    write_json,
+)
+from utils.scores import Row, RowWriter, ScoreError, ScoreTable, drop_torn_row, make_rows, read_table, residual_path
+
+logger = logging.getLogger("test")
+
+EXIT_ERRORS = 1  # some images could not be scored
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = test_parser().parse_args(argv)
+    if args.without_effect:
+        logger.info("without effect in a test: %s", " ".join(args.without_effect))
+    device = choose_device(args.gpu)
+    with world_of_processes(device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+        set_deterministic(args.seed, device)
+
+        # Images and the detector: what can be wrong with them is found before anything is written
+        items = input_items(args.input) if args.input else labelled_items(
+            args.real_roots, args.fake_roots, args.tree, args.csv
+        )  # fmt: skip
+        perturbations = cells(args.perturb_protocol, args.perturb)
+        detector, config, calibration = detector_to_test(args)
+        policy = SizePolicy(detector.resynthesizer.scale, args.crop_size, args.resize)
+        if args.batch_size > 1:
+            refuse_mixed_sizes(items, policy)
+        detector.to(device, memory_format=torch.channels_last).eval()
+
+        # Where the results go
+        save_path = args.save_path or f"{stack.enter_context(tempfile.TemporaryDirectory())}/scores"
+        make_folder(Path(save_path).parent)
+        if args.save_residuals:
+            make_folder(args.save_residuals)
+
+        # Scores, then what is made of them
+        tables = {}
+        for cell in perturbations:
+            path = save_path if len(perturbations) == 1 else f"{save_path}_{cell.label.replace(' ', '_')}"
+            about = {
+                "settings": vars(args),
+                "detector": {"file": args.resume, "classifier": fingerprint(detector.classifier), **config},
+                "perturbation": {**cell._asdict(), "protocol": args.perturb_protocol},
+                "images": digest(items),
+            }
+            score(detector, items, policy, Path(f"{path}.csv"), calibration, cell, about, args, device, world, stop)
+            if world.is_main:
+                tables[cell.label] = results(Path(path), about)
+        if not world.is_main:
+            return 0
+        show(tables, args.input is not None, args.save_path)
+        errors = sum(int((~table.scored).sum()) for table, _ in tables.values())
+        return EXIT_ERRORS if errors else 0
+
+
+def detector_to_test(args: Namespace) -> tuple[ResynthesisDetector, dict, dict]:
+    """The detector of --resume, its config, and its calibration (empty: none)."""
+    if args.resume is None:
+        raise UsageError("no detector: give its checkpoint with --resume")
+    content = checkpoints.load(args.resume)
+    rdn = Checkpoint(checkpoints.load(args.resynthesizer_file), args.resynthesizer_file) if args.resynthesizer_file else None
+    detector, config = load_detector(Checkpoint(content, args.resume), rdn, vars(args), args.vgg_weights)
+    calibration = content.get("calibration", {})
+    if calibration:
+        logger.info(
+            "calibrated on %s: temperature %.3g, real up to P(fake) %.3g, fake from %.3g on",
+            calibration.get("source", "?"), calibration["temperature"], calibration["t_real"], calibration["t_fake"],
+        )  # fmt: skip
+    return detector, config, calibration
+
+
+def refuse_mixed_sizes(items: list[Item], policy: SizePolicy) -> None:
+    """Batches need images of one size; better said now than after an hour.
+
+    Raises:
+        DataError: naming two files that differ, and the way out.
+    """
+    sizes, _ = check_headers([item.path for item in items], policy)
+    known = [(item.path, fitted_size(*size, policy)) for item, size in zip(items, sizes, strict=True) if size]
+    mismatch = mixed_sizes([path for path, _ in known], [size for _, size in known])
+    if mismatch:
+        raise DataError(mismatch)
+
+
+def score(
+    detector: ResynthesisDetector,
+    items: list[Item],
+    policy: SizePolicy,
+    table: Path,
+    calibration: dict,
+    cell: Cell,
+    about: dict,
+    args: Namespace,
+    device: torch.device,
+    world: World,
+    stop: StopSignal,
+) -> None:
+    """Write the score table of all items: each process a part, one row an image, in order; then join the parts.
+
+    A part left by a run that was killed is gone on with if it is of the same images, detector and settings.
+    """
+    own = shard(items, world.rank, world.size)
+    part = part_of(table, world.rank, world.size)
+    done = rows_done(part, about)
+    if done:
+        logger.info("going on after %d of %d images already scored in %s", done, len(own), part)
+    transform = None if cell.name == "none" else PerturbTransform(cell.name, args.perturb_protocol, args.seed, cell.strength)
+    dataset = ImageDataset(own[done:], policy, seed=args.seed, transform=transform)
+    batches = EpochBatches(len(dataset), args.batch_size, shuffle=False)
+    loader = make_loader(dataset, batches, collate, args.workers, device)
+    with RowWriter(part, append=done > 0) as writer, tqdm(total=len(own), initial=done, leave=False, disable=None) as bar:
+        for batch in loader:
+            if batch.mismatch:
+                raise DataError(batch.mismatch)
+            logits = torch.empty(0, 2)
+            if batch.indices:
+                x = to_float(batch.images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+                names = [dataset.items[i].path for i in batch.indices]
+                logits = logits_of(detector, x, names, args.precision, args.save_residuals)
+            rows = list(batch_rows(dataset.items, batch.indices, logits.numpy(), batch.errors, calibration))
+            writer.write(*rows)
+            bar.update(len(rows))
+            if stop.received:
+                raise Stopped(stop.received)
+    wait_for_all(world)
+    if world.is_main:
+        join_parts(table, world.size)
+
+
+@torch.inference_mode()
+def logits_of(
+    detector: ResynthesisDetector, x: Tensor, names: list[str], precision: str, residual_folder: str | None
+) -> Tensor:
+    """The logits (B, 2), float32, on the CPU; on the way the residuals as pictures, if wanted. x: (B, 3, H, W)."""
+    with autocast(x.device, precision):
+        if residual_folder is None:
+            return detector(x).cpu()
+        x_hat = detector.resynthesize(x)  # (B, 3, H, W)
+        residual = detector.difference(detector.phi(x_hat), detector.phi(x))  # (B, C_l, H_l, W_l)
+        for name, *pictures in zip(names, x, x_hat, residual, strict=True):
+            image, again, difference = (p.float().cpu().numpy() for p in pictures)
+            residual_picture(image, again, difference.mean(axis=0), residual_path(residual_folder, name))
+        return detector.classify(residual).cpu()
+
+
+def batch_rows(
+    items: list[Item], indices: list[int], logits: np.ndarray, errors: dict[int, str], calibration: dict
+) -> Iterator[Row]:
+    """The rows of a batch in the order of its images, those that could not be read among them."""
+    labels = {i: "" if items[i].label is None else LABEL_NAMES[items[i].label] for i in (*indices, *errors)}
+    scored = make_rows(
+        [items[i].path for i in indices],
+        [labels[i] for i in indices],
+        [items[i].generator for i in indices],
+        logits,
+        calibration.get("temperature", 1.0),
+        (calibration["t_real"], calibration["t_fake"]) if calibration else None,
+    )
+    rows = dict(zip(indices, scored, strict=True))
+    rows |= {i: Row(items[i].path, labels[i], items[i].generator, error=text) for i, text in errors.items()}
+    for i in sorted(rows):
+        if rows[i].error:
+            logger.warning("not scored: %s", rows[i].error)
+        yield rows[i]
+
+
+def part_of(table: Path, rank: int, size: int) -> Path:
+    """The table one process writes while it scores."""
+    return table.with_name(f".{table.name}.{rank}-of-{size}.part")
+
+
+def rows_done(part: Path, about: dict) -> int:
+    """How many rows a killed run left in its part, if it was the same run; else the part is begun anew.
+
+    `about` is kept beside the part to tell.
+    """
+    identity = part.with_name(part.name + ".json")
+    settings = {k: v for k, v in about["settings"].items() if k not in ("gpu", "workers", "batch_size")}
+    wanted = json.loads(json.dumps({**about, "settings": settings}))
+    with contextlib.suppress(OSError, ValueError):
+        if part.exists() and json.loads(identity.read_text()) == wanted:
+            return drop_torn_row(part)
+        logger.info("%s is of another run: beginning anew", part) if part.exists() else None
+    write_json(identity, wanted)
+    part.unlink(missing_ok=True)
+    return 0
+
+
+def join_parts(table: Path, size: int) -> None:
+    """One table out of the processes' parts, which are runs of the images in order of rank."""
+    parts = [part_of(table, rank, size) for rank in range(size)]
+    with parts[0].open("ab") as joined:
+        for part in parts[1:]:
+            with part.open("rb") as file:
+                file.readline()  # the header
+                shutil.copyfileobj(file, joined)
+    parts[0].replace(table)
+    for part in parts:
+        part.unlink(missing_ok=True)
+        part.with_name(part.name + ".json").unlink(missing_ok=True)
+
+
+def digest(items: list[Item]) -> str:
+    """16 hex digits that name a list of images."""
+    state = hashlib.sha256()
+    for item in items:
+        state.update(f"{item}\n".encode(errors="surrogateescape"))
+    return f"{len(items)} images, {state.hexdigest()[:16]}"
+
+
+def results(path: Path, about: dict) -> tuple[ScoreTable, dict | None]:
+    """P.npy, P.json and P.png from P.csv. Returns the table and its metrics (None where no image is labelled)."""
+    table = read_table(f"{path}.csv")
+    np.save(f"{path}.npy", table.logits)
+    labelled = bool((table.scored & (table.is_real | table.is_fake)).any())
+    metrics = summarize(table, seed=about["settings"]["seed"]) if labelled else None
+    write_json(Path(f"{path}.json"), {**about, "metrics": metrics, "versions": versions()})
+    if table.scored.any():
+        roc_and_histogram(table, f"{path}.png")
+    return table, metrics
+
+
+def show(tables: dict[str, tuple[ScoreTable, dict | None]], unlabelled: bool, save_path: str | None) -> None:
+    """What is read on the screen: verdicts on single images, the metrics of labelled ones, where the files are."""
+    lines = []
+    for name, (table, metrics) in tables.items():
+        if len(tables) > 1:
+            lines += ["", f"== {name}"]
+        if unlabelled:
+            lines += ["P(fake)  verdict  image"]
+            for i, path in enumerate(table.paths):
+                if table.errors[i]:
+                    lines.append(f"      -  error    {printable(table.errors[i])}")
+                else:
+                    lines.append(f"{table.prob_fake[i]:7.4f}  {table.predictions[i]:7}  {printable(path)}")
+        if metrics:
+            lines.append(format_table(metrics))
+    if len(tables) > 1 and not unlabelled:
+        lines += ["", *perturbation_table({name: metrics for name, (_, metrics) in tables.items() if metrics})]
+    if save_path:
+        where = f"{save_path}_*" if len(tables) > 1 else save_path
+        lines.append(f"scores, logits, metrics, figures: {where}.csv .npy .json .png")
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def perturbation_table(metrics: dict[str, dict]) -> list[str]:
+    """AUROC (%) by perturbation (rows) and generator (columns)."""
+    generators = list(next(iter(metrics.values()))["generators"])
+    width = max(map(len, metrics))
+    lines = [f"AUROC in %, fake = positive\n{'':{width}}  " + "  ".join(f"{printable(g):>12}" for g in generators)]
+    for name, summary in metrics.items():
+        values = [summary["generators"].get(g, {}).get("auroc") for g in generators]
+        cells_of_row = "  ".join(f"{'-' if v is None else f'{100 * v:.1f}':>12}" for v in values)
+        lines.append(f"{name:{width}}  {cells_of_row}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, DataError, ModelError, CheckpointError, ScoreError))
