@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         set_deterministic(args.seed, device)
 
         # Images and the detector: what can be wrong with them is found before anything is written
-        items = input_items(args.input) if args.input else labelled_items(
-            args.real_roots, args.fake_roots, args.tree, args.csv
-        )  # fmt: skip
+        items = items_to_test(args)
         perturbations = cells(args.perturb_protocol, args.perturb)
         detector, config, calibration = detector_to_test(args)
         policy = SizePolicy(detector.resynthesizer.scale, args.crop_size, args.resize)
@@ -87,7 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         detector.to(device, memory_format=torch.channels_last).eval()
 
         # Where the results go
-        save_path = args.save_path or f"{stack.enter_context(tempfile.TemporaryDirectory())}/scores"
+        if world.size > 1 and not args.save_path:
+            raise UsageError("several processes need a place that all of them write to: give --save_path")
+        save_path = str(Path(args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"))
         make_folder(Path(save_path).parent)
         if args.save_residuals:
             make_folder(args.save_residuals)
@@ -98,7 +98,10 @@ def main(argv: list[str] | None = None) -> int:
             path = save_path if len(perturbations) == 1 else f"{save_path}_{cell.label.replace(' ', '_')}"
             about = {
                 "settings": vars(args),
-                "detector": {"file": args.resume, "classifier": fingerprint(detector.classifier), **config},
+                "detector": {
+                    "file": args.resume, "classifier": fingerprint(detector.classifier), "calibration": calibration,
+                    **config,
+                },  # fmt: skip
                 "perturbation": {**cell._asdict(), "protocol": args.perturb_protocol},
                 "images": digest(items),
             }
@@ -110,6 +113,16 @@ def main(argv: list[str] | None = None) -> int:
         show(tables, args.input is not None, args.save_path)
         errors = sum(int((~table.scored).sum()) for table, _ in tables.values())
         return EXIT_ERRORS if errors else 0
+
+
+def items_to_test(args: Namespace) -> list[Item]:
+    """The images of --input, or the labelled ones."""
+    labelled = (args.real_roots, args.fake_roots, args.tree, args.csv)
+    if not args.input:
+        return labelled_items(*labelled)
+    if any(labelled):
+        raise UsageError("both --input and labelled images: score them in two runs, or leave one out")
+    return input_items(args.input)
 
 
 def detector_to_test(args: Namespace) -> tuple[ResynthesisDetector, dict, dict]:
@@ -246,14 +259,19 @@ def rows_done(part: Path, about: dict) -> int:
 
 
 def join_parts(table: Path, size: int) -> None:
-    """One table out of the processes' parts, which are runs of the images in order of rank."""
+    """One table out of the processes' parts, which are runs of the images in order of rank.
+
+    The parts stay as they are until the table is whole: a run killed in here joins them once more.
+    """
     parts = [part_of(table, rank, size) for rank in range(size)]
-    with parts[0].open("ab") as joined:
-        for part in parts[1:]:
+    whole = table.with_name(f".{table.name}.whole.part")
+    with whole.open("wb") as joined:
+        for rank, part in enumerate(parts):
             with part.open("rb") as file:
-                file.readline()  # the header
+                if rank > 0:
+                    file.readline()  # the header
                 shutil.copyfileobj(file, joined)
-    parts[0].replace(table)
+    whole.replace(table)
     for part in parts:
         part.unlink(missing_ok=True)
         part.with_name(part.name + ".json").unlink(missing_ok=True)

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         val_items = labelled_items(args.val_real_roots, args.val_fake_roots) if args.val_real_roots else []
         detector, config, resumed = networks(args)
         detector.freeze_resynthesizer(args.fixed_resynthesizer)
-        recipe = make_recipe(args, device, config, detector)
+        recipe = make_recipe(args, device, config, resumed, detector)
         policy = SizePolicy(detector.resynthesizer.scale, args.crop_size, args.resize)
         items = usable_items(items, policy, args.skip_bad)
         val_items = usable_items(val_items, policy, args.skip_bad)
@@ -171,20 +171,24 @@ def continues(start: Checkpoint, args: Namespace) -> bool:
         return False
     settings = start.content["settings"]
     for name in ("fixed_resynthesizer", "auxiliary"):
-        if settings[name] != vars(args)[name]:
-            logger.info("%s was trained with %s = %s: a new run starts from its weights", start.name, name, settings[name])
+        if settings.get(name) != vars(args)[name]:
+            before = settings.get(name)
+            logger.info("%s was trained with %s = %s: a new run starts from its weights", start.name, name, before)
             return False
     return True
 
 
-def make_recipe(args: Namespace, device: torch.device, config: dict, detector: ResynthesisDetector) -> "Recipe":
-    """How a step is made; loads VGG-19 where the auxiliary loss needs it and the residual does not."""
+def make_recipe(
+    args: Namespace, device: torch.device, config: dict, resumed: dict, detector: ResynthesisDetector
+) -> "Recipe":
+    """How a step is made; loads VGG-19 where the auxiliary loss needs it and the residual does not (into `config`)."""
     head = HEADS[args.auxiliary]
     if head is not None and args.fixed_resynthesizer:
         raise UsageError(f"--mode-sr {args.auxiliary} trains RDN and --fixed-sr does not: leave one of them out")
     vgg = detector.vgg
     if head is not None and vgg is None:
-        vgg, config["auxiliary_vgg"] = load_vgg(args.vgg_weights, config.get("auxiliary_vgg"), args.resume or args.init)
+        before = resumed.get("config", {}).get("auxiliary_vgg")  # a resumed run goes on with the features it began with
+        vgg, config["auxiliary_vgg"] = load_vgg(args.vgg_weights, before, "the run to be resumed")
     return Recipe(
         device,
         args.precision,
@@ -237,7 +241,12 @@ def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: flo
 
     Release: its `--lr-sr` multiplies the classifier's gradients by `scale` before weight decay and momentum are
     applied. With SGD that is exactly a rate of lr * scale and a weight decay of weight_decay / scale.
+
+    Raises:
+        UsageError: for a scale of 0, under which the classifier would only decay.
     """
+    if scale == 0:
+        raise UsageError("--lr-sr 0 leaves the classifier untrained: give a factor above 0 (default: 0.02)")
     groups = [
         {"params": list(detector.classifier.parameters()), "lr": lr * scale, "weight_decay": weight_decay / scale}
     ]

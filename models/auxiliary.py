@@ -120,11 +120,12 @@ def auxiliary_loss(x_hat: Tensor, x: Tensor, maps_hat: dict[int, Tensor], maps: 
 
 
 def residual_and_auxiliary_loss(
-    detector: ResynthesisDetector, vgg: VGGStages, x: Tensor, real: Tensor, auxiliary: bool, degraded: Tensor | None
+    detector: ResynthesisDetector, vgg: VGGStages | None, x: Tensor, real: Tensor, auxiliary: bool, degraded: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One pass for both losses of end-to-end training, sharing what they share.
 
     Args:
+        vgg: the features of the auxiliary loss, and the detector's own; may be None where neither is asked for.
         x: (B, 3, H, W) in [0, 1].
         real: (B,) bool, which of them are real: only these enter the auxiliary loss.
         auxiliary: whether that loss is wanted, for at least one real image.
@@ -136,12 +137,14 @@ def residual_and_auxiliary_loss(
     """
     stage = detector.stage
     shared = auxiliary and stage > 0  # the features that make the residual serve the loss as well
-    own = [stage] if stage > 0 else []
     x_hat = detector.resynthesize(x)  # (B, 3, H, W)
-    with torch.no_grad():
-        maps = vgg(x, STAGES if shared else own)
-    maps_hat = vgg(x_hat, STAGES if shared and degraded is None else own)
-    residual = detector.difference(maps_hat[stage], maps[stage]) if own else detector.difference(x_hat, x)
+    if stage > 0:
+        with torch.no_grad():
+            maps = vgg(x, STAGES if shared else [stage])
+        maps_hat = vgg(x_hat, STAGES if shared and degraded is None else [stage])
+        residual = detector.difference(maps_hat[stage], maps[stage])  # (B, C_l, H_l, W_l)
+    else:
+        residual = detector.difference(x_hat, x)  # (B, 3, H, W)
     if not auxiliary:
         return residual, residual.new_zeros(())
 

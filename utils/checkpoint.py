@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+# How torch says that a file holds more than it may; its other complaints are about files that are no checkpoints
+FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function", "allowlisted", "Unsupported class")
+
 
 class CheckpointError(ValueError):
     """A user's mistake about a checkpoint: one line with what was got, what was wanted, the way out."""
@@ -54,7 +57,7 @@ def load(path: str | os.PathLike) -> dict:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # noqa: BLE001 - torch raises anything from EOFError to UnpicklingError
-        if "weights_only" in str(error) or "Unsupported" in str(error):
+        if any(words in str(error) for words in FORBIDDEN):
             raise CheckpointError(
                 f"{path} refused: it holds more than tensors and plain values, and unpickling such a file runs"
                 " whatever code is in it; save its state dicts alone, on a machine you trust it on"

@@ -136,10 +136,10 @@ class Stepper:
         means = dict(zip(values, sum_over_processes(shares, self.world).tolist(), strict=True))
         if self._finite(next(iter(means.values())), norm.item(), files):
             self.scaler.step(self.optimizer)
-            self.scaler.update()
             self.progress.add(means, count)
         else:
             self.progress.add({}, 0)
+        self.scaler.update()  # after a step left out too: it ends what `unscale_` began
         self.optimizer.zero_grad()
 
     def _finite(self, loss: float, norm: float, files: list[str]) -> bool:

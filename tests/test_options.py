@@ -1,0 +1,123 @@
+"""The options: the released programs' flags are accepted, each has an effect, and lists of words exist once in effect."""
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from data import perturbations
+from models.auxiliary import HEADS
+from models.resnet import ARCHITECTURES
+from utils import options
+from utils.options import test_parser as tester_parser
+from utils.options import train_detector_parser, train_sr_parser
+from utils.run import PRECISIONS
+
+ROOT = Path(__file__).parents[1]
+PROGRAMS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": tester_parser}
+
+RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
+ --num-blocks 2 --num-layers 2 --scale 3 --patch-size 12 --lr 1e-3 --lr-decay 0.5 --lr-decay-epoch 10 --batch-size 4
+ --num-epochs 5 --num-save 2 --num-workers 1 --gpu-id 0 --seed 1 --vgg-lambda 0.1 --augment --completion --colorization"""
+RELEASED_DETECTOR = """-a resnet18 --arch resnet50 --gpu 0 -b 2 --batch-size 4 -j 1 --workers 2 --lr 1e-3 --momentum 0.8
+ --wd 1e-3 --epochs 5 --data-root-pos p --data-root-neg n --input-channel 3 --resume r --sr-weights-file w
+ --output-path o --save-every-epoch 3 --seed 4 --no_dilation --sr-scale 4 --sr-num-features 64 --sr-growth-rate 64
+ --sr-num-blocks 16 --sr-num-layers 8 --idx-stages 0 --fixed-sr --mode-sr none --lr-sr 0.1 --lw-sr 2"""
+
+# Shapes and kinds of networks reach the models as vars(args), see models/build.py
+BY_NAME = {
+    "arch", "stage", "in_channels", "dilated", "scale", "num_features", "growth_rate", "num_blocks", "num_layers",
+}  # fmt: skip
+
+
+def actions(parser):
+    return [a for a in parser._actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
+
+
+def test_the_released_flags_of_train_sr():
+    args = vars(train_sr_parser().parse_args(RELEASED_SR.split()))
+    wanted = {
+        "train_file": "l.txt", "eval_file": "e.txt", "outputs_dir": "o", "weights_file": "w", "num_features": 8,
+        "growth_rate": 8, "num_blocks": 2, "num_layers": 2, "scale": 3, "patch_size": 12, "lr": 1e-3, "lr_decay": 0.5,
+        "lr_decay_epoch": 10, "batch_size": 4, "num_epochs": 5, "num_save": 2, "workers": 1, "gpu": "0", "seed": 1,
+        "vgg_lambda": 0.1, "augment": True, "completion": True, "colorization": True,
+    }  # fmt: skip
+    assert {key: args[key] for key in wanted} == wanted
+
+
+def test_the_released_flags_of_train_detector():
+    args = vars(train_detector_parser().parse_args(RELEASED_DETECTOR.split()))
+    wanted = {
+        "arch": "resnet50", "gpu": "0", "batch_size": 4, "workers": 2, "lr": 1e-3, "momentum": 0.8,
+        "weight_decay": 1e-3, "epochs": 5, "real_roots": ["p"], "fake_roots": ["n"], "in_channels": 3, "resume": "r",
+        "resynthesizer_file": "w", "output_path": "o", "save_every_epoch": 3, "seed": 4, "dilated": False, "scale": 4,
+        "num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8, "stage": 0,
+        "fixed_resynthesizer": True, "auxiliary": "none", "classifier_grad_scale": 0.1, "auxiliary_weight": 2.0,
+    }  # fmt: skip
+    assert {key: args[key] for key in wanted} == wanted
+
+
+def test_the_released_flags_of_test():
+    args = tester_parser().parse_args([*RELEASED_DETECTOR.split(), "--save_path", "out/x"])
+    assert (args.save_path, args.stage, args.dilated, args.resynthesizer_file) == ("out/x", 0, False, "w")
+    assert set(args.without_effect) == {
+        "--lr", "--momentum", "--wd", "--epochs", "--output-path", "--save-every-epoch", "--fixed-sr", "--mode-sr",
+        "--lr-sr", "--lw-sr",
+    }  # fmt: skip
+    assert tester_parser().parse_args([]).without_effect == []
+
+
+def test_the_defaults_are_the_papers():
+    sr = train_sr_parser().parse_args([])
+    assert (sr.lr, sr.lr_decay, sr.lr_decay_epoch, sr.batch_size, sr.patch_size) == (1e-4, 0.5, 225, 12, 24)
+    assert (sr.num_epochs, sr.num_save, sr.vgg_lambda, sr.seed, sr.patches_per_image) == (750, 15, 0.2, 123, 1)
+    assert not (sr.augment or sr.completion or sr.colorization)
+    detector = train_detector_parser().parse_args([])
+    assert (detector.momentum, detector.weight_decay, detector.classifier_grad_scale) == (0.9, 1e-4, 0.02)
+    assert (detector.save_every_epoch, detector.auxiliary, detector.fixed_resynthesizer) == (2, "none", False)
+    assert all(getattr(detector, name) is None for name in BY_NAME)  # what a checkpoint says is not overruled
+    assert tester_parser().parse_args([]).batch_size == 1
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_option_is_read(program):
+    source = (ROOT / program).read_text()
+    read = set(re.findall(r"\bargs\.(\w+)", source))
+    declared = {action.dest for action in actions(PROGRAMS[program]())}
+    assert "vars(args)" in source
+    assert declared - read - BY_NAME == set()
+    assert read - declared - {"without_effect"} == set()
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_option_is_explained(program):
+    assert [a.dest for a in actions(PROGRAMS[program]()) if not a.help] == []
+
+
+def test_words_that_stand_here_are_those_used_elsewhere():
+    assert options.PERTURBATIONS == perturbations.NAMES
+    assert options.PERTURBATION_PROTOCOLS == perturbations.PROTOCOLS
+    assert tuple(options.ARCHITECTURES) == tuple(ARCHITECTURES)
+    assert tuple(options.TASKS) == tuple(HEADS)
+    assert tuple(options.PRECISIONS) == tuple(PRECISIONS)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "wrong", [["--seed", "-1"], ["--batch-size", "0"], ["--workers", "x"], ["--precision", "fp8"], ["--see", "1"]]
+)
+def test_a_wrong_option_is_one_line_and_status_2(program, wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        PROGRAMS[program]().parse_args(wrong)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and wrong[0] in message
+
+
+def test_numbers_have_limits():
+    parse = options.number(float, 0, 1)
+    assert parse("0.5") == 0.5 and parse("0") == 0 and parse("1") == 1
+    for text in ("-0.1", "1.1", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match="wanted: at least 0 and at most 1"):
+            parse(text)

@@ -1,0 +1,316 @@
+"""The scripts: what they choose and say, the flags they pass (METHOD of the release), and that they really run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_rule import fill
+from PIL import Image
+
+import test as program
+import train_detector
+import train_sr
+from data import example
+from models import RDN, DeepStemResNet
+from utils import options
+from utils.scores import read_table
+
+ROOT = Path(__file__).resolve().parent.parent
+PARSERS = {
+    "train_sr.py": options.train_sr_parser,
+    "train_detector.py": options.train_detector_parser,
+    "test.py": options.test_parser,
+}
+RELEASED = ("./pretrained_models/pixel_pggan_celeba.pth.tar", "./pretrained_models/sr_vgg_epoch_last.pth")
+STAGE5 = "./pretrained_models/stylegan_celeba_stage5_noising"
+OWN_ENVIRONMENT = (
+    "DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL",
+)  # fmt: skip
+
+# Stands in for Python: can import everything, makes example images of no content, records what it is called with.
+STUB = """#!/usr/bin/env bash
+case "$1 ${2:-}" in
+    "-c "*) exit 0 ;;
+    "-m data.example") mkdir -p data/example/{train,test}/{real,nearest,bilinear}; touch data/example/settings.json
+        touch data/example/{train,val}.txt ;;
+    *) printf '%s\\n' "$@" > recorded ;;
+esac
+"""
+# The real one, but for the check of its packages, which takes as long as a small training.
+REAL_PYTHON = """#!/usr/bin/env bash
+[[ "$1" == -c ]] || exec "{python}" "$@"
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def copy_checkout(to: Path, stub: str) -> Path:
+    """The programs and scripts without images, outputs and the rest; `stub` is beside them as ./python."""
+    for pattern in ("*.py", "script/*.sh", "models/*.py", "data/*.py", "utils/*.py"):
+        for file in ROOT.glob(pattern):
+            target = to / file.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, target)
+    executable(to / "python", stub)
+    return to
+
+
+def bash(checkout: Path, script: str, *argv, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
+    """`bash script/SCRIPT ARGV` with these environment variables."""
+    inherited = {k: v for k, v in os.environ.items() if k not in OWN_ENVIRONMENT}
+    return subprocess.run(
+        ["bash", checkout / "script" / script, *map(str, argv)],
+        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHON": str(checkout / "python"), **environment},
+        cwd=cwd or checkout, capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A checkout without any data, and Python's stand-in."""
+    return copy_checkout(tmp_path / "checkout", STUB)
+
+
+def touch(checkout: Path, *paths: str) -> None:
+    for path in paths:
+        (checkout / path).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / path).touch()
+
+
+def recorded(checkout: Path):
+    """The options the program was started with, and the command itself."""
+    command = (checkout / "recorded").read_text().splitlines()
+    at = next(i for i, word in enumerate(command) if word in PARSERS)
+    return PARSERS[command[at]]().parse_args(command[at + 1 :]), command
+
+
+def scripts() -> list[str]:
+    return sorted(p.name for p in (ROOT / "script").glob("t*_*.sh"))
+
+
+# --- what they pass -----------------------------------------------------------------------------------------
+
+REAL_TRAIN = {"real_roots": ["./data/CelebA"]}
+PIXEL = {"arch": "resnet50", "dilated": False, "stage": 0, "in_channels": 3}
+STAGE_5 = {"arch": "resnet50", "dilated": False, "stage": 5, "in_channels": 512}
+SHAPE = {"scale": 4, "num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8}
+FROZEN = {
+    "lr": 1e-2, "classifier_grad_scale": 0.02, "epochs": 100, "batch_size": 10, "fixed_resynthesizer": True,
+    "resynthesizer_file": RELEASED[1], "resume": None, **SHAPE,
+}  # fmt: skip
+FINETUNED = {
+    "lr": 1e-6, "classifier_grad_scale": 1e-3, "auxiliary_weight": 1.0, "epochs": 100, "batch_size": 6,
+    "fixed_resynthesizer": False,
+}  # fmt: skip
+
+
+def at(generator: str, path: str) -> dict:
+    return {**REAL_TRAIN, "fake_roots": [f"./data/{generator}"], "output_path": path}
+
+
+SETTINGS = {
+    "train_super_resolution_celeba.sh": {
+        **SHAPE, "lr": 1e-4, "lr_decay": 0.5, "lr_decay_epoch": 225, "batch_size": 12, "patch_size": 24,
+        "num_epochs": 750, "num_save": 15, "workers": 8, "outputs_dir": "./output_hr", "seed": 123,
+        "train_file": "data/celeba_example_train.txt", "eval_file": "data/celeba_example_val.txt",
+    },
+    "train_pixel_pggan.sh": {**PIXEL, **FROZEN, **at("CelebA_ProGAN", "./output_end2end/pixel_pggan")},
+    "train_stage5_stylegan.sh": {**STAGE_5, **FROZEN, **at("CelebA_StyleGAN", "./output_end2end/stage5_stylegan")},
+    "train_pixel_pggan_colorization.sh": {
+        **PIXEL, **FINETUNED, **at("CelebA_ProGAN", "./output_end2end/pixel_pggan_colorization"),
+        "auxiliary": "colorization", "resume": RELEASED[0], "resynthesizer_file": RELEASED[1],
+    },
+    "train_stage5_stylegan_denoising.sh": {
+        **STAGE_5, **FINETUNED, **at("CelebA_StyleGAN", "./output_end2end/stage5_stylegan_noising"),
+        "auxiliary": "denoising", "resume": f"{STAGE5}/cls.pth.tar", "resynthesizer_file": f"{STAGE5}/sr.pth.tar",
+    },
+    "test_pixel_celeba.sh": {
+        **PIXEL, **REAL_TRAIN, "fake_roots": ["./data/CelebA_StyleGAN"], "batch_size": 1, "resume": RELEASED[0],
+        "resynthesizer_file": RELEASED[1], "save_path": "./output/train_pggan_pixel_test_stylegan",
+    },
+    "test_stage5_celeba.sh": {
+        **STAGE_5, **REAL_TRAIN, "fake_roots": ["./data/CelebA_ProGAN"], "batch_size": 1,
+        "resume": f"{STAGE5}/cls.pth.tar", "resynthesizer_file": f"{STAGE5}/sr.pth.tar",
+        "save_path": "./output/train_stylegan_stage5_noising_test_pggan",
+    },
+}  # fmt: skip
+
+
+def released_layout(checkout: Path) -> None:
+    touch(
+        checkout, "data/CelebA/a.png", "data/CelebA_ProGAN/a.png", "data/CelebA_StyleGAN/a.png",
+        "data/celeba_example_train.txt", "data/celeba_example_val.txt", *RELEASED, f"{STAGE5}/cls.pth.tar",
+        f"{STAGE5}/sr.pth.tar", "output_end2end/pixel_pggan/best.pth.tar", "output_hr/x4/best.pth",
+    )  # fmt: skip
+
+
+def test_the_table_is_of_all_scripts():
+    assert sorted(SETTINGS) == scripts()
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+def test_settings_of_the_release(bare, script):
+    """Where the seed's paths exist they are taken, one line said for each; the user's flags come last."""
+    released_layout(bare)
+    run = bash(bare, script, 0, "--seed", 123)
+    assert run.returncode == 0, run.stderr
+    args, command = recorded(bare)
+    got = {**vars(args), "in_channels": getattr(args, "in_channels", None)}
+    assert {key: got[key] for key in SETTINGS[script]} == SETTINGS[script]
+    assert args.gpu == "0" and command[-2:] == ["--seed", "123"]
+    said = run.stderr.splitlines()
+    assert all(line.startswith(f"[{script}] ") for line in said)
+    chosen = [got.get(k) for k in ("real_roots", "fake_roots", "resume", "resynthesizer_file", "train_file", "eval_file")]
+    chosen = [path[0] if isinstance(path, list) else path for path in chosen if path]
+    assert sorted(line.rsplit(": ", 1)[1] for line in said) == sorted(chosen)
+
+
+@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("argv", [[], ["gpu0"], ["--epochs", "1"]])
+def test_without_a_gpu_id(bare, script, argv):
+    run = bash(bare, script, *argv)
+    assert run.returncode == 2 and not (bare / "recorded").exists()
+    assert len(run.stderr.splitlines()) == 1 and f"usage: bash script/{script} GPU_ID" in run.stderr
+
+
+def test_a_fresh_checkout(bare, tmp_path):
+    """Example images are made once; then each script takes what the one before it wrote; from any folder."""
+    run = bash(bare, "train_super_resolution_celeba.sh", "cpu", cwd=tmp_path)
+    args, _ = recorded(bare)
+    assert (args.gpu, args.train_file, args.eval_file) == ("cpu", "data/example/train.txt", "data/example/val.txt")
+    assert "making example images" in run.stderr
+
+    run = bash(bare, "train_pixel_pggan.sh", "cpu", cwd=tmp_path)
+    assert run.returncode == 2 and "train_super_resolution_celeba.sh" in run.stderr.splitlines()[-1]
+    touch(bare, "output_hr/x4/last.pth")
+    run = bash(bare, "train_pixel_pggan.sh", "cpu", cwd=tmp_path)
+    args, _ = recorded(bare)
+    assert (args.real_roots, args.fake_roots) == (["data/example/train/real"], ["data/example/train/nearest"])
+    assert args.resynthesizer_file == "./output_hr/x4/last.pth"
+    assert "making example images" not in run.stderr
+
+    run = bash(bare, "test_pixel_celeba.sh", "cpu", cwd=tmp_path)
+    assert run.returncode == 2 and "train_pixel_pggan.sh" in run.stderr.splitlines()[-1]
+    touch(bare, "output_end2end/pixel_pggan/last.pth.tar")
+    run = bash(bare, "test_pixel_celeba.sh", "cpu", cwd=tmp_path)
+    args, _ = recorded(bare)
+    assert args.fake_roots == ["data/example/test/bilinear"]
+    assert (args.resume, args.resynthesizer_file) == ("./output_end2end/pixel_pggan/last.pth.tar", None)
+    assert "the one inside" in run.stderr
+
+    for script, own in (("train_stage5_stylegan_denoising.sh", "stage5_stylegan"), ("test_stage5_celeba.sh", "stage5_stylegan")):
+        touch(bare, f"output_end2end/{own}/best.pth.tar")
+        assert bash(bare, script, "cpu").returncode == 0
+        assert recorded(bare)[0].resume == f"./output_end2end/{own}/best.pth.tar"
+
+
+def test_what_the_environment_says_goes_first(bare):
+    released_layout(bare)
+    mine = {"DATA_ROOT_POS": "my reals", "DATA_ROOT_NEG": "my fakes", "RESUME": "d.tar", "SR_RESUME": "r.pth",
+            "OUTPUT_PATH": "my/out", "VGG_WEIGHTS": "my vgg.pth", "NPROC": "2"}  # fmt: skip
+    run = bash(bare, "test_pixel_celeba.sh", 1, "--crop-size", 64, **mine)
+    args, command = recorded(bare)
+    assert (args.real_roots, args.fake_roots) == (["my reals"], ["my fakes"])
+    assert (args.resume, args.resynthesizer_file, args.save_path) == ("d.tar", "r.pth", "my/out")
+    assert (args.vgg_weights, args.crop_size) == ("my vgg.pth", 64)
+    assert command[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert all(f"{value} (from {key})" in run.stderr for key, value in list(mine.items())[:4])
+
+
+@pytest.mark.parametrize(
+    ("there", "environment", "named"),
+    [
+        ("data/CelebA", {}, "DATA_ROOT_NEG"),
+        ("data/CelebA_StyleGAN", {}, "DATA_ROOT_POS"),
+        (None, {"DATA_ROOT_POS": "mine"}, "DATA_ROOT_NEG"),
+        (None, {"DATA_ROOT_NEG": "mine"}, "DATA_ROOT_POS"),
+    ],
+)
+def test_half_of_a_pair_is_not_completed_by_example_images(bare, there, environment, named):
+    if there:
+        touch(bare, f"{there}/a.png")
+    touch(bare, *RELEASED)
+    run = bash(bare, "test_pixel_celeba.sh", 0, **environment)
+    assert run.returncode == 2 and f"set {named}" in run.stderr.splitlines()[-1]
+    assert not (bare / "recorded").exists() and not (bare / "data" / "example").exists()
+
+
+def test_a_python_that_lacks_packages(bare):
+    executable(bare / "python", "#!/usr/bin/env bash\nexit 1\n")
+    run = bash(bare, "test_pixel_celeba.sh", 0)
+    # Another Python of this machine may do; a .venv is never made where PYTHON was named
+    assert run.returncode == 2
+    assert not (bare / ".venv").exists()
+
+
+# --- that they run ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread():
+    """For networks this small more would only be slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run_recorded(checkout: Path) -> int:
+    """Run what a script has started Python's stand-in with, in this process (which has torch imported already)."""
+    main = {"train_sr.py": train_sr.main, "train_detector.py": train_detector.main, "test.py": program.main}
+    _, command = recorded(checkout)
+    return main[command[0]](command[1:]) or 0
+
+
+def test_the_test_script_gives_the_released_logits(bare, monkeypatch, one_thread):
+    """No flag but the GPU's: the script's own, with the released files where the release has them."""
+    released_layout(bare)
+    golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
+    torch.save({"arch": "resnet50", "state_dict": fill(DeepStemResNet(in_channels=3)).state_dict()}, bare / RELEASED[0])
+    torch.save(fill(RDN()).state_dict(), bare / RELEASED[1])
+    for folder, pixels in zip(("CelebA", "CelebA_StyleGAN"), golden["image"], strict=True):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(bare / "data" / folder / "a.png")
+    assert bash(bare, "test_pixel_celeba.sh", "cpu", "-j", 0).returncode == 0
+    monkeypatch.chdir(bare)
+    assert run_recorded(bare) == 0
+    got = np.load("output/train_pggan_pixel_test_stylegan.npy")
+    assert np.abs(got - golden["logits_pixel_dil0"]).max() <= 1e-4
+
+
+def test_the_scripts_one_after_the_other(bare, tmp_path, monkeypatch, one_thread):
+    """Train RDN, train a detector on it, test that; tiny, but all of it real."""
+    monkeypatch.chdir(bare)
+    example.main("--size 64 --train 8 --val 4 --test 4 --steps 5 --workers 1 --out data/example".split())
+    shape = "num-features 8 growth-rate 8 num-blocks 1 num-layers 2".split()
+    pairs = list(zip(shape[::2], shape[1::2], strict=True))
+
+    small = [word for name, n in pairs for word in (f"--{name}", n)]
+    flags = [*small, "--num-epochs", 1, "--patch-size", 8, "--num-workers", 0]
+    run = bash(bare, "train_super_resolution_celeba.sh", "cpu", *flags, VGG_WEIGHTS="random")
+    assert run.returncode == 0 and "making example images" not in run.stderr
+    assert run_recorded(bare) == 0
+    assert Path("output_hr/x4/last.pth").exists()
+
+    small = [word for name, n in pairs for word in (f"--sr-{name}", n)]
+    flags = [*small, "--epochs", 1, "-b", 8, "-j", 0]
+    assert bash(bare, "train_pixel_pggan.sh", 0, *flags).returncode == 0
+    assert run_recorded(bare) == 0
+    assert Path("output_end2end/pixel_pggan/last.pth.tar").exists()
+
+    executable(bare / "python", REAL_PYTHON.format(python=sys.executable))
+    run = bash(bare, "test_pixel_celeba.sh", 0, "-j", 0, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    table = read_table("output/train_pggan_pixel_test_stylegan.csv")
+    assert table.is_real.sum() == table.is_fake.sum() == 4 and table.scored.all()
+    assert "AUROC" in run.stdout
+    if not torch.cuda.is_available():
+        assert run.stderr.count("GPU 0 was asked for") == 1
