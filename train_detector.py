@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import center_crop
 from tqdm import tqdm
 
 from data.images import (
     FAKE,
+    LABEL_NAMES,
     REAL,
     Batch,
     DataError,
@@ -32,7 +34,9 @@ from data.images import (
     Item,
     SizePolicy,
     collate,
+    fit_size,
     labelled_items,
+    load_image,
     to_float,
     usable_items,
 )
@@ -81,6 +85,8 @@ logger = logging.getLogger("train_detector")
 LAST = "last.pth.tar"
 CHANGEABLE = {"gpu", "workers", "resume", "init", "output_path", "resynthesizer_file"}  # in a run's continuation
 FINAL_RATE = 1e-4  # of the base rate: where the cosine schedule ends
+PICTURE_SIDE = 256  # pixels of the pictures in TensorBoard
+PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,6 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         val_items = labelled_items(args.val_real_roots, args.val_fake_roots) if args.val_real_roots else []
         detector, config, resumed = networks(args)
         detector.freeze_resynthesizer(args.fixed_resynthesizer)
+        detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer  # or 12 GB for an image of 1024 x 1024
         recipe = make_recipe(args, device, config, resumed, detector)
         policy = SizePolicy(detector.resynthesizer.scale, args.crop_size, args.resize)
         items = usable_items(items, policy, args.skip_bad)
@@ -125,6 +132,9 @@ def main(argv: list[str] | None = None) -> None:
         loader = make_loader(images, batches, collate, args.workers, device)
         val_loader = validation_loader(val_items, policy, args.batch_size, args.workers, device, world)
         logger.info("%d training images; from epoch %d, step %d on", len(items), progress.epoch, progress.step)
+        shown = example_images(items, policy)
+        if progress.total_steps == 0:
+            record_pictures(detector, shown, recipe, recorder, 0)
         while progress.epoch < args.epochs:
             epoch = progress.epoch
             stepper.set_rates(rate_factor(epoch, args.epochs))
@@ -137,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
             if epoch % args.save_every_epoch == 0 or progress.epoch == args.epochs:
                 save_epoch(keeper, progress, args.keep_last, values.get("val_auroc"))
             recorder.epoch(epoch, values)
+            if not args.fixed_resynthesizer:
+                record_pictures(detector, shown, recipe, recorder, progress.epoch)
         recorder.close()
 
 
@@ -417,6 +429,42 @@ def epoch_values(means: dict[str, float]) -> dict[str, float]:
         if name in means:
             means[name] = means[name] / share if share else float("nan")
     return means
+
+
+def example_images(items: list[Item], policy: SizePolicy) -> dict[str, Tensor]:
+    """The first real and the first generated image, their central PICTURE_SIDE pixels at most: (1, 3, H, W) each."""
+    firsts = {item.label: item for item in reversed(items)}  # the last written of each label is the first of the items
+    images = {}
+    for label, item in firsts.items():
+        x = to_float(fit_size(load_image(item.path), policy))  # (3, H, W)
+        side = min(PICTURE_SIDE, *x.shape[-2:])
+        images[LABEL_NAMES[label]] = center_crop(x, side - side % policy.scale)[None]
+    return images
+
+
+@torch.no_grad()
+def record_pictures(
+    detector: ResynthesisDetector, images: dict[str, Tensor], recipe: Recipe, recorder: Recorder, epoch: int
+) -> None:
+    """To TensorBoard, of each image (1, 3, H, W): x | x_hat | residual x 4; degraded x_lr | x_hat of that | residual x 4.
+
+    The same images and the same degradation in every epoch, so that before and after training can be compared.
+    """
+    if recorder.writer is None:
+        return
+    scale = detector.resynthesizer.scale
+    for name, x in images.items():
+        x = x.to(recipe.device)
+        inputs = {name: downsample(x, scale)}  # (1, 3, h, w)
+        if recipe.head is not None:
+            rngs = [keyed_generator(recipe.seed), keyed_generator(recipe.seed, 1)]
+            inputs[f"{name}_degraded"] = recipe.head.degrade(inputs[name], rngs[0], rngs[1:])
+        for what, x_lr in inputs.items():
+            with autocast(recipe.device, recipe.precision):
+                x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
+            before = F.interpolate(x_lr, scale_factor=scale) if what != name else x
+            row = [before, x_hat, PICTURE_GAIN * detector.difference(x_hat, x)]
+            recorder.pictures(f"resynthesis/{what}", torch.cat(row, dim=3), epoch)  # (1, 3, H, 3 * W)
 
 
 def validation_loader(

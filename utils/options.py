@@ -226,8 +226,8 @@ def train_detector_parser() -> Parser:
     group.add_argument("-b", "--batch-size", type=number(int, 1), default=10, metavar="N", help="images a step (10)")
     group.add_argument(
         "--micro-batch", type=number(int, 1), metavar="N",
-        help="pass N images at a time through the networks and accumulate: less memory, the same update but for"
-        " batch-norm statistics, which are those of N images (default: the whole batch)",
+        help="pass N images at a time through RDN and VGG: less memory, the same update, batch normalisation included,"
+        " for one more forward pass where RDN is trained (default: the whole batch)",
     )  # fmt: skip
     group.add_argument("--epochs", type=number(int, 1), default=100, metavar="N", help="(100)")
     group.add_argument("--lr", type=number(float, 0), default=1e-2, metavar="RATE", help="base rate of SGD (1e-2)")
