@@ -16,8 +16,8 @@ import shutil
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data.images import (
     LABEL_NAMES,
+    Batch,
     DataError,
     ImageDataset,
     Item,
@@ -39,7 +40,7 @@ from data.images import (
     to_float,
 )
 from data.loading import make_loader
-from data.perturbations import Cell, PerturbTransform, cells
+from data.perturbations import MILD_QUALITY, MILD_SCALE, Cell, PerturbTransform, cells, mild_variants
 from data.sampling import EpochBatches, shard
 from models import Checkpoint, ModelError, ResynthesisDetector, fingerprint, load_detector
 from utils import checkpoint as checkpoints
@@ -60,7 +61,17 @@ from utils.run import (
     versions,
     write_json,
 )
-from utils.scores import Row, RowWriter, ScoreError, ScoreTable, drop_torn_row, make_rows, read_table, residual_path
+from utils.scores import (
+    Row,
+    RowWriter,
+    ScoreError,
+    ScoreTable,
+    drop_torn_row,
+    make_rows,
+    predict,
+    read_table,
+    residual_path,
+)
 
 logger = logging.getLogger("test")
 
@@ -83,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.batch_size > 1:
             refuse_mixed_sizes(items, policy)
         detector.to(device, memory_format=torch.channels_last).eval()
+        scorer = Scorer(detector, device, args.precision, calibration, args.save_residuals, args.stability)
 
         # Where the results go
         if world.size > 1 and not args.save_path:
@@ -93,24 +105,19 @@ def main(argv: list[str] | None = None) -> int:
             make_folder(args.save_residuals)
 
         # Scores, then what is made of them
+        classifier = {"file": args.resume, "classifier": fingerprint(detector.classifier), "calibration": calibration}
+        whole = {"settings": vars(args), "detector": classifier | config, "images": digest(items)}
         tables = {}
         for cell in perturbations:
             path = save_path if len(perturbations) == 1 else f"{save_path}_{cell.label.replace(' ', '_')}"
-            about = {
-                "settings": vars(args),
-                "detector": {
-                    "file": args.resume, "classifier": fingerprint(detector.classifier), "calibration": calibration,
-                    **config,
-                },  # fmt: skip
-                "perturbation": {**cell._asdict(), "protocol": args.perturb_protocol},
-                "images": digest(items),
-            }
-            score(detector, items, policy, Path(f"{path}.csv"), calibration, cell, about, args, device, world, stop)
+            about = whole | {"perturbation": {**cell._asdict(), "protocol": args.perturb_protocol}}
+            images = ImageDataset(items, policy, transform=perturbation(cell, args.perturb_protocol, args.seed))
+            score(scorer, images, Path(f"{path}.csv"), about, args.batch_size, args.workers, world, stop)
             if world.is_main:
                 tables[cell.label] = results(Path(path), about)
         if not world.is_main:
             return 0
-        show(tables, args.input is not None, args.save_path)
+        show(tables, calibration, args.input is not None, args.save_path)
         errors = sum(int((~table.scored).sum()) for table, _ in tables.values())
         return EXIT_ERRORS if errors else 0
 
@@ -141,6 +148,11 @@ def detector_to_test(args: Namespace) -> tuple[ResynthesisDetector, dict, dict]:
     return detector, config, calibration
 
 
+def perturbation(cell: Cell, protocol: str, seed: int) -> PerturbTransform | None:
+    """What is done to each image before it is scored; None: nothing."""
+    return None if cell.name == "none" else PerturbTransform(cell.name, protocol, seed, cell.strength)
+
+
 def refuse_mixed_sizes(items: list[Item], policy: SizePolicy) -> None:
     """Batches need images of one size; better said now than after an hour.
 
@@ -154,42 +166,45 @@ def refuse_mixed_sizes(items: list[Item], policy: SizePolicy) -> None:
         raise DataError(mismatch)
 
 
+class Scorer(NamedTuple):
+    """What makes rows of a score table out of images."""
+
+    detector: ResynthesisDetector
+    device: torch.device
+    precision: str
+    calibration: dict  # empty: none
+    residual_folder: str | None  # where pictures of the residuals go
+    stability: bool  # whether each image is scored again as its mild variants
+
+
 def score(
-    detector: ResynthesisDetector,
-    items: list[Item],
-    policy: SizePolicy,
+    scorer: Scorer,
+    images: ImageDataset,
     table: Path,
-    calibration: dict,
-    cell: Cell,
     about: dict,
-    args: Namespace,
-    device: torch.device,
+    batch_size: int,
+    workers: int,
     world: World,
     stop: StopSignal,
 ) -> None:
-    """Write the score table of all items: each process a part, one row an image, in order; then join the parts.
+    """Write the score table of all images: each process a part, one row an image, in order; then join the parts.
 
     A part left by a run that was killed is gone on with if it is of the same images, detector and settings.
     """
-    own = shard(items, world.rank, world.size)
+    own = shard(images.items, world.rank, world.size)
     part = part_of(table, world.rank, world.size)
     done = rows_done(part, about)
     if done:
         logger.info("going on after %d of %d images already scored in %s", done, len(own), part)
-    transform = None if cell.name == "none" else PerturbTransform(cell.name, args.perturb_protocol, args.seed, cell.strength)
-    dataset = ImageDataset(own[done:], policy, seed=args.seed, transform=transform)
-    batches = EpochBatches(len(dataset), args.batch_size, shuffle=False)
-    loader = make_loader(dataset, batches, collate, args.workers, device)
-    with RowWriter(part, append=done > 0) as writer, tqdm(total=len(own), initial=done, leave=False, disable=None) as bar:
+    dataset = ImageDataset(own[done:], images.policy, transform=images.transform)
+    batches = EpochBatches(len(dataset), batch_size, shuffle=False)
+    loader = make_loader(dataset, batches, collate, workers, scorer.device)
+    with (
+        RowWriter(part, append=done > 0, stability=scorer.stability) as writer,
+        tqdm(total=len(own), initial=done, leave=False, disable=None) as bar,
+    ):
         for batch in loader:
-            if batch.mismatch:
-                raise DataError(batch.mismatch)
-            logits = torch.empty(0, 2)
-            if batch.indices:
-                x = to_float(batch.images.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
-                names = [dataset.items[i].path for i in batch.indices]
-                logits = logits_of(detector, x, names, args.precision, args.save_residuals)
-            rows = list(batch_rows(dataset.items, batch.indices, logits.numpy(), batch.errors, calibration))
+            rows = batch_rows(scorer, dataset.items, batch)
             writer.write(*rows)
             bar.update(len(rows))
             if stop.received:
@@ -199,12 +214,40 @@ def score(
         join_parts(table, world.size)
 
 
+def batch_rows(scorer: Scorer, items: list[Item], batch: Batch) -> list[Row]:
+    """The rows of a batch in the order of its images, those that could not be read among them."""
+    if batch.mismatch:
+        raise DataError(batch.mismatch)
+    labels = {i: "" if items[i].label is None else LABEL_NAMES[items[i].label] for i in (*batch.indices, *batch.errors)}
+    rows = {i: Row(items[i].path, labels[i], items[i].generator, error=text) for i, text in batch.errors.items()}
+    if batch.indices:
+        names = [items[i].path for i in batch.indices]
+        scored = make_rows(
+            names,
+            [labels[i] for i in batch.indices],
+            [items[i].generator for i in batch.indices],
+            logits_of(scorer, batch.images, names, scorer.residual_folder).numpy(),
+            **verdict_rule(scorer.calibration),
+        )
+        if scorer.stability:
+            scored = with_stability(scorer, scored, batch.images)
+        rows |= zip(batch.indices, scored, strict=True)
+    for i in sorted(rows):
+        if rows[i].error:
+            logger.warning("not scored: %s", rows[i].error)
+    return [rows[i] for i in sorted(rows)]
+
+
 @torch.inference_mode()
-def logits_of(
-    detector: ResynthesisDetector, x: Tensor, names: list[str], precision: str, residual_folder: str | None
-) -> Tensor:
-    """The logits (B, 2), float32, on the CPU; on the way the residuals as pictures, if wanted. x: (B, 3, H, W)."""
-    with autocast(x.device, precision):
+def logits_of(scorer: Scorer, images: Tensor, names: list[str], residual_folder: str | None = None) -> Tensor:
+    """The logits (B, 2), float32, on the CPU; on the way the residuals as pictures, if wanted.
+
+    images: uint8 (B, 3, H, W). names: their paths.
+    """
+    detector = scorer.detector
+    x = to_float(images.to(scorer.device, non_blocking=True))  # (B, 3, H, W)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with autocast(scorer.device, scorer.precision):
         if residual_folder is None:
             return detector(x).cpu()
         x_hat = detector.resynthesize(x)  # (B, 3, H, W)
@@ -215,25 +258,27 @@ def logits_of(
         return detector.classify(residual).cpu()
 
 
-def batch_rows(
-    items: list[Item], indices: list[int], logits: np.ndarray, errors: dict[int, str], calibration: dict
-) -> Iterator[Row]:
-    """The rows of a batch in the order of its images, those that could not be read among them."""
-    labels = {i: "" if items[i].label is None else LABEL_NAMES[items[i].label] for i in (*indices, *errors)}
-    scored = make_rows(
-        [items[i].path for i in indices],
-        [labels[i] for i in indices],
-        [items[i].generator for i in indices],
-        logits,
-        calibration.get("temperature", 1.0),
-        (calibration["t_real"], calibration["t_fake"]) if calibration else None,
-    )
-    rows = dict(zip(indices, scored, strict=True))
-    rows |= {i: Row(items[i].path, labels[i], items[i].generator, error=text) for i, text in errors.items()}
-    for i in sorted(rows):
-        if rows[i].error:
-            logger.warning("not scored: %s", rows[i].error)
-        yield rows[i]
+def verdict_rule(calibration: dict) -> dict:
+    """What `make_rows` and `predict` need to know of a calibration (empty: none, and the larger logit decides)."""
+    if not calibration:
+        return {}
+    return {
+        "temperature": calibration["temperature"],
+        "thresholds": (calibration["t_real"], calibration["t_fake"]),
+    }
+
+
+def with_stability(scorer: Scorer, rows: list[Row], images: Tensor) -> list[Row]:
+    """The rows, each saying whether its verdict is also that on the image's mild variants. images: (B, 3, H, W)."""
+    variants = [mild_variants(image) for image in images]
+    stable = [True] * len(rows)
+    for kind in variants[0]:
+        batch = torch.stack([of_image[kind] for of_image in variants])  # (B, 3, H, W)
+        logits = logits_of(scorer, batch, [row.path for row in rows])
+        _, verdicts = predict(logits.numpy(), **verdict_rule(scorer.calibration))
+        stable = [s and v == row.prediction for s, v, row in zip(stable, verdicts, rows, strict=True)]
+    words = ("stable" if s else "unstable" for s in stable)
+    return [row if row.error else row._replace(stability=word) for row, word in zip(rows, words, strict=True)]
 
 
 def part_of(table: Path, rank: int, size: int) -> Path:
@@ -297,27 +342,65 @@ def results(path: Path, about: dict) -> tuple[ScoreTable, dict | None]:
     return table, metrics
 
 
-def show(tables: dict[str, tuple[ScoreTable, dict | None]], unlabelled: bool, save_path: str | None) -> None:
+def show(
+    tables: dict[str, tuple[ScoreTable, dict | None]], calibration: dict, unlabelled: bool, save_path: str | None
+) -> None:
     """What is read on the screen: verdicts on single images, the metrics of labelled ones, where the files are."""
-    lines = []
+    lines = explanation(calibration) if unlabelled else []
     for name, (table, metrics) in tables.items():
         if len(tables) > 1:
             lines += ["", f"== {name}"]
         if unlabelled:
-            lines += ["P(fake)  verdict  image"]
-            for i, path in enumerate(table.paths):
-                if table.errors[i]:
-                    lines.append(f"      -  error    {printable(table.errors[i])}")
-                else:
-                    lines.append(f"{table.prob_fake[i]:7.4f}  {table.predictions[i]:7}  {printable(path)}")
+            lines += verdict_lines(table)
         if metrics:
             lines.append(format_table(metrics))
+        lines += stability_lines(table)
     if len(tables) > 1 and not unlabelled:
         lines += ["", *perturbation_table({name: metrics for name, (_, metrics) in tables.items() if metrics})]
     if save_path:
         where = f"{save_path}_*" if len(tables) > 1 else save_path
         lines.append(f"scores, logits, metrics, figures: {where}.csv .npy .json .png")
     sys.stdout.write("\n".join(lines) + "\n")
+
+
+def explanation(calibration: dict) -> list[str]:
+    """What P(fake) and the verdict mean, for who sees them for the first time."""
+    if not calibration:
+        rule = "fake from P(fake) = 0.5 on, else real"
+        grain = "not calibrated: an order of the images rather than a probability (python -m utils.calibrate)"
+    else:
+        rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
+        grain = f"calibrated on {calibration.get('source', '?')}, and meant for images like those"
+    return [f"P(fake): from 0, real, to 1, generated; {grain}", f"verdict: {rule}"]
+
+
+def verdict_lines(table: ScoreTable) -> list[str]:
+    """A line an image: P(fake), the verdict, whether it is stable if that was asked for, the file."""
+    asked = any(table.stability)
+    lines = ["P(fake)  verdict  " + ("stability  " if asked else "") + "image"]
+    for i, path in enumerate(table.paths):
+        if table.errors[i]:
+            lines.append("      -  error    " + ("-          " if asked else "") + printable(table.errors[i]))
+        else:
+            word = f"{table.stability[i]:9}  " if asked else ""
+            lines.append(f"{table.prob_fake[i]:7.4f}  {table.predictions[i]:7}  {word}{printable(path)}")
+    return lines
+
+
+def stability_lines(table: ScoreTable) -> list[str]:
+    """How many verdicts outlive mild changes of the image, if that was asked for: of all, reals and fakes."""
+    stability = np.array(table.stability)
+    asked = stability != ""
+    if not asked.any():
+        return []
+    groups = {"": asked, " real": asked & table.is_real, " fake": asked & table.is_fake}
+    counts = [
+        f"{(stability[rows] == 'unstable').sum()} of {rows.sum()}{name} images"
+        for name, rows in groups.items()
+        if rows.any()
+    ]
+    return [f"unstable (JPEG of quality {MILD_QUALITY}, or resizing to {MILD_SCALE} and back, changes the verdict): "
+            + ", ".join(counts)]  # fmt: skip
 
 
 def perturbation_table(metrics: dict[str, dict]) -> list[str]:

@@ -49,6 +49,10 @@ RELEASED_QUALITY = 95
 RELEASED_NOISE_STD = (5.0, 20.0)
 RELEASED_ROUND_ROBIN = ("noise", "blur", "jpeg", "crop")
 
+# What a picture meets on its way through a messenger or a web page, and what should leave a verdict as it is.
+MILD_QUALITY = 90
+MILD_SCALE = 0.9
+
 # The usual sweeps.
 SWEEP = {
     "blur": (0.0, 1.0, 2.0, 3.0, 4.0),  # sigma in pixels
@@ -150,6 +154,16 @@ def perturb(
     for n in chosen:
         image = _intended(image, n, rng)
     return image
+
+
+def mild_variants(image: Tensor) -> dict[str, Tensor]:
+    """The image after a mild JPEG compression, and made a tenth smaller and large again. No chance in it.
+
+    image: uint8 (3, H, W). Returns {what was done: uint8 (3, H, W)}.
+    """
+    done = {Cell("jpeg", MILD_QUALITY): jpeg(image, MILD_QUALITY)}
+    done[Cell("resize", MILD_SCALE)] = resize_and_back(image, MILD_SCALE)
+    return {cell.label: variant for cell, variant in done.items()}
 
 
 def augment(image: Tensor, rng: np.random.Generator, p: float = PROBABILITY) -> Tensor:

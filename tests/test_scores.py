@@ -35,6 +35,25 @@ def test_any_file_name_comes_back(tmp_path, name):
     assert list(read_rows(tmp_path / "s.csv")) == [row, row]
 
 
+def test_tables_with_and_without_stability(tmp_path):
+    rows = make_rows(["a.png", "b.png"], ["real", ""], ["", ""], [[0, 2], [3, 1]])
+    rows = [*(row._replace(stability="unstable") for row in rows), Row("c.png", error="torn")]
+    with RowWriter(tmp_path / "s.csv", stability=True) as writer:
+        writer.write(*rows[:1])
+    with RowWriter(tmp_path / "s.csv", append=True, stability=True) as writer:
+        writer.write(*rows[1:])
+    assert (tmp_path / "s.csv").read_text().startswith(f"{HEADER},stability\n")
+    assert list(read_rows(tmp_path / "s.csv")) == rows
+    table = read_table(tmp_path / "s.csv")
+    assert table.stability == ["unstable", "unstable", ""] and table.select([2, 0]).stability == ["", "unstable"]
+    write_rows(tmp_path / "without.csv", rows)
+    assert (tmp_path / "without.csv").read_text().startswith(f"{HEADER}\n")
+    assert read_table(tmp_path / "without.csv").stability == ["", "", ""]
+    (tmp_path / "s.csv").write_text(f"{HEADER},stability\na.png,,,1,2,0.3,real,,shaky\n")
+    with pytest.raises(ScoreError, match="stability 'shaky'"):
+        read_table(tmp_path / "s.csv")
+
+
 @pytest.mark.parametrize("start", FORMULA_STARTS)
 def test_no_cell_starts_as_a_formula(tmp_path, start):
     write_rows(

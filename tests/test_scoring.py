@@ -3,10 +3,11 @@
 import contextlib
 import csv
 import json
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
+import socket
 import sys
 import time
 from pathlib import Path
@@ -23,13 +24,11 @@ from utils.distributed import World
 from utils.run import run_program
 from utils.scores import COLUMNS, read_table
 
-ROOT = Path(__file__).resolve().parent.parent
-GOLDEN = ROOT / "tests" / "golden" / "reference_outputs.npz"
+GOLDEN = Path(__file__).parent / "golden" / "reference_outputs.npz"
 TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 1, "num_layers": 2}
 MISTAKES = (program.DataError, program.ModelError, program.CheckpointError, program.ScoreError)
 SAVED = (".csv", ".json", ".npy", ".png")
-MANY = 150  # images
-KILLED_AFTER = 20  # of them
+KILLED_AFTER = 4  # images
 
 
 def score(*argv) -> int:
@@ -307,60 +306,58 @@ def test_mixed_sizes(tiny, tmp_path, capfd):
 # --- killed runs, several processes -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """Small images, of two classes."""
-    folder = tmp_path_factory.mktemp("many")
-    for i in range(MANY):
-        write_image(folder / ("fake" if i % 2 else "real") / f"{i:03}.png", i, 32)
-    return folder
+def start(*argv, **environment) -> multiprocessing.Process:
+    """What `python test.py ARGV` does, in a process of its own."""
 
+    def run():
+        os.environ.update(environment)
+        os._exit(score(*argv))
 
-def command(*argv) -> dict:
-    """How subprocess starts `python test.py ARGV`."""
-    return {
-        "args": [sys.executable, *map(str, argv)],
-        "env": {**os.environ, "OMP_NUM_THREADS": "1"},
-        "cwd": ROOT,
-        "stdout": subprocess.DEVNULL,
-        "stderr": subprocess.PIPE,
-        "text": True,
-    }
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, many, tmp_path_factory):
+def whole(tiny, sets, tmp_path_factory):
     """The table of an uninterrupted run in one process."""
     path = tmp_path_factory.mktemp("whole") / "p"
-    assert score(*of_many(tiny, many, path)) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "roc_and_histogram", lambda *_: None)
+        assert score(*labelled(tiny, sets, "--stability", "--save_path", path)) == 0
     return path.with_suffix(".csv")
 
 
-def of_many(tiny, many, path) -> list:
-    return flags(tiny, "--data-root-pos", many / "real", "--data-root-neg", many / "fake", "--save_path", path)
-
-
-def test_a_killed_run_goes_on_where_it_stopped(tiny, many, whole, tmp_path, monkeypatch, capfd):
+def test_a_killed_run_goes_on_where_it_stopped(tiny, sets, whole, tmp_path, monkeypatch, capfd):
     path = tmp_path / "killed"
     part = tmp_path / ".killed.csv.0-of-1.part"
-    with subprocess.Popen(**command("test.py", *of_many(tiny, many, path))) as run:
-        while run.poll() is None and not (part.exists() and part.read_bytes().count(b"\n") > KILLED_AFTER):
-            time.sleep(0.001)
-        run.send_signal(signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL and not path.with_suffix(".csv").exists()
-    part.write_bytes(part.read_bytes()[:-3])  # as a machine that lost power may leave it
-    before = [line.split(",")[0] for line in part.read_text().splitlines()[1:-1]]
+    arguments = labelled(tiny, sets, "--stability", "--save_path", path)
+    scored, batch_rows = [], program.batch_rows
 
-    scored, logits_of = [], program.logits_of
-    monkeypatch.setattr(program, "logits_of", lambda d, x, names, *a: scored.extend(names) or logits_of(d, x, names, *a))
-    assert score(*of_many(tiny, many, path), "-b", 2) == 0
-    assert f"going on after {len(before)} of {MANY}" in capfd.readouterr().err
-    assert len(before) >= KILLED_AFTER - 1
-    assert len(before) + len(scored) == MANY and not {os.path.basename(p) for p in scored} & {
-        os.path.basename(p) for p in before
-    }
+    def hanging(scorer, items, batch):
+        scored.extend(items[i].path for i in batch.indices)
+        if len(scored) > KILLED_AFTER:
+            time.sleep(60)
+        return batch_rows(scorer, items, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "batch_rows", hanging)
+        run = start(*arguments)
+        while run.is_alive() and not (part.exists() and part.read_bytes().count(b"\n") > KILLED_AFTER):
+            time.sleep(0.001)
+        run.kill()
+        run.join()
+    assert run.exitcode == -signal.SIGKILL and not path.with_suffix(".csv").exists()
+    part.write_bytes(part.read_bytes()[:-3])  # as a machine that lost power may leave it
+
+    monkeypatch.setattr(
+        program, "batch_rows", lambda s, items, b: scored.extend(items[i].path for i in b.indices) or batch_rows(s, items, b)
+    )
+    assert score(*arguments, "-b", 2) == 0
     one, two = read_table(whole), read_table(f"{path}.csv")
-    assert one.paths == two.paths and one.predictions == two.predictions
+    assert f"going on after {KILLED_AFTER - 1} of {len(one)}" in capfd.readouterr().err
+    assert scored == one.paths[KILLED_AFTER - 1 :]
+    assert one.paths == two.paths and one.predictions == two.predictions and one.stability == two.stability
     assert np.allclose(one.logits, two.logits, atol=1e-5)
     assert not list(tmp_path.glob(".*"))  # no parts are left
 
@@ -421,12 +418,17 @@ def test_a_run_killed_while_its_parts_are_joined(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["p.csv"]
 
 
-def test_two_processes_write_the_table_of_one(tiny, many, whole, tmp_path):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "test.py"]
-    run = subprocess.run(**command(*torchrun, *of_many(tiny, many, tmp_path / "two")), timeout=120)
-    assert run.returncode == 0, run.stderr
+def test_two_processes_write_the_table_of_one(tiny, sets, whole, tmp_path):
+    """Started with what torchrun tells its processes."""
+    with socket.create_server(("localhost", 0)) as free:
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    arguments = labelled(tiny, sets, "--stability", "--save_path", tmp_path / "two")
+    runs = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
+    for run in runs:
+        run.join(60)
+    assert [run.exitcode for run in runs] == [0, 0]
     assert (tmp_path / "two.csv").read_bytes() == whole.read_bytes()
-    assert sorted(p.name for p in tmp_path.glob("*two*")) == [f"two{suffix}" for suffix in SAVED]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"two{suffix}" for suffix in SAVED]
 
 
 def test_several_processes_need_a_save_path(tiny, sets, monkeypatch, capfd):
@@ -577,3 +579,53 @@ def test_a_stored_calibration_is_used_and_announced(tiny, sets, tmp_path, capfd)
     margins = before.margins / stored["temperature"]
     assert np.allclose(after.prob_fake, 1 / (1 + np.exp(-margins)))
     assert before.predictions != after.predictions and "unsure" in after.predictions
+
+
+def test_unstable_is_whose_verdict_a_mild_change_turns(tiny, tmp_path, capfd):
+    """The verdicts on files that hold the compressed and the resized images say the same."""
+    prob_fake = {}
+    for key in range(8):
+        with Image.open(write_image(tmp_path / "plain" / f"{key}.png", key)) as image:
+            for kind in ("jpeg", "resize"):
+                (tmp_path / kind).mkdir(exist_ok=True)
+            image.save(tmp_path / "jpeg" / f"{key}.png", "JPEG", quality=90, subsampling="4:2:0")
+            small = image.resize((29, 29), Image.Resampling.BICUBIC)  # 0.9 * 32 = 28.8
+            small.resize((32, 32), Image.Resampling.BICUBIC).save(tmp_path / "resize" / f"{key}.png")
+    for kind in ("plain", "jpeg", "resize"):
+        assert score(*flags(tiny, "--input", tmp_path / kind, "--save_path", tmp_path / kind)) == 0
+        prob_fake[kind] = read_table(tmp_path / f"{kind}.csv").prob_fake
+    most = np.abs(prob_fake["plain"] - prob_fake["jpeg"]).argmax()
+    limit = float(prob_fake["plain"][most] + prob_fake["jpeg"][most]) / 2
+    verdicts = np.stack(list(prob_fake.values())) >= limit  # (3, 8)
+    wanted = np.where((verdicts == verdicts[0]).all(axis=0), "stable", "unstable").tolist()
+    assert len(set(wanted)) == 2
+
+    calibration = {"temperature": 1.0, "t_real": limit, "t_fake": limit}
+    torch.save({**torch.load(tiny), "calibration": calibration}, tmp_path / "c.pth.tar")
+    capfd.readouterr()
+    arguments = ["--input", tmp_path / "plain", "--save_path", tmp_path / "s", "--stability", "-b", 3]
+    assert score(*flags(tmp_path / "c.pth.tar", *arguments)) == 0
+    assert read_table(tmp_path / "s.csv").stability == wanted
+    assert tuple(rows_of(tmp_path / "s.csv")[0]) == (*COLUMNS, "stability")
+    assert f"{wanted.count('unstable')} of 8 images" in capfd.readouterr().out
+
+
+def test_stability_of_labelled_images_and_of_files_that_cannot_be_read(tiny, whole, tmp_path, capfd):
+    assert set(read_table(whole).stability) <= {"stable", "unstable"}
+    write_image(tmp_path / "good.png", 0)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert score(*flags(tiny, "--input", tmp_path, "--save_path", tmp_path / "p", "-b", 2, "--stability")) == 1
+    table = read_table(tmp_path / "p.csv")
+    assert table.stability[0] == "" and table.stability[1] in ("stable", "unstable")
+    assert "of 1 images" in capfd.readouterr().out
+
+
+def test_the_screen_says_what_the_verdict_means(tiny, tmp_path, capfd):
+    write_image(tmp_path / "a.png", 0)
+    assert score(*flags(tiny, "--input", tmp_path / "a.png")) == 0
+    out = capfd.readouterr().out
+    assert "not calibrated" in out and "fake from P(fake) = 0.5 on, else real" in out
+    calibration = {"temperature": 2.0, "t_real": 0.25, "t_fake": 0.75, "source": "val.csv"}
+    torch.save({**torch.load(tiny), "calibration": calibration}, tmp_path / "c.pth.tar")
+    assert score(*flags(tmp_path / "c.pth.tar", "--input", tmp_path / "a.png")) == 0
+    assert "fake from P(fake) = 0.75 on, real up to 0.25, unsure between" in capfd.readouterr().out

@@ -276,6 +276,11 @@ def test_parser() -> Parser:
         "--perturb-protocol", choices=PERTURBATION_PROTOCOLS, default="sweep",
         help="fixed strengths (sweep), or Frank et al. (ICML 2020) as described or as their script computes it",
     )  # fmt: skip
+    group.add_argument(
+        "--stability", action="store_true",
+        help="score each image again after JPEG of quality 90 and after resizing to 0.9 and back (three times the"
+        " work), and mark as unstable where that changes the verdict",
+    )  # fmt: skip
     group.add_argument("-b", "--batch-size", type=number(int, 1), default=1, metavar="N", help="images at a time (1)")
     release = parser.add_argument_group("accepted for the released scripts' sake, without effect in a test")
     for flag in ("--lr", "--momentum", "--wd", "--epochs", "--output-path", "--save-every-epoch", "--mode-sr",

@@ -1,7 +1,8 @@
 """Score tables: a CSV row an image, written by test.py, read by all that computes numbers from scores.
 
 Columns: path, label (real, fake or empty), generator (empty for reals that all generators share), logit_fake,
-logit_real, prob_fake, prediction (real, fake or unsure), error (one line; the numbers are then empty).
+logit_real, prob_fake, prediction (real, fake or unsure), error (one line; the numbers are then empty). Where it was
+asked for, a last column `stability`: whether the verdict outlives what pictures go through in everyday use.
 UTF-8, commas, one header line. Reading a table gives exactly what was written, whatever the file names:
 
 - numbers carry as many digits as it takes to read them back bit by bit;
@@ -23,8 +24,10 @@ import numpy as np
 COLUMNS = (
     "path", "label", "generator", "logit_fake", "logit_real", "prob_fake", "prediction", "error",
 )  # fmt: skip
+STABILITY = "stability"  # a further column, written and read where it was asked for
 LABELS = ("real", "fake", "")  # empty: unlabelled
 PREDICTIONS = ("real", "fake", "unsure")
+STABILITIES = ("stable", "unstable", "")  # empty: not asked for, or not scored
 
 # What makes a spreadsheet read a cell as a formula (OWASP, "CSV Injection"); and the apostrophe against it.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -49,6 +52,7 @@ class Row(NamedTuple):
     prob_fake: float | None = None
     prediction: str = ""
     error: str = ""
+    stability: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class ScoreTable:
 
     is_real, is_fake: (N,) bool; an unlabelled image is neither. logits: (N, 2) float32, columns fake, real.
     prob_fake: (N,) float64 in [0, 1]. Rows with an error have NaN logits and prob_fake, and prediction "".
+    stability: STABILITIES; all "" if the table has no such column.
     """
 
     paths: list[str]
@@ -67,6 +72,7 @@ class ScoreTable:
     prob_fake: np.ndarray
     predictions: list[str]
     errors: list[str]
+    stability: list[str]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -140,13 +146,15 @@ def make_rows(
 class RowWriter:
     """Writes a score table row by row; what `write` has returned from is in the file.
 
-    append=True goes on with an existing table (one that a killed run left, say: see `drop_torn_row`).
+    append=True goes on with an existing table (one that a killed run left, say: see `drop_torn_row`);
+    stability=True: with that column, which an existing table has to have then.
 
     Raises:
         ScoreError: if the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, append: bool = False):
+    def __init__(self, path: str | os.PathLike, append: bool = False, stability: bool = False):
+        self._columns = (*COLUMNS, STABILITY) if stability else COLUMNS
         try:
             if append and os.path.exists(path):
                 drop_torn_row(path)
@@ -154,11 +162,11 @@ class RowWriter:
         except OSError as error:
             raise ScoreError(f"cannot write the score table {path} ({error.strerror})") from None
         if self._file.tell() == 0:
-            self._file.write(",".join(COLUMNS) + "\n")
+            self._file.write(",".join(self._columns) + "\n")
             self._file.flush()
 
     def write(self, *rows: Row) -> None:
-        self._file.write("".join(map(_line, rows)))
+        self._file.write("".join(_line(row, STABILITY in self._columns) for row in rows))
         self._file.flush()
 
     def close(self) -> None:
@@ -189,7 +197,7 @@ def drop_torn_row(path: str | os.PathLike) -> int:
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     """The rows of a score table one by one, in constant memory.
 
-    Columns may come in any order, further ones are ignored, and the error column may be missing.
+    Columns may come in any order, further ones are ignored, and those for errors and stability may be missing.
 
     Raises:
         ScoreError: if the file cannot be read or is no score table; names file, line and what was wanted.
@@ -219,7 +227,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
     Raises:
         ScoreError: see `read_rows`; also if the table has no rows.
     """
-    paths, generators, predictions, errors = [], [], [], []
+    paths, generators, predictions, errors, stability = [], [], [], [], []
     labels, numbers = array("b"), array("d")
     for row in read_rows(path):
         paths.append(row.path)
@@ -228,6 +236,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
         numbers.extend((np.nan,) * 3 if row.error else (row.logit_fake, row.logit_real, row.prob_fake))
         predictions.append(intern(row.prediction))
         errors.append(row.error)
+        stability.append(intern(row.stability))
     if not paths:
         raise ScoreError(f"{path} has no rows below its header: score some images with test.py first")
     label = np.frombuffer(labels, dtype=np.int8)  # (N,)
@@ -241,16 +250,18 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
         prob_fake=columns[:, 2].copy(),
         predictions=predictions,
         errors=errors,
+        stability=stability,
     )
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, stability: bool) -> str:
     """One record, numbers in the shortest form that reads back to the same float32 or float64."""
     logits = ["" if x is None else str(np.float32(x)) for x in (row.logit_fake, row.logit_real)]
     prob = "" if row.prob_fake is None else repr(float(row.prob_fake))
     error = " ".join(row.error.split())  # one line
     text = [_cell(x) for x in (row.path, row.label, row.generator)]
-    return ",".join([*text, *logits, prob, row.prediction, _cell(error)]) + "\n"
+    further = [row.stability] if stability else []
+    return ",".join([*text, *logits, prob, row.prediction, _cell(error), *further]) + "\n"
 
 
 def _cell(text: str) -> str:
@@ -279,7 +290,7 @@ def _column_positions(path: str | os.PathLike, header: list[str]) -> dict[str, i
             f"{path}, line 1: no column {', '.join(missing)} in {got}; a score table of test.py was wanted,"
             f" with the columns {','.join(COLUMNS)}"
         )
-    return {name: header.index(name) for name in COLUMNS if name in header}
+    return {name: header.index(name) for name in (*COLUMNS, STABILITY) if name in header}
 
 
 def _row(cells: list[str], where: dict[str, int], width: int) -> Row:
@@ -301,7 +312,12 @@ def _row(cells: list[str], where: dict[str, int], width: int) -> Row:
         raise ValueError(f"prob_fake {values['prob_fake']}, a number from 0 to 1 was wanted")
     if values["prediction"] not in PREDICTIONS:
         raise ValueError(f"prediction {values['prediction']!r}, {', '.join(PREDICTIONS)} was wanted")
-    return Row(path, values["label"], generator, logit_fake, logit_real, prob_fake, values["prediction"])
+    stability = values.get(STABILITY, "")
+    if stability not in STABILITIES:
+        raise ValueError(f"stability {stability!r}, stable, unstable or nothing was wanted")
+    return Row(
+        path, values["label"], generator, logit_fake, logit_real, prob_fake, values["prediction"], stability=stability
+    )
 
 
 def _number(name: str, text: str) -> float:
