@@ -4,11 +4,13 @@ Images are uint8 (3, H, W) RGB tensors; every function returns a new one of the 
 because numbers from one cannot be compared with numbers from another:
 
     frank2020            Frank et al. (ICML 2020) as the paper describes it
-    frank2020-released   the same as their script computes it, oddities included
+    frank2020-released   the same as their script computes it, oddities included (but for the two below)
     sweep                fixed strengths, applied to every image: for robustness curves
 
 What is drawn for an image depends on its pixels, the protocol, the perturbation and the seed alone, so that
-batch size, order, number of workers and the place of the file change nothing.
+batch size, order, number of workers and the place of the file change nothing. Their script draws without a seed, and
+in "combined" gives the i-th image of a folder the i-mod-4th perturbation; here a checksum of the pixels takes the
+place of i: as many images get each of the four, but not the same ones.
 
 Source: Frank et al., "Leveraging Frequency Analysis for Deep Fake Image Recognition"; the released form was
 read off their `create_perturbed_imagedata.py` (RUB-SysSec/GANDCTAnalysis) and written anew with torchvision
@@ -112,7 +114,6 @@ def perturb(
     protocol: str,
     seed: int,
     strength: float | None = None,
-    index: int | None = None,
 ) -> Tensor:
     """The image as `protocol` sees it after the perturbation `name`.
 
@@ -123,9 +124,6 @@ def perturb(
         seed: a number >= 0.
         strength: for the sweep only (and needed there): quality 1..100, sigma or std >= 0, scale in (0, 1].
             The random pattern does not depend on it: a sweep scales one noise field up.
-        index: place of the image in the list of all images, for the round robin of "combined" in
-            frank2020-released. Without it the image's own key takes its place: the same shares of the four,
-            but whatever the order.
 
     Returns:
         uint8 (3, H, W); the same tensor where nothing was to be done.
@@ -146,7 +144,7 @@ def perturb(
     if protocol == "sweep":
         return _sweep(image, name, strength, rng)
     if protocol == "frank2020-released":
-        return _released(image, name, rng, key if index is None else index)
+        return _released(image, name, rng, key)
     if name == "combined":
         chosen = [n for n in COMBINED_ORDER if rng.random() < PROBABILITY]
     else:
@@ -188,19 +186,17 @@ class PerturbTransform:
     def __post_init__(self):
         cells(self.protocol, self.name)  # a wrong name is a mistake at the start, not in a worker
 
-    def __call__(self, image: Tensor, path: str = "", rng=None, index: int | None = None) -> Tensor:
-        return perturb(image, self.name, self.protocol, self.seed, self.strength, index)
+    def __call__(self, image: Tensor, path: str = "", rng=None) -> Tensor:
+        return perturb(image, self.name, self.protocol, self.seed, self.strength)
 
 
 @dataclass(frozen=True)
 class AugmentTransform:
-    """`augment` in the form data.images.ImageDataset(transform=...) calls; ignores the path and the index."""
+    """`augment` in the form data.images.ImageDataset(transform=...) calls; ignores the path."""
 
     p: float = PROBABILITY
 
-    def __call__(
-        self, image: Tensor, path: str, rng: np.random.Generator, index: int | None = None
-    ) -> Tensor:
+    def __call__(self, image: Tensor, path: str, rng: np.random.Generator) -> Tensor:
         return augment(image, rng, self.p)
 
 
@@ -291,8 +287,11 @@ def _intended(image: Tensor, name: str, rng: np.random.Generator) -> Tensor:
     return add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng)
 
 
-def _released(image: Tensor, name: str, rng: np.random.Generator, index: int) -> Tensor:
-    """One perturbation as their script computes it: its oddities are kept on purpose."""
+def _released(image: Tensor, name: str, rng: np.random.Generator, key: int) -> Tensor:
+    """One perturbation as their script computes it: its oddities are kept on purpose.
+
+    key: the image's own number, which picks one of the four in "combined".
+    """
     height, width = image.shape[-2:]
     if name in ("crop", "combined") and height != width:  # theirs swaps the sides and then stops
         raise DataError(
@@ -302,7 +301,7 @@ def _released(image: Tensor, name: str, rng: np.random.Generator, index: int) ->
     if rng.random() >= PROBABILITY:
         return image
     if name == "combined":
-        name = RELEASED_ROUND_ROBIN[index % len(RELEASED_ROUND_ROBIN)]
+        name = RELEASED_ROUND_ROBIN[key % len(RELEASED_ROUND_ROBIN)]
     if name == "blur":
         return blur(image, int(rng.choice(KERNEL_SIZES)), RELEASED_SIGMA)
     if name == "crop":
