@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import center_crop
 from tqdm import tqdm
 
+from data.audit import log_quick_audit
 from data.images import (
     FAKE,
     LABEL_NAMES,
@@ -41,6 +42,7 @@ from data.images import (
     usable_items,
 )
 from data.loading import make_loader
+from data.perturbations import AugmentTransform
 from data.sampling import EpochBatches, shard
 from models import (
     Checkpoint,
@@ -105,6 +107,8 @@ def main(argv: list[str] | None = None) -> None:
         policy = SizePolicy(detector.resynthesizer.scale, args.crop_size, args.resize)
         items = usable_items(items, policy, args.skip_bad)
         val_items = usable_items(val_items, policy, args.skip_bad)
+        if world.is_main:
+            log_quick_audit(items, val_items)
 
         # What is trained, how far it is, and what is kept of it
         folder = make_folder(args.output_path)
@@ -128,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
 
         # Training, over images in an order that depends on seed and epoch alone
         batches = EpochBatches(len(items), args.batch_size, args.seed, True, world.rank, world.size)
-        images = ImageDataset(items, policy._replace(random_crop=True), flip=True, seed=args.seed)
+        perturb = AugmentTransform() if args.augment_perturb else None
+        images = ImageDataset(items, policy._replace(random_crop=True), flip=True, seed=args.seed, transform=perturb)
         loader = make_loader(images, batches, collate, args.workers, device)
         val_loader = validation_loader(val_items, policy, args.batch_size, args.workers, device, world)
         logger.info("%d training images; from epoch %d, step %d on", len(items), progress.epoch, progress.step)

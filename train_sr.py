@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from tqdm import tqdm
 
-from data.images import DataError, SizePolicy, fit_size, load_image, paths_of, to_float, usable_paths
+from data.audit import log_quick_audit
+from data.images import DataError, Item, SizePolicy, fit_size, load_image, paths_of, to_float, usable_paths
 from data.loading import make_loader
 from data.patches import PatchDataset, Patches, collate_patches
 from data.sampling import EpochBatches, shard
@@ -77,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             return
         patch_size = args.patch_size * model.scale
         train_paths = usable_paths(train_paths, SizePolicy(model.scale, crop_size=patch_size), args.skip_bad)
+        if world.is_main and eval_paths:
+            log_quick_audit([Item(p, None, "") for p in train_paths], [Item(p, None, "") for p in eval_paths])
         vgg, vgg_record = load_vgg(args.vgg_weights, resumed.get("vgg"), args.resume)
         vgg.to(device, memory_format=torch.channels_last)
 

@@ -14,6 +14,7 @@ Exit status: 0 no leak, 1 a leak, 2 a mistake of the user's.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import sys
 from collections import Counter, defaultdict
@@ -39,6 +40,8 @@ from data.images import (
     tree_items,
 )
 
+logger = logging.getLogger(__name__)
+
 LEAK, WARNING, NOTE = SEVERITIES = ("leak", "warning", "note")
 NO_LEAK, FOUND_LEAK, MISTAKE, INTERRUPTED = 0, 1, 2, 130  # exit status
 
@@ -48,7 +51,8 @@ SHUFFLES = 200  # shuffled labels that show what chance reaches
 CHANCE_QUANTILE = 0.99
 
 FEW_IMAGES = 20  # a class: below, chance explains nearly anything
-QUICK_LIMIT = 2000  # headers a class in the short form
+QUICK_LIMIT = 2000  # headers a class and split in the short form
+QUICK_LINES = 3  # findings told in the short form
 THUMBNAIL_LIMIT = 10_000  # thumbnails a class and split, unless --full
 WORKERS = 8  # threads: Pillow and hashlib let go of the interpreter while they work
 
@@ -56,6 +60,8 @@ WORKERS = 8  # threads: Pillow and hashlib let go of the interpreter while they 
 HASH_DISTANCE = 10
 THUMBNAIL_DISTANCE = 4.0
 HASH_GRID, THUMBNAIL_SIDE = 72, 12  # 72 = 8 * 9: block means give 9 x 8 and 8 x 9 cells
+CHUNK = 1 << 20  # bytes of a file read at a time
+END_BYTES = 4096  # of a file, by which most of those of the same length are told apart
 BLOCK = 256  # images compared with all others at a time: 100 MB at 100,000 images
 MAX_PAIRS = 1_000_000
 
@@ -248,13 +254,34 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), full: bool = F
     return _result(headers, good, attributes, unreadable, findings, len(decoded), len(chosen) == len(good))
 
 
-def quick_audit(items: Sequence[Item], limit: int = QUICK_LIMIT) -> dict:
-    """`audit` from the headers of at most `limit` images a class: for the start of a training."""
-    unread = [Header(item, "train") for item in items]
+def quick_audit(train: Sequence[Item], validation: Sequence[Item] = (), limit: int = QUICK_LIMIT) -> dict:
+    """`audit` from the headers of at most `limit` images a class and split: for the start of a training.
+
+    Of duplicates only exact ones across train and validation are looked for, among the same sample.
+    """
+    unread = [Header(item, "train") for item in train] + [Header(item, "validation") for item in validation]
     headers = read_headers([(h.item, h.split) for h in _spread(unread, limit)], progress=False)
     good = [h for h in headers if h.error is None]
     unreadable = [[h.item.path, h.error] for h in headers if h.error]
-    return _result(unread, good, ATTRIBUTES, unreadable, class_findings(good), 0, False)
+    across = {h.file_bytes for h in good if h.split == "train"} & {
+        h.file_bytes for h in good if h.split == "validation"
+    }
+    groups = exact_duplicates([h for h in good if h.file_bytes in across], progress=False)
+    mixed = [group for group in groups if len({h.split for h in group}) > 1]
+    findings = class_findings(good) + _relation_findings(mixed, good, "exact")
+    return _result(unread, good, ATTRIBUTES, unreadable, findings, 0, False)
+
+
+def log_quick_audit(train: Sequence[Item], validation: Sequence[Item] = ()) -> None:
+    """Say in a few lines of the log what `quick_audit` found worth a warning."""
+    result = quick_audit(train, validation)
+    worth = [f for f in result["findings"] if f["severity"] != NOTE]
+    logger.info(
+        "leak audit of %d of %d headers: %s", result["checked"]["headers"], len(train) + len(validation),
+        f"{len(worth)} finding{'s' * (len(worth) > 1)}; python -m data.audit tells more" if worth else "nothing found",
+    )  # fmt: skip
+    for finding in worth[:QUICK_LINES]:
+        logger.warning("%s: %s: %s", finding["severity"].upper(), finding["check"], finding["message"])
 
 
 def _result(
@@ -583,25 +610,33 @@ def duplicate_findings(headers: Sequence[Header], decoded: Sequence[tuple[Header
     return findings
 
 
-def exact_duplicates(headers: Sequence[Header]) -> list[list[Header]]:
-    """Groups of files with the same bytes. Only files of the same length are read."""
-    by_length = defaultdict(list)
-    for header in headers:
-        by_length[header.file_bytes].append(header)
-    suspects = [h for group in by_length.values() if len(group) > 1 for h in group]
-    by_digest = defaultdict(list)
-    digests = _threads(lambda h: _sha256(h.item.path), suspects, "checksums")
-    for header, digest in zip(suspects, digests, strict=True):
-        by_digest[digest].append(header)
-    return [group for digest, group in by_digest.items() if digest is not None and len(group) > 1]
+def exact_duplicates(headers: Sequence[Header], progress: bool = True) -> list[list[Header]]:
+    """Groups of files with the same bytes. Read are only files of the same length, and wholly only those that end alike."""
+    groups = _alike(headers, [h.file_bytes for h in headers])
+    for last in (END_BYTES, None):
+        suspects = [h for group in groups for h in group]
+        checksums = _threads(lambda h, last=last: _sha256(h, last), suspects, "checksums" if progress else None)
+        groups = _alike(suspects, checksums)
+    return groups
 
 
-def _sha256(path: str) -> bytes | None:
-    """Checksum of the file's bytes; None if it cannot be read (any more)."""
-    digest = hashlib.sha256()
+def _alike(headers: Sequence[Header], keys: Sequence) -> list[list[Header]]:
+    """Groups of two or more headers with the same key; None is no key."""
+    groups = defaultdict(list)
+    for header, key in zip(headers, keys, strict=True):
+        if key is not None:
+            groups[key].append(header)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _sha256(header: Header, last: int | None = None) -> bytes | None:
+    """Checksum of the file's length and (`last`) bytes; None if it cannot be read (any more)."""
+    digest = hashlib.sha256(b"%d" % header.file_bytes)
     try:
-        with open(path, "rb") as file:
-            while chunk := file.read(1 << 20):
+        with open(header.item.path, "rb") as file:
+            if last is not None:
+                file.seek(max(0, header.file_bytes - last))
+            while chunk := file.read(CHUNK):
                 digest.update(chunk)
     except OSError:
         return None

@@ -386,6 +386,30 @@ def test_quick_audit_reads_headers_of_a_sample_only(roots, monkeypatch):
     assert all("\n" not in line for line in A.summary_lines(result))
 
 
+def test_quick_audit_finds_training_images_in_the_validation_set(roots, tmp_path, caplog):
+    """Classes or none (for the re-synthesizer); of files of one length, only those that end alike are read wholly."""
+    fill(roots[0], 0, ".bmp"), fill(tmp_path / "val", 50, ".bmp", n=8)
+    shutil.copy(roots[0] / "0003.bmp", tmp_path / "val" / "other.bmp")
+    for label in (REAL, None):
+        result = A.quick_audit(items(roots[0], label), items(tmp_path / "val", label))
+        assert [(f["severity"], f["check"]) for f in result["findings"]] == [
+            ("leak", "exact duplicates across train and validation")
+        ]
+        assert result["findings"][0]["message"].startswith("1 of 9 validation images")
+        with caplog.at_level("INFO"):
+            A.log_quick_audit(items(roots[0], label), items(tmp_path / "val", label))
+        assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+        assert f"{N + 9} of {N + 9} headers: 1 finding" in caplog.text and "LEAK: exact duplicates" in caplog.text
+        caplog.clear()
+
+
+def test_quick_audit_says_in_a_line_that_nothing_was_found(roots, caplog):
+    fill(roots[0], 0), fill(roots[1], 100)
+    with caplog.at_level("INFO"):
+        A.log_quick_audit(items(roots[0], REAL) + items(roots[1], FAKE))
+    assert [r.getMessage() for r in caplog.records] == [f"leak audit of {2 * N} of {2 * N} headers: nothing found"]
+
+
 def test_quick_audit_of_one_class(roots):
     fill(roots[0], 0, n=3)
     assert A.quick_audit(items(roots[0], REAL))["findings"] == []

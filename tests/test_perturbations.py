@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from data import perturbations as P
-from data.images import DataError
+from data.images import DataError, ImageDataset, Item, SizePolicy
 
 # Table K.1 of the JPEG standard, the luminance table libjpeg scales by quality, in rows.
 ANNEX_K_LUMINANCE = [
@@ -404,6 +404,27 @@ def test_augment_is_a_function_of_the_rng(monkeypatch):
     assert sum(drawn.values()) == pytest.approx(200, abs=35)
     assert set(drawn) == {"blur", "crop", "jpeg", "noise"} and min(drawn.values()) > 25
     assert P.augment(image, rng, p=0) is image
+
+
+def test_augmented_training_images_depend_on_seed_epoch_and_index_alone(tmp_path):
+    """Half of them are perturbed, others in each epoch; crop and flip are those of a training without it."""
+    items = []
+    for i, image in enumerate(images(24, 16, 16)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+        items.append(Item(str(tmp_path / f"{i}.png"), i % 2, ""))
+    policy = SizePolicy(4, crop_size=12, random_crop=True)
+
+    def epoch(n, seed=3, perturb=True, order=1):
+        transform = P.AugmentTransform() if perturb else None
+        dataset = ImageDataset(items, policy, flip=True, seed=seed, transform=transform)
+        return [dataset[n, i].image for i in range(24)[::order]][::order]
+
+    plain = epoch(0, perturb=False)
+    perturbed = [[changed(a, b) for a, b in zip(epoch(n, perturb=False), epoch(n), strict=True)] for n in range(4)]
+    assert all(torch.equal(a, b) for a, b in zip(epoch(0), epoch(0, order=-1), strict=True))
+    assert np.mean(perturbed) == pytest.approx(0.5, abs=0.15) and perturbed[0] != perturbed[1]
+    assert any(changed(a, b) for a, b in zip(epoch(0), epoch(0, seed=4), strict=True))
+    assert all(torch.equal(plain[i], epoch(0)[i]) for i in range(24) if not perturbed[0][i])
 
 
 def test_transform_refuses_a_wrong_name_at_once():

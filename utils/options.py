@@ -239,6 +239,11 @@ def train_detector_parser() -> Parser:
     )  # fmt: skip
     group.add_argument("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="RDN is not trained")
     group.add_argument(
+        "--augment-perturb", action="store_true",
+        help="blur, crop, compress (JPEG) or add noise to half of the training images, anew in each epoch, as"
+        " test.py --perturb-protocol frank2020 does (default: images as they are)",
+    )  # fmt: skip
+    group.add_argument(
         "--mode-sr", dest="auxiliary", choices=TASKS, default="none", help="auxiliary task RDN is fine-tuned with"
     )
     group.add_argument(
