@@ -47,7 +47,7 @@ from utils import checkpoint as checkpoints
 from utils.checkpoint import CheckpointError
 from utils.distributed import World, wait_for_all, world_of_processes
 from utils.figures import residual_picture, roc_and_histogram
-from utils.metrics import format_table, printable, summarize
+from utils.metrics import format_table, percent, printable, summarize
 from utils.options import test_parser
 from utils.run import (
     Stopped,
@@ -348,13 +348,10 @@ def show(
     """What is read on the screen: verdicts on single images, the metrics of labelled ones, where the files are."""
     lines = explanation(calibration) if unlabelled else []
     for name, (table, metrics) in tables.items():
-        if len(tables) > 1:
-            lines += ["", f"== {name}"]
         if unlabelled:
-            lines += verdict_lines(table)
-        if metrics:
-            lines.append(format_table(metrics))
-        lines += stability_lines(table)
+            lines += (["", f"== {name}"] if len(tables) > 1 else []) + verdict_lines(table) + stability_lines(table)
+        elif metrics and name == next(iter(tables)):  # of the others the last table tells
+            lines += ([f"== {name}"] if len(tables) > 1 else []) + [format_table(metrics), *stability_lines(table)]
     if len(tables) > 1 and not unlabelled:
         lines += ["", *perturbation_table({name: metrics for name, (_, metrics) in tables.items() if metrics})]
     if save_path:
@@ -365,13 +362,11 @@ def show(
 
 def explanation(calibration: dict) -> list[str]:
     """What P(fake) and the verdict mean, for who sees them for the first time."""
-    if not calibration:
-        rule = "fake from P(fake) = 0.5 on, else real"
-        grain = "not calibrated: an order of the images rather than a probability (python -m utils.calibrate)"
-    else:
+    rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m utils.calibrate)"
+    if calibration:
         rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
-        grain = f"calibrated on {calibration.get('source', '?')}, and meant for images like those"
-    return [f"P(fake): from 0, real, to 1, generated; {grain}", f"verdict: {rule}"]
+        known = f"calibrated on {printable(calibration.get('source', 'another set'))}, for images like those"
+    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", f"verdict: {rule}"]
 
 
 def verdict_lines(table: ScoreTable) -> list[str]:
@@ -404,15 +399,17 @@ def stability_lines(table: ScoreTable) -> list[str]:
 
 
 def perturbation_table(metrics: dict[str, dict]) -> list[str]:
-    """AUROC (%) by perturbation (rows) and generator (columns)."""
+    """AUROC (%) by perturbation (rows) and generator (columns); mean AUROC and accuracy over the generators."""
     generators = list(next(iter(metrics.values()))["generators"])
-    width = max(map(len, metrics))
-    lines = [f"AUROC in %, fake = positive\n{'':{width}}  " + "  ".join(f"{printable(g):>12}" for g in generators)]
+    rows = [["", *map(printable, generators), "mean", "mean acc"]]
     for name, summary in metrics.items():
-        values = [summary["generators"].get(g, {}).get("auroc") for g in generators]
-        cells_of_row = "  ".join(f"{'-' if v is None else f'{100 * v:.1f}':>12}" for v in values)
-        lines.append(f"{name:{width}}  {cells_of_row}")
-    return lines
+        measured = [*(summary["generators"][g] for g in generators), summary["mean"]]
+        rows.append([name, *(percent(m, "auroc") for m in measured), percent(summary["mean"], "accuracy")])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "AUROC in %, fake = positive, in brackets its 95% interval; mean: over the generators; acc: accuracy in %",
+        *("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows),
+    ]
 
 
 if __name__ == "__main__":

@@ -323,15 +323,17 @@ def format_table(summary: dict) -> str:
     return "\n".join([*lines, *_footer(summary)])
 
 
-def _cells(name: str, m: dict) -> tuple[str, ...]:
-    def percent(metric: str) -> str:
-        interval = (m.get("intervals") or {}).get(metric)
-        value = "-" if m[metric] is None else f"{100 * m[metric]:.1f}"
-        return value if interval is None else f"{value} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+def percent(m: dict, metric: str) -> str:
+    """A metric of `measure` with its interval, in %: "97.1 [93.0, 99.2]"."""
+    interval = (m.get("intervals") or {}).get(metric)
+    value = "-" if m[metric] is None else f"{100 * m[metric]:.1f}"
+    return value if interval is None else f"{value} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
+
+def _cells(name: str, m: dict) -> tuple[str, ...]:
     columns = ("accuracy", "accuracy_real", "accuracy_fake", "auroc", "average_precision", "eer", *FPR_LEVELS)
     counts = [str(m[key]) if key in m else "" for key in ("n_real", "n_fake")]
-    return (printable(name), *counts, *map(percent, columns))
+    return (printable(name), *counts, *(percent(m, column) for column in columns))
 
 
 def _footer(summary: dict) -> list[str]:
