@@ -7,12 +7,14 @@ A new task is a class with a `degrade` and a line in HEADS.
 All inputs are low-resolution images in [0, 1]; what comes out may leave that range by the noise added.
 """
 
+import io
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg, encode_jpeg
 
 from models.resynthesis import ResynthesisDetector
 from models.vgg import STAGES, VGGStages, perceptual_distance
@@ -49,8 +51,11 @@ def remove_pixels(image: Tensor, density: float, generator: torch.Generator) -> 
 
 def compress_jpeg(image: Tensor, quality: int) -> Tensor:
     """(3, h, w) after JPEG compression of that quality, in [0, 1]."""
-    encoded = encode_jpeg((image * 255).round().clamp(0, 255).to(torch.uint8).cpu(), quality=quality)
-    return decode_jpeg(encoded).to(image) / 255
+    pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy()  # (h, w, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=quality)
+    compressed = torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1)  # (3, h, w)
+    return compressed.to(image) / 255
 
 
 class ColorizationHead:

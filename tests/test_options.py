@@ -10,12 +10,12 @@ from data import perturbations
 from models.auxiliary import HEADS
 from models.resnet import ARCHITECTURES
 from utils import options
-from utils.options import test_parser as tester_parser
+from utils.options import test_parser as parser_of_test
 from utils.options import train_detector_parser, train_sr_parser
 from utils.run import PRECISIONS
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": tester_parser}
+PROGRAMS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": parser_of_test}
 
 RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
  --num-blocks 2 --num-layers 2 --scale 3 --patch-size 12 --lr 1e-3 --lr-decay 0.5 --lr-decay-epoch 10 --batch-size 4
@@ -59,13 +59,13 @@ def test_the_released_flags_of_train_detector():
 
 
 def test_the_released_flags_of_test():
-    args = tester_parser().parse_args([*RELEASED_DETECTOR.split(), "--save_path", "out/x"])
+    args = parser_of_test().parse_args([*RELEASED_DETECTOR.split(), "--save_path", "out/x"])
     assert (args.save_path, args.stage, args.dilated, args.resynthesizer_file) == ("out/x", 0, False, "w")
     assert set(args.without_effect) == {
         "--lr", "--momentum", "--wd", "--epochs", "--output-path", "--save-every-epoch", "--fixed-sr", "--mode-sr",
         "--lr-sr", "--lw-sr",
     }  # fmt: skip
-    assert tester_parser().parse_args([]).without_effect == []
+    assert parser_of_test().parse_args([]).without_effect == []
 
 
 def test_the_defaults_are_the_papers():
@@ -77,7 +77,7 @@ def test_the_defaults_are_the_papers():
     assert (detector.momentum, detector.weight_decay, detector.classifier_grad_scale) == (0.9, 1e-4, 0.02)
     assert (detector.save_every_epoch, detector.auxiliary, detector.fixed_resynthesizer) == (2, "none", False)
     assert all(getattr(detector, name) is None for name in BY_NAME)  # what a checkpoint says is not overruled
-    assert tester_parser().parse_args([]).batch_size == 1
+    assert parser_of_test().parse_args([]).batch_size == 1
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
