@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from utils import figures, report
-from utils.scores import Row, make_rows, read_table, residual_path, write_rows
+from utils.scores import Row, RowWriter, make_rows, read_table, residual_path, write_rows
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
@@ -121,21 +121,25 @@ def test_the_same_tables_give_the_same_page(tmp_path):
 
 def test_thumbnails_and_residuals_are_found(tmp_path):
     (tmp_path / "real").mkdir()
-    Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / "a.png")
+    for name in ("a", "b"):
+        Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / f"{name}.png")
     Image.new("L", (64, 64), 100).save(tmp_path / "grey.png")
     residual = residual_path(tmp_path / "residuals", "real/a.png")
     residual.parent.mkdir(parents=True)
-    Image.new("RGB", (50, 50), (0, 0, 250)).save(residual)
+    Image.new("RGB", (900, 300), (0, 0, 250)).save(residual)
     (tmp_path / "text.png").write_text("no picture")
-    names = ["real/a.png", "grey.png", "text.png", "missing.png"]
-    table_rows = make_rows(names, ["real"] * 4, [""] * 4, [[4, 0], [3, 0], [2, 0], [1, 0]])
-    path = report.write_report(
-        [write(tmp_path, "s", table_rows)], tmp_path / "out", tmp_path / "residuals", 0
-    )
+    names = ["real/a.png", "real/b.png", "grey.png", "text.png", "missing.png"]
+    table_rows = make_rows(names, ["real"] * 5, [""] * 5, [[4, 0], [4, 0], [3, 0], [2, 0], [1, 0]])
+    table_rows[1:3] = [table_rows[1]._replace(stability="unstable"), table_rows[2]._replace(stability="stable")]
+    with RowWriter(tmp_path / "s.csv", stability=True) as writer:
+        writer.write(*table_rows)
+    path = report.write_report([tmp_path / "s.csv"], tmp_path / "out", tmp_path / "residuals", 0)
     shown = [p for p in pictures(page_of(path)) if p.format == "JPEG"]
-    assert [p.size for p in shown] == [(320, 213), (50, 50), (64, 64)]
-    assert abs(shown[1].getpixel((20, 20))[2] - 250) < 10
-    assert path.read_text(encoding="utf-8").count("not available") == 5
+    assert [p.size for p in shown] == [(720, 240), (320, 213), (64, 64)]  # the first residual shows its image, too
+    assert abs(shown[0].getpixel((20, 20))[2] - 250) < 10
+    text = path.read_text(encoding="utf-8")
+    assert text.count("not available") == 2
+    assert text.count("(unstable)") == 1 and "1 of 2 verdicts" in text
 
 
 def test_residual_paths_stay_inside_and_apart(tmp_path):

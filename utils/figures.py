@@ -59,6 +59,8 @@ BINS = 40
 LONGEST_NAME = 28
 LONGEST_LEGEND = 6  # entries that fit a panel
 MOST_OUTLINES = 4  # histograms that can be told apart in one panel
+PICTURE_INCHES = 3.2  # width of each panel of a residual picture
+BRIGHTEST = 0.005  # of a residual's pixels
 
 # How a perturbation's strength is drawn: its name on the axis, and whether smaller is harder on the detector.
 STRENGTH_AXES = {
@@ -263,18 +265,29 @@ def _draw_robustness(
 def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, path: str | os.PathLike) -> None:
     """Image | re-synthesis | residual as a heat map with its scale, as a PNG.
 
-    x, x_hat: (3, H, W), shown clipped to [0, 1]; residual: (H_l, W_l), the mean over its channels.
+    x, x_hat: (3, H, W), shown clipped to [0, 1]; residual: (H_l, W_l), the mean over its channels. The brightest
+    BRIGHTEST of it share one colour, or a few pixels would leave the rest in the dark.
     """
-    height, width = x.shape[1:]
+    side = PICTURE_INCHES
+    height, gap, title, scale = side * x.shape[1] / x.shape[2], 0.1, 0.3, 0.75  # inches
+    size = 3 * side + 2 * gap + scale, height + title
+
+    def place(left: float, bottom: float, width: float, height: float) -> list[float]:
+        """Inches as shares of the figure."""
+        return [left / size[0], bottom / size[1], width / size[0], height / size[1]]
+
     with rc_context(STYLE):
-        figure = new_figure(11, 0.6 + 11 / 3.2 * height / width)
-        panels = figure.subplots(1, 3)
-        for panel, picture, title in zip(panels, (x, x_hat), ("image", "re-synthesis"), strict=False):
-            panel.imshow(picture.clip(0, 1).transpose(1, 2, 0))
-            panel.set_title(title)
-        heat = panels[2].imshow(residual, cmap="magma", vmin=0)
+        figure = Figure(figsize=size, dpi=DPI, facecolor="white")
+        FigureCanvasAgg(figure)
+        panels = [figure.add_axes(place(i * (side + gap), 0, side, height)) for i in range(3)]
+        for panel, picture, name in zip(panels, (x, x_hat), ("image", "re-synthesis"), strict=False):
+            panel.imshow(picture.clip(0, 1).transpose(1, 2, 0), aspect="auto")
+            panel.set_title(name)
+        top = float(np.quantile(residual, 1 - BRIGHTEST)) or 1.0
+        heat = panels[2].imshow(residual, cmap="magma", vmin=0, vmax=top, aspect="auto")
         panels[2].set_title("residual")
-        figure.colorbar(heat, ax=panels[2], shrink=0.8)
+        bar = figure.add_axes(place(3 * side + 3 * gap, 0.15, 0.12, height - 0.3))
+        figure.colorbar(heat, cax=bar, extend="max")
         for panel in panels:
             panel.set_axis_off()
         save(figure, path)

@@ -34,7 +34,7 @@ from utils.scores import ScoreError, ScoreTable, read_table, residual_path
 MISTAKE = 2  # exit status
 WORST = 10  # images shown
 MOST_ERRORS = 50  # listed
-THUMBNAIL = 320  # pixels, the longer side
+THUMBNAIL = {"image": 320, "residual": 720}  # pixels, the longer side
 CSS_PIXELS_PER_INCH = 96
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no others: Pillow runs Ghostscript on EPS, for one
 
@@ -190,7 +190,7 @@ def _section(scores: Scores, out: Path, residuals: str | os.PathLike | None, sin
     title = "Results" if single else f"Results: {_text(scores.name)}"
     if scores.perturbation:
         title += f" <small>({_text(scores.perturbation.label)})</small>"
-    parts = [f"<section><h2>{title}</h2>", _metrics_table(scores.summary), _verdicts(scores.summary)]
+    parts = [f"<section><h2>{title}</h2>", _metrics_table(scores.summary), _verdicts(scores)]
     parts += [_curves(scores, out), _worst_images(scores, residuals), _errors(scores.table), "</section>"]
     return "\n".join(parts)
 
@@ -237,9 +237,9 @@ def _value(m: Mapping, key: str) -> str:
     return f"{100 * m[key]:.1f}{bounds}"
 
 
-def _verdicts(summary: Mapping) -> str:
-    """Confusion matrix, calibration, and the numbers as the released program counts them."""
-    m = summary["all"]
+def _verdicts(scores: Scores) -> str:
+    """Confusion matrix, calibration, stability, and the numbers as the released program counts them."""
+    m, stability = scores.summary["all"], [word for word in scores.table.stability if word]
     if m["accuracy"] is None:
         return "<p>No labelled images with a score: there is nothing to measure.</p>"
     verdicts = [
@@ -253,10 +253,12 @@ def _verdicts(summary: Mapping) -> str:
         "&ndash;" if m[key] is None else f"{100 * m[key]:.1f}"
         for key in ("precision_real_positive", "recall_real_positive")
     )
+    unstable = f"{stability.count('unstable'):,} of {len(stability):,} verdicts" if stability else ""
+    unstable = unstable and f"<dt>Turned by a mild change of the image (--stability)</dt><dd>{unstable}</dd>"
     return f"""<div class="aside">{_scrolling("confusion", lines)}
 <dl><dt>Calibration of P(fake), all images</dt><dd>ECE {m["ece"]:.4f}, NLL {m["nll"]:.4f}</dd>
 <dt>As the released program counts (positive class: real)</dt>
-<dd>precision {precision}, recall {recall}</dd></dl></div>"""
+<dd>precision {precision}, recall {recall}</dd>{unstable}</dl></div>"""
 
 
 def _worst_images(scores: Scores, residuals: str | os.PathLike | None) -> str:
@@ -273,13 +275,14 @@ def _worst_images(scores: Scores, residuals: str | os.PathLike | None) -> str:
 def _card(scores: Scores, i: int, residuals: str | os.PathLike | None) -> str:
     table = scores.table
     path, truth, prob = table.paths[i], "fake" if table.is_fake[i] else "real", float(table.prob_fake[i])
-    pictures = [_thumbnail(found_image(path, scores.path.parent), "image")]
-    if residuals is not None:
-        pictures.append(_thumbnail(residual_path(residuals, path), "residual"))
+    picture, kind = found_image(path, scores.path.parent), "image"
+    if residuals is not None and residual_path(residuals, path).is_file():
+        picture, kind = residual_path(residuals, path), "residual"  # shows the image, too
     generator = f" ({_text(table.generators[i])})" if table.generators[i] else ""
     side = "right" if is_right(table, i) else "wrong"
-    return f"""<figure class="card {side}"><div class="pictures">{"".join(pictures)}</div>
-<figcaption><b>{truth}</b>{generator}, called <b>{_text(table.predictions[i])}</b>
+    unstable = " (unstable)" if table.stability[i] == "unstable" else ""
+    return f"""<figure class="card {side} {kind}">{_thumbnail(picture, kind)}
+<figcaption><b>{truth}</b>{generator}, called <b>{_text(table.predictions[i])}</b>{unstable}
 <span class="bar"><i style="width:{100 * prob:.1f}%"></i></span>P(fake) {prob:.4g}
 <code>{_text(path)}</code></figcaption></figure>"""
 
@@ -291,11 +294,12 @@ def found_image(path: str, beside: Path) -> Path:
 
 def _thumbnail(path: Path, what: str) -> str:
     """An <img> with a small JPEG of the file; a box with the reason where there is none."""
+    side = THUMBNAIL[what]
     try:
         with Image.open(path, formats=FORMATS) as image:
-            image.draft("RGB", (THUMBNAIL, THUMBNAIL))  # JPEG: decode no more than needed
+            image.draft("RGB", (side, side))  # JPEG: decode no more than needed
             image = ImageOps.exif_transpose(image).convert("RGB")
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            image.thumbnail((side, side))
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=88)
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError):
@@ -502,9 +506,9 @@ figcaption { font-size: .8rem; color: var(--soft); margin-top: .4rem; }
 .card { margin: 0; border-top: 3px solid var(--wrong); padding-top: .5rem; min-width: 0; }
 .card.right { border-color: var(--right); }
 .card figcaption b { color: var(--ink); }
-.pictures { display: flex; gap: 4px; }
-.pictures > * { flex: 1 1 0; min-width: 0; width: 100%; aspect-ratio: 1; object-fit: contain;
-  background: #f3f3f1; }
+.card img, .missing { width: 100%; aspect-ratio: 1; object-fit: contain; background: #f3f3f1; display: block; }
+.card.residual img { aspect-ratio: auto; }
+.cards:has(.residual) { grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); }
 .missing { display: flex; align-items: center; justify-content: center; text-align: center; color: #999;
   font: .75rem/1.4 system-ui, "DejaVu Sans", sans-serif; }
 .bar { display: block; height: 4px; background: var(--line); margin: .45rem 0 .2rem; }
