@@ -80,8 +80,10 @@ def main(argv: list[str] | None = None) -> None:
         train_paths = usable_paths(train_paths, SizePolicy(model.scale, crop_size=patch_size), args.skip_bad)
         if world.is_main and eval_paths:
             log_quick_audit([Item(p, None, "") for p in train_paths], [Item(p, None, "") for p in eval_paths])
-        vgg, vgg_record = load_vgg(args.vgg_weights, resumed.get("vgg"), args.resume)
-        vgg.to(device, memory_format=torch.channels_last)
+        vgg, vgg_record = None, None
+        if args.vgg_lambda > 0:
+            vgg, vgg_record = load_vgg(args.vgg_weights, resumed.get("vgg"), args.resume)
+            vgg.to(device, memory_format=torch.channels_last)
 
         # What is trained, how far it is, and what is kept of it
         folder = make_folder(Path(args.outputs_dir) / f"x{model.scale}")
@@ -174,23 +176,22 @@ def train_one_epoch(
 
 def patch_loss(
     model: RDN,
-    vgg: VGGStages,
+    vgg: VGGStages | None,
     degrade: Callable[[Tensor, list[tuple[int, int, int]]], Tensor],
     vgg_weight: float,
     device: torch.device,
     precision: str,
     patches: Patches,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, its L1 part, pictures) of a batch of HR patches, each a mean over the patches."""
+    """(loss, its L1 part, pictures) of a batch of HR patches, each a mean over the patches. vgg: None for L1 alone."""
     x = to_float(patches.images.to(device, non_blocking=True))  # (B, 3, P, P)
     x = x.contiguous(memory_format=torch.channels_last)
     x_lr = degrade(downsample(x, model.scale), patches.keys)  # (B, 3, p, p)
-    stages = STAGES if vgg_weight > 0 else ()
     with autocast(device, precision):
         x_hat = model(x_lr)  # (B, 3, P, P)
-        maps_hat = vgg(x_hat, stages)
+        maps_hat = vgg(x_hat, STAGES) if vgg else {}
         with torch.no_grad():
-            maps = vgg(x, stages)
+            maps = vgg(x, STAGES) if vgg else {}
     loss, l1 = super_resolution_loss(x_hat, x, maps_hat, maps, vgg_weight)
     shown_lr = F.interpolate(x_lr[:PICTURES], scale_factor=model.scale)  # (n, 3, P, P)
     return loss, l1, torch.cat([shown_lr, x_hat[:PICTURES].detach(), x[:PICTURES]], dim=3)
