@@ -142,6 +142,22 @@ def test_thumbnails_and_residuals_are_found(tmp_path):
     assert text.count("(unstable)") == 1 and "1 of 2 verdicts" in text
 
 
+@pytest.mark.parametrize(
+    ("about", "said"),
+    [
+        ({"detector": {"calibration": {}}}, "fake from P(fake) = 0.5 on, else real (not calibrated)"),
+        (
+            {"detector": {"calibration": {"temperature": 2.0, "t_real": 0.25, "t_fake": 0.75}}},
+            "fake from P(fake) = 0.75 on, real up to 0.25, unsure between (calibrated, temperature 2)",
+        ),
+        ({"detector": "another program's"}, "rule not known"),
+    ],
+)
+def test_the_rule_behind_the_verdicts_is_told(tmp_path, about, said):
+    path = report.write_report([write(tmp_path, "s", rows(n=3), **about)], tmp_path / "out", resamples=0)
+    assert said in path.read_text(encoding="utf-8")
+
+
 def test_residual_paths_stay_inside_and_apart(tmp_path):
     images = ["a.png", "a.jpg", "b/a.png", "../a.png", "../../a.png", "/b/c/a.png", "b/../x.png", "..\\a.png"]
     paths = [residual_path(tmp_path, image) for image in images]

@@ -115,7 +115,7 @@ def write_report(
         clean = [t for t in tables if t.perturbation is None]
         perturbed = [t for t in tables if t.perturbation is not None]
         body = [_head(tables)]
-        body += [_section(t, out, residuals, single=len(tables) == 1) for t in clean or perturbed]
+        body += [_section(t, out, residuals, single=len(clean or perturbed) == 1) for t in clean or perturbed]
         if perturbed:
             body.insert(1 + len(clean), _robustness_section(clean, perturbed, out))
         body.append(_records(tables))
@@ -256,9 +256,23 @@ def _verdicts(scores: Scores) -> str:
     unstable = f"{stability.count('unstable'):,} of {len(stability):,} verdicts" if stability else ""
     unstable = unstable and f"<dt>Turned by a mild change of the image (--stability)</dt><dd>{unstable}</dd>"
     return f"""<div class="aside">{_scrolling("confusion", lines)}
-<dl><dt>Calibration of P(fake), all images</dt><dd>ECE {m["ece"]:.4f}, NLL {m["nll"]:.4f}</dd>
+<dl><dt>Verdict</dt><dd>{_rule(scores.about)}</dd>
+<dt>Calibration of P(fake), all images</dt><dd>ECE {m["ece"]:.4f}, NLL {m["nll"]:.4f}</dd>
 <dt>As the released program counts (positive class: real)</dt>
 <dd>precision {precision}, recall {recall}</dd>{unstable}</dl></div>"""
+
+
+def _rule(about: dict) -> str:
+    """From which P(fake) on an image is called what, in HTML."""
+    detector = about.get("detector")
+    calibration = detector.get("calibration") if isinstance(detector, dict) else None
+    try:
+        return (
+            "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between (calibrated,"
+            " temperature {temperature:.3g})"
+        ).format_map(calibration)
+    except (KeyError, TypeError, ValueError):  # none, or a table made elsewhere
+        return "fake from P(fake) = 0.5 on, else real (not calibrated)" if calibration == {} else "rule not known"
 
 
 def _worst_images(scores: Scores, residuals: str | os.PathLike | None) -> str:
@@ -387,7 +401,14 @@ def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, dict[str, list]]
 def _records(tables: Sequence[Scores]) -> str:
     """Settings and versions behind the numbers; those that all tables share once."""
     parts = ["<section><h2>Settings and versions</h2>"]
-    records = {t.name: {**flat(t.about.get("settings")), **flat(t.about.get("versions"))} for t in tables}
+    records = {
+        t.name: {
+            **flat(t.about.get("settings")),
+            **flat({"detector": t.about.get("detector")}),
+            **flat(t.about.get("versions")),
+        }
+        for t in tables
+    }
     shared = {
         key: value
         for key, value in next(iter(records.values())).items()
@@ -395,10 +416,12 @@ def _records(tables: Sequence[Scores]) -> str:
     }
     if shared:
         parts.append(_definitions("All tables" if len(tables) > 1 else "", shared))
+    groups: dict[str, dict[str, str]] = {}  # tables of one run have all settings in common
     for t in tables:
         own = {key: value for key, value in records[t.name].items() if key not in shared}
-        if own:
-            parts.append(_definitions(t.name if len(tables) > 1 else "", own))
+        same = next((names for names, others in groups.items() if others == own), None)
+        groups[t.name if same is None else f"{same}, {t.name}"] = own if same is None else groups.pop(same)
+    parts += [_definitions(names if len(tables) > 1 else "", own) for names, own in groups.items() if own]
     parts.append(_definitions("Score tables", {t.name: str(t.path) for t in tables}))
     if not any(records.values()):
         parts.append(
@@ -408,7 +431,7 @@ def _records(tables: Sequence[Scores]) -> str:
 
 
 def flat(values: object, prefix: str = "") -> dict[str, str]:
-    """Nested settings as one level of texts: {"a": {"b": 1}} becomes {"a.b": "1"}; None is left out."""
+    """Nested settings as one level of texts: {"a": {"b": 1}} becomes {"a.b": "1"}; what is empty is left out."""
     if not isinstance(values, dict):
         return {}
     texts = {}
@@ -419,7 +442,7 @@ def flat(values: object, prefix: str = "") -> dict[str, str]:
             texts[f"{prefix}{key}"] = ", ".join(map(str, value))
         elif value is not None:
             texts[f"{prefix}{key}"] = str(value)
-    return texts
+    return {key: text for key, text in texts.items() if text}
 
 
 # ---- pieces of HTML ----
