@@ -12,15 +12,16 @@ usage() {
     [[ "${1:-}" =~ ^([0-9]+|cpu)$ ]] || fail "usage: bash script/$(basename "$0") GPU_ID [flags], GPU_ID a number or cpu"
 }
 
-# find_python [REQUIREMENTS [MODULE ...]]: sets PYTHON to $PYTHON, this checkout's .venv or the python3 on the PATH: the
-# first that can import what is needed. If none can, makes .venv and installs REQUIREMENTS there.
+# find_python [REQUIREMENTS [MODULE ...]]: sets PYTHON to this checkout's .venv or the python3 on the PATH: the first
+# that can import what is needed. If none can, makes .venv and installs REQUIREMENTS there. $PYTHON, if set, has to do.
 find_python() {
-    local requirements=${1:-requirements.txt} candidate
+    local requirements=${1:-requirements.txt} candidate candidates=(.venv/bin/python python3)
+    [[ -z "${PYTHON:-}" ]] || candidates=("$PYTHON")
     shift || true
     local modules="torch torchvision torchmetrics numpy PIL tqdm tensorboard matplotlib $*"
     works() { "$1" -c "import ${modules// /, }" >/dev/null 2>&1; }
     modules=${modules% }
-    for candidate in ${PYTHON:+"$PYTHON"} .venv/bin/python python3; do
+    for candidate in "${candidates[@]}"; do
         if command -v "$candidate" >/dev/null && works "$candidate"; then
             PYTHON=$candidate
             return

@@ -245,11 +245,43 @@ def test_half_of_a_pair_is_not_completed_by_example_images(bare, there, environm
 
 
 def test_a_python_that_lacks_packages(bare):
+    """One that was named is not exchanged for another behind the user's back."""
     executable(bare / "python", "#!/usr/bin/env bash\nexit 1\n")
     run = bash(bare, "test_pixel_celeba.sh", 0)
-    # Another Python of this machine may do; a .venv is never made where PYTHON was named
     assert run.returncode == 2
-    assert not (bare / ".venv").exists()
+    assert len(run.stderr.splitlines()) == 1 and "pip install -r requirements.txt" in run.stderr
+    assert not (bare / ".venv").exists() and not (bare / "data" / "example").exists()
+
+
+# Stands in for a machine's python3, which has no packages: its venv is the stand-in above, once pip was called in it.
+BARE_PYTHON = """#!/usr/bin/env bash
+case "$1 ${{2:-}}" in
+    "-c import sys"*) exit {too_old} ;;
+    "-m venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+    "-m pip") [[ {offline} == 0 ]] || exit 1; echo "$@" > pip; cp python new; mv new .venv/bin/python ;;
+    *) exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("too_old", "offline", "said"), [(0, 0, "installing"), (1, 0, "Python 3.10 or newer"), (0, 1, "pip failed on")]
+)
+def test_a_machine_with_nothing_but_python(bare, tmp_path, too_old, offline, said):
+    """.venv is made and filled once; what is missing for that is said in one line."""
+    (tmp_path / "bin").mkdir()
+    executable(tmp_path / "bin" / "python3", BARE_PYTHON.format(too_old=too_old, offline=offline))
+    released_layout(bare)
+    machine = {"PYTHON": "", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    run = bash(bare, "test_pixel_celeba.sh", 0, **machine)
+    assert said in run.stderr
+    if too_old or offline:
+        assert run.returncode == 2 and said in run.stderr.splitlines()[-1] and not (bare / "recorded").exists()
+        return
+    assert run.returncode == 0 and "-r requirements.txt" in (bare / "pip").read_text()
+    (bare / "pip").unlink()
+    again = bash(bare, "test_pixel_celeba.sh", 0, **machine)
+    assert again.returncode == 0 and "installing" not in again.stderr and not (bare / "pip").exists()
 
 
 # --- that they run ------------------------------------------------------------------------------------------
