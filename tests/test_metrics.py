@@ -1,7 +1,6 @@
 """Metrics against counting by hand and against brute force over all pairs and all thresholds."""
 
 import json
-import time
 
 import numpy as np
 import pytest
@@ -167,11 +166,9 @@ def test_counts_give_the_point_estimates():
     assert ap == pytest.approx(metrics.average_precision(scores, is_fake), abs=1e-6)
 
 
-def test_bootstrap_is_quick_and_right_on_many_scores():
+def test_bootstrap_is_right_on_many_scores():
     scores, is_fake = random_scores(7, n_real=50_000, n_fake=50_000)
-    started = time.perf_counter()
     first = metrics.bootstrap(scores, is_fake, n=1000, seed=3)
-    assert time.perf_counter() - started < 10  # about one second
     # Merging scores into quantiles moves nothing one could see.
     # Standard error of AUROC: Hanley and McNeil (1982).
     area = metrics.auroc(scores, is_fake)

@@ -238,4 +238,6 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
         error = capsys.readouterr().err
         assert said in error and error.startswith("error: ") and len(error.splitlines()) == 1
     assert report.main([good, "--out", str(tmp_path / "o")]) == 0
-    assert capsys.readouterr().out == f"{tmp_path / 'o' / 'report.html'}\n"
+    said = capsys.readouterr().out.splitlines()
+    assert said[-1] == f"report: {tmp_path / 'o' / 'report.html'}"
+    assert [line.split()[:4] for line in said[2:-1]] == [["s", "ProGAN", "30", "30"], ["s", "StyleGAN", "30", "30"]]

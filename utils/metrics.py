@@ -323,6 +323,19 @@ def format_table(summary: dict) -> str:
     return "\n".join([*lines, *_footer(summary)])
 
 
+def format_comparison(summaries: dict[str, dict]) -> str:
+    """Several summaries, by their tables' names, as text for the terminal: a row a table and generator."""
+    cells = [("scores", "generator", "real", "fake", "accuracy", "AUROC", "AP")]
+    for name, summary in summaries.items():
+        for generator, m in summary["generators"].items():
+            counts = (str(m["n_real"]), str(m["n_fake"]))
+            values = (percent(m, metric) for metric in ("accuracy", "auroc", "average_precision"))
+            cells.append((printable(name), printable(generator), *counts, *values))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    rows = ["  ".join([*map(str.ljust, r[:2], widths), *map(str.rjust, r[2:], widths[2:])]) for r in cells]
+    return "\n".join(["in %, with 95% bootstrap intervals; fake is the positive class", *rows])
+
+
 def percent(m: dict, metric: str) -> str:
     """A metric of `measure` with its interval, in %: "97.1 [93.0, 99.2]"."""
     interval = (m.get("intervals") or {}).get(metric)

@@ -108,8 +108,22 @@ def write_report(
     Raises:
         ScoreError, ReportError: for a table or JSON that cannot be read, a folder that cannot be written.
     """
-    out, names = Path(out), unique_names(csv_files)
-    tables = [load_scores(Path(f), name, resamples, seed) for f, name in zip(csv_files, names, strict=True)]
+    return write_page(load_tables(csv_files, resamples, seed), out, residuals)
+
+
+def load_tables(csv_files: Sequence[str | os.PathLike], resamples: int, seed: int) -> list[Scores]:
+    """The score tables with their metrics, under names that tell them apart."""
+    names = unique_names(csv_files)
+    return [load_scores(Path(f), name, resamples, seed) for f, name in zip(csv_files, names, strict=True)]
+
+
+def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str | os.PathLike | None) -> Path:
+    """Write the page and its figures. Returns the path of the page.
+
+    Raises:
+        ReportError: if they cannot be written.
+    """
+    out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         clean = [t for t in tables if t.perturbation is None]
@@ -579,11 +593,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ReportError(
                 f"--residuals {args.residuals}: there is no such folder; test.py --save-residuals makes it"
             )
-        page = write_report(args.scores, args.out, args.residuals)
+        tables = load_tables(args.scores, metrics.RESAMPLES, seed=0)
+        page = write_page(tables, args.out, args.residuals)
     except (ScoreError, ReportError) as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         return MISTAKE
-    sys.stdout.write(f"{page}\n")
+    sys.stdout.write(f"{metrics.format_comparison({t.name: t.summary for t in tables})}\nreport: {page}\n")
     return 0
 
 
