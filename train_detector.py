@@ -34,8 +34,10 @@ from data.images import (
     ImageDataset,
     Item,
     SizePolicy,
+    check_headers,
     collate,
     fit_size,
+    fitted_size,
     labelled_items,
     load_image,
     to_float,
@@ -45,6 +47,7 @@ from data.loading import make_loader
 from data.perturbations import AugmentTransform
 from data.sampling import EpochBatches, shard
 from models import (
+    SINGLE_IMAGE,
     Checkpoint,
     ModelError,
     ResynthesisDetector,
@@ -55,6 +58,7 @@ from models import (
     load_vgg,
     new_detector,
     residual_energy,
+    trains_on_one,
 )
 from models.auxiliary import (
     DEGRADE_PROBABILITY,
@@ -80,12 +84,12 @@ from utils.run import (
     run_program,
     set_deterministic,
 )
-from utils.training import Progress, StateKeeper, Stepper, prune, warn_about_changes
+from utils.training import SAFETY_OPTIONS, Progress, StateKeeper, Stepper, prune, warn_about_changes
 
 logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
-CHANGEABLE = {"gpu", "workers", "resume", "init", "output_path", "resynthesizer_file"}  # in a run's continuation
+CHANGEABLE = SAFETY_OPTIONS | {"gpu", "workers", "resume", "init", "output_path", "resynthesizer_file"}  # when resuming
 FINAL_RATE = 1e-4  # of the base rate: where the cosine schedule ends
 PICTURE_SIDE = 256  # pixels of the pictures in TensorBoard
 PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
@@ -107,17 +111,22 @@ def main(argv: list[str] | None = None) -> None:
         policy = SizePolicy(detector.resynthesizer.scale, args.crop_size, args.resize)
         items = usable_items(items, policy, args.skip_bad)
         val_items = usable_items(val_items, policy, args.skip_bad)
+        batches = EpochBatches(len(items), args.batch_size, args.seed, True, world.rank, world.size)
+        synchronised = world.size > 1 and device.type == "cuda"  # batch normalisation, over the processes
+        if not synchronised:
+            refuse_lone_images(detector, items, policy, batches)
         if world.is_main:
             log_quick_audit(items, val_items)
 
         # What is trained, how far it is, and what is kept of it
         folder = make_folder(args.output_path)
         detector.to(device, memory_format=torch.channels_last)
-        if world.size > 1 and device.type == "cuda":
+        if synchronised:
             detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
         groups = parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
         sgd = torch.optim.SGD(groups, lr=args.lr, momentum=args.momentum)
-        stepper = Stepper(sgd, device, args.precision, world, args.skip_nonfinite, folder / LAST)
+        buffers = detector.classifier.buffers()
+        stepper = Stepper(sgd, device, args.precision, world, args.skip_nonfinite, folder / LAST, buffers)
         if resumed:
             stepper.load_state_dict(resumed)
             warn_about_changes(resumed["settings"], vars(args), CHANGEABLE)
@@ -131,7 +140,6 @@ def main(argv: list[str] | None = None) -> None:
         keeper = StateKeeper(folder / LAST, state, stop, args.save_minutes, world)
 
         # Training, over images in an order that depends on seed and epoch alone
-        batches = EpochBatches(len(items), args.batch_size, args.seed, True, world.rank, world.size)
         perturb = AugmentTransform() if args.augment_perturb else None
         images = ImageDataset(items, policy._replace(random_crop=True), flip=True, seed=args.seed, transform=perturb)
         loader = make_loader(images, batches, collate, args.workers, device)
@@ -234,7 +242,7 @@ def save_epoch(keeper: StateKeeper, progress: Progress, keep_last: int | None, s
     better = score is not None and (progress.best is None or score > progress.best)
     if better:
         progress.best = score
-    state = keeper.save()
+    state = keeper.collect()
     if keeper.world.is_main:
         checkpoints.save({**state, "epoch": progress.epoch}, folder / f"{progress.epoch:04d}.pth.tar")
         checkpoints.save({"state_dict": state["sr_state_dict"]}, folder / f"{progress.epoch:04d}_sr.pth.tar")
@@ -242,6 +250,22 @@ def save_epoch(keeper: StateKeeper, progress: Progress, keep_last: int | None, s
             checkpoints.save({**state, "epoch": progress.epoch}, folder / "best.pth.tar")
         prune(folder, "[0-9]*[0-9].pth.tar", keep_last)
         prune(folder, "[0-9]*_sr.pth.tar", keep_last)
+    keeper.save(state)  # last of all: a run killed before has yet to do this, one killed after has all of it
+
+
+def refuse_lone_images(
+    detector: ResynthesisDetector, items: list[Item], policy: SizePolicy, batches: EpochBatches
+) -> None:
+    """Better said now than in the last step of the first epoch (where the classifier would say it).
+
+    Raises:
+        UsageError: if a batch, or a process's share of it, is one image too small to be normalised alone.
+    """
+    lone = min(batches.shares(step)[1] for step in (0, batches.steps - 1)) < 2 * batches.world_size
+    size = check_headers([items[0].path], policy).sizes[0]  # others may differ only in batches of one
+    if lone and size and not trains_on_one(*detector.residual_size(*fitted_size(*size, policy))):
+        sizes = f"{len(items)} images in batches of {batches.batch_size} over {batches.world_size} process(es)"
+        raise UsageError(f"{sizes} leave one alone: {SINGLE_IMAGE}")
 
 
 def rate_factor(epoch: int, epochs: int) -> float:

@@ -52,13 +52,13 @@ from utils.run import (
     run_program,
     set_deterministic,
 )
-from utils.training import Progress, StateKeeper, Stepper, prune, warn_about_changes
+from utils.training import SAFETY_OPTIONS, Progress, StateKeeper, Stepper, prune, warn_about_changes
 
 logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 PICTURES = 4  # patches shown on TensorBoard
-CHANGEABLE = {"gpu", "workers", "resume", "weights_file", "num_epochs", "outputs_dir"}  # in a run's continuation
+CHANGEABLE = SAFETY_OPTIONS | {"gpu", "workers", "resume", "weights_file", "num_epochs", "outputs_dir"}  # when resuming
 
 
 def main(argv: list[str] | None = None) -> None:

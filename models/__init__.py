@@ -11,13 +11,14 @@ from models.build import (
 )
 from models.errors import ModelError
 from models.rdn import RDN, rdn_config
-from models.resnet import DeepStemResNet, resnet_config
+from models.resnet import SINGLE_IMAGE, DeepStemResNet, resnet_config, trains_on_one
 from models.resynthesis import ResynthesisDetector, downsample, residual_energy
 from models.vgg import STAGE_CHANNELS, STAGES, VGGStages
 from models.weights import fingerprint, load_weights, state_dict_of
 
 __all__ = [
     "RDN",
+    "SINGLE_IMAGE",
     "STAGES",
     "STAGE_CHANNELS",
     "Checkpoint",
@@ -38,4 +39,5 @@ __all__ = [
     "residual_energy",
     "resnet_config",
     "state_dict_of",
+    "trains_on_one",
 ]

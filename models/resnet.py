@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from models.errors import ModelError
 
 STEM_CHANNELS = 128
+TOTAL_STRIDE = 32  # two convolutions and the pooling of the stem, layer1 and layer2, by 2 each, rounded up
 ARCHITECTURES = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -20,6 +21,11 @@ ARCHITECTURES = {
     "resnet101": (Bottleneck, (3, 4, 23, 3)),
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
+
+SINGLE_IMAGE = (
+    "batch normalisation cannot be trained on a batch of one image this small: choose a --batch-size that leaves no"
+    " image alone in the last batch (or a process's share of it), or a larger --crop-size or --resize"
+)
 
 
 class DeepStemResNet(ResNet):
@@ -61,6 +67,25 @@ class DeepStemResNet(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # N(0, sqrt(2 / (k * k * C_out)))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: residual (B, in_channels, H, W). Returns logits (B, 2).
+
+        Raises:
+            ModelError: in training, for a batch too small to be normalised.
+        """
+        alone = self.training and len(x) == 1 and not isinstance(self.bn1, nn.SyncBatchNorm)
+        if alone and not trains_on_one(*x.shape[-2:]):
+            raise ModelError(SINGLE_IMAGE)
+        return super().forward(x)
+
+
+def trains_on_one(height: int, width: int) -> bool:
+    """Whether batch normalisation can be trained on a single residual (C_in, height, width).
+
+    Not where its last maps are of one value each: their variance is 0.
+    """
+    return max(height, width) > TOTAL_STRIDE
 
 
 def resnet_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:

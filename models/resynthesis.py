@@ -51,6 +51,11 @@ class ResynthesisDetector(nn.Module):
         """The space residuals are taken in: x itself, or its VGG-19 features of the stage."""
         return x if self.stage == 0 else self.vgg(x, [self.stage])[self.stage]
 
+    def residual_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H_l, W_l) of the residual of an image of this size."""
+        stride = 2 ** max(self.stage - 1, 0)
+        return height // stride, width // stride
+
     @staticmethod
     def difference(a: Tensor, b: Tensor) -> Tensor:
         """|a - b|, in float32 whatever the precision of the features."""

@@ -1,9 +1,14 @@
 """The trainers: the release's update, what moves and what does not, stops and resumes, several processes."""
 
+import errno
+import functools
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +16,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from processes import SMALL, finish, kill_in_save, signal_in_step, start
 
 import train_detector
 import train_sr
 from data.images import FAKE, REAL
 from models import RDN, DeepStemResNet, ResynthesisDetector, downsample, load_vgg
 from models.auxiliary import HEADS
+from models.resnet import ARCHITECTURES
+from utils.checkpoint import CheckpointError
 from utils.distributed import World
-from utils.run import Stopped, StopSignal, UsageError, run_program
-from utils.training import Progress, StateKeeper, Stepper, prune
+from utils.run import StopSignal, UsageError, run_program
+from utils.training import Progress, Stepper, prune
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -34,6 +42,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_classifier():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -98,23 +113,8 @@ def differences(a, b, where=""):
 def assert_same_run(a, b):
     a, b = read(a), read(b)
     for state in (a, b):
-        state.pop("settings")  # holds the folder's name
+        state.pop("settings", None)  # holds the folder's name
     assert differences(a, b) == []
-
-
-def stop_at(monkeypatch, total_steps):
-    """Let the run stop, as by SIGTERM, after so many steps in all."""
-    real = StateKeeper.after_step
-    count = 0
-
-    def after_step(self, device):
-        nonlocal count
-        count += 1
-        if count == total_steps:
-            self.stop.received = signal.SIGTERM
-        real(self, device)
-
-    monkeypatch.setattr(StateKeeper, "after_step", after_step)
 
 
 # --- the update -----------------------------------------------------------------------------------------------------
@@ -232,14 +232,14 @@ def degraded_step(wanted):
 
 @pytest.fixture
 def double_precision(monkeypatch):
-    """Everything in float64: batch normalisation over 2 x 2 toy maps magnifies rounding too much in float32."""
+    """Everything in float64: batch normalisation over toy maps of one value magnifies rounding too much in float32."""
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.mark.parametrize(("stage", "degraded", "micro_batch"), [(0, True, 1), (2, False, 2)])
 def test_micro_batches_make_the_same_update(double_precision, stage, degraded, micro_batch):
     vgg = load_vgg("random")[0].double()
-    x = torch.rand(len(LABELS), 3, SIDE, SIDE, dtype=torch.float64)
+    x = torch.rand(len(LABELS), 3, SIDE // 2, SIDE // 2, dtype=torch.float64)
     step = degraded_step(degraded)
     states, values = [], []
     before = toy_detector(vgg, stage).double().state_dict()
@@ -387,46 +387,154 @@ def test_a_resynthesizer_state_is_no_detector(images, rdn_file, tmp_path):
 
 # --- stopping and resuming --------------------------------------------------------------------------------------------
 
-DETECTOR_RUNS = {
-    "frozen": ["--fixed-sr"],
-    "colorization": ["--mode-sr", "colorization", "--idx-stages", "1", "--micro-batch", "2", "--lr", "1e-6"],
-}
+EVERY_STEP = ["--save-minutes", "0"]
+# program, the file of its last state, flags
+TRAINERS = {
+    "super-resolution": (train_sr, "x2/last.pth", [
+        "--num-epochs", "3", "--augment", "--completion", "--colorization", "--patches-per-image", "2",
+        "--eval-file", "REAL", "--lr-decay-epoch", "1", "--num-save", "1", "--keep-last", "1",
+    ]),
+    "frozen": (train_detector, "last.pth.tar", [
+        "--fixed-sr", "--val-root-pos", "REAL", "--val-root-neg", "FAKE", "--augment-perturb",
+        "--epochs", "2", "--batch-size", "5", "--crop-size", "56", "--save-every-epoch", "1", "--keep-last", "1",
+    ]),
+    "end to end": (train_detector, "last.pth.tar", [
+        "--mode-sr", "colorization", "--idx-stages", "1", "--micro-batch", "2", "--lr", "1e-6",
+        "--epochs", "2", "--batch-size", "5", "--crop-size", "32", "--save-every-epoch", "2",
+    ]),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("flags", DETECTOR_RUNS.values(), ids=DETECTOR_RUNS)
-def test_a_resumed_detector_is_one_never_stopped(images, rdn_file, tmp_path, monkeypatch, flags):
-    """Three epochs of two steps; stopped after step 3, in the middle of the second epoch, and after step 4."""
-    validation = ["--val-root-pos", str(images / "real"), "--val-root-neg", str(images / "fake")]
-    flags = [*flags, "--epochs", "3", "--batch-size", "5", "--save-every-epoch", "3", "--crop-size", "56", *(validation if "--fixed-sr" in flags else [])]
-    train_detector.main(detector_arguments(images, rdn_file, tmp_path / "whole", *flags))
-    stopped = detector_arguments(images, rdn_file, tmp_path / "stopped", *flags, "--resume", "auto")
-    for steps in (3, 1):
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            stop_at(patch, steps)
-            train_detector.main(stopped)
-    progress = read(tmp_path / "stopped" / "last.pth.tar")["progress"]
-    assert (progress["epoch"], progress["step"], progress["total_steps"]) == (1, 2, 4)
-    train_detector.main(stopped)
-    assert read(tmp_path / "stopped" / "last.pth.tar")["progress"]["total_steps"] == 6
-    assert_same_run(tmp_path / "whole" / "last.pth.tar", tmp_path / "stopped" / "last.pth.tar")
-    if "--fixed-sr" in flags:
-        assert_same_run(tmp_path / "whole" / "best.pth.tar", tmp_path / "stopped" / "best.pth.tar")
+@pytest.fixture(scope="module")
+def trainer(images, rdn_file):
+    """(main, arguments of a run into a folder, the file of its last state in it) of one of TRAINERS."""
+
+    def of(name):
+        program, last, flags = TRAINERS[name]
+        flags = [{"REAL": str(images / "real"), "FAKE": str(images / "fake")}.get(f, f) for f in flags]
+
+        def arguments(out, *more):
+            if program is train_sr:
+                return sr_arguments(images, out, *flags, *more)
+            return detector_arguments(images, rdn_file, out, *flags, *more)
+
+        return program, arguments, last
+
+    return of
 
 
-def test_a_resumed_resynthesizer_is_one_never_stopped(images, tmp_path, monkeypatch):
-    flags = ["--num-epochs", "3", "--augment", "--completion", "--colorization", "--patches-per-image", "2"]
-    flags += ["--eval-file", str(images / "real"), "--lr-decay-epoch", "1", "--num-save", "1"]
-    train_sr.main(sr_arguments(images, tmp_path / "whole", *flags))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        stop_at(patch, 5)
-        train_sr.main(sr_arguments(images, tmp_path / "stopped", *flags))
-    train_sr.main(sr_arguments(images, tmp_path / "stopped", *flags, "--resume", "auto"))
-    for name in ("last.pth", "best.pth"):
-        assert_same_run(tmp_path / "whole" / "x2" / name, tmp_path / "stopped" / "x2" / name)
-    epochs = [read(tmp_path / "stopped" / "x2" / f"epoch_{e}.pth") for e in range(3)]
-    assert epochs[2].keys() == RDN(scale=2, **TINY).state_dict().keys()
-    assert differences(epochs[2], read(tmp_path / "whole" / "x2" / "last.pth")["state_dict"]) == []
-    assert differences(epochs[0], epochs[2]) != []
+@pytest.fixture(scope="module")
+def whole_run(trainer, tmp_path_factory):
+    """The folder of an uninterrupted run of one of TRAINERS."""
+
+    @functools.cache
+    def of(name):
+        out = tmp_path_factory.mktemp("whole")
+        program, arguments, _ = trainer(name)
+        program.main(arguments(out))
+        return out
+
+    return of
+
+
+def assert_goes_on_to_the_same_end(trainer, whole_run, name, out, *more):
+    """With --resume auto, a stopped run ends with the files of one never stopped, bit for bit, and no others."""
+    program, arguments, last = trainer(name)
+    program.main(arguments(out, "--resume", "auto", *more))
+    whole = (whole_run(name) / last).parent
+    stopped = (out / last).parent
+    names = sorted(p.name for p in whole.iterdir() if p.is_file())
+    assert sorted(p.name for p in stopped.iterdir() if p.is_file()) == names
+    for file in (n for n in names if ".pth" in n):
+        assert_same_run(whole / file, stopped / file)
+
+
+@pytest.mark.parametrize(
+    ("name", "workers", "accident"),
+    [
+        ("super-resolution", 0, "in a save"), ("super-resolution", 2, "in a step"),
+        ("frozen", 0, "in a save"), ("frozen", 2, "in a step"),
+        ("end to end", 0, "in a save"), ("end to end", 2, "in a step"),
+    ],
+)  # fmt: skip
+def test_a_killed_run_goes_on_where_it_was(trainer, whole_run, tmp_path, name, workers, accident):
+    """SIGKILL to a real process, at a step or in the middle of a save drawn at random; nothing is lost by it."""
+    program, arguments, last = trainer(name)
+    at = int(np.random.default_rng(zlib.crc32(f"{name} {accident}".encode())).integers(3, 5))
+    prepare = partial(signal_in_step, at, signal.SIGKILL) if accident == "in a step" else partial(kill_in_save, at)
+    out, log = tmp_path / "out", tmp_path / "log"
+    how = ["--workers", str(workers), *EVERY_STEP]
+    assert finish(start(f"{program.__name__}.py", arguments(out, *how), log, prepare)) == -signal.SIGKILL
+    torn = list(out.rglob(".*.tmp"))
+    assert len(torn) == (accident == "in a save")
+    steps = read(out / last)["progress"]["total_steps"]
+    assert steps == at - 1 if accident == "in a step" else 1 <= steps < at, log.read_text()
+    assert_goes_on_to_the_same_end(trainer, whole_run, name, out, "--workers", str(workers))
+
+
+def test_keep_last_keeps_the_best_and_the_last_state_too(whole_run):
+    names = {p.name for p in whole_run("frozen").iterdir() if p.is_file()}
+    assert names == {"0002.pth.tar", "0002_sr.pth.tar", "best.pth.tar", "last.pth.tar", "config.json", "stats.jsonl"}
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(trainer, whole_run, tmp_path, monkeypatch, capfd, call):
+    program, arguments, last = trainer("super-resolution")
+    real, count = getattr(os, call), itertools.count(1)
+
+    def full(*paths):
+        if next(count) >= 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*paths)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full)
+        assert run_program(lambda: program.main(arguments(tmp_path, *EVERY_STEP)), CheckpointError) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: cannot write") and "No space left on device" in line
+    assert read(tmp_path / last)["progress"]["total_steps"] >= 1 and not list(tmp_path.rglob(".*.tmp"))
+    assert_goes_on_to_the_same_end(trainer, whole_run, "super-resolution", tmp_path)
+
+
+def test_a_disk_too_full_for_the_records_is_one_line(trainer, tmp_path, monkeypatch, capfd):
+    program, arguments, _ = trainer("super-resolution")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(train_sr.Recorder, "epoch", full)
+    assert run_program(lambda: program.main(arguments(tmp_path))) == 2
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: cannot write a file (No space left on device)")
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "status"), [("super-resolution", signal.SIGINT, 130), ("frozen", signal.SIGTERM, 143)]
+)
+def test_a_stopped_run_saves_the_step_it_is_in(trainer, whole_run, tmp_path, name, number, status):
+    """Twice, and then it ends as one never stopped."""
+    program, arguments, last = trainer(name)
+    for steps in (2, 1):
+        log = tmp_path / f"log{steps}"
+        flags = arguments(tmp_path / "out", "--resume", "auto")
+        run = start(f"{program.__name__}.py", flags, log, partial(signal_in_step, steps, number))
+        assert finish(run) == status, log.read_text()
+        assert "Traceback" not in log.read_text()
+        assert "the state so far is saved" in log.read_text().splitlines()[-1]
+    assert read(tmp_path / "out" / last)["progress"]["total_steps"] == 3
+    assert_goes_on_to_the_same_end(trainer, whole_run, name, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["super-resolution", "frozen"])
+def test_two_runs_write_the_same_bytes(trainer, whole_run, tmp_path, monkeypatch, name):
+    """But for the folder they are told to write into, which is in the settings: here both say `out`."""
+    program, arguments, _ = trainer(name)
+    files = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        program.main([*arguments("out"), *(["--num-epochs", "1"] if program is train_sr else ["--epochs", "1"])])
+        files.append({str(p): p.read_bytes() for p in Path("out").rglob("*.pth*")})
+    assert len(files[0]) >= 3 and files[0] == files[1]
 
 
 def test_the_auxiliary_vgg_of_a_resumed_run_must_be_the_same(images, rdn_file, tmp_path, vgg):
@@ -437,62 +545,6 @@ def test_the_auxiliary_vgg_of_a_resumed_run_must_be_the_same(images, rdn_file, t
     more = [*flags, "--resume", "auto", "--epochs", "2", "--vgg-weights", str(tmp_path / "other_vgg.pth")]
     with pytest.raises(ValueError, match="--vgg-weights"):
         train_detector.main(detector_arguments(images, rdn_file, tmp_path / "out", *more))
-
-
-def start(program, arguments):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / program), *arguments], cwd=ROOT, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def wait_for(process, file):
-    """Until `file` is there."""
-    for _ in range(600):
-        if process.poll() is not None:
-            raise AssertionError(f"ended too early: {process.stdout.read()}")
-        if file.exists():
-            return
-        try:
-            process.wait(0.05)
-        except subprocess.TimeoutExpired:
-            continue
-    process.kill()
-    raise AssertionError(f"{file} was never written: {process.stdout.read()}")
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143)])
-def test_a_killed_run_goes_on_where_it_was(images, rdn_file, tmp_path, number, status):
-    """A real signal to a real process that saves after each step; in the middle of an epoch."""
-    flags = ["--fixed-sr", "--epochs", "3", "--save-every-epoch", "3", "--batch-size", "5", "--resume", "auto"]
-    flags += ["--save-minutes", "0"]
-    out = tmp_path / "out"
-    process = start("train_detector.py", detector_arguments(images, rdn_file, out, *flags))
-    try:
-        wait_for(process, out / "last.pth.tar")
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == status, output
-    assert "Traceback" not in output
-    done = read(out / "last.pth.tar")["progress"]["total_steps"]
-    assert 1 <= done < 6
-    if number == signal.SIGKILL:
-        train_detector.main(detector_arguments(images, rdn_file, out, *flags))
-        train_detector.main(detector_arguments(images, rdn_file, tmp_path / "whole", *flags[:-4]))
-        assert_same_run(out / "last.pth.tar", tmp_path / "whole" / "last.pth.tar")
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_the_exit_status_tells_the_signal(number, status):
-    def main():
-        with StopSignal() as stop:
-            os.kill(os.getpid(), number)
-            raise Stopped(stop.agreed(World(), CPU))
-
-    assert run_program(main) == status
 
 
 def test_a_second_interrupt_stops_at_once():
@@ -506,15 +558,21 @@ def test_a_second_interrupt_stops_at_once():
 
 
 def test_two_processes_train_as_one(images, tmp_path):
-    """Five images in batches of four and one: the second process has no share of the last one."""
+    """NPROC=2 of the script. Five images in batches of four and one: the second process has no share of the last."""
     flags = ["--num-epochs", "2", "--batch-size", "4", "--augment", "--eval-file", str(images / "fake")]
     train_sr.main(sr_arguments(images, tmp_path / "one", *flags))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train_sr.py")]
+    python = tmp_path / "python"  # without the scripts' check of its packages, which takes as long as the training
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    gpu = "cpu" if torch.cuda.is_available() else "0"
     done = subprocess.run(
-        [sys.executable, *launcher, *sr_arguments(images, tmp_path / "two", *flags)],
-        cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=120,
+        ["bash", ROOT / "script" / "train_super_resolution_celeba.sh", gpu,
+         *sr_arguments(images, tmp_path / "two", *flags, "--gpu", gpu)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC": "2", "PYTHON": str(python), "DATA_ROOT_POS": str(images)},
+        capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "in 2 processes" in done.stderr and done.stderr.count("GPU 0 was asked for") == (gpu == "0")
     one, two = read(tmp_path / "one/x2/last.pth"), read(tmp_path / "two/x2/last.pth")
     assert two["progress"]["total_steps"] == one["progress"]["total_steps"] == 4
     for key, tensor in one["state_dict"].items():
@@ -548,6 +606,25 @@ def test_a_step_that_is_not_finite_is_left_out_or_ends_the_run(precision):
     assert stepper.progress.step == 2 and np.isfinite(stepper.progress.means()["loss"])
     with pytest.raises(UsageError, match=r"epoch 0, step 2 .*a\.png.*no state is saved"):
         step(float("nan"))
+
+
+def test_a_step_left_out_leaves_no_trace(images, rdn_file, tmp_path, monkeypatch):
+    """Nor in the batch-norm statistics, which the forward pass of the step has spoilt already."""
+    real, count = train_detector.to_float, itertools.count(1)
+
+    def poisoned(pixels):
+        return real(pixels) * (float("nan") if len(pixels) == 5 and next(count) == 2 else 1)
+
+    monkeypatch.setattr(train_detector, "to_float", poisoned)
+    flags = ["--fixed-sr", "--epochs", "2", "--batch-size", "5", "--skip-nonfinite", "1"]
+    train_detector.main(detector_arguments(images, rdn_file, tmp_path / "out", *flags))
+    state = read(tmp_path / "out" / "last.pth.tar")
+    assert state["progress"]["skipped"] == 1 and state["progress"]["total_steps"] == 4
+    assert all(v.isfinite().all() for v in state["state_dict"].values())
+    assert state["state_dict"]["bn1.num_batches_tracked"] == 3
+    count = itertools.count(1)
+    with pytest.raises(UsageError, match=r"epoch 0, step 1 .*(real|fake)/\d.png, .*no state is saved"):
+        train_detector.main(detector_arguments(images, rdn_file, tmp_path / "other", *flags[:-1], "0"))
 
 
 def test_the_rates_are_set_from_those_the_groups_were_built_with():

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+TEMPORARY = ".tmp"  # what a file being written ends in; its name begins with a dot and the name it will get
 # How torch says that a file holds more than it may; its other complaints are about files that are no checkpoints
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function", "allowlisted", "Unsupported class")
 
@@ -26,7 +27,9 @@ def save(obj: dict, path: str | os.PathLike) -> None:
     path = Path(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False
+        ) as file:
             temporary = file.name
             torch.save(obj, file)
             file.flush()
@@ -41,6 +44,12 @@ def save(obj: dict, path: str | os.PathLike) -> None:
         if temporary:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(temporary)
+
+
+def remove_torn(folder: Path) -> None:
+    """Delete what a process killed in `save` left behind, before another run begins in this folder."""
+    for path in folder.glob(f".*.pth*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
 
 
 def load(path: str | os.PathLike) -> dict:

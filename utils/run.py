@@ -1,5 +1,6 @@
 """What every program does around its work: how it starts, what it records, how it stops."""
 
+import errno
 import json
 import logging
 import math
@@ -20,6 +21,7 @@ from utils.distributed import World, max_over_processes
 logger = logging.getLogger(__name__)
 
 EXIT_MISTAKE = 2
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # what writing files may meet with
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -49,6 +51,15 @@ def run_program(main: Callable[[], int | None], *mistakes: type[Exception]) -> i
     except KeyboardInterrupt:
         logger.warning("interrupted")
         return 128 + signal.SIGINT
+    except OSError as error:  # of the small files (records, tables); those of checkpoints say more
+        if error.errno not in NO_ROOM:
+            raise
+        logger.error("error: cannot write %s (%s); what was saved before is untouched", error.filename or "a file", error.strerror)
+        return EXIT_MISTAKE
+    except torch.OutOfMemoryError as error:
+        first = str(error).strip().splitlines()[0]
+        logger.error("error: %s Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16", first)
+        return EXIT_MISTAKE
 
 
 def setup_logging() -> None:
@@ -95,7 +106,7 @@ def choose_device(gpu: str | None) -> torch.device:
         UsageError: for a GPU this machine lacks although it has others, or a word that is neither.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if "LOCAL_RANK" in os.environ and gpu != "cpu":  # torchrun: one GPU a process
+    if "LOCAL_RANK" in os.environ and gpu != "cpu" and count:  # torchrun: one GPU a process
         gpu = os.environ["LOCAL_RANK"]
     if gpu is None:
         if count == 0:
@@ -106,7 +117,8 @@ def choose_device(gpu: str | None) -> torch.device:
     if not gpu.isdecimal():
         raise UsageError(f"--gpu {gpu}: a number or cpu was wanted")
     if count == 0:
-        logger.warning("warning: GPU %s was asked for and this machine has none: using the CPU", gpu)
+        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG  # once, not in each process
+        logger.log(level, "warning: GPU %s was asked for and this machine has none: using the CPU", gpu)
         return torch.device("cpu")
     if int(gpu) >= count:
         raise UsageError(f"--gpu {gpu}: this machine has GPU 0..{count - 1}; choose one of these or cpu")

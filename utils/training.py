@@ -17,6 +17,8 @@ from utils.run import Stopped, StopSignal, UsageError
 
 logger = logging.getLogger(__name__)
 
+SAFETY_OPTIONS = {"save_minutes", "keep_last", "skip_nonfinite"}  # may differ in a run's continuation: no number does
+
 
 @dataclass
 class Progress:
@@ -27,6 +29,7 @@ class Progress:
     total_steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)  # of this epoch's values, weighted by their counts
     best: float | None = None  # the best validation score so far
+    skipped: int = 0  # steps left out because their numbers were not finite
 
     def add(self, values: dict[str, float], count: int) -> None:
         """One more step, whose `values` are means over `count` images."""
@@ -57,16 +60,16 @@ class StateKeeper:
     def __init__(self, path: Path, collect: Callable[[], dict], stop: StopSignal, minutes: float, world: World):
         self.path, self.collect, self.stop, self.world = path, collect, stop, world
         self.interval = minutes * 60
+        if world.is_main:
+            checkpoint.remove_torn(path.parent)
         self.saved_at = time.monotonic()
 
-    def save(self, *others: Path) -> dict:
-        """Save the state now, under the last state's name and `others`. Returns it."""
-        state = self.collect()
+    def save(self, state: dict | None = None) -> None:
+        """Save the state now, or the one `collect` has just given."""
+        state = state or self.collect()
         if self.world.is_main:
-            for path in (*others, self.path):
-                checkpoint.save(state, path)
+            checkpoint.save(state, self.path)
         self.saved_at = time.monotonic()
-        return state
 
     def after_step(self, device: torch.device) -> None:
         """Save if it is time; raise `Stopped` after saving if a signal has come."""
@@ -90,6 +93,8 @@ class Stepper:
     Args:
         skip_nonfinite: how many steps with a loss or gradient that is not finite may be left out.
         last_state: the file named when there are more.
+        buffers: what the forward pass of a step changes besides (batch-norm statistics): put back as they were where
+            the step is left out.
     """
 
     def __init__(
@@ -100,12 +105,15 @@ class Stepper:
         world: World,
         skip_nonfinite: int,
         last_state: Path,
+        buffers: Iterable[Tensor] = (),
     ):
         self.optimizer, self.device, self.world = optimizer, device, world
         self.progress = Progress()
         self.base_rates = [group["lr"] for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        self.skips_left, self.last_state = skip_nonfinite, last_state
+        self.skip_nonfinite, self.last_state = skip_nonfinite, last_state
+        self.buffers = list(buffers) if skip_nonfinite else []  # a run that skips none ends, and saves nothing
+        self.good_buffers = [buffer.clone() for buffer in self.buffers]
 
     def set_rates(self, factor: float) -> None:
         """Every group's learning rate: the one it was built with, times `factor`."""
@@ -137,8 +145,12 @@ class Stepper:
         if self._finite(next(iter(means.values())), norm.item(), files):
             self.scaler.step(self.optimizer)
             self.progress.add(means, count)
+            source, target = self.buffers, self.good_buffers
         else:
             self.progress.add({}, 0)
+            source, target = self.good_buffers, self.buffers
+        for new, old in zip(source, target, strict=True):
+            old.copy_(new)
         self.scaler.update()  # after a step left out too: it ends what `unscale_` began
         self.optimizer.zero_grad()
 
@@ -146,13 +158,13 @@ class Stepper:
         if math.isfinite(loss) and math.isfinite(norm):
             return True
         where = f"epoch {self.progress.epoch}, step {self.progress.step} (loss {loss:.4g}, gradient norm {norm:.4g})"
-        if self.skips_left == 0:
+        if self.progress.skipped >= self.skip_nonfinite:
             saved = f"the last good state is {self.last_state}" if self.last_state.exists() else "no state is saved yet"
             raise UsageError(
                 f"numbers are no longer finite at {where}; images {', '.join(files)}; {saved}. Lower --lr, use"
                 " --precision fp32, or leave such steps out with --skip-nonfinite N"
             )
-        self.skips_left -= 1
+        self.progress.skipped += 1
         logger.warning("warning: step left out at %s; images %s", where, ", ".join(files))
         return False
 
@@ -166,7 +178,8 @@ class Stepper:
     def load_state_dict(self, state: dict) -> None:
         """Go on from a state; the rates are those asked for now."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty if the run began in another precision
+            self.scaler.load_state_dict(state["scaler"])
         vars(self.progress).update(state["progress"])
 
 

@@ -1,0 +1,84 @@
+"""Programs in processes of their own, without waiting in each for torch to be imported: forked from one that has it."""
+
+import io
+import itertools
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torchvision.models.resnet import BasicBlock
+
+from models.resnet import ARCHITECTURES
+from utils.training import StateKeeper
+
+ROOT = Path(__file__).parents[1]
+SMALL = {"resnet18": (BasicBlock, (1, 1, 1, 1))}  # half the weights: most of a tiny training's time is writing them
+SERVER = multiprocessing.get_context("forkserver")  # not fork: these have no threads or GPU to be confused about
+SERVER.set_forkserver_preload(["train_sr", "train_detector"])
+
+
+def start(
+    program: str, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, **environment: str
+) -> multiprocessing.Process:
+    """`python PROGRAM ARGUMENTS > LOG 2>&1`, one thread. `prepare` (of a module, or partial of one) is called first."""
+    process = SERVER.Process(target=_run, args=(program, arguments, log, prepare, environment))
+    process.start()
+    return process
+
+
+def finish(process: multiprocessing.Process, seconds: float = 60) -> int:
+    """The exit status, as `subprocess` gives it."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError(f"still running after {seconds} s")
+    return process.exitcode
+
+
+def _run(program, arguments, log, prepare, environment):
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    ARCHITECTURES.update(SMALL)
+    sys.argv = [program, *arguments]
+    if prepare:
+        prepare()
+    runpy.run_path(str(ROOT / program), run_name="__main__")
+
+
+# --- what may happen to a program, as `prepare` ---------------------------------------------------------------
+
+
+def signal_in_step(step: int, number: int) -> None:
+    """The program gets signal `number` in its step `step` (from 1), after the update, before its state is saved."""
+    real, count = StateKeeper.after_step, itertools.count(1)
+
+    def after_step(self, device):
+        if next(count) == step:
+            os.kill(os.getpid(), number)
+        real(self, device)
+
+    StateKeeper.after_step = after_step
+
+
+def kill_in_save(save: int) -> None:
+    """The program is killed in the middle of writing its checkpoint number `save` (from 1)."""
+    real, count = torch.save, itertools.count(1)
+
+    def torn(obj, file):
+        if next(count) < save:
+            return real(obj, file)
+        whole = io.BytesIO()
+        real(obj, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    torch.save = torn
