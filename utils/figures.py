@@ -55,7 +55,7 @@ STYLE = {
     "ytick.color": INK,
 }
 DPI = 160
-BINS = 40
+BINS = (10, 40)  # fewest and most: with few images, many bins show noise
 LONGEST_NAME = 28
 LONGEST_LEGEND = 6  # entries that fit a panel
 MOST_OUTLINES = 4  # histograms that can be told apart in one panel
@@ -341,7 +341,8 @@ def _bin_edges(scores: np.ndarray) -> np.ndarray:
     """Edges of the histogram bins: what the middle 99 % of the scores cover, zero among the edges."""
     low, high = np.percentile(scores, [0.5, 99.5]) if len(scores) else (-1.0, 1.0)
     low, high = min(low, 0.0), max(high, 0.0)
-    width = (high - low) / (BINS - 2) or 0.05
+    bins = np.clip(1.5 * np.sqrt(len(scores)), *BINS)
+    width = (high - low) / (bins - 2) or 0.05
     return width * np.arange(np.floor(low / width) - 1, np.ceil(high / width) + 2)
 
 
