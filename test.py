@@ -4,8 +4,8 @@
     python test.py --resume DETECTOR --input a.png photos/
 
 Scores first, metrics second: P.csv has a row an image (path,label,generator,logit_fake,logit_real,prob_fake,prediction,
-error), P.npy the same logits (N, 2), columns FAKE, REAL. P.json (metrics, settings, versions) and P.png (ROC, histogram)
-are made from them. A killed run goes on where it stopped.
+error; with --stability one more), P.npy the same logits (N, 2), columns FAKE, REAL. P.json (metrics, settings, versions)
+and P.png (ROC, histogram) are made from them. A killed run goes on where it stopped.
 """
 
 import contextlib
