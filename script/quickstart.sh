@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# The whole method at a small scale, on a laptop without a GPU:  bash script/quickstart.sh [GPU_ID]
+# Makes example images, trains RDN on the real ones and a pixel and a stage-5 detector on "nearest" fakes, tests both on
+# held-out "nearest" and "bilinear" fakes. What was done by an earlier call is not done again; for a new start:
+#   rm -r output/quickstart
+# Writes output/quickstart. The images are small (128 pixels), and so are the networks (RDN 16/16/3/3, ResNet-18), trained
+# for minutes: the numbers show that everything works, not how good the method is.
+source "$(dirname "$0")/common.sh"
+usage "${1:-cpu}"
+find_python
+began=$SECONDS
+gpu=${1:-cpu} out=output/quickstart images=output/quickstart/images
+mkdir -p "$out"
+
+if [[ ! -f $images/settings.json ]]; then
+    say "data.example --out $images --size 128"
+    "$PYTHON" -m data.example --out $images --size 128
+fi
+
+# trained FILE PROGRAM FLAG ...: runs the program unless it has written FILE; goes on where a stopped one was.
+trained() {
+    local file=$1 program=$2
+    shift 2
+    if [[ -f "$file" ]]; then
+        say "$file is there already"
+    else
+        say "$program $*"
+        "$PYTHON" "$program" --gpu "$gpu" --resume auto "$@" ${VGG_WEIGHTS:+--vgg-weights "$VGG_WEIGHTS"}
+    fi
+}
+
+# Step 1: the re-synthesizer. The perceptual loss (--vgg-lambda) is left out: VGG-19 costs a hundred times this RDN.
+trained "$out/sr/x4/epoch_59.pth" train_sr.py \
+    --train-file $images/train.txt --eval-file $images/val.txt --outputs-dir $out/sr \
+    --num-features 16 --growth-rate 16 --num-blocks 3 --num-layers 3 --vgg-lambda 0 \
+    --patch-size 16 --batch-size 8 --patches-per-image 2 --lr 2e-3 --lr-decay-epoch 20 --num-epochs 60 --num-save 20
+
+# Step 2: two detectors on the residuals of "nearest" fakes, RDN frozen
+detector() {
+    local name=$1 epochs=$2
+    shift 2
+    trained "$out/$name/$(printf %04d "$epochs").pth.tar" train_detector.py \
+        --fixed-sr --sr-weights-file $out/sr/x4/best.pth --arch resnet18 --no_dilation "$@" \
+        --lr 1e-2 --lr-sr 1 --batch-size 16 --epochs "$epochs" --save-every-epoch "$epochs" \
+        --data-root-pos $images/train/real --data-root-neg $images/train/nearest \
+        --output-path "$out/$name"
+}
+detector pixel 12 --idx-stages 0 --val-root-pos $images/val/real --val-root-neg $images/val/nearest
+detector stage5 12 --idx-stages 5
+
+# Step 3: scores of held-out images, then everything that is made of scores
+for name in pixel stage5; do
+    say "test.py on held-out images: the $name detector"
+    "$PYTHON" test.py --gpu "$gpu" --resume "$out/$name/last.pth.tar" --save_path "$out/scores/$name" \
+        --data-root-pos $images/test/real --data-root-neg $images/test/nearest $images/test/bilinear >/dev/null
+done
+"$PYTHON" test.py --gpu "$gpu" --resume $out/pixel/last.pth.tar --save_path $out/scores/some \
+    --input $images/test/{real,nearest,bilinear}/000[01].png --save-residuals $out/residuals
+
+echo
+echo "Trained on nearest fakes, tested on held-out images (small networks, minutes of training):"
+"$PYTHON" -m utils.report $out/scores/pixel.csv $out/scores/stage5.csv --out $out/report
+if grep -qs '"source": "random"' $out/scores/stage5.json; then
+    echo "stage5: VGG-19 has RANDOM weights here (no ImageNet weights found), which say little: near 50 is expected." \
+        "VGG_WEIGHTS=FILE bash script/quickstart.sh uses real ones."
+fi
+echo "figures: $(ls -d $out/scores/{pixel,stage5}.png $out/residuals $out/report/report.html | tr '\n' ' ')"
+echo "TensorBoard: $PYTHON -m tensorboard.main --logdir $out"
+say "done in $((SECONDS - began)) s"
