@@ -104,7 +104,7 @@ def test_a_real_at_the_very_top_bars_the_verdict_fake():
 
 def test_stores_beside_everything_else_and_says_what_changed(tmp_path, detector, capsys):
     table = scores_csv(tmp_path / "val.csv", *overlapping())
-    assert calibrate.main([str(table), "--into", str(detector), "--fpr", "0.05", "0.1"]) == 0
+    assert calibrate.main([str(table), "--into", str(detector), "--fpr", "0.05", "--fnr", "0.1"]) == 0
     content = checkpoint.load(detector)
     calibration = content.pop("calibration")
     assert set(calibration) == {

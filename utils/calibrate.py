@@ -1,6 +1,6 @@
 """Make a detector's P(fake) mean what it says, and choose from where on it says real or fake.
 
-    python -m utils.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 [0.01]]
+    python -m utils.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 --fnr 0.01]
 
 SCORES.csv is a labelled score table of this detector, written by test.py, on images that neither training nor
 the final test uses. A temperature is fitted (Guo et al., "On Calibration of Modern Neural Networks", ICML
@@ -206,9 +206,11 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--fpr", type=rate, nargs="+", default=[WANTED_RATE], metavar="SHARE",
-        help="share of REALS that may be called fake, then share of FAKES that may be called real"
-        " (one number: for both; default: 0.01)",
+        help="share of REALS that may be called fake (default: 0.01); a second number is taken as --fnr",
     )  # fmt: skip
+    parser.add_argument(
+        "--fnr", type=rate, metavar="SHARE", help="share of FAKES that may be called real (default: as --fpr)"
+    )
     return parser
 
 
@@ -216,13 +218,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Calibrate and print. Returns the exit status."""
     parser = get_parser()
     args = parser.parse_args(arguments)
-    if len(args.fpr) > 2:
-        parser.error("--fpr takes one share or two")
+    if len(args.fpr) + (args.fnr is not None) > 2:
+        parser.error("--fpr takes one share or two, and with --fnr one")
     try:
         if args.into:  # before any work
             require_detector(checkpoint.load(args.into), args.into)
         table = read_table(args.scores)
-        calibration, warnings = calibrate(table, args.fpr[0], args.fpr[-1])
+        calibration, warnings = calibrate(table, args.fpr[0], args.fpr[-1] if args.fnr is None else args.fnr)
         calibration["source"] = Path(args.scores).name
         lines = report_lines(table, calibration, warnings)
         if args.into:
