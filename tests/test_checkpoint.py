@@ -1,12 +1,16 @@
 """Checkpoint files: whole or not at all, read without running anything, and told apart by their contents."""
 
+import errno
 import os
 import pickle
+import resource
 import stat
 
 import pytest
 import torch
 
+import test
+import train_sr
 from models import RDN, ModelError, fingerprint, load_weights, state_dict_of
 from utils import checkpoint as checkpoints
 from utils.checkpoint import CheckpointError
@@ -50,6 +54,46 @@ def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, failure):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 
 
+def test_a_disk_that_fills_up_while_it_is_written(tmp_path):
+    """The kernel itself refuses, in the middle of the file."""
+    path = tmp_path / "last.pth"
+    checkpoints.save({"a": torch.zeros(2)}, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match="cannot write .*last.pth .*File too large.*untouched") as error:
+            checkpoints.save({"a": torch.ones(10_000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    one_line(error)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
+def test_a_save_that_fails_at_its_end(tmp_path, monkeypatch, call):
+    path = tmp_path / "last.pth"
+    checkpoints.save({"a": torch.zeros(2)}, path)
+    before = path.read_bytes()
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(CheckpointError, match="cannot write .*last.pth .*No space left on device") as error:
+        checkpoints.save({"a": torch.ones(2)}, path)
+    one_line(error)
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+
+
+def test_only_torn_checkpoints_are_removed(tmp_path):
+    kept = ["last.pth", ".p.csv.0-of-1.part", ".config.json.part", ".hidden.tmp"]
+    for name in [*kept, ".last.pth.tar.abc.tmp", ".epoch_3.pth.x_y.tmp"]:
+        (tmp_path / name).touch()
+    checkpoints.remove_torn(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
+
+
 def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
@@ -78,6 +122,7 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_file_that_would_run_code_is_refused(tmp_path, writer):
     path, target = tmp_path / "evil.pth.tar", tmp_path / "ran"
@@ -120,6 +165,20 @@ def test_other_things_than_checkpoints(tmp_path):
         with pytest.raises(CheckpointError, match=words) as error:
             checkpoints.load(path)
         one_line(error)
+
+
+def test_a_detector_that_would_run_code_is_refused_by_the_programs(tmp_path):
+    """Not only by `load`."""
+    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "evil.pth.tar")
+    for program, flags in (
+        (test, ["--input", __file__, "--resume"]),
+        (test, ["--input", __file__, "--resume", str(tmp_path / "evil.pth.tar"), "--sr-weights-file"]),
+        (train_sr, ["--train-file", str(tmp_path / "list.txt"), "--weights-file"]),
+    ):
+        (tmp_path / "list.txt").write_text(__file__)
+        with pytest.raises(CheckpointError, match="evil.pth.tar refused: it holds more than tensors"):
+            program.main([*flags, str(tmp_path / "evil.pth.tar"), "--gpu", "cpu"])
+    assert not (tmp_path / "ran").exists()
 
 
 def test_the_old_format_of_torch_is_read(tmp_path):

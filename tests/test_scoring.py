@@ -17,6 +17,7 @@ import pytest
 import torch
 from golden_rule import fill
 from PIL import Image
+from test_images import make_bad_files
 
 import test as program
 from models import RDN, DeepStemResNet, VGGStages
@@ -266,6 +267,16 @@ def test_inputs_without_labels(tiny, tmp_path, monkeypatch, capfd):
         "=cmd.png.residual.png", "photos/1.jpg.residual.png", "photos/2.png.residual.png"
     ]  # fmt: skip
     assert json.loads(Path("out/s.json").read_text())["metrics"] is None
+
+
+@pytest.mark.parametrize("how", [[], ["-b", 4, "-j", 2]])
+def test_every_bad_image_is_a_row_with_its_error(tiny, tmp_path, how):
+    bad = [path for path in make_bad_files(tmp_path / "bad") if os.path.islink(path) or not os.path.isdir(path)]
+    good = str(write_image(tmp_path / "good.png", 0))
+    assert score(*flags(tiny, "--input", *bad, good, "--save_path", tmp_path / "s", *how)) == 1
+    table = read_table(tmp_path / "s.csv")
+    assert table.paths == [*bad, good] and table.scored.tolist() == [False] * len(bad) + [True]
+    assert all(text.isprintable() and text for text in table.errors[:-1]) and len(np.load(tmp_path / "s.npy")) == len(bad) + 1
 
 
 def test_without_save_path_nothing_is_left_behind(tiny, tmp_path, monkeypatch, capfd):

@@ -4,6 +4,7 @@ import errno
 import functools
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from processes import SMALL, finish, kill_in_save, signal_in_step, start
+from test_images import encoded, make_bad_files
 
 import train_detector
 import train_sr
-from data.images import FAKE, REAL
+from data.images import FAKE, IMAGE_SUFFIXES, REAL, DataError, shown
 from models import RDN, DeepStemResNet, ResynthesisDetector, downsample, load_vgg
 from models.auxiliary import HEADS
 from models.resnet import ARCHITECTURES
@@ -578,6 +580,55 @@ def test_two_processes_train_as_one(images, tmp_path):
     for key, tensor in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], tensor, rtol=0, atol=1e-6)
     assert two["progress"]["best"] == pytest.approx(one["progress"]["best"], abs=1e-4)
+
+
+# --- bad images -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bad_images(images, tmp_path):
+    """A folder of good and bad files (and a list of them), and the names of the bad ones."""
+    bad = [path for path in make_bad_files(tmp_path / "images") if Path(path).is_symlink() or not Path(path).is_dir()]
+    bad = [path for path in bad if path.endswith(IMAGE_SUFFIXES)]
+    for file in (images / "real").iterdir():
+        shutil.copy(file, tmp_path / "images")
+    (tmp_path / "images" / "tiny.png").write_bytes(encoded("png", 1, 1))
+    (tmp_path / "images" / "flat.png").write_bytes(encoded("png", 3, 1000))
+    return tmp_path / "images", [*bad, *(str(tmp_path / "images" / n) for n in ("tiny.png", "flat.png"))]
+
+
+def trained_on(folder, arguments):
+    """The arguments with another folder of real images to train on."""
+    at = next(i for i, word in enumerate(arguments) if word in ("--train-file", "--data-root-pos"))
+    return [*arguments[: at + 1], str(folder), *arguments[at + 2 :]]
+
+
+@pytest.mark.parametrize("name", ["super-resolution", "frozen"])
+def test_training_refuses_bad_images_before_it_begins(trainer, bad_images, tmp_path, caplog, name):
+    """All of them are listed; --skip-bad goes on with the others."""
+    folder, bad = bad_images
+    program, arguments, last = trainer(name)
+    flags = trained_on(folder, arguments(tmp_path / "out"))
+    with pytest.raises(DataError, match=rf"{len(bad)} of \d+ images cannot be used: .*--skip-bad"):
+        program.main(flags)
+    said = [r.message for r in caplog.records if r.message.startswith("bad image: ")]
+    assert sorted(said) == sorted(m for m in said if any(f"bad image: {shown(p)}: " in m for p in bad))
+    assert len(said) == len(bad) and not (tmp_path / "out").exists()
+    program.main([*flags, "--skip-bad", "--epochs" if name == "frozen" else "--num-epochs", "1"])
+    assert (tmp_path / "out" / last).exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_damage_that_no_header_shows_is_one_line_when_it_is_met(trainer, images, tmp_path, workers):
+    folder = tmp_path / "images"
+    shutil.copytree(images / "real", folder)
+    damaged = bytearray((folder / "3.png").read_bytes())
+    damaged[len(damaged) // 2] ^= 0xFF
+    (folder / "3.png").write_bytes(damaged)
+    program, arguments, _ = trainer("frozen")
+    flags = trained_on(folder, arguments(tmp_path / "out", "--workers", workers))
+    with pytest.raises(DataError, match=rf"^{folder}/3.png: cannot be decoded \(.*\)$"):
+        program.main(flags)
 
 
 # --- the stepper and the keeper -----------------------------------------------------------------------------------------

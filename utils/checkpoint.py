@@ -38,8 +38,7 @@ def save(obj: dict, path: str | os.PathLike) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"cannot write {path} ({reason}); what was there before is untouched") from error
+        raise CheckpointError(f"cannot write {path} ({_cause(error)}); what was there before is untouched") from error
     finally:
         if temporary:
             with contextlib.suppress(FileNotFoundError):
@@ -89,6 +88,15 @@ def to_cpu(obj):
     if isinstance(obj, list | tuple):
         return type(obj)(to_cpu(value) for value in obj)
     return obj
+
+
+def _cause(error: Exception) -> str:
+    """Why writing failed, in one line: where torch only says that it did, what the system said before."""
+    cause = error
+    while not isinstance(cause, OSError) and cause.__context__:
+        cause = cause.__context__
+    cause = cause if isinstance(cause, OSError) else error
+    return getattr(cause, "strerror", None) or str(cause).strip().splitlines()[0]
 
 
 def _umask() -> int:
