@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved
+
 
 def make_loader(
     dataset: Dataset, batches: Sampler, collate: Callable, workers: int, device: torch.device
@@ -29,7 +31,12 @@ def make_loader(
 
 
 def _start_worker(_: int) -> None:
-    """The main process decides when to stop; one thread each, since there are several workers."""
+    """The main process decides when to stop; one thread each, since there are several workers.
+
+    Who stops a program often signals all of its processes. A worker that died of that would take the main process with
+    it before its state is saved; one that stayed for ever would keep it from ending.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     torch.set_num_threads(1)

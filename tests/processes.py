@@ -7,6 +7,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,13 +57,18 @@ def _run(program, arguments, log, prepare, environment):
 # --- what may happen to a program, as `prepare` ---------------------------------------------------------------
 
 
-def signal_in_step(step: int, number: int) -> None:
-    """The program gets signal `number` in its step `step` (from 1), after the update, before its state is saved."""
+def signal_in_step(step: int, number: int, all_processes: bool = False) -> None:
+    """The program gets signal `number` in its step `step` (from 1), after the update, before its state is saved.
+
+    all_processes: its workers, too, and they have the time to end of it.
+    """
     real, count = StateKeeper.after_step, itertools.count(1)
+    os.setpgid(0, 0)
 
     def after_step(self, device):
         if next(count) == step:
-            os.kill(os.getpid(), number)
+            os.killpg(0, number) if all_processes else os.kill(os.getpid(), number)
+            time.sleep(0.3 * all_processes)
         real(self, device)
 
     StateKeeper.after_step = after_step

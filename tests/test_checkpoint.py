@@ -181,6 +181,17 @@ def test_a_detector_that_would_run_code_is_refused_by_the_programs(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_file_that_may_not_be_read_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(torch, "load", refuse)  # what permissions forbid, root may do
+    with pytest.raises(CheckpointError, match=r"^cannot read .*a.pth \(Permission denied\)$"):
+        checkpoints.load(tmp_path / "a.pth")
+
+
 def test_the_old_format_of_torch_is_read(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
     assert torch.equal(checkpoints.load(tmp_path / "old.pth.tar")["a"], torch.ones(2))

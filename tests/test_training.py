@@ -506,19 +506,19 @@ def test_a_disk_too_full_for_the_records_is_one_line(trainer, tmp_path, monkeypa
 
     monkeypatch.setattr(train_sr.Recorder, "epoch", full)
     assert run_program(lambda: program.main(arguments(tmp_path))) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: cannot write a file (No space left on device)")
+    assert capfd.readouterr().err.splitlines()[-1].startswith("error: cannot read or write a file (No space left on device)")
 
 
 @pytest.mark.parametrize(
     ("name", "number", "status"), [("super-resolution", signal.SIGINT, 130), ("frozen", signal.SIGTERM, 143)]
 )
 def test_a_stopped_run_saves_the_step_it_is_in(trainer, whole_run, tmp_path, name, number, status):
-    """Twice, and then it ends as one never stopped."""
+    """Twice, and then it ends as one never stopped; the second time its workers get the signal, too."""
     program, arguments, last = trainer(name)
-    for steps in (2, 1):
+    for steps, workers in ((2, 0), (1, 2)):
         log = tmp_path / f"log{steps}"
-        flags = arguments(tmp_path / "out", "--resume", "auto")
-        run = start(f"{program.__name__}.py", flags, log, partial(signal_in_step, steps, number))
+        flags = arguments(tmp_path / "out", "--resume", "auto", "--workers", str(workers))
+        run = start(f"{program.__name__}.py", flags, log, partial(signal_in_step, steps, number, workers > 0))
         assert finish(run) == status, log.read_text()
         assert "Traceback" not in log.read_text()
         assert "the state so far is saved" in log.read_text().splitlines()[-1]

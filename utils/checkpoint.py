@@ -70,6 +70,8 @@ def load(path: str | os.PathLike) -> dict:
                 f"{path} refused: it holds more than tensors and plain values, and unpickling such a file runs"
                 " whatever code is in it; save its state dicts alone, on a machine you trust it on"
             ) from None
+        if isinstance(error, OSError) and error.strerror:
+            raise CheckpointError(f"cannot read {path} ({error.strerror})") from None
         raise CheckpointError(
             f"cannot read {path} ({os.path.getsize(path)} bytes; {type(error).__name__}):"
             " it is truncated or no checkpoint; fetch or train it again"

@@ -21,7 +21,7 @@ from utils.distributed import World, max_over_processes
 logger = logging.getLogger(__name__)
 
 EXIT_MISTAKE = 2
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # what writing files may meet with
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # what files may meet with
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -54,11 +54,18 @@ def run_program(main: Callable[[], int | None], *mistakes: type[Exception]) -> i
     except OSError as error:  # of the small files (records, tables); those of checkpoints say more
         if error.errno not in NO_ROOM:
             raise
-        logger.error("error: cannot write %s (%s); what was saved before is untouched", error.filename or "a file", error.strerror)
+        what = f"{error.filename or 'a file'} ({error.strerror})"
+        logger.error("error: cannot read or write %s; what was saved before is untouched", what)
         return EXIT_MISTAKE
     except torch.OutOfMemoryError as error:
         first = str(error).strip().splitlines()[0]
         logger.error("error: %s Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16", first)
+        return EXIT_MISTAKE
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        reason = " ".join(str(error).split())
+        logger.error("error: %s What was saved before is untouched; if memory was short, use fewer --workers", reason)
         return EXIT_MISTAKE
 
 
