@@ -70,7 +70,7 @@ def load(path: str | os.PathLike) -> dict:
                 f"{path} refused: it holds more than tensors and plain values, and unpickling such a file runs"
                 " whatever code is in it; save its state dicts alone, on a machine you trust it on"
             ) from None
-        if isinstance(error, OSError) and error.strerror:
+        if isinstance(error, PermissionError):
             raise CheckpointError(f"cannot read {path} ({error.strerror})") from None
         raise CheckpointError(
             f"cannot read {path} ({os.path.getsize(path)} bytes; {type(error).__name__}):"
