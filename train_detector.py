@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
             stepper.load_state_dict(resumed)
             warn_about_changes(resumed["settings"], vars(args), CHANGEABLE)
         progress = stepper.progress
-        recorder = Recorder(folder, {"config": config, "settings": vars(args)}, world)
+        recorder = Recorder(folder, {"config": config, "settings": vars(args)}, world, progress.epoch)
 
         def state() -> dict:
             share_buffers(detector.classifier, world)

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
             warn_about_changes(resumed["settings"], vars(args), CHANGEABLE)
         progress = stepper.progress
         about = {"config": {"resynthesizer": rdn_config(model.state_dict())}, "vgg": vgg_record, "settings": vars(args)}
-        recorder = Recorder(folder, about, world)
+        recorder = Recorder(folder, about, world, progress.epoch)
         keeper = StateKeeper(
             folder / LAST, lambda: weights_of(model) | stepper.state_dict() | about, stop, args.save_minutes, world
         )

@@ -447,6 +447,7 @@ def assert_goes_on_to_the_same_end(trainer, whole_run, name, out, *more):
     stopped = (out / last).parent
     names = sorted(p.name for p in whole.iterdir() if p.is_file())
     assert sorted(p.name for p in stopped.iterdir() if p.is_file()) == names
+    assert (stopped / "stats.jsonl").read_text() == (whole / "stats.jsonl").read_text()
     for file in (n for n in names if ".pth" in n):
         assert_same_run(whole / file, stopped / file)
 

@@ -195,16 +195,32 @@ def versions() -> dict[str, str]:
     }
 
 
+def _epoch_of(line: str) -> float:
+    """The epoch of a line of stats.jsonl; infinity if it is torn, as a machine that lost power may leave it."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Recorder:
     """The records of a run: config.json, stats.jsonl, TensorBoard, one log line an epoch. Main process only."""
 
-    def __init__(self, folder: Path, about: dict, world: World):
-        """about: what the run is made of; goes into config.json with the versions it ran on."""
+    def __init__(self, folder: Path, about: dict, world: World, first_epoch: int = 0):
+        """about: what the run is made of; goes into config.json with the versions it ran on.
+
+        first_epoch: what was recorded of it and later ones, before a stop, is recorded again.
+        """
         self.writer = self.stats = None
         if world.is_main:
             write_json(folder / "config.json", {**about, "versions": versions()})
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
-            self.stats = (folder / "stats.jsonl").open("a")
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
+            stats = folder / "stats.jsonl"
+            lines = stats.read_text().splitlines(keepends=True) if stats.exists() else []
+            kept = stats.with_name(f".{stats.name}.part")
+            kept.write_text("".join(line for line in lines if _epoch_of(line) < first_epoch))
+            kept.replace(stats)
+            self.stats = stats.open("a")
 
     def epoch(self, epoch: int, values: dict[str, float]) -> None:
         """Record the values of a finished epoch."""
