@@ -1,11 +1,13 @@
 """The rule that fills a network with the weights tests/golden/reference_outputs.npz was computed with."""
 
+import functools
 import zlib
 
 import numpy as np
 import torch
 
 
+@functools.cache  # half a gigabyte in the end, for the seconds that drawing it again in each file would take
 def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     if name.endswith("num_batches_tracked"):
         return torch.tensor(0)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from processes import SERVER
 
 from data import example
 from data.images import find_images, list_paths, load_image
@@ -196,8 +197,9 @@ def test_image_does_not_depend_on_the_counts(made, tmp_path):
     assert not (tmp_path / "more" / "val.txt").exists()
 
 
-def test_processes_make_the_same_images(made, tmp_path):
+def test_processes_make_the_same_images(made, tmp_path, monkeypatch):
     """Only reals: new processes would train at full size, since they know nothing of the toy constants."""
+    monkeypatch.setattr(example, "get_context", lambda _: SERVER)  # not spawned: each would import torch first
     settings = example.Settings(64, {"train": 2, "val": 1, "test": 1}, ("nearest", "bilinear"), 123, 2, None)
     reals = [task for task in example.missing_tasks(settings, str(tmp_path)) if task.folders == ("real",)]
     example.make_images(settings, str(tmp_path), reals, workers=2)
