@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils import figures, report
+from utils import figures, metrics, report
 from utils.scores import Row, RowWriter, make_rows, read_table, residual_path, write_rows
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
@@ -241,3 +241,10 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, capsys):
     said = capsys.readouterr().out.splitlines()
     assert said[-1] == f"report: {tmp_path / 'o' / 'report.html'}"
     assert [line.split()[:4] for line in said[2:-1]] == [["s", "ProGAN", "30", "30"], ["s", "StyleGAN", "30", "30"]]
+
+
+def test_the_intervals_are_those_that_test_py_printed(tmp_path):
+    path = write(tmp_path, "s", rows(), settings={"seed": 123})
+    (scores,) = report.load_tables([path], resamples=50, seed=0)
+    assert scores.summary == metrics.summarize(read_table(path), 50, seed=123)
+    assert scores.summary != metrics.summarize(read_table(path), 50, seed=0)

@@ -153,6 +153,8 @@ def load_scores(path: Path, name: str, resamples: int, seed: int) -> Scores:
         raise ReportError(
             f"{beside} holds a {type(about).__name__}, the object that test.py writes was wanted"
         )
+    said = about.get("settings", {}).get("seed") if isinstance(about.get("settings"), dict) else None
+    seed = said if isinstance(said, int) and said >= 0 else seed  # the intervals that test.py printed
     return Scores(name, path, table, about, metrics.summarize(table, resamples, seed))
 
 
