@@ -464,6 +464,8 @@ def test_a_killed_run_goes_on_where_it_was(trainer, whole_run, tmp_path, name, w
     """SIGKILL to a real process, at a step or in the middle of a save drawn at random; nothing is lost by it."""
     program, arguments, last = trainer(name)
     at = int(np.random.default_rng(zlib.crc32(f"{name} {accident}".encode())).integers(3, 5))
+    if (name, accident) == ("frozen", "in a save"):
+        at = 5  # the best detector so far, which the last state has to know of only once it is there
     prepare = partial(signal_in_step, at, signal.SIGKILL) if accident == "in a step" else partial(kill_in_save, at)
     out, log = tmp_path / "out", tmp_path / "log"
     how = ["--workers", str(workers), *EVERY_STEP]
