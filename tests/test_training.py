@@ -6,8 +6,7 @@ import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import zlib
 from functools import partial
 from pathlib import Path
@@ -31,7 +30,6 @@ from utils.distributed import World
 from utils.run import StopSignal, UsageError, run_program
 from utils.training import Progress, Stepper, prune
 
-ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
 SIDE = 64
@@ -563,21 +561,19 @@ def test_a_second_interrupt_stops_at_once():
 
 
 def test_two_processes_train_as_one(images, tmp_path):
-    """NPROC=2 of the script. Five images in batches of four and one: the second process has no share of the last."""
+    """Started with what torchrun tells its processes. Five images in batches of four and one: the second process has no
+    share of the last one."""
     flags = ["--num-epochs", "2", "--batch-size", "4", "--augment", "--eval-file", str(images / "fake")]
     train_sr.main(sr_arguments(images, tmp_path / "one", *flags))
-    python = tmp_path / "python"  # without the scripts' check of its packages, which takes as long as the training
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] || exec "{sys.executable}" "$@"\n')
-    python.chmod(0o755)
+    with socket.create_server(("localhost", 0)) as free:
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     gpu = "cpu" if torch.cuda.is_available() else "0"
-    done = subprocess.run(
-        ["bash", ROOT / "script" / "train_super_resolution_celeba.sh", gpu,
-         *sr_arguments(images, tmp_path / "two", *flags, "--gpu", gpu)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "NPROC": "2", "PYTHON": str(python), "DATA_ROOT_POS": str(images)},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "in 2 processes" in done.stderr and done.stderr.count("GPU 0 was asked for") == (gpu == "0")
+    arguments, log = sr_arguments(images, tmp_path / "two", *flags, "--gpu", gpu), tmp_path / "log"
+    processes = [
+        start("train_sr.py", arguments, log, RANK=rank, LOCAL_RANK=rank, **address) for rank in ("0", "1")
+    ]
+    assert [finish(process) for process in processes] == [0, 0], log.read_text()
+    assert log.read_text().count("GPU 0 was asked for") == (gpu == "0")  # said once, not by each of them
     one, two = read(tmp_path / "one/x2/last.pth"), read(tmp_path / "two/x2/last.pth")
     assert two["progress"]["total_steps"] == one["progress"]["total_steps"] == 4
     for key, tensor in one["state_dict"].items():
@@ -664,12 +660,12 @@ def test_a_step_that_is_not_finite_is_left_out_or_ends_the_run(precision):
 
 def test_a_step_left_out_leaves_no_trace(images, rdn_file, tmp_path, monkeypatch):
     """Nor in the batch-norm statistics, which the forward pass of the step has spoilt already."""
-    real, count = train_detector.to_float, itertools.count(1)
+    real, count = ResynthesisDetector.classify, itertools.count(1)
 
-    def poisoned(pixels):
-        return real(pixels) * (float("nan") if len(pixels) == 5 and next(count) == 2 else 1)
+    def poisoned(self, residual):
+        return real(self, residual * (float("nan") if self.training and next(count) == 2 else 1))
 
-    monkeypatch.setattr(train_detector, "to_float", poisoned)
+    monkeypatch.setattr(ResynthesisDetector, "classify", poisoned)
     flags = ["--fixed-sr", "--epochs", "2", "--batch-size", "5", "--skip-nonfinite", "1"]
     train_detector.main(detector_arguments(images, rdn_file, tmp_path / "out", *flags))
     state = read(tmp_path / "out" / "last.pth.tar")
