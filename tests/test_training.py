@@ -561,19 +561,25 @@ def test_a_second_interrupt_stops_at_once():
 
 
 def test_two_processes_train_as_one(images, tmp_path):
-    """Started with what torchrun tells its processes. Five images in batches of four and one: the second process has no
-    share of the last one."""
+    """Started with what torchrun tells its processes, killed, and started again. Five images in batches of four and one:
+    the second process has no share of the last one."""
     flags = ["--num-epochs", "2", "--batch-size", "4", "--augment", "--eval-file", str(images / "fake")]
     train_sr.main(sr_arguments(images, tmp_path / "one", *flags))
-    with socket.create_server(("localhost", 0)) as free:
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     gpu = "cpu" if torch.cuda.is_available() else "0"
-    arguments, log = sr_arguments(images, tmp_path / "two", *flags, "--gpu", gpu), tmp_path / "log"
-    processes = [
-        start("train_sr.py", arguments, log, RANK=rank, LOCAL_RANK=rank, **address) for rank in ("0", "1")
-    ]
-    assert [finish(process) for process in processes] == [0, 0], log.read_text()
+    arguments = sr_arguments(images, tmp_path / "two", *flags, *EVERY_STEP, "--gpu", gpu, "--resume", "auto")
+
+    def run(log, prepare=None):
+        with socket.create_server(("localhost", 0)) as free:
+            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank), **address} for rank in range(2))
+        processes = [start("train_sr.py", arguments, log, prepare, **rank) for rank in ranks]
+        return [finish(process) for process in processes]
+
+    log = tmp_path / "log"
+    assert run(log, partial(signal_in_step, 3, signal.SIGKILL)) == [-signal.SIGKILL] * 2, log.read_text()
+    assert read(tmp_path / "two/x2/last.pth")["progress"]["total_steps"] == 2
     assert log.read_text().count("GPU 0 was asked for") == (gpu == "0")  # said once, not by each of them
+    assert run(log) == [0, 0], log.read_text()
     one, two = read(tmp_path / "one/x2/last.pth"), read(tmp_path / "two/x2/last.pth")
     assert two["progress"]["total_steps"] == one["progress"]["total_steps"] == 4
     for key, tensor in one["state_dict"].items():

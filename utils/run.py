@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.distributed import World, max_over_processes
+from utils.distributed import World
 
 logger = logging.getLogger(__name__)
 
@@ -92,12 +92,6 @@ class StopSignal:
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-    def agreed(self, world: World, device: torch.device) -> int | None:
-        """The signal to stop for, the same in every process, so that none waits for another for ever."""
-        if world.size == 1:
-            return self.received
-        return int(max_over_processes(torch.tensor(float(self.received or 0), device=device), world)) or None
 
     def _receive(self, number: int, _frame) -> None:
         if self.received is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from utils import checkpoint
-from utils.distributed import World, sum_gradients, sum_over_processes
+from utils.distributed import World, max_over_processes, sum_gradients, sum_over_processes
 from utils.run import Stopped, StopSignal, UsageError
 
 logger = logging.getLogger(__name__)
@@ -73,11 +73,14 @@ class StateKeeper:
 
     def after_step(self, device: torch.device) -> None:
         """Save if it is time; raise `Stopped` after saving if a signal has come."""
-        stopping = self.stop.agreed(self.world, device)
-        if stopping or (self.world.size == 1 and time.monotonic() - self.saved_at >= self.interval):
+        stopping, due = float(self.stop.received or 0), float(time.monotonic() - self.saved_at >= self.interval)
+        if self.world.size > 1:  # what one process has to do all do, so that none waits for another for ever
+            wanted = torch.tensor([stopping, due], device=device)
+            stopping, due = max_over_processes(wanted, self.world).tolist()
+        if stopping or due:
             self.save()
         if stopping:
-            raise Stopped(stopping)
+            raise Stopped(int(stopping))
 
 
 def prune(folder: Path, pattern: str, keep: int | None) -> None:
