@@ -45,9 +45,11 @@ from data.images import (
 )
 from data.loading import make_loader
 from data.perturbations import AugmentTransform
+from data.residual_cache import CachedBatch, CachedImages, ResidualCache, collate_cached
 from data.sampling import EpochBatches, shard
 from models import (
     SINGLE_IMAGE,
+    STAGE_CHANNELS,
     Checkpoint,
     ModelError,
     ResynthesisDetector,
@@ -89,7 +91,10 @@ from utils.training import SAFETY_OPTIONS, Progress, StateKeeper, Stepper, prune
 logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
-CHANGEABLE = SAFETY_OPTIONS | {"gpu", "workers", "resume", "init", "output_path", "resynthesizer_file"}  # when resuming
+CACHE_FOLDER = "residual_cache"  # in the output folder
+CHANGEABLE = SAFETY_OPTIONS | {  # when resuming
+    "gpu", "workers", "resume", "init", "output_path", "resynthesizer_file", "cache_dir", "cache_gb",
+}  # fmt: skip
 FINAL_RATE = 1e-4  # of the base rate: where the cosine schedule ends
 PICTURE_SIDE = 256  # pixels of the pictures in TensorBoard
 PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
@@ -142,8 +147,10 @@ def main(argv: list[str] | None = None) -> None:
         # Training, over images in an order that depends on seed and epoch alone
         perturb = AugmentTransform() if args.augment_perturb else None
         images = ImageDataset(items, policy._replace(random_crop=True), flip=True, seed=args.seed, transform=perturb)
-        loader = make_loader(images, batches, collate, args.workers, device)
-        val_loader = validation_loader(val_items, policy, args.batch_size, args.workers, device, world)
+        cache = residual_cache(args, detector, config, items, val_items, policy, device, world)
+        recipe = recipe._replace(cache=cache)
+        loader = image_loader(images, batches, cache, args.workers, device)
+        val_loader = validation_loader(val_items, policy, args.batch_size, cache, args.workers, device, world)
         logger.info("%d training images; from epoch %d, step %d on", len(items), progress.epoch, progress.step)
         shown = example_images(items, policy)
         if progress.total_steps == 0:
@@ -223,6 +230,40 @@ def make_recipe(
         head and head(),
         args.auxiliary_weight,
     )
+
+
+def residual_cache(
+    args: Namespace,
+    detector: ResynthesisDetector,
+    config: dict,
+    items: list[Item],
+    val_items: list[Item],
+    policy: SizePolicy,
+    device: torch.device,
+    world: World,
+) -> ResidualCache | None:
+    """Where residuals are kept, if they are the same in each epoch; the main process says how much room they take."""
+    if not args.fixed_resynthesizer or not args.cache:
+        return None
+    if args.crop_size is not None or args.augment_perturb:
+        what = "perturbed anew (--augment-perturb)" if args.augment_perturb else "cropped anywhere (--crop-size)"
+        logger.info("no residual cache: training images are %s, so their residuals are new in each epoch", what)
+        return None
+    about = {
+        "resynthesizer": config["resynthesizer_fingerprint"],
+        "vgg": config["vgg"] and config["vgg"]["fingerprint"],
+        "stage": detector.stage,
+        "scale, resize": (policy.scale, policy.resize),
+        "arithmetic": f"{args.precision} on {device.type}",
+    }
+    folder = make_folder(args.cache_dir or Path(args.output_path) / CACHE_FOLDER)
+    cache = ResidualCache(folder, about, args.cache_precision, int(args.cache_gb * 1e9))
+    if world.is_main:
+        sizes = check_headers([item.path for item in items + val_items], policy).sizes
+        shapes = [detector.residual_size(*fitted_size(*size, policy)) for size in sizes if size]
+        values = [STAGE_CHANNELS[detector.stage] * height * width for height, width in shapes]
+        logger.info("%s", cache.plan(values + values[: len(items)]))  # training images either way round
+    return cache
 
 
 def detector_state(detector: ResynthesisDetector, config: dict) -> dict:
@@ -307,6 +348,7 @@ class Recipe(NamedTuple):
     vgg: VGGStages | None = None  # of the auxiliary loss
     head: ColorizationHead | DenoisingHead | None = None  # None: no auxiliary loss
     auxiliary_weight: float = 0.0
+    cache: ResidualCache | None = None  # of the residuals of a frozen RDN
 
 
 def train_one_epoch(
@@ -324,12 +366,19 @@ def train_one_epoch(
     train_step = end_to_end_step if end_to_end else frozen_step
     for batch in tqdm(loader, desc=f"epoch {stepper.progress.epoch}", leave=False, disable=None):
         own, whole = batches.shares(stepper.progress.step)
-        x = to_float(usable(batch).images.to(recipe.device, non_blocking=True))  # (B, 3, H, W)
-        x = x.contiguous(memory_format=torch.channels_last)
-        weight = own / len(x) / whole  # of each image: 0 for one that only keeps a process without a share busy
-        values = train_step(detector, x, batch.labels.to(recipe.device), batch.indices, weight, stepper, recipe)
+        batch, labels = usable(batch), batch.labels.to(recipe.device)
+        weight = own / len(labels) / whole  # of each image: 0 for one that only keeps a process without a share busy
+        if isinstance(batch, CachedBatch):
+            residual = cached_residuals(detector, batch, recipe)  # (B, C_l, H_l, W_l)
+            values = classifier_step(detector, residual, labels, weight, stepper, recipe)
+        else:
+            x = to_float(batch.images.to(recipe.device, non_blocking=True))  # (B, 3, H, W)
+            x = x.contiguous(memory_format=torch.channels_last)
+            values = train_step(detector, x, labels, batch.indices, weight, stepper, recipe)
         stepper.step(values, whole, [paths[i] for i in batch.indices])
         keeper.after_step(recipe.device)
+    if recipe.cache:
+        recipe.cache.flush()
 
 
 def frozen_step(
@@ -342,9 +391,32 @@ def frozen_step(
     recipe: Recipe,
 ) -> dict[str, Tensor]:
     """Gradients of the classifier alone. x: (B, 3, H, W), labels: (B,). Returns shares of the batch's means."""
+    with torch.no_grad(), autocast(recipe.device, recipe.precision):
+        residual = torch.cat([detector.residual(chunk) for chunk in x.split(recipe.micro_batch or len(x))])
+    return classifier_step(detector, residual, labels, weight, stepper, recipe)
+
+
+@torch.no_grad()
+def cached_residuals(detector: ResynthesisDetector, batch: CachedBatch, recipe: Recipe) -> Tensor:
+    """The residuals of a batch (B, C_l, H_l, W_l): as read, or computed now and kept.
+
+    Each is computed alone, whatever else is in the batch: so it is the same in every batch, epoch and process.
+    """
+    read, computed = list(batch.residuals.to(recipe.device, non_blocking=True).float()), []
+    for image, entry in zip(batch.images.to(recipe.device, non_blocking=True), batch.entries, strict=True):
+        x = to_float(image[None]).contiguous(memory_format=torch.channels_last)  # (1, 3, H, W)
+        with autocast(recipe.device, recipe.precision):
+            residual = detector.residual(x)[0]  # (C_l, H_l, W_l)
+        computed.append(recipe.cache.keep(entry, residual, tuple(image.shape[-2:])))
+    residual = torch.stack([(read if is_read else computed).pop(0) for is_read in batch.is_read])
+    return residual.contiguous(memory_format=torch.channels_last)
+
+
+def classifier_step(
+    detector: ResynthesisDetector, residual: Tensor, labels: Tensor, weight: float, stepper: Stepper, recipe: Recipe
+) -> dict[str, Tensor]:
+    """Gradients of the classifier. residual: (B, C_l, H_l, W_l), labels: (B,). Returns shares of the batch's means."""
     with autocast(recipe.device, recipe.precision):
-        with torch.no_grad():
-            residual = torch.cat([detector.residual(chunk) for chunk in x.split(recipe.micro_batch or len(x))])
         logits = detector.classify(residual)  # (B, 2)
     loss = weight * F.cross_entropy(logits, labels, reduction="sum")
     stepper.backward(loss)
@@ -496,13 +568,28 @@ def record_pictures(
             recorder.pictures(f"resynthesis/{what}", torch.cat(row, dim=3), epoch)  # (1, 3, H, 3 * W)
 
 
+def image_loader(
+    images: ImageDataset, batches: EpochBatches, cache: ResidualCache | None, workers: int, device: torch.device
+) -> DataLoader:
+    """Batches of images or, where there is a cache that has them, of their residuals."""
+    if cache is None:
+        return make_loader(images, batches, collate, workers, device)
+    return make_loader(CachedImages(images, cache), batches, collate_cached, workers, device)
+
+
 def validation_loader(
-    items: list[Item], policy: SizePolicy, batch_size: int, workers: int, device: torch.device, world: World
+    items: list[Item],
+    policy: SizePolicy,
+    batch_size: int,
+    cache: ResidualCache | None,
+    workers: int,
+    device: torch.device,
+    world: World,
 ) -> DataLoader:
     """This process's part of the validation images, each once, cropped at the centre."""
     own = shard(items, world.rank, world.size)
     batches = EpochBatches(len(own), batch_size, shuffle=False)
-    return make_loader(ImageDataset(own, policy), batches, collate, workers, device)
+    return image_loader(ImageDataset(own, policy), batches, cache, workers, device)
 
 
 @torch.inference_mode()
@@ -511,10 +598,17 @@ def validate(detector: ResynthesisDetector, loader: DataLoader, recipe: Recipe, 
     detector.eval()
     logits, labels = [torch.empty(0, 2)], [torch.empty(0, dtype=torch.int64)]
     for batch in loader:
-        x = to_float(usable(batch).images.to(recipe.device)).contiguous(memory_format=torch.channels_last)
-        with autocast(recipe.device, recipe.precision):
-            logits.append(detector(x).cpu())  # (B, 2)
+        if isinstance(usable(batch), CachedBatch):
+            residual = cached_residuals(detector, batch, recipe)  # (B, C_l, H_l, W_l)
+            with autocast(recipe.device, recipe.precision):
+                logits.append(detector.classify(residual).cpu())  # (B, 2)
+        else:
+            x = to_float(batch.images.to(recipe.device)).contiguous(memory_format=torch.channels_last)
+            with autocast(recipe.device, recipe.precision):
+                logits.append(detector(x).cpu())  # (B, 2)
         labels.append(batch.labels)
+    if recipe.cache:
+        recipe.cache.flush()
     logits, labels = gather_rows(torch.cat(logits), world), gather_rows(torch.cat(labels), world)
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
@@ -523,7 +617,7 @@ def validate(detector: ResynthesisDetector, loader: DataLoader, recipe: Recipe, 
     }
 
 
-def usable(batch: Batch) -> Batch:
+def usable(batch: Batch | CachedBatch) -> Batch | CachedBatch:
     """The batch, if all of its images could be read and are of one size.
 
     Raises:

@@ -692,10 +692,17 @@ class ImageDataset(Dataset):
         image = load_image(path)  # (3, H, W)
         if self.transform is not None:
             image = self.transform(image, path, np.random.default_rng([self.seed, epoch, index, 1]))
-        rng = np.random.default_rng([self.seed, epoch, index])
-        mirrored = self.flip and rng.random() < 0.5
+        mirrored, rng = self._draw_mirrored(epoch, index)
         image = fit_size(image, self.policy, rng)
         return image.flip(-1) if mirrored else image
+
+    def mirrored(self, epoch: int, index: int) -> bool:
+        """Whether an image is mirrored in an epoch; known without reading it."""
+        return self._draw_mirrored(epoch, index)[0]
+
+    def _draw_mirrored(self, epoch: int, index: int) -> tuple[bool, np.random.Generator]:
+        rng = np.random.default_rng([self.seed, epoch, index])
+        return self.flip and bool(rng.random() < 0.5), rng
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

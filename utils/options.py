@@ -12,6 +12,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 PERTURBATIONS = ("none", "blur", "crop", "jpeg", "noise", "resize", "combined")
 PERTURBATION_PROTOCOLS = ("frank2020", "frank2020-released", "sweep")
+CACHE_PRECISIONS = ("fp16", "fp32")
 TASKS = ("none", "colorization", "denoising")
 
 
@@ -253,6 +254,23 @@ def train_detector_parser() -> Parser:
     group.add_argument(
         "--save-every-epoch", type=number(int, 1), default=2, metavar="N", help="keep a checkpoint every N epochs (2)"
     )
+    group.add_argument(
+        "--no-cache", dest="cache", action="store_false",
+        help="compute the residuals anew in each epoch (default: with --fixed-sr, and unless images are cropped at random"
+        " or perturbed, each is computed once and kept on disk)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-dir", metavar="DIR",
+        help="where residuals are kept; runs can share it, and it can be deleted after any (OUTPUT_PATH/residual_cache)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-gb", type=number(float, 0), default=50.0, metavar="G",
+        help="keep at most G GB, and no more than is left free on the disk; what does not fit is computed anew (50)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cache-precision", choices=CACHE_PRECISIONS, default="fp16",
+        help="number format of residuals kept: half precision, exact to 0.05 %%, or float32 at twice the size (fp16)",
+    )  # fmt: skip
     group.add_argument("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="REAL images to validate on")
     group.add_argument(
         "--val-root-neg", dest="val_fake_roots", nargs="+", metavar="DIR", help="GENERATED images to validate on"
