@@ -41,11 +41,11 @@ detector() {
     shift 2
     trained "$out/$name/$(printf %04d "$epochs").pth.tar" train_detector.py \
         --fixed-sr --sr-weights-file $out/sr/x4/best.pth --arch resnet18 --no_dilation "$@" \
-        --lr 1e-2 --lr-sr 1 --batch-size 16 --epochs "$epochs" --save-every-epoch "$epochs" \
+        --lr 5e-3 --lr-sr 1 --batch-size 16 --epochs "$epochs" --save-every-epoch "$epochs" \
         --data-root-pos $images/train/real --data-root-neg $images/train/nearest \
         --output-path "$out/$name"
 }
-detector pixel 12 --idx-stages 0 --val-root-pos $images/val/real --val-root-neg $images/val/nearest
+detector pixel 24 --idx-stages 0 --val-root-pos $images/val/real --val-root-neg $images/val/nearest
 detector stage5 12 --idx-stages 5
 
 # Step 3: scores of held-out images, then everything that is made of scores
@@ -55,7 +55,7 @@ for name in pixel stage5; do
         --data-root-pos $images/test/real --data-root-neg $images/test/nearest $images/test/bilinear >/dev/null
 done
 "$PYTHON" test.py --gpu "$gpu" --resume $out/pixel/last.pth.tar --save_path $out/scores/some \
-    --input $images/test/{real,nearest,bilinear}/000[01].png --save-residuals $out/residuals
+    --input $images/test/{real,nearest,bilinear}/0000[01].png --save-residuals $out/residuals
 
 echo
 echo "Trained on nearest fakes, tested on held-out images (small networks, minutes of training):"
