@@ -22,15 +22,6 @@ ANNEX_K_LUMINANCE = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Several threads only wait for one another on images this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def images(n, height=16, width=16, seed=0):
     """n different random images, each uint8 (3, height, width)."""
     rng = np.random.default_rng(seed)

@@ -82,15 +82,6 @@ def one_line_mistake(capfd, *argv) -> str:
     return lines[0]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """As the processes of torchrun have; for networks this small more would only be slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def no_figures(request, monkeypatch):
     """Figures are drawn where a test asks for them: they take more time than the scores."""

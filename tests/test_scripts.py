@@ -283,15 +283,6 @@ def test_a_machine_with_nothing_but_python(bare, tmp_path, too_old, offline, sai
 # --- that they run ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """For networks this small more would only be slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def run_recorded(checkout: Path) -> int:
     """Run what a script has started Python's stand-in with, in this process (which has torch imported already)."""
     main = {"train_sr.py": train_sr.main, "train_detector.py": train_detector.main, "test.py": program.main}
@@ -299,7 +290,7 @@ def run_recorded(checkout: Path) -> int:
     return main[command[0]](command[1:]) or 0
 
 
-def test_the_test_script_gives_the_released_logits(bare, monkeypatch, one_thread):
+def test_the_test_script_gives_the_released_logits(bare, monkeypatch):
     """No flag but the GPU's: the script's own, with the released files where the release has them."""
     released_layout(bare)
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
@@ -325,7 +316,7 @@ def no_network(monkeypatch):
         monkeypatch.setattr(socket, name, refuse)
 
 
-def test_the_scripts_one_after_the_other(bare, tmp_path, monkeypatch, capfd, no_network, one_thread):
+def test_the_scripts_one_after_the_other(bare, tmp_path, monkeypatch, capfd, no_network):
     """Train RDN, train a detector on it, test that; tiny, but all of it real, and without a network."""
     monkeypatch.chdir(bare)
     example.main("--size 64 --train 8 --val 4 --test 4 --steps 5 --workers 1 --out data/example".split())

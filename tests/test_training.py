@@ -36,15 +36,6 @@ SIDE = 64
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums in one order, and no waiting for each other on a small machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module", autouse=True)
 def small_classifier():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
