@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.batch_size > 1:
             refuse_mixed_sizes(items, policy)
         detector.to(device, memory_format=torch.channels_last).eval()
+        detector.set_tile(args.tile)
         scorer = Scorer(detector, device, args.precision, calibration, args.save_residuals, args.stability)
 
         # Where the results go

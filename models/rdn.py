@@ -5,13 +5,19 @@ parameter names are those of yjn870/RDN-pytorch (MIT), which the released checkp
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.errors import ModelError
+from models.tiling import in_tiles
+
+STRIP_PIXELS = 2**14  # low-resolution pixels whose channels are concatenated at a time without gradients
+TAIL_SIDE, TAIL_HALO = 64, 2  # LR pixels: of the up-sampling, whose maps are the largest; its convolutions reach 1 3/4
 
 
 class DenseLayer(nn.Module):
@@ -23,6 +29,10 @@ class DenseLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x, self.conv(x).relu_()], dim=1)  # (B, C + G, h, w)
+
+    def new_channels(self, *pieces: Tensor) -> Tensor:
+        """What `forward` adds to an input that is given in pieces, not concatenated: (B, G, h, w)."""
+        return self.conv(torch.cat(pieces, dim=1)).relu_()
 
 
 class ResidualDenseBlock(nn.Module):
@@ -37,7 +47,18 @@ class ResidualDenseBlock(nn.Module):
         self.lff = nn.Conv2d(num_features + num_layers * growth_rate, num_features, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.lff(self.layers(x))  # (B, G0, h, w)
+        if torch.is_grad_enabled():
+            return x + self.lff(self.layers(x))  # (B, G0, h, w)
+        return self._in_strips(x)
+
+    def _in_strips(self, x: Tensor) -> Tensor:
+        """The same numbers without gradients: what a layer reads is concatenated a strip of rows at a time."""
+        strip = max(STRIP_PIXELS // (x.shape[0] * x.shape[3]), 1), x.shape[3]  # (rows, columns)
+        pieces = [x]
+        for layer in self.layers:
+            pieces.append(in_tiles(layer.new_channels, *pieces, side=strip, halo=1))  # (B, G, h, w)
+        fused = in_tiles(lambda *strips: self.lff(torch.cat(strips, dim=1)), *pieces, side=strip, halo=0)
+        return fused.add_(x)  # (B, G0, h, w)
 
 
 class RDN(nn.Module):
@@ -69,6 +90,7 @@ class RDN(nn.Module):
             raise ModelError(f"RDN up-samples by 2, 3 or 4, not by {scale}: choose one of these as the scale")
         self.scale = scale
         self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
+        self.tile = 256  # LR pixels: side of the tiles the blocks work in without gradients
         g0 = num_features
         self.sfe1 = nn.Conv2d(3, g0, kernel_size=3, padding=1)
         self.sfe2 = nn.Conv2d(g0, g0, kernel_size=3, padding=1)
@@ -92,21 +114,31 @@ class RDN(nn.Module):
         """x_lr: (B, 3, h, w) in [0, 1]. Returns x_hat (B, 3, scale * h, scale * w), float32, about [0, 1]."""
         sfe1 = self.sfe1(x_lr)  # (B, G0, h, w)
         x = self.sfe2(sfe1)
-        block_outputs = []
-        for block in self.rdbs:
-            x = self._run(block, x)  # (B, G0, h, w)
-            block_outputs.append(x)
-        x = torch.cat(block_outputs, dim=1)  # (B, D * G0, h, w)
-        x = self.gff(x) + sfe1  # (B, G0, h, w)
-        x = self._run(self.upscale, x)  # (B, G0, scale * h, scale * w)
+        # gff.0 is a 1x1 convolution of all blocks' outputs, concatenated: the sum of one of each, kept in float32
+        fused = None
+        for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
+            x = self._run_block(block, x)  # (B, G0, h, w)
+            part = F.conv2d(x, weight)  # (B, G0, h, w)
+            fused = part + self.gff[0].bias[:, None, None] if fused is None else fused.add_(part)
+        x = self.gff[1](fused) + sfe1  # (B, G0, h, w)
+        return in_tiles(partial(self._run, self._upscale), x, side=TAIL_SIDE, halo=TAIL_HALO, scale=self.scale)
+
+    def _upscale(self, x: Tensor) -> Tensor:
+        """(B, G0, h, w) -> (B, 3, scale * h, scale * w)."""
+        x = self.upscale(x)  # (B, G0, scale * h, scale * w)
         # The residual is a small difference of two images: its last step stays float32 in any precision.
         with torch.autocast(x.device.type, enabled=False):
-            return self.output(x.float())  # (B, 3, scale * h, scale * w)
+            return self.output(x.float())
 
-    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+    def _run_block(self, block: ResidualDenseBlock, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return self._run(block, x)
+        return in_tiles(block, x, side=self.tile, halo=len(block.layers))  # each 3x3 convolution reaches one pixel
+
+    def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(module, x, use_reentrant=False)
-        return module(x)
+            return checkpoint(part, x, use_reentrant=False)
+        return part(x)
 
 
 def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:

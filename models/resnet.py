@@ -6,13 +6,17 @@ stride 2 in layer1, and layer3 and layer4 that do not down-sample. The total str
 """
 
 from collections.abc import Mapping
+from fractions import Fraction
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from models.errors import ModelError
+from models.tiling import in_tiles
 
 STEM_CHANNELS = 128
+STEM_STRIDE, STEM_HALO = 8, 16  # pixels of the residual; the stem sees 11 to each side
 TOTAL_STRIDE = 32  # two convolutions and the pooling of the stem, layer1 and layer2, by 2 each, rounded up
 ARCHITECTURES = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
@@ -67,6 +71,7 @@ class DeepStemResNet(ResNet):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # N(0, sqrt(2 / (k * k * C_out)))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.tile = 1024  # pixels: side of the tiles of the residual that the stem is run on in evaluation
 
     def forward(self, x: Tensor) -> Tensor:
         """x: residual (B, in_channels, H, W). Returns logits (B, 2).
@@ -77,7 +82,17 @@ class DeepStemResNet(ResNet):
         alone = self.training and len(x) == 1 and not isinstance(self.bn1, nn.SyncBatchNorm)
         if alone and not trains_on_one(*x.shape[-2:]):
             raise ModelError(SINGLE_IMAGE)
-        return super().forward(x)
+        if self.training or torch.is_grad_enabled():  # batch normalisation is trained on whole maps
+            x = self._stem(x)
+        else:
+            x = in_tiles(self._stem, x, side=self.tile, halo=STEM_HALO, scale=Fraction(1, STEM_STRIDE))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+        return self.fc(self.avgpool(x).flatten(1))
+
+    def _stem(self, x: Tensor) -> Tensor:
+        """(B, in_channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
+        return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
 
 def trains_on_one(height: int, width: int) -> bool:

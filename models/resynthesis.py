@@ -59,7 +59,7 @@ class ResynthesisDetector(nn.Module):
     @staticmethod
     def difference(a: Tensor, b: Tensor) -> Tensor:
         """|a - b|, in float32 whatever the precision of the features."""
-        return (a.float() - b.float()).abs()
+        return (a.float() - b.float()).abs_()
 
     def classify(self, residual: Tensor) -> Tensor:
         """residual -> logits (B, 2), float32."""
@@ -68,6 +68,19 @@ class ResynthesisDetector(nn.Module):
     def freeze_resynthesizer(self, frozen: bool) -> None:
         """The one switch between `--fixed-sr` and end-to-end training (the release never undoes its freezing)."""
         self.resynthesizer.requires_grad_(not frozen)
+
+
+    def set_tile(self, side: int) -> None:
+        """Work on tiles of side x side pixels of a larger image at a time, without gradients: less memory.
+
+        This changes no result: each part of each network is given all that its tile depends on (`models.tiling`).
+        side: rounded down to a multiple of 16; below 256 much is computed twice.
+        """
+        side -= side % 16
+        self.resynthesizer.tile = side // self.resynthesizer.scale
+        self.classifier.tile = side
+        if self.vgg is not None:
+            self.vgg.tile = side // 4
 
 
 @torch.no_grad()

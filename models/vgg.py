@@ -5,8 +5,11 @@ torchvision's ImageNet weights. The stages and the loss weights are those of pix
 """
 
 import hashlib
+import math
 import socket
 from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -15,11 +18,13 @@ from torch import Tensor, nn
 from torchvision.models import VGG19_Weights, vgg19
 
 from models.errors import ModelError
+from models.tiling import in_tiles
 
 STAGE_CHANNELS = (3, 64, 128, 256, 512, 512)  # of stage 0 (the pixels) and relu1_1 .. relu5_1
 STAGE_LAYERS = (-1, 1, 6, 11, 20, 29)  # where each stage ends in torchvision's vgg19().features
 STAGE_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)  # of stages 1..5 in the perceptual losses
 STAGES = (1, 2, 3, 4, 5)
+CUTS = (10, 19)  # layers after pool2 and pool3: where whole maps are made on the way if there are no gradients
 RANDOM_SEED = 19  # of the stand-in weights: fixed, so that every run that needs them gets the same ones
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer before the download is given up
 
@@ -37,20 +42,40 @@ class VGGStages(nn.Module):
             features = vgg19(weights=None, init_weights=False).features[: STAGE_LAYERS[-1] + 1]
         self.features = features.to_empty(device="cpu")
         self.requires_grad_(False)
+        self.tile = 256  # pixels: side of the tiles between cuts, measured in the map each begins with
 
     def forward(self, x: Tensor, stages: Iterable[int]) -> dict[int, Tensor]:
         """x: (B, 3, H, W) in [0, 1]. Returns {k: (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1))} for k in stages."""
-        stage_of_layer = {STAGE_LAYERS[k]: k for k in stages}
-        maps = {}
-        for i, layer in enumerate(self.features[: max(stage_of_layer, default=-1) + 1]):
-            x = layer(x)
-            if i in stage_of_layer:
-                maps[stage_of_layer[i]] = x
+        maps, done = {}, 0
+        for k in sorted(stages):
+            end = STAGE_LAYERS[k] + 1
+            cuts = [] if torch.is_grad_enabled() else [cut for cut in CUTS if done < cut < end]
+            for start, stop in pairwise([done, *cuts, end]):
+                x = self._run(self.features[start:stop], x)
+            maps[k], done = x, end
         return maps
+
+    def _run(self, layers: nn.Sequential, x: Tensor) -> Tensor:
+        """Some of the layers; without gradients tile by tile, since the maps within are the largest of all."""
+        if torch.is_grad_enabled():
+            return layers(x)
+        halo, stride = reach(layers)
+        return in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride))
 
     def train(self, mode: bool = True) -> "VGGStages":
         """Stays in evaluation mode: nothing in here is ever trained."""
         return super().train(False)
+
+
+def reach(layers: Iterable[nn.Module]) -> tuple[int, int]:
+    """How far 3x3 convolutions and 2x2 poolings see to each side, rounded up to whole strides; their stride."""
+    halo, stride = 0, 1
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d):
+            halo += stride
+        elif isinstance(layer, nn.MaxPool2d):
+            stride *= 2
+    return math.ceil(halo / stride) * stride, stride
 
 
 def perceptual_distance(

@@ -305,6 +305,11 @@ def test_parser() -> Parser:
         " work), and mark as unstable where that changes the verdict",
     )  # fmt: skip
     group.add_argument("-b", "--batch-size", type=number(int, 1), default=1, metavar="N", help="images at a time (1)")
+    group.add_argument(
+        "--tile", type=number(int, 64), default=1024, metavar="N",
+        help="work on N x N pixels of a larger image at a time: the smaller, the less memory and the more time; the"
+        " logits stay those of the whole image to rounding, each tile being given all its results depend on (1024)",
+    )  # fmt: skip
     release = parser.add_argument_group("accepted for the released scripts' sake, without effect in a test")
     for flag in ("--lr", "--momentum", "--wd", "--epochs", "--output-path", "--save-every-epoch", "--mode-sr",
                  "--lr-sr", "--lw-sr"):  # fmt: skip
