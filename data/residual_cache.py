@@ -33,7 +33,7 @@ from data.images import ImageDataset, Sample, mixed_sizes
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "residual 1"  # of the files; another one has other folders
+FORMAT = "residual 1"  # of the files, and of how the networks round: another one has other folders
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 # Checksum of all that follows; name and settings; shape of the residual; height and width of its image; packed or not
 HEADER = struct.Struct("<I32s3I2II")
@@ -88,7 +88,7 @@ class ResidualCache:
         room = max(0, limit - self.others)
         text = (
             f"residual cache {self.folder}: {len(values)} residuals ({self.about['storage']}) take up to"
-            f" {gigabytes(needed)}, {gigabytes(self.own)} are there; room for {gigabytes(room)} (at most"
+            f" {gigabytes(needed)} ({gigabytes(self.own)} there already); room for {gigabytes(room)} (at most"
             f" {gigabytes(self.max_bytes)}, --cache-gb, and no more than is left free on the disk)"
         )
         if self.others:

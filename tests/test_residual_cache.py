@@ -269,7 +269,7 @@ def test_the_cache_leaves_as_much_free_as_it_takes(tmp_path, monkeypatch):
 
 
 def test_the_plan_says_what_is_needed_and_what_fits(tmp_path):
-    assert "2 residuals (fp16) take up to 4.0 GB, 0.0 MB are there" in open_cache(tmp_path).plan([10**9] * 2)
+    assert "2 residuals (fp16) take up to 4.0 GB (0.0 MB there already)" in open_cache(tmp_path).plan([10**9] * 2)
     assert "at most 1.0 GB" in open_cache(tmp_path).plan([10**9] * 2)
     assert "at least 25% fit" in open_cache(tmp_path).plan([10**9] * 2)
     small = open_cache(tmp_path).plan([10**6] * 2)
