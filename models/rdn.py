@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from models.errors import ModelError
 from models.tiling import in_tiles
 
-STRIP_PIXELS = 2**14  # low-resolution pixels whose channels are concatenated at a time without gradients
+STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients
 TAIL_SIDE, TAIL_HALO = 64, 2  # LR pixels: of the up-sampling, whose maps are the largest; its convolutions reach 1 3/4
 
 
@@ -53,7 +53,8 @@ class ResidualDenseBlock(nn.Module):
 
     def _in_strips(self, x: Tensor) -> Tensor:
         """The same numbers without gradients: what a layer reads is concatenated a strip of rows at a time."""
-        strip = max(STRIP_PIXELS // (x.shape[0] * x.shape[3]), 1), x.shape[3]  # (rows, columns)
+        rows = STRIP_BYTES // (x.shape[0] * x.shape[3] * x.element_size())
+        strip = max(rows, 1), x.shape[3]  # (rows, columns)
         pieces = [x]
         for layer in self.layers:
             pieces.append(in_tiles(layer.new_channels, *pieces, side=strip, halo=1))  # (B, G, h, w)

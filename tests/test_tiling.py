@@ -45,7 +45,7 @@ def test_the_re_synthesizer_in_small_tiles_is_the_one_with_gradients(rdn, side, 
     x_lr = torch.rand(2, 3, side // rdn.scale, 90 // rdn.scale)
     wanted = rdn(x_lr)  # dense blocks and their concatenation whole, as they are trained
     rdn.tile = 9
-    monkeypatch.setattr("models.rdn.STRIP_PIXELS", 100)
+    monkeypatch.setattr("models.rdn.STRIP_BYTES", 400)
     monkeypatch.setattr("models.rdn.TAIL_SIDE", 8)
     with torch.inference_mode():
         close(rdn(x_lr), wanted.detach())

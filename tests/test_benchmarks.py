@@ -1,0 +1,58 @@
+"""The benchmarks run, at toy size, and say what they are asked for."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import compare, measure, scaling, training_memory
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_vgg():
+    """Loaded once."""
+    vgg = compare.load_vgg("random")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (compare, training_memory):
+            patch.setattr(module, "load_vgg", lambda _: vgg)
+        yield
+
+
+def test_compare(tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    parts = ["scoring", "memory", "sr loading"]
+    assert compare.main(["--small", "--only", *parts, "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert set(results["times"]) == {"scoring, pixels", "SR loading, a patch"}
+    assert set(results["memory"]["pixels"]) == set(compare.FORMS)
+    assert "plain / ours" in capsys.readouterr().out
+
+
+def test_the_forms_that_are_compared_compute_the_same():
+    plain, fp32, bf16 = (run() for run in compare.scoring(0, 64, small=True).values())
+    torch.testing.assert_close(fp32, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bf16, plain, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.parametrize("name", ["plain", "all, 2 images, micro-batch 1"])
+def test_training_memory(capsys, name):
+    assert training_memory.main(["--small", "--only", name]) == 0
+    assert name in capsys.readouterr().out
+
+
+def test_the_growth_in_the_table_of_scaling():
+    measured = {10: {"seconds": 5.0, "memory": 1.0}, 110: {"seconds": 6.0, "memory": 1.0}}
+    assert scaling.lines(measured, str, lambda count: count / 1e3)[1] == ["110", "6.0", "1.00", "10.00"]
+
+
+def test_what_a_process_of_its_own_says(monkeypatch):
+    monkeypatch.setattr(measure.subprocess, "run", lambda *_, **__: run)
+    run = measure.subprocess.CompletedProcess([], 0, stdout='a line\n{"peak": 1.0}\n', stderr="")
+    assert measure.in_own_process("x", stage=0) == {"peak": 1.0}
+    run = measure.subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    assert "out of memory" in measure.in_own_process("x")["error"]
+
+
+def test_peak_memory():
+    got = measure.peak_of(lambda: torch.ones(8 * 2**20))  # 32 MiB
+    assert got["peak"] - got["before"] > 25
