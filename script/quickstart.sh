@@ -50,6 +50,7 @@ detector stage5 12 --idx-stages 5
 
 # Step 3: scores of held-out images, then everything that is made of scores
 for name in pixel stage5; do
+    [[ ! "$out/scores/$name.csv" -nt "$out/$name/last.pth.tar" ]] || continue  # scored by an earlier call
     say "test.py on held-out images: the $name detector"
     "$PYTHON" test.py --gpu "$gpu" --resume "$out/$name/last.pth.tar" --save_path "$out/scores/$name" \
         --data-root-pos $images/test/real --data-root-neg $images/test/nearest $images/test/bilinear >/dev/null
