@@ -125,6 +125,14 @@ def test_half_precision_is_as_exact_as_is_said(tmp_path):
     assert error[~normal].max() <= 2**-25
 
 
+def test_half_precision_changes_logits_little(tmp_path):
+    torch.manual_seed(0)
+    classifier, residual = DeepStemResNet("resnet18", 3, False).eval(), some_residual(shape=(3, SIDE, SIDE))
+    with torch.inference_mode():
+        exact, given = classifier(residual[None]), classifier(kept(open_cache(tmp_path), residual)[None])
+    torch.testing.assert_close(given, exact, rtol=0, atol=2**-11 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("value", [70_000.0, float("nan")])
 def test_what_half_precision_cannot_hold_is_left_as_it_is(tmp_path, value):
     cache, residual = open_cache(tmp_path), torch.full((1, 2, 2), value)
@@ -341,7 +349,7 @@ def test_losses_are_those_without_a_cache(arguments, tmp_path, computed, monkeyp
 
 
 def test_half_precision_changes_losses_little(arguments, whole_run, tmp_path):
-    """In the first epoch: batch normalisation of 2 x 2 toy maps magnifies any difference from step to step."""
+    """In the first epoch: a new classifier in training magnifies any difference, from step to step."""
     train_detector.main(arguments(tmp_path, "--no-cache", "--epochs", "1"))
     assert losses(whole_run)[0] == pytest.approx(losses(tmp_path)[0], rel=5e-3)
 
