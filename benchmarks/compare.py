@@ -104,7 +104,7 @@ def memory_table(peaks: dict[str, dict[str, dict]]) -> str:
     for where, of in peaks.items():
         for form, got in of.items():
             if "error" in got or "error" in of["plain"]:
-                rows.append([where, form, got.get("error", "?"), "", "", ""])
+                sys.stderr.write(f"{where}, {form}: {got.get('error', 'nothing to compare it with')}\n")
                 continue
             added, plain_added = got["peak"] - got["before"], of["plain"]["peak"] - of["plain"]["before"]
             ratios = [f"{got['peak'] / of['plain']['peak']:.2f}", f"{added / max(plain_added, 1e-9):.2f}"]

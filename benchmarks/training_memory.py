@@ -62,8 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         for name in args.only:
             got = run(name=name, stage=stage, side=side, small=args.small)
             results["runs"].append({"name": name, "stage": stage, **got})
-            numbers = [got["error"], "", ""] if "error" in got else in_words(got)
-            rows.append([name, str(stage), *numbers])
+            if "error" in got:
+                sys.stderr.write(f"{name}, stage {stage}: {got['error']}\n")
+            rows.append([name, str(stage), *(["-"] * 3 if "error" in got else in_words(got))])
     report(f"end-to-end step on {side} x {side} pixels\n" + table(rows), results, args.out)
     return 0
 
