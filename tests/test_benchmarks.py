@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from benchmarks import compare, measure, scaling, training_memory
+from benchmarks import agreement, compare, measure, scaling, training_memory
+from utils.scores import make_rows, write_rows
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -56,3 +57,17 @@ def test_what_a_process_of_its_own_says(monkeypatch):
 def test_peak_memory():
     got = measure.peak_of(lambda: torch.ones(8 * 2**20))  # 32 MiB
     assert got["peak"] - got["before"] > 25
+
+
+def test_agreement_of_two_score_tables(tmp_path, capsys):
+    names, tables = ["a.png", "b.png", "c.png"], [str(tmp_path / "one.csv"), str(tmp_path / "two.csv")]
+    labels, generators = ["real", "fake", "fake"], ["", "g", "g"]
+    write_rows(tables[0], make_rows(names, labels, generators, [[0, 1], [1, 0], [2, 0]]))
+    write_rows(tables[1], make_rows(names, labels, generators, [[0, 1], [1, 1.5], [float("nan"), 0]]))
+    assert agreement.main(tables) == 0
+    found = dict(line.rsplit(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert found["images"] == "2" and found["scored in one table only"] == "1"
+    assert found["logits differ at most by"] == "1.5" and found["verdicts that differ"] == "1"
+    write_rows(tables[1], make_rows(names[:2], labels[:2], generators[:2], [[0, 1], [1, 0]]))
+    assert agreement.main(tables) == 2
+    assert "not the same ones" in capsys.readouterr().err
