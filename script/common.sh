@@ -104,6 +104,18 @@ choose_detector() {
     fi
 }
 
+# trained FILE PROGRAM FLAG ...: runs the program, on $gpu, unless it has written FILE; goes on where a stopped one was.
+trained() {
+    local file=$1 program=$2
+    shift 2
+    if [[ -f "$file" ]]; then
+        say "$file is there already"
+    else
+        say "$program $*"
+        "$PYTHON" "$program" --gpu "$gpu" --resume auto "$@" ${VGG_WEIGHTS:+--vgg-weights "$VGG_WEIGHTS"}
+    fi
+}
+
 # run PROGRAM FLAG ...: in NPROC processes if that is set.
 run() {
     local launcher=("$PYTHON")

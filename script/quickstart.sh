@@ -17,18 +17,6 @@ if [[ ! -f $images/settings.json ]]; then
     "$PYTHON" -m data.example --out $images --size 128
 fi
 
-# trained FILE PROGRAM FLAG ...: runs the program unless it has written FILE; goes on where a stopped one was.
-trained() {
-    local file=$1 program=$2
-    shift 2
-    if [[ -f "$file" ]]; then
-        say "$file is there already"
-    else
-        say "$program $*"
-        "$PYTHON" "$program" --gpu "$gpu" --resume auto "$@" ${VGG_WEIGHTS:+--vgg-weights "$VGG_WEIGHTS"}
-    fi
-}
-
 # Step 1: the re-synthesizer. The perceptual loss (--vgg-lambda) is left out: VGG-19 costs a hundred times this RDN.
 trained "$out/sr/x4/epoch_59.pth" train_sr.py \
     --train-file $images/train.txt --eval-file $images/val.txt --outputs-dir $out/sr \

@@ -6,7 +6,8 @@ import mmap
 import pytest
 import torch
 
-from benchmarks import agreement, compare, measure, scaling, training_memory
+from benchmarks import agreement, compare, measure, robustness, scaling, training_memory
+from data.perturbations import cells
 from utils.scores import make_rows, write_rows
 
 
@@ -76,3 +77,20 @@ def test_agreement_of_two_score_tables(tmp_path, capsys):
     write_rows(tables[1], make_rows(names[:2], labels[:2], generators[:2], [[0, 1], [1, 0]]))
     assert agreement.main(tables) == 2
     assert "not the same ones" in capsys.readouterr().err
+
+
+def test_the_table_of_robustness(tmp_path, capsys):
+    for i, cell in enumerate(cells("sweep")):
+        found = {
+            "g": {"auroc": i / 20, "intervals": {"auroc": [i / 40, i / 20]}},
+            "h": {"auroc": 0.5, "intervals": {"auroc": [0.5, 0.5]}},
+        }
+        file = tmp_path / f"mine_{cell.label.replace(' ', '_')}.json"
+        file.write_text(json.dumps({"metrics": {"generators": found}}))
+    assert robustness.main([str(tmp_path / "mine")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "AUROC in %: g / h" and lines[1].split() == ["mine"]
+    assert lines[3].split() == ["none", "0.0", "/", "50.0"] and lines[-2].split()[-3:] == ["95.0", "/", "50.0"]
+    assert lines[-1] == "95 % intervals: at most +-23.8"
+    assert robustness.main([str(tmp_path / "other")]) == 2
+    assert "other_none.json" in capsys.readouterr().err
