@@ -1,12 +1,14 @@
 """What does the residual cache of `train_detector.py --fixed-sr` save? Times epochs without it, filling it, and from it.
 
-    python benchmarks/cached_epoch.py [--small] [--data-root-pos DIR --data-root-neg DIR] [--out cached_epoch.json]
+    python -m benchmarks.cached_epoch [--small] [--data-root-pos DIR --data-root-neg DIR] [--out cached_epoch.json]
 
 Trains by the program itself for two epochs that mirror the same images, with --no-cache and with the cache, in turn, and
 times the epochs' steps: with the cache the first epoch computes all residuals, the second reads them all. Networks are of
 full size, RDN's weights random: the time does not depend on them. Prints a table, and how far the losses differ: in half
 precision by what a new classifier in training, batches of two normalised, makes of any noise of 2^-11.
 """
+
+from __future__ import annotations
 
 import argparse
 import itertools
@@ -23,12 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import train_detector  # noqa: E402
-from data.images import FAKE, ImageDataset, Item, SizePolicy  # noqa: E402
-from models import RDN  # noqa: E402
+import train_detector
+from data.images import FAKE, ImageDataset, Item, SizePolicy
+from models import RDN
 
 EPOCHS = 2
 KINDS = ("without", "with cache")
@@ -65,10 +64,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         roots = None if args.small else {"real": Path(args.data_root_pos), "fake": Path(args.data_root_neg)}
-        prepare(folder, roots, args.images)
-        flags = ["--arch", "resnet18" if args.small else "resnet50", "--precision", args.precision]
-        flags += ["--cache-precision", args.cache_precision]
-        flags += ["--seed", str(repeating_seed(2 * args.images))]
+        prepare(folder, roots, args.images, SMALL_SIDE, args.small)
+        flags = ["--precision", args.precision, "--cache-precision", args.cache_precision]
+        flags += program_flags(args.images, args.small)
         rounds, without = 1 if args.small else args.rounds, ["--micro-batch", "1"] if args.alone else []
         stages = {stage: measure(folder, stage, rounds, flags, without) for stage in args.stages}
     sys.stdout.write("\n".join(table(stages)) + "\n")
@@ -79,8 +77,13 @@ def main() -> int:
     return 0
 
 
-def prepare(folder: Path, roots: dict[str, Path] | None, count: int) -> None:
-    """`count` images of either class, the first of the folders given or noise, and an RDN."""
+def program_flags(count: int, small: bool) -> list[str]:
+    """The classifier, and a seed by which both epochs mirror the same of `count` images of either class."""
+    return ["--arch", "resnet18" if small else "resnet50", "--seed", str(repeating_seed(2 * count))]
+
+
+def prepare(folder: Path, roots: dict[str, Path] | None, count: int, side: int, small: bool) -> None:
+    """`count` images of either class, the first of the folders given or noise of a side, and an RDN."""
     rng = np.random.default_rng(0)
     for name in ("real", "fake"):
         (folder / name).mkdir()
@@ -88,10 +91,10 @@ def prepare(folder: Path, roots: dict[str, Path] | None, count: int) -> None:
         for path in files:
             (folder / name / path.name).symlink_to(path.resolve())
         for i in range(count if not roots else 0):
-            pixels = rng.integers(0, 256, (SMALL_SIDE, SMALL_SIDE, 3), dtype=np.uint8)
+            pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     torch.manual_seed(0)
-    torch.save(RDN(**({} if roots else SMALL)).state_dict(), folder / "rdn.pth")
+    torch.save(RDN(**(SMALL if small else {})).state_dict(), folder / "rdn.pth")
 
 
 def repeating_seed(count: int) -> int:

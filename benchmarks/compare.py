@@ -12,8 +12,8 @@ medians and what they say: plain / ours. One image of 1024 x 1024 pixels where n
     sr step         of train_sr.py: 12 patches of 24 low-resolution pixels, both losses (`patch_loss`)
     sr loading      per patch: one or 16 patches from an image; the released code filters the whole image three times with
                     15 x 15 kernels for each patch, for which the fastest such filter (a box) stands in here
-
-What the residual cache saves: benchmarks/cached_epoch.py.
+    cached epoch    two epochs of `train_detector.py --fixed-sr` on two images, float32, without the residual cache and with
+                    it: the first computes all residuals, later ones read them (more: benchmarks.cached_epoch)
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from torch import Tensor
 
 import train_detector
 import train_sr
+from benchmarks import cached_epoch
 from benchmarks.measure import Times, in_own_process, in_turn, peak_of, report, table
 from benchmarks.plain import PlainRDN, PlainVGG, plain_detector
 from data.images import FAKE
@@ -47,7 +49,7 @@ from utils.training import Stepper
 
 CPU = torch.device("cpu")
 FORMS = ("plain", "fp32", "bf16")  # the plain networks in float32; ours in float32 and bfloat16
-PARTS = ("scoring", "memory", "detector step", "sr step", "sr loading")
+PARTS = ("scoring", "memory", "detector step", "cached epoch", "sr step", "sr loading")
 TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 2, "num_layers": 2}
 PATCHES, PATCH, SCALE = 12, 24, 4  # of train_super_resolution_celeba.sh
 MANY = 16  # --patches-per-image
@@ -76,6 +78,8 @@ def main(argv: list[str] | None = None) -> int:
             times[f"scoring, {where}"] = in_turn(scoring(stage, side, args.small), rounds)
         if "detector step" in args.only:
             times[f"detector step, {where}"] = in_turn(detector_steps(stage, side, args.small), rounds)
+        if "cached epoch" in args.only:
+            times |= {f"{name}, {where}": of for name, of in cached_epochs(stage, side, args.small, rounds).items()}
         if "memory" in args.only:
             measure = scoring_memory if args.small else functools.partial(in_own_process, "benchmarks.compare")
             peaks[where] = {form: measure(form=form, stage=stage, side=side, small=args.small) for form in FORMS}
@@ -110,6 +114,19 @@ def memory_table(peaks: dict[str, dict[str, dict]]) -> str:
             ratios = [f"{got['peak'] / of['plain']['peak']:.2f}", f"{added / max(plain_added, 1e-9):.2f}"]
             rows.append([where, form, f"{got['peak']:.0f}", f"{added:.0f}", *ratios])
     return "\n" + table(rows) if peaks else ""
+
+
+def cached_epochs(stage: int, side: int, small: bool, rounds: int) -> dict[str, dict[str, Times]]:
+    """The first and the second epoch of the program, in turn without and with the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        cached_epoch.prepare(Path(folder), None, 1, side, small)
+        runs = cached_epoch.measure(Path(folder), stage, rounds, cached_epoch.program_flags(1, small), [])
+    return {
+        f"{name} epoch": {
+            kind: Times(*(statistics.median(run[epoch][i] for run in runs[kind]) for i in (0, 1))) for kind in runs
+        }
+        for epoch, name in enumerate(("first", "later"))
+    }
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Do memory and open files stay flat? Scores 10,000 tiny images by test.py, then trains a tiny detector for 500 steps.
 
-    python benchmarks/soak.py [--small] [--out soak.json]
+    python -m benchmarks.soak [--small] [--out soak.json]
 
 Both run as a user runs them, in processes of their own, which are watched from here through /proc (Linux). Prints a
 table at equal steps of progress and a verdict; --out writes all samples as JSON. Exit status 1 if something grows.
@@ -25,11 +25,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from models import RDN, Checkpoint, new_detector  # noqa: E402
-from train_detector import detector_state  # noqa: E402
+from benchmarks.measure import ROOT
+from models import RDN, Checkpoint, new_detector
+from train_detector import detector_state
 
 MEMORY_BOUND = 32.0  # MiB
 FILES_BOUND = 8  # each batch on its way from a worker holds one open for a moment

@@ -23,10 +23,12 @@ def one_vgg():
 
 def test_compare(tmp_path, capsys):
     out = tmp_path / "numbers.json"
-    parts = ["scoring", "memory", "sr loading"]
+    parts = ["scoring", "memory", "cached epoch", "sr loading"]
     assert compare.main(["--small", "--only", *parts, "--out", str(out)]) == 0
     results = json.loads(out.read_text())
-    assert set(results["times"]) == {"scoring, pixels", "SR loading, a patch"}
+    epochs = {"first epoch, pixels", "later epoch, pixels"}
+    assert set(results["times"]) == {"scoring, pixels", "SR loading, a patch", *epochs}
+    assert set(results["times"]["later epoch, pixels"]) == {"without", "with cache"}
     assert set(results["memory"]["pixels"]) == set(compare.FORMS)
     assert "plain / ours" in capsys.readouterr().out
 
