@@ -138,7 +138,11 @@ def detector_to_test(args: Namespace) -> tuple[ResynthesisDetector, dict, dict]:
     if args.resume is None:
         raise UsageError("no detector: give its checkpoint with --resume")
     content = checkpoints.load(args.resume)
-    rdn = Checkpoint(checkpoints.load(args.resynthesizer_file), args.resynthesizer_file) if args.resynthesizer_file else None
+    rdn = (
+        Checkpoint(checkpoints.load(args.resynthesizer_file), args.resynthesizer_file)
+        if args.resynthesizer_file
+        else None
+    )
     detector, config = load_detector(Checkpoint(content, args.resume), rdn, vars(args), args.vgg_weights)
     calibration = content.get("calibration", {})
     if calibration:

@@ -107,7 +107,9 @@ def repeating_seed(count: int) -> int:
             return seed
 
 
-def measure(folder: Path, stage: int, rounds: int, flags: list[str], without: list[str]) -> dict[str, list[list[Epoch]]]:
+def measure(
+    folder: Path, stage: int, rounds: int, flags: list[str], without: list[str]
+) -> dict[str, list[list[Epoch]]]:
     """`rounds` runs of each kind, in turn. without: more flags for the run without a cache."""
     runs = {kind: [] for kind in KINDS}
     for i in range(rounds):

@@ -57,7 +57,9 @@ def peak_of(run: Callable[[], object]) -> dict[str, float]:
 def in_own_process(module: str, **settings) -> dict:
     """What `python -m MODULE --one JSON` writes: one JSON object on its last line. None of what it used stays here."""
     command = [sys.executable, "-m", module, "--one", json.dumps(settings)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    run = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
+    )
     if run.returncode != 0:
         reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no word; out of memory?"
         return {"error": f"ended with status {run.returncode}: {reason}"}

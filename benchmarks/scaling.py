@@ -34,7 +34,9 @@ KIB_A_GIB = 2**20
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="tiny networks, small images and counts, to see that it works")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny networks, small images and counts, to see that it works"
+    )
     parser.add_argument("--sides", type=int, nargs="*", default=[256, 512, 1024, 2048], metavar="N", help="in pixels")
     parser.add_argument("--counts", type=int, nargs="*", default=[10, 100, 1000, 10_000], metavar="N", help="of images")
     parser.add_argument("--stage", type=int, default=0, metavar="0..5", help="of the residual (0)")

@@ -130,7 +130,9 @@ def watch(command: list[str], done: Callable[[], int], total: int) -> list[Sampl
 def look(pid: int, seconds: float, done: int) -> Sample | None:
     """A sample of the process and its children; None if it has just ended."""
     try:
-        children = [int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+        children = [
+            int(c) for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()
+        ]
         files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
         workers = [resident(child) for child in children]
         return Sample(round(seconds, 2), done, resident(pid), sum(workers), files, len(workers))

@@ -45,7 +45,9 @@ TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 2, "num_layers": 2}
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="tiny networks, residual in 64 x 64 pixels, to see that it works")
+    parser.add_argument(
+        "--small", action="store_true", help="tiny networks, residual in 64 x 64 pixels, to see that it works"
+    )
     parser.add_argument("--side", type=int, default=1024, metavar="N", help="of the image, in pixels (1024)")
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 5], metavar="0..5", help="of the residual (0 5)")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME", help="variants")
@@ -100,9 +102,7 @@ def measure(name: str, stage: int, side: int, small: bool = False) -> dict[str, 
         stepper.step(values, images, [])
 
     # The auxiliary loss needs a second real image (here as if another process had it), and is drawn every other time
-    with patch.multiple(
-        train_detector, sum_over_processes=lambda count, world: count + 1, uniform=lambda *_: 0.0
-    ):
+    with patch.multiple(train_detector, sum_over_processes=lambda count, world: count + 1, uniform=lambda *_: 0.0):
         return peak_of(step)
 
 

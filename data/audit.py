@@ -138,9 +138,7 @@ RESIZE = (
     " (--crop-size N). Resizing to one size (--resize N) hides the size, but different factors leave"
     " different traces in the fine detail."
 )
-SIZE_SHORTCUT = (
-    "A detector can tell the sizes, or, once resized to one, what resizing did to the fine detail."
-)
+SIZE_SHORTCUT = "A detector can tell the sizes, or, once resized to one, what resizing did to the fine detail."
 RECODE_COLOUR = "Convert both classes alike before training, from the same kind of source."
 
 
@@ -233,9 +231,7 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), full: bool = F
         "findings", worst first: dicts with "severity" (leak, warning, note), "check", "message", "shortcut",
         "fix", "examples" (paths), and for attributes the numbers of `Separation` and "values".
     """
-    headers = read_headers(
-        [(item, "train") for item in train] + [(item, "validation") for item in validation]
-    )
+    headers = read_headers([(item, "train") for item in train] + [(item, "validation") for item in validation])
     good = [h for h in headers if h.error is None]
     chosen = good if full else _spread(good, THUMBNAIL_LIMIT)
     thumbnails = _threads(read_thumbnail, chosen, "thumbnails")
@@ -244,9 +240,7 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), full: bool = F
     unreadable += [[h.item.path, t.error] for h, t in pairs if t.error]
     decoded = [(h, t) for h, t in pairs if not t.error]
     grids = {h.item.path: t.jpeg_grid for h, t in decoded if t.jpeg_grid is not None}
-    traces = GRID._replace(
-        of=lambda h: {True: "with an 8x8 grid", False: "without"}.get(grids.get(h.item.path))
-    )
+    traces = GRID._replace(of=lambda h: {True: "with an 8x8 grid", False: "without"}.get(grids.get(h.item.path)))
     attributes = (*ATTRIBUTES, traces)
     findings = class_findings(good, attributes)
     findings += duplicate_findings(good, decoded)
@@ -322,9 +316,7 @@ def summary_lines(result: dict) -> list[str]:
             lines.append(f"    such as: {' | '.join(shown(path) for path in finding['examples'])}")
     if result["attributes"]:
         alone = ", ".join(f"{name} {v['balanced_accuracy']:.2f}" for name, v in result["attributes"].items())
-        lines.append(
-            f"balanced accuracy of the best rule on one attribute alone (0.50 tells nothing): {alone}"
-        )
+        lines.append(f"balanced accuracy of the best rule on one attribute alone (0.50 tells nothing): {alone}")
     found = Counter(f["severity"] for f in result["findings"])
     numbers = {s if found[s] == 1 else f"{s}s": found[s] for s in SEVERITIES if found[s]}
     verdict = _listed(numbers) or "nothing found"
@@ -391,9 +383,7 @@ def _metadata(image: Image.Image) -> str:
     """What kinds of metadata there are, sorted: "EXIF, ICC profile"; texts of a PNG by their key."""
     kinds = {kind for key, kind in METADATA.items() if image.info.get(key)}
     if image.format == "PNG":  # not image.text, which would decode the pixels
-        kinds |= {
-            f"text {k!r}" for k, value in image.info.items() if isinstance(value, str) and k not in METADATA
-        }
+        kinds |= {f"text {k!r}" for k, value in image.info.items() if isinstance(value, str) and k not in METADATA}
     return ", ".join(sorted(kinds))
 
 
@@ -418,9 +408,7 @@ def read_thumbnail(header: Header) -> Thumbnail:
     across = np.diff(_block_means(grey, 8, 9), axis=1) > 0  # (8, 8)
     down = np.diff(_block_means(grey, 9, 8), axis=0) > 0  # (8, 8)
     colours = np.stack([_block_means(small[..., c], THUMBNAIL_SIDE, THUMBNAIL_SIDE) for c in range(3)])
-    return Thumbnail(
-        np.concatenate([across.ravel(), down.ravel()]), np.rint(colours).astype(np.uint8).ravel(), grid
-    )
+    return Thumbnail(np.concatenate([across.ravel(), down.ravel()]), np.rint(colours).astype(np.uint8).ravel(), grid)
 
 
 def _block_means(x: np.ndarray, rows: int, columns: int) -> np.ndarray:
@@ -484,9 +472,7 @@ def separation(real: Sequence, fake: Sequence) -> Separation:
     return Separation(reached, chance, 0.5 + beyond / 2, uniform)
 
 
-def attribute_table(
-    headers: Sequence[Header], attributes: Iterable[Attribute] = ATTRIBUTES
-) -> dict[str, dict]:
+def attribute_table(headers: Sequence[Header], attributes: Iterable[Attribute] = ATTRIBUTES) -> dict[str, dict]:
     """The numbers of `Separation` for each attribute alone on the training images, by its name."""
     table = {}
     for attribute in attributes:
@@ -498,9 +484,7 @@ def attribute_table(
 
 
 def _rounded(result: Separation) -> dict[str, float]:
-    return {
-        name: round(getattr(result, name), 4) for name in ("balanced_accuracy", "chance", "beyond_chance")
-    }
+    return {name: round(getattr(result, name), 4) for name in ("balanced_accuracy", "chance", "beyond_chance")}
 
 
 def _values(attribute: Attribute, headers: Sequence[Header]) -> tuple[list, list]:
@@ -546,9 +530,7 @@ def _group_findings(
     return [finding for _, finding in strongest.values()]
 
 
-def _attribute_finding(
-    attribute: Attribute, real: list[Header], fake: list[Header], where: str
-) -> dict | None:
+def _attribute_finding(attribute: Attribute, real: list[Header], fake: list[Header], where: str) -> dict | None:
     values = _values(attribute, [*real, *fake])
     if not all(values):
         return None
@@ -563,9 +545,7 @@ def _attribute_finding(
         f" accuracy of {result.balanced_accuracy:.2f} (chance: up to {result.chance:.2f})"
     )
     if result.uniform:
-        message = (
-            f"all real images: {values[0][0]}; all fake images: {values[1][0]}. This alone tells them apart"
-        )
+        message = f"all real images: {values[0][0]}; all fake images: {values[1][0]}. This alone tells them apart"
     return _finding(
         severity,
         attribute.name + where,
@@ -767,11 +747,7 @@ def _suffix_findings(headers: Sequence[Header]) -> list[dict]:
     if not wrong:
         return []
     text = f"{len(wrong)} files are not what their names say: the first is a {wrong[0].codec}"
-    return [
-        _finding(
-            NOTE, "suffix", text, "", "Nothing needs doing: the content counts here.", [wrong[0].item.path]
-        )
-    ]
+    return [_finding(NOTE, "suffix", text, "", "Nothing needs doing: the content counts here.", [wrong[0].item.path])]
 
 
 def _small_findings(headers: Sequence[Header]) -> list[dict]:
@@ -809,9 +785,7 @@ def _spread(headers: Sequence[Header], limit: int) -> list[Header]:
     groups = defaultdict(list)
     for i, header in enumerate(headers):
         groups[header.split, header.item.label].append(i)
-    chosen = [
-        g[k] for g in groups.values() for k in np.linspace(0, len(g) - 1, min(limit, len(g))).astype(int)
-    ]
+    chosen = [g[k] for g in groups.values() for k in np.linspace(0, len(g) - 1, min(limit, len(g))).astype(int)]
     return [headers[i] for i in sorted(chosen)]
 
 
@@ -849,12 +823,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--data-root-neg", dest="fake", nargs="+", default=[], metavar="DIR", help="of GENERATED images"
     )
-    parser.add_argument(
-        "--data-root", dest="tree", metavar="TREE", help="a tree instead: GENERATOR/0_real, .../1_fake"
-    )
-    parser.add_argument(
-        "--csv", metavar="FILE", help="a list instead: path,label[,generator] with label real or fake"
-    )
+    parser.add_argument("--data-root", dest="tree", metavar="TREE", help="a tree instead: GENERATOR/0_real, .../1_fake")
+    parser.add_argument("--csv", metavar="FILE", help="a list instead: path,label[,generator] with label real or fake")
     parser.add_argument(
         "--val-root-pos", dest="val_real", nargs="+", default=[], metavar="DIR", help="REAL, validation"
     )
@@ -862,9 +832,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--val-root-neg", dest="val_fake", nargs="+", default=[], metavar="DIR", help="GENERATED, validation"
     )
     parser.add_argument("--json", metavar="FILE", help="write the findings there, too")
-    text = (
-        f"compare the thumbnails of all images, not of {THUMBNAIL_LIMIT} a class (minutes at 100,000 images)"
-    )
+    text = f"compare the thumbnails of all images, not of {THUMBNAIL_LIMIT} a class (minutes at 100,000 images)"
     parser.add_argument("--full", action="store_true", help=text)
     return parser
 
@@ -875,9 +843,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sources = [bool(args.real or args.fake), bool(args.tree), bool(args.csv)]
         if sum(sources) != 1:
-            raise DataError(
-                "name the images in one way: --data-root-pos with --data-root-neg, --data-root, or --csv"
-            )
+            raise DataError("name the images in one way: --data-root-pos with --data-root-neg, --data-root, or --csv")
         if args.tree:
             train = tree_items(args.tree)
         else:

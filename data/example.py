@@ -649,9 +649,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="up-sampling of the fakes' decoders (default: nearest bilinear)",
     )
     parser.add_argument("--seed", type=int, default=123, help="of everything random (default: %(default)s)")
-    parser.add_argument(
-        "--steps", type=int, default=250, metavar="N", help="training of an autoencoder (default: 250)"
-    )
+    parser.add_argument("--steps", type=int, default=250, metavar="N", help="training of an autoencoder (default: 250)")
     parser.add_argument(
         "--from", dest="photographs", metavar="DIR", help="crops of these photographs, not random scenes"
     )

@@ -176,9 +176,7 @@ def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[I
     reals = [Item(path, REAL, "") for root in real_roots for path in find_images(root)]
     names = _unique_names(fake_roots)
     return reals + [
-        Item(path, FAKE, name)
-        for root, name in zip(fake_roots, names, strict=True)
-        for path in find_images(root)
+        Item(path, FAKE, name) for root, name in zip(fake_roots, names, strict=True) for path in find_images(root)
     ]
 
 
@@ -216,9 +214,7 @@ def tree_items(root: str) -> list[Item]:
         DataError: if there are no such folders, or one of them is empty.
     """
     if not os.path.isdir(root):
-        raise DataError(
-            f"image tree {shown(root)} {'is a file' if os.path.exists(root) else 'does not exist'}"
-        )
+        raise DataError(f"image tree {shown(root)} {'is a file' if os.path.exists(root) else 'does not exist'}")
     folders = {"0_real": [], "1_fake": []}
     for folder, _ in _walk(root):
         if os.path.basename(folder) in folders:
@@ -365,9 +361,7 @@ def input_items(paths: Sequence[str]) -> list[Item]:
     for path in paths:
         if not os.path.lexists(path):
             raise DataError(f"input {shown(path)} does not exist")
-        items += [
-            Item(p, None, "") for p in (find_images(path) if os.path.isdir(path) else [os.fspath(path)])
-        ]
+        items += [Item(p, None, "") for p in (find_images(path) if os.path.isdir(path) else [os.fspath(path)])]
     if not items:
         raise DataError("no input: give at least one image or folder")
     return items
@@ -457,9 +451,7 @@ def _grey_from_int(image: Image.Image) -> np.ndarray:
     white = 4095 if getattr(image, "tag_v2", {}).get(TIFF_BITS) == (12,) else 65535
     values = np.asarray(image).astype(np.int64)  # (H, W)
     if values.min() < 0 or values.max() > white:
-        raise ValueError(
-            f"is an image of integers from {values.min()} to {values.max()}; 0 to {white} was wanted"
-        )
+        raise ValueError(f"is an image of integers from {values.min()} to {values.max()}; 0 to {white} was wanted")
     return ((values * 255 + white // 2) // white).astype(np.uint8)
 
 
@@ -467,9 +459,7 @@ def _grey_from_float(image: Image.Image) -> np.ndarray:
     """Grey of floats, which have no agreed range: [0, 1] is taken. uint8 (H, W)."""
     values = np.asarray(image)  # (H, W)
     if not (values.min() >= 0 and values.max() <= 1):  # not a number fails here, too
-        raise ValueError(
-            f"is an image of floats from {values.min():g} to {values.max():g}; 0 to 1 was wanted"
-        )
+        raise ValueError(f"is an image of floats from {values.min():g} to {values.max():g}; 0 to 1 was wanted")
     return np.rint(values * 255).astype(np.uint8)
 
 
@@ -543,9 +533,7 @@ def is_trimmed(height: int, width: int, policy: SizePolicy) -> bool:
 
 def fitted_size(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Height and width that `fit_size` gives an image of this size."""
-    height, width = (
-        (policy.crop_size,) * 2 if policy.crop_size is not None else _resized(height, width, policy)
-    )
+    height, width = (policy.crop_size,) * 2 if policy.crop_size is not None else _resized(height, width, policy)
     return height - height % policy.scale, width - width % policy.scale
 
 
@@ -603,9 +591,7 @@ def _looks_complete(file: BinaryIO, image: Image.Image) -> bool:
     length = os.fstat(file.fileno()).st_size
     if image.format == "TIFF":
         extents = [(image.tag_v2.get(a, ()), image.tag_v2.get(b, ())) for a, b in (TIFF_STRIPS, TIFF_TILES)]
-        ends = [
-            start + count for starts, counts in extents for start, count in zip(starts, counts, strict=False)
-        ]
+        ends = [start + count for starts, counts in extents for start, count in zip(starts, counts, strict=False)]
         return bool(ends) and max(ends) <= length
     if image.format in ("WEBP", "BMP"):
         file.seek(0)
@@ -630,9 +616,7 @@ def usable_items(items: Sequence[Item], policy: SizePolicy, skip_bad: bool = Fal
         logger.warning("%s: %s: %s", "left out" if skip_bad else "bad image", shown(path), reason)
     if problems and (not skip_bad or len(problems) == len(items)):
         (path, reason), count = problems[0], f"{len(problems)} of {len(items)}"
-        way_out = (
-            "mend or remove them" if skip_bad else "mend or remove them, or go on without them by --skip-bad"
-        )
+        way_out = "mend or remove them" if skip_bad else "mend or remove them, or go on without them by --skip-bad"
         raise DataError(f"{count} images cannot be used: {way_out}; the first is {shown(path)}: {reason}")
     bad = {path for path, _ in problems}
     kept = [(item, size) for item, size in zip(items, sizes, strict=True) if item.path not in bad]

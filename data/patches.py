@@ -35,9 +35,7 @@ class PatchDataset(Dataset):
         patches_per_image: K, taken from an image once it is decoded.
     """
 
-    def __init__(
-        self, paths: Sequence[str], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0
-    ):
+    def __init__(self, paths: Sequence[str], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0):
         self.paths, self.patch_size, self.scale = paths, patch_size, scale
         self.patches_per_image, self.seed = patches_per_image, seed
 
@@ -56,9 +54,7 @@ class PatchDataset(Dataset):
         except DataError as error:  # not raised in a worker: DataLoader would make a traceback of it
             return Patches(torch.empty(0, 3, side, side, dtype=torch.uint8), [], str(error))
         rng = np.random.default_rng([self.seed, epoch, index])
-        patches = [
-            random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)
-        ]
+        patches = [random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
         images = torch.from_numpy(np.stack(patches))  # (K, 3, P, P)
         return Patches(images, [(epoch, index, k) for k in range(self.patches_per_image)])
 
@@ -83,6 +79,4 @@ def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random
 def collate_patches(samples: Sequence[Patches]) -> Patches:
     """The patches of several images in one batch; the first error if there are any."""
     images = torch.cat([s.images for s in samples])  # (B * K, 3, P, P)
-    return Patches(
-        images, [key for s in samples for key in s.keys], next((s.error for s in samples if s.error), None)
-    )
+    return Patches(images, [key for s in samples for key in s.keys], next((s.error for s in samples if s.error), None))

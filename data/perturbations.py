@@ -79,11 +79,7 @@ class Cell(NamedTuple):
     @property
     def label(self) -> str:
         """Such as "jpeg quality 70"."""
-        return (
-            self.name
-            if self.strength is None
-            else f"{self.name} {STRENGTH_LABELS[self.name].format(self.strength)}"
-        )
+        return self.name if self.strength is None else f"{self.name} {STRENGTH_LABELS[self.name].format(self.strength)}"
 
 
 def cells(protocol: str, name: str = "all") -> list[Cell]:
@@ -134,9 +130,7 @@ def perturb(
     """
     cells(protocol, name)  # raises for what the protocol has not
     if name != "none" and (protocol == "sweep") != (strength is not None):
-        raise DataError(
-            f"strength {strength} for {name} in protocol {protocol}: the sweep wants one, the others none"
-        )
+        raise DataError(f"strength {strength} for {name} in protocol {protocol}: the sweep wants one, the others none")
     if name == "none":
         return image
     key = pixel_key(image)
@@ -266,9 +260,7 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
 def resize_and_back(image: Tensor, scale: float) -> Tensor:
     """Shrink by `scale` (bicubic, antialiased) and enlarge to the old size (bicubic)."""
     size = list(image.shape[-2:])
-    small = F.resize(
-        image, [max(1, round(side * scale)) for side in size], InterpolationMode.BICUBIC, antialias=True
-    )
+    small = F.resize(image, [max(1, round(side * scale)) for side in size], InterpolationMode.BICUBIC, antialias=True)
     return F.resize(small, size, InterpolationMode.BICUBIC, antialias=True)
 
 
@@ -339,6 +331,4 @@ def _to_uint8(x: Tensor) -> Tensor:
 
 def _decode(data: bytes) -> Tensor:
     """JPEG bytes -> uint8 (3, H, W)."""
-    return (
-        torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1).contiguous()
-    )
+    return torch.from_numpy(np.array(Image.open(io.BytesIO(data)).convert("RGB"))).permute(2, 0, 1).contiguous()

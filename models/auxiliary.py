@@ -66,9 +66,7 @@ class ColorizationHead:
     def degrade(self, x_lr: Tensor, batch_rng: torch.Generator, image_rngs: list[torch.Generator]) -> Tensor:
         """x_lr: (B, 3, h, w). One generator for what the batch shares, one an image for the rest."""
         density = uniform(*self.DENSITY, batch_rng)
-        return torch.stack(
-            [remove_colour(image, density, rng) for image, rng in zip(x_lr, image_rngs, strict=True)]
-        )
+        return torch.stack([remove_colour(image, density, rng) for image, rng in zip(x_lr, image_rngs, strict=True)])
 
 
 class DenoisingHead:
@@ -78,9 +76,7 @@ class DenoisingHead:
 
     def degrade(self, x_lr: Tensor, batch_rng: torch.Generator, image_rngs: list[torch.Generator]) -> Tensor:
         """x_lr: (B, 3, h, w). One generator an image; the batch shares nothing."""
-        return torch.stack(
-            [add_noise(image, self.STD, rng) for image, rng in zip(x_lr, image_rngs, strict=True)]
-        )
+        return torch.stack([add_noise(image, self.STD, rng) for image, rng in zip(x_lr, image_rngs, strict=True)])
 
 
 HEADS = {"none": None, "colorization": ColorizationHead, "denoising": DenoisingHead}  # --mode-sr
@@ -125,7 +121,12 @@ def auxiliary_loss(x_hat: Tensor, x: Tensor, maps_hat: dict[int, Tensor], maps: 
 
 
 def residual_and_auxiliary_loss(
-    detector: ResynthesisDetector, vgg: VGGStages | None, x: Tensor, real: Tensor, auxiliary: bool, degraded: Tensor | None
+    detector: ResynthesisDetector,
+    vgg: VGGStages | None,
+    x: Tensor,
+    real: Tensor,
+    auxiliary: bool,
+    degraded: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """One pass for both losses of end-to-end training, sharing what they share.
 

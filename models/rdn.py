@@ -95,9 +95,7 @@ class RDN(nn.Module):
         g0 = num_features
         self.sfe1 = nn.Conv2d(3, g0, kernel_size=3, padding=1)
         self.sfe2 = nn.Conv2d(g0, g0, kernel_size=3, padding=1)
-        self.rdbs = nn.ModuleList(
-            [ResidualDenseBlock(g0, growth_rate, num_layers) for _ in range(num_blocks)]
-        )
+        self.rdbs = nn.ModuleList([ResidualDenseBlock(g0, growth_rate, num_layers) for _ in range(num_blocks)])
         self.gff = nn.Sequential(
             nn.Conv2d(g0 * num_blocks, g0, kernel_size=1), nn.Conv2d(g0, g0, kernel_size=3, padding=1)
         )

@@ -116,9 +116,7 @@ def resnet_config(state_dict: Mapping[str, Tensor], name: str = "the state dict"
             f"{name} holds no detector: no key conv1.0.weight (it looks like {kind}); give a file written by"
             " train_detector.py or a released one"
         )
-    blocks = tuple(
-        len({key.split(".")[1] for key in state_dict if key.startswith(f"layer{i}.")}) for i in range(1, 5)
-    )
+    blocks = tuple(len({key.split(".")[1] for key in state_dict if key.startswith(f"layer{i}.")}) for i in range(1, 5))
     kind = Bottleneck if "layer1.0.conv3.weight" in state_dict else BasicBlock
     for arch, layout in ARCHITECTURES.items():
         if layout == (kind, blocks):

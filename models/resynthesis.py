@@ -69,7 +69,6 @@ class ResynthesisDetector(nn.Module):
         """The one switch between `--fixed-sr` and end-to-end training (the release never undoes its freezing)."""
         self.resynthesizer.requires_grad_(not frozen)
 
-
     def set_tile(self, side: int) -> None:
         """Work on tiles of side x side pixels of a larger image at a time, without gradients: less memory.
 

@@ -35,7 +35,11 @@ def in_tiles(
             y = function(*(m[:, :, y0 : top + tile_h + halo, x0 : left + tile_w + halo] for m in maps))
             if result is None:
                 shape = (*y.shape[:2], *(-int(-size * scale // 1) for size in (height, width)))  # rounded up
-                order = torch.channels_last if y.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+                order = (
+                    torch.channels_last
+                    if y.is_contiguous(memory_format=torch.channels_last)
+                    else torch.contiguous_format
+                )
                 result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=order)
             y = y[:, :, int((top - y0) * scale) :, int((left - x0) * scale) :]
             y = y[:, :, : int(tile_h * scale), : int(tile_w * scale)]

@@ -85,8 +85,7 @@ def perceptual_distance(
 ) -> Tensor:
     """sum_k w_k distance(maps[k], target[k]) over the five stages: a scalar, accumulated in float32."""
     return sum(
-        weight * distance(maps[k].float(), target[k].float())
-        for k, weight in zip(STAGES, STAGE_WEIGHTS, strict=True)
+        weight * distance(maps[k].float(), target[k].float()) for k, weight in zip(STAGES, STAGE_WEIGHTS, strict=True)
     )
 
 

@@ -2,7 +2,9 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small are no faster with more, and their sums in one order
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # networks this small are no faster with more, and their sums in one order
 
 import torch  # noqa: E402
 

@@ -85,9 +85,7 @@ def test_what_varies_alike_in_both_classes_is_no_leak(roots):
         root.mkdir()
         for i in range(start, start + N):
             size = tuple(int(s) for s in rng.integers(64, 96, 2))  # nearly every size occurs once
-            suffix, options = (
-                (".png", {}) if rng.random() < 0.5 else (".jpg", {"quality": int(rng.integers(60, 95))})
-            )
+            suffix, options = (".png", {}) if rng.random() < 0.5 else (".jpg", {"quality": int(rng.integers(60, 95))})
             picture(i, size).save(root / f"{i}{suffix}", **options)
     assert [f for f in audited(*roots)["findings"] if f["severity"] != "note"] == []
 
@@ -103,9 +101,7 @@ def test_codec(roots, capsys):
     assert finding["values"] == {"real": {"JPEG": N}, "fake": {"PNG": N}}
     assert run("--data-root-pos", roots[0], "--data-root-neg", roots[1]) == 1
     text = capsys.readouterr().out
-    assert (
-        "LEAK: codec" in text and "8x8 grid" in text and "re-encode" in text and "leak audit: 1 leak" in text
-    )
+    assert "LEAK: codec" in text and "8x8 grid" in text and "re-encode" in text and "leak audit: 1 leak" in text
 
 
 def test_jpeg_quality(roots):
@@ -164,10 +160,7 @@ def png_16_bit(path, seed):
 
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     path.write_bytes(
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
 
 
@@ -200,9 +193,7 @@ def test_jpeg_traces_in_lossless_files(roots):
     )
     result = audited(*roots)
     assert found(result, "JPEG traces")["severity"] == "leak"
-    assert (
-        found(A.quick_audit(items(roots[0], REAL) + items(roots[1], FAKE)), "JPEG traces") is None
-    )  # headers only
+    assert found(A.quick_audit(items(roots[0], REAL) + items(roots[1], FAKE)), "JPEG traces") is None  # headers only
 
 
 @pytest.mark.parametrize("offset", [0, 3])
@@ -257,10 +248,7 @@ def test_a_leak_of_one_generator_hidden_by_the_others(tmp_path, capsys):
         )
     assert run("--data-root", tmp_path) == 1
     text = capsys.readouterr().out
-    assert (
-        "LEAK: codec (c): all real images: PNG; all fake images: JPEG." in text
-        and "LEAK: codec (a)" not in text
-    )
+    assert "LEAK: codec (c): all real images: PNG; all fake images: JPEG." in text and "LEAK: codec (a)" not in text
 
 
 # --- duplicates ---------------------------------------------------------------------------------------------
@@ -313,9 +301,7 @@ def test_duplicates_across_classes(roots):
     jpeg_then(picture(5), 80).save(roots[1] / "made from 5.png")
     result = audited(*roots)
     assert found(result, "exact duplicates across classes")["severity"] == "leak"
-    assert (
-        found(result, "near duplicates across classes")["severity"] == "warning"
-    )  # an edited real is a proper fake
+    assert found(result, "near duplicates across classes")["severity"] == "warning"  # an edited real is a proper fake
     assert found(result, "near duplicates across classes")["count"] == 2
 
 
@@ -338,8 +324,7 @@ def test_near_duplicates_come_in_groups():
     thumbnails = [A.Thumbnail(np.zeros(128, bool), np.full(432, 100, np.uint8)) for _ in range(5)]
     far = thumbnails[0]._replace(bits=np.arange(128) < 64)
     chain = [
-        thumbnails[0]._replace(bits=np.arange(128) < n, colours=np.full(432, 150, np.uint8))
-        for n in (0, 8, 16, 40)
+        thumbnails[0]._replace(bits=np.arange(128) < n, colours=np.full(432, 150, np.uint8)) for n in (0, 8, 16, 40)
     ]
     groups, complete = A.near_duplicates([*thumbnails, far, *chain])
     assert complete and groups == [[0, 1, 2, 3, 4], [6, 7, 8]]  # 9 and the colour of `chain` are too far
@@ -357,9 +342,7 @@ def test_near_duplicates_in_several_blocks(monkeypatch):
 
 def test_a_flood_of_near_duplicates_is_cut_and_told(monkeypatch):
     bits = np.zeros(128, bool)
-    thumbnails = [
-        A.Thumbnail(bits, np.full(432, 100 + i % 3, np.uint8) + (np.arange(432) == i)) for i in range(30)
-    ]
+    thumbnails = [A.Thumbnail(bits, np.full(432, 100 + i % 3, np.uint8) + (np.arange(432) == i)) for i in range(30)]
     monkeypatch.setattr(A, "MAX_PAIRS", 100)
     assert A.near_duplicates(thumbnails)[1] is False
 

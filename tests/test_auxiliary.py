@@ -96,7 +96,9 @@ def test_jpeg_compression_is_really_applied(monkeypatch):
     seen = []
     real = tasks.compress_jpeg
     monkeypatch.setattr(tasks, "PATCH_PROBABILITY", 1.0)
-    monkeypatch.setattr(tasks, "compress_jpeg", lambda image, quality: seen.append((quality, image)) or real(image, quality))
+    monkeypatch.setattr(
+        tasks, "compress_jpeg", lambda image, quality: seen.append((quality, image)) or real(image, quality)
+    )
     ramp = torch.linspace(0, 1, 24).expand(3, 24, 24)
     stds = []
     for seed in range(300):

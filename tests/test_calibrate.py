@@ -82,9 +82,7 @@ def test_thresholds_by_hand():
     prob = np.array([0.1, 0.2, 0.3, 0.8, 0.4, 0.7, 0.9, 0.95])
     is_fake = np.arange(8) >= 4
     assert calibrate.fit_thresholds(prob, is_fake, 0, 0) == pytest.approx((0.35, 0.85))
-    assert calibrate.fit_thresholds(prob, is_fake, 0.25, 0) == pytest.approx(
-        (0.35, 0.35)
-    )  # fake from .35, real to .35
+    assert calibrate.fit_thresholds(prob, is_fake, 0.25, 0) == pytest.approx((0.35, 0.35))  # fake from .35, real to .35
 
 
 def test_well_separated_classes_leave_nothing_unsure():

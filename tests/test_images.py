@@ -27,11 +27,7 @@ def random_rgb(height=16, width=16, seed=0):
 def save(path, pixels=None, **options):
     """Write an array (default: random colours) or a Pillow image; return the path as text."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = (
-        pixels
-        if isinstance(pixels, Image.Image)
-        else Image.fromarray(random_rgb() if pixels is None else pixels)
-    )
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(random_rgb() if pixels is None else pixels)
     image.save(path, **options)
     return str(path)
 
@@ -110,12 +106,8 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
 
 
 def test_integers_beyond_16_bits_are_refused(tmp_path):
-    assert "0 to 65535 was wanted" in reason(
-        I.load_image, save(tmp_path / "a.tif", np.array([[70000]], np.int32))
-    )
-    assert "integers from -3 to 9" in reason(
-        I.load_image, save(tmp_path / "b.tif", np.array([[-3, 9]], np.int32))
-    )
+    assert "0 to 65535 was wanted" in reason(I.load_image, save(tmp_path / "a.tif", np.array([[70000]], np.int32)))
+    assert "integers from -3 to 9" in reason(I.load_image, save(tmp_path / "b.tif", np.array([[-3, 9]], np.int32)))
 
 
 def test_12_bit_grey(tmp_path):
@@ -271,9 +263,7 @@ def test_every_bad_file_gives_one_line(tmp_path):
 
 def test_headers_find_every_bad_file_and_no_good_one(tmp_path):
     bad = make_bad_files(tmp_path / "bad")
-    good = [
-        save(tmp_path / f"good.{s}", random_rgb(8, 12)) for s in ("png", "jpg", "webp", "bmp", "tif", "gif")
-    ]
+    good = [save(tmp_path / f"good.{s}", random_rgb(8, 12)) for s in ("png", "jpg", "webp", "bmp", "tif", "gif")]
     with_tail = tmp_path / "tail.png"
     with_tail.write_bytes(encoded("png") + b"appended by a camera " * 10)
     headers = I.check_headers([*bad, *good, str(with_tail)], SizePolicy())
@@ -527,9 +517,7 @@ def test_list_paths(tmp_path, monkeypatch):
 def test_input_items(tmp_path):
     root = touch(tmp_path / "r", "b.png", "a.png")
     file = touch(tmp_path / "r", "odd.name") + "/odd.name"
-    assert I.input_items([file, root]) == [
-        Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")
-    ]
+    assert I.input_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]
     assert "does not exist" in reason(I.input_items, [str(tmp_path / "x")])
     assert "no input" in reason(I.input_items, [])
 
@@ -571,18 +559,14 @@ def test_resize_keeps_the_aspect_and_antialiases():
     policy = SizePolicy(scale=1, resize=20)
     assert I.fit_size(coordinates(40, 70), policy).shape == (3, 20, 35)
     assert I.fit_size(coordinates(10, 15), policy).shape == (3, 20, 30)
-    checkers = (
-        (coordinates(80, 80)[0] + coordinates(80, 80)[1]) % 2 * 255
-    )  # without antialiasing all 0 or 255
+    checkers = (coordinates(80, 80)[0] + coordinates(80, 80)[1]) % 2 * 255  # without antialiasing all 0 or 255
     small = I.fit_size(checkers.expand(3, -1, -1).contiguous(), policy)
     assert small.dtype == torch.uint8 and (small[:, 4:-4, 4:-4].int() - 127).abs().max() <= 2
     same = coordinates(20, 24)
     assert torch.equal(I.fit_size(same, policy), same)
 
 
-@pytest.mark.parametrize(
-    "policy", [SizePolicy(), SizePolicy(3, None, 37), SizePolicy(4, 30), SizePolicy(4, 32, 40)]
-)
+@pytest.mark.parametrize("policy", [SizePolicy(), SizePolicy(3, None, 37), SizePolicy(4, 30), SizePolicy(4, 32, 40)])
 @pytest.mark.parametrize("size", [(64, 64), (65, 127), (201, 50)])
 def test_sizes_are_foretold(size, policy):
     image = I.fit_size(torch.zeros(3, *size, dtype=torch.uint8), policy)
@@ -625,18 +609,11 @@ def test_usable_items(tmp_path, caplog):
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))
     items = [Item(save(tmp_path / f"{h}x{w}.png", random_rgb(h, w)), REAL, "") for h, w in sizes]
     message = reason(I.usable_items, items, SizePolicy(4))
-    assert (
-        message.startswith("1 of 4 images cannot be used")
-        and "--skip-bad" in message
-        and "2x16.png" in message
-    )
+    assert message.startswith("1 of 4 images cannot be used") and "--skip-bad" in message and "2x16.png" in message
     caplog.clear()
     assert I.usable_items(items, SizePolicy(4), skip_bad=True) == items[:3]
     assert [r.message for r in caplog.records][0].startswith(f"left out: {items[3].path}: is 16 x 2 pixels")
-    assert (
-        caplog.records[1].message
-        == "2 of 3 images have sides that are no multiple of 4 and are centre-cropped"
-    )
+    assert caplog.records[1].message == "2 of 3 images have sides that are no multiple of 4 and are centre-cropped"
     assert "1 of 1 images cannot be used" in reason(I.usable_items, items[3:], SizePolicy(4), True)
     assert I.usable_paths([i.path for i in items[:3]], SizePolicy(4)) == [i.path for i in items[:3]]
     assert I.usable_items([], SizePolicy()) == []
@@ -710,9 +687,7 @@ def test_dataset_never_raises(items, tmp_path):
     samples = [data[i] for i in range(len(data))]
     for sample in samples:
         assert (
-            sample.image is None
-            and sample.error.startswith(I.shown(sample.path) + ": ")
-            and sample.error.isprintable()
+            sample.image is None and sample.error.startswith(I.shown(sample.path) + ": ") and sample.error.isprintable()
         )
     assert "28 x 24 pixels, smaller than the crop" in samples[-1].error
     batch = I.collate(samples)
@@ -743,9 +718,7 @@ def test_mixed_sizes_are_told(items, tmp_path):
 
 def test_workers_change_nothing(items, tmp_path):
     (tmp_path / "zero.png").touch()
-    data = ImageDataset(
-        [*items, Item(str(tmp_path / "zero.png"), FAKE, "")], SizePolicy(4, 8, None, True), True, 3
-    )
+    data = ImageDataset([*items, Item(str(tmp_path / "zero.png"), FAKE, "")], SizePolicy(4, 8, None, True), True, 3)
 
     def epoch(workers):
         batches = EpochBatches(len(data), 3, seed=3)

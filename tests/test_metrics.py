@@ -109,9 +109,7 @@ def test_confusion_by_hand():
 
 
 def test_calibration_by_hand():
-    prob = np.array(
-        [0.1, 0.1, 0.1, 0.1, 0.9, 0.9]
-    )  # bins: 4 images at .1 of which .25 fake; 2 at .9, both fake
+    prob = np.array([0.1, 0.1, 0.1, 0.1, 0.9, 0.9])  # bins: 4 images at .1 of which .25 fake; 2 at .9, both fake
     is_fake = np.array([False, False, False, True, True, True])
     expected = 4 / 6 * abs(0.25 - 0.1) + 2 / 6 * abs(1 - 0.9)
     assert metrics.expected_calibration_error(prob, is_fake) == pytest.approx(expected, abs=1e-6)
@@ -238,8 +236,6 @@ def test_nothing_but_errors_or_unlabelled_is_no_crash(tmp_path):
 
 
 def test_names_cannot_break_the_terminal(tmp_path):
-    table = table_of(
-        tmp_path, rows_of(np.array([1.0, 2]), "fake", "evil\x1b[31m\nname") + rows_of(-np.ones(3), "real")
-    )
+    table = table_of(tmp_path, rows_of(np.array([1.0, 2]), "fake", "evil\x1b[31m\nname") + rows_of(-np.ones(3), "real"))
     text = metrics.format_table(metrics.summarize(table, resamples=10))
     assert "\x1b" not in text and "evil\\x1b[31m\\nname" in text

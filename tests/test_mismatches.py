@@ -204,7 +204,9 @@ def test_a_lone_small_image_is_refused_before_training(files, tmp_path, monkeypa
     monkeypatch.chdir(files)
     arguments = f"{NEW} --sr-weights-file rdn.pth --gpu cpu --workers 0 --epochs 1 --output-path {tmp_path}/out {flags}"
     if refused:
-        with pytest.raises(train_detector.UsageError, match="2 images in batches of 1 .* leave one alone: .*--crop-size"):
+        with pytest.raises(
+            train_detector.UsageError, match="2 images in batches of 1 .* leave one alone: .*--crop-size"
+        ):
             train_detector.main(arguments.split())
         assert not (tmp_path / "out").exists()
     else:

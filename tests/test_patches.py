@@ -80,9 +80,7 @@ def test_errors_are_one_line_and_raised_by_nobody_in_a_worker(save, tmp_path):
     data = PatchDataset([str(tmp_path / "zero.png"), good, small], 24, 4)
     told = "is 200 x 95 pixels, smaller than the crop of 96 x 96: use a smaller"
     assert data[2].error.startswith(f"{small}: {told}") and data[2].images.shape == (0, 3, 96, 96)
-    loader = DataLoader(
-        data, batch_sampler=EpochBatches(3, 3, 0, False), collate_fn=collate_patches, num_workers=1
-    )
+    loader = DataLoader(data, batch_sampler=EpochBatches(3, 3, 0, False), collate_fn=collate_patches, num_workers=1)
     (batch,) = loader
     assert batch.error == f"{tmp_path}/zero.png: is empty (0 bytes)"
     assert batch.images.shape == (1, 3, 96, 96) and batch.keys == [(0, 1, 0)]

@@ -165,9 +165,7 @@ def test_blur_of_an_image_smaller_than_the_kernel():
 def test_sweep_noise_has_its_standard_deviation(std):
     result = P.perturb(grey(128), "noise", "sweep", 0, std).double()
     normal = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
-    assert result.std() == pytest.approx(
-        np.clip(normal, 0, 255).std(), rel=0.02
-    )  # the strong ones are clipped
+    assert result.std() == pytest.approx(np.clip(normal, 0, 255).std(), rel=0.02)  # the strong ones are clipped
     assert result.mean() == pytest.approx(128, abs=1)
     if std <= 0.1:
         assert result.std() == pytest.approx(255 * std, rel=0.02)
@@ -194,9 +192,7 @@ def test_released_noise_draws_the_standard_deviation_and_cuts_to_whole_numbers()
     stds = [float(r.std()) for r in results]
     assert 4.9 < min(stds) < 7 and 18 < max(stds) < 20.5
     assert np.mean([r.mean() for r in results]) == pytest.approx(127.5, abs=0.1)
-    assert (
-        min(r.min() for r in noises("frank2020-released", 255)) > 120
-    )  # clipped: white never wraps to black
+    assert min(r.min() for r in noises("frank2020-released", 255)) > 120  # clipped: white never wraps to black
 
 
 # --- crop, resize -------------------------------------------------------------------------------------------
@@ -245,9 +241,7 @@ def test_released_crop_refuses_what_is_not_square():
 
 def test_resize_halves_the_bandwidth_and_keeps_the_size():
     x = torch.arange(64)
-    fine = (
-        (128 + 100 * torch.cos(torch.pi * x * 0.9)).to(torch.uint8).expand(3, 64, 64).contiguous()
-    )  # near Nyquist
+    fine = (128 + 100 * torch.cos(torch.pi * x * 0.9)).to(torch.uint8).expand(3, 64, 64).contiguous()  # near Nyquist
     coarse = (128 + 100 * torch.cos(torch.pi * x * 0.1)).to(torch.uint8).expand(3, 64, 64).contiguous()
     after = [P.perturb(image, "resize", "sweep", 0, 0.5) for image in (fine, coarse)]
     assert after[0].shape == fine.shape
@@ -352,9 +346,7 @@ def test_order_and_place_change_nothing(protocol, name, strength):
     forward = [P.perturb(i, name, protocol, 7, strength) for i in pictures]
     backward = [P.perturb(i.clone(), name, protocol, 7, strength) for i in reversed(pictures)]
     assert all(torch.equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
-    assert all(
-        torch.equal(a, b) for a, b in zip(pictures, images(12), strict=True)
-    )  # the input is left alone
+    assert all(torch.equal(a, b) for a, b in zip(pictures, images(12), strict=True))  # the input is left alone
 
 
 def test_workers_batches_and_threads_change_nothing():
@@ -369,9 +361,7 @@ def test_workers_batches_and_threads_change_nothing():
 def test_seed_protocol_and_pixels_change_the_draw():
     image, other = images(2, 32, 32)
     results = {
-        P.perturb(i, "noise", "sweep", seed, 0.1).sub(i).numpy().tobytes()
-        for i in (image, other)
-        for seed in (0, 1)
+        P.perturb(i, "noise", "sweep", seed, 0.1).sub(i).numpy().tobytes() for i in (image, other) for seed in (0, 1)
     }
     assert len(results) == 4
     flips = [[changed(i, P.perturb(i, "jpeg", p, 0)) for i in images(64)] for p in P.PROTOCOLS[:2]]

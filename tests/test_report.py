@@ -87,9 +87,7 @@ def test_a_page_with_everything(tmp_path):
 def test_names_are_shown_and_never_run(tmp_path):
     name = f"{EVIL}\x1b[31m\nname"
     table_rows = [*rows(generators=(name,)), BROKEN]
-    table = write(
-        tmp_path, "s", table_rows, settings={EVIL: EVIL, "nested": {"list": [EVIL]}}, versions={EVIL: EVIL}
-    )
+    table = write(tmp_path, "s", table_rows, settings={EVIL: EVIL, "nested": {"list": [EVIL]}}, versions={EVIL: EVIL})
     path = report.write_report([table], tmp_path / "out", resamples=10)
     page = page_of(path)
     assert "script" not in page.tags

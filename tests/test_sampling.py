@@ -28,9 +28,7 @@ def test_order_depends_on_seed_and_epoch_only():
     before = torch.get_rng_state()
     assert indices(EpochBatches(50, 8, seed=1), epoch=3) == one
     assert torch.equal(torch.get_rng_state(), before)
-    assert (
-        indices(EpochBatches(50, 8, seed=1), epoch=4) != one != indices(EpochBatches(50, 8, seed=2), epoch=3)
-    )
+    assert indices(EpochBatches(50, 8, seed=1), epoch=4) != one != indices(EpochBatches(50, 8, seed=2), epoch=3)
     assert sum(indices(EpochBatches(50, 5, seed=1), epoch=3), []) == sum(one, [])  # nor has the batch size
 
 

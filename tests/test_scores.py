@@ -56,9 +56,7 @@ def test_tables_with_and_without_stability(tmp_path):
 
 @pytest.mark.parametrize("start", FORMULA_STARTS)
 def test_no_cell_starts_as_a_formula(tmp_path, start):
-    write_rows(
-        tmp_path / "s.csv", [Row(f"{start}cmd|' /C calc'!A0", "real", f"{start}x", error=f"{start}oops")]
-    )
+    write_rows(tmp_path / "s.csv", [Row(f"{start}cmd|' /C calc'!A0", "real", f"{start}x", error=f"{start}oops")])
     with open(tmp_path / "s.csv", newline="", encoding="utf-8") as file:
         cells = list(csv.reader(file))[1]
     assert not any(cell.startswith(FORMULA_STARTS) for cell in cells), cells
@@ -69,9 +67,7 @@ def test_float32_logits_come_back_bit_by_bit(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**32, size=20_000, dtype=np.uint32)
     values = bits.view(np.float32)
     values = values[np.isfinite(values)][:9_000].reshape(-1, 2)
-    rows = make_rows(
-        [f"{i}.png" for i in range(len(values))], ["real"] * len(values), [""] * len(values), values
-    )
+    rows = make_rows([f"{i}.png" for i in range(len(values))], ["real"] * len(values), [""] * len(values), values)
     write_rows(tmp_path / "s.csv", rows)
     table = read_table(tmp_path / "s.csv")
     assert table.logits.dtype == np.float32
@@ -94,9 +90,7 @@ def test_probabilities_and_verdicts():
 
 
 def test_a_table_has_its_columns_as_arrays(tmp_path):
-    rows = make_rows(
-        ["r.png", "f.png", "u.png"], ["real", "fake", ""], ["", "gan", ""], [[0, 2], [3, 1], [0, 0]]
-    )
+    rows = make_rows(["r.png", "f.png", "u.png"], ["real", "fake", ""], ["", "gan", ""], [[0, 2], [3, 1], [0, 0]])
     write_rows(tmp_path / "s.csv", [*rows, Row("bad.png", "fake", "gan", error="truncated\nfile")])
     table = read_table(tmp_path / "s.csv")
     assert len(table) == 4

@@ -267,7 +267,10 @@ def test_every_bad_image_is_a_row_with_its_error(tiny, tmp_path, how):
     assert score(*flags(tiny, "--input", *bad, good, "--save_path", tmp_path / "s", *how)) == 1
     table = read_table(tmp_path / "s.csv")
     assert table.paths == [*bad, good] and table.scored.tolist() == [False] * len(bad) + [True]
-    assert all(text.isprintable() and text for text in table.errors[:-1]) and len(np.load(tmp_path / "s.npy")) == len(bad) + 1
+    assert (
+        all(text.isprintable() and text for text in table.errors[:-1])
+        and len(np.load(tmp_path / "s.npy")) == len(bad) + 1
+    )
 
 
 def test_without_save_path_nothing_is_left_behind(tiny, tmp_path, monkeypatch, capfd):
@@ -353,7 +356,9 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, sets, whole, tmp_path, monk
     part.write_bytes(part.read_bytes()[:-3])  # as a machine that lost power may leave it
 
     monkeypatch.setattr(
-        program, "batch_rows", lambda s, items, b: scored.extend(items[i].path for i in b.indices) or batch_rows(s, items, b)
+        program,
+        "batch_rows",
+        lambda s, items, b: scored.extend(items[i].path for i in b.indices) or batch_rows(s, items, b),
     )
     assert score(*arguments, "-b", 2) == 0
     one, two = read_table(whole), read_table(f"{path}.csv")

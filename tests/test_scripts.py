@@ -165,7 +165,9 @@ def test_settings_of_the_release(bare, script):
     assert args.gpu == "0" and command[-2:] == ["--seed", "123"]
     said = run.stderr.splitlines()
     assert all(line.startswith(f"[{script}] ") for line in said)
-    chosen = [got.get(k) for k in ("real_roots", "fake_roots", "resume", "resynthesizer_file", "train_file", "eval_file")]
+    chosen = [
+        got.get(k) for k in ("real_roots", "fake_roots", "resume", "resynthesizer_file", "train_file", "eval_file")
+    ]
     chosen = [path[0] if isinstance(path, list) else path for path in chosen if path]
     assert sorted(line.rsplit(": ", 1)[1] for line in said) == sorted(chosen)
 
@@ -203,7 +205,10 @@ def test_a_fresh_checkout(bare, tmp_path):
     assert (args.resume, args.resynthesizer_file) == ("./output_end2end/pixel_pggan/last.pth.tar", None)
     assert "the one inside" in run.stderr
 
-    for script, own in (("train_stage5_stylegan_denoising.sh", "stage5_stylegan"), ("test_stage5_celeba.sh", "stage5_stylegan")):
+    for script, own in (
+        ("train_stage5_stylegan_denoising.sh", "stage5_stylegan"),
+        ("test_stage5_celeba.sh", "stage5_stylegan"),
+    ):
         touch(bare, f"output_end2end/{own}/best.pth.tar")
         assert bash(bare, script, "cpu").returncode == 0
         assert recorded(bare)[0].resume == f"./output_end2end/{own}/best.pth.tar"

@@ -271,9 +271,7 @@ def test_only_reals_enter_the_auxiliary_loss(vgg, degraded, micro_batch):
     other_fake, other_real = x.clone(), x.clone()
     other_fake[1] = 1 - other_fake[1] ** 2
     other_real[2] = 1 - other_real[2] ** 2
-    a, b, c = (
-        one_step(toy_detector(None), recipe, LABELS, y, step)["auxiliary"] for y in (x, other_fake, other_real)
-    )
+    a, b, c = (one_step(toy_detector(None), recipe, LABELS, y, step)["auxiliary"] for y in (x, other_fake, other_real))
     assert a == pytest.approx(b, rel=1e-6)
     assert a != pytest.approx(c, rel=1e-4)
 
@@ -498,7 +496,11 @@ def test_a_disk_too_full_for_the_records_is_one_line(trainer, tmp_path, monkeypa
 
     monkeypatch.setattr(train_sr.Recorder, "epoch", full)
     assert run_program(lambda: program.main(arguments(tmp_path))) == 2
-    assert capfd.readouterr().err.splitlines()[-1].startswith("error: cannot read or write a file (No space left on device)")
+    assert (
+        capfd.readouterr()
+        .err.splitlines()[-1]
+        .startswith("error: cannot read or write a file (No space left on device)")
+    )
 
 
 @pytest.mark.parametrize(

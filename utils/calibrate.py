@@ -42,9 +42,7 @@ class Thresholds(NamedTuple):
     t_fake: float
 
 
-def calibrate(
-    table: ScoreTable, fpr: float = WANTED_RATE, fnr: float = WANTED_RATE
-) -> tuple[dict, list[str]]:
+def calibrate(table: ScoreTable, fpr: float = WANTED_RATE, fnr: float = WANTED_RATE) -> tuple[dict, list[str]]:
     """Fit the temperature and both thresholds to the labelled rows of a table.
 
     Args:
@@ -61,9 +59,7 @@ def calibrate(
     n_fake = int(is_fake.sum())
     n_real = len(table) - n_fake
     if not n_real or not n_fake:
-        raise CalibrationError(
-            f"{n_real} real and {n_fake} fake images with a score: some of each were wanted"
-        )
+        raise CalibrationError(f"{n_real} real and {n_fake} fake images with a score: some of each were wanted")
     temperature, warnings = fit_temperature(table.margins, is_fake)
     prob_fake, _ = predict(table.logits, temperature)
     t_real, t_fake = fit_thresholds(prob_fake, is_fake, fpr, fnr)
@@ -119,9 +115,7 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 def _lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
     """The lowest t with at most a share `rate` of `negatives` >= t; halfway to the next score above, if any."""
-    allowed = min(
-        math.floor(rate * len(negatives) + 1e-9), len(negatives) - 1
-    )  # 0.07 * 100 is 7.000000000000001
+    allowed = min(math.floor(rate * len(negatives) + 1e-9), len(negatives) - 1)  # 0.07 * 100 is 7.000000000000001
     barred = np.sort(negatives)[::-1][allowed]  # the highest score that must stay below t
     above = scores[scores > barred]
     nearest = np.nextafter(barred, np.inf)
@@ -196,9 +190,7 @@ def get_parser() -> argparse.ArgumentParser:
         description="Fit a temperature and two thresholds to a score table.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "scores", metavar="SCORES.csv", help="labelled score table of the detector, by test.py"
-    )
+    parser.add_argument("scores", metavar="SCORES.csv", help="labelled score table of the detector, by test.py")
     parser.add_argument(
         "--into",
         metavar="FILE",

@@ -204,9 +204,7 @@ def draw_histogram(axes: Axes, table: ScoreTable) -> None:
     axes.set(title="Scores", xlabel=_MARGIN_LABEL)
 
 
-_MARGIN_LABEL = (
-    "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-)
+_MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
 
 
 def _draw_classes(

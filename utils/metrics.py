@@ -182,9 +182,7 @@ def _counts_at_distinct_scores(scores: np.ndarray, is_fake: np.ndarray) -> tuple
     return np.bincount(group[~is_fake], minlength=size), np.bincount(group[is_fake], minlength=size)
 
 
-def _resampled_accuracy(
-    rng: np.random.Generator, scores: np.ndarray, is_fake: np.ndarray, n: int
-) -> np.ndarray:
+def _resampled_accuracy(rng: np.random.Generator, scores: np.ndarray, is_fake: np.ndarray, n: int) -> np.ndarray:
     """Accuracy of n resamples: the number of right answers in each class is binomial."""
     right = (scores >= 0) == is_fake
     classes = (right[is_fake], right[~is_fake])
@@ -287,17 +285,13 @@ def _notes(summary: dict) -> list[str]:
     for name, m in measured.items():
         lacking = [kind for kind in ("real", "fake") if m[f"n_{kind}"] == 0]
         if lacking:
-            notes.append(
-                f"{name}: no {' and no '.join(lacking)} images, so AUROC, AP, EER and TPR are not defined"
-            )
+            notes.append(f"{name}: no {' and no '.join(lacking)} images, so AUROC, AP, EER and TPR are not defined")
         elif m["n_real"] < 1 / min(FPR_LEVELS.values()):
             few.append(f"{name} ({m['n_real']})")
         if summary["resamples"] and not lacking and m["intervals"] is None:
             notes.append(f"{name}: one image in a class is too few for intervals")
     if few:
-        notes.append(
-            f"fewer than 100 reals, so TPR at 1 % FPR allows no false alarm at all: {', '.join(few)}"
-        )
+        notes.append(f"fewer than 100 reals, so TPR at 1 % FPR allows no false alarm at all: {', '.join(few)}")
     return notes
 
 
@@ -316,9 +310,7 @@ def format_table(summary: dict) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = ["positive class: FAKE; accuracy: the larger logit decides; numbers but counts in %"]
     if any(m.get("intervals") for _, m in rows):
-        lines.append(
-            f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples"
-        )
+        lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
     lines += ["  ".join([r[0].ljust(widths[0]), *map(str.rjust, r[1:], widths[1:])]).rstrip() for r in cells]
     return "\n".join([*lines, *_footer(summary)])
 
@@ -357,23 +349,17 @@ def _footer(summary: dict) -> list[str]:
         lines.append(f"truly {truth}: called {counts}")
     precision, recall = ("-" if m[k] is None else f"{100 * m[k]:.1f}" for k in
                          ("precision_real_positive", "recall_real_positive"))  # fmt: skip
-    lines.append(
-        f"as the released program counts (positive class: REAL): precision {precision}, recall {recall}"
-    )
+    lines.append(f"as the released program counts (positive class: REAL): precision {precision}, recall {recall}")
     if m["ece"] is not None:
         lines.append(f"calibration of P(fake): ECE {m['ece']:.4f}, NLL {m['nll']:.4f}")
     if summary["images"]["errors"]:
-        lines.append(
-            f"errors: {summary['images']['errors']} images have no score, see the table's error column"
-        )
+        lines.append(f"errors: {summary['images']['errors']} images have no score, see the table's error column")
     return [*lines, *(f"note: {printable(note)}" for note in summary["notes"])]
 
 
 def printable(text: str) -> str:
     """A text on one line of any terminal: control characters and lone surrogates as escapes."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 # ---- small helpers ----

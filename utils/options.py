@@ -271,7 +271,9 @@ def train_detector_parser() -> Parser:
         "--cache-precision", choices=CACHE_PRECISIONS, default="fp16",
         help="number format of residuals kept: half precision, exact to 0.05 %%, or float32 at twice the size (fp16)",
     )  # fmt: skip
-    group.add_argument("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="REAL images to validate on")
+    group.add_argument(
+        "--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="REAL images to validate on"
+    )
     group.add_argument(
         "--val-root-neg", dest="val_fake_roots", nargs="+", metavar="DIR", help="GENERATED images to validate on"
     )

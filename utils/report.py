@@ -50,9 +50,7 @@ COLUMNS = (
     ("tpr_at_1_fpr", "TPR@1%FPR", "fakes found while 1 % of the reals are called fake"),
     ("tpr_at_5_fpr", "TPR@5%FPR", "fakes found while 5 % of the reals are called fake"),
 )
-ROC_CAPTION = (
-    "ROC per generator; right: the same, false-positive rate on a logarithmic axis. Dashed: guessing."
-)
+ROC_CAPTION = "ROC per generator; right: the same, false-positive rate on a logarithmic axis. Dashed: guessing."
 PR_CAPTION = "Precision and recall per generator. Dotted: the precision of guessing."
 HISTOGRAM_CAPTION = (
     "Scores of each generator's fakes, over the reals they are compared with (grey)."
@@ -150,9 +148,7 @@ def load_scores(path: Path, name: str, resamples: int, seed: int) -> Scores:
         except (OSError, ValueError) as error:
             raise ReportError(f"cannot read {beside} ({error}); delete it to go on without it") from None
     if not isinstance(about, dict):
-        raise ReportError(
-            f"{beside} holds a {type(about).__name__}, the object that test.py writes was wanted"
-        )
+        raise ReportError(f"{beside} holds a {type(about).__name__}, the object that test.py writes was wanted")
     said = about.get("settings", {}).get("seed") if isinstance(about.get("settings"), dict) else None
     seed = said if isinstance(said, int) and said >= 0 else seed  # the intervals that test.py printed
     return Scores(name, path, table, about, metrics.summarize(table, resamples, seed))
@@ -233,9 +229,7 @@ def _metrics_table(summary: Mapping) -> str:
     mean = {"mean over generators": summary["mean"]} if len(rows) > 1 else {}
     head = "".join(f'<th title="{_text(hint)}">{_text(label)}</th>' for _, label, hint in COLUMNS)
     lines = [f"<tr><th>generator</th>{head}</tr>"]
-    for name, m, kind in [(n, m, "") for n, m in rows] + [
-        (n, m, "sum") for n, m in [*mean.items(), *total.items()]
-    ]:
+    for name, m, kind in [(n, m, "") for n, m in rows] + [(n, m, "sum") for n, m in [*mean.items(), *total.items()]]:
         cells = "".join(f"<td>{_value(m, key)}</td>" for key, _, _ in COLUMNS)
         lines.append(f'<tr class="{kind}"><th>{_text(name)}</th>{cells}</tr>')
     notes = "".join(f"<li>{_text(note)}</li>" for note in summary["notes"])
@@ -258,9 +252,7 @@ def _verdicts(scores: Scores) -> str:
     m, stability = scores.summary["all"], [word for word in scores.table.stability if word]
     if m["accuracy"] is None:
         return "<p>No labelled images with a score: there is nothing to measure.</p>"
-    verdicts = [
-        v for v in metrics.PREDICTIONS if v != "unsure" or any(row[v] for row in m["confusion"].values())
-    ]
+    verdicts = [v for v in metrics.PREDICTIONS if v != "unsure" or any(row[v] for row in m["confusion"].values())]
     lines = ["<tr><th></th>" + "".join(f"<th>called {v}</th>" for v in verdicts) + "</tr>"]
     for truth, counts in m["confusion"].items():
         cells = "".join(f'<td class="{"right" if v == truth else ""}">{counts[v]:,}</td>' for v in verdicts)
@@ -341,10 +333,7 @@ def _errors(table: ScoreTable) -> str:
     rows = np.flatnonzero(~table.scored)
     if not len(rows):
         return ""
-    lines = [
-        f"<tr><td><code>{_text(table.paths[i])}</code></td><td>{_text(table.errors[i])}</td></tr>"
-        for i in rows
-    ]
+    lines = [f"<tr><td><code>{_text(table.paths[i])}</code></td><td>{_text(table.errors[i])}</td></tr>" for i in rows]
     more = f"<p>and {len(lines) - MOST_ERRORS:,} more</p>" if len(lines) > MOST_ERRORS else ""
     return (
         f"<h3>Not scored</h3><p>{len(lines):,} files could not be scored and are in none of the numbers.</p>"
@@ -360,9 +349,7 @@ def _robustness_section(clean: Sequence[Scores], perturbed: Sequence[Scores], ou
     if curves:
         baseline = {name: m["auroc"] for t in clean[:1] for name, m in t.summary["generators"].items()}
         figures.robustness(curves, baseline, out / "robustness.png")
-        caption = (
-            "AUROC under perturbation, harder to the right; bands are 95 % intervals, grey dashes guessing"
-        )
+        caption = "AUROC under perturbation, harder to the right; bands are 95 % intervals, grey dashes guessing"
         caption += "; dotted: the untouched images." if baseline else "."
         parts.append(_figure(out / "robustness.png", caption))
     names = sorted({name for t in [*clean, *perturbed] for name in t.summary["generators"]})
@@ -375,9 +362,7 @@ def _robustness_section(clean: Sequence[Scores], perturbed: Sequence[Scores], ou
         of = t.summary["generators"]
         cells = [f"<td>{_value(of[name], 'auroc') if name in of else ''}</td>" for name in names]
         cells += [f"<td>{_value(t.summary['mean'], 'auroc')}</td>" for _ in mean]
-        lines.append(
-            f'<tr class="{"sum" if p is None else ""}"><th>{label}{protocol}</th>{"".join(cells)}</tr>'
-        )
+        lines.append(f'<tr class="{"sum" if p is None else ""}"><th>{label}{protocol}</th>{"".join(cells)}</tr>')
     return "\n".join([*parts, _scrolling("metrics compact", lines), "</section>"])
 
 
@@ -405,9 +390,7 @@ def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, dict[str, list]]
         for generator, m in t.summary["generators"].items():
             if m["auroc"] is not None:
                 interval = (m["intervals"] or {}).get("auroc")
-                curves.setdefault(title, {}).setdefault(generator, []).append(
-                    (strength, m["auroc"], interval)
-                )
+                curves.setdefault(title, {}).setdefault(generator, []).append((strength, m["auroc"], interval))
     for by_generator in curves.values():
         for points in by_generator.values():
             points.sort(key=lambda point: point[0])
@@ -440,9 +423,7 @@ def _records(tables: Sequence[Scores]) -> str:
     parts += [_definitions(names if len(tables) > 1 else "", own) for names, own in groups.items() if own]
     parts.append(_definitions("Score tables", {t.name: str(t.path) for t in tables}))
     if not any(records.values()):
-        parts.append(
-            "<p>There is no SCORES.json beside the score tables, so settings and versions are not known.</p>"
-        )
+        parts.append("<p>There is no SCORES.json beside the score tables, so settings and versions are not known.</p>")
     return "\n".join([*parts, "</section>"])
 
 
@@ -490,9 +471,7 @@ def _figure(path: Path, caption: str) -> str:
         width = round(image.width / figures.DPI * CSS_PIXELS_PER_INCH)
     source = _data_uri(path.read_bytes(), "image/png")
     text = _text(caption)
-    return (
-        f'<figure><img alt="{text}" width="{width}" src="{source}"><figcaption>{text}</figcaption></figure>'
-    )
+    return f'<figure><img alt="{text}" width="{width}" src="{source}"><figcaption>{text}</figcaption></figure>'
 
 
 def _data_uri(content: bytes, kind: str) -> str:
@@ -581,9 +560,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("scores", nargs="+", metavar="SCORES.csv", help="score tables by test.py")
     parser.add_argument("--out", required=True, metavar="DIR", help="writes DIR/report.html and its figures")
-    parser.add_argument(
-        "--residuals", metavar="DIR", help="where test.py --save-residuals DIR put its pictures"
-    )
+    parser.add_argument("--residuals", metavar="DIR", help="where test.py --save-residuals DIR put its pictures")
     return parser
 
 

@@ -206,9 +206,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
         with open(path, **ENCODING) as file:
             lines = csv.reader(file, strict=True)
             try:
-                header = [
-                    name.strip().lstrip("\ufeff") for name in next(lines, [])
-                ]  # Excel starts with a mark
+                header = [name.strip().lstrip("\ufeff") for name in next(lines, [])]  # Excel starts with a mark
                 where = _column_positions(path, header)
                 for cells in lines:
                     if cells:  # csv gives [] for an empty line
