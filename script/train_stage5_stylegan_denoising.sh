@@ -4,6 +4,7 @@
 # Needs: ./data/CelebA and ./data/CelebA_StyleGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; else example images) and the
 # detector to start from (./pretrained_models/stylegan_celeba_stage5_noising/{cls,sr}.pth.tar; RESUME, SR_RESUME; or what
 # train_stage5_stylegan.sh wrote). Writes ./output_end2end/stage5_stylegan_noising (or OUTPUT_PATH).
+# --micro-batch 1: one image at a time in RDN and VGG: less memory, the same update.
 source "$(dirname "$0")/common.sh"
 usage "$@"
 find_python
@@ -15,7 +16,7 @@ choose_detector ./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.tar \
 run train_detector.py \
     --gpu "$1" --arch resnet50 --no_dilation --mode-sr denoising \
     --idx-stages 5 --input-channel 512 \
-    --lr 1e-6 --lr-sr 1e-3 --lw-sr 1 --epochs 100 --batch-size 6 \
+    --lr 1e-6 --lr-sr 1e-3 --lw-sr 1 --epochs 100 --batch-size 6 --micro-batch 1 \
     --data-root-pos "$DATA_ROOT_POS" --data-root-neg "$DATA_ROOT_NEG" \
     --resume "$RESUME" ${SR_RESUME:+--sr-weights-file "$SR_RESUME"} \
     --output-path "${OUTPUT_PATH:-./output_end2end/stage5_stylegan_noising}" \
