@@ -47,7 +47,7 @@ class ResidualDenseBlock(nn.Module):
         self.lff = nn.Conv2d(num_features + num_layers * growth_rate, num_features, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or x.is_cuda:  # strips suit a CPU's caches; on a GPU they are only more kernels
             return x + self.lff(self.layers(x))  # (B, G0, h, w)
         return self._in_strips(x)
 
@@ -112,15 +112,25 @@ class RDN(nn.Module):
     def forward(self, x_lr: Tensor) -> Tensor:
         """x_lr: (B, 3, h, w) in [0, 1]. Returns x_hat (B, 3, scale * h, scale * w), float32, about [0, 1]."""
         sfe1 = self.sfe1(x_lr)  # (B, G0, h, w)
-        x = self.sfe2(sfe1)
-        # gff.0 is a 1x1 convolution of all blocks' outputs, concatenated: the sum of one of each, kept in float32
-        fused = None
+        x = self.gff[1](self._fused_blocks(sfe1)).add_(sfe1)  # (B, G0, h, w)
+        return in_tiles(partial(self._run, self._upscale), x, side=TAIL_SIDE, halo=TAIL_HALO, scale=self.scale)
+
+    def _fused_blocks(self, sfe1: Tensor) -> Tensor:
+        """All blocks' outputs, fused by gff.0: (B, G0, h, w) -> (B, G0, h, w).
+
+        A 1x1 convolution of the concatenated outputs is the sum of one of each; it is kept in float32.
+        """
+        x = self.sfe2(sfe1)  # (B, G0, h, w)
+        bias = self.gff[0].bias
+        fused = torch.empty_like(x, dtype=bias.dtype).copy_(bias[:, None, None])
         for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
             x = self._run_block(block, x)  # (B, G0, h, w)
-            part = F.conv2d(x, weight)  # (B, G0, h, w)
-            fused = part + self.gff[0].bias[:, None, None] if fused is None else fused.add_(part)
-        x = self.gff[1](fused) + sfe1  # (B, G0, h, w)
-        return in_tiles(partial(self._run, self._upscale), x, side=TAIL_SIDE, halo=TAIL_HALO, scale=self.scale)
+            if torch.is_grad_enabled():
+                fused.add_(F.conv2d(x, weight))
+            else:  # some rows at a time: what is added is copied to float32 before
+                for total, rows in zip(fused.split(self.tile, dim=2), x.split(self.tile, dim=2), strict=True):
+                    total.add_(F.conv2d(rows, weight))
+        return fused
 
     def _upscale(self, x: Tensor) -> Tensor:
         """(B, G0, h, w) -> (B, 3, scale * h, scale * w)."""
