@@ -75,16 +75,18 @@ def main(argv: list[str] | None = None) -> int:
     for stage in stages:
         where = f"relu{stage}_1" if stage else "pixels"
         if "scoring" in args.only:
-            times[f"scoring, {where}"] = in_turn(scoring(stage, side, args.small), rounds)
+            scorers = {form: scorer(form, stage, side, args.small) for form in FORMS}
+            times[f"scoring, {where}"] = in_turn(scorers, rounds)
         if "detector step" in args.only:
-            times[f"detector step, {where}"] = in_turn(detector_steps(stage, side, args.small), rounds)
+            steps = {form: detector_step(form, stage, side, args.small) for form in FORMS}
+            times[f"detector step, {where}"] = in_turn(steps, rounds)
         if "cached epoch" in args.only:
             times |= {f"{name}, {where}": of for name, of in cached_epochs(stage, side, args.small, rounds).items()}
         if "memory" in args.only:
             measure = scoring_memory if args.small else functools.partial(in_own_process, "benchmarks.compare")
             peaks[where] = {form: measure(form=form, stage=stage, side=side, small=args.small) for form in FORMS}
     if "sr step" in args.only:
-        times["SR training step"] = in_turn(sr_steps(args.small), rounds)
+        times["SR training step"] = in_turn({form: sr_step(form, args.small) for form in FORMS}, rounds)
     if "sr loading" in args.only:
         times["SR loading, a patch"] = sr_loading(args.image, args.small, rounds)
     results = {name: {form: t._asdict() for form, t in of.items()} for name, of in times.items()}
@@ -137,30 +139,28 @@ def new_detector(stage: int, small: bool) -> ResynthesisDetector:
     return ResynthesisDetector(rdn, classifier, stage, vgg).to(memory_format=torch.channels_last).eval()
 
 
-def image_for(form: str, side: int) -> Tensor:
-    """(1, 3, side, side) in the memory order of a form."""
-    x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+def images_for(form: str, side: int, device: torch.device, images: int) -> Tensor:
+    """(images, 3, side, side) in the memory order of a form."""
+    x = torch.rand(images, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
     return x if form == "plain" else x.contiguous(memory_format=torch.channels_last)
 
 
-def scorer(form: str, stage: int, side: int, small: bool) -> Callable[[], Tensor]:
-    """Scores an image in one of FORMS."""
-    detector = new_detector(stage, small)
-    x = image_for(form, side)
+def scorer(
+    form: str, stage: int, side: int, small: bool, device: torch.device = CPU, images: int = 1
+) -> Callable[[], Tensor]:
+    """Scores images in one of FORMS."""
+    detector = new_detector(stage, small).to(device)
+    x = images_for(form, side, device, images)
     if form == "plain":
         plain = plain_detector(detector)
         return torch.no_grad()(lambda: plain(x))
 
     @torch.inference_mode()
     def score() -> Tensor:
-        with autocast(CPU, form):
-            return detector(x)
+        with autocast(device, form):
+            return detector.eval()(x)
 
     return score
-
-
-def scoring(stage: int, side: int, small: bool) -> dict[str, Callable[[], Tensor]]:
-    return {form: scorer(form, stage, side, small) for form in FORMS}
 
 
 def scoring_memory(form: str, stage: int, side: int, small: bool) -> dict[str, float]:
@@ -169,62 +169,57 @@ def scoring_memory(form: str, stage: int, side: int, small: bool) -> dict[str, f
     return peak_of(run)
 
 
-def detector_steps(stage: int, side: int, small: bool) -> dict[str, Callable[[], None]]:
-    """A training step of the classifier on one image, RDN frozen."""
+def detector_step(
+    form: str, stage: int, side: int, small: bool, device: torch.device = CPU, images: int = 1
+) -> Callable[[], None]:
+    """A training step of the classifier, RDN frozen."""
+    detector = new_detector(stage, small).to(device)
+    detector = plain_detector(detector) if form == "plain" else detector
+    detector.freeze_resynthesizer(True)
+    sgd = torch.optim.SGD(train_detector.parameter_groups(detector, 1e-6, 1e-4, 0.02), lr=1e-6, momentum=0.9)
+    precision = "fp32" if form == "plain" else form
+    stepper = Stepper(sgd, device, precision, World(), 0, Path("none"))
+    recipe = train_detector.Recipe(device, precision, 0, None)
+    x, labels = images_for(form, side, device, images), torch.full((images,), FAKE, device=device)
 
-    def step(form: str) -> Callable[[], None]:
-        detector = new_detector(stage, small)
-        detector = plain_detector(detector) if form == "plain" else detector
-        detector.freeze_resynthesizer(True)
-        sgd = torch.optim.SGD(train_detector.parameter_groups(detector, 1e-6, 1e-4, 0.02), lr=1e-6, momentum=0.9)
-        precision = "fp32" if form == "plain" else form
-        stepper = Stepper(sgd, CPU, precision, World(), 0, Path("none"))
-        recipe = train_detector.Recipe(CPU, precision, 0, None)
-        x, labels = image_for(form, side), torch.tensor([FAKE])
+    def run() -> None:
+        detector.train()
+        values = train_detector.frozen_step(detector, x, labels, [0], 1 / images, stepper, recipe)
+        stepper.step(values, images, [])
 
-        def run() -> None:
-            detector.train()
-            values = train_detector.frozen_step(detector, x, labels, [0], 1.0, stepper, recipe)
-            stepper.step(values, 1, [])
-
-        return run
-
-    return {form: step(form) for form in FORMS}
+    return run
 
 
-def sr_steps(small: bool) -> dict[str, Callable[[], None]]:
+def sr_step(form: str, small: bool, device: torch.device = CPU) -> Callable[[], None]:
     """A training step of RDN on a batch of patches."""
     patch = 4 if small else PATCH
     pixels = torch.randint(0, 256, (PATCHES, 3, patch * SCALE, patch * SCALE), dtype=torch.uint8)
     patches = Patches(pixels, [(0, i, 0) for i in range(PATCHES)])
+    rdn, vgg = RDN(**TINY) if small else RDN(), load_vgg("random")[0]
+    order = torch.contiguous_format if form == "plain" else torch.channels_last
+    for module in (rdn, vgg):
+        module.to(device, memory_format=order)
+    adam = torch.optim.Adam(rdn.parameters(), lr=1e-4)
+    if form == "plain":
+        plain_rdn, plain_vgg = PlainRDN(rdn), PlainVGG(vgg)
 
-    def step(form: str) -> Callable[[], None]:
-        rdn, vgg = RDN(**TINY) if small else RDN(), load_vgg("random")[0]
-        adam = torch.optim.Adam(rdn.parameters(), lr=1e-4)
-        if form == "plain":
-            plain_rdn, plain_vgg = PlainRDN(rdn), PlainVGG(vgg)
+        def loss_of() -> Tensor:
+            x = pixels.to(device).float() / 255
+            x_hat = plain_rdn(F.avg_pool2d(x, SCALE))
+            with torch.no_grad():
+                maps = plain_vgg(x, STAGES)
+            return super_resolution_loss(x_hat, x, plain_vgg(x_hat, STAGES), maps, VGG_LAMBDA)[0]
+    else:
 
-            def loss_of() -> Tensor:
-                x = pixels.float() / 255
-                x_hat = plain_rdn(F.avg_pool2d(x, SCALE))
-                with torch.no_grad():
-                    maps = plain_vgg(x, STAGES)
-                return super_resolution_loss(x_hat, x, plain_vgg(x_hat, STAGES), maps, VGG_LAMBDA)[0]
-        else:
-            for module in (rdn, vgg):
-                module.to(memory_format=torch.channels_last)
+        def loss_of() -> Tensor:
+            return train_sr.patch_loss(rdn, vgg, lambda x_lr, keys: x_lr, VGG_LAMBDA, device, form, patches)[0]
 
-            def loss_of() -> Tensor:
-                return train_sr.patch_loss(rdn, vgg, lambda x_lr, keys: x_lr, VGG_LAMBDA, CPU, form, patches)[0]
+    def run() -> None:
+        adam.zero_grad()
+        loss_of().backward()
+        adam.step()
 
-        def run() -> None:
-            adam.zero_grad()
-            loss_of().backward()
-            adam.step()
-
-        return run
-
-    return {form: step(form) for form in FORMS}
+    return run
 
 
 def sr_loading(file: str | None, small: bool, rounds: int) -> dict[str, Times]:

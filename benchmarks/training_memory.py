@@ -15,10 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 
 import train_detector
 from benchmarks.measure import in_own_process, peak_of, report, table
@@ -87,24 +89,29 @@ def measure(name: str, stage: int, side: int, small: bool = False) -> dict[str, 
     if plain:
         rdn, vgg = PlainRDN(rdn), PlainVGG(vgg)
     detector = ResynthesisDetector(rdn, classifier, stage, vgg).to(memory_format=order)
-    detector.train()
+    x = torch.rand(images, 3, side, side).contiguous(memory_format=order)
+    return peak_of(end_to_end_step(detector, x, torch.full((images,), REAL), "denoising", precision, micro_batch))
 
-    device = torch.device("cpu")
+
+def end_to_end_step(
+    detector: ResynthesisDetector, x: Tensor, labels: Tensor, task: str, precision: str, micro_batch: int | None
+) -> Callable[[], None]:
+    """A step on x (B, 3, H, W) and labels (B,) with the auxiliary loss of degraded reals, at whatever numbers."""
+    detector.train()
     groups = train_detector.parameter_groups(detector, 1e-6, 1e-4, 1e-3)
     sgd = torch.optim.SGD(groups, lr=1e-6, momentum=0.9)
     # New networks on noise may have gradients without bounds: such a step is left out, at the same cost
-    stepper = Stepper(sgd, device, precision, World(), 1, Path("none"))
-    recipe = train_detector.Recipe(device, precision, 0, micro_batch, vgg, HEADS["denoising"](), 1.0)
-    x = torch.rand(images, 3, side, side).contiguous(memory_format=order)
-    labels = torch.full((images,), REAL)
+    stepper = Stepper(sgd, x.device, precision, World(), sys.maxsize, Path("none"))
+    recipe = train_detector.Recipe(x.device, precision, 0, micro_batch, detector.vgg, HEADS[task](), 1.0)
+    indices, weight = list(range(len(x))), 1 / len(x)
 
     def step() -> None:
-        values = train_detector.end_to_end_step(detector, x, labels, list(range(images)), 1 / images, stepper, recipe)
-        stepper.step(values, images, [])
+        # The loss needs a second real image (here as if another process had it), and degrades them every other time
+        with patch.multiple(train_detector, sum_over_processes=lambda count, world: count + 1, uniform=lambda *_: 0.0):
+            values = train_detector.end_to_end_step(detector, x, labels, indices, weight, stepper, recipe)
+        stepper.step(values, len(x), [])
 
-    # The auxiliary loss needs a second real image (here as if another process had it), and is drawn every other time
-    with patch.multiple(train_detector, sum_over_processes=lambda count, world: count + 1, uniform=lambda *_: 0.0):
-        return peak_of(step)
+    return step
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import mmap
 import pytest
 import torch
 
-from benchmarks import agreement, compare, measure, robustness, scaling, training_memory
+from benchmarks import agreement, compare, gpu, measure, robustness, scaling, training_memory
 from data.perturbations import cells
 from utils.scores import make_rows, write_rows
 
@@ -34,7 +34,7 @@ def test_compare(tmp_path, capsys):
 
 
 def test_the_forms_that_are_compared_compute_the_same():
-    plain, fp32, bf16 = (run() for run in compare.scoring(0, 64, small=True).values())
+    plain, fp32, bf16 = (compare.scorer(form, 0, 64, small=True)() for form in compare.FORMS)
     torch.testing.assert_close(fp32, plain, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(bf16, plain, rtol=0.1, atol=0.1)
 
@@ -43,6 +43,31 @@ def test_the_forms_that_are_compared_compute_the_same():
 def test_training_memory(capsys, name):
     assert training_memory.main(["--small", "--only", name]) == 0
     assert name in capsys.readouterr().out
+
+
+def test_gpu(tmp_path, capsys):
+    out = tmp_path / "numbers.json"
+    assert gpu.main(["--gpu", "cpu", "--small", "--rounds", "1", "--out", str(out)]) == 0
+    results = json.loads(out.read_text())
+    assert [got["name"] for got in results["scoring"]] == 2 * list(gpu.FORMS)
+    assert all(got["seconds"] > 0 for got in results["scoring"] + results["training"])
+    assert len(results["training"]) == 5 and all(got["rate"] > 0 for got in results["rdn"])
+    assert "pixels, colorization" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(capfd):
+    assert gpu.main([]) == 2
+    assert "no GPU that PyTorch can use" in capfd.readouterr().err
+
+
+def test_what_does_not_fit_on_the_gpu():
+    def too_big():
+        raise torch.OutOfMemoryError
+
+    measured = gpu.timed(torch.device("cpu"), {"small": lambda: lambda: None, "big": lambda: too_big}, 1)
+    assert measured[0]["seconds"] is not None and measured[1]["seconds"] is None
+    assert gpu.number(measured[1]["seconds"]) == "-"
 
 
 def test_the_growth_in_the_table_of_scaling():
