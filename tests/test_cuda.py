@@ -1,0 +1,126 @@
+"""What only a GPU can show: the programs on it do what they do on the CPU. Left out where there is none."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from processes import SMALL
+
+import test as test_program
+import train_detector
+import train_sr
+from models import RDN
+from models.resnet import ARCHITECTURES
+
+GPU = "0"
+SIDE = 128
+TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 2, "num_layers": 2}
+LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # new networks amplify what is rounded
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_classifier():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """real/ and fake/, four images each, and rdn.pth."""
+    root = tmp_path_factory.mktemp("cuda")
+    rng = np.random.default_rng(0)
+    for kind, cell in (("real", 1), ("fake", 4)):
+        (root / kind).mkdir()
+        for i in range(4):
+            pixels = rng.integers(0, 256, (SIDE // cell, SIDE // cell, 3), dtype=np.uint8)
+            Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(root / kind / f"{i}.png")
+    torch.manual_seed(0)
+    torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
+    return root
+
+
+def train(folder, out, gpu, *flags):
+    """Train a detector; its last record and its last checkpoint."""
+    train_detector.main(
+        [
+            "--data-root-pos", str(folder / "real"), "--data-root-neg", str(folder / "fake"), "--output-path", str(out),
+            "--sr-weights-file", str(folder / "rdn.pth"), "--arch", "resnet18", "--no_dilation", "--gpu", gpu,
+            "--workers", "0", "--vgg-weights", "random", "--batch-size", "4", "--lr", "1e-3", "--lr-sr", "0.5", *flags,
+        ]
+    )  # fmt: skip
+    record = json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
+    return record, torch.load(out / "last.pth.tar", weights_only=True)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "--fixed-sr --no-cache",
+        "--fixed-sr",
+        "--fixed-sr --idx-stages 2",
+        "--mode-sr none --idx-stages 1",
+        "--mode-sr colorization",
+        "--mode-sr colorization --micro-batch 1",
+        "--mode-sr denoising --idx-stages 5 --micro-batch 3",
+    ],
+)
+def test_training_as_on_the_cpu(folder, tmp_path, mode, precision):
+    record, _ = train(folder, tmp_path / "cpu", "cpu", *mode.split(), "--epochs", "1")
+    flags = [*mode.split(), "--precision", precision, "--skip-nonfinite", "1"]
+    on_gpu, state = train(folder, tmp_path / "gpu", GPU, *flags, "--epochs", "1")
+    assert on_gpu["loss"] == pytest.approx(record["loss"], rel=LOOSE[precision], abs=LOOSE[precision])
+    assert all(torch.isfinite(p).all() for p in state["state_dict"].values())
+    again, resumed = train(folder, tmp_path / "gpu", GPU, *flags, "--epochs", "2", "--resume", "auto")
+    assert again["epoch"] == 1 and resumed["progress"]["epoch"] == 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("tile", [[], ["--tile", "64"]])
+def test_scores_as_on_the_cpu(folder, tmp_path, precision, tile):
+    train(folder, tmp_path / "run", "cpu", "--fixed-sr", "--idx-stages", "1", "--epochs", "1")
+    flags = ["--resume", tmp_path / "run" / "last.pth.tar", "--data-root-pos", folder / "real", "-b", "2"]
+    flags += ["--data-root-neg", folder / "fake", "--workers", "0"]
+    logits = {}
+    for gpu, more in (("cpu", []), (GPU, [*tile, "--precision", precision])):
+        path = tmp_path / f"scores_{gpu}"
+        assert test_program.main([*map(str, flags), "--gpu", gpu, *more, "--save_path", str(path)]) == 0
+        logits[gpu] = np.load(f"{path}.npy")
+    scale = max(1, np.abs(logits["cpu"]).max())
+    np.testing.assert_allclose(logits[GPU], logits["cpu"], atol=LOOSE[precision] * scale)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_super_resolution_as_on_the_cpu(folder, tmp_path, precision):
+    losses = {}
+    for gpu, more in (("cpu", []), (GPU, ["--precision", precision])):
+        out = tmp_path / gpu
+        arguments = [
+            "--train-file",
+            str(folder / "real"),
+            "--eval-file",
+            str(folder / "real"),
+            "--outputs-dir",
+            str(out),
+        ]
+        shape = ["--num-features", "8", "--growth-rate", "8", "--num-blocks", "1", "--num-layers", "2", "--scale", "2"]
+        rest = [
+            "--patch-size",
+            "8",
+            "--batch-size",
+            "2",
+            "--num-epochs",
+            "1",
+            "--workers",
+            "0",
+            "--vgg-weights",
+            "random",
+        ]
+        train_sr.main([*arguments, *shape, *rest, "--augment", "--completion", "--colorization", "--gpu", gpu, *more])
+        losses[gpu] = json.loads((out / "x2" / "stats.jsonl").read_text().splitlines()[-1])["loss"]
+    assert losses[GPU] == pytest.approx(losses["cpu"], rel=LOOSE[precision])
