@@ -158,16 +158,25 @@ def test_sharing_changes_neither_loss_nor_gradient(vgg, stage, clean):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
 
-@pytest.mark.parametrize(("stage", "calls"), [(0, 1), (2, 1)])
-def test_a_clean_batch_is_resynthesized_once(vgg, stage, calls):
+@pytest.mark.parametrize(("stage", "features_if_degraded"), [(0, 2), (2, 3)])
+def test_nothing_is_computed_twice(vgg, stage, features_if_degraded):
+    """A clean batch is re-synthesised once; features are taken once of the images and once of each re-synthesis."""
     detector = toy(vgg, stage)
-    count = []
-    detector.resynthesizer.register_forward_hook(lambda *_: count.append(1))
+    passes = []
+    hooks = [
+        net.register_forward_hook(lambda *_, name=name: passes.append(name))
+        for name, net in (("rdn", detector.resynthesizer), ("vgg", vgg))
+    ]
     x, real = torch.rand(2, 3, 32, 32), torch.tensor([True, True])
-    residual_and_auxiliary_loss(detector, vgg, x, real, True, None)
-    assert len(count) == calls
-    residual_and_auxiliary_loss(detector, vgg, x, real, True, downsample(x, 4))
-    assert len(count) == calls + 2
+    try:
+        residual_and_auxiliary_loss(detector, vgg, x, real, True, None)
+        assert (passes.count("rdn"), passes.count("vgg")) == (1, 2)
+        passes.clear()
+        residual_and_auxiliary_loss(detector, vgg, x, real, True, downsample(x, 4))
+        assert (passes.count("rdn"), passes.count("vgg")) == (2, features_if_degraded)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def test_without_auxiliary_loss_no_features_are_needed():
