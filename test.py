@@ -16,6 +16,8 @@ import shutil
 import sys
 import tempfile
 from argparse import Namespace
+from collections import deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -208,8 +210,8 @@ def score(
         RowWriter(part, append=done > 0, stability=scorer.stability) as writer,
         tqdm(total=len(own), initial=done, leave=False, disable=None) as bar,
     ):
-        for batch in loader:
-            rows = batch_rows(scorer, dataset.items, batch)
+        for batch, logits in with_logits(scorer, dataset.items, loader):
+            rows = batch_rows(scorer, dataset.items, batch, logits)
             writer.write(*rows)
             bar.update(len(rows))
             if stop.received:
@@ -219,19 +221,47 @@ def score(
         join_parts(table, world.size)
 
 
-def batch_rows(scorer: Scorer, items: list[Item], batch: Batch) -> list[Row]:
-    """The rows of a batch in the order of its images, those that could not be read among them."""
-    if batch.mismatch:
-        raise DataError(batch.mismatch)
+def with_logits(scorer: Scorer, items: list[Item], batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    """Each batch and its logits (B, 2), on the CPU.
+
+    A GPU is given the next batch before it is asked for the logits of this one, so that it never waits for rows to be
+    written. A CPU would gain nothing, and a run killed on it would lose one more batch.
+    """
+    ahead = 1 if scorer.device.type == "cuda" else 0
+    waiting = deque()
+    for batch in batches:
+        if batch.mismatch:
+            raise DataError(batch.mismatch)
+        logits, arrived = torch.empty(0, 2), None
+        if batch.indices:
+            logits = logits_of(scorer, batch.images, [items[i].path for i in batch.indices], scorer.residual_folder)
+        if logits.is_cuda:
+            logits = logits.to("cpu", non_blocking=True)
+            arrived = torch.cuda.current_stream(scorer.device).record_event()
+        waiting.append((batch, logits, arrived))
+        if len(waiting) > ahead:
+            yield after_arrival(*waiting.popleft())
+    for entry in waiting:
+        yield after_arrival(*entry)
+
+
+def after_arrival(batch: Batch, logits: Tensor, arrived: torch.cuda.Event | None) -> tuple[Batch, Tensor]:
+    """The batch and its logits, once the copy to the CPU is done."""
+    if arrived is not None:
+        arrived.synchronize()
+    return batch, logits
+
+
+def batch_rows(scorer: Scorer, items: list[Item], batch: Batch, logits: Tensor) -> list[Row]:
+    """The rows of a batch in the order of its images, those that could not be read among them. logits: (B, 2)."""
     labels = {i: "" if items[i].label is None else LABEL_NAMES[items[i].label] for i in (*batch.indices, *batch.errors)}
     rows = {i: Row(items[i].path, labels[i], items[i].generator, error=text) for i, text in batch.errors.items()}
     if batch.indices:
-        names = [items[i].path for i in batch.indices]
         scored = make_rows(
-            names,
+            [items[i].path for i in batch.indices],
             [labels[i] for i in batch.indices],
             [items[i].generator for i in batch.indices],
-            logits_of(scorer, batch.images, names, scorer.residual_folder).numpy(),
+            logits.numpy(),
             **verdict_rule(scorer.calibration),
         )
         if scorer.stability:
@@ -245,7 +275,7 @@ def batch_rows(scorer: Scorer, items: list[Item], batch: Batch) -> list[Row]:
 
 @torch.inference_mode()
 def logits_of(scorer: Scorer, images: Tensor, names: list[str], residual_folder: str | None = None) -> Tensor:
-    """The logits (B, 2), float32, on the CPU; on the way the residuals as pictures, if wanted.
+    """The logits (B, 2), float32; on the way the residuals as pictures, if wanted.
 
     images: uint8 (B, 3, H, W). names: their paths.
     """
@@ -254,13 +284,13 @@ def logits_of(scorer: Scorer, images: Tensor, names: list[str], residual_folder:
     x = x.contiguous(memory_format=torch.channels_last)
     with autocast(scorer.device, scorer.precision):
         if residual_folder is None:
-            return detector(x).cpu()
+            return detector(x)
         x_hat = detector.resynthesize(x)  # (B, 3, H, W)
         residual = detector.difference(detector.phi(x_hat), detector.phi(x))  # (B, C_l, H_l, W_l)
         for name, *pictures in zip(names, x, x_hat, residual, strict=True):
             image, again, difference = (p.float().cpu().numpy() for p in pictures)
             residual_picture(image, again, difference.mean(axis=0), residual_path(residual_folder, name))
-        return detector.classify(residual).cpu()
+        return detector.classify(residual)
 
 
 def verdict_rule(calibration: dict) -> dict:
@@ -279,7 +309,7 @@ def with_stability(scorer: Scorer, rows: list[Row], images: Tensor) -> list[Row]
     stable = [True] * len(rows)
     for kind in variants[0]:
         batch = torch.stack([of_image[kind] for of_image in variants])  # (B, 3, H, W)
-        logits = logits_of(scorer, batch, [row.path for row in rows])
+        logits = logits_of(scorer, batch, [row.path for row in rows]).cpu()
         _, verdicts = predict(logits.numpy(), **verdict_rule(scorer.calibration))
         stable = [s and v == row.prediction for s, v, row in zip(stable, verdicts, rows, strict=True)]
     words = ("stable" if s else "unstable" for s in stable)

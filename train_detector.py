@@ -366,7 +366,7 @@ def train_one_epoch(
     train_step = end_to_end_step if end_to_end else frozen_step
     for batch in tqdm(loader, desc=f"epoch {stepper.progress.epoch}", leave=False, disable=None):
         own, whole = batches.shares(stepper.progress.step)
-        batch, labels = usable(batch), batch.labels.to(recipe.device)
+        batch, labels = usable(batch), batch.labels.to(recipe.device, non_blocking=True)
         weight = own / len(labels) / whole  # of each image: 0 for one that only keeps a process without a share busy
         if isinstance(batch, CachedBatch):
             residual = cached_residuals(detector, batch, recipe)  # (B, C_l, H_l, W_l)
@@ -596,20 +596,21 @@ def validation_loader(
 def validate(detector: ResynthesisDetector, loader: DataLoader, recipe: Recipe, world: World) -> dict[str, float]:
     """Loss, accuracy and AUROC (fake = positive) on the validation images."""
     detector.eval()
-    logits, labels = [torch.empty(0, 2)], [torch.empty(0, dtype=torch.int64)]
+    logits, labels = [torch.empty(0, 2, device=recipe.device)], [torch.empty(0, dtype=torch.int64)]
     for batch in loader:
         if isinstance(usable(batch), CachedBatch):
             residual = cached_residuals(detector, batch, recipe)  # (B, C_l, H_l, W_l)
             with autocast(recipe.device, recipe.precision):
-                logits.append(detector.classify(residual).cpu())  # (B, 2)
+                logits.append(detector.classify(residual))  # (B, 2)
         else:
-            x = to_float(batch.images.to(recipe.device)).contiguous(memory_format=torch.channels_last)
+            x = to_float(batch.images.to(recipe.device, non_blocking=True))  # (B, 3, H, W)
+            x = x.contiguous(memory_format=torch.channels_last)
             with autocast(recipe.device, recipe.precision):
-                logits.append(detector(x).cpu())  # (B, 2)
+                logits.append(detector(x))  # (B, 2)
         labels.append(batch.labels)
     if recipe.cache:
         recipe.cache.flush()
-    logits, labels = gather_rows(torch.cat(logits), world), gather_rows(torch.cat(labels), world)
+    logits, labels = gather_rows(torch.cat(logits).cpu(), world), gather_rows(torch.cat(labels), world)
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),

@@ -20,6 +20,7 @@ from PIL import Image
 from test_images import make_bad_files
 
 import test as program
+from data.images import Batch, Item
 from models import RDN, DeepStemResNet, VGGStages
 from utils.distributed import World
 from utils.run import run_program
@@ -339,11 +340,11 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, sets, whole, tmp_path, monk
     arguments = labelled(tiny, sets, "--stability", "--save_path", path)
     scored, batch_rows = [], program.batch_rows
 
-    def hanging(scorer, items, batch):
+    def hanging(scorer, items, batch, logits):
         scored.extend(items[i].path for i in batch.indices)
         if len(scored) > KILLED_AFTER:
             time.sleep(60)
-        return batch_rows(scorer, items, batch)
+        return batch_rows(scorer, items, batch, logits)
 
     with monkeypatch.context() as patch:
         patch.setattr(program, "batch_rows", hanging)
@@ -358,7 +359,7 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, sets, whole, tmp_path, monk
     monkeypatch.setattr(
         program,
         "batch_rows",
-        lambda s, items, b: scored.extend(items[i].path for i in b.indices) or batch_rows(s, items, b),
+        lambda s, items, b, x: scored.extend(items[i].path for i in b.indices) or batch_rows(s, items, b, x),
     )
     assert score(*arguments, "-b", 2) == 0
     one, two = read_table(whole), read_table(f"{path}.csv")
@@ -388,6 +389,27 @@ def test_ctrl_c_keeps_what_is_scored(tiny, sets, tmp_path, monkeypatch, capfd):
         assert score(*arguments) == "killed"
     assert score(*arguments) == 0
     assert scored == read_table(tmp_path / "p.csv").paths
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("cpu", 0), ("cuda", 1)])
+def test_a_gpu_is_given_the_next_batch_first(monkeypatch, device, ahead):
+    """Batches and their logits come in order, one without images among them, each batch `ahead` of its rows."""
+    items = [Item(f"{i}.png", None, "") for i in range(4)]
+    scorer = program.Scorer(None, torch.device(device), "fp32", {}, None, False)
+    numbers = [[0, 1], [], [2], [3]]
+    batches = [Batch(torch.zeros(len(n), 3, 4, 4), torch.zeros(len(n)), n, {}) for n in numbers]
+    launched, came = [], []
+
+    def logits_of(scorer, images, names, residual_folder):
+        launched.append([int(name[0]) for name in names])
+        return torch.tensor(launched[-1]).float()[:, None].expand(-1, 2)
+
+    monkeypatch.setattr(program, "logits_of", logits_of)
+    for batch, logits in program.with_logits(scorer, items, batches):
+        came.append(batch.indices)
+        assert logits[:, 0].tolist() == batch.indices
+        assert launched == [n for n in numbers[: len(came) + ahead] if n]
+    assert came == numbers
 
 
 def test_a_part_is_not_gone_on_with_once_the_detector_is_calibrated(tiny, sets, tmp_path, monkeypatch, capfd):

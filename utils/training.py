@@ -144,8 +144,10 @@ class Stepper:
         if self.scaler.is_enabled():
             norm = norm.nan_to_num()  # the scaler leaves out the steps that overflow in fp16, and scales less
         shares = torch.stack([value.detach().float().to(self.device) for value in values.values()])
-        means = dict(zip(values, sum_over_processes(shares, self.world).tolist(), strict=True))
-        if self._finite(next(iter(means.values())), norm.item(), files):
+        means = sum_over_processes(shares, self.world)
+        *means, norm = torch.cat([means, norm.to(means).view(1)]).tolist()  # at once: a GPU is waited for
+        means = dict(zip(values, means, strict=True))
+        if self._finite(next(iter(means.values())), norm, files):
             self.scaler.step(self.optimizer)
             self.progress.add(means, count)
             source, target = self.buffers, self.good_buffers
