@@ -6,6 +6,36 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # networks this small are no faster with more, and their sums in one order
 
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from processes import SMALL  # noqa: E402
+
+from models.resnet import ARCHITECTURES  # noqa: E402
 
 torch.set_num_threads(1)  # where it was imported before
+
+
+@pytest.fixture(scope="module")
+def small_classifier():
+    """`--arch resnet18` is half of itself, as in the processes that `processes.start` starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
+        yield
+
+
+@pytest.fixture(scope="session")
+def write_real_and_fake():
+    """A function that writes ROOT/real and ROOT/fake, COUNT square images each of SIDE pixels; the fakes are coarser."""
+
+    def write(root, count, side):
+        rng = np.random.default_rng(0)
+        for kind, cell in (("real", 1), ("fake", 4)):
+            (root / kind).mkdir()
+            for i in range(count):
+                pixels = rng.integers(0, 256, (side // cell, side // cell, 3), dtype=np.uint8)
+                Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(root / kind / f"{i}.png")
+        return root
+
+    return write

@@ -5,40 +5,27 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from processes import SMALL
 
 import test as test_program
 import train_detector
 import train_sr
 from models import RDN
-from models.resnet import ARCHITECTURES
 
 GPU = "0"
 SIDE = 128
 TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 2, "num_layers": 2}
 LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # new networks amplify what is rounded
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_classifier():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
-        yield
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    pytest.mark.usefixtures("small_classifier"),
+]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, write_real_and_fake):
     """real/ and fake/, four images each, and rdn.pth."""
-    root = tmp_path_factory.mktemp("cuda")
-    rng = np.random.default_rng(0)
-    for kind, cell in (("real", 1), ("fake", 4)):
-        (root / kind).mkdir()
-        for i in range(4):
-            pixels = rng.integers(0, 256, (SIDE // cell, SIDE // cell, 3), dtype=np.uint8)
-            Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(root / kind / f"{i}.png")
+    root = write_real_and_fake(tmp_path_factory.mktemp("cuda"), 4, SIDE)
     torch.manual_seed(0)
     torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
     return root

@@ -11,11 +11,10 @@ import signal
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import SMALL, finish, signal_in_step, start
+from processes import finish, signal_in_step, start
 
 import train_detector
 from data import images as images_module
@@ -23,7 +22,6 @@ from data import residual_cache
 from data.images import FAKE, ImageDataset, Item, SizePolicy
 from data.residual_cache import CachedImages, ResidualCache, collate_cached
 from models import RDN, DeepStemResNet, ResynthesisDetector, vgg
-from models.resnet import ARCHITECTURES
 from utils.distributed import World
 from utils.options import CACHE_PRECISIONS, train_detector_parser
 
@@ -35,26 +33,16 @@ GIGABYTE = 10**9
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_a_small_classifier():
+def one_thread(small_classifier):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
-        yield
+    yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """real/ and fake/, three images of 64 x 64 each."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for kind, cell in (("real", 1), ("fake", 4)):
-        (root / kind).mkdir()
-        for i in range(3):
-            pixels = rng.integers(0, 256, (SIDE // cell, SIDE // cell, 3), dtype=np.uint8)
-            Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(root / kind / f"{i}.png")
-    return root
+def images(tmp_path_factory, write_real_and_fake):
+    return write_real_and_fake(tmp_path_factory.mktemp("images"), 3, SIDE)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from processes import SMALL, finish, kill_in_save, signal_in_step, start
+from processes import finish, kill_in_save, signal_in_step, start
 from test_images import encoded, make_bad_files
 
 import train_detector
@@ -24,7 +23,6 @@ import train_sr
 from data.images import FAKE, IMAGE_SUFFIXES, REAL, DataError, shown
 from models import RDN, DeepStemResNet, ResynthesisDetector, downsample, load_vgg
 from models.auxiliary import HEADS
-from models.resnet import ARCHITECTURES
 from utils.checkpoint import CheckpointError
 from utils.distributed import World
 from utils.run import StopSignal, UsageError, run_program
@@ -34,25 +32,12 @@ CPU = torch.device("cpu")
 TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
 SIDE = 64
 
-
-@pytest.fixture(scope="module", autouse=True)
-def small_classifier():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
-        yield
+pytestmark = pytest.mark.usefixtures("small_classifier")
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    """real/ and fake/, five images of 64 x 64 each; the fakes are coarser."""
-    root = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for kind, cell in (("real", 1), ("fake", 4)):
-        (root / kind).mkdir()
-        for i in range(5):
-            pixels = rng.integers(0, 256, (SIDE // cell, SIDE // cell, 3), dtype=np.uint8)
-            Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(root / kind / f"{i}.png")
-    return root
+def images(tmp_path_factory, write_real_and_fake):
+    return write_real_and_fake(tmp_path_factory.mktemp("images"), 5, SIDE)
 
 
 @pytest.fixture(scope="module")
