@@ -60,6 +60,7 @@ from utils.run import (
     make_folder,
     run_program,
     set_deterministic,
+    sole_writer,
     versions,
     write_json,
 )
@@ -103,7 +104,9 @@ def main(argv: list[str] | None = None) -> int:
         if world.size > 1 and not args.save_path:
             raise UsageError("several processes need a place that all of them write to: give --save_path")
         save_path = str(Path(args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"))
-        make_folder(Path(save_path).parent)
+        folder = make_folder(Path(save_path).parent)
+        if world.is_main:
+            stack.enter_context(sole_writer(folder / f".{Path(save_path).name}.lock"))
         if args.save_residuals:
             make_folder(args.save_residuals)
 

@@ -1,5 +1,6 @@
 """Programs in processes of their own, without waiting in each for torch to be imported: forked from one that has it."""
 
+import contextlib
 import io
 import itertools
 import multiprocessing
@@ -8,13 +9,14 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torchvision.models.resnet import BasicBlock
 
 from models.resnet import ARCHITECTURES
+from utils.run import sole_writer
 from utils.training import StateKeeper
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +54,33 @@ def _run(program, arguments, log, prepare, environment):
     if prepare:
         prepare()
     runpy.run_path(str(ROOT / program), run_name="__main__")
+
+
+@contextlib.contextmanager
+def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
+    """A process is where only one may write. The function given kills it, but not its worker, which lives on."""
+    ours, its = SERVER.Pipe()
+    process = SERVER.Process(target=_write_alone, args=(lock, its))
+    process.start()
+    worker = ours.recv()
+
+    def kill():
+        process.kill()
+        process.join()
+
+    try:
+        yield kill
+    finally:
+        kill()
+        os.kill(worker, signal.SIGKILL)
+
+
+def _write_alone(lock, connection):
+    with sole_writer(lock):
+        worker = os.fork()
+        if worker:
+            connection.send(worker)
+        time.sleep(60)
 
 
 # --- what may happen to a program, as `prepare` ---------------------------------------------------------------

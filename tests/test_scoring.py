@@ -17,6 +17,7 @@ import pytest
 import torch
 from golden_rule import fill
 from PIL import Image
+from processes import killed_sole_writer
 from test_images import make_bad_files
 
 import test as program
@@ -368,6 +369,15 @@ def test_a_killed_run_goes_on_where_it_stopped(tiny, sets, whole, tmp_path, monk
     assert one.paths == two.paths and one.predictions == two.predictions and one.stability == two.stability
     assert np.allclose(one.logits, two.logits, atol=1e-5)
     assert not list(tmp_path.glob(".*"))  # no parts are left
+
+
+def test_two_runs_do_not_write_one_table(tiny, sets, tmp_path, capfd):
+    """Another table beside it is no matter."""
+    with killed_sole_writer(tmp_path / ".p.lock"):
+        assert score(*labelled(tiny, sets, "--save_path", tmp_path / "p")) == 2
+        assert "error: another run is writing here" in capfd.readouterr().err
+        assert [p.name for p in tmp_path.iterdir()] == [".p.lock"]
+        assert score(*labelled(tiny, sets, "--save_path", tmp_path / "q")) == 0
 
 
 def test_ctrl_c_keeps_what_is_scored(tiny, sets, tmp_path, monkeypatch, capfd):

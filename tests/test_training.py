@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import finish, kill_in_save, signal_in_step, start
+from processes import finish, kill_in_save, killed_sole_writer, signal_in_step, start
 from test_images import encoded, make_bad_files
 
 import train_detector
@@ -25,7 +25,7 @@ from models import RDN, DeepStemResNet, ResynthesisDetector, downsample, load_vg
 from models.auxiliary import HEADS
 from utils.checkpoint import CheckpointError
 from utils.distributed import World
-from utils.run import StopSignal, UsageError, run_program
+from utils.run import StopSignal, UsageError, run_program, sole_writer
 from utils.training import Progress, Stepper, prune
 
 CPU = torch.device("cpu")
@@ -447,6 +447,30 @@ def test_a_killed_run_goes_on_where_it_was(trainer, whole_run, tmp_path, name, w
     steps = read(out / last)["progress"]["total_steps"]
     assert steps == at - 1 if accident == "in a step" else 1 <= steps < at, log.read_text()
     assert_goes_on_to_the_same_end(trainer, whole_run, name, out, "--workers", str(workers))
+
+
+@pytest.mark.parametrize("name", ["super-resolution", "frozen"])
+def test_two_runs_do_not_write_into_one_folder(trainer, tmp_path, capfd, name):
+    """Nothing is written while another run lives; one that was killed is in nobody's way, even if its worker lives."""
+    program, arguments, last = trainer(name)
+    folder = (tmp_path / last).parent
+    folder.mkdir(exist_ok=True)
+    with killed_sole_writer(folder / ".lock") as kill:
+        assert run_program(lambda: program.main(arguments(tmp_path))) == 2
+        assert f"error: another run is writing here ({folder / '.lock'})" in capfd.readouterr().err
+        assert [p.name for p in folder.iterdir()] == [".lock"]
+        kill()
+        assert run_program(lambda: program.main(arguments(tmp_path))) == 0
+    assert (tmp_path / last).exists() and not (folder / ".lock").exists()
+
+
+def test_a_folder_without_locks_is_written_to_with_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.lockf", refuse)
+    with sole_writer(tmp_path / ".lock"):
+        assert "no locks" in caplog.text and str(tmp_path) in caplog.text
 
 
 def test_keep_last_keeps_the_best_and_the_last_state_too(whole_run):

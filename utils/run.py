@@ -1,6 +1,8 @@
 """What every program does around its work: how it starts, what it records, how it stops."""
 
+import contextlib
 import errno
+import fcntl
 import json
 import logging
 import math
@@ -9,7 +11,7 @@ import random
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,28 @@ def make_folder(path: str | os.PathLike) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def sole_writer(lock: Path) -> Iterator[None]:
+    """While this `with` block runs, no other run enters one with the same file, which is there meanwhile.
+
+    A process that dies lets go of it, and its workers do not keep it: fork hands on locks of flock, not of lockf.
+
+    Raises:
+        UsageError: if another run is in there.
+    """
+    with lock.open("a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise UsageError(f"another run is writing here ({lock}): let it end, or write elsewhere") from None
+            logger.warning("warning: no locks in %s (%s): see that no other run writes there", lock.parent, error)
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
 def write_json(path: Path, obj: dict) -> None:
     """Write JSON, whole or not at all."""
     temporary = path.with_name(f".{path.name}.part")
@@ -198,15 +222,23 @@ def _epoch_of(line: str) -> float:
 
 
 class Recorder:
-    """The records of a run: config.json, stats.jsonl, TensorBoard, one log line an epoch. Main process only."""
+    """The records of a run: config.json, stats.jsonl, TensorBoard, one log line an epoch. Main process only.
+
+    No other run can record in the same folder until it is closed.
+    """
 
     def __init__(self, folder: Path, about: dict, world: World, first_epoch: int = 0):
         """about: what the run is made of; goes into config.json with the versions it ran on.
 
         first_epoch: what was recorded of it and later ones, before a stop, is recorded again.
+
+        Raises:
+            UsageError: if another run is recording there.
         """
         self.writer = self.stats = None
+        self.lock = contextlib.ExitStack()
         if world.is_main:
+            self.lock.enter_context(sole_writer(folder / ".lock"))
             write_json(folder / "config.json", {**about, "versions": versions()})
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
             stats = folder / "stats.jsonl"
@@ -238,3 +270,4 @@ class Recorder:
         if self.writer is not None:
             self.writer.close()
             self.stats.close()
+        self.lock.close()
