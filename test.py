@@ -105,8 +105,7 @@ def main(argv: list[str] | None = None) -> int:
             raise UsageError("several processes need a place that all of them write to: give --save_path")
         save_path = str(Path(args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"))
         folder = make_folder(Path(save_path).parent)
-        if world.is_main:
-            stack.enter_context(sole_writer(folder / f".{Path(save_path).name}.lock"))
+        stack.enter_context(sole_writer(folder / f".{Path(save_path).name}.lock", world))
         if args.save_residuals:
             make_folder(args.save_residuals)
 

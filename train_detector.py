@@ -9,6 +9,7 @@ best.pth.tar (highest AUROC on the validation images), last.pth.tar (the whole s
 stats.jsonl and TensorBoard records.
 """
 
+import contextlib
 import logging
 import math
 import sys
@@ -85,6 +86,7 @@ from utils.run import (
     make_folder,
     run_program,
     set_deterministic,
+    sole_writer,
 )
 from utils.training import SAFETY_OPTIONS, Progress, StateKeeper, Stepper, prune, warn_about_changes
 
@@ -103,7 +105,7 @@ PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
 def main(argv: list[str] | None = None) -> None:
     args = train_detector_parser().parse_args(argv)
     device = choose_device(args.gpu)
-    with world_of_processes(device.type) as world, StopSignal() as stop:
+    with world_of_processes(device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         set_deterministic(args.seed, device)
 
         # Images are listed before any network is built, networks before any image is read
@@ -125,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # What is trained, how far it is, and what is kept of it
         folder = make_folder(args.output_path)
+        stack.enter_context(sole_writer(folder / ".lock", world))
         detector.to(device, memory_format=torch.channels_last)
         if synchronised:
             detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)

@@ -6,6 +6,7 @@ Writes, into OUTPUTS_DIR/xSCALE: epoch_N.pth (a bare state dict, as the released
 on --eval-file), last.pth (the whole state, for --resume), config.json, stats.jsonl and TensorBoard records.
 """
 
+import contextlib
 import logging
 import sys
 from collections.abc import Callable
@@ -51,6 +52,7 @@ from utils.run import (
     make_folder,
     run_program,
     set_deterministic,
+    sole_writer,
 )
 from utils.training import SAFETY_OPTIONS, Progress, StateKeeper, Stepper, prune, warn_about_changes
 
@@ -64,7 +66,7 @@ CHANGEABLE = SAFETY_OPTIONS | {"gpu", "workers", "resume", "weights_file", "num_
 def main(argv: list[str] | None = None) -> None:
     args = train_sr_parser().parse_args(argv)
     device = choose_device(args.gpu)
-    with world_of_processes(device.type) as world, StopSignal() as stop:
+    with world_of_processes(device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         set_deterministic(args.seed, device)
 
         # Images and weights: what can be wrong with them is found before anything is written
@@ -87,6 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # What is trained, how far it is, and what is kept of it
         folder = make_folder(Path(args.outputs_dir) / f"x{model.scale}")
+        stack.enter_context(sole_writer(folder / ".lock", world))
         adam = torch.optim.Adam(model.parameters(), lr=args.lr)
         stepper = Stepper(adam, device, args.precision, world, args.skip_nonfinite, folder / LAST)
         if resumed:

@@ -16,6 +16,7 @@ import torch
 from torchvision.models.resnet import BasicBlock
 
 from models.resnet import ARCHITECTURES
+from utils.distributed import World
 from utils.run import sole_writer
 from utils.training import StateKeeper
 
@@ -62,6 +63,7 @@ def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
     ours, its = SERVER.Pipe()
     process = SERVER.Process(target=_write_alone, args=(lock, its))
     process.start()
+    its.close()
     worker = ours.recv()
 
     def kill():
@@ -76,7 +78,7 @@ def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _write_alone(lock, connection):
-    with sole_writer(lock):
+    with sole_writer(lock, World()):
         worker = os.fork()
         if worker:
             connection.send(worker)

@@ -469,7 +469,7 @@ def test_a_folder_without_locks_is_written_to_with_a_warning(tmp_path, monkeypat
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.lockf", refuse)
-    with sole_writer(tmp_path / ".lock"):
+    with sole_writer(tmp_path / ".lock", World()):
         assert "no locks" in caplog.text and str(tmp_path) in caplog.text
 
 

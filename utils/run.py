@@ -173,20 +173,24 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def sole_writer(lock: Path) -> Iterator[None]:
+def sole_writer(lock: Path, world: World) -> Iterator[None]:
     """While this `with` block runs, no other run enters one with the same file, which is there meanwhile.
 
-    A process that dies lets go of it, and its workers do not keep it: fork hands on locks of flock, not of lockf.
+    The main process holds it. One that dies lets go of it, and its workers do not keep it: fork hands on locks of
+    flock, not of lockf.
 
     Raises:
         UsageError: if another run is in there.
     """
+    if not world.is_main:
+        yield
+        return
     with lock.open("a") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UsageError(f"another run is writing here ({lock}): let it end, or write elsewhere") from None
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise UsageError(f"another run is writing here ({lock}): let it end, or write elsewhere") from None
             logger.warning("warning: no locks in %s (%s): see that no other run writes there", lock.parent, error)
         try:
             yield
@@ -222,23 +226,15 @@ def _epoch_of(line: str) -> float:
 
 
 class Recorder:
-    """The records of a run: config.json, stats.jsonl, TensorBoard, one log line an epoch. Main process only.
-
-    No other run can record in the same folder until it is closed.
-    """
+    """The records of a run: config.json, stats.jsonl, TensorBoard, one log line an epoch. Main process only."""
 
     def __init__(self, folder: Path, about: dict, world: World, first_epoch: int = 0):
         """about: what the run is made of; goes into config.json with the versions it ran on.
 
         first_epoch: what was recorded of it and later ones, before a stop, is recorded again.
-
-        Raises:
-            UsageError: if another run is recording there.
         """
         self.writer = self.stats = None
-        self.lock = contextlib.ExitStack()
         if world.is_main:
-            self.lock.enter_context(sole_writer(folder / ".lock"))
             write_json(folder / "config.json", {**about, "versions": versions()})
             self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
             stats = folder / "stats.jsonl"
@@ -270,4 +266,3 @@ class Recorder:
         if self.writer is not None:
             self.writer.close()
             self.stats.close()
-        self.lock.close()
