@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,13 @@ def finish(process: multiprocessing.Process, seconds: float = 60) -> int:
         process.kill()
         raise AssertionError(f"still running after {seconds} s")
     return process.exitcode
+
+
+def two_ranks() -> list[dict[str, str]]:
+    """What torchrun tells each of two processes, in its environment."""
+    with socket.create_server(("localhost", 0)) as free:
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **address} for rank in range(2)]
 
 
 def _run(program, arguments, log, prepare, environment):

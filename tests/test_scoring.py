@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import pytest
 import torch
 from golden_rule import fill
 from PIL import Image
-from processes import killed_sole_writer
+from processes import killed_sole_writer, two_ranks
 from test_images import make_bad_files
 
 import test as program
@@ -377,6 +376,11 @@ def test_two_runs_do_not_write_one_table(tiny, sets, tmp_path, capfd):
         assert score(*labelled(tiny, sets, "--save_path", tmp_path / "p")) == 2
         assert "error: another run is writing here" in capfd.readouterr().err
         assert [p.name for p in tmp_path.iterdir()] == [".p.lock"]
+        runs = [start(*labelled(tiny, sets, "--save_path", tmp_path / "p"), **rank) for rank in two_ranks()]
+        for run in runs:
+            run.join(60)
+        assert [run.exitcode for run in runs] == [2, 2]  # the second process has no lock, and does not score alone
+        assert [p.name for p in tmp_path.iterdir()] == [".p.lock"]
         assert score(*labelled(tiny, sets, "--save_path", tmp_path / "q")) == 0
 
 
@@ -459,10 +463,8 @@ def test_a_run_killed_while_its_parts_are_joined(tmp_path):
 
 def test_two_processes_write_the_table_of_one(tiny, sets, whole, tmp_path):
     """Started with what torchrun tells its processes."""
-    with socket.create_server(("localhost", 0)) as free:
-        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     arguments = labelled(tiny, sets, "--stability", "--save_path", tmp_path / "two")
-    runs = [start(*arguments, RANK=str(rank), LOCAL_RANK=str(rank), **address) for rank in range(2)]
+    runs = [start(*arguments, **rank) for rank in two_ranks()]
     for run in runs:
         run.join(60)
     assert [run.exitcode for run in runs] == [0, 0]

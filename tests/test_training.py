@@ -6,7 +6,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 import zlib
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import finish, kill_in_save, killed_sole_writer, signal_in_step, start
+from processes import finish, kill_in_save, killed_sole_writer, signal_in_step, start, two_ranks
 from test_images import encoded, make_bad_files
 
 import train_detector
@@ -571,10 +570,7 @@ def test_two_processes_train_as_one(images, tmp_path):
     arguments = sr_arguments(images, tmp_path / "two", *flags, *EVERY_STEP, "--gpu", gpu, "--resume", "auto")
 
     def run(log, prepare=None):
-        with socket.create_server(("localhost", 0)) as free:
-            address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-        ranks = ({"RANK": str(rank), "LOCAL_RANK": str(rank), **address} for rank in range(2))
-        processes = [start("train_sr.py", arguments, log, prepare, **rank) for rank in ranks]
+        processes = [start("train_sr.py", arguments, log, prepare, **rank) for rank in two_ranks()]
         return [finish(process) for process in processes]
 
     log = tmp_path / "log"

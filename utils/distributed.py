@@ -85,6 +85,14 @@ def share_buffers(module: nn.Module, world: World) -> None:
             dist.broadcast(buffer, src=0)
 
 
+def from_main(value: bool, world: World) -> bool:
+    """The main process's value, in every process."""
+    values = [value]
+    if world.size > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def wait_for_all(world: World) -> None:
     if world.size > 1:
         dist.barrier()

@@ -13,12 +13,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.distributed import World
+from utils.distributed import World, from_main
 
 logger = logging.getLogger(__name__)
 
@@ -176,26 +177,31 @@ def make_folder(path: str | os.PathLike) -> Path:
 def sole_writer(lock: Path, world: World) -> Iterator[None]:
     """While this `with` block runs, no other run enters one with the same file, which is there meanwhile.
 
-    The main process holds it. One that dies lets go of it, and its workers do not keep it: fork hands on locks of
-    flock, not of lockf.
+    The main process holds it, and all enter or none. A process that dies lets go of it, and its workers do not keep
+    it: fork hands on locks of flock, not of lockf.
 
     Raises:
         UsageError: if another run is in there.
     """
-    if not world.is_main:
-        yield
-        return
-    with lock.open("a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UsageError(f"another run is writing here ({lock}): let it end, or write elsewhere") from None
-        except OSError as error:
-            logger.warning("warning: no locks in %s (%s): see that no other run writes there", lock.parent, error)
+    with lock.open("a") if world.is_main else contextlib.nullcontext() as file:
+        if not from_main(world.is_main and _locked(file), world):
+            raise UsageError(f"another run is writing here ({lock}): let it end, or write elsewhere")
         try:
             yield
         finally:
-            lock.unlink(missing_ok=True)
+            if world.is_main:
+                lock.unlink(missing_ok=True)
+
+
+def _locked(file: TextIO) -> bool:
+    """Lock it, unless another process has. Where nothing can be locked, that is a warning, and taken as done."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        logger.warning("warning: no locks for %s (%s): see that no other run writes there", file.name, error)
+    return True
 
 
 def write_json(path: Path, obj: dict) -> None:
