@@ -7,6 +7,7 @@ divides its loss by the *global* batch, so that uneven shares, micro-batches and
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,10 @@ from torch import Tensor, nn
 
 
 class World(NamedTuple):
-    """This process among all: `rank` of `size`; `local_rank` picks the GPU on its machine."""
+    """This process among all: `rank` of `size`."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -28,13 +28,14 @@ class World(NamedTuple):
 
 @contextmanager
 def world_of_processes(device_type: str) -> Iterator[World]:
-    """Join the processes torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or be the only one."""
+    """Join the processes torchrun started (RANK, WORLD_SIZE), or be the only one."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World()
         return
-    world = World(int(os.environ["RANK"]), size, int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
+    world = World(int(os.environ["RANK"]), size)
+    # A process that dies is noticed by torchrun, so a long wait is never an error: parts of a test end hours apart.
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
         yield world
     finally:

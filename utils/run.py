@@ -1,35 +1,44 @@
-"""What every program does around its work: how it starts, what it records, how it stops."""
+"""The ground floor, which all rooms stand on: mistakes, starting and stopping, files written whole, chance, tables."""
 
 import contextlib
 import errno
 import fcntl
+import io
 import json
 import logging
-import math
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, NamedTuple, TextIO
 
 import numpy as np
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from torch import Tensor
+from tqdm import tqdm
 
 from utils.distributed import World, from_main
 
 logger = logging.getLogger(__name__)
 
+FAKE, REAL = 0, 1  # labels, and columns of the logits. Release: real is 1; most of the field calls fake 1.
+LABEL_NAMES = ("fake", "real")
+
 EXIT_MISTAKE = 2
+TEMPORARY = ".tmp"  # what a file being written ends in; its name begins with a dot and the name it will get
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # what files may meet with
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOG_SECONDS = 120  # between two lines of progress where there is no terminal
+PEER_GRACE = 3  # seconds a process other than the main one waits before it tells a mistake: all may have found it
 
 
-class UsageError(ValueError):
-    """A user's mistake about options or folders: one line with what was got, what was wanted, the way out."""
+class UserError(ValueError):
+    """What a user can mend: one line with what was got, what was wanted, the way out."""
 
 
 class Stopped(Exception):
@@ -40,49 +49,59 @@ class Stopped(Exception):
         self.exit_status = 128 + signal_number
 
 
-def run_program(main: Callable[[], int | None], *mistakes: type[Exception]) -> int:
+# --- programs: how they start and end -----------------------------------------------------------------------
+
+
+def run_program(main: Callable[[], int | None]) -> int:
     """Run `main` and give its exit status: 0, 2 after one line for a user's mistake, 130 / 143 when stopped."""
-    setup_logging()
+    level = logging.INFO if is_main_process() else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    logging.captureWarnings(True)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack the letters of a file's name
     try:
         return main() or 0
-    except (UsageError, *mistakes) as error:
-        logger.error("error: %s", " ".join(str(error).split()))
-        return EXIT_MISTAKE
     except Stopped as stopped:
         logger.warning("stopped by %s; the state so far is saved", stopped)
         return stopped.exit_status
     except KeyboardInterrupt:
         logger.warning("interrupted")
         return 128 + signal.SIGINT
-    except OSError as error:  # of the small files (records, tables); those of checkpoints say more
-        if error.errno not in NO_ROOM:
+    except Exception as error:
+        text = _mistake(error)
+        if text is None:
             raise
+        if not is_main_process():
+            time.sleep(PEER_GRACE)  # where the main process says the same, this one is ended meanwhile
+        logger.error("error: %s", " ".join(text.split()))
+        return EXIT_MISTAKE
+
+
+def is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _mistake(error: Exception) -> str | None:
+    """One line for an error that a user can do something about; None for one of the program's own."""
+    text = str(error)
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         what = f"{error.filename or 'a file'} ({error.strerror})"
-        logger.error("error: cannot read or write %s; what was saved before is untouched", what)
-        return EXIT_MISTAKE
-    except torch.OutOfMemoryError as error:
-        first = str(error).strip().splitlines()[0]
-        logger.error("error: %s Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16", first)
-        return EXIT_MISTAKE
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker"):
-            raise
-        reason = " ".join(str(error).split())
-        logger.error("error: %s What was saved before is untouched; if memory was short, use fewer --workers", reason)
-        return EXIT_MISTAKE
-
-
-def setup_logging() -> None:
-    """One line a message on standard error; only warnings from processes other than the main one."""
-    level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
-    logging.captureWarnings(True)
+        return f"cannot read or write {what}; what was saved before is untouched"
+    if isinstance(error, torch.OutOfMemoryError):
+        first = text.strip().splitlines()[0]
+        return f"{first} Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16"
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
+        return f"{text} If memory was short, use fewer --workers"
+    if isinstance(error, RuntimeError) and re.search(r"closed by peer|Connection (reset|closed)|NCCL", text):
+        return "another process of this run has ended; it says why"
+    return None
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM while the `with` block runs, so that a step is finished and saved first.
+    """Remembers SIGINT and SIGTERM while the `with` block runs, so that what is being done is finished and saved.
 
-    A second Ctrl-C stops at once.
+    Only a second Ctrl-C stops at once: SIGTERM comes twice where torchrun hands it on.
     """
 
     def __init__(self):
@@ -97,17 +116,87 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
-        if self.received is not None:
+        if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
-        self.received = number
-        logger.warning("got %s: finishing this step, then saving", signal.Signals(number).name)
+        if self.received is None:
+            logger.warning("got %s: finishing this step, then saving", signal.Signals(number).name)
+        self.received = self.received or number
+
+
+def progress(batches: Iterable, what: str, total: int | None = None, done: int = 0, unit: str = "it") -> tqdm:
+    """`batches` with a bar on a terminal; elsewhere with a line in the log every LOG_SECONDS.
+
+    For anything but one a step, give `batches=None` and call `.update(n)`.
+    """
+    about = {"desc": what, "total": total, "initial": done, "unit": unit, "disable": not is_main_process()}
+    return tqdm(batches, leave=False, **about) if sys.stderr.isatty() else _Lines(batches, **about)
+
+
+class _Lines(tqdm):
+    """A bar for the log: its line, each time the bar would be drawn after LOG_SECONDS."""
+
+    def __init__(self, *args, **kwargs):
+        self.told = time.monotonic()
+        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
+        super().__init__(*args, file=io.StringIO(), mininterval=1.0, bar_format=line, **kwargs)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if time.monotonic() - self.told >= LOG_SECONDS:
+            self.told = time.monotonic()
+            logger.info("%s", msg or str(self))
+
+
+# --- where and how networks compute -------------------------------------------------------------------------
+
+
+class Compute(NamedTuple):
+    """The device networks run on, and the number format of their arithmetic."""
+
+    device: torch.device
+    precision: str
+
+    def input(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) of 0..255 -> float32 in [0, 1], on the device, channels-last."""
+        x = images.to(self.device, non_blocking=True).to(torch.float32) / 255
+        return x.contiguous(memory_format=torch.channels_last)
+
+    def autocast(self) -> torch.autocast:
+        """The context in which networks run."""
+        dtype = PRECISIONS[self.precision]
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: int) -> Compute:
+    """The device for `--gpu`, and PyTorch set to what `--precision`, `--deterministic` and `--seed` ask for.
+
+    auto: on CUDA TF32, as the release ran (PyTorch's default for convolutions), on a CPU float32. fp32 is float32 to
+    the last bit. Unless `deterministic`, cuDNN measures which of its algorithms is the fastest for each shape.
+    """
+    device = choose_device(gpu)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - libraries may still draw from the legacy generator
+    torch.manual_seed(seed)
+    if precision == "auto":
+        precision = "tf32" if device.type == "cuda" else "fp32"
+    if precision == "tf32" and device.type == "cpu":
+        raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no reproducible way
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return Compute(device, precision)
 
 
 def choose_device(gpu: str | None) -> torch.device:
     """The device for `--gpu`: "cpu", a number, or None for the first GPU there is.
 
     Raises:
-        UsageError: for a GPU this machine lacks although it has others, or a word that is neither.
+        UserError: for a GPU this machine lacks although it has others, or a word that is neither.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if "LOCAL_RANK" in os.environ and gpu != "cpu" and count:  # torchrun: one GPU a process
@@ -119,49 +208,66 @@ def choose_device(gpu: str | None) -> torch.device:
     if gpu == "cpu":
         return torch.device("cpu")
     if not gpu.isdecimal():
-        raise UsageError(f"--gpu {gpu}: a number or cpu was wanted")
+        raise UserError(f"--gpu {gpu}: a number or cpu was wanted")
     if count == 0:
-        level = logging.WARNING if os.environ.get("RANK", "0") == "0" else logging.DEBUG  # once, not in each process
+        level = logging.WARNING if is_main_process() else logging.DEBUG  # once, not in each process
         logger.log(level, "warning: GPU %s was asked for and this machine has none: using the CPU", gpu)
         return torch.device("cpu")
     if int(gpu) >= count:
-        raise UsageError(f"--gpu {gpu}: this machine has GPU 0..{count - 1}; choose one of these or cpu")
+        raise UserError(f"--gpu {gpu}: this machine has GPU 0..{count - 1}; choose one of these or cpu")
     return torch.device("cuda", int(gpu))
 
 
-def set_deterministic(seed: int, device: torch.device) -> None:
-    """Fix what is random (initial weights) and what is chosen by timing (algorithms) from the seed on.
+def keyed_generator(*key: int) -> np.random.Generator:
+    """A generator that depends on nothing but the numbers given (>= 0), such as (seed, epoch, image).
 
-    The programs draw everything else from generators keyed by seed, epoch and image (`keyed_generator`).
+    All that the programs draw comes from such a one; only initial weights come from torch's own, seeded once.
     """
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries may still draw from the legacy generator
-    torch.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        # --precision fp32 means float32: TF32 keeps 10 bits of it. Who wants speed asks for bf16.
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
+    return np.random.default_rng(key)
 
 
-def keyed_generator(*key: int) -> torch.Generator:
-    """A generator that depends on nothing but the numbers given, such as (seed, epoch, image)."""
-    state = np.random.SeedSequence(key).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
+# --- files and texts ----------------------------------------------------------------------------------------
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which networks run with `--precision`."""
-    return torch.autocast(device.type, PRECISIONS[precision], enabled=precision != "fp32")
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A binary file to write to; `path` then holds either its old content or the whole new one, whatever happens."""
+    path, temporary = Path(path), None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False
+        ) as file:
+            temporary = file.name
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is private, this one is not
+        os.replace(temporary, path)
+    finally:
+        if temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def remove_torn(folder: Path) -> None:
+    """Delete what a process killed in `atomic` left behind, before another run begins in this folder."""
+    for path in folder.glob(f".*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, obj: dict) -> None:
+    """Write JSON, whole or not at all."""
+    with atomic(path) as file:
+        file.write((json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n").encode())
 
 
 def make_folder(path: str | os.PathLike) -> Path:
     """Make the folder with its parents, and prove that files can be written there before any work starts.
 
     Raises:
-        UsageError: if that cannot be.
+        UserError: if that cannot be.
     """
     path = Path(path)
     try:
@@ -169,7 +275,7 @@ def make_folder(path: str | os.PathLike) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise UsageError(f"cannot write to the output folder {path} ({error.strerror})") from None
+        raise UserError(f"cannot write to the output folder {shown(path)} ({error.strerror})") from None
     return path
 
 
@@ -181,11 +287,11 @@ def sole_writer(lock: Path, world: World) -> Iterator[None]:
     it: fork hands on locks of flock, not of lockf.
 
     Raises:
-        UsageError: if another run is in there.
+        UserError: if another run is in there.
     """
     with lock.open("a") if world.is_main else contextlib.nullcontext() as file:
         if not from_main(world.is_main and _locked(file), world):
-            raise UsageError(f"another run is writing here ({lock}): let it end, or write elsewhere")
+            raise UserError(f"another run is writing here ({lock}): let it end, or write elsewhere")
         try:
             yield
         finally:
@@ -204,11 +310,22 @@ def _locked(file: TextIO) -> bool:
     return True
 
 
-def write_json(path: Path, obj: dict) -> None:
-    """Write JSON, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    temporary.replace(path)
+def shown(text: str | os.PathLike) -> str:
+    """A path or text on one line of any terminal: control characters and lone surrogates as escapes."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in os.fspath(text)
+    )
+
+
+def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as lines with aligned columns: the first `left` flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
 
 
 def versions() -> dict[str, str]:
@@ -221,54 +338,3 @@ def versions() -> dict[str, str]:
         "torchvision": torchvision.__version__,
         "numpy": np.__version__,
     }
-
-
-def _epoch_of(line: str) -> float:
-    """The epoch of a line of stats.jsonl; infinity if it is torn, as a machine that lost power may leave it."""
-    try:
-        return json.loads(line)["epoch"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
-
-
-class Recorder:
-    """The records of a run: config.json, stats.jsonl, TensorBoard, one log line an epoch. Main process only."""
-
-    def __init__(self, folder: Path, about: dict, world: World, first_epoch: int = 0):
-        """about: what the run is made of; goes into config.json with the versions it ran on.
-
-        first_epoch: what was recorded of it and later ones, before a stop, is recorded again.
-        """
-        self.writer = self.stats = None
-        if world.is_main:
-            write_json(folder / "config.json", {**about, "versions": versions()})
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch)
-            stats = folder / "stats.jsonl"
-            lines = stats.read_text().splitlines(keepends=True) if stats.exists() else []
-            kept = stats.with_name(f".{stats.name}.part")
-            kept.write_text("".join(line for line in lines if _epoch_of(line) < first_epoch))
-            kept.replace(stats)
-            self.stats = stats.open("a")
-
-    def epoch(self, epoch: int, values: dict[str, float]) -> None:
-        """Record the values of a finished epoch."""
-        if self.writer is None:
-            return
-        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        self.stats.write(json.dumps({"epoch": epoch, **finite}) + "\n")
-        self.stats.flush()
-        for name, value in finite.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, epoch)
-        words = (f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in finite.items())
-        logger.info("epoch %d: %s", epoch, "  ".join(words))
-
-    def pictures(self, name: str, images: torch.Tensor, epoch: int) -> None:
-        """images: (B, 3, H, W) in [0, 1]."""
-        if self.writer is not None and len(images):
-            self.writer.add_images(name, images.detach().float().clamp(0, 1).cpu(), epoch)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-            self.stats.close()
