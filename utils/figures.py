@@ -75,13 +75,11 @@ def roc(table: ScoreTable, path: str | os.PathLike) -> None:
 def precision_recall(table: ScoreTable, path: str | os.PathLike) -> None:
     """Precision-recall of each generator with its average precision; dotted: the precision of guessing."""
     with sheet(path, 5.25, 4.4, entries=len(metrics.generator_rows(table))) as (axes,):
-        for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
-            scores, is_fake = table.margins[rows], table.is_fake[rows]
-            curve = metrics.precision_recall_curve(scores, is_fake)
-            if curve is not None:
-                label = f"{shorten(name)}  {metrics.average_precision(scores, is_fake):.3f}"
-                axes.step(curve[1], curve[0], where="pre", label=label, lw=1.8, **line_style(i))
-                axes.axhline(is_fake.mean(), color=line_style(i)["color"], lw=0.9, ls=":", zorder=1)
+        for name, style, scores, is_fake in _generators(table):
+            precision, recall = metrics.precision_recall_curve(scores, is_fake)
+            label = f"{name}  {metrics.average_precision(scores, is_fake):.3f}"
+            axes.step(recall, precision, where="pre", label=label, lw=1.8, **style)
+            axes.axhline(is_fake.mean(), color=style["color"], lw=0.9, ls=":", zorder=1)
         axes.set(xlim=(0, 1.005), ylim=(0, 1.012), title="Precision and recall")
         axes.set(xlabel="fakes found (recall)", ylabel="right when it says fake (precision)")
         _legend(axes, "generator  AP", loc="lower left")
@@ -147,15 +145,16 @@ def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, pat
     x, x_hat: (3, H, W), shown clipped to [0, 1]; residual: (H_l, W_l), the mean over its channels. The brightest
     BRIGHTEST of it share one colour, or a few pixels would leave the rest in the dark.
     """
-    with sheet(path, 10.9, 3.3 * x.shape[1] / x.shape[2] + 0.4, columns=3) as panels:
-        for panel, picture, name in zip(panels, (x, x_hat), ("image", "re-synthesis"), strict=False):
-            panel.imshow(picture.clip(0, 1).transpose(1, 2, 0))
-            panel.set_title(name)
+    height = 3.4 * x.shape[1] / x.shape[2] + 0.4  # inches, 0.3 of it the title
+    grid = {"left": 0, "right": 0.95, "bottom": 0.1 / height, "top": 1 - 0.3 / height, "wspace": 0.04}
+    with sheet(path, 11, height, columns=4, width_ratios=(1, 1, 1, 0.04), **grid) as panels:
         top = float(np.quantile(residual, 1 - BRIGHTEST)) or 1.0
-        heat = panels[2].imshow(residual, cmap="magma", vmin=0, vmax=top)
-        panels[2].set_title("residual")
-        panels[0].figure.colorbar(heat, ax=list(panels), extend="max", pad=0.01, aspect=30)
-        for panel in panels:
+        for panel, picture in zip(panels, (x, x_hat), strict=False):
+            panel.imshow(picture.clip(0, 1).transpose(1, 2, 0), aspect="auto")
+        heat = panels[2].imshow(residual, cmap="magma", vmin=0, vmax=top, aspect="auto")
+        panels[0].figure.colorbar(heat, cax=panels[3], extend="max")
+        for panel, name in zip(panels, ("image", "re-synthesis", "residual"), strict=False):
+            panel.set_title(name)
             panel.set_axis_off()
 
 
@@ -165,14 +164,12 @@ def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, pat
 def draw_roc(axes: Axes, table: ScoreTable, log: bool = False) -> None:
     """ROC of each generator with its AUROC; `log`: the false-positive rate on a logarithmic axis."""
     lowest = 0.5 * min(FALSE_ALARMS)  # the logarithmic axis shows these at least
-    for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
-        scores, is_fake = table.margins[rows], table.is_fake[rows]
-        curve = metrics.roc_curve(scores, is_fake)
-        if curve is not None:
-            smallest = max(0.5 / (~is_fake).sum(), 1e-5)  # stands for 0, which no logarithmic axis has
-            label = f"{shorten(name)}  {metrics.auroc(scores, is_fake):.3f}"
-            axes.plot(np.maximum(curve[0], log * smallest), curve[1], label=label, lw=1.8, **line_style(i))
-            lowest = min(lowest, smallest)
+    for name, style, scores, is_fake in _generators(table):
+        fpr, tpr = metrics.roc_curve(scores, is_fake)
+        smallest = max(0.5 / (~is_fake).sum(), 1e-5)  # stands for 0, which no logarithmic axis has
+        label = f"{name}  {metrics.auroc(scores, is_fake):.3f}"
+        axes.plot(np.maximum(fpr, log * smallest), tpr, label=label, lw=1.8, **style)
+        lowest = min(lowest, smallest)
     chance = np.geomspace(1e-9, 1, 400)
     axes.plot(chance, chance, **CHANCE)
     axes.set(xlim=(-0.01, 1), ylim=(0, 1.012), title="ROC", ylabel="fakes found (true-positive rate)")
@@ -185,6 +182,13 @@ def draw_roc(axes: Axes, table: ScoreTable, log: bool = False) -> None:
         axes.axvline(level, color=INK, lw=0.8, alpha=0.45)
         box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
         axes.text(level, 0.12, f"{level:.0%}", ha="center", fontsize=8, bbox=box, zorder=1.5)
+
+
+def _generators(table: ScoreTable) -> Iterator[tuple[str, dict, np.ndarray, np.ndarray]]:
+    """Name, line style, scores and is_fake of each generator that can be told from reals or not."""
+    for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
+        if metrics.both_classes(table.is_fake[rows]):
+            yield shorten(name), line_style(i), table.margins[rows], table.is_fake[rows]
 
 
 def draw_histogram(axes: Axes, table: ScoreTable) -> None:
@@ -206,21 +210,19 @@ def _draw_classes(
     """
     scores = np.clip(table.margins, edges[0], edges[-1])  # outliers go into the outermost bins
     generators = np.array([name or metrics.UNNAMED for name in table.generators], dtype=object)
-    groups = [(name or "all fakes", style, (generators == name) | (name is None)) for name, style in styles.items()]
-    groups = [(shorten(name), style, table.is_fake & rows, 0.13) for name, style, rows in groups]
-    grey = {"color": REAL_COLOR, "ls": "none"}
-    groups = [
-        ("real", grey, table.is_real, 0.45),
-        ("unlabelled", grey, ~(table.is_real | table.is_fake), 0.45),
-        *groups,
-    ]
-    for name, style, rows, alpha in groups:
+
+    def stairs(rows: np.ndarray, name: str, color: str, alpha: float, outline: str | None = None) -> None:
         if rows.any():
             shares, label = np.histogram(scores[rows], edges)[0] / rows.sum(), f"{name} ({rows.sum():,})"
-            axes.stairs(
-                shares, edges, fill=True, color=style["color"], alpha=alpha, label=label if alpha > 0.4 else None
-            )
-            axes.stairs(shares, edges, lw=1.6, label=None if alpha > 0.4 else label, **style)
+            axes.stairs(shares, edges, fill=True, color=color, alpha=alpha, label=None if outline else label)
+            if outline:
+                axes.stairs(shares, edges, lw=1.6, color=color, ls=outline, label=label)
+
+    stairs(table.is_real, "real", REAL_COLOR, 0.45)
+    stairs(~(table.is_real | table.is_fake), "unlabelled", REAL_COLOR, 0.45)
+    for name, style in styles.items():
+        label = "all fakes" if name is None else shorten(name)
+        stairs(table.is_fake & ((generators == name) | (name is None)), label, style["color"], 0.13, style["ls"])
     axes.axvline(0, color=INK, lw=0.9)
     axes.set(xlim=(edges[0], edges[-1]), ylabel="share of images")
     axes.set_ylim(0, axes.get_ylim()[1] * headroom)
@@ -234,18 +236,20 @@ def _draw_classes(
 
 @contextlib.contextmanager
 def sheet(
-    path: str | os.PathLike, width: float, height: float, rows: int = 1, columns: int = 1, entries: int = 0
+    path: str | os.PathLike, width: float, height: float, rows: int = 1, columns: int = 1, entries: int = 0, **grid
 ) -> Iterator[np.ndarray]:
     """The panels (rows * columns,) of an empty figure, inches, which becomes a PNG when the `with` block ends.
 
-    entries: of its legend, for which a figure is higher where it goes below. The same numbers give the same bytes.
+    entries: of its legend; where it goes below the panels, the figure is higher. grid: exact places, such as
+    left=0; without, labels find their own room (which takes 0.6 s).
     """
     if entries > LONGEST_LEGEND:
         height += 0.4 + 0.19 * -(-entries // int(width / LEGEND_ENTRY))
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.04)  # inches; else labels touch the edge
-        yield figure.subplots(rows, columns, squeeze=False).ravel()
+        figure = Figure(figsize=(width, height), dpi=DPI, layout=None if grid else "constrained")
+        if not grid:
+            figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.04)  # inches; else labels touch the edge
+        yield figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).ravel()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
             figure.savefig(file, format="png", metadata={"Software": None})
