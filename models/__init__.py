@@ -1,20 +1,11 @@
 """The networks: `resynthesis.py` is the method; `build.py` the one place that knows all parts."""
 
-from models.build import (
-    Checkpoint,
-    build_detector,
-    build_resynthesizer,
-    load_detector,
-    load_resynthesizer,
-    load_vgg,
-    new_detector,
-)
-from models.errors import ModelError
+from models.build import Checkpoint, load_detector, load_resynthesizer, new_detector, read_checkpoint
 from models.rdn import RDN, rdn_config
 from models.resnet import SINGLE_IMAGE, DeepStemResNet, resnet_config, trains_on_one
-from models.resynthesis import ResynthesisDetector, downsample, residual_energy
+from models.resynthesis import ResynthesisDetector, downsample
 from models.vgg import STAGE_CHANNELS, STAGES, VGGStages
-from models.weights import fingerprint, load_weights, state_dict_of
+from models.weights import fingerprint, load_vgg, load_weights, state_dict_of
 
 __all__ = [
     "RDN",
@@ -23,21 +14,26 @@ __all__ = [
     "STAGE_CHANNELS",
     "Checkpoint",
     "DeepStemResNet",
-    "ModelError",
     "ResynthesisDetector",
     "VGGStages",
-    "build_detector",
-    "build_resynthesizer",
     "downsample",
     "fingerprint",
+    "load",
     "load_detector",
     "load_resynthesizer",
     "load_vgg",
     "load_weights",
     "new_detector",
     "rdn_config",
-    "residual_energy",
+    "read_checkpoint",
     "resnet_config",
     "state_dict_of",
     "trains_on_one",
 ]
+
+
+def load(checkpoint: str, **options):
+    """A trained detector ready for use: see `utils.scoring.load`."""
+    from utils.scoring import load as load_detector_for_use  # which stands on `data`, as the networks do not
+
+    return load_detector_for_use(checkpoint, **options)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.errors import ModelError
 from models.tiling import in_tiles
+from utils.run import UserError
 
 STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients
 TAIL_SIDE, TAIL_HALO = 64, 2  # LR pixels: of the up-sampling, whose maps are the largest; its convolutions reach 1 3/4
@@ -73,7 +73,7 @@ class RDN(nn.Module):
         num_layers: C, dense layers in each block.
 
     Raises:
-        ModelError: for another scale.
+        UserError: for another scale.
 
     The defaults are the paper's: 22,271,107 parameters.
     """
@@ -88,7 +88,7 @@ class RDN(nn.Module):
     ):
         super().__init__()
         if scale not in (2, 3, 4):
-            raise ModelError(f"RDN up-samples by 2, 3 or 4, not by {scale}: choose one of these as the scale")
+            raise UserError(f"RDN up-samples by 2, 3 or 4, not by {scale}: choose one of these as the scale")
         self.scale = scale
         self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
         self.tile = 256  # LR pixels: side of the tiles the blocks work in without gradients
@@ -154,7 +154,7 @@ def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -
     """The arguments of `RDN` that fit these weights: an architecture is read off a file, not retyped.
 
     Raises:
-        ModelError: if these are not the weights of an RDN.
+        UserError: if these are not the weights of an RDN.
     """
     try:
         num_features = state_dict["sfe1.weight"].shape[0]
@@ -162,7 +162,7 @@ def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -
         steps = sum(key.startswith("upscale.") and key.endswith(".weight") for key in state_dict)
         shuffle = state_dict["upscale.0.weight"].shape[0] // num_features
     except KeyError as error:
-        raise ModelError(
+        raise UserError(
             f"{name} holds no RDN: no key {error} among its {len(state_dict)}, the first of which is"
             f" {next(iter(state_dict), 'none')}; give a file written by train_sr.py or the released one"
         ) from None

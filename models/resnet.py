@@ -1,8 +1,9 @@
 """The detector's classifier: a ResNet with a deep stem and two logits.
 
-He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016), on torchvision's ResNet. What
-differs from torchvision's is what the released detectors need: the stem of three convolutions with two strides,
-stride 2 in layer1, and layer3 and layer4 that do not down-sample. The total stride is 32, as usual.
+He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016), with torchvision's names and its
+stride on the 3x3 convolution of the bottleneck. What differs from torchvision's is what the released detectors need:
+the stem of three convolutions with two strides, stride 2 in layer1, and layer3 and layer4 that do not down-sample. The
+total stride is 32, as usual. (Written out, because importing torchvision takes longer than scoring a picture.)
 """
 
 from collections.abc import Mapping
@@ -10,14 +11,77 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from models.errors import ModelError
 from models.tiling import in_tiles
+from utils.run import UserError
 
 STEM_CHANNELS = 128
 STEM_STRIDE, STEM_HALO = 8, 16  # pixels of the residual; the stem sees 11 to each side
 TOTAL_STRIDE = 32  # two convolutions and the pooling of the stem, layer1 and layer2, by 2 each, rounded up
+
+SINGLE_IMAGE = (
+    "batch normalisation cannot be trained on a batch of one image this small: choose a --batch-size that leaves no"
+    " image alone in the last batch (or a process's share of it), or a larger --crop-size or --resize"
+)
+
+
+class Block(nn.Module):
+    """Convolutions with batch norm, added to their input, which is projected where shapes differ."""
+
+    expansion: int
+
+    def add_shortcut(self, in_planes: int, planes: int, stride: int) -> None:
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or in_planes != planes * self.expansion:
+            projection = nn.Conv2d(in_planes, planes * self.expansion, kernel_size=1, stride=stride, bias=False)
+            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(planes * self.expansion))
+
+    def shortcut(self, x: Tensor) -> Tensor:
+        return x if self.downsample is None else self.downsample(x)
+
+
+class BasicBlock(Block):
+    """Two 3x3 convolutions."""
+
+    expansion = 1
+
+    def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.add_shortcut(in_planes, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class Bottleneck(Block):
+    """1x1, 3x3, 1x1; the stride is that of the 3x3."""
+
+    expansion = 4
+
+    def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(
+            planes, planes, kernel_size=3, stride=stride, padding=dilation, dilation=dilation, bias=False
+        )
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.add_shortcut(in_planes, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        return self.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+
+
 ARCHITECTURES = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
@@ -26,13 +90,8 @@ ARCHITECTURES = {
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
 
-SINGLE_IMAGE = (
-    "batch normalisation cannot be trained on a batch of one image this small: choose a --batch-size that leaves no"
-    " image alone in the last batch (or a process's share of it), or a larger --crop-size or --resize"
-)
 
-
-class DeepStemResNet(ResNet):
+class DeepStemResNet(nn.Module):
     """residual (B, in_channels, H, W) -> logits (B, 2), columns FAKE, REAL.
 
     Args:
@@ -41,16 +100,16 @@ class DeepStemResNet(ResNet):
         dilated: dilation 2 and 4 in layer3 and layer4 (the release without `--no_dilation`), else 1.
 
     Raises:
-        ModelError: for an unknown arch, or dilation in resnet18/34, whose blocks have none.
+        UserError: for an unknown arch, or dilation in resnet18/34, whose blocks have none.
     """
 
     def __init__(self, arch: str = "resnet50", in_channels: int = 3, dilated: bool = False):
         if arch not in ARCHITECTURES:
-            raise ModelError(f"no detector architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
-        block, layers = ARCHITECTURES[arch]
+            raise UserError(f"no detector architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
+        block, counts = ARCHITECTURES[arch]
         if dilated and block is BasicBlock:
-            raise ModelError(f"{arch} has no dilated form (torchvision's BasicBlock): pass --no_dilation")
-        super().__init__(block, layers, num_classes=2)
+            raise UserError(f"{arch} has no dilated form (as in torchvision): pass --no_dilation")
+        super().__init__()
         self.conv1 = nn.Sequential(
             nn.Conv2d(in_channels, 64, kernel_size=3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(64),
@@ -61,13 +120,16 @@ class DeepStemResNet(ResNet):
             nn.Conv2d(64, STEM_CHANNELS, kernel_size=3, padding=1, bias=False),
         )
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
-        # torchvision's own builder, from a wider stem and with other strides
-        self.inplanes, self.dilation = STEM_CHANNELS, 1
-        last_stride = 2 if dilated else 1  # `dilate` turns a stride of 2 into a dilation
-        self.layer1 = self._make_layer(block, 64, layers[0], stride=2)
-        self.layer2 = self._make_layer(block, 128, layers[1], stride=2)
-        self.layer3 = self._make_layer(block, 256, layers[2], stride=last_stride, dilate=dilated)
-        self.layer4 = self._make_layer(block, 512, layers[3], stride=last_stride, dilate=dilated)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        planes = (STEM_CHANNELS, *(width * block.expansion for width in (64, 128, 256, 512)))
+        # (stride, dilation of the first block, of the others): a stage's first block has the dilation of the stage before
+        third, fourth = ((1, 1, 2), (1, 2, 4)) if dilated else ((1, 1, 1), (1, 1, 1))
+        self.layer1 = _stage(block, planes[0], 64, counts[0], (2, 1, 1))
+        self.layer2 = _stage(block, planes[1], 128, counts[1], (2, 1, 1))
+        self.layer3 = _stage(block, planes[2], 256, counts[2], third)
+        self.layer4 = _stage(block, planes[3], 512, counts[3], fourth)
+        self.fc = nn.Linear(planes[4], 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # N(0, sqrt(2 / (k * k * C_out)))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -77,22 +139,30 @@ class DeepStemResNet(ResNet):
         """x: residual (B, in_channels, H, W). Returns logits (B, 2).
 
         Raises:
-            ModelError: in training, for a batch too small to be normalised.
+            UserError: in training, for a batch too small to be normalised.
         """
         alone = self.training and len(x) == 1 and not isinstance(self.bn1, nn.SyncBatchNorm)
         if alone and not trains_on_one(*x.shape[-2:]):
-            raise ModelError(SINGLE_IMAGE)
+            raise UserError(SINGLE_IMAGE)
         if self.training or torch.is_grad_enabled():  # batch normalisation is trained on whole maps
-            x = self._stem(x)
+            x = self._stem(x)  # (B, 128, H / 8, W / 8)
         else:
             x = in_tiles(self._stem, x, side=self.tile, halo=STEM_HALO, scale=Fraction(1, STEM_STRIDE))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
-        return self.fc(self.avgpool(x).flatten(1))
+            x = layer(x)  # (B, C, H / 32, W / 32) from layer2 on
+        return self.fc(x.mean(dim=(2, 3)))
 
     def _stem(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
+
+
+def _stage(block: type[Block], in_planes: int, planes: int, count: int, first: tuple[int, int, int]) -> nn.Sequential:
+    """`count` blocks. first: the stride of the first, its dilation, the dilation of the others."""
+    stride, first_dilation, dilation = first
+    blocks = [block(in_planes, planes, stride, first_dilation)]
+    blocks += [block(planes * block.expansion, planes, 1, dilation) for _ in range(count - 1)]
+    return nn.Sequential(*blocks)
 
 
 def trains_on_one(height: int, width: int) -> bool:
@@ -107,12 +177,12 @@ def resnet_config(state_dict: Mapping[str, Tensor], name: str = "the state dict"
     """{"arch", "in_channels"} of the classifier these weights belong to (dilation leaves no trace in them).
 
     Raises:
-        ModelError: if these are not the weights of a `DeepStemResNet`.
+        UserError: if these are not the weights of a `DeepStemResNet`.
     """
     stem = state_dict.get("conv1.0.weight")
     if stem is None:
         kind = "torchvision's ResNet" if "conv1.weight" in state_dict else "something else"
-        raise ModelError(
+        raise UserError(
             f"{name} holds no detector: no key conv1.0.weight (it looks like {kind}); give a file written by"
             " train_detector.py or a released one"
         )
@@ -121,4 +191,4 @@ def resnet_config(state_dict: Mapping[str, Tensor], name: str = "the state dict"
     for arch, layout in ARCHITECTURES.items():
         if layout == (kind, blocks):
             return {"arch": arch, "in_channels": stem.shape[1]}
-    raise ModelError(f"{name}: no known detector has {blocks} blocks; there are {', '.join(ARCHITECTURES)}")
+    raise UserError(f"{name}: no known detector has {blocks} blocks; there are {', '.join(ARCHITECTURES)}")

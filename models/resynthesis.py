@@ -1,5 +1,8 @@
 """The method of "Beyond the Spectrum" (He, Yu, Keuper and Fritz, IJCAI 2021) on one screen."""
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +13,15 @@ from models.vgg import VGGStages
 def downsample(x: Tensor, scale: int) -> Tensor:
     """The mean of each scale x scale block: (B, C, H, W) -> (B, C, H / scale, W / scale)."""
     return F.avg_pool2d(x, scale)
+
+
+class Compared(NamedTuple):
+    """An image batch and its re-synthesis."""
+
+    x_hat: Tensor  # (B, 3, H, W), about [0, 1]
+    residual: Tensor  # (B, C_l, H_l, W_l), float32, >= 0
+    maps_hat: dict[int, Tensor]  # VGG-19 features of x_hat by stage: those of the residual and those asked for
+    maps: dict[int, Tensor]  # the same of x, without gradients
 
 
 class ResynthesisDetector(nn.Module):
@@ -36,34 +48,32 @@ class ResynthesisDetector(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, 3, H, W) in [0, 1], H and W multiples of the scale. Returns logits (B, 2)."""
-        return self.classify(self.residual(x))
+        return self.classify(self.compare(x).residual)
 
-    def residual(self, x: Tensor) -> Tensor:
-        """What re-synthesis could not bring back: (B, C_l, H / 2^(l-1), W / 2^(l-1)), float32, >= 0."""
-        x_hat = self.resynthesize(x)  # (B, 3, H, W)
-        return self.difference(self.phi(x_hat), self.phi(x))
-
-    def resynthesize(self, x: Tensor) -> Tensor:
-        """x_hat (B, 3, H, W) from the down-sampled x alone."""
-        return self.resynthesizer(downsample(x, self.resynthesizer.scale))
-
-    def phi(self, x: Tensor) -> Tensor:
-        """The space residuals are taken in: x itself, or its VGG-19 features of the stage."""
-        return x if self.stage == 0 else self.vgg(x, [self.stage])[self.stage]
-
-    def residual_size(self, height: int, width: int) -> tuple[int, int]:
-        """(H_l, W_l) of the residual of an image of this size."""
-        stride = 2 ** max(self.stage - 1, 0)
-        return height // stride, width // stride
-
-    @staticmethod
-    def difference(a: Tensor, b: Tensor) -> Tensor:
-        """|a - b|, in float32 whatever the precision of the features."""
-        return (a.float() - b.float()).abs_()
+    def compare(self, x: Tensor, stages: Iterable[int] = ()) -> Compared:
+        """Re-synthesise x and take the residual. stages: features wanted besides, such as a loss needs."""
+        x_lr = downsample(x, self.resynthesizer.scale)  # (B, 3, h, w)
+        x_hat = self.resynthesizer(x_lr)  # (B, 3, H, W)
+        wanted = {*stages, self.stage} - {0}
+        with torch.no_grad():
+            maps = self.vgg(x, wanted) if wanted else {}
+        maps_hat = self.vgg(x_hat, wanted) if wanted else {}
+        phi_hat, phi = (maps_hat[self.stage], maps[self.stage]) if self.stage else (x_hat, x)
+        residual = (phi_hat.float() - phi.float()).abs_()  # (B, C_l, H_l, W_l)
+        return Compared(x_hat, residual, maps_hat, maps)
 
     def classify(self, residual: Tensor) -> Tensor:
-        """residual -> logits (B, 2), float32."""
-        return self.classifier(residual).float()
+        """residual (B, C_l, H_l, W_l) -> logits (B, 2), in float32 whatever the precision around it.
+
+        The classifier is a hundredth of the work, and its batch norms on maps of a few values do not bear less.
+        """
+        with torch.autocast(residual.device.type, enabled=False):
+            return self.classifier(residual.float())
+
+    def residual_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(C_l, H_l, W_l) of the residual of an image of this size."""
+        stride = 2 ** max(self.stage - 1, 0)
+        return self.classifier.conv1[0].in_channels, height // stride, width // stride
 
     def freeze_resynthesizer(self, frozen: bool) -> None:
         """The one switch between `--fixed-sr` and end-to-end training (the release never undoes its freezing)."""
@@ -80,9 +90,3 @@ class ResynthesisDetector(nn.Module):
         self.classifier.tile = side
         if self.vgg is not None:
             self.vgg.tile = side // 4
-
-
-@torch.no_grad()
-def residual_energy(residual: Tensor) -> Tensor:
-    """Mean residual of each image, (B,): the simplest score the method has."""
-    return residual.mean(dim=(1, 2, 3))

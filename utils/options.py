@@ -6,12 +6,13 @@ is no file, the paper's.
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 
-PRECISIONS = ("fp32", "bf16", "fp16")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 PERTURBATIONS = ("none", "blur", "crop", "jpeg", "noise", "resize", "combined")
-PERTURBATION_PROTOCOLS = ("frank2020", "frank2020-released", "sweep")
+PERTURBATION_PROTOCOLS = ("frank2020", "sweep")
 CACHE_PRECISIONS = ("fp16", "fp32")
 TASKS = ("none", "colorization", "denoising")
 
@@ -31,10 +32,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """A flag of the released program that this one accepts and does not need; `args.without_effect` lists them."""
+    """A flag that is accepted and does nothing: of the released program, or one that was dropped. One line says so."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        namespace.without_effect = [*namespace.without_effect, option_string]
+        why = f" ({self.const})" if self.const else ""
+        sys.stderr.write(f"{option_string} has no effect here{why}\n")
 
 
 def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
@@ -68,8 +70,13 @@ def run_options() -> argparse.ArgumentParser:
         "--seed", type=number(int, 0), default=123, metavar="N", help="fixes everything random (default: 123)"
     )
     group.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32",
-        help="number format of the networks' arithmetic; weights and residuals stay float32 (default: fp32)",
+        "--precision", choices=PRECISIONS, default="auto",
+        help="number format of the networks' arithmetic; weights and residuals stay float32 (default: auto = tf32 on a"
+        " GPU, as the release ran, fp32 on a CPU; fp32 is float32 to the last bit on either)",
+    )  # fmt: skip
+    group.add_argument(
+        "--deterministic", action="store_true",
+        help="reproducible algorithms on a GPU, which may be slower (a CPU's are; default: the fastest for each shape)",
     )  # fmt: skip
     group.add_argument(
         "--vgg-weights", default="auto", metavar="auto|imagenet|random|FILE",
@@ -121,11 +128,6 @@ def detector_options() -> argparse.ArgumentParser:
         help="weights of RDN: a file of train_sr.py, a released one, or NNNN_sr.pth.tar of a fine-tuned detector"
         " (default: those inside the detector's checkpoint)",
     )  # fmt: skip
-    group.add_argument(
-        "--resume", metavar="FILE|auto",
-        help="a detector's checkpoint. test.py: the detector to test. train_detector.py: go on from there (auto: from"
-        " the last state in --output-path, if any); from a released checkpoint, start a new run with its weights",
-    )  # fmt: skip
     return parser
 
 
@@ -152,10 +154,18 @@ def image_options() -> argparse.ArgumentParser:
     return parser
 
 
-def training_options() -> argparse.ArgumentParser:
-    """What both trainers need against accidents."""
+def training_options(last: str) -> argparse.ArgumentParser:
+    """How both trainers start, go on, and are kept against accidents."""
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("keeping a training safe")
+    group.add_argument(
+        "--resume", metavar="FILE|auto",
+        help=f"go on with the run whose state this is; auto: with the one of {last}, if there is one, else from --init;"
+        " a file without a state, as the released ones are, starts a new run with its weights",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite", action="store_true", help="delete the run that the output folder holds, and begin anew"
+    )
     group.add_argument(
         "--save-minutes", type=number(float, 0), default=15.0, metavar="M",
         help="save the whole state at least every M minutes, within an epoch too (15)",
@@ -165,12 +175,26 @@ def training_options() -> argparse.ArgumentParser:
         help="keep only the N newest numbered checkpoints; best and last are always kept (default: keep all)",
     )  # fmt: skip
     group.add_argument(
-        "--skip-nonfinite", type=number(int, 0), default=0, metavar="N",
-        help="leave out up to N steps whose loss or gradient is not finite, then stop (0: stop at the first)",
-    )  # fmt: skip
-    group.add_argument(
         "--skip-bad", action="store_true", help="train without the images that cannot be used, rather than refuse"
     )
+    dropped(group, "--skip-nonfinite", "a loss that is not finite always ends the run, its last good state named")
+    return parser
+
+
+def dropped(group: argparse._ArgumentGroup, flag: str, why: str = "", takes: int | None = None) -> None:
+    """Accept a flag that does nothing. takes: 0 if it has no value."""
+    names = flag.split()
+    group.add_argument(*names, action=NoEffect, const=why, nargs=takes, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def release_options() -> argparse.ArgumentParser:
+    """Options of the released train.py and test.py that do nothing here."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for flag in ("--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
+                 "--dist-url", "--dist-backend", "--carlibration", "--defense"):  # fmt: skip
+        dropped(parser, flag)
+    for flag in ("-e --evaluate", "--pretrained", "--multiprocessing-distributed"):
+        dropped(parser, flag, takes=0)
     return parser
 
 
@@ -178,16 +202,13 @@ def train_sr_parser() -> Parser:
     parser = Parser(
         prog="train_sr.py",
         description="Train the re-synthesizer: RDN super-resolution on REAL images only.",
-        parents=[run_options(), resynthesizer_options(), training_options()],
+        parents=[run_options(), resynthesizer_options(), training_options("--outputs-dir")],
     )
     group = parser.add_argument_group("training")
     group.add_argument("--train-file", metavar="FILE", help="list of real images, one path a line; or a folder")
     group.add_argument("--eval-file", metavar="FILE", help="list or folder of images to report PSNR and SSIM on")
     group.add_argument("--outputs-dir", default="output_hr", metavar="DIR", help="writes DIR/xSCALE/epoch_N.pth, ...")
-    group.add_argument("--weights-file", metavar="FILE", help="start from these weights of RDN")
-    group.add_argument(
-        "--resume", metavar="FILE|auto", help="go on from a last.pth; auto: from the one in --outputs-dir, if any"
-    )
+    group.add_argument("--weights-file", dest="init", metavar="FILE", help="start from these weights of RDN")
     group.add_argument("--evaluate", action="store_true", help="only evaluate --weights-file on --eval-file")
     group.add_argument("--patch-size", type=number(int, 1), default=24, metavar="N", help="side in LR pixels (24)")
     group.add_argument(
@@ -216,14 +237,13 @@ def train_detector_parser() -> Parser:
         prog="train_detector.py",
         description="Train the detector on re-synthesis residuals, RDN frozen (--fixed-sr) or end to end.",
         parents=[
-            run_options(), image_options(), resynthesizer_options(), detector_options(), training_options(),
+            run_options(), image_options(), resynthesizer_options(), detector_options(),
+            training_options("--output-path"), release_options(),
         ],
     )  # fmt: skip
     group = parser.add_argument_group("training")
     group.add_argument("--output-path", default="output", metavar="DIR", help="where checkpoints and records go")
-    group.add_argument(
-        "--init", metavar="FILE", help="start a new run with the weights of this detector (--resume would continue it)"
-    )
+    group.add_argument("--init", metavar="FILE", help="start a new run with the weights of this detector")
     group.add_argument("-b", "--batch-size", type=number(int, 1), default=10, metavar="N", help="images a step (10)")
     group.add_argument(
         "--micro-batch", type=number(int, 1), metavar="N",
@@ -231,14 +251,23 @@ def train_detector_parser() -> Parser:
         " for one more forward pass where RDN is trained (default: the whole batch)",
     )  # fmt: skip
     group.add_argument("--epochs", type=number(int, 1), default=100, metavar="N", help="(100)")
-    group.add_argument("--lr", type=number(float, 0), default=1e-2, metavar="RATE", help="base rate of SGD (1e-2)")
+    group.add_argument(
+        "--lr", "--learning-rate", type=number(float, 0), default=1e-2, metavar="RATE", help="base rate of SGD (1e-2)"
+    )
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="of SGD (0.9)")
-    group.add_argument("--wd", dest="weight_decay", type=number(float, 0), default=1e-4, metavar="W", help="(1e-4)")
+    group.add_argument(
+        "--wd", "--weight-decay", dest="weight_decay", type=number(float, 0), default=1e-4, metavar="W", help="(1e-4)"
+    )
     group.add_argument(
         "--lr-sr", dest="classifier_grad_scale", type=number(float, 0), default=0.02, metavar="S",
         help="scales the CLASSIFIER's gradients, despite the flag's name: it learns at lr * S, RDN at lr (0.02)",
     )  # fmt: skip
     group.add_argument("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="RDN is not trained")
+    group.add_argument(
+        "--crops-per-image", dest="crops", type=number(int, 0), default=0, metavar="K",
+        help="with --crop-size: cut K crops out of each image, the same in every epoch, all of which are used; their"
+        " residuals are kept as those of whole images are (default: 0 = one crop, anew in each epoch)",
+    )  # fmt: skip
     group.add_argument(
         "--augment-perturb", action="store_true",
         help="blur, crop, compress (JPEG) or add noise to half of the training images, anew in each epoch, as"
@@ -249,15 +278,15 @@ def train_detector_parser() -> Parser:
     )
     group.add_argument(
         "--lw-sr", dest="auxiliary_weight", type=number(float, 0), default=1.0, metavar="W",
-        help="weight of the auxiliary loss (1)",
+        help="weight of the auxiliary loss, which end-to-end training has with --mode-sr none, too (1; 0: without)",
     )  # fmt: skip
     group.add_argument(
         "--save-every-epoch", type=number(int, 1), default=2, metavar="N", help="keep a checkpoint every N epochs (2)"
     )
     group.add_argument(
         "--no-cache", dest="cache", action="store_false",
-        help="compute the residuals anew in each epoch (default: with --fixed-sr, and unless images are cropped at random"
-        " or perturbed, each is computed once and kept on disk)",
+        help="compute the residuals anew in each epoch (default: with --fixed-sr, and unless images are cropped or"
+        " perturbed anew in each epoch, each is computed once and kept on disk)",
     )  # fmt: skip
     group.add_argument(
         "--cache-dir", metavar="DIR",
@@ -265,7 +294,7 @@ def train_detector_parser() -> Parser:
     )  # fmt: skip
     group.add_argument(
         "--cache-gb", type=number(float, 0), default=50.0, metavar="G",
-        help="keep at most G GB, and no more than is left free on the disk; what does not fit is computed anew (50)",
+        help="keep residuals if all of them take at most G GB and the disk has as much; else none are kept (50)",
     )  # fmt: skip
     group.add_argument(
         "--cache-precision", choices=CACHE_PRECISIONS, default="fp16",
@@ -277,6 +306,7 @@ def train_detector_parser() -> Parser:
     group.add_argument(
         "--val-root-neg", dest="val_fake_roots", nargs="+", metavar="DIR", help="GENERATED images to validate on"
     )
+    dropped(parser, "--save_path")
     return parser
 
 
@@ -284,9 +314,12 @@ def test_parser() -> Parser:
     parser = Parser(
         prog="test.py",
         description="Score images, real or generated. Labelled sets get metrics, --input any file or folder.",
-        parents=[run_options(), image_options(), resynthesizer_options(), detector_options()],
-    )
+        parents=[
+            run_options(), image_options(), resynthesizer_options(), detector_options(), release_options(),
+        ],
+    )  # fmt: skip
     group = parser.add_argument_group("test")
+    group.add_argument("--resume", metavar="FILE", help="the detector's checkpoint")
     group.add_argument("--input", nargs="+", metavar="PATH", help="score these images and folders, without labels")
     group.add_argument(
         "--save_path", "--save-path", dest="save_path", metavar="P", help="writes P.csv, P.npy, P.json and P.png"
@@ -312,10 +345,8 @@ def test_parser() -> Parser:
         help="work on N x N pixels of a larger image at a time: the smaller, the less memory and the more time; the"
         " logits stay those of the whole image to rounding, each tile being given all its results depend on (1024)",
     )  # fmt: skip
-    release = parser.add_argument_group("accepted for the released scripts' sake, without effect in a test")
-    for flag in ("--lr", "--momentum", "--wd", "--epochs", "--output-path", "--save-every-epoch", "--mode-sr",
-                 "--lr-sr", "--lw-sr"):  # fmt: skip
-        release.add_argument(flag, action=NoEffect, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    release.add_argument("--fixed-sr", action=NoEffect, nargs=0, dest=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    parser.set_defaults(without_effect=[])
+    for flag in ("--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
+                 "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"):  # fmt: skip
+        dropped(parser, flag)
+    dropped(parser, "--fixed-sr", takes=0)
     return parser

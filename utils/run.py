@@ -72,7 +72,7 @@ def run_program(main: Callable[[], int | None]) -> int:
             raise
         if not is_main_process():
             time.sleep(PEER_GRACE)  # where the main process says the same, this one is ended meanwhile
-        logger.error("error: %s", " ".join(text.split()))
+        logger.error("error: %s", shown(" ".join(text.split())))
         return EXIT_MISTAKE
 
 
@@ -154,6 +154,9 @@ class Compute(NamedTuple):
 
     device: torch.device
     precision: str
+
+    def __str__(self) -> str:
+        return f"{self.precision} on {self.device.type}"
 
     def input(self, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) of 0..255 -> float32 in [0, 1], on the device, channels-last."""

@@ -1,0 +1,300 @@
+"""Batches: which images in what order, how each is read, and the loader. One kind of batch for all that is trained on.
+
+What is random depends on (seed, epoch, image) alone: not on workers, processes, or where a run was stopped.
+"""
+
+import atexit
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.images import SizePolicy, fit_size, load_image, multiple_box, read_rgb, size_problem
+from data.lists import Item
+from utils.distributed import World
+from utils.run import Compute, UserError, keyed_generator, shown
+
+UNLABELLED = -1  # in Batch.labels
+GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved
+Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # of uint8 (3, H, W)
+
+
+class Key(NamedTuple):
+    """What a sampler asks a dataset for."""
+
+    epoch: int
+    index: int  # of the image in its list
+    weight: float = 1.0  # of the image in the mean over its batch: 1 / batch size; 0 for one that only fills a share
+
+
+class Sample(NamedTuple):
+    """What a dataset gives for a key: K parts of one image, or `error`, one line."""
+
+    key: Key
+    item: Item
+    x: Tensor | None  # (K, ...): uint8 images or patches, or float residuals
+    error: str | None = None
+
+
+class Batch(NamedTuple):
+    """B rows of one shape; the images that could not be read are in `errors` alone."""
+
+    x: Tensor  # uint8 (B, 3, H, W) of 0..255, or residuals (B, C_l, H_l, W_l)
+    labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
+    weights: Tensor  # float32 (B,): a sum over rows and processes, so weighted, is the mean over the batch
+    items: list[Item]  # of each row
+    keys: list[tuple[int, int, int]]  # of each row: epoch, index of the image, which of its K parts
+    errors: dict[int, str]  # index of the image -> one line
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """One batch of the samples. Those of another shape than the first are errors."""
+    errors = {s.key.index: s.error for s in samples if s.error}
+    read = [s for s in samples if not s.error]
+    for s in read:
+        if s.x.shape != read[0].x.shape:
+            sizes = (f"{shown(t.item.path)} ({t.x.shape[-1]} x {t.x.shape[-2]})" for t in (read[0], s))
+            errors[s.key.index] = f"images of different sizes cannot share a batch: {' and '.join(sizes)}"
+    read = [s for s in read if s.key.index not in errors]
+    parts = [(s, k) for s in read for k in range(len(s.x))]
+    return Batch(
+        x=torch.cat([s.x for s in read]) if read else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        labels=torch.tensor([UNLABELLED if s.item.label is None else s.item.label for s, _ in parts]),
+        weights=torch.tensor([s.key.weight / len(s.x) for s, _ in parts]),
+        items=[s.item for s, _ in parts],
+        keys=[(s.key.epoch, s.key.index, k) for s, k in parts],
+        errors=errors,
+    )
+
+
+def alike(batches: Iterable[Batch], images: int | None, pixels: int) -> Iterator[Batch]:
+    """Batches of one image each, joined while they follow each other and are of one size.
+
+    images: the most in a batch; None: as many as have `pixels` together.
+    """
+    waiting: list[Batch] = []
+
+    def joined() -> Batch:
+        x, labels, weights = (torch.cat([getattr(b, name) for b in waiting if len(b.x)] or [getattr(waiting[0], name)])
+                              for name in ("x", "labels", "weights"))  # fmt: skip
+        items, keys = ([entry for b in waiting for entry in getattr(b, name)] for name in ("items", "keys"))
+        return Batch(x, labels, weights, items, keys, {i: text for b in waiting for i, text in b.errors.items()})
+
+    for batch in batches:
+        shape = batch.x.shape
+        read = [b.x.shape for b in waiting if len(b.x)]
+        if read and len(batch.x) and shape != read[0]:
+            yield joined()
+            waiting, read = [], []
+        waiting.append(batch)
+        if len(batch.x) and len(read) + 1 >= (images or pixels // (shape[-2] * shape[-1])):
+            yield joined()
+            waiting = []
+    if waiting:
+        yield joined()
+
+
+# --- which images make up each batch ------------------------------------------------------------------------
+
+
+class EpochBatches(Sampler):
+    """Batches of one epoch, as lists of keys: a `batch_sampler` for DataLoader.
+
+    Each batch is dealt out among the processes: process r gets its images r, r + size, ... The last, smaller batch is
+    kept. Where it has fewer images than there are processes, those left without one get its first, of weight 0, since
+    all have to take the step.
+
+    Args:
+        count: number of images.
+        batch_size: images a step, over all processes.
+        seed: a number >= 0, which with the epoch fixes the order; None: as listed.
+    """
+
+    def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
+        self.count, self.batch_size, self.seed, self.world = count, batch_size, seed, world
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, first_step: int = 0) -> None:
+        """Choose the epoch and the step of it to begin with (those before it were done before a stop)."""
+        self.epoch, self.first_step = epoch, first_step
+
+    @property
+    def steps(self) -> int:
+        """Steps in a whole epoch."""
+        return -(-self.count // self.batch_size)
+
+    def __len__(self) -> int:
+        """Steps left in this epoch."""
+        return max(0, self.steps - self.first_step)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, order = self.epoch, np.arange(self.count)
+        if self.seed is not None:
+            order = keyed_generator(self.seed, epoch).permutation(self.count)
+        for step in range(self.first_step, self.steps):
+            batch = order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
+            own = batch[self.world.rank :: self.world.size]
+            yield [Key(epoch, index, 1 / len(batch)) for index in own] or [Key(epoch, batch[0], 0.0)]
+
+    def smallest_share(self) -> int:
+        """The fewest images any process has in any step."""
+        last = self.count - (self.steps - 1) * self.batch_size
+        return max(min(self.batch_size, last) // self.world.size, 1)
+
+
+# --- how each image is read ---------------------------------------------------------------------------------
+
+
+class Draws(NamedTuple):
+    """What differs from epoch to epoch in training."""
+
+    seed: int
+    crops: int = 0  # fixed crops of each image, all of them used in every epoch; 0: one, anew in each epoch
+
+
+class ImageDataset(Dataset):
+    """Images of one size policy: mirrored and cropped at random in training, as they are or the centre in tests.
+
+    Args:
+        items: the images.
+        draws: None: nothing is random.
+        transform: called as transform(image, rng) with the uint8 (3, H, W) image as read, before it is fitted.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], policy: SizePolicy, draws: Draws | None = None, transform: Transform | None = None
+    ):
+        self.items, self.policy, self.draws, self.transform = items, policy, draws, transform
+        self.parts = max(draws.crops, 1) if draws else 1  # entries of each image
+
+    def __len__(self) -> int:
+        return len(self.items) * self.parts
+
+    def item(self, index: int) -> Item:
+        return self.items[index // self.parts]
+
+    def __getitem__(self, key: Key) -> Sample:
+        item = self.item(key.index)
+        try:
+            return Sample(key, item, self._read(item.path, key)[None])  # (1, 3, H, W)
+        except UserError as error:  # not raised in a worker: DataLoader would make a traceback of it
+            return Sample(key, item, None, named(error, item.path))
+
+    def _read(self, path: str, key: Key) -> Tensor:
+        image, rng = load_image(path), None  # (3, H, W)
+        if self.transform is not None:
+            image = self.transform(image, self.draws and keyed_generator(self.draws.seed, key.epoch, key.index, 1))
+        if self.draws is not None and self.policy.crop_size is not None:
+            epoch = 0 if self.draws.crops else key.epoch
+            rng = keyed_generator(self.draws.seed, epoch, key.index, 2)
+        image = fit_size(image, self.policy, rng)
+        return image.flip(-1) if self.mirrored(key) else image
+
+    def mirrored(self, key: Key) -> bool:
+        """Whether an image is mirrored in an epoch; known without reading it."""
+        return self.draws is not None and keyed_generator(self.draws.seed, key.epoch, key.index).random() < 0.5
+
+
+def named(error: Exception, path: str) -> str:
+    """The error as one line that begins with the file's name."""
+    text, name = str(error), shown(path)
+    return text if text.startswith(name) else f"{name}: {text}"
+
+
+class PatchDataset(Dataset):
+    """K random HR patches of each image, `patch_size * scale` pixels, mirrored and turned.
+
+    A patch begins at a multiple of `scale` of the image centre-cropped to a multiple of it, so that it is downsampled
+    to the very pixels that the whole image would be downsampled to. Horizontal flip, vertical flip and rotation by 90
+    degrees have probability 0.5 each (He et al.; the same as in yjn870/RDN-pytorch, MIT).
+
+    Args:
+        patch_size: side of a patch in LR pixels.
+        patches_per_image: K, taken from an image once it is decoded.
+    """
+
+    def __init__(self, items: Sequence[Item], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0):
+        self.items, self.patch_size, self.scale = items, patch_size, scale
+        self.patches_per_image, self.seed = patches_per_image, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, key: Key) -> Sample:
+        item = self.items[key.index]
+        try:
+            image = read_rgb(item.path)
+            policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
+            if problem := size_problem(image.height, image.width, policy):
+                raise UserError(problem)
+        except UserError as error:
+            return Sample(key, item, None, named(error, item.path))
+        rng = keyed_generator(self.seed, key.epoch, key.index)
+        patches = [random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
+        return Sample(key, item, torch.from_numpy(np.stack(patches)))  # (K, 3, P, P)
+
+
+def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
+    """One aligned patch, flipped and turned at random: uint8 (3, P, P), P = patch_size * scale."""
+    top, left, height, width = multiple_box(image.height, image.width, scale)
+    side = patch_size * scale
+    top += scale * int(rng.integers((height - side) // scale + 1))
+    left += scale * int(rng.integers((width - side) // scale + 1))
+    flip_horizontal, flip_vertical, turn = rng.random(3) < 0.5
+    patch = np.asarray(image.crop((left, top, left + side, top + side)))  # (P, P, 3)
+    if flip_horizontal:
+        patch = patch[:, ::-1]
+    if flip_vertical:
+        patch = patch[::-1]
+    if turn:
+        patch = np.rot90(patch)
+    return np.ascontiguousarray(patch.transpose(2, 0, 1))  # (3, P, P)
+
+
+# --- the loader ---------------------------------------------------------------------------------------------
+
+
+def make_loader(dataset: Dataset, batches: Sampler, workers: int, compute: Compute) -> DataLoader:
+    """Read `batches` (lists of keys) of `dataset` a few batches ahead, in `workers` processes.
+
+    At most one for each core: what is read does not depend on their number.
+    """
+    workers = min(workers, os.cpu_count() or 1)
+    if workers:
+        atexit.register(_end_workers)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=compute.device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_start_worker,
+        multiprocessing_context="fork" if workers else None,
+    )
+
+
+def _start_worker(_: int) -> None:
+    """The main process decides when to stop; one thread each, since there are several workers.
+
+    Who stops a program often signals all of its processes. A worker that died of that would take the main process with
+    it before its state is saved; one that stayed for ever would keep it from ending (as SIGTERM is to at its end).
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+    torch.set_num_threads(1)
+
+
+def _end_workers() -> None:
+    """At the end of a program that has failed, whose workers are still there: not after GRACE, but now."""
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            os.kill(process.pid, signal.SIGALRM)

@@ -1,0 +1,149 @@
+"""Residuals kept on disk: with RDN frozen, the residual of an image never changes, so it is computed once.
+
+One file for each image, crop and direction (a mirrored image has a residual of its own: RDN does not commute with
+mirroring), in a folder named by all that the numbers depend on: weights, stage, sizes, arithmetic, versions. Before an
+epoch what it lacks is computed (`fill`); it then reads residuals only. All of them are kept, or none.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
+from utils.distributed import World, wait_for_all
+from utils.run import Compute, UserError, atomic, progress, shown
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+
+class ResidualCache:
+    """The residuals of one setting, in a folder that may hold those of others; any number of runs may share it.
+
+    Args:
+        folder: of the cache; exists.
+        about: all that a residual depends on but its image, as names and values: fingerprints of the weights, ...
+        storage: "fp16" or "fp32". In half precision a value v >= 2^-14 is kept to within 2^-11 v (0.05 %), and a
+            smaller one to within 2^-25, that is 1 / 130000 of a grey level.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, object], storage: str):
+        about = {**about, "storage": storage, "torch": torch.__version__, "Pillow": PIL.__version__}
+        text = "".join(f"{name}: {value}\n" for name, value in sorted(about.items()))
+        self.folder, self.dtype = folder, DTYPES[storage]
+        self.home = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
+        self.home.mkdir(exist_ok=True)
+        (self.home / "settings.txt").write_text(text)  # for people
+
+    def has_room(self, shapes: Sequence[tuple[int, int, int]], max_bytes: float) -> bool:
+        """Whether residuals of these shapes (C_l, H_l, W_l) fit into `max_bytes` and onto the disk; says so."""
+        needed = sum(c * h * w for c, h, w in shapes) * self.dtype.itemsize
+        own = sum(entry.stat().st_size for entry in os.scandir(self.home))
+        fits = needed <= max_bytes and needed - own <= shutil.disk_usage(self.home).free
+        logger.info(
+            "residual cache %s: up to %d residuals take %.2f GB (%.2f GB there already); %s",
+            shown(self.folder), len(shapes), needed / 1e9, own / 1e9,
+            "it can be deleted after any run" if fits else f"more than --cache-gb {max_bytes / 1e9:g} or the disk has:"
+            " none are kept, all are computed anew in each epoch",
+        )  # fmt: skip
+        return fits
+
+    def path(self, images: ImageDataset, key: Key) -> Path:
+        """Where the residual of an image is kept: named by its file, the file's size and time, crop and direction.
+
+        Raises:
+            UserError: if there is no such file.
+        """
+        name = images.item(key.index).path
+        try:
+            status = os.stat(name)
+        except OSError as error:
+            raise UserError(f"{shown(name)}: cannot be opened ({error.strerror})") from None
+        crop = (images.draws.seed, key.index) if images.draws and images.draws.crops else None
+        identity = (os.path.realpath(name), status.st_size, status.st_mtime_ns, crop, bool(images.mirrored(key)))
+        return self.home / f"{hashlib.sha256(repr(identity).encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
+
+    def missing(self, images: ImageDataset, keys: Sequence[Key]) -> list[Key]:
+        """Those of which nothing is kept, or whose file is not there (which `fill` will say)."""
+
+        def lacks(key: Key) -> bool:
+            try:
+                return not self.path(images, key).exists()
+            except UserError:
+                return True
+
+        return [key for key in keys if lacks(key)]
+
+    def write(self, path: Path, residual: Tensor) -> None:
+        """Keep a residual (C_l, H_l, W_l)."""
+        stored = residual.to(self.dtype)
+        if not stored.isfinite().all():
+            raise UserError("a residual is too large for half precision: use --cache-precision fp32")
+        with atomic(path) as file:  # a .npz, because it carries a checksum
+            np.savez(file, residual=stored.cpu().contiguous().numpy())
+
+
+class ResidualDataset(Dataset):
+    """The items of `images`, as residuals: none is decoded.
+
+    Raises:
+        ValueError: if the images differ from epoch to epoch by more than being mirrored.
+    """
+
+    def __init__(self, images: ImageDataset, cache: ResidualCache):
+        anew = images.draws and images.policy.crop_size is not None and not images.draws.crops
+        if images.transform is not None or anew:
+            raise ValueError("images that change from epoch to epoch were given: the residuals of these change, too")
+        self.images, self.cache = images, cache
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, key: Key) -> Sample:
+        item = self.images.item(key.index)
+        try:
+            path = self.cache.path(self.images, key)
+            return Sample(key, item, torch.from_numpy(np.load(path)["residual"])[None])  # (1, C_l, H_l, W_l)
+        except UserError as error:
+            return Sample(key, item, None, str(error))
+        except FileNotFoundError:  # `fill` has said why, or the image has changed since
+            return Sample(key, item, None, f"{shown(item.path)}: there is no residual of it; see above")
+        except Exception as error:  # damaged: zipfile, zlib and numpy raise many kinds
+            path.unlink(missing_ok=True)
+            reason = f"its residual {path} is damaged and was deleted ({error}): go on with --resume auto"
+            return Sample(key, item, None, f"{shown(item.path)}: {reason}")
+
+    def fill(
+        self,
+        epoch: int,
+        residual_of: Callable[[Batch], tuple[Tensor, None]],
+        after_each: Callable[[], None],
+        workers: int,
+        compute: Compute,
+        world: World,
+    ) -> None:
+        """Compute what the epoch lacks, each process a part, each image alone: so it is the same whoever asks for it.
+
+        residual_of: a batch of one image -> its residual (1, C_l, H_l, W_l), and nothing. after_each: called after each.
+        """
+        keys = self.cache.missing(self.images, [Key(epoch, index) for index in range(len(self.images))])
+        wait_for_all(world)  # all have looked before anyone writes
+        keys = keys[world.rank :: world.size]
+        loader = make_loader(self.images, [[key] for key in keys], workers, compute)
+        for batch, key in zip(progress(loader, "residuals", len(keys)), keys, strict=True):
+            for text in batch.errors.values():
+                logger.warning("%s", text)
+            if len(batch.x):
+                self.cache.write(self.cache.path(self.images, key), residual_of(batch)[0][0])
+            after_each()
+        wait_for_all(world)
