@@ -11,7 +11,6 @@ from utils.scores import (
     FORMULA_STARTS,
     Row,
     RowWriter,
-    drop_torn_row,
     make_rows,
     predict,
     read_record,
@@ -43,8 +42,7 @@ def test_any_file_name_comes_back(tmp_path, name):
 def test_tables_with_and_without_stability(tmp_path):
     rows = make_rows([("a.png", REAL, ""), ("b.png", None, "")], [[0, 2], [3, 1]])
     rows = [*(row._replace(stability="unstable") for row in rows), Row("c.png", error="torn")]
-    path = write(tmp_path / "s.csv", rows[0], stability=True)
-    write(path, *rows[1:], append=True, stability=True)
+    path = write(tmp_path / "s.csv", *rows, stability=True)
     assert path.read_text().startswith(f"{HEADER},stability\n")
     assert list(read_rows(path)) == rows
     table = read_table(path)
@@ -120,25 +118,9 @@ def test_what_write_returned_from_is_in_the_file(tmp_path):
             assert len(read_table(tmp_path / "s.csv")) == n
 
 
-def test_a_killed_run_goes_on_where_it_stopped(tmp_path):
-    rows = [Row(f"{n}\r,\n.png", "real", "", 0.0, 1.0, 0.25, "real") for n in range(3)]
-    whole = write(tmp_path / "whole.csv", *rows).read_bytes()
-    for length in range(len(whole) + 1):  # killed after any byte
-        path = tmp_path / "torn.csv"
-        path.write_bytes(whole[:length])
-        done = drop_torn_row(path)
-        assert whole.startswith(path.read_bytes())
-        assert write(path, *rows[done:], append=True).read_bytes() == whole
-
-
-def test_append_starts_a_table_that_is_not_there(tmp_path):
-    assert write(tmp_path / "new.csv", Row("a", error="x"), append=True).read_text() == f"{HEADER}\na,,,,,,,x\n"
-
-
-@pytest.mark.parametrize("append", [False, True])
-def test_a_file_that_cannot_be_written_is_a_users_mistake(tmp_path, append):
+def test_a_file_that_cannot_be_written_is_a_users_mistake(tmp_path):
     with pytest.raises(UserError, match=str(tmp_path)):
-        RowWriter(tmp_path, append=append)
+        RowWriter(tmp_path)
 
 
 def test_other_orders_more_columns_and_a_byte_order_mark_are_fine(tmp_path):

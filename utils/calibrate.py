@@ -19,7 +19,6 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 
@@ -120,7 +119,7 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
     Raises:
         UserError: if it is not, or the file holds no detector.
     """
-    from models.weights import state_dict_of
+    from models.weights import fingerprint, state_dict_of
 
     state = content.get("state_dict")
     if not isinstance(state, Mapping) or not any(name.endswith("fc.weight") for name in state):
@@ -129,7 +128,7 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
         logger.warning("warning: no SCORES.json beside the table, so it is taken on trust to be of this detector")
     config, scored = content.get("config") or {}, record.get("detector") or {}
     parts = {  # of the file, of the scores; None: not known
-        "classifier": (fingerprint_of(state_dict_of(content, path)), scored.get("classifier")),
+        "classifier": (fingerprint(state_dict_of(content, path)), scored.get("classifier")),
         "RDN": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": tuple((c.get("vgg") or {}).get("fingerprint") for c in (config, scored)),
     }
@@ -142,13 +141,6 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
         raise UserError(f"the scores are of images with {perturbation}: calibrate on untouched ones (--perturb none)")
-
-
-def fingerprint_of(state: Mapping) -> str:
-    """That of a network with this state dict."""
-    from models.weights import fingerprint
-
-    return fingerprint(SimpleNamespace(state_dict=lambda: state))
 
 
 def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
@@ -192,6 +184,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = read_table(args.scores)
     calibration, warnings = calibrate(table, *rates)
     lines = [*report_lines(table, calibration), *(f"warning: {w}" for w in warnings)]
+    if record.get("trained_on"):
+        lines.append(
+            f"warning: it was trained on {record['trained_on']} of these images: take others, or it is too sure"
+        )
     if args.into:
         calibration |= {"source": Path(args.scores).name, "seen": record.get("seen", {})}
         checkpoint.save({**content, "calibration": calibration}, args.into)

@@ -49,13 +49,6 @@ FALSE_ALARMS = (0.01, 0.05)  # marked on the logarithmic ROC
 CHANCE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
 BRIGHTEST = 0.005  # of a residual's pixels
-# What the strength of a perturbation is, and whether smaller is harder on the detector
-STRENGTHS = {
-    "jpeg": ("quality", True),
-    "blur": ("sigma in pixels", False),
-    "noise": ("standard deviation, of [0, 1]", False),
-    "resize": ("factor, and back", True),
-}
 
 
 def roc_and_histogram(table: ScoreTable, path: str | os.PathLike) -> None:
@@ -256,7 +249,11 @@ def sheet(
 
 
 def strength_axis(perturbation: str) -> tuple[str, bool]:
-    return STRENGTHS.get(perturbation, ("strength", False))
+    """What the strength of a perturbation is, and whether smaller is harder on the detector."""
+    from data import perturbations  # here, because it takes seconds and most figures need none
+
+    kind = getattr(perturbations, "PERTURBATIONS", {}).get(perturbation)
+    return (kind.axis, kind.smaller_is_harder) if kind else ("strength", False)
 
 
 def shorten(name: str) -> str:

@@ -13,7 +13,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
@@ -112,46 +112,45 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0, -x))
 
 
-def make_rows(
-    items: Iterable[tuple[str, int | None, str]], logits: np.ndarray, calibration: Mapping | None = None
-) -> list[Row]:
-    """The rows of N images (path, label, generator), label FAKE, REAL or None, from their logits (N, 2).
+def row_of(item: tuple[str, int | None, str], *scores: float | str, error: str = "") -> Row:
+    """The row of an image (path, label, generator), label FAKE, REAL or None. scores: logits, P(fake), prediction."""
+    path, label, generator = item
+    return Row(path, "" if label is None else LABEL_NAMES[label], generator, *scores, error=error)
 
-    calibration: see `predict`. Logits that are not finite make a row with an error.
+
+def make_rows(items: Sequence[tuple], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
+    """The rows of N images from their logits (N, 2). Logits that are not finite make a row with an error.
+
+    items: see `row_of`. calibration: see `predict`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
     finite = np.isfinite(logits).all(axis=1)
     prob_fake, predictions = predict(np.where(finite[:, None], logits, 0), calibration)
-    rows = []
-    for i, (path, label, generator) in enumerate(items):
-        about = (path, "" if label is None else LABEL_NAMES[label], generator)
-        if finite[i]:
-            rows.append(Row(*about, *logits[i].tolist(), float(prob_fake[i]), predictions[i]))
-        else:
-            rows.append(Row(*about, error=f"the network's logits are not finite: {logits[i].tolist()}"))
-    return rows
+    return [
+        row_of(item, *logits[i].tolist(), float(prob_fake[i]), predictions[i])
+        if finite[i]
+        else row_of(item, error=f"the network's logits are not finite: {logits[i].tolist()}")
+        for i, item in enumerate(items)
+    ]
 
 
 class RowWriter:
-    """Writes a score table row by row, in a `with` block; what `write` has returned from is in the file.
+    """Writes a score table row by row; what `write` has returned from is in the file.
 
-    append=True goes on with an existing table, less an unfinished last row; stability=True: with that column.
+    stability: whether it has that column.
 
     Raises:
         UserError: if the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, append: bool = False, stability: bool = False):
+    def __init__(self, path: str | os.PathLike, stability: bool = False):
         self._columns = Row._fields if stability else COLUMNS
         try:
-            if append and os.path.exists(path):
-                drop_torn_row(path)
-            self._file = open(path, "a" if append else "w", encoding="utf-8", errors="surrogateescape", newline="")
+            self._file = open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
             raise UserError(f"cannot write the score table {shown(path)} ({error.strerror})") from None
-        if self._file.tell() == 0:
-            self._file.write(",".join(self._columns) + "\n")
-            self._file.flush()
+        self._file.write(",".join(self._columns) + "\n")
+        self._file.flush()
 
     def write(self, *rows: Row) -> None:
         for row in rows:
@@ -161,11 +160,14 @@ class RowWriter:
             csv.writer(self._file, lineterminator="\n", quoting=quoting).writerow(cells)
         self._file.flush()
 
+    def close(self) -> None:
+        self._file.close()
+
     def __enter__(self) -> "RowWriter":
         return self
 
     def __exit__(self, *_) -> None:
-        self._file.close()
+        self.close()
 
 
 def _cells(row: Row) -> list[str]:
@@ -177,20 +179,6 @@ def _cells(row: Row) -> list[str]:
     logits = ["" if x is None else str(np.float32(x)) for x in (row.logit_fake, row.logit_real)]
     prob = "" if row.prob_fake is None else repr(float(row.prob_fake))
     return [path, row.label, generator, *logits, prob, row.prediction, error, row.stability]
-
-
-def drop_torn_row(path: str | os.PathLike) -> int:
-    """Cut off what a killed writer left of an unfinished last row. Returns the number of whole rows."""
-    records = end = position = 0
-    quoted = False  # in a whole record, quotes come in pairs
-    with open(path, "r+b") as file:
-        for line in file:
-            position += len(line)
-            quoted ^= line.count(b'"') % 2 == 1
-            if line.endswith(b"\n") and not quoted:
-                records, end = records + 1, position
-        file.truncate(end)
-    return max(records - 1, 0)  # the first is the header
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
