@@ -250,10 +250,10 @@ def sheet(
 
 def strength_axis(perturbation: str) -> tuple[str, bool]:
     """What the strength of a perturbation is, and whether smaller is harder on the detector."""
-    from data import perturbations  # here, because it takes seconds and most figures need none
+    from data.perturbations import PERTURBATIONS  # here, because it takes seconds and most figures need none
 
-    kind = getattr(perturbations, "PERTURBATIONS", {}).get(perturbation)
-    return (kind.axis, kind.smaller_is_harder) if kind else ("strength", False)
+    kind = PERTURBATIONS.get(perturbation)
+    return (kind.axis, kind.smaller_is_harder) if kind else ("strength", False)  # of another program
 
 
 def shorten(name: str) -> str:
