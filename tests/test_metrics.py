@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from utils import metrics
-from utils.scores import Row, make_rows, read_table, write_rows
+from utils.run import FAKE, REAL
+from utils.scores import Row, RowWriter, make_rows, read_table
 
 
 def random_scores(seed, n_real=40, n_fake=30, levels=None):
@@ -21,14 +22,14 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
 
 
 def table_of(tmp_path, rows):
-    write_rows(tmp_path / "t.csv", rows)
+    with RowWriter(tmp_path / "t.csv") as writer:
+        writer.write(*rows)
     return read_table(tmp_path / "t.csv")
 
 
-def rows_of(margins, label, generator="", prefix=""):
-    n = len(margins)
-    paths = [f"{prefix}{label}{i}.png" for i in range(n)]
-    return make_rows(paths, [label] * n, [generator] * n, np.stack([margins, np.zeros(n)], axis=1))
+def rows_of(margins, label, generator=""):
+    items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
+    return make_rows(items, np.stack([margins, np.zeros(len(margins))], axis=1))
 
 
 # ---- brute force ----
@@ -44,9 +45,7 @@ def points_by_thresholds(scores, is_fake):
     points = []
     for threshold in np.sort(np.unique(scores))[::-1]:
         called = scores >= threshold
-        points.append(
-            (threshold, called[~is_fake].mean(), called[is_fake].mean(), is_fake[called].mean())
-        )  # fmt: skip
+        points.append((threshold, called[~is_fake].mean(), called[is_fake].mean(), is_fake[called].mean()))
     return np.array(points)
 
 
@@ -55,18 +54,18 @@ def points_by_thresholds(scores, is_fake):
 def test_auroc_ap_and_curves_by_brute_force(seed, levels):
     scores, is_fake = random_scores(seed, levels=levels)
     points = points_by_thresholds(scores, is_fake)
-    assert metrics.auroc(scores, is_fake) == pytest.approx(auroc_by_pairs(scores, is_fake), abs=1e-6)
+    assert metrics.auroc(scores, is_fake) == pytest.approx(auroc_by_pairs(scores, is_fake), abs=1e-12)
     steps = np.diff(points[:, 2], prepend=0)
-    assert metrics.average_precision(scores, is_fake) == pytest.approx((steps * points[:, 3]).sum(), abs=1e-6)
+    assert metrics.average_precision(scores, is_fake) == pytest.approx((steps * points[:, 3]).sum(), abs=1e-12)
     fpr, tpr = metrics.roc_curve(scores, is_fake)
-    np.testing.assert_allclose(fpr, [0, *points[:, 1]], atol=1e-6)
-    np.testing.assert_allclose(tpr, [0, *points[:, 2]], atol=1e-6)
+    np.testing.assert_allclose(fpr, [0, *points[:, 1]], atol=1e-12)
+    np.testing.assert_allclose(tpr, [0, *points[:, 2]], atol=1e-12)
     precision, recall = metrics.precision_recall_curve(scores, is_fake)
-    np.testing.assert_allclose(precision[::-1], [1, *points[:, 3]], atol=1e-6)
-    np.testing.assert_allclose(recall[::-1], [0, *points[:, 2]], atol=1e-6)
+    np.testing.assert_allclose(precision, [1, *points[:, 3]], atol=1e-12)
+    np.testing.assert_allclose(recall, [0, *points[:, 2]], atol=1e-12)
     for level in (0.0, 0.01, 0.05, 0.3):
         allowed = points[points[:, 1] <= level, 2]
-        assert metrics.tpr_at_fpr(scores, is_fake, level) == pytest.approx(allowed.max(initial=0), abs=1e-6)
+        assert metrics.tpr_at_fpr(scores, is_fake, level) == pytest.approx(allowed.max(initial=0), abs=1e-12)
 
 
 def test_large_margins_do_not_saturate():
@@ -85,19 +84,14 @@ def test_equal_error_rate_by_hand():
     assert metrics.equal_error_rate(np.zeros(8), is_fake) == pytest.approx(0.5)  # all tied: the diagonal
 
 
-def test_accuracy_and_the_released_precision_and_recall_by_hand():
-    is_fake = np.array([False, False, False, True, True])
-    called = np.array([False, True, False, True, False])
-    assert metrics.accuracy(called, is_fake) == {
-        "accuracy": pytest.approx(3 / 5),
-        "accuracy_real": pytest.approx(2 / 3),
-        "accuracy_fake": pytest.approx(1 / 2),
-    }  # fmt: skip
-    assert metrics.release_precision_recall(called, is_fake) == {  # real positive: TP 2, FP 1, FN 1
-        "precision_real_positive": pytest.approx(2 / 3), "recall_real_positive": pytest.approx(2 / 3),
-    }  # fmt: skip
-    everything_fake = metrics.release_precision_recall(np.ones(5, dtype=bool), is_fake)
-    assert everything_fake == {"precision_real_positive": None, "recall_real_positive": 0.0}
+def test_accuracy_and_the_released_precision_and_recall_by_hand(tmp_path):
+    rows = [*rows_of(np.array([-1.0, 1, -1]), REAL), *rows_of(np.array([1.0, -1]), FAKE)]
+    m = metrics.measure(table_of(tmp_path, rows), resamples=0)
+    wanted = {"accuracy": 3 / 5, "accuracy_real": 2 / 3, "accuracy_fake": 1 / 2}
+    wanted |= {"precision_real_positive": 2 / 3, "recall_real_positive": 2 / 3}  # real positive: TP 2, FP 1, FN 1
+    assert {name: m[name] for name in wanted} == pytest.approx(wanted)
+    everything_fake = metrics.measure(table_of(tmp_path, rows_of(np.ones(5), REAL)), resamples=0)
+    assert everything_fake["precision_real_positive"] is None and everything_fake["recall_real_positive"] == 0
 
 
 def test_confusion_by_hand():
@@ -112,7 +106,7 @@ def test_calibration_by_hand():
     prob = np.array([0.1, 0.1, 0.1, 0.1, 0.9, 0.9])  # bins: 4 images at .1 of which .25 fake; 2 at .9, both fake
     is_fake = np.array([False, False, False, True, True, True])
     expected = 4 / 6 * abs(0.25 - 0.1) + 2 / 6 * abs(1 - 0.9)
-    assert metrics.expected_calibration_error(prob, is_fake) == pytest.approx(expected, abs=1e-6)
+    assert metrics.expected_calibration_error(prob, is_fake) == pytest.approx(expected, abs=1e-12)
     nll = -(3 * np.log(0.9) + np.log(0.1) + 2 * np.log(0.9)) / 6
     assert metrics.negative_log_likelihood(prob, is_fake) == pytest.approx(nll)
     certain = metrics.negative_log_likelihood(np.array([1.0, 0.0]), np.array([False, True]))
@@ -154,16 +148,6 @@ def test_bootstrap_agrees_with_resampling_images_one_by_one(levels):
         np.testing.assert_allclose(got[name], np.percentile(x, [2.5, 97.5]), atol=0.02)
 
 
-def test_counts_give_the_point_estimates():
-    scores, is_fake = random_scores(6, levels=3)
-    reals, fakes = metrics._counts_at_distinct_scores(scores, is_fake)
-    assert reals.sum() == 40 and fakes.sum() == 30
-    auroc = metrics._auroc_of_counts(reals[None], fakes[None])[0]
-    assert auroc == pytest.approx(metrics.auroc(scores, is_fake), abs=1e-6)
-    ap = metrics._average_precision_of_counts(reals[None], fakes[None])[0]
-    assert ap == pytest.approx(metrics.average_precision(scores, is_fake), abs=1e-6)
-
-
 def test_bootstrap_is_right_on_many_scores():
     scores, is_fake = random_scores(7, n_real=50_000, n_fake=50_000)
     first = metrics.bootstrap(scores, is_fake, n=1000, seed=3)
@@ -187,12 +171,12 @@ def test_bootstrap_is_seeded():
 
 def test_fakes_meet_their_own_reals_or_the_shared_ones(tmp_path):
     rows = [
-        *rows_of(np.array([-1.0, -2]), "real"),
-        *rows_of(np.array([-3.0]), "real", "own"),
-        *rows_of(np.array([1.0, 2, 3]), "fake", "own"),
-        *rows_of(np.array([-4.0, 5]), "fake", "other"),
+        *rows_of(np.array([-1.0, -2]), REAL),
+        *rows_of(np.array([-3.0]), REAL, "own"),
+        *rows_of(np.array([1.0, 2, 3]), FAKE, "own"),
+        *rows_of(np.array([-4.0, 5]), FAKE, "other"),
         Row("broken.png", "fake", "other", error="truncated"),
-        *rows_of(np.array([0.0]), ""),
+        *rows_of(np.array([0.0]), None),
     ]
     summary = metrics.summarize(table_of(tmp_path, rows), resamples=50)
     counts = {name: (m["n_real"], m["n_fake"]) for name, m in summary["generators"].items()}
@@ -206,29 +190,22 @@ def test_fakes_meet_their_own_reals_or_the_shared_ones(tmp_path):
     assert summary["generators"]["other"]["intervals"]["auroc"] is not None
     json.dumps(summary, allow_nan=False)
     text = metrics.format_table(summary)
-    assert "positive class: FAKE" in text and "positive class: REAL" in text
-    assert "truly real: called 3 real, 0 fake" in text and "errors: 1" in text
-    assert [line.split()[0] for line in text.splitlines()[2:7]] == [
-        "generator",
-        "other",
-        "own",
-        "mean",
-        "all",
-    ]
+    assert "FAKE" in text and "REAL" in text and "called 3 real, 0 fake" in text
+    assert [line.split()[0] for line in text.splitlines()[2:7]] == ["generator", "other", "own", "mean", "all"]
 
 
-@pytest.mark.parametrize("label", ["real", "fake"])
+@pytest.mark.parametrize("label", [REAL, FAKE])
 def test_a_single_class_has_accuracy_and_a_note(tmp_path, label):
     summary = metrics.summarize(table_of(tmp_path, rows_of(np.array([1.0, -1, 2]), label)))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
-    assert summary["all"]["accuracy"] == pytest.approx(1 / 3 if label == "real" else 2 / 3)
+    assert summary["all"]["accuracy"] == pytest.approx(1 / 3 if label == REAL else 2 / 3)
     assert any("not defined" in note for note in summary["notes"])
     assert "-" in metrics.format_table(summary)
     json.dumps(summary, allow_nan=False)
 
 
 def test_nothing_but_errors_or_unlabelled_is_no_crash(tmp_path):
-    rows = [Row("a.png", "fake", "g", error="broken"), *rows_of(np.array([1.0]), "")]
+    rows = [Row("a.png", "fake", "g", error="broken"), *rows_of(np.array([1.0]), None)]
     summary = metrics.summarize(table_of(tmp_path, rows))
     assert summary["generators"] == {} and summary["all"]["accuracy"] is None
     json.dumps(summary, allow_nan=False)
@@ -236,6 +213,39 @@ def test_nothing_but_errors_or_unlabelled_is_no_crash(tmp_path):
 
 
 def test_names_cannot_break_the_terminal(tmp_path):
-    table = table_of(tmp_path, rows_of(np.array([1.0, 2]), "fake", "evil\x1b[31m\nname") + rows_of(-np.ones(3), "real"))
-    text = metrics.format_table(metrics.summarize(table, resamples=10))
-    assert "\x1b" not in text and "evil\\x1b[31m\\nname" in text
+    table = table_of(tmp_path, rows_of(np.array([1.0, 2]), FAKE, "evil\x1b[31m\nname") + rows_of(-np.ones(3), REAL))
+    summary = metrics.summarize(table, resamples=10)
+    for text in (metrics.format_table(summary), metrics.perturbation_table({"none": summary})):
+        assert "\x1b" not in text and "evil\\x1b[31m\\nname" in text
+
+
+def test_a_row_of_the_robustness_table_is_a_perturbation(tmp_path):
+    reals, fakes = rows_of(np.array([-1.0, 1]), REAL), rows_of(np.array([0.0, 2]), FAKE, "a")
+    clean = metrics.summarize(table_of(tmp_path, [*reals, *fakes, *rows_of(np.array([2.0, 3]), FAKE, "b")]), 0)
+    blurred = metrics.summarize(table_of(tmp_path, [*reals, *fakes]), resamples=0)
+    rows = metrics.perturbation_rows({"none": clean, "blur sigma 2": blurred})
+    assert [row[1:] for row in rows] == [
+        ["a", "b", "mean", "mean acc"],
+        ["75.0", "100.0", "87.5", "75.0"],
+        ["75.0", "-", "75.0", "75.0"],
+    ]
+    assert [row[0] for row in rows[1:]] == ["none", "blur sigma 2"]
+
+
+def test_stability_is_counted_by_class(tmp_path):
+    rows = [*rows_of(np.array([-1.0, 1]), REAL), *rows_of(np.array([0.0]), FAKE)]
+    assert metrics.stability_lines(table_of(tmp_path, rows)) == []
+    words = ("stable", "unstable", "unstable")
+    with RowWriter(tmp_path / "s.csv", stability=True) as writer:
+        writer.write(*(row._replace(stability=word) for row, word in zip(rows, words, strict=True)))
+    (line,) = metrics.stability_lines(read_table(tmp_path / "s.csv"))
+    assert [part in line for part in ("2 of 3 images", "1 of 2 real", "1 of 1 fake")] == [True] * 3
+
+
+def test_a_new_metric_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        metrics.METRICS, "furthest", metrics.Metric("max", "the highest margin", lambda m, p, f: m.max())
+    )
+    summary = metrics.summarize(table_of(tmp_path, rows_of(np.array([-1.0, 1]), REAL) + rows_of(np.ones(2), FAKE)), 0)
+    assert summary["all"]["furthest"] == 1 and summary["mean"]["furthest"] == 1
+    assert "max" in metrics.format_table(summary).splitlines()[1].split()

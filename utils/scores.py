@@ -1,9 +1,7 @@
 """Score tables: a CSV row an image, written by test.py, read by all that computes numbers from scores.
 
-Columns: path, label (real, fake or empty), generator (empty for reals that all generators share), logit_fake,
-logit_real, prob_fake, prediction (real, fake or unsure), error (one line; the numbers are then empty). Where it was
-asked for, a last column `stability`: whether the verdict outlives what pictures go through in everyday use.
-UTF-8, commas, one header line. Reading a table gives exactly what was written, whatever the file names:
+Columns: those of `Row`; `stability` only where it was asked for. UTF-8, commas, one header line. Reading a table gives
+exactly what was written, whatever the file names:
 
 - numbers carry as many digits as it takes to read them back bit by bit;
 - names with commas, quotes or line breaks are quoted, bytes that are not UTF-8 pass through;
@@ -11,48 +9,44 @@ UTF-8, commas, one header line. Reading a table gives exactly what was written, 
 """
 
 import csv
+import json
+import math
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-COLUMNS = (
-    "path", "label", "generator", "logit_fake", "logit_real", "prob_fake", "prediction", "error",
-)  # fmt: skip
-STABILITY = "stability"  # a further column, written and read where it was asked for
-LABELS = ("real", "fake", "")  # empty: unlabelled
-PREDICTIONS = ("real", "fake", "unsure")
-STABILITIES = ("stable", "unstable", "")  # empty: not asked for, or not scored
+from utils.run import LABEL_NAMES, UserError, shown
 
 # What makes a spreadsheet read a cell as a formula (OWASP, "CSV Injection"); and the apostrophe against it.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 GUARD = "'"
 GUARDED_STARTS = (*FORMULA_STARTS, GUARD)
 
-ENCODING = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
-
-
-class ScoreError(ValueError):
-    """A score table that cannot be used: one line with file, line, what was got and what was wanted."""
-
 
 class Row(NamedTuple):
     """One image of a score table. Where there is an error, the numbers are None and the prediction empty."""
 
     path: str
-    label: str = ""
-    generator: str = ""
+    label: str = ""  # real, fake; empty: unlabelled
+    generator: str = ""  # empty for reals that all generators share
     logit_fake: float | None = None
     logit_real: float | None = None
-    prob_fake: float | None = None
-    prediction: str = ""
-    error: str = ""
-    stability: str = ""
+    prob_fake: float | None = None  # in [0, 1]
+    prediction: str = ""  # real, fake, unsure
+    error: str = ""  # one line
+    stability: str = ""  # stable, unstable: whether the verdict outlives what pictures go through in everyday use
+
+
+COLUMNS = Row._fields[:-1]
+NUMBERS = ("logit_fake", "logit_real", "prob_fake")
+PREDICTIONS = ("real", "fake", "unsure")
+WORDS = {"label": ("real", "fake", ""), "prediction": (*PREDICTIONS, ""), "stability": ("stable", "unstable", "")}
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,7 @@ class ScoreTable:
     """The columns of a score table of N images, in file order.
 
     is_real, is_fake: (N,) bool; an unlabelled image is neither. logits: (N, 2) float32, columns fake, real.
-    prob_fake: (N,) float64 in [0, 1]. Rows with an error have NaN logits and prob_fake, and prediction "".
-    stability: STABILITIES; all "" if the table has no such column.
+    prob_fake: (N,) float64. Rows with an error have NaN logits and prob_fake.
     """
 
     paths: list[str]
@@ -80,93 +73,91 @@ class ScoreTable:
     @property
     def margins(self) -> np.ndarray:
         """(N,) float64, logit_fake - logit_real: ranks images as prob_fake does, and never saturates."""
-        logits = self.logits.astype(np.float64)
-        return logits[:, 0] - logits[:, 1]
+        return np.subtract(*self.logits.T, dtype=np.float64)
 
     @property
     def scored(self) -> np.ndarray:
         """(N,) bool: the rows without an error."""
         return ~np.isnan(self.prob_fake)
 
+    @property
+    def usable(self) -> np.ndarray:
+        """(N,) bool: the rows that metrics are made of, scored and labelled."""
+        return self.scored & (self.is_real | self.is_fake)
+
     def select(self, rows: np.ndarray) -> "ScoreTable":
         """The table of some rows. rows: (N,) bool, or integer positions."""
-        rows = np.flatnonzero(rows) if np.asarray(rows).dtype == bool else np.asarray(rows, dtype=np.intp)
-        columns = (getattr(self, field.name) for field in fields(self))
+        rows = np.arange(len(self))[rows]
+        columns = vars(self).values()
         return ScoreTable(*(c[rows] if isinstance(c, np.ndarray) else [c[i] for i in rows] for c in columns))
 
 
-def predict(
-    logits: np.ndarray, temperature: float = 1.0, thresholds: tuple[float, float] | None = None
-) -> tuple[np.ndarray, list[str]]:
-    """P(fake) and the verdict on each image.
+def predict(logits: np.ndarray, calibration: Mapping | None = None) -> tuple[np.ndarray, list[str]]:
+    """P(fake) and the verdict on each image: prob_fake (N,) float64 in [0, 1]; N times real, fake or unsure.
 
     Args:
         logits: (N, 2), columns fake, real.
-        temperature: the logits are divided by it (Guo et al., ICML 2017).
-        thresholds: (t_real, t_fake) of utils.calibrate: fake from t_fake on, real up to t_real, else unsure.
-            None: the larger logit decides (fake if they are equal).
-    Returns:
-        prob_fake: (N,) float64 in [0, 1]; predictions: N times real, fake or unsure.
+        calibration: of utils.calibrate: the logits are divided by "temperature"; fake from P(fake) = "t_fake" on,
+            real up to "t_real", else unsure. Without: 1, and the larger logit decides (fake if they are equal).
     """
+    rule = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5, **(calibration or {})}
     logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
-    prob_fake = sigmoid((logits[:, 0] - logits[:, 1]) / temperature)  # softmax over two classes
-    t_real, t_fake = (0.5, 0.5) if thresholds is None else thresholds
-    predictions = np.where(prob_fake >= t_fake, "fake", np.where(prob_fake <= t_real, "real", "unsure"))
-    return prob_fake, predictions.tolist()
+    prob_fake = sigmoid((logits[:, 0] - logits[:, 1]) / rule["temperature"])  # softmax over two classes
+    verdicts = np.where(prob_fake >= rule["t_fake"], "fake", np.where(prob_fake <= rule["t_real"], "real", "unsure"))
+    return prob_fake, verdicts.tolist()
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) without overflow, float64."""
-    e = np.exp(-np.abs(x))
-    return np.where(x >= 0, 1.0, e) / (1.0 + e)
+    """1 / (1 + exp(-x)) without overflow."""
+    return np.exp(-np.logaddexp(0, -x))
 
 
-def make_rows(
-    paths: Sequence[str],
-    labels: Sequence[str],
-    generators: Sequence[str],
-    logits: np.ndarray,
-    temperature: float = 1.0,
-    thresholds: tuple[float, float] | None = None,
-) -> list[Row]:
-    """The rows of N images from their logits (N, 2). Logits that are not finite make a row with an error."""
+def row_of(item: tuple[str, int | None, str], *scores: float | str, error: str = "") -> Row:
+    """The row of an image (path, label, generator), label FAKE, REAL or None. scores: logits, P(fake), prediction."""
+    path, label, generator = item
+    return Row(path, "" if label is None else LABEL_NAMES[label], generator, *scores, error=error)
+
+
+def make_rows(items: Sequence[tuple], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
+    """The rows of N images from their logits (N, 2). Logits that are not finite make a row with an error.
+
+    items: see `row_of`. calibration: see `predict`.
+    """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
     finite = np.isfinite(logits).all(axis=1)
-    prob_fake, predictions = predict(np.where(finite[:, None], logits, 0), temperature, thresholds)
-    rows = []
-    for i, (path, label, generator) in enumerate(zip(paths, labels, generators, strict=True)):
-        if finite[i]:
-            scores = (*logits[i].tolist(), float(prob_fake[i]), predictions[i], "")
-        else:
-            scores = (None, None, None, "", f"the network's logits are not finite: {logits[i].tolist()}")
-        rows.append(Row(path, label, generator, *scores))
-    return rows
+    prob_fake, predictions = predict(np.where(finite[:, None], logits, 0), calibration)
+    return [
+        row_of(item, *logits[i].tolist(), float(prob_fake[i]), predictions[i])
+        if finite[i]
+        else row_of(item, error=f"the network's logits are not finite: {logits[i].tolist()}")
+        for i, item in enumerate(items)
+    ]
 
 
 class RowWriter:
     """Writes a score table row by row; what `write` has returned from is in the file.
 
-    append=True goes on with an existing table (one that a killed run left, say: see `drop_torn_row`);
-    stability=True: with that column, which an existing table has to have then.
+    stability: whether it has that column.
 
     Raises:
-        ScoreError: if the file cannot be opened.
+        UserError: if the file cannot be opened.
     """
 
-    def __init__(self, path: str | os.PathLike, append: bool = False, stability: bool = False):
-        self._columns = (*COLUMNS, STABILITY) if stability else COLUMNS
+    def __init__(self, path: str | os.PathLike, stability: bool = False):
+        self._columns = Row._fields if stability else COLUMNS
         try:
-            if append and os.path.exists(path):
-                drop_torn_row(path)
-            self._file = open(path, "a" if append else "w", **ENCODING)
+            self._file = open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
         except OSError as error:
-            raise ScoreError(f"cannot write the score table {path} ({error.strerror})") from None
-        if self._file.tell() == 0:
-            self._file.write(",".join(self._columns) + "\n")
-            self._file.flush()
+            raise UserError(f"cannot write the score table {shown(path)} ({error.strerror})") from None
+        self._file.write(",".join(self._columns) + "\n")
+        self._file.flush()
 
     def write(self, *rows: Row) -> None:
-        self._file.write("".join(_line(row, STABILITY in self._columns) for row in rows))
+        for row in rows:
+            cells = _cells(row)[: len(self._columns)]
+            lone = any("\r" in cell for cell in cells)  # Python < 3.13 leaves it bare, and its reader breaks the line
+            quoting = csv.QUOTE_ALL if lone else csv.QUOTE_MINIMAL
+            csv.writer(self._file, lineterminator="\n", quoting=quoting).writerow(cells)
         self._file.flush()
 
     def close(self) -> None:
@@ -179,19 +170,15 @@ class RowWriter:
         self.close()
 
 
-def write_rows(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Write a whole score table; `rows` may be a generator of any length."""
-    with RowWriter(path) as writer:
-        for row in rows:
-            writer.write(row)
-
-
-def drop_torn_row(path: str | os.PathLike) -> int:
-    """Cut off what a killed writer left of an unfinished last row. Returns the number of whole rows."""
-    with open(path, "r+b") as file:
-        records, end = _whole_records(file)
-        file.truncate(end)
-    return max(records - 1, 0)  # the first is the header
+def _cells(row: Row) -> list[str]:
+    """A record: texts safe in a spreadsheet, numbers in the shortest form that reads back to the same value."""
+    path, generator, error = (
+        GUARD + text if text.startswith(GUARDED_STARTS) else text
+        for text in (row.path, row.generator, " ".join(row.error.split()))
+    )
+    logits = ["" if x is None else str(np.float32(x)) for x in (row.logit_fake, row.logit_real)]
+    prob = "" if row.prob_fake is None else repr(float(row.prob_fake))
+    return [path, row.label, generator, *logits, prob, row.prediction, error, row.stability]
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
@@ -200,144 +187,86 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     Columns may come in any order, further ones are ignored, and those for errors and stability may be missing.
 
     Raises:
-        ScoreError: if the file cannot be read or is no score table; names file, line and what was wanted.
+        UserError: if the file cannot be read or is no score table; names file, line and what was wanted.
     """
-    try:
-        with open(path, **ENCODING) as file:
+    try:  # utf-8-sig: Excel begins a file with a mark
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             lines = csv.reader(file, strict=True)
-            try:
-                header = [name.strip().lstrip("\ufeff") for name in next(lines, [])]  # Excel starts with a mark
-                where = _column_positions(path, header)
-                for cells in lines:
-                    if cells:  # csv gives [] for an empty line
-                        yield _row(cells, where, len(header))
-            except (csv.Error, ValueError) as error:
-                if isinstance(error, ScoreError):
-                    raise
-                raise ScoreError(f"{path}, line {lines.line_num}: {error}") from None
+            header = [name.strip() for name in next(lines, [])]
+            missing = [name for name in COLUMNS if name not in header and name != "error"]
+            if missing:
+                raise ValueError(f"no column {', '.join(missing)}; a table of test.py has {','.join(COLUMNS)}")
+            for cells in filter(None, lines):  # csv gives [] for an empty line
+                if len(cells) != len(header):
+                    raise ValueError(f"{len(cells)} cells, {len(header)} were wanted as in the header")
+                yield _row(dict(zip(header, cells, strict=True)))
     except OSError as error:
-        raise ScoreError(f"cannot read the score table {path} ({error.strerror})") from None
+        raise UserError(f"cannot read the score table {shown(path)} ({error.strerror})") from None
+    except (csv.Error, ValueError) as error:
+        raise UserError(f"{shown(path)}, line {max(lines.line_num, 1)}: {error}") from None
+
+
+def _row(cells: Mapping[str, str]) -> Row:
+    """One record as a Row. Raises ValueError with what was got and wanted."""
+    path, generator, error = (cells.get(name, "") for name in ("path", "generator", "error"))
+    path, generator, error = (
+        text[1:] if text.startswith(GUARD) and text[1:].startswith(GUARDED_STARTS) else text
+        for text in (path, generator, error)
+    )
+    if not path:
+        raise ValueError("an empty path")
+    for name, words in WORDS.items():
+        if cells.get(name, "") not in words or (name == "prediction" and not cells[name] and not error):
+            raise ValueError(f"{name} {cells[name]!r}, one of {', '.join(filter(None, words))} was wanted")
+    label, prediction, stability = (intern(cells.get(name, "")) for name in WORDS)
+    if error:
+        return Row(path, label, generator, error=error)
+    numbers = [float(cells[name]) for name in NUMBERS]
+    if not (all(map(math.isfinite, numbers)) and 0 <= numbers[2] <= 1):
+        raise ValueError(f"{', '.join(NUMBERS)} {numbers}: finite numbers were wanted, the last from 0 to 1")
+    return Row(path, label, intern(generator), *numbers, prediction, stability=stability)
 
 
 def read_table(path: str | os.PathLike) -> ScoreTable:
     """Read a whole score table.
 
     Raises:
-        ScoreError: see `read_rows`; also if the table has no rows.
+        UserError: see `read_rows`; also if the table has no rows.
     """
-    paths, generators, predictions, errors, stability = [], [], [], [], []
-    labels, numbers = array("b"), array("d")
+    columns = {name: array("d") if name in NUMBERS else [] for name in Row._fields}  # ten million rows fit so
     for row in read_rows(path):
-        paths.append(row.path)
-        labels.append(LABELS.index(row.label))
-        generators.append(intern(row.generator))  # few different ones: 10 million rows share them
-        numbers.extend((np.nan,) * 3 if row.error else (row.logit_fake, row.logit_real, row.prob_fake))
-        predictions.append(intern(row.prediction))
-        errors.append(row.error)
-        stability.append(intern(row.stability))
-    if not paths:
-        raise ScoreError(f"{path} has no rows below its header: score some images with test.py first")
-    label = np.frombuffer(labels, dtype=np.int8)  # (N,)
-    columns = np.frombuffer(numbers, dtype=np.float64).reshape(-1, 3)  # (N, 3)
+        for column, value in zip(columns.values(), row, strict=True):
+            column.append(math.nan if value is None else value)
+    n = len(columns["path"])
+    if not n:
+        raise UserError(f"{shown(path)} has no rows below its header: score some images with test.py first")
     return ScoreTable(
-        paths=paths,
-        is_real=label == LABELS.index("real"),
-        is_fake=label == LABELS.index("fake"),
-        generators=generators,
-        logits=columns[:, :2].astype(np.float32),  # (N, 2)
-        prob_fake=columns[:, 2].copy(),
-        predictions=predictions,
-        errors=errors,
-        stability=stability,
+        paths=columns["path"],
+        is_real=np.fromiter((label == "real" for label in columns["label"]), bool, n),
+        is_fake=np.fromiter((label == "fake" for label in columns["label"]), bool, n),
+        generators=columns["generator"],
+        logits=np.stack([columns["logit_fake"], columns["logit_real"]], axis=1).astype(np.float32),  # (N, 2)
+        prob_fake=np.array(columns["prob_fake"]),
+        predictions=columns["prediction"],
+        errors=columns["error"],
+        stability=columns["stability"],
     )
 
 
-def _line(row: Row, stability: bool) -> str:
-    """One record, numbers in the shortest form that reads back to the same float32 or float64."""
-    logits = ["" if x is None else str(np.float32(x)) for x in (row.logit_fake, row.logit_real)]
-    prob = "" if row.prob_fake is None else repr(float(row.prob_fake))
-    error = " ".join(row.error.split())  # one line
-    text = [_cell(x) for x in (row.path, row.label, row.generator)]
-    further = [row.stability] if stability else []
-    return ",".join([*text, *logits, prob, row.prediction, _cell(error), *further]) + "\n"
+def read_record(path: str | os.PathLike) -> dict:
+    """The P.json that test.py writes beside a table P.csv: settings, detector, metrics, ...; {} where there is none.
 
-
-def _cell(text: str) -> str:
-    """A text as a CSV cell: safe in a spreadsheet, quoted where needed.
-
-    (csv.writer leaves a lone carriage return unquoted, at which its own reader then breaks the line.)
+    Raises:
+        UserError: if it cannot be read.
     """
-    if text.startswith(GUARDED_STARTS):
-        text = GUARD + text
-    if any(c in text for c in ',";\r\n') or text != text.strip():
-        text = '"' + text.replace('"', '""') + '"'
-    return text
-
-
-def _unguarded(text: str) -> str:
-    """Take away the apostrophe that `_cell` put in front."""
-    return text[1:] if text.startswith(GUARD) and text[1:].startswith(GUARDED_STARTS) else text
-
-
-def _column_positions(path: str | os.PathLike, header: list[str]) -> dict[str, int]:
-    missing = [name for name in COLUMNS if name not in header and name != "error"]
-    if missing:
-        got = ",".join(header)
-        got = f"{got[:80]!r}..." if len(got) > 80 else repr(got)
-        raise ScoreError(
-            f"{path}, line 1: no column {', '.join(missing)} in {got}; a score table of test.py was wanted,"
-            f" with the columns {','.join(COLUMNS)}"
-        )
-    return {name: header.index(name) for name in (*COLUMNS, STABILITY) if name in header}
-
-
-def _row(cells: list[str], where: dict[str, int], width: int) -> Row:
-    """One record as a Row. Raises ValueError with what was got and wanted."""
-    if len(cells) != width:
-        raise ValueError(f"{len(cells)} cells, {width} were wanted as in the header")
-    values = {name: cells[i] for name, i in where.items()}
-    path, generator, error = (_unguarded(values.get(name, "")) for name in ("path", "generator", "error"))
-    if not path:
-        raise ValueError("an empty path")
-    if values["label"] not in LABELS:
-        raise ValueError(f"label {values['label']!r}, real, fake or nothing was wanted")
-    if error:
-        return Row(path, values["label"], generator, error=error)
-    logit_fake, logit_real, prob_fake = (
-        _number(name, values[name]) for name in ("logit_fake", "logit_real", "prob_fake")
-    )
-    if not 0 <= prob_fake <= 1:
-        raise ValueError(f"prob_fake {values['prob_fake']}, a number from 0 to 1 was wanted")
-    if values["prediction"] not in PREDICTIONS:
-        raise ValueError(f"prediction {values['prediction']!r}, {', '.join(PREDICTIONS)} was wanted")
-    stability = values.get(STABILITY, "")
-    if stability not in STABILITIES:
-        raise ValueError(f"stability {stability!r}, stable, unstable or nothing was wanted")
-    return Row(
-        path, values["label"], generator, logit_fake, logit_real, prob_fake, values["prediction"], stability=stability
-    )
-
-
-def _number(name: str, text: str) -> float:
+    beside = Path(path).with_suffix(".json")
     try:
-        value = float(text)
-    except ValueError:
-        value = np.nan
-    if not np.isfinite(value):
-        raise ValueError(f"{name} {text!r}, a finite number was wanted (or a text in the error column)")
-    return value
-
-
-def _whole_records(file: BinaryIO) -> tuple[int, int]:
-    """How many records are whole, and where the last ends (bytes). In a whole one, quotes come in pairs."""
-    records = end = position = 0
-    quoted = False
-    for line in file:
-        position += len(line)
-        quoted ^= line.count(b'"') % 2 == 1
-        if line.endswith(b"\n") and not quoted:
-            records, end = records + 1, position
-    return records, end
+        record = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        if not isinstance(record, dict):
+            raise ValueError(f"a {type(record).__name__}, an object was wanted")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {shown(beside)} ({error}); delete it to go on without it") from None
+    return record
 
 
 def residual_path(folder: str | os.PathLike, image: str) -> Path:
