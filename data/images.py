@@ -73,7 +73,7 @@ def read_rgb(path: str) -> Image.Image:
         image.load()
         with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def _reason(error: Exception) -> str:
     return text if text.startswith("is ") else f"cannot be decoded ({text})"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded image of any mode as 8-bit RGB."""
     if image.mode[0] in "IF":
         return Image.fromarray(_grey(image)).convert("RGB")

@@ -4,6 +4,8 @@ Whatever is wrong with a folder or list is a `UserError`. An image costs its pat
 """
 
 import csv
+import functools
+import hashlib
 import logging
 import os
 import sys
@@ -12,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, permutations
 from typing import NamedTuple, TextIO
+
+import numpy as np
 
 from utils.run import FAKE, REAL, UserError, shown
 
@@ -219,3 +223,45 @@ def input_items(paths: Sequence[str]) -> list[Item]:
         text = "left out of the folders: %s (read are %s, and any file named itself)"
         logger.warning(text, _counted(others), " ".join(IMAGE_SUFFIXES))
     return items
+
+
+def list_digest(items: Sequence[Item]) -> str:
+    """What tells one list of images from another, whatever folder it was written from: count, and a hash of places."""
+    place = functools.cache(os.path.realpath)
+    digest = hashlib.sha256()
+    for path, label, generator in items:
+        folder, name = os.path.split(path)
+        digest.update(f"{place(folder)}/{name}\0{label}\0{generator}\n".encode(errors="surrogateescape"))
+    return f"{len(items)} images, {digest.hexdigest()[:16]}"
+
+
+def identities(items: Sequence[Item]) -> np.ndarray:
+    """By what images that were trained on are known again, (N, 2) int64: name and size; some bytes in the middle."""
+    return np.array([(_name_and_size(item.path), _middle(item.path)) for item in items], np.int64).reshape(-1, 2)
+
+
+def count_known(items: Sequence[Item], seen: np.ndarray) -> int:
+    """How many of the images are among those of which `seen` has the `identities`; few files are opened for it."""
+    middles = {}
+    for name, middle in seen.tolist():
+        middles.setdefault(name, set()).add(middle)
+    alike = ((item.path, middles.get(_name_and_size(item.path))) for item in items)
+    return sum(_middle(path) in known for path, known in alike if known)
+
+
+def _name_and_size(path: str) -> int:
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        size = -1
+    return _number(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
+
+
+def _middle(path: str) -> int:
+    with open(path, "rb") as file:
+        file.seek(os.fstat(file.fileno()).st_size // 2)
+        return _number(file.read(64))
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)
