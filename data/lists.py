@@ -71,9 +71,6 @@ def _walk(root: str, last: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]
     def fail(error: OSError):
         raise UserError(f"image folder {shown(str(error.filename))} cannot be read ({error.strerror})")
 
-    if not os.path.isdir(root):
-        is_so = "is a file; a folder was wanted" if os.path.exists(root) else "does not exist"
-        raise UserError(f"image folder {shown(root)} {is_so}")
     seen = set()
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         status = os.stat(folder)
@@ -132,7 +129,7 @@ def csv_items(file: str) -> list[Item]:
 
     Paths are relative to the working folder or, where nothing is there, to the table's own. Other columns are ignored.
     """
-    what, names, about, numbers = f"image table {shown(file)}", [], [], False
+    what, items, numbers = f"image table {shown(file)}", [], False
     with _text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
@@ -145,14 +142,13 @@ def csv_items(file: str) -> list[Item]:
                 wanted = "a path (in quotes, if it holds a comma) and a label real or fake (or 1 = real, 0 = fake)"
                 got = shown(", ".join(str(value) for value in row.values())[:100])
                 raise UserError(f"{what}, line {reader.line_num}: {wanted} were wanted, got {got}")
-            names.append(name)
-            about.append((LABELS[label.lower()], sys.intern(generator)))
+            items.append(Item(name, LABELS[label.lower()], sys.intern(generator)))
             numbers |= label.isdecimal()
-    items = [Item(path, *rest) for path, rest in zip(_located(names, file, what), about, strict=True)]
+    paths = _located([item.path for item in items], file, what)
     if numbers:
         text = "%s: numbers are read as 1 = real, 0 = fake; if 1 is to mean fake, write the words real and fake"
         logger.warning(text, what)
-    return items
+    return [item if item.path == path else item._replace(path=path) for item, path in zip(items, paths, strict=True)]
 
 
 def list_paths(file: str) -> list[str]:
