@@ -73,18 +73,22 @@ def test_a_page_with_everything(tmp_path):
     }
     tables = [write(tmp_path, "clean", [*rows(), BROKEN], **record)]
     for name, strength in (("jpeg", 30), ("jpeg", 90), ("combined", None), ("blur", 3), ("jpeg", 60)):
-        perturbation = {"name": name, "strength": strength, "protocol": "sweep", "label": f"{name} of {strength}"}
+        perturbation = {"name": name, "strength": strength, "protocol": "sweep"}
         tables.append(write(tmp_path, f"{name}{strength}", rows(1.0), **record, perturbation=perturbation))
-    curves = report.robustness_curves(report.load_tables(tables[1:], 0))
-    assert {n: [point[0] for point in curve["ProGAN"]] for n, curve in curves.items()} == {"jpeg": [30, 60, 90]}
+    perturbed = sorted(report.load_tables(tables[1:], 0), key=report.by_difficulty)
+    curves = report.robustness_curves(perturbed)
+    assert {n: [point[0] for point in curve["ProGAN"]] for n, curve in curves.items()} == {"jpeg": [90, 60, 30]}
     page = page_of(tables, tmp_path / "new" / "out", resamples=50)
     assert page.path == tmp_path / "new" / "out" / "report.html"
     for wanted in (
         "positive class is fake", "ProGAN", "StyleGAN", "mean over generators", "all images", "AUROC", "Robustness",
-        "untouched", "Most wrong", "Not scored", "resnet50", "2.15.0", "clean.csv", "P(fake) = 0.75",
+        "Most wrong", "Not scored", "resnet50", "2.15.0", "clean.csv", "P(fake) = 0.75",
     ):  # fmt: skip
         assert wanted in page.text, wanted
-    at = [page.text.index(label) for label in ("blur of 3", "combined of", "jpeg of 90", "jpeg of 60", "jpeg of 30")]
+    at = [
+        page.text.index(label)
+        for label in ("blur sigma 3", "combined", "jpeg quality 90", "jpeg quality 60", "jpeg quality 30")
+    ]
     assert at == sorted(at)  # the hardest last
     kinds = ("roc", "precision_recall", "histogram")
     assert {p.name for p in page.path.parent.iterdir()} == {
