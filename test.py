@@ -26,12 +26,11 @@ import torch
 from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, alike, make_loader
-from data.lists import Item, identities, input_items, labelled_items, list_digest
-from data.perturbations import MILD_QUALITY, MILD_SCALE, Perturbation, cells, mild_variants
+from data.lists import Item, count_known, input_items, labelled_items, list_digest
+from data.perturbations import Perturbation, cells, mild_variants
 from models import read_checkpoint
 from utils.distributed import world_of_processes
 from utils.run import (
-    LABEL_NAMES,
     Stopped,
     StopSignal,
     UserError,
@@ -47,7 +46,7 @@ from utils.run import (
     write_json,
 )
 from utils.scorelog import ScoreLog
-from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path
+from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
 from utils.scoring import BATCH_PIXELS, Detector, assemble
 
 logger = logging.getLogger("test")
@@ -127,7 +126,7 @@ def detector_to_test(args: Namespace, items: list[Item], compute) -> tuple[Detec
         text = "calibrated on {source}: temperature {temperature:.3g}, real up to P(fake) {t_real:.3g}, fake from {t_fake:.3g} on"
         logger.info("%s", text.format_map(known))
     seen = source.content.get("trained_on")
-    trained_on = 0 if seen is None else int(np.isin(identities(items), seen.numpy()).sum())
+    trained_on = 0 if seen is None else count_known(items, seen.numpy())
     if trained_on:
         logger.warning("warning: %d of %d images have the name and size of images that it was trained on: their scores"
                        " say nothing of new ones", trained_on, len(items))  # fmt: skip
@@ -150,12 +149,10 @@ def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespa
 
 def batch_rows(detector: Detector, items: list[Item], batch: Batch, args: Namespace) -> dict[int, Row]:
     """The rows of a batch by the index of their image, those that could not be read among them."""
-    labels = {None: "", **dict(enumerate(LABEL_NAMES))}
-    rows = {i: Row(items[i].path, labels[items[i].label], items[i].generator, error=e) for i, e in batch.errors.items()}
+    rows = {i: row_of(items[i], error=text) for i, text in batch.errors.items()}
     if len(batch.x):
         logits = score_images(detector, batch, args.save_residuals)  # (B, 2)
-        paths, generators = [item.path for item in batch.items], [item.generator for item in batch.items]
-        scored = make_rows(paths, [labels[i.label] for i in batch.items], generators, logits.numpy(), **detector.rule())
+        scored = make_rows(batch.items, logits.numpy(), detector.calibration)
         if args.stability:
             scored = with_stability(detector, scored, batch.x)
         rows |= {key[1]: row for key, row in zip(batch.keys, scored, strict=True)}
@@ -184,7 +181,7 @@ def with_stability(detector: Detector, rows: list[Row], images: Tensor) -> list[
     stable = [True] * len(rows)
     for kind in variants[0]:
         logits = detector.logits(torch.stack([of_image[kind] for of_image in variants]))  # (B, 2)
-        _, verdicts = predict(logits.numpy(), **detector.rule())
+        _, verdicts = predict(logits.numpy(), detector.calibration)
         stable = [s and v == row.prediction for s, v, row in zip(stable, verdicts, rows, strict=True)]
     words = ("stable" if s else "unstable" for s in stable)
     return [row if row.error else row._replace(stability=word) for row, word in zip(rows, words, strict=True)]
@@ -218,11 +215,11 @@ def show(tables: dict[str, tuple[ScoreTable, dict | None]], detector: Detector, 
     for name, (table, metrics) in tables.items():
         title = ["", f"== {name}"] if len(tables) > 1 else []
         if args.input:
-            lines += [*title, *verdict_lines(table), *stability_lines(table, MILD_QUALITY, MILD_SCALE)]
+            lines += [*title, *verdict_lines(table), *stability_lines(table)]
         elif metrics and name == next(iter(tables)):  # of the others the last table tells
-            lines += [*title, format_table(metrics), *stability_lines(table, MILD_QUALITY, MILD_SCALE)]
+            lines += [*title, format_table(metrics), *stability_lines(table)]
     if len(tables) > 1 and not args.input:
-        lines += ["", *perturbation_table({name: metrics for name, (_, metrics) in tables.items() if metrics})]
+        lines += ["", perturbation_table({name: metrics for name, (_, metrics) in tables.items() if metrics})]
     if args.save_path:
         where = f"{args.save_path}_*" if len(tables) > 1 else args.save_path
         lines.append(f"scores, logits, metrics, figures: {where}.csv .npy .json .png")

@@ -92,7 +92,7 @@ def main(args: Namespace) -> None:
         # Images are listed before any network is built, networks before any image is read
         listed = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv), validation_items(args)
         detector, config, resumed = networks(args)
-        policy = SizePolicy(detector.resynthesizer.scale, args.crop_size, args.resize)
+        policy = SizePolicy(detector.resynthesizer.scale, args.crop_size or None, args.resize or None)
         (items, sizes), (val_items, val_sizes) = (usable_items(found, policy, args.skip_bad) for found in listed)
         draws = Draws(args.seed, args.crops)
         images = ImageDataset(items, policy, draws, augment if args.augment_perturb else None)
@@ -142,7 +142,7 @@ def main(args: Namespace) -> None:
             train_one_epoch(detector, loader, residuals_of, stepper, keeper)
             values = epoch_values(progress.means()) | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
             if val_items:
-                values |= validate(detector, val_loader, val_residuals_of, keeper, world)
+                values |= validate(detector, val_loader, val_residuals_of, keeper)
             progress.next_epoch()
             due = epoch % args.save_every_epoch == 0 or progress.epoch == args.epochs
             save_epoch(keeper, progress, values.get("val_auroc"), numbered_files if due else None, args.keep_last)

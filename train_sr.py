@@ -119,6 +119,8 @@ def main(args: Namespace) -> None:
             done.next_epoch()
             save_epoch(keeper, done, values.get("psnr"), numbered_files if due else None, args.keep_last)
             recorder.epoch(epoch, values)
+            if done.epoch == args.num_epochs:
+                warn_if_poor(values)
             if due:
                 recorder.pictures("input, re-synthesis, target", pictures, done.epoch)
         recorder.finish(folder)
@@ -200,9 +202,13 @@ def evaluate(
             keeper.obey()
     means = (sum_over_processes(sums, world) / len(items)).tolist()
     values = dict(zip(("psnr", "ssim", "psnr_bicubic", "ssim_bicubic"), means, strict=True))
-    if values["psnr"] < values["psnr_bicubic"]:
-        logger.warning("warning: RDN brings back less than bicubic interpolation: it needs more training")
     return values
+
+
+def warn_if_poor(values: dict[str, float]) -> None:
+    """Say so if RDN is of no use yet. values: of `evaluate`, if it was evaluated."""
+    if "psnr" in values and values["psnr"] < values["psnr_bicubic"]:
+        logger.warning("warning: RDN brings back less than bicubic interpolation: it needs more training")
 
 
 def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
@@ -224,6 +230,7 @@ def evaluate_only(model: RDN, start: Checkpoint | None, items: list[Item], compu
     logger.info("%d images, x%d from box-downsampled input, RGB, %s", len(items), model.scale, compute)
     logger.info("%s: PSNR %.2f dB, SSIM %.4f", start.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
+    warn_if_poor(values)
 
 
 if __name__ == "__main__":

@@ -65,15 +65,12 @@ def read_rgb(path: str) -> Image.Image:
     Grey becomes three equal channels; what is transparent shows white; CMYK is converted without colour profiles;
     16-bit grey becomes the nearest 8-bit (of 16-bit colour, Pillow drops the low byte); floats are taken as [0, 1]; of
     several frames the first counts. Files of more than MAX_PIXELS are refused undecoded.
-
-    Raises:
-        UserError: with path and reason, for whatever cannot be read.
     """
     with _image_file(path) as (_, image):
         image.load()
         with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
             ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return to_rgb(image)
 
 
 @contextmanager
@@ -102,7 +99,7 @@ def _reason(error: Exception) -> str:
     return text if text.startswith("is ") else f"cannot be decoded ({text})"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """A decoded image of any mode as 8-bit RGB."""
     if image.mode[0] in "IF":
         return Image.fromarray(_grey(image)).convert("RGB")
@@ -125,12 +122,8 @@ def _grey(image: Image.Image) -> np.ndarray:
 def fit_size(image: Tensor, policy: SizePolicy, rng: np.random.Generator | None = None) -> Tensor:
     """Resize the shorter side, crop, and centre-crop to a multiple of the scale, as `policy` says.
 
-    Args:
-        image: (3, H, W), uint8 to be resized as torchvision does (bicubic, antialiased, rounded).
-        rng: where the place of the crop is drawn from (row, then column); None: the crop is in the centre.
-
-    Raises:
-        UserError: if the image is too small for the crop or the scale.
+    image: uint8 (3, H, W), resized as torchvision does (bicubic, antialiased, rounded). rng: where the place of the crop
+    is drawn from (row, then column); None: it is in the centre. Raises a UserError for an image that is too small.
     """
     problem = size_problem(image.shape[-2], image.shape[-1], policy)
     if problem:
@@ -174,7 +167,7 @@ def _resized(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     return (longer, policy.resize) if height >= width else (policy.resize, longer)
 
 
-@lru_cache
+@lru_cache(2**16)
 def fitted_size(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Height and width that `fit_size` gives an image of this size: one object for the many of one size."""
     height, width = (policy.crop_size,) * 2 if policy.crop_size is not None else _resized(height, width, policy)
@@ -250,12 +243,9 @@ def _looks_complete(file: BinaryIO, image: Image.Image) -> bool:
 def usable_items(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
 ) -> tuple[Sequence[Item], list[tuple[int, int]]]:
-    """The items whose headers are in order, and the fitted (height, width) of each.
+    """The items whose headers are in order, and the fitted (height, width) of each. Logs what is wrong with the others.
 
-    Logs each of the others, and how many will lose a border.
-
-    Raises:
-        UserError: if some are not in order and `skip_bad` is false, or none are.
+    Raises a UserError if there are others and `skip_bad` is false, or nothing else.
     """
     sizes, problems = check_headers([item.path for item in items], policy)
     for path, reason in problems:

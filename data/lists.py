@@ -4,6 +4,8 @@ Whatever is wrong with a folder or list is a `UserError`. An image costs its pat
 """
 
 import csv
+import functools
+import hashlib
 import logging
 import os
 import sys
@@ -12,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count, permutations
 from typing import NamedTuple, TextIO
+
+import numpy as np
 
 from utils.run import FAKE, REAL, UserError, shown
 
@@ -67,9 +71,6 @@ def _walk(root: str, last: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]
     def fail(error: OSError):
         raise UserError(f"image folder {shown(str(error.filename))} cannot be read ({error.strerror})")
 
-    if not os.path.isdir(root):
-        is_so = "is a file; a folder was wanted" if os.path.exists(root) else "does not exist"
-        raise UserError(f"image folder {shown(root)} {is_so}")
     seen = set()
     for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
         status = os.stat(folder)
@@ -128,7 +129,7 @@ def csv_items(file: str) -> list[Item]:
 
     Paths are relative to the working folder or, where nothing is there, to the table's own. Other columns are ignored.
     """
-    what, names, about, numbers = f"image table {shown(file)}", [], [], False
+    what, items, numbers = f"image table {shown(file)}", [], False
     with _text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
@@ -141,14 +142,13 @@ def csv_items(file: str) -> list[Item]:
                 wanted = "a path (in quotes, if it holds a comma) and a label real or fake (or 1 = real, 0 = fake)"
                 got = shown(", ".join(str(value) for value in row.values())[:100])
                 raise UserError(f"{what}, line {reader.line_num}: {wanted} were wanted, got {got}")
-            names.append(name)
-            about.append((LABELS[label.lower()], sys.intern(generator)))
+            items.append(Item(name, LABELS[label.lower()], sys.intern(generator)))
             numbers |= label.isdecimal()
-    items = [Item(path, *rest) for path, rest in zip(_located(names, file, what), about, strict=True)]
+    paths = _located([item.path for item in items], file, what)
     if numbers:
         text = "%s: numbers are read as 1 = real, 0 = fake; if 1 is to mean fake, write the words real and fake"
         logger.warning(text, what)
-    return items
+    return [item if item.path == path else item._replace(path=path) for item, path in zip(items, paths, strict=True)]
 
 
 def list_paths(file: str) -> list[str]:
@@ -219,3 +219,45 @@ def input_items(paths: Sequence[str]) -> list[Item]:
         text = "left out of the folders: %s (read are %s, and any file named itself)"
         logger.warning(text, _counted(others), " ".join(IMAGE_SUFFIXES))
     return items
+
+
+def list_digest(items: Sequence[Item]) -> str:
+    """What tells one list of images from another, whatever folder it was written from: count, and a hash of places."""
+    place = functools.cache(os.path.realpath)
+    digest = hashlib.sha256()
+    for path, label, generator in items:
+        folder, name = os.path.split(path)
+        digest.update(f"{place(folder)}/{name}\0{label}\0{generator}\n".encode(errors="surrogateescape"))
+    return f"{len(items)} images, {digest.hexdigest()[:16]}"
+
+
+def identities(items: Sequence[Item]) -> np.ndarray:
+    """By what images that were trained on are known again, (N, 2) int64: name and size; some bytes in the middle."""
+    return np.array([(_name_and_size(item.path), _middle(item.path)) for item in items], np.int64).reshape(-1, 2)
+
+
+def count_known(items: Sequence[Item], seen: np.ndarray) -> int:
+    """How many of the images are among those of which `seen` has the `identities`; few files are opened for it."""
+    middles = {}
+    for name, middle in seen.tolist():
+        middles.setdefault(name, set()).add(middle)
+    alike = ((item.path, middles.get(_name_and_size(item.path))) for item in items)
+    return sum(_middle(path) in known for path, known in alike if known)
+
+
+def _name_and_size(path: str) -> int:
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        size = -1
+    return _number(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
+
+
+def _middle(path: str) -> int:
+    with open(path, "rb") as file:
+        file.seek(os.fstat(file.fileno()).st_size // 2)
+        return _number(file.read(64))
+
+
+def _number(content: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

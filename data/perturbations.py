@@ -32,7 +32,7 @@ PROTOCOLS = ("frank2020", "sweep")
 
 # Frank et al.
 PROBABILITY = 0.5
-KERNEL_SIZES = (3, 5, 7, 9)
+KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # size, and the sigma that OpenCV takes for it, in pixels
 CROP_SHARE = (0.05, 0.2)  # of each side, half of it from either end
 JPEG_QUALITY = (10, 75)  # both included
 NOISE_VARIANCE = (5.0, 20.0)  # in grey levels squared, on 0..255
@@ -88,11 +88,6 @@ def _to_uint8(x: Tensor) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def _opencv_blur(image: Tensor, kernel_size: int) -> Tensor:
-    """With the sigma that OpenCV takes for a kernel size: 3, 5, 7, 9 -> 0.8, 1.1, 1.4, 1.7."""
-    return blur(image, kernel_size, 0.3 * ((kernel_size - 1) * 0.5 - 1) + 0.8)
-
-
 class Kind(NamedTuple):
     """A perturbation: what the protocols do, and how it is told. A protocol without it has None."""
 
@@ -109,7 +104,7 @@ class Kind(NamedTuple):
 PERTURBATIONS = {
     "crop": Kind(lambda image, rng: crop(image, rng.uniform(*CROP_SHARE))),
     "blur": Kind(
-        lambda image, rng: _opencv_blur(image, int(rng.choice(KERNEL_SIZES))),
+        lambda image, rng: blur(image, *KERNELS[rng.integers(len(KERNELS))]),
         lambda image, sigma, _: blur(image, 2 * math.ceil(4 * sigma) + 1, sigma),  # 4 sigma to either side
         strengths=(1.0, 2.0, 3.0, 4.0),
         label="sigma {:g}",
@@ -177,26 +172,16 @@ def cells(protocol: str, name: str = "all") -> list[Cell]:
     else:
         known = {n: [Cell(n)] for n in (*sorted(FRANK_NAMES), "combined")}
     known = {"none": [Cell("none")]} | known
-    if name != "all" and name not in known:
-        raise UserError(
-            f"protocol {protocol} has no perturbation {name!r}: it has {', '.join(known)} (--perturb-protocol)"
-        )
+    if name not in (*known, "all"):
+        raise UserError(f"no perturbation {name!r} with --perturb-protocol {protocol}: it has {', '.join(known)}")
     return sum(known.values(), []) if name == "all" else known[name]
 
 
 def perturb(image: Tensor, name: str, protocol: str, seed: int, strength: float | None = None) -> Tensor:
-    """The image as `protocol` sees it after the perturbation `name`.
+    """The uint8 (3, H, W) image as `protocol` sees it after the perturbation `name`, perhaps the same tensor.
 
-    Args:
-        image: uint8 (3, H, W).
-        name, protocol: one of `cells(protocol)`. frank2020 perturbs with probability 0.5 (its combination: each of its
-            parts), the sweep always.
-        seed: a number >= 0.
-        strength: for the sweep only (and needed there). The random pattern does not depend on it: a sweep scales one
-            noise field up.
-
-    Returns:
-        uint8 (3, H, W); the same tensor where nothing was to be done.
+    frank2020 perturbs with probability 0.5 ("combined": each of its parts), the sweep always, at a strength that it alone
+    takes, in the unit of its Kind. The random pattern does not depend on the strength: a sweep scales one noise field up.
 
     Raises:
         UserError: for a perturbation or strength the protocol has not.

@@ -34,9 +34,9 @@ def test_links_are_followed_once(tmp_path):
 
 
 def test_folders_that_cannot_be_used(tmp_path):
-    with mistake("does not exist", r"new\nline"):
+    with mistake("No such file", r"new\nline"):
         L.find_images(str(tmp_path / "new\nline"))
-    with mistake("is a file; a folder was wanted"):
+    with mistake("Not a directory"):
         L.find_images(save(tmp_path / "f.png"))
     (tmp_path / "empty").mkdir()
     with mistake("no images", "no files"):
@@ -98,7 +98,7 @@ def test_only_the_uppermost_folder_says_what_is_in_it(tmp_path):
 
 
 def test_trees_that_cannot_be_used(tmp_path):
-    with mistake("does not exist"):
+    with mistake("No such file"):
         L.tree_items(str(tmp_path / "x"))
     with mistake("0_real", "nature", "--data-root-pos"):
         L.tree_items(touch(tmp_path / "t", "a.png"))

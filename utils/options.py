@@ -145,11 +145,12 @@ def image_options() -> argparse.ArgumentParser:
     )
     group.add_argument("--csv", metavar="FILE", help="a list instead: path,label[,generator] with label real or fake")
     group.add_argument(
-        "--resize", type=number(int, 1), metavar="N", help="resize the shorter side to N pixels first (bicubic)"
-    )
+        "--resize", type=number(int, 0), metavar="N",
+        help="resize the shorter side to N pixels first (bicubic; in tests by default as in training, 0: not)",
+    )  # fmt: skip
     group.add_argument(
-        "--crop-size", type=number(int, 1), metavar="N",
-        help="crop N x N pixels: anywhere in training, the centre in tests",
+        "--crop-size", type=number(int, 0), metavar="N",
+        help="crop N x N pixels: anywhere in training, the centre in tests (by default as in training, 0: not)",
     )  # fmt: skip
     return parser
 
@@ -339,7 +340,13 @@ def test_parser() -> Parser:
         help="score each image again after JPEG of quality 90 and after resizing to 0.9 and back (three times the"
         " work), and mark as unstable where that changes the verdict",
     )  # fmt: skip
-    group.add_argument("-b", "--batch-size", type=number(int, 1), default=1, metavar="N", help="images at a time (1)")
+    group.add_argument(
+        "-b", "--batch-size", type=number(int, 1), metavar="N",
+        help="images of one size at a time (default: as many as have the pixels of one of 1024 x 1024)",
+    )  # fmt: skip
+    group.add_argument(
+        "--overwrite", action="store_true", help="score anew what P.csv or an unfinished run has already"
+    )
     group.add_argument(
         "--tile", type=number(int, 64), default=1024, metavar="N",
         help="work on N x N pixels of a larger image at a time: the smaller, the less memory and the more time; the"

@@ -18,8 +18,8 @@ import numpy as np
 from data.datasets import Key
 from data.lists import Item
 from utils.distributed import World, from_main, wait_for_all
-from utils.run import LABEL_NAMES, UserError, shown, write_json
-from utils.scores import Row, RowWriter, read_rows
+from utils.run import UserError, shown, write_json
+from utils.scores import Row, RowWriter, read_rows, row_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,8 @@ class ScoreLog:
         whole = self.table.with_name(f".{self.table.name}.whole")
         with RowWriter(whole, stability=self.stability) as writer:
             for index, row in heapq.merge(*map(self._rows, parts), key=lambda entry: entry[0]):
-                item = self.items[index]
-                label = "" if item.label is None else LABEL_NAMES[item.label]
-                writer.write(row._replace(path=item.path, label=label, generator=item.generator))
+                named = row_of(self.items[index])  # the file may have been written otherwise when it was scored
+                writer.write(row._replace(path=named.path, label=named.label, generator=named.generator))
         whole.replace(self.table)
         for part in parts:
             part.unlink(missing_ok=True)

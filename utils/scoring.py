@@ -81,7 +81,7 @@ class Detector(NamedTuple):
 
     def _scores(self, pictures: Iterable[Picture] | Picture) -> tuple[np.ndarray, list[str]]:
         logits = [self.logits(x) for x in self._batches(pictures)]
-        return predict(torch.cat(logits or [torch.empty(0, 2)]).numpy(), **self.rule())
+        return predict(torch.cat(logits or [torch.empty(0, 2)]).numpy(), self.calibration)
 
     def _batches(self, pictures: Iterable[Picture] | Picture) -> Iterator[Tensor]:
         """Runs of pictures of one size, as batches (B, 3, H, W)."""
@@ -95,13 +95,6 @@ class Detector(NamedTuple):
             waiting.append(x)
         if waiting:
             yield torch.stack(waiting)
-
-    def rule(self) -> dict:
-        """What `utils.scores.predict` needs to know of the calibration (nothing: the larger logit decides)."""
-        if not self.calibration:
-            return {}
-        thresholds = self.calibration["t_real"], self.calibration["t_fake"]
-        return {"temperature": self.calibration["temperature"], "thresholds": thresholds}
 
     def identity(self) -> dict:
         """What the detector's scores depend on: the fingerprints of its weights, how it is built, its calibration."""
