@@ -217,6 +217,21 @@ def train_sr_parser() -> Parser:
         help="patches taken from each image once it is decoded (default: 1, as in the release)",
     )  # fmt: skip
     group.add_argument("--lr", type=number(float, 0), default=1e-4, metavar="RATE", help="of Adam (1e-4)")
+    group.add_argument(
+        "--schedule", choices=("steps", "cosine"), default="steps",
+        help="of the rate: steps = --lr-decay every --lr-decay-epoch epochs, as released; cosine = a short warm-up, then"
+        " down to 0 at the end, which suits short trainings",
+    )  # fmt: skip
+    group.add_argument(
+        "--start", choices=("random", "interpolation"), default="random",
+        help="of new weights: PyTorch's, as released, or such that RDN interpolates at first (default: random)",
+    )  # fmt: skip
+    group.add_argument(
+        "--clip-norm",
+        type=number(float, 0),
+        metavar="N",
+        help="scale larger gradients down to this norm (default: not)",
+    )
     group.add_argument("--lr-decay", type=number(float, 0, 1), default=0.5, metavar="F", help="factor (0.5) ...")
     group.add_argument(
         "--lr-decay-epoch", type=number(int, 1), default=225, metavar="N", help="... on the rate every N epochs (225)"
