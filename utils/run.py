@@ -333,11 +333,10 @@ def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on, for its records."""
-    import torchvision
+    from importlib.metadata import PackageNotFoundError, version  # importing the packages would take seconds
 
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-    }
+    names, found = ("torch", "torchvision", "numpy", "pillow"), {"python": sys.version.split()[0]}
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
