@@ -30,6 +30,7 @@ from data.images import SizePolicy, usable_items
 from data.lists import Item, list_digest, paths_of
 from models import RDN, STAGES, Checkpoint, VGGStages
 from models.auxiliary import degrade_patch, super_resolution_loss
+from models.rdn import start_as_interpolation
 from utils import training
 from utils.distributed import World, sum_over_processes, world_of_processes
 from utils.run import Compute, UserError, choose_compute, keyed_generator, progress, run_program
@@ -53,7 +54,10 @@ def main(args: Namespace) -> None:
         outputs = Path(args.outputs_dir)
         states = sorted(outputs.glob(f"x{args.scale or '*'}/{LAST}"))
         start, resumed = training.starting_point(args.resume, args.init, states)
-        model = models.load_resynthesizer(start, vars(args)).to(compute.device, memory_format=torch.channels_last)
+        model = models.load_resynthesizer(start, vars(args))
+        if start is None and args.start == "interpolation":
+            start_as_interpolation(model)
+        model.to(compute.device, memory_format=torch.channels_last)
         eval_items, _ = usable_items(eval_items, SizePolicy(model.scale), args.skip_bad)
         eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
         eval_batches = EpochBatches(len(eval_items), world.size, world=world)  # one image at a time
@@ -75,7 +79,7 @@ def main(args: Namespace) -> None:
         # What is trained, how far it is, and what is kept of it
         output = outputs / f"x{model.scale}"
         folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
-        stepper = Stepper(torch.optim.Adam(model.parameters(), lr=args.lr), compute, world)
+        stepper = Stepper(torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, args.clip_norm)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         stepper.go_on_from(resumed, settings)
         done = stepper.progress
@@ -93,12 +97,13 @@ def main(args: Namespace) -> None:
         ways = {"augment": args.augment, "completion": args.completion, "colorization": args.colorization}
         degrade = partial(degrade_patches, args.seed, ways) if any(ways.values()) else None
         loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, degrade, compute)
+        decayed = partial(step_decay, args.lr_decay, args.lr_decay_epoch)
+        rate_of = (lambda epochs: training.cosine(epochs / args.num_epochs)) if args.schedule == "cosine" else decayed
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
         values = {}
         for epoch in range(done.epoch, args.num_epochs):
-            stepper.set_rates(args.lr_decay ** (epoch // args.lr_decay_epoch))
             batches.set_epoch(epoch, done.step)
-            pictures = train_one_epoch(loader, loss_of, stepper, keeper)
+            pictures = train_one_epoch(loader, loss_of, rate_of, stepper, keeper)
             values = done.means() | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
             if eval_items:
                 values |= evaluate(model, keeper.batches(eval_loader, "evaluation"), compute, world)
@@ -128,10 +133,21 @@ def numbered_files(state: dict) -> dict[str, dict]:
     return {f"epoch_{state['progress']['epoch'] - 1}.pth": state["state_dict"]}
 
 
-def train_one_epoch(loader: DataLoader, loss_of: LossOf, stepper: Stepper, keeper: StateKeeper) -> Tensor:
-    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1]."""
-    pictures = torch.empty(0)
+def step_decay(factor: float, every: int, epochs: float) -> float:
+    """The rate's factor after so many epochs."""
+    return factor ** (int(epochs) // every)
+
+
+def train_one_epoch(
+    loader: DataLoader, loss_of: LossOf, rate_of: Callable[[float], float], stepper: Stepper, keeper: StateKeeper
+) -> Tensor:
+    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1].
+
+    rate_of: the rate's factor after so many epochs.
+    """
+    pictures, steps, done = torch.empty(0), loader.batch_sampler.steps, stepper.progress
     for batch in keeper.steps(loader):
+        stepper.set_rates(rate_of(done.epoch + done.step / steps))
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
     return pictures

@@ -23,6 +23,7 @@ from utils.distributed import World
 from utils.run import Compute, UserError, keyed_generator, shown
 
 UNLABELLED = -1  # in Batch.labels
+MANY = 4096  # pixels an image that cannot be read is counted as, so that a batch of nothing else has an end
 GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved
 Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # of uint8 (3, H, W)
 
@@ -86,9 +87,9 @@ def alike(batches: Iterable[Batch], images: int | None, pixels: int) -> Iterator
         read = [b.x.shape for b in waiting if len(b.x)]
         if read and len(batch.x) and shape != read[0]:
             yield joined(waiting)
-            waiting, read = [], []
+            waiting = []
         waiting.append(batch)
-        if len(batch.x) and len(read) + 1 >= (images or pixels // (shape[-2] * shape[-1])):
+        if len(waiting) >= (images or pixels // (shape[-2] * shape[-1] or MANY)):
             yield joined(waiting)
             waiting = []
     if waiting:

@@ -7,30 +7,6 @@ from models.resynthesis import ResynthesisDetector, downsample
 from models.vgg import STAGE_CHANNELS, STAGES, VGGStages
 from models.weights import fingerprint, load_vgg, load_weights, state_dict_of
 
-__all__ = [
-    "RDN",
-    "SINGLE_IMAGE",
-    "STAGES",
-    "STAGE_CHANNELS",
-    "Checkpoint",
-    "DeepStemResNet",
-    "ResynthesisDetector",
-    "VGGStages",
-    "downsample",
-    "fingerprint",
-    "load",
-    "load_detector",
-    "load_resynthesizer",
-    "load_vgg",
-    "load_weights",
-    "new_detector",
-    "rdn_config",
-    "read_checkpoint",
-    "resnet_config",
-    "state_dict_of",
-    "trains_on_one",
-]
-
 
 def load(checkpoint: str, **options):
     """A trained detector ready for use: see `utils.scoring.load`."""

@@ -17,6 +17,7 @@ from models.tiling import in_tiles
 from utils.run import UserError
 
 STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients
+INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))  # of the left and the right half of a pixel, along a line
 TAIL_SIDE, TAIL_HALO = 64, 2  # LR pixels: of the up-sampling, whose maps are the largest; its convolutions reach 1 3/4
 
 
@@ -148,6 +149,34 @@ class RDN(nn.Module):
         if self.checkpoint_blocks and torch.is_grad_enabled():
             return checkpoint(part, x, use_reentrant=False)
         return part(x)
+
+
+@torch.no_grad()
+def start_as_interpolation(model: RDN) -> RDN:
+    """Weights under which a new RDN of scale 2 or 4 interpolates, so that training begins near bicubic interpolation.
+
+    Features 0..2 carry red, green and blue: sfe1 copies them in, each up-sampling interpolates them, output copies them
+    out; the dense blocks, random as ever, add nothing yet (gff.1 is 0). The two taps of INTERPOLATION of each side
+    average to their centre, as a pixel of x_lr is the mean of those it stands for.
+
+    Raises:
+        UserError: for scale 3, whose up-sampling has other places.
+    """
+    if model.scale == 3:
+        raise UserError("--start interpolation is for scales 2 and 4: leave it out for scale 3")
+    taps = torch.tensor(INTERPOLATION)  # (2, 3)
+    identity = torch.zeros(3, 3).index_put_((torch.tensor(1), torch.tensor(1)), torch.tensor(1.0))
+    nn.init.zeros_(model.gff[1].weight)
+    nn.init.zeros_(model.gff[1].bias)
+    kernels = {model.sfe1: [identity], model.output: [identity]}
+    kernels |= {layer: [torch.outer(y, x) for y in taps for x in taps] for layer in model.upscale[::2]}
+    for convolution, places in kernels.items():
+        for channel in range(3):
+            rows = slice(channel * len(places), (channel + 1) * len(places))  # pixel-shuffle: one for each place
+            convolution.weight[rows] = 0
+            convolution.bias[rows] = 0
+            convolution.weight[rows, channel] = torch.stack(places)
+    return model
 
 
 def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:

@@ -30,15 +30,15 @@ class Block(nn.Module):
 
     expansion: int
 
-    def add_shortcut(self, in_planes: int, planes: int, stride: int) -> None:
-        self.relu = nn.ReLU(inplace=True)
-        self.downsample = None
+    def __init__(self, in_planes: int, planes: int, stride: int):
+        super().__init__()
+        self.relu, self.downsample = nn.ReLU(inplace=True), None
         if stride != 1 or in_planes != planes * self.expansion:
             projection = nn.Conv2d(in_planes, planes * self.expansion, kernel_size=1, stride=stride, bias=False)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(planes * self.expansion))
 
-    def shortcut(self, x: Tensor) -> Tensor:
-        return x if self.downsample is None else self.downsample(x)
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.body(x) + (x if self.downsample is None else self.downsample(x)))
 
 
 class BasicBlock(Block):
@@ -46,17 +46,15 @@ class BasicBlock(Block):
 
     expansion = 1
 
-    def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
-        super().__init__()
+    def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):  # it has no dilated form
+        super().__init__(in_planes, planes, stride)
         self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.add_shortcut(in_planes, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+    def body(self, x: Tensor) -> Tensor:
+        return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
 
 
 class Bottleneck(Block):
@@ -65,21 +63,19 @@ class Bottleneck(Block):
     expansion = 4
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
-        super().__init__()
+        super().__init__(in_planes, planes, stride)
+        middle = {"kernel_size": 3, "stride": stride, "padding": dilation, "dilation": dilation, "bias": False}
         self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(
-            planes, planes, kernel_size=3, stride=stride, padding=dilation, dilation=dilation, bias=False
-        )
+        self.conv2 = nn.Conv2d(planes, planes, **middle)
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, planes * self.expansion, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.add_shortcut(in_planes, planes, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        return self.relu(self.bn3(self.conv3(y)) + self.shortcut(x))
+    def body(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))
 
 
 ARCHITECTURES = {
@@ -110,15 +106,11 @@ class DeepStemResNet(nn.Module):
         if dilated and block is BasicBlock:
             raise UserError(f"{arch} has no dilated form (as in torchvision): pass --no_dilation")
         super().__init__()
-        self.conv1 = nn.Sequential(
-            nn.Conv2d(in_channels, 64, kernel_size=3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(64, 64, kernel_size=3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(64),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(64, STEM_CHANNELS, kernel_size=3, padding=1, bias=False),
-        )
+        stem = []
+        for channels in (in_channels, 64):
+            convolution = nn.Conv2d(channels, 64, kernel_size=3, stride=2, padding=1, bias=False)
+            stem += [convolution, nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+        self.conv1 = nn.Sequential(*stem, nn.Conv2d(64, STEM_CHANNELS, kernel_size=3, padding=1, bias=False))
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)

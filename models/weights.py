@@ -40,23 +40,15 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     Raises:
         UserError: naming the keys missing, unknown or of another shape, before anything is loaded.
     """
-    wanted = module.state_dict()
-    shapes = [
-        f"{k} is {tuple(state[k].shape)}, wanted {tuple(wanted[k].shape)}"
-        for k in wanted
-        if k in state and state[k].shape != wanted[k].shape
-    ]
-    faults = [
-        f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}{', ...' if len(keys) > SHOWN_KEYS else ''}"
-        for what, keys in (
-            ("missing", [k for k in wanted if k not in state]),
-            ("unknown", [k for k in state if k not in wanted]),
-            ("of another shape", shapes),
-        )
-        if keys
-    ]
-    if faults:
-        raise UserError(f"{name} does not fit the network ({len(wanted)} entries wanted): {'; '.join(faults)}")
+    wanted, got = ({k: tuple(v.shape) for k, v in s.items()} for s in (module.state_dict(), state))
+    faults = {
+        "missing": [k for k in wanted if k not in got],
+        "unknown": [k for k in got if k not in wanted],
+        "of another shape": [f"{k} is {got[k]}, wanted {s}" for k, s in wanted.items() if got.get(k, s) != s],
+    }
+    said = [f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}" for what, keys in faults.items() if keys]
+    if said:
+        raise UserError(f"{name} does not fit the network ({len(wanted)} entries wanted): {'; '.join(said)}")
     module.load_state_dict(state)
 
 

@@ -6,24 +6,14 @@ import numpy as np
 import pytest
 
 from utils.run import FAKE, REAL, UserError
-from utils.scores import (
-    COLUMNS,
-    FORMULA_STARTS,
-    Row,
-    RowWriter,
-    make_rows,
-    predict,
-    read_record,
-    read_rows,
-    read_table,
-)
+from utils.scores import COLUMNS, FORMULA_STARTS, Row, RowWriter, make_rows, predict, read_record, read_rows, read_table
 
 HEADER = ",".join(COLUMNS)
 NAMES = [
     "plain.png", "with space .png", " leading and trailing ", "a,b;c.png", 'quo"te.png', '"', "new\nline.png",
     "\n", "carriage\rreturn", "\r\n", "=1+1.png", "+a", "-a", "@a", "\ta", "＝a", "'", "''", "'=a", "''=a",
     "'plain", "naïve/é/雪.png", "<script>alert(1)</script>", "\udcff\udcfe.png", "\ufeffmark", "real", ",",
-    "C:\\new\\table", "'\r",
+    "C:\\new\\table", "'\r", *(f"{start}cmd|' /C calc'!A0" for start in FORMULA_STARTS),
 ]  # fmt: skip
 
 
@@ -34,9 +24,13 @@ def write(path, *rows, **options):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_any_file_name_comes_back(tmp_path, name):
-    row = Row(name, "fake", name, 1.5, -0.25, 0.75, "fake")
-    assert list(read_rows(write(tmp_path / "s.csv", row, row))) == [row, row]
+def test_any_name_comes_back_and_none_starts_as_a_formula(tmp_path, name):
+    rows = [Row(name, "fake", name, 1.5, -0.25, 0.75, "fake")] * 2
+    assert list(read_rows(write(tmp_path / "s.csv", *rows))) == rows
+    with open(tmp_path / "s.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        cells = list(csv.reader(file))[1]
+    assert len(cells) == len(COLUMNS)
+    assert not any(cells[i].startswith(FORMULA_STARTS) for i in (0, 2)), cells  # path, generator
 
 
 def test_tables_with_and_without_stability(tmp_path):
@@ -52,21 +46,11 @@ def test_tables_with_and_without_stability(tmp_path):
     assert read_table(without).stability == ["", "", ""]
 
 
-@pytest.mark.parametrize("start", FORMULA_STARTS)
-def test_no_cell_starts_as_a_formula(tmp_path, start):
-    write(tmp_path / "s.csv", Row(f"{start}cmd|' /C calc'!A0", "real", f"{start}x", error=f"{start}oops"))
-    with open(tmp_path / "s.csv", newline="", encoding="utf-8") as file:
-        cells = list(csv.reader(file))[1]
-    assert not any(cell.startswith(FORMULA_STARTS) for cell in cells), cells
-    assert len(cells) == len(COLUMNS)
-
-
 def test_float32_logits_come_back_bit_by_bit(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**32, size=20_000, dtype=np.uint32)
     values = bits.view(np.float32)
     values = values[np.isfinite(values)][:9_000].reshape(-1, 2)
-    rows = make_rows([(f"{i}.png", REAL, "") for i in range(len(values))], values)
-    table = read_table(write(tmp_path / "s.csv", *rows))
+    table = read_table(write(tmp_path / "s.csv", *make_rows([("a.png", REAL, "")] * len(values), values)))
     assert table.logits.dtype == np.float32
     np.testing.assert_array_equal(table.logits.view(np.uint32), values.view(np.uint32))
     prob_fake, predictions = predict(values)
@@ -89,8 +73,8 @@ def test_probabilities_and_verdicts():
 
 def test_a_table_has_its_columns_as_arrays(tmp_path):
     items = [("r.png", REAL, ""), ("f.png", FAKE, "gan"), ("u.png", None, "")]
-    rows = make_rows(items, [[0, 2], [3, 1], [0, 0]])
-    table = read_table(write(tmp_path / "s.csv", *rows, Row("bad.png", "fake", "gan", error="truncated\nfile")))
+    rows = [*make_rows(items, [[0, 2], [3, 1], [0, 0]]), Row("bad.png", "fake", "gan", error="truncated\nfile")]
+    table = read_table(write(tmp_path / "s.csv", *rows))
     assert len(table) == 4
     assert table.is_real.tolist() == [True, False, False, False]
     assert table.is_fake.tolist() == [False, True, False, True]
@@ -111,16 +95,16 @@ def test_logits_that_are_not_finite_make_an_error_row(bad):
     assert row.error and row.prob_fake is None and row.prediction == ""
 
 
-def test_what_write_returned_from_is_in_the_file(tmp_path):
-    with RowWriter(tmp_path / "s.csv") as writer:
+def test_what_write_returned_from_is_in_the_file_and_what_was_torn_off_hides_none_of_it(tmp_path):
+    path = tmp_path / "s.csv"
+    with RowWriter(path) as writer:
         for n in range(1, 4):
-            writer.write(Row(f"{n}.png", "real", "", 0.0, 1.0, 0.25, "real"))
-            assert len(read_table(tmp_path / "s.csv")) == n
-
-
-def test_a_file_that_cannot_be_written_is_a_users_mistake(tmp_path):
-    with pytest.raises(UserError, match=str(tmp_path)):
-        RowWriter(tmp_path)
+            writer.write(Row(f"{n}\r,\n.png", "real", "", 0.0, 1.0, 0.25, "real"))
+            assert len(read_table(path)) == n
+    whole = path.read_bytes()
+    for cut in range(1, 20):  # killed in the last row
+        path.write_bytes(whole[:-cut])
+        assert [row.path for _, row in zip(range(2), read_rows(path), strict=False)] == ["1\r,\n.png", "2\r,\n.png"]
 
 
 def test_other_orders_more_columns_and_a_byte_order_mark_are_fine(tmp_path):
@@ -170,18 +154,17 @@ def test_errors_name_file_line_and_what_was_got(tmp_path, text, line, said):
     assert message.startswith(f"{path}, line {line}: ") and said in message and "\n" not in message
 
 
-def test_missing_empty_and_binary_files_are_one_line(tmp_path):
+def test_files_that_are_no_tables_are_one_line(tmp_path):
     (tmp_path / "empty.csv").write_text(HEADER + "\n")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
-    for path in (tmp_path / "none.csv", tmp_path, tmp_path / "empty.csv", tmp_path / "binary.csv"):
-        with pytest.raises(UserError, match=str(path)) as caught:
-            read_table(path)
-        assert len(str(caught.value).splitlines()) == 1
-
-
-def test_the_record_beside_a_table(tmp_path):
-    assert read_record(tmp_path / "s.csv") == {}
     (tmp_path / "s.json").write_text('{"settings": {"seed": 1}}')
+    for name in ("none.csv", ".", "empty.csv", "binary.csv"):
+        with pytest.raises(UserError, match=str(tmp_path / name)) as caught:
+            read_table(tmp_path / name)
+        assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(UserError, match=str(tmp_path)):
+        RowWriter(tmp_path)
+    assert read_record(tmp_path / "none.csv") == {}
     assert read_record(tmp_path / "s.csv")["settings"] == {"seed": 1}
     for broken in ("{", "[]", "\xff"):
         (tmp_path / "s.json").write_text(broken, encoding="latin-1")

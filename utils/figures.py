@@ -102,9 +102,11 @@ def robustness(
     """AUROC against the strength of each perturbation, harder to the right.
 
     Args:
-        curves: {perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, strengths rising.
+        curves: {perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, in order of strength.
         clean: {generator: AUROC on the untouched images}, drawn as a dotted line where known.
     """
+    from data.perturbations import Cell  # here, because it takes seconds and most figures need none
+
     generators = sorted({name for by_generator in curves.values() for name in by_generator})
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
@@ -120,9 +122,8 @@ def robustness(
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=style["color"], lw=1, ls=":")
             panel.axhline(0.5, **CHANCE)
-            label, smaller_is_harder = strength_axis(perturbation)
-            panel.set(title=shorten(perturbation), xlabel=label)
-            if smaller_is_harder:
+            panel.set(title=shorten(perturbation), xlabel=Cell(perturbation).kind.axis)
+            if Cell(perturbation).kind.smaller_is_harder:
                 panel.invert_xaxis()
         lowest = min(p.get_ylim()[0] for p in panels[: len(curves)])
         for i, panel in enumerate(panels):
@@ -246,14 +247,6 @@ def sheet(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
             figure.savefig(file, format="png", metadata={"Software": None})
-
-
-def strength_axis(perturbation: str) -> tuple[str, bool]:
-    """What the strength of a perturbation is, and whether smaller is harder on the detector."""
-    from data.perturbations import PERTURBATIONS  # here, because it takes seconds and most figures need none
-
-    kind = PERTURBATIONS.get(perturbation)
-    return (kind.axis, kind.smaller_is_harder) if kind else ("strength", False)  # of another program
 
 
 def shorten(name: str) -> str:

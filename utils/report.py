@@ -24,6 +24,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
+from data.perturbations import Cell
 from utils import figures, metrics
 from utils.run import UserError, atomic, make_folder, run_program, shown, text_table
 from utils.scores import ScoreTable, read_record, read_table, residual_path
@@ -45,22 +46,11 @@ class Scores(NamedTuple):
     summary: dict
 
     @property
-    def perturbation(self) -> dict:
-        """{"name", "strength", ...}; empty for untouched images."""
+    def cell(self) -> Cell:
+        """What was done to the images; Cell("none"): nothing."""
         p = self.record.get("perturbation")
-        return p if isinstance(p, dict) and p.get("name") not in (None, "none") else {}
-
-    @property
-    def strength(self) -> float | None:
-        """None: it varies from image to image."""
-        strength = self.perturbation.get("strength")
-        return float(strength) if isinstance(strength, int | float) else None
-
-    @property
-    def label(self) -> str:
-        """What was done to the images, such as "jpeg quality 70"."""
-        name = self.perturbation.get("name", "untouched")
-        return self.perturbation.get("label") or (name if self.strength is None else f"{name} {self.strength:g}")
+        p = p if isinstance(p, dict) else {}
+        return Cell(p.get("name") or "none", p.get("strength"))
 
 
 def load_tables(csv_files: Sequence[str | os.PathLike], resamples: int = metrics.RESAMPLES) -> list[Scores]:
@@ -98,8 +88,8 @@ def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str 
         UserError: if they cannot be written.
     """
     out = make_folder(out)
-    clean = [t for t in tables if not t.perturbation]
-    perturbed = sorted((t for t in tables if t.perturbation), key=by_difficulty)
+    clean = [t for t in tables if t.cell.name == "none"]
+    perturbed = sorted((t for t in tables if t.cell.name != "none"), key=by_difficulty)
     curves = robustness_curves(perturbed)
     baseline = {name: m["auroc"] for t in clean[:1] for name, m in t.summary["generators"].items()}
     environment = jinja2.Environment(
@@ -179,25 +169,29 @@ def thumbnail(path: Path, side: int) -> str:
 
 def by_difficulty(scores: Scores) -> tuple:
     """Sorts perturbed tables by name and strength, the hardest last."""
-    sign = -1 if figures.strength_axis(scores.perturbation["name"])[1] else 1
-    return scores.perturbation["name"], scores.strength is not None, sign * (scores.strength or 0)
+    name, strength = scores.cell
+    return name, (-1 if scores.cell.kind.smaller_is_harder else 1) * (strength or 0)
 
 
 def labelled(tables: Sequence[Scores]) -> dict[str, dict]:
-    """The tables' summaries by their labels; those that share one have the table's name behind it."""
-    labels = [t.label for t in tables]
-    return {(t.label if labels.count(t.label) == 1 else f"{t.label}, {t.name}"): t.summary for t in tables}
+    """The tables' summaries by what was done to the images; where that is the same, the table's name is behind it."""
+    labels = [t.cell.label for t in tables]
+    names = (
+        label if labels.count(label) == 1 else f"{label}, {t.name}" for label, t in zip(labels, tables, strict=True)
+    )
+    return {name: t.summary for name, t in zip(names, tables, strict=True)}
 
 
 def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, dict[str, list]]:
-    """{perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, strengths rising, two points or more."""
-    curves = {}
-    for t in sorted((t for t in perturbed if t.strength is not None), key=lambda t: t.strength):
+    """{perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, two points or more, the hardest last."""
+    curves: dict[str, dict[str, list]] = {}
+    for t in perturbed:
+        name, strength = t.cell
         for generator, m in t.summary["generators"].items():
-            if m["auroc"] is not None:
-                point = t.strength, m["auroc"], (m["intervals"] or {}).get("auroc")
-                curves.setdefault(t.perturbation["name"], {}).setdefault(generator, []).append(point)
-    return {name: curves[name] for name in sorted(curves) if max(map(len, curves[name].values())) > 1}
+            if strength is not None and m["auroc"] is not None:
+                point = strength, m["auroc"], (m["intervals"] or {}).get("auroc")
+                curves.setdefault(name, {}).setdefault(generator, []).append(point)
+    return {name: of for name, of in curves.items() if max(map(len, of.values())) > 1}
 
 
 def records(tables: Sequence[Scores]) -> list[tuple[str, Mapping]]:

@@ -8,6 +8,7 @@ exactly what was written, whatever the file names:
 - a text that a spreadsheet would take for a formula gets an apostrophe in front, which reading takes away.
 """
 
+import contextlib
 import csv
 import json
 import math
@@ -134,7 +135,7 @@ def make_rows(items: Sequence[tuple], logits: np.ndarray, calibration: Mapping |
     ]
 
 
-class RowWriter:
+class RowWriter(contextlib.AbstractContextManager):
     """Writes a score table row by row; what `write` has returned from is in the file.
 
     stability: whether it has that column.
@@ -162,9 +163,6 @@ class RowWriter:
 
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> "RowWriter":
-        return self
 
     def __exit__(self, *_) -> None:
         self.close()

@@ -27,6 +27,7 @@ FREE = {"save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwr
         "cache_gb", "cache", "resynthesizer_file", "without_effect", "deterministic"}  # fmt: skip
 CHECKPOINT_NAMES = r"(\d+(_sr)?|best|last)\.pth\.tar|(epoch_\d+|best|last)\.pth"
 RECORD_NAMES = ("stats.jsonl", "tensorboard")
+WARM_UP = 0.03  # of a training under the cosine schedule
 
 
 class NotFinite(UserError):
@@ -129,10 +130,16 @@ def say_changes(before: Mapping, now: Mapping, step: int) -> None:
 
 
 class Stepper:
-    """One optimizer step after the other, over all processes, with the numbers checked."""
+    """One optimizer step after the other, over all processes, with the numbers checked.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, compute: Compute, world: World):
-        self.optimizer, self.compute, self.world, self.progress = optimizer, compute, world, Progress()
+    clip_norm: larger gradients are scaled down to this norm; None: not.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, compute: Compute, world: World, clip_norm: float | None = None
+    ):
+        self.optimizer, self.compute, self.world, self.clip_norm = optimizer, compute, world, clip_norm
+        self.progress = Progress()
         # What the options ask for; a resumed run keeps to it, whatever the state says of them.
         self.asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
@@ -167,6 +174,8 @@ class Stepper:
                 f"numbers are no longer finite at {where} (loss {sums[0]:.4g}, gradient norm {norm:.4g}); images {files};"
                 " lower --lr or use --precision fp32"
             )
+        if self.clip_norm and norm > self.clip_norm:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self.clip_norm / norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -188,6 +197,13 @@ class Stepper:
             self.scaler.load_state_dict(state["scaler"])
         known.update({name: value for name, value in state["progress"].items() if name in known})
         say_changes(state["settings"], settings, self.progress.step)
+
+
+def cosine(done: float) -> float:
+    """A factor of the rate for a training of which the share `done` is done: a linear warm-up, then down to 0."""
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
