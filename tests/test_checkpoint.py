@@ -1,117 +1,66 @@
-"""Checkpoint files: whole or not at all, read without running anything, and told apart by their contents."""
+"""Checkpoint files: whole or not at all, read without running anything; and what does not belong together is refused."""
 
 import errno
 import os
 import pickle
 import resource
-import stat
 
 import pytest
 import torch
+from files import mistake, random_rgb, save
+from trainings import TINY, detector_arguments, read, train
 
-import test
+import test as tester
+import train_detector
 import train_sr
-from models import RDN, ModelError, fingerprint, load_weights, state_dict_of
+from models import RDN, VGGStages, fingerprint, load_vgg, load_weights, state_dict_of
 from utils import checkpoint as checkpoints
-from utils.checkpoint import CheckpointError
+from utils import options
+from utils.run import remove_torn, run_program
 
-TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
-
-
-def one_line(error):
-    text = str(error.value)
-    assert "\n" not in text.strip() and len(text) < 400
-    return text
+pytestmark = pytest.mark.usefixtures("small_classifier")
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     state = {"state_dict": {"a": torch.arange(3.0)}, "progress": {"epoch": 3, "best": None, "sums": {"loss": 0.5}}}
     checkpoints.save(state, tmp_path / "last.pth")
     loaded = checkpoints.load(tmp_path / "last.pth")
-    assert loaded["progress"] == state["progress"]
-    assert torch.equal(loaded["state_dict"]["a"], state["state_dict"]["a"])
+    assert loaded["progress"] == state["progress"] and torch.equal(loaded["state_dict"]["a"], torch.arange(3.0))
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
-    mask = os.umask(0)
-    os.umask(mask)
-    assert stat.S_IMODE((tmp_path / "last.pth").stat().st_mode) == 0o666 & ~mask  # not private, as a temporary file is
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
+    assert torch.equal(checkpoints.load(tmp_path / "old.pth.tar")["a"], torch.ones(2))
+    with mistake("cannot write"):
+        checkpoints.save({}, tmp_path / "nowhere" / "last.pth")
 
 
-@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+@pytest.mark.parametrize("failure", [RuntimeError("unexpected pos 64 vs 0"), KeyboardInterrupt(), "disk full"])
 def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, failure):
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
-    before = path.read_bytes()
+    before, (_, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fail(obj, file):
         file.write(b"half a checkpoint")
         raise failure
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(CheckpointError, match="cannot write .*last.pth.*untouched") as error:
-        checkpoints.save({"a": torch.ones(2)}, path)
-    one_line(error)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
-
-
-def test_a_disk_that_fills_up_while_it_is_written(tmp_path):
-    """The kernel itself refuses, in the middle of the file."""
-    path = tmp_path / "last.pth"
-    checkpoints.save({"a": torch.zeros(2)}, path)
-    before = path.read_bytes()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    if failure == "disk full":  # the kernel itself refuses, in the middle of the file
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    else:
+        monkeypatch.setattr(torch, "save", fail)
     try:
-        with pytest.raises(CheckpointError, match="cannot write .*last.pth .*File too large.*untouched") as error:
+        with pytest.raises(KeyboardInterrupt) if isinstance(failure, KeyboardInterrupt) else mistake("last.pth"):
             checkpoints.save({"a": torch.ones(10_000)}, path)
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    one_line(error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 
 
-@pytest.mark.parametrize("call", ["fsync", "replace", "chmod"])
-def test_a_save_that_fails_at_its_end(tmp_path, monkeypatch, call):
-    path = tmp_path / "last.pth"
-    checkpoints.save({"a": torch.zeros(2)}, path)
-    before = path.read_bytes()
-
-    def fail(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(CheckpointError, match="cannot write .*last.pth .*No space left on device") as error:
-        checkpoints.save({"a": torch.ones(2)}, path)
-    one_line(error)
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
-
-
-def test_only_torn_checkpoints_are_removed(tmp_path):
-    kept = ["last.pth", ".p.csv.0-of-1.part", ".config.json.part", ".hidden.tmp"]
-    for name in [*kept, ".last.pth.tar.abc.tmp", ".epoch_3.pth.x_y.tmp"]:
+def test_only_torn_files_are_removed(tmp_path):
+    kept = ["last.pth", ".p.csv.0-of-1.part", "visible.tmp"]
+    for name in [*kept, ".last.pth.tar.12.tmp", ".epoch_3.pth.345.tmp"]:
         (tmp_path / name).touch()
-    checkpoints.remove_torn(tmp_path)
+    remove_torn(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
-
-
-def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "last.pth"
-    checkpoints.save({"a": torch.zeros(2)}, path)
-
-    def interrupt(obj, file):
-        file.write(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(torch, "save", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.save({"a": torch.ones(2)}, path)
-    assert torch.equal(checkpoints.load(path)["a"], torch.zeros(2))
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
-
-
-def test_a_save_into_no_folder_is_one_line(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot write"):
-        checkpoints.save({"a": torch.zeros(2)}, tmp_path / "nowhere" / "last.pth")
 
 
 class Malicious:
@@ -124,18 +73,22 @@ class Malicious:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_file_that_would_run_code_is_refused(tmp_path, writer):
+def test_a_file_that_would_run_code_is_refused(tmp_path, capfd, writer):
+    """By `load`, and by the programs wherever they take a file."""
     path, target = tmp_path / "evil.pth.tar", tmp_path / "ran"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(target)}
-    if writer == "torch":
-        torch.save(content, path)
-    else:
-        path.write_bytes(pickle.dumps(content))
-    with pytest.raises(CheckpointError, match="evil.pth.tar") as error:
+    torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
+    with mistake("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
         checkpoints.load(path)
-    if writer == "torch":
-        assert "refused" in one_line(error)
-    one_line(error)
+    for main, parser, flags in (
+        (tester.main, options.test_parser, f"--input {__file__} --resume"),
+        (train_sr.main, options.train_sr_parser, f"--train-file {tmp_path}/list.txt --weights-file"),
+        (train_detector.main, options.train_detector_parser, f"--csv {tmp_path}/table.csv --sr-weights-file"),
+    ):
+        (tmp_path / "list.txt").write_text(__file__)
+        (tmp_path / "table.csv").write_text(f"path,label\n{__file__},real\n")
+        assert run_program(lambda: main(parser().parse_args([*flags.split(), str(path), "--gpu", "cpu"]))) == 2  # noqa: B023
+        assert "evil.pth.tar" in capfd.readouterr().err.splitlines()[-1]
     assert not target.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
     assert target.exists()  # it would have run
@@ -146,114 +99,204 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, writer):
 def test_a_truncated_file_is_said_to_be_one(tmp_path, share, legacy):
     path = tmp_path / "last.pth"
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(CheckpointError, match="truncated or no checkpoint") as error:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with mistake("truncated", f"{path.stat().st_size} bytes"):
         checkpoints.load(path)
-    assert f"{path.stat().st_size} bytes" in one_line(error)
 
 
-def test_other_things_than_checkpoints(tmp_path):
+def test_other_things_than_checkpoints(tmp_path, monkeypatch):
     (tmp_path / "list.pth").write_text("data/a.png\ndata/b.png\n")
     torch.save([torch.zeros(1)], tmp_path / "tensors.pth")
-    for path, words in (
-        (tmp_path, "is a folder"),
-        (tmp_path / "absent.pth", "no checkpoint at"),
-        (tmp_path / "list.pth", "truncated or no checkpoint"),
-        (tmp_path / "tensors.pth", "holds a list, a dictionary was wanted"),
+    torch.save({}, tmp_path / "a.pth")
+    for name, word in (
+        (".", "folder"),
+        ("absent.pth", "absent.pth"),
+        ("list.pth", "no checkpoint"),
+        ("tensors.pth", "list"),
     ):
-        with pytest.raises(CheckpointError, match=words) as error:
-            checkpoints.load(path)
-        one_line(error)
-
-
-def test_a_detector_that_would_run_code_is_refused_by_the_programs(tmp_path):
-    """Not only by `load`."""
-    torch.save({"state_dict": Malicious(tmp_path / "ran")}, tmp_path / "evil.pth.tar")
-    for program, flags in (
-        (test, ["--input", __file__, "--resume"]),
-        (test, ["--input", __file__, "--resume", str(tmp_path / "evil.pth.tar"), "--sr-weights-file"]),
-        (train_sr, ["--train-file", str(tmp_path / "list.txt"), "--weights-file"]),
-    ):
-        (tmp_path / "list.txt").write_text(__file__)
-        with pytest.raises(CheckpointError, match="evil.pth.tar refused: it holds more than tensors"):
-            program.main([*flags, str(tmp_path / "evil.pth.tar"), "--gpu", "cpu"])
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_file_that_may_not_be_read_is_not_said_to_be_damaged(tmp_path, monkeypatch):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "a.pth")
+        with mistake(word):
+            checkpoints.load(tmp_path / name)
 
     def refuse(*_, **__):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(torch, "load", refuse)  # what permissions forbid, root may do
-    with pytest.raises(CheckpointError, match=r"^cannot read .*a.pth \(Permission denied\)$"):
+    with mistake("a.pth", "Permission denied"):
         checkpoints.load(tmp_path / "a.pth")
 
 
-def test_the_old_format_of_torch_is_read(tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoints.load(tmp_path / "old.pth.tar")["a"], torch.ones(2))
-
-
-def test_to_cpu_copies():
-    state = {"a": [torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)], "b": (1, "x")}
-    copy = checkpoints.to_cpu(state)
-    state["a"][0].zero_()
-    assert copy["a"][0].sum() == 96 and copy["a"][0].is_contiguous() and copy["b"] == (1, "x")
-
-
-# --- state dicts ------------------------------------------------------------------------------------------------------
+# --- state dicts --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_weights_are_found_in_any_wrapping(prefix, wrapped):
-    torch.manual_seed(0)
     source, target = RDN(**TINY), RDN(**TINY)
     state = {prefix + key: value for key, value in source.state_dict().items()}
     load_weights(target, state_dict_of({"state_dict": state, "epoch": 3} if wrapped else state, "file"), "file")
     assert fingerprint(target) == fingerprint(source)
-
-
-@pytest.mark.parametrize("content", [{}, {"epoch": 3}, {"state_dict": {}}, {"state_dict": [1]}, {"a": 1, "b": 2}])
-def test_a_dictionary_without_weights_is_refused(content):
-    with pytest.raises(ModelError, match="no weights in some.pth"):
-        state_dict_of(content, "some.pth")
+    for content in ({}, {"epoch": 3}, {"state_dict": {}}, {"state_dict": [1]}, {"a": 1, "b": 2}):
+        with mistake("some.pth"):
+            state_dict_of(content, "some.pth")
 
 
 def test_misfits_are_named_and_nothing_is_loaded():
-    torch.manual_seed(0)
     model = RDN(**TINY)
     before = fingerprint(model)
     state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     del state["sfe1.weight"]
-    state["classifier.fc"] = torch.zeros(1)
-    state["sfe2.weight"] = torch.zeros(5, 4, 3, 3)
-    with pytest.raises(ModelError) as error:
+    state |= {"classifier.fc": torch.zeros(1), "sfe2.weight": torch.zeros(5, 4, 3, 3)}
+    with mistake("some.pth", "1 missing: sfe1.weight", "1 unknown: classifier.fc", "(5, 4, 3, 3)", "(4, 4, 3, 3)"):
         load_weights(model, state, "some.pth")
-    text = one_line(error)
-    assert "some.pth" in text
-    assert "1 missing: sfe1.weight" in text
-    assert "1 unknown: classifier.fc" in text
-    assert "sfe2.weight is (5, 4, 3, 3), wanted (4, 4, 3, 3)" in text
-    assert fingerprint(model) == before
-
-
-def test_many_misfits_stay_one_short_line():
-    with pytest.raises(ModelError, match=r"\d+ missing: .*, \.\.\.") as error:
-        load_weights(RDN(**TINY), {"a": torch.zeros(1)}, "some.pth")
-    one_line(error)
-
-
-def test_a_fingerprint_is_of_names_shapes_and_values():
-    torch.manual_seed(0)
-    model = RDN(**TINY)
-    before = fingerprint(model)
-    assert len(before) == 16 and int(before, 16) >= 0
-    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
+    assert fingerprint(model) == before == fingerprint(model.to(memory_format=torch.channels_last))
     with torch.no_grad():
         model.output.bias[0] += 1e-7
-    assert fingerprint(model) != before
+    assert fingerprint(model) != before and len(before) == 16
     assert fingerprint(torch.nn.Linear(2, 3)) != fingerprint(torch.nn.Linear(3, 2))
+
+
+# --- VGG-19's weights ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A torch hub without weights, on a machine without a network. Gives the file that would hold VGG-19's."""
+
+    def refuse(*_, **__):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    return tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth"
+
+
+def test_imagenet_weights_are_known_by_their_hash(hub, monkeypatch):
+    def download(url, to, hash_prefix, **_):
+        raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
+
+    with monkeypatch.context() as patch, mistake("invalid hash value", "dcbb9e9d"):
+        patch.setattr(torch.hub, "download_url_to_file", download)
+        load_vgg("imagenet")
+    hub.parent.mkdir(exist_ok=True)
+    torch.save(VGGStages().state_dict(), hub)  # the right name, the right shapes
+    for source in ("imagenet", "auto"):
+        with mistake("damaged", "dcbb9e9d"):
+            load_vgg(source)
+
+
+def test_without_a_network_random_weights_stand_in_for_training_only(hub, caplog):
+    _, record = load_vgg("auto")
+    assert record["source"] == "random" and caplog.text.count("RANDOM VGG-19 weights") == 1
+    with mistake("--vgg-weights"):
+        load_vgg("auto", {"source": "imagenet"}, "released.pth.tar")
+    assert load_vgg("auto", record, "mine.pth.tar")[1] == record and not hub.exists()
+
+
+# --- what does not belong together --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory, small_classifier):
+    """RDNs, detectors and VGG weights, and a folder of real and one of generated images."""
+    root = tmp_path_factory.mktemp("mixture")
+    torch.manual_seed(0)
+    for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
+        torch.save(model.state_dict(), root / f"{name}.pth")
+    torn = RDN(**TINY).state_dict()
+    torn["sfe3.weight"] = torn.pop("sfe2.weight")
+    torch.save(torn, root / "torn_rdn.pth")
+    for kind in ("real", "fake"):
+        (root / kind).mkdir()
+        save(root / kind / "a.png", random_rgb(64, 64, len(kind)))
+    for name, flags in (("pixel", ""), ("stage2", "--idx-stages 2 --crop-size 64"), ("dilated", "--arch resnet50")):
+        arguments = detector_arguments(root, root / name, f"--fixed-sr --epochs 1 --batch-size 2 {flags}")
+        train([a for a in arguments if name != "dilated" or a != "--no_dilation"])
+        os.link(root / name / "last.pth.tar", root / f"{name}.pth.tar")
+    torch.save({f"features.{k}": v for k, v in VGGStages().features.state_dict().items()}, root / "other_vgg.pth")
+    return root
+
+
+IMAGES = "--data-root-pos real --data-root-neg fake"
+NEW = f"{IMAGES} --fixed-sr --no_dilation --arch resnet18 --vgg-weights random"
+LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
+SR = "--train-file real --vgg-lambda 0 --patch-size 8"
+# of train_detector.py and, where a detector is loaded (--init), of test.py (--resume)
+DETECTORS = [
+    # a file of another kind
+    (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "sfe1"]),
+    (f"{LOADED} --init rdn.pth", ["rdn.pth", "no detector"]),
+    (f"{LOADED} --init pixel.pth.tar --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "sfe1"]),
+    (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
+    (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
+    (f"{NEW} --sr-weights-file torn_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
+    # a flag against a file
+    (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale", "2", "rdn.pth has 4"]),
+    (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["--sr-num-blocks", "16", "has 1"]),
+    (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages", "pixel.pth.tar has 0"]),
+    (f"{LOADED} --init pixel.pth.tar --arch resnet50", ["--arch", "pixel.pth.tar has resnet18"]),
+    (f"{LOADED} --init dilated.pth.tar --no_dilation", ["--no_dilation", "dilated.pth.tar has True"]),
+    (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "pixel.pth.tar has 3"]),
+    # a flag against a flag
+    (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel 3", "stage 2", "128"]),
+    (f"{IMAGES} --fixed-sr --arch resnet18 --sr-weights-file rdn.pth", ["resnet18", "--no_dilation"]),
+    # a file against a file
+    (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["trained with the RDN", "other_rdn.pth"]),
+    (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["trained with the RDN", "rdn_x2.pth"]),
+    (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["trained with the VGG-19", "other_vgg.pth"]),
+]
+RESYNTHESIZERS = [
+    (f"{SR} --weights-file pixel.pth.tar", ["pixel.pth.tar", "sfe1"]),
+    (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "sfe1"]),
+    (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth has 4"]),
+    (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
+]
+CASES = [
+    *((train_detector, options.train_detector_parser, "--output-path", *case) for case in DETECTORS),
+    *((train_sr, options.train_sr_parser, "--outputs-dir", *case) for case in RESYNTHESIZERS),
+    *(
+        (
+            tester,
+            options.test_parser,
+            "--save_path",
+            flags.replace("--init", "--resume").replace("--fixed-sr", ""),
+            words,
+        )
+        for flags, words in DETECTORS
+        if "--init" in flags
+    ),
+]
+
+
+@pytest.mark.parametrize(("program", "parser", "out", "flags", "words"), CASES, ids=[f"{c[2]} {c[3]}" for c in CASES])
+def test_what_does_not_belong_together_is_refused(
+    mixture, tmp_path, monkeypatch, capfd, program, parser, out, flags, words
+):
+    monkeypatch.chdir(mixture)
+    args = parser().parse_args([*flags.split(), out, str(tmp_path / "out"), "--gpu", "cpu", "--workers", "0"])
+    code, line = run_program(lambda: program.main(args)), capfd.readouterr().err.splitlines()[-1]
+    assert code == 2 and line.startswith("error: ") and [word for word in words if word not in line] == [], line
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_auxiliary_vgg_of_a_resumed_run_must_be_the_same(mixture, tmp_path):
+    flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
+    train([*detector_arguments(mixture, tmp_path / "out", flags), "1"])
+    with mistake("--vgg-weights"):
+        train(
+            [
+                *detector_arguments(mixture, tmp_path / "out", flags),
+                "2",
+                "--vgg-weights",
+                str(mixture / "other_vgg.pth"),
+            ]
+        )
+
+
+def test_the_config_of_a_detector_says_what_it_is(mixture):
+    for name, stage, arch, dilated in (("stage2", 2, "resnet18", False), ("dilated", 0, "resnet50", True)):
+        config = read(mixture / f"{name}.pth.tar")["config"]
+        assert config["detector"] == {"arch": arch, "stage": stage, "dilated": dilated}
+        assert config["resynthesizer"] == {"scale": 4, **TINY}
+        assert config["resynthesizer_fingerprint"] == fingerprint(read(mixture / "rdn.pth"))
+        assert (config["images"]["crop_size"] or 64) == 64
