@@ -39,12 +39,14 @@ from models import (
     rdn_config,
 )
 from models.auxiliary import degrade_patch, super_resolution_loss
+from models.rdn import start_as_interpolation
 from utils.distributed import World, sum_over_processes, world_of_processes
 from utils.run import Compute, StopSignal, UserError, choose_compute, keyed_generator, progress, run_program
 from utils.training import (
     Recorder,
     StateKeeper,
     Stepper,
+    cosine,
     refuse_occupied,
     run_folder,
     save_epoch,
@@ -69,7 +71,10 @@ def main(args: Namespace) -> None:
         eval_items = image_items(args.eval_file, "--eval-file") if args.eval_file or args.evaluate else []
         outputs = Path(args.outputs_dir)
         start, resumed = starting_point(args.resume, args.init, sorted(outputs.glob(f"x*/{LAST}")))
-        model = load_resynthesizer(start, vars(args)).to(compute.device, memory_format=torch.channels_last)
+        model = load_resynthesizer(start, vars(args))
+        if start is None and args.start == "interpolation":
+            start_as_interpolation(model)
+        model.to(compute.device, memory_format=torch.channels_last)
         policy = SizePolicy(model.scale)
         if eval_items:
             eval_items, _ = usable_items(eval_items, policy, args.skip_bad)
@@ -89,7 +94,9 @@ def main(args: Namespace) -> None:
 
         # What is trained, how far it is, and what is kept of it
         stack.enter_context(run_folder(folder, world, fresh=not resumed))
-        stepper = Stepper(torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, folder / LAST)
+        stepper = Stepper(
+            torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, folder / LAST, args.clip_norm
+        )
         done = stepper.progress
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         about = {"config": {"resynthesizer": rdn_config(model.state_dict())}, "vgg": vgg_record, "settings": settings}
@@ -107,11 +114,12 @@ def main(args: Namespace) -> None:
         ways = {"augment": args.augment, "completion": args.completion, "colorization": args.colorization}
         degrade = partial(degrade_patches, args.seed, ways) if any(ways.values()) else None
         loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, degrade, compute)
+        decayed = partial(step_decay, args.lr_decay, args.lr_decay_epoch)
+        rate_of = (lambda epochs: cosine(epochs / args.num_epochs)) if args.schedule == "cosine" else decayed
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
         for epoch in range(done.epoch, args.num_epochs):
-            stepper.set_rates(args.lr_decay ** (epoch // args.lr_decay_epoch))
             batches.set_epoch(epoch, done.step)
-            pictures = train_one_epoch(loader, loss_of, stepper, keeper)
+            pictures = train_one_epoch(loader, loss_of, rate_of, stepper, keeper)
             values = done.means() | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
             due = (epoch + 1) % args.num_save == 0 or epoch + 1 == args.num_epochs
             if eval_items:
@@ -143,10 +151,25 @@ def numbered_files(state: dict) -> dict[str, dict]:
     return {f"epoch_{state['progress']['epoch'] - 1}.pth": state["state_dict"]}
 
 
-def train_one_epoch(loader: DataLoader, loss_of: LossOf, stepper: Stepper, keeper: StateKeeper) -> Tensor:
-    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1]."""
-    pictures = torch.empty(0)
+def step_decay(factor: float, every: int, epochs: float) -> float:
+    """The rate's factor after so many epochs."""
+    return factor ** (int(epochs) // every)
+
+
+def train_one_epoch(
+    loader: DataLoader,
+    loss_of: LossOf,
+    rate_of: Callable[[float], float],
+    stepper: Stepper,
+    keeper: StateKeeper,
+) -> Tensor:
+    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1].
+
+    rate_of: the rate's factor after so many epochs.
+    """
+    pictures, steps = torch.empty(0), loader.batch_sampler.steps
     for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", stepper.progress):
+        stepper.set_rates(rate_of(stepper.progress.epoch + stepper.progress.step / steps))
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
         keeper.after_step(stepper.compute.device)

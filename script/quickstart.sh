@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole method at a small scale, on a laptop without a GPU:  bash script/quickstart.sh [GPU_ID]
-# Makes example images, trains RDN on the real ones and a pixel and a stage-5 detector on "nearest" fakes, tests both on
+# Makes example images, trains RDN on the real ones and a pixel detector (with VGG-19's weights at hand also a stage-5 one) on "nearest" fakes, tests both on
 # held-out "nearest" and "bilinear" fakes. What was done by an earlier call is not done again; for a new start:
 #   rm -r output/quickstart
 # Writes output/quickstart. The images are small (128 pixels), and so are the networks (RDN 16/16/3/3, ResNet-18), trained
@@ -18,10 +18,11 @@ if [[ ! -f $images/settings.json ]]; then
 fi
 
 # Step 1: the re-synthesizer. The perceptual loss (--vgg-lambda) is left out: VGG-19 costs a hundred times this RDN.
-trained "$out/sr/x4/epoch_59.pth" train_sr.py \
+trained "$out/sr/x4/epoch_11.pth" train_sr.py \
     --train-file $images/train.txt --eval-file $images/val.txt --outputs-dir $out/sr \
     --num-features 16 --growth-rate 16 --num-blocks 3 --num-layers 3 --vgg-lambda 0 \
-    --patch-size 16 --batch-size 8 --patches-per-image 2 --lr 2e-3 --lr-decay-epoch 20 --num-epochs 60 --num-save 20
+    --start interpolation --schedule cosine --clip-norm 0.5 --lr 2e-3 \
+    --patch-size 16 --batch-size 2 --patches-per-image 2 --num-epochs 12 --num-save 12
 
 # Step 2: two detectors on the residuals of "nearest" fakes, RDN frozen
 detector() {

@@ -197,6 +197,11 @@ def train_sr_parser() -> Parser:
     text = "patches taken from each image once it is decoded; the release takes one"
     sr.add("--patches-per-image", text, at_least_one, 1)
     sr.add("--lr", "learning rate of Adam", weight, 1e-4)
+    text = "of the rate: as released, or a short warm-up and down to 0 at the end, which suits short trainings"
+    sr.add("--schedule", text, choices=("steps", "cosine"), default="steps")
+    text = "of new weights: PyTorch's, as released, or such that RDN interpolates at first"
+    sr.add("--start", text, choices=("random", "interpolation"), default="random")
+    sr.add("--clip-norm", "scale larger gradients down to this norm; not by default", weight)
     sr.add("--lr-decay", "factor on the learning rate every --lr-decay-epoch", number(float, 0, 1), 0.5)
     sr.add("--lr-decay-epoch", "epochs from one decay to the next", at_least_one, 225)
     sr.add("--batch-size", "images a step", at_least_one, 12)

@@ -39,6 +39,9 @@ FREE = {"save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwr
         "cache_gb", "cache", "resynthesizer_file", "without_effect", "deterministic"}  # fmt: skip
 
 
+WARM_UP = 0.03  # of a training under the cosine schedule
+
+
 @dataclass
 class Progress:
     """How far a training has come; saved with every checkpoint, so that resuming is exact to the step."""
@@ -146,10 +149,19 @@ class Stepper:
 
     Args:
         last_state: the file named when numbers are no longer finite.
+        clip_norm: larger gradients are scaled down to this norm; None: not.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, compute: Compute, world: World, last_state: Path):
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        compute: Compute,
+        world: World,
+        last_state: Path,
+        clip_norm: float | None = None,
+    ):
         self.optimizer, self.compute, self.world, self.last_state = optimizer, compute, world, last_state
+        self.clip_norm = clip_norm
         self.progress = Progress()
         # What the options ask for; a resumed run keeps to it, whatever the state says of them.
         self.asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -186,6 +198,8 @@ class Stepper:
             raise UserError(
                 f"numbers are no longer finite at {where}; images {files}; {saved}. Lower --lr or use --precision fp32"
             )
+        if self.clip_norm and norm > self.clip_norm:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self.clip_norm / norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -206,6 +220,13 @@ class Stepper:
             self.scaler.load_state_dict(state["scaler"])
         known = vars(self.progress)
         known.update({name: value for name, value in state["progress"].items() if name in known})
+
+
+def cosine(done: float) -> float:
+    """A factor of the rate for a training of which the share `done` is done: a linear warm-up, then down to 0."""
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
 
 
 # --- what is kept -------------------------------------------------------------------------------------------
