@@ -14,6 +14,7 @@ ARGS = test_parser().parse_args() if __name__ == "__main__" else None  # mistake
 
 import contextlib
 import logging
+import math
 import sys
 import tempfile
 from argparse import Namespace
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, alike, make_loader
+from data.images import check_headers, fitted_size
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
 from data.perturbations import Cell, Perturbation, cells, mild_variants
 from utils import run
@@ -34,7 +36,7 @@ from utils.distributed import world_of_processes
 from utils.run import UserError, shown
 from utils.scorelog import ScoreLog, file_stamps
 from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
-from utils.scoring import BATCH_PIXELS, Detector, load_on
+from utils.scoring import BATCH_PIXELS, Detector, images_at_once, load_on
 
 logger = logging.getLogger("test")
 
@@ -129,11 +131,12 @@ def known_of(cell: Cell, protocol: str, seed: int) -> dict:
 
 def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, stop: run.StopSignal) -> None:
     """Write a row of the score table for each image that lacks one; of several processes each takes a part."""
-    missing = log.missing()
+    block, pixels = (args.batch_size, math.inf) if args.batch_size else (usual_block(images), BATCH_PIXELS)
+    missing = log.missing(block)
     singles = ([Key(0, int(index))] for index in missing)
     loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
     with run.progress(None, "scoring", total=len(missing), unit="images") as bar:
-        for batch in alike(loader, args.batch_size, BATCH_PIXELS):
+        for batch in alike(loader, block, pixels):
             rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
             if len(batch.x):
                 scored = batch_rows(detector, batch, args.save_residuals, args.stability)
@@ -145,6 +148,12 @@ def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespa
             bar.update(len(rows))
             if stop.received:
                 raise run.Stopped(stop.received)
+
+
+def usual_block(images: ImageDataset) -> int:
+    """How many images are scored together, by the header of the first of the list."""
+    size = check_headers([images.items[0].path], images.policy).sizes[0]
+    return images_at_once(*fitted_size(*size, images.policy)) if size else 1
 
 
 def batch_rows(detector: Detector, batch: Batch, residual_folder: str | None, stability: bool) -> list[Row]:

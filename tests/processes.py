@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from models.resnet import ARCHITECTURES, BasicBlock
-from utils import run
+from utils import run, scoring
 from utils.distributed import World
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"resnet18": (BasicBlock, (1, 1, 1, 1))}  # half the weights: most of a tiny training's time is writing them
 SERVER = multiprocessing.get_context("forkserver")  # not fork: these have no threads or GPU to be confused about
-SERVER.set_forkserver_preload(["train_sr", "train_detector"])
+SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
 
 def start(
@@ -48,6 +48,18 @@ def two_ranks() -> list[dict[str, str]]:
     with socket.create_server(("localhost", 0)) as free:
         address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **address} for rank in range(2)]
+
+
+def signal_in_batch(batch: int, number: int) -> None:
+    """test.py gets signal `number` when it has computed its batch `batch` (from 1), before the rows are written."""
+    real, count = scoring.Detector.classify, itertools.count(1)
+
+    def classify(self, residual):
+        if next(count) == batch:
+            os.kill(os.getpid(), number)
+        return real(self, residual)
+
+    scoring.Detector.classify = classify
 
 
 def _run(program, arguments, log, prepare, environment):

@@ -85,9 +85,10 @@ class ScoreLog:
         self.stamp_file = self.part.with_suffix(".stamps").open("wb")
         return True
 
-    def missing(self) -> np.ndarray:
-        """The indices of the images that lack a row, of which this process takes its share: one in `size`."""
-        return np.flatnonzero(~self.done)[self.world.rank :: self.world.size]
+    def missing(self, block: int) -> np.ndarray:
+        """The indices of the images that lack a row in this process's blocks of the list, which are every `size`-th."""
+        missing = np.flatnonzero(~self.done)
+        return missing[missing // block % self.world.size == self.world.rank]
 
     def write(self, rows: Mapping[int, Row]) -> None:
         """Rows by the index of their image, ascending. What this has returned from is in the files."""

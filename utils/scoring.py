@@ -9,6 +9,7 @@ test.py scores with the same object, so that the numbers are the same.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,11 @@ logger = logging.getLogger(__name__)
 BATCH_PIXELS = 1024 * 1024  # images are scored together while they have no more pixels than this
 UNNAMED = Item("a picture", None, "")
 Picture = str | Image.Image | Tensor  # a path, a PIL image, or uint8 (3, H, W) RGB of 0..255
+
+
+def images_at_once(height: int, width: int) -> int:
+    """How many images are scored together where the first of a list has this size."""
+    return max(1, BATCH_PIXELS // max(1, height * width))
 
 
 class Detector(NamedTuple):
@@ -90,10 +96,12 @@ class Detector(NamedTuple):
     def _batches(self, pictures: Iterable[Picture] | Picture) -> Iterator[Tensor]:
         """The pictures in the batches (B, 3, H, W) that test.py would make of them."""
         single = isinstance(pictures, str | Image.Image) or (isinstance(pictures, Tensor) and pictures.dim() == 3)
-        samples = (
-            Sample(Key(0, i), UNNAMED, self.fit(p)[None]) for i, p in enumerate([pictures] if single else pictures)
-        )
-        return (batch.x for batch in alike((collate([sample]) for sample in samples), None, BATCH_PIXELS))
+        fitted = map(self.fit, [pictures] if single else pictures)
+        first = next(fitted, None)
+        if first is not None:
+            samples = (Sample(Key(0, i), UNNAMED, x[None]) for i, x in enumerate(chain([first], fitted)))
+            ones = (collate([sample]) for sample in samples)
+            yield from (batch.x for batch in alike(ones, images_at_once(*first.shape[1:]), BATCH_PIXELS))
 
     def identity(self) -> dict:
         """What the detector's scores depend on: the fingerprints of its weights, how it is built, its calibration."""
