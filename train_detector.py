@@ -138,11 +138,14 @@ def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | N
         raise UserError(f"--mode-sr {args.auxiliary} trains RDN and --fixed-sr does not: leave one of them out")
     last = Path(args.output_path) / LAST
     start, resumed = training.starting_point(args.resume, args.init, [last])
-    if resumed and not continues(resumed, args):
-        if Path(resumed.name).resolve().parent == last.resolve().parent:
-            way_out = "give its flags, or --init and another --output-path"
-            raise UserError(f"{resumed.name} was trained otherwise (see above): {way_out}")
-        resumed = None
+    for name, flag in (("fixed_resynthesizer", "--fixed-sr"), ("auxiliary", "--mode-sr")):
+        before = resumed and resumed.content["settings"].get(name)
+        if resumed and before != vars(args)[name]:  # other parts or another task: no run to go on with
+            was = f"{resumed.name} was trained with {flag} = {before}"
+            if Path(resumed.name).resolve().parent == last.resolve().parent:
+                raise UserError(f"{was}: give its flags, or --init and another --output-path")
+            logger.info("%s: a new run starts from its weights", was)
+            resumed = None
     resynthesizer = models.read_checkpoint(args.resynthesizer_file)
     if start is None and resynthesizer is None:
         raise UserError("no re-synthesizer: give RDN's weights with --sr-weights-file (train_sr.py makes them)")
@@ -160,16 +163,6 @@ def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | N
         before = resumed and config.get("auxiliary_vgg")  # a resumed run goes on with the features it began with
         detector.vgg, config["auxiliary_vgg"] = models.load_vgg(args.vgg_weights, before, "the run to be resumed")
     return detector, config, resumed
-
-
-def continues(run: Checkpoint, args: Namespace) -> bool:
-    """Whether a run can be gone on with: it trained the same parts for the same task."""
-    before = run.content["settings"]
-    for key, flag in (("fixed_resynthesizer", "--fixed-sr"), ("auxiliary", "--mode-sr")):
-        if before.get(key) != vars(args)[key]:
-            logger.info("%s was trained with %s = %s: its run is not gone on with", run.name, flag, before.get(key))
-            return False
-    return True
 
 
 def check_sizes(
@@ -264,7 +257,7 @@ def train_one_epoch(
 ) -> None:
     """The rest of this epoch's steps."""
     detector.train()
-    for batch in keeper.steps(loader):
+    for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
         train_step(detector, batch, residuals_of, stepper)
     share_buffers(detector.classifier, stepper.world)  # the statistics that are validated and saved: the main process's
 

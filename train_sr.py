@@ -146,7 +146,7 @@ def train_one_epoch(
     rate_of: the rate's factor after so many epochs.
     """
     pictures, steps, done = torch.empty(0), loader.batch_sampler.steps, stepper.progress
-    for batch in keeper.steps(loader):
+    for batch in keeper.batches(loader, f"epoch {done.epoch}", training=True):
         stepper.set_rates(rate_of(done.epoch + done.step / steps))
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)

@@ -30,8 +30,8 @@ class Block(nn.Module):
 
     expansion: int
 
-    def __init__(self, in_planes: int, planes: int, stride: int):
-        super().__init__()
+    def add_shortcut(self, in_planes: int, planes: int, stride: int) -> None:
+        """Last of all, as in torchvision: optimizer states know parameters by their order."""
         self.relu, self.downsample = nn.ReLU(inplace=True), None
         if stride != 1 or in_planes != planes * self.expansion:
             projection = nn.Conv2d(in_planes, planes * self.expansion, kernel_size=1, stride=stride, bias=False)
@@ -47,11 +47,12 @@ class BasicBlock(Block):
     expansion = 1
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):  # it has no dilated form
-        super().__init__(in_planes, planes, stride)
+        super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
+        self.add_shortcut(in_planes, planes, stride)
 
     def body(self, x: Tensor) -> Tensor:
         return self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
@@ -63,7 +64,7 @@ class Bottleneck(Block):
     expansion = 4
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
-        super().__init__(in_planes, planes, stride)
+        super().__init__()
         middle = {"kernel_size": 3, "stride": stride, "padding": dilation, "dilation": dilation, "bias": False}
         self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(planes)
@@ -71,6 +72,7 @@ class Bottleneck(Block):
         self.bn2 = nn.BatchNorm2d(planes)
         self.conv3 = nn.Conv2d(planes, planes * self.expansion, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(planes * self.expansion)
+        self.add_shortcut(in_planes, planes, stride)
 
     def body(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))

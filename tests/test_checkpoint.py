@@ -13,7 +13,7 @@ from trainings import TINY, detector_arguments, read, train
 import test as tester
 import train_detector
 import train_sr
-from models import RDN, VGGStages, fingerprint, load_vgg, load_weights, state_dict_of
+from models import RDN, DeepStemResNet, VGGStages, fingerprint, load_vgg, load_weights, state_dict_of
 from utils import checkpoint as checkpoints
 from utils import options
 from utils.run import remove_torn, run_program
@@ -153,6 +153,16 @@ def test_misfits_are_named_and_nothing_is_loaded():
         model.output.bias[0] += 1e-7
     assert fingerprint(model) != before and len(before) == 16
     assert fingerprint(torch.nn.Linear(2, 3)) != fingerprint(torch.nn.Linear(3, 2))
+
+
+def test_parameters_keep_their_order():
+    """By which the optimizer states in earlier checkpoints know them."""
+    from torchvision.models import resnet50
+
+    ours, theirs = (
+        [k for k, _ in m.named_parameters() if k.startswith("layer")] for m in (DeepStemResNet(), resnet50())
+    )
+    assert ours == theirs
 
 
 # --- VGG-19's weights ---------------------------------------------------------------------------------------

@@ -78,15 +78,13 @@ def starting_point(
         if len(found) > 1:
             raise UserError(f"--resume auto: there are {len(found)} runs; name the state to go on from")
         resume = found[0] if found else None
-        start = f"starting from {shown(init)}" if init else "starting anew"
-        logger.info("%s", f"resuming {shown(resume)}" if resume else f"nothing to resume: {start}")
-    elif resume and init:
-        logger.info("starting from %s, not from %s", shown(resume), shown(init))
+        logger.info("%s", f"resuming {shown(resume)}" if resume else "nothing to resume: a new run")
+    if init or resume:
+        logger.info("starting from %s", shown(resume or init))
     start = read_checkpoint(resume or init)
-    if not resume or "progress" in start.content:
-        return start, start if resume else None
-    logger.info("%s holds weights but no training state: a new run starts from them", shown(resume))
-    return start, None
+    if resume and "progress" not in start.content:
+        logger.info("%s holds weights but no training state: a new run starts from them", shown(resume))
+    return start, start if resume and "progress" in start.content else None
 
 
 @contextlib.contextmanager
@@ -122,8 +120,8 @@ def say_changes(before: Mapping, now: Mapping, step: int) -> None:
         if before[name] != now[name]:
             order = step and name in ("batch_size", "images", "seed", "crops")
             effect = f": from step {step} of this epoch on images come in another order, some twice or not at all"
-            was, is_now = before[name], f"{now[name]}{effect if order else ''}"
-            logger.warning("warning: %s was %s when the run began and is %s", name, was, f"now {is_now}")
+            change = f"{name} was {before[name]} when the run began and is {now[name]} now"
+            logger.warning("warning: %s%s", change, effect if order else "")
 
 
 # --- steps --------------------------------------------------------------------------------------------------
@@ -246,17 +244,15 @@ class StateKeeper(contextlib.AbstractContextManager):
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
-        try:
-            if isinstance(error, NotFinite):
-                saved = f"the last good state is {shown(self.path)}" if self.path.exists() else "no state is saved yet"
-                raise UserError(f"{error}; {saved}") from error
-            if isinstance(error, Exception) and not isinstance(error, Stopped):
-                if self.progress.total_steps:
-                    self.save()
-                if self.stop.received:  # another process has obeyed already, and is missed
-                    raise Stopped(self.stop.received) from error
-        finally:
-            self.stop.__exit__()
+        self.stop.__exit__()
+        if isinstance(error, NotFinite):
+            saved = f"the last good state is {shown(self.path)}" if self.path.exists() else "no state is saved yet"
+            raise UserError(f"{error}; {saved}") from error
+        if isinstance(error, Exception) and not isinstance(error, Stopped):
+            if self.progress.total_steps:
+                self.save()
+            if self.stop.received:  # another process has obeyed already, and is missed
+                raise Stopped(self.stop.received) from error
 
     def save(self, state: dict | None = None) -> None:
         """Save the state now. state: if `collect` has just given it."""
@@ -264,37 +260,31 @@ class StateKeeper(contextlib.AbstractContextManager):
             checkpoint.save(state or self.collect(), self.path)
         self.saved_at = time.monotonic()
 
-    def steps(self, loader: Iterable[Batch]) -> Iterator[Batch]:
-        """The epoch's batches, for a step each. Then the state is saved if it is time, or any process got a signal."""
-        batches = run.progress(loader, f"epoch {self.progress.epoch}")
-        for batch in readable(batches, self.skip_bad, self.told):
+    def batches(self, loader: Iterable[Batch], what: str, training: bool = False) -> Iterator[Batch]:
+        """The batches of a loader that hold an image, which `what` is done with. After each a signal is obeyed.
+
+        training: a step is taken with each, after which the state is saved if it is time, or any process got a signal.
+        """
+        for batch in readable(run.progress(loader, what), self.skip_bad, self.told):
             if len(batch.x):
                 yield batch
-            elif self.world.size > 1:  # all have to take the step
+            elif training and self.world.size > 1:  # all have to take the step
                 raise UserError(f"{next(iter(batch.errors.values()))}; and no other image is in its process's batch")
-            else:
+            elif training:
                 self.progress.step += 1
                 self.progress.left_out += len(batch.errors)
-            self.after_step()
+            self._save_if_due(training)
 
-    def after_step(self) -> None:
-        stopping, due = float(self.stop.received or 0), float(time.monotonic() - self.saved_at >= self.interval)
-        if self.world.size > 1:  # what one process has to do all do, so that none waits for another for ever
+    def _save_if_due(self, training: bool) -> None:
+        due = float(training and time.monotonic() - self.saved_at >= self.interval)
+        stopping = float(self.stop.received or 0)
+        if training and self.world.size > 1:  # what one process has to do all do, so that none waits for ever
             wanted = torch.tensor([stopping, due], device=self.device)
             stopping, due = distributed.max_over_processes(wanted, self.world).tolist()
         if stopping or due:
             self.save()
         if stopping:
             raise Stopped(int(stopping))
-
-    def batches(self, loader: Iterable[Batch], what: str) -> Iterator[Batch]:
-        """Batches that are not trained on. After each a signal is obeyed."""
-        for batch in readable(run.progress(loader, what), self.skip_bad, self.told):
-            if len(batch.x):
-                yield batch
-            if self.stop.received:
-                self.save()
-                raise Stopped(self.stop.received)
 
     def end_epoch(
         self, score: float | None, numbered: Callable[[dict], dict[str, dict]] | None, keep_last: int | None
@@ -359,9 +349,9 @@ class Recorder:
             if value is not None:
                 self.writer.add_scalar(name, value, epoch + 1)
         words = "  ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in finite.items())
-        minutes_each = (time.monotonic() - self.started) / (epoch + 1 - self.first_epoch) / 60
-        left = f"  (about {minutes:.0f} min left)" if (minutes := minutes_each * (self.epochs - epoch - 1)) >= 1 else ""
-        logger.info("epoch %d: %s%s", epoch, words, left)
+        done, left = epoch + 1 - self.first_epoch, self.epochs - epoch - 1
+        minutes = (time.monotonic() - self.started) / 60 / done * left
+        logger.info("epoch %d: %s%s", epoch, words, f"  (about {minutes:.0f} min left)" if minutes >= 1 else "")
 
     def pictures(self, name: str, images: Tensor, finished: int) -> None:
         """images: (B, 3, H, W) in [0, 1]. finished: how many epochs are."""
