@@ -18,7 +18,6 @@ import logging
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -27,56 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+import models
 from data.audit import log_quick_audit
 from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
 from data.images import SizePolicy, fit_size, load_image, refuse_mixed_sizes, usable_items
 from data.lists import Item, identities, labelled_items, list_digest
 from data.perturbations import augment
 from data.residuals import ResidualDataset
-from models import (
-    SINGLE_IMAGE,
-    ResynthesisDetector,
-    downsample,
-    fingerprint,
-    load_detector,
-    load_vgg,
-    new_detector,
-    read_checkpoint,
-    trains_on_one,
-)
+from models import Checkpoint, ResynthesisDetector
 from models.auxiliary import TASKS, degrade_batch
 from models.resnet import TOTAL_STRIDE
+from utils import sources, training
 from utils.distributed import World, gather_rows, share_buffers, world_of_processes
 from utils.metrics import auroc
-from utils.run import (
-    FAKE,
-    LABEL_NAMES,
-    REAL,
-    Compute,
-    StopSignal,
-    UserError,
-    choose_compute,
-    keyed_generator,
-    run_program,
-)
-from utils.sources import (
-    Auxiliary,
-    ResidualsOf,
-    end_to_end_residuals,
-    frozen_residuals,
-    read_residuals,
-    residual_cache,
-)
-from utils.training import (
-    Recorder,
-    StateKeeper,
-    Stepper,
-    refuse_occupied,
-    run_folder,
-    save_epoch,
-    say_changes,
-    starting_point,
-)
+from utils.run import FAKE, LABEL_NAMES, REAL, Compute, UserError, choose_compute, keyed_generator, run_program
+from utils.sources import ResidualsOf
+from utils.training import Recorder, StateKeeper, Stepper
 
 logger = logging.getLogger("train_detector")
 
@@ -88,68 +53,60 @@ PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
 
 def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+    with world_of_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # Images are listed before any network is built, networks before any image is read
-        listed = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv), validation_items(args)
+        items, val_items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv), validation_items(args)
         detector, config, resumed = networks(args)
-        policy = SizePolicy(detector.resynthesizer.scale, args.crop_size or None, args.resize or None)
-        (items, sizes), (val_items, val_sizes) = (usable_items(found, policy, args.skip_bad) for found in listed)
-        draws = Draws(args.seed, args.crops)
-        images = ImageDataset(items, policy, draws, augment if args.augment_perturb else None)
-        val_images = ImageDataset(val_items, policy)
+        images, val_images = image_sets(args, detector.resynthesizer.scale, items, val_items)
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
-        check_sizes(detector, batches, compute, [(items, sizes), (val_items, val_sizes)])
+        val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
+        check_sizes(detector, batches, compute, images, val_images)
         if world.is_main:
-            log_quick_audit(items, val_items)
+            log_quick_audit(images.items, val_images.items)
 
         # What is trained, how far it is, and what is kept of it
-        folder = stack.enter_context(run_folder(Path(args.output_path), world, fresh=not resumed))
-        stepper = make_stepper(args, detector, compute, world, folder)
+        output = Path(args.output_path)
+        folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
+        stepper = make_stepper(args, detector, compute, world)
+        settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
+        stepper.go_on_from(resumed, settings)
         progress = stepper.progress
-        config["images"] = {"crop_size": args.crop_size, "resize": args.resize}
-        about = {
-            "config": config,
-            "settings": vars(args) | {"precision": compute.precision, "images": list_digest(items)},
-        }
-        if resumed:
-            stepper.load_state_dict(resumed)
-            say_changes(resumed["settings"], about["settings"], progress.step)
-        collect = partial(whole_state, detector, stepper, about | {"trained_on": torch.from_numpy(identities(items))})
-        keeper = StateKeeper(folder / LAST, collect, stop, args.save_minutes, args.skip_bad, world)
+        about, known = {"config": config, "settings": settings}, torch.from_numpy(identities(images.items))
+        state = partial(whole_state, detector, stepper, about | {"trained_on": known})
         recorder = Recorder(folder, about, world, progress.epoch, args.epochs)
+        pictures = partial(record_pictures, detector, compute, args.auxiliary, recorder, example_images(images))
+        keeper = StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad)
+        stack.enter_context(keeper)
 
         # How residuals come: with an RDN that is trained, computed by a frozen one, or read from where they are kept
-        frozen = partial(frozen_residuals, detector, compute, args.micro_batch)
-        auxiliary = Auxiliary(args.auxiliary, args.auxiliary_weight, args.seed, args.micro_batch)
-        trained = partial(end_to_end_residuals, detector, compute, world, auxiliary)
-        residuals_of, val_residuals_of = frozen if args.fixed_resynthesizer else trained, frozen
-        if cache := residual_cache(args, detector, config, compute, sizes * 2 * images.parts + val_sizes):
-            images, val_images = ResidualDataset(images, cache), ResidualDataset(val_images, cache)
-            residuals_of = val_residuals_of = partial(read_residuals, compute)
+        auxiliary = sources.Auxiliary(args.auxiliary, args.auxiliary_weight, args.seed, args.micro_batch)
+        trained = partial(sources.end_to_end_residuals, detector, compute, world, auxiliary)
+        frozen = partial(sources.frozen_residuals, detector, compute, args.micro_batch)
+        residuals_of, val_residuals_of, kept = frozen if args.fixed_resynthesizer else trained, frozen, ()
+        if cache := sources.residual_cache(args, detector, config, compute, [images, val_images]):
+            kept = images, val_images = ResidualDataset(images, cache), ResidualDataset(val_images, cache)
+            residuals_of = val_residuals_of = partial(sources.read_residuals, compute)
         loader = make_loader(images, batches, args.workers, compute)
-        val_batches = EpochBatches(len(val_items), args.batch_size, world=world)
         val_loader = make_loader(val_images, val_batches, args.workers, compute)
 
-        logger.info("%d training images; from epoch %d, step %d on", len(items), progress.epoch, progress.step)
-        pictures = partial(record_pictures, detector, compute, args.auxiliary, recorder, example_images(items, policy))
-        if progress.total_steps == 0:
+        logger.info("%d training images; from epoch %d, step %d on", batches.count, progress.epoch, progress.step)
+        if not progress.total_steps:
             pictures(0)
         for epoch in range(progress.epoch, args.epochs):
-            for dataset in (images, val_images) if cache else ():
-                dataset.fill(epoch, frozen, keeper.obey, args.workers, compute, world)
+            for dataset in kept:
+                dataset.fill(epoch, frozen, keeper.batches, args.workers, compute, world)
             stepper.set_rates(rate_factor(epoch, args.epochs))
             batches.set_epoch(epoch, progress.step)
             train_one_epoch(detector, loader, residuals_of, stepper, keeper)
             values = epoch_values(progress.means()) | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
             if val_items:
                 values |= validate(detector, val_loader, val_residuals_of, keeper)
-            progress.next_epoch()
-            due = epoch % args.save_every_epoch == 0 or progress.epoch == args.epochs
-            save_epoch(keeper, progress, values.get("val_auroc"), numbered_files if due else None, args.keep_last)
             recorder.epoch(epoch, values)
             if not args.fixed_resynthesizer:
-                pictures(progress.epoch)
-        recorder.finish(folder)
+                pictures(epoch + 1)
+            due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
+            keeper.end_epoch(values.get("val_auroc"), numbered_files if due else None, args.keep_last)
+        recorder.finish()
 
 
 def validation_items(args: Namespace) -> list[Item]:
@@ -159,82 +116,89 @@ def validation_items(args: Namespace) -> list[Item]:
     return labelled_items(args.val_real_roots, args.val_fake_roots, flags=("--val-root-pos", "--val-root-neg"))
 
 
-def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, dict]:
-    """The detector, its config, and the state of the run to be continued (empty: this is a new run)."""
-    task = args.auxiliary != "none"
-    if task and args.fixed_resynthesizer:
+def image_sets(
+    args: Namespace, scale: int, items: list[Item], val_items: list[Item]
+) -> tuple[ImageDataset, ImageDataset]:
+    """The images to train and to validate on: those that can be used."""
+    if args.crops and not args.crop_size:
+        raise UserError(f"--crops-per-image {args.crops} needs their size: give --crop-size N")
+    policy, draws = SizePolicy(scale, args.crop_size or None, args.resize or None), Draws(args.seed, args.crops)
+    (items, sizes), (val_items, val_sizes) = (
+        usable_items(found, policy, args.skip_bad) for found in (items, val_items)
+    )
+    images = ImageDataset(items, policy, draws, augment if args.augment_perturb else None)
+    val_images = ImageDataset(val_items, policy)
+    images.sizes, val_images.sizes = sizes, val_sizes
+    return images, val_images
+
+
+def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
+    """The detector, its config, and the state of the run to be continued (None: this is a new run)."""
+    if args.auxiliary != "none" and args.fixed_resynthesizer:
         raise UserError(f"--mode-sr {args.auxiliary} trains RDN and --fixed-sr does not: leave one of them out")
-    output = Path(args.output_path)
-    start, resumed = starting_point(args.resume, args.init, [output / LAST])
-    if resumed and not continues(resumed["settings"], args, start.name):
-        if Path(start.name).resolve().parent == output.resolve():
-            raise UserError(
-                f"{start.name} was trained otherwise (see above): give its flags, or --init and another --output-path"
-            )
-        resumed = {}
-    refuse_occupied(output, start.name if resumed else None, args.overwrite)
-    resynthesizer = read_checkpoint(args.resynthesizer_file)
+    last = Path(args.output_path) / LAST
+    start, resumed = training.starting_point(args.resume, args.init, [last])
+    if resumed and not continues(resumed, args):
+        if Path(resumed.name).resolve().parent == last.resolve().parent:
+            way_out = "give its flags, or --init and another --output-path"
+            raise UserError(f"{resumed.name} was trained otherwise (see above): {way_out}")
+        resumed = None
+    resynthesizer = models.read_checkpoint(args.resynthesizer_file)
+    if start is None and resynthesizer is None:
+        raise UserError("no re-synthesizer: give RDN's weights with --sr-weights-file (train_sr.py makes them)")
+    if resumed and resynthesizer:
+        logger.info("RDN comes from %s, not from %s", start.name, resynthesizer.name)
+        resynthesizer = None
     if start is None:
-        if resynthesizer is None:
-            raise UserError("no re-synthesizer: give RDN's weights with --sr-weights-file (train_sr.py makes them)")
-        detector, config = new_detector(resynthesizer, vars(args), args.vgg_weights)
+        detector, config = models.new_detector(resynthesizer, vars(args), args.vgg_weights)
     else:
-        if resumed and resynthesizer:
-            logger.info("RDN comes from %s, not from %s", start.name, resynthesizer.name)
-            resynthesizer = None
-        detector, config = load_detector(start, resynthesizer, vars(args), args.vgg_weights)
+        detector, config = models.load_detector(start, resynthesizer, vars(args), args.vgg_weights)
+    config["images"] = {"crop_size": args.crop_size, "resize": args.resize}
     detector.freeze_resynthesizer(args.fixed_resynthesizer)
     detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer  # or 12 GB for an image of 1024 x 1024
     if not args.fixed_resynthesizer and args.auxiliary_weight > 0 and detector.vgg is None:
-        before = resumed.get("config", {}).get("auxiliary_vgg")  # a resumed run goes on with the features it began with
-        detector.vgg, config["auxiliary_vgg"] = load_vgg(args.vgg_weights, before, "the run to be resumed")
+        before = resumed and config.get("auxiliary_vgg")  # a resumed run goes on with the features it began with
+        detector.vgg, config["auxiliary_vgg"] = models.load_vgg(args.vgg_weights, before, "the run to be resumed")
     return detector, config, resumed
 
 
-def continues(settings: dict, args: Namespace, name: str) -> bool:
+def continues(run: Checkpoint, args: Namespace) -> bool:
     """Whether a run can be gone on with: it trained the same parts for the same task."""
+    before = run.content["settings"]
     for key, flag in (("fixed_resynthesizer", "--fixed-sr"), ("auxiliary", "--mode-sr")):
-        if settings.get(key) != vars(args)[key]:
-            logger.info("%s was trained with %s = %s: its run is not gone on with", name, flag, settings.get(key))
+        if before.get(key) != vars(args)[key]:
+            logger.info("%s was trained with %s = %s: its run is not gone on with", run.name, flag, before.get(key))
             return False
     return True
 
 
 def check_sizes(
-    detector: ResynthesisDetector,
-    batches: EpochBatches,
-    compute: Compute,
-    sets: Sequence[tuple[list[Item], list[tuple[int, int]]]],
+    detector: ResynthesisDetector, batches: EpochBatches, compute: Compute, images: ImageDataset, val: ImageDataset
 ) -> None:
-    """Better said now than in the last step of the first epoch: sizes that do not share a batch, or are too small.
-
-    sets: training and validation images, and the (height, width) of each as it will be seen.
-    """
+    """Better said now than in the last step of the first epoch: sizes that do not share a batch, or are too small."""
     if batches.batch_size > 1:
-        for items, sizes in sets:
-            refuse_mixed_sizes(items, sizes)
-    residual = detector.residual_shape(*sets[0][1][0])[1:]  # others may differ only in batches of one
+        for dataset in (images, val):
+            refuse_mixed_sizes(dataset.items, dataset.sizes)
+    height, width = min((detector.residual_shape(*size)[1:] for size in set(images.sizes)), key=max)
     synchronised = batches.world.size > 1 and compute.device.type == "cuda"  # batch normalisation, over the processes
-    if batches.smallest_share() == 1 and not synchronised and not trains_on_one(*residual):
+    if batches.smallest_share() == 1 and not synchronised and not models.trains_on_one(height, width):
         count = f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es)"
-        raise UserError(f"{count} leave one alone: {SINGLE_IMAGE}")
-    if min(residual) <= TOTAL_STRIDE:
+        raise UserError(f"{count} leave one alone: {models.SINGLE_IMAGE}")
+    if max(height, width) <= TOTAL_STRIDE:
         logger.warning(
             "warning: residuals are of %d x %d values, no more than the classifier's stride of %d, so that its last maps"
             " are of one value: gradients may be large; larger images or a lower --idx-stages train better",
-            *residual[::-1], TOTAL_STRIDE,
+            width, height, TOTAL_STRIDE,
         )  # fmt: skip
 
 
-def make_stepper(
-    args: Namespace, detector: ResynthesisDetector, compute: Compute, world: World, folder: Path
-) -> Stepper:
+def make_stepper(args: Namespace, detector: ResynthesisDetector, compute: Compute, world: World) -> Stepper:
     """The detector on its device, and SGD for what of it is trained."""
     detector.to(compute.device, memory_format=torch.channels_last)
     if world.size > 1 and compute.device.type == "cuda":
         detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
     groups = parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
-    return Stepper(torch.optim.SGD(groups, momentum=args.momentum), compute, world, folder / LAST)
+    return Stepper(torch.optim.SGD(groups, momentum=args.momentum), compute, world)
 
 
 def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
@@ -269,8 +233,8 @@ def rate_factor(epoch: int, epochs: int) -> float:
 def whole_state(detector: ResynthesisDetector, stepper: Stepper, about: dict) -> dict:
     """All that is needed to use the detector, named as in the release where it has it, and to go on with its training."""
     fingerprints = {
-        "resynthesizer_fingerprint": fingerprint(detector.resynthesizer),
-        "classifier_fingerprint": fingerprint(detector.classifier),
+        "resynthesizer_fingerprint": models.fingerprint(detector.resynthesizer),
+        "classifier_fingerprint": models.fingerprint(detector.classifier),
     }
     weights = {
         "arch": about["config"]["detector"]["arch"],
@@ -285,7 +249,10 @@ def numbered_files(state: dict) -> dict[str, dict]:
     epoch = state["progress"]["epoch"]
     return {
         f"{epoch:04d}.pth.tar": {**state, "epoch": epoch},
-        f"{epoch:04d}_sr.pth.tar": {"state_dict": state["sr_state_dict"]},
+        f"{epoch:04d}_sr.pth.tar": {
+            "state_dict": state["sr_state_dict"],
+            "fingerprint": state["config"]["resynthesizer_fingerprint"],
+        },
     }
 
 
@@ -297,9 +264,8 @@ def train_one_epoch(
 ) -> None:
     """The rest of this epoch's steps."""
     detector.train()
-    for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", stepper.progress):
+    for batch in keeper.steps(loader):
         train_step(detector, batch, residuals_of, stepper)
-        keeper.after_step(stepper.compute.device)
     share_buffers(detector.classifier, stepper.world)  # the statistics that are validated and saved: the main process's
 
 
@@ -352,7 +318,6 @@ def validate(
         own = batch.weights > 0  # (B,): not those that only fill a process's share
         logits.append(detector.classify(residuals_of(batch)[0]).cpu()[own])  # (B, 2)
         labels.append(batch.labels[own])
-        keeper.obey()
     logits, labels = gather_rows(torch.cat(logits), keeper.world), gather_rows(torch.cat(labels), keeper.world)
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
@@ -361,15 +326,17 @@ def validate(
     }
 
 
-def example_images(items: list[Item], policy: SizePolicy) -> dict[str, Tensor]:
-    """The first real and the first generated image, their central PICTURE_SIDE pixels at most: uint8 (1, 3, H, W)."""
-    firsts = {item.label: item for item in reversed(items)}  # the last written of each label is the first of the items
-    images = {}
-    for label, item in firsts.items():
-        x = fit_size(load_image(item.path), policy)  # (3, H, W)
-        side = min(PICTURE_SIDE, *x.shape[-2:])
-        images[LABEL_NAMES[label]] = fit_size(x, SizePolicy(policy.scale, side - side % policy.scale))[None]
-    return images
+def example_images(images: ImageDataset) -> dict[str, Tensor]:
+    """The first readable real and generated image, their central PICTURE_SIDE pixels at most: uint8 (1, 3, H, W)."""
+    examples, scale = {}, images.policy.scale
+    for item in images.items:
+        name = LABEL_NAMES[item.label]
+        if name not in examples:
+            with contextlib.suppress(UserError):  # the training will say what is wrong with it
+                x = fit_size(load_image(item.path), images.policy)  # (3, H, W)
+                side = min(PICTURE_SIDE, *x.shape[-2:])
+                examples[name] = fit_size(x, SizePolicy(scale, side - side % scale))[None]
+    return examples
 
 
 @torch.no_grad()
@@ -385,18 +352,16 @@ def record_pictures(
 
     The same images and the same degradation in every epoch, so that before and after training can be compared.
     """
-    if recorder.writer is None:
-        return
     scale = detector.resynthesizer.scale
-    for name, image in images.items():
+    for name, image in images.items() if recorder.writer else ():
         x = compute.input(image)
-        inputs = {name: downsample(x, scale)}  # (1, 3, h, w)
+        inputs = {name: models.downsample(x, scale)}  # (1, 3, h, w)
         if TASKS[task]:
             inputs[f"{name}_degraded"] = degrade_batch(TASKS[task](keyed_generator(0)), x, scale, [keyed_generator(1)])
         for what, x_lr in inputs.items():
             with compute.autocast():
                 x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
-            before = F.interpolate(x_lr, scale_factor=scale) if what != name else x
+            before = x if what == name else F.interpolate(x_lr, scale_factor=scale)
             row = torch.cat([before, x_hat, PICTURE_GAIN * (x_hat - x).abs()], dim=3)  # (1, 3, H, 3 * W)
             recorder.pictures(f"resynthesis/{what}", row, finished)
 

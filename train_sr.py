@@ -14,7 +14,7 @@ import contextlib
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -23,36 +23,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import models
 from data.audit import log_quick_audit
-from data.datasets import Batch, EpochBatches, PatchDataset, make_loader
-from data.images import SizePolicy, fit_size, load_image, usable_items
+from data.datasets import Batch, EpochBatches, ImageDataset, PatchDataset, make_loader
+from data.images import SizePolicy, usable_items
 from data.lists import Item, list_digest, paths_of
-from models import (
-    RDN,
-    STAGES,
-    Checkpoint,
-    VGGStages,
-    downsample,
-    fingerprint,
-    load_resynthesizer,
-    load_vgg,
-    rdn_config,
-)
+from models import RDN, STAGES, Checkpoint, VGGStages
 from models.auxiliary import degrade_patch, super_resolution_loss
 from models.rdn import start_as_interpolation
+from utils import training
 from utils.distributed import World, sum_over_processes, world_of_processes
-from utils.run import Compute, StopSignal, UserError, choose_compute, keyed_generator, progress, run_program
-from utils.training import (
-    Recorder,
-    StateKeeper,
-    Stepper,
-    cosine,
-    refuse_occupied,
-    run_folder,
-    save_epoch,
-    say_changes,
-    starting_point,
-)
+from utils.run import Compute, UserError, choose_compute, keyed_generator, progress, run_program
+from utils.training import Recorder, StateKeeper, Stepper
 
 logger = logging.getLogger("train_sr")
 
@@ -65,47 +47,48 @@ LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+    with world_of_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # Images and weights: what can be wrong with them is found before anything is written
         items = [] if args.evaluate else image_items(args.train_file, "--train-file")
         eval_items = image_items(args.eval_file, "--eval-file") if args.eval_file or args.evaluate else []
         outputs = Path(args.outputs_dir)
-        start, resumed = starting_point(args.resume, args.init, sorted(outputs.glob(f"x*/{LAST}")))
-        model = load_resynthesizer(start, vars(args))
+        states = sorted(outputs.glob(f"x{args.scale or '*'}/{LAST}"))
+        start, resumed = training.starting_point(args.resume, args.init, states)
+        model = models.load_resynthesizer(start, vars(args))
         if start is None and args.start == "interpolation":
             start_as_interpolation(model)
         model.to(compute.device, memory_format=torch.channels_last)
-        policy = SizePolicy(model.scale)
-        if eval_items:
-            eval_items, _ = usable_items(eval_items, policy, args.skip_bad)
+        eval_items, _ = usable_items(eval_items, SizePolicy(model.scale), args.skip_bad)
+        eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
+        eval_batches = EpochBatches(len(eval_items), world.size, world=world)  # one image at a time
+        eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
         if args.evaluate:
-            evaluate_only(model, start, eval_items, compute, world)
+            evaluate_only(
+                model, start, training.readable(progress(eval_loader, "evaluation"), args.skip_bad), compute, world
+            )
             return
-        folder = outputs / f"x{model.scale}"
-        refuse_occupied(folder, start.name if resumed else None, args.overwrite)
-        patch_policy = policy._replace(crop_size=args.patch_size * model.scale)
-        items, _ = usable_items(items, patch_policy, args.skip_bad)
+        items, _ = usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_items:
             log_quick_audit(items, eval_items)
         vgg, vgg_record = None, None
         if args.vgg_lambda > 0:
-            vgg, vgg_record = load_vgg(args.vgg_weights, resumed.get("vgg"), args.resume)
+            before = resumed and resumed.content.get("vgg")
+            vgg, vgg_record = models.load_vgg(args.vgg_weights, before, "the run to be resumed")
             vgg.to(compute.device, memory_format=torch.channels_last)
 
         # What is trained, how far it is, and what is kept of it
-        stack.enter_context(run_folder(folder, world, fresh=not resumed))
-        stepper = Stepper(
-            torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, folder / LAST, args.clip_norm
-        )
-        done = stepper.progress
+        output = outputs / f"x{model.scale}"
+        folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
+        stepper = Stepper(torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, args.clip_norm)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
-        about = {"config": {"resynthesizer": rdn_config(model.state_dict())}, "vgg": vgg_record, "settings": settings}
-        if resumed:
-            stepper.load_state_dict(resumed)
-            say_changes(resumed["settings"], settings, done.step)
+        stepper.go_on_from(resumed, settings)
+        done = stepper.progress
+        config = {"resynthesizer": models.rdn_config(model.state_dict())}
+        about = {"config": config, "vgg": vgg_record, "settings": settings}
         recorder = Recorder(folder, about, world, done.epoch, args.num_epochs)
-        collect = partial(whole_state, model, stepper, about)
-        keeper = StateKeeper(folder / LAST, collect, stop, args.save_minutes, args.skip_bad, world)
+        state = partial(whole_state, model, stepper, about)
+        keeper = StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad)
+        stack.enter_context(keeper)
 
         # Training, on patches in an order that depends on seed and epoch alone
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
@@ -115,23 +98,22 @@ def main(args: Namespace) -> None:
         degrade = partial(degrade_patches, args.seed, ways) if any(ways.values()) else None
         loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, degrade, compute)
         decayed = partial(step_decay, args.lr_decay, args.lr_decay_epoch)
-        rate_of = (lambda epochs: cosine(epochs / args.num_epochs)) if args.schedule == "cosine" else decayed
+        rate_of = (lambda epochs: training.cosine(epochs / args.num_epochs)) if args.schedule == "cosine" else decayed
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
+        values = {}
         for epoch in range(done.epoch, args.num_epochs):
             batches.set_epoch(epoch, done.step)
             pictures = train_one_epoch(loader, loss_of, rate_of, stepper, keeper)
             values = done.means() | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
-            due = (epoch + 1) % args.num_save == 0 or epoch + 1 == args.num_epochs
             if eval_items:
-                values |= evaluate(model, eval_items, compute, world, keeper)
-            done.next_epoch()
-            save_epoch(keeper, done, values.get("psnr"), numbered_files if due else None, args.keep_last)
+                values |= evaluate(model, keeper.batches(eval_loader, "evaluation"), compute, world)
             recorder.epoch(epoch, values)
-            if done.epoch == args.num_epochs:
-                warn_if_poor(values)
+            due = (epoch + 1) % args.num_save == 0 or epoch + 1 == args.num_epochs
             if due:
-                recorder.pictures("input, re-synthesis, target", pictures, done.epoch)
-        recorder.finish(folder)
+                recorder.pictures("input, re-synthesis, target", pictures, epoch + 1)
+            keeper.end_epoch(values.get("psnr"), numbered_files if due else None, args.keep_last)
+        recorder.finish()
+        warn_if_poor(values)
 
 
 def image_items(source: str | None, flag: str) -> list[Item]:
@@ -143,7 +125,7 @@ def image_items(source: str | None, flag: str) -> list[Item]:
 
 def whole_state(model: RDN, stepper: Stepper, about: dict) -> dict:
     """All that is needed to use RDN, and to go on with its training."""
-    return {"state_dict": model.state_dict(), "fingerprint": fingerprint(model)} | about | stepper.state_dict()
+    return {"state_dict": model.state_dict(), "fingerprint": models.fingerprint(model)} | about | stepper.state_dict()
 
 
 def numbered_files(state: dict) -> dict[str, dict]:
@@ -157,22 +139,17 @@ def step_decay(factor: float, every: int, epochs: float) -> float:
 
 
 def train_one_epoch(
-    loader: DataLoader,
-    loss_of: LossOf,
-    rate_of: Callable[[float], float],
-    stepper: Stepper,
-    keeper: StateKeeper,
+    loader: DataLoader, loss_of: LossOf, rate_of: Callable[[float], float], stepper: Stepper, keeper: StateKeeper
 ) -> Tensor:
     """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1].
 
     rate_of: the rate's factor after so many epochs.
     """
-    pictures, steps = torch.empty(0), loader.batch_sampler.steps
-    for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", stepper.progress):
-        stepper.set_rates(rate_of(stepper.progress.epoch + stepper.progress.step / steps))
+    pictures, steps, done = torch.empty(0), loader.batch_sampler.steps, stepper.progress
+    for batch in keeper.steps(loader):
+        stepper.set_rates(rate_of(done.epoch + done.step / steps))
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
-        keeper.after_step(stepper.compute.device)
     return pictures
 
 
@@ -186,7 +163,7 @@ def patch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The `LossOf` a batch of HR patches. vgg: None for L1 alone. degrade: of the LR patches; None: as they are."""
     x = compute.input(batch.x)  # (B, 3, P, P)
-    x_lr = downsample(x, model.scale)  # (B, 3, p, p)
+    x_lr = models.downsample(x, model.scale)  # (B, 3, p, p)
     if degrade:
         x_lr = degrade(x_lr, batch.keys)
     with compute.autocast():
@@ -209,23 +186,20 @@ def degrade_patches(seed: int, ways: dict[str, bool], x_lr: Tensor, keys: list[t
 
 
 @torch.inference_mode()
-def evaluate(
-    model: RDN, items: list[Item], compute: Compute, world: World, keeper: StateKeeper | None = None
-) -> dict[str, float]:
+def evaluate(model: RDN, batches: Iterable[Batch], compute: Compute, world: World) -> dict[str, float]:
     """Mean PSNR (dB) and SSIM of the re-synthesis of whole images on RGB, beside bicubic interpolation's."""
-    sums = torch.zeros(4, device=compute.device, dtype=torch.float64)
-    for item in progress(items[world.rank :: world.size], "evaluation"):
-        x = compute.input(fit_size(load_image(item.path), SizePolicy(model.scale))[None])  # (1, 3, H, W)
-        x_lr = downsample(x, model.scale)  # (1, 3, h, w)
+    sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
+    for batch in batches:
+        x = compute.input(batch.x)  # (1, 3, H, W)
+        x_lr = models.downsample(x, model.scale)  # (1, 3, h, w)
         with compute.autocast():
             x_hat = model(x_lr)  # (1, 3, H, W)
         bicubic = F.interpolate(x_lr, scale_factor=model.scale, mode="bicubic")  # (1, 3, H, W)
-        sums += torch.tensor([quality for y in (x_hat, bicubic) for quality in image_quality(y, x)]).to(sums)
-        if keeper:
-            keeper.obey()
-    means = (sum_over_processes(sums, world) / len(items)).tolist()
-    values = dict(zip(("psnr", "ssim", "psnr_bicubic", "ssim_bicubic"), means, strict=True))
-    return values
+        values = torch.tensor([*image_quality(x_hat, x), *image_quality(bicubic, x), 1.0])
+        sums += (batch.weights > 0) * values.to(sums)
+    *sums, count = sum_over_processes(sums, world).tolist()
+    names = ("psnr", "ssim", "psnr_bicubic", "ssim_bicubic")
+    return {name: value / count if count else float("nan") for name, value in zip(names, sums, strict=True)}
 
 
 def warn_if_poor(values: dict[str, float]) -> None:
@@ -245,12 +219,14 @@ def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
     return psnr, ssim.item()
 
 
-def evaluate_only(model: RDN, start: Checkpoint | None, items: list[Item], compute: Compute, world: World) -> None:
+def evaluate_only(
+    model: RDN, start: Checkpoint | None, batches: Iterable[Batch], compute: Compute, world: World
+) -> None:
     """`--evaluate`: PSNR and SSIM of given weights, on the screen."""
     if start is None:
         raise UserError("--evaluate needs the weights to evaluate: give them with --weights-file")
-    values = evaluate(model, items, compute, world)
-    logger.info("%d images, x%d from box-downsampled input, RGB, %s", len(items), model.scale, compute)
+    values = evaluate(model, batches, compute, world)
+    logger.info("x%d from box-downsampled input, RGB, %s", model.scale, compute)
     logger.info("%s: PSNR %.2f dB, SSIM %.4f", start.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
     warn_if_poor(values)

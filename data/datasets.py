@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -30,8 +31,8 @@ class Key(NamedTuple):
     """What a sampler asks a dataset for."""
 
     epoch: int
-    index: int  # of the image in its list
-    weight: float = 1.0  # of the image in the mean over its batch: 1 / batch size; 0 for one that only fills a share
+    index: int  # of the entry in its dataset
+    weight: float = 1.0  # of the entry in the mean over its batch: 1 / batch size; 0 for one that only fills a share
 
 
 class Sample(NamedTuple):
@@ -50,23 +51,23 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
     weights: Tensor  # float32 (B,): a sum over rows and processes, so weighted, is the mean over the batch
     items: list[Item]  # of each row
-    keys: list[tuple[int, int, int]]  # of each row: epoch, index of the image, which of its K parts
-    errors: dict[int, str]  # index of the image -> one line
+    keys: list[tuple[int, int, int]]  # of each row: epoch, index, which of its K parts
+    errors: dict[int, str]  # index -> one line
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """One batch of the samples. Those of another shape than the first are errors."""
     errors = {s.key.index: s.error for s in samples if s.error}
     read = [s for s in samples if not s.error]
-    for s in read:
-        if s.x.shape != read[0].x.shape:
-            sizes = (f"{shown(t.item.path)} ({t.x.shape[-1]} x {t.x.shape[-2]})" for t in (read[0], s))
-            errors[s.key.index] = f"images of different sizes cannot share a batch: {' and '.join(sizes)}"
-    read = [s for s in read if s.key.index not in errors]
-    parts = [(s, k) for s in read for k in range(len(s.x))]
+    for s in [s for s in read if s.x.shape[1:] != read[0].x.shape[1:]]:
+        sizes = (f"{shown(t.item.path)} ({t.x.shape[-1]} x {t.x.shape[-2]})" for t in (read[0], s))
+        errors[s.key.index] = f"images of different sizes cannot share a batch: {' and '.join(sizes)}"
+    parts = [(s, k) for s in read if s.key.index not in errors for k in range(len(s.x))]
     return Batch(
-        x=torch.cat([s.x for s in read]) if read else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        labels=torch.tensor([UNLABELLED if s.item.label is None else s.item.label for s, _ in parts]),
+        x=torch.stack([s.x[k] for s, k in parts]) if parts else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
+        labels=torch.tensor(
+            [UNLABELLED if s.item.label is None else s.item.label for s, _ in parts], dtype=torch.int64
+        ),
         weights=torch.tensor([s.key.weight / len(s.x) for s, _ in parts]),
         items=[s.item for s, _ in parts],
         keys=[(s.key.epoch, s.key.index, k) for s, k in parts],
@@ -85,61 +86,53 @@ def alike(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch
     """
     waiting: list[Batch] = []
     place = 0
-
-    def joined() -> Batch:
-        x, labels, weights = (torch.cat([getattr(b, name) for b in waiting if len(b.x)] or [getattr(waiting[0], name)])
-                              for name in ("x", "labels", "weights"))  # fmt: skip
-        items, keys = ([entry for b in waiting for entry in getattr(b, name)] for name in ("items", "keys"))
-        return Batch(x, labels, weights, items, keys, {i: text for b in waiting for i, text in b.errors.items()})
-
     for batch in batches:
         index = batch.keys[0][1] if batch.keys else next(iter(batch.errors))
         read = [b.x for b in waiting if len(b.x)]
-        other = (
-            len(batch.x)
-            and read
-            and (batch.x.shape != read[0].shape or (len(read) + 1) * read[0][0, 0].numel() > pixels)
+        fits = not (read and len(batch.x)) or (
+            batch.x.shape == read[0].shape and (len(read) + 1) * read[0][0, 0].numel() <= pixels
         )
-        if waiting and (other or index // block != place):
-            yield joined()
+        if waiting and not (fits and index // block == place):
+            yield joined(waiting)
             waiting = []
         waiting.append(batch)
         place = index // block
         if (index + 1) % block == 0:
-            yield joined()
+            yield joined(waiting)
             waiting = []
     if waiting:
-        yield joined()
+        yield joined(waiting)
 
 
-# --- which images make up each batch ------------------------------------------------------------------------
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Batches of one shape as one."""
+    x, labels, weights, items, keys, _ = zip(*([b for b in batches if len(b.x)] or batches[:1]), strict=True)
+    errors = {index: text for batch in batches for index, text in batch.errors.items()}
+    items, keys = (list(chain.from_iterable(lists)) for lists in (items, keys))
+    return Batch(torch.cat(x), torch.cat(labels), torch.cat(weights), items, keys, errors)
 
 
 class EpochBatches(Sampler):
     """Batches of one epoch, as lists of keys: a `batch_sampler` for DataLoader.
 
-    Each batch is dealt out among the processes: process r gets its images r, r + size, ... The last, smaller batch is
-    kept. Where it has fewer images than there are processes, those left without one get its first, of weight 0, since
+    Each batch is dealt out among the processes: process r gets its entries r, r + size, ... The last, smaller batch is
+    kept. Where it has fewer entries than there are processes, those left without one get its first, of weight 0, since
     all have to take the step.
 
     Args:
-        count: number of images.
-        batch_size: images a step, over all processes.
+        count: number of entries of the dataset.
+        batch_size: entries a step, over all processes.
         seed: a number >= 0, which with the epoch fixes the order; None: as listed.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
         self.count, self.batch_size, self.seed, self.world = count, batch_size, seed, world
+        self.steps = -(-count // batch_size)  # of a whole epoch
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
         """Choose the epoch and the step of it to begin with (those before it were done before a stop)."""
         self.epoch, self.first_step = epoch, first_step
-
-    @property
-    def steps(self) -> int:
-        """Steps in a whole epoch."""
-        return -(-self.count // self.batch_size)
 
     def __len__(self) -> int:
         """Steps left in this epoch."""
@@ -155,7 +148,7 @@ class EpochBatches(Sampler):
             yield [Key(epoch, index, 1 / len(batch)) for index in own] or [Key(epoch, batch[0], 0.0)]
 
     def smallest_share(self) -> int:
-        """The fewest images any process has in any step."""
+        """The fewest entries any process has in any step."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
@@ -163,27 +156,14 @@ class EpochBatches(Sampler):
 # --- how each image is read ---------------------------------------------------------------------------------
 
 
-class Draws(NamedTuple):
-    """What differs from epoch to epoch in training."""
+class Pictures(Dataset):
+    """Entries made of images, `parts` of each item one after the other. What is wrong with one is in its sample.
 
-    seed: int
-    crops: int = 0  # fixed crops of each image, all of them used in every epoch; 0: one, anew in each epoch
-
-
-class ImageDataset(Dataset):
-    """Images of one size policy: mirrored and cropped at random in training, as they are or the centre in tests.
-
-    Args:
-        items: the images.
-        draws: None: nothing is random.
-        transform: called as transform(image, rng) with the uint8 (3, H, W) image as read, before it is fitted.
+    It is not raised: of an error in a worker DataLoader would make a traceback.
     """
 
-    def __init__(
-        self, items: Sequence[Item], policy: SizePolicy, draws: Draws | None = None, transform: Transform | None = None
-    ):
-        self.items, self.policy, self.draws, self.transform = items, policy, draws, transform
-        self.parts = max(draws.crops, 1) if draws else 1  # entries of each image
+    def __init__(self, items: Sequence[Item], parts: int = 1):
+        self.items, self.parts = items, parts
 
     def __len__(self) -> int:
         return len(self.items) * self.parts
@@ -194,32 +174,58 @@ class ImageDataset(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         item = self.item(key.index)
         try:
-            return Sample(key, item, self._read(item.path, key)[None])  # (1, 3, H, W)
-        except UserError as error:  # not raised in a worker: DataLoader would make a traceback of it
-            return Sample(key, item, None, named(error, item.path))
+            return Sample(key, item, self.read(item.path, key))
+        except UserError as error:
+            name, text = shown(item.path), str(error)
+            return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
-    def _read(self, path: str, key: Key) -> Tensor:
-        image, rng = load_image(path), None  # (3, H, W)
+    def read(self, path: str, key: Key) -> Tensor:
+        """(K, ...), or a UserError."""
+        raise NotImplementedError
+
+
+class Draws(NamedTuple):
+    """What differs from epoch to epoch in training."""
+
+    seed: int
+    crops: int = 0  # fixed crops of each image, all of them used in every epoch; 0: one, anew in each epoch
+
+
+class ImageDataset(Pictures):
+    """Images of one size policy: mirrored and cropped at random in training, as they are or the centre in tests.
+
+    Args:
+        draws: None: nothing is random.
+        transform: called as transform(image, rng) with the uint8 (3, H, W) image as read, before it is fitted.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], policy: SizePolicy, draws: Draws | None = None, transform: Transform | None = None
+    ):
+        super().__init__(items, max(draws.crops, 1) if draws else 1)
+        self.policy, self.draws, self.transform = policy, draws, transform
+        self.sizes: list[tuple[int, int]] = []  # (height, width) of each item as given, where that is known
+
+    def read(self, path: str, key: Key) -> Tensor:
+        """(1, 3, H, W)."""
+        image = load_image(path)  # (3, H, W)
         if self.transform is not None:
             image = self.transform(image, self.draws and keyed_generator(self.draws.seed, key.epoch, key.index, 1))
-        if self.draws is not None and self.policy.crop_size is not None:
-            epoch = 0 if self.draws.crops else key.epoch
-            rng = keyed_generator(self.draws.seed, epoch, key.index, 2)
-        image = fit_size(image, self.policy, rng)
-        return image.flip(-1) if self.mirrored(key) else image
+        epoch = key.epoch if self.drawn_anew else 0
+        image = fit_size(image, self.policy, self.draws and keyed_generator(self.draws.seed, epoch, key.index, 2))
+        return (image.flip(-1) if self.mirrored(key) else image)[None]
+
+    @property
+    def drawn_anew(self) -> bool:
+        """Whether an image is cropped elsewhere in each epoch."""
+        return self.draws is not None and self.policy.crop_size is not None and not self.draws.crops
 
     def mirrored(self, key: Key) -> bool:
         """Whether an image is mirrored in an epoch; known without reading it."""
         return self.draws is not None and keyed_generator(self.draws.seed, key.epoch, key.index).random() < 0.5
 
 
-def named(error: Exception, path: str) -> str:
-    """The error as one line that begins with the file's name."""
-    text, name = str(error), shown(path)
-    return text if text.startswith(name) else f"{name}: {text}"
-
-
-class PatchDataset(Dataset):
+class PatchDataset(Pictures):
     """K random HR patches of each image, `patch_size * scale` pixels, mirrored and turned.
 
     A patch begins at a multiple of `scale` of the image centre-cropped to a multiple of it, so that it is downsampled
@@ -232,24 +238,19 @@ class PatchDataset(Dataset):
     """
 
     def __init__(self, items: Sequence[Item], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0):
-        self.items, self.patch_size, self.scale = items, patch_size, scale
+        super().__init__(items)
+        self.patch_size, self.scale = patch_size, scale
         self.patches_per_image, self.seed = patches_per_image, seed
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, key: Key) -> Sample:
-        item = self.items[key.index]
-        try:
-            image = read_rgb(item.path)
-            policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
-            if problem := size_problem(image.height, image.width, policy):
-                raise UserError(problem)
-        except UserError as error:
-            return Sample(key, item, None, named(error, item.path))
+    def read(self, path: str, key: Key) -> Tensor:
+        """(K, 3, P, P)."""
+        image = read_rgb(path)
+        policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
+        if problem := size_problem(image.height, image.width, policy):
+            raise UserError(problem)
         rng = keyed_generator(self.seed, key.epoch, key.index)
         patches = [random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
-        return Sample(key, item, torch.from_numpy(np.stack(patches)))  # (K, 3, P, P)
+        return torch.from_numpy(np.stack(patches))
 
 
 def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
@@ -260,19 +261,15 @@ def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random
     left += scale * int(rng.integers((width - side) // scale + 1))
     flip_horizontal, flip_vertical, turn = rng.random(3) < 0.5
     patch = np.asarray(image.crop((left, top, left + side, top + side)))  # (P, P, 3)
-    if flip_horizontal:
-        patch = patch[:, ::-1]
-    if flip_vertical:
-        patch = patch[::-1]
-    if turn:
-        patch = np.rot90(patch)
+    patch = patch[:: -1 if flip_vertical else 1, :: -1 if flip_horizontal else 1]
+    patch = np.rot90(patch) if turn else patch
     return np.ascontiguousarray(patch.transpose(2, 0, 1))  # (3, P, P)
 
 
 # --- the loader ---------------------------------------------------------------------------------------------
 
 
-def make_loader(dataset: Dataset, batches: Sampler, workers: int, compute: Compute) -> DataLoader:
+def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], workers: int, compute: Compute) -> DataLoader:
     """Read `batches` (lists of keys) of `dataset` a few batches ahead, in `workers` processes.
 
     At most one for each core: what is read does not depend on their number.

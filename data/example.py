@@ -184,8 +184,8 @@ class Autoencoder(nn.Module):
 
 
 def with_noise(x: Tensor, rng: np.random.Generator) -> Tensor:
-    noise = rng.standard_normal((x.shape[0], NOISE_PLANES, *x.shape[2:]), dtype=np.float32)
-    return torch.cat([x, NOISE_STD * torch.from_numpy(noise)], dim=1)
+    noise = rng.standard_normal((x.shape[0], *x.shape[2:], NOISE_PLANES), dtype=np.float32)
+    return torch.cat([x, NOISE_STD * torch.from_numpy(noise).permute(0, 3, 1, 2)], dim=1)  # channels-last, as x is
 
 
 def imitation_loss(x_fake: Tensor, x: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ def imitation_loss(x_fake: Tensor, x: Tensor) -> Tensor:
     filters = torch.stack([torch.outer(a / a.norm(), b / b.norm()) for a, b in pairs])  # (5, 3, 3)
     filters = torch.einsum("ci,fhw->cfihw", torch.cat([torch.eye(3), OPPONENT]), filters).flatten(0, 1)  # (30, 3, 3, 3)
     detail = [(F.avg_pool2d(F.conv2d(image, filters) ** 2, 8) + ENERGY_FLOOR**2).log() / 2 for image in (x_fake, x)]
-    return 3 * F.conv2d(x_fake - x, OPPONENT[..., None, None]).abs().mean() + F.l1_loss(*detail)
+    return 3 * (OPPONENT @ (x_fake - x).transpose(0, 1).flatten(1)).abs().mean() + F.l1_loss(*detail)
 
 
 def train_autoencoder(kind: str, images: np.ndarray, steps: int, seed: int) -> dict[str, np.ndarray]:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
 from utils.distributed import World, wait_for_all
-from utils.run import Compute, UserError, atomic, progress, shown
+from utils.run import Compute, UserError, atomic, shown
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +50,10 @@ class ResidualCache:
         needed = sum(c * h * w for c, h, w in shapes) * self.dtype.itemsize
         own = sum(entry.stat().st_size for entry in os.scandir(self.home))
         fits = needed <= max_bytes and needed - own <= shutil.disk_usage(self.home).free
+        verdict = "it can be deleted after any run" if fits else "more than --cache-gb or the disk has: none are kept"
         logger.info(
             "residual cache %s: up to %d residuals take %.2f GB (%.2f GB there already); %s",
-            shown(self.folder), len(shapes), needed / 1e9, own / 1e9,
-            "it can be deleted after any run" if fits else f"more than --cache-gb {max_bytes / 1e9:g} or the disk has:"
-            " none are kept, all are computed anew in each epoch",
+            shown(self.folder), len(shapes), needed / 1e9, own / 1e9, verdict,
         )  # fmt: skip
         return fits
 
@@ -62,27 +61,19 @@ class ResidualCache:
         """Where the residual of an image is kept: named by its file, the file's size and time, crop and direction.
 
         Raises:
-            UserError: if there is no such file.
+            OSError: if there is no such file.
         """
         name = images.item(key.index).path
-        try:
-            status = os.stat(name)
-        except OSError as error:
-            raise UserError(f"{shown(name)}: cannot be opened ({error.strerror})") from None
+        status = os.stat(name)
         crop = (images.draws.seed, key.index) if images.draws and images.draws.crops else None
         identity = (os.path.realpath(name), status.st_size, status.st_mtime_ns, crop, bool(images.mirrored(key)))
         return self.home / f"{hashlib.sha256(repr(identity).encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
 
-    def missing(self, images: ImageDataset, keys: Sequence[Key]) -> list[Key]:
-        """Those of which nothing is kept, or whose file is not there (which `fill` will say)."""
-
-        def lacks(key: Key) -> bool:
-            try:
-                return not self.path(images, key).exists()
-            except UserError:
-                return True
-
-        return [key for key in keys if lacks(key)]
+    def holds(self, images: ImageDataset, key: Key) -> bool:
+        try:
+            return self.path(images, key).exists()
+        except OSError:  # reading the image will say what is wrong with it
+            return False
 
     def write(self, path: Path, residual: Tensor) -> None:
         """Keep a residual (C_l, H_l, W_l)."""
@@ -94,56 +85,51 @@ class ResidualCache:
 
 
 class ResidualDataset(Dataset):
-    """The items of `images`, as residuals: none is decoded.
+    """The entries of `images`, as residuals: none is decoded.
 
     Raises:
         ValueError: if the images differ from epoch to epoch by more than being mirrored.
     """
 
     def __init__(self, images: ImageDataset, cache: ResidualCache):
-        anew = images.draws and images.policy.crop_size is not None and not images.draws.crops
-        if images.transform is not None or anew:
+        if images.transform is not None or images.drawn_anew:
             raise ValueError("images that change from epoch to epoch were given: the residuals of these change, too")
         self.images, self.cache = images, cache
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.item(key.index)
+        if not self.cache.holds(self.images, key):  # `fill` could not read the image, which says why once more
+            error = (
+                self.images[key].error or f"{shown(item.path)} has changed since training began: --resume auto goes on"
+            )
+            return Sample(key, item, None, error)
+        path = self.cache.path(self.images, key)
         try:
-            path = self.cache.path(self.images, key)
             return Sample(key, item, torch.from_numpy(np.load(path)["residual"])[None])  # (1, C_l, H_l, W_l)
-        except UserError as error:
-            return Sample(key, item, None, str(error))
-        except FileNotFoundError:  # `fill` has said why, or the image has changed since
-            return Sample(key, item, None, f"{shown(item.path)}: there is no residual of it; see above")
         except Exception as error:  # damaged: zipfile, zlib and numpy raise many kinds
             path.unlink(missing_ok=True)
-            reason = f"its residual {path} is damaged and was deleted ({error}): go on with --resume auto"
+            reason = f"its residual {shown(path)} is damaged and was deleted ({error}): --resume auto makes it anew"
             return Sample(key, item, None, f"{shown(item.path)}: {reason}")
 
     def fill(
         self,
         epoch: int,
         residual_of: Callable[[Batch], tuple[Tensor, None]],
-        after_each: Callable[[], None],
+        watched: Callable[[Iterable[Batch], str], Iterable[Batch]],
         workers: int,
         compute: Compute,
         world: World,
     ) -> None:
         """Compute what the epoch lacks, each process a part, each image alone: so it is the same whoever asks for it.
 
-        residual_of: a batch of one image -> its residual (1, C_l, H_l, W_l), and nothing. after_each: called after each.
+        residual_of: a batch of one image -> its residual (1, C_l, H_l, W_l), and nothing. watched: batches, those that
+        could be read, with what is to be done between them.
         """
-        keys = self.cache.missing(self.images, [Key(epoch, index) for index in range(len(self.images))])
+        keys = [Key(epoch, index) for index in range(len(self.images))]
+        keys = [key for key in keys if not self.cache.holds(self.images, key)]
         wait_for_all(world)  # all have looked before anyone writes
-        keys = keys[world.rank :: world.size]
-        loader = make_loader(self.images, [[key] for key in keys], workers, compute)
-        for batch, key in zip(progress(loader, "residuals", len(keys)), keys, strict=True):
-            for text in batch.errors.values():
-                logger.warning("%s", text)
-            if len(batch.x):
-                self.cache.write(self.cache.path(self.images, key), residual_of(batch)[0][0])
-            after_each()
+        if own := keys[world.rank :: world.size]:
+            for batch in watched(make_loader(self.images, [[key] for key in own], workers, compute), "residuals"):
+                path = self.cache.path(self.images, Key(*batch.keys[0][:2]))
+                self.cache.write(path, residual_of(batch)[0][0])
         wait_for_all(world)

@@ -1,10 +1,8 @@
 """Auxiliary tasks for the re-synthesizer: how its input is degraded, and the losses it is trained with.
 
 Asking RDN to denoise or to colorize as well as to super-resolve makes the residual robust (section 3.3 of the paper).
-One copy for both users: train_sr.py degrades patches (`degrade_patch`), train_detector.py whole images (TASKS). A new
-task is a function and a line in TASKS.
-
-All inputs are low-resolution images in [0, 1]; what comes out may leave that range by the noise added.
+train_sr.py degrades patches (`degrade_patch`), train_detector.py whole images: a new task is a function and a line in
+TASKS. All inputs are low-resolution images in [0, 1]; what comes out may leave that range by the noise added.
 """
 
 import io
@@ -34,19 +32,15 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     return image + std * torch.from_numpy(rng.standard_normal(tuple(image.shape), np.float32)).to(image)
 
 
-def random_mask(image: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """True at about a `share` of the pixels of (3, h, w): a (1, h, w) mask."""
-    return torch.from_numpy(rng.random((1, *image.shape[1:])) < share).to(image.device)
+def replace_some(image: Tensor, by: Tensor, share: float, rng: np.random.Generator) -> Tensor:
+    """About a `share` of the pixels of (3, h, w) set to those of `by`, which may be of one channel or pixel."""
+    mask = torch.from_numpy(rng.random((1, *image.shape[1:])) < share).to(image.device)  # (1, h, w)
+    return torch.where(mask, by, image)
 
 
 def remove_colour(image: Tensor, share: float, rng: np.random.Generator) -> Tensor:
     """A `share` of the pixels of (3, h, w) set to the mean of their channels."""
-    return torch.where(random_mask(image, share, rng), image.mean(dim=0, keepdim=True), image)
-
-
-def remove_pixels(image: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """A `share` of the pixels of (3, h, w) set to 0."""
-    return image.masked_fill(random_mask(image, share, rng), 0.0)
+    return replace_some(image, image.mean(dim=0, keepdim=True), share, rng)
 
 
 def compress_jpeg(image: Tensor, quality: int) -> Tensor:
@@ -101,24 +95,19 @@ def residual_and_auxiliary_loss(
     """
     if not real.any():
         return detector.compare(x).residual, x.new_zeros(len(x))
-    again = detector.compare(x, STAGES)
-    maps = {k: m[real] for k, m in again.maps.items()}  # (R, C_k, H_k, W_k), of the R reals
-    if degraded is None:
-        x_hat, maps_hat = again.x_hat[real], {k: m[real] for k, m in again.maps_hat.items()}
-    else:
-        x_hat = detector.resynthesizer(degraded[real])  # (R, 3, H, W)
-        maps_hat = detector.vgg(x_hat, STAGES)
-    loss = x.new_zeros(len(x)).masked_scatter(real, reconstruction_loss(x_hat, x[real], maps_hat, maps))  # (B,)
-    return again.residual, loss
+    again = detector.compare(x, STAGES if detector.stage else ())
+    x_hat = again.x_hat[real] if degraded is None else detector.resynthesizer(degraded[real])  # (R, 3, H, W), R reals
+    with torch.no_grad():
+        maps = {k: m[real] for k, m in again.maps.items()} or detector.vgg(x[real], STAGES)
+    maps_hat = {k: m[real] for k, m in again.maps_hat.items()} if degraded is None else {}
+    maps_hat = maps_hat or detector.vgg(x_hat, STAGES)
+    # L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)) of each real: (R,)
+    loss = mean_difference(x_hat.float(), x[real]) + perceptual_distance(maps_hat, maps, mean_difference)
+    return again.residual, x.new_zeros(len(x)).masked_scatter(real, loss)
 
 
-def reconstruction_loss(x_hat: Tensor, x: Tensor, maps_hat: dict[int, Tensor], maps: dict[int, Tensor]) -> Tensor:
-    """L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)) of each image: (R,), the loss of the auxiliary tasks."""
-    return _l1(x_hat.float(), x) + perceptual_distance(maps_hat, maps, _l1)
-
-
-def _l1(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of each image: (R, C, H, W) -> (R,)."""
+def mean_difference(a: Tensor, b: Tensor) -> Tensor:
+    """L1 of each image: (R, C, H, W) -> (R,)."""
     return (a - b).abs().mean(dim=(1, 2, 3))
 
 
@@ -147,7 +136,7 @@ def degrade_patch(
     if augment and chosen():
         patch = compress_jpeg(patch, int(rng.integers(*PATCH_QUALITY, endpoint=True)))
     if completion and chosen():
-        patch = remove_pixels(patch, rng.uniform(*PATCH_SHARE), rng)
+        patch = replace_some(patch, patch.new_zeros(()), rng.uniform(*PATCH_SHARE), rng)
     if colorization and chosen():
         patch = remove_colour(patch, rng.uniform(*PATCH_SHARE), rng)
     return patch

@@ -18,6 +18,6 @@ run train_detector.py \
     --idx-stages 5 --input-channel 512 \
     --lr 1e-6 --lr-sr 1e-3 --lw-sr 1 --epochs 100 --batch-size 6 --micro-batch 1 \
     --data-root-pos "$DATA_ROOT_POS" --data-root-neg "$DATA_ROOT_NEG" \
-    --resume "$RESUME" ${SR_RESUME:+--sr-weights-file "$SR_RESUME"} \
+    --init "$RESUME" ${SR_RESUME:+--sr-weights-file "$SR_RESUME"} \
     --output-path "${OUTPUT_PATH:-./output_end2end/stage5_stylegan_noising}" \
     "${@:2}"

@@ -11,7 +11,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from processes import SMALL  # noqa: E402
+from trainings import SIDE, TINY  # noqa: E402
 
+from models import RDN  # noqa: E402
 from models.resnet import ARCHITECTURES  # noqa: E402
 
 torch.set_num_threads(1)  # where it was imported before
@@ -39,3 +41,12 @@ def write_real_and_fake():
         return root
 
     return write
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory, write_real_and_fake):
+    """A folder of five real and five fake images, and of an RDN in rdn.pth."""
+    root = write_real_and_fake(tmp_path_factory.mktemp("files"), 5, SIDE)
+    torch.manual_seed(0)
+    torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
+    return root

@@ -16,10 +16,8 @@ from pathlib import Path
 import torch
 
 from models.resnet import ARCHITECTURES, BasicBlock
-from utils import scoring
+from utils import run, scoring
 from utils.distributed import World
-from utils.run import sole_writer
-from utils.training import StateKeeper
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"resnet18": (BasicBlock, (1, 1, 1, 1))}  # half the weights: most of a tiny training's time is writing them
@@ -98,7 +96,7 @@ def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _write_alone(lock, connection):
-    with sole_writer(lock, World()):
+    with run.sole_writer(lock, World()):
         worker = os.fork()
         if worker:
             connection.send(worker)
@@ -108,21 +106,22 @@ def _write_alone(lock, connection):
 # --- what may happen to a program, as `prepare` ---------------------------------------------------------------
 
 
-def signal_in_step(step: int, number: int, all_processes: bool = False) -> None:
-    """The program gets signal `number` in its step `step` (from 1), after the update, before its state is saved.
+def signal_in(what: str, at: int, number: int, all_processes: bool = False) -> None:
+    """The program gets signal `number` while it works on item `at` (from 1) of what its bar calls `what`...
 
     all_processes: its workers, too, and they have the time to end of it.
     """
-    real, count = StateKeeper.after_step, itertools.count(1)
+    real, count = run.progress, itertools.count(1)
     os.setpgid(0, 0)
 
-    def after_step(self, device):
-        if next(count) == step:
-            os.killpg(0, number) if all_processes else os.kill(os.getpid(), number)
-            time.sleep(0.3 * all_processes)
-        real(self, device)
+    def progress(items, name, *more):
+        for item in real(items, name, *more):
+            if name.startswith(what) and next(count) == at:
+                os.killpg(0, number) if all_processes else os.kill(os.getpid(), number)
+                time.sleep(0.3 * all_processes)
+            yield item
 
-    StateKeeper.after_step = after_step
+    run.progress = progress
 
 
 def kill_in_save(save: int) -> None:

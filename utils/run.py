@@ -222,7 +222,7 @@ def keyed_generator(*key: int) -> np.random.Generator:
 
     All that the programs draw comes from such a one; only initial weights come from torch's own, seeded once.
     """
-    return np.random.default_rng(key)
+    return np.random.default_rng((len(key), *key))  # NumPy takes (1, 2) and (1, 2, 0) for the same
 
 
 # --- files and texts ----------------------------------------------------------------------------------------

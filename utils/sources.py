@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from data.datasets import Batch
+from data.datasets import Batch, ImageDataset
 from data.residuals import ResidualCache
 from models import ResynthesisDetector
 from models.auxiliary import degrade_batch, draw_degradation, residual_and_auxiliary_loss
@@ -24,7 +24,6 @@ from utils.training import Progress
 
 logger = logging.getLogger(__name__)
 
-CACHE_FOLDER = "residual_cache"  # in the output folder
 ResidualsOf = Callable[[Batch, Progress], tuple[Tensor, Tensor | None]]
 
 
@@ -71,8 +70,8 @@ def end_to_end_residuals(
     real, counted = batch.labels == REAL, batch.weights > 0  # (B,) each
     reals = int(sum_over_processes((real & counted).sum().to(compute.device), world))
     wanted = real & (reals > 1 and auxiliary.weight > 0)
-    degradation = draw_degradation(auxiliary.task, keyed_generator(auxiliary.seed, progress.epoch, progress.step, 4))
     degraded = None
+    degradation = draw_degradation(auxiliary.task, keyed_generator(auxiliary.seed, progress.epoch, progress.step, 4))
     if degradation and wanted.any():
         rngs = [keyed_generator(auxiliary.seed, *key, 5) for key in batch.keys]
         degraded = degrade_batch(degradation, x, detector.resynthesizer.scale, rngs)  # (B, 3, h, w)
@@ -91,26 +90,24 @@ def end_to_end_residuals(
 
 
 def residual_cache(
-    args: Namespace, detector: ResynthesisDetector, config: dict, compute: Compute, sizes: list[tuple[int, int]]
+    args: Namespace, detector: ResynthesisDetector, config: dict, compute: Compute, datasets: list[ImageDataset]
 ) -> ResidualCache | None:
-    """Where residuals are kept, if they are the same in each epoch. sizes: (height, width) of all there will be."""
+    """Where residuals of the images are kept, if they are the same in each epoch and there is room for all."""
     if not args.fixed_resynthesizer or not args.cache:
         return None
-    if args.augment_perturb or (args.crop_size is not None and not args.crops):
-        what = (
-            "perturbed (--augment-perturb)" if args.augment_perturb else "cropped (--crop-size; see --crops-per-image)"
-        )
+    if args.augment_perturb or (args.crop_size and not args.crops):
+        what = "perturbed (--augment-perturb)" if args.augment_perturb else "cropped (but see --crops-per-image)"
         logger.info("no residual cache: training images are %s anew, so their residuals are new in each epoch", what)
         return None
     about = {
         "resynthesizer": config["resynthesizer_fingerprint"],
         "vgg": config["vgg"] and config["vgg"]["fingerprint"],
         "stage": detector.stage,
-        "scale, crop, resize": (detector.resynthesizer.scale, args.crop_size, args.resize),
+        "scale, crop, resize": (detector.resynthesizer.scale, args.crop_size or None, args.resize or None),
         "arithmetic": str(compute),
     }
-    cache = ResidualCache(
-        make_folder(args.cache_dir or Path(args.output_path) / CACHE_FOLDER), about, args.cache_precision
-    )
-    shapes = [detector.residual_shape(*size) for size in sizes]
+    folder = make_folder(args.cache_dir or Path(args.output_path) / "residual_cache")
+    cache = ResidualCache(folder, about, args.cache_precision)
+    both_ways = [size for images in datasets for size in images.sizes * images.parts * (2 if images.draws else 1)]
+    shapes = [detector.residual_shape(*size) for size in both_ways]
     return cache if cache.has_room(shapes, args.cache_gb * 1e9) else None
