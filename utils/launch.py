@@ -25,8 +25,8 @@ def launch(count: int, command: Sequence[str]) -> int:
         signal.signal(number, lambda number, _: received.append(number))
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     processes = [subprocess.Popen([sys.executable, *command], env=os.environ | shared | rank) for rank in ranks]
-    while any(process.poll() is None for process in processes):
-        status = status or next((p.returncode for p in processes if p.returncode), 0)
+    while None in (ended := [process.poll() for process in processes]):
+        status = status or next(filter(None, ended), 0)
         if deadline is None and (received or status):
             deadline = time.monotonic() + GRACE
             for process in processes:
@@ -35,7 +35,7 @@ def launch(count: int, command: Sequence[str]) -> int:
             for process in processes:
                 process.kill()
         time.sleep(0.05)
-    status = status or next((p.returncode for p in processes if p.returncode), 0)
+    status = status or next(filter(None, ended), 0)
     return 128 - status if status < 0 else 128 + received[0] if status and received else status
 
 
