@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torchvision.models.resnet import BasicBlock
 
-from models.resnet import ARCHITECTURES
+from models.resnet import ARCHITECTURES, BasicBlock
 from utils.distributed import World
 from utils.run import sole_writer
 from utils.training import StateKeeper
