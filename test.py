@@ -14,10 +14,12 @@ ARGS = test_parser().parse_args() if __name__ == "__main__" else None  # mistake
 
 import contextlib
 import logging
+import math
 import sys
 import tempfile
 from argparse import Namespace
 from collections import Counter
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -25,55 +27,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets import Batch, ImageDataset, alike, make_loader
+from data.datasets import Batch, ImageDataset, Key, alike, make_loader
+from data.images import check_headers, fitted_size
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
-from data.perturbations import Perturbation, cells, mild_variants
-from models import read_checkpoint
+from data.perturbations import Cell, Perturbation, cells, mild_variants
+from utils import run
 from utils.distributed import world_of_processes
-from utils.run import (
-    Stopped,
-    StopSignal,
-    UserError,
-    atomic,
-    choose_compute,
-    make_folder,
-    progress,
-    run_program,
-    shown,
-    sole_writer,
-    text_table,
-    versions,
-    write_json,
-)
-from utils.scorelog import ScoreLog
+from utils.run import UserError, shown
+from utils.scorelog import ScoreLog, file_stamps
 from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
-from utils.scoring import BATCH_PIXELS, Detector, assemble
+from utils.scoring import BATCH_PIXELS, Detector, images_at_once, load_on
 
 logger = logging.getLogger("test")
 
 EXIT_ERRORS = 1  # some images could not be scored
-# Of these options no score depends.
-FREE = ("gpu", "workers", "batch_size", "save_path", "save_residuals", "tile", "overwrite", "input", "real_roots",
-        "fake_roots", "tree", "csv", "resume", "resynthesizer_file", "perturb", "vgg_weights")  # fmt: skip
 
 
 def main(args: Namespace) -> int:
-    compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+    compute = run.choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
+    with world_of_processes(compute.device.type) as world, run.StopSignal() as stop, contextlib.ExitStack() as stack:
         # Images and the detector: what can be wrong with them is found before anything is written
+        if not args.resume:
+            raise UserError("no detector: give its checkpoint with --resume")
         items = items_to_test(args)
         perturbations = cells(args.perturb_protocol, args.perturb)
-        detector, trained_on = detector_to_test(args, items, compute)
+        detector = load_on(compute, args.resume, args.resynthesizer_file, args.vgg_weights, vars(args))
         detector.network.set_tile(args.tile)
+        trained_on = say_what_it_knows(detector, items)
 
         # Where the results go
         if world.size > 1 and not args.save_path:
             raise UserError("several processes need a place that all of them write to: give --save_path")
-        save_path = (args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores").removesuffix(
-            ".npy"
-        )
-        folder = make_folder(Path(save_path).parent)
-        stack.enter_context(sole_writer(folder / f".{Path(save_path).name}.lock", world))
+        save_path = (args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores").rstrip("/")
+        save_path = Path(save_path.removesuffix(".npy"))
+        for folder in filter(None, (save_path.parent, args.save_residuals)):
+            run.make_folder(folder)
+        stack.enter_context(run.sole_writer(save_path.with_name(f".{save_path.name}.lock"), world))
 
         # Scores, then what is made of them
         settings = vars(args) | {"precision": compute.precision}
@@ -82,26 +71,25 @@ def main(args: Namespace) -> int:
             "detector": {"file": args.resume, **detector.identity()},
             "trained_on": trained_on,
         }
-        job = {name: value for name, value in settings.items() if name not in FREE}
-        job |= {"detector": detector.identity(), "images": list_digest(items)}
-        tables = {}
+        job, stamps, tables = job_of(detector, items, compute, args.stability), file_stamps(items), {}
         for cell in perturbations:
-            path = save_path if len(perturbations) == 1 else f"{save_path}_{cell.file_name}"
-            what = {"perturbation": {"name": cell.name, "strength": cell.strength, "label": cell.label,
-                                     "protocol": args.perturb_protocol}}  # fmt: skip
-            log = ScoreLog(Path(f"{path}.csv"), items, job | what, args.stability, world)
+            path = save_path if len(perturbations) == 1 else save_path.with_name(f"{save_path.name}_{cell.file_name}")
+            what = {"perturbation": known_of(cell, args.perturb_protocol, args.seed)}
+            log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | what, world)
             if log.open(args.overwrite):
                 transform = None if cell.name == "none" else Perturbation(cell, args.perturb_protocol, args.seed)
-                images = ImageDataset(items, detector.policy, transform=transform)
-                score(detector, images, log, args, stop)
+                score(detector, ImageDataset(items, detector.policy, transform=transform), log, args, stop)
                 log.close()
             if world.is_main:
-                tables[cell.label] = results(Path(path), about | what | log.identity(), args.seed)
+                table, metrics = results(path, args.seed)
+                log.finish({**about, **what, "metrics": metrics, "versions": run.versions()})
+                tables[cell.label] = table, metrics
         if not world.is_main:
             return 0
-        show(tables, detector, args)
-        errors = sum(int((~table.scored).sum()) for table, _ in tables.values())
-        return EXIT_ERRORS if errors else 0
+        show(tables, detector.calibration, bool(args.input))
+        if args.save_path:
+            logger.info("written: %s%s.{csv,npy,json,png}", shown(save_path), "_*" if len(tables) > 1 else "")
+        return EXIT_ERRORS if any(not table.scored.all() for table, _ in tables.values()) else 0
 
 
 def items_to_test(args: Namespace) -> list[Item]:
@@ -114,56 +102,62 @@ def items_to_test(args: Namespace) -> list[Item]:
     return input_items(args.input)
 
 
-def detector_to_test(args: Namespace, items: list[Item], compute) -> tuple[Detector, int]:
-    """The detector of --resume, and how many of the images it was trained on."""
-    if not args.resume:
-        raise UserError("no detector: give its checkpoint with --resume")
-    source = read_checkpoint(args.resume)
-    rdn = read_checkpoint(args.resynthesizer_file)
-    detector = assemble(source, rdn, compute, args.vgg_weights, vars(args))
+def say_what_it_knows(detector: Detector, items: list[Item]) -> int:
+    """Say how the detector is calibrated, and how many of the images it was trained on. Returns their number."""
     if detector.calibration:
-        known = {"source": "?", **detector.calibration}
-        text = "calibrated on {source}: temperature {temperature:.3g}, real up to P(fake) {t_real:.3g}, fake from {t_fake:.3g} on"
-        logger.info("%s", text.format_map(known))
-    seen = source.content.get("trained_on")
-    trained_on = 0 if seen is None else count_known(items, seen.numpy())
-    if trained_on:
-        logger.warning("warning: %d of %d images have the name and size of images that it was trained on: their scores"
-                       " say nothing of new ones", trained_on, len(items))  # fmt: skip
-    return detector, trained_on
+        text = "calibrated on {source}: temperature {temperature:.3g}, real up to P(fake) {t_real:.3g}, fake from {t_fake:.3g}"
+        logger.info("%s", shown(text.format_map({"source": "?", **detector.calibration})))
+    seen = 0 if detector.seen is None else count_known(items, detector.seen.numpy())
+    if seen:
+        text = "warning: it was trained on %d of these %d images, by name and size: scores say nothing of new ones"
+        logger.warning(text, seen, len(items))
+    return seen
 
 
-def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, stop: StopSignal) -> None:
+def job_of(detector: Detector, items: list[Item], compute: run.Compute, stability: bool) -> dict:
+    """All that a table depends on besides the content of the files, however they are named or dealt out."""
+    known = detector.identity()
+    known["vgg"] = known["vgg"] and known["vgg"]["fingerprint"]  # wherever the file is
+    sizes = {"crop_size": detector.policy.crop_size, "resize": detector.policy.resize}
+    how = {"precision": compute.precision, "stability": stability, "images": list_digest(items)}
+    return {"detector": known, **sizes, **how}
+
+
+def known_of(cell: Cell, protocol: str, seed: int) -> dict:
+    """What a table under this perturbation depends on, and how it is called."""
+    known = {"name": cell.name, "strength": cell.strength, "label": cell.label}
+    return known if cell.name == "none" else known | {"protocol": protocol, "seed": seed}
+
+
+def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, stop: run.StopSignal) -> None:
     """Write a row of the score table for each image that lacks one; of several processes each takes a part."""
-    keys = log.missing()
-    workers = args.workers if len(keys) > 1 else 0
-    loader = make_loader(images, keys, workers, detector.compute)
-    with progress(None, "scoring", total=len(keys), unit="images") as bar:
-        for batch in alike(loader, args.batch_size, BATCH_PIXELS):
-            rows = batch_rows(detector, images.items, batch, args)
-            log.write(rows)
+    block, pixels = (args.batch_size, math.inf) if args.batch_size else (usual_block(images), BATCH_PIXELS)
+    missing = log.missing(block)
+    singles = ([Key(0, int(index))] for index in missing)
+    loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
+    with run.progress(None, "scoring", total=len(missing), unit="images") as bar:
+        for batch in alike(loader, block, pixels):
+            rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
+            if len(batch.x):
+                scored = batch_rows(detector, batch, args.save_residuals, args.stability)
+                rows |= {index: row for (_, index, _), row in zip(batch.keys, scored, strict=True)}
+            log.write(dict(sorted(rows.items())))
+            for row in rows.values():
+                if row.error:
+                    logger.warning("not scored: %s", row.error)
             bar.update(len(rows))
             if stop.received:
-                raise Stopped(stop.received)
+                raise run.Stopped(stop.received)
 
 
-def batch_rows(detector: Detector, items: list[Item], batch: Batch, args: Namespace) -> dict[int, Row]:
-    """The rows of a batch by the index of their image, those that could not be read among them."""
-    rows = {i: row_of(items[i], error=text) for i, text in batch.errors.items()}
-    if len(batch.x):
-        logits = score_images(detector, batch, args.save_residuals)  # (B, 2)
-        scored = make_rows(batch.items, logits.numpy(), detector.calibration)
-        if args.stability:
-            scored = with_stability(detector, scored, batch.x)
-        rows |= {key[1]: row for key, row in zip(batch.keys, scored, strict=True)}
-    for row in rows.values():
-        if row.error:
-            logger.warning("not scored: %s", row.error)
-    return dict(sorted(rows.items()))
+def usual_block(images: ImageDataset) -> int:
+    """How many images are scored together, by the header of the first of the list."""
+    size = check_headers([images.items[0].path], images.policy).sizes[0]
+    return images_at_once(*fitted_size(*size, images.policy)) if size else 1
 
 
-def score_images(detector: Detector, batch: Batch, residual_folder: str | None) -> Tensor:
-    """The logits (B, 2) of a batch of images; on the way its residuals as pictures, if wanted."""
+def batch_rows(detector: Detector, batch: Batch, residual_folder: str | None, stability: bool) -> list[Row]:
+    """The rows of a batch of images; on the way its residuals as pictures, if wanted."""
     compared = detector.compare(batch.x)
     if residual_folder:
         from utils.figures import residual_picture
@@ -172,7 +166,8 @@ def score_images(detector: Detector, batch: Batch, residual_folder: str | None) 
         for item, *pictures in zip(batch.items, x, compared.x_hat, compared.residual, strict=True):
             image, again, difference = (p.float().cpu().numpy() for p in pictures)
             residual_picture(image, again, difference.mean(axis=0), residual_path(residual_folder, item.path))
-    return detector.classify(compared.residual)
+    rows = make_rows(batch.items, detector.classify(compared.residual).numpy(), detector.calibration)
+    return with_stability(detector, rows, batch.x) if stability else rows
 
 
 def with_stability(detector: Detector, rows: list[Row], images: Tensor) -> list[Row]:
@@ -190,43 +185,37 @@ def with_stability(detector: Detector, rows: list[Row], images: Tensor) -> list[
 # --- results ------------------------------------------------------------------------------------------------
 
 
-def results(path: Path, about: dict, seed: int) -> tuple[ScoreTable, dict | None]:
-    """P.npy, P.json and P.png from P.csv. Returns the table and its metrics (None where no image is labelled)."""
+def results(path: Path, seed: int) -> tuple[ScoreTable, dict | None]:
+    """P.npy and P.png from P.csv. Returns the table and its metrics (None where no image is labelled)."""
     from utils.metrics import summarize
 
     table = read_table(f"{path}.csv")
-    with atomic(f"{path}.npy") as file:
+    with run.atomic(f"{path}.npy") as file:
         np.save(file, table.logits)
-    labelled = bool((table.scored & (table.is_real | table.is_fake)).any())
-    metrics = summarize(table, seed=seed) if labelled else None
-    write_json(Path(f"{path}.json"), {**about, "metrics": metrics, "versions": versions()})
-    if labelled:
-        from utils.figures import roc_and_histogram
+    if not table.usable.any():
+        return table, None
+    from utils.figures import roc_and_histogram
 
-        roc_and_histogram(table, f"{path}.png")
-    return table, metrics
+    roc_and_histogram(table, f"{path}.png")
+    return table, summarize(table, seed=seed)
 
 
-def show(tables: dict[str, tuple[ScoreTable, dict | None]], detector: Detector, args: Namespace) -> None:
-    """What is read on the screen: verdicts on single images, the metrics of labelled ones, where the files are."""
+def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, unlabelled: bool) -> None:
+    """What is read on the screen: verdicts on single images, or the metrics of labelled ones."""
     from utils.metrics import format_table, perturbation_table, stability_lines
 
-    lines = explanation(detector.calibration) if args.input else []
-    for name, (table, metrics) in tables.items():
-        title = ["", f"== {name}"] if len(tables) > 1 else []
-        if args.input:
-            lines += [*title, *verdict_lines(table), *stability_lines(table)]
-        elif metrics and name == next(iter(tables)):  # of the others the last table tells
-            lines += [*title, format_table(metrics), *stability_lines(table)]
-    if len(tables) > 1 and not args.input:
+    several = len(tables) > 1
+    lines = explanation(calibration) if unlabelled else []
+    for name, (table, metrics) in tables.items() if unlabelled else [*tables.items()][:1]:
+        lines += ["", f"== {name}"] if several else []
+        lines += verdict_lines(table) if unlabelled else [format_table(metrics)] if metrics else []
+        lines += stability_lines(table)
+    if several and not unlabelled:
         lines += ["", perturbation_table({name: metrics for name, (_, metrics) in tables.items() if metrics})]
-    if args.save_path:
-        where = f"{args.save_path}_*" if len(tables) > 1 else args.save_path
-        lines.append(f"scores, logits, metrics, figures: {where}.csv .npy .json .png")
     sys.stdout.write("\n".join(lines) + "\n")
 
 
-def explanation(calibration: dict) -> list[str]:
+def explanation(calibration: Mapping) -> list[str]:
     """What P(fake) and the verdict mean, for who sees them for the first time."""
     rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m utils.calibrate)"
     if calibration:
@@ -237,17 +226,17 @@ def explanation(calibration: dict) -> list[str]:
 
 def verdict_lines(table: ScoreTable) -> list[str]:
     """A line an image: P(fake), the verdict, whether it is stable if that was asked for, the file; then the counts."""
-    asked = any(table.stability)
-    rows = [["P(fake)", "verdict", *(["stability"] if asked else []), "image"]]
-    for i, path in enumerate(table.paths):
-        word = [table.stability[i] or "-"] if asked else []
-        score = ["-", "error", *word, shown(table.errors[i])] if table.errors[i] else \
-            [f"{table.prob_fake[i]:.4f}", table.predictions[i], *word, shown(path)]  # fmt: skip
-        rows.append(score)
+    rows = [["P(fake)", "verdict", "stability", "image"]]
+    for path, prob_fake, word, stability, error in zip(
+        table.paths, table.prob_fake, table.predictions, table.stability, table.errors, strict=True
+    ):
+        rows.append(["-", "error", "", shown(error)] if error else [f"{prob_fake:.4f}", word, stability, shown(path)])
+    if not any(table.stability):
+        rows = [[*row[:2], row[3]] for row in rows]
     counts = Counter(table.predictions)
     ending = ", ".join(f"{counts[word]} {word}" for word in ("fake", "real", "unsure"))
-    return [text_table(rows, left=len(rows[0])), f"{ending}, {counts['']} could not be read"]
+    return [run.text_table(rows, left=len(rows[0])), f"{ending}, {counts['']} could not be read"]
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(partial(main, ARGS)))
+    sys.exit(run.run_program(partial(main, ARGS)))

@@ -74,12 +74,17 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def alike(batches: Iterable[Batch], images: int | None, pixels: int) -> Iterator[Batch]:
-    """Batches of one image each, joined while they follow each other and are of one size.
+def alike(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
+    """Batches of one image each, joined while they follow each other, are of one size and of one block of their list.
 
-    images: the most in a batch; None: as many as have `pixels` together.
+    So what an image is computed together with depends neither on the number of processes nor on where a run was
+    stopped, and its scores are the same to the last bit.
+
+    Args:
+        block: images. pixels: the most in a batch of more than one image.
     """
     waiting: list[Batch] = []
+    place = 0
 
     def joined() -> Batch:
         x, labels, weights = (torch.cat([getattr(b, name) for b in waiting if len(b.x)] or [getattr(waiting[0], name)])
@@ -88,13 +93,19 @@ def alike(batches: Iterable[Batch], images: int | None, pixels: int) -> Iterator
         return Batch(x, labels, weights, items, keys, {i: text for b in waiting for i, text in b.errors.items()})
 
     for batch in batches:
-        shape = batch.x.shape
-        read = [b.x.shape for b in waiting if len(b.x)]
-        if read and len(batch.x) and shape != read[0]:
+        index = batch.keys[0][1] if batch.keys else next(iter(batch.errors))
+        read = [b.x for b in waiting if len(b.x)]
+        other = (
+            len(batch.x)
+            and read
+            and (batch.x.shape != read[0].shape or (len(read) + 1) * read[0][0, 0].numel() > pixels)
+        )
+        if waiting and (other or index // block != place):
             yield joined()
-            waiting, read = [], []
+            waiting = []
         waiting.append(batch)
-        if len(batch.x) and len(read) + 1 >= (images or pixels // (shape[-2] * shape[-1])):
+        place = index // block
+        if (index + 1) % block == 0:
             yield joined()
             waiting = []
     if waiting:

@@ -21,11 +21,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
 
+from data.images import resized
 from utils.run import UserError, keyed_generator
 
 PROTOCOLS = ("frank2020", "sweep")
@@ -48,10 +48,13 @@ def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     Rows, then columns: equal to the square kernel and, at sigma 4, many times faster. A kernel larger than the image can
     be reflected is cut to what fits.
     """
-    height, width = image.shape[-2:]
-    kx, ky = min(kernel_size, 2 * width - 1), min(kernel_size, 2 * height - 1)
-    x = F.gaussian_blur(image.float(), [kx, 1], [sigma, sigma])  # (3, H, W)
-    return _to_uint8(F.gaussian_blur(x, [1, ky], [sigma, sigma]))
+    x = image.float()  # (3, H, W)
+    for _ in range(2):
+        reach = min(kernel_size // 2, x.shape[-1] - 1)
+        weights = torch.softmax(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2), dim=0)
+        x = F.conv2d(F.pad(x[:, None], (reach, reach, 0, 0), mode="reflect"), weights.view(1, 1, 1, -1))[:, 0]
+        x = x.transpose(1, 2)  # (3, W, H), and then back
+    return _to_uint8(x)
 
 
 def crop(image: Tensor, share: float) -> Tensor:
@@ -61,8 +64,7 @@ def crop(image: Tensor, share: float) -> Tensor:
     """
     height, width = image.shape[-2:]
     top, left = int(height * share * 0.5), int(width * share * 0.5)
-    box = (top, left, height - 2 * top, width - 2 * left)
-    return F.resized_crop(image, *box, [height, width], InterpolationMode.BICUBIC, antialias=False)
+    return resized(image[:, top : height - top, left : width - left], height, width, antialias=False)
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
@@ -79,9 +81,9 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
 
 def resize_and_back(image: Tensor, scale: float) -> Tensor:
     """Shrink by `scale` (bicubic, antialiased) and enlarge to the old size (bicubic)."""
-    size = list(image.shape[-2:])
-    small = F.resize(image, [max(1, round(side * scale)) for side in size], InterpolationMode.BICUBIC, antialias=True)
-    return F.resize(small, size, InterpolationMode.BICUBIC, antialias=True)
+    height, width = image.shape[-2:]
+    small = resized(image, *(max(1, round(side * scale)) for side in (height, width)))
+    return resized(small, height, width)
 
 
 def _to_uint8(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ from models.vgg import STAGE_CHANNELS, STAGES, VGGStages
 from models.weights import fingerprint, load_vgg, load_weights, state_dict_of
 
 
-def load(checkpoint: str, **options):
+def load(checkpoint: str, *arguments, **options):
     """A trained detector ready for use: see `utils.scoring.load`."""
     from utils.scoring import load as load_detector_for_use  # which stands on `data`, as the networks do not
 
-    return load_detector_for_use(checkpoint, **options)
+    return load_detector_for_use(checkpoint, *arguments, **options)

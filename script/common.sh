@@ -120,7 +120,7 @@ trained() {
 run() {
     local launcher=("$PYTHON")
     if [[ "${NPROC:-1}" -gt 1 ]]; then
-        launcher=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NPROC")
+        launcher=("$PYTHON" -m utils.launch "$NPROC")
         say "in $NPROC processes"
     fi
     exec "${launcher[@]}" "$@" ${VGG_WEIGHTS:+--vgg-weights "$VGG_WEIGHTS"}

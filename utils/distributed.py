@@ -1,4 +1,4 @@
-"""More than one process, by torchrun: who am I, and the few collective operations training needs.
+"""More than one process, by utils.launch or torchrun: who am I, and the few collective operations training needs.
 
 Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel: each process
 divides its loss by the *global* batch, so that uneven shares, micro-batches and the auxiliary pass are exact.
@@ -28,18 +28,16 @@ class World(NamedTuple):
 
 @contextmanager
 def world_of_processes(device_type: str) -> Iterator[World]:
-    """Join the processes torchrun started (RANK, WORLD_SIZE), or be the only one."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World()
-        return
-    world = World(int(os.environ["RANK"]), size)
-    # A process that dies is noticed by torchrun, so a long wait is never an error: parts of a test end hours apart.
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(days=30))
+    """Join the processes that were started together (RANK, WORLD_SIZE), or be the only one."""
+    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    if world.size > 1:
+        # Who started a process that dies ends the others, so a long wait is no error: shares of a test end hours apart.
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(days=30))
     try:
         yield world
     finally:
-        dist.destroy_process_group()
+        if world.size > 1:
+            dist.destroy_process_group()
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
@@ -54,20 +52,17 @@ def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         parameter.grad = gradient.view_as(parameter).clone()
 
 
-def sum_over_processes(values: Tensor, world: World) -> Tensor:
-    """Element-wise sum over the processes (a new tensor)."""
+def sum_over_processes(values: Tensor, world: World, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+    """Element-wise sum, or another reduction, over the processes (a new tensor)."""
     if world.size > 1:
         values = values.clone()
-        dist.all_reduce(values)
+        dist.all_reduce(values, operation)
     return values
 
 
 def max_over_processes(values: Tensor, world: World) -> Tensor:
     """Element-wise maximum over the processes (a new tensor)."""
-    if world.size > 1:
-        values = values.clone()
-        dist.all_reduce(values, op=dist.ReduceOp.MAX)
-    return values
+    return sum_over_processes(values, world, dist.ReduceOp.MAX)
 
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
@@ -81,9 +76,8 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
 
 def share_buffers(module: nn.Module, world: World) -> None:
     """Give every process the main one's buffers (batch-norm statistics)."""
-    if world.size > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    for buffer in module.buffers() if world.size > 1 else ():
+        dist.broadcast(buffer, src=0)
 
 
 def from_main(value: bool, world: World) -> bool:

@@ -3,17 +3,16 @@
 import contextlib
 import errno
 import fcntl
-import io
 import json
 import logging
 import os
 import random
-import re
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from io import TextIOBase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TextIO
 
@@ -23,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.distributed import World, from_main
+from utils.options import PEER_GRACE, is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,8 @@ EXIT_MISTAKE = 2
 TEMPORARY = ".tmp"  # what a file being written ends in; its name begins with a dot and the name it will get
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # what files may meet with
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PEER_IS_GONE = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 LOG_SECONDS = 120  # between two lines of progress where there is no terminal
-PEER_GRACE = 3  # seconds a process other than the main one waits before it tells a mistake: all may have found it
 
 
 class UserError(ValueError):
@@ -76,10 +76,6 @@ def run_program(main: Callable[[], int | None]) -> int:
         return EXIT_MISTAKE
 
 
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _mistake(error: Exception) -> str | None:
     """One line for an error that a user can do something about; None for one of the program's own."""
     text = str(error)
@@ -93,7 +89,7 @@ def _mistake(error: Exception) -> str | None:
         return f"{first} Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text} If memory was short, use fewer --workers"
-    if isinstance(error, RuntimeError) and re.search(r"closed by peer|Connection (reset|closed)|NCCL", text):
+    if isinstance(error, RuntimeError) and any(words in text for words in PEER_IS_GONE):
         return "another process of this run has ended; it says why"
     return None
 
@@ -123,27 +119,31 @@ class StopSignal:
         self.received = self.received or number
 
 
-def progress(batches: Iterable, what: str, total: int | None = None, done: int = 0, unit: str = "it") -> tqdm:
+def progress(batches: Iterable | None, what: str, total: int | None = None, done: int = 0, unit: str = "it") -> tqdm:
     """`batches` with a bar on a terminal; elsewhere with a line in the log every LOG_SECONDS.
 
     For anything but one a step, give `batches=None` and call `.update(n)`.
     """
+    how = {} if sys.stderr.isatty() else LINES_IN_LOG
     about = {"desc": what, "total": total, "initial": done, "unit": unit, "disable": not is_main_process()}
-    return tqdm(batches, leave=False, **about) if sys.stderr.isatty() else _Lines(batches, **about)
+    return tqdm(batches, leave=False, **about, **how)
 
 
-class _Lines(tqdm):
-    """A bar for the log: its line, each time the bar would be drawn after LOG_SECONDS."""
+class _Log(TextIOBase):
+    """What is written here is a line in the log."""
 
-    def __init__(self, *args, **kwargs):
-        self.told = time.monotonic()
-        line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"
-        super().__init__(*args, file=io.StringIO(), mininterval=1.0, bar_format=line, **kwargs)
+    def write(self, text: str) -> int:
+        if line := text.strip():
+            logger.info("%s", line)
+        return len(text)
 
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if time.monotonic() - self.told >= LOG_SECONDS:
-            self.told = time.monotonic()
-            logger.info("%s", msg or str(self))
+
+LINES_IN_LOG = {
+    "file": _Log(),
+    "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
+    "miniters": 1,
+    **dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS),
+}
 
 
 # --- where and how networks compute -------------------------------------------------------------------------
@@ -185,13 +185,12 @@ def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: i
         raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if deterministic:
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # a call takes 1.5 s of imports
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no reproducible way
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return Compute(device, precision)
 
 
@@ -201,24 +200,21 @@ def choose_device(gpu: str | None) -> torch.device:
     Raises:
         UserError: for a GPU this machine lacks although it has others, or a word that is neither.
     """
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if "LOCAL_RANK" in os.environ and gpu != "cpu" and count:  # torchrun: one GPU a process
-        gpu = os.environ["LOCAL_RANK"]
-    if gpu is None:
-        if count == 0:
-            logger.info("no GPU on this machine: using the CPU")
-        return torch.device("cuda", 0) if count else torch.device("cpu")
     if gpu == "cpu":
         return torch.device("cpu")
-    if not gpu.isdecimal():
+    if gpu is not None and not gpu.isdecimal():
         raise UserError(f"--gpu {gpu}: a number or cpu was wanted")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        level = logging.WARNING if is_main_process() else logging.DEBUG  # once, not in each process
-        logger.log(level, "warning: GPU %s was asked for and this machine has none: using the CPU", gpu)
+        if gpu is None:
+            logger.info("no GPU on this machine: using the CPU")
+        elif is_main_process():
+            logger.warning("warning: GPU %s was asked for and this machine has none: using the CPU", gpu)
         return torch.device("cpu")
-    if int(gpu) >= count:
-        raise UserError(f"--gpu {gpu}: this machine has GPU 0..{count - 1}; choose one of these or cpu")
-    return torch.device("cuda", int(gpu))
+    number = int(os.environ.get("LOCAL_RANK", gpu or 0))  # of several processes each has its own
+    if number >= count:
+        raise UserError(f"--gpu {number}: this machine has GPU 0..{count - 1}; choose one of these or cpu")
+    return torch.device("cuda", number)
 
 
 def keyed_generator(*key: int) -> np.random.Generator:
@@ -226,7 +222,7 @@ def keyed_generator(*key: int) -> np.random.Generator:
 
     All that the programs draw comes from such a one; only initial weights come from torch's own, seeded once.
     """
-    return np.random.default_rng(key)
+    return np.random.default_rng((len(key), *key))  # NumPy takes (1, 2) and (1, 2, 0) for the same
 
 
 # --- files and texts ----------------------------------------------------------------------------------------
@@ -235,23 +231,16 @@ def keyed_generator(*key: int) -> np.random.Generator:
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """A binary file to write to; `path` then holds either its old content or the whole new one, whatever happens."""
-    path, temporary = Path(path), None
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY, delete=False
-        ) as file:
-            temporary = file.name
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # a temporary file is private, this one is not
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
-        if temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
 
 
 def remove_torn(folder: Path) -> None:
@@ -323,21 +312,14 @@ def shown(text: str | os.PathLike) -> str:
 def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Rows of cells as lines with aligned columns: the first `left` flush left, the others flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    form = "  ".join(f"{{:{'<' if i < left else '>'}{width}}}" for i, width in enumerate(widths))
+    return "\n".join(form.format(*row).rstrip() for row in rows)
 
 
 def versions() -> dict[str, str]:
     """What the numbers of a run depend on, for its records."""
-    import torchvision
+    from importlib.metadata import version  # importing torchvision would take seconds
 
-    return {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
+    return {"python": sys.version.split()[0], "torch": torch.__version__} | {
+        name: version(name) for name in ("torchvision", "numpy", "pillow")
     }

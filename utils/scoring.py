@@ -9,15 +9,18 @@ test.py scores with the same object, so that the numbers are the same.
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from data.datasets import Key, Sample, alike, collate
 from data.images import SizePolicy, fit_size, load_image, to_rgb
-from models import Checkpoint, ResynthesisDetector, fingerprint, load_detector, read_checkpoint
+from data.lists import Item
+from models import ResynthesisDetector, fingerprint, load_detector, read_checkpoint
 from models.resynthesis import Compared
 from utils.run import Compute, UserError, choose_compute
 from utils.scores import predict
@@ -25,7 +28,13 @@ from utils.scores import predict
 logger = logging.getLogger(__name__)
 
 BATCH_PIXELS = 1024 * 1024  # images are scored together while they have no more pixels than this
+UNNAMED = Item("a picture", None, "")
 Picture = str | Image.Image | Tensor  # a path, a PIL image, or uint8 (3, H, W) RGB of 0..255
+
+
+def images_at_once(height: int, width: int) -> int:
+    """How many images are scored together where the first of a list has this size."""
+    return max(1, BATCH_PIXELS // max(1, height * width))
 
 
 class Detector(NamedTuple):
@@ -36,7 +45,7 @@ class Detector(NamedTuple):
     policy: SizePolicy
     calibration: Mapping  # temperature, t_real, t_fake, ...; empty: none
     config: Mapping  # how the networks are built, and the fingerprints of their weights
-    name: str  # of its file
+    seen: Tensor | None  # `data.lists.identities` of the images it was trained on
 
     @torch.inference_mode()
     def compare(self, images: Tensor) -> Compared:
@@ -60,7 +69,8 @@ class Detector(NamedTuple):
             UserError: if it cannot be read, or is too small.
         """
         if isinstance(picture, Image.Image):
-            picture = torch.from_numpy(np.array(to_rgb(picture))).permute(2, 0, 1)  # (3, H, W)
+            upright = to_rgb(ImageOps.exif_transpose(picture))
+            picture = torch.from_numpy(np.array(upright)).permute(2, 0, 1)  # (3, H, W)
         elif not isinstance(picture, Tensor):
             picture = load_image(picture)  # (3, H, W)
         if picture.dtype != torch.uint8 or picture.dim() != 3 or len(picture) != 3:
@@ -84,25 +94,19 @@ class Detector(NamedTuple):
         return predict(torch.cat(logits or [torch.empty(0, 2)]).numpy(), self.calibration)
 
     def _batches(self, pictures: Iterable[Picture] | Picture) -> Iterator[Tensor]:
-        """Runs of pictures of one size, as batches (B, 3, H, W)."""
+        """The pictures in the batches (B, 3, H, W) that test.py would make of them."""
         single = isinstance(pictures, str | Image.Image) or (isinstance(pictures, Tensor) and pictures.dim() == 3)
-        waiting: list[Tensor] = []
-        for picture in [pictures] if single else pictures:
-            x = self.fit(picture)  # (3, H, W)
-            if waiting and (x.shape != waiting[0].shape or x[0].numel() * (len(waiting) + 1) > BATCH_PIXELS):
-                yield torch.stack(waiting)
-                waiting.clear()
-            waiting.append(x)
-        if waiting:
-            yield torch.stack(waiting)
+        fitted = map(self.fit, [pictures] if single else pictures)
+        first = next(fitted, None)
+        if first is not None:
+            samples = (Sample(Key(0, i), UNNAMED, x[None]) for i, x in enumerate(chain([first], fitted)))
+            ones = (collate([sample]) for sample in samples)
+            yield from (batch.x for batch in alike(ones, images_at_once(*first.shape[1:]), BATCH_PIXELS))
 
     def identity(self) -> dict:
         """What the detector's scores depend on: the fingerprints of its weights, how it is built, its calibration."""
-        return {
-            **self.config,
-            "classifier": fingerprint(self.network.classifier),
-            "calibration": dict(self.calibration),
-        }
+        own = {"classifier": fingerprint(self.network.classifier), "calibration": dict(self.calibration)}
+        return {**self.config, **own}
 
 
 def load(
@@ -127,27 +131,27 @@ def load(
         UserError: if something is missing, damaged, or does not belong together.
     """
     compute = choose_compute(device, precision, deterministic=False, seed=0)
-    return assemble(read_checkpoint(checkpoint), read_checkpoint(resynthesizer), compute, vgg_weights, options or {})
+    return load_on(compute, checkpoint, resynthesizer, vgg_weights, options or {})
 
 
-def assemble(
-    source: Checkpoint, resynthesizer: Checkpoint | None, compute: Compute, vgg_weights: str, options: Mapping
+def load_on(
+    compute: Compute, checkpoint: str, resynthesizer: str | None, vgg_weights: str, options: Mapping
 ) -> Detector:
-    """`load`, from what was read. options: also those of test.py that are None where nothing was asked for."""
-    network, config = load_detector(source, resynthesizer, options, vgg_weights)
+    """`load`, where the device is chosen. options: also those of test.py that are None where nothing was asked for."""
+    source = read_checkpoint(checkpoint)
+    network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
-    policy = SizePolicy(network.resynthesizer.scale, **sizes_to_use(config.get("images", {}), options))
-    calibration = source.content.get("calibration", {})
-    return Detector(network, compute, policy, calibration, config, source.name)
+    policy = SizePolicy(network.resynthesizer.scale, **sizes_to_use(config.get("images") or {}, options))
+    content = source.content
+    return Detector(network, compute, policy, content.get("calibration") or {}, config, content.get("trained_on"))
 
 
 def sizes_to_use(trained: Mapping, options: Mapping) -> dict[str, int | None]:
     """crop_size and resize: as asked for (0: none), else as in training. One line says so where they are used."""
     used = {}
     for name in ("crop_size", "resize"):
-        asked, before = options.get(name), trained.get(name)
+        asked, before, flag = options.get(name), trained.get(name) or None, f"--{name.replace('_', '-')}"
         used[name] = before if asked is None else asked or None
-        flag = f"--{name.replace('_', '-')}"
         if asked is None and before:
             logger.info("%s %d, as in training (%s 0: without)", flag, before, flag)
         elif trained and used[name] != before:

@@ -1,0 +1,10 @@
+"""For torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar")."""
+
+dependencies = ["torch", "numpy", "PIL", "tqdm"]
+
+
+def detector(checkpoint: str, **options):
+    """A trained detector ready for use: `utils.scoring.load`."""
+    from models import load
+
+    return load(checkpoint, **options)

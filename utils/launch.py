@@ -1,0 +1,46 @@
+"""Run a program in several processes of this machine:  python -m utils.launch N PROGRAM [ARGUMENT ...]
+
+As torchrun does, whose variables the processes get, but its exit status is that of the process that failed first, and
+it adds no traceback. (For several machines, or restarts, use torchrun.) SIGTERM and Ctrl-C are handed on.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+GRACE = 30  # seconds for which processes that were told to end may save their state
+
+
+def launch(count: int, command: Sequence[str]) -> int:
+    """Run `count` processes of a Python program; end all when one fails. Returns its exit status."""
+    with socket.create_server(("localhost", 0)) as free:
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
+    shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    received, deadline, status = [], None, 0
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: received.append(number))
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
+    processes = [subprocess.Popen([sys.executable, *command], env=os.environ | shared | rank) for rank in ranks]
+    while any(process.poll() is None for process in processes):
+        status = status or next((p.returncode for p in processes if p.returncode), 0)
+        if deadline is None and (received or status):
+            deadline = time.monotonic() + GRACE
+            for process in processes:
+                process.terminate()
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+    status = status or next((p.returncode for p in processes if p.returncode), 0)
+    return 128 - status if status < 0 else 128 + received[0] if status and received else status
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3 or not sys.argv[1].isdecimal():
+        sys.stderr.write("usage: python -m utils.launch N PROGRAM [ARGUMENT ...]\n")
+        sys.exit(2)
+    sys.exit(launch(int(sys.argv[1]), sys.argv[2:]))
