@@ -21,19 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from models import Checkpoint, fingerprint, read_checkpoint
+from models import fingerprint
 from utils import checkpoint
 from utils.calibrate import require_same_detector
 from utils.metrics import format_table
 from utils.options import export_parser
-from utils.run import LABEL_NAMES, UserError, atomic, choose_compute, keyed_generator, make_folder, run_program, shown
+from utils.run import LABEL_NAMES, UserError, atomic, keyed_generator, make_folder, run_program, shown
 from utils.scores import predict, read_record
-from utils.scoring import Detector, assemble
+from utils.scoring import Detector, load
 
 logger = logging.getLogger("export")
 
 GRAPH = "beyond-the-spectrum graph, version 1"
-OPSET = 18  # of ONNX: ONNX Runtime reads it from 1.14 on
 FACTS = "facts.json"  # what a .pt2 file has instead of ONNX's metadata
 SIZES = ((1, 60, 60), (3, 96, 48), (2, 36, 132))  # batch, height, width of the images it is checked on, for any scale
 TOLERANCE = 1e-4  # of P(fake), and of logits, relative where these exceed 1
@@ -67,7 +66,7 @@ def graph(detector: Detector, suffix: str) -> bytes:
         return file.getvalue()
     names = {"input_names": ["image"], "output_names": ["logits", "prob_fake"]}
     names |= {"dynamic_shapes": ({0: "batch", 2: "height", 3: "width"},)}
-    onnx = torch.onnx.export(program, **names, opset_version=OPSET, dynamo=True, verbose=False)
+    onnx = torch.onnx.export(program, **names, opset_version=18, dynamo=True, verbose=False)  # read by all of 2023 on
     onnx.model.metadata_props.update(facts(detector))
     return onnx.model_proto.SerializeToString()
 
@@ -100,7 +99,7 @@ def open_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
 
 
 def check(path: Path, detector: Detector, data: bytes | None = None) -> None:
-    """Hold the graph at `path`, or the one that will be written there, against the detector on images of several sizes.
+    """Hold the graph at `path`, or `data` that is to be written there, against the detector, on images of some sizes.
 
     Raises:
         UserError: if it is no graph, or one of another version or detector, or its numbers differ.
@@ -115,33 +114,33 @@ def check(path: Path, detector: Detector, data: bytes | None = None) -> None:
         raise UserError(f"{name} is no graph of a detector, or damaged ({reason}): export one") from None
     for fact, wanted in facts(detector).items():
         if found.get(fact) != wanted:
-            raise UserError(f"{name} is not of {detector.name}: {fact} is {found.get(fact)}, wanted {wanted}")
+            raise UserError(f"{name} is not of this detector: {fact} is {found.get(fact)}, wanted {wanted}")
     for x, (logits, prob_fake) in zip(images, got, strict=True):
         wanted = detector.logits(x).numpy()  # (B, 2)
         wanted = np.column_stack([wanted, predict(wanted, detector.calibration)[0]])  # (B, 3)
         off = abs(np.column_stack([logits, prob_fake]) - wanted) / np.maximum(abs(wanted), 1)
         worst = np.maximum(worst, off.max())  # NaN stays
     if not worst <= TOLERANCE:
-        raise UserError(f"{name} is {worst:.2g} off the numbers of {detector.name}, {TOLERANCE:g} was wanted")
-    logger.info("%s gives the numbers of %s, to %.2g", name, detector.name, worst)
+        raise UserError(f"{name} is {worst:.2g} off the detector's numbers, {TOLERANCE:g} was wanted")
+    logger.info("%s gives the detector's numbers, to %.2g", name, worst)
 
 
-def bundle(detector: Detector, source: Checkpoint, scores: str | None) -> dict:
-    """What a bundle holds. scores: the P.json of test.py for its card.
+def bundle(detector: Detector, found: Mapping, scores: str | None) -> dict:
+    """What a bundle holds. found: the content of the checkpoint. scores: the P.json of test.py for the model card.
 
     VGG-19 is named by its fingerprint only: 50 MB that all detectors share, and others' to give away.
 
     Raises:
         UserError: if the scores are of another detector, or without labels.
     """
-    found, network, record = source.content, detector.network, read_record(scores) if scores else {}
+    network, record = detector.network, read_record(scores) if scores else {}
     content = {name: found[name] for name in ("arch", "epoch", "calibration", "trained_on") if name in found}
     content |= {"config": public_config(detector), "state_dict": network.classifier.state_dict()}
     content |= {"sr_state_dict": network.resynthesizer.state_dict()}
     if scores and not record.get("metrics"):
         raise UserError(f"no metrics at {shown(scores)}: give the P.json of test.py on labelled images")
     if scores:
-        require_same_detector(content, record, source.name)
+        require_same_detector(content, record, "--resume")
     card = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     about = {**content, "settings": found.get("settings", {}), "record": record, "format_table": format_table}
     return content | {"card": card.render(about)}
@@ -152,12 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not (args.out or args.check or args.bundle) or not checkpoint.is_bundle(args.bundle or ".safetensors"):
         parser.error("wanted: --out or --check FILE.onnx or FILE.pt2, or --bundle FILE.safetensors")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
-    if missing and (args.out or args.check):
-        raise UserError(f"graphs need packages that are not there: pip install {' '.join(missing)}")
-
-    source = read_checkpoint(args.resume)
-    compute = choose_compute("cpu", "fp32", deterministic=False, seed=0)
-    detector = assemble(source, read_checkpoint(args.resynthesizer_file), compute, args.vgg_weights, vars(args))
+    if missing and any(path.suffix != ".pt2" for path in (args.out, args.check) if path):
+        raise UserError(f"ONNX needs packages that are not there: pip install {' '.join(missing)}")
+    detector = load(args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, vars(args))
     if args.check:
         check(args.check, detector)
     for path in filter(None, (args.out, args.bundle)):
@@ -167,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with atomic(args.out) as file:
             file.write(data)
     if args.bundle:
-        checkpoint.save(bundle(detector, source, args.scores), args.bundle)
+        checkpoint.save(bundle(detector, checkpoint.load(args.resume), args.scores), args.bundle)
 
 
 if __name__ == "__main__":
