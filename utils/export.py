@@ -54,9 +54,8 @@ def graph(detector: Detector, suffix: str) -> bytes:
     """The detector as a graph for any number of images of any size, .onnx or .pt2."""
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):  # each tells of its every step
         logging.getLogger(name).setLevel(logging.ERROR)
-    scale = detector.policy.scale
-    batch, height, width = (torch.export.Dim(name) for name in ("batch", "height", "width"))
-    sizes = ({0: batch, 2: scale * height, 3: scale * width},)
+    scale, height, width = detector.policy.scale, torch.export.Dim("height"), torch.export.Dim("width")
+    sizes = ({0: torch.export.Dim.AUTO, 2: scale * height, 3: scale * width},)
     example = torch.zeros(2, 3, 32 * scale, 48 * scale, dtype=torch.uint8)
     with torch.enable_grad():  # the networks as they are in training: whole maps, no strips
         program = torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=sizes)
