@@ -75,8 +75,7 @@ def main(args: Namespace) -> None:
         state = partial(whole_state, detector, stepper, about | {"trained_on": known})
         recorder = Recorder(folder, about, world, progress.epoch, args.epochs)
         pictures = partial(record_pictures, detector, compute, args.auxiliary, recorder, example_images(images))
-        keeper = StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad)
-        stack.enter_context(keeper)
+        keeper = stack.enter_context(StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad))
 
         # How residuals come: with an RDN that is trained, computed by a frozen one, or read from where they are kept
         auxiliary = sources.Auxiliary(args.auxiliary, args.auxiliary_weight, args.seed, args.micro_batch)

@@ -51,54 +51,46 @@ def main(args: Namespace) -> None:
         # Images and weights: what can be wrong with them is found before anything is written
         items = [] if args.evaluate else image_items(args.train_file, "--train-file")
         eval_items = image_items(args.eval_file, "--eval-file") if args.eval_file or args.evaluate else []
-        outputs = Path(args.outputs_dir)
-        states = sorted(outputs.glob(f"x{args.scale or '*'}/{LAST}"))
+        states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
         start, resumed = training.starting_point(args.resume, args.init, states)
-        model = models.load_resynthesizer(start, vars(args))
-        if start is None and args.start == "interpolation":
-            start_as_interpolation(model)
-        model.to(compute.device, memory_format=torch.channels_last)
-        eval_items, _ = usable_items(eval_items, SizePolicy(model.scale), args.skip_bad)
-        eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
+        model = resynthesizer(start, vars(args), args.start, compute)
+        policy = SizePolicy(model.scale)
+        eval_items, _ = usable_items(eval_items, policy, args.skip_bad)
         eval_batches = EpochBatches(len(eval_items), world.size, world=world)  # one image at a time
-        eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
+        eval_loader = make_loader(ImageDataset(eval_items, policy), eval_batches, args.workers, compute)
         if args.evaluate:
-            evaluate_only(
-                model, start, training.readable(progress(eval_loader, "evaluation"), args.skip_bad), compute, world
-            )
-            return
-        items, _ = usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
+            batches = training.readable(progress(eval_loader, "evaluation"), args.skip_bad)
+            return evaluate_only(model, start, batches, compute, world)
+        items, _ = usable_items(items, policy._replace(crop_size=args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_items:
             log_quick_audit(items, eval_items)
-        vgg, vgg_record = None, None
-        if args.vgg_lambda > 0:
-            before = resumed and resumed.content.get("vgg")
-            vgg, vgg_record = models.load_vgg(args.vgg_weights, before, "the run to be resumed")
-            vgg.to(compute.device, memory_format=torch.channels_last)
+        vgg, vgg_record = features(args.vgg_weights, resumed, compute) if args.vgg_lambda > 0 else (None, None)
 
         # What is trained, how far it is, and what is kept of it
-        output = outputs / f"x{model.scale}"
+        output = Path(args.outputs_dir) / f"x{model.scale}"
         folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         stepper = Stepper(torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, args.clip_norm)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         stepper.go_on_from(resumed, settings)
         done = stepper.progress
-        config = {"resynthesizer": models.rdn_config(model.state_dict())}
-        about = {"config": config, "vgg": vgg_record, "settings": settings}
+        about = {
+            "config": {"resynthesizer": models.rdn_config(model.state_dict())},
+            "vgg": vgg_record,
+            "settings": settings,
+        }
         recorder = Recorder(folder, about, world, done.epoch, args.num_epochs)
         state = partial(whole_state, model, stepper, about)
-        keeper = StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad)
-        stack.enter_context(keeper)
+        keeper = stack.enter_context(StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad))
 
         # Training, on patches in an order that depends on seed and epoch alone
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         batches = EpochBatches(len(items), args.batch_size, args.seed, world)
         loader = make_loader(patches, batches, args.workers, compute)
         ways = {"augment": args.augment, "completion": args.completion, "colorization": args.colorization}
-        degrade = partial(degrade_patches, args.seed, ways) if any(ways.values()) else None
-        loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, degrade, compute)
-        decayed = partial(step_decay, args.lr_decay, args.lr_decay_epoch)
-        rate_of = (lambda epochs: training.cosine(epochs / args.num_epochs)) if args.schedule == "cosine" else decayed
+        loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, partial(degrade_patches, args.seed, ways), compute)
+        rate_of = partial(step_decay, args.lr_decay, args.lr_decay_epoch)
+        if args.schedule == "cosine":
+            rate_of = partial(training.cosine, args.num_epochs)
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
         values = {}
         for epoch in range(done.epoch, args.num_epochs):
@@ -109,8 +101,7 @@ def main(args: Namespace) -> None:
                 values |= evaluate(model, keeper.batches(eval_loader, "evaluation"), compute, world)
             recorder.epoch(epoch, values)
             due = (epoch + 1) % args.num_save == 0 or epoch + 1 == args.num_epochs
-            if due:
-                recorder.pictures("input, re-synthesis, target", pictures, epoch + 1)
+            recorder.pictures("input, re-synthesis, target", pictures if due else (), epoch + 1)
             keeper.end_epoch(values.get("psnr"), numbered_files if due else None, args.keep_last)
         recorder.finish()
         warn_if_poor(values)
@@ -121,6 +112,21 @@ def image_items(source: str | None, flag: str) -> list[Item]:
     if source is None:
         raise UserError(f"no images: give {flag} a list (one path a line) or a folder of images")
     return [Item(path, None, "") for path in paths_of(source)]
+
+
+def resynthesizer(start: Checkpoint | None, shape: dict, how: str, compute: Compute) -> RDN:
+    """RDN of a checkpoint or, without one, new, on its device. shape: the flags. how: new weights begin (`--start`)."""
+    model = models.load_resynthesizer(start, shape)
+    if start is None and how == "interpolation":
+        start_as_interpolation(model)
+    return model.to(compute.device, memory_format=torch.channels_last)
+
+
+def features(source: str, resumed: Checkpoint | None, compute: Compute) -> tuple[VGGStages, dict]:
+    """VGG-19 of `--vgg-weights` for the perceptual loss, and the record of its weights: those the run began with."""
+    before = resumed and resumed.content.get("vgg")
+    vgg, record = models.load_vgg(source, before, resumed.name if resumed else "")
+    return vgg.to(compute.device, memory_format=torch.channels_last), record
 
 
 def whole_state(model: RDN, stepper: Stepper, about: dict) -> dict:
@@ -157,15 +163,13 @@ def patch_loss(
     model: RDN,
     vgg: VGGStages | None,
     vgg_weight: float,
-    degrade: Callable[[Tensor, list], Tensor] | None,
+    degrade: Callable[[Tensor, list], Tensor],
     compute: Compute,
     batch: Batch,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The `LossOf` a batch of HR patches. vgg: None for L1 alone. degrade: of the LR patches; None: as they are."""
+    """The `LossOf` a batch of HR patches. vgg: None for L1 alone. degrade: of the LR patches."""
     x = compute.input(batch.x)  # (B, 3, P, P)
-    x_lr = models.downsample(x, model.scale)  # (B, 3, p, p)
-    if degrade:
-        x_lr = degrade(x_lr, batch.keys)
+    x_lr = degrade(models.downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
     with compute.autocast():
         x_hat = model(x_lr)  # (B, 3, P, P)
         maps_hat = vgg(x_hat, STAGES) if vgg else {}
@@ -179,7 +183,9 @@ def patch_loss(
 
 
 def degrade_patches(seed: int, ways: dict[str, bool], x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
-    """Each patch degraded as its key and the seed have it. x_lr: (B, 3, p, p) in [0, 1]."""
+    """Each patch degraded as its key and the seed have it, if in any way at all. x_lr: (B, 3, p, p) in [0, 1]."""
+    if not any(ways.values()):
+        return x_lr
     return torch.stack(
         [degrade_patch(patch, keyed_generator(seed, *key, 1), **ways) for patch, key in zip(x_lr, keys, strict=True)]
     )

@@ -197,8 +197,9 @@ class Stepper:
         say_changes(state["settings"], settings, self.progress.step)
 
 
-def cosine(done: float) -> float:
-    """A factor of the rate for a training of which the share `done` is done: a linear warm-up, then down to 0."""
+def cosine(of: int, epochs: float) -> float:
+    """The rate's factor after so many epochs `of` all: a linear warm-up, then down to 0."""
+    done = epochs / of
     if done < WARM_UP:
         return done / WARM_UP
     return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
