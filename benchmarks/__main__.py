@@ -1,7 +1,4 @@
-"""The benchmarks: `python -m benchmarks --list` says what there is, and which table of docs/performance.md each makes.
-
-All contestants of a table take their turn in each round; ratios are of each round: their median, in brackets quartiles.
-"""
+"""The benchmarks: `python -m benchmarks --list` says what there is, and which table of docs/performance.md each makes."""
 
 import argparse
 import inspect
@@ -28,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     add("old", nargs="?", metavar="OLD_CHECKOUT", type=Path, help="for `against`: another commit's checkout")
     add("--list", action="store_true", help="say what there is")
     add("--quick", action="store_true", help="toy sizes: to see that it works, in seconds")
-    add("--rounds", type=int, default=3, metavar="N", help="times that all take turns (3)")
+    add("--rounds", type=int, default=3, metavar="N", help="times that all take turns; ratios are of each round (3)")
     add("--side", type=int, metavar="N", help="of the images, in pixels (default: see --list)")
     add("--stages", type=int, nargs="+", default=[0, 5], metavar="0..5", help="of the residual (0 5)")
     add("--count", type=int, metavar="N", help="images or files (default: see --list)")

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.measure import PAPER, TINY
+from benchmarks.measure import PAPER, TINY, calm
 from benchmarks.plain import plain_detector
 from data.datasets import Batch
 from data.images import SizePolicy
@@ -64,6 +64,7 @@ def prepared(form: str, case: Case, vgg: bool = False) -> tuple[ResynthesisDetec
     compute = compute_of(form, case)
     torch.manual_seed(0)
     classifier = DeepStemResNet("resnet18" if case.quick else "resnet50", STAGE_CHANNELS[case.stage])
+    calm(classifier.state_dict())
     features = load_vgg("random")[0] if vgg or case.stage else None
     network = ResynthesisDetector(RDN(**(TINY if case.quick else PAPER)), classifier, case.stage, features).eval()
     network = plain_detector(network) if form.startswith("plain") else network

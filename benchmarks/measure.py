@@ -56,9 +56,9 @@ Usage = namedtuple("Usage", ["seconds", "cpu_seconds", "gib"])
 
 def peak(pid: int) -> float:
     """GiB resident of a process, the most there has been (Linux). 0: it has just ended."""
-    with suppress(OSError):
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), 0.0)
+    with suppress(OSError, ValueError):
+        fields = Path(f"/proc/{pid}/status").read_text().split()
+        return int(fields[fields.index("VmHWM:") + 1]) / 2**20
     return 0.0
 
 
@@ -99,15 +99,22 @@ def saved(path: Path, shape: dict, arch: str, stage: int = 0) -> Path:
     torch.manual_seed(0)
     rdn = Checkpoint(RDN(**shape).state_dict(), "new")
     detector, config = new_detector(rdn, {"arch": arch, "stage": stage, "dilated": False}, "random")
+    calm(detector.classifier.state_dict())
     weights = {"state_dict": detector.classifier.state_dict(), "sr_state_dict": detector.resynthesizer.state_dict()}
     torch.save({"arch": arch, "config": config, **weights}, path)
     return path
 
 
+def calm(classifier: dict[str, torch.Tensor]) -> None:
+    """Small weights of batch norms, in place: without them gradients of a new network on two images have no bounds."""
+    for values in (v for name, v in classifier.items() if name.endswith("weight") and v.dim() == 1):
+        values.fill_(0.01)
+
+
 def noise(folder: Path, count: int, side: int) -> Path:
     """A new folder of images of coarse noise, PNG, about as large as photographs of their size."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(side * count + len(folder.name))
+    rng = np.random.default_rng([side, *folder.name.encode()])
     for i in range(count):
         pixels = Image.fromarray(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
         pixels.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:06d}.png", compress_level=1)

@@ -93,13 +93,15 @@ def cases(args: Namespace, sides: list[int], batches: list[int], device: str | N
 
 def memory(case: Case, contestants: dict[str, tuple]) -> list[list[str]]:
     """Resident memory at most of a process of each (a function of `forms` and what it is given), PyTorch included."""
-    rows, plain = [], None
+    rows, plain = [], 0.0
     for name, call in contestants.items():
-        gib = None
-        with suppress(UserError):  # killed for want of memory
+        try:
             gib = program(f"-m benchmarks.forms {shlex.quote(json.dumps(call))}").gib
-        plain = plain or gib
-        rows.append([str(case), name, *([f"{gib:.2f}", f"{gib / plain:.2f}"] if gib else ["out of memory", "-"])])
+            plain = plain or gib
+            rows.append([str(case), name, f"{gib:.2f}", f"{gib / plain:.2f}"])
+        except UserError as error:  # status -9: killed for want of memory
+            sys.stderr.write(f"{error}\n")
+            rows.append([str(case), name, "-", "-"])
     return rows
 
 

@@ -45,9 +45,7 @@ class PlainVGG(nn.Module):
         maps = {}
         for i, layer in enumerate(self.net.features[: STAGE_LAYERS[max(stages)] + 1]):
             x = F.relu(x) if isinstance(layer, nn.ReLU) else layer(x)
-            for k in stages:
-                if i == STAGE_LAYERS[k]:
-                    maps[k] = x
+            maps |= {k: x for k in stages if i == STAGE_LAYERS[k]}
         return maps
 
 

@@ -46,31 +46,30 @@ def scoring(detector: Path, images: Sequence[Path], flags: str) -> Command:
     return lambda n, out: f"{start} --save_path {out} --input {' '.join(map(str, images[:n]))}"
 
 
-def training(folder: Path, flags: str) -> Command:
+def training(folder: Path, stage: int, flags: str) -> Command:
     """train_detector.py on the real and the generated image of `prepare`: an epoch is a step of both."""
     start = f"train_detector.py --gpu cpu --data-root-pos {folder}/real --data-root-neg {folder}/fake --no_dilation"
-    start += f" --sr-weights-file {folder}/rdn.pth --vgg-weights {folder}/vgg.pth --workers 1 --batch-size 2"
-    return lambda n, out: f"{start} --save-every-epoch 1000 {flags} --epochs {n} --output-path {out}"
+    start += f" --idx-stages {stage} --resume {folder}/stage{stage}.pth.tar --sr-weights-file {folder}/rdn.pth"
+    start += f" --vgg-weights {folder}/vgg.pth --workers 1 --batch-size 2 --save-every-epoch 1000 {flags}"
+    return lambda n, out: f"{start} --epochs {n} --output-path {out}"
 
 
-def filled(folder: Path, where: Path, flags: str) -> Command:
+def filled(folder: Path, where: Path, stage: int, flags: str) -> Command:
     """Training with a cache that holds all: an earlier run has mirrored the same images."""
-    command = training(folder, f"{flags} --cache-dir {folder}/cache_{where.name}")
+    command = training(folder, stage, f"{flags} --cache-dir {folder}/cache{str(where).replace('/', '_')}")
     program(command(1 + FURTHER, folder / f"filled{len(list(folder.iterdir()))}"), where)
     return command
 
 
-def prepare(folder: Path, quick: bool, side: int, stages: list[int]) -> str:
-    """Images, and weights in the release's formats, which any checkout reads. Returns the flag of the classifier."""
+def prepare(folder: Path, quick: bool, side: int, stages: list[int]) -> None:
+    """Images, and weights in the release's formats, which any checkout reads."""
     for name, n in (("real", 1), ("fake", 1), ("images", 1 + FURTHER), ("patches", 12)):
         noise(folder / name, n, side)
-    shape = (TINY, "resnet18") if quick else (PAPER, "resnet50")
     for stage in stages:
-        content = torch.load(saved(folder / "whole", *shape, stage))
+        content = torch.load(saved(folder / "whole", *((TINY, "resnet18") if quick else (PAPER, "resnet50")), stage))
         torch.save({name: content[name] for name in ("arch", "state_dict")}, folder / f"stage{stage}.pth.tar")
         torch.save(content["sr_state_dict"], folder / "rdn.pth")
     torch.save(load_vgg("random")[0].state_dict(), folder / "vgg.pth")
-    return f"--arch {shape[1]}"
 
 
 def against(args: Namespace, folder: Path) -> dict[str, list]:
@@ -82,18 +81,21 @@ def against(args: Namespace, folder: Path) -> dict[str, list]:
     if not args.old or not (args.old / "test.py").exists():
         raise UserError("no other checkout: give its folder, as in `python -m benchmarks against /tmp/old`")
     stages, jobs = [0] if args.quick else args.stages, {}
-    arch = prepare(folder, args.quick, 128 if args.quick else args.side or 512, stages)
+    prepare(folder, args.quick, 128 if args.quick else args.side or 512, stages)
     sr = f"train_sr.py --gpu cpu --train-file {folder}/patches --workers 1 --num-save 1000 --vgg-weights {folder}/vgg.pth "
     sr += " ".join(f"--{name.replace('_', '-')} {value}" for name, value in (TINY if args.quick else PAPER).items())
     both = {"train_sr.py": lambda n, out: f"{sr} --precision fp32 --num-epochs {n} --outputs-dir {out}"}
     for stage in stages:
-        which, file = f"{arch} --idx-stages {stage} --precision fp32", f"{folder}/stage{stage}.pth.tar"
-        loaded = f"--no_dilation --sr-weights-file {folder}/rdn.pth --vgg-weights {folder}/vgg.pth {which}"
-        both[f"test.py, stage {stage}"] = scoring(file, sorted((folder / "images").iterdir()), loaded)
+        loaded = f"--no_dilation --idx-stages {stage} --sr-weights-file {folder}/rdn.pth --vgg-weights {folder}/vgg.pth"
+        file, images = f"{folder}/stage{stage}.pth.tar", sorted((folder / "images").iterdir())
+        both[f"test.py, stage {stage}"] = scoring(file, images, f"{loaded} --precision fp32")
         for flags in ("--fixed-sr --no-cache", "--mode-sr denoising --lr 1e-6 --lr-sr 1e-3"):
-            both[f"{flags}, stage {stage}"] = training(folder, f"{which} {flags}")
+            both[f"{flags}, stage {stage}"] = training(folder, stage, f"{flags} --precision fp32")
         if args.only in (job := f"--fixed-sr, all cached, stage {stage}"):
-            jobs[job] = {k: filled(folder, c, f"{which} --fixed-sr") for k, c in (("old", args.old), ("new", ROOT))}
+            jobs[job] = {
+                k: filled(folder, c, stage, "--fixed-sr --precision fp32")
+                for k, c in (("old", args.old), ("new", ROOT))
+            }
     jobs |= {job: {"old": command, "new": command} for job, command in both.items() if args.only in job}
     return {"Against an earlier commit": versus(args, folder, jobs, 1, 1 + FURTHER)}
 
@@ -104,13 +106,13 @@ def cached(args: Namespace, folder: Path) -> dict[str, list]:
     python -m benchmarks cached [--rounds 3] [--side 1024] [--stages 0 5]
     An epoch of two images, and of two crops of each; "filled": all are read. Saving the state is in all numbers.
     """
-    side, jobs = 128 if args.quick else args.side or 1024, {}
-    arch = prepare(folder, args.quick, side, [0])
-    for stage in [0] if args.quick else args.stages:
+    side, stages, jobs = 128 if args.quick else args.side or 1024, [0] if args.quick else args.stages, {}
+    prepare(folder, args.quick, side, stages)
+    for stage in stages:
         for what, crops in (("whole images", ""), ("2 crops each", f"--crop-size {side // 2} --crops-per-image 2")):
-            flags = f"{arch} --fixed-sr --idx-stages {stage} {crops}"
-            job = {"without": training(folder, f"{flags} --no-cache"), "filling": training(folder, flags)}
-            jobs[f"{what}, stage {stage}"] = job | {"filled": filled(folder, ROOT, flags)}
+            train = partial(training, folder, stage)
+            job = {"without": train(f"--fixed-sr {crops} --no-cache"), "filling": train(f"--fixed-sr {crops}")}
+            jobs[f"{what}, stage {stage}"] = job | {"filled": filled(folder, ROOT, stage, f"--fixed-sr {crops}")}
     return {"Residual cache, an epoch": versus(args, folder, jobs, 1, 1 + FURTHER)}
 
 
@@ -199,10 +201,11 @@ def files(args: Namespace, folder: Path) -> dict[str, list]:
 def soak(args: Namespace, folder: Path) -> dict[str, list]:
     """Are peaks of memory flat? Table "Endurance": OMP_NUM_THREADS=1 python -m benchmarks soak"""
     images, epochs = (40, 10) if args.quick else (1000, 150)
-    arch, detector = prepare(folder, True, 128, [0]), saved(folder / "detector", TINY, "resnet18")
+    prepare(folder, True, 128, [0])
+    detector = saved(folder / "detector", TINY, "resnet18")
     score = scoring(detector, sorted(noise(folder / "all", 10 * images, 32).iterdir()), "--workers 2 --batch-size 8")
     rows = [["", "", "GiB at most", "ten times as many", "grown, MiB"]]
-    for what, n, command in ("images", images, score), ("steps", epochs, training(folder, f"{arch} --fixed-sr")):
+    for what, n, command in ("images", images, score), ("steps", epochs, training(folder, 0, "--fixed-sr")):
         few, many = (program(command(k * n, folder / f"{what}{k}")).gib for k in (1, 10))
         rows.append([what, str(n), f"{few:.3f}", f"{many:.3f}", f"{1024 * (many - few):+.1f}"])
     return {"Endurance": rows}
