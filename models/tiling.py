@@ -26,7 +26,7 @@ def in_tiles(
         side: of a tile, or its (height, width); a multiple of 1 / scale, as the halo.
     """
     (height, width), (tile_h, tile_w) = maps[0].shape[2:], (side, side) if isinstance(side, int) else side
-    if height <= tile_h and width <= tile_w:
+    if torch.compiler.is_exporting() or (height <= tile_h and width <= tile_w):  # a graph has no loop over its size
         return function(*maps)
     result, bottom, right = None, 0, 0
     for top in range(0, height, tile_h):

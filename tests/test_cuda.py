@@ -10,6 +10,8 @@ import test as test_program
 import train_detector
 import train_sr
 from models import RDN
+from utils.options import test_parser as parser_of_test
+from utils.options import train_detector_parser, train_sr_parser
 
 GPU = "0"
 SIDE = 128
@@ -33,13 +35,14 @@ def folder(tmp_path_factory, write_real_and_fake):
 
 def train(folder, out, gpu, *flags):
     """Train a detector; its last record and its last checkpoint."""
-    train_detector.main(
+    args = train_detector_parser().parse_args(
         [
             "--data-root-pos", str(folder / "real"), "--data-root-neg", str(folder / "fake"), "--output-path", str(out),
             "--sr-weights-file", str(folder / "rdn.pth"), "--arch", "resnet18", "--no_dilation", "--gpu", gpu,
             "--workers", "0", "--vgg-weights", "random", "--batch-size", "4", "--lr", "1e-3", "--lr-sr", "0.5", *flags,
         ]
     )  # fmt: skip
+    train_detector.main(args)
     record = json.loads((out / "stats.jsonl").read_text().splitlines()[-1])
     return record, torch.load(out / "last.pth.tar", weights_only=True)
 
@@ -59,7 +62,7 @@ def train(folder, out, gpu, *flags):
 )
 def test_training_as_on_the_cpu(folder, tmp_path, mode, precision):
     record, _ = train(folder, tmp_path / "cpu", "cpu", *mode.split(), "--epochs", "1")
-    flags = [*mode.split(), "--precision", precision, "--skip-nonfinite", "1"]
+    flags = [*mode.split(), "--precision", precision]
     on_gpu, state = train(folder, tmp_path / "gpu", GPU, *flags, "--epochs", "1")
     assert on_gpu["loss"] == pytest.approx(record["loss"], rel=LOOSE[precision], abs=LOOSE[precision])
     assert all(torch.isfinite(p).all() for p in state["state_dict"].values())
@@ -76,7 +79,8 @@ def test_scores_as_on_the_cpu(folder, tmp_path, precision, tile):
     logits = {}
     for gpu, more in (("cpu", []), (GPU, [*tile, "--precision", precision])):
         path = tmp_path / f"scores_{gpu}"
-        assert test_program.main([*map(str, flags), "--gpu", gpu, *more, "--save_path", str(path)]) == 0
+        words = [*map(str, flags), "--gpu", gpu, *more, "--save_path", str(path)]
+        assert test_program.main(parser_of_test().parse_args(words)) == 0
         logits[gpu] = np.load(f"{path}.npy")
     scale = max(1, np.abs(logits["cpu"]).max())
     np.testing.assert_allclose(logits[GPU], logits["cpu"], atol=LOOSE[precision] * scale)
@@ -87,27 +91,9 @@ def test_super_resolution_as_on_the_cpu(folder, tmp_path, precision):
     losses = {}
     for gpu, more in (("cpu", []), (GPU, ["--precision", precision])):
         out = tmp_path / gpu
-        arguments = [
-            "--train-file",
-            str(folder / "real"),
-            "--eval-file",
-            str(folder / "real"),
-            "--outputs-dir",
-            str(out),
-        ]
-        shape = ["--num-features", "8", "--growth-rate", "8", "--num-blocks", "1", "--num-layers", "2", "--scale", "2"]
-        rest = [
-            "--patch-size",
-            "8",
-            "--batch-size",
-            "2",
-            "--num-epochs",
-            "1",
-            "--workers",
-            "0",
-            "--vgg-weights",
-            "random",
-        ]
-        train_sr.main([*arguments, *shape, *rest, "--augment", "--completion", "--colorization", "--gpu", gpu, *more])
+        words = f"""--train-file {folder}/real --eval-file {folder}/real --outputs-dir {out} --num-features 8
+            --growth-rate 8 --num-blocks 1 --num-layers 2 --scale 2 --patch-size 8 --batch-size 2 --num-epochs 1
+            --workers 0 --vgg-weights random --augment --completion --colorization --gpu {gpu}"""
+        train_sr.main(train_sr_parser().parse_args([*words.split(), *more]))
         losses[gpu] = json.loads((out / "x2" / "stats.jsonl").read_text().splitlines()[-1])["loss"]
     assert losses[GPU] == pytest.approx(losses["cpu"], rel=LOOSE[precision])

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -274,6 +276,29 @@ def test_two_processes_write_the_table_of_one(tiny, some, whole, tmp_path):
     words = [str(a) for a in arguments(tiny, some, tmp_path / "p")]
     runs = [start("test.py", words, tmp_path / "log", **rank) for rank in two_ranks()]
     assert [finish(run) for run in runs] == [0, 0]
+    assert same(tmp_path / "p", whole)
+
+
+# What torchrun starts: in its first start, the second process is killed in its second batch.
+DIES_ONCE = """
+import os, runpy, sys
+sys.path[:0] = {paths}
+from processes import SMALL, ARCHITECTURES, signal_in_batch
+ARCHITECTURES.update(SMALL)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"] == "01":
+    signal_in_batch(2, 9)
+runpy.run_path({program!r}, run_name="__main__")
+"""
+
+
+def test_torchrun_goes_on_by_itself_after_a_process_has_died(tiny, some, whole, tmp_path):
+    root = Path(__file__).parents[1]
+    paths = [str(root), str(root / "tests")]
+    (tmp_path / "program.py").write_text(DIES_ONCE.format(paths=paths, program=str(root / "test.py")))
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1".split()
+    words = map(str, [*torchrun, tmp_path / "program.py", *arguments(tiny, some, tmp_path / "p")])
+    run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0 and "going on after" in run.stderr, run.stderr
     assert same(tmp_path / "p", whole)
 
 

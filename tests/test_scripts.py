@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from golden_rule import fill
 from PIL import Image
 
-import test as program
+import test
 import train_detector
 import train_sr
 from data import example
 from models import RDN, DeepStemResNet
 from utils import options
+from utils.run import run_program
 from utils.scores import read_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -223,7 +225,7 @@ def test_what_the_environment_says_goes_first(bare):
     assert (args.real_roots, args.fake_roots) == (["my reals"], ["my fakes"])
     assert (args.resume, args.resynthesizer_file, args.save_path) == ("d.tar", "r.pth", "my/out")
     assert (args.vgg_weights, args.crop_size) == ("my vgg.pth", 64)
-    assert command[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert command[:3] == ["-m", "utils.launch", "2"]
     assert all(f"{value} (from {key})" in run.stderr for key, value in list(mine.items())[:4])
 
 
@@ -290,9 +292,9 @@ def test_a_machine_with_nothing_but_python(bare, tmp_path, too_old, offline, sai
 
 def run_recorded(checkout: Path) -> int:
     """Run what a script has started Python's stand-in with, in this process (which has torch imported already)."""
-    main = {"train_sr.py": train_sr.main, "train_detector.py": train_detector.main, "test.py": program.main}
-    _, command = recorded(checkout)
-    return main[command[0]](command[1:]) or 0
+    program = {"train_sr.py": train_sr, "train_detector.py": train_detector, "test.py": test}
+    args, command = recorded(checkout)
+    return run_program(partial(program[command[0]].main, args))
 
 
 def test_the_test_script_gives_the_released_logits(bare, monkeypatch):

@@ -1,13 +1,22 @@
-"""Checkpoint files: written so that nothing is lost, read so that nothing is silent and nothing is executed."""
+"""Checkpoint files: written so that nothing is lost, read so that nothing is silent and nothing is executed.
 
+A name that ends in .safetensors makes a bundle of it, for sharing: the same content without any pickle, read and
+written by the same two functions. Tensors are named KEY or KEY/NAME; the plain values are one JSON text of its metadata.
+"""
+
+import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from utils.run import UserError, atomic, shown
+
+BUNDLE = "beyond-the-spectrum bundle, version 1"
 
 # How torch says that a file holds more than it may; its other complaints are about files that are no checkpoints
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function", "allowlisted", "Unsupported class")
@@ -21,7 +30,10 @@ def save(obj: dict, path: str | os.PathLike) -> None:
     """
     try:
         with atomic(path) as file:
-            torch.save(obj, file)
+            if is_bundle(path):
+                file.write(_packed(obj))
+            else:
+                torch.save(obj, file)
     except (OSError, RuntimeError) as error:
         cause = error  # where torch only says that it failed, what the system said before
         while not isinstance(cause, OSError) and cause.__context__:
@@ -43,7 +55,9 @@ def load(path: str | os.PathLike) -> dict:
     if not path.is_file():
         raise UserError(f"no checkpoint at {name}: train one first, or give the path of an existing file")
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = _unpacked(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except PermissionError as error:
         raise UserError(f"cannot read {name} ({error.strerror})") from None
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError
@@ -67,3 +81,71 @@ def _way_out(path: Path) -> str:
             f"go on from the newest numbered state with --resume {shown(max(states, key=lambda p: int(p.name[:-8])))}"
         )
     return "fetch or train it again"
+
+
+def is_bundle(path: str | os.PathLike) -> bool:
+    """Whether a file of this name is one for sharing."""
+    return os.fspath(path).endswith(".safetensors")
+
+
+def _packed(obj: Mapping) -> bytes:
+    """The bytes of a bundle: tensors, mappings of tensors, and plain values that JSON has."""
+    tensors, values = {}, {}
+    for key, value in obj.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
+            tensors |= {f"{key}/{name}": tensor for name, tensor in value.items()}
+        else:
+            values[key] = value
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    metadata = {"format": BUNDLE, "card": values.pop("card", ""), "content": json.dumps(values, sort_keys=True)}
+    return _library().torch.save(tensors, metadata | {"digest": _digest(tensors, metadata)})
+
+
+def _unpacked(path: Path) -> dict:
+    """The content of a bundle, as `_packed` got it.
+
+    Raises:
+        UserError: if it is of another version, or a bit of it has changed.
+    """
+    with _library().safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
+    found, digest = metadata.get("format"), metadata.pop("digest", None)
+    if found != BUNDLE:
+        raise UserError(
+            f"{shown(path)} is of the format {found}, and this version reads {BUNDLE}: write it again with"
+            " python -m utils.export --bundle"
+        )
+    if digest != _digest(tensors, metadata):
+        raise UserError(f"{shown(path)} is damaged: its content is not what was written; fetch it again")
+    content = {"card": metadata["card"], **json.loads(metadata["content"])}
+    for key, tensor in tensors.items():
+        outer, _, inner = key.partition("/")
+        if inner:
+            content.setdefault(outer, {})[inner] = tensor
+        else:
+            content[outer] = tensor
+    return content
+
+
+def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of all that is in a bundle."""
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _library():
+    """safetensors, which only bundles need.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("files that end in .safetensors need a package: pip install safetensors") from None
+    return safetensors

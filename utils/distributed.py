@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 
 class World(NamedTuple):
@@ -32,7 +33,13 @@ def world_of_processes(device_type: str) -> Iterator[World]:
     world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if world.size > 1:
         # Who started a process that dies ends the others, so a long wait is no error: shares of a test end hours apart.
-        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=timedelta(days=30))
+        wait = timedelta(days=30)
+        store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=wait))
+        store = dist.PrefixStore(
+            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store
+        )  # not those of dead processes
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=wait, store=store, rank=world.rank, world_size=world.size)
     try:
         yield world
     finally:

@@ -4,6 +4,7 @@ As torchrun does, whose variables the processes get, but its exit status is that
 it adds no traceback. (For several machines, or restarts, use torchrun.) SIGTERM and Ctrl-C are handed on.
 """
 
+import math
 import os
 import signal
 import socket
@@ -20,22 +21,21 @@ def launch(count: int, command: Sequence[str]) -> int:
     with socket.create_server(("localhost", 0)) as free:
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    received, deadline, status = [], None, 0
+    received, deadline, status = [], math.inf, 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: received.append(number))
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     processes = [subprocess.Popen([sys.executable, *command], env=os.environ | shared | rank) for rank in ranks]
-    while any(process.poll() is None for process in processes):
-        status = status or next((p.returncode for p in processes if p.returncode), 0)
-        if deadline is None and (received or status):
+    while None in (ended := [process.poll() for process in processes]):
+        status = status or next(filter(None, ended), 0)
+        if deadline == math.inf and (received or status):
             deadline = time.monotonic() + GRACE
             for process in processes:
                 process.terminate()
-        if deadline is not None and time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
+        for process in processes if time.monotonic() > deadline else ():
+            process.kill()
         time.sleep(0.05)
-    status = status or next((p.returncode for p in processes if p.returncode), 0)
+    status = status or next(filter(None, ended), 0)
     return 128 - status if status < 0 else 128 + received[0] if status and received else status
 
 

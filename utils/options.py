@@ -1,4 +1,4 @@
-"""The options of the three programs, each declared once. The defaults are the paper's.
+"""The options of the programs, each declared once. The defaults are the paper's.
 
 Flags keep the spelling of the released code, so that its users' scripts go on working; `dest` gives them the names
 used inside. Options read off a checkpoint (the networks' shapes) default to None: what the file says, and where there
@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -91,7 +92,7 @@ class Group:
 
 def run_options() -> argparse.ArgumentParser:
     """How any of the programs runs."""
-    run = Group("run")
+    run = Group("run", argparse.ArgumentParser(add_help=False, parents=[vgg_options()]))
     run.add("--gpu --gpu-id", "GPU number, or cpu (default: GPU 0 if there is one)", dest="gpu", metavar="N|cpu")
     text = "processes that read images; 0: none but this one"
     run.add("-j --workers --num-workers", text, count, 4, dest="workers")
@@ -101,10 +102,16 @@ def run_options() -> argparse.ArgumentParser:
         default="auto", choices=PRECISIONS)  # fmt: skip
     text = "reproducible algorithms on a GPU, which may be slower (a CPU's are; default: the fastest for each shape)"
     run.switch("--deterministic", text)
-    run.add("--vgg-weights", "VGG-19: ImageNet weights from torch hub's cache or by download; a fixed-seed stand-in;"
-        " a torchvision vgg19 state dict; auto = ImageNet if it can be had, else, in training from scratch, random",
-        default="auto", metavar="auto|imagenet|random|FILE")  # fmt: skip
     return run.parser
+
+
+def vgg_options() -> argparse.ArgumentParser:
+    """Where the features come from."""
+    vgg = Group("VGG-19")
+    vgg.add("--vgg-weights", "ImageNet weights from torch hub's cache or by download; a fixed-seed stand-in; a"
+        " torchvision vgg19 state dict; auto = ImageNet if it can be had, else, in training from scratch, random",
+        default="auto", metavar="auto|imagenet|random|FILE")  # fmt: skip
+    return vgg.parser
 
 
 def resynthesizer_options() -> argparse.ArgumentParser:
@@ -290,4 +297,17 @@ def test_parser() -> Parser:
                   "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"):  # fmt: skip
         test.dropped(flags)
     test.dropped("--fixed-sr", takes=0)
+    return parser
+
+
+def export_parser() -> Parser:
+    parents = [vgg_options(), resynthesizer_options(), detector_options()]
+    text = "Write a trained detector as one graph, or as one safe file to share."
+    parser = Parser(prog="python -m utils.export", description=text, parents=parents)
+    export = Group("export", parser)
+    export.add("--resume", "the detector's checkpoint, or a bundle", required=True, metavar="FILE")
+    export.add("--out", "write a graph: FILE.onnx, or FILE.pt2 for torch.export.load", Path, metavar="FILE")
+    export.add("--check", "is this a graph of the detector, with its numbers?", Path, metavar="FILE")
+    export.add("--bundle", "write one file to share: FILE.safetensors", Path, metavar="FILE")
+    export.add("--scores", "results of test.py for the bundle's model card", metavar="P.json")
     return parser

@@ -1,0 +1,179 @@
+"""The ground floor: how programs end, one or several processes, files written whole, what is computed with."""
+
+import itertools
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from utils import run
+from utils.distributed import World
+from utils.run import UserError, choose_compute, run_program
+
+ROOT = Path(__file__).parents[1]
+
+# A program: in process RANK, does what its arguments say for that rank.
+PROGRAM = """
+import os, signal, sys, time
+what = sys.argv[1 + int(os.environ["RANK"])]
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+os.write(1, b"s")
+if what == "mistake":
+    sys.exit(2)
+if what == "die":
+    os.kill(os.getpid(), 9)
+while what == "wait":
+    time.sleep(0.01)
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Start two processes by utils.launch; each does what a word says."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def start(*words):
+        command = [sys.executable, "-m", "utils.launch", "2", str(tmp_path / "program.py"), *words]
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [("fine fine", 0), ("mistake fine", 2), ("wait mistake", 2), ("wait die", 137), ("die wait", 137)],
+)
+def test_the_status_of_several_processes_is_that_of_the_first_that_failed(launch, words, status):
+    process = launch(*words.split())
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status and err == ""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_are_handed_on(launch, number, status):
+    process = launch("wait", "wait")
+    assert process.stdout.read(2) == "ss"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == status and err == ""
+
+
+@pytest.mark.parametrize("words", [["--resume", "absent.pth.tar", "--input", "x.png"], ["--seed", "-1"]])
+def test_a_mistake_in_several_processes_is_one_line(words, tmp_path):
+    (tmp_path / "x.png").touch()
+    command = [sys.executable, "-m", "utils.launch", "2", str(ROOT / "test.py"), "--gpu", "cpu", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and run.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (UserError("got\nthis\x1b"), "got this\\x1b"),
+        (OSError(28, "No space left on device", "here"), "here"),
+        (PermissionError(13, "Permission denied", "there"), "there"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried."), "--batch-size"),
+        (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(error, said, capfd):
+    assert run_program(lambda: (_ for _ in ()).throw(error)) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+
+
+def test_errors_of_the_program_are_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+def test_only_a_second_ctrl_c_stops_at_once(second):
+    """torchrun hands a second SIGTERM on, which must not cost the state."""
+
+    def main():
+        with run.StopSignal() as stop:
+            os.kill(os.getpid(), second)
+            os.kill(os.getpid(), second)
+            raise run.Stopped(stop.received)
+
+    assert run_program(main) == 128 + second
+    with run.StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received == signal.SIGTERM
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    run.write_json(path, {"a": 1})
+    with pytest.raises(KeyError), run.atomic(path) as file:
+        file.write(b"half")
+        raise KeyError
+    assert path.read_text() == '{\n  "a": 1\n}\n' and os.listdir(tmp_path) == ["a.json"]
+    mask = os.umask(0o027)
+    try:
+        run.write_json(path, {})
+    finally:
+        os.umask(mask)
+    assert path.stat().st_mode & 0o777 == 0o640
+    (tmp_path / f".b.json.1{run.TEMPORARY}").touch()
+    run.remove_torn(tmp_path)
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
+    lines = {name: 0.05 if value == run.LOG_SECONDS else value for name, value in run.LINES_IN_LOG.items()}
+    monkeypatch.setattr(run, "LINES_IN_LOG", lines)
+    caplog.set_level(logging.INFO)
+    for _ in run.progress(range(12), "epoch 3"):
+        time.sleep(0.02)
+    with run.progress(None, "scoring", total=900, done=100, unit="images") as bar:
+        time.sleep(0.1)
+        bar.update(200)
+    assert 2 <= len(caplog.messages) <= 7
+    assert "epoch 3: " in caplog.messages[0] and "of 12" in caplog.messages[0]
+    assert "scoring: 300 of 900" in caplog.messages[-1]
+
+
+def test_chance_is_keyed():
+    draws = {run.keyed_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
+    assert len(draws) == 27 and run.keyed_generator(1, 2).random() == run.keyed_generator(1, 2).random()
+
+
+def test_names_and_tables_for_a_terminal():
+    assert run.shown("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
+    assert run.text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_what_is_computed_with_is_what_was_asked_for(deterministic):
+    try:
+        compute = choose_compute("cpu", "auto", deterministic, seed=1)
+        assert str(compute) == "fp32 on cpu" and torch.initial_seed() == 1
+        assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == deterministic
+        assert torch.backends.cudnn.benchmark != deterministic and not torch.backends.cudnn.allow_tf32
+        x = compute.input(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+        assert x.dtype == torch.float32 and x.max() == 1 and x.is_contiguous(memory_format=torch.channels_last)
+        with choose_compute("cpu", "bf16", deterministic, seed=1).autocast():
+            assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+    finally:
+        choose_compute("cpu", "auto", False, seed=0)
+    with pytest.raises(UserError, match="tf32"):
+        choose_compute("cpu", "tf32", False, seed=0)
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with run.sole_writer(tmp_path / "lock", World()):
+        assert (tmp_path / "lock").exists()
+    assert not (tmp_path / "lock").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        run.make_folder(tmp_path / "file" / "below")
