@@ -1,81 +1,114 @@
-"""What the benchmarks share: taking turns, peak memory in a process of its own, tables."""
+"""What the benchmarks share: taking turns, programs in processes of their own, what they are given."""
 
-from __future__ import annotations
-
-import json
 import os
-import platform
-import statistics
+import resource
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections import namedtuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
+
+from models import RDN, Checkpoint, new_detector
+from utils.run import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
+OPEN_FILES = 1024  # at a time: the limit most Linux systems set
+PAPER = {}  # arguments of RDN
+SMALL = {"num_features": 16, "growth_rate": 16, "num_blocks": 3, "num_layers": 3}  # of script/quickstart.sh
+TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
+Tables = dict[str, list[list[str]]]  # by title; the first row is the header
 
 
-class Times(NamedTuple):
-    """Medians, in seconds: on the clock, and of processor time, which other programs on the machine disturb less."""
-
-    seconds: float
-    cpu_seconds: float
-
-
-def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, Times]:
-    """Time each once in every round, so that whatever else the machine does falls on all of them alike."""
-    clock = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, run in contestants.items():
-            began = time.perf_counter(), time.process_time()
-            run()
-            clock[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
-    return {name: Times(*map(statistics.median, zip(*times, strict=True))) for name, times in clock.items()}
+def in_turn(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, once in every round, so that whatever else the machine does falls on all of them alike."""
+    times = {name: [] for name in contestants}
+    for name, run in [*contestants.items()] * rounds:
+        began = time.perf_counter()
+        run()
+        times[name].append(time.perf_counter() - began)
+    return times
 
 
-def memory(field: str) -> float:
-    """MiB of this process: "VmRSS" resident now, "VmHWM" the most there has been since `forget_peak` (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+def median(values: list[float] | None) -> str:
+    return f"{np.median(values):.3g}" if values else "-"
 
 
-def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+def ratio(values: list[float] | None, others: list[float] | None) -> str:
+    """values / others, round by round: the median, and in brackets the quartiles. "-" where one is missing."""
+    if not values or not others:
+        return "-"
+    low, middle, high = np.quantile(np.array(values) / np.array(others), [0.25, 0.5, 0.75])
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def peak_of(run: Callable[[], object]) -> dict[str, float]:
-    """MiB resident before `run` and at most during it, and its seconds. For a process that does nothing else."""
-    forget_peak()
-    before, began = memory("VmRSS"), time.perf_counter()
-    run()
-    return {"before": before, "peak": memory("VmHWM"), "seconds": time.perf_counter() - began}
+# What a program took: processor time is of all its processes, memory (at most) of the main one
+Usage = namedtuple("Usage", ["seconds", "cpu_seconds", "gib"])
 
 
-def in_own_process(module: str, **settings) -> dict:
-    """What `python -m MODULE --one JSON` writes: one JSON object on its last line. None of what it used stays here."""
-    command = [sys.executable, "-m", module, "--one", json.dumps(settings)]
-    run = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"}
-    )
-    if run.returncode != 0:
-        reason = run.stderr.strip().splitlines()[-1] if run.stderr.strip() else "no word; out of memory?"
-        return {"error": f"ended with status {run.returncode}: {reason}"}
-    return json.loads(run.stdout.splitlines()[-1])
+def peak(pid: int) -> float:
+    """GiB resident of a process, the most there has been (Linux). 0: it has just ended."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM")), 0.0)
+    return 0.0
 
 
-def table(rows: list[list[str]]) -> str:
-    """Rows of text in columns, the first row above a line, numbers to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]]) + "\n"
+@contextmanager
+def started(command: str, folder: Path = ROOT, status: int = 0) -> Iterator[subprocess.Popen]:
+    """`python COMMAND` in a checkout, killed where the `with` block ends before it. Raises UserError if it fails."""
+    with tempfile.TemporaryFile() as log:
+        words = [sys.executable, *shlex.split(command)]
+        run = subprocess.Popen(words, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+        resource.prlimit(run.pid, resource.RLIMIT_NOFILE, (OPEN_FILES, OPEN_FILES))
+        try:
+            yield run
+        finally:
+            ended = run.poll()
+            with suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+        if ended not in (None, status):
+            log.seek(0)
+            raise UserError(f"{command[:200]} in {folder} ended with status {ended}: {log.read().decode()[-2000:]}")
 
 
-def report(text: str, results: dict, out: str | None) -> None:
-    """The table on screen; with --out all numbers as JSON."""
-    sys.stdout.write(text)
-    if out:
-        about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()}
-        Path(out).write_text(json.dumps({"about": about, **results}, indent=1) + "\n")
+def program(command: str, folder: Path = ROOT, status: int = 0) -> Usage:
+    """`python COMMAND` in a checkout, from start to end."""
+    gib, pid = 0.0, 0
+    with started(command, folder, status) as run:
+        began = time.perf_counter()
+        while not pid:
+            gib = max(gib, peak(run.pid))  # ru_maxrss would be of this process, too, if it is larger
+            time.sleep(0.01)
+            pid, code, usage = os.wait4(run.pid, os.WNOHANG)
+        run.returncode = os.waitstatus_to_exitcode(code)
+        return Usage(time.perf_counter() - began, usage.ru_utime + usage.ru_stime, gib)
+
+
+def saved(path: Path, shape: dict, arch: str, stage: int = 0) -> Path:
+    """A detector with random weights (neither time nor memory depends on them), as train_detector.py writes it."""
+    torch.manual_seed(0)
+    rdn = Checkpoint(RDN(**shape).state_dict(), "new")
+    detector, config = new_detector(rdn, {"arch": arch, "stage": stage, "dilated": False}, "random")
+    weights = {"state_dict": detector.classifier.state_dict(), "sr_state_dict": detector.resynthesizer.state_dict()}
+    torch.save({"arch": arch, "config": config, **weights}, path)
+    return path
+
+
+def noise(folder: Path, count: int, side: int) -> Path:
+    """A new folder of images of coarse noise, PNG, about as large as photographs of their size."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(side * count + len(folder.name))
+    for i in range(count):
+        pixels = Image.fromarray(rng.integers(0, 256, (side // 4, side // 4, 3), dtype=np.uint8))
+        pixels.resize((side, side), Image.Resampling.BICUBIC).save(folder / f"{i:06d}.png", compress_level=1)
+    return folder

@@ -1,19 +1,13 @@
-"""The networks once more, as plainly as the papers put them: what our own are compared with, for speed and for numbers.
-
-Dense blocks by torch.cat, every activation out of place, the default memory order, float32, whole images, nothing
-recomputed. The parameters are those of the networks of `models`: `plain_detector` copies a detector's weights.
-"""
-
-from __future__ import annotations
+"""The networks once more, as plainly as the papers put them: our own are compared with them, for speed and for numbers."""
 
 import copy
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import ResynthesisDetector, VGGStages
-from models.rdn import RDN
+from models import RDN, ResynthesisDetector, VGGStages
 from models.vgg import STAGE_LAYERS
 
 
@@ -46,7 +40,7 @@ class PlainVGG(nn.Module):
         super().__init__()
         self.net = vgg
 
-    def forward(self, x: Tensor, stages: list[int]) -> dict[int, Tensor]:
+    def forward(self, x: Tensor, stages: Iterable[int]) -> dict[int, Tensor]:
         """{k: feature map of stage k}."""
         maps = {}
         for i, layer in enumerate(self.net.features[: STAGE_LAYERS[max(stages)] + 1]):
@@ -61,6 +55,7 @@ class PlainDetector(ResynthesisDetector):
     """downsample -> RDN -> |difference| -> classifier, each step on whole images."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> logits (B, 2)."""
         x_hat = self.resynthesizer(F.avg_pool2d(x, self.resynthesizer.scale))  # (B, 3, H, W)
         if self.stage > 0:
             x_hat, x = (self.vgg(image, [self.stage])[self.stage] for image in (x_hat, x))
