@@ -109,10 +109,11 @@ def main(args: Namespace) -> None:
 
 
 def validation_items(args: Namespace) -> list[Item]:
-    """The images of --val-root-pos and --val-root-neg, if any."""
-    if not args.val_real_roots and not args.val_fake_roots:
+    """The images of --val-root-pos and --val-root-neg or of --val-csv, if any."""
+    if not (args.val_real_roots or args.val_fake_roots or args.val_csv):
         return []
-    return labelled_items(args.val_real_roots, args.val_fake_roots, flags=("--val-root-pos", "--val-root-neg"))
+    flags = ("--val-root-pos", "--val-root-neg")
+    return labelled_items(args.val_real_roots, args.val_fake_roots, csv_file=args.val_csv, flags=flags)
 
 
 def image_sets(

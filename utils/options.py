@@ -245,6 +245,7 @@ def train_detector_parser() -> Parser:
     training.add("--save-every-epoch", "keep a checkpoint every N epochs", at_least_one, 2)
     training.add("--val-root-pos", "REAL images to validate on", dest="val_real_roots", nargs="+", metavar="DIR")
     training.add("--val-root-neg", "GENERATED images to validate on", dest="val_fake_roots", nargs="+", metavar="DIR")
+    training.add("--val-csv", "a list instead, as --csv", metavar="FILE")
     training.dropped("--save_path")
     _cost_options(Group("what a training costs", parser))
     return parser
