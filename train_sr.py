@@ -40,7 +40,6 @@ logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 PICTURES = 4  # patches shown on TensorBoard
-WAYS = ("augment", "completion", "colorization")  # to degrade patches: the flags
 
 # Gives (loss, its L1 part, pictures) of a batch of patches, the losses as this process's shares of the batch's means
 LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
@@ -70,7 +69,9 @@ def main(args: Namespace) -> None:
         # What is trained, how far it is, and what is kept of it
         output = Path(args.outputs_dir) / f"x{model.scale}"
         folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
-        stepper = Stepper(torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, args.clip_norm)
+        batches = EpochBatches(len(items), args.batch_size, args.seed, world)
+        adam = torch.optim.Adam(model.parameters(), lr=args.lr)
+        stepper = Stepper(adam, compute, world, partial(rate_factor, args), batches.steps, args.clip_norm)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         stepper.go_on_from(resumed, settings)
         done = stepper.progress
@@ -82,16 +83,14 @@ def main(args: Namespace) -> None:
 
         # Training, on patches in an order that depends on seed and epoch alone
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
-        batches = EpochBatches(len(items), args.batch_size, args.seed, world)
         loader = make_loader(patches, batches, args.workers, compute)
-        degrade = partial(degrade_patches, args.seed, {way: vars(args)[way] for way in WAYS})
-        loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, degrade, compute)
-        rate_of = partial(rate_factor, args)
+        ways = {"augment": args.augment, "completion": args.completion, "colorization": args.colorization}
+        loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, partial(degrade_patches, args.seed, ways), compute)
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
         for epoch in range(done.epoch, args.num_epochs):
             batches.set_epoch(epoch, done.step)
-            pictures = train_one_epoch(loader, loss_of, rate_of, stepper, keeper)
-            values = done.means() | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
+            pictures = train_one_epoch(loader, loss_of, stepper, keeper)
+            values = done.means() | {"learning_rate": adam.param_groups[0]["lr"]}
             if eval_items:
                 values |= evaluate(model, keeper.batches(eval_loader, "evaluation"), compute, world)
             recorder.epoch(epoch, values)
@@ -142,16 +141,10 @@ def rate_factor(args: Namespace, epochs: float) -> float:
     return args.lr_decay ** (int(epochs) // args.lr_decay_epoch)
 
 
-def train_one_epoch(
-    loader: DataLoader, loss_of: LossOf, rate_of: Callable[[float], float], stepper: Stepper, keeper: StateKeeper
-) -> Tensor:
-    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1].
-
-    rate_of: the rate's factor after so many epochs.
-    """
-    pictures, steps, done = torch.empty(0), loader.batch_sampler.steps, stepper.progress
-    for batch in keeper.batches(loader, f"epoch {done.epoch}", training=True):
-        stepper.set_rates(rate_of(done.epoch + done.step / steps))
+def train_one_epoch(loader: DataLoader, loss_of: LossOf, stepper: Stepper, keeper: StateKeeper) -> Tensor:
+    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1]."""
+    pictures = torch.empty(0)
+    for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
     return pictures

@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
@@ -97,7 +96,7 @@ def training_step(
     network.train().freeze_resynthesizer(task is None)
     network.resynthesizer.checkpoint_blocks = not keep_all
     sgd = torch.optim.SGD(parameter_groups(network, 1e-9, 1e-4, 1e-3), momentum=0.9)
-    stepper = Stepper(sgd, compute, World(), Path("none"))
+    stepper = Stepper(sgd, compute, World())
     residuals_of = partial(sources.frozen_residuals, network, compute, None)
     if task:
         seed = next(s for s in count() if draw_degradation(task, keyed_generator(s, 0, 0, 4)))
@@ -117,7 +116,7 @@ def sr_step(form: str, case: Case) -> Callable[[], object]:
     """A step of train_sr.py on a batch of patches, both losses. case.side: of the patches."""
     network, compute, batch = prepared(form, case, vgg=True)
     adam = torch.optim.Adam(network.resynthesizer.parameters(), lr=1e-6)
-    stepper = Stepper(adam, compute, World(), Path("none"))
+    stepper = Stepper(adam, compute, World())
     loss_of = partial(patch_loss, network.resynthesizer, network.vgg, VGG_LAMBDA, None, compute)
     return lambda: stepper.step(loss_of(batch)[0], {}, batch)
 
