@@ -43,8 +43,7 @@ detector() {
 for name in "${names[@]}"; do
     case $name in
         pixel) detector pixel 24 --idx-stages 0 --lr 5e-3 --lr-sr 1 --batch-size 16 ;;
-        stage5) detector stage5 40 --idx-stages 5 --optimizer adamw --schedule cosine --lr 1e-3 --lr-sr 1 --wd 0.05 \
-            --batch-size 32 ;;
+        stage5) detector stage5 24 --idx-stages 5 --schedule cosine --lr 0.05 --lr-sr 1 --batch-size 32 ;;
     esac
 done
 

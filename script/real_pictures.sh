@@ -4,7 +4,7 @@
 # PICTURES holds train/real, train/GENERATOR ..., val/real, val/GENERATOR ... (256 x 256 or larger). Trains a small RDN on
 # the reals; then, for each generator and for all together, a ResNet-18 on the plain pixels (an RDN of zeros: the residual
 # is the picture), on the pixel residual, and with VGG_WEIGHTS on the stage-5 residual; tests each on every generator,
-# seen and unseen. Writes output/real_pictures; the score tables behind docs/results.md are those of results/.
+# seen and unseen. INPUTS (stage5 pixel plain) chooses. Writes output/real_pictures; the score tables behind docs/results.md are those of results/.
 source "$(dirname "$0")/common.sh"
 pictures=${1:?usage: bash script/real_pictures.sh PICTURES}
 find_python
@@ -25,17 +25,23 @@ detector() {
     shift 3
     local fakes=() && for g in $seen; do fakes+=("$pictures/train/$g"); done
     trained "$out/$name/$(printf %04d "$EPOCHS").pth.tar" train_detector.py --fixed-sr --sr-weights-file "$rdn" \
-        --arch resnet18 --no_dilation --optimizer adamw --schedule cosine --lr 1e-3 --lr-sr 1 --wd 0.05 --batch-size 32 \
+        --arch resnet18 --no_dilation --schedule cosine --lr-sr 1 \
         --epochs "$EPOCHS" --save-every-epoch "$EPOCHS" --cache-dir "$out" --data-root-pos "$pictures/train/real" \
         --data-root-neg "${fakes[@]}" --val-root-pos "$pictures/val/real" --val-root-neg "${generators[@]/#/$pictures/val/}" \
         --output-path "$out/$name" "$@"
     "$PYTHON" test.py --gpu "$gpu" --resume "$out/$name/last.pth.tar" --save_path "$out/scores/$name" \
         --data-root-pos "$pictures/val/real" --data-root-neg "${generators[@]/#/$pictures/val/}" >/dev/null
 }
-for seen in "${generators[*]}" "${generators[@]}"; do
-    on=${seen// /+}
-    [[ -z "${VGG_WEIGHTS:-}" ]] || EPOCHS=20 detector "stage5_on_$on" "$out/sr/x4/last.pth" "$seen" --idx-stages 5
-    EPOCHS=12 detector "pixel_on_$on" "$out/sr/x4/last.pth" "$seen" --crop-size 128 --crops-per-image 2
-    EPOCHS=12 VGG_WEIGHTS="" detector "plain_on_$on" "$out/zeros.pth" "$seen" --crop-size 128 --crops-per-image 2
+# Stage 5 learns at a high rate of SGD, the pixels (which it did not serve) with AdamW.
+sgd="--lr 0.05 --batch-size 32" adamw="--optimizer adamw --lr 1e-3 --wd 0.05 --batch-size 16 --crop-size 128 --crops-per-image 2"
+for input in ${INPUTS:-stage5 pixel plain}; do
+    for seen in "${generators[*]}" "${generators[@]}"; do
+        name=${input}_on_${seen// /+}
+        case $input in
+            stage5) EPOCHS=16 detector "$name" "$out/sr/x4/last.pth" "$seen" --idx-stages 5 $sgd ;;
+            pixel) EPOCHS=12 detector "$name" "$out/sr/x4/last.pth" "$seen" $adamw ;;
+            plain) EPOCHS=12 detector "$name" "$out/zeros.pth" "$seen" $adamw ;;
+        esac
+    done
 done
 "$PYTHON" -m utils.report "$out"/scores/*_on_*.csv --markdown

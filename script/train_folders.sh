@@ -10,9 +10,9 @@ folders=()
 while [[ $# -gt 0 && "$1" != -* ]]; do folders+=("$1"); shift; done
 [[ ${#folders[@]} -ge 2 ]] || fail "usage: bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [flags]"
 find_python
-out=${OUT:-output/folders} gpu=${GPU:-cpu} side=${SIDE:-256} crops=${CROPS:-1} stage=0 epochs=12 seconds=2
-[[ -z "${VGG_WEIGHTS:-}" ]] || stage=5 epochs=30 seconds=4
-began=$SECONDS
+out=${OUT:-output/folders} gpu=${GPU:-cpu} side=${SIDE:-256} crops=${CROPS:-1} began=$SECONDS
+learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05) epochs=12 seconds=2
+[[ -z "${VGG_WEIGHTS:-}" ]] || learning=(--idx-stages 5 --lr 0.05) epochs=24 seconds=4
 
 "$PYTHON" -m data.split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"
 reals=$(wc -l <"$out/train_real.txt")
@@ -26,8 +26,8 @@ trained "$out/sr/x4/epoch_$((rounds - 1)).pth" train_sr.py --train-file "$out/tr
     --num-epochs "$rounds" --num-save "$rounds" --skip-bad
 detector=$out/detector/last.pth.tar
 trained "$out/detector/$(printf %04d $epochs).pth.tar" train_detector.py --fixed-sr --sr-weights-file "$out/sr/x4/last.pth" \
-    --idx-stages $stage --arch resnet18 --no_dilation --optimizer adamw --schedule cosine --lr 1e-3 --lr-sr 1 --wd 0.05 \
-    --batch-size 32 --epochs $epochs --save-every-epoch $epochs --crop-size "$side" --crops-per-image "$crops" --skip-bad \
+    --arch resnet18 --no_dilation "${learning[@]}" --schedule cosine --lr-sr 1 --batch-size 32 \
+    --epochs $epochs --save-every-epoch $epochs --crop-size "$side" --crops-per-image "$crops" --skip-bad \
     --csv "$out/train.csv" --val-csv "$out/held_out.csv" --output-path "$out/detector" "$@"
 
 held_out() {
