@@ -117,7 +117,7 @@ def sr_step(form: str, case: Case) -> Callable[[], object]:
     network, compute, batch = prepared(form, case, vgg=True)
     adam = torch.optim.Adam(network.resynthesizer.parameters(), lr=1e-6)
     stepper = Stepper(adam, compute, World())
-    loss_of = partial(patch_loss, network.resynthesizer, network.vgg, VGG_LAMBDA, None, compute)
+    loss_of = partial(patch_loss, network.resynthesizer, network.vgg, VGG_LAMBDA, lambda x_lr, _: x_lr, compute)
     return lambda: stepper.step(loss_of(batch)[0], {}, batch)
 
 
