@@ -67,7 +67,7 @@ def main(args: Namespace) -> None:
         # What is trained, how far it is, and what is kept of it
         output = Path(args.output_path)
         folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
-        stepper = make_stepper(args, detector, compute, world)
+        stepper = make_stepper(args, detector, compute, world, batches.steps)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
         stepper.go_on_from(resumed, settings)
         progress = stepper.progress
@@ -94,7 +94,6 @@ def main(args: Namespace) -> None:
         for epoch in range(progress.epoch, args.epochs):
             for dataset in kept:
                 dataset.fill(epoch, frozen, keeper.batches, args.workers, compute, world)
-            stepper.set_rates(rate_factor(epoch, args.epochs))
             batches.set_epoch(epoch, progress.step)
             train_one_epoch(detector, loader, residuals_of, stepper, keeper)
             values = epoch_values(progress.means()) | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
@@ -109,10 +108,11 @@ def main(args: Namespace) -> None:
 
 
 def validation_items(args: Namespace) -> list[Item]:
-    """The images of --val-root-pos and --val-root-neg, if any."""
-    if not args.val_real_roots and not args.val_fake_roots:
+    """The images of --val-root-pos and --val-root-neg or of --val-csv, if any."""
+    if not (args.val_real_roots or args.val_fake_roots or args.val_csv):
         return []
-    return labelled_items(args.val_real_roots, args.val_fake_roots, flags=("--val-root-pos", "--val-root-neg"))
+    flags = ("--val-root-pos", "--val-root-neg")
+    return labelled_items(args.val_real_roots, args.val_fake_roots, csv_file=args.val_csv, flags=flags)
 
 
 def image_sets(
@@ -184,13 +184,20 @@ def check_sizes(
         )  # fmt: skip
 
 
-def make_stepper(args: Namespace, detector: ResynthesisDetector, compute: Compute, world: World) -> Stepper:
-    """The detector on its device, and SGD for what of it is trained."""
+def make_stepper(args: Namespace, detector: ResynthesisDetector, compute: Compute, world: World, steps: int) -> Stepper:
+    """The detector on its device, and an optimizer for what of it is trained."""
     detector.to(compute.device, memory_format=torch.channels_last)
     if world.size > 1 and compute.device.type == "cuda":
         detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
     groups = parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
-    return Stepper(torch.optim.SGD(groups, momentum=args.momentum), compute, world)
+    if args.optimizer == "adamw":
+        for group in groups:
+            group["weight_decay"] = args.weight_decay  # which it takes apart from the gradient
+        optimizer = torch.optim.AdamW(groups)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=args.momentum)
+    rate_of = training.cosine if args.schedule == "cosine" else released_rate
+    return Stepper(optimizer, compute, world, partial(rate_of, args.epochs), steps, args.clip_norm)
 
 
 def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
@@ -213,12 +220,12 @@ def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: flo
     return groups
 
 
-def rate_factor(epoch: int, epochs: int) -> float:
-    """f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001, by which the base rate is multiplied.
+def released_rate(of: int, epochs: float) -> float:
+    """f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001, the base rate's factor after `epochs` of E = `of`.
 
     Release: it is set *after* epoch e for the next one, so epochs 0 and 1 both run at f(0) = 1.
     """
-    passed = max(epoch - 1, 0) / max(epochs - 1, 1)
+    passed = max(int(epochs) - 1, 0) / max(of - 1, 1)
     return (1 - FINAL_RATE) * math.cos(math.pi / 2 * passed) + FINAL_RATE
 
 

@@ -54,14 +54,14 @@ def main(args: Namespace) -> None:
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
         start, resumed = training.starting_point(args.resume, args.init, states)
         model = resynthesizer(start, vars(args), args.start, compute)
-        policy = SizePolicy(model.scale)
-        eval_items, _ = usable_items(eval_items, policy, args.skip_bad)
+        eval_items, _ = usable_items(eval_items, SizePolicy(model.scale), args.skip_bad)
+        eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
         eval_batches = EpochBatches(len(eval_items), world.size, world=world)  # one image at a time
-        eval_loader = make_loader(ImageDataset(eval_items, policy), eval_batches, args.workers, compute)
+        eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
         if args.evaluate:
             batches = training.readable(progress(eval_loader, "evaluation"), args.skip_bad)
             return evaluate_only(model, start, batches, compute, world)
-        items, _ = usable_items(items, policy._replace(crop_size=args.patch_size * model.scale), args.skip_bad)
+        items, _ = usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_items:
             log_quick_audit(items, eval_items)
         vgg, vgg_record = features(args.vgg_weights, resumed, compute) if args.vgg_lambda > 0 else (None, None)
@@ -69,42 +69,37 @@ def main(args: Namespace) -> None:
         # What is trained, how far it is, and what is kept of it
         output = Path(args.outputs_dir) / f"x{model.scale}"
         folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
-        stepper = Stepper(torch.optim.Adam(model.parameters(), lr=args.lr), compute, world, args.clip_norm)
+        batches = EpochBatches(len(items), args.batch_size, args.seed, world)
+        adam = torch.optim.Adam(model.parameters(), lr=args.lr)
+        stepper = Stepper(adam, compute, world, partial(rate_factor, args), batches.steps, args.clip_norm)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         stepper.go_on_from(resumed, settings)
         done = stepper.progress
-        about = {
-            "config": {"resynthesizer": models.rdn_config(model.state_dict())},
-            "vgg": vgg_record,
-            "settings": settings,
-        }
+        config = {"resynthesizer": models.rdn_config(model.state_dict())}
+        about = {"config": config, "vgg": vgg_record, "settings": settings}
         recorder = Recorder(folder, about, world, done.epoch, args.num_epochs)
         state = partial(whole_state, model, stepper, about)
         keeper = stack.enter_context(StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad))
 
         # Training, on patches in an order that depends on seed and epoch alone
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
-        batches = EpochBatches(len(items), args.batch_size, args.seed, world)
         loader = make_loader(patches, batches, args.workers, compute)
         ways = {"augment": args.augment, "completion": args.completion, "colorization": args.colorization}
         loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, partial(degrade_patches, args.seed, ways), compute)
-        rate_of = partial(step_decay, args.lr_decay, args.lr_decay_epoch)
-        if args.schedule == "cosine":
-            rate_of = partial(training.cosine, args.num_epochs)
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
-        values = {}
         for epoch in range(done.epoch, args.num_epochs):
             batches.set_epoch(epoch, done.step)
-            pictures = train_one_epoch(loader, loss_of, rate_of, stepper, keeper)
-            values = done.means() | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
+            pictures = train_one_epoch(loader, loss_of, stepper, keeper)
+            values = done.means() | {"learning_rate": adam.param_groups[0]["lr"]}
             if eval_items:
                 values |= evaluate(model, keeper.batches(eval_loader, "evaluation"), compute, world)
             recorder.epoch(epoch, values)
-            due = (epoch + 1) % args.num_save == 0 or epoch + 1 == args.num_epochs
+            last = epoch + 1 == args.num_epochs
+            due = (epoch + 1) % args.num_save == 0 or last
             recorder.pictures("input, re-synthesis, target", pictures if due else (), epoch + 1)
             keeper.end_epoch(values.get("psnr"), numbered_files if due else None, args.keep_last)
+            warn_if_poor(values if last else {})
         recorder.finish()
-        warn_if_poor(values)
 
 
 def image_items(source: str | None, flag: str) -> list[Item]:
@@ -139,21 +134,17 @@ def numbered_files(state: dict) -> dict[str, dict]:
     return {f"epoch_{state['progress']['epoch'] - 1}.pth": state["state_dict"]}
 
 
-def step_decay(factor: float, every: int, epochs: float) -> float:
+def rate_factor(args: Namespace, epochs: float) -> float:
     """The rate's factor after so many epochs."""
-    return factor ** (int(epochs) // every)
+    if args.schedule == "cosine":
+        return training.cosine(args.num_epochs, epochs)
+    return args.lr_decay ** (int(epochs) // args.lr_decay_epoch)
 
 
-def train_one_epoch(
-    loader: DataLoader, loss_of: LossOf, rate_of: Callable[[float], float], stepper: Stepper, keeper: StateKeeper
-) -> Tensor:
-    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1].
-
-    rate_of: the rate's factor after so many epochs.
-    """
-    pictures, steps, done = torch.empty(0), loader.batch_sampler.steps, stepper.progress
-    for batch in keeper.batches(loader, f"epoch {done.epoch}", training=True):
-        stepper.set_rates(rate_of(done.epoch + done.step / steps))
+def train_one_epoch(loader: DataLoader, loss_of: LossOf, stepper: Stepper, keeper: StateKeeper) -> Tensor:
+    """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1]."""
+    pictures = torch.empty(0)
+    for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
     return pictures

@@ -22,7 +22,6 @@ from utils.distributed import World
 from utils.run import Compute, UserError, keyed_generator, shown
 
 UNLABELLED = -1  # in Batch.labels
-MANY = 4096  # pixels an image that cannot be read is counted as, so that a batch of nothing else has an end
 GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved
 Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # of uint8 (3, H, W)
 
@@ -75,19 +74,29 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def alike(batches: Iterable[Batch], images: int | None, pixels: int) -> Iterator[Batch]:
-    """Batches of one image each, joined while they follow each other and are of one size.
+def alike(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
+    """Batches of one image each, joined while they follow each other, are of one size and of one block of their list.
 
-    images: the most in a batch; None: as many as have `pixels` together.
+    So what an image is computed together with depends neither on the number of processes nor on where a run was
+    stopped, and its scores are the same to the last bit.
+
+    Args:
+        block: images. pixels: the most in a batch of more than one image.
     """
     waiting: list[Batch] = []
+    place = 0
     for batch in batches:
-        shape = batch.x.shape
-        if any(len(b.x) and len(batch.x) and b.x.shape != shape for b in waiting):
+        index = batch.keys[0][1] if batch.keys else next(iter(batch.errors))
+        read = [b.x for b in waiting if len(b.x)]
+        fits = not (read and len(batch.x)) or (
+            batch.x.shape == read[0].shape and (len(read) + 1) * read[0][0, 0].numel() <= pixels
+        )
+        if waiting and not (fits and index // block == place):
             yield joined(waiting)
             waiting = []
         waiting.append(batch)
-        if len(waiting) >= (images or pixels // (shape[-2] * shape[-1] or MANY)):
+        place = index // block
+        if (index + 1) % block == 0:
             yield joined(waiting)
             waiting = []
     if waiting:

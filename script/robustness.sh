@@ -3,7 +3,7 @@
 # Fine-tunes the quickstart's pixel detector (made first where it is missing) on more example images, half of them
 # perturbed: with RDN frozen, and end to end without and with either auxiliary task. Then tests all five detectors under
 # blur, JPEG, noise and resizing and prints a table. What was done by an earlier call is not done again.
-# Writes output/robustness; README.md ("Robustness") has the table and the time it took.
+# Writes output/robustness; docs/results.md has the table and the time it took.
 source "$(dirname "$0")/common.sh"
 usage "${1:-cpu}"
 find_python
@@ -33,9 +33,8 @@ done
 
 # swept NAME DETECTOR: scores under every strength of every perturbation
 swept() {
-    [[ ! "$out/scores/$1_resize_x0.5_and_back.json" -nt "$2" ]] || return 0  # the last one: swept by an earlier call
     say "test.py --perturb all: $1"
-    "$PYTHON" test.py --gpu "$gpu" --resume "$2" --batch-size 16 --perturb all \
+    "$PYTHON" test.py --gpu "$gpu" --resume "$2" --perturb all \
         --save_path "$out/scores/$1" --data-root-pos $images/test/real \
         --data-root-neg $images/test/nearest $images/test/bilinear >/dev/null
 }
@@ -43,5 +42,6 @@ swept before $before
 for name in frozen none colorization denoising; do
     swept $name "$out/$name/last.pth.tar"
 done
-"$PYTHON" -m benchmarks.robustness "$out"/scores/{before,frozen,none,colorization,denoising}
+"$PYTHON" -m utils.report "$out"/scores/*_{none,jpeg_quality_90,jpeg_quality_70,jpeg_quality_50,noise_std_0.05,blur_sigma_1}.csv \
+    --markdown
 say "done in $((SECONDS - began)) s"

@@ -9,7 +9,6 @@ import torch
 import test as test_program
 import train_detector
 import train_sr
-from models import RDN
 from utils.options import test_parser as parser_of_test
 from utils.options import train_detector_parser, train_sr_parser
 
@@ -24,21 +23,12 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, write_real_and_fake):
-    """real/ and fake/, four images each, and rdn.pth."""
-    root = write_real_and_fake(tmp_path_factory.mktemp("cuda"), 4, SIDE)
-    torch.manual_seed(0)
-    torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
-    return root
-
-
-def train(folder, out, gpu, *flags):
+def train(files, out, gpu, *flags):
     """Train a detector; its last record and its last checkpoint."""
     args = train_detector_parser().parse_args(
         [
-            "--data-root-pos", str(folder / "real"), "--data-root-neg", str(folder / "fake"), "--output-path", str(out),
-            "--sr-weights-file", str(folder / "rdn.pth"), "--arch", "resnet18", "--no_dilation", "--gpu", gpu,
+            "--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake"), "--output-path", str(out),
+            "--sr-weights-file", str(files / "rdn.pth"), "--arch", "resnet18", "--no_dilation", "--gpu", gpu,
             "--workers", "0", "--vgg-weights", "random", "--batch-size", "4", "--lr", "1e-3", "--lr-sr", "0.5", *flags,
         ]
     )  # fmt: skip
@@ -60,22 +50,22 @@ def train(folder, out, gpu, *flags):
         "--mode-sr denoising --idx-stages 5 --micro-batch 3",
     ],
 )
-def test_training_as_on_the_cpu(folder, tmp_path, mode, precision):
-    record, _ = train(folder, tmp_path / "cpu", "cpu", *mode.split(), "--epochs", "1")
+def test_training_as_on_the_cpu(files, tmp_path, mode, precision):
+    record, _ = train(files, tmp_path / "cpu", "cpu", *mode.split(), "--epochs", "1")
     flags = [*mode.split(), "--precision", precision]
-    on_gpu, state = train(folder, tmp_path / "gpu", GPU, *flags, "--epochs", "1")
+    on_gpu, state = train(files, tmp_path / "gpu", GPU, *flags, "--epochs", "1")
     assert on_gpu["loss"] == pytest.approx(record["loss"], rel=LOOSE[precision], abs=LOOSE[precision])
     assert all(torch.isfinite(p).all() for p in state["state_dict"].values())
-    again, resumed = train(folder, tmp_path / "gpu", GPU, *flags, "--epochs", "2", "--resume", "auto")
+    again, resumed = train(files, tmp_path / "gpu", GPU, *flags, "--epochs", "2", "--resume", "auto")
     assert again["epoch"] == 1 and resumed["progress"]["epoch"] == 2
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("tile", [[], ["--tile", "64"]])
-def test_scores_as_on_the_cpu(folder, tmp_path, precision, tile):
-    train(folder, tmp_path / "run", "cpu", "--fixed-sr", "--idx-stages", "1", "--epochs", "1")
-    flags = ["--resume", tmp_path / "run" / "last.pth.tar", "--data-root-pos", folder / "real", "-b", "2"]
-    flags += ["--data-root-neg", folder / "fake", "--workers", "0"]
+def test_scores_as_on_the_cpu(files, tmp_path, precision, tile):
+    train(files, tmp_path / "run", "cpu", "--fixed-sr", "--idx-stages", "1", "--epochs", "1")
+    flags = ["--resume", tmp_path / "run" / "last.pth.tar", "--data-root-pos", files / "real", "-b", "2"]
+    flags += ["--data-root-neg", files / "fake", "--workers", "0"]
     logits = {}
     for gpu, more in (("cpu", []), (GPU, [*tile, "--precision", precision])):
         path = tmp_path / f"scores_{gpu}"
@@ -87,11 +77,11 @@ def test_scores_as_on_the_cpu(folder, tmp_path, precision, tile):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_super_resolution_as_on_the_cpu(folder, tmp_path, precision):
+def test_super_resolution_as_on_the_cpu(files, tmp_path, precision):
     losses = {}
     for gpu, more in (("cpu", []), (GPU, ["--precision", precision])):
         out = tmp_path / gpu
-        words = f"""--train-file {folder}/real --eval-file {folder}/real --outputs-dir {out} --num-features 8
+        words = f"""--train-file {files}/real --eval-file {files}/real --outputs-dir {out} --num-features 8
             --growth-rate 8 --num-blocks 1 --num-layers 2 --scale 2 --patch-size 8 --batch-size 2 --num-epochs 1
             --workers 0 --vgg-weights random --augment --completion --colorization --gpu {gpu}"""
         train_sr.main(train_sr_parser().parse_args([*words.split(), *more]))

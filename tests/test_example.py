@@ -78,8 +78,8 @@ def mean_spectrum(images) -> np.ndarray:
 
 def test_fakes_resemble_their_sources_and_show_their_up_sampling():
     """Each kind differs from the reals, and from the other kind, by more than reals from other reals."""
-    training, sources = np.stack(scenes(16, key=1)), scenes(32, key=2)
-    spectra = {"real": mean_spectrum(scenes(32, key=3)), "other": mean_spectrum(scenes(32, key=4))}
+    training, sources = np.stack(scenes(16, key=1)), scenes(96, key=2)
+    spectra = {"real": mean_spectrum(scenes(96, key=3)), "other": mean_spectrum(scenes(96, key=4))}
     for kind in example.KINDS:
         weights = example.train_autoencoder(kind, training, steps=60, seed=0)
         fakes = [example.imitate(kind, weights, source, keyed_generator(i)) for i, source in enumerate(sources)]

@@ -9,7 +9,7 @@ import torch
 from golden_rule import fill
 
 from models import RDN, DeepStemResNet, ResynthesisDetector, VGGStages, downsample, rdn_config, resnet_config
-from models.auxiliary import reconstruction_loss, super_resolution_loss
+from models.auxiliary import residual_and_auxiliary_loss, super_resolution_loss
 from models.vgg import STAGE_CHANNELS, STAGES
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -116,9 +116,10 @@ def test_logits(golden, rdn, vgg, x, key, arch, stage, dilated):
     assert resnet_config(classifier.state_dict()) == {"arch": arch, "in_channels": STAGE_CHANNELS[stage]}
 
 
-def test_perceptual_losses(golden, vgg, x, x_hat):
+def test_perceptual_losses(golden, rdn, vgg, x, x_hat):
     with torch.inference_mode():
         maps_hat, maps = vgg(x_hat, STAGES), vgg(x, STAGES)
         loss, l1 = super_resolution_loss(x_hat, x, maps_hat, maps, vgg_weight=0.2)
         close((loss - l1) / 0.2, golden["vgg_loss_mse"])
-        close(reconstruction_loss(x_hat, x, maps_hat, maps).mean(), golden["aux_loss_l1"])
+        detector, all_real = ResynthesisDetector(rdn, torch.nn.Identity(), 0, vgg), torch.ones(len(x), dtype=torch.bool)
+        close(residual_and_auxiliary_loss(detector, x, all_real, None)[1].mean(), golden["aux_loss_l1"])

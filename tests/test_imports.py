@@ -72,6 +72,7 @@ def test_options_import_nothing_that_takes_time():
         "functools",
         "math",
         "os",
+        "pathlib",
         "signal",
         "socket",
         "subprocess",

@@ -1,6 +1,7 @@
 """The trainers: the release's update and schedule, what moves and what does not, the losses of a step."""
 
 import functools
+from argparse import Namespace
 
 import pytest
 import torch
@@ -75,11 +76,16 @@ def test_a_frozen_resynthesizer_is_not_in_the_parameter_groups():
 
 
 def test_the_schedules():
-    f = [train_detector.rate_factor(e, 5) for e in range(5)]  # set after epoch e for e + 1: the formula one epoch late
+    f = [
+        train_detector.released_rate(5, e) for e in range(5)
+    ]  # set after epoch e for e + 1: the formula one epoch late
     angles = [torch.pi / 2 * e / 4 for e in (0, 0, 1, 2, 3)]
     assert f == pytest.approx([0.9999 * torch.cos(torch.tensor(a)).item() + 0.0001 for a in angles])
-    assert train_detector.rate_factor(0, 1) == 1.0
-    assert [train_sr.step_decay(0.5, 2, e) for e in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
+    assert train_detector.released_rate(1, 0) == 1.0
+    steps = Namespace(schedule="steps", lr_decay=0.5, lr_decay_epoch=2)
+    assert [train_sr.rate_factor(steps, e) for e in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
+    smooth = [train_sr.rate_factor(Namespace(schedule="cosine", num_epochs=100), e) for e in (0, 1.5, 3, 51.5, 100)]
+    assert smooth == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 # --- a step of end-to-end training --------------------------------------------------------------------------

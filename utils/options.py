@@ -233,7 +233,11 @@ def train_detector_parser() -> Parser:
     training.add("--init", "start a new run with the weights of this detector", metavar="FILE")
     training.add("-b --batch-size", "images a step", at_least_one, 10)
     training.add("--epochs", "passes over the images", at_least_one, 100)
-    training.add("--lr --learning-rate", "base learning rate of SGD", weight, 1e-2)
+    training.add("--optimizer", "sgd as released", choices=("sgd", "adamw"), default="sgd")
+    text = "of the rate: as released, or a short warm-up and down to 0 at the end, which suits short trainings"
+    training.add("--schedule", text, choices=("released", "cosine"), default="released")
+    training.add("--clip-norm", "scale larger gradients down to this norm; not by default", weight)
+    training.add("--lr --learning-rate", "base learning rate", weight, 1e-2)
     training.add("--momentum", "of SGD", number(float, 0, 1), 0.9)
     training.add("--wd --weight-decay", "weight decay", weight, 1e-4, dest="weight_decay")
     text = "scales the CLASSIFIER's gradients, despite the flag's name: it learns at lr * X, RDN at lr"
@@ -245,6 +249,7 @@ def train_detector_parser() -> Parser:
     training.add("--save-every-epoch", "keep a checkpoint every N epochs", at_least_one, 2)
     training.add("--val-root-pos", "REAL images to validate on", dest="val_real_roots", nargs="+", metavar="DIR")
     training.add("--val-root-neg", "GENERATED images to validate on", dest="val_fake_roots", nargs="+", metavar="DIR")
+    training.add("--val-csv", "a list instead, as --csv", metavar="FILE")
     training.dropped("--save_path")
     _cost_options(Group("what a training costs", parser))
     return parser

@@ -130,13 +130,23 @@ def say_changes(before: Mapping, now: Mapping, step: int) -> None:
 class Stepper:
     """One optimizer step after the other, over all processes, with the numbers checked.
 
-    clip_norm: larger gradients are scaled down to this norm; None: not.
+    Args:
+        rate_of: the factor of the learning rates after so many epochs, fractions included; by default always 1.
+        steps: in an epoch.
+        clip_norm: larger gradients are scaled down to this norm; None: not.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, compute: Compute, world: World, clip_norm: float | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        compute: Compute,
+        world: World,
+        rate_of: Callable[[float], float] = lambda epochs: 1.0,
+        steps: int = 1,
+        clip_norm: float | None = None,
     ):
-        self.optimizer, self.compute, self.world, self.clip_norm = optimizer, compute, world, clip_norm
+        self.optimizer, self.compute, self.world = optimizer, compute, world
+        self.rate_of, self.steps, self.clip_norm = rate_of, steps, clip_norm
         self.progress = Progress()
         # What the options ask for; a resumed run keeps to it, whatever the state says of them.
         self.asked = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -174,6 +184,7 @@ class Stepper:
             )
         if self.clip_norm and norm > self.clip_norm:
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self.clip_norm / norm)
+        self.set_rates(self.rate_of(self.progress.epoch + self.progress.step / self.steps))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
