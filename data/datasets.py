@@ -94,7 +94,8 @@ def alike(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch
         if waiting and not (fits and index // block == place):
             yield joined(waiting)
             waiting = []
-        waiting.append(batch)
+        # A tensor from a worker holds an open file for as long as it lives, and many may wait
+        waiting.append(batch._replace(x=batch.x.clone(), labels=batch.labels.clone(), weights=batch.weights.clone()))
         place = index // block
         if (index + 1) % block == 0:
             yield joined(waiting)
