@@ -88,7 +88,8 @@ def main(args: Namespace) -> int:
             return 0
         show(tables, detector.calibration, bool(args.input))
         if args.save_path:
-            logger.info("written: %s%s.{csv,npy,json,png}", shown(save_path), "_*" if len(tables) > 1 else "")
+            figures = ",png" if any(metrics for _, metrics in tables.values()) else ""
+            logger.info("written: %s%s.{csv,npy,json%s}", shown(save_path), "_*" if len(tables) > 1 else "", figures)
         return EXIT_ERRORS if any(not table.scored.all() for table, _ in tables.values()) else 0
 
 
@@ -193,6 +194,7 @@ def results(path: Path, seed: int) -> tuple[ScoreTable, dict | None]:
     with run.atomic(f"{path}.npy") as file:
         np.save(file, table.logits)
     if not table.usable.any():
+        Path(f"{path}.png").unlink(missing_ok=True)  # of an earlier table
         return table, None
     from utils.figures import roc_and_histogram
 

@@ -66,8 +66,8 @@ def main(args: Namespace) -> None:
 
         # What is trained, how far it is, and what is kept of it
         output = Path(args.output_path)
-        folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         stepper = make_stepper(args, detector, compute, world, batches.steps)
+        folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
         stepper.go_on_from(resumed, settings)
         progress = stepper.progress
@@ -82,7 +82,7 @@ def main(args: Namespace) -> None:
         trained = partial(sources.end_to_end_residuals, detector, compute, world, auxiliary)
         frozen = partial(sources.frozen_residuals, detector, compute, args.micro_batch)
         residuals_of, val_residuals_of, kept = frozen if args.fixed_resynthesizer else trained, frozen, ()
-        if cache := sources.residual_cache(args, detector, config, compute, [images, val_images]):
+        if cache := sources.residual_cache(args, detector, config, compute, world, [images, val_images]):
             kept = images, val_images = ResidualDataset(images, cache), ResidualDataset(val_images, cache)
             residuals_of = val_residuals_of = partial(sources.read_residuals, compute)
         loader = make_loader(images, batches, args.workers, compute)
@@ -347,7 +347,7 @@ def record_pictures(
     images: dict[str, Tensor],
     finished: int,
 ) -> None:
-    """To TensorBoard, of each image (1, 3, H, W): x | x_hat | residual x 4; degraded x_lr | x_hat of that | residual x 4.
+    """To TensorBoard, of each image (1, 3, H, W): x | x_hat | pixel difference x 4; degraded x_lr | x_hat of it | the same.
 
     The same images and the same degradation in every epoch, so that before and after training can be compared.
     """
@@ -359,7 +359,7 @@ def record_pictures(
             inputs[f"{name}_degraded"] = degrade_batch(TASKS[task](keyed_generator(0)), x, scale, [keyed_generator(1)])
         for what, x_lr in inputs.items():
             with compute.autocast():
-                x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
+                x_hat = detector.compare(x).x_hat if what == name else detector.resynthesizer(x_lr)  # (1, 3, H, W)
             before = x if what == name else F.interpolate(x_lr, scale_factor=scale)
             row = torch.cat([before, x_hat, PICTURE_GAIN * (x_hat - x).abs()], dim=3)  # (1, 3, H, 3 * W)
             recorder.pictures(f"resynthesis/{what}", row, finished)

@@ -19,7 +19,9 @@ from models.resynthesis import ResynthesisDetector, downsample
 from models.vgg import STAGES, perceptual_distance
 
 DEGRADE_PROBABILITY = 0.5  # of the auxiliary task on a batch; otherwise its loss is taken on the clean batch
-PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # of each degradation of a training patch: two of them miss every other patch
+PATCH_PROBABILITY = 1 - math.sqrt(
+    0.5
+)  # of each degradation of a training patch: with two of them on, half of the patches stay clean
 NOISE_STD = 4 / 255  # of the denoising task
 GREY_SHARE = (0.1, 0.25)  # of the pixels, in the colorization task
 PATCH_NOISE_STD = (0, 10 / 255)

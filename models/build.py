@@ -120,6 +120,8 @@ def load_detector(
     _check_fingerprint(detector.classifier, recorded.get("classifier_fingerprint"), "classifier", name)
     wanted = recorded.get("resynthesizer_fingerprint")
     if wanted not in (None, config["resynthesizer_fingerprint"]):
+        if resynthesizer.name == name:
+            raise UserError(f"{name} is damaged: the weights of its RDN are not those that were saved; fetch it again")
         raise UserError(
             f"{name} was trained with the RDN {wanted}, and {resynthesizer.name} is"
             f" {config['resynthesizer_fingerprint']}: leave --sr-weights-file out (the detector's file holds its RDN)"

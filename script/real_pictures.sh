@@ -4,14 +4,16 @@
 # PICTURES holds train/real, train/GENERATOR ..., val/real, val/GENERATOR ... (256 x 256 or larger). Trains a small RDN on
 # the reals; then, for each generator and for all together, a ResNet-18 on the plain pixels (an RDN of zeros: the residual
 # is the picture), on the pixel residual, and with VGG_WEIGHTS on the stage-5 residual; tests each on every generator,
-# seen and unseen. INPUTS (stage5 pixel plain) chooses. Writes output/real_pictures; the score tables behind docs/results.md are those of results/.
+# seen and unseen. INPUTS (stage5 pixel plain) chooses. Writes output/real_pictures.
 source "$(dirname "$0")/common.sh"
 pictures=${1:?usage: bash script/real_pictures.sh PICTURES}
 find_python
 gpu=${GPU:-cpu} out=output/real_pictures
 mkdir -p "$out"
-generators=() && for folder in "$pictures"/train/*/; do generators+=("$(basename "$folder")"); done
-generators=("${generators[@]/real/}") && read -ra generators <<<"${generators[*]}"
+generators=()
+for folder in "$pictures"/train/*/; do
+    [[ "$(basename "$folder")" == real ]] || generators+=("$(basename "$folder")")
+done
 
 trained "$out/sr/x4/epoch_14.pth" train_sr.py --train-file "$pictures/train/real" --outputs-dir "$out/sr" \
     --num-features 16 --growth-rate 16 --num-blocks 4 --num-layers 4 --vgg-lambda 0 --start interpolation \
@@ -32,9 +34,9 @@ detector() {
     "$PYTHON" test.py --gpu "$gpu" --resume "$out/$name/last.pth.tar" --save_path "$out/scores/$name" \
         --data-root-pos "$pictures/val/real" --data-root-neg "${generators[@]/#/$pictures/val/}" >/dev/null
 }
-# Stage 5 learns at a high rate of SGD, the pixels (which it did not serve) with AdamW.
+# Stage 5 learns at a high rate of SGD; at that rate SGD failed on pixels, which learn with AdamW.
 sgd="--lr 0.05 --batch-size 32" adamw="--optimizer adamw --lr 1e-3 --wd 0.05 --batch-size 16 --crop-size 128 --crops-per-image 2"
-for input in ${INPUTS:-stage5 pixel plain}; do
+for input in ${INPUTS:-${VGG_WEIGHTS:+stage5} pixel plain}; do
     for seen in "${generators[*]}" "${generators[@]}"; do
         name=${input}_on_${seen// /+}
         case $input in

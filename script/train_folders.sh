@@ -14,7 +14,11 @@ out=${OUT:-output/folders} gpu=${GPU:-cpu} side=${SIDE:-256} crops=${CROPS:-1} b
 learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05) epochs=12 seconds=2
 [[ -z "${VGG_WEIGHTS:-}" ]] || learning=(--idx-stages 5 --lr 0.05) epochs=24 seconds=4
 
-"$PYTHON" -m data.split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"
+if [[ -f "$out/train.csv" ]]; then
+    say "going on with the pictures of $out/train.csv and $out/held_out.csv (for others: OUT=ANOTHER_FOLDER)"
+else
+    "$PYTHON" -m data.split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"
+fi
 reals=$(wc -l <"$out/train_real.txt")
 pictures=$(($(wc -l <"$out/train.csv") + $(wc -l <"$out/held_out.csv")))
 rounds=$((10400 / reals + 1)) # RDN takes about 2,600 steps of 4 patches, however many pictures there are

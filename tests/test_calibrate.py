@@ -97,12 +97,12 @@ def test_thresholds_by_hand():
 
 def test_stores_beside_everything_else_and_says_what_changed(tmp_path, detector, capsys):
     table = scores_csv(tmp_path / "val.csv", *overlapping())
-    (tmp_path / "val.json").write_text(json.dumps({"seen": {"sizes": [[256, 256]]}}))
+    (tmp_path / "val.json").write_text("{}")
     assert calibrate.main([str(table), "--into", str(detector), "--fpr", "0.05", "--fnr", "0.1"]) == 0
     content = checkpoint.load(detector)
     calibration = content.pop("calibration")
     numbers = {"temperature", "t_real", "t_fake", "fpr", "fnr", "n_real", "n_fake"}
-    assert set(calibration) == {*numbers, "source", "seen"} and calibration["seen"] == {"sizes": [[256, 256]]}
+    assert set(calibration) == {*numbers, "source"}
     assert calibration["source"] == "val.csv" and calibration["n_real"] == 300 and calibration["fnr"] == 0.1
     assert set(content) == {"epoch", "config", "state_dict"}
     assert torch.equal(content["state_dict"]["fc.weight"], torch.full((2, 3), 0.5))

@@ -9,8 +9,6 @@ thresholds. What is stored in the detector's file as "calibration", and used by 
     temperature, t_real, t_fake   logits are divided by the first; fake from P(fake) = t_fake on, real up to t_real
     fpr, fnr, n_real, n_fake      the shares of errors that were asked for, and the images it was fitted on
     source                        name of the score table
-    seen                          what SCORES.json says of these images under "seen" (sizes, formats, residual
-                                  energies), {} if nothing: for telling an image that is unlike all of them
 """
 
 import argparse
@@ -189,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"warning: it was trained on {record['trained_on']} of these images: take others, or it is too sure"
         )
     if args.into:
-        calibration |= {"source": Path(args.scores).name, "seen": record.get("seen", {})}
+        calibration["source"] = Path(args.scores).name
         checkpoint.save({**content, "calibration": calibration}, args.into)
         lines.append(f"stored in {shown(args.into)}; test.py uses it from now on")
     sys.stdout.write("\n".join(lines) + "\n")

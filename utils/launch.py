@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-GRACE = 30  # seconds for which processes that were told to end may save their state
+GRACE = 30  # seconds for which the others may go on when a process has failed; who was stopped takes as long as a step
 
 
 def launch(count: int, command: Sequence[str]) -> int:
@@ -21,17 +21,19 @@ def launch(count: int, command: Sequence[str]) -> int:
     with socket.create_server(("localhost", 0)) as free:
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    received, deadline, status = [], math.inf, 0
+    received, told, deadline, status = [], False, math.inf, 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: received.append(number))
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     processes = [subprocess.Popen([sys.executable, *command], env=os.environ | shared | rank) for rank in ranks]
     while None in (ended := [process.poll() for process in processes]):
         status = status or next(filter(None, ended), 0)
-        if deadline == math.inf and (received or status):
-            deadline = time.monotonic() + GRACE
+        if (received or status) and not told:
+            told = True
             for process in processes:
                 process.terminate()
+        if status and not received:
+            deadline = min(deadline, time.monotonic() + GRACE)
         for process in processes if time.monotonic() > deadline else ():
             process.kill()
         time.sleep(0.05)

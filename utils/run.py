@@ -169,16 +169,17 @@ class Compute(NamedTuple):
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
 
-def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: int) -> Compute:
-    """The device for `--gpu`, and PyTorch set to what `--precision`, `--deterministic` and `--seed` ask for.
+def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: int | None = None) -> Compute:
+    """The device for `--gpu`, and PyTorch set (for the whole process) to what precision, `deterministic` and seed ask for.
 
     auto: on CUDA TF32, as the release ran (PyTorch's default for convolutions), on a CPU float32. fp32 is float32 to
     the last bit. Unless `deterministic`, cuDNN measures which of its algorithms is the fastest for each shape.
     """
     device = choose_device(gpu)
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries may still draw from the legacy generator
-    torch.manual_seed(seed)
+    if seed is not None:
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - libraries may still draw from the legacy generator
+        torch.manual_seed(seed)
     if precision == "auto":
         precision = "tf32" if device.type == "cuda" else "fp32"
     if precision == "tf32" and device.type == "cpu":

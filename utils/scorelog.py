@@ -65,6 +65,8 @@ class ScoreLog:
         if from_main(finished and self.table.exists() and not overwrite, self.world):
             logger.info("%s is finished already (--overwrite scores anew)", shown(self.table))
             return False
+        if self.table.exists() and not overwrite and not parts:
+            logger.info("%s, of another job or of files that have changed, will be replaced", shown(self.table))
         if parts and before != self.job:
             changed = [k for k in sorted(before.keys() | self.job.keys()) if before.get(k) != self.job.get(k)]
             way_out = "finish that one, choose another --save_path, or begin anew with --overwrite"
@@ -98,7 +100,7 @@ class ScoreLog:
         self.stamp_file.flush()
 
     def close(self) -> None:
-        """Make the table of all parts, once every process is here. Raises UserError if files were replaced meanwhile."""
+        """Make the table of all parts, once every process is here. Raises UserError if rows are missing (a lost part)."""
         self.writer.close()
         self.stamp_file.close()
         wait_for_all(self.world)
@@ -112,7 +114,7 @@ class ScoreLog:
                 writer.write(Row(*row_of(self.items[index])[:3], *next(same)[1][3:]))
                 missing -= 1
         if missing:
-            raise UserError(f"{missing} images were replaced while they were scored: start again to score them anew")
+            raise UserError(f"{missing} images have no row (was a part deleted?): start again to score them")
         whole.replace(self.table)
 
     def finish(self, about: dict) -> None:

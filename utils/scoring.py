@@ -8,6 +8,7 @@ test.py scores with the same object, so that the numbers are the same.
 """
 
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import NamedTuple
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_PIXELS = 1024 * 1024  # images are scored together while they have no more pixels than this
 UNNAMED = Item("a picture", None, "")
-Picture = str | Image.Image | Tensor  # a path, a PIL image, or uint8 (3, H, W) RGB of 0..255
+Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or uint8 (3, H, W) RGB of 0..255
 
 
 def images_at_once(height: int, width: int) -> int:
@@ -95,7 +96,9 @@ class Detector(NamedTuple):
 
     def _batches(self, pictures: Iterable[Picture] | Picture) -> Iterator[Tensor]:
         """The pictures in the batches (B, 3, H, W) that test.py would make of them."""
-        single = isinstance(pictures, str | Image.Image) or (isinstance(pictures, Tensor) and pictures.dim() == 3)
+        single = isinstance(pictures, str | os.PathLike | Image.Image) or (
+            isinstance(pictures, Tensor) and pictures.dim() == 3
+        )
         fitted = map(self.fit, [pictures] if single else pictures)
         first = next(fitted, None)
         if first is not None:
@@ -130,7 +133,7 @@ def load(
     Raises:
         UserError: if something is missing, damaged, or does not belong together.
     """
-    compute = choose_compute(device, precision, deterministic=False, seed=0)
+    compute = choose_compute(device, precision, deterministic=False)
     return load_on(compute, checkpoint, resynthesizer, vgg_weights, options or {})
 
 

@@ -18,7 +18,7 @@ from data.datasets import Batch, ImageDataset
 from data.residuals import ResidualCache
 from models import ResynthesisDetector
 from models.auxiliary import degrade_batch, draw_degradation, residual_and_auxiliary_loss
-from utils.distributed import World, sum_over_processes
+from utils.distributed import World, from_main, sum_over_processes
 from utils.run import REAL, Compute, keyed_generator, make_folder
 from utils.training import Progress
 
@@ -90,7 +90,12 @@ def end_to_end_residuals(
 
 
 def residual_cache(
-    args: Namespace, detector: ResynthesisDetector, config: dict, compute: Compute, datasets: list[ImageDataset]
+    args: Namespace,
+    detector: ResynthesisDetector,
+    config: dict,
+    compute: Compute,
+    world: World,
+    datasets: list[ImageDataset],
 ) -> ResidualCache | None:
     """Where residuals of the images are kept, if they are the same in each epoch and there is room for all."""
     if not args.fixed_resynthesizer or not args.cache:
@@ -110,4 +115,4 @@ def residual_cache(
     cache = ResidualCache(folder, about, args.cache_precision)
     both_ways = [size for images in datasets for size in images.sizes * images.parts * (2 if images.draws else 1)]
     shapes = [detector.residual_shape(*size) for size in both_ways]
-    return cache if cache.has_room(shapes, args.cache_gb * 1e9) else None
+    return cache if from_main(cache.has_room(shapes, args.cache_gb * 1e9), world) else None

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Of these options no number depends: a resumed run may have others without a word.
 FREE = {"save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "cache_dir",
-        "cache_gb", "cache", "resynthesizer_file", "without_effect", "deterministic"}  # fmt: skip
+        "cache_gb", "cache", "resynthesizer_file", "deterministic"}  # fmt: skip
 CHECKPOINT_NAMES = r"(\d+(_sr)?|best|last)\.pth\.tar|(epoch_\d+|best|last)\.pth"
 RECORD_NAMES = ("stats.jsonl", "tensorboard")
 WARM_UP = 0.03  # of a training under the cosine schedule
@@ -200,6 +200,11 @@ class Stepper:
         if run is None:
             return
         state, known = run.content, vars(self.progress)
+        before, now = (s.get("optimizer", "sgd") for s in (state["settings"], settings))
+        if before != now:
+            raise UserError(
+                f"{run.name} was trained with --optimizer {before}: give that, or start anew from it by --init"
+            )
         self.optimizer.load_state_dict(state["optimizer"])
         self.set_rates(1.0)
         if state["scaler"]:  # empty if the run began in another precision
@@ -209,7 +214,7 @@ class Stepper:
 
 
 def cosine(of: int, epochs: float) -> float:
-    """The rate's factor after so many epochs `of` all: a linear warm-up, then down to 0."""
+    """Factor on the learning rate after `epochs` of `of` epochs: a linear warm-up, then down to 0."""
     done = epochs / of
     if done < WARM_UP:
         return done / WARM_UP
