@@ -75,11 +75,11 @@ def prepare(folder: Path, quick: bool, side: int, stages: list[int]) -> None:
 def against(args: Namespace, folder: Path) -> dict[str, list]:
     """Does this checkout cost more than another commit's? Table "Against an earlier commit".
 
-    git worktree add /tmp/old 1ed4653; python -m benchmarks against /tmp/old [--rounds 3] [--side 512] [--stages 0 5]
+    git worktree add ../old 1ed4653; python -m benchmarks against ../old [--rounds 3] [--side 512] [--stages 0 5]
     In turn, float32: test.py on one image and on three more; each training for an epoch (a step of 2, or 12) and three more.
     """
     if not args.old or not (args.old / "test.py").exists():
-        raise UserError("no other checkout: give its folder, as in `python -m benchmarks against /tmp/old`")
+        raise UserError("no other checkout: give its folder, as in `python -m benchmarks against ../old`")
     stages, jobs = [0] if args.quick else args.stages, {}
     prepare(folder, args.quick, 128 if args.quick else args.side or 512, stages)
     sr = f"train_sr.py --gpu cpu --train-file {folder}/patches --workers 1 --num-save 1000 --vgg-weights {folder}/vgg.pth "
