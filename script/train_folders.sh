@@ -11,18 +11,20 @@ while [[ $# -gt 0 && "$1" != -* ]]; do folders+=("$1"); shift; done
 [[ ${#folders[@]} -ge 2 ]] || fail "usage: bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [flags]"
 find_python
 out=${OUT:-output/folders} gpu=${GPU:-cpu} side=${SIDE:-256} crops=${CROPS:-1} began=$SECONDS
-learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05) epochs=12 seconds=2
-[[ -z "${VGG_WEIGHTS:-}" ]] || learning=(--idx-stages 5 --lr 0.05) epochs=24 seconds=4
+# How the classifier learns, the steps that takes, images a step; milliseconds: of 256 x 256 pixels, a step and to prepare
+learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05) steps=600 batch=16 step=1500 prepare=500
+[[ -z "${VGG_WEIGHTS:-}" ]] || learning=(--idx-stages 5 --lr 0.05) steps=400 batch=32 step=150 prepare=3000
 
 if [[ -f "$out/train.csv" ]]; then
     say "going on with the pictures of $out/train.csv and $out/held_out.csv (for others: OUT=ANOTHER_FOLDER)"
 else
     "$PYTHON" -m data.split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"
 fi
-reals=$(wc -l <"$out/train_real.txt")
-pictures=$(($(wc -l <"$out/train.csv") + $(wc -l <"$out/held_out.csv")))
+reals=$(wc -l <"$out/train_real.txt") train=$(($(wc -l <"$out/train.csv") - 1))
 rounds=$((10400 / reals + 1)) # RDN takes about 2,600 steps of 4 patches, however many pictures there are
-say "about $((6 + pictures * crops * seconds * side * side / 65536 / 60)) minutes on two cores without a GPU"
+epochs=$((steps * batch / (train * crops) + 1))
+minutes=$(((steps * step + train * crops * prepare) * side / 256 * side / 256 / 60000))
+say "about $((6 + minutes)) minutes on two cores without a GPU"
 
 trained "$out/sr/x4/epoch_$((rounds - 1)).pth" train_sr.py --train-file "$out/train_real.txt" \
     --eval-file "$out/held_out_real.txt" --outputs-dir "$out/sr" --num-features 16 --growth-rate 16 --num-blocks 4 \
@@ -30,7 +32,7 @@ trained "$out/sr/x4/epoch_$((rounds - 1)).pth" train_sr.py --train-file "$out/tr
     --num-epochs "$rounds" --num-save "$rounds" --skip-bad
 detector=$out/detector/last.pth.tar
 trained "$out/detector/$(printf %04d $epochs).pth.tar" train_detector.py --fixed-sr --sr-weights-file "$out/sr/x4/last.pth" \
-    --arch resnet18 --no_dilation "${learning[@]}" --schedule cosine --lr-sr 1 --batch-size 32 \
+    --arch resnet18 --no_dilation "${learning[@]}" --schedule cosine --lr-sr 1 --batch-size "$batch" \
     --epochs $epochs --save-every-epoch $epochs --crop-size "$side" --crops-per-image "$crops" --skip-bad \
     --csv "$out/train.csv" --val-csv "$out/held_out.csv" --output-path "$out/detector" "$@"
 
