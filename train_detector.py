@@ -82,7 +82,7 @@ def main(args: Namespace) -> None:
         trained = partial(sources.end_to_end_residuals, detector, compute, world, auxiliary)
         frozen = partial(sources.frozen_residuals, detector, compute, args.micro_batch)
         residuals_of, val_residuals_of, kept = frozen if args.fixed_resynthesizer else trained, frozen, ()
-        if cache := sources.residual_cache(args, detector, config, compute, world, [images, val_images]):
+        if cache := sources.residual_cache(args, detector, config, compute, [images, val_images], world):
             kept = images, val_images = ResidualDataset(images, cache), ResidualDataset(val_images, cache)
             residuals_of = val_residuals_of = partial(sources.read_residuals, compute)
         loader = make_loader(images, batches, args.workers, compute)

@@ -79,7 +79,7 @@ def test_rows_are_of_the_files_they_were_made_from(tmp_path, items):
     again = opened(tmp_path, items)
     assert again.missing(1).tolist() == [2, 5]
     again.write(rows(items, [2], add=0.5))
-    with mistake("1 images were replaced"):
+    with mistake("1 images have no row"):
         again.close()
     last = opened(tmp_path, items)
     last.write(rows(items, [5], add=0.5))

@@ -53,11 +53,11 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
 
     def parse(text: str):
         value = kind(text)
-        if not abs(value) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} (wanted: a finite number)")
         if (low is not None and not value >= low) or (high is not None and not value <= high):
             limits = [f"{word} {limit}" for word, limit in (("at least", low), ("at most", high)) if limit is not None]
             raise argparse.ArgumentTypeError(f"{text} (wanted: {' and '.join(limits)})")
+        if abs(value) == float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} (wanted: a finite number)")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in its errors

@@ -94,8 +94,8 @@ def residual_cache(
     detector: ResynthesisDetector,
     config: dict,
     compute: Compute,
-    world: World,
     datasets: list[ImageDataset],
+    world: World = World(),  # noqa: B008
 ) -> ResidualCache | None:
     """Where residuals of the images are kept, if they are the same in each epoch and there is room for all."""
     if not args.fixed_resynthesizer or not args.cache:
