@@ -228,7 +228,8 @@ def list_digest(items: Sequence[Item]) -> str:
     for path, label, generator in items:
         folder, name = os.path.split(path)
         digest.update(f"{place(folder)}/{name}\0{label}\0{generator}\n".encode(errors="surrogateescape"))
-    return f"{len(items)} images, {digest.hexdigest()[:16]}"
+    fakes, reals = (sum(item.label == label for item in items) for label in (FAKE, REAL))
+    return f"{len(items)} images ({reals} real, {fakes} generated), {digest.hexdigest()[:16]}"
 
 
 def identities(items: Sequence[Item]) -> np.ndarray:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -517,3 +518,18 @@ def test_several_processes_need_a_save_path(tiny, some, tmp_path):
     assert 2 in [finish(run) for run in runs] and "--save_path" in (tmp_path / "0").read_text()
     with contextlib.suppress(FileNotFoundError):
         assert "Traceback" not in (tmp_path / "1").read_text()
+
+
+def test_the_example_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
+    shutil.copy(tiny, tmp_path / "DETECTOR.pth.tar")
+    for name in ("a.png", "b.jpg"):
+        write_image(tmp_path / name, 1)
+    example = re.search(
+        r"```python\n(from models import load.*?)```",
+        Path(__file__).parents[1].joinpath("README.md").read_text(),
+        re.DOTALL,
+    )[1]
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    exec(example, found)
+    assert found["residual"].shape[0] == 3 and capsys.readouterr().out.count("\n") == 2
