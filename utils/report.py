@@ -24,6 +24,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageOps
 
+from data.images import FORMATS
 from data.perturbations import Cell
 from utils import figures, metrics
 from utils.run import UserError, atomic, make_folder, run_program, shown, text_table
@@ -32,7 +33,6 @@ from utils.scores import ScoreTable, read_record, read_table, residual_path
 WORST = 10  # images shown
 THUMBNAIL = {"image": 320, "residual": 720}  # pixels, the longer side
 CSS_PIXELS_PER_INCH = 96
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no others: Pillow runs Ghostscript on EPS, for one
 COMPARED = ("accuracy", "auroc", "average_precision")  # columns of the comparison: those that have intervals
 
 

@@ -1,4 +1,4 @@
-"""The ground floor, which all rooms stand on: mistakes, starting and stopping, files written whole, chance, tables."""
+"""The ground floor, which all rooms stand on: mistakes, starting and stopping, files written whole, random generators, tables."""
 
 import contextlib
 import errno

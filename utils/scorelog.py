@@ -88,7 +88,7 @@ class ScoreLog:
         return True
 
     def missing(self, block: int) -> np.ndarray:
-        """The indices of the images that lack a row in this process's blocks of the list, which are every `size`-th."""
+        """Indices of the images that lack a row. Process r of n scores the blocks r, r + n, ... of `block` images each."""
         missing = np.flatnonzero(~self.done)
         return missing[missing // block % self.world.size == self.world.rank]
 
