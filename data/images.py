@@ -67,9 +67,14 @@ def read_rgb(path: str) -> Image.Image:
     """
     with _image_file(path) as (_, image):
         image.load()
-        with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
-            ImageOps.exif_transpose(image, in_place=True)
-        return to_rgb(image)
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """A decoded image, which may be changed, as `read_rgb` gives it."""
+    with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
+        ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 @contextmanager

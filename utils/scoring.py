@@ -15,11 +15,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from data.datasets import Key, Sample, alike, collate
-from data.images import SizePolicy, fit_size, load_image, to_rgb
+from data.images import SizePolicy, fit_size, load_image, upright_rgb
 from data.lists import Item
 from models import ResynthesisDetector, fingerprint, load_detector, read_checkpoint
 from models.resynthesis import Compared
@@ -70,8 +70,7 @@ class Detector(NamedTuple):
             UserError: if it cannot be read, or is too small.
         """
         if isinstance(picture, Image.Image):
-            upright = to_rgb(ImageOps.exif_transpose(picture))
-            picture = torch.from_numpy(np.array(upright)).permute(2, 0, 1)  # (3, H, W)
+            picture = torch.from_numpy(np.array(upright_rgb(picture.copy()))).permute(2, 0, 1)  # (3, H, W)
         elif not isinstance(picture, Tensor):
             picture = load_image(picture)  # (3, H, W)
         if picture.dtype != torch.uint8 or picture.dim() != 3 or len(picture) != 3:
