@@ -30,7 +30,7 @@ from torch import Tensor
 from data.datasets import Batch, ImageDataset, Key, alike, make_loader
 from data.images import check_headers, fitted_size
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
-from data.perturbations import Cell, Perturbation, cells, mild_variants
+from data.perturbations import Cell, Perturbation, chosen_cells, mild_variants
 from utils import run
 from utils.distributed import world_of_processes
 from utils.run import UserError, shown
@@ -50,7 +50,7 @@ def main(args: Namespace) -> int:
         if not args.resume:
             raise UserError("no detector: give its checkpoint with --resume")
         items = items_to_test(args)
-        perturbations = cells(args.perturb_protocol, args.perturb)
+        perturbations = chosen_cells(args.perturb_protocol, args.perturb or [("none", None)])
         detector = load_on(compute, args.resume, args.resynthesizer_file, args.vgg_weights, vars(args))
         detector.network.set_tile(args.tile)
         trained_on = say_what_it_knows(detector, items)

@@ -15,7 +15,7 @@ workers and the place of the file change nothing.
 import io
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -177,6 +177,22 @@ def cells(protocol: str, name: str = "all") -> list[Cell]:
     if name not in (*known, "all"):
         raise UserError(f"no perturbation {name!r} with --perturb-protocol {protocol}: it has {', '.join(known)}")
     return sum(known.values(), []) if name == "all" else known[name]
+
+
+def chosen_cells(protocol: str, wanted: Sequence[tuple[str, float | None]]) -> list[Cell]:
+    """What to run for --perturb NAME[=STRENGTH] ..., each once.
+
+    Raises:
+        UserError: if a perturbation or its strength is not in the protocol.
+    """
+    chosen = []
+    for name, strength in wanted:
+        found = [c for c in cells(protocol, name) if strength is None or c.strength == strength]
+        if not found:
+            strengths = ", ".join(f"{c.strength:g}" for c in cells(protocol, name) if c.strength is not None)
+            raise UserError(f"--perturb {name}={strength:g}: its strengths are {strengths or 'not chosen'}")
+        chosen += found
+    return list(dict.fromkeys(chosen))
 
 
 def perturb(image: Tensor, name: str, protocol: str, seed: int, strength: float | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from data import perturbations as P
-from utils.run import keyed_generator
+from utils.run import UserError, keyed_generator
 
 KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # of Frank et al., with the sigma OpenCV takes for each
 
@@ -164,6 +164,10 @@ def test_cells():
     assert {c.name for c in sweep} | {c.name for c in P.cells("frank2020")} == set(P.NAMES)
     assert P.cells("sweep", "none") == P.cells("frank2020", "none") == [P.Cell("none", None)]
     assert P.Cell("jpeg", 30.0) in P.cells("sweep", "jpeg")
+    jpeg = P.Cell("jpeg", 70.0)
+    assert P.chosen_cells("sweep", [("jpeg", 70.0), ("none", None), ("jpeg", 70.0)]) == [jpeg, P.Cell("none")]
+    with pytest.raises(UserError, match="100, 90"):
+        P.chosen_cells("sweep", [("jpeg", 71.0)])
     cell = P.Cell("jpeg", 30.0)
     assert (cell.label, cell.file_name, cell.kind.axis) == ("jpeg quality 30", "jpeg_quality_30", "quality")
     assert cell.kind.smaller_is_harder and not P.Cell("blur").kind.smaller_is_harder

@@ -64,6 +64,14 @@ def number(kind: type, low: float | None = None, high: float | None = None) -> C
     return parse
 
 
+def perturbation(text: str) -> tuple[str, float | None]:
+    """An argparse type: NAME or NAME=STRENGTH."""
+    name, given, strength = text.partition("=")
+    if name not in (*PERTURBATIONS, "all"):
+        raise argparse.ArgumentTypeError(f"no perturbation {name!r}: {', '.join(PERTURBATIONS)} or all was wanted")
+    return name, number(float)(strength) if given else None
+
+
 count, at_least_one, weight = number(int, 0), number(int, 1), number(float, 0)
 
 
@@ -288,8 +296,11 @@ def test_parser() -> Parser:
     test.add("--save_path --save-path", "writes P.csv, P.npy, P.json and P.png", dest="save_path", metavar="P")
     text = "writes image | re-synthesis | residual of each image as a picture"
     test.add("--save-residuals", text, metavar="DIR")
-    text = "perturb the images before they are scored; all: under each perturbation in turn"
-    test.add("--perturb", text, default="none", choices=(*PERTURBATIONS, "all"))
+    text = (
+        "perturb the images before they are scored, in each of these ways in turn; of a sweep all strengths or one"
+        f" (jpeg=70); all: every one (default: none; names: {', '.join(PERTURBATIONS)})"
+    )
+    test.add("--perturb", text, perturbation, nargs="+", metavar="NAME[=STRENGTH]")
     text = "fixed strengths (sweep), or random ones as Frank et al. (ICML 2020) describe them"
     test.add("--perturb-protocol", text, default="sweep", choices=PERTURBATION_PROTOCOLS)
     test.switch("--stability", "score each image again after JPEG of quality 90 and after resizing to 0.9 and back"
