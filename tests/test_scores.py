@@ -5,21 +5,21 @@ import csv
 import numpy as np
 import pytest
 
+from utils import scores
 from utils.run import FAKE, REAL, UserError
-from utils.scores import COLUMNS, FORMULA_STARTS, Row, RowWriter, make_rows, predict, read_record, read_rows, read_table
+from utils.scores import COLUMNS, Row, make_rows, predict, read_record, read_rows, read_table
 
 HEADER = ",".join(COLUMNS)
 NAMES = [
     "plain.png", "with space .png", " leading and trailing ", "a,b;c.png", 'quo"te.png', '"', "new\nline.png",
     "\n", "carriage\rreturn", "\r\n", "=1+1.png", "+a", "-a", "@a", "\ta", "＝a", "'", "''", "'=a", "''=a",
     "'plain", "naïve/é/雪.png", "<script>alert(1)</script>", "\udcff\udcfe.png", "\ufeffmark", "real", ",",
-    "C:\\new\\table", "'\r", *(f"{start}cmd|' /C calc'!A0" for start in FORMULA_STARTS),
+    "C:\\new\\table", "'\r", *(f"{start}cmd|' /C calc'!A0" for start in scores.FORMULA_STARTS),
 ]  # fmt: skip
 
 
 def write(path, *rows, **options):
-    with RowWriter(path, **options) as writer:
-        writer.write(*rows)
+    scores.write_table(path, rows, **options)
     return path
 
 
@@ -30,7 +30,7 @@ def test_any_name_comes_back_and_none_starts_as_a_formula(tmp_path, name):
     with open(tmp_path / "s.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         cells = list(csv.reader(file))[1]
     assert len(cells) == len(COLUMNS)
-    assert not any(cells[i].startswith(FORMULA_STARTS) for i in (0, 2)), cells  # path, generator
+    assert not any(cells[i].startswith(scores.FORMULA_STARTS) for i in (0, 2)), cells  # path, generator
 
 
 def test_tables_with_and_without_stability(tmp_path):
@@ -95,18 +95,6 @@ def test_logits_that_are_not_finite_make_an_error_row(bad):
     assert row.error and row.prob_fake is None and row.prediction == ""
 
 
-def test_what_write_returned_from_is_in_the_file_and_what_was_torn_off_hides_none_of_it(tmp_path):
-    path = tmp_path / "s.csv"
-    with RowWriter(path) as writer:
-        for n in range(1, 4):
-            writer.write(Row(f"{n}\r,\n.png", "real", "", 0.0, 1.0, 0.25, "real"))
-            assert len(read_table(path)) == n
-    whole = path.read_bytes()
-    for cut in range(1, 20):  # killed in the last row
-        path.write_bytes(whole[:-cut])
-        assert [row.path for _, row in zip(range(2), read_rows(path), strict=False)] == ["1\r,\n.png", "2\r,\n.png"]
-
-
 def test_other_orders_more_columns_and_a_byte_order_mark_are_fine(tmp_path):
     (tmp_path / "s.csv").write_text(
         "\ufeffpath,note,prob_fake,label,logit_real,logit_fake,generator,prediction\na.png,hm,0.5,real,1,1,,fake\n\n",
@@ -162,8 +150,6 @@ def test_files_that_are_no_tables_are_one_line(tmp_path):
         with pytest.raises(UserError, match=str(tmp_path / name)) as caught:
             read_table(tmp_path / name)
         assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(UserError, match=str(tmp_path)):
-        RowWriter(tmp_path)
     assert read_record(tmp_path / "none.csv") == {}
     assert read_record(tmp_path / "s.csv")["settings"] == {"seed": 1}
     for broken in ("{", "[]", "\xff"):

@@ -8,13 +8,13 @@ exactly what was written, whatever the file names:
 - a text that a spreadsheet would take for a formula gets an apostrophe in front, which reading takes away.
 """
 
-import contextlib
 import csv
+import io
 import json
 import math
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.run import LABEL_NAMES, UserError, shown
+from utils.run import LABEL_NAMES, UserError, atomic, shown
 
 # What makes a spreadsheet read a cell as a formula (OWASP, "CSV Injection"); and the apostrophe against it.
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -135,37 +135,18 @@ def make_rows(items: Sequence[tuple], logits: np.ndarray, calibration: Mapping |
     ]
 
 
-class RowWriter(contextlib.AbstractContextManager):
-    """Writes a score table row by row; what `write` has returned from is in the file.
-
-    stability: whether it has that column.
-
-    Raises:
-        UserError: if the file cannot be opened.
-    """
-
-    def __init__(self, path: str | os.PathLike, stability: bool = False):
-        self._columns = Row._fields if stability else COLUMNS
-        try:
-            self._file = open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
-        except OSError as error:
-            raise UserError(f"cannot write the score table {shown(path)} ({error.strerror})") from None
-        self._file.write(",".join(self._columns) + "\n")
-        self._file.flush()
-
-    def write(self, *rows: Row) -> None:
+def write_table(path: str | os.PathLike, rows: Iterable[Row], stability: bool = False) -> None:
+    """Write a score table, whole or not at all. stability: whether it has that column."""
+    columns = Row._fields if stability else COLUMNS
+    with atomic(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        text.write(",".join(columns) + "\n")
         for row in rows:
-            cells = _cells(row)[: len(self._columns)]
+            cells = _cells(row)[: len(columns)]
             lone = any("\r" in cell for cell in cells)  # Python < 3.13 leaves it bare, and its reader breaks the line
             quoting = csv.QUOTE_ALL if lone else csv.QUOTE_MINIMAL
-            csv.writer(self._file, lineterminator="\n", quoting=quoting).writerow(cells)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __exit__(self, *_) -> None:
-        self.close()
+            csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
+        text.detach()  # flushes; `atomic` closes the file
 
 
 def _cells(row: Row) -> list[str]:
