@@ -152,7 +152,7 @@ def test_files_that_are_no_tables_are_one_line(tmp_path):
         assert len(str(caught.value).splitlines()) == 1
     assert read_record(tmp_path / "none.csv") == {}
     assert read_record(tmp_path / "s.csv")["settings"] == {"seed": 1}
-    for broken in ("{", "[]", "\xff"):
+    for broken in ("{", "[1]", "\xff"):
         (tmp_path / "s.json").write_text(broken, encoding="latin-1")
         with pytest.raises(UserError, match="s.json"):
             read_record(tmp_path / "s.csv")

@@ -37,9 +37,7 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
     Args:
         fpr: share of the reals that may be called fake. fnr: share of the fakes that may be called real.
     Returns:
-        calibration: {"temperature", "t_real", "t_fake", "fpr", "fnr", "n_real", "n_fake"}, plain numbers;
-        warnings: what to know before trusting it, a line each.
-
+        the calibration without its source, plain numbers; what to know before trusting it, a line each.
     Raises:
         UserError: if a class is missing.
     """
@@ -53,8 +51,8 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
         if rate * count < 1 - 1e-9:
             none = f"{100 * rate:g} % of {count} {kind} is less than one image, so none of them is called wrong"
             warnings.append(f"{none}; what others will be called is anyone's guess")
-    numbers = {"temperature": temperature, "t_real": t_real, "t_fake": t_fake, "fpr": fpr, "fnr": fnr}
-    return {**numbers, "n_real": n_real, "n_fake": n_fake}, warnings
+    fitted = {"temperature": temperature, "t_real": t_real, "t_fake": t_fake}
+    return {**fitted, "fpr": fpr, "fnr": fnr, "n_real": n_real, "n_fake": n_fake}, warnings
 
 
 def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, list[str]]:
@@ -107,13 +105,9 @@ def _lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) ->
 
 
 def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
-    """Whether a score table is of the detector in the file `path`, on untouched images.
+    """Raises UserError unless a score table is of the detector in the file `path`, and of untouched images.
 
-    Args:
-        content: of the file. record: of SCORES.json; {}: there is none, which is a warning.
-
-    Raises:
-        UserError: if it is not, or the file holds no detector.
+    content: of the file. record: of SCORES.json; {}: there is none, which is a warning.
     """
     from models.weights import fingerprint, state_dict_of
 

@@ -22,19 +22,12 @@ from utils.scores import ScoreTable
 REAL_COLOR = "#767676"
 COLORS = "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 DASHES = ("-", "--", "-.", ":")  # once the colours are used up
-INK, FAINT = "#222222", "#dddddd"
+INK = "#222222"
 STYLE = {
     "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
+    **{"axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd", "grid.linewidth": 0.6},
     "legend.fontsize": 8.5,
     "text.parse_math": False,  # a generator may be called $x
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
@@ -45,7 +38,6 @@ LONGEST_NAME = 28
 LONGEST_LEGEND = 6  # entries that fit a panel
 LEGEND_ENTRY = 2.6  # inches
 MOST_OUTLINES = 4  # histograms that can be told apart in one panel
-FALSE_ALARMS = (0.01, 0.05)  # marked on the logarithmic ROC
 REALS = {"fc": (REAL_COLOR, 0.45), "ec": "none"}  # and images without a label
 CHANCE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
@@ -80,7 +72,10 @@ def robustness(
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
     with sheet(path, max(3.6 * columns, 5.2), 3.1 * rows + 0.5, rows, columns) as panels:
+        for panel in panels[len(curves) :]:
+            panel.set_axis_off()
         for panel, (perturbation, by_generator) in zip(panels, curves.items(), strict=False):
+            kind = Cell(perturbation).kind
             for name, points in by_generator.items():
                 style = line_style(generators.index(name))
                 strengths, values, intervals = zip(*points, strict=True)
@@ -90,13 +85,8 @@ def robustness(
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=style["color"], lw=1, ls=":")
             panel.axhline(0.5, **CHANCE)
-            panel.set(
-                title=shorten(perturbation), xlabel=Cell(perturbation).kind.axis, ylabel="AUROC", ylim=(None, 1.01)
-            )
-            if Cell(perturbation).kind.smaller_is_harder:
-                panel.invert_xaxis()
-        for panel in panels[len(curves) :]:
-            panel.set_axis_off()
+            panel.set(title=shorten(perturbation), xlabel=kind.axis, ylabel="AUROC", ylim=(None, 1.01))
+            panel.xaxis.set_inverted(kind.smaller_is_harder)
         _legend(panels[0], None, below=True)
 
 
@@ -124,7 +114,7 @@ def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, pat
 
 def draw_roc(axes: Axes, table: ScoreTable, log: bool = False) -> None:
     """ROC of each generator with its AUROC; `log`: the false-positive rate on a logarithmic axis."""
-    lowest = 0.5 * min(FALSE_ALARMS)  # the logarithmic axis shows these at least
+    lowest = 0.005  # the logarithmic axis begins there or below
     for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
         scores, is_fake = table.margins[rows], table.is_fake[rows]
         if metrics.both_classes(is_fake):
@@ -137,14 +127,11 @@ def draw_roc(axes: Axes, table: ScoreTable, log: bool = False) -> None:
     axes.plot(chance, chance, **CHANCE)
     axes.set(xlim=(-0.01, 1), ylim=(0, 1.012), title="ROC", ylabel="fakes found (true-positive rate)")
     axes.set_xlabel("reals called fake (false-positive rate)")
-    if not log:
-        return _legend(axes, "generator  AUROC", loc="lower right")
-    axes.set(xscale="log", xlim=(lowest, 1), title="ROC, logarithmic")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
-    for level in FALSE_ALARMS:
-        axes.axvline(level, color=INK, lw=0.8, alpha=0.45)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        axes.text(level, 0.12, f"{level:.0%}", ha="center", fontsize=8, bbox=box, zorder=1.5)
+    if log:
+        axes.set(xscale="log", xlim=(lowest, 1), title="ROC, logarithmic")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
+    else:
+        _legend(axes, "generator  AUROC", loc="lower right")
 
 
 def draw_histogram(axes: Axes, table: ScoreTable) -> None:

@@ -64,11 +64,7 @@ class Scores(NamedTuple):
 
 
 def load_tables(csv_files: Sequence[str | os.PathLike], resamples: int = metrics.RESAMPLES) -> list[Scores]:
-    """The score tables with their metrics, under names that tell them apart.
-
-    Raises:
-        UserError: for a table or JSON that cannot be read.
-    """
+    """The score tables with their metrics, under names that tell them apart. Raises UserError if one cannot be read."""
     tables = []
     for path, name in zip(map(Path, csv_files), unique_names(csv_files), strict=True):
         table, record = read_table(path), read_record(path)
@@ -91,10 +87,7 @@ def unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
 def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str | os.PathLike | None = None) -> Path:
     """Write the page and its figures. Returns the path of the page.
 
-    residuals: the folder of test.py --save-residuals.
-
-    Raises:
-        UserError: if they cannot be written.
+    residuals: the folder of test.py --save-residuals. Raises UserError if nothing can be written.
     """
     out = make_folder(out)
     clean = [t for t in tables if t.cell.name == "none"]
@@ -192,11 +185,7 @@ def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, dict[str, list]]
 
 
 def compact_rows(tables: Sequence[Scores], metric: str) -> list[list[str]]:
-    """One metric: a row a table, a column a generator; of perturbed images: a row a perturbation, a column a detector.
-
-    Raises:
-        UserError: if two tables are of the same perturbation and detector.
-    """
+    """One metric: a row a table, a column a generator; of perturbed images: a row a perturbation, a column a detector."""
     tables = sorted(tables, key=by_difficulty)
     heading, *rows = metrics.rows_by_generator({t.name: t.summary for t in tables}, metric)
     if tables[-1].cell.name == "none":

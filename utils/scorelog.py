@@ -54,11 +54,7 @@ class ScoreLog:
         self.done = np.zeros(len(items), bool)
 
     def open(self, overwrite: bool) -> bool:
-        """Find out what there is. Returns False if the table is finished.
-
-        Raises:
-            UserError: if the parts are of another job.
-        """
+        """Find out what there is. Returns False if the table is finished. Raises UserError if parts are of another job."""
         found = self._parts()
         parts = {} if overwrite else found
         replaced = self.table.exists() and not overwrite and not parts
@@ -70,8 +66,7 @@ class ScoreLog:
             logger.info("%s, of another job or of files that have changed, will be replaced", shown(self.table))
         for part in parts.values():
             self._require_own(part)
-            for index, _ in self._rows(part):
-                self.done[index] = True
+            self.done[[index for index, _ in self._rows(part)]] = True
         if self.done.any():
             logger.info("going on after %d of %d images already scored", self.done.sum(), len(self.items))
         wait_for_all(self.world)  # all have looked before anyone writes
