@@ -32,9 +32,8 @@ from typing import NamedTuple
 
 import jinja2
 import numpy as np
-from PIL import Image, ImageOps
 
-from data.images import FORMATS
+from data.images import read_rgb
 from data.perturbations import Cell
 from utils import figures, metrics
 from utils.run import UserError, atomic, make_folder, run_program, shown, text_table
@@ -69,7 +68,7 @@ def load_tables(csv_files: Sequence[str | os.PathLike], resamples: int = metrics
     for path, name in zip(map(Path, csv_files), unique_names(csv_files), strict=True):
         table, record = read_table(path), read_record(path)
         settings = record.get("settings")
-        seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # of the intervals that test.py printed
+        seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # so intervals are those of test.py
         tables.append(Scores(name, path, table, record, metrics.summarize(table, resamples, seed)))
     return tables
 
@@ -155,14 +154,11 @@ def card(scores: Scores, i: int, residuals: str | os.PathLike | None) -> dict:
 def thumbnail(path: Path, side: int) -> str:
     """A small JPEG of the file as a data URI; empty where there is none."""
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            image.draft("RGB", (side, side))  # JPEG: decode no more than needed
-            image = ImageOps.exif_transpose(image).convert("RGB")
-            image.thumbnail((side, side))
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=88)
-    except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError):
+        image = read_rgb(str(path))
+    except UserError:
         return ""
+    image.thumbnail((side, side))
+    image.save(buffer := io.BytesIO(), "JPEG", quality=88)
     return data_uri(buffer.getvalue(), "image/jpeg")
 
 

@@ -22,19 +22,7 @@ import numpy as np
 
 from utils.run import LABEL_NAMES, UserError, atomic, shown
 
-FORMULA_STARTS = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-    "＝",
-    "＋",
-    "－",
-    "＠",
-)  # for a spreadsheet (OWASP, "CSV Injection")
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for a formula (OWASP, "CSV Injection")
 GUARD = "'"
 GUARDED_STARTS = (*FORMULA_STARTS, GUARD)
 
