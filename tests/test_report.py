@@ -216,20 +216,20 @@ def test_one_metric_is_a_compact_table(tmp_path, capsys):
 def test_tables_of_documents_are_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tables = [write(tmp_path, name, rows()) for name in "ab"]
-    document, path = "# Head\n\n<!-- made by: {} -->\n{}\nThe end. <!-- made by: hand -->\n", tmp_path / "d.md"
+    document, path = "# Head\n\n<!-- made by: {} -->{}\n\nThe end. <!-- made by: hand -->\n", tmp_path / "d.md"
     command = "python -m utils.report [ab].csv --markdown auroc"
-    path.write_text(document.format(command, "| old |\n"))
+    path.write_text(document.format(command, "\n| old |\n| --- |"))
     with mistake("d.md"):
         report.main(["--refresh", "d.md", "--check"])
     assert "| old |" in path.read_text()
     report.main([*tables, "--markdown", "auroc"])
-    made = document.format(command, capsys.readouterr().out)
+    made = document.format(command, "\n" + capsys.readouterr().out.rstrip())
     for check in ([], [], ["--check"]):
         assert report.main(["--refresh", "d.md", *check]) == 0 and path.read_text() == made
     for wrong in ("a.csv --out o", "none.csv --markdown", "a.csv --markdown no", "'a.csv"):
         path.write_text(document.format(f"python -m utils.report {wrong}", ""))
         with mistake(wrong):
             report.main(["--refresh", "d.md"])
-    path.write_text(document.format("python -m other a.csv --markdown", ""))
+    path.write_text("<!-- made by: python -m other a.csv --markdown -->")
     with mistake("utils.report"):
         report.main(["--refresh", "d.md"])

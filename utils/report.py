@@ -42,7 +42,7 @@ from utils.scores import ScoreTable, read_record, read_table, residual_path
 WORST = 10  # images shown
 THUMBNAIL = {"image": 320, "residual": 720}  # pixels, the longer side
 COMPARED = ("accuracy", "auroc", "average_precision")  # columns of the comparison: those that have intervals
-MADE_BY = re.compile(r"^(<!-- made by: (.+) -->\n)(?:.*\S.*\n?)*", re.MULTILINE)  # (line (command)), table
+MADE_BY = re.compile(r"^(<!-- made by: (.+) -->).*(?:\n.*\S.*)*", re.MULTILINE)  # (comment (command)), table
 PROGRAM = "python -m utils.report"
 
 
@@ -205,7 +205,7 @@ def markdown(tables: Sequence[Scores], metric: str) -> str:
     left = 1 if metric or len(tables) == 1 else 2  # columns flush left
     line = ["---" if i < left else "--:" for i in range(len(rows[0]))]
     cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "".join(f"| {' | '.join(row)} |\n" for row in (cells[0], line, *cells[1:]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], line, *cells[1:]))
 
 
 def made_again(match: re.Match) -> str:
@@ -215,7 +215,7 @@ def made_again(match: re.Match) -> str:
         args = argument_parser().parse_args(sum((sorted(glob.glob(word)) or [word] for word in words[3:]), []))
         if words[:3] != PROGRAM.split() or args.markdown is None:
             raise UserError(f"{PROGRAM} FILES.csv --markdown was wanted")
-        return match[1] + markdown(load_tables(args.scores), args.markdown)
+        return f"{match[1]}\n{markdown(load_tables(args.scores), args.markdown)}"
     except (ValueError, SystemExit) as error:  # SystemExit: argparse has said why
         raise UserError(f"cannot do what a table is made by: {match[2]} ({error})") from None
 
@@ -260,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     tables = load_tables(args.scores)
     if args.markdown is not None:
-        sys.stdout.write(markdown(tables, args.markdown))
+        sys.stdout.write(markdown(tables, args.markdown) + "\n")
     else:
         page = write_page(tables, args.out, args.residuals)
         head = "in %, with 95% bootstrap intervals; fake is the positive class"

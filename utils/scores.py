@@ -167,10 +167,11 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
             missing = [name for name in COLUMNS if name not in header and name != "error"]
             if missing:
                 raise ValueError(f"no column {', '.join(missing)}; a table of test.py has {','.join(COLUMNS)}")
+            empty = dict.fromkeys(Row._fields, "")
             for cells in filter(None, lines):  # csv gives [] for an empty line
                 if len(cells) != len(header):
                     raise ValueError(f"{len(cells)} cells, {len(header)} were wanted as in the header")
-                yield _row({**dict.fromkeys(Row._fields, ""), **dict(zip(header, cells, strict=True))})
+                yield _row(empty | dict(zip(header, cells, strict=True)))
     except OSError as error:
         raise UserError(f"cannot read the score table {shown(path)} ({error.strerror})") from None
     except (csv.Error, ValueError) as error:
