@@ -73,7 +73,7 @@ def test_a_page_with_everything(tmp_path):
         perturbation = {"name": name, "strength": strength, "protocol": "sweep"}
         tables.append(write(tmp_path, f"{name}{strength}", rows(1.0), **record, perturbation=perturbation))
     curves = report.robustness_curves(sorted(report.load_tables(tables[1:], 0), key=report.by_difficulty))
-    assert {n: [point[0] for point in curve["ProGAN"]] for n, curve in curves.items()} == {"jpeg": [90, 60, 30]}
+    assert {n: [strength for strength, _ in points] for n, points in curves.items()} == {"jpeg": [90, 60, 30]}
     page = page_of(tables, tmp_path / "new" / "out", resamples=50)
     assert page.path == tmp_path / "new" / "out" / "report.html"
     for wanted in (

@@ -56,32 +56,31 @@ def roc_and_histogram(table: ScoreTable, path: str | os.PathLike) -> None:
 
 
 def robustness(
-    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float, Sequence[float] | None]]]],
-    clean: Mapping[str, float | None],
-    path: str | os.PathLike,
+    curves: Mapping[str, Sequence[tuple[float, Mapping]]], clean: Mapping[str, float | None], path: str | os.PathLike
 ) -> None:
     """AUROC against the strength of each perturbation, harder to the right.
 
     Args:
-        curves: {perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, in order of strength.
+        curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
         clean: {generator: AUROC on the untouched images}, drawn as a dotted line where known.
     """
     from data.perturbations import Cell  # here, because it takes seconds and most figures need none
 
-    generators = sorted({name for by_generator in curves.values() for name in by_generator})
+    generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
     with sheet(path, max(3.6 * columns, 5.2), 3.1 * rows + 0.5, rows, columns) as panels:
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
-        for panel, (perturbation, by_generator) in zip(panels, curves.items(), strict=False):
+        for panel, (perturbation, points) in zip(panels, curves.items(), strict=False):
             kind = Cell(perturbation).kind
-            for name, points in by_generator.items():
-                style = line_style(generators.index(name))
-                strengths, values, intervals = zip(*points, strict=True)
+            for i, name in enumerate(generators):
+                style, known = line_style(i), [(x, measured[name]) for x, measured in points if name in measured]
+                strengths, values = [x for x, _ in known], [m["auroc"] for _, m in known]
                 panel.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten(name), clip_on=False, **style)
-                if all(intervals):
-                    panel.fill_between(strengths, *np.transpose(intervals), color=style["color"], alpha=0.13, lw=0)
+                if known and all(m["intervals"] for _, m in known):
+                    low, high = np.transpose([m["intervals"]["auroc"] for _, m in known])
+                    panel.fill_between(strengths, low, high, color=style["color"], alpha=0.13, lw=0)
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=style["color"], lw=1, ls=":")
             panel.axhline(0.5, **CHANCE)

@@ -168,16 +168,14 @@ def by_difficulty(scores: Scores) -> tuple:
     return name != "none", name, (-1 if scores.cell.kind.smaller_is_harder else 1) * (strength or 0)
 
 
-def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, dict[str, list]]:
-    """{perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, two points or more, the hardest last."""
-    curves: dict[str, dict[str, list]] = {}
+def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float, dict]]]:
+    """{perturbation: [(strength, {generator: metrics}), ...]}, two points or more, in the order of the tables."""
+    curves: dict[str, list] = {}
     for t in perturbed:
-        name, strength = t.cell
-        for generator, m in t.summary["generators"].items():
-            if strength is not None and m["auroc"] is not None:
-                point = strength, m["auroc"], (m["intervals"] or {}).get("auroc")
-                curves.setdefault(name, {}).setdefault(generator, []).append(point)
-    return {name: of for name, of in curves.items() if max(map(len, of.values())) > 1}
+        measured = {name: m for name, m in t.summary["generators"].items() if m["auroc"] is not None}
+        if t.cell.strength is not None and measured:
+            curves.setdefault(t.cell.name, []).append((t.cell.strength, measured))
+    return {name: points for name, points in curves.items() if len(points) > 1}
 
 
 def compact_rows(tables: Sequence[Scores], metric: str) -> list[list[str]]:
