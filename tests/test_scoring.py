@@ -258,7 +258,7 @@ def test_a_stopped_run_goes_on_where_it_was(tiny, some, whole, tmp_path, capfd, 
     process = start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, number))
     assert finish(process) == status and not (tmp_path / "p.csv").exists()
     part = tmp_path / "p.csv.0.part"
-    done = len(rows_of(part))
+    done = sum(len(json.loads(batch)) for batch in part.read_text().splitlines()[1:])
     part.write_bytes(part.read_bytes()[:-3])  # as a machine that lost power may leave it
     relative = [os.path.relpath(a) if os.path.exists(a) else a for a in words]
     runs = [start("test.py", relative, tmp_path / f"log{rank['RANK']}", **rank) for rank in two_ranks()]

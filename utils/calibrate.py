@@ -37,9 +37,7 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
     Args:
         fpr: share of the reals that may be called fake. fnr: share of the fakes that may be called real.
     Returns:
-        calibration: {"temperature", "t_real", "t_fake", "fpr", "fnr", "n_real", "n_fake"}, plain numbers;
-        warnings: what to know before trusting it, a line each.
-
+        the calibration without its source, plain numbers; what to know before trusting it, a line each.
     Raises:
         UserError: if a class is missing.
     """
@@ -49,14 +47,12 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
         raise UserError(f"{n_real} real and {n_fake} fake images with a score: some of each were wanted")
     temperature, warnings = fit_temperature(table.margins, table.is_fake)
     t_real, t_fake = fit_thresholds(predict(table.logits, {"temperature": temperature})[0], table.is_fake, fpr, fnr)
-    for rate, count, kind, verdict in ((fpr, n_real, "reals", "fake"), (fnr, n_fake, "fakes", "real")):
+    for rate, count, kind in ((fpr, n_real, "reals"), (fnr, n_fake, "fakes")):
         if rate * count < 1 - 1e-9:
-            warnings.append(
-                f"{100 * rate:g} % of {count} {kind} is less than one image: the threshold lets none of these be called"
-                f" {verdict}, what others will do is anyone's guess"
-            )
-    numbers = {"temperature": temperature, "t_real": t_real, "t_fake": t_fake, "fpr": fpr, "fnr": fnr}
-    return {**numbers, "n_real": n_real, "n_fake": n_fake}, warnings
+            none = f"{100 * rate:g} % of {count} {kind} is less than one image, so none of them is called wrong"
+            warnings.append(f"{none}; what others will be called is anyone's guess")
+    fitted = {"temperature": temperature, "t_real": t_real, "t_fake": t_fake}
+    return {**fitted, "fpr": fpr, "fnr": fnr, "n_real": n_real, "n_fake": n_fake}, warnings
 
 
 def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, list[str]]:
@@ -109,13 +105,9 @@ def _lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) ->
 
 
 def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
-    """Whether a score table is of the detector in the file `path`, on untouched images.
+    """Raises UserError unless a score table is of the detector in the file `path`, and of untouched images.
 
-    Args:
-        content: of the file. record: of SCORES.json; {}: there is none, which is a warning.
-
-    Raises:
-        UserError: if it is not, or the file holds no detector.
+    content: of the file. record: of SCORES.json; {}: there is none, which is a warning.
     """
     from models.weights import fingerprint, state_dict_of
 
@@ -144,15 +136,14 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
 def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
     """What was fitted and what it changes, for the terminal."""
     table = table.select(table.usable)
-    before, _ = predict(table.logits)
-    after, verdicts = predict(table.logits, calibration)
+    (before, _), (after, verdicts) = predict(table.logits), predict(table.logits, calibration)
     lines = [
-        "{n_real} real and {n_fake} fake images: temperature {temperature:.4g}, called fake from P(fake) ="
+        "fitted to {n_real} real and {n_fake} fake images: temperature {temperature:.4g}; called fake from P(fake) ="
         " {t_fake:.4g} on, real up to {t_real:.4g}, unsure between".format_map(calibration),
-        "P(fake), on the images it was fitted to:  before    after",
     ]
-    for name, metric in (("ECE", expected_calibration_error), ("NLL", negative_log_likelihood)):
-        lines.append(f"{name:>40}  {metric(before, table.is_fake):7.4f}  {metric(after, table.is_fake):7.4f}")
+    for name, metric in (("calibration error (ECE)", expected_calibration_error), ("NLL", negative_log_likelihood)):
+        old, new = metric(before, table.is_fake), metric(after, table.is_fake)
+        lines.append(f"{name} of P(fake) on them: {old:.4f} before, {new:.4f} after")
     for truth, counts in confusion(verdicts, table.is_fake).items():
         shares = (f"{100 * n / sum(counts.values()):.1f} % {verdict}" for verdict, n in counts.items())
         lines.append(f"truly {truth}: called {', '.join(shares)}")
@@ -160,11 +151,8 @@ def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m utils.calibrate",
-        description="Fit a temperature and two thresholds to a score table.",
-        allow_abbrev=False,
-    )
+    about = "Fit a temperature and two thresholds to a score table."
+    parser = argparse.ArgumentParser(prog="python -m utils.calibrate", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("scores", metavar="SCORES.csv", help="labelled score table of the detector, by test.py")
     add("--into", metavar="FILE", help="the detector's checkpoint to store it in (default: only show it)")
@@ -181,11 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         require_same_detector(content, record, args.into)
     table = read_table(args.scores)
     calibration, warnings = calibrate(table, *rates)
-    lines = [*report_lines(table, calibration), *(f"warning: {w}" for w in warnings)]
     if record.get("trained_on"):
-        lines.append(
-            f"warning: it was trained on {record['trained_on']} of these images: take others, or it is too sure"
-        )
+        warnings.append(f"it was trained on {record['trained_on']} of these images: take others, or it is too sure")
+    lines = [*report_lines(table, calibration), *(f"warning: {text}" for text in warnings)]
     if args.into:
         calibration["source"] = Path(args.scores).name
         checkpoint.save({**content, "calibration": calibration}, args.into)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from utils import metrics
 from utils.run import atomic, shown
@@ -22,19 +22,12 @@ from utils.scores import ScoreTable
 REAL_COLOR = "#767676"
 COLORS = "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 DASHES = ("-", "--", "-.", ":")  # once the colours are used up
-INK, FAINT = "#222222", "#dddddd"
+INK = "#222222"
 STYLE = {
     "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
+    **{"axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left"},
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd", "grid.linewidth": 0.6},
     "legend.fontsize": 8.5,
     "text.parse_math": False,  # a generator may be called $x
     **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
@@ -45,92 +38,55 @@ LONGEST_NAME = 28
 LONGEST_LEGEND = 6  # entries that fit a panel
 LEGEND_ENTRY = 2.6  # inches
 MOST_OUTLINES = 4  # histograms that can be told apart in one panel
-FALSE_ALARMS = (0.01, 0.05)  # marked on the logarithmic ROC
+REALS = {"fc": (REAL_COLOR, 0.45), "ec": "none"}  # and images without a label
 CHANCE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
 BRIGHTEST = 0.005  # of a residual's pixels
 
 
 def roc_and_histogram(table: ScoreTable, path: str | os.PathLike) -> None:
-    """The PNG that test.py writes beside its table: ROC curves, and how the scores of the classes lie."""
-    with sheet(path, 10.5, 4.2, columns=2, entries=len(metrics.generator_rows(table))) as (left, right):
+    """How well a table's scores tell fakes from reals: ROC of each generator, and how the scores of the classes lie.
+
+    The second panel spreads out the few false alarms that matter in practice.
+    """
+    with sheet(path, 13, 4.2, columns=3) as (left, middle, right):
         draw_roc(left, table)
+        draw_roc(middle, table, log=True)
         draw_histogram(right, table)
 
 
-def roc(table: ScoreTable, path: str | os.PathLike) -> None:
-    """ROC curves per generator; the second panel spreads out the few false alarms that matter in practice."""
-    with sheet(path, 10.5, 4.4, columns=2, entries=len(metrics.generator_rows(table))) as (left, right):
-        draw_roc(left, table)
-        draw_roc(right, table, log=True)
-
-
-def precision_recall(table: ScoreTable, path: str | os.PathLike) -> None:
-    """Precision-recall of each generator with its average precision; dotted: the precision of guessing."""
-    with sheet(path, 5.25, 4.4, entries=len(metrics.generator_rows(table))) as (axes,):
-        for name, style, scores, is_fake in _generators(table):
-            precision, recall = metrics.precision_recall_curve(scores, is_fake)
-            label = f"{name}  {metrics.average_precision(scores, is_fake):.3f}"
-            axes.step(recall, precision, where="pre", label=label, lw=1.8, **style)
-            axes.axhline(is_fake.mean(), color=style["color"], lw=0.9, ls=":", zorder=1)
-        axes.set(xlim=(0, 1.005), ylim=(0, 1.012), title="Precision and recall")
-        axes.set(xlabel="fakes found (recall)", ylabel="right when it says fake (precision)")
-        _legend(axes, "generator  AP", loc="lower left")
-
-
-def histogram(table: ScoreTable, path: str | os.PathLike) -> None:
-    """Score histograms: each generator above the reals it is compared with."""
-    groups = metrics.generator_rows(table) or {"": table.scored}
-    columns = 1 if len(groups) <= 4 else 2
-    rows = -(-len(groups) // columns)
-    with sheet(path, 5.25 * columns, 4.4 if rows == 2 else max(0.9 + 1.4 * rows, 3.2), rows, columns) as panels:
-        edges = _bin_edges(table.margins[table.scored])
-        for i, (panel, (name, selected)) in enumerate(zip(panels, groups.items(), strict=False)):
-            _draw_classes(panel, table.select(selected), {name: line_style(i)}, edges, headroom=1.4)
-        for i, panel in enumerate(panels):
-            panel.set_axis_off() if i >= len(groups) else None
-            panel.tick_params(labelbottom=i + columns >= len(panels))
-        panels[0].set_title("Scores")
-        panels[0].figure.supxlabel(MARGIN_LABEL, fontsize=9.5)
-
-
 def robustness(
-    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float, Sequence[float] | None]]]],
-    clean: Mapping[str, float | None],
-    path: str | os.PathLike,
+    curves: Mapping[str, Sequence[tuple[float, Mapping]]], clean: Mapping[str, float | None], path: str | os.PathLike
 ) -> None:
     """AUROC against the strength of each perturbation, harder to the right.
 
     Args:
-        curves: {perturbation: {generator: [(strength, AUROC, interval or None), ...]}}, in order of strength.
+        curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
         clean: {generator: AUROC on the untouched images}, drawn as a dotted line where known.
     """
     from data.perturbations import Cell  # here, because it takes seconds and most figures need none
 
-    generators = sorted({name for by_generator in curves.values() for name in by_generator})
+    generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
     with sheet(path, max(3.6 * columns, 5.2), 3.1 * rows + 0.5, rows, columns) as panels:
-        for panel, (perturbation, by_generator) in zip(panels, curves.items(), strict=False):
-            for name, points in by_generator.items():
-                style = line_style(generators.index(name))
-                panel.plot(*np.transpose([p[:2] for p in points]), marker="o", ms=4.5, lw=1.8, clip_on=False, zorder=3,
-                           label=shorten(name), **style)  # fmt: skip
-                band = [(strength, *interval) for strength, _, interval in points if interval]
-                if len(band) > 1:
-                    panel.fill_between(*np.transpose(band), color=style["color"], alpha=0.13, lw=0)
+        for panel in panels[len(curves) :]:
+            panel.set_axis_off()
+        for panel, (perturbation, points) in zip(panels, curves.items(), strict=False):
+            kind = Cell(perturbation).kind
+            for i, name in enumerate(generators):
+                style, known = line_style(i), [(x, measured[name]) for x, measured in points if name in measured]
+                strengths, values = [x for x, _ in known], [m["auroc"] for _, m in known]
+                panel.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten(name), clip_on=False, **style)
+                if known and all(m["intervals"] for _, m in known):
+                    low, high = np.transpose([m["intervals"]["auroc"] for _, m in known])
+                    panel.fill_between(strengths, low, high, color=style["color"], alpha=0.13, lw=0)
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=style["color"], lw=1, ls=":")
             panel.axhline(0.5, **CHANCE)
-            panel.set(title=shorten(perturbation), xlabel=Cell(perturbation).kind.axis)
-            if Cell(perturbation).kind.smaller_is_harder:
-                panel.invert_xaxis()
-        lowest = min(p.get_ylim()[0] for p in panels[: len(curves)])
-        for i, panel in enumerate(panels):
-            panel.set_axis_off() if i >= len(curves) else panel.set_ylim(min(lowest, 0.45), 1.01)
-        for panel in panels[::columns]:
-            panel.set_ylabel("AUROC")
-        _legend(panels[0], None, loc="", below=True)
+            panel.set(title=shorten(perturbation), xlabel=kind.axis, ylabel="AUROC", ylim=(None, 1.01))
+            panel.xaxis.set_inverted(kind.smaller_is_harder)
+        _legend(panels[0], None, below=True)
 
 
 def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, path: str | os.PathLike) -> None:
@@ -157,72 +113,46 @@ def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, pat
 
 def draw_roc(axes: Axes, table: ScoreTable, log: bool = False) -> None:
     """ROC of each generator with its AUROC; `log`: the false-positive rate on a logarithmic axis."""
-    lowest = 0.5 * min(FALSE_ALARMS)  # the logarithmic axis shows these at least
-    for name, style, scores, is_fake in _generators(table):
-        fpr, tpr = metrics.roc_curve(scores, is_fake)
-        smallest = max(0.5 / (~is_fake).sum(), 1e-5)  # stands for 0, which no logarithmic axis has
-        label = f"{name}  {metrics.auroc(scores, is_fake):.3f}"
-        axes.plot(np.maximum(fpr, log * smallest), tpr, label=label, lw=1.8, **style)
-        lowest = min(lowest, smallest)
+    lowest = 0.005  # the logarithmic axis begins there or below
+    for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
+        scores, is_fake = table.margins[rows], table.is_fake[rows]
+        if metrics.both_classes(is_fake):
+            fpr, tpr = metrics.roc_curve(scores, is_fake)
+            smallest = max(0.5 / (~is_fake).sum(), 1e-5)  # stands for 0, which no logarithmic axis has
+            label = f"{shorten(name)}  {metrics.auroc(scores, is_fake):.3f}"
+            axes.plot(np.maximum(fpr, log * smallest), tpr, label=label, lw=1.8, **line_style(i))
+            lowest = min(lowest, smallest)
     chance = np.geomspace(1e-9, 1, 400)
     axes.plot(chance, chance, **CHANCE)
     axes.set(xlim=(-0.01, 1), ylim=(0, 1.012), title="ROC", ylabel="fakes found (true-positive rate)")
     axes.set_xlabel("reals called fake (false-positive rate)")
-    if not log:
-        return _legend(axes, "generator  AUROC", loc="lower right")
-    axes.set(xscale="log", xlim=(lowest, 1), title="ROC, logarithmic")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
-    for level in FALSE_ALARMS:
-        axes.axvline(level, color=INK, lw=0.8, alpha=0.45)
-        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
-        axes.text(level, 0.12, f"{level:.0%}", ha="center", fontsize=8, bbox=box, zorder=1.5)
-
-
-def _generators(table: ScoreTable) -> Iterator[tuple[str, dict, np.ndarray, np.ndarray]]:
-    """Name, line style, scores and is_fake of each generator that can be told from reals or not."""
-    for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
-        if metrics.both_classes(table.is_fake[rows]):
-            yield shorten(name), line_style(i), table.margins[rows], table.is_fake[rows]
+    if log:
+        axes.set(xscale="log", xlim=(lowest, 1), title="ROC, logarithmic")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
+    else:
+        _legend(axes, "generator  AUROC", loc="lower right")
 
 
 def draw_histogram(axes: Axes, table: ScoreTable) -> None:
-    """How the scores of the reals and of each generator's fakes lie, as shares of their images."""
+    """The scores of the reals, filled, and over them those of each generator's fakes, as shares of their images."""
     table = table.select(table.usable if table.usable.any() else table.scored)
-    styles = {name: line_style(i) for i, name in enumerate(metrics.generator_rows(table))}
-    if len(styles) > MOST_OUTLINES:
-        styles = {None: line_style(0)}
-    _draw_classes(axes, table, styles, _bin_edges(table.margins))
-    axes.set(title="Scores", xlabel=MARGIN_LABEL)
-
-
-def _draw_classes(
-    axes: Axes, table: ScoreTable, styles: Mapping[str | None, dict], edges: np.ndarray, headroom: float = 1.08
-) -> None:
-    """Histogram of a table's reals, filled, and over it the fakes of each generator in `styles` as outlines.
-
-    The key None stands for all generators together.
-    """
+    edges = _bin_edges(table.margins)
     scores = np.clip(table.margins, edges[0], edges[-1])  # outliers go into the outermost bins
     generators = np.array([name or metrics.UNNAMED for name in table.generators], dtype=object)
-
-    def stairs(rows: np.ndarray, name: str, color: str, alpha: float, outline: str | None = None) -> None:
+    fakes = {name: table.is_fake & (generators == name) for name in metrics.generator_rows(table)}
+    if len(fakes) > MOST_OUTLINES:
+        fakes = {"all fakes": table.is_fake}
+    groups = [("real", table.is_real, None), ("unlabelled", ~(table.is_real | table.is_fake), None)]
+    groups += [(shorten(name), rows, line_style(i)) for i, (name, rows) in enumerate(fakes.items())]
+    for name, rows, style in groups:
+        look = {"fc": (style["color"], 0.13), "ec": style["color"], "ls": style["ls"]} if style else REALS
         if rows.any():
-            shares, label = np.histogram(scores[rows], edges)[0] / rows.sum(), f"{name} ({rows.sum():,})"
-            axes.stairs(shares, edges, fill=True, color=color, alpha=alpha, label=None if outline else label)
-            if outline:
-                axes.stairs(shares, edges, lw=1.6, color=color, ls=outline, label=label)
-
-    stairs(table.is_real, "real", REAL_COLOR, 0.45)
-    stairs(~(table.is_real | table.is_fake), "unlabelled", REAL_COLOR, 0.45)
-    for name, style in styles.items():
-        label = "all fakes" if name is None else shorten(name)
-        stairs(table.is_fake & ((generators == name) | (name is None)), label, style["color"], 0.13, style["ls"])
+            shares = np.histogram(scores[rows], edges)[0] / rows.sum()
+            axes.stairs(shares, edges, fill=True, lw=1.6, label=f"{name} ({rows.sum():,})", **look)
     axes.axvline(0, color=INK, lw=0.9)
-    axes.set(xlim=(edges[0], edges[-1]), ylabel="share of images")
-    axes.set_ylim(0, axes.get_ylim()[1] * headroom)
+    axes.set(xlim=(edges[0], edges[-1]), ylabel="share of images", title="Scores", xlabel=MARGIN_LABEL)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
-    axes.yaxis.set_major_locator(MaxNLocator(4))
-    _legend(axes, None, *(("upper right", 2) if headroom > 1.2 else ("best", 1)))
+    _legend(axes, None)
 
 
 # --- pieces ---
@@ -230,23 +160,19 @@ def _draw_classes(
 
 @contextlib.contextmanager
 def sheet(
-    path: str | os.PathLike, width: float, height: float, rows: int = 1, columns: int = 1, entries: int = 0, **grid
+    path: str | os.PathLike, width: float, height: float, rows: int = 1, columns: int = 1, **grid
 ) -> Iterator[np.ndarray]:
     """The panels (rows * columns,) of an empty figure, inches, which becomes a PNG when the `with` block ends.
 
-    entries: of its legend; where it goes below the panels, the figure is higher. grid: exact places, such as
-    left=0; without, labels find their own room (which takes 0.6 s).
+    grid: exact places, such as left=0; without, labels and what stands below find their own room (which takes 0.6 s).
     """
-    if entries > LONGEST_LEGEND:
-        height += 0.4 + 0.19 * -(-entries // int(width / LEGEND_ENTRY))
     with rc_context(STYLE):
         figure = Figure(figsize=(width, height), dpi=DPI, layout=None if grid else "constrained")
-        if not grid:
-            figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.04)  # inches; else labels touch the edge
         yield figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).ravel()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
-            figure.savefig(file, format="png", metadata={"Software": None})
+            size = None if grid else "tight"
+            figure.savefig(file, format="png", metadata={"Software": None}, bbox_inches=size)
 
 
 def shorten(name: str) -> str:
@@ -268,14 +194,15 @@ def _bin_edges(scores: np.ndarray) -> np.ndarray:
     return width * np.arange(np.floor(low / width) - 1, np.ceil(high / width) + 2)
 
 
-def _legend(axes: Axes, title: str | None, loc: str, columns: int = 1, below: bool = False) -> None:
+def _legend(axes: Axes, title: str | None, loc: str = "best", below: bool = False) -> None:
     """A legend in the panel, or below the figure if it is long."""
     handles, labels = axes.get_legend_handles_labels()
     if below or len(handles) > LONGEST_LEGEND:
         columns = min(len(handles), int(axes.figure.get_figwidth() / LEGEND_ENTRY))
-        axes.figure.legend(handles, labels, loc="outside lower center", title=title, ncols=columns)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns}  # the sheet grows by it
+        axes.figure.legend(handles, labels, title=title, **below)
     elif handles:
-        axes.legend(loc=loc, title=title, ncols=columns, title_fontsize=8.5, alignment="left").set_zorder(5)
+        axes.legend(loc=loc, title=title, title_fontsize=8.5, alignment="left").set_zorder(5)
     else:
         place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
         axes.text(0.5, 0.5, "needs real and fake images", color=REAL_COLOR, **place)

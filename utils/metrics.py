@@ -5,7 +5,7 @@ called fake. The one exception is what the released program prints (`..._real_po
 (one class only, say) is None, never NaN, so that it can be told apart and written as JSON.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -41,14 +41,6 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
     if not both_classes(is_fake):
         return None
     return tuple(np.cumsum(np.append(0, counts)) / counts.sum() for counts in counts_at_scores(scores, is_fake))
-
-
-def precision_recall_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(precision, recall), each (K,), recall rising from 0 (where precision is 1) to 1: one point a distinct score."""
-    if not both_classes(is_fake):
-        return None
-    false, true = (np.cumsum(counts) for counts in counts_at_scores(scores, is_fake))
-    return np.append(1, true / (true + false)), np.append(0, true / true[-1])
 
 
 def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
@@ -211,15 +203,14 @@ def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> d
     }
 
 
-def _notes(measured: Iterable[tuple[str, dict]]) -> list[str]:
-    notes, few = [], []
-    for name, m in measured:
-        counts = f"{m['n_real']} real and {m['n_fake']} fake images"
-        if m["auroc"] is None:
-            notes.append(f"{name}: {counts}, so AUROC, AP, EER and TPR are not defined")
-        elif m["n_real"] < 100:
-            few.append(f"{name} ({m['n_real']})")
-    return notes + [f"with fewer than 100 reals TPR at 1 % FPR allows no false alarm: {', '.join(few)}"] * bool(few)
+def _notes(measured: Sequence[tuple[str, dict]]) -> list[str]:
+    notes = [
+        f"{name}: {m['n_real']} real and {m['n_fake']} fake images, so AUROC, AP, EER and TPR are not defined"
+        for name, m in measured
+        if m["auroc"] is None
+    ]
+    few = ", ".join(f"{name} ({m['n_real']})" for name, m in measured if m["auroc"] is not None and m["n_real"] < 100)
+    return notes + [f"with fewer than 100 reals TPR at 1 % FPR allows no false alarm: {few}"] * bool(few)
 
 
 def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
@@ -271,47 +262,45 @@ def metric_rows(summaries: Mapping[str, dict], columns: Sequence[str] = ()) -> l
     return rows if len(summaries) > 1 else [row[1:] for row in rows]
 
 
-def perturbation_rows(summaries: Mapping[str, dict]) -> list[list[str]]:
-    """AUROC by perturbation (its label) and generator; mean AUROC and accuracy over the generators."""
-    generators = sorted({name for summary in summaries.values() for name in summary["generators"]})
-    rows = [["AUROC", *map(shown, generators), "mean", "mean acc"]]
+def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
+    """One metric: a row a summary, by its name; a column a generator, those of all in order of first appearance."""
+    generators = dict.fromkeys(name for summary in summaries.values() for name in summary["generators"])
+    rows = [[METRICS[metric].label, *map(shown, generators)]]
     for label, summary in summaries.items():
-        measured = (summary["generators"].get(name, {"auroc": None}) for name in generators)
-        mean = (percent(summary["mean"], name) for name in ("auroc", "accuracy"))
-        rows.append([shown(label), *(percent(m, "auroc") for m in measured), *mean])
+        measured = (summary["generators"].get(name, {metric: None}) for name in generators)
+        rows.append([shown(label), *(percent(m, metric) for m in measured)])
     return rows
 
 
 def format_table(summary: dict) -> str:
-    """The summary for the terminal: `metric_rows`, and below what does not fit: verdicts, plain numbers, notes."""
-    m = summary["all"]
+    """The summary for the terminal: `metric_rows`, and below what is no column of them."""
     lines = ["positive class: FAKE; acc: the larger logit decides; numbers but counts in %"]
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
-    lines.append(text_table(metric_rows({"": summary})))
-    for truth, verdicts in m["confusion"].items():
-        counts = ", ".join(f"{n} {verdict}" for verdict, n in verdicts.items() if n or verdict != "unsure")
-        lines.append(f"truly {truth}: called {counts}")
-    lines += [f"{hint}: {numbers}" for hint, numbers in plain_numbers(m).items()]
-    if summary["images"]["errors"]:
-        lines.append(f"errors: {summary['images']['errors']} images have no score, see the table's error column")
-    return "\n".join([*lines, *(f"note: {shown(note)}" for note in summary["notes"])])
+    return "\n".join([*lines, text_table(metric_rows({"": summary})), *details(summary)])
 
 
-def plain_numbers(m: Mapping) -> dict[str, str]:
-    """The metrics that are no columns of tables, by what they are about: {hint: "ECE 0.0123, NLL 0.4567"}."""
-    texts: dict[str, list[str]] = {}
+def details(summary: dict) -> list[str]:
+    """What is no column of a table, a line each: verdicts, plain numbers, images without a score, notes."""
+    m, plain = summary["all"], {}
+    lines = [
+        f"truly {truth}: called " + ", ".join(f"{n} {word}" for word, n in verdicts.items() if n or word != "unsure")
+        for truth, verdicts in m["confusion"].items()
+    ]
     for name, metric in METRICS.items():
         if not metric.column:
             value = "-" if m[name] is None else f"{m[name]:.4f}"
-            texts.setdefault(metric.hint, []).append(f"{metric.label} {value}")
-    return {hint: ", ".join(numbers) for hint, numbers in texts.items()}
+            plain.setdefault(metric.hint, []).append(f"{metric.label} {value}")
+    lines += [f"{hint}: {', '.join(numbers)}" for hint, numbers in plain.items()]
+    if summary["images"]["errors"]:
+        lines.append(f"errors: {summary['images']['errors']} images have no score, see the table's error column")
+    return lines + [f"note: {shown(note)}" for note in summary["notes"]]
 
 
 def perturbation_table(summaries: Mapping[str, dict]) -> str:
     """Summaries of one set of images by perturbation, for the terminal."""
-    head = "AUROC in %, fake = positive, in brackets its 95% interval; mean: over the generators; acc: accuracy in %"
-    return f"{head}\n{text_table(perturbation_rows(summaries))}"
+    head = "AUROC in %, fake = positive, in brackets its 95% interval"
+    return f"{head}\n{text_table(rows_by_generator(summaries))}"
 
 
 def stability_lines(table: ScoreTable) -> list[str]:

@@ -1,10 +1,9 @@
 """The score table while it is written: by several processes, killed, and gone on with.
 
-Each process of each start writes a part, P.csv.K.part, and beside it, in P.csv.K.stamps, four numbers a row: the index
-of the image in the list, size and time stamp of its file, and where the row ends in the part. So a row counts if all of
-it is there, and for the file it was made from. When every image has one, they become P.csv in the order of the list.
-What the parts are of is in P.csv.job, what a finished table is of in P.json: another detector, setting or list of
-images never goes on with them.
+Each process of each start writes a part, P.csv.K.part, of JSON lines. The first line is the job: all that the scores
+depend on besides the files; rows of another detector, setting or list of images are never taken over. Every further
+line is a batch, so that all of it counts or, torn, nothing. A row counts only while its image's file has the size and
+time stamp it had then. When every image has a row, they become P.csv in the order of the list, and P.json says of what.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 from data.lists import Item
 from utils.distributed import World, from_main, wait_for_all
 from utils.run import UserError, shown, write_json
-from utils.scores import Row, RowWriter, read_rows, row_of
+from utils.scores import Row, read_record, row_of, write_table
 
 logger = logging.getLogger(__name__)
 
@@ -50,41 +49,32 @@ class ScoreLog:
 
     def __init__(self, table: Path, items: Sequence[Item], stamps: np.ndarray, job: dict, world: World):
         self.table, self.items, self.stamps, self.world = table, items, stamps, world
-        self.job, self.job_file = json.loads(json.dumps(job)), table.with_name(f"{table.name}.job")
+        self.job = json.loads(json.dumps(job))
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
         self.done = np.zeros(len(items), bool)
 
     def open(self, overwrite: bool) -> bool:
-        """Find out what there is. Returns False if the table is finished.
-
-        Raises:
-            UserError: if the parts are of another job.
-        """
-        parts, before = {} if overwrite else self._parts(), _read_json(self.job_file)
-        finished = self.identity.items() <= _read_json(self.table.with_suffix(".json")).items() and not parts
-        if from_main(finished and self.table.exists() and not overwrite, self.world):
+        """Find out what there is. Returns False if the table is finished. Raises UserError if parts are of another job."""
+        found = self._parts()
+        parts = {} if overwrite else found
+        replaced = self.table.exists() and not overwrite and not parts
+        finished = replaced and self.identity.items() <= read_record(self.table).items()
+        if from_main(finished, self.world):
             logger.info("%s is finished already (--overwrite scores anew)", shown(self.table))
             return False
-        if self.table.exists() and not overwrite and not parts:
+        if replaced:
             logger.info("%s, of another job or of files that have changed, will be replaced", shown(self.table))
-        if parts and before != self.job:
-            changed = [k for k in sorted(before.keys() | self.job.keys()) if before.get(k) != self.job.get(k)]
-            way_out = "finish that one, choose another --save_path, or begin anew with --overwrite"
-            got = f"has rows of an unfinished run of another job (it differs in {', '.join(changed)})"
-            raise UserError(f"{shown(self.table)} {got}: {way_out}")
         for part in parts.values():
-            index = self._valid(part)
-            self.done[index[index >= 0]] = True
+            self._require_own(part)
+            self.done[[index for index, _ in self._rows(part)]] = True
         if self.done.any():
             logger.info("going on after %d of %d images already scored", self.done.sum(), len(self.items))
         wait_for_all(self.world)  # all have looked before anyone writes
-        if self.world.is_main:
-            self._delete_parts() if overwrite else None
-            write_json(self.job_file, self.job)
-        wait_for_all(self.world)
-        self.part = self.table.with_name(f"{self.table.name}.{max(parts, default=-1) + 1 + self.world.rank}.part")
-        self.writer = RowWriter(self.part, stability=self.job["stability"])
-        self.stamp_file = self.part.with_suffix(".stamps").open("wb")
+        if overwrite and self.world.is_main:
+            _delete(found)
+        number = max(found, default=-1) + 1 + self.world.rank
+        self.part = self.table.with_name(f"{self.table.name}.{number}.part").open("w")
+        self._write(self.job)
         return True
 
     def missing(self, block: int) -> np.ndarray:
@@ -93,34 +83,24 @@ class ScoreLog:
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write(self, rows: Mapping[int, Row]) -> None:
-        """Rows by the index of their image, ascending. What this has returned from is in the files."""
-        self.writer.write(*rows.values())
-        index, end = np.fromiter(rows, np.int64), os.stat(self.part).st_size
-        self.stamp_file.write(np.column_stack([index, self.stamps[index], np.full_like(index, end)]).tobytes())
-        self.stamp_file.flush()
+        """Rows by the index of their image, ascending. What this has returned from is in the file."""
+        self._write([(int(i), self.stamps[i].tolist(), row[3:]) for i, row in rows.items()])
 
     def close(self) -> None:
-        """Make the table of all parts, once every process is here. Raises UserError if rows are missing (a lost part)."""
-        self.writer.close()
-        self.stamp_file.close()
+        """Make the table of all parts, once every process is here. Raises UserError if a row is missing (a lost part)."""
+        self.part.close()
         wait_for_all(self.world)
-        if not self.world.is_main:
-            return
-        whole, missing = self.table.with_name(f".{self.table.name}.whole"), len(self.items)
-        rows = heapq.merge(*map(self._rows, self._parts().values()), key=itemgetter(0))
-        with RowWriter(whole, stability=self.job["stability"]) as writer:
-            for index, same in groupby(rows, key=itemgetter(0)):
-                # Named as in this start's list: the file may have been written otherwise when it was scored
-                writer.write(Row(*row_of(self.items[index])[:3], *next(same)[1][3:]))
-                missing -= 1
-        if missing:
-            raise UserError(f"{missing} images have no row (was a part deleted?): start again to score them")
-        whole.replace(self.table)
+        if self.world.is_main:
+            write_table(self.table, self._all_rows(), self.job["stability"])
 
     def finish(self, about: dict) -> None:
         """Write P.json, which says that the table is finished, and delete the parts. Main process only."""
         write_json(self.table.with_suffix(".json"), {**about, **self.identity})
-        self._delete_parts()
+        _delete(self._parts())
+
+    def _write(self, line: dict | list) -> None:
+        self.part.write(json.dumps(line) + "\n")
+        self.part.flush()
 
     def _parts(self) -> dict[int, Path]:
         """The parts there are, by their numbers."""
@@ -128,30 +108,37 @@ class ScoreLog:
         found = ((named.fullmatch(path.name), path) for path in self.table.parent.iterdir())
         return {int(match[1]): path for match, path in found if match}
 
-    def _delete_parts(self) -> None:
-        for part in self._parts().values():
-            part.unlink()
-            part.with_suffix(".stamps").unlink(missing_ok=True)
-        self.job_file.unlink(missing_ok=True)
+    def _require_own(self, part: Path) -> None:
+        """Raises UserError if a part is of another job."""
+        job = next(_lines(part), self.job)
+        changed = [k for k in sorted(job.keys() | self.job.keys()) if job.get(k) != self.job.get(k)]
+        if changed:
+            got = f"has rows of an unfinished run of another job (it differs in {', '.join(changed)})"
+            way_out = "finish that one, choose another --save_path, or begin anew with --overwrite"
+            raise UserError(f"{shown(self.table)} {got}: {way_out}")
 
-    def _valid(self, part: Path) -> np.ndarray:
-        """The index of the image of each row that is in a part; -1 where the file is another one by now."""
-        stamps, numbers = part.with_suffix(".stamps"), np.empty(0, np.int64)
-        if stamps.exists():
-            numbers = np.fromfile(stamps, np.int64)
-        numbers = numbers[: len(numbers) // 4 * 4].reshape(-1, 4)
-        numbers = numbers[numbers[:, 3] <= os.stat(part).st_size]
-        return np.where((self.stamps[numbers[:, 0]] == numbers[:, 1:3]).all(axis=1), numbers[:, 0], -1)
+    def _rows(self, part: Path) -> Iterator[tuple[int, list]]:
+        """Of each row in a part that counts: index of the image, and the row from `logit_fake` on."""
+        for batch in islice(_lines(part), 1, None):
+            yield from ((i, scores) for i, stamp, scores in batch if stamp == self.stamps[i].tolist())
 
-    def _rows(self, part: Path) -> Iterator[tuple[int, Row]]:
-        """The valid rows of a part, with the index of their image."""
-        index = self._valid(part).tolist()
-        return ((i, row) for i, row in zip(index, read_rows(part) if index else (), strict=False) if i >= 0)
+    def _all_rows(self) -> Iterator[Row]:
+        """The rows of the table. Paths, labels and generators are as in this start's list, however they were written."""
+        rows = heapq.merge(*map(self._rows, self._parts().values()), key=itemgetter(0))
+        once = (next(same) for _, same in groupby(rows, key=itemgetter(0)))
+        for expected, item in enumerate(self.items):
+            index, scores = next(once, (None, None))
+            if index != expected:
+                raise UserError(f"{shown(item.path)} has no row (was a part deleted?): start again to score it")
+            yield Row(*row_of(item)[:3], *scores)
 
 
-def _read_json(path: Path) -> dict:
-    """The object in a file; empty if there is none."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
+def _lines(part: Path) -> Iterator[dict | list]:
+    """The lines of a part: the job, then the batches. What was torn off at its end (killed, out of power) is left out."""
+    with part.open() as file, suppress(ValueError):
+        yield from map(json.loads, file)
+
+
+def _delete(parts: Mapping[int, Path]) -> None:
+    for part in parts.values():
+        part.unlink()

@@ -1,20 +1,18 @@
 """Score tables: a CSV row an image, written by test.py, read by all that computes numbers from scores.
 
 Columns: those of `Row`; `stability` only where it was asked for. UTF-8, commas, one header line. Reading a table gives
-exactly what was written, whatever the file names:
-
-- numbers carry as many digits as it takes to read them back bit by bit;
-- names with commas, quotes or line breaks are quoted, bytes that are not UTF-8 pass through;
-- a text that a spreadsheet would take for a formula gets an apostrophe in front, which reading takes away.
+exactly what was written, whatever the file names: numbers carry as many digits as it takes to read them back bit by
+bit; names with commas, quotes or line breaks are quoted, bytes that are not UTF-8 pass through; a text that a
+spreadsheet would take for a formula gets an apostrophe in front, which reading takes away.
 """
 
-import contextlib
 import csv
+import io
 import json
 import math
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
@@ -22,10 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.run import LABEL_NAMES, UserError, shown
+from utils.run import LABEL_NAMES, UserError, atomic, shown
 
-# What makes a spreadsheet read a cell as a formula (OWASP, "CSV Injection"); and the apostrophe against it.
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for a formula (OWASP, "CSV Injection")
 GUARD = "'"
 GUARDED_STARTS = (*FORMULA_STARTS, GUARD)
 
@@ -102,8 +99,8 @@ def predict(logits: np.ndarray, calibration: Mapping | None = None) -> tuple[np.
             real up to "t_real", else unsure. Without: 1, and the larger logit decides (fake if they are equal).
     """
     rule = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5, **(calibration or {})}
-    logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
-    prob_fake = sigmoid((logits[:, 0] - logits[:, 1]) / rule["temperature"])  # softmax over two classes
+    fake, real = np.asarray(logits, dtype=np.float64).reshape(-1, 2).T
+    prob_fake = sigmoid((fake - real) / rule["temperature"])  # softmax over two classes
     verdicts = np.where(prob_fake >= rule["t_fake"], "fake", np.where(prob_fake <= rule["t_real"], "real", "unsure"))
     return prob_fake, verdicts.tolist()
 
@@ -120,60 +117,38 @@ def row_of(item: tuple[str, int | None, str], *scores: float | str, error: str =
 
 
 def make_rows(items: Sequence[tuple], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
-    """The rows of N images from their logits (N, 2). Logits that are not finite make a row with an error.
+    """The rows of N images (see `row_of`) from their logits (N, 2). Logits that are not finite make an error.
 
-    items: see `row_of`. calibration: see `predict`.
+    calibration: see `predict`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
-    finite = np.isfinite(logits).all(axis=1)
-    prob_fake, predictions = predict(np.where(finite[:, None], logits, 0), calibration)
+    prob_fake, predictions = predict(np.where(np.isfinite(logits), logits, 0), calibration)
     return [
-        row_of(item, *logits[i].tolist(), float(prob_fake[i]), predictions[i])
-        if finite[i]
-        else row_of(item, error=f"the network's logits are not finite: {logits[i].tolist()}")
-        for i, item in enumerate(items)
+        row_of(item, *map(float, pair), float(p), prediction)
+        if np.isfinite(pair).all()
+        else row_of(item, error=f"the network's logits are not finite: {pair.tolist()}")
+        for item, pair, p, prediction in zip(items, logits, prob_fake, predictions, strict=True)
     ]
 
 
-class RowWriter(contextlib.AbstractContextManager):
-    """Writes a score table row by row; what `write` has returned from is in the file.
-
-    stability: whether it has that column.
-
-    Raises:
-        UserError: if the file cannot be opened.
-    """
-
-    def __init__(self, path: str | os.PathLike, stability: bool = False):
-        self._columns = Row._fields if stability else COLUMNS
-        try:
-            self._file = open(path, "w", encoding="utf-8", errors="surrogateescape", newline="")
-        except OSError as error:
-            raise UserError(f"cannot write the score table {shown(path)} ({error.strerror})") from None
-        self._file.write(",".join(self._columns) + "\n")
-        self._file.flush()
-
-    def write(self, *rows: Row) -> None:
+def write_table(path: str | os.PathLike, rows: Iterable[Row], stability: bool = False) -> None:
+    """Write a score table, whole or not at all. stability: whether it has that column."""
+    columns = Row._fields if stability else COLUMNS
+    with atomic(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+        text.write(",".join(columns) + "\n")
         for row in rows:
-            cells = _cells(row)[: len(self._columns)]
+            cells = _cells(row)[: len(columns)]
             lone = any("\r" in cell for cell in cells)  # Python < 3.13 leaves it bare, and its reader breaks the line
             quoting = csv.QUOTE_ALL if lone else csv.QUOTE_MINIMAL
-            csv.writer(self._file, lineterminator="\n", quoting=quoting).writerow(cells)
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def __exit__(self, *_) -> None:
-        self.close()
+            csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
+        text.detach()  # flushes; `atomic` closes the file
 
 
 def _cells(row: Row) -> list[str]:
     """A record: texts safe in a spreadsheet, numbers in the shortest form that reads back to the same value."""
-    path, generator, error = (
-        GUARD + text if text.startswith(GUARDED_STARTS) else text
-        for text in (row.path, row.generator, " ".join(row.error.split()))
-    )
+    texts = row.path, row.generator, " ".join(row.error.split())
+    path, generator, error = (GUARD + text if text.startswith(GUARDED_STARTS) else text for text in texts)
     logits = ["" if x is None else str(np.float32(x)) for x in (row.logit_fake, row.logit_real)]
     prob = "" if row.prob_fake is None else repr(float(row.prob_fake))
     return [path, row.label, generator, *logits, prob, row.prediction, error, row.stability]
@@ -182,10 +157,8 @@ def _cells(row: Row) -> list[str]:
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     """The rows of a score table one by one, in constant memory.
 
-    Columns may come in any order, further ones are ignored, and those for errors and stability may be missing.
-
-    Raises:
-        UserError: if the file cannot be read or is no score table; names file, line and what was wanted.
+    Columns may come in any order, further ones are ignored, and those for errors and stability may be missing. Raises
+    UserError with file, line and what was wanted.
     """
     try:  # utf-8-sig: Excel begins a file with a mark
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -194,10 +167,11 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
             missing = [name for name in COLUMNS if name not in header and name != "error"]
             if missing:
                 raise ValueError(f"no column {', '.join(missing)}; a table of test.py has {','.join(COLUMNS)}")
+            empty = dict.fromkeys(Row._fields, "")
             for cells in filter(None, lines):  # csv gives [] for an empty line
                 if len(cells) != len(header):
                     raise ValueError(f"{len(cells)} cells, {len(header)} were wanted as in the header")
-                yield _row(dict(zip(header, cells, strict=True)))
+                yield _row(empty | dict(zip(header, cells, strict=True)))
     except OSError as error:
         raise UserError(f"cannot read the score table {shown(path)} ({error.strerror})") from None
     except (csv.Error, ValueError) as error:
@@ -206,17 +180,16 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
 
 def _row(cells: Mapping[str, str]) -> Row:
     """One record as a Row. Raises ValueError with what was got and wanted."""
-    path, generator, error = (cells.get(name, "") for name in ("path", "generator", "error"))
+    texts = cells["path"], cells["generator"], cells["error"]
     path, generator, error = (
-        text[1:] if text.startswith(GUARD) and text[1:].startswith(GUARDED_STARTS) else text
-        for text in (path, generator, error)
+        text[1:] if text.startswith(GUARD) and text[1:].startswith(GUARDED_STARTS) else text for text in texts
     )
     if not path:
         raise ValueError("an empty path")
     for name, words in WORDS.items():
-        if cells.get(name, "") not in words or (name == "prediction" and not cells[name] and not error):
+        if cells[name] not in words or (name == "prediction" and not cells[name] and not error):
             raise ValueError(f"{name} {cells[name]!r}, one of {', '.join(filter(None, words))} was wanted")
-    label, prediction, stability = (intern(cells.get(name, "")) for name in WORDS)
+    label, prediction, stability = (intern(cells[name]) for name in WORDS)
     if error:
         return Row(path, label, generator, error=error)
     numbers = [float(cells[name]) for name in NUMBERS]
@@ -226,45 +199,37 @@ def _row(cells: Mapping[str, str]) -> Row:
 
 
 def read_table(path: str | os.PathLike) -> ScoreTable:
-    """Read a whole score table.
-
-    Raises:
-        UserError: see `read_rows`; also if the table has no rows.
-    """
-    columns = {name: array("d") if name in NUMBERS else [] for name in Row._fields}  # ten million rows fit so
+    """Read a whole score table. Raises UserError as `read_rows`, and if there are no rows."""
+    columns = Row(*(array("d") if name in NUMBERS else [] for name in Row._fields))  # ten million rows fit so
     for row in read_rows(path):
-        for column, value in zip(columns.values(), row, strict=True):
+        for column, value in zip(columns, row, strict=True):
             column.append(math.nan if value is None else value)
-    n = len(columns["path"])
-    if not n:
+    if not columns.path:
         raise UserError(f"{shown(path)} has no rows below its header: score some images with test.py first")
+    labels = np.array(columns.label)
     return ScoreTable(
-        paths=columns["path"],
-        is_real=np.fromiter((label == "real" for label in columns["label"]), bool, n),
-        is_fake=np.fromiter((label == "fake" for label in columns["label"]), bool, n),
-        generators=columns["generator"],
-        logits=np.stack([columns["logit_fake"], columns["logit_real"]], axis=1).astype(np.float32),  # (N, 2)
-        prob_fake=np.array(columns["prob_fake"]),
-        predictions=columns["prediction"],
-        errors=columns["error"],
-        stability=columns["stability"],
+        paths=columns.path,
+        is_real=labels == "real",
+        is_fake=labels == "fake",
+        generators=columns.generator,
+        logits=np.stack([columns.logit_fake, columns.logit_real], axis=1).astype(np.float32),  # (N, 2)
+        prob_fake=np.array(columns.prob_fake),
+        predictions=columns.prediction,
+        errors=columns.error,
+        stability=columns.stability,
     )
 
 
 def read_record(path: str | os.PathLike) -> dict:
     """The P.json that test.py writes beside a table P.csv: settings, detector, metrics, ...; {} where there is none.
 
-    Raises:
-        UserError: if it cannot be read.
+    Raises UserError if it cannot be read.
     """
     beside = Path(path).with_suffix(".json")
     try:
-        record = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-        if not isinstance(record, dict):
-            raise ValueError(f"a {type(record).__name__}, an object was wanted")
-    except (OSError, ValueError) as error:
+        return dict(json.loads(beside.read_text(encoding="utf-8"))) if beside.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot read {shown(beside)} ({error}); delete it to go on without it") from None
-    return record
 
 
 def residual_path(folder: str | os.PathLike, image: str) -> Path:
