@@ -4,7 +4,7 @@
     python -m data.example --out data/mine --from ~/photographs        fakes of one's own photographs
 
 Writes OUT/{train,val,test}/{real,nearest,bilinear}/00000.png, train.txt and val.txt (the reals, for train_sr.py),
-README.txt and settings.json. A second call completes what is missing. Reals are random dead-leaves scenes: shapes that
+README.txt and settings.json; the folder is there once all of it is made. Reals are random dead-leaves scenes: shapes that
 hide one another, sizes distributed as r^-3, which gives them the edges, scale invariance and spectrum of photographs
 (Lee, Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021). Fakes are what a generator's decoder leaves
 behind: OTHER scenes, passed through small autoencoders: `nearest` up-samples as ProGAN, `bilinear` as StyleGAN (Zhang,
@@ -14,7 +14,6 @@ spectrum. They are not pictures from a generative model: no number measured on t
 the wild. With --from, JPEG photographs keep their block grid in the reals but not in the fakes.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -24,6 +23,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -35,21 +35,14 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from data.images import SizePolicy, check_headers, load_image
 from data.lists import find_images
-from utils.run import UserError, atomic, keyed_generator, make_folder, progress, run_program, write_json
+from utils.options import Group, Parser, at_least_one, count, number
+from utils.run import UserError, keyed_generator, make_folder, progress, run_program, write_json
 
 logger = logging.getLogger("data.example")
 
 SPLITS = ("train", "val", "test")
 KINDS = ("nearest", "bilinear")  # order is part of the random keys: append only
 FORMAT = 2  # of the images: raise it when the same settings no longer give the same pictures
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-NUMBERS = {  # flag: default, least, help
-    "size": (256, 64, "side of the images in pixels, divisible by 4"),
-    **{split: (count, 0, "images a class") for split, count in zip(SPLITS, (128, 32, 64), strict=True)},
-    "seed": (123, 0, "of everything random"),
-    "steps": (250, 1, "training of an autoencoder"),
-    "workers": (min(8, CORES), 1, "processes, whose number changes no image"),
-}
 
 # Scenes; lengths in pixels
 SUPERSAMPLING = 2  # shapes are painted at twice the size and averaged: anti-aliased edges
@@ -238,7 +231,6 @@ class Settings(NamedTuple):
 
     size: int
     counts: dict[str, int]  # split -> images of each class
-    kinds: list[str]
     seed: int
     steps: int
     photographs: dict[str, list[str]] | None  # role -> files; None: scenes
@@ -258,9 +250,8 @@ def source_image(settings: Settings, role: str, index: int, size: int) -> np.nda
 def share_out_photographs(root: str, size: int, counts: dict[str, int], seed: int) -> dict[str, list[str]]:
     """Give each role its own photographs under root, as many as its images ask for: none is used for two."""
     paths = find_images(root)
-    sizes, problems = check_headers(paths, SizePolicy(scale=1))
-    unfit = {path for path, _ in problems}
-    fit = [p for p, sides in zip(paths, sizes, strict=True) if p not in unfit and min(sides) >= size]
+    headers = check_headers(paths, SizePolicy(scale=1, crop_size=size))
+    fit = [path for path, header in zip(paths, headers, strict=True) if not header.problem]
     needs = {"autoencoder": SOURCES} | {role: n for role in ROLES[1:] if (n := counts[role.split("/")[0]])}
     if len(fit) < len(needs):
         text = f"{root}: {len(fit)} readable images of at least {size}x{size}, wanted at least {len(needs)}"
@@ -271,17 +262,17 @@ def share_out_photographs(root: str, size: int, counts: dict[str, int], seed: in
     return shares
 
 
-def write_images(paths: list[Path], weights: dict[str, dict[str, np.ndarray]], settings: Settings) -> None:
-    """Write a real, SPLIT/real/INDEX.png, or fakes SPLIT/KIND/INDEX.png of one source. weights: of each kind."""
-    split, index = paths[0].parts[-3], int(paths[0].stem)
-    role = f"{split}/{'real' if paths[0].parts[-2] == 'real' else 'fake'}"
-    source = image = source_image(settings, role, index, settings.size)
-    for path in paths:
-        if (kind := path.parts[-2]) != "real":
-            rng = keyed_generator(settings.seed, ROLES.index(role), index, 1 + KINDS.index(kind))
-            image = imitate(kind, weights[kind], source, rng)
-        with atomic(path) as file:
-            Image.fromarray(image).save(file, "PNG", compress_level=1)
+def write_images(job: tuple[str, str, int], weights: dict[str, dict], settings: Settings, out: Path) -> None:
+    """job: split, "real" or "fake", and which image: write SPLIT/real/INDEX.png, or its fakes SPLIT/KIND/INDEX.png."""
+    split, label, index = job
+    role = f"{split}/{label}"
+    source = source_image(settings, role, index, settings.size)
+    images = {"real": source}
+    if label == "fake":
+        keys = {kind: (settings.seed, ROLES.index(role), index, 1 + i) for i, kind in enumerate(KINDS)}
+        images = {kind: imitate(kind, weights[kind], source, keyed_generator(*key)) for kind, key in keys.items()}
+    for name, image in images.items():
+        Image.fromarray(image).save(out / split / name / f"{index:05d}.png", compress_level=1)
 
 
 def start_worker() -> None:
@@ -290,88 +281,85 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def make_images(settings: Settings, tasks: list[list[Path]], workers: int) -> None:
-    """Train the autoencoders, then make all images of tasks."""
-    kinds = [kind for kind in settings.kinds if any(path.parts[-2] == kind for paths in tasks for path in paths)]
-    weights = {}
+def make_images(settings: Settings, out: Path, workers: int) -> None:
+    """Train the autoencoders, then make all images."""
+    jobs = [(split, label, i) for split, n in settings.counts.items() for label in ("real", "fake") for i in range(n)]
+    for split in {split for split, _, _ in jobs}:
+        for name in ("real", *KINDS):
+            (out / split / name).mkdir(parents=True)
     with ProcessPoolExecutor(workers, get_context("fork"), start_worker) as pool:  # forked ones have PyTorch already
-        if kinds:
-            source = partial(source_image, settings, "autoencoder", size=min(SOURCE_SIZE, settings.size))
-            images = np.stack(list(pool.map(source, range(SOURCES))))
-            train = partial(train_autoencoder, images=images, steps=settings.steps, seed=settings.seed)
-            weights = dict(zip(kinds, pool.map(train, kinds), strict=True))
-        write = partial(write_images, weights=weights, settings=settings)
-        list(progress(pool.map(write, tasks), "images", len(tasks)))
+        source = partial(source_image, settings, "autoencoder", size=min(SOURCE_SIZE, settings.size))
+        images = np.stack(list(pool.map(source, range(SOURCES))))
+        train = partial(train_autoencoder, images=images, steps=settings.steps, seed=settings.seed)
+        weights = dict(zip(KINDS, pool.map(train, KINDS), strict=True))
+        write = partial(write_images, weights=weights, settings=settings, out=out)
+        list(progress(pool.map(write, jobs), "images", len(jobs)))
 
 
-def open_folder(settings: Settings, out: Path) -> list[list[Path]]:
-    """Take OUT for these settings: what it lacks, the files of one source image together.
-
-    Raises: UserError if it holds anything but images begun with the same settings.
-    """
-    stored_path, wanted = out / "settings.json", {"format": FORMAT, **settings._asdict()}
+def is_made(out: Path, settings: dict) -> bool:
+    """Whether OUT holds the images of these settings. Raises a UserError if it holds anything else."""
+    stored_path = out / "settings.json"
     if stored_path.exists():
         stored = json.loads(stored_path.read_text())
-        if differing := ", ".join(key for key in wanted if stored.get(key) != wanted[key]):
+        if differing := ", ".join(key for key in settings if stored.get(key) != settings[key]):
             text = f"{out} holds example images made with another {differing}: pass another --out, or the settings in"
             raise UserError(f"{text} {stored_path}, or remove {out} first")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return True
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else than example images: pass a new or empty folder as --out")
-    make_folder(out)
-    write_json(stored_path, wanted)
-    tasks = []
-    for split, count in settings.counts.items():
-        for group in (["real"], settings.kinds) if count else ():
-            folders = [make_folder(out / split / name) for name in group]
-            tasks += [[folder / f"{index:05d}.png" for folder in folders] for index in range(count)]
-    return [missing for paths in tasks if (missing := [path for path in paths if not path.exists()])]
+    return False
 
 
-def write_texts(settings: Settings, out: Path) -> None:
-    """README.txt, and the lists of reals for train_sr.py, as paths from the working folder."""
+def write_texts(settings: Settings, out: Path, listed: Path) -> None:
+    """README.txt, and the lists of reals for train_sr.py, as paths from the working folder to `listed`."""
     reals, licence = "Random dead-leaves scenes", "CC0 1.0: do with them what you like."
     if settings.photographs:
         reals, licence = "Crops of photographs", "that of the photographs (in settings.json)."
-    texts = {"README.txt": f"""{reals}, and others of them passed through small autoencoders, whose up-sampling the
+    text = f"""{reals}, and others of them passed through small autoencoders, whose up-sampling the
 folder names: simulated artefacts of a generator's decoder, after Zhang, Karaman, Chang (WIFS 2019). They are not
 pictures from a generative model: scores on them say nothing about ProGAN or StyleGAN. Licence: {licence}
-"""}  # fmt: skip
+"""
+    (out / "README.txt").write_text(text)
     for split in ("train", "val"):
-        if count := settings.counts[split]:
-            texts[f"{split}.txt"] = "".join(f"{out / split / 'real'}/{index:05d}.png\n" for index in range(count))
-    for name, text in texts.items():
-        with atomic(out / name) as file:
-            file.write(text.encode())
+        if n := settings.counts[split]:
+            lines = "".join(f"{listed / split / 'real'}/{index:05d}.png\n" for index in range(n))
+            (out / f"{split}.txt").write_text(lines)
+
+
+def parser() -> Parser:
+    parser = Parser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
+    images = Group("images", parser)
+    images.add("--out", "folder to be made", Path, Path("data/example"), metavar="DIR")
+    images.add("--from", "crops of these photographs, not scenes", dest="photographs", metavar="DIR")
+    images.add("--size", "side of the images in pixels, divisible by 4", number(int, 64), 256)
+    for split, n in zip(SPLITS, (128, 32, 64), strict=True):
+        images.add(f"--{split}", "images a class", count, n)
+    images.add("--seed", "of everything random", count, 123)
+    images.add("--steps", "training of an autoencoder", at_least_one, 250)
+    images.add("--workers", "processes, whose number changes no image", at_least_one, min(8, os.cpu_count() or 1))
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default="data/example", help="folder (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, metavar="KIND", help=f"of fakes: {' '.join(KINDS)}")
-    parser.add_argument("--from", dest="photographs", metavar="DIR", help="crops of these photographs, not scenes")
-    for name, (default, _, text) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--force", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    if args.force:
-        raise UserError(f"--force was dropped: nothing is replaced; remove {args.out} first, or pass another --out")
-    if unknown := set(args.kinds) - set(KINDS):
-        raise UserError(f"--kinds {' '.join(sorted(unknown))}: wanted {' or '.join(KINDS)} (transposed was dropped)")
-    for name, (_, least, text) in NUMBERS.items():
-        if (value := getattr(args, name)) < least or name == "size" and value % 4:
-            raise UserError(f"--{name} {value} ({text}): wanted at least {least}")
+    args = parser().parse_args(argv)
     counts, photographs = {split: getattr(args, split) for split in SPLITS}, None
+    if args.size % 4:
+        raise UserError(f"--size {args.size}: a multiple of 4 was wanted")
     if not any(counts.values()):
         raise UserError("--train 0 --val 0 --test 0: wanted at least one image")
     if args.photographs is not None:
         photographs = share_out_photographs(os.path.abspath(args.photographs), args.size, counts, args.seed)
-    kinds = [kind for kind in KINDS if kind in args.kinds]
-    settings = Settings(args.size, counts, kinds, args.seed, args.steps, photographs)
+    settings = Settings(args.size, counts, args.seed, args.steps, photographs)
+    stored = {"format": FORMAT, "kinds": list(KINDS), **settings._asdict()}
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers end, too
-    if tasks := open_folder(settings, args.out):
-        logger.info("making images of %dx%d in %s", settings.size, settings.size, args.out)
-        make_images(settings, tasks, args.workers)
-    write_texts(settings, args.out)
+    if not is_made(args.out, stored):
+        logger.info("making images of %dx%d in %s", args.size, args.size, args.out)
+        with TemporaryDirectory(prefix=".example", dir=make_folder(args.out.absolute().parent)) as folder:
+            unfinished = Path(folder, "images")
+            make_images(settings, unfinished, args.workers)
+            write_texts(settings, unfinished, args.out)
+            write_json(unfinished / "settings.json", stored)
+            unfinished.replace(args.out)
     logger.info("complete: %s", args.out)
     return 0
 

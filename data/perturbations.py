@@ -7,16 +7,15 @@ numbers from one cannot be compared with numbers from the other:
                 describes it: half of the images are perturbed, at random strengths
     sweep       fixed strengths, applied to every image: for robustness curves
 
-A perturbation is an entry of PERTURBATIONS: all that names, draws, labels or plots it is read there. What is drawn for
-an image depends on its pixels, the protocol, the perturbation and the seed alone, so that batch size, order, number of
-workers and the place of the file change nothing.
+A perturbation is an entry of PERTURBATIONS: all that draws, labels or plots it is read there. What is drawn for an image
+depends on its pixels, the protocol, the perturbation and the seed alone, so that batch size, order, number of workers
+and the place of the file change nothing.
 """
 
 import io
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -36,10 +35,6 @@ KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # size, and the sigma that O
 CROP_SHARE = (0.05, 0.2)  # of each side, half of it from either end
 JPEG_QUALITY = (10, 75)  # both included
 NOISE_VARIANCE = (5.0, 20.0)  # in grey levels squared, on 0..255
-
-# What a picture meets on its way through a messenger or a web page, and what should leave a verdict as it is.
-MILD_QUALITY = 90
-MILD_SCALE = 0.9
 
 
 def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
@@ -101,8 +96,6 @@ class Kind(NamedTuple):
     smaller_is_harder: bool = False  # of strengths, for a detector
 
 
-# In the order in which a picture meets them: what it is stored as comes last. A new one with a `frank2020` takes part in
-# "combined" and in `augment`.
 PERTURBATIONS = {
     "crop": Kind(lambda image, rng: crop(image, rng.uniform(*CROP_SHARE))),
     "blur": Kind(
@@ -136,7 +129,8 @@ PERTURBATIONS = {
         smaller_is_harder=True,
     ),
 }
-FRANK_NAMES = tuple(name for name, kind in PERTURBATIONS.items() if kind.frank2020)
+# In the order in which "combined" applies them: what a picture is stored as comes last
+FRANK_NAMES = ("crop", "blur", "noise", "jpeg")
 NAMES = ("none", *sorted(PERTURBATIONS), "combined")
 
 
@@ -161,73 +155,57 @@ class Cell(NamedTuple):
         return self.label.replace(" ", "_")
 
 
-def cells(protocol: str, name: str = "all") -> list[Cell]:
-    """What to run for `--perturb NAME --perturb-protocol PROTOCOL`; "all" begins with the untouched images.
-
-    Raises:
-        UserError: if there is no such protocol, or no such perturbation in it.
-    """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"perturbation protocol {protocol!r}: one of {', '.join(PROTOCOLS)} was wanted")
-    if protocol == "sweep":
-        known = {n: [Cell(n, s) for s in kind.strengths] for n, kind in sorted(PERTURBATIONS.items()) if kind.sweep}
-    else:
-        known = {n: [Cell(n)] for n in (*sorted(FRANK_NAMES), "combined")}
-    known = {"none": [Cell("none")]} | known
-    if name not in (*known, "all"):
-        raise UserError(f"no perturbation {name!r} with --perturb-protocol {protocol}: it has {', '.join(known)}")
-    return sum(known.values(), []) if name == "all" else known[name]
+# What should leave a verdict as it is: a picture meets it on its way through a messenger or a web page.
+MILD = (Cell("jpeg", 90), Cell("resize", 0.9))
 
 
 def chosen_cells(protocol: str, wanted: Sequence[tuple[str, float | None]]) -> list[Cell]:
-    """What to run for --perturb NAME[=STRENGTH] ..., each once.
+    """What to run for --perturb NAME[=STRENGTH] ... in a protocol, each once; "all" begins with the untouched images.
 
     Raises:
         UserError: if a perturbation or its strength is not in the protocol.
     """
-    chosen = []
+    if protocol == "sweep":
+        known = [Cell(name, s) for name, kind in sorted(PERTURBATIONS.items()) for s in kind.strengths]
+    else:
+        known = [Cell(name) for name in (*sorted(FRANK_NAMES), "combined")]
+    known, chosen = [Cell("none"), *known], []
     for name, strength in wanted:
-        found = [c for c in cells(protocol, name) if strength is None or c.strength == strength]
+        named = [cell for cell in known if name in (cell.name, "all")]
+        if not named:
+            has = ", ".join(dict.fromkeys(cell.name for cell in known))
+            raise UserError(f"no perturbation {name!r} with --perturb-protocol {protocol}: it has {has}")
+        found = [cell for cell in named if strength in (cell.strength, None)]
         if not found:
-            strengths = ", ".join(f"{c.strength:g}" for c in cells(protocol, name) if c.strength is not None)
+            strengths = ", ".join(f"{cell.strength:g}" for cell in named if cell.strength is not None)
             raise UserError(f"--perturb {name}={strength:g}: its strengths are {strengths or 'not chosen'}")
         chosen += found
     return list(dict.fromkeys(chosen))
 
 
-def perturb(image: Tensor, name: str, protocol: str, seed: int, strength: float | None = None) -> Tensor:
-    """The uint8 (3, H, W) image as `protocol` sees it after the perturbation `name`, perhaps the same tensor.
+class Perturbation(NamedTuple):
+    """What `protocol` does to images under one of its perturbations: a transform of data.datasets.
 
-    frank2020 perturbs with probability 0.5 ("combined": each of its parts), the sweep always, at a strength that it alone
-    takes, in the unit of its Kind. The random pattern does not depend on the strength: a sweep scales one noise field up.
-
-    Raises:
-        UserError: for a perturbation or strength the protocol has not.
+    frank2020 perturbs with probability 0.5 ("combined": each of its parts), the sweep always, at the cell's strength. The
+    random pattern does not depend on the strength: a sweep scales one noise field up.
     """
-    kind = cells(protocol, name)[0].kind  # raises for what the protocol has not
-    if name == "none":
-        return image
-    if (protocol == "sweep") != (strength is not None):
-        raise UserError(f"strength {strength} for {name} in protocol {protocol}: the sweep wants one, the others none")
-    rng = keyed_generator(seed, pixel_key(image), zlib.crc32(f"{protocol}/{name}".encode()))
-    if protocol == "sweep":
-        return kind.sweep(image, strength, rng)
-    names = FRANK_NAMES if name == "combined" else [name]
-    for n in [n for n in names if rng.random() < PROBABILITY]:
-        image = PERTURBATIONS[n].frank2020(image, rng)
-    return image
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """`perturb` as a transform of data.datasets; needs no generator of theirs."""
 
     cell: Cell
     protocol: str
     seed: int
 
-    def __call__(self, image: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        return perturb(image, self.cell.name, self.protocol, self.seed, self.cell.strength)
+    def __call__(self, image: Tensor, _: object = None) -> Tensor:
+        """image: uint8 (3, H, W). Returns the same shape, perhaps the same tensor."""
+        name, strength = self.cell
+        if name == "none":
+            return image
+        rng = keyed_generator(self.seed, pixel_key(image), zlib.crc32(f"{self.protocol}/{name}".encode()))
+        if self.protocol == "sweep":
+            return self.cell.kind.sweep(image, strength, rng)
+        names = FRANK_NAMES if name == "combined" else [name]
+        for n in [n for n in names if rng.random() < PROBABILITY]:
+            image = PERTURBATIONS[n].frank2020(image, rng)
+        return image
 
 
 def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -245,8 +223,7 @@ def mild_variants(image: Tensor) -> dict[str, Tensor]:
 
     image: uint8 (3, H, W). Returns {what was done: uint8 (3, H, W)}.
     """
-    mild = (Cell("jpeg", MILD_QUALITY), Cell("resize", MILD_SCALE))
-    return {cell.label: cell.kind.sweep(image, cell.strength, None) for cell in mild}
+    return {cell.label: cell.kind.sweep(image, cell.strength, None) for cell in MILD}
 
 
 def pixel_key(image: Tensor) -> int:
