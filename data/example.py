@@ -1,7 +1,6 @@
 """Example images, so that a fresh clone has something honest to run on without anyone's faces.
 
     python -m data.example --out data/example --size 128 --train 128 --val 32 --test 64
-    python -m data.example --out data/mine --from ~/photographs        fakes of one's own photographs
 
 Writes OUT/{train,val,test}/{real,nearest,bilinear}/00000.png, train.txt and val.txt (the reals, for train_sr.py),
 README.txt and settings.json; the folder is there once all of it is made. Reals are random dead-leaves scenes: shapes that
@@ -11,7 +10,7 @@ behind: OTHER scenes, passed through small autoencoders: `nearest` up-samples as
 Karaman, Chang: Detecting and simulating artifacts in GAN fake images, WIFS 2019). Where theirs has a discriminator,
 ours has `imitation_loss`, and noise inputs let it invent detail; it does not fully succeed in the last octave of the
 spectrum. They are not pictures from a generative model: no number measured on them says how well a detector does in
-the wild. With --from, JPEG photographs keep their block grid in the reals but not in the fakes.
+the wild.
 """
 
 import json
@@ -33,15 +32,18 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from data.images import SizePolicy, check_headers, load_image
-from data.lists import find_images
-from utils.options import Group, Parser, at_least_one, count, number
+from utils import options
 from utils.run import UserError, keyed_generator, make_folder, progress, run_program, write_json
 
 logger = logging.getLogger("data.example")
 
 SPLITS = ("train", "val", "test")
 KINDS = ("nearest", "bilinear")  # order is part of the random keys: append only
+README = """Random dead-leaves scenes, and others of them passed through small autoencoders, whose up-sampling the
+folder names: simulated artefacts of a generator's decoder, after Zhang, Karaman, Chang (WIFS 2019). They are not
+pictures from a generative model: scores on them say nothing about ProGAN or StyleGAN. Licence: CC0 1.0: do with them
+what you like.
+"""
 FORMAT = 2  # of the images: raise it when the same settings no longer give the same pictures
 
 # Scenes; lengths in pixels
@@ -63,8 +65,8 @@ ENERGY_FLOOR = 1 / 255  # detail weaker than one grey level does not count
 OPPONENT = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, 0, -1], [0.5, -1, 0.5]])  # luminance, red - blue, purple - green
 MARGIN = 8  # mirrored at each border and cut off again: as far as the networks' zero padding reaches
 
-# Every random number comes from keyed_generator(seed, stream, index, use): image i is the same whatever the counts, and
-# autoencoders, reals and fakes of all splits come from different scenes. use 0: the source; 1, 2: noise of each kind.
+# Part of the random keys: image i is the same whatever the counts, and autoencoders, reals and fakes of all splits come
+# from different scenes.
 ROLES = ("autoencoder", *(f"{split}/{label}" for split in SPLITS for label in ("real", "fake")))
 
 
@@ -233,46 +235,28 @@ class Settings(NamedTuple):
     counts: dict[str, int]  # split -> images of each class
     seed: int
     steps: int
-    photographs: dict[str, list[str]] | None  # role -> files; None: scenes
 
-
-def source_image(settings: Settings, role: str, index: int, size: int) -> np.ndarray:
-    """Image `index` of a role, (size, size, 3) uint8: a new scene, or a crop of one of its photographs."""
-    rng = keyed_generator(settings.seed, ROLES.index(role), index, 0)
-    if settings.photographs is None:
-        return draw_scene(size, rng)
-    paths = settings.photographs[role]
-    image = load_image(paths[index % len(paths)])  # (3, H, W)
-    top, left = (int(rng.integers(side - size + 1)) for side in image.shape[1:])
-    return image[:, top : top + size, left : left + size].permute(1, 2, 0).numpy().copy()
-
-
-def share_out_photographs(root: str, size: int, counts: dict[str, int], seed: int) -> dict[str, list[str]]:
-    """Give each role its own photographs under root, as many as its images ask for: none is used for two."""
-    paths = find_images(root)
-    headers = check_headers(paths, SizePolicy(scale=1, crop_size=size))
-    fit = [path for path, header in zip(paths, headers, strict=True) if not header.problem]
-    needs = {"autoencoder": SOURCES} | {role: n for role in ROLES[1:] if (n := counts[role.split("/")[0]])}
-    if len(fit) < len(needs):
-        text = f"{root}: {len(fit)} readable images of at least {size}x{size}, wanted at least {len(needs)}"
-        raise UserError(f"{text} (one each for {', '.join(needs)}): add images, or pass a smaller --size")
-    shares = {role: [] for role in needs}
-    for path in keyed_generator(seed, len(ROLES)).permutation(fit).tolist():
-        shares[max(needs, key=lambda role: needs[role] / (len(shares[role]) or 1e-9))].append(path)
-    return shares
+    def generator(self, role: str, index: int, use: int) -> np.random.Generator:
+        """use: 0 for the source image, 1, 2 for the noise of each kind. Every random number comes from such a one."""
+        return keyed_generator(self.seed, ROLES.index(role), index, use)
 
 
 def write_images(job: tuple[str, str, int], weights: dict[str, dict], settings: Settings, out: Path) -> None:
-    """job: split, "real" or "fake", and which image: write SPLIT/real/INDEX.png, or its fakes SPLIT/KIND/INDEX.png."""
+    """job: split, "real" or "fake", and which image. Writes SPLIT/real/INDEX.png, or its fakes SPLIT/KIND/INDEX.png."""
     split, label, index = job
     role = f"{split}/{label}"
-    source = source_image(settings, role, index, settings.size)
-    images = {"real": source}
+    images = {"real": draw_scene(settings.size, settings.generator(role, index, 0))}
     if label == "fake":
-        keys = {kind: (settings.seed, ROLES.index(role), index, 1 + i) for i, kind in enumerate(KINDS)}
-        images = {kind: imitate(kind, weights[kind], source, keyed_generator(*key)) for kind, key in keys.items()}
+        source = images.pop("real")
+        for use, kind in enumerate(KINDS, start=1):
+            images[kind] = imitate(kind, weights[kind], source, settings.generator(role, index, use))
     for name, image in images.items():
         Image.fromarray(image).save(out / split / name / f"{index:05d}.png", compress_level=1)
+
+
+def source_of_training(index: int, settings: Settings) -> np.ndarray:
+    """A scene that the autoencoders are trained on."""
+    return draw_scene(min(SOURCE_SIZE, settings.size), settings.generator("autoencoder", index, 0))
 
 
 def start_worker() -> None:
@@ -288,79 +272,52 @@ def make_images(settings: Settings, out: Path, workers: int) -> None:
         for name in ("real", *KINDS):
             (out / split / name).mkdir(parents=True)
     with ProcessPoolExecutor(workers, get_context("fork"), start_worker) as pool:  # forked ones have PyTorch already
-        source = partial(source_image, settings, "autoencoder", size=min(SOURCE_SIZE, settings.size))
-        images = np.stack(list(pool.map(source, range(SOURCES))))
+        images = np.stack(list(pool.map(partial(source_of_training, settings=settings), range(SOURCES))))
         train = partial(train_autoencoder, images=images, steps=settings.steps, seed=settings.seed)
         weights = dict(zip(KINDS, pool.map(train, KINDS), strict=True))
         write = partial(write_images, weights=weights, settings=settings, out=out)
         list(progress(pool.map(write, jobs), "images", len(jobs)))
 
 
-def is_made(out: Path, settings: dict) -> bool:
-    """Whether OUT holds the images of these settings. Raises a UserError if it holds anything else."""
-    stored_path = out / "settings.json"
-    if stored_path.exists():
-        stored = json.loads(stored_path.read_text())
-        if differing := ", ".join(key for key in settings if stored.get(key) != settings[key]):
-            text = f"{out} holds example images made with another {differing}: pass another --out, or the settings in"
-            raise UserError(f"{text} {stored_path}, or remove {out} first")
-        return True
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something else than example images: pass a new or empty folder as --out")
-    return False
-
-
 def write_texts(settings: Settings, out: Path, listed: Path) -> None:
     """README.txt, and the lists of reals for train_sr.py, as paths from the working folder to `listed`."""
-    reals, licence = "Random dead-leaves scenes", "CC0 1.0: do with them what you like."
-    if settings.photographs:
-        reals, licence = "Crops of photographs", "that of the photographs (in settings.json)."
-    text = f"""{reals}, and others of them passed through small autoencoders, whose up-sampling the
-folder names: simulated artefacts of a generator's decoder, after Zhang, Karaman, Chang (WIFS 2019). They are not
-pictures from a generative model: scores on them say nothing about ProGAN or StyleGAN. Licence: {licence}
-"""
-    (out / "README.txt").write_text(text)
+    (out / "README.txt").write_text(README)
     for split in ("train", "val"):
         if n := settings.counts[split]:
             lines = "".join(f"{listed / split / 'real'}/{index:05d}.png\n" for index in range(n))
             (out / f"{split}.txt").write_text(lines)
 
 
-def parser() -> Parser:
-    parser = Parser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
-    images = Group("images", parser)
-    images.add("--out", "folder to be made", Path, Path("data/example"), metavar="DIR")
-    images.add("--from", "crops of these photographs, not scenes", dest="photographs", metavar="DIR")
-    images.add("--size", "side of the images in pixels, divisible by 4", number(int, 64), 256)
-    for split, n in zip(SPLITS, (128, 32, 64), strict=True):
-        images.add(f"--{split}", "images a class", count, n)
-    images.add("--seed", "of everything random", count, 123)
-    images.add("--steps", "training of an autoencoder", at_least_one, 250)
-    images.add("--workers", "processes, whose number changes no image", at_least_one, min(8, os.cpu_count() or 1))
-    return parser
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    counts, photographs = {split: getattr(args, split) for split in SPLITS}, None
-    if args.size % 4:
-        raise UserError(f"--size {args.size}: a multiple of 4 was wanted")
-    if not any(counts.values()):
-        raise UserError("--train 0 --val 0 --test 0: wanted at least one image")
-    if args.photographs is not None:
-        photographs = share_out_photographs(os.path.abspath(args.photographs), args.size, counts, args.seed)
-    settings = Settings(args.size, counts, args.seed, args.steps, photographs)
-    stored = {"format": FORMAT, "kinds": list(KINDS), **settings._asdict()}
+    parser = options.Parser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
+    images = options.Group("images", parser)
+    images.add("--out", "folder to be made", Path, Path("data/example"), metavar="DIR")
+    images.add("--size", "side of the images in pixels, divisible by 4", options.number(int, 64), 256)
+    for split, n in zip(SPLITS, (128, 32, 64), strict=True):
+        images.add(f"--{split}", "images a class", options.count, n)
+    images.add("--seed", "of everything random", options.count, 123)
+    images.add("--steps", "training of an autoencoder", options.at_least_one, 250)
+    workers = min(8, os.cpu_count() or 1)
+    images.add("--workers", "processes, whose number changes no image", options.at_least_one, workers)
+    args = parser.parse_args(argv)
+    settings = Settings(args.size, {split: getattr(args, split) for split in SPLITS}, args.seed, args.steps)
+    if args.size % 4 or not any(settings.counts.values()):
+        raise UserError(f"--size {args.size}, {settings.counts} images: a size divisible by 4 and some images were wanted")
+    about, wanted = args.out / "settings.json", {"format": FORMAT, **settings._asdict()}
+    found = json.loads(about.read_text()) if about.exists() else {}
+    if {key: found.get(key) for key in wanted} == wanted:
+        logger.info("complete: %s", args.out)
+        return 0
+    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
+        raise UserError(f"{args.out} holds something else than images of {wanted}: pass another --out, or remove it first")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers end, too
-    if not is_made(args.out, stored):
-        logger.info("making images of %dx%d in %s", args.size, args.size, args.out)
-        with TemporaryDirectory(prefix=".example", dir=make_folder(args.out.absolute().parent)) as folder:
-            unfinished = Path(folder, "images")
-            make_images(settings, unfinished, args.workers)
-            write_texts(settings, unfinished, args.out)
-            write_json(unfinished / "settings.json", stored)
-            unfinished.replace(args.out)
-    logger.info("complete: %s", args.out)
+    logger.info("making images of %dx%d in %s", args.size, args.size, args.out)
+    with TemporaryDirectory(prefix=".example", dir=make_folder(args.out.absolute().parent)) as folder:
+        unfinished = Path(folder, "images")
+        make_images(settings, unfinished, args.workers)
+        write_texts(settings, unfinished, args.out)
+        write_json(unfinished / about.name, wanted)
+        unfinished.replace(args.out)
     return 0
 
 

@@ -7,9 +7,8 @@ numbers from one cannot be compared with numbers from the other:
                 describes it: half of the images are perturbed, at random strengths
     sweep       fixed strengths, applied to every image: for robustness curves
 
-A perturbation is an entry of PERTURBATIONS: all that draws, labels or plots it is read there. What is drawn for an image
-depends on its pixels, the protocol, the perturbation and the seed alone, so that batch size, order, number of workers
-and the place of the file change nothing.
+What is drawn for an image depends on its pixels, the protocol, the perturbation and the seed alone, so that batch size,
+order, number of workers and the place of the file change nothing.
 """
 
 import io
@@ -85,53 +84,38 @@ def _to_uint8(x: Tensor) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-class Kind(NamedTuple):
-    """A perturbation: what the protocols do, and how it is told. A protocol without it has None."""
+# At a random strength, in the order in which "combined" applies them: what a picture is stored as comes last
+FRANK2020 = {
+    "crop": lambda image, rng: crop(image, rng.uniform(*CROP_SHARE)),
+    "blur": lambda image, rng: blur(image, *KERNELS[rng.integers(len(KERNELS))]),
+    "noise": lambda image, rng: add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng),
+    "jpeg": lambda image, rng: jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True))),
+}
 
-    frank2020: Callable[[Tensor, np.random.Generator], Tensor] | None = None  # at a random strength
-    sweep: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # at a given strength
-    strengths: tuple[float, ...] = ()  # of the sweep
+
+class Kind(NamedTuple):
+    """A perturbation of the sweep, and how it is told."""
+
+    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # at a given strength
+    strengths: tuple[float, ...] = ()
     label: str = "{:g}"  # of a strength
     axis: str = "strength"  # what a strength is, for a figure
     smaller_is_harder: bool = False  # of strengths, for a detector
 
 
-PERTURBATIONS = {
-    "crop": Kind(lambda image, rng: crop(image, rng.uniform(*CROP_SHARE))),
-    "blur": Kind(
-        lambda image, rng: blur(image, *KERNELS[rng.integers(len(KERNELS))]),
-        lambda image, sigma, _: blur(image, 2 * math.ceil(4 * sigma) + 1, sigma),  # 4 sigma to either side
-        strengths=(1.0, 2.0, 3.0, 4.0),
-        label="sigma {:g}",
-        axis="sigma in pixels",
-    ),
-    "noise": Kind(
-        lambda image, rng: add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng),
-        lambda image, std, rng: add_noise(image, std * 255, rng),
-        strengths=(0.05, 0.1, 0.15, 0.2, 0.25),
-        label="std {:g}",
-        axis="standard deviation, of [0, 1]",
-    ),
-    "jpeg": Kind(
-        lambda image, rng: jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True))),
-        lambda image, quality, _: jpeg(image, round(quality)),
-        strengths=(100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0),
-        label="quality {:g}",
-        axis="quality",
-        smaller_is_harder=True,
-    ),
-    "resize": Kind(
-        None,
-        lambda image, scale, _: resize_and_back(image, scale),
-        strengths=(0.5,),
-        label="x{:g} and back",
-        axis="factor, and back",
-        smaller_is_harder=True,
-    ),
+# fmt: off
+SWEEP = {
+    "blur": Kind(lambda image, sigma, _: blur(image, 2 * math.ceil(4 * sigma) + 1, sigma),  # 4 sigma to either side
+                 (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
+    "jpeg": Kind(lambda image, quality, _: jpeg(image, round(quality)),
+                 (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True),
+    "noise": Kind(lambda image, std, rng: add_noise(image, std * 255, rng),
+                  (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, of [0, 1]"),
+    "resize": Kind(lambda image, scale, _: resize_and_back(image, scale),
+                   (0.5,), "x{:g} and back", "factor, and back", True),
 }
-# In the order in which "combined" applies them: what a picture is stored as comes last
-FRANK_NAMES = ("crop", "blur", "noise", "jpeg")
-NAMES = ("none", *sorted(PERTURBATIONS), "combined")
+# fmt: on
+NAMES = ("none", *sorted(FRANK2020 | SWEEP), "combined")
 
 
 class Cell(NamedTuple):
@@ -142,7 +126,7 @@ class Cell(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        return PERTURBATIONS.get(self.name, Kind())
+        return SWEEP.get(self.name, Kind())
 
     @property
     def label(self) -> str:
@@ -166,9 +150,9 @@ def chosen_cells(protocol: str, wanted: Sequence[tuple[str, float | None]]) -> l
         UserError: if a perturbation or its strength is not in the protocol.
     """
     if protocol == "sweep":
-        known = [Cell(name, s) for name, kind in sorted(PERTURBATIONS.items()) for s in kind.strengths]
+        known = [Cell(name, strength) for name, kind in SWEEP.items() for strength in kind.strengths]
     else:
-        known = [Cell(name) for name in (*sorted(FRANK_NAMES), "combined")]
+        known = [Cell(name) for name in (*sorted(FRANK2020), "combined")]
     known, chosen = [Cell("none"), *known], []
     for name, strength in wanted:
         named = [cell for cell in known if name in (cell.name, "all")]
@@ -201,10 +185,10 @@ class Perturbation(NamedTuple):
             return image
         rng = keyed_generator(self.seed, pixel_key(image), zlib.crc32(f"{self.protocol}/{name}".encode()))
         if self.protocol == "sweep":
-            return self.cell.kind.sweep(image, strength, rng)
-        names = FRANK_NAMES if name == "combined" else [name]
+            return self.cell.kind.apply(image, strength, rng)
+        names = FRANK2020 if name == "combined" else [name]
         for n in [n for n in names if rng.random() < PROBABILITY]:
-            image = PERTURBATIONS[n].frank2020(image, rng)
+            image = FRANK2020[n](image, rng)
         return image
 
 
@@ -215,7 +199,7 @@ def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
     """
     if rng.random() >= PROBABILITY:
         return image
-    return PERTURBATIONS[FRANK_NAMES[rng.integers(len(FRANK_NAMES))]].frank2020(image, rng)
+    return list(FRANK2020.values())[rng.integers(len(FRANK2020))](image, rng)
 
 
 def mild_variants(image: Tensor) -> dict[str, Tensor]:
@@ -223,7 +207,7 @@ def mild_variants(image: Tensor) -> dict[str, Tensor]:
 
     image: uint8 (3, H, W). Returns {what was done: uint8 (3, H, W)}.
     """
-    return {cell.label: cell.kind.sweep(image, cell.strength, None) for cell in MILD}
+    return {cell.label: cell.kind.apply(image, cell.strength, None) for cell in MILD}
 
 
 def pixel_key(image: Tensor) -> int:
