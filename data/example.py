@@ -302,14 +302,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     settings = Settings(args.size, {split: getattr(args, split) for split in SPLITS}, args.seed, args.steps)
     if args.size % 4 or not any(settings.counts.values()):
-        raise UserError(f"--size {args.size}, {settings.counts} images: a size divisible by 4 and some images were wanted")
+        raise UserError(f"--size {args.size}, images {settings.counts}: a multiple of 4 and some images were wanted")
     about, wanted = args.out / "settings.json", {"format": FORMAT, **settings._asdict()}
     found = json.loads(about.read_text()) if about.exists() else {}
     if {key: found.get(key) for key in wanted} == wanted:
         logger.info("complete: %s", args.out)
         return 0
     if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
-        raise UserError(f"{args.out} holds something else than images of {wanted}: pass another --out, or remove it first")
+        raise UserError(f"{args.out} holds something else than images of {wanted}: pass another --out, or remove it")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers end, too
     logger.info("making images of %dx%d in %s", args.size, args.size, args.out)
     with TemporaryDirectory(prefix=".example", dir=make_folder(args.out.absolute().parent)) as folder:
