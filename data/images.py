@@ -69,10 +69,15 @@ def read_rgb(path: str) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image, which may be changed, as `read_rgb` gives it."""
+    """A decoded image of any mode, which may be changed, as `read_rgb` gives it."""
     with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image)
+    if image.mode[0] in "IF":
+        return Image.fromarray(_grey(image)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (image.mode != "RGB" and "transparency" in image.info):
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
 
 
 @contextmanager
@@ -88,27 +93,14 @@ def _image_file(path: str) -> Iterator[Image.Image]:
         with open(path, "rb") as file:
             yield Image.open(file, formats=FORMATS)
     except Exception as error:  # decoders of files from anywhere: struct.error, IndexError, MemoryError, ...
-        raise UserError(f"{shown(path)}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, in one line without its name."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"is no image, or damaged from its first bytes on ({', '.join(FORMATS)} are read)"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be opened ({error.strerror})"
-    text = shown(" ".join(str(error).split())) or type(error).__name__
-    return text if text.startswith("is ") else f"cannot be decoded ({text})"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB."""
-    if image.mode[0] in "IF":
-        return Image.fromarray(_grey(image)).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (image.mode != "RGB" and "transparency" in image.info):
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        reason = shown(" ".join(str(error).split())) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"is no image, or damaged from its first bytes on ({', '.join(FORMATS)} are read)"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = f"cannot be opened ({error.strerror})"
+        elif not reason.startswith("is "):
+            reason = f"cannot be decoded ({reason})"
+        raise UserError(f"{shown(path)}: {reason}") from None
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -201,24 +193,18 @@ def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
 
 
 def read_header(path: str, policy: SizePolicy) -> Header:
-    """The size of an image, undecoded, and whether it can be used."""
+    """The size of an image, undecoded, and whether it can be used. EXIF behind the pixels of a PNG is not seen."""
     try:
         with _image_file(path) as image:
-            height, width = _upright_size(image)
+            width, height = image.size
+            if image.format == "TIFF":  # some versions of Pillow have turned the size already
+                width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
+            with suppress(Exception):  # as in `upright_rgb`; and not PngImageFile.getexif, which decodes
+                if Image.Image.getexif(image).get(Tag.Orientation) in SIDEWAYS:
+                    width, height = height, width
     except UserError as error:
         return Header(None, str(error).removeprefix(f"{shown(path)}: "))
     return Header((height, width), size_problem(height, width, policy))
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) as `read_rgb` gives it, but for an EXIF block behind the pixels of a PNG."""
-    width, height = image.size
-    if image.format == "TIFF":  # some versions of Pillow have turned the size already
-        width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
-    with suppress(Exception):  # as above; and not PngImageFile.getexif, which decodes
-        if Image.Image.getexif(image).get(Tag.Orientation) in SIDEWAYS:
-            return width, height
-    return height, width
 
 
 def usable_items(

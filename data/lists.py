@@ -22,7 +22,7 @@ from utils.run import FAKE, REAL, UserError, shown
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # of a table. Release: real is 1; most of the field: fake
+LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # of a table
 # (real, fake) folders of a tree. Sources: Wang et al. (CVPR 2020), "CNN-generated images are surprisingly easy to
 # spot... for now"; Zhu et al. (NeurIPS 2023), "GenImage".
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
@@ -120,7 +120,7 @@ def csv_items(file: str) -> list[Item]:
 
     Paths are relative to the working folder or, where nothing is there, to the table's own. Other columns are ignored.
     """
-    what, items, numbers = f"image table {shown(file)}", [], False
+    what, rows = f"image table {shown(file)}", []
     with _text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
@@ -133,13 +133,12 @@ def csv_items(file: str) -> list[Item]:
                 wanted = "a path (in quotes, if it holds a comma) and a label real or fake (or 1 = real, 0 = fake)"
                 got = shown(", ".join(str(value) for value in row.values())[:100])
                 raise UserError(f"{what}, line {reader.line_num}: {wanted} were wanted, got {got}")
-            items.append(Item(name, LABELS[label.lower()], sys.intern(generator)))
-            numbers |= label.isdecimal()
-    paths = _located([item.path for item in items], file, what)
-    if numbers:
+            rows.append((name, sys.intern(label.lower()), sys.intern(generator)))
+    paths = _located([name for name, _, _ in rows], file, what)
+    if any(label.isdecimal() for _, label, _ in rows):
         text = "%s: numbers are read as 1 = real, 0 = fake; if 1 is to mean fake, write the words real and fake"
         logger.warning(text, what)
-    return [item if item.path == path else item._replace(path=path) for item, path in zip(items, paths, strict=True)]
+    return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
 def list_paths(file: str) -> list[str]:
@@ -190,8 +189,10 @@ def labelled_items(
         got = "images named in more than one way" if ways else "no images"
         wanted = f"{flags[0]} REAL and {flags[1]} GENERATED folders, or --data-root TREE, or --csv FILE"
         raise UserError(f"{got}: give {wanted} (without labels: test.py --input)")
-    if tree or csv_file:
-        return tree_items(tree) if tree else csv_items(csv_file)
+    if tree:
+        return tree_items(tree)
+    if csv_file:
+        return csv_items(csv_file)
     if not real_roots or not fake_roots:
         missing = flags[1] if real_roots else flags[0]
         raise UserError(f"one class only: {missing} is missing; real and generated images are wanted")

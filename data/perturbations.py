@@ -183,7 +183,8 @@ class Perturbation(NamedTuple):
         name, strength = self.cell
         if name == "none":
             return image
-        rng = keyed_generator(self.seed, pixel_key(image), zlib.crc32(f"{self.protocol}/{name}".encode()))
+        pixels = zlib.crc32(image.contiguous().numpy(), zlib.crc32(repr(tuple(image.shape)).encode()))
+        rng = keyed_generator(self.seed, pixels, zlib.crc32(f"{self.protocol}/{name}".encode()))
         if self.protocol == "sweep":
             return self.cell.kind.apply(image, strength, rng)
         names = FRANK2020 if name == "combined" else [name]
@@ -208,8 +209,3 @@ def mild_variants(image: Tensor) -> dict[str, Tensor]:
     image: uint8 (3, H, W). Returns {what was done: uint8 (3, H, W)}.
     """
     return {cell.label: cell.kind.apply(image, cell.strength, None) for cell in MILD}
-
-
-def pixel_key(image: Tensor) -> int:
-    """A 32-bit checksum of size and pixels: the identity of an image whatever its file is called."""
-    return zlib.crc32(image.contiguous().numpy().tobytes(), zlib.crc32(repr(tuple(image.shape)).encode()))
