@@ -26,7 +26,7 @@ def write_set(items: Sequence[Item], folder: str, name: str) -> None:
     rows.writerow(("path", "label", "generator"))
     rows.writerows((os.path.abspath(i.path), LABEL_NAMES[i.label], i.generator) for i in items)
     reals = "".join(f"{os.path.abspath(i.path)}\n" for i in items if i.label == REAL)
-    for file_name, text in ((f"{name}.csv", table.getvalue()), (f"{name}_real.txt", reals)):
+    for file_name, text in ((f"{name}_real.txt", reals), (f"{name}.csv", table.getvalue())):
         with atomic(os.path.join(folder, file_name)) as file:
             file.write(text.encode(errors="surrogateescape"))
 
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="where the lists go")
     parser.add_argument("--hold-out", type=float, default=0.2, metavar="SHARE", help="of the images (default: 0.2)")
     args = parser.parse_args(arguments)
-    sets = {"train": [], "held_out": []}
+    sets = {"held_out": [], "train": []}  # train.csv comes last: where it is, all is
     for item in labelled_items(args.data_root_pos, args.data_root_neg):
         checksum = zlib.crc32(os.path.basename(item.path).encode(errors="surrogateescape"))
         sets["held_out" if checksum < args.hold_out * 2**32 else "train"].append(item)
