@@ -56,8 +56,8 @@ KINDS = {
                     ["codec", TRACES, "JPEG quality", "JPEG chroma subsampling"]),
     "size": (LEAK, "The size itself shows, or what resizing and cropping did to detail and borders.", RESIZE,
              ["size", "shorter side", "shape"]),
-    "colour": (LEAK, "Grey, palette or coarsely quantised images can be told from others at a glance.",
-               "Convert both classes alike, from the same kind of source.", ["colour mode", "bit depth"]),
+    "colour": (LEAK, "Grey and palette images can be told from others at a glance.",
+               "Convert both classes alike, from the same kind of source.", ["colour mode"]),
     "metadata": (WARNING, "Unseen by a detector, but the classes went through programs that may have left traces.",
                  "Find out what else these did (sharpening, resizing, colour) and convert alike.", ["metadata"]),
     "splits": (LEAK, "A detector can know these images by heart: the validation score is too good.",
@@ -155,19 +155,14 @@ def examine(file: File, decode: bool) -> File:
 def attributes_of(image: Image.Image) -> dict[str, str]:
     """What the header says, in words."""
     width, height = image.size
-    bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
     is_png = image.format == "PNG"
     known = [key for key, about in image.info.items() if key in METADATA or is_png and isinstance(about, str)]
-    if is_png:
-        image.fp.seek(24)  # in IHDR, the first chunk: Pillow opens 16-bit RGB as 8-bit
-        bits = image.fp.read(1)[0]
     said = {
         "codec": image.format,
         "size": f"{width}x{height}",
         "shorter side": f"about {2 ** (round(2 * math.log2(min(width, height))) / 2):.0f}",  # 64, 91, 128, 181, ...
         "shape": "square" if width == height else "landscape" if width > height else "portrait",
         "colour mode": image.mode,
-        "bit depth": f"{bits} bit",
         "metadata": ", ".join(sorted(known)) or "none",
     }
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # among them MPO: several in a file
@@ -249,12 +244,11 @@ def duplicate_findings(files: Sequence[File]) -> list[dict]:
     copies = [group for group in grouped(suspects, sums).values() if len(group) > 1]
     findings = []
     for side, kind, between, text in (
-        (0, "splits", "train and validation", "{} images occur in both"),
-        (1, "classes", "classes", "{} files are labelled both real and fake"),
+        (0, "splits", "train and validation", "images occur in both"),
+        (1, "classes", "classes", "files are labelled both real and fake"),
     ):
-        mixed = [sides for group in copies if len(sides := {f.group[side]: f for f in group}) > 1]
-        if mixed:
-            told = f"exact duplicates across {between}", text.format(len(mixed)), list(mixed[0].values())
+        if mixed := [sides for group in copies if len(sides := {f.group[side]: f for f in group}) > 1]:
+            told = f"exact duplicates across {between}", f"{len(mixed)} {text}", list(mixed[0].values())
             findings.append(finding(kind, *told, count=len(mixed)))
     repeated = [[f for f in group if f.group == g] for group in copies for g in dict.fromkeys(f.group for f in group)]
     if extra := sum(map(len, repeated)) - len(repeated):

@@ -10,7 +10,7 @@ behind: OTHER scenes, passed through small autoencoders: `nearest` up-samples as
 Karaman, Chang: Detecting and simulating artifacts in GAN fake images, WIFS 2019). Where theirs has a discriminator,
 ours has `imitation_loss`, and noise inputs let it invent detail; it does not fully succeed in the last octave of the
 spectrum. They are not pictures from a generative model: no number measured on them says how well a detector does in
-the wild.
+the wild. Licence of the images: CC0 1.0, do with them what you like.
 """
 
 import json
@@ -39,11 +39,6 @@ logger = logging.getLogger("data.example")
 
 SPLITS = ("train", "val", "test")
 KINDS = ("nearest", "bilinear")  # order is part of the random keys: append only
-README = """Random dead-leaves scenes, and others of them passed through small autoencoders, whose up-sampling the
-folder names: simulated artefacts of a generator's decoder, after Zhang, Karaman, Chang (WIFS 2019). They are not
-pictures from a generative model: scores on them say nothing about ProGAN or StyleGAN. Licence: CC0 1.0: do with them
-what you like.
-"""
 FORMAT = 2  # of the images: raise it when the same settings no longer give the same pictures
 
 # Scenes; lengths in pixels
@@ -279,9 +274,8 @@ def make_images(settings: Settings, out: Path, workers: int) -> None:
         list(progress(pool.map(write, jobs), "images", len(jobs)))
 
 
-def write_texts(settings: Settings, out: Path, listed: Path) -> None:
-    """README.txt, and the lists of reals for train_sr.py, as paths from the working folder to `listed`."""
-    (out / "README.txt").write_text(README)
+def write_lists(settings: Settings, out: Path, listed: Path) -> None:
+    """The lists of reals for train_sr.py, as paths from the working folder to `listed`."""
     for split in ("train", "val"):
         if n := settings.counts[split]:
             lines = "".join(f"{listed / split / 'real'}/{index:05d}.png\n" for index in range(n))
@@ -315,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     with TemporaryDirectory(prefix=".example", dir=make_folder(args.out.absolute().parent)) as folder:
         unfinished = Path(folder, "images")
         make_images(settings, unfinished, args.workers)
-        write_texts(settings, unfinished, args.out)
+        write_lists(settings, unfinished, args.out)
+        (unfinished / "README.txt").write_text(__doc__)
         write_json(unfinished / about.name, wanted)
         unfinished.replace(args.out)
     return 0

@@ -2,7 +2,6 @@
 
 import io
 import shutil
-import zlib
 
 import numpy as np
 import pytest
@@ -94,29 +93,11 @@ def test_a_clean_set_has_no_findings(roots):
     assert run(roots) == 0
 
 
-def test_what_varies_alike_in_both_classes_is_no_leak(roots):
-    rng = np.random.default_rng(0)
-    for root, start in zip(roots, (0, 100), strict=True):
-        root.mkdir()
-        for i in range(start, start + N):
-            size = tuple(int(s) for s in rng.integers(64, 96, 2))  # nearly every size occurs once
-            suffix, options = (".png", {}) if rng.random() < 0.5 else (".jpg", {"quality": int(rng.integers(60, 95))})
-            picture(i, size).save(root / f"{i}{suffix}", **options)
-    assert not {f["severity"] for f in audited(*roots)["findings"]} & {"leak", "warning"}
-
-
-def test_jpeg_quality_and_bit_depth_as_stored(tmp_path):
+def test_jpeg_quality_as_stored(tmp_path):
     for quality in (20, 50, 75, 90, 99):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", quality=quality)
         with Image.open(tmp_path / "a.jpg") as image:
             assert A.attributes_of(image)["JPEG quality"] == f"quality {quality}"
-    picture(0).save(tmp_path / "a.png")
-    data = bytearray((tmp_path / "a.png").read_bytes())
-    data[24] = 16  # in IHDR; Pillow opens 16-bit RGB as if it were 8-bit
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    (tmp_path / "a.png").write_bytes(data)
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.mode == "RGB" and A.attributes_of(image)["bit depth"] == "16 bit"
 
 
 @pytest.mark.parametrize("real, fake, severity", [(17, 3, "leak"), (15, 5, "warning"), (10, 10, None)])
