@@ -20,7 +20,7 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -255,9 +255,10 @@ def source_of_training(index: int, settings: Settings) -> np.ndarray:
 
 
 def start_worker() -> None:
-    """One thread each: the same numbers on any number of cores. Ctrl-C is for the main process alone."""
+    """One thread each: the same numbers on any number of cores. Ctrl-C is for the main process, which ends them."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def make_images(settings: Settings, out: Path, workers: int) -> None:
@@ -267,11 +268,16 @@ def make_images(settings: Settings, out: Path, workers: int) -> None:
         for name in ("real", *KINDS):
             (out / split / name).mkdir(parents=True)
     with ProcessPoolExecutor(workers, get_context("fork"), start_worker) as pool:  # forked ones have PyTorch already
-        images = np.stack(list(pool.map(partial(source_of_training, settings=settings), range(SOURCES))))
-        train = partial(train_autoencoder, images=images, steps=settings.steps, seed=settings.seed)
-        weights = dict(zip(KINDS, pool.map(train, KINDS), strict=True))
-        write = partial(write_images, weights=weights, settings=settings, out=out)
-        list(progress(pool.map(write, jobs), "images", len(jobs)))
+        try:
+            images = np.stack(list(pool.map(partial(source_of_training, settings=settings), range(SOURCES))))
+            train = partial(train_autoencoder, images=images, steps=settings.steps, seed=settings.seed)
+            weights = dict(zip(KINDS, pool.map(train, KINDS), strict=True))
+            write = partial(write_images, weights=weights, settings=settings, out=out)
+            list(progress(pool.map(write, jobs), "images", len(jobs)))
+        except BaseException:  # a signal among them; leaving would wait for what the workers are doing
+            for worker in active_children():
+                worker.terminate()
+            raise
 
 
 def write_lists(settings: Settings, out: Path, listed: Path) -> None:

@@ -1,6 +1,7 @@
 """Example images: scenes like photographs, fakes that show their up-sampling, a folder to be trusted."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -116,13 +117,21 @@ def test_no_scene_is_used_twice():
     assert len(set(draws)) == 14
 
 
-def test_a_stopped_call_leaves_nothing_and_a_complete_folder_is_left_alone(made, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_call_leaves_nothing(tmp_path, number):
     command = [sys.executable, "-m", "data.example", *flags(tmp_path / "out", "--steps", "100000")]
-    with subprocess.Popen(command, cwd=Path(__file__).parents[1]) as process:
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    try:
         while process.poll() is None and not list(tmp_path.glob(".example*/images/test/real")):
             time.sleep(0.1)
-        process.terminate()
-    assert process.returncode == 143 and not list(tmp_path.iterdir())
+        time.sleep(3)  # the autoencoders are being trained
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number and not list(tmp_path.iterdir())
+    finally:
+        process.kill()
+
+
+def test_a_complete_folder_is_left_alone(made):
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     assert example.main(flags(made)) == 0
     assert times == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
