@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, alike, make_loader
-from data.images import check_headers, fitted_size
+from data.images import fitted_size, read_header
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
 from data.perturbations import Cell, Perturbation, chosen_cells, mild_variants
 from utils import run
@@ -153,7 +153,7 @@ def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespa
 
 def usual_block(images: ImageDataset) -> int:
     """How many images are scored together, by the header of the first of the list."""
-    size = check_headers([images.items[0].path], images.policy).sizes[0]
+    size = read_header(images.items[0].path, images.policy).size
     return images_at_once(*fitted_size(*size, images.policy)) if size else 1
 
 

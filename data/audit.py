@@ -7,7 +7,6 @@ looks at headers, at JPEG traces in the pixels of lossless files, and for files 
 what it found, and the way out. Exit status: 0 no leak, 1 a leak, 2 a mistake in the call.
 """
 
-import argparse
 import hashlib
 import logging
 import math
@@ -24,7 +23,8 @@ from tqdm.contrib.concurrent import thread_map
 
 from data.images import FORMATS, read_rgb
 from data.lists import Item, folder_items, labelled_items
-from utils.run import FAKE, REAL, keyed_generator, run_program, shown, text_table, write_json
+from utils import options
+from utils.run import FAKE, REAL, keyed_generator, run_program, shown
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ KINDS = {
                     ["codec", TRACES, "JPEG quality", "JPEG chroma subsampling"]),
     "size": (LEAK, "The size itself shows, or what resizing and cropping did to detail and borders.", RESIZE,
              ["size", "shorter side", "shape"]),
-    "colour": (LEAK, "Grey, palette or coarsely quantised images can be told from others at a glance.",
-               "Convert both classes alike, from the same kind of source.", ["colour mode", "bit depth"]),
+    "colour": (LEAK, "Grey and palette images can be told from others at a glance.",
+               "Convert both classes alike, from the same kind of source.", ["colour mode"]),
     "metadata": (WARNING, "Unseen by a detector, but the classes went through programs that may have left traces.",
                  "Find out what else these did (sharpening, resizing, colour) and convert alike.", ["metadata"]),
     "splits": (LEAK, "A detector can know these images by heart: the validation score is too good.",
@@ -82,8 +82,7 @@ class File(NamedTuple):
 def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> dict:
     """Look for shortcuts and duplicates in images; quick: in headers, of at most SAMPLE a class and split.
 
-    Returns JSON-able: "files" (number by split and class), "checked" (how many could be read), "attributes" (what each
-    alone tells in training), "findings" (worst first).
+    Returns "files" (number by split and class), "checked" (how many could be read), "findings" (worst first).
     """
     splits = {"train": train, "validation": validation}
     every = [File(item, (split, CLASSES[item.label])) for split, items in splits.items() for item in items]
@@ -95,12 +94,9 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = 
     findings = class_findings(good) + duplicate_findings(good)
     if bad:
         findings.append(finding("unreadable", "unreadable files", f"{len(bad)}; the first: {bad[0].error}", bad[:2]))
-    trained = [f for f in good if f.group[0] == "train"]
-    alone = {name: separation(trained, name) for kind in KINDS.values() for name in kind[-1]}
     return {
         "files": {" ".join(group): len(those) for group, those in groups.items()},
         "checked": len(good),
-        "attributes": {name: result for name, result in alone.items() if result},
         "findings": sorted(findings, key=lambda f: SEVERITIES.index(f["severity"])),
     }
 
@@ -128,8 +124,6 @@ def report(result: dict) -> str:
         lines.append(f"{found['severity'].upper()}: {found['check']}: {found['message']}")
         lines += [f"    {key}: {found[key]}" for key in ("shortcut", "way out") if found[key]]
         lines += [f"    such as: {shown(path)}" for path in found["examples"]]
-    rows = [[name, f"{s['balanced_accuracy']:.2f}", f"{s['chance']:.2f}"] for name, s in result["attributes"].items()]
-    lines.append(text_table([["best rule on one attribute alone", "balanced accuracy", "chance"], *rows]))
     found = Counter(f["severity"] for f in result["findings"])
     verdict = ", ".join(f"{found[s]} {s}{'s' * (found[s] > 1)}" for s in SEVERITIES if found[s]) or "nothing found"
     return "\n".join([*lines, f"leak audit: {verdict}" + " (no leak)" * (not found[LEAK])])
@@ -161,19 +155,14 @@ def examine(file: File, decode: bool) -> File:
 def attributes_of(image: Image.Image) -> dict[str, str]:
     """What the header says, in words."""
     width, height = image.size
-    bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
     is_png = image.format == "PNG"
     known = [key for key, about in image.info.items() if key in METADATA or is_png and isinstance(about, str)]
-    if is_png:
-        image.fp.seek(24)  # in IHDR, the first chunk: Pillow opens 16-bit RGB as 8-bit
-        bits = image.fp.read(1)[0]
     said = {
         "codec": image.format,
         "size": f"{width}x{height}",
         "shorter side": f"about {2 ** (round(2 * math.log2(min(width, height))) / 2):.0f}",  # 64, 91, 128, 181, ...
         "shape": "square" if width == height else "landscape" if width > height else "portrait",
         "colour mode": image.mode,
-        "bit depth": f"{bits} bit",
         "metadata": ", ".join(sorted(known)) or "none",
     }
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # among them MPO: several in a file
@@ -255,25 +244,23 @@ def duplicate_findings(files: Sequence[File]) -> list[dict]:
     copies = [group for group in grouped(suspects, sums).values() if len(group) > 1]
     findings = []
     for side, kind, between, text in (
-        (0, "splits", "train and validation", "{} images occur in both"),
-        (1, "classes", "classes", "{} files are labelled both real and fake"),
+        (0, "splits", "train and validation", "images occur in both"),
+        (1, "classes", "classes", "files are labelled both real and fake"),
     ):
-        mixed = [sides for group in copies if len(sides := {f.group[side]: f for f in group}) > 1]
-        if mixed:
-            told = f"exact duplicates across {between}", text.format(len(mixed)), list(mixed[0].values())
+        if mixed := [sides for group in copies if len(sides := {f.group[side]: f for f in group}) > 1]:
+            told = f"exact duplicates across {between}", f"{len(mixed)} {text}", list(mixed[0].values())
             findings.append(finding(kind, *told, count=len(mixed)))
-    for group, those in grouped(files, [f.group for f in files]).items():
-        inside = [same for copy in copies if len(same := [f for f in copy if f.group == group]) > 1]
-        if extra := sum(map(len, inside)) - len(inside):
-            severity = WARNING if extra > len(those) / 100 else NOTE
-            told = f"exact duplicates within {' '.join(group)}", f"{extra} of {len(those)} images repeat another one"
-            findings.append(finding("copies", *told, inside[0][:2], severity, count=extra))
+    repeated = [[f for f in group if f.group == g] for group in copies for g in dict.fromkeys(f.group for f in group)]
+    if extra := sum(map(len, repeated)) - len(repeated):
+        severity = WARNING if extra > len(files) / 100 else NOTE
+        told = f"{extra} of {len(files)} images repeat another one of their class", max(repeated, key=len)[:2]
+        findings.append(finding("copies", "exact duplicates within a class", *told, severity, count=extra))
     return findings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the audit and print what it found. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data.audit", description=__doc__.split("\n\n")[0])
+    parser = options.Parser(prog="python -m data.audit", description=__doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
     parser.add_argument("--data-root-pos", **folders, help="folders of REAL images")
     parser.add_argument("--data-root-neg", **folders, help="folders of GENERATED images")
@@ -281,17 +268,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--val-root-neg", **folders, help="folders of GENERATED images for validation")
     parser.add_argument("--data-root", dest="tree", metavar="TREE", help="a tree instead: GENERATOR/0_real, .../1_fake")
     parser.add_argument("--csv", metavar="FILE", help="a list instead: path,label[,generator] with label real or fake")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there, too")
-    parser.add_argument("--full", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.full:
-        logger.warning("--full has no effect any more: copies are found among all files, by their bytes, without it")
     train = labelled_items(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
     folders = args.val_root_pos, args.val_root_neg
     result = audit(train, folder_items(*folders) if any(folders) else ())
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.json, result)
     sys.stdout.write(report(result) + "\n")
     return int(any(f["severity"] == LEAK for f in result["findings"]))
 

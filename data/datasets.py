@@ -84,22 +84,17 @@ def alike(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch
         block: images. pixels: the most in a batch of more than one image.
     """
     waiting: list[Batch] = []
-    place = 0
+    place = 0  # the block of those that wait
     for batch in batches:
         index = batch.keys[0][1] if batch.keys else next(iter(batch.errors))
-        read = [b.x for b in waiting if len(b.x)]
-        fits = not (read and len(batch.x)) or (
-            batch.x.shape == read[0].shape and (len(read) + 1) * read[0][0, 0].numel() <= pixels
-        )
+        read = [b.x for b in (*waiting, batch) if len(b.x)]
+        fits = len(read) < 2 or (read[0].shape == read[-1].shape and len(read) * read[0][0, 0].numel() <= pixels)
         if waiting and not (fits and index // block == place):
             yield joined(waiting)
             waiting = []
+        place = index // block
         # A tensor from a worker holds an open file for as long as it lives, and many may wait
         waiting.append(batch._replace(x=batch.x.clone(), labels=batch.labels.clone(), weights=batch.weights.clone()))
-        place = index // block
-        if (index + 1) % block == 0:
-            yield joined(waiting)
-            waiting = []
     if waiting:
         yield joined(waiting)
 

@@ -1,20 +1,18 @@
 """Example images, so that a fresh clone has something honest to run on without anyone's faces.
 
     python -m data.example --out data/example --size 128 --train 128 --val 32 --test 64
-    python -m data.example --out data/mine --from ~/photographs        fakes of one's own photographs
 
 Writes OUT/{train,val,test}/{real,nearest,bilinear}/00000.png, train.txt and val.txt (the reals, for train_sr.py),
-README.txt and settings.json. A second call completes what is missing. Reals are random dead-leaves scenes: shapes that
+README.txt and settings.json; the folder is there once all of it is made. Reals are random dead-leaves scenes: shapes that
 hide one another, sizes distributed as r^-3, which gives them the edges, scale invariance and spectrum of photographs
 (Lee, Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021). Fakes are what a generator's decoder leaves
 behind: OTHER scenes, passed through small autoencoders: `nearest` up-samples as ProGAN, `bilinear` as StyleGAN (Zhang,
 Karaman, Chang: Detecting and simulating artifacts in GAN fake images, WIFS 2019). Where theirs has a discriminator,
 ours has `imitation_loss`, and noise inputs let it invent detail; it does not fully succeed in the last octave of the
 spectrum. They are not pictures from a generative model: no number measured on them says how well a detector does in
-the wild. With --from, JPEG photographs keep their block grid in the reals but not in the fakes.
+the wild. Licence of the images: CC0 1.0, do with them what you like.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -22,8 +20,9 @@ import signal
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -33,23 +32,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from data.images import SizePolicy, check_headers, load_image
-from data.lists import find_images
-from utils.run import UserError, atomic, keyed_generator, make_folder, progress, run_program, write_json
+from utils import options
+from utils.run import UserError, keyed_generator, make_folder, progress, run_program, write_json
 
 logger = logging.getLogger("data.example")
 
 SPLITS = ("train", "val", "test")
 KINDS = ("nearest", "bilinear")  # order is part of the random keys: append only
 FORMAT = 2  # of the images: raise it when the same settings no longer give the same pictures
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-NUMBERS = {  # flag: default, least, help
-    "size": (256, 64, "side of the images in pixels, divisible by 4"),
-    **{split: (count, 0, "images a class") for split, count in zip(SPLITS, (128, 32, 64), strict=True)},
-    "seed": (123, 0, "of everything random"),
-    "steps": (250, 1, "training of an autoencoder"),
-    "workers": (min(8, CORES), 1, "processes, whose number changes no image"),
-}
 
 # Scenes; lengths in pixels
 SUPERSAMPLING = 2  # shapes are painted at twice the size and averaged: anti-aliased edges
@@ -70,8 +60,8 @@ ENERGY_FLOOR = 1 / 255  # detail weaker than one grey level does not count
 OPPONENT = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [1, 0, -1], [0.5, -1, 0.5]])  # luminance, red - blue, purple - green
 MARGIN = 8  # mirrored at each border and cut off again: as far as the networks' zero padding reaches
 
-# Every random number comes from keyed_generator(seed, stream, index, use): image i is the same whatever the counts, and
-# autoencoders, reals and fakes of all splits come from different scenes. use 0: the source; 1, 2: noise of each kind.
+# Part of the random keys: image i is the same whatever the counts, and autoencoders, reals and fakes of all splits come
+# from different scenes.
 ROLES = ("autoencoder", *(f"{split}/{label}" for split in SPLITS for label in ("real", "fake")))
 
 
@@ -238,141 +228,97 @@ class Settings(NamedTuple):
 
     size: int
     counts: dict[str, int]  # split -> images of each class
-    kinds: list[str]
     seed: int
     steps: int
-    photographs: dict[str, list[str]] | None  # role -> files; None: scenes
+
+    def generator(self, role: str, index: int, use: int) -> np.random.Generator:
+        """use: 0 for the source image, 1, 2 for the noise of each kind. Every random number comes from such a one."""
+        return keyed_generator(self.seed, ROLES.index(role), index, use)
 
 
-def source_image(settings: Settings, role: str, index: int, size: int) -> np.ndarray:
-    """Image `index` of a role, (size, size, 3) uint8: a new scene, or a crop of one of its photographs."""
-    rng = keyed_generator(settings.seed, ROLES.index(role), index, 0)
-    if settings.photographs is None:
-        return draw_scene(size, rng)
-    paths = settings.photographs[role]
-    image = load_image(paths[index % len(paths)])  # (3, H, W)
-    top, left = (int(rng.integers(side - size + 1)) for side in image.shape[1:])
-    return image[:, top : top + size, left : left + size].permute(1, 2, 0).numpy().copy()
+def write_images(job: tuple[str, str, int], weights: dict[str, dict], settings: Settings, out: Path) -> None:
+    """job: split, "real" or "fake", and which image. Writes SPLIT/real/INDEX.png, or its fakes SPLIT/KIND/INDEX.png."""
+    split, label, index = job
+    role = f"{split}/{label}"
+    images = {"real": draw_scene(settings.size, settings.generator(role, index, 0))}
+    if label == "fake":
+        source = images.pop("real")
+        for use, kind in enumerate(KINDS, start=1):
+            images[kind] = imitate(kind, weights[kind], source, settings.generator(role, index, use))
+    for name, image in images.items():
+        Image.fromarray(image).save(out / split / name / f"{index:05d}.png", compress_level=1)
 
 
-def share_out_photographs(root: str, size: int, counts: dict[str, int], seed: int) -> dict[str, list[str]]:
-    """Give each role its own photographs under root, as many as its images ask for: none is used for two."""
-    paths = find_images(root)
-    sizes, problems = check_headers(paths, SizePolicy(scale=1))
-    unfit = {path for path, _ in problems}
-    fit = [p for p, sides in zip(paths, sizes, strict=True) if p not in unfit and min(sides) >= size]
-    needs = {"autoencoder": SOURCES} | {role: n for role in ROLES[1:] if (n := counts[role.split("/")[0]])}
-    if len(fit) < len(needs):
-        text = f"{root}: {len(fit)} readable images of at least {size}x{size}, wanted at least {len(needs)}"
-        raise UserError(f"{text} (one each for {', '.join(needs)}): add images, or pass a smaller --size")
-    shares = {role: [] for role in needs}
-    for path in keyed_generator(seed, len(ROLES)).permutation(fit).tolist():
-        shares[max(needs, key=lambda role: needs[role] / (len(shares[role]) or 1e-9))].append(path)
-    return shares
-
-
-def write_images(paths: list[Path], weights: dict[str, dict[str, np.ndarray]], settings: Settings) -> None:
-    """Write a real, SPLIT/real/INDEX.png, or fakes SPLIT/KIND/INDEX.png of one source. weights: of each kind."""
-    split, index = paths[0].parts[-3], int(paths[0].stem)
-    role = f"{split}/{'real' if paths[0].parts[-2] == 'real' else 'fake'}"
-    source = image = source_image(settings, role, index, settings.size)
-    for path in paths:
-        if (kind := path.parts[-2]) != "real":
-            rng = keyed_generator(settings.seed, ROLES.index(role), index, 1 + KINDS.index(kind))
-            image = imitate(kind, weights[kind], source, rng)
-        with atomic(path) as file:
-            Image.fromarray(image).save(file, "PNG", compress_level=1)
+def source_of_training(index: int, settings: Settings) -> np.ndarray:
+    """A scene that the autoencoders are trained on."""
+    return draw_scene(min(SOURCE_SIZE, settings.size), settings.generator("autoencoder", index, 0))
 
 
 def start_worker() -> None:
-    """One thread each: the same numbers on any number of cores. Ctrl-C is for the main process alone."""
+    """One thread each: the same numbers on any number of cores. Ctrl-C is for the main process, which ends them."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def make_images(settings: Settings, tasks: list[list[Path]], workers: int) -> None:
-    """Train the autoencoders, then make all images of tasks."""
-    kinds = [kind for kind in settings.kinds if any(path.parts[-2] == kind for paths in tasks for path in paths)]
-    weights = {}
+def make_images(settings: Settings, out: Path, workers: int) -> None:
+    """Train the autoencoders, then make all images."""
+    jobs = [(split, label, i) for split, n in settings.counts.items() for label in ("real", "fake") for i in range(n)]
+    for split in {split for split, _, _ in jobs}:
+        for name in ("real", *KINDS):
+            (out / split / name).mkdir(parents=True)
     with ProcessPoolExecutor(workers, get_context("fork"), start_worker) as pool:  # forked ones have PyTorch already
-        if kinds:
-            source = partial(source_image, settings, "autoencoder", size=min(SOURCE_SIZE, settings.size))
-            images = np.stack(list(pool.map(source, range(SOURCES))))
+        try:
+            images = np.stack(list(pool.map(partial(source_of_training, settings=settings), range(SOURCES))))
             train = partial(train_autoencoder, images=images, steps=settings.steps, seed=settings.seed)
-            weights = dict(zip(kinds, pool.map(train, kinds), strict=True))
-        write = partial(write_images, weights=weights, settings=settings)
-        list(progress(pool.map(write, tasks), "images", len(tasks)))
+            weights = dict(zip(KINDS, pool.map(train, KINDS), strict=True))
+            write = partial(write_images, weights=weights, settings=settings, out=out)
+            list(progress(pool.map(write, jobs), "images", len(jobs)))
+        except BaseException:  # a signal among them; leaving would wait for what the workers are doing
+            for worker in active_children():
+                worker.terminate()
+            raise
 
 
-def open_folder(settings: Settings, out: Path) -> list[list[Path]]:
-    """Take OUT for these settings: what it lacks, the files of one source image together.
-
-    Raises: UserError if it holds anything but images begun with the same settings.
-    """
-    stored_path, wanted = out / "settings.json", {"format": FORMAT, **settings._asdict()}
-    if stored_path.exists():
-        stored = json.loads(stored_path.read_text())
-        if differing := ", ".join(key for key in wanted if stored.get(key) != wanted[key]):
-            text = f"{out} holds example images made with another {differing}: pass another --out, or the settings in"
-            raise UserError(f"{text} {stored_path}, or remove {out} first")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} holds something else than example images: pass a new or empty folder as --out")
-    make_folder(out)
-    write_json(stored_path, wanted)
-    tasks = []
-    for split, count in settings.counts.items():
-        for group in (["real"], settings.kinds) if count else ():
-            folders = [make_folder(out / split / name) for name in group]
-            tasks += [[folder / f"{index:05d}.png" for folder in folders] for index in range(count)]
-    return [missing for paths in tasks if (missing := [path for path in paths if not path.exists()])]
-
-
-def write_texts(settings: Settings, out: Path) -> None:
-    """README.txt, and the lists of reals for train_sr.py, as paths from the working folder."""
-    reals, licence = "Random dead-leaves scenes", "CC0 1.0: do with them what you like."
-    if settings.photographs:
-        reals, licence = "Crops of photographs", "that of the photographs (in settings.json)."
-    texts = {"README.txt": f"""{reals}, and others of them passed through small autoencoders, whose up-sampling the
-folder names: simulated artefacts of a generator's decoder, after Zhang, Karaman, Chang (WIFS 2019). They are not
-pictures from a generative model: scores on them say nothing about ProGAN or StyleGAN. Licence: {licence}
-"""}  # fmt: skip
+def write_lists(settings: Settings, out: Path, listed: Path) -> None:
+    """The lists of reals for train_sr.py, as paths from the working folder to `listed`."""
     for split in ("train", "val"):
-        if count := settings.counts[split]:
-            texts[f"{split}.txt"] = "".join(f"{out / split / 'real'}/{index:05d}.png\n" for index in range(count))
-    for name, text in texts.items():
-        with atomic(out / name) as file:
-            file.write(text.encode())
+        if n := settings.counts[split]:
+            lines = "".join(f"{listed / split / 'real'}/{index:05d}.png\n" for index in range(n))
+            (out / f"{split}.txt").write_text(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default="data/example", help="folder (default: %(default)s)")
-    parser.add_argument("--kinds", nargs="+", default=KINDS, metavar="KIND", help=f"of fakes: {' '.join(KINDS)}")
-    parser.add_argument("--from", dest="photographs", metavar="DIR", help="crops of these photographs, not scenes")
-    for name, (default, _, text) in NUMBERS.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    parser.add_argument("--force", action="store_true", help=argparse.SUPPRESS)
+    parser = options.Parser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
+    images = options.Group("images", parser)
+    images.add("--out", "folder to be made", Path, Path("data/example"), metavar="DIR")
+    images.add("--size", "side of the images in pixels, divisible by 4", options.number(int, 64), 256)
+    for split, n in zip(SPLITS, (128, 32, 64), strict=True):
+        images.add(f"--{split}", "images a class", options.count, n)
+    images.add("--seed", "of everything random", options.count, 123)
+    images.add("--steps", "training of an autoencoder", options.at_least_one, 250)
+    workers = min(8, os.cpu_count() or 1)
+    images.add("--workers", "processes, whose number changes no image", options.at_least_one, workers)
     args = parser.parse_args(argv)
-    if args.force:
-        raise UserError(f"--force was dropped: nothing is replaced; remove {args.out} first, or pass another --out")
-    if unknown := set(args.kinds) - set(KINDS):
-        raise UserError(f"--kinds {' '.join(sorted(unknown))}: wanted {' or '.join(KINDS)} (transposed was dropped)")
-    for name, (_, least, text) in NUMBERS.items():
-        if (value := getattr(args, name)) < least or name == "size" and value % 4:
-            raise UserError(f"--{name} {value} ({text}): wanted at least {least}")
-    counts, photographs = {split: getattr(args, split) for split in SPLITS}, None
-    if not any(counts.values()):
-        raise UserError("--train 0 --val 0 --test 0: wanted at least one image")
-    if args.photographs is not None:
-        photographs = share_out_photographs(os.path.abspath(args.photographs), args.size, counts, args.seed)
-    kinds = [kind for kind in KINDS if kind in args.kinds]
-    settings = Settings(args.size, counts, kinds, args.seed, args.steps, photographs)
+    settings = Settings(args.size, {split: getattr(args, split) for split in SPLITS}, args.seed, args.steps)
+    if args.size % 4 or not any(settings.counts.values()):
+        raise UserError(f"--size {args.size}, images {settings.counts}: a multiple of 4 and some images were wanted")
+    about, wanted = args.out / "settings.json", {"format": FORMAT, **settings._asdict()}
+    found = json.loads(about.read_text()) if about.exists() else {}
+    if {key: found.get(key) for key in wanted} == wanted:
+        logger.info("complete: %s", args.out)
+        return 0
+    if args.out.is_file() or (args.out.is_dir() and any(args.out.iterdir())):
+        raise UserError(f"{args.out} holds something else than images of {wanted}: pass another --out, or remove it")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the workers end, too
-    if tasks := open_folder(settings, args.out):
-        logger.info("making images of %dx%d in %s", settings.size, settings.size, args.out)
-        make_images(settings, tasks, args.workers)
-    write_texts(settings, args.out)
-    logger.info("complete: %s", args.out)
+    logger.info("making images of %dx%d in %s", args.size, args.size, args.out)
+    with TemporaryDirectory(prefix=".example", dir=make_folder(args.out.absolute().parent)) as folder:
+        unfinished = Path(folder, "images")
+        make_images(settings, unfinished, args.workers)
+        write_lists(settings, unfinished, args.out)
+        (unfinished / "README.txt").write_text(__doc__)
+        write_json(unfinished / about.name, wanted)
+        unfinished.replace(args.out)
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from multiprocessing.pool import ThreadPool
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +31,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no others: Pillow runs Ghostscript on EPS, for one
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: Pillow's limit against decompression bombs
 HEADER_THREADS = 16  # headers wait for the disk or the network, hardly for the processor
-HEADERS_AT_ONCE = 64  # of a long list, that a thread reads before it looks for more
 Tag = ExifTags.Base  # TIFF's tags, too
-TIFF_EXTENTS = (Tag.StripOffsets, Tag.StripByteCounts), (Tag.TileOffsets, Tag.TileByteCounts)
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations of pictures stored on their side
 
 
@@ -45,11 +43,11 @@ class SizePolicy(NamedTuple):
     resize: int | None = None  # length of the shorter side, pixels
 
 
-class Headers(NamedTuple):
-    """What the headers of a list of files say."""
+class Header(NamedTuple):
+    """What the header of a file says."""
 
-    sizes: list[tuple[int, int] | None]  # (height, width) of each file as it will be seen; None if unreadable
-    problems: list[tuple[str, str]]  # (path, reason) of those that cannot be used
+    size: tuple[int, int] | None  # (height, width) as it will be seen; None if that cannot be read
+    problem: str | None  # why the file cannot be used
 
 
 def load_image(path: str) -> Tensor:
@@ -65,21 +63,26 @@ def read_rgb(path: str) -> Image.Image:
     16-bit grey becomes the nearest 8-bit (of 16-bit colour, Pillow drops the low byte); floats are taken as [0, 1]; of
     several frames the first counts. Files of more than MAX_PIXELS are refused undecoded.
     """
-    with _image_file(path) as (_, image):
+    with _image_file(path) as image:
         image.load()
         return upright_rgb(image)
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image, which may be changed, as `read_rgb` gives it."""
+    """A decoded image of any mode, which may be changed, as `read_rgb` gives it."""
     with suppress(Exception):  # a damaged EXIF block says nothing about the pixels
         ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image)
+    if image.mode[0] in "IF":
+        return Image.fromarray(_grey(image)).convert("RGB")
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (image.mode != "RGB" and "transparency" in image.info):
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
 
 
 @contextmanager
-def _image_file(path: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
-    """The open file and the image with its header read; what goes wrong until it is closed is a UserError."""
+def _image_file(path: str) -> Iterator[Image.Image]:
+    """The image with its header read; what goes wrong until the file is closed is a UserError."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -88,29 +91,16 @@ def _image_file(path: str) -> Iterator[tuple[BinaryIO, Image.Image]]:
         if status.st_size == 0:
             raise ValueError("is empty (0 bytes)")
         with open(path, "rb") as file:
-            yield file, Image.open(file, formats=FORMATS)
+            yield Image.open(file, formats=FORMATS)
     except Exception as error:  # decoders of files from anywhere: struct.error, IndexError, MemoryError, ...
-        raise UserError(f"{shown(path)}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """Why a file cannot be read, in one line without its name."""
-    if isinstance(error, UnidentifiedImageError):
-        return f"is no image, or damaged from its first bytes on ({', '.join(FORMATS)} are read)"
-    if isinstance(error, OSError) and error.strerror:
-        return f"cannot be opened ({error.strerror})"
-    text = shown(" ".join(str(error).split())) or type(error).__name__
-    return text if text.startswith("is ") else f"cannot be decoded ({text})"
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """A decoded image of any mode as 8-bit RGB."""
-    if image.mode[0] in "IF":
-        return Image.fromarray(_grey(image)).convert("RGB")
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or (image.mode != "RGB" and "transparency" in image.info):
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        reason = shown(" ".join(str(error).split())) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"is no image, or damaged from its first bytes on ({', '.join(FORMATS)} are read)"
+        elif isinstance(error, OSError) and error.strerror:
+            reason = f"cannot be opened ({error.strerror})"
+        elif not reason.startswith("is "):
+            reason = f"cannot be decoded ({reason})"
+        raise UserError(f"{shown(path)}: {reason}") from None
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -194,61 +184,27 @@ def refuse_mixed_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) 
             raise UserError(f"images of different sizes cannot share a batch: {one} pixels and {other}; {way_out}")
 
 
-def check_headers(paths: Sequence[str], policy: SizePolicy) -> Headers:
-    """Find the images that cannot be used, by their headers and ends alone: some 0.05 milliseconds a file.
-
-    A file that does not look complete is decoded, to be sure. Damage in the middle shows only when a file is read.
-    """
-    headers, once = Headers([], []), {}  # once: a tuple for each size there is, not for each file
+def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
+    """The header of each file, some 0.05 milliseconds each. Damage behind a header shows only when a file is read."""
+    once = {}  # header -> itself: one object for the many of one size
     with ThreadPool(HEADER_THREADS) as pool:
-        at_once = min(HEADERS_AT_ONCE, len(paths) // HEADER_THREADS + 1)
-        checked = pool.imap(partial(_check_header, policy=policy), paths, at_once)
-        for path, (size, reason) in zip(paths, progress(checked, "reading headers", len(paths)), strict=True):
-            headers.sizes.append(once.setdefault(size, size))
-            if reason:
-                headers.problems.append((path, reason))
-    return headers
+        headers = pool.imap(partial(read_header, policy=policy), paths, chunksize=8)
+        return [once.setdefault(header, header) for header in progress(headers, "reading headers", len(paths))]
 
 
-def _check_header(path: str, policy: SizePolicy) -> tuple[tuple[int, int] | None, str | None]:
-    """(height, width) and what is wrong, each perhaps None."""
+def read_header(path: str, policy: SizePolicy) -> Header:
+    """The size of an image, undecoded, and whether it can be used. EXIF behind the pixels of a PNG is not seen."""
     try:
-        with _image_file(path) as (file, image):
-            height, width = _upright_size(image)
-            complete = _looks_complete(file, image)
-        if not complete:
-            read_rgb(path)
+        with _image_file(path) as image:
+            width, height = image.size
+            if image.format == "TIFF":  # some versions of Pillow have turned the size already
+                width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
+            with suppress(Exception):  # as in `upright_rgb`; and not PngImageFile.getexif, which decodes
+                if Image.Image.getexif(image).get(Tag.Orientation) in SIDEWAYS:
+                    width, height = height, width
     except UserError as error:
-        return None, str(error).removeprefix(f"{shown(path)}: ")
-    return (height, width), size_problem(height, width, policy)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) as `read_rgb` gives it, but for an EXIF block behind the pixels of a PNG."""
-    width, height = image.size
-    if image.format == "TIFF":  # some versions of Pillow have turned the size already
-        width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
-    with suppress(Exception):  # as above; and not PngImageFile.getexif, which decodes
-        if Image.Image.getexif(image).get(Tag.Orientation) in SIDEWAYS:
-            return width, height
-    return height, width
-
-
-def _looks_complete(file: BinaryIO, image: Image.Image) -> bool:
-    """Whether the file is as long as it says, or ends as its format does. False if unsure."""
-    length = os.fstat(file.fileno()).st_size
-    if image.format == "TIFF":
-        extents = [(image.tag_v2.get(a, ()), image.tag_v2.get(b, ())) for a, b in TIFF_EXTENTS]
-        ends = [start + size for starts, sizes in extents for start, size in zip(starts, sizes, strict=False)]
-        return bool(ends) and max(ends) <= length
-    if image.format in ("WEBP", "BMP"):
-        file.seek(0)
-        head = file.read(8)  # "RIFF" + the length of what follows, or "BM" + that of the file
-        said = int.from_bytes(head[4:] if image.format == "WEBP" else head[2:6], "little")
-        return 8 < said <= (length - 8 if image.format == "WEBP" else length)
-    ending = {"PNG": b"IEND\xaeB`\x82", "JPEG": b"\xff\xd9", "MPO": b"\xff\xd9"}.get(image.format)
-    file.seek(max(0, length - 64))  # a little may follow
-    return ending is not None and ending in file.read()
+        return Header(None, str(error).removeprefix(f"{shown(path)}: "))
+    return Header((height, width), size_problem(height, width, policy))
 
 
 def usable_items(
@@ -258,18 +214,18 @@ def usable_items(
 
     Raises a UserError if there are others and `skip_bad` is false, or nothing else.
     """
-    sizes, problems = check_headers([item.path for item in items], policy)
-    for path, reason in problems:
-        logger.warning("%s: %s: %s", "left out" if skip_bad else "bad image", shown(path), reason)
-    if problems and (not skip_bad or len(problems) == len(items)):
-        (path, reason), count = problems[0], f"{len(problems)} of {len(items)}"
+    headers = check_headers([item.path for item in items], policy)
+    bad = [(shown(item.path), h.problem) for item, h in zip(items, headers, strict=True) if h.problem]
+    for path, problem in bad:
+        logger.warning("%s: %s: %s", "left out" if skip_bad else "bad image", path, problem)
+    if bad and (not skip_bad or len(bad) == len(items)):
         way_out = "mend or remove them" + ("" if skip_bad else ", or go on without them by --skip-bad")
-        raise UserError(f"{count} images cannot be used: {way_out}; the first is {shown(path)}: {reason}")
-    if problems:
-        logger.warning("%d of %d images are left out", len(problems), len(items))
-        bad = {path for path, _ in problems}
-        sizes = [size for item, size in zip(items, sizes, strict=True) if item.path not in bad]
-        items = [item for item in items if item.path not in bad]
+        first = ": ".join(bad[0])
+        raise UserError(f"{len(bad)} of {len(items)} images cannot be used: {way_out}; the first is {first}")
+    if bad:
+        logger.warning("%d of %d images are left out", len(bad), len(items))
+        items = [item for item, h in zip(items, headers, strict=True) if not h.problem]
+    sizes = [h.size for h in headers if not h.problem]
     whole = policy._replace(scale=1)
     trimmed = sum(n for size, n in Counter(sizes).items() if fitted_size(*size, policy) != fitted_size(*size, whole))
     if trimmed:

@@ -22,7 +22,7 @@ from utils.run import FAKE, REAL, UserError, shown
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # of a table. Release: real is 1; most of the field: fake
+LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # of a table
 # (real, fake) folders of a tree. Sources: Wang et al. (CVPR 2020), "CNN-generated images are surprisingly easy to
 # spot... for now"; Zhu et al. (NeurIPS 2023), "GenImage".
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
@@ -44,42 +44,34 @@ def find_images(root: str, others: Counter | None = None) -> list[str]:
     Hidden files and folders and __MACOSX are left out. Links are followed; a folder that can be reached in several
     ways, or holds a link to its own parent, is read once. others: gets the number of other files of each suffix.
     """
-    found, left_out = [], Counter()
-    for folder, names in _walk(os.fspath(root)):
+
+    def fail(error: OSError):
+        raise UserError(f"image folder {shown(str(error.filename))} cannot be read ({error.strerror})")
+
+    found, left_out, seen = [], Counter(), set()
+    for folder, folders, names in os.walk(os.fspath(root), onerror=fail, followlinks=True):
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
         for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES):
+            if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".":
                 found.append(os.path.join(folder, name))
-            else:
+            elif name[0] != ".":
                 left_out[os.path.splitext(name)[1].lower() or "without suffix"] += 1
     if not found:
         wanted, got = " ".join(IMAGE_SUFFIXES), _counted(left_out) or "no files"
         raise UserError(f"no images in folder {shown(root)}: files ending {wanted} are wanted, and it holds {got}")
     if others is not None:
         others.update(left_out)
-    found.sort()
-    return found
+    return sorted(found)
 
 
 def _counted(others: Counter) -> str:
     """Such as "3 .heic, 1 .gif"."""
     return ", ".join(f"{n} {shown(suffix)}" for suffix, n in others.most_common(9)) + ", ..." * (len(others) > 9)
-
-
-def _walk(root: str, last: Sequence[str] = ()) -> Iterator[tuple[str, list[str]]]:
-    """Each folder from `root` down, once, and the names of its files. Folders named as one of `last` end the way."""
-
-    def fail(error: OSError):
-        raise UserError(f"image folder {shown(str(error.filename))} cannot be read ({error.strerror})")
-
-    seen = set()
-    for folder, folders, names in os.walk(root, onerror=fail, followlinks=True):
-        status = os.stat(folder)
-        known = (status.st_dev, status.st_ino) in seen
-        seen.add((status.st_dev, status.st_ino))
-        ends = known or (os.path.basename(folder) in last and folder != root)
-        folders[:] = [] if ends else sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
-        if not known:
-            yield folder, [n for n in names if n[0] != "."]
 
 
 def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
@@ -108,20 +100,19 @@ def tree_items(root: str) -> list[Item]:
     GENERATOR/0_real, GENERATOR/CATEGORY/0_real, or 0_real at the top, which takes the name of `root`. Reals carry the
     name of the generator they are to be compared with.
     """
+    paths, at_top = find_images(root), os.path.basename(os.path.abspath(root))
     for names in LAYOUTS:
-        folders = sorted(f for f, _ in _walk(root, names) if os.path.basename(f) in names and f != root)
-        if folders:
-            break
-    else:
-        wanted = "GENERATOR/0_real and GENERATOR/1_fake (or nature and ai) are wanted"
-        way_out = "name plain folders with --data-root-pos and --data-root-neg"
-        raise UserError(f"image tree {shown(root)} holds no folder 0_real or 1_fake: {wanted}; {way_out}")
-    items, at_top = [], os.path.basename(os.path.abspath(root))
-    for folder in folders:
-        *above, name = os.path.relpath(folder, root).split(os.sep)
-        label = REAL if name == names[0] else FAKE
-        items += [Item(path, label, [*above, at_top][0]) for path in find_images(folder)]
-    return sorted(items, key=lambda item: item.label == FAKE)  # and otherwise in the order they are in
+        items = []
+        for path in paths:
+            folders = path.removeprefix(root).strip(os.sep).split(os.sep)[:-1]
+            if name := next((f for f in folders if f in names), None):
+                generator = at_top if folders[0] == name else folders[0]
+                items.append(Item(path, REAL if name == names[0] else FAKE, sys.intern(generator)))
+        if items:
+            return sorted(items, key=lambda item: item.label == FAKE)  # and otherwise in the order they are in
+    wanted = "GENERATOR/0_real and GENERATOR/1_fake (or nature and ai) are wanted"
+    way_out = "name plain folders with --data-root-pos and --data-root-neg"
+    raise UserError(f"image tree {shown(root)} has no images in folders 0_real or 1_fake: {wanted}; {way_out}")
 
 
 def csv_items(file: str) -> list[Item]:
@@ -129,7 +120,7 @@ def csv_items(file: str) -> list[Item]:
 
     Paths are relative to the working folder or, where nothing is there, to the table's own. Other columns are ignored.
     """
-    what, items, numbers = f"image table {shown(file)}", [], False
+    what, rows = f"image table {shown(file)}", []
     with _text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
@@ -142,13 +133,12 @@ def csv_items(file: str) -> list[Item]:
                 wanted = "a path (in quotes, if it holds a comma) and a label real or fake (or 1 = real, 0 = fake)"
                 got = shown(", ".join(str(value) for value in row.values())[:100])
                 raise UserError(f"{what}, line {reader.line_num}: {wanted} were wanted, got {got}")
-            items.append(Item(name, LABELS[label.lower()], sys.intern(generator)))
-            numbers |= label.isdecimal()
-    paths = _located([item.path for item in items], file, what)
-    if numbers:
+            rows.append((name, sys.intern(label.lower()), sys.intern(generator)))
+    paths = _located([name for name, _, _ in rows], file, what)
+    if any(label.isdecimal() for _, label, _ in rows):
         text = "%s: numbers are read as 1 = real, 0 = fake; if 1 is to mean fake, write the words real and fake"
         logger.warning(text, what)
-    return [item if item.path == path else item._replace(path=path) for item, path in zip(items, paths, strict=True)]
+    return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
 def list_paths(file: str) -> list[str]:
@@ -194,13 +184,15 @@ def labelled_items(
 
     flags: what the user calls real_roots and fake_roots, of which both are wanted or none.
     """
-    ways = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)]
-    if sum(ways) != 1:
-        got = "images named in more than one way" if any(ways) else "no images"
+    ways = sum(map(bool, (real_roots or fake_roots, tree, csv_file)))
+    if ways != 1:
+        got = "images named in more than one way" if ways else "no images"
         wanted = f"{flags[0]} REAL and {flags[1]} GENERATED folders, or --data-root TREE, or --csv FILE"
         raise UserError(f"{got}: give {wanted} (without labels: test.py --input)")
-    if tree or csv_file:
-        return tree_items(tree) if tree else csv_items(csv_file)
+    if tree:
+        return tree_items(tree)
+    if csv_file:
+        return csv_items(csv_file)
     if not real_roots or not fake_roots:
         missing = flags[1] if real_roots else flags[0]
         raise UserError(f"one class only: {missing} is missing; real and generated images are wanted")
@@ -239,11 +231,9 @@ def identities(items: Sequence[Item]) -> np.ndarray:
 
 def count_known(items: Sequence[Item], seen: np.ndarray) -> int:
     """How many of the images are among those of which `seen` has the `identities`; few files are opened for it."""
-    middles = {}
-    for name, middle in seen.tolist():
-        middles.setdefault(name, set()).add(middle)
-    alike = ((item.path, middles.get(_name_and_size(item.path))) for item in items)
-    return sum(_middle(path) in known for path, known in alike if known)
+    names, known = set(seen[:, 0].tolist()), set(map(tuple, seen.tolist()))
+    alike = ((name, item.path) for item in items if (name := _name_and_size(item.path)) in names)
+    return sum((name, _middle(path)) in known for name, path in alike)
 
 
 def _name_and_size(path: str) -> int:

@@ -7,16 +7,14 @@ numbers from one cannot be compared with numbers from the other:
                 describes it: half of the images are perturbed, at random strengths
     sweep       fixed strengths, applied to every image: for robustness curves
 
-A perturbation is an entry of PERTURBATIONS: all that names, draws, labels or plots it is read there. What is drawn for
-an image depends on its pixels, the protocol, the perturbation and the seed alone, so that batch size, order, number of
-workers and the place of the file change nothing.
+What is drawn for an image depends on its pixels, the protocol, the perturbation and the seed alone, so that batch size,
+order, number of workers and the place of the file change nothing.
 """
 
 import io
 import math
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -36,10 +34,6 @@ KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # size, and the sigma that O
 CROP_SHARE = (0.05, 0.2)  # of each side, half of it from either end
 JPEG_QUALITY = (10, 75)  # both included
 NOISE_VARIANCE = (5.0, 20.0)  # in grey levels squared, on 0..255
-
-# What a picture meets on its way through a messenger or a web page, and what should leave a verdict as it is.
-MILD_QUALITY = 90
-MILD_SCALE = 0.9
 
 
 def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
@@ -90,54 +84,38 @@ def _to_uint8(x: Tensor) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-class Kind(NamedTuple):
-    """A perturbation: what the protocols do, and how it is told. A protocol without it has None."""
+# At a random strength, in the order in which "combined" applies them: what a picture is stored as comes last
+FRANK2020 = {
+    "crop": lambda image, rng: crop(image, rng.uniform(*CROP_SHARE)),
+    "blur": lambda image, rng: blur(image, *KERNELS[rng.integers(len(KERNELS))]),
+    "noise": lambda image, rng: add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng),
+    "jpeg": lambda image, rng: jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True))),
+}
 
-    frank2020: Callable[[Tensor, np.random.Generator], Tensor] | None = None  # at a random strength
-    sweep: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # at a given strength
-    strengths: tuple[float, ...] = ()  # of the sweep
+
+class Kind(NamedTuple):
+    """A perturbation of the sweep, and how it is told."""
+
+    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # at a given strength
+    strengths: tuple[float, ...] = ()
     label: str = "{:g}"  # of a strength
     axis: str = "strength"  # what a strength is, for a figure
     smaller_is_harder: bool = False  # of strengths, for a detector
 
 
-# In the order in which a picture meets them: what it is stored as comes last. A new one with a `frank2020` takes part in
-# "combined" and in `augment`.
-PERTURBATIONS = {
-    "crop": Kind(lambda image, rng: crop(image, rng.uniform(*CROP_SHARE))),
-    "blur": Kind(
-        lambda image, rng: blur(image, *KERNELS[rng.integers(len(KERNELS))]),
-        lambda image, sigma, _: blur(image, 2 * math.ceil(4 * sigma) + 1, sigma),  # 4 sigma to either side
-        strengths=(1.0, 2.0, 3.0, 4.0),
-        label="sigma {:g}",
-        axis="sigma in pixels",
-    ),
-    "noise": Kind(
-        lambda image, rng: add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng),
-        lambda image, std, rng: add_noise(image, std * 255, rng),
-        strengths=(0.05, 0.1, 0.15, 0.2, 0.25),
-        label="std {:g}",
-        axis="standard deviation, of [0, 1]",
-    ),
-    "jpeg": Kind(
-        lambda image, rng: jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True))),
-        lambda image, quality, _: jpeg(image, round(quality)),
-        strengths=(100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0),
-        label="quality {:g}",
-        axis="quality",
-        smaller_is_harder=True,
-    ),
-    "resize": Kind(
-        None,
-        lambda image, scale, _: resize_and_back(image, scale),
-        strengths=(0.5,),
-        label="x{:g} and back",
-        axis="factor, and back",
-        smaller_is_harder=True,
-    ),
+# fmt: off
+SWEEP = {
+    "blur": Kind(lambda image, sigma, _: blur(image, 2 * math.ceil(4 * sigma) + 1, sigma),  # 4 sigma to either side
+                 (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
+    "jpeg": Kind(lambda image, quality, _: jpeg(image, round(quality)),
+                 (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True),
+    "noise": Kind(lambda image, std, rng: add_noise(image, std * 255, rng),
+                  (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, of [0, 1]"),
+    "resize": Kind(lambda image, scale, _: resize_and_back(image, scale),
+                   (0.5,), "x{:g} and back", "factor, and back", True),
 }
-FRANK_NAMES = tuple(name for name, kind in PERTURBATIONS.items() if kind.frank2020)
-NAMES = ("none", *sorted(PERTURBATIONS), "combined")
+# fmt: on
+NAMES = ("none", *sorted(FRANK2020 | SWEEP), "combined")
 
 
 class Cell(NamedTuple):
@@ -148,7 +126,7 @@ class Cell(NamedTuple):
 
     @property
     def kind(self) -> Kind:
-        return PERTURBATIONS.get(self.name, Kind())
+        return SWEEP.get(self.name, Kind())
 
     @property
     def label(self) -> str:
@@ -161,73 +139,58 @@ class Cell(NamedTuple):
         return self.label.replace(" ", "_")
 
 
-def cells(protocol: str, name: str = "all") -> list[Cell]:
-    """What to run for `--perturb NAME --perturb-protocol PROTOCOL`; "all" begins with the untouched images.
-
-    Raises:
-        UserError: if there is no such protocol, or no such perturbation in it.
-    """
-    if protocol not in PROTOCOLS:
-        raise UserError(f"perturbation protocol {protocol!r}: one of {', '.join(PROTOCOLS)} was wanted")
-    if protocol == "sweep":
-        known = {n: [Cell(n, s) for s in kind.strengths] for n, kind in sorted(PERTURBATIONS.items()) if kind.sweep}
-    else:
-        known = {n: [Cell(n)] for n in (*sorted(FRANK_NAMES), "combined")}
-    known = {"none": [Cell("none")]} | known
-    if name not in (*known, "all"):
-        raise UserError(f"no perturbation {name!r} with --perturb-protocol {protocol}: it has {', '.join(known)}")
-    return sum(known.values(), []) if name == "all" else known[name]
+# What should leave a verdict as it is: a picture meets it on its way through a messenger or a web page.
+MILD = (Cell("jpeg", 90), Cell("resize", 0.9))
 
 
 def chosen_cells(protocol: str, wanted: Sequence[tuple[str, float | None]]) -> list[Cell]:
-    """What to run for --perturb NAME[=STRENGTH] ..., each once.
+    """What to run for --perturb NAME[=STRENGTH] ... in a protocol, each once; "all" begins with the untouched images.
 
     Raises:
         UserError: if a perturbation or its strength is not in the protocol.
     """
-    chosen = []
+    if protocol == "sweep":
+        known = [Cell(name, strength) for name, kind in SWEEP.items() for strength in kind.strengths]
+    else:
+        known = [Cell(name) for name in (*sorted(FRANK2020), "combined")]
+    known, chosen = [Cell("none"), *known], []
     for name, strength in wanted:
-        found = [c for c in cells(protocol, name) if strength is None or c.strength == strength]
+        named = [cell for cell in known if name in (cell.name, "all")]
+        if not named:
+            has = ", ".join(dict.fromkeys(cell.name for cell in known))
+            raise UserError(f"no perturbation {name!r} with --perturb-protocol {protocol}: it has {has}")
+        found = [cell for cell in named if strength in (cell.strength, None)]
         if not found:
-            strengths = ", ".join(f"{c.strength:g}" for c in cells(protocol, name) if c.strength is not None)
+            strengths = ", ".join(f"{cell.strength:g}" for cell in named if cell.strength is not None)
             raise UserError(f"--perturb {name}={strength:g}: its strengths are {strengths or 'not chosen'}")
         chosen += found
     return list(dict.fromkeys(chosen))
 
 
-def perturb(image: Tensor, name: str, protocol: str, seed: int, strength: float | None = None) -> Tensor:
-    """The uint8 (3, H, W) image as `protocol` sees it after the perturbation `name`, perhaps the same tensor.
+class Perturbation(NamedTuple):
+    """What `protocol` does to images under one of its perturbations: a transform of data.datasets.
 
-    frank2020 perturbs with probability 0.5 ("combined": each of its parts), the sweep always, at a strength that it alone
-    takes, in the unit of its Kind. The random pattern does not depend on the strength: a sweep scales one noise field up.
-
-    Raises:
-        UserError: for a perturbation or strength the protocol has not.
+    frank2020 perturbs with probability 0.5 ("combined": each of its parts), the sweep always, at the cell's strength. The
+    random pattern does not depend on the strength: a sweep scales one noise field up.
     """
-    kind = cells(protocol, name)[0].kind  # raises for what the protocol has not
-    if name == "none":
-        return image
-    if (protocol == "sweep") != (strength is not None):
-        raise UserError(f"strength {strength} for {name} in protocol {protocol}: the sweep wants one, the others none")
-    rng = keyed_generator(seed, pixel_key(image), zlib.crc32(f"{protocol}/{name}".encode()))
-    if protocol == "sweep":
-        return kind.sweep(image, strength, rng)
-    names = FRANK_NAMES if name == "combined" else [name]
-    for n in [n for n in names if rng.random() < PROBABILITY]:
-        image = PERTURBATIONS[n].frank2020(image, rng)
-    return image
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """`perturb` as a transform of data.datasets; needs no generator of theirs."""
 
     cell: Cell
     protocol: str
     seed: int
 
-    def __call__(self, image: Tensor, rng: np.random.Generator | None = None) -> Tensor:
-        return perturb(image, self.cell.name, self.protocol, self.seed, self.cell.strength)
+    def __call__(self, image: Tensor, _: object = None) -> Tensor:
+        """image: uint8 (3, H, W). Returns the same shape, perhaps the same tensor."""
+        name, strength = self.cell
+        if name == "none":
+            return image
+        pixels = zlib.crc32(image.contiguous().numpy(), zlib.crc32(repr(tuple(image.shape)).encode()))
+        rng = keyed_generator(self.seed, pixels, zlib.crc32(f"{self.protocol}/{name}".encode()))
+        if self.protocol == "sweep":
+            return self.cell.kind.apply(image, strength, rng)
+        names = FRANK2020 if name == "combined" else [name]
+        for n in [n for n in names if rng.random() < PROBABILITY]:
+            image = FRANK2020[n](image, rng)
+        return image
 
 
 def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
@@ -237,7 +200,7 @@ def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
     """
     if rng.random() >= PROBABILITY:
         return image
-    return PERTURBATIONS[FRANK_NAMES[rng.integers(len(FRANK_NAMES))]].frank2020(image, rng)
+    return list(FRANK2020.values())[rng.integers(len(FRANK2020))](image, rng)
 
 
 def mild_variants(image: Tensor) -> dict[str, Tensor]:
@@ -245,10 +208,4 @@ def mild_variants(image: Tensor) -> dict[str, Tensor]:
 
     image: uint8 (3, H, W). Returns {what was done: uint8 (3, H, W)}.
     """
-    mild = (Cell("jpeg", MILD_QUALITY), Cell("resize", MILD_SCALE))
-    return {cell.label: cell.kind.sweep(image, cell.strength, None) for cell in mild}
-
-
-def pixel_key(image: Tensor) -> int:
-    """A 32-bit checksum of size and pixels: the identity of an image whatever its file is called."""
-    return zlib.crc32(image.contiguous().numpy().tobytes(), zlib.crc32(repr(tuple(image.shape)).encode()))
+    return {cell.label: cell.kind.apply(image, cell.strength, None) for cell in MILD}

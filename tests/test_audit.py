@@ -1,9 +1,7 @@
 """The leak audit finds each leak in a set made to have it, and nothing in a clean one."""
 
 import io
-import json
 import shutil
-import zlib
 
 import numpy as np
 import pytest
@@ -43,13 +41,6 @@ def audited(real, fake, **options):
     return A.audit(folder_items([str(real)], [str(fake)]), **options)
 
 
-def found(result, check):
-    """The findings whose check begins so, one or none."""
-    matches = [f for f in result["findings"] if f["check"].startswith(check)]
-    assert len(matches) <= 1
-    return matches[0] if matches else None
-
-
 def run(roots, *arguments):
     return A.main([str(a) for a in ("--data-root-pos", roots[0], "--data-root-neg", roots[1], *arguments)])
 
@@ -86,7 +77,7 @@ def test_each_leak_is_found_and_the_only_one(roots, attribute, capsys):
     (finding,) = result["findings"]
     assert finding["check"] == attribute and finding["shortcut"] and finding["way out"]
     assert finding["severity"] == ("warning" if attribute == "metadata" else "leak")
-    assert result["attributes"][attribute]["balanced_accuracy"] > 0.9
+    assert finding["balanced_accuracy"] > 0.9
     in_header = attribute != "JPEG traces in lossless files"
     assert bool(audited(*roots, quick=True)["findings"]) == in_header
     assert run(roots) == (attribute != "metadata")
@@ -99,42 +90,23 @@ def test_a_clean_set_has_no_findings(roots):
     fill(roots[1], 100, size=(48, 48), change=lambda image, i: image.resize((96, 96), Image.Resampling.NEAREST))
     result = audited(*roots)
     assert result["findings"] == [] and result["checked"] == 2 * N
-    assert {v["balanced_accuracy"] for v in result["attributes"].values()} == {0.5}
     assert run(roots) == 0
 
 
-def test_what_varies_alike_in_both_classes_is_no_leak(roots):
-    rng = np.random.default_rng(0)
-    for root, start in zip(roots, (0, 100), strict=True):
-        root.mkdir()
-        for i in range(start, start + N):
-            size = tuple(int(s) for s in rng.integers(64, 96, 2))  # nearly every size occurs once
-            suffix, options = (".png", {}) if rng.random() < 0.5 else (".jpg", {"quality": int(rng.integers(60, 95))})
-            picture(i, size).save(root / f"{i}{suffix}", **options)
-    assert not {f["severity"] for f in audited(*roots)["findings"]} & {"leak", "warning"}
-
-
-def test_jpeg_quality_and_bit_depth_as_stored(tmp_path):
+def test_jpeg_quality_as_stored(tmp_path):
     for quality in (20, 50, 75, 90, 99):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", quality=quality)
         with Image.open(tmp_path / "a.jpg") as image:
             assert A.attributes_of(image)["JPEG quality"] == f"quality {quality}"
-    picture(0).save(tmp_path / "a.png")
-    data = bytearray((tmp_path / "a.png").read_bytes())
-    data[24] = 16  # in IHDR; Pillow opens 16-bit RGB as if it were 8-bit
-    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
-    (tmp_path / "a.png").write_bytes(data)
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.mode == "RGB" and A.attributes_of(image)["bit depth"] == "16 bit"
 
 
 @pytest.mark.parametrize("real, fake, severity", [(17, 3, "leak"), (15, 5, "warning"), (10, 10, None)])
 def test_partial_differences_are_graded(roots, real, fake, severity):
     for root, count, start in zip(roots, (real, fake), (0, 100), strict=True):
         fill(root, start, ".jpg", n=count, quality=90), fill(root, start + 50, n=N - count)
-    finding = found(audited(*roots), "codec")
-    assert (finding and finding["severity"]) == severity
-    if finding:
+    findings = audited(*roots)["findings"]
+    assert [(f["check"], f["severity"]) for f in findings] == [("codec", severity)] * bool(severity)
+    for finding in findings:
         assert finding["balanced_accuracy"] == pytest.approx((real + N - fake) / (2 * N), abs=1e-4)
 
 
@@ -180,7 +152,7 @@ def test_exact_duplicates(roots, tmp_path):
     assert names == {
         "exact duplicates across train and validation": (["0003.png", "another name.png"], 1),
         "exact duplicates across classes": (["0005.png", "real.png"], 1),
-        "exact duplicates within train fake": (["0107.png", "again.png"], 1),
+        "exact duplicates within a class": (["0107.png", "again.png"], 1),
     }
     assert [f["severity"] for f in result["findings"]] == ["leak", "leak", "warning"]
     assert run(roots, "--val-root-pos", val) == 1
@@ -223,14 +195,7 @@ def test_files_that_cannot_be_read(roots):
     assert [path.rsplit("/", 1)[1] for path in finding["examples"]] == ["0000.png", "0100.png"]
 
 
-def test_json_holds_the_findings_and_a_dropped_flag_is_told(roots, tmp_path, caplog):
-    fill(roots[0], 0, ".jpg", n=3), fill(roots[1], 100, n=3)
-    assert run(roots, "--json", tmp_path / "new" / "a.json", "--full") == 1
-    assert json.loads((tmp_path / "new" / "a.json").read_text()) == audited(*roots)
-    assert [record.levelname for record in caplog.records] == ["WARNING"] and "--full" in caplog.text
-
-
-def test_mistakes(roots, tmp_path):
+def test_mistakes(roots):
     fill(roots[0], 0, n=1)
     for arguments in ([], ["--data-root-pos", str(roots[0])], ["--csv", "a", "--data-root", "b"]):
         with pytest.raises(UserError):

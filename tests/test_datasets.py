@@ -39,23 +39,17 @@ def items(*paths, label=REAL):
 # --- order --------------------------------------------------------------------------------------------------
 
 
-def test_each_entry_once_and_the_last_smaller_batch_is_kept():
+def test_each_entry_once_in_an_order_of_seed_and_epoch_alone():
     batches = indices(EpochBatches(10, 4, seed=1))
     assert [len(b) for b in batches] == [4, 4, 2] and sorted(sum(batches, [])) == list(range(10))
     assert indices(EpochBatches(5, 2)) == [[0, 1], [2, 3], [4]] and indices(EpochBatches(0, 2)) == []
-
-
-def test_order_depends_on_seed_and_epoch_only():
     one = indices(EpochBatches(50, 8, seed=1), epoch=3)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     assert indices(EpochBatches(50, 8, seed=1), epoch=3) == one and torch.equal(torch.get_rng_state(), before)
     assert indices(EpochBatches(50, 8, seed=1), epoch=4) != one != indices(EpochBatches(50, 8, seed=2), epoch=3)
-    assert sum(indices(EpochBatches(50, 5, seed=1), epoch=3), []) == sum(one, [])  # nor on the batch size
-
-
-def test_going_on_in_the_middle_of_an_epoch():
-    batches = EpochBatches(23, 4, seed=2)
+    assert sum(indices(EpochBatches(50, 5, seed=1), epoch=3), []) == sum(one, [])  # nor does the batch size matter
+    batches = EpochBatches(23, 4, seed=2)  # which goes on in the middle of an epoch
     whole = indices(batches, epoch=1)
     assert all(indices(batches, epoch=1, first_step=step) == whole[step:] for step in range(7))
 
@@ -116,26 +110,19 @@ def test_a_patch_depends_on_seed_epoch_and_index_alone(tmp_path):
         assert not torch.equal(other.x, one)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_errors_are_one_line_and_raised_by_nobody_in_a_worker(tmp_path, workers):
-    small, good = save(tmp_path / "s.png", coordinates(95, 200)), save(tmp_path / "g.png", coordinates(96, 96))
-    (tmp_path / "zero.png").touch()
-    data = PatchDataset(items(str(tmp_path / "zero.png"), good, small), 24, 4, patches_per_image=2)
-    (batch,) = make_loader(data, EpochBatches(3, 3), workers, ON_CPU)
-    assert batch.x.shape == (2, 3, 96, 96) and batch.keys == [(0, 1, 0), (0, 1, 1)]
-    assert batch.weights.tolist() == pytest.approx([1 / 6, 1 / 6])  # of three images, of which two are missing
-    assert "zero.png" in batch.errors[0] and "200 x 95" in batch.errors[2] and small in batch.errors[2]
-
-
-def test_workers_change_nothing(tmp_path):
+def test_workers_change_nothing_and_errors_are_one_line_that_nobody_raises(tmp_path):
     rng = np.random.default_rng(0)
     paths = [save(tmp_path / f"{i}.png", rng.integers(0, 256, (40, 48, 3), np.uint8)) for i in range(5)]
+    paths.insert(1, save(tmp_path / "small.png", coordinates(15, 48)))
+    paths.insert(3, str(tmp_path / "zero.png"))
+    (tmp_path / "zero.png").touch()
     data = PatchDataset(items(*paths), 4, 4, patches_per_image=2, seed=1)
-    batches = EpochBatches(5, 2, seed=1)
-    batches.set_epoch(3)
-    alone, helped = (list(make_loader(data, batches, workers, ON_CPU)) for workers in (0, 2))
-    assert [len(b.x) for b in alone] == [4, 4, 2] and [b.keys for b in alone] == [b.keys for b in helped]
+    alone, helped = (list(make_loader(data, EpochBatches(7, 4), workers, ON_CPU)) for workers in (0, 2))
+    assert [(b.keys, b.errors) for b in alone] == [(b.keys, b.errors) for b in helped]
     assert all(torch.equal(a.x, b.x) for a, b in zip(alone, helped, strict=True))
+    assert alone[0].keys == [(0, i, k) for i in (0, 2) for k in range(2)] and alone[0].x.shape == (4, 3, 16, 16)
+    assert alone[0].weights.tolist() == pytest.approx([1 / 8] * 4)  # of four images, of which two are missing
+    assert "small.png: is 48 x 15" in alone[0].errors[1] and "zero.png" in alone[0].errors[3]
 
 
 # --- images -------------------------------------------------------------------------------------------------

@@ -1,26 +1,29 @@
 """Example images: scenes like photographs, fakes that show their up-sampling, a folder to be trusted."""
 
 import json
-import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from files import mistake
 from PIL import Image
 
 from data import example
-from data.images import load_image
 from data.lists import find_images, list_paths
-from utils.run import UserError, keyed_generator
+from utils.run import keyed_generator
 
 
 def scenes(count: int, size: int = 64, key: int = 0) -> list[np.ndarray]:
     return [example.draw_scene(size, keyed_generator(key, index)) for index in range(count)]
 
 
-def make(out, *flags: str) -> int:
+def flags(out, *more: str) -> list[str]:
     toy = ["--size", "64", "--train", "2", "--val", "1", "--test", "1", "--steps", "2", "--workers", "1"]
-    return example.main(["--out", str(out), *toy, *flags])
+    return ["--out", str(out), *toy, *more]
 
 
 def contents(root) -> dict[str, bytes]:
@@ -29,15 +32,10 @@ def contents(root) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A toy folder; tests that change it copy it first."""
+    """A toy folder."""
     out = tmp_path_factory.mktemp("example") / "images"
-    assert make(out) == 0
+    assert example.main(flags(out)) == 0
     return out
-
-
-@pytest.fixture
-def copied(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "copy")
 
 
 def spectral_slope(power: np.ndarray, low: float, high: float) -> float:
@@ -103,85 +101,53 @@ def test_layout_lists_and_formats(made):
     assert json.loads((made / "settings.json").read_text())["seed"] == 123
 
 
-def test_no_scene_is_used_twice(made):
-    assert len(set(contents(made).values())) == 12
-    settings = example.Settings(64, {}, [], 123, 2, None)
-    sources = [example.source_image(settings, role, i, 64).tobytes() for role in example.ROLES for i in range(2)]
-    assert len(set(sources)) == 14
-
-
-def test_images_depend_neither_on_counts_nor_on_workers(made, tmp_path):
-    flags = ["--train", "3", "--val", "0", "--test", "0", "--kinds", "bilinear", "--workers", "2"]
-    assert make(tmp_path / "more", *flags) == 0
-    more, fewer = contents(tmp_path / "more"), contents(made)
+def test_images_depend_neither_on_counts_nor_on_workers_and_none_is_made_twice(made, tmp_path):
+    out = tmp_path / "empty"
+    out.mkdir()
+    assert example.main(flags(out, "--train", "3", "--val", "0", "--workers", "2")) == 0
+    more, fewer = contents(out), contents(made)
     assert all(more[name] == fewer[name] for name in more if name in fewer)
-    assert len(set(more) & set(fewer)) == 4 and len(more) == 6
-    assert not (tmp_path / "more" / "val.txt").exists()
+    assert len(set(more) & set(fewer)) == 9 and len(set(more.values())) == len(more) == 12
+    assert len(set(fewer.values())) == 12 and not (out / "val.txt").exists()
 
 
-def test_an_interrupted_folder_is_completed_and_a_complete_one_left_alone(made, copied):
-    for name in ("train/real/00001.png", "test/bilinear/00000.png", "val.txt"):
-        (copied / name).unlink()
-    shutil.rmtree(copied / "val" / "nearest")
-    assert make(copied) == 0
-    assert contents(copied) == contents(made) and (copied / "val.txt").exists()
-    times = {path: path.stat().st_mtime_ns for path in copied.rglob("*.png")}
-    assert make(copied) == 0
-    assert times == {path: path.stat().st_mtime_ns for path in copied.rglob("*.png")}
+def test_no_scene_is_used_twice():
+    settings = example.Settings(64, {}, 123, 2)
+    draws = [settings.generator(role, i, 0).random() for role in example.ROLES for i in range(2)]
+    assert len(set(draws)) == 14
 
 
-def test_a_folder_of_other_settings_or_things_is_refused(copied, tmp_path):
-    before = contents(copied)
-    with pytest.raises(UserError, match="seed.*--out"):
-        make(copied, "--seed", "5")
-    assert contents(copied) == before
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="--out"):
-        make(tmp_path / "mine")
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_call_leaves_nothing(tmp_path, number):
+    command = [sys.executable, "-m", "data.example", *flags(tmp_path / "out", "--steps", "100000")]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    try:
+        while process.poll() is None and not list(tmp_path.glob(".example*/images/test/real")):
+            time.sleep(0.1)
+        time.sleep(3)  # the autoencoders are being trained
+        process.send_signal(number)
+        assert process.wait(30) == 128 + number and not list(tmp_path.iterdir())
+    finally:
+        process.kill()
 
 
-MISTAKES = (
-    "--size 62, --size 32, --train -1, --steps 0, --seed -1, --workers 0, --train 0 --val 0 --test 0, --force,"
-    " --kinds transposed, --from /no/such/folder"
-)
+def test_a_complete_folder_is_left_alone(made):
+    times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    assert example.main(flags(made)) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
 
 
-@pytest.mark.parametrize("flags", MISTAKES.split(", "))
-def test_mistakes_and_what_was_dropped(tmp_path, flags):
-    with pytest.raises(UserError) as caught:
-        make(tmp_path / "out", *flags.split())
-    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+def test_a_folder_of_other_settings_or_things_is_refused(made, tmp_path):
+    (tmp_path / "thesis.tex").write_text("mine")
+    before = contents(made)
+    for out, more in ((made, ["--seed", "5"]), (tmp_path, []), (tmp_path / "thesis.tex", [])):
+        with mistake("--out"):
+            example.main(flags(out, *more))
+    assert contents(made) == before and (tmp_path / "thesis.tex").read_text() == "mine"
 
 
-@pytest.fixture
-def photographs(tmp_path):
-    (tmp_path / "photographs").mkdir()
-    for index, image in enumerate(scenes(9, size=80, key=7)):
-        Image.fromarray(image[: 72 + index]).save(tmp_path / "photographs" / f"{index}.jpg", quality=95)
-    return tmp_path / "photographs"
-
-
-def test_photographs_are_cropped_and_never_shared(photographs, tmp_path):
-    out = tmp_path / "out"
-    assert make(out, "--from", str(photographs)) == 0
-    assert len(contents(out)) == 12
-    shares = json.loads((out / "settings.json").read_text())["photographs"]
-    used = [path for paths in shares.values() for path in paths]
-    assert len(shares) == 7 and all(shares.values())
-    assert sorted(used) == sorted(find_images(str(photographs)))
-    real = load_image(str(out / "test" / "real" / "00000.png")).numpy()
-    source = load_image(shares["test/real"][0]).numpy()
-    windows = np.lib.stride_tricks.sliding_window_view(source, (3, 64, 64)).reshape(-1, 3, 64, 64)
-    assert (windows == real).all(axis=(1, 2, 3)).any()
-    assert "CC0" not in (out / "README.txt").read_text()
-
-
-def test_too_few_photographs(photographs, tmp_path):
-    for index in range(4):
-        (photographs / f"{index}.jpg").unlink()
-    (photographs / "broken.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="5 readable images.*at least 7"):
-        make(tmp_path / "out", "--from", str(photographs))
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("wrong", ["--size 66", "--train 0 --val 0 --test 0"])
+def test_mistakes(tmp_path, wrong):
+    with mistake("multiple of 4"):
+        example.main(flags(tmp_path / "out", *wrong.split()))
+    assert not list(tmp_path.iterdir())

@@ -7,6 +7,7 @@ import pytest
 from files import mistake, save, touch
 
 from data import lists as L
+from data import split
 from data.lists import Item
 from utils.run import FAKE, REAL
 
@@ -19,17 +20,15 @@ def test_images_are_sorted_by_path_and_hidden_ones_left_out(tmp_path):
     wanted = ["B.PNG", "a-b/1.png", "a.jpg", "a/z.TiF", "b.webp", "dir.png/x.JPEG", "é.bmp", "z.tiff"]
     unwanted = [".hidden.png", "._a.jpg", "__MACOSX/a.png", ".git/a.png", "notes.txt", "x.gif", "no_suffix"]
     root = touch(tmp_path / "r", *wanted, *unwanted)
-    assert L.find_images(root) == [f"{root}/{name}" for name in sorted(wanted)]
-    assert L.find_images(root + "/") == [f"{root}/{name}" for name in sorted(wanted)]
+    for given in root, root + "/":
+        assert L.find_images(given) == [f"{root}/{name}" for name in sorted(wanted)]
 
 
 def test_links_are_followed_once(tmp_path):
     root = touch(tmp_path / "r", "a/1.png")
-    touch(tmp_path / "elsewhere", "2.png")
-    (tmp_path / "r/a/loop").symlink_to(tmp_path / "r")
-    (tmp_path / "r/b").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "r/c").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "r/broken.png").symlink_to(tmp_path / "nothing")
+    elsewhere = touch(tmp_path / "elsewhere", "2.png")
+    for link, to in ("a/loop", root), ("b", elsewhere), ("c", elsewhere), ("broken.png", tmp_path / "nothing"):
+        (tmp_path / "r" / link).symlink_to(to)
     assert L.find_images(root) == [f"{root}/a/1.png", f"{root}/b/2.png", f"{root}/broken.png"]
 
 
@@ -83,11 +82,13 @@ def test_folders_that_share_images_are_refused(tmp_path):
 def test_tree_items(tmp_path, real, fake):
     """The layouts of Wang et al. and of GenImage."""
     names = [f"progan/cat/{real}/1.png", f"progan/cat/{fake}/2.png", f"sd/{real}/3.png", f"sd/{fake}/a/4.png"]
-    root = touch(tmp_path / "t", *names)
+    root = touch(tmp_path / "t", *names, "sd/none.png")
     assert below(root, L.tree_items(root)) == [
         (names[0], REAL, "progan"), (names[2], REAL, "sd"), (names[1], FAKE, "progan"), (names[3], FAKE, "sd"),
     ]  # fmt: skip
-    assert {item.generator for item in L.tree_items(f"{root}/sd")} == {"sd"}  # the folders at the top
+    assert {item.generator for item in L.tree_items(f"{root}/sd/")} == {"sd"}  # the folders at the top
+    with mistake("0_real", "nature", "--data-root-pos"):
+        L.tree_items(touch(tmp_path / "plain", "a.png"))
 
 
 def test_only_the_uppermost_folder_says_what_is_in_it(tmp_path):
@@ -95,16 +96,6 @@ def test_only_the_uppermost_folder_says_what_is_in_it(tmp_path):
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/0_real/3.png"]
     root = touch(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [label for _, label, _ in below(root, L.tree_items(root))] == [REAL, REAL, FAKE, FAKE]
-
-
-def test_trees_that_cannot_be_used(tmp_path):
-    with mistake("No such file"):
-        L.tree_items(str(tmp_path / "x"))
-    with mistake("0_real", "nature", "--data-root-pos"):
-        L.tree_items(touch(tmp_path / "t", "a.png"))
-    (tmp_path / "t/0_real").mkdir()
-    with mistake("no images in folder"):
-        L.tree_items(str(tmp_path / "t"))
 
 
 def test_csv_items(tmp_path, monkeypatch):
@@ -123,15 +114,12 @@ def test_csv_items(tmp_path, monkeypatch):
     assert L.csv_items("../t/list.csv") == [Item("b.png", REAL, "")]
 
 
-def test_how_numbers_are_read_is_said(tmp_path, caplog):
+@pytest.mark.parametrize("real, fake, lines", [("1", "0", 1), ("real", "fake", 0), ("real", "0", 1)])
+def test_how_numbers_are_read_is_said(tmp_path, caplog, real, fake, lines):
     touch(tmp_path, "a.png", "b.png")
-    file = tmp_path / "list.csv"
-    for real, fake, lines in ("1", "0", 1), ("real", "fake", 0), ("real", "0", 1):
-        caplog.clear()
-        file.write_text(f"path,label\na.png,{real}\nb.png,{fake}\n")
-        assert [item.label for item in L.csv_items(str(file))] == [REAL, FAKE]
-        assert len(caplog.messages) == lines
-        assert all(word in text for text in caplog.messages for word in ("1 = real", "words real and fake"))
+    (tmp_path / "list.csv").write_text(f"path,label\na.png,{real}\nb.png,{fake}\n")
+    assert [item.label for item in L.csv_items(str(tmp_path / "list.csv"))] == [REAL, FAKE]
+    assert len(caplog.messages) == lines and all("1 = real" in text for text in caplog.messages)
 
 
 @pytest.mark.parametrize(
@@ -170,12 +158,10 @@ def test_list_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "cwd")
     assert L.list_paths(str(file)) == [f"{tmp_path}/lists/a.png", "sub/b.png", f"{tmp_path}/lists/a.png"]
     assert L.paths_of(str(file)) == L.list_paths(str(file)) and L.paths_of("sub") == ["sub/b.png"]
-    file.write_text("a.png\nx.png\ny.png\n")
-    with mistake("2 of its 3 files", "x.png"):
-        L.list_paths(str(file))
-    file.write_text("\n")
-    with mistake("names no images"):
-        L.list_paths(str(file))
+    for text, words in ("a.png\nx.png\ny.png\n", ["2 of its 3 files", "x.png"]), ("\n", ["names no images"]):
+        file.write_text(text)
+        with mistake(*words):
+            L.list_paths(str(file))
 
 
 def test_labelled_items_are_named_in_one_way_and_of_both_classes(tmp_path):
@@ -185,14 +171,14 @@ def test_labelled_items_are_named_in_one_way_and_of_both_classes(tmp_path):
     assert L.labelled_items([real], [fake]) == L.folder_items([real], [fake])
     assert L.labelled_items(None, None, root) == L.tree_items(root)
     assert L.labelled_items(None, None, None, table) == L.csv_items(table)
-    with mistake("no images", "--data-root-pos", "--data-root", "--csv", "--input"):
-        L.labelled_items(None, None)
-    with mistake("more than one way"):
-        L.labelled_items([real], [fake], root)
-    with mistake("one class", "--data-root-neg is missing"):
-        L.labelled_items([real], None)
-    with mistake("one class", "--val-root-pos is missing"):
-        L.labelled_items([], [fake], flags=("--val-root-pos", "--val-root-neg"))
+    for words, given in (
+        (["no images", "--data-root-pos", "--data-root", "--csv", "--input"], [None, None]),
+        (["more than one way"], [[real], [fake], root]),
+        (["one class", "--data-root-neg is missing"], [[real], None]),
+        (["one class", "--val-root-pos is missing"], [[], [fake], None, None, ("--val-root-pos", "--val-root-neg")]),
+    ):
+        with mistake(*words):
+            L.labelled_items(*given)
 
 
 def test_input_items_say_what_they_leave_out(tmp_path, caplog):
@@ -208,3 +194,19 @@ def test_input_items_say_what_they_leave_out(tmp_path, caplog):
     assert all(word in caplog.text for word in ("3 .heic", "1 .gif", "1 .avif"))
     with mistake("does not exist"):
         L.input_items([str(tmp_path / "x")])
+
+
+def test_a_split_depends_on_names_alone(tmp_path):
+    reals, fakes = (touch(tmp_path / kind, *(f"{kind} {i}.png" for i in range(40))) for kind in ("real", "fake"))
+    out, held_out = str(tmp_path / "out"), []
+    arguments = ["--data-root-pos", reals, "--data-root-neg", fakes, "--hold-out", "0.3", "--out", out]
+    for _ in range(2):
+        assert split.main(arguments) == 0
+        train, held = (L.csv_items(f"{out}/{name}.csv") for name in ("train", "held_out"))
+        assert not set(train) & set(held) and {item.generator for item in train} == {"", "fake"}
+        assert L.list_paths(f"{out}/train_real.txt") == [item.path for item in train if item.label == REAL]
+        held_out.append(set(held))
+        touch(tmp_path / "real", "another.png")
+    assert len(train + held) == 81 and held_out[0] == {i for i in held_out[1] if "another" not in i.path}
+    with mistake("0 real"):
+        split.main([*arguments, "--hold-out", "0"])
