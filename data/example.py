@@ -1,6 +1,7 @@
 """Example images, so that a fresh clone has something honest to run on without anyone's faces.
 
     python -m data.example --out data/example --size 128 --train 128 --val 32 --test 64
+    python -m data.example --out data/mine --from ~/photographs        fakes of one's own photographs
 
 Writes OUT/{train,val,test}/{real,nearest,bilinear}/00000.png, train.txt and val.txt (the reals, for train_sr.py),
 README.txt and settings.json; the folder is there once all of it is made. Reals are random dead-leaves scenes: shapes that
@@ -10,7 +11,8 @@ behind: OTHER scenes, passed through small autoencoders: `nearest` up-samples as
 Karaman, Chang: Detecting and simulating artifacts in GAN fake images, WIFS 2019). Where theirs has a discriminator,
 ours has `imitation_loss`, and noise inputs let it invent detail; it does not fully succeed in the last octave of the
 spectrum. They are not pictures from a generative model: no number measured on them says how well a detector does in
-the wild. Licence of the images: CC0 1.0, do with them what you like.
+the wild. With --from, JPEG photographs keep their block grid in the reals but not in the fakes. Licence of the scenes:
+CC0 1.0, do with them what you like.
 """
 
 import json
@@ -32,6 +34,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from data.images import SizePolicy, check_headers, load_image
+from data.lists import find_images
 from utils import options
 from utils.run import UserError, keyed_generator, make_folder, progress, run_program, write_json
 
@@ -230,28 +234,53 @@ class Settings(NamedTuple):
     counts: dict[str, int]  # split -> images of each class
     seed: int
     steps: int
+    photographs: dict[str, list[str]] | None = None  # role -> files; None: scenes
 
     def generator(self, role: str, index: int, use: int) -> np.random.Generator:
         """use: 0 for the source image, 1, 2 for the noise of each kind. Every random number comes from such a one."""
         return keyed_generator(self.seed, ROLES.index(role), index, use)
+
+    def source(self, role: str, index: int, size: int) -> np.ndarray:
+        """Image `index` of a role, (size, size, 3) uint8: a new scene, or a crop of one of its photographs."""
+        rng = self.generator(role, index, 0)
+        if self.photographs is None:
+            return draw_scene(size, rng)
+        paths = self.photographs[role]
+        image = load_image(paths[index % len(paths)])  # (3, H, W)
+        top, left = (int(rng.integers(side - size + 1)) for side in image.shape[1:])
+        return image[:, top : top + size, left : left + size].permute(1, 2, 0).numpy().copy()
+
+
+def share_out_photographs(root: str, size: int, counts: dict[str, int], seed: int) -> dict[str, list[str]]:
+    """Give each role its own photographs under root, as many as its images ask for: none is used for two.
+
+    Raises:
+        UserError: if there are too few.
+    """
+    paths = find_images(os.path.abspath(root))
+    headers = check_headers(paths, SizePolicy(scale=1))
+    fit = [p for p, h in zip(paths, headers, strict=True) if not h.problem and min(h.size) >= size]
+    needs = {"autoencoder": SOURCES} | {role: n for role in ROLES[1:] if (n := counts[role.split("/")[0]])}
+    if len(fit) < len(needs):
+        text = f"{root}: {len(fit)} readable images of at least {size}x{size}, wanted at least {len(needs)}"
+        raise UserError(f"{text} (one each for {', '.join(needs)}): add images, or pass a smaller --size")
+    shares = {role: [] for role in needs}
+    for path in keyed_generator(seed, len(ROLES)).permutation(fit).tolist():
+        shares[max(needs, key=lambda role: needs[role] / (len(shares[role]) or 1e-9))].append(path)
+    return shares
 
 
 def write_images(job: tuple[str, str, int], weights: dict[str, dict], settings: Settings, out: Path) -> None:
     """job: split, "real" or "fake", and which image. Writes SPLIT/real/INDEX.png, or its fakes SPLIT/KIND/INDEX.png."""
     split, label, index = job
     role = f"{split}/{label}"
-    images = {"real": draw_scene(settings.size, settings.generator(role, index, 0))}
+    images = {"real": settings.source(role, index, settings.size)}
     if label == "fake":
         source = images.pop("real")
         for use, kind in enumerate(KINDS, start=1):
             images[kind] = imitate(kind, weights[kind], source, settings.generator(role, index, use))
     for name, image in images.items():
         Image.fromarray(image).save(out / split / name / f"{index:05d}.png", compress_level=1)
-
-
-def source_of_training(index: int, settings: Settings) -> np.ndarray:
-    """A scene that the autoencoders are trained on."""
-    return draw_scene(min(SOURCE_SIZE, settings.size), settings.generator("autoencoder", index, 0))
 
 
 def start_worker() -> None:
@@ -269,7 +298,8 @@ def make_images(settings: Settings, out: Path, workers: int) -> None:
             (out / split / name).mkdir(parents=True)
     with ProcessPoolExecutor(workers, get_context("fork"), start_worker) as pool:  # forked ones have PyTorch already
         try:
-            images = np.stack(list(pool.map(partial(source_of_training, settings=settings), range(SOURCES))))
+            source = partial(settings.source, "autoencoder", size=min(SOURCE_SIZE, settings.size))
+            images = np.stack(list(pool.map(source, range(SOURCES))))
             train = partial(train_autoencoder, images=images, steps=settings.steps, seed=settings.seed)
             weights = dict(zip(KINDS, pool.map(train, KINDS), strict=True))
             write = partial(write_images, weights=weights, settings=settings, out=out)
@@ -292,6 +322,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = options.Parser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
     images = options.Group("images", parser)
     images.add("--out", "folder to be made", Path, Path("data/example"), metavar="DIR")
+    images.add("--from", "crops of these photographs, not scenes", dest="photographs", metavar="DIR")
     images.add("--size", "side of the images in pixels, divisible by 4", options.number(int, 64), 256)
     for split, n in zip(SPLITS, (128, 32, 64), strict=True):
         images.add(f"--{split}", "images a class", options.count, n)
@@ -299,10 +330,15 @@ def main(argv: list[str] | None = None) -> int:
     images.add("--steps", "training of an autoencoder", options.at_least_one, 250)
     workers = min(8, os.cpu_count() or 1)
     images.add("--workers", "processes, whose number changes no image", options.at_least_one, workers)
+    images.dropped("--force", "nothing is replaced: remove the folder first", takes=0)
+    images.dropped("--kinds", "both are made", takes="+")
     args = parser.parse_args(argv)
-    settings = Settings(args.size, {split: getattr(args, split) for split in SPLITS}, args.seed, args.steps)
-    if args.size % 4 or not any(settings.counts.values()):
-        raise UserError(f"--size {args.size}, images {settings.counts}: a multiple of 4 and some images were wanted")
+    counts, photographs = {split: getattr(args, split) for split in SPLITS}, None
+    if args.size % 4 or not any(counts.values()):
+        raise UserError(f"--size {args.size}, images {counts}: a multiple of 4 and some images were wanted")
+    if args.photographs:
+        photographs = share_out_photographs(args.photographs, args.size, counts, args.seed)
+    settings = Settings(args.size, counts, args.seed, args.steps, photographs)
     about, wanted = args.out / "settings.json", {"format": FORMAT, **settings._asdict()}
     found = json.loads(about.read_text()) if about.exists() else {}
     if {key: found.get(key) for key in wanted} == wanted:

@@ -13,8 +13,9 @@ from files import mistake
 from PIL import Image
 
 from data import example
+from data.images import load_image
 from data.lists import find_images, list_paths
-from utils.run import keyed_generator
+from utils.run import UserError, keyed_generator
 
 
 def scenes(count: int, size: int = 64, key: int = 0) -> list[np.ndarray]:
@@ -151,3 +152,33 @@ def test_mistakes(tmp_path, wrong):
     with mistake("multiple of 4"):
         example.main(flags(tmp_path / "out", *wrong.split()))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    (tmp_path / "photographs").mkdir()
+    for index, image in enumerate(scenes(9, size=80, key=7)):
+        Image.fromarray(image[: 72 + index]).save(tmp_path / "photographs" / f"{index}.jpg", quality=95)
+    return tmp_path / "photographs"
+
+
+def test_photographs_are_cropped_and_never_shared(photographs, tmp_path):
+    out = tmp_path / "out"
+    assert example.main(flags(out, "--from", str(photographs))) == 0
+    assert len(contents(out)) == 12
+    shares = json.loads((out / "settings.json").read_text())["photographs"]
+    assert len(shares) == 7 and all(shares.values())
+    assert sorted(sum(shares.values(), [])) == sorted(find_images(str(photographs)))
+    real = load_image(str(out / "test" / "real" / "00000.png")).numpy()
+    source = load_image(shares["test/real"][0]).numpy()
+    windows = np.lib.stride_tricks.sliding_window_view(source, (3, 64, 64)).reshape(-1, 3, 64, 64)
+    assert (windows == real).all(axis=(1, 2, 3)).any()
+
+
+def test_too_few_photographs(photographs, tmp_path):
+    for index in range(4):
+        (photographs / f"{index}.jpg").unlink()
+    (photographs / "broken.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="5 readable images.*at least 7"):
+        example.main(flags(tmp_path / "out", "--from", str(photographs)))
+    assert not (tmp_path / "out").exists()
