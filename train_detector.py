@@ -173,7 +173,7 @@ def check_sizes(
             refuse_mixed_sizes(dataset.items, dataset.sizes)
     height, width = min((detector.residual_shape(*size)[1:] for size in set(images.sizes)), key=max)
     synchronised = batches.world.size > 1 and compute.device.type == "cuda"  # batch normalisation, over the processes
-    if batches.smallest_share() == 1 and not synchronised and not models.trains_on_one(height, width):
+    if batches.smallest_share() == 1 and not synchronised and max(height, width) <= TOTAL_STRIDE:
         count = f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es)"
         raise UserError(f"{count} leave one alone: {models.SINGLE_IMAGE}")
     if max(height, width) <= TOTAL_STRIDE:

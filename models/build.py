@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from models.rdn import RDN, rdn_config
-from models.resnet import ARCHITECTURES, BasicBlock, DeepStemResNet, resnet_config
+from models.resnet import DeepStemResNet, resnet_config
 from models.resynthesis import ResynthesisDetector
 from models.vgg import STAGE_CHANNELS
 from models.weights import fingerprint, load_vgg, load_weights, state_dict_of
@@ -46,7 +46,7 @@ def resolve(asked: Mapping, found: Mapping, default: Mapping, name: str) -> dict
         if asked[key] is not None and asked[key] != found[key]:
             flag = FLAGS.get(key, f"--sr-{key.replace('_', '-')}")
             raise UserError(
-                f"{flag} asks for {key} {asked[key]}, and {name} has {found[key]}: leave the flag out, or give"
+                f"{flag} {asked[key]} was given, and {name} has {found[key]} as its {key}: leave the flag out, or give"
                 " the checkpoint that belongs to it"
             )
     wanted = {key: value for key, value in asked.items() if value is not None}
@@ -75,9 +75,12 @@ def new_detector(resynthesizer: Checkpoint, asked: Mapping, vgg_source: str) -> 
     Args:
         asked: the detector flags and RDN's shape flags (None: not given).
     """
-    detector = resolve(asked, {}, PAPER_DETECTOR, "")
-    _say_if_dilated(detector, asked, "this new detector")
-    return _assemble({"detector": detector}, resynthesizer, asked, vgg_source)
+    settings = resolve(asked, {}, PAPER_DETECTOR, "")
+    stage = settings["stage"]
+    resolve(asked, {"in_channels": STAGE_CHANNELS[stage]}, {}, f"stage {stage}")
+    detector, config = _assemble({"detector": settings}, resynthesizer, asked, vgg_source)
+    _say_if_dilated(settings, asked, "this new detector")
+    return detector, config
 
 
 def load_detector(
@@ -103,30 +106,28 @@ def load_detector(
     # Release: its detectors were trained on the features of torchvision's ImageNet weights.
     known = {**recorded, "detector": resolve(asked, found, PAPER_DETECTOR, name)}
     known["vgg"] = recorded.get("vgg") or {"source": "imagenet"}
-    if not recorded:
-        _say_if_dilated(known["detector"], asked, name)
     stage = known["detector"]["stage"]
     if STAGE_CHANNELS[stage] != found["in_channels"]:
         raise UserError(
             f"{name} takes residuals of {found['in_channels']} channels, and stage {stage} has"
             f" {STAGE_CHANNELS[stage]}: give the --idx-stages it was trained with"
         )
+    wanted = recorded.get("resynthesizer_fingerprint")
     if resynthesizer is None:
         if "sr_state_dict" not in content:
             raise UserError(f"{name} holds no re-synthesizer: give RDN's weights with --sr-weights-file")
-        resynthesizer = Checkpoint(content["sr_state_dict"], name)
+        resynthesizer = Checkpoint({"state_dict": content["sr_state_dict"], "fingerprint": wanted}, name)
     detector, config = _assemble(known, resynthesizer, asked, vgg_source, name)
     load_weights(detector.classifier, state, name)
     _check_fingerprint(detector.classifier, recorded.get("classifier_fingerprint"), "classifier", name)
-    wanted = recorded.get("resynthesizer_fingerprint")
     if wanted not in (None, config["resynthesizer_fingerprint"]):
-        if resynthesizer.name == name:
-            raise UserError(f"{name} is damaged: the weights of its RDN are not those that were saved; fetch it again")
         raise UserError(
             f"{name} was trained with the RDN {wanted}, and {resynthesizer.name} is"
             f" {config['resynthesizer_fingerprint']}: leave --sr-weights-file out (the detector's file holds its RDN)"
             " or give the one it was trained with"
         )
+    if not recorded:
+        _say_if_dilated(known["detector"], asked, name)
     return detector, config
 
 
@@ -135,27 +136,16 @@ def _assemble(
 ) -> tuple[ResynthesisDetector, dict]:
     """The detector of config["detector"], RDN and VGG loaded; config with all that is to be known of them."""
     arch, stage, dilated = (config["detector"][key] for key in ("arch", "stage", "dilated"))
-    if stage not in range(len(STAGE_CHANNELS)):
-        raise UserError(f"no stage {stage}: it is 0 (pixels) or 1..5 (VGG-19 stages)")
-    if asked.get("in_channels") not in (None, STAGE_CHANNELS[stage]):
-        raise UserError(
-            f"--input-channel {asked['in_channels']} contradicts stage {stage}, whose residual has"
-            f" {STAGE_CHANNELS[stage]} channels: leave --input-channel out, it follows from --idx-stages"
-        )
     rdn = load_resynthesizer(resynthesizer, asked)
     vgg, record = load_vgg(vgg_source, config.get("vgg"), name) if stage > 0 else (None, None)
-    known = {
-        "resynthesizer": rdn_config(rdn.state_dict()),
-        "resynthesizer_fingerprint": fingerprint(rdn),
-        "vgg": record,
-    }
-    return ResynthesisDetector(rdn, DeepStemResNet(arch, STAGE_CHANNELS[stage], dilated), stage, vgg), config | known
+    known = {"resynthesizer": rdn_config(rdn.state_dict()), "resynthesizer_fingerprint": fingerprint(rdn)}
+    detector = ResynthesisDetector(rdn, DeepStemResNet(arch, STAGE_CHANNELS[stage], dilated), stage, vgg)
+    return detector, config | known | {"vgg": record}
 
 
 def _say_if_dilated(detector: Mapping, asked: Mapping, name: str) -> None:
     """Dilation leaves no trace in the weights and changes every score: where nobody has asked for it, it is said."""
-    block = ARCHITECTURES.get(detector["arch"], (BasicBlock,))[0]
-    if detector["dilated"] and block is not BasicBlock and asked.get("dilated") is None:
+    if detector["dilated"] and asked.get("dilated") is None:
         logger.warning(
             "WARNING: %s is taken as DILATED, as in the release without --no_dilation; all released scripts and"
             " weights are of --no_dilation, without which their scores are others",

@@ -4,7 +4,6 @@ Follows Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super
 parameter names are those of yjn870/RDN-pytorch (MIT), which the released checkpoints use.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -54,8 +53,7 @@ class ResidualDenseBlock(nn.Module):
 
     def _in_strips(self, x: Tensor) -> Tensor:
         """The same numbers without gradients: what a layer reads is concatenated a strip of rows at a time."""
-        rows = STRIP_BYTES // (x.shape[0] * x.shape[3] * x.element_size())
-        strip = max(rows, 1), x.shape[3]  # (rows, columns)
+        strip = max(STRIP_BYTES // x[:, 0, 0].nbytes, 1), x.shape[3]  # (rows, columns)
         pieces = [x]
         for layer in self.layers:
             pieces.append(in_tiles(layer.new_channels, *pieces, side=strip, halo=1))  # (B, G, h, w)
@@ -80,12 +78,7 @@ class RDN(nn.Module):
     """
 
     def __init__(
-        self,
-        scale: int = 4,
-        num_features: int = 64,
-        growth_rate: int = 64,
-        num_blocks: int = 16,
-        num_layers: int = 8,
+        self, scale: int = 4, num_features: int = 64, growth_rate: int = 64, num_blocks: int = 16, num_layers: int = 8
     ):
         super().__init__()
         if scale not in (2, 3, 4):
@@ -100,14 +93,10 @@ class RDN(nn.Module):
         self.gff = nn.Sequential(
             nn.Conv2d(g0 * num_blocks, g0, kernel_size=1), nn.Conv2d(g0, g0, kernel_size=3, padding=1)
         )
-        steps = [3] if scale == 3 else [2] * int(math.log2(scale))
-        self.upscale = nn.Sequential(
-            *[
-                layer
-                for step in steps
-                for layer in (nn.Conv2d(g0, g0 * step**2, kernel_size=3, padding=1), nn.PixelShuffle(step))
-            ]
-        )
+        layers = []
+        for step in {2: [2], 3: [3], 4: [2, 2]}[scale]:
+            layers += [nn.Conv2d(g0, g0 * step**2, kernel_size=3, padding=1), nn.PixelShuffle(step)]
+        self.upscale = nn.Sequential(*layers)
         self.output = nn.Conv2d(g0, 3, kernel_size=3, padding=1)
 
     def forward(self, x_lr: Tensor) -> Tensor:
@@ -125,10 +114,11 @@ class RDN(nn.Module):
         bias = self.gff[0].bias
         fused = torch.empty_like(x, dtype=bias.dtype).copy_(bias[:, None, None])
         for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
-            x = self._run_block(block, x)  # (B, G0, h, w)
             if torch.is_grad_enabled():
+                x = self._run(block, x)  # (B, G0, h, w)
                 fused.add_(F.conv2d(x, weight))
-            else:  # some rows at a time: what is added is copied to float32 before
+            else:  # each 3x3 convolution reaches one pixel; fused some rows at a time, as they are copied to float32
+                x = in_tiles(block, x, side=self.tile, halo=len(block.layers))  # (B, G0, h, w)
                 for total, rows in zip(fused.split(self.tile, dim=2), x.split(self.tile, dim=2), strict=True):
                     total.add_(F.conv2d(rows, weight))
         return fused
@@ -140,15 +130,10 @@ class RDN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
-    def _run_block(self, block: ResidualDenseBlock, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._run(block, x)
-        return in_tiles(block, x, side=self.tile, halo=len(block.layers))  # each 3x3 convolution reaches one pixel
-
     def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(part, x, use_reentrant=False)
-        return part(x)
+        """part(x); under `checkpoint_blocks` its maps are not kept for the backward pass."""
+        recomputed = self.checkpoint_blocks and torch.is_grad_enabled()
+        return checkpoint(part, x, use_reentrant=False) if recomputed else part(x)
 
 
 @torch.no_grad()
@@ -165,17 +150,16 @@ def start_as_interpolation(model: RDN) -> RDN:
     if model.scale == 3:
         raise UserError("--start interpolation is for scales 2 and 4: leave it out for scale 3")
     taps = torch.tensor(INTERPOLATION)  # (2, 3)
-    identity = torch.zeros(3, 3).index_put_((torch.tensor(1), torch.tensor(1)), torch.tensor(1.0))
-    nn.init.zeros_(model.gff[1].weight)
-    nn.init.zeros_(model.gff[1].bias)
+    identity = torch.outer(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]))  # (3, 3)
+    for parameter in model.gff[1].parameters():
+        nn.init.zeros_(parameter)
     kernels = {model.sfe1: [identity], model.output: [identity]}
     kernels |= {layer: [torch.outer(y, x) for y in taps for x in taps] for layer in model.upscale[::2]}
     for convolution, places in kernels.items():
-        for channel in range(3):
-            rows = slice(channel * len(places), (channel + 1) * len(places))  # pixel-shuffle: one for each place
-            convolution.weight[rows] = 0
-            convolution.bias[rows] = 0
-            convolution.weight[rows, channel] = torch.stack(places)
+        rows = 3 * len(places)  # of red, green and blue; pixel-shuffle: each has one for each place
+        convolution.weight[:rows], convolution.bias[:rows] = 0, 0
+        for channel, of_channel in enumerate(convolution.weight[:rows].split(len(places))):
+            of_channel[:, channel] = torch.stack(places)
     return model
 
 
@@ -188,7 +172,6 @@ def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -
     try:
         num_features = state_dict["sfe1.weight"].shape[0]
         growth_rate = state_dict["rdbs.0.layers.0.conv.weight"].shape[0]
-        steps = sum(key.startswith("upscale.") and key.endswith(".weight") for key in state_dict)
         shuffle = state_dict["upscale.0.weight"].shape[0] // num_features
     except KeyError as error:
         raise UserError(
@@ -196,7 +179,7 @@ def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -
             f" {next(iter(state_dict), 'none')}; give a file written by train_sr.py or the released one"
         ) from None
     return {
-        "scale": 3 if shuffle == 9 else 2**steps,
+        "scale": 3 if shuffle == 9 else 4 if "upscale.2.weight" in state_dict else 2,
         "num_features": num_features,
         "growth_rate": growth_rate,
         "num_blocks": len({key.split(".")[1] for key in state_dict if key.startswith("rdbs.")}),
