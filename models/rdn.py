@@ -15,24 +15,25 @@ from torch.utils.checkpoint import checkpoint
 from models.tiling import in_tiles
 from utils.run import UserError
 
-STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients
+STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients, on a CPU
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))  # of the left and the right half of a pixel, along a line
 TAIL_SIDE, TAIL_HALO = 64, 2  # LR pixels: of the up-sampling, whose maps are the largest; its convolutions reach 1 3/4
 
 
+def conv(in_channels: int, out_channels: int, side: int = 3) -> nn.Conv2d:
+    """A "same"-padded convolution."""
+    return nn.Conv2d(in_channels, out_channels, side, padding=side // 2)
+
+
 class DenseLayer(nn.Module):
-    """One layer of a dense block: the input, followed by `growth_rate` new channels."""
+    """One layer of a dense block: `growth_rate` new channels of all there are, which come in pieces."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, growth_rate, kernel_size=3, padding=1)
+        self.conv = conv(in_channels, growth_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv(x).relu_()], dim=1)  # (B, C + G, h, w)
-
-    def new_channels(self, *pieces: Tensor) -> Tensor:
-        """What `forward` adds to an input that is given in pieces, not concatenated: (B, G, h, w)."""
-        return self.conv(torch.cat(pieces, dim=1)).relu_()
+    def forward(self, *pieces: Tensor) -> Tensor:
+        return self.conv(torch.cat(pieces, dim=1)).relu_()  # (B, G, h, w)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -40,23 +41,18 @@ class ResidualDenseBlock(nn.Module):
 
     def __init__(self, num_features: int, growth_rate: int, num_layers: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            *[DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
-        )
+        widths = [num_features + i * growth_rate for i in range(num_layers + 1)]  # before each layer, and of all
+        self.layers = nn.Sequential(*[DenseLayer(width, growth_rate) for width in widths[:-1]])
         # Release: maps to growth_rate, which only works where it equals num_features; the paper's form is this.
-        self.lff = nn.Conv2d(num_features + num_layers * growth_rate, num_features, kernel_size=1)
+        self.lff = conv(widths[-1], num_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.is_cuda:  # strips suit a CPU's caches; on a GPU they are only more kernels
-            return x + self.lff(self.layers(x))  # (B, G0, h, w)
-        return self._in_strips(x)
-
-    def _in_strips(self, x: Tensor) -> Tensor:
-        """The same numbers without gradients: what a layer reads is concatenated a strip of rows at a time."""
-        strip = max(STRIP_BYTES // x[:, 0, 0].nbytes, 1), x.shape[3]  # (rows, columns)
-        pieces = [x]
+        rows, pieces = x.shape[2], [x]
+        if not (torch.is_grad_enabled() or x.is_cuda):  # strips of rows suit a CPU's caches
+            rows = max(STRIP_BYTES // x[:, 0, 0].nbytes, 1)
+        strip = rows, x.shape[3]
         for layer in self.layers:
-            pieces.append(in_tiles(layer.new_channels, *pieces, side=strip, halo=1))  # (B, G, h, w)
+            pieces.append(in_tiles(layer, *pieces, side=strip, halo=1))  # (B, G, h, w)
         fused = in_tiles(lambda *strips: self.lff(torch.cat(strips, dim=1)), *pieces, side=strip, halo=0)
         return fused.add_(x)  # (B, G0, h, w)
 
@@ -87,17 +83,15 @@ class RDN(nn.Module):
         self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
         self.tile = 256  # LR pixels: side of the tiles the blocks work in without gradients
         g0 = num_features
-        self.sfe1 = nn.Conv2d(3, g0, kernel_size=3, padding=1)
-        self.sfe2 = nn.Conv2d(g0, g0, kernel_size=3, padding=1)
+        self.sfe1 = conv(3, g0)
+        self.sfe2 = conv(g0, g0)
         self.rdbs = nn.ModuleList([ResidualDenseBlock(g0, growth_rate, num_layers) for _ in range(num_blocks)])
-        self.gff = nn.Sequential(
-            nn.Conv2d(g0 * num_blocks, g0, kernel_size=1), nn.Conv2d(g0, g0, kernel_size=3, padding=1)
-        )
+        self.gff = nn.Sequential(conv(g0 * num_blocks, g0, 1), conv(g0, g0))
         layers = []
         for step in {2: [2], 3: [3], 4: [2, 2]}[scale]:
-            layers += [nn.Conv2d(g0, g0 * step**2, kernel_size=3, padding=1), nn.PixelShuffle(step)]
+            layers += [conv(g0, g0 * step**2), nn.PixelShuffle(step)]
         self.upscale = nn.Sequential(*layers)
-        self.output = nn.Conv2d(g0, 3, kernel_size=3, padding=1)
+        self.output = conv(g0, 3)
 
     def forward(self, x_lr: Tensor) -> Tensor:
         """x_lr: (B, 3, h, w) in [0, 1]. Returns x_hat (B, 3, scale * h, scale * w), float32, about [0, 1]."""
