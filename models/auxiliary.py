@@ -67,9 +67,8 @@ TASKS = {"none": None, "colorization": colorization, "denoising": denoising}  # 
 
 def draw_degradation(task: str, batch_rng: np.random.Generator) -> Degradation | None:
     """What this batch's low-resolution images go through; None: nothing, and the loss is taken on the clean ones."""
-    if TASKS[task] is None or batch_rng.random() >= DEGRADE_PROBABILITY:
-        return None
-    return TASKS[task](batch_rng)
+    drawn = TASKS[task] and batch_rng.random() < DEGRADE_PROBABILITY
+    return TASKS[task](batch_rng) if drawn else None
 
 
 def residual_and_auxiliary_loss(
@@ -81,8 +80,7 @@ def residual_and_auxiliary_loss(
         detector: with VGG, whatever its stage.
         x: (B, 3, H, W) in [0, 1].
         real: (B,) bool: only reals enter the auxiliary loss.
-        degraded: (B, 3, h, w) the degraded low-resolution images; None to take the loss on the clean ones, whose
-            re-synthesis is then the one the residual is made of.
+        degraded: (B, 3, h, w), low-resolution images; None: the clean ones, whose re-synthesis the residual is made of.
 
     Returns:
         (residual (B, C_l, H_l, W_l), auxiliary loss of each image (B,): 0 for fakes).
@@ -120,17 +118,13 @@ def degrade_patch(
     augment: noise of std U(0, 10)/255, then JPEG of quality 25..74 (the release computes the JPEG image and drops
     it). completion: U(.05, .15) of the pixels set to 0. colorization: such a share set to their channels' mean.
     """
-
-    def chosen() -> bool:
-        return rng.random() < PATCH_PROBABILITY
-
-    if augment and chosen():
+    if augment and rng.random() < PATCH_PROBABILITY:
         patch = add_noise(patch, rng.uniform(*PATCH_NOISE_STD), rng)
-    if augment and chosen():
+    if augment and rng.random() < PATCH_PROBABILITY:
         patch = compress_jpeg(patch, int(rng.integers(*PATCH_QUALITY, endpoint=True)))
-    if completion and chosen():
+    if completion and rng.random() < PATCH_PROBABILITY:
         patch = remove_some(patch, rng.uniform(*PATCH_SHARE), rng, colour_only=False)
-    if colorization and chosen():
+    if colorization and rng.random() < PATCH_PROBABILITY:
         patch = remove_some(patch, rng.uniform(*PATCH_SHARE), rng)
     return patch
 

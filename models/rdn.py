@@ -61,14 +61,11 @@ class RDN(nn.Module):
     """Residual dense network: (B, 3, h, w) in [0, 1] -> (B, 3, scale * h, scale * w), not clipped.
 
     Args:
-        scale: up-sampling factor, 2, 3 or 4.
+        scale: up-sampling factor, 2, 3 or 4; others are a UserError.
         num_features: G0, channels between the blocks.
         growth_rate: G, channels each dense layer adds.
         num_blocks: D, residual dense blocks.
         num_layers: C, dense layers in each block.
-
-    Raises:
-        UserError: for another scale.
 
     The defaults are the paper's: 22,271,107 parameters.
     """
@@ -104,8 +101,7 @@ class RDN(nn.Module):
 
         A 1x1 convolution of the concatenated outputs is the sum of one of each; it is kept in float32.
         """
-        x = self.sfe2(sfe1)  # (B, G0, h, w)
-        bias = self.gff[0].bias
+        x, bias = self.sfe2(sfe1), self.gff[0].bias  # (B, G0, h, w), (G0,)
         fused = torch.empty_like(x, dtype=bias.dtype).copy_(bias[:, None, None])
         for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
             if torch.is_grad_enabled():
@@ -136,15 +132,13 @@ def start_as_interpolation(model: RDN) -> RDN:
 
     Features 0..2 carry red, green and blue: sfe1 copies them in, each up-sampling interpolates them, output copies them
     out; the dense blocks, random as ever, add nothing yet (gff.1 is 0). The two taps of INTERPOLATION of each side
-    average to their centre, as a pixel of x_lr is the mean of those it stands for.
-
-    Raises:
-        UserError: for scale 3, whose up-sampling has other places.
+    average to their centre, as a pixel of x_lr is the mean of those it stands for. Scale 3, whose up-sampling has other
+    places, is a UserError.
     """
     if model.scale == 3:
         raise UserError("--start interpolation is for scales 2 and 4: leave it out for scale 3")
     taps = torch.tensor(INTERPOLATION)  # (2, 3)
-    identity = torch.outer(torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, 0.0]))  # (3, 3)
+    identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)
     for parameter in model.gff[1].parameters():
         nn.init.zeros_(parameter)
     kernels = {model.sfe1: [identity], model.output: [identity]}
@@ -158,11 +152,7 @@ def start_as_interpolation(model: RDN) -> RDN:
 
 
 def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:
-    """The arguments of `RDN` that fit these weights: an architecture is read off a file, not retyped.
-
-    Raises:
-        UserError: if these are not the weights of an RDN.
-    """
+    """The arguments of `RDN` that fit these weights: an architecture is read off a file, not retyped."""
     try:
         num_features = state_dict["sfe1.weight"].shape[0]
         growth_rate = state_dict["rdbs.0.layers.0.conv.weight"].shape[0]

@@ -93,10 +93,8 @@ class DeepStemResNet(nn.Module):
     Args:
         arch: a key of ARCHITECTURES.
         in_channels: 3 for the pixel residual, `STAGE_CHANNELS[k]` for that of VGG stage k.
-        dilated: dilation 2 and 4 in layer3 and layer4 (the release without `--no_dilation`), else 1.
-
-    Raises:
-        UserError: for dilation in resnet18/34, whose blocks have none.
+        dilated: dilation 2 and 4 in layer3 and layer4 (the release without `--no_dilation`), else 1. In resnet18 and
+            resnet34, whose blocks have none, it is a UserError.
     """
 
     def __init__(self, arch: str = "resnet50", in_channels: int = 3, dilated: bool = False):
@@ -141,11 +139,7 @@ class DeepStemResNet(nn.Module):
 
 
 def resnet_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:
-    """{"arch", "in_channels"} of the classifier these weights belong to (dilation leaves no trace in them).
-
-    Raises:
-        UserError: if these are not the weights of a `DeepStemResNet`.
-    """
+    """{"arch", "in_channels"} of the classifier these weights belong to (dilation leaves no trace in them)."""
     blocks = tuple(len({key.split(".")[1] for key in state_dict if key.startswith(f"layer{i}.")}) for i in range(1, 5))
     layout = Bottleneck if "layer1.0.conv3.weight" in state_dict else BasicBlock, blocks
     known = [arch for arch in ARCHITECTURES if ARCHITECTURES[arch] == layout]

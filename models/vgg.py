@@ -53,8 +53,7 @@ class VGGStages(nn.Module):
                 layers = self.features[start:stop]
                 halo, stride = reach(layers)
                 # The maps within are the largest of all: they are made tile by tile
-                how = {"side": self.tile, "halo": halo, "scale": Fraction(1, stride)}
-                x = in_tiles(layers, x, **how) if tiled else layers(x)
+                x = in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride)) if tiled else layers(x)
             maps[k], done = x, end
         return maps
 

@@ -46,8 +46,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
         "unknown": [k for k in got if k not in wanted],
         "of another shape": [f"{k} is {got[k]}, wanted {s}" for k, s in wanted.items() if got.get(k, s) != s],
     }
-    said = [f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}" for what, keys in faults.items() if keys]
-    if said:
+    if said := [f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}" for what, keys in faults.items() if keys]:
         raise UserError(f"{name} does not fit the network ({len(wanted)} entries wanted): {'; '.join(said)}")
     module.load_state_dict(state)
 
@@ -73,12 +72,8 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         source: `--vgg-weights`: "imagenet" (torch hub's cache, else downloaded; checked against its hash), "random"
             (fixed seed), "auto" (imagenet where it can be had, else random) or the path of a torchvision vgg19 state
             dict of any float type, of which the `features.*` entries suffice.
-        trained_with: the record in the checkpoint `name` these features will be used with; {"source": "imagenet"}
-            without a fingerprint for a released one; None in a training from scratch.
-
-    Raises:
-        UserError: if the file or the download is missing, damaged or of another network, or the weights are not the
-            ones the checkpoint was trained with.
+        trained_with: the record in the checkpoint `name` these features will be used with, which are refused if they
+            are others; of a released one {"source": "imagenet"}; None in a training from scratch.
     """
     if source == "auto" and trained_with is not None:
         source = trained_with["source"]
@@ -87,8 +82,8 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     features = {k: v.float() for k, v in state_dict_of(content, named).items() if k in vgg.state_dict()}
     load_weights(vgg, features, named)
     record = {"source": got, "fingerprint": fingerprint(vgg)}
-    wanted = (trained_with or {}).get("fingerprint")
-    if trained_with is not None and wanted is None and got == "random":
+    wanted = (trained_with or record).get("fingerprint")
+    if wanted is None and got == "random":
         raise UserError(f"{name} needs ImageNet weights for VGG-19, random ones were asked for: pass a FILE")
     if wanted not in (None, record["fingerprint"]):
         raise UserError(
@@ -104,12 +99,11 @@ def _vgg_content(source: str) -> tuple[Mapping, str]:
         try:
             return checkpoint.load(_imagenet_file()), "imagenet"
         except OSError as error:
-            reason = " ".join(str(error).split())
-        if source == "imagenet":
-            raise UserError(
-                f"no ImageNet weights for VGG-19: not in torch hub's cache {torch.hub.get_dir()} and not to be"
-                f" downloaded ({reason}); copy them there or pass --vgg-weights FILE"
-            )
+            if source == "imagenet":
+                raise UserError(
+                    f"no ImageNet weights for VGG-19 in torch hub's cache ({torch.hub.get_dir()}), nor to be downloaded"
+                    f" ({' '.join(str(error).split())}): copy them there, or pass --vgg-weights FILE"
+                ) from None
         logger.warning(
             "WARNING: no ImageNet weights for VGG-19 on this machine and none to be downloaded. This training goes on"
             " with fixed-seed RANDOM VGG-19 weights, which is not what the paper does and will be recorded in its"
@@ -123,12 +117,11 @@ def _vgg_content(source: str) -> tuple[Mapping, str]:
 
 
 def _random_state() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(RANDOM_SEED)
-    state = VGGStages().state_dict()
+    """He et al. (ICCV 2015), so that the feature maps of all stages keep the scale of the image; biases are 0."""
+    generator, state = torch.Generator().manual_seed(RANDOM_SEED), VGGStages().state_dict()
     for key, tensor in state.items():
-        if key.endswith(".bias"):
-            tensor.zero_()
-        else:  # He et al. (ICCV 2015), so that the feature maps of all stages keep the scale of the image
+        tensor.zero_()
+        if key.endswith(".weight"):
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
     return state
 
