@@ -25,12 +25,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, alike, make_loader
 from data.images import check_headers, fitted_size
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
-from data.perturbations import Cell, Perturbation, chosen_cells, mild_variants
+from data.perturbations import Perturbation, chosen_cells, mild_variants
 from utils import run
 from utils.distributed import world_of_processes
 from utils.run import UserError, shown
@@ -77,16 +76,18 @@ def main(args: Namespace) -> int:
             if len(cells) > 1:
                 path = save_path.with_name(f"{save_path.name}_{cell.file_name}")
                 residuals = residuals and Path(residuals, cell.file_name)
-            what = {"perturbation": known_of(cell, args.perturb_protocol, args.seed)}
-            log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | what, world)
+            what, transform = {"name": cell.name, "strength": cell.strength, "label": cell.label}, None
+            if cell.name != "none":
+                what |= {"protocol": args.perturb_protocol, "seed": args.seed}
+                transform = Perturbation(cell, args.perturb_protocol, args.seed)
+            log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | {"perturbation": what}, world)
             if log.open(args.overwrite):
-                transform = None if cell.name == "none" else Perturbation(cell, args.perturb_protocol, args.seed)
                 images = ImageDataset(items, detector.fitting, transform=transform)
                 score(detector, images, log, args, residuals, stop)
                 log.close()
             if world.is_main:
                 table, metrics = tables[cell.label] = results(path, args.seed)
-                log.finish({**about, **what, "metrics": metrics, "versions": run.versions()})
+                log.finish({**about, "perturbation": what, "metrics": metrics, "versions": run.versions()})
         if not world.is_main:
             return 0
         show(tables, detector.calibration, bool(args.input))
@@ -114,12 +115,6 @@ def job_of(detector: Detector, items: list[Item], stability: bool) -> dict:
     sizes |= {"crops": detector.crops} if detector.crops > 1 else {}
     how = {"precision": detector.compute.precision, "stability": stability, "images": list_digest(items)}
     return {"detector": known, **sizes, **how}
-
-
-def known_of(cell: Cell, protocol: str, seed: int) -> dict:
-    """What a table under this perturbation depends on, and how it is called."""
-    known = {"name": cell.name, "strength": cell.strength, "label": cell.label}
-    return known if cell.name == "none" else known | {"protocol": protocol, "seed": seed}
 
 
 def score(
@@ -160,7 +155,10 @@ def usual_block(images: ImageDataset) -> int:
 
 
 def batch_rows(detector: Detector, batch: Batch, residuals: Path | None, stability: bool) -> list[Row]:
-    """The rows of a batch of images; on the way its residuals as pictures, if wanted."""
+    """The rows of a batch of images; on the way its residuals as pictures, if wanted.
+
+    stability: each row says whether its verdict is also that on the image's mild variants.
+    """
     compared = detector.compare(batch.x) if residuals or detector.crops == 1 else None
     if residuals:
         from utils.figures import residual_picture
@@ -170,13 +168,10 @@ def batch_rows(detector: Detector, batch: Batch, residuals: Path | None, stabili
             image, again, difference = (p.float().cpu().numpy() for p in pictures)
             residual_picture(image, again, difference.mean(axis=0), residual_path(residuals, item.path))
     rows = make_rows(batch.items, detector.logits(batch.x, compared).numpy(), detector.calibration)
-    return with_stability(detector, rows, batch.x) if stability else rows
-
-
-def with_stability(detector: Detector, rows: list[Row], images: Tensor) -> list[Row]:
-    """The rows, each saying whether its verdict is also that on the image's mild variants. images: (B, 3, H, W)."""
+    if not stability:
+        return rows
     stable = np.ones(len(rows), bool)
-    for of_a_kind in zip(*(mild_variants(image).values() for image in images), strict=True):
+    for of_a_kind in zip(*(mild_variants(image).values() for image in batch.x), strict=True):
         _, verdicts = predict(detector.logits(torch.stack(of_a_kind)).numpy(), detector.calibration)
         stable &= np.array(verdicts) == [row.prediction for row in rows]
     words = np.where(stable, "stable", "unstable").tolist()
@@ -217,12 +212,11 @@ def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping
 
 def explanation(calibration: Mapping) -> list[str]:
     """What P(fake) and the verdict mean, for who sees them for the first time."""
-    rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m utils.calibrate)"
-    if calibration:
-        rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
-        known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
-        known = shown(known.format_map({"source": "another set", **calibration}))
-    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", f"verdict: {rule}"]
+    rule = {"t_real": 0.5, "t_fake": 0.5, "source": "another set", **calibration}
+    known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
+    known = shown(known.format_map(rule)) if calibration else "not calibrated (see python -m utils.calibrate)"
+    verdict = "verdict: fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between"
+    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", verdict.format_map(rule)]
 
 
 def verdict_lines(table: ScoreTable) -> list[str]:
