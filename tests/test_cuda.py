@@ -17,7 +17,7 @@ MODES = """
 --mode-sr none --idx-stages 1
 --mode-sr colorization
 --mode-sr colorization --micro-batch 1
---mode-sr denoising --idx-stages 5 --micro-batch 3 --resize 256
+--mode-sr denoising --idx-stages 5 --micro-batch 3 --lr 1e-6
 """
 
 pytestmark = [
