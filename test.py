@@ -32,7 +32,7 @@ from data.lists import Item, count_known, input_items, labelled_items, list_dige
 from data.perturbations import Perturbation, chosen_cells, mild_variants
 from utils import run
 from utils.distributed import world_of_processes
-from utils.run import UserError, shown
+from utils.run import StopSignal, UserError, shown
 from utils.scorelog import ScoreLog, file_stamps
 from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
 from utils.scoring import BATCH_PIXELS, Detector, images_at_once, load
@@ -44,14 +44,13 @@ EXIT_ERRORS = 1  # some images could not be scored
 
 def main(args: Namespace) -> int:
     compute = run.choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, run.StopSignal() as stop, contextlib.ExitStack() as stack:
+    with world_of_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         # Images and the detector: what can be wrong with them is found before anything is written
         if not args.resume:
             raise UserError("no detector: give its checkpoint with --resume")
         items = items_to_test(args)
         cells = chosen_cells(args.perturb_protocol, args.perturb or [("none", None)])
-        files = {"resynthesizer": args.resynthesizer_file, "vgg_weights": args.vgg_weights}
-        detector = load(args.resume, compute, **files, options=vars(args))
+        detector = load(args.resume, compute, args.precision, args.resynthesizer_file, args.vgg_weights, vars(args))
         detector.network.set_tile(args.tile)
         seen = 0 if detector.seen is None else count_known(items, detector.seen.numpy())
         if seen:
@@ -112,23 +111,15 @@ def job_of(detector: Detector, items: list[Item], stability: bool) -> dict:
     known = detector.identity()
     known["vgg"] = known["vgg"] and known["vgg"]["fingerprint"]  # wherever the file is
     sizes = {"crop_size": detector.policy.crop_size, "resize": detector.policy.resize}
-    sizes |= {"crops": detector.crops} if detector.crops > 1 else {}
+    sizes |= {"crops": detector.crops} if detector.crops > 1 else {}  # earlier versions had no more than one
     how = {"precision": detector.compute.precision, "stability": stability, "images": list_digest(items)}
     return {"detector": known, **sizes, **how}
 
 
 def score(
-    detector: Detector,
-    images: ImageDataset,
-    log: ScoreLog,
-    args: Namespace,
-    residuals: Path | None,
-    stop: run.StopSignal,
+    detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, residuals: Path | None, stop: StopSignal
 ) -> None:
-    """Write a row of the score table for each image that lacks one; of several processes each takes a part.
-
-    residuals: a folder for pictures of them. stop: ends it after a batch, when a signal came.
-    """
+    """Write a row of the score table for each image that lacks one; of several processes each takes a part."""
     block, pixels = args.batch_size or usual_block(images), math.inf if args.batch_size else BATCH_PIXELS
     missing = log.missing(block)
     singles = ([Key(0, int(index))] for index in missing)
@@ -159,7 +150,7 @@ def batch_rows(detector: Detector, batch: Batch, residuals: Path | None, stabili
 
     stability: each row says whether its verdict is also that on the image's mild variants.
     """
-    compared = detector.compare(batch.x) if residuals or detector.crops == 1 else None
+    compared = detector.compare(batch.x) if residuals else None
     if residuals:
         from utils.figures import residual_picture
 

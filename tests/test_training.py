@@ -16,7 +16,7 @@ from models import RDN, STAGES, DeepStemResNet, ResynthesisDetector, downsample,
 from utils import sources
 from utils.distributed import World
 from utils.options import train_detector_parser
-from utils.run import FAKE, REAL, Compute, UserError
+from utils.run import FAKE, REAL, Compute
 from utils.training import NotFinite, Progress, Stepper
 
 pytestmark = pytest.mark.usefixtures("small_classifier")

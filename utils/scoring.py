@@ -128,10 +128,9 @@ class Detector(NamedTuple):
         (low, high), jpegs, most = known["sides"], known["jpegs"], self.policy.crop_size or math.inf
         sizes = zip(paths, check_headers(paths, self.fitting).sizes, strict=True)
         sides = {path: min(*fitted_size(*size, self.fitting), most) for path, size in sizes if size}
+        far = [path for path, side in sides.items() if not low / 2 <= side <= 4 * high]
         ways = {
-            f"have shorter sides far from its {low} to {high} pixels": [
-                path for path, side in sides.items() if not low / 2 <= side <= 4 * high
-            ],
+            f"have shorter sides far from its {low} to {high} pixels": far,
             "are JPEG, of which it saw none": [path for path in sides if jpegs == 0 and is_jpeg(path)],
             "are no JPEG, and it saw nothing else": [path for path in sides if jpegs == 1 and not is_jpeg(path)],
         }
