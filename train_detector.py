@@ -36,11 +36,10 @@ from data.residuals import ResidualDataset
 from models import Checkpoint, ResynthesisDetector
 from models.auxiliary import TASKS, degrade_batch
 from models.resnet import TOTAL_STRIDE
-from utils import sources, training
+from utils import scoring, sources, training
 from utils.distributed import World, gather_rows, share_buffers, world_of_processes
 from utils.metrics import auroc
 from utils.run import FAKE, LABEL_NAMES, REAL, Compute, UserError, choose_compute, keyed_generator, run_program
-from utils.scoring import images_known
 from utils.sources import ResidualsOf
 from utils.training import Recorder, StateKeeper, Stepper
 
@@ -59,7 +58,7 @@ def main(args: Namespace) -> None:
         items, val_items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv), validation_items(args)
         detector, config, resumed = networks(args)
         images, val_images = image_sets(args, detector.resynthesizer.scale, items, val_items)
-        config["images"] |= images_known(images)
+        config["images"] |= scoring.images_known(images)
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
         check_sizes(detector, batches, compute, images, val_images)
