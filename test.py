@@ -120,7 +120,10 @@ def score(
     detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, residuals: Path | None, stop: StopSignal
 ) -> None:
     """Write a row of the score table for each image that lacks one; of several processes each takes a part."""
-    block, pixels = args.batch_size or usual_block(images), math.inf if args.batch_size else BATCH_PIXELS
+    first = check_headers([images.items[0].path], images.policy).sizes[0] or (1024, 1024)
+    block, pixels = images_at_once(*fitted_size(*first, images.policy)), BATCH_PIXELS
+    if args.batch_size:
+        block, pixels = args.batch_size, math.inf
     missing = log.missing(block)
     singles = ([Key(0, int(index))] for index in missing)
     loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
@@ -137,12 +140,6 @@ def score(
             bar.update(len(rows))
             if stop.received:
                 raise run.Stopped(stop.received)
-
-
-def usual_block(images: ImageDataset) -> int:
-    """How many images are scored together, by the header of the first of the list."""
-    size = check_headers([images.items[0].path], images.policy).sizes[0]
-    return images_at_once(*fitted_size(*size, images.policy)) if size else 1
 
 
 def batch_rows(detector: Detector, batch: Batch, residuals: Path | None, stability: bool) -> list[Row]:
