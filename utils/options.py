@@ -307,12 +307,12 @@ def test_parser() -> Parser:
         " (three times the work), and mark as unstable where that changes the verdict")  # fmt: skip
     text = "images of one size at a time (default: as many as have the pixels of one of 1024 x 1024)"
     test.add("-b --batch-size", text, at_least_one)
-    text = "score N crops of --crop-size spread over a larger image and take the mean (default: the one in its centre)"
-    test.add("--crops", text, at_least_one)
     test.switch("--overwrite", "score anew what P.csv or an unfinished run has already")
     test.add("--tile", "work on N x N pixels of a larger image at a time: the smaller, the less memory and the more"
         " time; the logits stay those of the whole image to rounding, each tile being given all its results depend on",
         number(int, 64), 1024)  # fmt: skip
+    text = "score N crops of --crop-size spread over a larger image and take the mean (default: the one in its centre)"
+    test.add("--crops", text, at_least_one)
     for flags in ("--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
                   "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"):  # fmt: skip
         test.dropped(flags)
