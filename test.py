@@ -25,18 +25,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, alike, make_loader
 from data.images import fitted_size, read_header
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
-from data.perturbations import Cell, Perturbation, chosen_cells, mild_variants
+from data.perturbations import Perturbation, chosen_cells, mild_variants
 from utils import run
 from utils.distributed import world_of_processes
-from utils.run import UserError, shown
+from utils.run import StopSignal, UserError, shown
 from utils.scorelog import ScoreLog, file_stamps
 from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
-from utils.scoring import BATCH_PIXELS, Detector, images_at_once, load_on
+from utils.scoring import BATCH_PIXELS, Detector, images_at_once, load
 
 logger = logging.getLogger("test")
 
@@ -45,15 +44,18 @@ EXIT_ERRORS = 1  # some images could not be scored
 
 def main(args: Namespace) -> int:
     compute = run.choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, run.StopSignal() as stop, contextlib.ExitStack() as stack:
+    with world_of_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         # Images and the detector: what can be wrong with them is found before anything is written
         if not args.resume:
             raise UserError("no detector: give its checkpoint with --resume")
         items = items_to_test(args)
-        perturbations = chosen_cells(args.perturb_protocol, args.perturb or [("none", None)])
-        detector = load_on(compute, args.resume, args.resynthesizer_file, args.vgg_weights, vars(args))
+        cells = chosen_cells(args.perturb_protocol, args.perturb or [("none", None)])
+        detector = load(args.resume, compute, args.precision, args.resynthesizer_file, args.vgg_weights, vars(args))
         detector.network.set_tile(args.tile)
-        trained_on = say_what_it_knows(detector, items)
+        seen = 0 if detector.seen is None else count_known(items, detector.seen.numpy())
+        if seen:
+            text = "warning: it was trained on %d of these %d images, by name and size: scores say nothing of new ones"
+            logger.warning(text, seen, len(items))
 
         # Where the results go
         if world.size > 1 and not args.save_path:
@@ -65,28 +67,31 @@ def main(args: Namespace) -> int:
         stack.enter_context(run.sole_writer(save_path.with_name(f".{save_path.name}.lock"), world))
 
         # Scores, then what is made of them
-        settings = vars(args) | {"precision": compute.precision}
-        about = {
-            "settings": settings,
-            "detector": {"file": args.resume, **detector.identity()},
-            "trained_on": trained_on,
-        }
-        job, stamps, tables = job_of(detector, items, compute, args.stability), file_stamps(items), {}
-        for cell in perturbations:
-            path = save_path if len(perturbations) == 1 else save_path.with_name(f"{save_path.name}_{cell.file_name}")
-            what = {"perturbation": known_of(cell, args.perturb_protocol, args.seed)}
-            log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | what, world)
+        about = {"settings": vars(args) | {"precision": compute.precision}, "trained_on": seen}
+        about["detector"] = {"file": args.resume, **detector.identity()}
+        job, stamps, tables = job_of(detector, items, args.stability), file_stamps(items), {}
+        for cell in cells:
+            path, residuals = save_path, args.save_residuals
+            if len(cells) > 1:
+                path = save_path.with_name(f"{save_path.name}_{cell.file_name}")
+                residuals = residuals and Path(residuals, cell.file_name)
+            what, transform = {"name": cell.name, "strength": cell.strength, "label": cell.label}, None
+            if cell.name != "none":
+                what |= {"protocol": args.perturb_protocol, "seed": args.seed}
+                transform = Perturbation(cell, args.perturb_protocol, args.seed)
+            log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | {"perturbation": what}, world)
             if log.open(args.overwrite):
-                transform = None if cell.name == "none" else Perturbation(cell, args.perturb_protocol, args.seed)
-                score(detector, ImageDataset(items, detector.policy, transform=transform), log, args, stop)
+                images = ImageDataset(items, detector.fitting, transform=transform)
+                score(detector, images, log, args, residuals, stop)
                 log.close()
             if world.is_main:
-                table, metrics = results(path, args.seed)
-                log.finish({**about, **what, "metrics": metrics, "versions": run.versions()})
-                tables[cell.label] = table, metrics
+                table, metrics = tables[cell.label] = results(path, args.seed)
+                log.finish({**about, "perturbation": what, "metrics": metrics, "versions": run.versions()})
         if not world.is_main:
             return 0
         show(tables, detector.calibration, bool(args.input))
+        for line in detector.unlike([item.path for item in items]) if args.input else ():
+            logger.warning("warning: %s", line)
         if args.save_path:
             figures = ",png" if any(metrics for _, metrics in tables.values()) else ""
             logger.info("written: %s%s.{csv,npy,json%s}", shown(save_path), "_*" if len(tables) > 1 else "", figures)
@@ -96,43 +101,29 @@ def main(args: Namespace) -> int:
 def items_to_test(args: Namespace) -> list[Item]:
     """The images of --input, or the labelled ones."""
     labelled = (args.real_roots, args.fake_roots, args.tree, args.csv)
-    if not args.input:
-        return labelled_items(*labelled)
-    if any(labelled):
+    if args.input and any(labelled):
         raise UserError("both --input and labelled images: score them in two runs, or leave one out")
-    return input_items(args.input)
+    return input_items(args.input) if args.input else labelled_items(*labelled)
 
 
-def say_what_it_knows(detector: Detector, items: list[Item]) -> int:
-    """Say how the detector is calibrated, and how many of the images it was trained on. Returns their number."""
-    if detector.calibration:
-        text = "calibrated on {source}: temperature {temperature:.3g}, real up to P(fake) {t_real:.3g}, fake from {t_fake:.3g}"
-        logger.info("%s", shown(text.format_map({"source": "?", **detector.calibration})))
-    seen = 0 if detector.seen is None else count_known(items, detector.seen.numpy())
-    if seen:
-        text = "warning: it was trained on %d of these %d images, by name and size: scores say nothing of new ones"
-        logger.warning(text, seen, len(items))
-    return seen
-
-
-def job_of(detector: Detector, items: list[Item], compute: run.Compute, stability: bool) -> dict:
+def job_of(detector: Detector, items: list[Item], stability: bool) -> dict:
     """All that a table depends on besides the content of the files, however they are named or dealt out."""
     known = detector.identity()
     known["vgg"] = known["vgg"] and known["vgg"]["fingerprint"]  # wherever the file is
     sizes = {"crop_size": detector.policy.crop_size, "resize": detector.policy.resize}
-    how = {"precision": compute.precision, "stability": stability, "images": list_digest(items)}
+    sizes |= {"crops": detector.crops} if detector.crops > 1 else {}  # earlier versions had no more than one
+    how = {"precision": detector.compute.precision, "stability": stability, "images": list_digest(items)}
     return {"detector": known, **sizes, **how}
 
 
-def known_of(cell: Cell, protocol: str, seed: int) -> dict:
-    """What a table under this perturbation depends on, and how it is called."""
-    known = {"name": cell.name, "strength": cell.strength, "label": cell.label}
-    return known if cell.name == "none" else known | {"protocol": protocol, "seed": seed}
-
-
-def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, stop: run.StopSignal) -> None:
+def score(
+    detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, residuals: Path | None, stop: StopSignal
+) -> None:
     """Write a row of the score table for each image that lacks one; of several processes each takes a part."""
-    block, pixels = (args.batch_size, math.inf) if args.batch_size else (usual_block(images), BATCH_PIXELS)
+    first = read_header(images.items[0].path, images.policy).size or (1024, 1024)
+    block, pixels = images_at_once(*fitted_size(*first, images.policy)), BATCH_PIXELS
+    if args.batch_size:
+        block, pixels = args.batch_size, math.inf
     missing = log.missing(block)
     singles = ([Key(0, int(index))] for index in missing)
     loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
@@ -140,7 +131,7 @@ def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespa
         for batch in alike(loader, block, pixels):
             rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
             if len(batch.x):
-                scored = batch_rows(detector, batch, args.save_residuals, args.stability)
+                scored = batch_rows(detector, batch, residuals, args.stability)
                 rows |= {index: row for (_, index, _), row in zip(batch.keys, scored, strict=True)}
             log.write(dict(sorted(rows.items())))
             for row in rows.values():
@@ -151,35 +142,27 @@ def score(detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespa
                 raise run.Stopped(stop.received)
 
 
-def usual_block(images: ImageDataset) -> int:
-    """How many images are scored together, by the header of the first of the list."""
-    size = read_header(images.items[0].path, images.policy).size
-    return images_at_once(*fitted_size(*size, images.policy)) if size else 1
+def batch_rows(detector: Detector, batch: Batch, residuals: Path | None, stability: bool) -> list[Row]:
+    """The rows of a batch of images; on the way its residuals as pictures, if wanted.
 
-
-def batch_rows(detector: Detector, batch: Batch, residual_folder: str | None, stability: bool) -> list[Row]:
-    """The rows of a batch of images; on the way its residuals as pictures, if wanted."""
-    compared = detector.compare(batch.x)
-    if residual_folder:
+    stability: each row says whether its verdict is also that on the image's mild variants.
+    """
+    compared = detector.compare(batch.x) if residuals else None
+    if residuals:
         from utils.figures import residual_picture
 
         x = detector.compute.input(batch.x)  # (B, 3, H, W)
         for item, *pictures in zip(batch.items, x, compared.x_hat, compared.residual, strict=True):
             image, again, difference = (p.float().cpu().numpy() for p in pictures)
-            residual_picture(image, again, difference.mean(axis=0), residual_path(residual_folder, item.path))
-    rows = make_rows(batch.items, detector.classify(compared.residual).numpy(), detector.calibration)
-    return with_stability(detector, rows, batch.x) if stability else rows
-
-
-def with_stability(detector: Detector, rows: list[Row], images: Tensor) -> list[Row]:
-    """The rows, each saying whether its verdict is also that on the image's mild variants. images: (B, 3, H, W)."""
-    variants = [mild_variants(image) for image in images]
-    stable = [True] * len(rows)
-    for kind in variants[0]:
-        logits = detector.logits(torch.stack([of_image[kind] for of_image in variants]))  # (B, 2)
-        _, verdicts = predict(logits.numpy(), detector.calibration)
-        stable = [s and v == row.prediction for s, v, row in zip(stable, verdicts, rows, strict=True)]
-    words = ("stable" if s else "unstable" for s in stable)
+            residual_picture(image, again, difference.mean(axis=0), residual_path(residuals, item.path))
+    rows = make_rows(batch.items, detector.logits(batch.x, compared).numpy(), detector.calibration)
+    if not stability:
+        return rows
+    stable = np.ones(len(rows), bool)
+    for of_a_kind in zip(*(mild_variants(image).values() for image in batch.x), strict=True):
+        _, verdicts = predict(detector.logits(torch.stack(of_a_kind)).numpy(), detector.calibration)
+        stable &= np.array(verdicts) == [row.prediction for row in rows]
+    words = np.where(stable, "stable", "unstable").tolist()
     return [row if row.error else row._replace(stability=word) for row, word in zip(rows, words, strict=True)]
 
 
@@ -188,8 +171,6 @@ def with_stability(detector: Detector, rows: list[Row], images: Tensor) -> list[
 
 def results(path: Path, seed: int) -> tuple[ScoreTable, dict | None]:
     """P.npy and P.png from P.csv. Returns the table and its metrics (None where no image is labelled)."""
-    from utils.metrics import summarize
-
     table = read_table(f"{path}.csv")
     with run.atomic(f"{path}.npy") as file:
         np.save(file, table.logits)
@@ -197,6 +178,7 @@ def results(path: Path, seed: int) -> tuple[ScoreTable, dict | None]:
         Path(f"{path}.png").unlink(missing_ok=True)  # of an earlier table
         return table, None
     from utils.figures import roc_and_histogram
+    from utils.metrics import summarize
 
     roc_and_histogram(table, f"{path}.png")
     return table, summarize(table, seed=seed)
@@ -206,8 +188,7 @@ def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping
     """What is read on the screen: verdicts on single images, or the metrics of labelled ones."""
     from utils.metrics import format_table, perturbation_table, stability_lines
 
-    several = len(tables) > 1
-    lines = explanation(calibration) if unlabelled else []
+    several, lines = len(tables) > 1, explanation(calibration)
     for name, (table, metrics) in tables.items() if unlabelled else [*tables.items()][:1]:
         lines += ["", f"== {name}"] if several else []
         lines += verdict_lines(table) if unlabelled else [format_table(metrics)] if metrics else []
@@ -219,22 +200,20 @@ def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping
 
 def explanation(calibration: Mapping) -> list[str]:
     """What P(fake) and the verdict mean, for who sees them for the first time."""
-    rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m utils.calibrate)"
-    if calibration:
-        rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
-        known = f"calibrated on {shown(calibration.get('source', 'another set'))}, for images like those"
-    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", f"verdict: {rule}"]
+    rule = {"t_real": 0.5, "t_fake": 0.5, "source": "another set", **calibration}
+    known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
+    known = shown(known.format_map(rule)) if calibration else "not calibrated (see python -m utils.calibrate)"
+    verdict = "verdict: fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between"
+    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", verdict.format_map(rule)]
 
 
 def verdict_lines(table: ScoreTable) -> list[str]:
     """A line an image: P(fake), the verdict, whether it is stable if that was asked for, the file; then the counts."""
-    rows = [["P(fake)", "verdict", "stability", "image"]]
-    for path, prob_fake, word, stability, error in zip(
-        table.paths, table.prob_fake, table.predictions, table.stability, table.errors, strict=True
-    ):
-        rows.append(["-", "error", "", shown(error)] if error else [f"{prob_fake:.4f}", word, stability, shown(path)])
-    if not any(table.stability):
-        rows = [[*row[:2], row[3]] for row in rows]
+    rows = [["P(fake)", "verdict", "image"]]
+    columns = (table.prob_fake, table.predictions, table.stability, table.paths, table.errors)
+    for prob_fake, verdict, stability, path, error in zip(*columns, strict=True):
+        row = [f"{prob_fake:.4f}", f"{verdict} {stability}".strip(), shown(path)]
+        rows.append(["-", "error", shown(error)] if error else row)
     counts = Counter(table.predictions)
     ending = ", ".join(f"{counts[word]} {word}" for word in ("fake", "real", "unsure"))
     return [run.text_table(rows, left=len(rows[0])), f"{ending}, {counts['']} could not be read"]

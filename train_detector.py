@@ -36,7 +36,7 @@ from data.residuals import ResidualDataset
 from models import Checkpoint, ResynthesisDetector
 from models.auxiliary import TASKS, degrade_batch
 from models.resnet import TOTAL_STRIDE
-from utils import sources, training
+from utils import scoring, sources, training
 from utils.distributed import World, gather_rows, share_buffers, world_of_processes
 from utils.metrics import auroc
 from utils.run import FAKE, LABEL_NAMES, REAL, Compute, UserError, choose_compute, keyed_generator, run_program
@@ -58,6 +58,7 @@ def main(args: Namespace) -> None:
         items, val_items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv), validation_items(args)
         detector, config, resumed = networks(args)
         images, val_images = image_sets(args, detector.resynthesizer.scale, items, val_items)
+        config["images"] |= scoring.images_known(images)
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
         check_sizes(detector, batches, compute, images, val_images)
@@ -173,7 +174,7 @@ def check_sizes(
             refuse_mixed_sizes(dataset.items, dataset.sizes)
     height, width = min((detector.residual_shape(*size)[1:] for size in set(images.sizes)), key=max)
     synchronised = batches.world.size > 1 and compute.device.type == "cuda"  # batch normalisation, over the processes
-    if batches.smallest_share() == 1 and not synchronised and not models.trains_on_one(height, width):
+    if batches.smallest_share() == 1 and not synchronised and max(height, width) <= TOTAL_STRIDE:
         count = f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es)"
         raise UserError(f"{count} leave one alone: {models.SINGLE_IMAGE}")
     if max(height, width) <= TOTAL_STRIDE:

@@ -2,7 +2,7 @@
 
 from models.build import Checkpoint, load_detector, load_resynthesizer, new_detector, read_checkpoint
 from models.rdn import RDN, rdn_config
-from models.resnet import SINGLE_IMAGE, DeepStemResNet, resnet_config, trains_on_one
+from models.resnet import SINGLE_IMAGE, DeepStemResNet, resnet_config
 from models.resynthesis import ResynthesisDetector, downsample
 from models.vgg import STAGE_CHANNELS, STAGES, VGGStages
 from models.weights import fingerprint, load_vgg, load_weights, state_dict_of

@@ -19,9 +19,7 @@ from models.resynthesis import ResynthesisDetector, downsample
 from models.vgg import STAGES, perceptual_distance
 
 DEGRADE_PROBABILITY = 0.5  # of the auxiliary task on a batch; otherwise its loss is taken on the clean batch
-PATCH_PROBABILITY = 1 - math.sqrt(
-    0.5
-)  # of each degradation of a training patch: with two of them on, half of the patches stay clean
+PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # of each degradation of a patch: with two of them on, half of them stay clean
 NOISE_STD = 4 / 255  # of the denoising task
 GREY_SHARE = (0.1, 0.25)  # of the pixels, in the colorization task
 PATCH_NOISE_STD = (0, 10 / 255)
@@ -34,15 +32,10 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     return image + std * torch.from_numpy(rng.standard_normal(tuple(image.shape), np.float32)).to(image)
 
 
-def replace_some(image: Tensor, by: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """About a `share` of the pixels of (3, h, w) set to those of `by`, which may be of one channel or pixel."""
+def remove_some(image: Tensor, share: float, rng: np.random.Generator, colour_only: bool = True) -> Tensor:
+    """About a `share` of the pixels of (3, h, w) set to the mean of their channels, or to 0."""
     mask = torch.from_numpy(rng.random((1, *image.shape[1:])) < share).to(image.device)  # (1, h, w)
-    return torch.where(mask, by, image)
-
-
-def remove_colour(image: Tensor, share: float, rng: np.random.Generator) -> Tensor:
-    """A `share` of the pixels of (3, h, w) set to the mean of their channels."""
-    return replace_some(image, image.mean(dim=0, keepdim=True), share, rng)
+    return torch.where(mask, image.mean(dim=0, keepdim=True) if colour_only else image.new_zeros(()), image)
 
 
 def compress_jpeg(image: Tensor, quality: int) -> Tensor:
@@ -55,14 +48,13 @@ def compress_jpeg(image: Tensor, quality: int) -> Tensor:
 
 # --- fine-tuning: the task of --mode-sr ---------------------------------------------------------------------
 
-# A task draws what a batch shares once, and gives back what degrades one image with a generator of the image's own.
-Degradation = Callable[[Tensor, np.random.Generator], Tensor]
+Degradation = Callable[[Tensor, np.random.Generator], Tensor]  # of one image, by a generator of its own
 
 
 def colorization(batch_rng: np.random.Generator) -> Degradation:
-    """Give colour back to random grey pixels: one share for the batch, one mask for each image."""
+    """Give colour back to random grey pixels: one share for the batch, drawn here, one mask for each image."""
     share = batch_rng.uniform(*GREY_SHARE)
-    return lambda image, rng: remove_colour(image, share, rng)
+    return lambda image, rng: remove_some(image, share, rng)
 
 
 def denoising(batch_rng: np.random.Generator) -> Degradation:
@@ -75,9 +67,8 @@ TASKS = {"none": None, "colorization": colorization, "denoising": denoising}  # 
 
 def draw_degradation(task: str, batch_rng: np.random.Generator) -> Degradation | None:
     """What this batch's low-resolution images go through; None: nothing, and the loss is taken on the clean ones."""
-    if TASKS[task] is None or batch_rng.random() >= DEGRADE_PROBABILITY:
-        return None
-    return TASKS[task](batch_rng)
+    drawn = TASKS[task] and batch_rng.random() < DEGRADE_PROBABILITY
+    return TASKS[task](batch_rng) if drawn else None
 
 
 def residual_and_auxiliary_loss(
@@ -89,8 +80,7 @@ def residual_and_auxiliary_loss(
         detector: with VGG, whatever its stage.
         x: (B, 3, H, W) in [0, 1].
         real: (B,) bool: only reals enter the auxiliary loss.
-        degraded: (B, 3, h, w) the degraded low-resolution images; None to take the loss on the clean ones, whose
-            re-synthesis is then the one the residual is made of.
+        degraded: (B, 3, h, w), low-resolution images; None: the clean ones, whose re-synthesis the residual is made of.
 
     Returns:
         (residual (B, C_l, H_l, W_l), auxiliary loss of each image (B,): 0 for fakes).
@@ -103,14 +93,13 @@ def residual_and_auxiliary_loss(
         maps = {k: m[real] for k, m in again.maps.items()} or detector.vgg(x[real], STAGES)
     maps_hat = {k: m[real] for k, m in again.maps_hat.items()} if degraded is None else {}
     maps_hat = maps_hat or detector.vgg(x_hat, STAGES)
+
+    def l1(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean(dim=(1, 2, 3))  # of each image: (R, C, H, W) -> (R,)
+
     # L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)) of each real: (R,)
-    loss = mean_difference(x_hat.float(), x[real]) + perceptual_distance(maps_hat, maps, mean_difference)
+    loss = l1(x_hat.float(), x[real]) + perceptual_distance(maps_hat, maps, l1)
     return again.residual, x.new_zeros(len(x)).masked_scatter(real, loss)
-
-
-def mean_difference(a: Tensor, b: Tensor) -> Tensor:
-    """L1 of each image: (R, C, H, W) -> (R,)."""
-    return (a - b).abs().mean(dim=(1, 2, 3))
 
 
 def degrade_batch(degradation: Degradation, x: Tensor, scale: int, rngs: list[np.random.Generator]) -> Tensor:
@@ -129,18 +118,14 @@ def degrade_patch(
     augment: noise of std U(0, 10)/255, then JPEG of quality 25..74 (the release computes the JPEG image and drops
     it). completion: U(.05, .15) of the pixels set to 0. colorization: such a share set to their channels' mean.
     """
-
-    def chosen() -> bool:
-        return rng.random() < PATCH_PROBABILITY
-
-    if augment and chosen():
+    if augment and rng.random() < PATCH_PROBABILITY:
         patch = add_noise(patch, rng.uniform(*PATCH_NOISE_STD), rng)
-    if augment and chosen():
+    if augment and rng.random() < PATCH_PROBABILITY:
         patch = compress_jpeg(patch, int(rng.integers(*PATCH_QUALITY, endpoint=True)))
-    if completion and chosen():
-        patch = replace_some(patch, patch.new_zeros(()), rng.uniform(*PATCH_SHARE), rng)
-    if colorization and chosen():
-        patch = remove_colour(patch, rng.uniform(*PATCH_SHARE), rng)
+    if completion and rng.random() < PATCH_PROBABILITY:
+        patch = remove_some(patch, rng.uniform(*PATCH_SHARE), rng, colour_only=False)
+    if colorization and rng.random() < PATCH_PROBABILITY:
+        patch = remove_some(patch, rng.uniform(*PATCH_SHARE), rng)
     return patch
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from models.rdn import RDN, rdn_config
-from models.resnet import ARCHITECTURES, BasicBlock, DeepStemResNet, resnet_config
+from models.resnet import DeepStemResNet, resnet_config
 from models.resynthesis import ResynthesisDetector
 from models.vgg import STAGE_CHANNELS
 from models.weights import fingerprint, load_vgg, load_weights, state_dict_of
@@ -46,7 +46,7 @@ def resolve(asked: Mapping, found: Mapping, default: Mapping, name: str) -> dict
         if asked[key] is not None and asked[key] != found[key]:
             flag = FLAGS.get(key, f"--sr-{key.replace('_', '-')}")
             raise UserError(
-                f"{flag} asks for {key} {asked[key]}, and {name} has {found[key]}: leave the flag out, or give"
+                f"{flag} {asked[key]} was given, and {name} has {found[key]} as its {key}: leave the flag out, or give"
                 " the checkpoint that belongs to it"
             )
     wanted = {key: value for key, value in asked.items() if value is not None}
@@ -56,9 +56,7 @@ def resolve(asked: Mapping, found: Mapping, default: Mapping, name: str) -> dict
 def load_resynthesizer(source: Checkpoint | None, asked: Mapping) -> RDN:
     """RDN with the weights of a checkpoint, its shape read off them; without one, a new RDN to be trained.
 
-    Args:
-        source: bare or under "state_dict", ours or the release's.
-        asked: the shape flags (None: not given).
+    source: bare or under "state_dict", ours or the release's. asked: the shape flags (None: not given).
     """
     if source is None:
         return RDN(**resolve(asked, {}, PAPER_RESYNTHESIZER, ""))
@@ -70,14 +68,10 @@ def load_resynthesizer(source: Checkpoint | None, asked: Mapping) -> RDN:
 
 
 def new_detector(resynthesizer: Checkpoint, asked: Mapping, vgg_source: str) -> tuple[ResynthesisDetector, dict]:
-    """A detector to be trained from scratch on the residuals of a trained RDN, and its config.
-
-    Args:
-        asked: the detector flags and RDN's shape flags (None: not given).
-    """
-    detector = resolve(asked, {}, PAPER_DETECTOR, "")
-    _say_if_dilated(detector, asked, "this new detector")
-    return _assemble({"detector": detector}, resynthesizer, asked, vgg_source)
+    """A detector to be trained from scratch on the residuals of a trained RDN, and its config. asked: as below."""
+    settings = resolve(asked, {}, PAPER_DETECTOR, "")
+    resolve(asked, {"in_channels": STAGE_CHANNELS[settings["stage"]]}, {}, f"stage {settings['stage']}")
+    return _assemble({"detector": settings}, resynthesizer, asked, vgg_source, "this new detector")
 
 
 def load_detector(
@@ -95,33 +89,24 @@ def load_detector(
         UserError: if the two files, the VGG weights and the flags do not belong together.
     """
     content, name = source
-    state = state_dict_of(content, name)
-    recorded = content.get("config", {})
+    state, recorded = state_dict_of(content, name), content.get("config", {})
     found = {**resnet_config(state, name), **recorded.get("detector", {})}
-    if "stage" not in found and asked.get("stage") is None:
-        found["stage"] = _stage_of(found["in_channels"], name)
-    # Release: its detectors were trained on the features of torchvision's ImageNet weights.
-    known = {**recorded, "detector": resolve(asked, found, PAPER_DETECTOR, name)}
-    known["vgg"] = recorded.get("vgg") or {"source": "imagenet"}
-    if not recorded:
-        _say_if_dilated(known["detector"], asked, name)
-    stage = known["detector"]["stage"]
-    if STAGE_CHANNELS[stage] != found["in_channels"]:
-        raise UserError(
-            f"{name} takes residuals of {found['in_channels']} channels, and stage {stage} has"
-            f" {STAGE_CHANNELS[stage]}: give the --idx-stages it was trained with"
-        )
+    stages = [k for k, channels in enumerate(STAGE_CHANNELS) if channels == found["in_channels"]]
+    settings = resolve(asked, found, PAPER_DETECTOR | {"stage": stages[0] if len(stages) == 1 else None}, name)
+    if settings["stage"] not in stages:
+        what = f"{found['in_channels']} channels, which stages {stages} have"
+        raise UserError(f"{name} takes residuals of {what}: give the --idx-stages it was trained with")
+    wanted = recorded.get("resynthesizer_fingerprint")
     if resynthesizer is None:
         if "sr_state_dict" not in content:
             raise UserError(f"{name} holds no re-synthesizer: give RDN's weights with --sr-weights-file")
-        resynthesizer = Checkpoint(content["sr_state_dict"], name)
+        resynthesizer = Checkpoint({"state_dict": content["sr_state_dict"], "fingerprint": wanted}, name)
+    # Release: its detectors were trained on the features of torchvision's ImageNet weights.
+    known = {**recorded, "detector": settings, "vgg": recorded.get("vgg") or {"source": "imagenet"}}
     detector, config = _assemble(known, resynthesizer, asked, vgg_source, name)
     load_weights(detector.classifier, state, name)
     _check_fingerprint(detector.classifier, recorded.get("classifier_fingerprint"), "classifier", name)
-    wanted = recorded.get("resynthesizer_fingerprint")
     if wanted not in (None, config["resynthesizer_fingerprint"]):
-        if resynthesizer.name == name:
-            raise UserError(f"{name} is damaged: the weights of its RDN are not those that were saved; fetch it again")
         raise UserError(
             f"{name} was trained with the RDN {wanted}, and {resynthesizer.name} is"
             f" {config['resynthesizer_fingerprint']}: leave --sr-weights-file out (the detector's file holds its RDN)"
@@ -131,48 +116,25 @@ def load_detector(
 
 
 def _assemble(
-    config: dict, resynthesizer: Checkpoint, asked: Mapping, vgg_source: str, name: str = ""
+    config: dict, resynthesizer: Checkpoint, asked: Mapping, vgg_source: str, name: str
 ) -> tuple[ResynthesisDetector, dict]:
     """The detector of config["detector"], RDN and VGG loaded; config with all that is to be known of them."""
     arch, stage, dilated = (config["detector"][key] for key in ("arch", "stage", "dilated"))
-    if stage not in range(len(STAGE_CHANNELS)):
-        raise UserError(f"no stage {stage}: it is 0 (pixels) or 1..5 (VGG-19 stages)")
-    if asked.get("in_channels") not in (None, STAGE_CHANNELS[stage]):
-        raise UserError(
-            f"--input-channel {asked['in_channels']} contradicts stage {stage}, whose residual has"
-            f" {STAGE_CHANNELS[stage]} channels: leave --input-channel out, it follows from --idx-stages"
-        )
-    rdn = load_resynthesizer(resynthesizer, asked)
-    vgg, record = load_vgg(vgg_source, config.get("vgg"), name) if stage > 0 else (None, None)
-    known = {
-        "resynthesizer": rdn_config(rdn.state_dict()),
-        "resynthesizer_fingerprint": fingerprint(rdn),
-        "vgg": record,
-    }
-    return ResynthesisDetector(rdn, DeepStemResNet(arch, STAGE_CHANNELS[stage], dilated), stage, vgg), config | known
-
-
-def _say_if_dilated(detector: Mapping, asked: Mapping, name: str) -> None:
-    """Dilation leaves no trace in the weights and changes every score: where nobody has asked for it, it is said."""
-    block = ARCHITECTURES.get(detector["arch"], (BasicBlock,))[0]
-    if detector["dilated"] and block is not BasicBlock and asked.get("dilated") is None:
+    if dilated and asked.get("dilated") is None and "resynthesizer_fingerprint" not in config:
+        # Dilation leaves no trace in the weights and changes every score: where nobody has asked for it, it is said
         logger.warning(
             "WARNING: %s is taken as DILATED, as in the release without --no_dilation; all released scripts and"
             " weights are of --no_dilation, without which their scores are others",
             name,
         )
+    rdn = load_resynthesizer(resynthesizer, asked)
+    vgg, record = load_vgg(vgg_source, config.get("vgg"), name) if stage > 0 else (None, None)
+    known = {"resynthesizer": rdn_config(rdn.state_dict()), "resynthesizer_fingerprint": fingerprint(rdn)}
+    detector = ResynthesisDetector(rdn, DeepStemResNet(arch, STAGE_CHANNELS[stage], dilated), stage, vgg)
+    return detector, config | known | {"vgg": record}
 
 
 def _check_fingerprint(module: RDN | DeepStemResNet, recorded: str | None, what: str, name: str) -> None:
     """Raise UserError if weights are not those that were saved: a bit of the file has changed since."""
     if recorded not in (None, fingerprint(module)):
         raise UserError(f"{name} is damaged: the weights of its {what} are not those that were saved; fetch it again")
-
-
-def _stage_of(channels: int, name: str) -> int:
-    """The stage whose residual has so many channels, where there is only one."""
-    stages = [k for k, c in enumerate(STAGE_CHANNELS) if c == channels]
-    if len(stages) != 1:
-        raise UserError(f"{name} takes {channels} channels, as stages 4 and 5 have: say which with --idx-stages")
-    logger.info("%s takes %d channels: stage %d", name, channels, stages[0])
-    return stages[0]

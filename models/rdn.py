@@ -4,7 +4,6 @@ Follows Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super
 parameter names are those of yjn870/RDN-pytorch (MIT), which the released checkpoints use.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -16,24 +15,25 @@ from torch.utils.checkpoint import checkpoint
 from models.tiling import in_tiles
 from utils.run import UserError
 
-STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients
+STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients, on a CPU
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))  # of the left and the right half of a pixel, along a line
 TAIL_SIDE, TAIL_HALO = 64, 2  # LR pixels: of the up-sampling, whose maps are the largest; its convolutions reach 1 3/4
 
 
+def conv(in_channels: int, out_channels: int, side: int = 3) -> nn.Conv2d:
+    """A "same"-padded convolution."""
+    return nn.Conv2d(in_channels, out_channels, side, padding=side // 2)
+
+
 class DenseLayer(nn.Module):
-    """One layer of a dense block: the input, followed by `growth_rate` new channels."""
+    """One layer of a dense block: `growth_rate` new channels of all there are, which come in pieces."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, growth_rate, kernel_size=3, padding=1)
+        self.conv = conv(in_channels, growth_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([x, self.conv(x).relu_()], dim=1)  # (B, C + G, h, w)
-
-    def new_channels(self, *pieces: Tensor) -> Tensor:
-        """What `forward` adds to an input that is given in pieces, not concatenated: (B, G, h, w)."""
-        return self.conv(torch.cat(pieces, dim=1)).relu_()
+    def forward(self, *pieces: Tensor) -> Tensor:
+        return self.conv(torch.cat(pieces, dim=1)).relu_()  # (B, G, h, w)
 
 
 class ResidualDenseBlock(nn.Module):
@@ -41,24 +41,18 @@ class ResidualDenseBlock(nn.Module):
 
     def __init__(self, num_features: int, growth_rate: int, num_layers: int):
         super().__init__()
-        self.layers = nn.Sequential(
-            *[DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
-        )
+        widths = [num_features + i * growth_rate for i in range(num_layers + 1)]  # before each layer, and of all
+        self.layers = nn.Sequential(*[DenseLayer(width, growth_rate) for width in widths[:-1]])
         # Release: maps to growth_rate, which only works where it equals num_features; the paper's form is this.
-        self.lff = nn.Conv2d(num_features + num_layers * growth_rate, num_features, kernel_size=1)
+        self.lff = conv(widths[-1], num_features, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() or x.is_cuda:  # strips suit a CPU's caches; on a GPU they are only more kernels
-            return x + self.lff(self.layers(x))  # (B, G0, h, w)
-        return self._in_strips(x)
-
-    def _in_strips(self, x: Tensor) -> Tensor:
-        """The same numbers without gradients: what a layer reads is concatenated a strip of rows at a time."""
-        rows = STRIP_BYTES // (x.shape[0] * x.shape[3] * x.element_size())
-        strip = max(rows, 1), x.shape[3]  # (rows, columns)
-        pieces = [x]
+        rows, pieces = x.shape[2], [x]
+        if not (torch.is_grad_enabled() or x.is_cuda):  # strips of rows suit a CPU's caches
+            rows = max(STRIP_BYTES // x[:, 0, 0].nbytes, 1)
+        strip = rows, x.shape[3]
         for layer in self.layers:
-            pieces.append(in_tiles(layer.new_channels, *pieces, side=strip, halo=1))  # (B, G, h, w)
+            pieces.append(in_tiles(layer, *pieces, side=strip, halo=1))  # (B, G, h, w)
         fused = in_tiles(lambda *strips: self.lff(torch.cat(strips, dim=1)), *pieces, side=strip, halo=0)
         return fused.add_(x)  # (B, G0, h, w)
 
@@ -67,25 +61,17 @@ class RDN(nn.Module):
     """Residual dense network: (B, 3, h, w) in [0, 1] -> (B, 3, scale * h, scale * w), not clipped.
 
     Args:
-        scale: up-sampling factor, 2, 3 or 4.
+        scale: up-sampling factor, 2, 3 or 4; others are a UserError.
         num_features: G0, channels between the blocks.
         growth_rate: G, channels each dense layer adds.
         num_blocks: D, residual dense blocks.
         num_layers: C, dense layers in each block.
 
-    Raises:
-        UserError: for another scale.
-
     The defaults are the paper's: 22,271,107 parameters.
     """
 
     def __init__(
-        self,
-        scale: int = 4,
-        num_features: int = 64,
-        growth_rate: int = 64,
-        num_blocks: int = 16,
-        num_layers: int = 8,
+        self, scale: int = 4, num_features: int = 64, growth_rate: int = 64, num_blocks: int = 16, num_layers: int = 8
     ):
         super().__init__()
         if scale not in (2, 3, 4):
@@ -94,21 +80,15 @@ class RDN(nn.Module):
         self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
         self.tile = 256  # LR pixels: side of the tiles the blocks work in without gradients
         g0 = num_features
-        self.sfe1 = nn.Conv2d(3, g0, kernel_size=3, padding=1)
-        self.sfe2 = nn.Conv2d(g0, g0, kernel_size=3, padding=1)
+        self.sfe1 = conv(3, g0)
+        self.sfe2 = conv(g0, g0)
         self.rdbs = nn.ModuleList([ResidualDenseBlock(g0, growth_rate, num_layers) for _ in range(num_blocks)])
-        self.gff = nn.Sequential(
-            nn.Conv2d(g0 * num_blocks, g0, kernel_size=1), nn.Conv2d(g0, g0, kernel_size=3, padding=1)
-        )
-        steps = [3] if scale == 3 else [2] * int(math.log2(scale))
-        self.upscale = nn.Sequential(
-            *[
-                layer
-                for step in steps
-                for layer in (nn.Conv2d(g0, g0 * step**2, kernel_size=3, padding=1), nn.PixelShuffle(step))
-            ]
-        )
-        self.output = nn.Conv2d(g0, 3, kernel_size=3, padding=1)
+        self.gff = nn.Sequential(conv(g0 * num_blocks, g0, 1), conv(g0, g0))
+        layers = []
+        for step in {2: [2], 3: [3], 4: [2, 2]}[scale]:
+            layers += [conv(g0, g0 * step**2), nn.PixelShuffle(step)]
+        self.upscale = nn.Sequential(*layers)
+        self.output = conv(g0, 3)
 
     def forward(self, x_lr: Tensor) -> Tensor:
         """x_lr: (B, 3, h, w) in [0, 1]. Returns x_hat (B, 3, scale * h, scale * w), float32, about [0, 1]."""
@@ -121,14 +101,14 @@ class RDN(nn.Module):
 
         A 1x1 convolution of the concatenated outputs is the sum of one of each; it is kept in float32.
         """
-        x = self.sfe2(sfe1)  # (B, G0, h, w)
-        bias = self.gff[0].bias
+        x, bias = self.sfe2(sfe1), self.gff[0].bias  # (B, G0, h, w), (G0,)
         fused = torch.empty_like(x, dtype=bias.dtype).copy_(bias[:, None, None])
         for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
-            x = self._run_block(block, x)  # (B, G0, h, w)
             if torch.is_grad_enabled():
+                x = self._run(block, x)  # (B, G0, h, w)
                 fused.add_(F.conv2d(x, weight))
-            else:  # some rows at a time: what is added is copied to float32 before
+            else:  # each 3x3 convolution reaches one pixel; fused some rows at a time, as they are copied to float32
+                x = in_tiles(block, x, side=self.tile, halo=len(block.layers))  # (B, G0, h, w)
                 for total, rows in zip(fused.split(self.tile, dim=2), x.split(self.tile, dim=2), strict=True):
                     total.add_(F.conv2d(rows, weight))
         return fused
@@ -140,15 +120,10 @@ class RDN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
-    def _run_block(self, block: ResidualDenseBlock, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return self._run(block, x)
-        return in_tiles(block, x, side=self.tile, halo=len(block.layers))  # each 3x3 convolution reaches one pixel
-
     def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        if self.checkpoint_blocks and torch.is_grad_enabled():
-            return checkpoint(part, x, use_reentrant=False)
-        return part(x)
+        """part(x); under `checkpoint_blocks` its maps are not kept for the backward pass."""
+        recomputed = self.checkpoint_blocks and torch.is_grad_enabled()
+        return checkpoint(part, x, use_reentrant=False) if recomputed else part(x)
 
 
 @torch.no_grad()
@@ -157,38 +132,30 @@ def start_as_interpolation(model: RDN) -> RDN:
 
     Features 0..2 carry red, green and blue: sfe1 copies them in, each up-sampling interpolates them, output copies them
     out; the dense blocks, random as ever, add nothing yet (gff.1 is 0). The two taps of INTERPOLATION of each side
-    average to their centre, as a pixel of x_lr is the mean of those it stands for.
-
-    Raises:
-        UserError: for scale 3, whose up-sampling has other places.
+    average to their centre, as a pixel of x_lr is the mean of those it stands for. Scale 3, whose up-sampling has other
+    places, is a UserError.
     """
     if model.scale == 3:
         raise UserError("--start interpolation is for scales 2 and 4: leave it out for scale 3")
     taps = torch.tensor(INTERPOLATION)  # (2, 3)
-    identity = torch.zeros(3, 3).index_put_((torch.tensor(1), torch.tensor(1)), torch.tensor(1.0))
-    nn.init.zeros_(model.gff[1].weight)
-    nn.init.zeros_(model.gff[1].bias)
+    identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)
+    for parameter in model.gff[1].parameters():
+        nn.init.zeros_(parameter)
     kernels = {model.sfe1: [identity], model.output: [identity]}
     kernels |= {layer: [torch.outer(y, x) for y in taps for x in taps] for layer in model.upscale[::2]}
     for convolution, places in kernels.items():
-        for channel in range(3):
-            rows = slice(channel * len(places), (channel + 1) * len(places))  # pixel-shuffle: one for each place
-            convolution.weight[rows] = 0
-            convolution.bias[rows] = 0
-            convolution.weight[rows, channel] = torch.stack(places)
+        rows = 3 * len(places)  # of red, green and blue; pixel-shuffle: each has one for each place
+        convolution.weight[:rows], convolution.bias[:rows] = 0, 0
+        for channel, of_channel in enumerate(convolution.weight[:rows].split(len(places))):
+            of_channel[:, channel] = torch.stack(places)
     return model
 
 
 def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:
-    """The arguments of `RDN` that fit these weights: an architecture is read off a file, not retyped.
-
-    Raises:
-        UserError: if these are not the weights of an RDN.
-    """
+    """The arguments of `RDN` that fit these weights: an architecture is read off a file, not retyped."""
     try:
         num_features = state_dict["sfe1.weight"].shape[0]
         growth_rate = state_dict["rdbs.0.layers.0.conv.weight"].shape[0]
-        steps = sum(key.startswith("upscale.") and key.endswith(".weight") for key in state_dict)
         shuffle = state_dict["upscale.0.weight"].shape[0] // num_features
     except KeyError as error:
         raise UserError(
@@ -196,7 +163,7 @@ def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -
             f" {next(iter(state_dict), 'none')}; give a file written by train_sr.py or the released one"
         ) from None
     return {
-        "scale": 3 if shuffle == 9 else 2**steps,
+        "scale": 3 if shuffle == 9 else 4 if "upscale.2.weight" in state_dict else 2,
         "num_features": num_features,
         "growth_rate": growth_rate,
         "num_blocks": len({key.split(".")[1] for key in state_dict if key.startswith("rdbs.")}),

@@ -17,7 +17,8 @@ from utils.run import UserError
 
 STEM_CHANNELS = 128
 STEM_STRIDE, STEM_HALO = 8, 16  # pixels of the residual; the stem sees 11 to each side
-TOTAL_STRIDE = 32  # two convolutions and the pooling of the stem, layer1 and layer2, by 2 each, rounded up
+TOTAL_STRIDE = 32  # by 2 in two convolutions and the pooling of the stem, layer1, layer2, rounded up. Not larger: one
+# value a channel in the last maps, on a single one of which batch normalisation cannot be trained
 
 SINGLE_IMAGE = (
     "batch normalisation cannot be trained on a batch of one image this small: choose a --batch-size that leaves no"
@@ -25,17 +26,20 @@ SINGLE_IMAGE = (
 )
 
 
+def conv(in_channels: int, out_channels: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """A "same"-padded convolution without bias, which the batch norm behind it makes needless."""
+    padding = side // 2 * dilation
+    return nn.Conv2d(in_channels, out_channels, side, stride, padding, dilation, bias=False)
+
+
 class Block(nn.Module):
     """Convolutions with batch norm, added to their input, which is projected where shapes differ."""
 
-    expansion: int
-
-    def add_shortcut(self, in_planes: int, planes: int, stride: int) -> None:
+    def add_shortcut(self, in_planes: int, out_planes: int, stride: int) -> None:
         """Last of all, as in torchvision: optimizer states know parameters by their order."""
         self.relu, self.downsample = nn.ReLU(inplace=True), None
-        if stride != 1 or in_planes != planes * self.expansion:
-            projection = nn.Conv2d(in_planes, planes * self.expansion, kernel_size=1, stride=stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(planes * self.expansion))
+        if stride != 1 or in_planes != out_planes:
+            self.downsample = nn.Sequential(conv(in_planes, out_planes, 1, stride), nn.BatchNorm2d(out_planes))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.body(x) + (x if self.downsample is None else self.downsample(x)))
@@ -48,10 +52,8 @@ class BasicBlock(Block):
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):  # it has no dilated form
         super().__init__()
-        self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv1, self.bn1 = conv(in_planes, planes, 3, stride), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3), nn.BatchNorm2d(planes)
         self.add_shortcut(in_planes, planes, stride)
 
     def body(self, x: Tensor) -> Tensor:
@@ -65,14 +67,10 @@ class Bottleneck(Block):
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
         super().__init__()
-        middle = {"kernel_size": 3, "stride": stride, "padding": dilation, "dilation": dilation, "bias": False}
-        self.conv1 = nn.Conv2d(in_planes, planes, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, **middle)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = nn.Conv2d(planes, planes * self.expansion, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(planes * self.expansion)
-        self.add_shortcut(in_planes, planes, stride)
+        self.conv1, self.bn1 = conv(in_planes, planes, 1), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = conv(planes, planes, 3, stride, dilation), nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = conv(planes, 4 * planes, 1), nn.BatchNorm2d(4 * planes)
+        self.add_shortcut(in_planes, 4 * planes, stride)
 
     def body(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
@@ -95,51 +93,41 @@ class DeepStemResNet(nn.Module):
     Args:
         arch: a key of ARCHITECTURES.
         in_channels: 3 for the pixel residual, `STAGE_CHANNELS[k]` for that of VGG stage k.
-        dilated: dilation 2 and 4 in layer3 and layer4 (the release without `--no_dilation`), else 1.
-
-    Raises:
-        UserError: for an unknown arch, or dilation in resnet18/34, whose blocks have none.
+        dilated: dilation 2 and 4 in layer3 and layer4 (the release without `--no_dilation`), else 1. In resnet18 and
+            resnet34, whose blocks have none, it is a UserError.
     """
 
     def __init__(self, arch: str = "resnet50", in_channels: int = 3, dilated: bool = False):
-        if arch not in ARCHITECTURES:
-            raise UserError(f"no detector architecture {arch!r}: choose from {', '.join(ARCHITECTURES)}")
         block, counts = ARCHITECTURES[arch]
         if dilated and block is BasicBlock:
             raise UserError(f"{arch} has no dilated form (as in torchvision): pass --no_dilation")
         super().__init__()
         stem = []
         for channels in (in_channels, 64):
-            convolution = nn.Conv2d(channels, 64, kernel_size=3, stride=2, padding=1, bias=False)
-            stem += [convolution, nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
-        self.conv1 = nn.Sequential(*stem, nn.Conv2d(64, STEM_CHANNELS, kernel_size=3, padding=1, bias=False))
+            stem += [conv(channels, 64, 3, stride=2), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
+        self.conv1 = nn.Sequential(*stem, conv(64, STEM_CHANNELS, 3))
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
-        planes = (STEM_CHANNELS, *(width * block.expansion for width in (64, 128, 256, 512)))
         # (stride, dilation of the first block, of the others): a stage's first block has the dilation of the stage before
         third, fourth = ((1, 1, 2), (1, 2, 4)) if dilated else ((1, 1, 1), (1, 1, 1))
-        self.layer1 = _stage(block, planes[0], 64, counts[0], (2, 1, 1))
-        self.layer2 = _stage(block, planes[1], 128, counts[1], (2, 1, 1))
-        self.layer3 = _stage(block, planes[2], 256, counts[2], third)
-        self.layer4 = _stage(block, planes[3], 512, counts[3], fourth)
-        self.fc = nn.Linear(planes[4], 2)
+        channels, planes = STEM_CHANNELS, 64
+        for i, (stride, first, others) in enumerate(((2, 1, 1), (2, 1, 1), third, fourth)):
+            blocks = [block(channels, planes, stride, first)]
+            channels = planes * block.expansion
+            blocks += [block(channels, planes, 1, others) for _ in range(counts[i] - 1)]
+            self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
+            planes *= 2
+        self.fc = nn.Linear(channels, 2)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # N(0, sqrt(2 / (k * k * C_out)))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.tile = 1024  # pixels: side of the tiles of the residual that the stem is run on in evaluation
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: residual (B, in_channels, H, W). Returns logits (B, 2).
-
-        Raises:
-            UserError: in training, for a batch too small to be normalised.
-        """
-        alone = self.training and len(x) == 1 and not isinstance(self.bn1, nn.SyncBatchNorm)
-        if alone and not trains_on_one(*x.shape[-2:]):
-            raise UserError(SINGLE_IMAGE)
+        """x: residual (B, in_channels, H, W). Returns logits (B, 2)."""
         if self.training or torch.is_grad_enabled():  # batch normalisation is trained on whole maps
-            x = self._stem(x)  # (B, 128, H / 8, W / 8)
+            x = self._stem(x)  # (B, 128, H / 8, W / 8), rounded up
         else:
             x = in_tiles(self._stem, x, side=self.tile, halo=STEM_HALO, scale=Fraction(1, STEM_STRIDE))
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -147,42 +135,17 @@ class DeepStemResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
     def _stem(self, x: Tensor) -> Tensor:
-        """(B, in_channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
 
-def _stage(block: type[Block], in_planes: int, planes: int, count: int, first: tuple[int, int, int]) -> nn.Sequential:
-    """`count` blocks. first: the stride of the first, its dilation, the dilation of the others."""
-    stride, first_dilation, dilation = first
-    blocks = [block(in_planes, planes, stride, first_dilation)]
-    blocks += [block(planes * block.expansion, planes, 1, dilation) for _ in range(count - 1)]
-    return nn.Sequential(*blocks)
-
-
-def trains_on_one(height: int, width: int) -> bool:
-    """Whether batch normalisation can be trained on a single residual (C_in, height, width).
-
-    Not where its last maps are of one value each: their variance is 0.
-    """
-    return max(height, width) > TOTAL_STRIDE
-
-
 def resnet_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:
-    """{"arch", "in_channels"} of the classifier these weights belong to (dilation leaves no trace in them).
-
-    Raises:
-        UserError: if these are not the weights of a `DeepStemResNet`.
-    """
-    stem = state_dict.get("conv1.0.weight")
-    if stem is None:
-        kind = "torchvision's ResNet" if "conv1.weight" in state_dict else "something else"
-        raise UserError(
-            f"{name} holds no detector: no key conv1.0.weight (it looks like {kind}); give a file written by"
-            " train_detector.py or a released one"
-        )
+    """{"arch", "in_channels"} of the classifier these weights belong to (dilation leaves no trace in them)."""
     blocks = tuple(len({key.split(".")[1] for key in state_dict if key.startswith(f"layer{i}.")}) for i in range(1, 5))
-    kind = Bottleneck if "layer1.0.conv3.weight" in state_dict else BasicBlock
-    for arch, layout in ARCHITECTURES.items():
-        if layout == (kind, blocks):
-            return {"arch": arch, "in_channels": stem.shape[1]}
-    raise UserError(f"{name}: no known detector has {blocks} blocks; there are {', '.join(ARCHITECTURES)}")
+    layout = Bottleneck if "layer1.0.conv3.weight" in state_dict else BasicBlock, blocks
+    known = [arch for arch in ARCHITECTURES if ARCHITECTURES[arch] == layout]
+    if not known or "conv1.0.weight" not in state_dict:
+        raise UserError(
+            f"{name} holds no detector: its first key is {next(iter(state_dict), 'none')}, its blocks are {blocks}; give"
+            f" a file of train_detector.py or a released one ({', '.join(ARCHITECTURES)}, each with the stem conv1.0)"
+        )
+    return {"arch": known[0], "in_channels": state_dict["conv1.0.weight"].shape[1]}

@@ -1,5 +1,6 @@
 """Convolutional networks on a part of a map at a time: the same numbers in less memory."""
 
+import math
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -34,13 +35,8 @@ def in_tiles(
             y0, x0 = max(top - halo, 0), max(left - halo, 0)
             y = function(*(m[:, :, y0 : top + tile_h + halo, x0 : left + tile_w + halo] for m in maps))
             if result is None:
-                shape = (*y.shape[:2], *(-int(-size * scale // 1) for size in (height, width)))  # rounded up
-                order = (
-                    torch.channels_last
-                    if y.is_contiguous(memory_format=torch.channels_last)
-                    else torch.contiguous_format
-                )
-                result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=order)
+                shape = (*y.shape[:2], *(math.ceil(size * scale) for size in (height, width)))
+                result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
             y = y[:, :, int((top - y0) * scale) :, int((left - x0) * scale) :]
             y = y[:, :, : int(tile_h * scale), : int(tile_w * scale)]
             row, column = int(top * scale), int(left * scale)

@@ -46,21 +46,16 @@ class VGGStages(nn.Module):
 
     def forward(self, x: Tensor, stages: Iterable[int]) -> dict[int, Tensor]:
         """x: (B, 3, H, W) in [0, 1]. Returns {k: (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1))} for k in stages."""
-        maps, done = {}, 0
+        maps, done, tiled = {}, 0, not torch.is_grad_enabled()
         for k in sorted(stages):
             end = STAGE_LAYERS[k] + 1
-            cuts = [] if torch.is_grad_enabled() else [cut for cut in CUTS if done < cut < end]
-            for start, stop in pairwise([done, *cuts, end]):
-                x = self._run(self.features[start:stop], x)
+            for start, stop in pairwise([done, *(cut for cut in CUTS if tiled and done < cut < end), end]):
+                layers = self.features[start:stop]
+                halo, stride = reach(layers)
+                # The maps within are the largest of all: they are made tile by tile
+                x = in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride)) if tiled else layers(x)
             maps[k], done = x, end
         return maps
-
-    def _run(self, layers: nn.Sequential, x: Tensor) -> Tensor:
-        """Some of the layers; without gradients tile by tile, since the maps within are the largest of all."""
-        if torch.is_grad_enabled():
-            return layers(x)
-        halo, stride = reach(layers)
-        return in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride))
 
     def train(self, mode: bool = True) -> "VGGStages":
         """Stays in evaluation mode: nothing in here is ever trained."""

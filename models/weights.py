@@ -16,7 +16,7 @@ from utils.run import UserError, shown
 logger = logging.getLogger(__name__)
 
 SHOWN_KEYS = 3  # how many wrong keys an error names
-IMAGENET_FILE = "vgg19-dcbb9e9d.pth"  # torchvision's name for it; behind the dash the start of its SHA-256
+IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # behind the dash: of its SHA-256
 RANDOM_SEED = 19  # of the stand-in weights: fixed, so that every run that needs them gets the same ones
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer before the download is given up
 
@@ -46,8 +46,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
         "unknown": [k for k in got if k not in wanted],
         "of another shape": [f"{k} is {got[k]}, wanted {s}" for k, s in wanted.items() if got.get(k, s) != s],
     }
-    said = [f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}" for what, keys in faults.items() if keys]
-    if said:
+    if said := [f"{len(keys)} {what}: {', '.join(keys[:SHOWN_KEYS])}" for what, keys in faults.items() if keys]:
         raise UserError(f"{name} does not fit the network ({len(wanted)} entries wanted): {'; '.join(said)}")
     module.load_state_dict(state)
 
@@ -73,31 +72,18 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         source: `--vgg-weights`: "imagenet" (torch hub's cache, else downloaded; checked against its hash), "random"
             (fixed seed), "auto" (imagenet where it can be had, else random) or the path of a torchvision vgg19 state
             dict of any float type, of which the `features.*` entries suffice.
-        trained_with: the record in the checkpoint `name` these features will be used with; {"source": "imagenet"}
-            without a fingerprint for a released one; None in a training from scratch.
-
-    Raises:
-        UserError: if the file or the download is missing, damaged or of another network, or the weights are not the
-            ones the checkpoint was trained with.
+        trained_with: the record in the checkpoint `name` these features will be used with, which are refused if they
+            are others; of a released one {"source": "imagenet"}; None in a training from scratch.
     """
     if source == "auto" and trained_with is not None:
         source = trained_with["source"]
-        if source not in ("imagenet", "random") and not Path(source).is_file():
-            raise UserError(
-                f"{name} was trained with the VGG-19 weights of {source}, which are not there: pass --vgg-weights FILE"
-            )
-    state, got = _vgg_state(source)
-    if source == "auto" and got == "random":
-        logger.warning(
-            "WARNING: no ImageNet weights for VGG-19 on this machine and none to be downloaded. This training goes on"
-            " with fixed-seed RANDOM VGG-19 weights, which is not what the paper does and will be recorded in its"
-            " checkpoints; pass --vgg-weights FILE to use real ones."
-        )
-    vgg = VGGStages()
-    load_weights(vgg, state, got)
+    vgg, (content, got) = VGGStages(), _vgg_content(source)
+    named = f"{got}, taken for torchvision's vgg19,"
+    features = {k: v.float() for k, v in state_dict_of(content, named).items() if k in vgg.state_dict()}
+    load_weights(vgg, features, named)
     record = {"source": got, "fingerprint": fingerprint(vgg)}
-    wanted = (trained_with or {}).get("fingerprint")
-    if trained_with is not None and wanted is None and got == "random":
+    wanted = (trained_with or record).get("fingerprint")
+    if wanted is None and got == "random":
         raise UserError(f"{name} needs ImageNet weights for VGG-19, random ones were asked for: pass a FILE")
     if wanted not in (None, record["fingerprint"]):
         raise UserError(
@@ -107,71 +93,53 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     return vgg, record
 
 
-def _vgg_state(source: str) -> tuple[dict[str, Tensor], str]:
-    """(state dict, "imagenet" | "random" | path)."""
+def _vgg_content(source: str) -> tuple[Mapping, str]:
+    """(a state dict or what holds it, "imagenet" | "random" | path)."""
     if source in ("imagenet", "auto"):
         try:
-            return _imagenet_state(), "imagenet"
+            return checkpoint.load(_imagenet_file()), "imagenet"
         except OSError as error:
             if source == "imagenet":
                 raise UserError(
-                    f"no ImageNet weights for VGG-19: not under {_hub_file()} and not to be downloaded"
-                    f" ({' '.join(str(error).split())}); copy them there or pass --vgg-weights FILE"
+                    f"no ImageNet weights for VGG-19 in torch hub's cache ({torch.hub.get_dir()}), nor to be downloaded"
+                    f" ({' '.join(str(error).split())}): copy them there, or pass --vgg-weights FILE"
                 ) from None
+        logger.warning(
+            "WARNING: no ImageNet weights for VGG-19 on this machine and none to be downloaded. This training goes on"
+            " with fixed-seed RANDOM VGG-19 weights, which is not what the paper does and will be recorded in its"
+            " checkpoints; pass --vgg-weights FILE to use real ones."
+        )
     if source in ("random", "auto"):
         return _random_state(), "random"
     if not Path(source).is_file():
-        raise UserError(
-            f"no VGG-19 weights at {shown(source)}: pass --vgg-weights auto, imagenet, random or an existing file"
-        )
-    return _features_only(checkpoint.load(source), shown(source)), source
+        raise UserError(f"no VGG-19 weights at {shown(source)}: pass --vgg-weights FILE, imagenet, random or auto")
+    return checkpoint.load(source), source
 
 
 def _random_state() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(RANDOM_SEED)
-    state = VGGStages().state_dict()
+    """He et al. (ICCV 2015), so that the feature maps of all stages keep the scale of the image; biases are 0."""
+    generator, state = torch.Generator().manual_seed(RANDOM_SEED), VGGStages().state_dict()
     for key, tensor in state.items():
-        if key.endswith(".bias"):
-            tensor.zero_()
-        else:  # He et al. (ICCV 2015), so that the feature maps of all stages keep the scale of the image
+        tensor.zero_()
+        if key.endswith(".weight"):
             tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
     return state
 
 
-def _hub_file() -> Path:
-    return Path(torch.hub.get_dir()) / "checkpoints" / IMAGENET_FILE
-
-
-def _imagenet_state() -> dict[str, Tensor]:
-    """Raises OSError where they are neither in the cache nor to be downloaded."""
-    cached = _hub_file()
+def _imagenet_file() -> Path:
+    """In torch hub's cache, where torchvision has it, too. Raises OSError if it is not there nor to be downloaded."""
+    cached = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET_URL).name)
+    digest = cached.stem.partition("-")[2]
     if not cached.is_file():
-        from torchvision.models import VGG19_Weights
-
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
         try:
-            state = VGG19_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(IMAGENET_URL, str(cached), hash_prefix=digest)
         except RuntimeError as error:  # torch's word for a download with the wrong hash
             raise OSError(str(error)) from None
         finally:
             socket.setdefaulttimeout(timeout)
-        return _features_only(state, "the downloaded VGG-19 weights")
-    digest, wanted = hashlib.sha256(), cached.stem.rsplit("-", 1)[1]
-    with cached.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if not digest.hexdigest().startswith(wanted):
-        raise UserError(f"{cached} is damaged: its SHA-256 does not start with {wanted}; delete it and try again")
-    return _features_only(checkpoint.load(cached), str(cached))
-
-
-def _features_only(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
-    wanted = VGGStages().state_dict()
-    for key, tensor in wanted.items():
-        got = tuple(state[key].shape) if isinstance(state.get(key), Tensor) else "nothing"
-        if got != tuple(tensor.shape):
-            raise UserError(
-                f"{name} is no torchvision vgg19 state dict: {key} should be {tuple(tensor.shape)}, got {got}"
-            )
-    return {key: state[key].float() for key in wanted}
+    if not hashlib.sha256(cached.read_bytes()).hexdigest().startswith(digest):
+        raise UserError(f"{cached} is damaged: its SHA-256 does not start with {digest}; delete it and try again")
+    return cached

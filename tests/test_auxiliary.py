@@ -49,48 +49,36 @@ def test_denoising_adds_gaussian_noise_of_four_grey_levels():
 
 
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
-def test_what_happens_to_an_image_depends_on_its_own_generator(task):
+def test_every_other_batch_is_degraded_each_image_by_its_own_generator(task):
     x = picture(3, 3, 16, 16)
     whole = degrade_batch(TASKS[task](rng(5)), x, 4, [rng(i) for i in range(3)])
     alone = degrade_batch(TASKS[task](rng(5)), x[1:2], 4, [rng(1)])
     assert whole.shape == (3, 3, 4, 4) and torch.equal(alone, whole[1:2])
-
-
-def test_every_other_batch_is_degraded():
-    for task, low, high in (("none", 0, 0), ("denoising", 250, 350), ("colorization", 250, 350)):
-        drawn = sum(draw_degradation(task, rng(seed)) is not None for seed in range(600))  # 300 +- 4 * 12
-        assert low <= drawn <= high
-
-
-@pytest.mark.parametrize("way", ["augment", "completion", "colorization"])
-def test_patches_are_degraded_with_the_released_probability(way):
-    patch = picture(3, 16, 16)
-    results = [degrade_patch(patch, rng(seed), **NONE | {way: True}) for seed in range(800)]
-    changed = sum(not torch.equal(r, patch) for r in results) / 800
-    # augment is noise and JPEG, each with p = 1 - sqrt(1/2): one patch in two escapes both
-    assert changed == pytest.approx(0.5 if way == "augment" else 1 - 0.5**0.5, abs=0.055)
-    assert all(torch.equal(degrade_patch(patch, rng(s), **NONE | {way: True}), results[s]) for s in range(5))
-    assert all(torch.equal(degrade_patch(patch, rng(s), **NONE), patch) for s in range(5))
+    assert 250 <= sum(draw_degradation(task, rng(seed)) is not None for seed in range(600)) <= 350  # 300 +- 4 * 12
+    assert draw_degradation("none", rng(0)) is None
 
 
 @pytest.mark.parametrize("way", ["completion", "colorization"])
-def test_a_share_of_the_patch_is_removed(way):
-    patch = picture(3, 64, 64)
+def test_a_share_of_some_patches_is_removed(way):
+    patch = picture(3, 32, 32)
     wanted = torch.zeros_like(patch) if way == "completion" else patch.mean(dim=0, keepdim=True).expand_as(patch)
     shares = []
-    for seed in range(250):
+    for seed in range(800):
         result = degrade_patch(patch, rng(seed), **NONE | {way: True})
         changed = (result != patch).any(dim=0)
         torch.testing.assert_close(result[:, changed], wanted[:, changed])
         shares += [changed.float().mean().item()] * bool(changed.any())
-    assert 0.04 < min(shares) < 0.065 and 0.135 < max(shares) < 0.165
+    assert len(shares) / 800 == pytest.approx(1 - 0.5**0.5, abs=0.055)  # the released probability
+    assert 0.02 < min(shares) < 0.065 and 0.135 < max(shares) < 0.19
 
 
 def test_augmentation_is_noise_of_up_to_ten_grey_levels_and_real_jpeg():
     """Told apart by what they leave: JPEG whole grey levels, noise alone none."""
     ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)
-    results = [degrade_patch(ramp, rng(seed), **NONE | {"augment": True}) for seed in range(400)]
+    results = [degrade_patch(ramp, rng(seed), **NONE | {"augment": True}) for seed in range(800)]
+    assert torch.equal(degrade_patch(ramp, rng(7), **NONE), ramp)
     results = [r for r in results if not torch.equal(r, ramp)]
+    assert len(results) / 800 == pytest.approx(0.5, abs=0.055)  # each with 1 - sqrt(1/2): one in two escapes both
     whole = [torch.allclose(r * 255, (r * 255).round(), atol=1e-3) for r in results]
     stds = [(r - ramp).std().item() * 255 for r, jpeg in zip(results, whole, strict=True) if not jpeg]
     assert 0.5 < sum(whole) / len(whole) < 0.68  # (p^2 + p (1 - p)) / (1 - (1 - p)^2) = 0.586 with p = 1 - sqrt(1/2)
@@ -108,17 +96,15 @@ def toy(vgg, stage):
     return ResynthesisDetector(RDN(**TINY), classifier, stage, vgg)
 
 
-def unshared(detector, vgg, x, real, degraded):
+def unshared(detector, x, real, degraded):
     """Both losses computed for themselves, as they are written in the paper: the auxiliary one of each real."""
     residual = detector.compare(x).residual
     x_hat = detector.resynthesizer(downsample(x[real], 4) if degraded is None else degraded[real])
-    maps_hat, maps = vgg(x_hat, STAGES), vgg(x[real], STAGES)
+    maps_hat, maps = detector.vgg(x_hat, STAGES), detector.vgg(x[real], STAGES)
     loss = F.l1_loss(x_hat, x[real], reduction="none").flatten(1).mean(1)
     for k, weight in zip(STAGES, (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0), strict=True):
         loss = loss + weight * (maps_hat[k] - maps[k]).abs().flatten(1).mean(1)
-    whole = torch.zeros(len(x))
-    whole[real] = loss
-    return residual, whole
+    return residual, torch.zeros(len(x)).index_put((real,), loss)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
@@ -128,36 +114,28 @@ def test_sharing_changes_neither_loss_nor_gradient(vgg, stage, clean):
     x, real = picture(3, 3, 32, 32, seed=1), torch.tensor([True, False, True])
     degraded = None if clean else downsample(x, 4) + 0.1 * picture(3, 3, 8, 8, seed=2)
     gradients, results = [], []
-    for residual, loss in (
-        residual_and_auxiliary_loss(detector, x, real, degraded), unshared(detector, vgg, x, real, degraded),
-    ):  # fmt: skip
-        detector.zero_grad()
-        (loss.sum() + (residual**2).mean()).backward()
-        gradients.append([p.grad.clone() for p in detector.resynthesizer.parameters()])
-        results.append((residual.detach(), loss.detach()))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for losses in (residual_and_auxiliary_loss, unshared):
+        residual, loss = losses(detector, x, real, degraded)
+        gradients.append(torch.autograd.grad(loss.sum() + (residual**2).mean(), [*detector.resynthesizer.parameters()]))
+        results.append((residual, loss))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     for a, b in zip(*gradients, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
 
 
 @pytest.mark.parametrize(("stage", "features_if_degraded"), [(0, 2), (2, 3)])
-def test_nothing_is_computed_twice(vgg, stage, features_if_degraded):
+def test_nothing_is_computed_twice(stage, features_if_degraded):
     """A clean batch is re-synthesised once; features are taken once of the images and once of each re-synthesis."""
-    detector, passes = toy(vgg, stage), []
-    networks = (("rdn", detector.resynthesizer), ("vgg", vgg))
-    hooks = [net.register_forward_hook(lambda *_, name=name: passes.append(name)) for name, net in networks]
+    detector, passes = toy(load_vgg("random")[0], stage), []
+    for name, network in (("rdn", detector.resynthesizer), ("vgg", detector.vgg)):
+        network.register_forward_hook(lambda *_, name=name: passes.append(name))
     x, real = picture(2, 3, 32, 32), torch.tensor([True, True])
-    try:
-        residual_and_auxiliary_loss(detector, x, real, None)
-        assert (passes.count("rdn"), passes.count("vgg")) == (1, 2)
-        passes.clear()
-        residual_and_auxiliary_loss(detector, x, real, downsample(x, 4))
-        assert passes.count("rdn") == 2 and passes.count("vgg") == features_if_degraded
-    finally:
-        for hook in hooks:
-            hook.remove()
+    residual_and_auxiliary_loss(detector, x, real, None)
+    assert sorted(passes) == ["rdn", "vgg", "vgg"]
+    passes.clear()
+    residual_and_auxiliary_loss(detector, x, real, downsample(x, 4))
+    assert sorted(passes) == ["rdn"] * 2 + ["vgg"] * features_if_degraded
 
 
 def test_without_reals_no_features_are_needed():
@@ -166,18 +144,3 @@ def test_without_reals_no_features_are_needed():
     residual, loss = residual_and_auxiliary_loss(detector, x, torch.tensor([False, False]), None)
     torch.testing.assert_close(residual, detector.compare(x).residual)
     assert loss.tolist() == [0, 0] and residual.requires_grad
-
-
-@pytest.mark.parametrize("scale", [2, 3])
-def test_gradient_checkpointing_gives_equal_gradients(scale):
-    torch.manual_seed(0)
-    model, gradients = RDN(scale=scale, **TINY), []
-    calls = []
-    model.rdbs[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    for recompute in (False, True):
-        model.zero_grad()
-        model.checkpoint_blocks = recompute
-        (model(picture(2, 3, 8, 8)) ** 2).sum().backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    assert len(calls) == 3  # each block once, and once more in the backward pass
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

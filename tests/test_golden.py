@@ -27,19 +27,9 @@ def x(golden):
 
 
 @pytest.fixture(scope="module")
-def rdn():
-    return fill(RDN())
-
-
-@pytest.fixture(scope="module")
-def vgg():
-    return fill(VGGStages())
-
-
-@pytest.fixture(scope="module")
-def x_hat(rdn, x):
-    with torch.inference_mode():
-        return rdn(downsample(x, 4))
+def networks():
+    """RDN and VGG-19."""
+    return fill(RDN()), fill(VGGStages())
 
 
 def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -61,13 +51,14 @@ def test_state_dict_names_and_shapes(name, build):
     assert {k: list(v.shape) for k, v in build().state_dict().items()} == wanted
 
 
-def test_the_paper_network_has_the_paper_number_of_parameters(rdn):
-    assert sum(p.numel() for p in rdn.parameters()) == 22_271_107
-
-
-def test_rdn(golden, x, x_hat):
+def test_rdn(golden, networks, x):
+    detector = ResynthesisDetector(networks[0], torch.nn.Identity(), 0, None)
+    with torch.inference_mode():
+        compared = detector.compare(x)
     close(downsample(x, 4), golden["lr"])
-    close(x_hat, golden["rdn"])
+    close(compared.x_hat, golden["rdn"])
+    close(compared.residual[:, :, ::2, ::2], golden["pixel_res"])
+    assert sum(p.numel() for p in networks[0].parameters()) == 22_271_107  # the paper's
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
@@ -78,23 +69,14 @@ def test_small_rdn_of_each_scale(golden, scale):
     assert rdn_config(small.state_dict()) == {"scale": scale, **TINY}
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_vgg_stages(golden, vgg, x, stage):
-    with torch.inference_mode():
-        close(vgg(x, [stage])[stage][:, ::8], golden[f"vgg_stage{stage}"])
-
-
-def test_all_stages_at_once_are_the_stages_one_by_one(vgg, x):
+def test_vgg_stages_one_by_one_and_together(golden, networks, x):
+    vgg = networks[1]
     with torch.inference_mode():
         together = vgg(x, STAGES)
         for k in STAGES:
-            assert torch.equal(together[k], vgg(x, [k])[k])
-
-
-def test_pixel_residual(golden, rdn, x):
-    detector = ResynthesisDetector(rdn, torch.nn.Identity(), 0, None)
-    with torch.inference_mode():
-        close(detector.compare(x).residual[:, :, ::2, ::2], golden["pixel_res"])
+            alone = vgg(x, [k])[k]
+            close(alone[:, ::8], golden[f"vgg_stage{k}"])
+            assert torch.equal(together[k], alone)
 
 
 @pytest.mark.parametrize(
@@ -108,18 +90,18 @@ def test_pixel_residual(golden, rdn, x):
         *[(f"logits_pixel_resnet{depth}", f"resnet{depth}", 0, False) for depth in (18, 34, 101)],
     ],
 )
-def test_logits(golden, rdn, vgg, x, key, arch, stage, dilated):
+def test_logits(golden, networks, x, key, arch, stage, dilated):
     classifier = fill(DeepStemResNet(arch, STAGE_CHANNELS[stage], dilated))
-    detector = ResynthesisDetector(rdn, classifier, stage, vgg).eval()
+    detector = ResynthesisDetector(networks[0], classifier, stage, networks[1]).eval()
     with torch.inference_mode():
         close(detector(x), golden[key])
     assert resnet_config(classifier.state_dict()) == {"arch": arch, "in_channels": STAGE_CHANNELS[stage]}
 
 
-def test_perceptual_losses(golden, rdn, vgg, x, x_hat):
+def test_perceptual_losses(golden, networks, x):
+    detector, all_real = ResynthesisDetector(networks[0], None, 0, networks[1]), torch.ones(len(x), dtype=torch.bool)
     with torch.inference_mode():
-        maps_hat, maps = vgg(x_hat, STAGES), vgg(x, STAGES)
+        x_hat, _, maps_hat, maps = detector.compare(x, STAGES)
         loss, l1 = super_resolution_loss(x_hat, x, maps_hat, maps, vgg_weight=0.2)
         close((loss - l1) / 0.2, golden["vgg_loss_mse"])
-        detector, all_real = ResynthesisDetector(rdn, torch.nn.Identity(), 0, vgg), torch.ones(len(x), dtype=torch.bool)
         close(residual_and_auxiliary_loss(detector, x, all_real, None)[1].mean(), golden["aux_loss_l1"])

@@ -8,7 +8,7 @@ import torch
 from benchmarks.plain import plain_detector
 from models import RDN, STAGE_CHANNELS, DeepStemResNet, ResynthesisDetector, VGGStages, load_vgg
 from models.tiling import in_tiles
-from models.vgg import STAGE_LAYERS, STAGES, reach
+from models.vgg import STAGES, reach
 
 TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
 
@@ -61,8 +61,10 @@ def test_tiles_without_a_sufficient_halo_show(rdn):
     assert error[:15, :15].max() <= 2e-5  # a seam, and only there
 
 
-def test_gradients_through_the_tiles_of_the_up_sampling(rdn, monkeypatch):
-    x_lr = torch.rand(1, 3, 20, 20)
+@pytest.mark.parametrize("rdn", [2, 3, 4], indirect=True)
+def test_gradients_through_the_tiles_of_the_up_sampling_and_through_recomputed_blocks(rdn, monkeypatch):
+    x_lr, calls = torch.rand(1, 3, 20, 20), []
+    rdn.rdbs[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradients():
         return torch.autograd.grad(rdn(x_lr).square().mean(), list(rdn.parameters()))
@@ -72,6 +74,7 @@ def test_gradients_through_the_tiles_of_the_up_sampling(rdn, monkeypatch):
     for rdn.checkpoint_blocks in (False, True):
         for got, expected in zip(gradients(), wanted, strict=True):
             close(got, expected)
+    assert len(calls) == 4  # a block once, and once more in the backward pass
 
 
 @pytest.mark.parametrize("size", [(144, 80), (150, 91)])
@@ -82,15 +85,11 @@ def test_vgg_in_tiles(vgg, size):
     tiled.load_state_dict(vgg.state_dict())
     tiled.tile = 16
     with torch.inference_mode():
+        together = tiled(x, STAGES)
         for k in STAGES:
             close(tiled(x, [k])[k], whole[k])
-        for k, got in tiled(x, STAGES).items():
-            close(got, whole[k])
-
-
-def test_the_reach_of_relu5_1(vgg):
-    assert reach(vgg.features) == (80, 16)  # 70 pixels, in whole strides
-    assert STAGE_LAYERS[5] + 1 == len(vgg.features)
+            close(together[k], whole[k])
+    assert reach(vgg.features) == (80, 16)  # up to relu5_1: 70 pixels, in whole strides
 
 
 @pytest.mark.parametrize("stage", [0, 5])

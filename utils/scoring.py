@@ -8,9 +8,10 @@ test.py scores with the same object, so that the numbers are the same.
 """
 
 import logging
+import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, product
 from typing import NamedTuple
 
 import numpy as np
@@ -18,23 +19,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Key, Sample, alike, collate
-from data.images import SizePolicy, fit_size, load_image, upright_rgb
+from data.datasets import ImageDataset, Key, Sample, alike, collate
+from data.images import SizePolicy, check_headers, fit_size, fitted_size, load_image, upright_rgb
 from data.lists import Item
 from models import ResynthesisDetector, fingerprint, load_detector, read_checkpoint
 from models.resynthesis import Compared
-from utils.run import Compute, UserError, choose_compute
+from utils.run import Compute, UserError, choose_compute, shown
 from utils.scores import predict
 
 logger = logging.getLogger(__name__)
 
 BATCH_PIXELS = 1024 * 1024  # images are scored together while they have no more pixels than this
-UNNAMED = Item("a picture", None, "")
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or uint8 (3, H, W) RGB of 0..255
 
 
 def images_at_once(height: int, width: int) -> int:
-    """How many images are scored together where the first of a list has this size."""
+    """How many images of this size are scored together, the first of a list having it."""
     return max(1, BATCH_PIXELS // max(1, height * width))
 
 
@@ -47,6 +47,12 @@ class Detector(NamedTuple):
     calibration: Mapping  # temperature, t_real, t_fake, ...; empty: none
     config: Mapping  # how the networks are built, and the fingerprints of their weights
     seen: Tensor | None  # `data.lists.identities` of the images it was trained on
+    crops: int = 1  # of `policy.crop_size`, over which the logits of an image are averaged; 1: the one in its centre
+
+    @property
+    def fitting(self) -> SizePolicy:
+        """How images are made ready: as `policy` says, but whole where several crops are taken of them."""
+        return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
     @torch.inference_mode()
     def compare(self, images: Tensor) -> Compared:
@@ -59,23 +65,29 @@ class Detector(NamedTuple):
         """residual (B, C_l, H_l, W_l) -> logits (B, 2), columns FAKE, REAL, float32 on the CPU."""
         return self.network.classify(residual).cpu()
 
-    def logits(self, images: Tensor) -> Tensor:
-        """images: uint8 (B, 3, H, W) of the sizes `fit` gives. Returns (B, 2), columns FAKE, REAL, on the CPU."""
-        return self.classify(self.compare(images).residual)
+    def logits(self, images: Tensor, compared: Compared | None = None) -> Tensor:
+        """The logits of images, on the CPU; those of several crops are computed image by image, whatever the batch.
+
+        images: uint8 (B, 3, H, W) of the sizes `fit` gives. compared: if they are already. Returns (B, 2), FAKE, REAL.
+        """
+        if self.crops == 1:
+            return self.classify((compared or self.compare(images)).residual)
+        side, means = self.policy.crop_size - self.policy.crop_size % self.policy.scale, []
+        for image in images:
+            parts = crops_of(image, side, self.crops)  # (K, 3, side, side)
+            few = parts.split(images_at_once(*parts.shape[2:]))
+            means.append(torch.cat([self.classify(self.compare(part).residual) for part in few]).mean(dim=0))  # (2,)
+        return torch.stack(means)
 
     def fit(self, picture: Picture) -> Tensor:
-        """A picture as the networks get it: uint8 (3, H, W), resized and cropped as in training.
-
-        Raises:
-            UserError: if it cannot be read, or is too small.
-        """
+        """A picture as the networks get it: uint8 (3, H, W), resized and cropped as in training, or a UserError."""
         if isinstance(picture, Image.Image):
             picture = torch.from_numpy(np.array(upright_rgb(picture.copy()))).permute(2, 0, 1)  # (3, H, W)
         elif not isinstance(picture, Tensor):
             picture = load_image(picture)  # (3, H, W)
         if picture.dtype != torch.uint8 or picture.dim() != 3 or len(picture) != 3:
             raise UserError(f"a picture of {picture.dtype} {tuple(picture.shape)}: uint8 (3, H, W) was wanted")
-        return fit_size(picture, self.policy)
+        return fit_size(picture, self.fitting)
 
     def predict(self, pictures: Iterable[Picture] | Picture) -> np.ndarray:
         """P(fake) of each picture, float64 (N,) in [0, 1], calibrated if the detector is."""
@@ -95,14 +107,12 @@ class Detector(NamedTuple):
 
     def _batches(self, pictures: Iterable[Picture] | Picture) -> Iterator[Tensor]:
         """The pictures in the batches (B, 3, H, W) that test.py would make of them."""
-        single = isinstance(pictures, str | os.PathLike | Image.Image) or (
-            isinstance(pictures, Tensor) and pictures.dim() == 3
-        )
+        single = getattr(pictures, "ndim", None) == 3 or isinstance(pictures, str | os.PathLike | Image.Image)
         fitted = map(self.fit, [pictures] if single else pictures)
         first = next(fitted, None)
         if first is not None:
-            samples = (Sample(Key(0, i), UNNAMED, x[None]) for i, x in enumerate(chain([first], fitted)))
-            ones = (collate([sample]) for sample in samples)
+            unnamed = Item("a picture", None, "")
+            ones = (collate([Sample(Key(0, i), unnamed, x[None])]) for i, x in enumerate(chain([first], fitted)))
             yield from (batch.x for batch in alike(ones, images_at_once(*first.shape[1:]), BATCH_PIXELS))
 
     def identity(self) -> dict:
@@ -110,10 +120,58 @@ class Detector(NamedTuple):
         own = {"classifier": fingerprint(self.network.classifier), "calibration": dict(self.calibration)}
         return {**self.config, **own}
 
+    def unlike(self, paths: Sequence[str]) -> list[str]:
+        """A line for each way in which image files are unlike all that it was trained on, where that is known."""
+        known = self.config.get("images") or {}
+        if "sides" not in known:  # trained by an earlier version
+            return []
+        (low, high), jpegs, most = known["sides"], known["jpegs"], self.policy.crop_size or math.inf
+        headers = zip(paths, check_headers(paths, self.fitting), strict=True)
+        sides = {path: min(*fitted_size(*h.size, self.fitting), most) for path, h in headers if h.size}
+        far = [path for path, side in sides.items() if not low / 2 <= side <= 4 * high]
+        ways = {
+            f"have shorter sides far from its {low} to {high} pixels": far,
+            "are JPEG, of which it saw none": [path for path in sides if jpegs == 0 and is_jpeg(path)],
+            "are no JPEG, and it saw nothing else": [path for path in sides if jpegs == 1 and not is_jpeg(path)],
+        }
+        text = "unlike its training images: {} of {} {} (first: {}): take these verdicts with care"
+        return [text.format(len(odd), len(paths), way, shown(odd[0])) for way, odd in ways.items() if odd]
+
+
+def images_known(images: ImageDataset) -> dict:
+    """What `Detector.unlike` has to know of training images: the range of their shorter sides; the share that is JPEG."""
+    sides = [min(size) for size in images.sizes]
+    jpegs = 0.5 if images.transform else float(np.mean([is_jpeg(item.path) for item in images.items]))
+    return {"sides": [min(sides), max(sides)], "jpegs": jpegs}  # perturbed: some are compressed
+
+
+def is_jpeg(path: str) -> bool:
+    """By how the file begins, whatever its name."""
+    with open(path, "rb") as file:
+        return file.read(3) == b"\xff\xd8\xff"
+
+
+def crops_of(image: Tensor, side: int, count: int) -> Tensor:
+    """(K, 3, side, side): `count` squares of an image (3, H, W), evenly spread from its borders in, the same ones once.
+
+    They are in as many rows and columns as suits its shape. Where a side of the image is smaller, all of it is taken.
+    """
+    height, width = image.shape[1:]
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    rows = min(divisors, key=lambda n: abs(math.log(n * n * width / (count * height))))
+    corners = product(_places(height - side, rows), _places(width - side, count // rows))
+    return torch.stack([image[:, top : top + side, left : left + side] for top, left in corners])
+
+
+def _places(free: int, count: int) -> list[int]:
+    """Where `count` parts of a line begin that has `free` pixels more than one; one is in the centre."""
+    free = max(free, 0)
+    return sorted({i * free // (count - 1) for i in range(count)}) if count > 1 else [free // 2]
+
 
 def load(
     checkpoint: str,
-    device: str | None = None,
+    device: str | Compute | None = None,
     precision: str = "auto",
     resynthesizer: str | None = None,
     vgg_weights: str = "auto",
@@ -122,30 +180,24 @@ def load(
     """A detector from its checkpoint, of ours or of the release.
 
     Args:
-        device: "cpu", the number of a GPU, or None for the first GPU there is.
+        device: "cpu", the number of a GPU, or None for the first GPU there is; test.py gives what it has chosen.
         precision: "auto" (TF32 on a GPU, float32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
         resynthesizer: RDN's own file, where the checkpoint does not hold it (the released ones).
         vgg_weights: as `--vgg-weights`.
         options: what a released checkpoint leaves open, named as in test.py: stage, dilated, ...; resize, crop_size
-            (0: none) other than in training.
-
-    Raises:
-        UserError: if something is missing, damaged, or does not belong together.
+            (0: none) other than in training; crops. What does not belong together is a UserError.
     """
-    compute = choose_compute(device, precision, deterministic=False)
-    return load_on(compute, checkpoint, resynthesizer, vgg_weights, options or {})
-
-
-def load_on(
-    compute: Compute, checkpoint: str, resynthesizer: str | None, vgg_weights: str, options: Mapping
-) -> Detector:
-    """`load`, where the device is chosen. options: also those of test.py that are None where nothing was asked for."""
+    compute = device if isinstance(device, Compute) else choose_compute(device, precision, deterministic=False)
     source = read_checkpoint(checkpoint)
+    options = options or {}
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
     policy = SizePolicy(network.resynthesizer.scale, **sizes_to_use(config.get("images") or {}, options))
-    content = source.content
-    return Detector(network, compute, policy, content.get("calibration") or {}, config, content.get("trained_on"))
+    crops, content = options.get("crops") or 1, source.content
+    if crops > 1 and not policy.crop_size:
+        raise UserError(f"--crops {crops} needs their size: give --crop-size N (the detector was trained without)")
+    calibration = content.get("calibration") or {}
+    return Detector(network, compute, policy, calibration, config, content.get("trained_on"), crops)
 
 
 def sizes_to_use(trained: Mapping, options: Mapping) -> dict[str, int | None]:
