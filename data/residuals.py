@@ -20,11 +20,11 @@ from torch.utils.data import Dataset
 
 from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
 from utils.distributed import World, wait_for_all
-from utils.run import Compute, UserError, atomic, shown
+from utils.run import Compute, UserError, atomic, remove_torn, shown
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+TORN_AFTER = 3600  # seconds without a write: other runs may be writing here
 
 
 class ResidualCache:
@@ -40,10 +40,11 @@ class ResidualCache:
     def __init__(self, folder: Path, about: Mapping[str, object], storage: str):
         about = {**about, "storage": storage, "torch": torch.__version__, "Pillow": PIL.__version__}
         text = "".join(f"{name}: {value}\n" for name, value in sorted(about.items()))
-        self.folder, self.dtype = folder, DTYPES[storage]
+        self.folder, self.dtype = folder, torch.float16 if storage == "fp16" else torch.float32
         self.home = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.home.mkdir(exist_ok=True)
         (self.home / "settings.txt").write_text(text)  # for people
+        remove_torn(self.home, TORN_AFTER)
 
     def has_room(self, shapes: Sequence[tuple[int, int, int]], max_bytes: float) -> bool:
         """Whether residuals of these shapes (C_l, H_l, W_l) fit into `max_bytes` and onto the disk; says so."""
@@ -85,24 +86,16 @@ class ResidualCache:
 
 
 class ResidualDataset(Dataset):
-    """The entries of `images`, as residuals: none is decoded.
-
-    Raises:
-        ValueError: if the images differ from epoch to epoch by more than being mirrored.
-    """
+    """The entries of `images`, as residuals: none is decoded. From epoch to epoch they are mirrored, nothing else."""
 
     def __init__(self, images: ImageDataset, cache: ResidualCache):
-        if images.transform is not None or images.drawn_anew:
-            raise ValueError("images that change from epoch to epoch were given: the residuals of these change, too")
         self.images, self.cache = images, cache
 
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.item(key.index)
         if not self.cache.holds(self.images, key):  # `fill` could not read the image, which says why once more
-            error = (
-                self.images[key].error or f"{shown(item.path)} has changed since training began: --resume auto goes on"
-            )
-            return Sample(key, item, None, error)
+            changed = f"{shown(item.path)} has changed since training began: --resume auto goes on"
+            return Sample(key, item, None, self.images[key].error or changed)
         path = self.cache.path(self.images, key)
         try:
             return Sample(key, item, torch.from_numpy(np.load(path)["residual"])[None])  # (1, C_l, H_l, W_l)
