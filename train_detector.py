@@ -29,16 +29,15 @@ from torch.utils.data import DataLoader
 import models
 from data.audit import log_quick_audit
 from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
-from data.images import SizePolicy, fit_size, load_image, refuse_mixed_sizes, usable_items
+from data.images import SizePolicy, refuse_mixed_sizes, usable_items
 from data.lists import Item, identities, labelled_items, list_digest
 from data.perturbations import augment
 from models import Checkpoint, ResynthesisDetector
-from models.auxiliary import TASKS, degrade_batch
 from models.resnet import TOTAL_STRIDE
 from utils import sources, training
 from utils.distributed import World, gather_rows, share_buffers, world_of_processes
 from utils.metrics import auroc
-from utils.run import FAKE, LABEL_NAMES, REAL, Compute, UserError, choose_compute, keyed_generator, run_program
+from utils.run import FAKE, REAL, Compute, UserError, choose_compute, run_program
 from utils.sources import ResidualsOf
 from utils.training import Run, Stepper
 
@@ -46,8 +45,6 @@ logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
 FINAL_RATE = 1e-4  # of the base rate: where the cosine schedule ends
-PICTURE_SIDE = 256  # pixels of the pictures in TensorBoard
-PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
 
 
 def main(args: Namespace) -> None:
@@ -65,8 +62,8 @@ def main(args: Namespace) -> None:
 
         # What is trained, how far it is, and what is kept of it
         stepper = make_stepper(args, detector, compute, world, batches.steps)
-        output, settings = Path(args.output_path), vars(args) | {"precision": compute.precision}
-        settings["images"] = list_digest(images.items)
+        output = Path(args.output_path)
+        settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
         stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         stepper.go_on_from(resumed, settings)
         about = {"config": config, "settings": settings}
@@ -79,25 +76,18 @@ def main(args: Namespace) -> None:
         auxiliary = sources.Auxiliary(args.auxiliary, args.auxiliary_weight, args.seed, args.micro_batch)
         trained = partial(sources.end_to_end_residuals, detector, compute, world, auxiliary)
         kept = sources.kept_residuals(args, detector, config, compute, (images, val_images), world)
-        loader, val_loader = (
-            make_loader(dataset, order, args.workers, compute)
-            for dataset, order in zip(kept or (images, val_images), (batches, val_batches), strict=True)
-        )
+        loader = make_loader(kept[0] if kept else images, batches, args.workers, compute)
+        val_loader = make_loader(kept[1] if kept else val_images, val_batches, args.workers, compute)
 
         logger.info("%d training images; from epoch %d, step %d on", batches.count, progress.epoch, progress.step)
-        pictures = partial(record_pictures, detector, compute, args.auxiliary, run, example_images(images))
-        if not progress.total_steps:
-            pictures(0)
         for epoch in range(progress.epoch, args.epochs):
             for dataset in kept:
                 dataset.fill(epoch, frozen, run.batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
             train_one_epoch(detector, loader, frozen if args.fixed_resynthesizer else trained, stepper, run)
-            values = epoch_values(progress.means())
+            values = progress.means()
             if val_items:
                 values |= validate(detector, val_loader, frozen, run)
-            if not args.fixed_resynthesizer:
-                pictures(epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
             run.end_epoch(values, "val_auroc", numbered_files if due else None)
 
@@ -269,35 +259,11 @@ def train_step(detector: ResynthesisDetector, batch: Batch, residuals_of: Residu
     labels, weights = batch.labels.to(residual.device), batch.weights.to(residual.device)  # (B,) each
     logits = detector.classify(residual)  # (B, 2)
     loss = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
-    values = observed(logits, residual, labels, weights)
+    values = {"accuracy": (weights * (logits.argmax(dim=1) == labels)).sum()}
     if auxiliary is not None:
         values |= {"cross_entropy": loss, "auxiliary": auxiliary}
         loss = loss + auxiliary
     stepper.step(loss, values, batch)
-
-
-def observed(logits: Tensor, residual: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """This process's shares of what is worth watching: accuracy, and the mean residual of either class."""
-    real = (labels == REAL).float()  # (B,)
-    energy = residual.detach().mean(dim=(1, 2, 3))  # (B,): the simplest score the method has
-    return {
-        "accuracy": (weights * (logits.argmax(dim=1) == labels)).sum(),
-        "share_real": (weights * real).sum(),
-        "energy_real": (weights * energy * real).sum(),
-        "energy_fake": (weights * energy * (1 - real)).sum(),
-    }
-
-
-def epoch_values(means: dict[str, float]) -> dict[str, float]:
-    """The epoch's means as they are recorded: each class's energy is a mean over that class."""
-    share_real = means.pop("share_real", 0.0)
-    for name, share in (("energy_real", share_real), ("energy_fake", 1 - share_real)):
-        if name in means:
-            means[name] = means[name] / share if share else float("nan")
-    return means
-
-
-# --- validation and pictures --------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -317,40 +283,6 @@ def validate(
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
         "val_auroc": auroc((logits[:, FAKE] - logits[:, REAL]).numpy(), (labels == FAKE).numpy()),
     }
-
-
-def example_images(images: ImageDataset) -> dict[str, Tensor]:
-    """The first readable real and generated image, their central PICTURE_SIDE pixels at most: uint8 (1, 3, H, W)."""
-    examples, scale = {}, images.policy.scale
-    for item in images.items:
-        name = LABEL_NAMES[item.label]
-        if name not in examples:
-            with contextlib.suppress(UserError):  # the training will say what is wrong with it
-                x = fit_size(load_image(item.path), images.policy)  # (3, H, W)
-                side = min(PICTURE_SIDE, *x.shape[-2:])
-                examples[name] = fit_size(x, SizePolicy(scale, side - side % scale))[None]
-    return examples
-
-
-@torch.no_grad()
-def record_pictures(
-    detector: ResynthesisDetector, compute: Compute, task: str, run: Run, images: dict[str, Tensor], finished: int
-) -> None:
-    """To TensorBoard, of each image (1, 3, H, W): x | x_lr | x_hat | pixel difference x 4; the same of a degraded x_lr.
-
-    The same images and the same degradation in every epoch, so that before and after training can be compared.
-    """
-    scale = detector.resynthesizer.scale
-    for name, image in images.items() if run.world.is_main else ():
-        x = compute.input(image)
-        inputs = {name: models.downsample(x, scale)}  # (1, 3, h, w)
-        if TASKS[task]:
-            inputs[f"{name}_degraded"] = degrade_batch(TASKS[task](keyed_generator(0)), x, scale, [keyed_generator(1)])
-        for what, x_lr in inputs.items():
-            with compute.autocast():
-                x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
-            row = [x, F.interpolate(x_lr, scale_factor=scale), x_hat, PICTURE_GAIN * (x_hat - x).abs()]
-            run.pictures(f"resynthesis/{what}", torch.cat(row, dim=3), finished)  # (1, 3, H, 4 * W)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ auxiliary loss, a scalar (None: there is none).
 """
 
 import logging
+import math
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Batch, ImageDataset
-from data.residuals import ResidualCache, ResidualDataset
+from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
 from models import ResynthesisDetector
 from models.auxiliary import degrade_batch, draw_degradation, residual_and_auxiliary_loss
 from utils.distributed import World, from_main, sum_over_processes
@@ -112,9 +113,11 @@ def kept_residuals(
         "stage": detector.stage,
         "scale, crop, resize": tuple(datasets[0].policy),
         "arithmetic": str(compute),
+        "storage": args.cache_precision,
     }
-    folder = make_folder(args.cache_dir or Path(args.output_path) / "residual_cache")
-    cache = ResidualCache(folder, about, args.cache_precision)
+    dtype = STORAGE[args.cache_precision]
+    folder = cache_folder(make_folder(args.cache_dir or Path(args.output_path) / "residual_cache"), about)
     both_ways = [size for images in datasets for size in images.sizes * images.parts * (2 if images.draws else 1)]
-    fits = cache.has_room([detector.residual_shape(*size) for size in both_ways], args.cache_gb * 1e9)
-    return [ResidualDataset(images, cache) for images in datasets] if from_main(fits, world) else []
+    bytes_of = [math.prod(detector.residual_shape(*size)) * dtype.itemsize for size in both_ways]
+    fits = from_main(has_room(folder, bytes_of, args.cache_gb * 1e9), world)
+    return [ResidualDataset(images, folder, dtype) for images in datasets] if fits else []
