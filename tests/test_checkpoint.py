@@ -16,7 +16,7 @@ import train_sr
 from models import RDN, DeepStemResNet, VGGStages, fingerprint, load_vgg, load_weights, state_dict_of
 from utils import checkpoint as checkpoints
 from utils import options
-from utils.run import remove_torn, run_program
+from utils.run import run_program
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 
@@ -33,34 +33,25 @@ def test_what_is_saved_is_loaded(tmp_path):
         checkpoints.save({}, tmp_path / "nowhere" / "last.pth")
 
 
-@pytest.mark.parametrize("failure", [RuntimeError("unexpected pos 64 vs 0"), KeyboardInterrupt(), "disk full"])
+@pytest.mark.parametrize("failure", ["disk full", "interrupt"])
 def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, failure):
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
     before, (_, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fail(obj, file):
-        file.write(b"half a checkpoint")
-        raise failure
+    def interrupt(_):
+        raise KeyboardInterrupt
 
     if failure == "disk full":  # the kernel itself refuses, in the middle of the file
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     else:
-        monkeypatch.setattr(torch, "save", fail)
+        monkeypatch.setattr(os, "fsync", interrupt)
     try:
-        with pytest.raises(KeyboardInterrupt) if isinstance(failure, KeyboardInterrupt) else mistake("last.pth"):
+        with mistake("last.pth") if failure == "disk full" else pytest.raises(KeyboardInterrupt):
             checkpoints.save({"a": torch.ones(10_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
-
-
-def test_only_torn_files_are_removed(tmp_path):
-    kept = ["last.pth", ".p.csv.0-of-1.part", "visible.tmp"]
-    for name in [*kept, ".last.pth.tar.12.tmp", ".epoch_3.pth.345.tmp"]:
-        (tmp_path / name).touch()
-    remove_torn(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(kept)
 
 
 class Malicious:

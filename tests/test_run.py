@@ -124,9 +124,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     finally:
         os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o640
-    (tmp_path / f".b.json.1{run.TEMPORARY}").touch()
+
+
+def test_only_torn_files_are_removed(tmp_path):
+    kept = {"last.pth", ".p.csv.0-of-1.part", "visible.tmp"}
+    for name in (*kept, ".last.pth.tar.12.tmp", f".epoch_3.pth.345{run.TEMPORARY}"):
+        (tmp_path / name).touch()
+    run.remove_torn(tmp_path, age=60)
+    assert len(os.listdir(tmp_path)) == 5
     run.remove_torn(tmp_path)
-    assert os.listdir(tmp_path) == ["a.json"]
+    assert set(os.listdir(tmp_path)) == kept
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
