@@ -51,10 +51,8 @@ def load(path: str | os.PathLike) -> dict:
         raise UserError(f"no checkpoint at {name}: train one first, or give the path of an existing file")
     try:
         loaded = _unpacked(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, PermissionError):
         raise
-    except PermissionError as error:
-        raise UserError(f"cannot read {name} ({error.strerror})") from None
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError
         if any(words in str(error) for words in FORBIDDEN):
             raise UserError(
