@@ -134,5 +134,5 @@ def test_numbers_have_limits():
     parse = options.number(float, 0, 1)
     assert parse("0.5") == 0.5 and parse("0") == 0 and parse("1") == 1
     for text in ("-0.1", "1.1", "nan"):
-        with pytest.raises(argparse.ArgumentTypeError, match="wanted: at least 0 and at most 1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 1"):
             parse(text)

@@ -137,12 +137,11 @@ def test_only_torn_files_are_removed(tmp_path):
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
-    lines = {name: 0.05 if value == run.LOG_SECONDS else value for name, value in run.LINES_IN_LOG.items()}
-    monkeypatch.setattr(run, "LINES_IN_LOG", lines)
+    monkeypatch.setattr(run, "LOG_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     for _ in run.progress(range(12), "epoch 3"):
         time.sleep(0.02)
-    with run.progress(None, "scoring", total=900, done=100, unit="images") as bar:
+    with run.progress(None, "scoring", total=900, initial=100, unit="images") as bar:
         time.sleep(0.1)
         bar.update(200)
     assert 2 <= len(caplog.messages) <= 7

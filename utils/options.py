@@ -6,6 +6,7 @@ is no file, the paper's.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -42,9 +43,8 @@ class NoEffect(argparse.Action):
     """A flag that is accepted and does nothing: of the released program, or one that was dropped. One line says so."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        why = f" ({self.const})" if self.const else ""
         if is_main_process():
-            sys.stderr.write(f"{option_string} has no effect here{why}\n")
+            sys.stderr.write(f"{option_string} has no effect here\n")
 
 
 class Group:
@@ -65,22 +65,19 @@ class Group:
         """An option without a value, off by default."""
         self.group.add_argument(*flags.split(), help=text, **{"action": "store_true", **more})
 
-    def dropped(self, flags: str, why: str = "", takes: int | None = None) -> None:
+    def dropped(self, flags: str, takes: int | None = None) -> None:
         """Accept a flag that does nothing. takes: 0 if it has no value."""
         hidden = {"dest": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        self.group.add_argument(*flags.split(), action=NoEffect, const=why, nargs=takes, **hidden)
+        self.group.add_argument(*flags.split(), action=NoEffect, nargs=takes, **hidden)
 
 
-def number(kind: type, low: float | None = None, high: float | None = None) -> Callable[[str], float]:
-    """An argparse type: a finite int or float within [low, high]."""
+def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """An argparse type: a finite int or float from `low` to `high`."""
 
     def parse(text: str):
         value = kind(text)
-        if (low is not None and not value >= low) or (high is not None and not value <= high):
-            limits = [f"{word} {limit}" for word, limit in (("at least", low), ("at most", high)) if limit is not None]
-            raise argparse.ArgumentTypeError(f"{text} (wanted: {' and '.join(limits)})")
-        if abs(value) == float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} (wanted: a finite number)")
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} (wanted: a number from {low} to {high})")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it in its errors
@@ -179,7 +176,7 @@ def training_options(parser: Parser, batch_size: int, lr: float, schedule: str, 
     safe.add("--save-minutes", "save the whole state at least every X minutes, within an epoch too", weight, 15.0)
     safe.add("--keep-last", "of the numbered checkpoints keep the N newest (default: all)", at_least_one)
     safe.switch("--skip-bad", "train without the images that cannot be used, rather than refuse")
-    safe.dropped("--skip-nonfinite", "a loss that is not finite always ends the run, its last good state named")
+    safe.dropped("--skip-nonfinite")
 
 
 def release_options(parser: Parser) -> None:

@@ -116,16 +116,6 @@ class StopSignal:
         self.received = self.received or number
 
 
-def progress(batches: Iterable | None, what: str, total: int | None = None, done: int = 0, unit: str = "it") -> tqdm:
-    """`batches` with a bar on a terminal; elsewhere with a line in the log every LOG_SECONDS.
-
-    For anything but one a step, give `batches=None` and call `.update(n)`.
-    """
-    how = {} if sys.stderr.isatty() else LINES_IN_LOG
-    about = {"desc": what, "total": total, "initial": done, "unit": unit, "disable": not is_main_process()}
-    return tqdm(batches, leave=False, **about, **how)
-
-
 class _Log(TextIOBase):
     """What is written here is a line in the log."""
 
@@ -135,12 +125,15 @@ class _Log(TextIOBase):
         return len(text)
 
 
-LINES_IN_LOG = {
-    "file": _Log(),
-    "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
-    "miniters": 1,
-    **dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS),
-}
+def progress(items: Iterable | None, what: str, total: int | None = None, **about) -> tqdm:
+    """`items` with a bar on a terminal; elsewhere with a line in the log every LOG_SECONDS.
+
+    For anything but one a step, give `items=None` and call `.update(n)`. about: more for tqdm, such as `unit`.
+    """
+    if not sys.stderr.isatty():
+        about |= {"file": _Log(), "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"}
+        about |= {"miniters": 1, **dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS)}
+    return tqdm(items, what, total, leave=False, disable=not is_main_process(), **about)
 
 
 # --- where and how networks compute -------------------------------------------------------------------------
