@@ -33,7 +33,7 @@ from models.auxiliary import degrade_patch, super_resolution_loss
 from models.rdn import start_as_interpolation
 from utils import training
 from utils.distributed import World, sum_over_processes, world_of_processes
-from utils.run import DEGRADE_PATCH, Compute, UserError, choose_compute, keyed_generator, progress, run_program
+from utils.run import DEGRADE_PATCH, Compute, UserError, choose_compute, keyed_generator, run_program
 from utils.training import Run, Stepper
 
 logger = logging.getLogger("train_sr")
@@ -49,18 +49,11 @@ def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
     with world_of_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # Images and weights: what can be wrong with them is found before anything is written
-        items = [] if args.evaluate else image_items(args.train_file, "--train-file")
-        eval_items = image_items(args.eval_file, "--eval-file") if args.eval_file or args.evaluate else []
+        items, eval_items = image_items(args.train_file), image_items(args.eval_file) if args.eval_file else []
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
         origin, resumed = training.starting_point(args.resume, args.init, states)
         model = resynthesizer(origin, vars(args), args.start, compute)
         eval_items, _ = usable_items(eval_items, SizePolicy(model.scale), args.skip_bad)
-        eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
-        eval_batches = EpochBatches(len(eval_items), world.size, world=world)  # one image at a time
-        eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
-        if args.evaluate:
-            batches = training.readable(progress(eval_loader, "evaluation"), args.skip_bad, set())
-            return evaluate_only(model, origin, batches, compute, world)
         items, _ = usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_items:
             log_quick_audit(items, eval_items)
@@ -82,6 +75,9 @@ def main(args: Namespace) -> None:
         # Training, on patches in an order that depends on seed and epoch alone
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         loader = make_loader(patches, batches, args.workers, compute)
+        eval_batches = EpochBatches(len(eval_items), world.size, world=world)  # one image at a time
+        eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
+        eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
         ways = {"augment": args.augment, "completion": args.completion, "colorization": args.colorization}
         loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, partial(degrade_patches, args.seed, ways), compute)
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
@@ -94,13 +90,14 @@ def main(args: Namespace) -> None:
             due = (epoch + 1) % args.num_save == 0 or last
             run.pictures("input, re-synthesis, target", pictures if due else (), epoch + 1)
             run.end_epoch(values, "psnr", numbered_files if due else None)
-            warn_if_poor(values if last else {})
+            if last and values.get("psnr", 0) < values.get("psnr_bicubic", 0):
+                logger.warning("warning: RDN brings back less than bicubic interpolation: it needs more training")
 
 
-def image_items(source: str | None, flag: str) -> list[Item]:
-    """The images of a list or folder given by `flag`, without labels."""
+def image_items(source: str | None) -> list[Item]:
+    """The images of a list or folder, without labels."""
     if source is None:
-        raise UserError(f"no images: give {flag} a list (one path a line) or a folder of images")
+        raise UserError("no images: give --train-file a list (one path a line) or a folder of images")
     return [Item(path, None, "") for path in paths_of(source)]
 
 
@@ -193,12 +190,6 @@ def evaluate(model: RDN, batches: Iterable[Batch], compute: Compute, world: Worl
     return {name: value / count if count else float("nan") for name, value in zip(names, sums, strict=True)}
 
 
-def warn_if_poor(values: dict[str, float]) -> None:
-    """Say so if RDN is of no use yet. values: of `evaluate`, if it was evaluated."""
-    if "psnr" in values and values["psnr"] < values["psnr_bicubic"]:
-        logger.warning("warning: RDN brings back less than bicubic interpolation: it needs more training")
-
-
 def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
     """PSNR (dB) and SSIM of y, clipped to [0, 1], against x. Both (1, 3, H, W)."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -208,19 +199,6 @@ def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
     kernel = min(11, *((side - 1) // 2 * 2 + 1 for side in x.shape[-2:]))  # the usual window, or what fits
     ssim = structural_similarity_index_measure(y, x, data_range=1.0, gaussian_kernel=kernel == 11, kernel_size=kernel)
     return psnr, ssim.item()
-
-
-def evaluate_only(
-    model: RDN, origin: Checkpoint | None, batches: Iterable[Batch], compute: Compute, world: World
-) -> None:
-    """`--evaluate`: PSNR and SSIM of given weights, on the screen."""
-    if origin is None:
-        raise UserError("--evaluate needs the weights to evaluate: give them with --weights-file")
-    values = evaluate(model, batches, compute, world)
-    logger.info("x%d from box-downsampled input, RGB, %s", model.scale, compute)
-    logger.info("%s: PSNR %.2f dB, SSIM %.4f", origin.name, values["psnr"], values["ssim"])
-    logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
-    warn_if_poor(values)
 
 
 if __name__ == "__main__":

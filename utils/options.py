@@ -202,7 +202,6 @@ def train_sr_parser() -> Parser:
     sr.add("--eval-file", "list or folder of images to report PSNR and SSIM on", metavar="FILE")
     sr.add("--outputs-dir", "writes DIR/xSCALE/epoch_N.pth, ...", default="output_hr", metavar="DIR")
     sr.add("--weights-file", "start from these weights of RDN", dest="init", metavar="FILE")
-    sr.switch("--evaluate", "only evaluate --weights-file on --eval-file")
     sr.add("--patch-size", "side in LR pixels", at_least_one, 24)
     sr.add("--patches-per-image", "patches taken from an image once it is decoded; the release: 1", at_least_one, 1)
     text = "of new weights: PyTorch's, as released, or such that RDN interpolates at first"

@@ -229,18 +229,6 @@ def cosine(of: int, epochs: float) -> float:
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def readable(batches: Iterable[Batch], skip_bad: bool, told: set[str]) -> Iterator[Batch]:
-    """The batches. What cannot be read in one is an error or, if `skip_bad`, left out with one line (then in `told`)."""
-    for batch in batches:
-        for text in batch.errors.values():
-            if not skip_bad:
-                raise UserError(f"{text}; mend or remove it, or go on without such images by --skip-bad")
-            if text not in told:
-                logger.warning("left out: %s", text)
-                told.add(text)
-        yield batch
-
-
 class Run(contextlib.AbstractContextManager):
     """A training under way: its last state on disk, its records, and the signals it gets, obeyed between steps.
 
@@ -304,9 +292,15 @@ class Run(contextlib.AbstractContextManager):
     def batches(self, loader: Iterable[Batch], what: str, training: bool = False) -> Iterator[Batch]:
         """The batches of a loader that hold an image, which `what` is done with. After each a signal is obeyed.
 
+        An image that cannot be read is an error or, with --skip-bad, left out with one line.
         training: a step is taken with each, after which the state is saved if it is time, or any process got a signal.
         """
-        for batch in readable(run.progress(loader, what), self.settings["skip_bad"], self.told):
+        for batch in run.progress(loader, what):
+            for text in (text for text in batch.errors.values() if text not in self.told):
+                if not self.settings["skip_bad"]:
+                    raise UserError(f"{text}; mend or remove it, or go on without such images by --skip-bad")
+                logger.warning("left out: %s", text)
+                self.told.add(text)
             if len(batch.x):
                 yield batch
             elif training and self.world.size > 1:  # all have to take the step
