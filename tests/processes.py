@@ -75,29 +75,22 @@ def _run(program, arguments, log, prepare, environment):
 
 
 @contextlib.contextmanager
-def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
-    """A process is where only one may write. The function given kills it, but not its worker, which lives on."""
+def sole_writer(lock: Path) -> Iterator[multiprocessing.Process]:
+    """A process that is where only one may write; a worker it has forked lives on until this ends."""
     ours, its = SERVER.Pipe()
     process = SERVER.Process(target=_write_alone, args=(lock, its))
     process.start()
-    its.close()
     worker = ours.recv()
-
-    def kill():
-        process.kill()
-        process.join()
-
     try:
-        yield kill
+        yield process
     finally:
-        kill()
+        process.kill()
         os.kill(worker, signal.SIGKILL)
 
 
 def _write_alone(lock, connection):
     with run.sole_writer(lock, World()):
-        worker = os.fork()
-        if worker:
+        if worker := os.fork():
             connection.send(worker)
         time.sleep(60)
 
