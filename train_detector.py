@@ -75,6 +75,7 @@ def main(args: Namespace) -> None:
         frozen = partial(sources.frozen_residuals, detector, compute, args.micro_batch)
         auxiliary = sources.Auxiliary(args.auxiliary, args.auxiliary_weight, args.seed, args.micro_batch)
         trained = partial(sources.end_to_end_residuals, detector, compute, world, auxiliary)
+        residuals_of = frozen if args.fixed_resynthesizer else trained
         kept = sources.kept_residuals(args, detector, config, compute, (images, val_images), world)
         loader = make_loader(kept[0] if kept else images, batches, args.workers, compute)
         val_loader = make_loader(kept[1] if kept else val_images, val_batches, args.workers, compute)
@@ -84,7 +85,7 @@ def main(args: Namespace) -> None:
             for dataset in kept:
                 dataset.fill(epoch, frozen, run.batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
-            train_one_epoch(detector, loader, frozen if args.fixed_resynthesizer else trained, stepper, run)
+            train_one_epoch(detector, loader, residuals_of, stepper, run)
             values = progress.means()
             if val_items:
                 values |= validate(detector, val_loader, frozen, run)
@@ -161,11 +162,8 @@ def check_sizes(
         count = f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es)"
         raise UserError(f"{count} leave one alone: {models.SINGLE_IMAGE}")
     if max(height, width) <= TOTAL_STRIDE:
-        logger.warning(
-            "warning: residuals are of %d x %d values, no more than the classifier's stride of %d, so that its last maps"
-            " are of one value: gradients may be large; larger images or a lower --idx-stages train better",
-            width, height, TOTAL_STRIDE,
-        )  # fmt: skip
+        what = f"residuals are of {width} x {height} values, no more than the classifier's stride of {TOTAL_STRIDE}"
+        logger.warning("warning: %s: gradients may be large; larger images or a lower --idx-stages train better", what)
 
 
 def make_stepper(args: Namespace, detector: ResynthesisDetector, compute: Compute, world: World, steps: int) -> Stepper:
@@ -195,13 +193,10 @@ def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: flo
     """
     if scale == 0:
         raise UserError("--lr-sr 0 leaves the classifier untrained: give a factor above 0 (default: 0.02)")
-    groups = [
-        {"params": list(detector.classifier.parameters()), "lr": lr * scale, "weight_decay": weight_decay / scale}
-    ]
-    resynthesizer = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
-    if resynthesizer:
-        groups.append({"params": resynthesizer, "lr": lr, "weight_decay": weight_decay})
-    return groups
+    classifier = list(detector.classifier.parameters())
+    rdn = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
+    groups = [{"params": classifier, "lr": lr * scale, "weight_decay": weight_decay / scale}]
+    return groups + ([{"params": rdn, "lr": lr, "weight_decay": weight_decay}] if rdn else [])
 
 
 def released_rate(of: int, epochs: float) -> float:

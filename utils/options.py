@@ -105,9 +105,8 @@ def run_options(parser: Parser) -> None:
     run.add("--gpu --gpu-id", "GPU number, or cpu (default: GPU 0 if there is one)", dest="gpu", metavar="N|cpu")
     run.add("-j --workers --num-workers", "processes that read images; 0: only this one", count, 4, dest="workers")
     run.add("--seed", "fixes everything random", count, 123)
-    run.add("--precision", "number format of the networks' arithmetic; weights and residuals stay float32. auto ="
-        " tf32 on a GPU, as the release ran, fp32 on a CPU; fp32 is float32 to the last bit on either",
-        default="auto", choices=PRECISIONS)  # fmt: skip
+    text = "number format of the networks' arithmetic; auto = tf32 on a GPU, as the release ran, and fp32 on a CPU"
+    run.add("--precision", text, default="auto", choices=PRECISIONS)
     run.switch("--deterministic", "reproducible, perhaps slower algorithms on a GPU (default: the fastest it has)")
 
 
@@ -137,8 +136,7 @@ def detector_options(parser: Parser) -> None:
     detector.add("-a --arch", "classifier (default: the checkpoint's, else resnet50)", choices=ARCHITECTURES)
     text = "residual in pixels (0) or VGG-19 relu{1..5}_1 (default: the checkpoint's, else 0)"
     detector.add("--idx-stages", text, number(int, 0, 5), dest="stage", metavar="0..5")
-    text = "channels of the residual; follows from --idx-stages, and is refused where it contradicts it"
-    detector.add("--input-channel", text, at_least_one, dest="in_channels")
+    detector.add("--input-channel", "channels of the residual, as --idx-stages has", at_least_one, dest="in_channels")
     text = "layer3 and layer4 without dilation, as all scripts have it (default: the checkpoint's, else dilated)"
     detector.switch("--no_dilation", text, dest="dilated", action="store_const", const=False)
     detector.add("--sr-weights-file", "weights of RDN: a file of train_sr.py, a released one, or NNNN_sr.pth.tar of"
@@ -151,12 +149,10 @@ def image_options(parser: Parser) -> None:
     images, folders = Group(parser, "images"), {"nargs": "+", "metavar": "DIR"}
     images.add("--data-root-pos", "folders of REAL images", dest="real_roots", **folders)
     images.add("--data-root-neg", "folders of GENERATED images, one a generator", dest="fake_roots", **folders)
-    text = "a tree instead: GENERATOR/0_real and GENERATOR/1_fake, or nature and ai"
-    images.add("--data-root", text, dest="tree", metavar="DIR")
+    images.add("--data-root", "a tree instead: GENERATOR/0_real, /1_fake, or nature, ai", dest="tree", metavar="DIR")
     images.add("--csv", "a list instead: path,label[,generator] with label real or fake", metavar="FILE")
-    text = "resize the shorter side to N pixels first (bicubic; in tests by default as in training, 0: not)"
-    images.add("--resize", text, count)
-    text = "crop N x N pixels: anywhere in training, the centre in tests (by default as in training, 0: not)"
+    images.add("--resize", "resize the shorter side to N pixels (in tests by default as in training; 0: not)", count)
+    text = "crop N x N pixels: anywhere in training, the centre in tests (by default as in training; 0: not)"
     images.add("--crop-size", text, count)
 
 
@@ -258,10 +254,8 @@ def _cost_options(costs: Group) -> None:
     costs.switch("--no-cache", "compute the residuals anew in each epoch (default: with --fixed-sr, and unless"
         " images are cropped or perturbed anew in each epoch, each is computed once and kept on disk)",
         dest="cache", action="store_false")  # fmt: skip
-    text = "where residuals are kept; runs can share it, and it can be deleted after any (OUTPUT_PATH/residual_cache)"
-    costs.add("--cache-dir", text, metavar="DIR")
-    text = "keep residuals if all of them take at most X GB and the disk has as much; else none are kept"
-    costs.add("--cache-gb", text, weight, 50.0)
+    costs.add("--cache-dir", "where they are; runs can share it (default: OUTPUT_PATH/residual_cache)", metavar="DIR")
+    costs.add("--cache-gb", "keep residuals only if all take at most X GB and the disk has room", weight, 50.0)
     text = "number format of residuals kept: half precision, exact to 0.05 %%, or float32 at twice the size"
     costs.add("--cache-precision", text, default="fp16", choices=("fp16", "fp32"))
 
@@ -282,8 +276,7 @@ def test_parser() -> Parser:
     test.add("--perturb-protocol", text, default="sweep", choices=PERTURBATION_PROTOCOLS)
     test.switch("--stability", "score each image again after JPEG of quality 90 and after resizing to 0.9 and back"
         " (three times the work), and mark as unstable where that changes the verdict")  # fmt: skip
-    text = "images of one size at a time (default: as many as have the pixels of one of 1024 x 1024)"
-    test.add("-b --batch-size", text, at_least_one)
+    test.add("-b --batch-size", "images at a time (default: as many as have 1024 x 1024 pixels)", at_least_one)
     test.switch("--overwrite", "score anew what P.csv or an unfinished run has already")
     test.add("--tile", "work on N x N pixels of a larger image at a time: the smaller, the less memory and the more"
         " time; the logits stay those of the whole image to rounding, each tile being given all its results depend on",
