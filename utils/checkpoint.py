@@ -45,10 +45,9 @@ def load(path: str | os.PathLike) -> dict:
         UserError: if it is missing, truncated, no checkpoint, or would run code when unpickled.
     """
     path, name = Path(path), shown(path)
-    if path.is_dir():
-        raise UserError(f"{name} is a folder, a checkpoint file was wanted")
     if not path.is_file():
-        raise UserError(f"no checkpoint at {name}: train one first, or give the path of an existing file")
+        got = "a folder" if path.is_dir() else "nothing"
+        raise UserError(f"no checkpoint at {name} but {got}: train one first, or give the path of an existing file")
     try:
         loaded = _unpacked(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, PermissionError):
