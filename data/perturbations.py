@@ -26,9 +26,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import resized
+from utils.options import PERTURBATION_PROTOCOLS as PROTOCOLS
 from utils.run import UserError, keyed_generator
-
-PROTOCOLS = ("frank2020", "sweep")
 
 # Frank et al.
 PROBABILITY = 0.5

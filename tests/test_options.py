@@ -103,7 +103,6 @@ def test_every_option_is_read_and_explained(program):
 
 def test_words_that_stand_here_are_those_used_elsewhere():
     assert options.PERTURBATIONS == perturbations.NAMES
-    assert options.PERTURBATION_PROTOCOLS == perturbations.PROTOCOLS
     assert tuple(options.ARCHITECTURES) == tuple(ARCHITECTURES)
     assert options.TASKS == tuple(auxiliary.TASKS)
 

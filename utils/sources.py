@@ -32,11 +32,11 @@ ResidualsOf = Callable[[Batch, Progress], tuple[Tensor, Tensor | None]]
 def frozen_residuals(
     detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch, _: Progress | None = None
 ) -> tuple[Tensor, None]:
-    """Without gradients, unless the batch holds residuals already.
+    """Computed without gradients, or as the batch has them.
 
     micro_batch: images that pass through RDN and VGG at a time; None: all.
     """
-    if batch.x.is_floating_point():
+    if batch.x.is_floating_point():  # of a ResidualDataset
         residual = batch.x.to(compute.device, non_blocking=True).float()  # (B, C_l, H_l, W_l)
         return residual.contiguous(memory_format=torch.channels_last), None
     x = compute.input(batch.x)  # (B, 3, H, W)
