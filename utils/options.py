@@ -254,7 +254,7 @@ def _cost_options(costs: Group) -> None:
     costs.switch("--no-cache", "compute the residuals anew in each epoch (default: with --fixed-sr, and unless"
         " images are cropped or perturbed anew in each epoch, each is computed once and kept on disk)",
         dest="cache", action="store_false")  # fmt: skip
-    costs.add("--cache-dir", "where residuals are kept, by any runs (default: OUTPUT_PATH/residual_cache)", metavar="DIR")
+    costs.add("--cache-dir", "folder of residuals, for any run (default: OUTPUT_PATH/residual_cache)", metavar="DIR")
     costs.add("--cache-gb", "keep residuals only if all take at most X GB and the disk has room", weight, 50.0)
     text = "number format of residuals kept: half precision, exact to 0.05 %%, or float32 at twice the size"
     costs.add("--cache-precision", text, default="fp16", choices=("fp16", "fp32"))
