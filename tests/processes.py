@@ -75,16 +75,21 @@ def _run(program, arguments, log, prepare, environment):
 
 
 @contextlib.contextmanager
-def sole_writer(lock: Path) -> Iterator[multiprocessing.Process]:
-    """A process that is where only one may write; a worker it has forked lives on until this ends."""
+def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
+    """A process is where only one may write. The function given kills it, but not its worker, which lives on."""
     ours, its = SERVER.Pipe()
     process = SERVER.Process(target=_write_alone, args=(lock, its))
     process.start()
     worker = ours.recv()
-    try:
-        yield process
-    finally:
+
+    def kill():
         process.kill()
+        process.join()
+
+    try:
+        yield kill
+    finally:
+        kill()
         os.kill(worker, signal.SIGKILL)
 
 
