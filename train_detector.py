@@ -32,7 +32,6 @@ from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
 from data.images import SizePolicy, fit_size, load_image, refuse_mixed_sizes, usable_items
 from data.lists import Item, identities, labelled_items, list_digest
 from data.perturbations import augment
-from data.residuals import ResidualDataset
 from models import Checkpoint, ResynthesisDetector
 from models.auxiliary import TASKS, degrade_batch
 from models.resnet import TOTAL_STRIDE
@@ -41,7 +40,7 @@ from utils.distributed import World, gather_rows, share_buffers, world_of_proces
 from utils.metrics import auroc
 from utils.run import FAKE, LABEL_NAMES, REAL, Compute, UserError, choose_compute, keyed_generator, run_program
 from utils.sources import ResidualsOf
-from utils.training import Recorder, StateKeeper, Stepper
+from utils.training import Run, Stepper
 
 logger = logging.getLogger("train_detector")
 
@@ -66,46 +65,41 @@ def main(args: Namespace) -> None:
             log_quick_audit(images.items, val_images.items)
 
         # What is trained, how far it is, and what is kept of it
-        output = Path(args.output_path)
         stepper = make_stepper(args, detector, compute, world, batches.steps)
-        folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
+        output = Path(args.output_path)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
+        stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         stepper.go_on_from(resumed, settings)
+        about = {"config": config, "settings": settings}
+        state_of_networks = partial(network_state, detector, config, torch.from_numpy(identities(images.items)))
+        run = stack.enter_context(Run(output / LAST, about, state_of_networks, stepper, args.epochs))
         progress = stepper.progress
-        about, known = {"config": config, "settings": settings}, torch.from_numpy(identities(images.items))
-        state = partial(whole_state, detector, stepper, about | {"trained_on": known})
-        recorder = Recorder(folder, about, world, progress.epoch, args.epochs)
-        pictures = partial(record_pictures, detector, compute, args.auxiliary, recorder, example_images(images))
-        keeper = stack.enter_context(StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad))
+        pictures = partial(record_pictures, detector, compute, args.auxiliary, run, example_images(images))
 
-        # How residuals come: with an RDN that is trained, computed by a frozen one, or read from where they are kept
+        # How residuals come: with an RDN that is trained, or from a frozen one, whose residuals are kept if they can be
+        frozen = partial(sources.frozen_residuals, detector, compute, args.micro_batch)
         auxiliary = sources.Auxiliary(args.auxiliary, args.auxiliary_weight, args.seed, args.micro_batch)
         trained = partial(sources.end_to_end_residuals, detector, compute, world, auxiliary)
-        frozen = partial(sources.frozen_residuals, detector, compute, args.micro_batch)
-        residuals_of, val_residuals_of, kept = frozen if args.fixed_resynthesizer else trained, frozen, ()
-        if cache := sources.residual_cache(args, detector, config, compute, [images, val_images], world):
-            kept = images, val_images = ResidualDataset(images, cache), ResidualDataset(val_images, cache)
-            residuals_of = val_residuals_of = partial(sources.read_residuals, compute)
-        loader = make_loader(images, batches, args.workers, compute)
-        val_loader = make_loader(val_images, val_batches, args.workers, compute)
+        residuals_of = frozen if args.fixed_resynthesizer else trained
+        kept = sources.kept_residuals(args, detector, config, compute, (images, val_images), world)
+        loader = make_loader(kept[0] if kept else images, batches, args.workers, compute)
+        val_loader = make_loader(kept[1] if kept else val_images, val_batches, args.workers, compute)
 
         logger.info("%d training images; from epoch %d, step %d on", batches.count, progress.epoch, progress.step)
         if not progress.total_steps:
             pictures(0)
         for epoch in range(progress.epoch, args.epochs):
             for dataset in kept:
-                dataset.fill(epoch, frozen, keeper.batches, args.workers, compute, world)
+                dataset.fill(epoch, frozen, run.batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
-            train_one_epoch(detector, loader, residuals_of, stepper, keeper)
-            values = epoch_values(progress.means()) | {"learning_rate": stepper.optimizer.param_groups[0]["lr"]}
+            train_one_epoch(detector, loader, residuals_of, stepper, run)
+            values = progress.means()
             if val_items:
-                values |= validate(detector, val_loader, val_residuals_of, keeper)
-            recorder.epoch(epoch, values)
+                values |= validate(detector, val_loader, frozen, run)
             if not args.fixed_resynthesizer:
                 pictures(epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
-            keeper.end_epoch(values.get("val_auroc"), numbered_files if due else None, args.keep_last)
-        recorder.finish()
+            run.end_epoch(values, "val_auroc", numbered_files if due else None)
 
 
 def validation_items(args: Namespace) -> list[Item]:
@@ -123,12 +117,11 @@ def image_sets(
     if args.crops and not args.crop_size:
         raise UserError(f"--crops-per-image {args.crops} needs their size: give --crop-size N")
     policy, draws = SizePolicy(scale, args.crop_size or None, args.resize or None), Draws(args.seed, args.crops)
-    (items, sizes), (val_items, val_sizes) = (
-        usable_items(found, policy, args.skip_bad) for found in (items, val_items)
-    )
+    items, headers = usable_items(items, policy, args.skip_bad)
+    val_items, val_headers = usable_items(val_items, policy, args.skip_bad)
     images = ImageDataset(items, policy, draws, augment if args.augment_perturb else None)
     val_images = ImageDataset(val_items, policy)
-    images.sizes, val_images.sizes = sizes, val_sizes
+    images.headers, val_images.headers = headers, val_headers
     return images, val_images
 
 
@@ -137,7 +130,7 @@ def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | N
     if args.auxiliary != "none" and args.fixed_resynthesizer:
         raise UserError(f"--mode-sr {args.auxiliary} trains RDN and --fixed-sr does not: leave one of them out")
     last = Path(args.output_path) / LAST
-    start, resumed = training.starting_point(args.resume, args.init, [last])
+    origin, resumed = training.starting_point(args.resume, args.init, [last])
     for name, flag in (("fixed_resynthesizer", "--fixed-sr"), ("auxiliary", "--mode-sr")):
         before = resumed and resumed.content["settings"].get(name)
         if resumed and before != vars(args)[name]:  # other parts or another task: no run to go on with
@@ -147,15 +140,15 @@ def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | N
             logger.info("%s: a new run starts from its weights", was)
             resumed = None
     resynthesizer = models.read_checkpoint(args.resynthesizer_file)
-    if start is None and resynthesizer is None:
-        raise UserError("no re-synthesizer: give RDN's weights with --sr-weights-file (train_sr.py makes them)")
     if resumed and resynthesizer:
-        logger.info("RDN comes from %s, not from %s", start.name, resynthesizer.name)
+        logger.info("RDN comes from %s, not from %s", resumed.name, resynthesizer.name)
         resynthesizer = None
-    if start is None:
+    if origin:
+        detector, config = models.load_detector(origin, resynthesizer, vars(args), args.vgg_weights)
+    elif resynthesizer:
         detector, config = models.new_detector(resynthesizer, vars(args), args.vgg_weights)
     else:
-        detector, config = models.load_detector(start, resynthesizer, vars(args), args.vgg_weights)
+        raise UserError("no re-synthesizer: give RDN's weights with --sr-weights-file (train_sr.py makes them)")
     config["images"] = {"crop_size": args.crop_size, "resize": args.resize}
     detector.freeze_resynthesizer(args.fixed_resynthesizer)
     detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer  # or 12 GB for an image of 1024 x 1024
@@ -178,11 +171,8 @@ def check_sizes(
         count = f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es)"
         raise UserError(f"{count} leave one alone: {models.SINGLE_IMAGE}")
     if max(height, width) <= TOTAL_STRIDE:
-        logger.warning(
-            "warning: residuals are of %d x %d values, no more than the classifier's stride of %d, so that its last maps"
-            " are of one value: gradients may be large; larger images or a lower --idx-stages train better",
-            width, height, TOTAL_STRIDE,
-        )  # fmt: skip
+        what = f"residuals are of {width} x {height} values, no more than the classifier's stride of {TOTAL_STRIDE}"
+        logger.warning("warning: %s: gradients may be large; larger images or a lower --idx-stages train better", what)
 
 
 def make_stepper(args: Namespace, detector: ResynthesisDetector, compute: Compute, world: World, steps: int) -> Stepper:
@@ -212,13 +202,10 @@ def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: flo
     """
     if scale == 0:
         raise UserError("--lr-sr 0 leaves the classifier untrained: give a factor above 0 (default: 0.02)")
-    groups = [
-        {"params": list(detector.classifier.parameters()), "lr": lr * scale, "weight_decay": weight_decay / scale}
-    ]
-    resynthesizer = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
-    if resynthesizer:
-        groups.append({"params": resynthesizer, "lr": lr, "weight_decay": weight_decay})
-    return groups
+    classifier = list(detector.classifier.parameters())
+    rdn = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
+    groups = [{"params": classifier, "lr": lr * scale, "weight_decay": weight_decay / scale}]
+    return groups + ([{"params": rdn, "lr": lr, "weight_decay": weight_decay}] if rdn else [])
 
 
 def released_rate(of: int, epochs: float) -> float:
@@ -230,18 +217,19 @@ def released_rate(of: int, epochs: float) -> float:
     return (1 - FINAL_RATE) * math.cos(math.pi / 2 * passed) + FINAL_RATE
 
 
-def whole_state(detector: ResynthesisDetector, stepper: Stepper, about: dict) -> dict:
-    """All that is needed to use the detector, named as in the release where it has it, and to go on with its training."""
-    fingerprints = {
-        "resynthesizer_fingerprint": models.fingerprint(detector.resynthesizer),
-        "classifier_fingerprint": models.fingerprint(detector.classifier),
-    }
-    weights = {
-        "arch": about["config"]["detector"]["arch"],
+def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
+    """The networks' part of the state, named as in the release where it has it. trained_on: of `identities`."""
+    return {
+        "arch": config["detector"]["arch"],
         "state_dict": detector.classifier.state_dict(),
         "sr_state_dict": detector.resynthesizer.state_dict(),
+        "trained_on": trained_on,
+        "config": {
+            **config,
+            "resynthesizer_fingerprint": models.fingerprint(detector.resynthesizer),
+            "classifier_fingerprint": models.fingerprint(detector.classifier),
+        },
     }
-    return weights | about | {"config": about["config"] | fingerprints} | stepper.state_dict()
 
 
 def numbered_files(state: dict) -> dict[str, dict]:
@@ -260,11 +248,11 @@ def numbered_files(state: dict) -> dict[str, dict]:
 
 
 def train_one_epoch(
-    detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, stepper: Stepper, keeper: StateKeeper
+    detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, stepper: Stepper, run: Run
 ) -> None:
     """The rest of this epoch's steps."""
     detector.train()
-    for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
+    for batch in run.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
         train_step(detector, batch, residuals_of, stepper)
     share_buffers(detector.classifier, stepper.world)  # the statistics that are validated and saved: the main process's
 
@@ -275,50 +263,25 @@ def train_step(detector: ResynthesisDetector, batch: Batch, residuals_of: Residu
     labels, weights = batch.labels.to(residual.device), batch.weights.to(residual.device)  # (B,) each
     logits = detector.classify(residual)  # (B, 2)
     loss = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
-    values = observed(logits, residual, labels, weights)
+    values = {"accuracy": (weights * (logits.argmax(dim=1) == labels)).sum()}
     if auxiliary is not None:
         values |= {"cross_entropy": loss, "auxiliary": auxiliary}
         loss = loss + auxiliary
     stepper.step(loss, values, batch)
 
 
-def observed(logits: Tensor, residual: Tensor, labels: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """This process's shares of what is worth watching: accuracy, and the mean residual of either class."""
-    real = (labels == REAL).float()  # (B,)
-    energy = residual.detach().mean(dim=(1, 2, 3))  # (B,): the simplest score the method has
-    return {
-        "accuracy": (weights * (logits.argmax(dim=1) == labels)).sum(),
-        "share_real": (weights * real).sum(),
-        "energy_real": (weights * energy * real).sum(),
-        "energy_fake": (weights * energy * (1 - real)).sum(),
-    }
-
-
-def epoch_values(means: dict[str, float]) -> dict[str, float]:
-    """The epoch's means as they are recorded: each class's energy is a mean over that class."""
-    means = dict(means)
-    share_real = means.pop("share_real", 0.0)
-    for name, share in (("energy_real", share_real), ("energy_fake", 1 - share_real)):
-        if name in means:
-            means[name] = means[name] / share if share else float("nan")
-    return means
-
-
-# --- validation and pictures --------------------------------------------------------------------------------
-
-
 @torch.inference_mode()
 def validate(
-    detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, keeper: StateKeeper
+    detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, run: Run
 ) -> dict[str, float]:
     """Loss, accuracy and AUROC (fake = positive) on the validation images."""
     detector.eval()
     logits, labels = [torch.empty(0, 2)], [torch.empty(0, dtype=torch.int64)]
-    for batch in keeper.batches(loader, "validation"):
+    for batch in run.batches(loader, "validation"):
         own = batch.weights > 0  # (B,): not those that only fill a process's share
         logits.append(detector.classify(residuals_of(batch)[0]).cpu()[own])  # (B, 2)
         labels.append(batch.labels[own])
-    logits, labels = gather_rows(torch.cat(logits), keeper.world), gather_rows(torch.cat(labels), keeper.world)
+    logits, labels = gather_rows(torch.cat(logits), run.world), gather_rows(torch.cat(labels), run.world)
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
@@ -344,7 +307,7 @@ def record_pictures(
     detector: ResynthesisDetector,
     compute: Compute,
     task: str,
-    recorder: Recorder,
+    run: Run,
     images: dict[str, Tensor],
     finished: int,
 ) -> None:
@@ -353,7 +316,7 @@ def record_pictures(
     The same images and the same degradation in every epoch, so that before and after training can be compared.
     """
     scale = detector.resynthesizer.scale
-    for name, image in images.items() if recorder.writer else ():
+    for name, image in images.items() if run.writer else ():
         x = compute.input(image)
         inputs = {name: models.downsample(x, scale)}  # (1, 3, h, w)
         if TASKS[task]:
@@ -363,7 +326,7 @@ def record_pictures(
                 x_hat = detector.compare(x).x_hat if what == name else detector.resynthesizer(x_lr)  # (1, 3, H, W)
             before = x if what == name else F.interpolate(x_lr, scale_factor=scale)
             row = torch.cat([before, x_hat, PICTURE_GAIN * (x_hat - x).abs()], dim=3)  # (1, 3, H, 3 * W)
-            recorder.pictures(f"resynthesis/{what}", row, finished)
+            run.pictures(f"resynthesis/{what}", row, finished)
 
 
 if __name__ == "__main__":

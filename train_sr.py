@@ -33,8 +33,8 @@ from models.auxiliary import degrade_patch, super_resolution_loss
 from models.rdn import start_as_interpolation
 from utils import training
 from utils.distributed import World, sum_over_processes, world_of_processes
-from utils.run import Compute, UserError, choose_compute, keyed_generator, progress, run_program
-from utils.training import Recorder, StateKeeper, Stepper
+from utils.run import DEGRADE_PATCH, Compute, UserError, choose_compute, keyed_generator, run_program
+from utils.training import Run, Stepper
 
 logger = logging.getLogger("train_sr")
 
@@ -52,34 +52,31 @@ def main(args: Namespace) -> None:
         items = [] if args.evaluate else image_items(args.train_file, "--train-file")
         eval_items = image_items(args.eval_file, "--eval-file") if args.eval_file or args.evaluate else []
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
-        start, resumed = training.starting_point(args.resume, args.init, states)
-        model = resynthesizer(start, vars(args), args.start, compute)
+        origin, resumed = training.starting_point(args.resume, args.init, states)
+        model = resynthesizer(origin, vars(args), args.start, compute)
         eval_items, _ = usable_items(eval_items, SizePolicy(model.scale), args.skip_bad)
-        eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
         eval_batches = EpochBatches(len(eval_items), world.size, world=world)  # one image at a time
+        eval_images = ImageDataset(eval_items, SizePolicy(model.scale))
         eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
         if args.evaluate:
-            batches = training.readable(progress(eval_loader, "evaluation"), args.skip_bad)
-            return evaluate_only(model, start, batches, compute, world)
+            return evaluate_only(model, origin, eval_loader, compute, world)
         items, _ = usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_items:
             log_quick_audit(items, eval_items)
         vgg, vgg_record = features(args.vgg_weights, resumed, compute) if args.vgg_lambda > 0 else (None, None)
 
         # What is trained, how far it is, and what is kept of it
-        output = Path(args.outputs_dir) / f"x{model.scale}"
-        folder = stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         batches = EpochBatches(len(items), args.batch_size, args.seed, world)
         adam = torch.optim.Adam(model.parameters(), lr=args.lr)
         stepper = Stepper(adam, compute, world, partial(rate_factor, args), batches.steps, args.clip_norm)
+        output = Path(args.outputs_dir) / f"x{model.scale}"
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
+        stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         stepper.go_on_from(resumed, settings)
-        done = stepper.progress
         config = {"resynthesizer": models.rdn_config(model.state_dict())}
         about = {"config": config, "vgg": vgg_record, "settings": settings}
-        recorder = Recorder(folder, about, world, done.epoch, args.num_epochs)
-        state = partial(whole_state, model, stepper, about)
-        keeper = stack.enter_context(StateKeeper(folder / LAST, state, stepper, args.save_minutes, args.skip_bad))
+        run = stack.enter_context(Run(output / LAST, about, partial(network_state, model), stepper, args.num_epochs))
+        done = stepper.progress
 
         # Training, on patches in an order that depends on seed and epoch alone
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
@@ -89,17 +86,14 @@ def main(args: Namespace) -> None:
         logger.info("%d training images; from epoch %d, step %d on", len(items), done.epoch, done.step)
         for epoch in range(done.epoch, args.num_epochs):
             batches.set_epoch(epoch, done.step)
-            pictures = train_one_epoch(loader, loss_of, stepper, keeper)
-            values = done.means() | {"learning_rate": adam.param_groups[0]["lr"]}
+            pictures = train_one_epoch(loader, loss_of, stepper, run)
+            values, last = done.means(), epoch + 1 == args.num_epochs
             if eval_items:
-                values |= evaluate(model, keeper.batches(eval_loader, "evaluation"), compute, world)
-            recorder.epoch(epoch, values)
-            last = epoch + 1 == args.num_epochs
+                values |= evaluate(model, run.batches(eval_loader, "evaluation"), compute, world)
             due = (epoch + 1) % args.num_save == 0 or last
-            recorder.pictures("input, re-synthesis, target", pictures if due else (), epoch + 1)
-            keeper.end_epoch(values.get("psnr"), numbered_files if due else None, args.keep_last)
+            run.pictures("input, re-synthesis, target", pictures if due else (), epoch + 1)
+            run.end_epoch(values, "psnr", numbered_files if due else None)
             warn_if_poor(values if last else {})
-        recorder.finish()
 
 
 def image_items(source: str | None, flag: str) -> list[Item]:
@@ -109,10 +103,10 @@ def image_items(source: str | None, flag: str) -> list[Item]:
     return [Item(path, None, "") for path in paths_of(source)]
 
 
-def resynthesizer(start: Checkpoint | None, shape: dict, how: str, compute: Compute) -> RDN:
+def resynthesizer(origin: Checkpoint | None, shape: dict, how: str, compute: Compute) -> RDN:
     """RDN of a checkpoint or, without one, new, on its device. shape: the flags. how: new weights begin (`--start`)."""
-    model = models.load_resynthesizer(start, shape)
-    if start is None and how == "interpolation":
+    model = models.load_resynthesizer(origin, shape)
+    if origin is None and how == "interpolation":
         start_as_interpolation(model)
     return model.to(compute.device, memory_format=torch.channels_last)
 
@@ -124,9 +118,9 @@ def features(source: str, resumed: Checkpoint | None, compute: Compute) -> tuple
     return vgg.to(compute.device, memory_format=torch.channels_last), record
 
 
-def whole_state(model: RDN, stepper: Stepper, about: dict) -> dict:
-    """All that is needed to use RDN, and to go on with its training."""
-    return {"state_dict": model.state_dict(), "fingerprint": models.fingerprint(model)} | about | stepper.state_dict()
+def network_state(model: RDN) -> dict:
+    """The network's part of the state."""
+    return {"state_dict": model.state_dict(), "fingerprint": models.fingerprint(model)}
 
 
 def numbered_files(state: dict) -> dict[str, dict]:
@@ -141,10 +135,10 @@ def rate_factor(args: Namespace, epochs: float) -> float:
     return args.lr_decay ** (int(epochs) // args.lr_decay_epoch)
 
 
-def train_one_epoch(loader: DataLoader, loss_of: LossOf, stepper: Stepper, keeper: StateKeeper) -> Tensor:
+def train_one_epoch(loader: DataLoader, loss_of: LossOf, stepper: Stepper, run: Run) -> Tensor:
     """The rest of this epoch's steps. Returns pictures of the last one, (n, 3, H, W) in [0, 1]."""
     pictures = torch.empty(0)
-    for batch in keeper.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
+    for batch in run.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
     return pictures
@@ -177,9 +171,8 @@ def degrade_patches(seed: int, ways: dict[str, bool], x_lr: Tensor, keys: list[t
     """Each patch degraded as its key and the seed have it, if in any way at all. x_lr: (B, 3, p, p) in [0, 1]."""
     if not any(ways.values()):
         return x_lr
-    return torch.stack(
-        [degrade_patch(patch, keyed_generator(seed, *key, 1), **ways) for patch, key in zip(x_lr, keys, strict=True)]
-    )
+    rngs = (keyed_generator(seed, *key, DEGRADE_PATCH) for key in keys)
+    return torch.stack([degrade_patch(patch, rng, **ways) for patch, rng in zip(x_lr, rngs, strict=True)])
 
 
 @torch.inference_mode()
@@ -199,12 +192,6 @@ def evaluate(model: RDN, batches: Iterable[Batch], compute: Compute, world: Worl
     return {name: value / count if count else float("nan") for name, value in zip(names, sums, strict=True)}
 
 
-def warn_if_poor(values: dict[str, float]) -> None:
-    """Say so if RDN is of no use yet. values: of `evaluate`, if it was evaluated."""
-    if "psnr" in values and values["psnr"] < values["psnr_bicubic"]:
-        logger.warning("warning: RDN brings back less than bicubic interpolation: it needs more training")
-
-
 def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
     """PSNR (dB) and SSIM of y, clipped to [0, 1], against x. Both (1, 3, H, W)."""
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -216,15 +203,21 @@ def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
     return psnr, ssim.item()
 
 
+def warn_if_poor(values: dict[str, float]) -> None:
+    """Say so if RDN is of no use yet. values: of `evaluate`, if it was evaluated."""
+    if values.get("psnr", 0) < values.get("psnr_bicubic", 0):
+        logger.warning("warning: RDN brings back less than bicubic interpolation: it needs more training")
+
+
 def evaluate_only(
-    model: RDN, start: Checkpoint | None, batches: Iterable[Batch], compute: Compute, world: World
+    model: RDN, origin: Checkpoint | None, batches: Iterable[Batch], compute: Compute, world: World
 ) -> None:
     """`--evaluate`: PSNR and SSIM of given weights, on the screen."""
-    if start is None:
+    if origin is None:
         raise UserError("--evaluate needs the weights to evaluate: give them with --weights-file")
-    values = evaluate(model, batches, compute, world)
+    values = evaluate(model, (batch for batch in batches if len(batch.x)), compute, world)
     logger.info("x%d from box-downsampled input, RGB, %s", model.scale, compute)
-    logger.info("%s: PSNR %.2f dB, SSIM %.4f", start.name, values["psnr"], values["ssim"])
+    logger.info("%s: PSNR %.2f dB, SSIM %.4f", origin.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
     warn_if_poor(values)
 

@@ -22,7 +22,7 @@ from train_detector import parameter_groups, train_step
 from train_sr import patch_loss
 from utils import sources
 from utils.distributed import World
-from utils.run import Compute, choose_compute, choose_device, keyed_generator
+from utils.run import DEGRADE_BATCH, Compute, choose_compute, choose_device, keyed_generator
 from utils.scoring import Detector
 from utils.training import Stepper
 
@@ -100,7 +100,7 @@ def training_step(
     stepper = Stepper(sgd, compute, World())
     residuals_of = partial(sources.frozen_residuals, network, compute, None)
     if task:
-        seed = next(s for s in count() if draw_degradation(task, keyed_generator(s, 0, 0, 4)))
+        seed = next(s for s in count() if draw_degradation(task, keyed_generator(s, 0, 0, DEGRADE_BATCH)))
         auxiliary = sources.Auxiliary(task, 1.0, seed, micro_batch)
         residuals_of = partial(sources.end_to_end_residuals, network, compute, World(), auxiliary)
 

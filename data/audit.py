@@ -260,7 +260,7 @@ def duplicate_findings(files: Sequence[File]) -> list[dict]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the audit and print what it found. Returns the exit status."""
-    parser = options.Parser(prog="python -m data.audit", description=__doc__.split("\n\n")[0])
+    parser = options.Parser("python -m data.audit", __doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
     parser.add_argument("--data-root-pos", **folders, help="folders of REAL images")
     parser.add_argument("--data-root-neg", **folders, help="folders of GENERATED images")

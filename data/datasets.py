@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.images import SizePolicy, fit_size, load_image, multiple_box, read_rgb, size_problem
+from data.images import Header, SizePolicy, fit_size, fitted_size, load_image, multiple_box, read_rgb, size_problem
 from data.lists import Item
 from utils.distributed import World
-from utils.run import Compute, UserError, keyed_generator, shown
+from utils.run import CROP, PERTURB, Compute, UserError, keyed_generator, shown
 
 UNLABELLED = -1  # in Batch.labels
 GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved
@@ -198,16 +198,22 @@ class ImageDataset(Pictures):
     ):
         super().__init__(items, max(draws.crops, 1) if draws else 1)
         self.policy, self.draws, self.transform = policy, draws, transform
-        self.sizes: list[tuple[int, int]] = []  # (height, width) of each item as given, where that is known
+        self.headers: Sequence[Header] = ()  # of each item, where they are known
 
     def read(self, path: str, key: Key) -> Tensor:
         """(1, 3, H, W)."""
         image = load_image(path)  # (3, H, W)
         if self.transform is not None:
-            image = self.transform(image, self.draws and keyed_generator(self.draws.seed, key.epoch, key.index, 1))
+            rng = self.draws and keyed_generator(self.draws.seed, key.epoch, key.index, PERTURB)
+            image = self.transform(image, rng)
         epoch = key.epoch if self.drawn_anew else 0
-        image = fit_size(image, self.policy, self.draws and keyed_generator(self.draws.seed, epoch, key.index, 2))
+        image = fit_size(image, self.policy, self.draws and keyed_generator(self.draws.seed, epoch, key.index, CROP))
         return (image.flip(-1) if self.mirrored(key) else image)[None]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) of each item as given, where headers are known."""
+        return [fitted_size(*header.size, self.policy) for header in self.headers]
 
     @property
     def drawn_anew(self) -> bool:

@@ -319,8 +319,8 @@ def write_lists(settings: Settings, out: Path, listed: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options.Parser(prog="python -m data.example", description=__doc__.split("\n\n")[0])
-    images = options.Group("images", parser)
+    parser = options.Parser("python -m data.example", __doc__.split("\n\n")[0])
+    images = options.Group(parser, "images")
     images.add("--out", "folder to be made", Path, Path("data/example"), metavar="DIR")
     images.add("--from", "crops of these photographs, not scenes", dest="photographs", metavar="DIR")
     images.add("--size", "side of the images in pixels, divisible by 4", options.number(int, 64), 256)
@@ -330,8 +330,8 @@ def main(argv: list[str] | None = None) -> int:
     images.add("--steps", "training of an autoencoder", options.at_least_one, 250)
     workers = min(8, os.cpu_count() or 1)
     images.add("--workers", "processes, whose number changes no image", options.at_least_one, workers)
-    images.dropped("--force", "nothing is replaced: remove the folder first", takes=0)
-    images.dropped("--kinds", "both are made", takes="+")
+    images.dropped("--force", takes=0)
+    images.dropped("--kinds", takes="+")
     args = parser.parse_args(argv)
     counts, photographs = {split: getattr(args, split) for split in SPLITS}, None
     if args.size % 4 or not any(counts.values()):

@@ -47,7 +47,8 @@ class Header(NamedTuple):
     """What the header of a file says."""
 
     size: tuple[int, int] | None  # (height, width) as it will be seen; None if that cannot be read
-    problem: str | None  # why the file cannot be used
+    problem: str | None = None  # why the file cannot be used
+    jpeg: bool = False
 
 
 def load_image(path: str) -> Tensor:
@@ -196,7 +197,7 @@ def read_header(path: str, policy: SizePolicy) -> Header:
     """The size of an image, undecoded, and whether it can be used. EXIF behind the pixels of a PNG is not seen."""
     try:
         with _image_file(path) as image:
-            width, height = image.size
+            (width, height), jpeg = image.size, image.format in ("JPEG", "MPO")
             if image.format == "TIFF":  # some versions of Pillow have turned the size already
                 width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
             with suppress(Exception):  # as in `upright_rgb`; and not PngImageFile.getexif, which decodes
@@ -204,13 +205,13 @@ def read_header(path: str, policy: SizePolicy) -> Header:
                     width, height = height, width
     except UserError as error:
         return Header(None, str(error).removeprefix(f"{shown(path)}: "))
-    return Header((height, width), size_problem(height, width, policy))
+    return Header((height, width), size_problem(height, width, policy), jpeg)
 
 
 def usable_items(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
-) -> tuple[Sequence[Item], list[tuple[int, int]]]:
-    """The items whose headers are in order, and the fitted (height, width) of each. Logs what is wrong with the others.
+) -> tuple[Sequence[Item], list[Header]]:
+    """The items whose headers are in order, and these headers. Logs what is wrong with the others.
 
     Raises a UserError if there are others and `skip_bad` is false, or nothing else.
     """
@@ -225,10 +226,14 @@ def usable_items(
     if bad:
         logger.warning("%d of %d images are left out", len(bad), len(items))
         items = [item for item, h in zip(items, headers, strict=True) if not h.problem]
-    sizes = [h.size for h in headers if not h.problem]
+    headers = [h for h in headers if not h.problem]
     whole = policy._replace(scale=1)
-    trimmed = sum(n for size, n in Counter(sizes).items() if fitted_size(*size, policy) != fitted_size(*size, whole))
+    trimmed = sum(
+        n
+        for size, n in Counter(h.size for h in headers).items()
+        if fitted_size(*size, policy) != fitted_size(*size, whole)
+    )
     if trimmed:
         text = "%d of %d images have sides that are no multiple of %d and are centre-cropped"
         logger.info(text, trimmed, len(items), policy.scale)
-    return items, [fitted_size(*size, policy) for size in sizes]
+    return items, headers

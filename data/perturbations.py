@@ -26,8 +26,6 @@ from torch import Tensor
 from data.images import resized
 from utils.run import UserError, keyed_generator
 
-PROTOCOLS = ("frank2020", "sweep")
-
 # Frank et al.
 PROBABILITY = 0.5
 KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # size, and the sigma that OpenCV takes for it, in pixels

@@ -20,90 +20,84 @@ from torch.utils.data import Dataset
 
 from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
 from utils.distributed import World, wait_for_all
-from utils.run import Compute, UserError, atomic, shown
+from utils.run import Compute, UserError, atomic, remove_torn, shown
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+# In half precision a value v >= 2^-14 is kept to within 2^-11 v (0.05 %), and a smaller one to within 2^-25, that is
+# 1 / 130000 of a grey level
+STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
+TORN_AFTER = 3600  # seconds without a write: other runs may be writing here
 
 
-class ResidualCache:
-    """The residuals of one setting, in a folder that may hold those of others; any number of runs may share it.
+def cache_folder(folder: Path, about: Mapping[str, object]) -> Path:
+    """A folder below `folder`, made if it is not there, for the residuals of one setting; any number of runs may share it.
 
-    Args:
-        folder: of the cache; exists.
-        about: all that a residual depends on but its image, as names and values: fingerprints of the weights, ...
-        storage: "fp16" or "fp32". In half precision a value v >= 2^-14 is kept to within 2^-11 v (0.05 %), and a
-            smaller one to within 2^-25, that is 1 / 130000 of a grey level.
+    about: all that a residual depends on but its image, as names and values: fingerprints of the weights, ...
     """
+    about = {**about, "torch": torch.__version__, "Pillow": PIL.__version__}
+    text = "".join(f"{name}: {value}\n" for name, value in sorted(about.items()))
+    folder /= hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.txt").write_text(text)  # for people
+    remove_torn(folder, TORN_AFTER)
+    return folder
 
-    def __init__(self, folder: Path, about: Mapping[str, object], storage: str):
-        about = {**about, "storage": storage, "torch": torch.__version__, "Pillow": PIL.__version__}
-        text = "".join(f"{name}: {value}\n" for name, value in sorted(about.items()))
-        self.folder, self.dtype = folder, DTYPES[storage]
-        self.home = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
-        self.home.mkdir(exist_ok=True)
-        (self.home / "settings.txt").write_text(text)  # for people
 
-    def has_room(self, shapes: Sequence[tuple[int, int, int]], max_bytes: float) -> bool:
-        """Whether residuals of these shapes (C_l, H_l, W_l) fit into `max_bytes` and onto the disk; says so."""
-        needed = sum(c * h * w for c, h, w in shapes) * self.dtype.itemsize
-        own = sum(entry.stat().st_size for entry in os.scandir(self.home))
-        fits = needed <= max_bytes and needed - own <= shutil.disk_usage(self.home).free
-        verdict = "it can be deleted after any run" if fits else "more than --cache-gb or the disk has: none are kept"
-        logger.info(
-            "residual cache %s: up to %d residuals take %.2f GB (%.2f GB there already); %s",
-            shown(self.folder), len(shapes), needed / 1e9, own / 1e9, verdict,
-        )  # fmt: skip
-        return fits
-
-    def path(self, images: ImageDataset, key: Key) -> Path:
-        """Where the residual of an image is kept: named by its file, the file's size and time, crop and direction.
-
-        Raises:
-            OSError: if there is no such file.
-        """
-        name = images.item(key.index).path
-        status = os.stat(name)
-        crop = (images.draws.seed, key.index) if images.draws and images.draws.crops else None
-        identity = (os.path.realpath(name), status.st_size, status.st_mtime_ns, crop, bool(images.mirrored(key)))
-        return self.home / f"{hashlib.sha256(repr(identity).encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
-
-    def holds(self, images: ImageDataset, key: Key) -> bool:
-        try:
-            return self.path(images, key).exists()
-        except OSError:  # reading the image will say what is wrong with it
-            return False
-
-    def write(self, path: Path, residual: Tensor) -> None:
-        """Keep a residual (C_l, H_l, W_l)."""
-        stored = residual.to(self.dtype)
-        if not stored.isfinite().all():
-            raise UserError("a residual is too large for half precision: use --cache-precision fp32")
-        with atomic(path) as file:  # a .npz, because it carries a checksum
-            np.savez(file, residual=stored.cpu().contiguous().numpy())
+def has_room(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
+    """Whether residuals of these sizes in bytes fit into `max_bytes` and onto the disk; says so."""
+    needed, own = sum(sizes), sum(entry.stat().st_size for entry in os.scandir(folder))
+    fits = needed <= max_bytes and needed - own <= shutil.disk_usage(folder).free
+    verdict = "it can be deleted after any run" if fits else "more than --cache-gb or the disk has: none are kept"
+    text = "residual cache %s: up to %d residuals take %.2f GB (%.2f GB there already); %s"
+    logger.info(text, shown(folder.parent), len(sizes), needed / 1e9, own / 1e9, verdict)
+    return fits
 
 
 class ResidualDataset(Dataset):
     """The entries of `images`, as residuals: none is decoded.
 
-    Raises:
-        ValueError: if the images differ from epoch to epoch by more than being mirrored.
+    Args:
+        images: those that are the same in each epoch but for being mirrored.
+        folder: where the residuals are kept, a `cache_folder`.
+        dtype: of STORAGE.
     """
 
-    def __init__(self, images: ImageDataset, cache: ResidualCache):
-        if images.transform is not None or images.drawn_anew:
-            raise ValueError("images that change from epoch to epoch were given: the residuals of these change, too")
-        self.images, self.cache = images, cache
+    def __init__(self, images: ImageDataset, folder: Path, dtype: torch.dtype):
+        self.images, self.folder, self.dtype = images, folder, dtype
+
+    def path(self, key: Key) -> Path:
+        """Where the residual of an image is kept: named by its file, the file's size and time, crop and direction.
+
+        Raises:
+            OSError: if there is no such file.
+        """
+        name, draws = self.images.item(key.index).path, self.images.draws
+        status = os.stat(name)
+        crop = (draws.seed, key.index) if draws and draws.crops else None
+        identity = (os.path.realpath(name), status.st_size, status.st_mtime_ns, crop, bool(self.images.mirrored(key)))
+        return self.folder / f"{hashlib.sha256(repr(identity).encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
+
+    def holds(self, key: Key) -> bool:
+        try:
+            return self.path(key).exists()
+        except OSError:  # reading the image will say what is wrong with it
+            return False
+
+    def write(self, key: Key, residual: Tensor) -> None:
+        """Keep a residual (C_l, H_l, W_l)."""
+        stored = residual.to(self.dtype)
+        if not stored.isfinite().all():
+            raise UserError("a residual is too large for half precision: use --cache-precision fp32")
+        with atomic(self.path(key)) as file:  # a .npz, because it carries a checksum
+            np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.item(key.index)
-        if not self.cache.holds(self.images, key):  # `fill` could not read the image, which says why once more
-            error = (
-                self.images[key].error or f"{shown(item.path)} has changed since training began: --resume auto goes on"
-            )
-            return Sample(key, item, None, error)
-        path = self.cache.path(self.images, key)
+        if not self.holds(key):  # `fill` could not read the image, which says why once more
+            changed = f"{shown(item.path)} has changed since training began: --resume auto goes on"
+            return Sample(key, item, None, self.images[key].error or changed)
+        path = self.path(key)
         try:
             return Sample(key, item, torch.from_numpy(np.load(path)["residual"])[None])  # (1, C_l, H_l, W_l)
         except Exception as error:  # damaged: zipfile, zlib and numpy raise many kinds
@@ -125,11 +119,9 @@ class ResidualDataset(Dataset):
         residual_of: a batch of one image -> its residual (1, C_l, H_l, W_l), and nothing. watched: batches, those that
         could be read, with what is to be done between them.
         """
-        keys = [Key(epoch, index) for index in range(len(self.images))]
-        keys = [key for key in keys if not self.cache.holds(self.images, key)]
+        keys = [key for index in range(len(self.images)) if not self.holds(key := Key(epoch, index))]
         wait_for_all(world)  # all have looked before anyone writes
         if own := keys[world.rank :: world.size]:
             for batch in watched(make_loader(self.images, [[key] for key in own], workers, compute), "residuals"):
-                path = self.cache.path(self.images, Key(*batch.keys[0][:2]))
-                self.cache.write(path, residual_of(batch)[0][0])
+                self.write(Key(*batch.keys[0][:2]), residual_of(batch)[0][0])
         wait_for_all(world)

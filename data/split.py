@@ -32,7 +32,7 @@ def write_set(items: Sequence[Item], folder: str, name: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = options.Parser(prog="python -m data.split", description="Hold some images out.")
+    parser = options.Parser("python -m data.split", "Hold some images out.")
     parser.add_argument("--data-root-pos", nargs="+", required=True, metavar="DIR", help="folders of REAL images")
     parser.add_argument("--data-root-neg", nargs="+", required=True, metavar="DIR", help="folders of GENERATED images")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the lists go")

@@ -53,13 +53,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """16 hex digits that name a network's weights: the SHA-256 of names, types, shapes and values."""
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    digest = hashlib.sha256()
-    for key, tensor in sorted(state.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    return checkpoint.digest(weights.state_dict() if isinstance(weights, nn.Module) else weights)[:16]
 
 
 # --- VGG-19 -------------------------------------------------------------------------------------------------

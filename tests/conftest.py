@@ -2,9 +2,7 @@
 
 import os
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # networks this small are no faster with more, and their sums in one order
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small are no faster with more; sums in one order
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402

@@ -1,7 +1,6 @@
 """Programs in processes of their own, without waiting in each for torch to be imported: forked from one that has it."""
 
 import contextlib
-import io
 import itertools
 import multiprocessing
 import os
@@ -81,7 +80,6 @@ def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
     ours, its = SERVER.Pipe()
     process = SERVER.Process(target=_write_alone, args=(lock, its))
     process.start()
-    its.close()
     worker = ours.recv()
 
     def kill():
@@ -97,8 +95,7 @@ def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
 
 def _write_alone(lock, connection):
     with run.sole_writer(lock, World()):
-        worker = os.fork()
-        if worker:
+        if worker := os.fork():
             connection.send(worker)
         time.sleep(60)
 
@@ -128,13 +125,13 @@ def kill_in_save(save: int) -> None:
     """The program is killed in the middle of writing its checkpoint number `save` (from 1)."""
     real, count = torch.save, itertools.count(1)
 
-    def torn(obj, file):
-        if next(count) < save:
-            return real(obj, file)
-        whole = io.BytesIO()
-        real(obj, whole)
-        file.write(whole.getvalue()[: whole.tell() // 2])
-        file.flush()
+    def kill(file):
+        os.ftruncate(file, os.fstat(file).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def torn(obj, file):
+        real(obj, file)
+        if next(count) == save:
+            os.fsync = kill
 
     torch.save = torn

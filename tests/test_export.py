@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_classifier")
 def written(path, stage=0, scale=4, temperature=1.7) -> str:
     """A detector's checkpoint, as train_detector.py writes it."""
     torch.manual_seed(stage)
-    rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=2, num_layers=2)
+    rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=1, num_layers=2)
     classifier = DeepStemResNet("resnet18", STAGE_CHANNELS[stage])
     content = {"arch": "resnet18", "state_dict": classifier.state_dict(), "sr_state_dict": rdn.state_dict()}
     content |= {"settings": {"images": "12 images, 0123", "real_roots": ["/home/me"]}, "progress": {}}
@@ -47,13 +47,14 @@ def images(*size):
     return torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, np.uint8))
 
 
-@pytest.mark.parametrize(("stage", "scale", "ending"), [(0, 4, "onnx"), (5, 4, "onnx"), (2, 3, "pt2")])
+@pytest.mark.parametrize(("stage", "scale", "ending"), [(0, 4, "onnx"), (5, 3, "pt2")])
 def test_a_graph_gives_the_detectors_numbers(files, tmp_path, stage, scale, ending):
-    folder = tmp_path / "new" if stage else files
+    """Of pixels as ONNX, of features as what ONNX is made of: one takes as long as all other tests here."""
+    path, graph = files / "mine.pth.tar", files / "mine.onnx"
     if stage:
-        export.main(["--resume", written(tmp_path / "mine", stage, scale), "--out", f"{folder}/mine.{ending}"])
-    detector = on_cpu(tmp_path / "mine" if stage else files / "mine.pth.tar")
-    run, _ = export.open_graph((folder / f"mine.{ending}").read_bytes())
+        path, graph = written(tmp_path / "mine", stage, scale), tmp_path / f"new/mine.{ending}"
+        export.main(["--resume", path, "--out", str(graph)])
+    detector, (run, _) = on_cpu(path), export.open_graph(graph.read_bytes())
     for size in ((1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552)):  # the last larger than tiles and strips
         logits, prob_fake = run(images(*size))
         wanted = detector.logits(images(*size)).double()

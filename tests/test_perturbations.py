@@ -11,6 +11,7 @@ from files import mistake
 from PIL import Image
 
 from data import perturbations as P
+from utils.options import PERTURBATION_PROTOCOLS
 from utils.run import keyed_generator
 
 KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # of Frank et al., with the sigma OpenCV takes for each
@@ -179,7 +180,7 @@ def test_mistakes(protocol, name, strength, words):
         P.chosen_cells(protocol, [(name, strength)])
 
 
-@pytest.mark.parametrize("protocol", P.PROTOCOLS)
+@pytest.mark.parametrize("protocol", PERTURBATION_PROTOCOLS)
 def test_order_place_and_generators_change_nothing(protocol):
     pictures = images(8, 32, 32)
     for cell in cells(protocol):

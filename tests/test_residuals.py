@@ -11,40 +11,36 @@ from PIL import Image
 from trainings import CPU, TINY, detector_arguments, stats, train, without_settings
 
 from data.datasets import Draws, ImageDataset, Key
-from data.images import SizePolicy
+from data.images import Header, SizePolicy
 from data.lists import Item
-from data.residuals import ResidualCache, ResidualDataset
+from data.residuals import STORAGE, ResidualDataset
 from models import RDN, DeepStemResNet, ResynthesisDetector
 from utils.distributed import World
 from utils.options import train_detector_parser
 from utils.run import FAKE, Compute
-from utils.sources import frozen_residuals, residual_cache
+from utils.sources import frozen_residuals, kept_residuals
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 
 ON_CPU = Compute(CPU, "fp32")
+FIRST = Key(0, 0)
 
 
-def some_residual(seed=0, shape=(3, 5, 7)):
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def kept_in(folder):
+def names_in(folder):
     return sorted(p.name for p in folder.glob("*/*.npz"))
 
 
-def image_set(*paths, draws=None, size=None):
+def residuals_of(folder, *paths, draws=None, size=None, storage="fp16"):
+    """A data set of images, as residuals kept in the folder."""
     images = ImageDataset([Item(str(p), FAKE, "") for p in paths], SizePolicy(4, size), draws)
-    images.sizes = [(64, 64)] * len(paths)
-    return images
+    return ResidualDataset(images, folder, STORAGE[storage])
 
 
 @pytest.mark.parametrize("storage", ["fp16", "fp32"])
 def test_what_is_read_is_what_was_kept(files, tmp_path, storage):
-    cache, images = ResidualCache(tmp_path, {"network": "a"}, storage), image_set(files / "real/0.png")
     values = torch.logspace(-12, 4.8, 10_000, dtype=torch.float64).float().reshape(1, 100, 100)
-    cache.write(cache.path(images, Key(0, 0)), values)
-    sample = ResidualDataset(images, ResidualCache(tmp_path, {"network": "a"}, storage))[Key(0, 0)]
+    residuals_of(tmp_path, files / "real/0.png", storage=storage).write(FIRST, values)
+    sample = residuals_of(tmp_path, files / "real/0.png", storage=storage)[FIRST]
     error = (sample.x[0].float() - values).abs()
     assert sample.error is None and sample.x.shape == (1, 1, 100, 100)
     normal = values >= 2**-14
@@ -53,19 +49,21 @@ def test_what_is_read_is_what_was_kept(files, tmp_path, storage):
 
 
 @pytest.mark.parametrize("value", [70_000.0, float("nan")])
-def test_what_half_precision_cannot_hold_is_said(tmp_path, value):
+def test_what_half_precision_cannot_hold_is_said(files, tmp_path, value):
     with mistake("--cache-precision fp32"):
-        ResidualCache(tmp_path, {}, "fp16").write(tmp_path / "a.npz", torch.full((1, 2, 2), value))
-    assert not list(tmp_path.glob("a*"))
+        residuals_of(tmp_path, files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
+    assert not list(tmp_path.iterdir())
 
 
-def program_cache(folder, flags="", images=None, rdn="a", vgg="b", stage=0, precision="fp32"):
-    """The cache the program opens."""
-    always = f"--fixed-sr --data-root-pos a --cache-dir {folder} {flags}"
-    args = train_detector_parser().parse_args(always.split())
+def kept_by_program(folder, image, flags="", rdn="a", vgg="b", stage=0, precision="fp32"):
+    """What the program keeps of one image."""
+    args = train_detector_parser().parse_args(f"--fixed-sr --cache-dir {folder} {flags}".split())
+    policy, draws = SizePolicy(4, args.crop_size, args.resize), Draws(1, args.crops)
+    images = ImageDataset([Item(str(image), FAKE, "")], policy, draws, str if args.augment_perturb else None)
+    images.headers = [Header((64, 64))]
     detector = ResynthesisDetector(RDN(**TINY), DeepStemResNet("resnet18", 3), stage, None)
     config = {"resynthesizer_fingerprint": rdn, "vgg": {"fingerprint": vgg}}
-    return residual_cache(args, detector, config, Compute(CPU, precision), [images] if images else [])
+    return kept_residuals(args, detector, config, Compute(CPU, precision), [images], World())
 
 
 @pytest.mark.parametrize(
@@ -76,47 +74,43 @@ def program_cache(folder, flags="", images=None, rdn="a", vgg="b", stage=0, prec
     ],
 )  # fmt: skip
 def test_another_setting_finds_nothing(files, tmp_path, monkeypatch, change):
-    images = image_set(files / "real/0.png")
-    cache = program_cache(tmp_path)
-    cache.write(cache.path(images, Key(0, 0)), some_residual())
-    changed = dict(change)
+    image, changed = files / "real/0.png", dict(change)
+    (kept,) = kept_by_program(tmp_path, image)
+    kept.write(FIRST, torch.rand(3, 5, 7))
     if changed.pop("torch", None):
         monkeypatch.setattr(torch, "__version__", "0")
-    assert program_cache(tmp_path, **changed).holds(images, Key(0, 0)) == (not change)
+    (kept,) = kept_by_program(tmp_path, image, **changed)
+    assert kept.holds(FIRST) == (not change)
 
 
 def test_a_residual_is_of_one_file_crop_and_direction(files, tmp_path):
     path = shutil.copy(files / "real/0.png", tmp_path)
-    cache = ResidualCache(tmp_path, {}, "fp16")
-    plain = image_set(path)
-    mirrored = next(e for e in range(50) if image_set(path, draws=Draws(1)).mirrored(Key(e, 0)))
-    upright = next(e for e in range(50) if not image_set(path, draws=Draws(1)).mirrored(Key(e, 0)))
-    assert cache.path(plain, Key(0, 0)) == cache.path(image_set(path, draws=Draws(1)), Key(upright, 0))
-    crops = image_set(path, draws=Draws(1, crops=3), size=16)
-    names = {cache.path(plain, Key(0, 0)), cache.path(image_set(path, draws=Draws(1)), Key(mirrored, 0))}
-    names |= {cache.path(crops, Key(epoch, index)) for epoch in range(50) for index in range(3)}
+    plain, drawn = residuals_of(tmp_path, path), residuals_of(tmp_path, path, draws=Draws(1))
+    upright, *_, mirrored = sorted((Key(epoch, 0) for epoch in range(50)), key=drawn.images.mirrored)
+    assert plain.path(FIRST) == drawn.path(upright)
+    crops = residuals_of(tmp_path, path, draws=Draws(1, crops=3), size=16)
+    names = {plain.path(FIRST), drawn.path(mirrored)}
+    names |= {crops.path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
     assert len(names) == 2 + 2 * 3
     shutil.copy(files / "real/1.png", path)
     os.utime(path, ns=(1, 1))
-    assert cache.path(plain, Key(0, 0)) not in names
+    assert plain.path(FIRST) not in names
 
 
 @pytest.mark.parametrize("flags", ["--crop-size 32", "--augment-perturb", "--no-cache", "--cache-gb 0"])
 def test_what_changes_or_does_not_fit_is_not_kept(files, tmp_path, flags):
-    assert program_cache(tmp_path, flags, image_set(files / "real/0.png")) is None
-    with pytest.raises(ValueError, match="change"):
-        ResidualDataset(image_set(draws=Draws(0), size=32), ResidualCache(tmp_path, {}, "fp16"))
+    assert kept_by_program(tmp_path, files / "real/0.png", flags) == []
 
 
 def test_a_damaged_file_is_never_read(files, tmp_path):
-    cache, images = ResidualCache(tmp_path, {}, "fp16"), image_set(files / "real/0.png")
-    dataset, path = ResidualDataset(images, cache), cache.path(images, Key(0, 0))
-    cache.write(path, some_residual())
-    whole, wanted = path.read_bytes(), dataset[Key(0, 0)].x
+    dataset = residuals_of(tmp_path, files / "real/0.png")
+    dataset.write(FIRST, torch.rand(3, 5, 7))
+    path = dataset.path(FIRST)
+    whole, wanted = path.read_bytes(), dataset[FIRST].x
     turned = [whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :] for at in range(0, len(whole), 7)]
     for content in (b"", whole[:40], whole[:-1], bytes(len(whole)), *turned):
         path.write_bytes(content)
-        sample = dataset[Key(0, 0)]
+        sample = dataset[FIRST]
         if sample.error:
             assert "damaged" in sample.error and not path.exists()
         else:  # a bit of the archive that nothing depends on, such as its time
@@ -126,8 +120,8 @@ def test_a_damaged_file_is_never_read(files, tmp_path):
 def test_each_is_computed_once(files, tmp_path):
     torch.manual_seed(0)
     detector = ResynthesisDetector(RDN(**TINY).eval(), DeepStemResNet("resnet18", 3), 0, None)
-    images = image_set(*sorted((files / "real").iterdir()), draws=Draws(1, crops=2), size=16)
-    dataset = ResidualDataset(images, ResidualCache(tmp_path, {}, "fp32"))
+    paths = sorted((files / "real").iterdir())
+    dataset = residuals_of(tmp_path, *paths, draws=Draws(1, crops=2), size=16, storage="fp32")
     computed = []
 
     def residual_of(batch):
@@ -136,9 +130,9 @@ def test_each_is_computed_once(files, tmp_path):
 
     for _ in range(2):
         dataset.fill(0, residual_of, lambda loader, _: loader, 0, ON_CPU, World())
-        assert len(computed) == len(set(computed)) == len(kept_in(tmp_path)) == 10
+        assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
-        x = images[Key(0, index)].x / 255
+        x = dataset.images[Key(0, index)].x / 255
         torch.testing.assert_close(dataset[Key(0, index)].x, detector.compare(x).residual, rtol=0, atol=1e-6)
 
 
@@ -152,20 +146,20 @@ def test_numbers_are_those_without_a_cache(files, tmp_path, flags):
     train(detector_arguments(files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
     train(detector_arguments(files, tmp_path / "with", f"{flags} --cache-precision fp32"))
     train(detector_arguments(files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache"))
-    assert not (tmp_path / "without/residual_cache").exists() and kept_in(tmp_path / "with/residual_cache")
+    assert not (tmp_path / "without/residual_cache").exists() and names_in(tmp_path / "with/residual_cache")
     assert stats(tmp_path / "with") == stats(tmp_path / "without")
     assert stats(tmp_path / "half")[0]["loss"] == pytest.approx(stats(tmp_path / "with")[0]["loss"], rel=3e-2)
-    assert kept_in(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
+    assert names_in(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
 
 
 def test_a_cached_epoch_decodes_nothing(files, tmp_path, monkeypatch):
     """Another run shares the residuals, and can do without pixels."""
     flags = "--fixed-sr --epochs 2 VALIDATE --crop-size 40 --crops-per-image 2 --cache-dir"
     train([*detector_arguments(files, tmp_path / "a", flags), tmp_path / "cache"])
-    before = kept_in(tmp_path / "cache")
+    before = names_in(tmp_path / "cache")
     monkeypatch.setattr("data.datasets.load_image", None)
     train([*detector_arguments(files, tmp_path / "b", flags), tmp_path / "cache"])
-    assert kept_in(tmp_path / "cache") == before
+    assert names_in(tmp_path / "cache") == before
     one, two = (without_settings(tmp_path / name / "last.pth.tar") for name in "ab")
     assert all(torch.equal(v, two["state_dict"][k]) for k, v in one["state_dict"].items())
 
@@ -181,6 +175,6 @@ def test_crops_let_images_of_mixed_sizes_be_trained_on_and_kept(files, tmp_path)
             train(detector_arguments(mixed if part == "--data" else files, tmp_path / "out", flags))
     assert not (tmp_path / "out").exists()
     train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr --epochs 2 --crop-size 48 --crops-per-image 2"))
-    assert 22 <= len(kept_in(tmp_path / "out/residual_cache")) <= 44
+    assert 22 <= len(names_in(tmp_path / "out/residual_cache")) <= 44
     with mistake("--crop-size"):
         train(detector_arguments(files, tmp_path / "none", "--fixed-sr --crops-per-image 2"))

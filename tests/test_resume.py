@@ -15,13 +15,10 @@ from files import mistake
 from processes import finish, kill_in_save, killed_sole_writer, signal_in, start, two_ranks
 from trainings import detector_arguments, differences, read, sr_arguments, stats, status, train, without_settings
 
-from data.datasets import EpochBatches, ImageDataset, make_loader
-from data.images import SizePolicy
-from data.lists import folder_items
-from models import load_detector, read_checkpoint
-from utils import run
+from data.datasets import EpochBatches
+from data.images import load_image
+from models import load
 from utils.metrics import auroc
-from utils.run import Compute
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 
@@ -130,20 +127,6 @@ def test_a_stopped_run_saves_its_state_at_once(arguments, goes_on, tmp_path, nam
     goes_on(name, out)
 
 
-def test_only_a_second_interrupt_stops_at_once(capfd):
-    def twice(number):
-        def main():
-            with run.StopSignal() as stop:
-                for _ in range(2):
-                    os.kill(os.getpid(), number)
-                return stop.received
-
-        return run.run_program(main)
-
-    assert twice(signal.SIGINT) == 130 and "interrupted" in capfd.readouterr().err
-    assert twice(signal.SIGTERM) == signal.SIGTERM  # was remembered, and the run goes on to its next saving
-
-
 # --- where a run starts -------------------------------------------------------------------------------------
 
 
@@ -239,9 +222,8 @@ def test_a_damaged_last_state_names_the_newest_numbered_one(files, whole_run, tm
     state = read(last)
     state["state_dict"]["fc.weight"].view(torch.int32)[0, 0] ^= 1 << 10
     torch.save(state, tmp_path / "flipped.pth.tar")
-    code, line = status(
-        [*detector_arguments(files, tmp_path / "x", "--fixed-sr --init"), tmp_path / "flipped.pth.tar"], capfd
-    )
+    flags = f"--fixed-sr --init {tmp_path}/flipped.pth.tar"
+    code, line = status(detector_arguments(files, tmp_path / "x", flags), capfd)
     assert code == 2 and "classifier" in line and "damaged" in line
     last.write_bytes(last.read_bytes()[:1000])
     code, line = status([*detector_arguments(files, out, "--fixed-sr"), *AUTO], capfd)
@@ -301,24 +283,23 @@ def test_an_image_left_out_is_told_once(files, tmp_path, caplog):
     damage(tmp_path / "files/real/3.png")
     images = tmp_path / "files"
     train(detector_arguments(images, tmp_path / "d", "--fixed-sr --epochs 3 --batch-size 3 --skip-bad"))
-    train(
-        sr_arguments(images, tmp_path / "s", "--num-epochs 2 --batch-size 1 --skip-bad --eval-file REAL --vgg-lambda 0")
-    )
+    flags = "--num-epochs 2 --eval-file REAL --vgg-lambda 0"
+    train(sr_arguments(images, tmp_path / "s", f"{flags} --batch-size 1 --skip-bad"))
     said = [r.message for r in caplog.records if "left out: " in r.message]
     assert len(said) == 2 and all("3.png" in line for line in said)
     with mistake("real/3.png", "--skip-bad"):
-        train(sr_arguments(images, tmp_path / "e", "--num-epochs 2 --eval-file REAL --vgg-lambda 0"))
+        train(sr_arguments(images, tmp_path / "e", flags))
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(arguments, goes_on, tmp_path, monkeypatch, capfd, call):
-    where, count = (os, itertools.count(1)) if call == "fsync" else (Path, itertools.count(1))
+    where, count = os if call == "fsync" else Path, itertools.count(1)
     real = getattr(where, call)
 
-    def full(*paths):
+    def full(*what):
         if next(count) >= 8:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return real(*paths)
+        return real(*what)
 
     with monkeypatch.context() as patch:
         patch.setattr(where, call, full)
@@ -326,6 +307,17 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(arguments, goes_on
     assert code == 2 and "No space left on device" in line
     assert read(tmp_path / "x2/last.pth")["progress"]["total_steps"] >= 1 and not list(tmp_path.rglob(".*.tmp"))
     goes_on("super-resolution", tmp_path)
+
+
+def test_tensorboard_goes_on_after_a_resume(files, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for epochs in (1, 2):
+        flags = f"--num-epochs {epochs} --num-save 1 --vgg-lambda 0 --eval-file REAL"
+        train([*sr_arguments(files, tmp_path, flags), *AUTO])
+    events = EventAccumulator(str(tmp_path / "x2/tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [e.step for e in events.Images("input, re-synthesis, target")] == [1, 2]
+    assert [e.step for e in events.Scalars("psnr")] == [1, 2]
 
 
 def test_pictures_survive_a_resume(files, tmp_path):
@@ -352,10 +344,8 @@ def test_two_processes_train_rdn_as_one(files, tmp_path):
     """Killed, and started again. Five images in batches of four and one: the second has no share of the last one."""
     flags = "--num-epochs 2 --batch-size 4 --augment --eval-file FAKE"
     train(sr_arguments(files, tmp_path / "one", flags))
-    again, log = (
-        sr_arguments(files, tmp_path / "two", f"{flags} --save-minutes 0 --resume auto --gpu 0"),
-        tmp_path / "log",
-    )
+    again = sr_arguments(files, tmp_path / "two", f"{flags} --save-minutes 0 --resume auto --gpu 0")
+    log = tmp_path / "log"
     assert in_two("train_sr.py", again, log, partial(signal_in, "epoch", 3, signal.SIGKILL)) == [-signal.SIGKILL] * 2
     assert read(tmp_path / "two/x2/last.pth")["progress"]["total_steps"] == 2, log.read_text()
     assert in_two("train_sr.py", again, log) == [0, 0], log.read_text()
@@ -365,24 +355,15 @@ def test_two_processes_train_rdn_as_one(files, tmp_path):
     assert two["progress"]["best"] == pytest.approx(one["progress"]["best"], abs=1e-4)
 
 
-def test_two_processes_validate_what_they_write(files, tmp_path, capfd):
+def test_two_processes_validate_what_they_write(files, tmp_path):
     """Batch normalisation has statistics of each process's share; those written are those validated."""
-    flags = "--fixed-sr --epochs 1 --lr 0.1 --no-cache"
-    assert in_two(
-        "train_detector.py", detector_arguments(files, tmp_path / "two", f"{flags} VALIDATE"), tmp_path / "log"
-    ) == [0, 0]
-    detector, _ = load_detector(read_checkpoint(str(tmp_path / "two/last.pth.tar")), None, {}, "random")
-    items = folder_items([str(files / "real")], [str(files / "fake")])
-    loader = make_loader(
-        ImageDataset(items, SizePolicy(4)), EpochBatches(10, 10), 0, Compute(torch.device("cpu"), "fp32")
-    )
-    (batch,) = loader
-    with torch.inference_mode():
-        logits = detector.eval()(batch.x / 255)
-    expected = auroc((logits[:, 0] - logits[:, 1]).numpy(), (batch.labels == 0).numpy())
-    loss = torch.nn.functional.cross_entropy(logits, batch.labels).item()
+    flags = detector_arguments(files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE")
+    assert in_two("train_detector.py", flags, tmp_path / "log") == [0, 0]
+    x = torch.stack([load_image(files / kind / f"{i}.png") for kind in ("fake", "real") for i in range(5)])
+    logits, labels = load(tmp_path / "two/last.pth.tar", device="cpu").logits(x), torch.arange(10) // 5
     (line,) = stats(tmp_path / "two")
-    assert line["val_auroc"] == pytest.approx(expected) and line["val_loss"] == pytest.approx(loss, rel=1e-5)
+    assert line["val_auroc"] == pytest.approx(auroc((logits[:, 0] - logits[:, 1]).numpy(), labels.numpy() == 0))
+    assert line["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
 def test_of_two_processes_both_stop(files, tmp_path):

@@ -13,10 +13,9 @@ CPU = torch.device("cpu")
 TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
 SIDE = 64
 SHAPE = [word for name, n in TINY.items() for word in (f"--{name.replace('_', '-')}", str(n))]
-SR = f"--gpu cpu --workers 0 --vgg-weights random --batch-size 2 --lr 1e-3 --patch-size 8 --scale 2 {' '.join(SHAPE)}"
-DETECTOR = (
-    "--gpu cpu --workers 0 --vgg-weights random --batch-size 4 --lr 1e-3 --lr-sr 0.5 --arch resnet18 --no_dilation"
-)
+ALWAYS = "--gpu cpu --workers 0 --vgg-weights random --lr 1e-3"
+SR = f"{ALWAYS} --batch-size 2 --patch-size 8 --scale 2 {' '.join(SHAPE)}"
+DETECTOR = f"{ALWAYS} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
 
 
 def sr_arguments(files, out, flags=""):
@@ -37,24 +36,20 @@ def words(files, flags):
 
 
 def main_of(arguments):
-    """(the program that such arguments are for, its options)."""
-    program, parser = (
-        (train_detector, train_detector_parser) if "--output-path" in arguments else (train_sr, train_sr_parser)
-    )
-    return program.main, parser().parse_args([str(a) for a in arguments])
+    """The program that such arguments are for, as a function."""
+    detector = "--output-path" in arguments
+    program, parser = (train_detector, train_detector_parser) if detector else (train_sr, train_sr_parser)
+    return lambda: program.main(parser().parse_args([str(a) for a in arguments]))
 
 
 def train(arguments):
     """In this process; mistakes are raised."""
-    main, args = main_of(arguments)
-    main(args)
+    main_of(arguments)()
 
 
 def status(arguments, capfd):
     """(exit status, the last line that is told)."""
-    main, args = main_of(arguments)
-    code = run_program(lambda: main(args))
-    return code, capfd.readouterr().err.splitlines()[-1]
+    return run_program(main_of(arguments)), capfd.readouterr().err.splitlines()[-1]
 
 
 def read(path):

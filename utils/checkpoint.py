@@ -5,9 +5,9 @@ written by the same two functions. Tensors are named KEY or KEY/NAME; the plain 
 """
 
 import hashlib
+import io
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,18 +28,14 @@ def save(obj: dict, path: str | os.PathLike) -> None:
     Raises:
         UserError: if it cannot be written (disk full, no permission); the old file is then untouched.
     """
+    data = io.BytesIO()
+    data.write(_packed(obj)) if is_bundle(path) else torch.save(obj, data)  # not to the file: torch hides its errors
     try:
         with atomic(path) as file:
-            if is_bundle(path):
-                file.write(_packed(obj))
-            else:
-                torch.save(obj, file)
-    except (OSError, RuntimeError) as error:
-        cause = error  # where torch only says that it failed, what the system said before
-        while not isinstance(cause, OSError) and cause.__context__:
-            cause = cause.__context__
-        reason = getattr(cause, "strerror", None) or str(error).strip().splitlines()[0]
-        raise UserError(f"cannot write {shown(path)} ({reason}); what was there before is untouched") from error
+            file.write(data.getbuffer())
+    except OSError as error:
+        said = f"cannot write {shown(path)} ({error.strerror})"
+        raise UserError(f"{said}; what was there before is untouched") from error
 
 
 def load(path: str | os.PathLike) -> dict:
@@ -48,39 +44,28 @@ def load(path: str | os.PathLike) -> dict:
     Raises:
         UserError: if it is missing, truncated, no checkpoint, or would run code when unpickled.
     """
-    path = Path(path)
-    name = shown(path)
-    if path.is_dir():
-        raise UserError(f"{name} is a folder, a checkpoint file was wanted")
+    path, name = Path(path), shown(path)
     if not path.is_file():
-        raise UserError(f"no checkpoint at {name}: train one first, or give the path of an existing file")
+        got = "a folder" if path.is_dir() else "nothing"
+        raise UserError(f"no checkpoint at {name} but {got}: train one first, or give the path of an existing file")
     try:
         loaded = _unpacked(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
-    except UserError:
+    except (UserError, PermissionError):
         raise
-    except PermissionError as error:
-        raise UserError(f"cannot read {name} ({error.strerror})") from None
     except Exception as error:  # torch raises anything from EOFError to UnpicklingError
         if any(words in str(error) for words in FORBIDDEN):
             raise UserError(
                 f"{name} refused: it holds more than tensors and plain values, and unpickling such a file runs"
                 " whatever code is in it; save its state dicts alone, on a machine you trust it on"
             ) from None
+        numbered = path.parent.glob("*[0-9].pth.tar") if path.name.startswith("last.") else ()
+        newest = max(numbered, key=lambda p: p.stat().st_mtime, default=None)
+        again = f"go on from the newest numbered state with --resume {shown(newest)}" if newest else "make it anew"
         kind = f"{os.path.getsize(path)} bytes; {type(error).__name__}"
-        raise UserError(f"cannot read {name} ({kind}): it is truncated or no checkpoint; {_way_out(path)}") from None
+        raise UserError(f"cannot read {name} ({kind}): it is truncated or no checkpoint; {again}") from None
     if not isinstance(loaded, Mapping):
         raise UserError(f"{name} holds a {type(loaded).__name__}, a dictionary was wanted")
     return dict(loaded)
-
-
-def _way_out(path: Path) -> str:
-    """For a damaged state: the newest numbered one beside it that a training can go on from."""
-    states = [p for p in path.parent.glob("*.pth.tar") if re.fullmatch(r"\d+\.pth\.tar", p.name) and p != path]
-    if path.name.startswith("last.") and states:
-        return (
-            f"go on from the newest numbered state with --resume {shown(max(states, key=lambda p: int(p.name[:-8])))}"
-        )
-    return "fetch or train it again"
 
 
 def is_bundle(path: str | os.PathLike) -> bool:
@@ -100,7 +85,7 @@ def _packed(obj: Mapping) -> bytes:
             values[key] = value
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     metadata = {"format": BUNDLE, "card": values.pop("card", ""), "content": json.dumps(values, sort_keys=True)}
-    return _library().torch.save(tensors, metadata | {"digest": _digest(tensors, metadata)})
+    return _library().torch.save(tensors, metadata | {"digest": digest(tensors, metadata)})
 
 
 def _unpacked(path: Path) -> dict:
@@ -111,13 +96,11 @@ def _unpacked(path: Path) -> dict:
     """
     with _library().safe_open(path, "pt") as file:
         metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    found, digest = metadata.get("format"), metadata.pop("digest", None)
+    found, written = metadata.get("format"), metadata.pop("digest", None)
     if found != BUNDLE:
-        raise UserError(
-            f"{shown(path)} is of the format {found}, and this version reads {BUNDLE}: write it again with"
-            " python -m utils.export --bundle"
-        )
-    if digest != _digest(tensors, metadata):
+        way_out = "write it again with python -m utils.export --bundle"
+        raise UserError(f"{shown(path)} is of the format {found}, and this version reads {BUNDLE}: {way_out}")
+    if written != digest(tensors, metadata):
         raise UserError(f"{shown(path)} is damaged: its content is not what was written; fetch it again")
     content = {"card": metadata["card"], **json.loads(metadata["content"])}
     for key, tensor in tensors.items():
@@ -129,21 +112,18 @@ def _unpacked(path: Path) -> dict:
     return content
 
 
-def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """The SHA-256 of all that is in a bundle."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
+    """The SHA-256 of tensors (names, types, shapes and values) and, before them, of texts."""
+    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode() if about else b"")
     for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def _library():
-    """safetensors, which only bundles need.
-
-    Raises:
-        UserError: if it is not installed.
-    """
+    """safetensors, which only bundles need."""
     try:
         import safetensors.torch
     except ImportError:

@@ -35,9 +35,7 @@ def world_of_processes(device_type: str) -> Iterator[World]:
         # Who started a process that dies ends the others, so a long wait is no error: shares of a test end hours apart.
         wait = timedelta(days=30)
         store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=wait))
-        store = dist.PrefixStore(
-            os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store
-        )  # not those of dead processes
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # not of dead processes
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=wait, store=store, rank=world.rank, world_size=world.size)
     try:
@@ -74,10 +72,9 @@ def max_over_processes(values: Tensor, world: World) -> Tensor:
 
 def gather_rows(rows: Tensor, world: World) -> Tensor:
     """The rows of all processes, rank after rank, on the CPU of each."""
-    if world.size == 1:
-        return rows
-    gathered = [None] * world.size
-    dist.all_gather_object(gathered, rows.cpu())
+    gathered = [rows.cpu()] * world.size
+    if world.size > 1:
+        dist.all_gather_object(gathered, rows.cpu())
     return torch.cat(gathered)
 
 

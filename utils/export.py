@@ -72,10 +72,10 @@ def graph(detector: Detector, suffix: str) -> bytes:
 
 def facts(detector: Detector) -> dict[str, str]:
     """What users of a graph have to know, by name, each value as JSON."""
-    known = {"format": GRAPH, "labels": LABEL_NAMES, **detector.policy._asdict(), "detector": public_config(detector)}
+    about = {"format": GRAPH, "labels": LABEL_NAMES, **detector.policy._asdict(), "detector": public_config(detector)}
     rule = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
-    known |= {name: detector.calibration.get(name, default) for name, default in rule.items()}
-    return {name: json.dumps(value, sort_keys=True) for name, value in known.items()}
+    about |= {name: detector.calibration.get(name, default) for name, default in rule.items()}
+    return {name: json.dumps(value, sort_keys=True) for name, value in about.items()}
 
 
 def public_config(detector: Detector) -> dict:
@@ -132,13 +132,14 @@ def bundle(detector: Detector, found: Mapping, scores: str | None) -> dict:
     Raises:
         UserError: if the scores are of another detector, or without labels.
     """
-    network, record = detector.network, read_record(scores) if scores else {}
+    network, record = detector.network, {}
     content = {name: found[name] for name in ("arch", "epoch", "calibration", "trained_on") if name in found}
     content |= {"config": public_config(detector), "state_dict": network.classifier.state_dict()}
     content |= {"sr_state_dict": network.resynthesizer.state_dict()}
-    if scores and not record.get("metrics"):
-        raise UserError(f"no metrics at {shown(scores)}: give the P.json of test.py on labelled images")
     if scores:
+        record = read_record(scores)
+        if not record.get("metrics"):
+            raise UserError(f"no metrics at {shown(scores)}: give the P.json of test.py on labelled images")
         require_same_detector(content, record, "--resume")
     card = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     about = {**content, "settings": found.get("settings", {}), "record": record, "format_table": format_table}

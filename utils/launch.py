@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-GRACE = 30  # seconds for which the others may go on when a process has failed; who was stopped takes as long as a step
+END_SECONDS = 30  # that the others have to end when a process has failed; who was stopped takes as long as a step
 
 
 def launch(count: int, command: Sequence[str]) -> int:
@@ -21,24 +21,25 @@ def launch(count: int, command: Sequence[str]) -> int:
     with socket.create_server(("localhost", 0)) as free:
         shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(count)}
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    received, told, deadline, status = [], False, math.inf, 0
+    received, told, deadline, failed = [], False, math.inf, 0
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: received.append(number))
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     processes = [subprocess.Popen([sys.executable, *command], env=os.environ | shared | rank) for rank in ranks]
-    while None in (ended := [process.poll() for process in processes]):
-        status = status or next(filter(None, ended), 0)
-        if (received or status) and not told:
+    statuses = [None]
+    while None in statuses:
+        time.sleep(0.05)
+        statuses = [process.poll() for process in processes]
+        failed = failed or next(filter(None, statuses), 0)
+        if (received or failed) and not told:
             told = True
             for process in processes:
                 process.terminate()
-        if status and not received:
-            deadline = min(deadline, time.monotonic() + GRACE)
+        if failed and not received:
+            deadline = min(deadline, time.monotonic() + END_SECONDS)
         for process in processes if time.monotonic() > deadline else ():
             process.kill()
-        time.sleep(0.05)
-    status = status or next(filter(None, ended), 0)
-    return 128 - status if status < 0 else 128 + received[0] if status and received else status
+    return 128 - failed if failed < 0 else 128 + received[0] if failed and received else failed
 
 
 if __name__ == "__main__":

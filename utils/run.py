@@ -6,7 +6,6 @@ import fcntl
 import json
 import logging
 import os
-import random
 import signal
 import sys
 import tempfile
@@ -14,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from io import TextIOBase
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TextIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.distributed import World, from_main
-from utils.options import PEER_GRACE, is_main_process
+from utils.options import MISTAKE_DELAY, is_main_process
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ LABEL_NAMES = ("fake", "real")
 EXIT_MISTAKE = 2
 TEMPORARY = ".tmp"  # what a file being written ends in; its name begins with a dot and the name it will get
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # what files may meet with
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PEER_IS_GONE = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 LOG_SECONDS = 120  # between two lines of progress where there is no terminal
 
@@ -71,7 +69,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         if text is None:
             raise
         if not is_main_process():
-            time.sleep(PEER_GRACE)  # where the main process says the same, this one is ended meanwhile
+            time.sleep(MISTAKE_DELAY)  # where the main process says the same, this one is ended meanwhile
         logger.error("error: %s", shown(" ".join(text.split())))
         return EXIT_MISTAKE
 
@@ -85,8 +83,7 @@ def _mistake(error: Exception) -> str | None:
         what = f"{error.filename or 'a file'} ({error.strerror})"
         return f"cannot read or write {what}; what was saved before is untouched"
     if isinstance(error, torch.OutOfMemoryError):
-        first = text.strip().splitlines()[0]
-        return f"{first} Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16"
+        return f"{text.splitlines()[0]} Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text} If memory was short, use fewer --workers"
     if isinstance(error, RuntimeError) and any(words in text for words in PEER_IS_GONE):
@@ -119,16 +116,6 @@ class StopSignal:
         self.received = self.received or number
 
 
-def progress(batches: Iterable | None, what: str, total: int | None = None, done: int = 0, unit: str = "it") -> tqdm:
-    """`batches` with a bar on a terminal; elsewhere with a line in the log every LOG_SECONDS.
-
-    For anything but one a step, give `batches=None` and call `.update(n)`.
-    """
-    how = {} if sys.stderr.isatty() else LINES_IN_LOG
-    about = {"desc": what, "total": total, "initial": done, "unit": unit, "disable": not is_main_process()}
-    return tqdm(batches, leave=False, **about, **how)
-
-
 class _Log(TextIOBase):
     """What is written here is a line in the log."""
 
@@ -138,12 +125,15 @@ class _Log(TextIOBase):
         return len(text)
 
 
-LINES_IN_LOG = {
-    "file": _Log(),
-    "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left",
-    "miniters": 1,
-    **dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS),
-}
+def progress(items: Iterable | None, what: str, total: int | None = None, **about) -> tqdm:
+    """`items` with a bar on a terminal; elsewhere with a line in the log every LOG_SECONDS.
+
+    For anything but one a step, give `items=None` and call `.update(n)`. about: more for tqdm, such as `unit`.
+    """
+    if not sys.stderr.isatty():
+        about |= {"file": _Log(), "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}, {remaining} left"}
+        about |= {"miniters": 1, **dict.fromkeys(("delay", "mininterval", "maxinterval"), LOG_SECONDS)}
+    return tqdm(items, what, total, leave=False, disable=not is_main_process(), **about)
 
 
 # --- where and how networks compute -------------------------------------------------------------------------
@@ -165,8 +155,8 @@ class Compute(NamedTuple):
 
     def autocast(self) -> torch.autocast:
         """The context in which networks run."""
-        dtype = PRECISIONS[self.precision]
-        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
 def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: int | None = None) -> Compute:
@@ -177,15 +167,11 @@ def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: i
     """
     device = choose_device(gpu)
     if seed is not None:
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002 - libraries may still draw from the legacy generator
         torch.manual_seed(seed)
     if precision == "auto":
         precision = "tf32" if device.type == "cuda" else "fp32"
     if precision == "tf32" and device.type == "cpu":
         raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if deterministic != torch.are_deterministic_algorithms_enabled():  # a call takes 1.5 s of imports
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no reproducible way
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -196,25 +182,24 @@ def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: i
 
 
 def choose_device(gpu: str | None) -> torch.device:
-    """The device for `--gpu`: "cpu", a number, or None for the first GPU there is.
+    """The device for `--gpu` ("cpu", a number, or None for the first GPU there is), made CUDA's current one.
 
     Raises:
         UserError: for a GPU this machine lacks although it has others, or a word that is neither.
     """
-    if gpu == "cpu":
-        return torch.device("cpu")
-    if gpu is not None and not gpu.isdecimal():
+    if gpu not in (None, "cpu") and not gpu.isdecimal():
         raise UserError(f"--gpu {gpu}: a number or cpu was wanted")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count == 0:
+    available = torch.cuda.device_count() if gpu != "cpu" and torch.cuda.is_available() else 0
+    if not available:
         if gpu is None:
             logger.info("no GPU on this machine: using the CPU")
-        elif is_main_process():
+        elif gpu != "cpu" and is_main_process():
             logger.warning("warning: GPU %s was asked for and this machine has none: using the CPU", gpu)
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", gpu or 0))  # of several processes each has its own
-    if number >= count:
-        raise UserError(f"--gpu {number}: this machine has GPU 0..{count - 1}; choose one of these or cpu")
+    if number >= available:
+        raise UserError(f"--gpu {number}: this machine has GPU 0..{available - 1}; choose one of these or cpu")
+    torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
@@ -224,6 +209,11 @@ def keyed_generator(*key: int) -> np.random.Generator:
     All that the programs draw comes from such a one; only initial weights come from torch's own, seeded once.
     """
     return np.random.default_rng((len(key), *key))  # NumPy takes (1, 2) and (1, 2, 0) for the same
+
+
+# Last numbers of keys: what is drawn for the same seed, epoch and image or step by one has nothing to do with another.
+PERTURB, CROP, DEGRADE_BATCH, DEGRADE_IMAGE = 1, 2, 4, 5  # of (seed, epoch, image), but DEGRADE_BATCH: of (.., step)
+DEGRADE_PATCH = 1  # of (seed, epoch, image, patch)
 
 
 # --- files and texts ----------------------------------------------------------------------------------------
@@ -244,10 +234,12 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_torn(folder: Path) -> None:
-    """Delete what a process killed in `atomic` left behind, before another run begins in this folder."""
+def remove_torn(folder: Path, age: float = 0) -> None:
+    """Delete what a process killed in `atomic` left behind. age: seconds for which nobody has written to it."""
     for path in folder.glob(f".*{TEMPORARY}"):
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime >= age:
+                path.unlink()
 
 
 def write_json(path: Path, obj: dict) -> None:
@@ -262,14 +254,12 @@ def make_folder(path: str | os.PathLike) -> Path:
     Raises:
         UserError: if that cannot be.
     """
-    path = Path(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"cannot write to the output folder {shown(path)} ({error.strerror})") from None
-    return path
+    return Path(path)
 
 
 @contextlib.contextmanager
@@ -277,30 +267,27 @@ def sole_writer(lock: Path, world: World) -> Iterator[None]:
     """While this `with` block runs, no other run enters one with the same file, which is there meanwhile.
 
     The main process holds it, and all enter or none. A process that dies lets go of it, and its workers do not keep
-    it: fork hands on locks of flock, not of lockf.
+    it: fork hands on locks of flock, not of lockf. Where nothing can be locked, that is a warning, and taken as done.
 
     Raises:
         UserError: if another run is in there.
     """
     with lock.open("a") if world.is_main else contextlib.nullcontext() as file:
-        if not from_main(world.is_main and _locked(file), world):
+        free = True
+        try:
+            if world.is_main:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            free = False
+        except OSError as error:
+            logger.warning("warning: no locks for %s (%s): see that no other run writes there", lock, error)
+        if not from_main(free, world):
             raise UserError(f"another run is writing here ({lock}): let it end, or write elsewhere")
         try:
             yield
         finally:
             if world.is_main:
                 lock.unlink(missing_ok=True)
-
-
-def _locked(file: TextIO) -> bool:
-    """Lock it, unless another process has. Where nothing can be locked, that is a warning, and taken as done."""
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError as error:
-        logger.warning("warning: no locks for %s (%s): see that no other run writes there", file.name, error)
-    return True
 
 
 def shown(text: str | os.PathLike) -> str:
@@ -321,6 +308,5 @@ def versions() -> dict[str, str]:
     """What the numbers of a run depend on, for its records."""
     from importlib.metadata import version  # importing torchvision would take seconds
 
-    return {"python": sys.version.split()[0], "torch": torch.__version__} | {
-        name: version(name) for name in ("torchvision", "numpy", "pillow")
-    }
+    own = {"python": sys.version.split()[0], "torch": torch.__version__}
+    return own | {name: version(name) for name in ("torchvision", "numpy", "pillow")}

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.datasets import ImageDataset, Key, Sample, alike, collate
-from data.images import SizePolicy, check_headers, fit_size, fitted_size, load_image, upright_rgb
+from data.images import SizePolicy, check_headers, fit_size, load_image, upright_rgb
 from data.lists import Item
 from models import ResynthesisDetector, fingerprint, load_detector, read_checkpoint
 from models.resynthesis import Compared
@@ -125,14 +125,13 @@ class Detector(NamedTuple):
         known = self.config.get("images") or {}
         if "sides" not in known:  # trained by an earlier version
             return []
-        (low, high), jpegs, most = known["sides"], known["jpegs"], self.policy.crop_size or math.inf
-        headers = zip(paths, check_headers(paths, self.fitting), strict=True)
-        sides = {path: min(*fitted_size(*h.size, self.fitting), most) for path, h in headers if h.size}
-        far = [path for path, side in sides.items() if not low / 2 <= side <= 4 * high]
+        (low, high), jpegs = known["sides"], known["jpegs"]
+        seen = {p: h for p, h in zip(paths, check_headers(paths, self.fitting), strict=True) if h.size}
+        far = [p for p, h in seen.items() if not (self.policy.resize or low / 2 <= min(h.size) <= 4 * high)]
         ways = {
             f"have shorter sides far from its {low} to {high} pixels": far,
-            "are JPEG, of which it saw none": [path for path in sides if jpegs == 0 and is_jpeg(path)],
-            "are no JPEG, and it saw nothing else": [path for path in sides if jpegs == 1 and not is_jpeg(path)],
+            "are JPEG, of which it saw none": [p for p, h in seen.items() if jpegs == 0 and h.jpeg],
+            "are no JPEG, and it saw nothing else": [p for p, h in seen.items() if jpegs == 1 and not h.jpeg],
         }
         text = "unlike its training images: {} of {} {} (first: {}): take these verdicts with care"
         return [text.format(len(odd), len(paths), way, shown(odd[0])) for way, odd in ways.items() if odd]
@@ -140,15 +139,9 @@ class Detector(NamedTuple):
 
 def images_known(images: ImageDataset) -> dict:
     """What `Detector.unlike` has to know of training images: the range of their shorter sides; the share that is JPEG."""
-    sides = [min(size) for size in images.sizes]
-    jpegs = 0.5 if images.transform else float(np.mean([is_jpeg(item.path) for item in images.items]))
+    sides = [min(header.size) for header in images.headers]
+    jpegs = 0.5 if images.transform else float(np.mean([header.jpeg for header in images.headers]))
     return {"sides": [min(sides), max(sides)], "jpegs": jpegs}  # perturbed: some are compressed
-
-
-def is_jpeg(path: str) -> bool:
-    """By how the file begins, whatever its name."""
-    with open(path, "rb") as file:
-        return file.read(3) == b"\xff\xd8\xff"
 
 
 def crops_of(image: Tensor, side: int, count: int) -> Tensor:

@@ -1,12 +1,13 @@
-"""How the residuals of a batch come: with an RDN that is trained, computed by a frozen one, or read from a cache.
+"""How the residuals of a batch come: with an RDN that is trained, or from a frozen one, perhaps computed before.
 
 train_detector.py chooses once. Each gives the residuals (B, C_l, H_l, W_l) of a batch, and this process's share of its
 auxiliary loss, a scalar (None: there is none).
 """
 
 import logging
+import math
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,11 +16,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Batch, ImageDataset
-from data.residuals import ResidualCache
+from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
 from models import ResynthesisDetector
 from models.auxiliary import degrade_batch, draw_degradation, residual_and_auxiliary_loss
 from utils.distributed import World, from_main, sum_over_processes
-from utils.run import REAL, Compute, keyed_generator, make_folder
+from utils.run import DEGRADE_BATCH, DEGRADE_IMAGE, REAL, Compute, keyed_generator, make_folder
 from utils.training import Progress
 
 logger = logging.getLogger(__name__)
@@ -27,17 +28,17 @@ logger = logging.getLogger(__name__)
 ResidualsOf = Callable[[Batch, Progress], tuple[Tensor, Tensor | None]]
 
 
-def read_residuals(compute: Compute, batch: Batch, _: Progress | None = None) -> tuple[Tensor, None]:
-    """The batch is of residuals already."""
-    residual = batch.x.to(compute.device, non_blocking=True).float()  # (B, C_l, H_l, W_l)
-    return residual.contiguous(memory_format=torch.channels_last), None
-
-
 @torch.no_grad()
 def frozen_residuals(
     detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch, _: Progress | None = None
 ) -> tuple[Tensor, None]:
-    """Without gradients. micro_batch: images that pass through RDN and VGG at a time; None: all."""
+    """Computed without gradients, or as the batch has them.
+
+    micro_batch: images that pass through RDN and VGG at a time; None: all.
+    """
+    if batch.x.is_floating_point():  # of a ResidualDataset
+        residual = batch.x.to(compute.device, non_blocking=True).float()  # (B, C_l, H_l, W_l)
+        return residual.contiguous(memory_format=torch.channels_last), None
     x = compute.input(batch.x)  # (B, 3, H, W)
     with compute.autocast():
         return torch.cat([detector.compare(part).residual for part in x.split(micro_batch or len(x))]), None
@@ -70,10 +71,10 @@ def end_to_end_residuals(
     real, counted = batch.labels == REAL, batch.weights > 0  # (B,) each
     reals = int(sum_over_processes((real & counted).sum().to(compute.device), world))
     wanted = real & (reals > 1 and auxiliary.weight > 0)
-    degraded = None
-    degradation = draw_degradation(auxiliary.task, keyed_generator(auxiliary.seed, progress.epoch, progress.step, 4))
+    degraded, batch_rng = None, keyed_generator(auxiliary.seed, progress.epoch, progress.step, DEGRADE_BATCH)
+    degradation = draw_degradation(auxiliary.task, batch_rng)
     if degradation and wanted.any():
-        rngs = [keyed_generator(auxiliary.seed, *key, 5) for key in batch.keys]
+        rngs = [keyed_generator(auxiliary.seed, *key, DEGRADE_IMAGE) for key in batch.keys]
         degraded = degrade_batch(degradation, x, detector.resynthesizer.scale, rngs)  # (B, 3, h, w)
 
     def losses(rows: slice) -> tuple[Tensor, Tensor]:
@@ -89,30 +90,34 @@ def end_to_end_residuals(
     return residual, (loss * shares).sum()
 
 
-def residual_cache(
+def kept_residuals(
     args: Namespace,
     detector: ResynthesisDetector,
     config: dict,
     compute: Compute,
-    datasets: list[ImageDataset],
-    world: World = World(),  # noqa: B008
-) -> ResidualCache | None:
-    """Where residuals of the images are kept, if they are the same in each epoch and there is room for all."""
+    datasets: Sequence[ImageDataset],
+    world: World,
+) -> list[ResidualDataset]:
+    """The images as residuals kept on disk; none if they change from epoch to epoch, or there is no room for all."""
     if not args.fixed_resynthesizer or not args.cache:
-        return None
-    if args.augment_perturb or (args.crop_size and not args.crops):
-        what = "perturbed (--augment-perturb)" if args.augment_perturb else "cropped (but see --crops-per-image)"
-        logger.info("no residual cache: training images are %s anew, so their residuals are new in each epoch", what)
-        return None
+        return []
+    if any(images.drawn_anew or images.transform for images in datasets):
+        logger.info(
+            "no residual cache: images are cropped (but see --crops-per-image) or perturbed (--augment-perturb) anew"
+            " in each epoch, and so are their residuals"
+        )
+        return []
     about = {
         "resynthesizer": config["resynthesizer_fingerprint"],
         "vgg": config["vgg"] and config["vgg"]["fingerprint"],
         "stage": detector.stage,
-        "scale, crop, resize": (detector.resynthesizer.scale, args.crop_size or None, args.resize or None),
+        "scale, crop, resize": tuple(datasets[0].policy),
         "arithmetic": str(compute),
+        "storage": args.cache_precision,
     }
-    folder = make_folder(args.cache_dir or Path(args.output_path) / "residual_cache")
-    cache = ResidualCache(folder, about, args.cache_precision)
+    dtype = STORAGE[args.cache_precision]
+    folder = cache_folder(make_folder(args.cache_dir or Path(args.output_path) / "residual_cache"), about)
     both_ways = [size for images in datasets for size in images.sizes * images.parts * (2 if images.draws else 1)]
-    shapes = [detector.residual_shape(*size) for size in both_ways]
-    return cache if from_main(cache.has_room(shapes, args.cache_gb * 1e9), world) else None
+    bytes_of = [math.prod(detector.residual_shape(*size)) * dtype.itemsize for size in both_ways]
+    fits = from_main(has_room(folder, bytes_of, args.cache_gb * 1e9), world)
+    return [ResidualDataset(images, folder, dtype) for images in datasets] if fits else []

@@ -68,7 +68,7 @@ class Progress:
 def starting_point(
     resume: str | None, init: str | None, states: Sequence[Path]
 ) -> tuple[Checkpoint | None, Checkpoint | None]:
-    """The file to start from (None: from scratch), and the same if it is a run to be continued (None: a new run).
+    """The file whose weights are taken (None: new ones), and the same if its run is continued (None: a new run).
 
     Args:
         resume: a file or "auto". init: weights for where there is nothing to resume. states: what "auto" would find.
@@ -81,15 +81,16 @@ def starting_point(
         logger.info("%s", f"resuming {shown(resume)}" if resume else "nothing to resume: a new run")
     if init or resume:
         logger.info("starting from %s", shown(resume or init))
-    start = read_checkpoint(resume or init)
-    if resume and "progress" not in start.content:
-        logger.info("%s holds weights but no training state: a new run starts from them", shown(resume))
-    return start, start if resume and "progress" in start.content else None
+    origin = read_checkpoint(resume or init)
+    if not resume or "progress" in origin.content:
+        return origin, origin if resume else None
+    logger.info("%s holds weights but no training state: a new run starts from them", shown(resume))
+    return origin, None
 
 
 @contextlib.contextmanager
-def run_folder(folder: Path, world: World, resumed: Checkpoint | None, overwrite: bool) -> Iterator[Path]:
-    """The folder of a run, made and held against other runs while this `with` block runs.
+def run_folder(folder: Path, world: World, resumed: Checkpoint | None, overwrite: bool) -> Iterator[None]:
+    """Make the folder of a run, and hold it against other runs while this `with` block runs.
 
     Args:
         resumed: the state that the run goes on from; None: a new run, before which old records are deleted.
@@ -111,17 +112,7 @@ def run_folder(folder: Path, world: World, resumed: Checkpoint | None, overwrite
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         if world.is_main:
             run.remove_torn(folder)
-        yield folder
-
-
-def say_changes(before: Mapping, now: Mapping, step: int) -> None:
-    """One line for each setting or image set that a resumed run does not share with the run it continues."""
-    for name in sorted(before.keys() & now.keys() - FREE):
-        if before[name] != now[name]:
-            order = step and name in ("batch_size", "images", "seed", "crops")
-            effect = f": from step {step} of this epoch on images come in another order, some twice or not at all"
-            change = f"{name} was {before[name]} when the run began and is {now[name]} now"
-            logger.warning("warning: %s%s", change, effect if order else "")
+        yield
 
 
 # --- steps --------------------------------------------------------------------------------------------------
@@ -164,53 +155,67 @@ class Stepper:
             NotFinite: if loss or gradients are not; nothing is changed then.
         """
         self.scaler.scale(loss).backward()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        distributed.sum_gradients(parameters, self.world)
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        gradients = self._summed_gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
             norm = norm.nan_to_num()  # the scaler leaves out the steps that overflow in fp16, and scales less
-        counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
-        shares = torch.stack([v.detach().float().to(self.compute.device) for v in (loss, *values.values(), *counts)])
-        sums = distributed.sum_over_processes(shares, self.world)
-        *sums, weight, count, left_out, norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # a GPU is waited for
-        means = [value / (weight or 1) for value in sums]  # of the images that could be read
-        if not (math.isfinite(sums[0]) and math.isfinite(norm)):
-            where = f"epoch {self.progress.epoch}, step {self.progress.step}"
+        means, count, left_out, norm = self._means({"loss": loss, **values}, batch, norm)
+        if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
             files = ", ".join(sorted({shown(item.path) for item in batch.items}))
             raise NotFinite(
-                f"numbers are no longer finite at {where} (loss {sums[0]:.4g}, gradient norm {norm:.4g}); images {files};"
-                " lower --lr or use --precision fp32"
+                f"numbers are no longer finite at epoch {self.progress.epoch}, step {self.progress.step} (loss"
+                f" {means['loss']:.4g}, gradient norm {norm:.4g}); images {files}; lower --lr or use --precision fp32"
             )
         if self.clip_norm and norm > self.clip_norm:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], self.clip_norm / norm)
+            torch._foreach_mul_(gradients, self.clip_norm / norm)
         self.set_rates(self.rate_of(self.progress.epoch + self.progress.step / self.steps))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.progress.left_out += int(left_out)
-        self.progress.add(dict(zip(("loss", *values), means, strict=True)), count)
+        self.progress.add(means, count)
+
+    def _summed_gradients(self) -> list[Tensor]:
+        """The gradients of all processes together, as they are of the loss before it was scaled."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        distributed.sum_gradients(parameters, self.world)
+        self.scaler.unscale_(self.optimizer)
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def _means(
+        self, shares: Mapping[str, Tensor], batch: Batch, norm: Tensor
+    ) -> tuple[dict[str, float], float, float, float]:
+        """Means over the images that all processes could read, their count, that of the others, and the norm."""
+        counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
+        sums = torch.stack([v.detach().float().to(self.compute.device) for v in (*shares.values(), *counts)])
+        sums = distributed.sum_over_processes(sums, self.world)
+        *sums, weight, count, left_out, norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # a GPU is waited for
+        return dict(zip(shares, (value / (weight or 1) for value in sums), strict=True)), count, left_out, norm
 
     def state_dict(self) -> dict:
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         return parts | {"progress": vars(self.progress)}
 
-    def go_on_from(self, run: Checkpoint | None, settings: Mapping) -> None:
+    def go_on_from(self, resumed: Checkpoint | None, settings: Mapping) -> None:
         """Go on from a state, if any; rates, decay and momentum are those asked for now. Says what else has changed."""
-        if run is None:
+        if resumed is None:
             return
-        state, known = run.content, vars(self.progress)
-        before, now = (s.get("optimizer", "sgd") for s in (state["settings"], settings))
-        if before != now:
-            raise UserError(
-                f"{run.name} was trained with --optimizer {before}: give that, or start anew from it by --init"
-            )
+        state, before = resumed.content, resumed.content["settings"]
+        if (optimizer := before.get("optimizer", "sgd")) != settings.get("optimizer", "sgd"):
+            way_out = "give that, or start anew from it by --init"
+            raise UserError(f"{resumed.name} was trained with --optimizer {optimizer}: {way_out}")
         self.optimizer.load_state_dict(state["optimizer"])
         self.set_rates(1.0)
         if state["scaler"]:  # empty if the run began in another precision
             self.scaler.load_state_dict(state["scaler"])
-        known.update({name: value for name, value in state["progress"].items() if name in known})
-        say_changes(state["settings"], settings, self.progress.step)
+        vars(self.progress).update({k: v for k, v in state["progress"].items() if k in vars(self.progress)})
+        for name in sorted(before.keys() & settings.keys() - FREE):
+            if before[name] != settings[name]:
+                change, effect = f"{name} was {before[name]} when the run began and is {settings[name]} now", ""
+                if self.progress.step and name in ("batch_size", "images", "seed", "crops"):
+                    effect = f": from step {self.progress.step} of this epoch on images come in another order, some"
+                    effect += " twice or not at all"
+                logger.warning("warning: %s%s", change, effect)
 
 
 def cosine(of: int, epochs: float) -> float:
@@ -224,39 +229,37 @@ def cosine(of: int, epochs: float) -> float:
 # --- what is kept -------------------------------------------------------------------------------------------
 
 
-def readable(batches: Iterable[Batch], skip_bad: bool, told: set[str] | None = None) -> Iterator[Batch]:
-    """The batches. What cannot be read in one is an error or, if `skip_bad`, left out with one line (then in `told`)."""
-    told = set() if told is None else told
-    for batch in batches:
-        for text in batch.errors.values():
-            if not skip_bad:
-                raise UserError(f"{text}; mend or remove it, or go on without such images by --skip-bad")
-            if text not in told:
-                logger.warning("left out: %s", text)
-                told.add(text)
-        yield batch
+class Run(contextlib.AbstractContextManager):
+    """A training under way: its last state on disk, its records, and the signals it gets, obeyed between steps.
 
-
-class StateKeeper(contextlib.AbstractContextManager):
-    """Saves the whole state of a training when it is time: at its intervals, every few minutes, when stopped or failing.
-
-    It is that of the last step done. While this `with` block runs, signals are obeyed between steps.
+    The state, that of the last step done, is saved at intervals, after each epoch, when stopped and when something
+    fails. Records are config.json, stats.jsonl, TensorBoard, which counts finished epochs, and one log line an epoch.
 
     Args:
-        path: the file of the last state.
-        collect: gives the state; of the main process alone.
+        path: the file of the last state, in the folder of the run.
+        about: what the run is made of, its "settings" among it; goes into config.json and every state.
+        networks: gives the networks' part of the state; of the main process alone.
         stepper: whose training it is.
-        minutes: the longest time between two savings.
-        skip_bad: go on without images that cannot be read, rather than end the run.
+        epochs: in all.
     """
 
-    def __init__(self, path: Path, collect: Callable[[], dict], stepper: Stepper, minutes: float, skip_bad: bool):
-        self.path, self.collect, self.skip_bad = path, collect, skip_bad
-        self.world, self.device, self.progress = stepper.world, stepper.compute.device, stepper.progress
-        self.interval, self.saved_at, self.told = minutes * 60, time.monotonic(), set()
-        self.stop = run.StopSignal()
+    def __init__(self, path: Path, about: dict, networks: Callable[[], dict], stepper: Stepper, epochs: int):
+        self.path, self.about, self.networks, self.stepper, self.epochs = path, about, networks, stepper, epochs
+        self.world, self.progress, self.settings = stepper.world, stepper.progress, about["settings"]
+        self.first_epoch, self.began = self.progress.epoch, time.monotonic()
+        self.saved_at, self.told, self.stop, self.writer = self.began, set(), run.StopSignal(), None
+        if self.world.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # takes as long to import as PyTorch
 
-    def __enter__(self) -> "StateKeeper":
+            run.write_json(path.with_name("config.json"), {**about, "versions": run.versions()})
+            self.writer = SummaryWriter(str(path.with_name("tensorboard")), purge_step=self.first_epoch + 1)
+            self.stats = path.with_name("stats.jsonl")
+            lines = self.stats.read_text().splitlines(keepends=True) if self.stats.exists() else []
+            whole = [line for line in lines if line.endswith("}\n")]  # the last is torn if the machine lost power
+            with run.atomic(self.stats) as file:  # what was recorded of later epochs is recorded again
+                file.write("".join(line for line in whole if json.loads(line)["epoch"] < self.first_epoch).encode())
+
+    def __enter__(self) -> "Run":
         self.stop.__enter__()
         return self
 
@@ -270,33 +273,54 @@ class StateKeeper(contextlib.AbstractContextManager):
                 self.save()
             if self.stop.received:  # another process has obeyed already, and is missed
                 raise Stopped(self.stop.received) from error
+        if error is None and self.writer:
+            self.writer.close()
+            already = " already" if self.first_epoch >= self.epochs else ""
+            folder = shown(self.path.parent)
+            logger.info("finished%s: %d epochs are trained; all is in %s", already, self.epochs, folder)
+
+    def state(self) -> dict:
+        """All that is needed to use the networks and to go on with their training."""
+        return self.about | self.networks() | self.stepper.state_dict()
 
     def save(self, state: dict | None = None) -> None:
-        """Save the state now. state: if `collect` has just given it."""
+        """Save the state now. state: where it has just been collected."""
         if self.world.is_main:
-            checkpoint.save(state or self.collect(), self.path)
+            checkpoint.save(state or self.state(), self.path)
         self.saved_at = time.monotonic()
 
     def batches(self, loader: Iterable[Batch], what: str, training: bool = False) -> Iterator[Batch]:
         """The batches of a loader that hold an image, which `what` is done with. After each a signal is obeyed.
 
+        An image that cannot be read is an error or, with --skip-bad, left out with one line.
         training: a step is taken with each, after which the state is saved if it is time, or any process got a signal.
         """
-        for batch in readable(run.progress(loader, what), self.skip_bad, self.told):
+        before: Batch | None = None
+        for batch in run.progress(loader, what):
+            for text in (text for text in batch.errors.values() if text not in self.told):
+                if not self.settings["skip_bad"]:
+                    raise UserError(f"{text}; mend or remove it, or go on without such images by --skip-bad")
+                logger.warning("left out: %s", text)
+                self.told.add(text)
             if len(batch.x):
+                before = batch
                 yield batch
-            elif training and self.world.size > 1:  # all have to take the step
-                raise UserError(f"{next(iter(batch.errors.values()))}; and no other image is in its process's batch")
+            elif training and self.world.size > 1:  # all have to take the step: with the batch before, of weight 0
+                if before is None:
+                    raise UserError(
+                        f"{next(iter(batch.errors.values()))}; and no other image is in its process's batch"
+                    )
+                yield before._replace(weights=torch.zeros_like(before.weights), errors=batch.errors)
             elif training:
                 self.progress.step += 1
                 self.progress.left_out += len(batch.errors)
             self._save_if_due(training)
 
     def _save_if_due(self, training: bool) -> None:
-        due = float(training and time.monotonic() - self.saved_at >= self.interval)
+        due = float(training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60)
         stopping = float(self.stop.received or 0)
         if training and self.world.size > 1:  # what one process has to do all do, so that none waits for ever
-            wanted = torch.tensor([stopping, due], device=self.device)
+            wanted = torch.tensor([stopping, due], device=self.stepper.compute.device)
             stopping, due = distributed.max_over_processes(wanted, self.world).tolist()
         if stopping or due:
             self.save()
@@ -304,87 +328,51 @@ class StateKeeper(contextlib.AbstractContextManager):
             raise Stopped(int(stopping))
 
     def end_epoch(
-        self, score: float | None, numbered: Callable[[dict], dict[str, dict]] | None, keep_last: int | None
+        self, values: dict[str, float | None], score: str, numbered: Callable[[dict], dict[str, dict]] | None
     ) -> None:
-        """Write what is due when an epoch is finished: the best so far, its numbered files, last of all the state.
+        """Record a finished epoch, and write what is due: the best so far, its numbered files, last of all the state.
 
         Args:
-            score: the higher the better; None: not validated.
+            values: worth recording. score: the name of that by which epochs are compared, the higher the better; it
+                is not among them if the run does not validate.
             numbered: from the state, the content of the epoch's files by name; None: this epoch is not to be kept.
-            keep_last: how many numbered files of a kind are kept; None: all.
         """
-        done, folder = self.progress, self.path.parent
+        self._record(values)
+        done, got = self.progress, values.get(score)
         done.next_epoch()
-        better = score is not None and (done.best is None or score > done.best)
-        done.best = score if better else done.best
+        better = got is not None and (done.best is None or got > done.best)
+        done.best = got if better else done.best
         if not self.world.is_main or not (better or numbered):
             return
-        state = self.collect()
+        state = self.state()
         files = numbered(state) if numbered else {}
         best = {self.path.name.replace("last", "best"): {**state, "epoch": done.epoch}} if better else {}
         for name, content in (best | files).items():
-            checkpoint.save(content, folder / name)
-        for name in files if keep_last else ():
+            checkpoint.save(content, self.path.with_name(name))
+        for name in files if self.settings["keep_last"] else ():
             like = re.compile(re.sub(r"\d+", r"(\\d+)", re.escape(name), count=1))
-            same = sorted((int(m[1]), path) for path in folder.iterdir() if (m := like.fullmatch(path.name)))
-            for _, path in same[:-keep_last]:
+            same = sorted((int(m[1]), p) for p in self.path.parent.iterdir() if (m := like.fullmatch(p.name)))
+            for _, path in same[: -self.settings["keep_last"]]:
                 path.unlink()
         self.save(state)
 
-
-class Recorder:
-    """The records of a run: config.json, stats.jsonl, TensorBoard, one log line an epoch. Main process only.
-
-    TensorBoard counts finished epochs: what is recorded before the first is at 0.
-
-    Args:
-        about: what the run is made of; goes into config.json with the versions it ran on.
-        first_epoch: what was recorded of it and later ones, before a stop, is recorded again.
-    """
-
-    def __init__(self, folder: Path, about: dict, world: World, first_epoch: int, epochs: int):
-        self.folder, self.first_epoch, self.epochs, self.started = folder, first_epoch, epochs, time.monotonic()
-        self.writer = None
-        if world.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # takes as long to import as PyTorch
-
-            run.write_json(folder / "config.json", {**about, "versions": run.versions()})
-            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=first_epoch + 1)
-            stats = folder / "stats.jsonl"
-            lines = stats.read_text().splitlines(keepends=True) if stats.exists() else []
-            with run.atomic(stats) as file:
-                file.write("".join(line for line in lines if _epoch_of(line) < first_epoch).encode())
-
-    def epoch(self, epoch: int, values: Mapping[str, float | None]) -> None:
-        """Record the values of a finished epoch."""
+    def _record(self, values: dict[str, float | None]) -> None:
         if self.writer is None:
             return
+        epoch, rate = self.progress.epoch, self.stepper.optimizer.param_groups[0]["lr"]
+        values = values | {"learning_rate": rate}
         finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-        with (self.folder / "stats.jsonl").open("a") as file:
+        with self.stats.open("a") as file:
             file.write(json.dumps({"epoch": epoch, **finite}) + "\n")
         for name, value in finite.items():
             if value is not None:
                 self.writer.add_scalar(name, value, epoch + 1)
         words = "  ".join(f"{name} {'-' if value is None else f'{value:.4g}'}" for name, value in finite.items())
-        done, left = epoch + 1 - self.first_epoch, self.epochs - epoch - 1
-        minutes = (time.monotonic() - self.started) / 60 / done * left
+        minutes = (time.monotonic() - self.began) / 60 * (self.epochs - epoch - 1)  # if all are like this one
+        self.began = time.monotonic()
         logger.info("epoch %d: %s%s", epoch, words, f"  (about {minutes:.0f} min left)" if minutes >= 1 else "")
 
     def pictures(self, name: str, images: Tensor, finished: int) -> None:
-        """images: (B, 3, H, W) in [0, 1]. finished: how many epochs are."""
+        """To TensorBoard. images: (B, 3, H, W) in [0, 1]. finished: how many epochs are."""
         if self.writer is not None and len(images):
             self.writer.add_images(name, images.detach().float().clamp(0, 1).cpu(), finished)
-
-    def finish(self) -> None:
-        """Close the records, and say that the run is finished."""
-        if self.writer is not None:
-            self.writer.close()
-            already = " already" if self.first_epoch >= self.epochs else ""
-            logger.info("finished%s: %d epochs are trained; all is in %s", already, self.epochs, shown(self.folder))
-
-
-def _epoch_of(line: str) -> float:
-    """The epoch of a line of stats.jsonl; infinity if it is torn, as a machine that lost power may leave it."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return json.loads(line)["epoch"]
-    return math.inf
