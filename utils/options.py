@@ -282,7 +282,8 @@ def test_parser() -> Parser:
     test.add("--tile", "work on N x N pixels of a larger image at a time: the smaller, the less memory and the more"
         " time; the logits stay those of the whole image to rounding, each tile being given all its results depend on",
         number(int, 64), 1024)  # fmt: skip
-    text = "score N crops of --crop-size spread over a larger image and take the mean (default: the one in its centre)"
+    text = "score N crops of --crop-size spread over a larger image and take the mean (default: 9 if the detector was"
+    text += " trained on crops and no other size is asked for, else 1, the one in its centre)"
     test.add("--crops", text, at_least_one)
     for flags in ("--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
                   "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"):  # fmt: skip

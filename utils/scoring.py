@@ -29,6 +29,7 @@ from utils.scores import predict
 
 logger = logging.getLogger(__name__)
 
+CROPS = 9  # of an image, where the detector was trained on crops: docs/results.md compares 1, 4, 9 and whole images
 BATCH_PIXELS = 1024 * 1024  # images are scored together while they have no more pixels than this
 Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or uint8 (3, H, W) RGB of 0..255
 
@@ -186,7 +187,8 @@ def load(
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
     policy = SizePolicy(network.resynthesizer.scale, **sizes_to_use(config.get("images") or {}, options))
-    crops, content = options.get("crops") or 1, source.content
+    as_in_training = policy.crop_size and options.get("crop_size") is None
+    crops, content = options.get("crops") or (CROPS if as_in_training else 1), source.content
     if crops > 1 and not policy.crop_size:
         raise UserError(f"--crops {crops} needs their size: give --crop-size N (the detector was trained without)")
     calibration = content.get("calibration") or {}
