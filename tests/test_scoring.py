@@ -212,7 +212,7 @@ def test_sizes_as_in_training(tiny, tmp_path, capfd):
     crop = torch.nn.functional.interpolate(crop[None], (32, 38), mode="bicubic", antialias=True)[:, :, 8:24, 11:27]
     scores = {}
     for name, detector, *flags in (
-        ("own", own),
+        ("own", own, "--crops", 1),
         ("asked", tiny, "--crop-size", 16, "--resize", 32),
         ("other", own, "--crop-size", 0, "--resize", 0),
         ("plain", tiny),
