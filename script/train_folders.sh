@@ -1,19 +1,25 @@
 #!/usr/bin/env bash
 # From folders of pictures to a calibrated detector and a report, on two CPU cores:
 #   bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [any flag of train_detector.py]
-# For a few hundred pictures of any and mixed sizes from SIDE x SIDE pixels on. Holds a fifth of them out, trains a small
-# RDN on the other reals and a detector on crops, calibrates it on what was held out and writes a report. With VGG_WEIGHTS
-# the detector looks at VGG-19's stage 5, which serves better (docs/results.md), else at the pixels. A call that was
-# stopped goes on. Environment: OUT (output/folders), GPU (cpu), SIDE (256), CROPS of each picture (1), VGG_WEIGHTS.
+# For a few hundred pictures of any and mixed sizes from 128 x 128 pixels on. Holds a fifth of them out, trains a small
+# RDN on the other reals and a detector on crops of SIDE x SIDE pixels, calibrates it on what was held out and writes a
+# report. With VGG_WEIGHTS the detector looks at VGG-19's stage 5 (from 256 x 256 pixels on), else at the pixels, which
+# tell more (docs/results.md). A call that was stopped goes on. Environment: OUT (output/folders), GPU (cpu), SIDE,
+# CROPS of each picture, VGG_WEIGHTS.
 source "$(dirname "$0")/common.sh"
 folders=()
 while [[ $# -gt 0 && "$1" != -* ]]; do folders+=("$1"); shift; done
 [[ ${#folders[@]} -ge 2 ]] || fail "usage: bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [flags]"
 find_python
-out=${OUT:-output/folders} gpu=${GPU:-cpu} side=${SIDE:-256} crops=${CROPS:-1} began=$SECONDS
+out=${OUT:-output/folders} gpu=${GPU:-cpu} began=$SECONDS
 # How the classifier learns, the steps that takes, images a step; milliseconds: of 256 x 256 pixels, a step and to prepare
-learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05) steps=600 batch=16 step=1500 prepare=500
-[[ -z "${VGG_WEIGHTS:-}" ]] || learning=(--idx-stages 5 --lr 0.05) steps=400 batch=32 step=150 prepare=3000
+if [[ -z "${VGG_WEIGHTS:-}" ]]; then
+    learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05) side=${SIDE:-128} crops=${CROPS:-2}
+    steps=760 batch=16 step=1500 prepare=500
+else
+    learning=(--idx-stages 5 --lr 0.01) side=${SIDE:-256} crops=${CROPS:-1}
+    steps=380 batch=32 step=100 prepare=1500
+fi
 
 if [[ -f "$out/train.csv" ]]; then
     say "going on with the pictures of $out/train.csv and $out/held_out.csv (for others: OUT=ANOTHER_FOLDER)"
