@@ -89,7 +89,9 @@ def test_the_defaults_are_the_papers():
     detector = train_detector_parser().parse_args([])
     assert (detector.momentum, detector.weight_decay, detector.classifier_grad_scale) == (0.9, 1e-4, 0.02)
     assert (detector.save_every_epoch, detector.auxiliary, detector.fixed_resynthesizer) == (2, "none", False)
-    assert all(getattr(detector, name) is None for name in BY_NAME - {"crops"})  # what a checkpoint says is not overruled
+    assert all(
+        getattr(detector, name) is None for name in BY_NAME - {"crops"}
+    )  # what a checkpoint says is not overruled
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

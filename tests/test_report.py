@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from files import mistake
 from PIL import Image
+from processes import ROOT
 
 from utils import figures, metrics, report
 from utils.run import FAKE, REAL
@@ -233,3 +234,8 @@ def test_tables_of_documents_are_made_again(tmp_path, monkeypatch, capsys):
     path.write_text("<!-- made by: python -m other a.csv --markdown -->")
     with mistake("utils.report"):
         report.main(["--refresh", "d.md"])
+
+
+def test_tables_of_this_projects_documents_are_what_their_commands_print(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert report.main(["--refresh", "README.md", "docs/results.md", "--check"]) == 0
