@@ -191,6 +191,8 @@ def load(
     crops, content = options.get("crops") or (CROPS if as_in_training else 1), source.content
     if crops > 1 and not policy.crop_size:
         raise UserError(f"--crops {crops} needs their size: give --crop-size N (the detector was trained without)")
+    if crops > 1:
+        logger.info("a larger image gets the mean over %d crops (--crops N)", crops)
     calibration = content.get("calibration") or {}
     return Detector(network, compute, policy, calibration, config, content.get("trained_on"), crops)
 
