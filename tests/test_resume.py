@@ -366,6 +366,20 @@ def test_two_processes_validate_what_they_write(files, tmp_path):
     assert line["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("flags", ["--fixed-sr --no-cache", "--mode-sr none --lr 1e-6"])
+def test_of_two_processes_one_has_a_share_that_cannot_be_read(files, tmp_path, flags):
+    """Batches of two: the image damaged is all that its process has of the second one."""
+    shutil.copytree(files, tmp_path / "files")
+    second = [key.index for key in [*EpochBatches(10, 2, seed=123)][1]]
+    damage(tmp_path / "files" / ("real" if second[1] < 5 else "fake") / f"{second[1] % 5}.png")
+    flags = f"{flags} --epochs 1 --batch-size 2 --skip-bad"
+    again = detector_arguments(tmp_path / "files", tmp_path / "out", flags)
+    assert in_two("train_detector.py", again, log := tmp_path / "log") == [0, 0], log.read_text()
+    (line,) = stats(tmp_path / "out")
+    assert line["left_out"] == 1 and line["loss"] > 0
+    assert read(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 5
+
+
 def test_of_two_processes_both_stop(files, tmp_path):
     flags = detector_arguments(files, tmp_path / "out", "--mode-sr none --epochs 3 --batch-size 5 --lr 1e-6 VALIDATE")
     for what in ("epoch", "validation"):
