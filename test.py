@@ -200,11 +200,12 @@ def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping
 
 def explanation(calibration: Mapping) -> list[str]:
     """What P(fake) and the verdict mean, for who sees them for the first time."""
-    rule = {"t_real": 0.5, "t_fake": 0.5, "source": "another set", **calibration}
-    known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
-    known = shown(known.format_map(rule)) if calibration else "not calibrated (see python -m utils.calibrate)"
-    verdict = "verdict: fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between"
-    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", verdict.format_map(rule)]
+    rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m utils.calibrate)"
+    if calibration:
+        rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
+        known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
+        known = shown(known.format_map({"source": "another set", **calibration}))
+    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", f"verdict: {rule}"]
 
 
 def verdict_lines(table: ScoreTable) -> list[str]:
