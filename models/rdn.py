@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.tiling import in_tiles
+from models.winograd import DenseMaps, pays
 from utils.run import UserError
 
 STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients, on a CPU
@@ -46,13 +47,19 @@ class ResidualDenseBlock(nn.Module):
         # Release: maps to growth_rate, which only works where it equals num_features; the paper's form is this.
         self.lff = conv(widths[-1], num_features, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """(B, G0, h, w) -> (B, G0, h, w). scratch: see `models.winograd.DenseMaps`."""
         rows, pieces = x.shape[2], [x]
         if not (torch.is_grad_enabled() or x.is_cuda):  # strips of rows suit a CPU's caches
             rows = max(STRIP_BYTES // x[:, 0, 0].nbytes, 1)
         strip = rows, x.shape[3]
+        maps = DenseMaps(x, len(self.layers), scratch) if scratch is not None and pays(x, self.layers) else None
         for layer in self.layers:
-            pieces.append(in_tiles(layer, *pieces, side=strip, halo=1))  # (B, G, h, w)
+            if maps:
+                y = maps.convolve(layer.conv, pieces[-1]).relu_()
+            else:
+                y = in_tiles(layer, *pieces, side=strip, halo=1)
+            pieces.append(y)  # (B, G, h, w)
         fused = in_tiles(lambda *strips: self.lff(torch.cat(strips, dim=1)), *pieces, side=strip, halo=0)
         return fused.add_(x)  # (B, G0, h, w)
 
@@ -78,7 +85,7 @@ class RDN(nn.Module):
             raise UserError(f"RDN up-samples by 2, 3 or 4, not by {scale}: choose one of these as the scale")
         self.scale = scale
         self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
-        self.tile = 256  # LR pixels: side of the tiles the blocks work in without gradients
+        self.tile = 256  # LR pixels: width of the tiles the blocks work in without gradients; height is half
         g0 = num_features
         self.sfe1 = conv(3, g0)
         self.sfe2 = conv(g0, g0)
@@ -101,14 +108,15 @@ class RDN(nn.Module):
 
         A 1x1 convolution of the concatenated outputs is the sum of one of each; it is kept in float32.
         """
-        x, bias = self.sfe2(sfe1), self.gff[0].bias  # (B, G0, h, w), (G0,)
+        x, bias, scratch = self.sfe2(sfe1), self.gff[0].bias, sfe1.new_empty(0)  # (B, G0, h, w), (G0,)
         fused = torch.empty_like(x, dtype=bias.dtype).copy_(bias[:, None, None])
         for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
             if torch.is_grad_enabled():
                 x = self._run(block, x)  # (B, G0, h, w)
                 fused.add_(F.conv2d(x, weight))
             else:  # each 3x3 convolution reaches one pixel; fused some rows at a time, as they are copied to float32
-                x = in_tiles(block, x, side=self.tile, halo=len(block.layers))  # (B, G0, h, w)
+                tiled = partial(in_tiles, partial(block, scratch=scratch), halo=len(block.layers))
+                x = tiled(x, side=(self.tile // 2, self.tile))  # (B, G0, h, w)
                 for total, rows in zip(fused.split(self.tile, dim=2), x.split(self.tile, dim=2), strict=True):
                     total.add_(F.conv2d(rows, weight))
         return fused

@@ -9,6 +9,7 @@ from benchmarks.plain import plain_detector
 from models import RDN, STAGE_CHANNELS, DeepStemResNet, ResynthesisDetector, VGGStages, load_vgg
 from models.tiling import in_tiles
 from models.vgg import STAGES, reach
+from models.winograd import pays
 
 TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
 
@@ -59,6 +60,23 @@ def test_tiles_without_a_sufficient_halo_show(rdn):
         error = (in_tiles(rdn.rdbs[0], x, side=16, halo=1) - wanted).abs().max(dim=1).values[0]
     assert error.max() > 1e-3 * wanted.abs().max()
     assert error[:15, :15].max() <= 2e-5  # a seam, and only there
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 130), (70, 31)])
+def test_winograd_convolutions_are_the_direct_ones(size, monkeypatch):
+    monkeypatch.setattr("models.winograd.TILES", 40)  # strips, of which the last is smaller
+    torch.manual_seed(0)
+    rdn = RDN(num_features=64, growth_rate=64, num_blocks=2, num_layers=3)
+    x_lr, taken = torch.rand(2, 3, *size), []
+    monkeypatch.setattr("models.rdn.pays", lambda *given: taken.append(pays(*given)) or taken[-1])
+    with torch.no_grad():
+        got = rdn(x_lr)
+        with torch.autocast("cpu", torch.bfloat16):
+            rdn(x_lr)
+    rdn(x_lr)
+    assert taken == [True] * 2 + [False] * 2
+    wanted = plain_detector(toy_detector(rdn, 0, None)).resynthesizer.double()(x_lr.double())
+    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("rdn", [2, 3, 4], indirect=True)
