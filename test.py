@@ -69,7 +69,7 @@ def main(args: Namespace) -> int:
         # Scores, then what is made of them
         about = {"settings": vars(args) | {"precision": compute.precision}, "trained_on": seen}
         about["detector"] = {"file": args.resume, **detector.identity()}
-        job, stamps, tables = job_of(detector, items, args.stability), file_stamps(items), {}
+        job, stamps, tables, far = job_of(detector, items, args.stability), file_stamps(items), {}, []
         for cell in cells:
             path, residuals = save_path, args.save_residuals
             if len(cells) > 1:
@@ -82,7 +82,7 @@ def main(args: Namespace) -> int:
             log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | {"perturbation": what}, world)
             if log.open(args.overwrite):
                 images = ImageDataset(items, detector.fitting, transform=transform)
-                score(detector, images, log, args, residuals, stop)
+                far += score(detector, images, log, args, residuals, stop)
                 log.close()
             if world.is_main:
                 table, metrics = tables[cell.label] = results(path, args.seed)
@@ -90,7 +90,7 @@ def main(args: Namespace) -> int:
         if not world.is_main:
             return 0
         show(tables, detector.calibration, bool(args.input))
-        for line in detector.unlike([item.path for item in items]) if args.input else ():
+        for line in detector.unlike([item.path for item in items], [*dict.fromkeys(far)]) if args.input else ():
             logger.warning("warning: %s", line)
         if args.save_path:
             figures = ",png" if any(metrics for _, metrics in tables.values()) else ""
@@ -118,21 +118,25 @@ def job_of(detector: Detector, items: list[Item], stability: bool) -> dict:
 
 def score(
     detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, residuals: Path | None, stop: StopSignal
-) -> None:
-    """Write a row of the score table for each image that lacks one; of several processes each takes a part."""
+) -> list[str]:
+    """Write a row of the score table for each image that lacks one; of several processes each takes a part.
+
+    Returns the images whose mean residuals are unlike those of all reals that the detector was validated on.
+    """
     first = read_header(images.items[0].path, images.policy).size or (1024, 1024)
     block, pixels = images_at_once(*fitted_size(*first, images.policy)), BATCH_PIXELS
     if args.batch_size:
         block, pixels = args.batch_size, math.inf
-    missing = log.missing(block)
+    missing, far, (least, most) = log.missing(block), [], detector.real_residuals
     singles = ([Key(0, int(index))] for index in missing)
     loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
     with run.progress(None, "scoring", total=len(missing), unit="images") as bar:
         for batch in alike(loader, block, pixels):
             rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
             if len(batch.x):
-                scored = batch_rows(detector, batch, residuals, args.stability)
+                scored, means = batch_rows(detector, batch, residuals, args.stability)
                 rows |= {index: row for (_, index, _), row in zip(batch.keys, scored, strict=True)}
+                far += [item.path for item, m in zip(batch.items, means, strict=True) if not least <= m <= most]
             log.write(dict(sorted(rows.items())))
             for row in rows.values():
                 if row.error:
@@ -140,10 +144,13 @@ def score(
             bar.update(len(rows))
             if stop.received:
                 raise run.Stopped(stop.received)
+    return far
 
 
-def batch_rows(detector: Detector, batch: Batch, residuals: Path | None, stability: bool) -> list[Row]:
-    """The rows of a batch of images; on the way its residuals as pictures, if wanted.
+def batch_rows(
+    detector: Detector, batch: Batch, residuals: Path | None, stability: bool
+) -> tuple[list[Row], list[float]]:
+    """The rows of a batch of images, and their mean residuals; on the way its residuals as pictures, if wanted.
 
     stability: each row says whether its verdict is also that on the image's mild variants.
     """
@@ -155,15 +162,17 @@ def batch_rows(detector: Detector, batch: Batch, residuals: Path | None, stabili
         for item, *pictures in zip(batch.items, x, compared.x_hat, compared.residual, strict=True):
             image, again, difference = (p.float().cpu().numpy() for p in pictures)
             residual_picture(image, again, difference.mean(axis=0), residual_path(residuals, item.path))
-    rows = make_rows(batch.items, detector.logits(batch.x, compared).numpy(), detector.calibration)
+    logits, means = detector.score(batch.x, compared)
+    rows, means = make_rows(batch.items, logits.numpy(), detector.calibration), means.tolist()
     if not stability:
-        return rows
+        return rows, means
     stable = np.ones(len(rows), bool)
     for of_a_kind in zip(*(mild_variants(image).values() for image in batch.x), strict=True):
         _, verdicts = predict(detector.logits(torch.stack(of_a_kind)).numpy(), detector.calibration)
         stable &= np.array(verdicts) == [row.prediction for row in rows]
     words = np.where(stable, "stable", "unstable").tolist()
-    return [row if row.error else row._replace(stability=word) for row, word in zip(rows, words, strict=True)]
+    told = (row if row.error else row._replace(stability=word) for row, word in zip(rows, words, strict=True))
+    return list(told), means
 
 
 # --- results ------------------------------------------------------------------------------------------------

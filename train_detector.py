@@ -96,6 +96,7 @@ def main(args: Namespace) -> None:
             values = progress.means()
             if val_items:
                 values |= validate(detector, val_loader, frozen, run)
+                config["images"]["residual"] = [values["val_real_residual_least"], values["val_real_residual_most"]]
             if not args.fixed_resynthesizer:
                 pictures(epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
@@ -274,18 +275,22 @@ def train_step(detector: ResynthesisDetector, batch: Batch, residuals_of: Residu
 def validate(
     detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, run: Run
 ) -> dict[str, float]:
-    """Loss, accuracy and AUROC (fake = positive) on the validation images."""
+    """Loss, accuracy and AUROC (fake = positive) on the validation images, and the range of the reals' mean residuals."""
     detector.eval()
-    logits, labels = [torch.empty(0, 2)], [torch.empty(0, dtype=torch.int64)]
+    labels, outputs = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3)]
     for batch in run.batches(loader, "validation"):
-        own = batch.weights > 0  # (B,): not those that only fill a process's share
-        logits.append(detector.classify(residuals_of(batch)[0]).cpu()[own])  # (B, 2)
+        own, residual = batch.weights > 0, residuals_of(batch)[0]  # (B,): not those that only fill a process's share
+        means = residual.mean(dim=(1, 2, 3))[:, None]  # (B, 1)
+        outputs.append(torch.cat([detector.classify(residual), means], dim=1).cpu()[own])  # (B, 3)
         labels.append(batch.labels[own])
-    logits, labels = gather_rows(torch.cat(logits), run.world), gather_rows(torch.cat(labels), run.world)
+    labels, outputs = gather_rows(torch.cat(labels), run.world), gather_rows(torch.cat(outputs), run.world)
+    logits, means_of_reals = outputs[:, :2], outputs[labels == REAL, 2]
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
         "val_auroc": auroc((logits[:, FAKE] - logits[:, REAL]).numpy(), (labels == FAKE).numpy()),
+        "val_real_residual_least": means_of_reals.min().item(),
+        "val_real_residual_most": means_of_reals.max().item(),
     }
 
 

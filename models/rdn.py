@@ -48,19 +48,26 @@ class ResidualDenseBlock(nn.Module):
         self.lff = conv(widths[-1], num_features, 1)
 
     def forward(self, x: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """(B, G0, h, w) -> (B, G0, h, w). scratch: see `models.winograd.DenseMaps`."""
+        """(B, G0, h, w) -> (B, G0, h, w). scratch: see `models.winograd.DenseMaps`; None: for direct convolutions."""
+        if scratch is not None and pays(x, self.layers):
+            return self._transformed(x, scratch)
         rows, pieces = x.shape[2], [x]
         if not (torch.is_grad_enabled() or x.is_cuda):  # strips of rows suit a CPU's caches
             rows = max(STRIP_BYTES // x[:, 0, 0].nbytes, 1)
         strip = rows, x.shape[3]
-        maps = DenseMaps(x, len(self.layers), scratch) if scratch is not None and pays(x, self.layers) else None
         for layer in self.layers:
-            if maps:
-                y = maps.convolve(layer.conv, pieces[-1]).relu_()
-            else:
-                y = in_tiles(layer, *pieces, side=strip, halo=1)
-            pieces.append(y)  # (B, G, h, w)
+            pieces.append(in_tiles(layer, *pieces, side=strip, halo=1))  # (B, G, h, w)
         fused = in_tiles(lambda *strips: self.lff(torch.cat(strips, dim=1)), *pieces, side=strip, halo=0)
+        return fused.add_(x)  # (B, G0, h, w)
+
+    def _transformed(self, x: Tensor, scratch: Tensor) -> Tensor:
+        """The same by Winograd's convolutions; each layer's maps are fused at once, and kept in transformed form only."""
+        maps, piece = DenseMaps(x, len(self.layers), scratch), x
+        first, *weights = self.lff.weight.split(x.shape[1], dim=1)  # (G0, G, 1, 1) each
+        fused = F.conv2d(x, first, self.lff.bias)
+        for layer, weight in zip(self.layers, weights, strict=True):
+            piece = maps.convolve(layer.conv, piece).relu_()  # (B, G, h, w)
+            fused.add_(F.conv2d(piece, weight))
         return fused.add_(x)  # (B, G0, h, w)
 
 

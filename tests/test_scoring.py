@@ -252,10 +252,17 @@ def test_images_unlike_those_of_the_training_are_told(tiny, files, some, tmp_pat
     assert (known["sides"], known["jpegs"]) == ([64, 64], 0)
     for name, size in (("a.jpg", (64, 64)), ("b.png", (32, 99)), ("c.png", (260, 264)), ("d.png", (31, 64))):
         write_image(tmp_path / "new" / name, 0, size)
-    all_jpeg = changed(tiny, tmp_path / "jpeg", config={**CONFIG, "images": {"sides": [20, 40], "jpegs": 1.0}})
+    all_jpeg = changed(
+        tiny, tmp_path / "jpeg", config={**CONFIG, "images": {"sides": [20, 40], "jpegs": 1.0, "residual": [0, 0]}}
+    )
     for detector, images, *told in (
         (tmp_path / "run" / "last.pth.tar", tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
-        (all_jpeg, some, (f"{IMAGES} of {IMAGES}", "no JPEG", "0.png")),
+        (
+            all_jpeg,
+            some,
+            (f"{IMAGES} of {IMAGES}", "no JPEG", "0.png"),
+            (f"{IMAGES} of {IMAGES}", "residuals", "0.png"),
+        ),
         (tiny, some),  # of an earlier version
     ):
         capfd.readouterr()

@@ -62,23 +62,27 @@ class Detector(NamedTuple):
             return self.network.compare(self.compute.input(images))
 
     @torch.inference_mode()
-    def classify(self, residual: Tensor) -> Tensor:
-        """residual (B, C_l, H_l, W_l) -> logits (B, 2), columns FAKE, REAL, float32 on the CPU."""
-        return self.network.classify(residual).cpu()
+    def score(self, images: Tensor, compared: Compared | None = None) -> tuple[Tensor, Tensor]:
+        """The logits of images, and their mean residuals; of several crops their means, computed image by image.
 
-    def logits(self, images: Tensor, compared: Compared | None = None) -> Tensor:
-        """The logits of images, on the CPU; those of several crops are computed image by image, whatever the batch.
-
-        images: uint8 (B, 3, H, W) of the sizes `fit` gives. compared: if they are already. Returns (B, 2), FAKE, REAL.
+        images: uint8 (B, 3, H, W) of the sizes `fit` gives. compared: if they are already.
+        Returns (B, 2), columns FAKE, REAL, and (B,), float32 on the CPU.
         """
         if self.crops == 1:
-            return self.classify((compared or self.compare(images)).residual)
-        side, means = self.policy.crop_size - self.policy.crop_size % self.policy.scale, []
+            residual = (compared or self.compare(images)).residual  # (B, C_l, H_l, W_l)
+            return self.network.classify(residual).cpu(), residual.mean(dim=(1, 2, 3)).cpu()
+        side, whole = self.policy.crop_size - self.policy.crop_size % self.policy.scale, self._replace(crops=1)
+        logits, means = [], []
         for image in images:
             parts = crops_of(image, side, self.crops)  # (K, 3, side, side)
-            few = parts.split(images_at_once(*parts.shape[2:]))
-            means.append(torch.cat([self.classify(self.compare(part).residual) for part in few]).mean(dim=0))  # (2,)
-        return torch.stack(means)
+            few = [whole.score(part) for part in parts.split(images_at_once(*parts.shape[2:]))]
+            for of_image, of_parts in zip((logits, means), zip(*few, strict=True), strict=True):
+                of_image.append(torch.cat(of_parts).mean(dim=0))
+        return torch.stack(logits), torch.stack(means)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 2), see `score`."""
+        return self.score(images)[0]
 
     def fit(self, picture: Picture) -> Tensor:
         """A picture as the networks get it: uint8 (3, H, W), resized and cropped as in training, or a UserError."""
@@ -121,18 +125,27 @@ class Detector(NamedTuple):
         own = {"classifier": fingerprint(self.network.classifier), "calibration": dict(self.calibration)}
         return {**self.config, **own}
 
-    def unlike(self, paths: Sequence[str]) -> list[str]:
-        """A line for each way in which image files are unlike all that it was trained on, where that is known."""
+    @property
+    def real_residuals(self) -> tuple[float, float]:
+        """Between which the mean residuals of the reals lay that it was validated on; without bounds if not known."""
+        return tuple((self.config.get("images") or {}).get("residual", (0.0, math.inf)))
+
+    def unlike(self, paths: Sequence[str], far: Sequence[str]) -> list[str]:
+        """A line for each way in which image files are unlike all that it was trained on, where that is known.
+
+        far: those whose mean residuals are not within `real_residuals`.
+        """
         known = self.config.get("images") or {}
         if "sides" not in known:  # trained by an earlier version
             return []
         (low, high), jpegs = known["sides"], known["jpegs"]
         seen = {p: h for p, h in zip(paths, check_headers(paths, self.fitting), strict=True) if h.size}
-        far = [p for p, h in seen.items() if not (self.policy.resize or low / 2 <= min(h.size) <= 4 * high)]
+        odd = [p for p, h in seen.items() if not (self.policy.resize or low / 2 <= min(h.size) <= 4 * high)]
         ways = {
-            f"have shorter sides far from its {low} to {high} pixels": far,
+            f"have shorter sides far from its {low} to {high} pixels": odd,
             "are JPEG, of which it saw none": [p for p, h in seen.items() if jpegs == 0 and h.jpeg],
             "are no JPEG, and it saw nothing else": [p for p, h in seen.items() if jpegs == 1 and not h.jpeg],
+            "have mean residuals outside those of its reals ({:.2g} to {:.2g})".format(*self.real_residuals): far,
         }
         text = "unlike its training images: {} of {} {} (first: {}): take these verdicts with care"
         return [text.format(len(odd), len(paths), way, shown(odd[0])) for way, odd in ways.items() if odd]
