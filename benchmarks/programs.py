@@ -57,7 +57,7 @@ def training(folder: Path, stage: int, flags: str) -> Command:
 def filled(folder: Path, where: Path, stage: int, flags: str) -> Command:
     """Training with a cache that holds all: an earlier run has mirrored the same images."""
     command = training(folder, stage, f"{flags} --cache-dir {folder}/cache{str(where).replace('/', '_')}")
-    program(command(1 + FURTHER, folder / f"filled{len(list(folder.iterdir()))}"), where)
+    program(command(2 + FURTHER, folder / f"filled{len(list(folder.iterdir()))}"), where)
     return command
 
 
@@ -104,7 +104,7 @@ def cached(args: Namespace, folder: Path) -> dict[str, list]:
     """What does the residual cache of `train_detector.py --fixed-sr` save? Table "Residual cache".
 
     python -m benchmarks cached [--rounds 3] [--side 1024] [--stages 0 5]
-    An epoch of two images, and of two crops of each; "filled": all are read. Saving the state is in all numbers.
+    An epoch of two images, and of two crops of each; "filled": all are read. A run saves its first and its last epoch.
     """
     side, stages, jobs = 128 if args.quick else args.side or 1024, [0] if args.quick else args.stages, {}
     prepare(folder, args.quick, side, stages)
@@ -113,7 +113,7 @@ def cached(args: Namespace, folder: Path) -> dict[str, list]:
             train = partial(training, folder, stage)
             job = {"without": train(f"--fixed-sr {crops} --no-cache"), "filling": train(f"--fixed-sr {crops}")}
             jobs[f"{what}, stage {stage}"] = job | {"filled": filled(folder, ROOT, stage, f"--fixed-sr {crops}")}
-    return {"Residual cache, an epoch": versus(args, folder, jobs, 1, 1 + FURTHER)}
+    return {"Residual cache, an epoch": versus(args, folder, jobs, 2, 2 + FURTHER)}
 
 
 def small(args: Namespace, folder: Path) -> dict[str, list]:
