@@ -49,7 +49,7 @@ class ResidualDenseBlock(nn.Module):
 
     def forward(self, x: Tensor, scratch: Tensor | None = None) -> Tensor:
         """(B, G0, h, w) -> (B, G0, h, w). scratch: see `models.winograd.DenseMaps`; None: for direct convolutions."""
-        if scratch is not None and pays(x, self.layers):
+        if scratch is not None:
             return self._transformed(x, scratch)
         rows, pieces = x.shape[2], [x]
         if not (torch.is_grad_enabled() or x.is_cuda):  # strips of rows suit a CPU's caches
@@ -115,15 +115,16 @@ class RDN(nn.Module):
 
         A 1x1 convolution of the concatenated outputs is the sum of one of each; it is kept in float32.
         """
-        x, bias, scratch = self.sfe2(sfe1), self.gff[0].bias, sfe1.new_empty(0)  # (B, G0, h, w), (G0,)
+        x, bias = self.sfe2(sfe1), self.gff[0].bias  # (B, G0, h, w), (G0,)
+        scratch = x.new_empty(0) if pays(x, self.rdbs[0].layers) else None
+        side = self.tile if scratch is None else (self.tile // 2, self.tile)  # transformed maps are larger
         fused = torch.empty_like(x, dtype=bias.dtype).copy_(bias[:, None, None])
         for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
             if torch.is_grad_enabled():
                 x = self._run(block, x)  # (B, G0, h, w)
                 fused.add_(F.conv2d(x, weight))
             else:  # each 3x3 convolution reaches one pixel; fused some rows at a time, as they are copied to float32
-                tiled = partial(in_tiles, partial(block, scratch=scratch), halo=len(block.layers))
-                x = tiled(x, side=(self.tile // 2, self.tile))  # (B, G0, h, w)
+                x = in_tiles(partial(block, scratch=scratch), x, side=side, halo=len(block.layers))  # (B, G0, h, w)
                 for total, rows in zip(fused.split(self.tile, dim=2), x.split(self.tile, dim=2), strict=True):
                     total.add_(F.conv2d(rows, weight))
         return fused

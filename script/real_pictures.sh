@@ -2,10 +2,10 @@
 # What re-synthesis is worth on real pictures, within hours on two CPU cores:
 #   VGG_WEIGHTS=FILE bash script/real_pictures.sh PICTURES
 # PICTURES holds train/real, train/GENERATOR ..., val/real, val/GENERATOR ... (256 x 256 or larger). Trains a small RDN on
-# the reals; then, for all generators together and for each, a ResNet-18 on the pixel residual and on the stage-5 residual,
-# and on either without re-synthesis (plain, plain_stage5: an RDN of zeros, so that the residual is the picture or its
-# features); tests each on every generator, seen and unseen, and those trained on all under perturbations, too.
-# INPUTS (stage5 pixel plain plain_stage5) chooses. Writes output/real_pictures; docs/results.md has the tables.
+# the reals; then, for all generators together and for each, a ResNet-18 on the residual of pixels, stage 4 and stage 5,
+# and on pixels and stage 5 without re-synthesis (plain, plain_stage5: an RDN of zeros, so that the residual is the picture
+# or its features); tests each on every generator, seen and unseen, and those trained on all under perturbations, too.
+# INPUTS (pixel plain stage4 stage5 plain_stage5) chooses. Writes output/real_pictures; docs/results.md has the tables.
 source "$(dirname "$0")/common.sh"
 pictures=${1:?usage: bash script/real_pictures.sh PICTURES}
 find_python
@@ -40,17 +40,17 @@ detector() {
         --output-path "$out/$name" "$@"
     scored "$name"
 }
-# Stage 5 learns with SGD at 0.01 (at 0.05 and 0.001 its validation jumps), pixels with AdamW. What is compared with
+# Stages 4 and 5 learn with SGD at 0.01 (at 0.05 and 0.001 validation jumps), pixels with AdamW. What is compared with
 # each other learns alike.
-stage5="--idx-stages 5 --lr 0.01 --batch-size 32"
+features="--lr 0.01 --batch-size 32"
 pixel="--optimizer adamw --lr 1e-3 --wd 0.05 --batch-size 16 --crop-size 128 --crops-per-image 2"
-inputs=${INPUTS:-pixel plain ${VGG_WEIGHTS:+stage5 plain_stage5}}
+inputs=${INPUTS:-pixel plain ${VGG_WEIGHTS:+stage4 stage5 plain_stage5}}
 for input in $inputs; do
     for seen in "${generators[*]}" "${generators[@]}"; do
         name=${input}_on_${seen// /+}
         case $input in
-            stage5) detector "$name" "$out/sr/x4/last.pth" 10 "$seen" $stage5 ;;
-            plain_stage5) detector "$name" "$out/zeros.pth" 10 "$seen" $stage5 ;;
+            stage[45]) detector "$name" "$out/sr/x4/last.pth" 10 "$seen" --idx-stages "${input#stage}" $features ;;
+            plain_stage5) detector "$name" "$out/zeros.pth" 10 "$seen" --idx-stages 5 $features ;;
             pixel) detector "$name" "$out/sr/x4/last.pth" 5 "$seen" $pixel ;;
             plain) detector "$name" "$out/zeros.pth" 5 "$seen" $pixel ;;
         esac

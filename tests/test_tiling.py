@@ -74,7 +74,7 @@ def test_winograd_convolutions_are_the_direct_ones(size, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
     rdn(x_lr)
-    assert taken == [True] * 2 + [False] * 2
+    assert taken == [True, False, False]
     wanted = plain_detector(toy_detector(rdn, 0, None)).resynthesizer.double()(x_lr.double())
     assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
