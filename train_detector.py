@@ -96,7 +96,7 @@ def main(args: Namespace) -> None:
             values = progress.means()
             if val_items:
                 values |= validate(detector, val_loader, frozen, run)
-                config["images"]["residual"] = [values["val_real_residual_least"], values["val_real_residual_most"]]
+                config["images"]["residual"] = [values[f"val_residual_{end}"] for end in ("least", "most")]
             if not args.fixed_resynthesizer:
                 pictures(epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
@@ -274,7 +274,7 @@ def train_step(detector: ResynthesisDetector, batch: Batch, residuals_of: Residu
 @torch.inference_mode()
 def validate(
     detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, run: Run
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Loss, accuracy and AUROC (fake = positive) on the validation images, and the range of the reals' mean residuals."""
     detector.eval()
     labels, outputs = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3)]
@@ -284,13 +284,13 @@ def validate(
         outputs.append(torch.cat([detector.classify(residual), means], dim=1).cpu()[own])  # (B, 3)
         labels.append(batch.labels[own])
     labels, outputs = gather_rows(torch.cat(labels), run.world), gather_rows(torch.cat(outputs), run.world)
-    logits, means_of_reals = outputs[:, :2], outputs[labels == REAL, 2]
+    logits, reals = outputs[:, :2], outputs[labels == REAL, 2].tolist()
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
         "val_auroc": auroc((logits[:, FAKE] - logits[:, REAL]).numpy(), (labels == FAKE).numpy()),
-        "val_real_residual_least": means_of_reals.min().item(),
-        "val_real_residual_most": means_of_reals.max().item(),
+        "val_residual_least": min(reals, default=None),
+        "val_residual_most": max(reals, default=None),
     }
 
 

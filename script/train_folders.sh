@@ -3,10 +3,10 @@
 #   bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [any flag of train_detector.py]
 # For a few hundred pictures of any and mixed sizes from 128 x 128 pixels on. Holds a fifth of them out, trains a small
 # RDN on the other reals and a detector on crops of SIDE x SIDE pixels, calibrates it on what was held out and writes a
-# report. With VGG_WEIGHTS the detector looks at VGG-19's stage 5 (pictures from 256 x 256 on), which survives compression
-# and carries over to other generators better, else at the pixels, which tell most of clean pictures of these generators
-# (docs/results.md). A call that was stopped goes on. Environment: OUT (output/folders), GPU (cpu), SIDE, CROPS of each
-# picture, VGG_WEIGHTS.
+# report. With VGG_WEIGHTS the detector looks at VGG-19's stage 4 (pictures from 256 x 256 on), which survives compression
+# and carries over to other generators better than pixels (--idx-stages 5: better still, but it tells less of these), else at
+# the pixels, which tell most of clean pictures of these generators (docs/results.md). A call that was stopped goes on.
+# Environment: OUT (output/folders), GPU (cpu), SIDE, CROPS of each picture, VGG_WEIGHTS.
 source "$(dirname "$0")/common.sh"
 folders=()
 while [[ $# -gt 0 && "$1" != -* ]]; do folders+=("$1"); shift; done
@@ -18,8 +18,8 @@ if [[ -z "${VGG_WEIGHTS:-}" ]]; then
     learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05) side=${SIDE:-128} crops=${CROPS:-2}
     steps=760 batch=16 step=1500 prepare=500
 else
-    learning=(--idx-stages 5 --lr 0.01) side=${SIDE:-256} crops=${CROPS:-1}
-    steps=380 batch=32 step=100 prepare=1500
+    learning=(--idx-stages 4 --lr 0.01) side=${SIDE:-256} crops=${CROPS:-1}
+    steps=380 batch=32 step=200 prepare=1500
 fi
 
 if [[ -f "$out/train.csv" ]]; then

@@ -128,7 +128,8 @@ class Detector(NamedTuple):
     @property
     def real_residuals(self) -> tuple[float, float]:
         """Between which the mean residuals of the reals lay that it was validated on; without bounds if not known."""
-        return tuple((self.config.get("images") or {}).get("residual", (0.0, math.inf)))
+        least, most = (self.config.get("images") or {}).get("residual") or (None, None)
+        return (0.0, math.inf) if most is None else (least, most)
 
     def unlike(self, paths: Sequence[str], far: Sequence[str]) -> list[str]:
         """A line for each way in which image files are unlike all that it was trained on, where that is known.
