@@ -31,7 +31,7 @@ from data.images import fitted_size, read_header
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
 from data.perturbations import Perturbation, chosen_cells, mild_variants
 from utils import run
-from utils.distributed import world_of_processes
+from utils.distributed import gather_rows, world_of_processes
 from utils.run import StopSignal, UserError, shown
 from utils.scorelog import ScoreLog, file_stamps
 from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
@@ -82,7 +82,8 @@ def main(args: Namespace) -> int:
             log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | {"perturbation": what}, world)
             if log.open(args.overwrite):
                 images = ImageDataset(items, detector.fitting, transform=transform)
-                far += score(detector, images, log, args, residuals, stop)
+                unlike = score(detector, images, log, args, residuals, stop)
+                far = far if transform else gather_rows(torch.tensor(unlike, dtype=torch.int64), world).tolist()
                 log.close()
             if world.is_main:
                 table, metrics = tables[cell.label] = results(path, args.seed)
@@ -90,7 +91,7 @@ def main(args: Namespace) -> int:
         if not world.is_main:
             return 0
         show(tables, detector.calibration, bool(args.input))
-        for line in detector.unlike([item.path for item in items], [*dict.fromkeys(far)]) if args.input else ():
+        for line in detector.unlike([item.path for item in items], [items[i].path for i in far]) if args.input else ():
             logger.warning("warning: %s", line)
         if args.save_path:
             figures = ",png" if any(metrics for _, metrics in tables.values()) else ""
@@ -118,16 +119,16 @@ def job_of(detector: Detector, items: list[Item], stability: bool) -> dict:
 
 def score(
     detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, residuals: Path | None, stop: StopSignal
-) -> list[str]:
+) -> list[int]:
     """Write a row of the score table for each image that lacks one; of several processes each takes a part.
 
-    Returns the images whose mean residuals are unlike those of all reals that the detector was validated on.
+    Returns which of them have mean residuals unlike those of all images that the detector was validated on.
     """
     first = read_header(images.items[0].path, images.policy).size or (1024, 1024)
     block, pixels = images_at_once(*fitted_size(*first, images.policy)), BATCH_PIXELS
     if args.batch_size:
         block, pixels = args.batch_size, math.inf
-    missing, far, (least, most) = log.missing(block), [], detector.real_residuals
+    missing, far, (least, most) = log.missing(block), [], detector.known_residuals
     singles = ([Key(0, int(index))] for index in missing)
     loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
     with run.progress(None, "scoring", total=len(missing), unit="images") as bar:
@@ -136,7 +137,7 @@ def score(
             if len(batch.x):
                 scored, means = batch_rows(detector, batch, residuals, args.stability)
                 rows |= {index: row for (_, index, _), row in zip(batch.keys, scored, strict=True)}
-                far += [item.path for item, m in zip(batch.items, means, strict=True) if not least <= m <= most]
+                far += [key[1] for key, m in zip(batch.keys, means, strict=True) if m < least or m > most]
             log.write(dict(sorted(rows.items())))
             for row in rows.values():
                 if row.error:

@@ -150,7 +150,8 @@ def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | N
         detector, config = models.new_detector(resynthesizer, vars(args), args.vgg_weights)
     else:
         raise UserError("no re-synthesizer: give RDN's weights with --sr-weights-file (train_sr.py makes them)")
-    config["images"] = {"crop_size": args.crop_size, "resize": args.resize}
+    residual = (config.get("images") or {}).get("residual") if resumed else None  # until the next validation
+    config["images"] = {"crop_size": args.crop_size, "resize": args.resize, "residual": residual}
     detector.freeze_resynthesizer(args.fixed_resynthesizer)
     detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer  # or 12 GB for an image of 1024 x 1024
     if not args.fixed_resynthesizer and args.auxiliary_weight > 0 and detector.vgg is None:
@@ -275,7 +276,7 @@ def train_step(detector: ResynthesisDetector, batch: Batch, residuals_of: Residu
 def validate(
     detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, run: Run
 ) -> dict[str, float | None]:
-    """Loss, accuracy and AUROC (fake = positive) on the validation images, and the range of the reals' mean residuals."""
+    """Loss, accuracy and AUROC (fake = positive) on the validation images, and the range of their mean residuals."""
     detector.eval()
     labels, outputs = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3)]
     for batch in run.batches(loader, "validation"):
@@ -284,13 +285,13 @@ def validate(
         outputs.append(torch.cat([detector.classify(residual), means], dim=1).cpu()[own])  # (B, 3)
         labels.append(batch.labels[own])
     labels, outputs = gather_rows(torch.cat(labels), run.world), gather_rows(torch.cat(outputs), run.world)
-    logits, reals = outputs[:, :2], outputs[labels == REAL, 2].tolist()
+    logits, means = outputs[:, :2], outputs[outputs[:, 2].isfinite(), 2].tolist()
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
         "val_auroc": auroc((logits[:, FAKE] - logits[:, REAL]).numpy(), (labels == FAKE).numpy()),
-        "val_residual_least": min(reals, default=None),
-        "val_residual_most": max(reals, default=None),
+        "val_residual_least": min(means, default=None),
+        "val_residual_most": max(means, default=None),
     }
 
 

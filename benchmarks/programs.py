@@ -25,7 +25,7 @@ Jobs = dict[str, dict[str, Command]]  # of each job its contestants
 
 def versus(args: Namespace, folder: Path, jobs: Jobs, few: int, many: int) -> list[list[str]]:
     """Programs in turn, on `few` and on `many` images or epochs: what a further one takes is the difference."""
-    header = "||start and the first, s|a further one, s|first / it|processor time, first / it|GiB at most"
+    header = "||start and the first ones, s|a further one, s|first / it|processor time, first / it|GiB at most"
     rows = [header.split("|")]
     for job, contestants in jobs.items():
         runs = {name: [] for name in contestants}

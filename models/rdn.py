@@ -92,7 +92,7 @@ class RDN(nn.Module):
             raise UserError(f"RDN up-samples by 2, 3 or 4, not by {scale}: choose one of these as the scale")
         self.scale = scale
         self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
-        self.tile = 256  # LR pixels: width of the tiles the blocks work in without gradients; height is half
+        self.tile = 256  # LR pixels: side of the tiles the blocks work in without gradients; by Winograd half as high
         g0 = num_features
         self.sfe1 = conv(3, g0)
         self.sfe2 = conv(g0, g0)

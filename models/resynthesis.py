@@ -83,7 +83,7 @@ class ResynthesisDetector(nn.Module):
         """Work on tiles of side x side pixels of a larger image at a time, without gradients: less memory.
 
         This changes no result: each part of each network is given all that its tile depends on (`models.tiling`).
-        side: rounded down to a multiple of 16; below 256 much is computed twice.
+        side: rounded down to a multiple of 16; below 512 much is computed twice.
         """
         side -= side % 16
         self.resynthesizer.tile = side // self.resynthesizer.scale

@@ -31,17 +31,17 @@ INPUT, KERNEL, OUTPUT = transforms()
 
 
 def pays(x: Tensor, layers: nn.Sequential) -> bool:
-    """Whether a dense block's layers convolve maps like x (B, C, h, w) so.
+    """Whether a dense block's layers convolve maps like x (B, C, h, w) by Winograd's filtering.
 
     In float32 on an x86 CPU, without gradients; if the maps are large enough and the layers give as many as they get.
     """
     return (
-        x.device.type == "cpu"
+        not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and torch.backends.cpu.get_cpu_capability().startswith("AVX")
         and x.shape[1] == layers[0].conv.out_channels >= FEWEST_CHANNELS
         and math.prod(x.shape[2:]) >= FEWEST * OUT**2
-        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
     )
 
 
@@ -76,7 +76,7 @@ class DenseMaps:
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.pieces - 1].view_as(tiles))
             # One product for each of the 36 places is a convolution in 36 groups; its kernel runs over the pieces
             x = maps[: self.pieces] if self.pieces > 1 else maps[0].view(-1, self.columns, maps.shape[2])
-            products = F.conv2d(x.permute(2, 0, 1)[None], weight, groups=PLACES)  # (1, 36 O, 1, tiles)
+            products = F.conv2d(x.permute(2, 0, 1)[None], weight, groups=PLACES)  # (1, 36 O, ...), of all tiles
             y = OUTPUT @ products.permute(0, 2, 3, 1).reshape(-1, PLACES, width)  # (tiles, 16, O)
             target.copy_(y.view(-1, self.columns, OUT, OUT, width).transpose(1, 2))
         y = result.view(len(piece), self.rows * OUT, self.columns * OUT, width).add_(convolution.bias)

@@ -25,7 +25,7 @@ trained "$out/sr/x4/epoch_11.pth" train_sr.py \
     --patch-size 16 --batch-size 2 --patches-per-image 2 --num-epochs 12 --num-save 12
 
 # Step 2: detectors on the residuals of "nearest" fakes, RDN frozen. (Of images this small stage 5 has 8 x 8 values: too few.)
-hub=${TORCH_HOME:-$HOME/.cache/torch}/hub/checkpoints/vgg19-dcbb9e9d.pth
+hub=${TORCH_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/torch}/hub/checkpoints/vgg19-dcbb9e9d.pth
 [[ -n "${VGG_WEIGHTS:-}" || ! -f $hub ]] || VGG_WEIGHTS=$hub
 detector() {
     trained "$out/$1/00$2.pth.tar" train_detector.py --fixed-sr --sr-weights-file $out/sr/x4/best.pth \
@@ -43,7 +43,7 @@ detector pixel 24 --lr 5e-3 --batch-size 16
 
 echo
 echo "Trained on nearest fakes, tested on held-out images (small networks, minutes of training):"
-"$PYTHON" -m utils.report $out/scores/*.csv --out $out/report
+"$PYTHON" -m utils.report $(ls $out/scores/{pixel,stage4}.csv 2>/dev/null) --out $out/report
 echo "figures: $(ls -d $out/scores/*.png $out/residuals $out/report/report.html | tr '\n' ' ')"
 [[ -n "${VGG_WEIGHTS:-}" ]] || echo "VGG-19's stages are left out for want of its ImageNet weights; with them:" \
     "VGG_WEIGHTS=FILE bash script/quickstart.sh"

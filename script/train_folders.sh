@@ -4,9 +4,9 @@
 # For a few hundred pictures of any and mixed sizes from 128 x 128 pixels on. Holds a fifth of them out, trains a small
 # RDN on the other reals and a detector on crops of SIDE x SIDE pixels, calibrates it on what was held out and writes a
 # report. With VGG_WEIGHTS the detector looks at VGG-19's stage 4 (pictures from 256 x 256 on), which survives compression
-# and carries over to other generators better than pixels (--idx-stages 5: better still, but it tells less of these), else at
-# the pixels, which tell most of clean pictures of these generators (docs/results.md). A call that was stopped goes on.
-# Environment: OUT (output/folders), GPU (cpu), SIDE, CROPS of each picture, VGG_WEIGHTS.
+# and carries over to some other generators (--idx-stages 5: to more, but it tells less of these), else at the pixels, which
+# tell most of clean pictures of these generators (docs/results.md). A call that was stopped goes on. Environment: OUT
+# (output/folders), GPU (cpu), SIDE, CROPS of each picture, VGG_WEIGHTS.
 source "$(dirname "$0")/common.sh"
 folders=()
 while [[ $# -gt 0 && "$1" != -* ]]; do folders+=("$1"); shift; done

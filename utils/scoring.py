@@ -76,8 +76,8 @@ class Detector(NamedTuple):
         for image in images:
             parts = crops_of(image, side, self.crops)  # (K, 3, side, side)
             few = [whole.score(part) for part in parts.split(images_at_once(*parts.shape[2:]))]
-            for of_image, of_parts in zip((logits, means), zip(*few, strict=True), strict=True):
-                of_image.append(torch.cat(of_parts).mean(dim=0))
+            of_crops, means_of_crops = (torch.cat(p) for p in zip(*few, strict=True))  # (K, 2), (K,)
+            logits.append(of_crops.mean(dim=0)), means.append(means_of_crops.mean())
         return torch.stack(logits), torch.stack(means)
 
     def logits(self, images: Tensor) -> Tensor:
@@ -126,15 +126,15 @@ class Detector(NamedTuple):
         return {**self.config, **own}
 
     @property
-    def real_residuals(self) -> tuple[float, float]:
-        """Between which the mean residuals of the reals lay that it was validated on; without bounds if not known."""
+    def known_residuals(self) -> tuple[float, float]:
+        """The range of the mean residuals of the images it was validated on; without bounds if that is not known."""
         least, most = (self.config.get("images") or {}).get("residual") or (None, None)
         return (0.0, math.inf) if most is None else (least, most)
 
     def unlike(self, paths: Sequence[str], far: Sequence[str]) -> list[str]:
-        """A line for each way in which image files are unlike all that it was trained on, where that is known.
+        """A line for each way in which image files are unlike all that it was fitted on, where that is known.
 
-        far: those whose mean residuals are not within `real_residuals`.
+        far: those whose mean residuals are not within `known_residuals`.
         """
         known = self.config.get("images") or {}
         if "sides" not in known:  # trained by an earlier version
@@ -146,7 +146,7 @@ class Detector(NamedTuple):
             f"have shorter sides far from its {low} to {high} pixels": odd,
             "are JPEG, of which it saw none": [p for p, h in seen.items() if jpegs == 0 and h.jpeg],
             "are no JPEG, and it saw nothing else": [p for p, h in seen.items() if jpegs == 1 and not h.jpeg],
-            "have mean residuals outside those of its reals ({:.2g} to {:.2g})".format(*self.real_residuals): far,
+            "have mean residuals outside its {:.2g} to {:.2g}".format(*self.known_residuals): far,
         }
         text = "unlike its training images: {} of {} {} (first: {}): take these verdicts with care"
         return [text.format(len(odd), len(paths), way, shown(odd[0])) for way, odd in ways.items() if odd]
