@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -28,14 +29,30 @@ def save(obj: dict, path: str | os.PathLike) -> None:
     Raises:
         UserError: if it cannot be written (disk full, no permission); the old file is then untouched.
     """
-    data = io.BytesIO()
-    data.write(_packed(obj)) if is_bundle(path) else torch.save(obj, data)  # not to the file: torch hides its errors
     try:
         with atomic(path) as file:
-            file.write(data.getbuffer())
+            sink = _Sink(file)
+            sink.write(_packed(obj)) if is_bundle(path) else torch.save(obj, sink)
+            if sink.error:
+                raise sink.error
     except OSError as error:
         said = f"cannot write {shown(path)} ({error.strerror})"
         raise UserError(f"{said}; what was there before is untouched") from error
+
+
+class _Sink(io.RawIOBase):
+    """Writes to a file, and keeps its first error, which torch would hide."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.error = file, None
+
+    def write(self, data: bytes | memoryview) -> int:
+        try:
+            if self.error is None:
+                self.file.write(data)
+        except OSError as error:
+            self.error = error
+        return len(data)
 
 
 def load(path: str | os.PathLike) -> dict:
