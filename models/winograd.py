@@ -59,8 +59,7 @@ class DenseMaps:
         self.rows, self.columns = math.ceil(self.height / OUT), math.ceil(self.width / OUT)  # of tiles
         self.strip = max(TILES // self.columns, 1)  # rows of tiles
         shape = (batch, self.rows, self.columns * pieces * PLACES * self.channels)
-        images = scratch.resize_(math.prod(shape)).view(shape)
-        strips = [strip for image in images for strip in image.split(self.strip)]
+        strips = self._strips(scratch.resize_(math.prod(shape)).view(shape))
         self.maps = [strip.view(pieces, -1, PLACES * self.channels) for strip in strips]
         self.pieces = 0
 
@@ -71,8 +70,7 @@ class DenseMaps:
         weight = KERNEL @ convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (36, O * pieces * C)
         weight = weight.view(PLACES * width, self.pieces, 1, self.channels).permute(0, 3, 1, 2)  # (36 O, C, pieces, 1)
         result = piece.new_empty(len(piece), self.rows, OUT, self.columns, OUT, width)
-        targets = [strip for image in result for strip in image.split(self.strip)]
-        for tiles, maps, target in zip(self.tiles(piece), self.maps, targets, strict=True):
+        for tiles, maps, target in zip(self._tiles(piece), self.maps, self._strips(result), strict=True):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.pieces - 1].view_as(tiles))
             # One product for each of the 36 places is a convolution in 36 groups; its kernel runs over the pieces
             x = maps[: self.pieces] if self.pieces > 1 else maps[0].view(-1, self.columns, maps.shape[2])
@@ -82,10 +80,14 @@ class DenseMaps:
         y = result.view(len(piece), self.rows * OUT, self.columns * OUT, width).add_(convolution.bias)
         return y.permute(0, 3, 1, 2)[:, :, : self.height, : self.width]  # (B, O, h, w)
 
-    def tiles(self, piece: Tensor) -> Iterator[Tensor]:
+    def _strips(self, images: Tensor) -> list[Tensor]:
+        """Of images in rows of tiles (B, rows, ...) the strips, (strip, ...) each, image after image."""
+        return [strip for image in images for strip in image.split(self.strip)]
+
+    def _tiles(self, piece: Tensor) -> Iterator[Tensor]:
         """Of each strip the tiles, which overlap by two: (tiles, 36, C)."""
         right, bottom = self.columns * OUT - self.width, self.rows * OUT - self.height
         x = F.pad(piece.permute(0, 2, 3, 1), (0, 0, 1, 1 + right, 1, 1 + bottom))  # (B, H, W, C)
         grid = x.unfold(1, IN, OUT).unfold(2, IN, OUT).permute(0, 1, 2, 4, 5, 3)  # (B, rows, columns, 6, 6, C)
-        for strip in (strip for image in grid for strip in image.split(self.strip)):
+        for strip in self._strips(grid):
             yield strip.reshape(-1, PLACES, self.channels)

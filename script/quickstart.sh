@@ -28,7 +28,7 @@ trained "$out/sr/x4/epoch_11.pth" train_sr.py \
 hub=${TORCH_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/torch}/hub/checkpoints/vgg19-dcbb9e9d.pth
 [[ -n "${VGG_WEIGHTS:-}" || ! -f $hub ]] || VGG_WEIGHTS=$hub
 detector() {
-    trained "$out/$1/00$2.pth.tar" train_detector.py --fixed-sr --sr-weights-file $out/sr/x4/best.pth \
+    trained "$out/$1/$(printf %04d "$2").pth.tar" train_detector.py --fixed-sr --sr-weights-file $out/sr/x4/best.pth \
         --arch resnet18 --no_dilation --lr-sr 1 --epochs "$2" --save-every-epoch "$2" \
         --data-root-pos $images/train/real --data-root-neg $images/train/nearest \
         --val-root-pos $images/val/real --val-root-neg $images/val/nearest --output-path "$out/$1" "${@:3}"

@@ -145,11 +145,14 @@ def test_numbers_are_those_without_a_cache(files, tmp_path, flags):
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     train(detector_arguments(files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
     train(detector_arguments(files, tmp_path / "with", f"{flags} --cache-precision fp32"))
-    train(detector_arguments(files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache"))
+    # One batch: on the last two images of batches of four an untrained network makes 20 % of the 0.05 % of half precision
+    train(detector_arguments(files, tmp_path / "full", f"{flags} --batch-size 10 --cache-precision fp32"))
+    train(detector_arguments(files, tmp_path / "half", f"{flags} --batch-size 10 --cache-dir {tmp_path}/half_cache"))
     assert not (tmp_path / "without/residual_cache").exists() and names_in(tmp_path / "with/residual_cache")
     assert stats(tmp_path / "with") == stats(tmp_path / "without")
-    # A new network on batches of four makes a few percent, on some processors, of the 0.05 % of half precision
-    assert stats(tmp_path / "half")[0]["loss"] == pytest.approx(stats(tmp_path / "with")[0]["loss"], rel=0.15)
+    half, full = stats(tmp_path / "half")[0], stats(tmp_path / "full")[0]
+    assert half["loss"] == pytest.approx(full["loss"], rel=3e-2)
+    assert half["val_residual_most"] == pytest.approx(full["val_residual_most"], rel=1e-3)
     assert names_in(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
 
 

@@ -141,9 +141,9 @@ class Detector(NamedTuple):
             return []
         (low, high), jpegs = known["sides"], known["jpegs"]
         seen = {p: h for p, h in zip(paths, check_headers(paths, self.fitting), strict=True) if h.size}
-        odd = [p for p, h in seen.items() if not (self.policy.resize or low / 2 <= min(h.size) <= 4 * high)]
+        other_sizes = [p for p, h in seen.items() if not (self.policy.resize or low / 2 <= min(h.size) <= 4 * high)]
         ways = {
-            f"have shorter sides far from its {low} to {high} pixels": odd,
+            f"have shorter sides far from its {low} to {high} pixels": other_sizes,
             "are JPEG, of which it saw none": [p for p, h in seen.items() if jpegs == 0 and h.jpeg],
             "are no JPEG, and it saw nothing else": [p for p, h in seen.items() if jpegs == 1 and not h.jpeg],
             "have mean residuals outside its {:.2g} to {:.2g}".format(*self.known_residuals): far,
