@@ -146,7 +146,7 @@ class Detector(NamedTuple):
             f"have shorter sides far from its {low} to {high} pixels": other_sizes,
             "are JPEG, of which it saw none": [p for p, h in seen.items() if jpegs == 0 and h.jpeg],
             "are no JPEG, and it saw nothing else": [p for p, h in seen.items() if jpegs == 1 and not h.jpeg],
-            "have mean residuals outside its {:.2g} to {:.2g}".format(*self.known_residuals): far,
+            "have mean residuals outside its {:.3g} to {:.3g}".format(*self.known_residuals): far,
         }
         text = "unlike its training images: {} of {} {} (first: {}): take these verdicts with care"
         return [text.format(len(odd), len(paths), way, shown(odd[0])) for way, odd in ways.items() if odd]
