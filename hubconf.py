@@ -4,7 +4,7 @@ dependencies = ["torch", "numpy", "PIL", "tqdm"]
 
 
 def detector(checkpoint: str, **options):
-    """A trained detector ready for use: `utils.scoring.load`."""
-    from models import load
+    """A trained detector ready for use: `evaluation.detector.load`."""
+    from evaluation import load
 
     return load(checkpoint, **options)

@@ -30,12 +30,15 @@ from data.datasets import Batch, ImageDataset, Key, alike, make_loader
 from data.images import fitted_size, read_header
 from data.lists import Item, count_known, input_items, labelled_items, list_digest
 from data.perturbations import Perturbation, chosen_cells, mild_variants
-from utils import run
+from evaluation.detector import BATCH_PIXELS, Detector, images_at_once, load
+from evaluation.score_table import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
+from evaluation.score_writer import ScoreLog, file_stamps
+from utils.compute import choose_compute, versions
+from utils.console import progress, shown, text_table
 from utils.distributed import gather_rows, world_of_processes
-from utils.run import StopSignal, UserError, shown
-from utils.scorelog import ScoreLog, file_stamps
-from utils.scores import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
-from utils.scoring import BATCH_PIXELS, Detector, images_at_once, load
+from utils.errors import UserError, run_program
+from utils.files import atomic, make_folder, sole_writer
+from utils.signals import Stopped, StopSignal
 
 logger = logging.getLogger("test")
 
@@ -43,7 +46,7 @@ EXIT_ERRORS = 1  # some images could not be scored
 
 
 def main(args: Namespace) -> int:
-    compute = run.choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
+    compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
     with world_of_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         # Images and the detector: what can be wrong with them is found before anything is written
         if not args.resume:
@@ -63,8 +66,8 @@ def main(args: Namespace) -> int:
         save_path = (args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores").rstrip("/")
         save_path = Path(save_path.removesuffix(".npy"))
         for folder in filter(None, (save_path.parent, args.save_residuals)):
-            run.make_folder(folder)
-        stack.enter_context(run.sole_writer(save_path.with_name(f".{save_path.name}.lock"), world))
+            make_folder(folder)
+        stack.enter_context(sole_writer(save_path.with_name(f".{save_path.name}.lock"), world))
 
         # Scores, then what is made of them
         about = {"settings": vars(args) | {"precision": compute.precision}, "trained_on": seen}
@@ -87,7 +90,7 @@ def main(args: Namespace) -> int:
                 log.close()
             if world.is_main:
                 table, metrics = tables[cell.label] = results(path, args.seed)
-                log.finish({**about, "perturbation": what, "metrics": metrics, "versions": run.versions()})
+                log.finish({**about, "perturbation": what, "metrics": metrics, "versions": versions()})
         if not world.is_main:
             return 0
         show(tables, detector.calibration, bool(args.input))
@@ -131,7 +134,7 @@ def score(
     missing, far, (least, most) = log.missing(block), [], detector.known_residuals
     singles = ([Key(0, int(index))] for index in missing)
     loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
-    with run.progress(None, "scoring", total=len(missing), unit="images") as bar:
+    with progress(None, "scoring", total=len(missing), unit="images") as bar:
         for batch in alike(loader, block, pixels):
             rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
             if len(batch.x):
@@ -144,7 +147,7 @@ def score(
                     logger.warning("not scored: %s", row.error)
             bar.update(len(rows))
             if stop.received:
-                raise run.Stopped(stop.received)
+                raise Stopped(stop.received)
     return far
 
 
@@ -157,7 +160,7 @@ def batch_rows(
     """
     compared = detector.compare(batch.x) if residuals else None
     if residuals:
-        from utils.figures import residual_picture
+        from evaluation.figures import residual_picture
 
         x = detector.compute.input(batch.x)  # (B, 3, H, W)
         for item, *pictures in zip(batch.items, x, compared.x_hat, compared.residual, strict=True):
@@ -182,13 +185,13 @@ def batch_rows(
 def results(path: Path, seed: int) -> tuple[ScoreTable, dict | None]:
     """P.npy and P.png from P.csv. Returns the table and its metrics (None where no image is labelled)."""
     table = read_table(f"{path}.csv")
-    with run.atomic(f"{path}.npy") as file:
+    with atomic(f"{path}.npy") as file:
         np.save(file, table.logits)
     if not table.usable.any():
         Path(f"{path}.png").unlink(missing_ok=True)  # of an earlier table
         return table, None
-    from utils.figures import roc_and_histogram
-    from utils.metrics import summarize
+    from evaluation.figures import roc_and_histogram
+    from evaluation.metrics import summarize
 
     roc_and_histogram(table, f"{path}.png")
     return table, summarize(table, seed=seed)
@@ -196,7 +199,7 @@ def results(path: Path, seed: int) -> tuple[ScoreTable, dict | None]:
 
 def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, unlabelled: bool) -> None:
     """What is read on the screen: verdicts on single images, or the metrics of labelled ones."""
-    from utils.metrics import format_table, perturbation_table, stability_lines
+    from evaluation.metrics import format_table, perturbation_table, stability_lines
 
     several, lines = len(tables) > 1, explanation(calibration)
     for name, (table, metrics) in tables.items() if unlabelled else [*tables.items()][:1]:
@@ -210,7 +213,7 @@ def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping
 
 def explanation(calibration: Mapping) -> list[str]:
     """What P(fake) and the verdict mean, for who sees them for the first time."""
-    rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m utils.calibrate)"
+    rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m tools.calibrate)"
     if calibration:
         rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
         known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
@@ -227,8 +230,8 @@ def verdict_lines(table: ScoreTable) -> list[str]:
         rows.append(["-", "error", shown(error)] if error else row)
     counts = Counter(table.predictions)
     ending = ", ".join(f"{counts[word]} {word}" for word in ("fake", "real", "unsure"))
-    return [run.text_table(rows, left=len(rows[0])), f"{ending}, {counts['']} could not be read"]
+    return [text_table(rows, left=len(rows[0])), f"{ending}, {counts['']} could not be read"]
 
 
 if __name__ == "__main__":
-    sys.exit(run.run_program(partial(main, ARGS)))
+    sys.exit(run_program(partial(main, ARGS)))

@@ -9,6 +9,7 @@ best.pth.tar (highest AUROC on the validation images), last.pth.tar (the whole s
 stats.jsonl and TensorBoard records.
 """
 
+from utils.checkpoints import read_checkpoint
 from utils.options import train_detector_parser
 
 ARGS = train_detector_parser().parse_args() if __name__ == "__main__" else None  # mistakes before PyTorch is imported
@@ -27,19 +28,25 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import models
-from data.audit import log_quick_audit
 from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
 from data.images import SizePolicy, fit_size, load_image, refuse_mixed_sizes, usable_items
+from data.leaks import log_quick_audit
 from data.lists import Item, identities, labelled_items, list_digest
 from data.perturbations import augment
-from models import Checkpoint, ResynthesisDetector
+from evaluation import detector as scoring
+from evaluation import sources
+from evaluation.metrics import auroc
+from evaluation.sources import ResidualsOf
+from models import ResynthesisDetector
 from models.auxiliary import TASKS, degrade_batch
 from models.resnet import TOTAL_STRIDE
-from utils import scoring, sources, training
+from utils import training
+from utils.checkpoints import Checkpoint
+from utils.compute import Compute, choose_compute
 from utils.distributed import World, gather_rows, share_buffers, world_of_processes
-from utils.metrics import auroc
-from utils.run import FAKE, LABEL_NAMES, REAL, Compute, UserError, choose_compute, keyed_generator, run_program
-from utils.sources import ResidualsOf
+from utils.errors import UserError, run_program
+from utils.labels import FAKE, LABEL_NAMES, REAL
+from utils.random_streams import keyed_generator
 from utils.training import Run, Stepper
 
 logger = logging.getLogger("train_detector")
@@ -140,7 +147,7 @@ def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | N
                 raise UserError(f"{was}: give its flags, or --init and another --output-path")
             logger.info("%s: a new run starts from its weights", was)
             resumed = None
-    resynthesizer = models.read_checkpoint(args.resynthesizer_file)
+    resynthesizer = read_checkpoint(args.resynthesizer_file)
     if resumed and resynthesizer:
         logger.info("RDN comes from %s, not from %s", resumed.name, resynthesizer.name)
         resynthesizer = None

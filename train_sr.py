@@ -24,16 +24,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import models
-from data.audit import log_quick_audit
 from data.datasets import Batch, EpochBatches, ImageDataset, PatchDataset, make_loader
 from data.images import SizePolicy, usable_items
+from data.leaks import log_quick_audit
 from data.lists import Item, list_digest, paths_of
-from models import RDN, STAGES, Checkpoint, VGGStages
+from models import RDN, STAGES, VGGStages
 from models.auxiliary import degrade_patch, super_resolution_loss
 from models.rdn import start_as_interpolation
 from utils import training
+from utils.checkpoints import Checkpoint
+from utils.compute import Compute, choose_compute
 from utils.distributed import World, sum_over_processes, world_of_processes
-from utils.run import DEGRADE_PATCH, Compute, UserError, choose_compute, keyed_generator, run_program
+from utils.errors import UserError, run_program
+from utils.random_streams import DEGRADE_PATCH, keyed_generator
 from utils.training import Run, Stepper
 
 logger = logging.getLogger("train_sr")

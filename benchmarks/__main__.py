@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.networks import compare, gpu, training_memory
 from benchmarks.programs import against, cached, files, small, soak, start
-from utils.run import run_program
+from utils.errors import run_program
 
 BENCHMARKS = (compare, gpu, training_memory, cached, small, start, files, soak, against)
 

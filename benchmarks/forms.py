@@ -16,14 +16,15 @@ from benchmarks.plain import plain_detector
 from data.datasets import Batch
 from data.images import SizePolicy
 from data.lists import Item
+from evaluation import sources
+from evaluation.detector import Detector
 from models import RDN, STAGE_CHANNELS, DeepStemResNet, ResynthesisDetector, load_vgg
 from models.auxiliary import draw_degradation
 from train_detector import parameter_groups, train_step
 from train_sr import patch_loss
-from utils import sources
+from utils.compute import Compute, choose_compute, choose_device
 from utils.distributed import World
-from utils.run import DEGRADE_BATCH, Compute, choose_compute, choose_device, keyed_generator
-from utils.scoring import Detector
+from utils.random_streams import DEGRADE_BATCH, keyed_generator
 from utils.training import Stepper
 
 CPU_FORMS = "plain fp32, plain channels-last fp32, plain channels-last bf16, ours fp32, ours bf16".split(", ")

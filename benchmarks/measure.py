@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models import RDN, Checkpoint, new_detector
-from utils.run import UserError
+from models import RDN, new_detector
+from utils.checkpoints import Checkpoint
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN_FILES = 1024  # at a time: the limit most Linux systems set

@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import forms
 from benchmarks.forms import CPU_FORMS, GPU_FORMS, Case
 from benchmarks.measure import ROOT, Tables, in_turn, median, program, ratio
-from utils.run import UserError, choose_device
+from utils.compute import choose_device
+from utils.errors import UserError
 
 HEADER = "||seconds|plain / it|plain channels-last / it|matrix product / it|GPU GiB at most".split("|")
 VARIANTS = {  # of training_memory: form, images, all maps kept, micro-batch

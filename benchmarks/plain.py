@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import RDN, ResynthesisDetector, VGGStages
-from models.vgg import STAGE_LAYERS
+from models.features import STAGE_LAYERS
 
 
 class PlainRDN(nn.Module):

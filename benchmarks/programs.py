@@ -14,9 +14,9 @@ from PIL import Image
 
 from benchmarks.measure import PAPER, ROOT, SMALL, TINY, in_turn, median, noise, peak, program, ratio, saved, started
 from benchmarks.plain import plain_detector
+from evaluation.detector import BATCH_PIXELS, load
 from models import load_vgg
-from utils.run import UserError
-from utils.scoring import BATCH_PIXELS, load
+from utils.errors import UserError
 
 FURTHER = 3  # images or epochs beyond the first
 Command = Callable[[int, Path], str]  # for so many images or epochs, with its results in a new place

@@ -18,8 +18,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.images import Header, SizePolicy, fit_size, fitted_size, load_image, multiple_box, read_rgb, size_problem
 from data.lists import Item
+from utils.compute import Compute
+from utils.console import shown
 from utils.distributed import World
-from utils.run import CROP, PERTURB, Compute, UserError, keyed_generator, shown
+from utils.errors import UserError
+from utils.random_streams import CROP, PERTURB, keyed_generator
 
 UNLABELLED = -1  # in Batch.labels
 GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved

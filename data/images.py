@@ -21,7 +21,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.lists import Item
-from utils.run import UserError, progress, shown
+from utils.console import progress, shown
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

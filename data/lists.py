@@ -17,7 +17,9 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from utils.run import FAKE, REAL, UserError, shown
+from utils.console import shown
+from utils.errors import UserError
+from utils.labels import FAKE, REAL
 
 logger = logging.getLogger(__name__)
 

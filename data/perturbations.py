@@ -24,7 +24,8 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import resized
-from utils.run import UserError, keyed_generator
+from utils.errors import UserError
+from utils.random_streams import keyed_generator
 
 # Frank et al.
 PROBABILITY = 0.5

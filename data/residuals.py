@@ -19,8 +19,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
+from utils.compute import Compute
+from utils.console import shown
 from utils.distributed import World, wait_for_all
-from utils.run import Compute, UserError, atomic, remove_torn, shown
+from utils.errors import UserError
+from utils.files import atomic, remove_torn
 
 logger = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from models.features import STAGES, perceptual_distance
 from models.resynthesis import ResynthesisDetector, downsample
-from models.vgg import STAGES, perceptual_distance
 
 DEGRADE_PROBABILITY = 0.5  # of the auxiliary task on a batch; otherwise its loss is taken on the clean batch
 PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # of each degradation of a patch: with two of them on, half of them stay clean

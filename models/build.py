@@ -7,33 +7,20 @@ where they are what is to be trained.
 
 import logging
 from collections.abc import Mapping
-from typing import NamedTuple
 
+from models.features import STAGE_CHANNELS
 from models.rdn import RDN, rdn_config
 from models.resnet import DeepStemResNet, resnet_config
 from models.resynthesis import ResynthesisDetector
-from models.vgg import STAGE_CHANNELS
 from models.weights import fingerprint, load_vgg, load_weights, state_dict_of
-from utils import checkpoint
-from utils.run import UserError
+from utils.checkpoints import Checkpoint
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 PAPER_RESYNTHESIZER = {"scale": 4, "num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8}
 PAPER_DETECTOR = {"arch": "resnet50", "stage": 0, "dilated": True}
 FLAGS = {"stage": "--idx-stages", "arch": "--arch", "in_channels": "--input-channel", "dilated": "--no_dilation"}
-
-
-class Checkpoint(NamedTuple):
-    """What was read from a file, and the file's name for messages."""
-
-    content: Mapping
-    name: str
-
-
-def read_checkpoint(path: str | None) -> Checkpoint | None:
-    """The content of a file (`utils.checkpoint.load`); None for no file."""
-    return Checkpoint(checkpoint.load(path), str(path)) if path else None
 
 
 def resolve(asked: Mapping, found: Mapping, default: Mapping, name: str) -> dict:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.tiling import in_tiles
 from models.winograd import DenseMaps, pays
-from utils.run import UserError
+from utils.errors import UserError
 
 STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients, on a CPU
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))  # of the left and the right half of a pixel, along a line

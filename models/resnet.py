@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.tiling import in_tiles
-from utils.run import UserError
+from utils.errors import UserError
 
 STEM_CHANNELS = 128
 STEM_STRIDE, STEM_HALO = 8, 16  # pixels of the residual; the stem sees 11 to each side

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.vgg import VGGStages
+from models.features import VGGStages
 
 
 def downsample(x: Tensor, scale: int) -> Tensor:

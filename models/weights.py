@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.vgg import VGGStages
-from utils import checkpoint
-from utils.run import UserError, shown
+from models.features import VGGStages
+from utils import checkpoints
+from utils.console import shown
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """16 hex digits that name a network's weights: the SHA-256 of names, types, shapes and values."""
-    return checkpoint.digest(weights.state_dict() if isinstance(weights, nn.Module) else weights)[:16]
+    return checkpoints.digest(weights.state_dict() if isinstance(weights, nn.Module) else weights)[:16]
 
 
 # --- VGG-19 -------------------------------------------------------------------------------------------------
@@ -91,7 +92,7 @@ def _vgg_content(source: str) -> tuple[Mapping, str]:
     """(a state dict or what holds it, "imagenet" | "random" | path)."""
     if source in ("imagenet", "auto"):
         try:
-            return checkpoint.load(_imagenet_file()), "imagenet"
+            return checkpoints.load(_imagenet_file()), "imagenet"
         except OSError as error:
             if source == "imagenet":
                 raise UserError(
@@ -107,7 +108,7 @@ def _vgg_content(source: str) -> tuple[Mapping, str]:
         return _random_state(), "random"
     if not Path(source).is_file():
         raise UserError(f"no VGG-19 weights at {shown(source)}: pass --vgg-weights FILE, imagenet, random or auto")
-    return checkpoint.load(source), source
+    return checkpoints.load(source), source
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ find_python() {
 example() {
     if [[ ! -f data/example/settings.json ]]; then
         say "no images given: making example images in data/example (once)"
-        "$PYTHON" -m data.example
+        "$PYTHON" -m tools.example
     fi
 }
 

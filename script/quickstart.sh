@@ -13,8 +13,8 @@ gpu=${1:-cpu} out=output/quickstart images=output/quickstart/images
 mkdir -p "$out"
 
 if [[ ! -f $images/settings.json ]]; then
-    say "data.example --out $images --size 128"
-    "$PYTHON" -m data.example --out $images --size 128
+    say "tools.example --out $images --size 128"
+    "$PYTHON" -m tools.example --out $images --size 128
 fi
 
 # Step 1: the re-synthesizer. The perceptual loss (--vgg-lambda) is left out: VGG-19 costs a hundred times this RDN.
@@ -43,7 +43,7 @@ detector pixel 24 --lr 5e-3 --batch-size 16
 
 echo
 echo "Trained on nearest fakes, tested on held-out images (small networks, minutes of training):"
-"$PYTHON" -m utils.report $(ls $out/scores/{pixel,stage4}.csv 2>/dev/null) --out $out/report
+"$PYTHON" -m tools.report $(ls $out/scores/{pixel,stage4}.csv 2>/dev/null) --out $out/report
 echo "figures: $(ls -d $out/scores/*.png $out/residuals $out/report/report.html | tr '\n' ' ')"
 [[ -n "${VGG_WEIGHTS:-}" ]] || echo "VGG-19's stages are left out for want of its ImageNet weights; with them:" \
     "VGG_WEIGHTS=FILE bash script/quickstart.sh"

@@ -60,4 +60,4 @@ for input in $inputs; do
     all=${generators[*]}
     scored "${input}_on_${all// /+}" --perturb jpeg=90 jpeg=70 jpeg=50 noise=0.05 blur=1 resize=0.5
 done
-"$PYTHON" -m utils.report "$out"/scores/*_on_*.csv --markdown
+"$PYTHON" -m tools.report "$out"/scores/*_on_*.csv --markdown

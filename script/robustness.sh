@@ -31,4 +31,4 @@ for task in none colorization denoising; do
     detector $task 1 --init "$before" --mode-sr $task --lr 2e-5 --lr-sr 25
 done
 detector augmented 10 --fixed-sr --sr-weights-file output/real_pictures/sr/x4/last.pth --lr 1e-3 --lr-sr 1
-"$PYTHON" -m utils.report "$out"/scores/*.csv --markdown
+"$PYTHON" -m tools.report "$out"/scores/*.csv --markdown

@@ -25,7 +25,7 @@ fi
 if [[ -f "$out/train.csv" ]]; then
     say "going on with the pictures of $out/train.csv and $out/held_out.csv (for others: OUT=ANOTHER_FOLDER)"
 else
-    "$PYTHON" -m data.split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"
+    "$PYTHON" -m tools.split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"
 fi
 reals=$(wc -l <"$out/train_real.txt") train=$(($(wc -l <"$out/train.csv") - 1))
 rounds=$((10400 / reals + 1)) # RDN takes about 2,600 steps of 4 patches, however many pictures there are
@@ -48,7 +48,7 @@ held_out() {
         [[ $? -eq 1 ]] # some pictures could not be scored: said above
 }
 held_out
-"$PYTHON" -m utils.calibrate "$out/scores.csv" --into "$detector" --fpr 0.05
+"$PYTHON" -m tools.calibrate "$out/scores.csv" --into "$detector" --fpr 0.05
 held_out # with the verdicts of the calibrated detector
-"$PYTHON" -m utils.report "$out/scores.csv" --out "$out/report"
+"$PYTHON" -m tools.report "$out/scores.csv" --out "$out/report"
 say "done in $((SECONDS - began)) s; is this picture generated?  python test.py --resume $detector --input PICTURE"

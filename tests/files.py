@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.run import UserError
+from utils.errors import UserError
 
 
 def random_rgb(height=16, width=16, seed=0):

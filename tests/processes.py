@@ -14,9 +14,11 @@ from pathlib import Path
 
 import torch
 
+from evaluation import detector as scoring
 from models.resnet import ARCHITECTURES, BasicBlock
-from utils import run, scoring
+from utils import console
 from utils.distributed import World
+from utils.files import sole_writer
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"resnet18": (BasicBlock, (1, 1, 1, 1))}  # half the weights: most of a tiny training's time is writing them
@@ -94,7 +96,7 @@ def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _write_alone(lock, connection):
-    with run.sole_writer(lock, World()):
+    with sole_writer(lock, World()):
         if worker := os.fork():
             connection.send(worker)
         time.sleep(60)
@@ -108,7 +110,7 @@ def signal_in(what: str, at: int, number: int, all_processes: bool = False) -> N
 
     all_processes: its workers, too, and they have the time to end of it.
     """
-    real, count = run.progress, itertools.count(1)
+    real, count = console.progress, itertools.count(1)
     os.setpgid(0, 0)
 
     def progress(items, name, *more):
@@ -118,7 +120,7 @@ def signal_in(what: str, at: int, number: int, all_processes: bool = False) -> N
                 time.sleep(0.3 * all_processes)
             yield item
 
-    run.progress = progress
+    console.progress = progress
 
 
 def kill_in_save(save: int) -> None:

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from data import audit as A
+from data import leaks as A
 from data.lists import Item, folder_items
-from utils.run import FAKE, REAL, UserError
+from tools import audit as audit_program
+from utils.errors import UserError
+from utils.labels import FAKE, REAL
 
 N = 20  # images a class
 
@@ -42,7 +44,7 @@ def audited(real, fake, **options):
 
 
 def run(roots, *arguments):
-    return A.main([str(a) for a in ("--data-root-pos", roots[0], "--data-root-neg", roots[1], *arguments)])
+    return audit_program.main([str(a) for a in ("--data-root-pos", roots[0], "--data-root-neg", roots[1], *arguments)])
 
 
 def was_jpeg(image, i):

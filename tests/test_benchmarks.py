@@ -9,7 +9,7 @@ import torch
 from benchmarks import forms, measure
 from benchmarks.__main__ import main
 from benchmarks.forms import CPU_FORMS, Case
-from utils.run import UserError
+from utils.errors import UserError
 
 TOY = Case(0, 64, quick=True)
 

@@ -13,11 +13,12 @@ import torch
 from files import mistake
 from torch import nn
 
+from evaluation.metrics import negative_log_likelihood
+from evaluation.score_table import make_rows, predict, read_table, write_table
 from models.weights import fingerprint
-from utils import calibrate, checkpoint
-from utils.metrics import negative_log_likelihood
-from utils.run import FAKE, REAL
-from utils.scores import make_rows, predict, read_table, write_table
+from tools import calibrate
+from utils import checkpoints as checkpoint
+from utils.labels import FAKE, REAL
 
 
 def scores_csv(path, reals, fakes):
@@ -161,7 +162,7 @@ def test_mistakes_are_one_line_and_status_2(tmp_path, detector):
     for name, content in no_detectors.items():
         checkpoint.save(content, tmp_path / name)
     before = {path: path.read_bytes() for path in tmp_path.glob("*.pth*")}
-    command = [sys.executable, "-m", "utils.calibrate", one_sided, "--into", str(detector)]
+    command = [sys.executable, "-m", "tools.calibrate", one_sided, "--into", str(detector)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: 2 real and 0 fake")
     for wrong in (["none.csv"], [one_sided, "--fpr=0.5"], [one_sided, "--fpr=-0.1"], ["s", "--fnr=nan"]):

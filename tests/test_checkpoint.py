@@ -13,9 +13,9 @@ import test as tester
 import train_detector
 import train_sr
 from models import RDN, DeepStemResNet, VGGStages, fingerprint, load_vgg, load_weights, state_dict_of
-from utils import checkpoint as checkpoints
+from utils import checkpoints as checkpoints
 from utils import options
-from utils.run import run_program
+from utils.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 

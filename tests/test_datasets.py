@@ -13,8 +13,9 @@ from trainings import CPU
 from data.datasets import Draws, EpochBatches, ImageDataset, Key, PatchDataset, alike, make_loader
 from data.images import SizePolicy
 from data.lists import Item
+from utils.compute import Compute
 from utils.distributed import World
-from utils.run import FAKE, REAL, Compute
+from utils.labels import FAKE, REAL
 
 ON_CPU = Compute(CPU, "fp32")
 

@@ -12,10 +12,11 @@ import pytest
 from files import mistake
 from PIL import Image
 
-from data import example
 from data.images import load_image
 from data.lists import find_images, list_paths
-from utils.run import UserError, keyed_generator
+from tools import example
+from utils.errors import UserError
+from utils.random_streams import keyed_generator
 
 
 def scenes(count: int, size: int = 64, key: int = 0) -> list[np.ndarray]:
@@ -120,7 +121,7 @@ def test_no_scene_is_used_twice():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_call_leaves_nothing(tmp_path, number):
-    command = [sys.executable, "-m", "data.example", *flags(tmp_path / "out", "--steps", "100000")]
+    command = [sys.executable, "-m", "tools.example", *flags(tmp_path / "out", "--steps", "100000")]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
     try:
         while process.poll() is None and not list(tmp_path.glob(".example*/images/test/real")):

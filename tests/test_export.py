@@ -9,10 +9,12 @@ import pytest
 import torch
 from files import mistake
 
-from models import RDN, STAGE_CHANNELS, DeepStemResNet, fingerprint, load, load_vgg
-from utils import checkpoint, export
-from utils.metrics import format_table, summarize
-from utils.scores import read_table
+from evaluation import load
+from evaluation.metrics import format_table, summarize
+from evaluation.score_table import read_table
+from models import RDN, STAGE_CHANNELS, DeepStemResNet, fingerprint, load_vgg
+from tools import export
+from utils import checkpoints as checkpoint
 
 onnxruntime = pytest.importorskip("onnxruntime")
 safetensors = pytest.importorskip("safetensors.torch")
@@ -98,7 +100,7 @@ def test_a_bundle_gives_the_same_bits(files, tmp_path):
     assert torch.equal(*(detector.logits(images(2, 3, 36, 36)) for detector in detectors))
     assert detectors[0].identity() == detectors[1].identity() and torch.equal(*(d.seen for d in detectors))
     assert "12 images" in shared["card"] and b"/home/me" not in (files / "mine.safetensors").read_bytes()
-    checkpoint.save({**shared, "calibration": {"temperature": 3.0}}, tmp_path / "a.safetensors")  # utils.calibrate
+    checkpoint.save({**shared, "calibration": {"temperature": 3.0}}, tmp_path / "a.safetensors")  # tools.calibrate
     assert on_cpu(tmp_path / "a.safetensors").calibration == {"temperature": 3.0}
 
 

@@ -10,7 +10,7 @@ from golden_rule import fill
 
 from models import RDN, DeepStemResNet, ResynthesisDetector, VGGStages, downsample, rdn_config, resnet_config
 from models.auxiliary import residual_and_auxiliary_loss, super_resolution_loss
-from models.vgg import STAGE_CHANNELS, STAGES
+from models.features import STAGE_CHANNELS, STAGES
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 3, "num_layers": 2}

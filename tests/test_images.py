@@ -16,7 +16,9 @@ from PIL import Image
 from data import images as I
 from data.images import SizePolicy, check_headers, fit_size, load_image
 from data.lists import Item
-from utils.run import REAL, UserError, shown
+from utils.console import shown
+from utils.errors import UserError
+from utils.labels import REAL
 
 ORIENTATION = 0x0112  # EXIF 2.3
 

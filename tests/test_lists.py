@@ -7,9 +7,9 @@ import pytest
 from files import mistake, save, touch
 
 from data import lists as L
-from data import split
 from data.lists import Item
-from utils.run import FAKE, REAL
+from tools import split
+from utils.labels import FAKE, REAL
 
 
 def below(root, items):

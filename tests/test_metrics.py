@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from utils import metrics
-from utils.run import FAKE, REAL
-from utils.scores import Row, make_rows, read_table, write_table
+from evaluation import metrics
+from evaluation.score_table import Row, make_rows, read_table, write_table
+from utils.labels import FAKE, REAL
 
 
 def random_scores(seed, n_real=40, n_fake=30, levels=None):

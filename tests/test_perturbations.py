@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import perturbations as P
 from utils.options import PERTURBATION_PROTOCOLS
-from utils.run import keyed_generator
+from utils.random_streams import keyed_generator
 
 KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # of Frank et al., with the sigma OpenCV takes for each
 

@@ -14,9 +14,10 @@ from files import mistake
 from PIL import Image
 from processes import ROOT
 
-from utils import figures, metrics, report
-from utils.run import FAKE, REAL
-from utils.scores import Row, make_rows, read_table, residual_path, write_table
+from evaluation import figures, metrics
+from evaluation.score_table import Row, make_rows, read_table, residual_path, write_table
+from tools import report
+from utils.labels import FAKE, REAL
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
@@ -188,7 +189,7 @@ def cells_of(markdown):
 def test_markdown_tells_the_same_as_the_screen(tmp_path, capsys):
     (tmp_path / "other").mkdir()
     tables = [write(folder, "s", rows(), settings={"seed": 5}) for folder in (tmp_path, tmp_path / "other")]
-    done = subprocess.run([sys.executable, "-m", "utils.report", *tables, "--markdown"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tools.report", *tables, "--markdown"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cells = cells_of(done.stdout)
     assert report.main([*tables, "--out", str(tmp_path / "o")]) == 0
@@ -218,7 +219,7 @@ def test_tables_of_documents_are_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tables = [write(tmp_path, name, rows()) for name in "ab"]
     document, path = "# Head\n\n<!-- made by: {} -->{}\n\nThe end. <!-- made by: hand -->\n", tmp_path / "d.md"
-    command = "python -m utils.report [ab].csv --markdown auroc"
+    command = "python -m tools.report [ab].csv --markdown auroc"
     path.write_text(document.format(command, "\n| old |\n| --- |"))
     with mistake("d.md"):
         report.main(["--refresh", "d.md", "--check"])
@@ -228,11 +229,11 @@ def test_tables_of_documents_are_made_again(tmp_path, monkeypatch, capsys):
     for check in ([], [], ["--check"]):
         assert report.main(["--refresh", "d.md", *check]) == 0 and path.read_text() == made
     for wrong in ("a.csv --out o", "none.csv --markdown", "a.csv --markdown no", "'a.csv"):
-        path.write_text(document.format(f"python -m utils.report {wrong}", ""))
+        path.write_text(document.format(f"python -m tools.report {wrong}", ""))
         with mistake(wrong):
             report.main(["--refresh", "d.md"])
     path.write_text("<!-- made by: python -m other a.csv --markdown -->")
-    with mistake("utils.report"):
+    with mistake("tools.report"):
         report.main(["--refresh", "d.md"])
 
 

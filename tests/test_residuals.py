@@ -14,11 +14,12 @@ from data.datasets import Draws, ImageDataset, Key
 from data.images import Header, SizePolicy
 from data.lists import Item
 from data.residuals import STORAGE, ResidualDataset
+from evaluation.sources import frozen_residuals, kept_residuals
 from models import RDN, DeepStemResNet, ResynthesisDetector
+from utils.compute import Compute
 from utils.distributed import World
+from utils.labels import FAKE
 from utils.options import train_detector_parser
-from utils.run import FAKE, Compute
-from utils.sources import frozen_residuals, kept_residuals
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 

@@ -17,8 +17,8 @@ from trainings import detector_arguments, differences, read, sr_arguments, stats
 
 from data.datasets import EpochBatches
 from data.images import load_image
-from models import load
-from utils.metrics import auroc
+from evaluation import load
+from evaluation.metrics import auroc
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 

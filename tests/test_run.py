@@ -13,8 +13,12 @@ import pytest
 import torch
 from files import mistake
 
-from utils import run
-from utils.run import UserError, choose_compute, run_program
+from utils.compute import choose_compute
+from utils.console import progress, shown, text_table
+from utils.errors import UserError, run_program
+from utils.files import TEMPORARY, atomic, make_folder, remove_torn, write_json
+from utils.random_streams import keyed_generator
+from utils.signals import Stopped, StopSignal
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,13 +103,13 @@ def test_only_a_second_ctrl_c_stops_at_once(second):
     """torchrun hands a second SIGTERM on, which must not cost the state."""
 
     def main():
-        with run.StopSignal() as stop:
+        with StopSignal() as stop:
             os.kill(os.getpid(), second)
             os.kill(os.getpid(), second)
-            raise run.Stopped(stop.received)
+            raise Stopped(stop.received)
 
     assert run_program(main) == 128 + second
-    with run.StopSignal() as stop:
+    with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
@@ -113,14 +117,14 @@ def test_only_a_second_ctrl_c_stops_at_once(second):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
-    run.write_json(path, {"a": 1})
-    with pytest.raises(KeyError), run.atomic(path) as file:
+    write_json(path, {"a": 1})
+    with pytest.raises(KeyError), atomic(path) as file:
         file.write(b"half")
         raise KeyError
     assert path.read_text() == '{\n  "a": 1\n}\n' and os.listdir(tmp_path) == ["a.json"]
     mask = os.umask(0o027)
     try:
-        run.write_json(path, {})
+        write_json(path, {})
     finally:
         os.umask(mask)
     assert path.stat().st_mode & 0o777 == 0o640
@@ -128,20 +132,20 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_only_torn_files_are_removed(tmp_path):
     kept = {"last.pth", ".p.csv.0-of-1.part", "visible.tmp"}
-    for name in (*kept, ".last.pth.tar.12.tmp", f".epoch_3.pth.345{run.TEMPORARY}"):
+    for name in (*kept, ".last.pth.tar.12.tmp", f".epoch_3.pth.345{TEMPORARY}"):
         (tmp_path / name).touch()
-    run.remove_torn(tmp_path, age=60)
+    remove_torn(tmp_path, age=60)
     assert len(os.listdir(tmp_path)) == 5
-    run.remove_torn(tmp_path)
+    remove_torn(tmp_path)
     assert set(os.listdir(tmp_path)) == kept
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
-    monkeypatch.setattr(run, "LOG_SECONDS", 0.05)
+    monkeypatch.setattr("utils.console.LOG_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
-    for _ in run.progress(range(12), "epoch 3"):
+    for _ in progress(range(12), "epoch 3"):
         time.sleep(0.02)
-    with run.progress(None, "scoring", total=900, initial=100, unit="images") as bar:
+    with progress(None, "scoring", total=900, initial=100, unit="images") as bar:
         time.sleep(0.1)
         bar.update(200)
     assert 2 <= len(caplog.messages) <= 7
@@ -150,13 +154,13 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog)
 
 
 def test_chance_is_keyed():
-    draws = {run.keyed_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
-    assert len(draws) == 27 and run.keyed_generator(1, 2).random() == run.keyed_generator(1, 2).random()
+    draws = {keyed_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
+    assert len(draws) == 27 and keyed_generator(1, 2).random() == keyed_generator(1, 2).random()
 
 
 def test_names_and_tables_for_a_terminal():
-    assert run.shown("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
-    assert run.text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
+    assert shown("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
+    assert text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -179,4 +183,4 @@ def test_what_is_computed_with_is_what_was_asked_for(deterministic):
 def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):
     (tmp_path / "file").touch()
     with mistake("cannot write", "below"):
-        run.make_folder(tmp_path / "file" / "below")
+        make_folder(tmp_path / "file" / "below")

@@ -8,9 +8,9 @@ import pytest
 from files import mistake, touch
 
 from data.lists import Item
+from evaluation.score_table import make_rows, read_table
+from evaluation.score_writer import ScoreLog, file_stamps
 from utils.distributed import World
-from utils.scorelog import ScoreLog, file_stamps
-from utils.scores import make_rows, read_table
 
 N = 7
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from files import mistake
 
-from utils import scores
-from utils.run import FAKE, REAL, shown
-from utils.scores import COLUMNS, Row, make_rows, predict, read_record, read_rows, read_table
+from evaluation import score_table as scores
+from evaluation.score_table import COLUMNS, Row, make_rows, predict, read_record, read_rows, read_table
+from utils.console import shown
+from utils.labels import FAKE, REAL
 
 HEADER = ",".join(COLUMNS)
 NAMES = [

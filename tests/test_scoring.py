@@ -20,10 +20,11 @@ from processes import finish, killed_sole_writer, signal_in_batch, start, two_ra
 from trainings import detector_arguments, read, train
 
 import test as program
-from models import RDN, DeepStemResNet, VGGStages, load
+from evaluation import load
+from evaluation.score_table import COLUMNS, read_table
+from models import RDN, DeepStemResNet, VGGStages
+from utils.errors import run_program
 from utils.options import test_parser as parser_of_test
-from utils.run import run_program
-from utils.scores import COLUMNS, read_table
 
 GOLDEN = Path(__file__).parent / "golden" / "reference_outputs.npz"
 TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 1, "num_layers": 2}

@@ -16,11 +16,11 @@ from PIL import Image
 import test
 import train_detector
 import train_sr
-from data import example
+from evaluation.score_table import read_table
 from models import RDN, DeepStemResNet
+from tools import example
 from utils import options
-from utils.run import run_program
-from utils.scores import read_table
+from utils.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = {
@@ -38,7 +38,7 @@ OWN_ENVIRONMENT = (
 STUB = """#!/usr/bin/env bash
 case "$1 ${2:-}" in
     "-c "*) exit 0 ;;
-    "-m data.example") mkdir -p data/example/{train,test}/{real,nearest,bilinear}; touch data/example/settings.json
+    "-m tools.example") mkdir -p data/example/{train,test}/{real,nearest,bilinear}; touch data/example/settings.json
         touch data/example/{train,val}.txt ;;
     *) printf '%s\\n' "$@" > recorded ;;
 esac

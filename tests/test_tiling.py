@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.plain import plain_detector
 from models import RDN, STAGE_CHANNELS, DeepStemResNet, ResynthesisDetector, VGGStages, load_vgg
+from models.features import STAGES, reach
 from models.tiling import in_tiles
-from models.vgg import STAGES, reach
 from models.winograd import pays
 
 TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}

@@ -12,10 +12,11 @@ from trainings import CPU, SIDE, TINY, detector_arguments, read, sr_arguments, s
 import train_detector
 import train_sr
 from data.datasets import Batch
+from evaluation import sources
 from models import RDN, STAGES, DeepStemResNet, ResynthesisDetector, downsample, load_vgg
-from utils import sources
+from utils.compute import Compute
 from utils.distributed import World
-from utils.run import FAKE, REAL, Compute
+from utils.labels import FAKE, REAL
 from utils.training import NotFinite, Progress, Stepper
 
 pytestmark = pytest.mark.usefixtures("small_classifier")

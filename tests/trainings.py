@@ -6,8 +6,8 @@ import torch
 
 import train_detector
 import train_sr
+from utils.errors import run_program
 from utils.options import train_detector_parser, train_sr_parser
-from utils.run import run_program
 
 CPU = torch.device("cpu")
 TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}

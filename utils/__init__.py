@@ -1,1 +1,1 @@
-"""What is neither network nor image: options, records, checkpoints, score tables and numbers from them."""
+"""Shared runtime: errors, signals, files, random streams, options, checkpoints, processes, training bookkeeping."""

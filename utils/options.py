@@ -293,7 +293,7 @@ def test_parser() -> Parser:
 
 
 def export_parser() -> Parser:
-    parser = Parser("python -m utils.export", "Write a trained detector as one graph, or as one safe file to share.")
+    parser = Parser("python -m tools.export", "Write a trained detector as one graph, or as one safe file to share.")
     for options in (vgg_options, resynthesizer_options, detector_options):
         options(parser)
     export = Group(parser, "export")

@@ -14,11 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.datasets import Batch
-from models import Checkpoint, read_checkpoint
-from utils import checkpoint, distributed, run
+from utils import checkpoints, console, distributed
+from utils.checkpoints import Checkpoint, read_checkpoint
+from utils.compute import Compute, versions
+from utils.console import shown
 from utils.distributed import World
-from utils.run import Compute, Stopped, UserError, shown
+from utils.errors import UserError
+from utils.files import atomic, make_folder, remove_torn, sole_writer, write_json
+from utils.signals import Stopped, StopSignal
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +102,8 @@ def run_folder(folder: Path, world: World, resumed: Checkpoint | None, overwrite
         UserError: if it cannot be written to, another run is in there, or it holds the checkpoints of another run and
             is not to be overwritten.
     """
-    run.make_folder(folder)
-    with run.sole_writer(folder / ".lock", world):
+    make_folder(folder)
+    with sole_writer(folder / ".lock", world):
         if resumed is None or Path(resumed.name).resolve().parent != folder.resolve():
             old = [path for path in folder.iterdir() if re.fullmatch(CHECKPOINT_NAMES, path.name)]
             if old and not overwrite:
@@ -111,7 +114,7 @@ def run_folder(folder: Path, world: World, resumed: Checkpoint | None, overwrite
             for path in [*old, *(folder / name for name in RECORD_NAMES)] if world.is_main else ():
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         if world.is_main:
-            run.remove_torn(folder)
+            remove_torn(folder)
         yield
 
 
@@ -148,7 +151,7 @@ class Stepper:
         for group, asked in zip(self.optimizer.param_groups, self.asked, strict=True):
             group.update(asked | {"lr": asked["lr"] * factor})
 
-    def step(self, loss: Tensor, values: Mapping[str, Tensor], batch: Batch) -> None:
+    def step(self, loss: Tensor, values: Mapping[str, Tensor], batch) -> None:
         """Take the step. `loss` and `values` are this process's shares of the batch's means.
 
         Raises:
@@ -183,7 +186,7 @@ class Stepper:
         return [p.grad for p in parameters if p.grad is not None]
 
     def _means(
-        self, shares: Mapping[str, Tensor], batch: Batch, norm: Tensor
+        self, shares: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
         """Means over the images that all processes could read, their count, that of the others, and the norm."""
         counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
@@ -247,16 +250,16 @@ class Run(contextlib.AbstractContextManager):
         self.path, self.about, self.networks, self.stepper, self.epochs = path, about, networks, stepper, epochs
         self.world, self.progress, self.settings = stepper.world, stepper.progress, about["settings"]
         self.first_epoch, self.began = self.progress.epoch, time.monotonic()
-        self.saved_at, self.told, self.stop, self.writer = self.began, set(), run.StopSignal(), None
+        self.saved_at, self.told, self.stop, self.writer = self.began, set(), StopSignal(), None
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # takes as long to import as PyTorch
 
-            run.write_json(path.with_name("config.json"), {**about, "versions": run.versions()})
+            write_json(path.with_name("config.json"), {**about, "versions": versions()})
             self.writer = SummaryWriter(str(path.with_name("tensorboard")), purge_step=self.first_epoch + 1)
             self.stats = path.with_name("stats.jsonl")
             lines = self.stats.read_text().splitlines(keepends=True) if self.stats.exists() else []
             whole = [line for line in lines if line.endswith("}\n")]  # the last is torn if the machine lost power
-            with run.atomic(self.stats) as file:  # what was recorded of later epochs is recorded again
+            with atomic(self.stats) as file:  # what was recorded of later epochs is recorded again
                 file.write("".join(line for line in whole if json.loads(line)["epoch"] < self.first_epoch).encode())
 
     def __enter__(self) -> "Run":
@@ -286,17 +289,17 @@ class Run(contextlib.AbstractContextManager):
     def save(self, state: dict | None = None) -> None:
         """Save the state now. state: where it has just been collected."""
         if self.world.is_main:
-            checkpoint.save(state or self.state(), self.path)
+            checkpoints.save(state or self.state(), self.path)
         self.saved_at = time.monotonic()
 
-    def batches(self, loader: Iterable[Batch], what: str, training: bool = False) -> Iterator[Batch]:
+    def batches(self, loader: Iterable, what: str, training: bool = False) -> Iterator:
         """The batches of a loader that hold an image, which `what` is done with. After each a signal is obeyed.
 
         An image that cannot be read is an error or, with --skip-bad, left out with one line.
         training: a step is taken with each, after which the state is saved if it is time, or any process got a signal.
         """
-        before: Batch | None = None
-        for batch in run.progress(loader, what):
+        before = None
+        for batch in console.progress(loader, what):
             for text in (text for text in batch.errors.values() if text not in self.told):
                 if not self.settings["skip_bad"]:
                     raise UserError(f"{text}; mend or remove it, or go on without such images by --skip-bad")
@@ -348,7 +351,7 @@ class Run(contextlib.AbstractContextManager):
         files = numbered(state) if numbered else {}
         best = {self.path.name.replace("last", "best"): {**state, "epoch": done.epoch}} if better else {}
         for name, content in (best | files).items():
-            checkpoint.save(content, self.path.with_name(name))
+            checkpoints.save(content, self.path.with_name(name))
         for name in files if self.settings["keep_last"] else ():
             like = re.compile(re.sub(r"\d+", r"(\\d+)", re.escape(name), count=1))
             same = sorted((int(m[1]), p) for p in self.path.parent.iterdir() if (m := like.fullmatch(p.name)))

@@ -1,8 +1,8 @@
 """One page that shows what a detector does on a test: curves, intervals, robustness, and its worst mistakes.
 
-    python -m utils.report SCORES.csv [SCORES.csv ...] --out DIR [--residuals DIR]
-    python -m utils.report SCORES.csv [SCORES.csv ...] --markdown [METRIC]
-    python -m utils.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
+    python -m tools.report SCORES.csv [SCORES.csv ...] --out DIR [--residuals DIR]
+    python -m tools.report SCORES.csv [SCORES.csv ...] --markdown [METRIC]
+    python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
 Reads score tables of test.py, and for settings and versions the SCORES.json beside each. Writes DIR/report.html (the
 template is report.html here), which holds everything it shows (no scripts, nothing fetched from anywhere), and its
@@ -13,7 +13,7 @@ become robustness curves, and the other tables are shown in full.
 
 --refresh makes the tables of documents anew: what stands below a line such as
 
-    <!-- made by: python -m utils.report results/*.csv --markdown auroc -->
+    <!-- made by: python -m tools.report results/*.csv --markdown auroc -->
 
 up to the next empty line is replaced by what this command prints.
 """
@@ -35,15 +35,17 @@ import numpy as np
 
 from data.images import read_rgb
 from data.perturbations import Cell
-from utils import figures, metrics
-from utils.run import UserError, atomic, make_folder, run_program, shown, text_table
-from utils.scores import ScoreTable, read_record, read_table, residual_path
+from evaluation import figures, metrics
+from evaluation.score_table import ScoreTable, read_record, read_table, residual_path
+from utils.console import shown, text_table
+from utils.errors import UserError, run_program
+from utils.files import atomic, make_folder
 
 WORST = 10  # images shown
 THUMBNAIL = {"image": 320, "residual": 720}  # pixels, the longer side
 COMPARED = ("accuracy", "auroc", "average_precision")  # columns of the comparison: those that have intervals
 MADE_BY = re.compile(r"^(<!-- made by: (.+) -->).*(?:\n.*\S.*)*", re.MULTILINE)  # (comment (command)), table
-PROGRAM = "python -m utils.report"
+PROGRAM = "python -m tools.report"
 
 
 class Scores(NamedTuple):
@@ -124,7 +126,7 @@ def draw_scores(scores: Scores, out: Path) -> str | None:
 
 
 def draw(figure: Callable, path: Path, *content) -> str:
-    """A figure of utils.figures, as a data URI."""
+    """A figure of evaluation.figures, as a data URI."""
     figure(*content, path)
     return data_uri(path.read_bytes(), "image/png")
 

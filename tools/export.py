@@ -1,7 +1,7 @@
 """A trained detector for use elsewhere: as one graph, or as one safe file to share.
 
-    python -m utils.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
-    python -m utils.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
+    python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
+    python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
 A graph is the whole detector, from pixels to P(fake), in ONNX or (.pt2) for torch.export.load. It is written only if it
 gives the detector's own numbers; --check asks that of one that is there. A bundle is all that scoring needs, with a model
@@ -21,14 +21,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from evaluation.detector import Detector, load
+from evaluation.metrics import format_table
+from evaluation.score_table import predict, read_record
 from models import fingerprint
-from utils import checkpoint
-from utils.calibrate import require_same_detector
-from utils.metrics import format_table
+from tools.calibrate import require_same_detector
+from utils import checkpoints
+from utils.console import shown
+from utils.errors import UserError, run_program
+from utils.files import atomic, make_folder
+from utils.labels import LABEL_NAMES
 from utils.options import export_parser
-from utils.run import LABEL_NAMES, UserError, atomic, keyed_generator, make_folder, run_program, shown
-from utils.scores import predict, read_record
-from utils.scoring import Detector, load
+from utils.random_streams import keyed_generator
 
 logger = logging.getLogger("export")
 
@@ -148,7 +152,7 @@ def bundle(detector: Detector, found: Mapping, scores: str | None) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = (parser := export_parser()).parse_args(arguments)
-    if not (args.out or args.check or args.bundle) or not checkpoint.is_bundle(args.bundle or ".safetensors"):
+    if not (args.out or args.check or args.bundle) or not checkpoints.is_bundle(args.bundle or ".safetensors"):
         parser.error("wanted: --out or --check FILE.onnx or FILE.pt2, or --bundle FILE.safetensors")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing and any(path.suffix != ".pt2" for path in (args.out, args.check) if path):
@@ -163,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with atomic(args.out) as file:
             file.write(data)
     if args.bundle:
-        checkpoint.save(bundle(detector, checkpoint.load(args.resume), args.scores), args.bundle)
+        checkpoints.save(bundle(detector, checkpoints.load(args.resume), args.scores), args.bundle)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,11 @@ from data.datasets import Batch, ImageDataset
 from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
 from models import ResynthesisDetector
 from models.auxiliary import degrade_batch, draw_degradation, residual_and_auxiliary_loss
+from utils.compute import Compute
 from utils.distributed import World, from_main, sum_over_processes
-from utils.run import DEGRADE_BATCH, DEGRADE_IMAGE, REAL, Compute, keyed_generator, make_folder
+from utils.files import make_folder
+from utils.labels import REAL
+from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, keyed_generator
 from utils.training import Progress
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.run import keyed_generator, shown, text_table
-from utils.scores import PREDICTIONS, ScoreTable
+from evaluation.score_table import PREDICTIONS, ScoreTable
+from utils.console import shown, text_table
+from utils.random_streams import keyed_generator
 
 ECE_BINS = 15  # as Guo et al. (ICML 2017)
 SMALLEST_PROBABILITY = 2.0**-53  # what float64 resolves next to 1: bounds the NLL of one image to 36.7

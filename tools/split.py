@@ -1,6 +1,6 @@
 """Keep some images for validation and calibration, the same ones whenever it is asked.
 
-    python -m data.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
+    python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
 Writes DIR/train.csv and DIR/held_out.csv (path,label,generator: for --csv and --val-csv), and the reals of either as
 train_real.txt and held_out_real.txt (for train_sr.py). Which images are held out depends on their names alone: it does
@@ -16,7 +16,9 @@ from collections.abc import Sequence
 
 from data.lists import Item, labelled_items
 from utils import options
-from utils.run import LABEL_NAMES, REAL, UserError, atomic, make_folder, run_program
+from utils.errors import UserError, run_program
+from utils.files import atomic, make_folder
+from utils.labels import LABEL_NAMES, REAL
 
 
 def write_set(items: Sequence[Item], folder: str, name: str) -> None:
@@ -32,7 +34,7 @@ def write_set(items: Sequence[Item], folder: str, name: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = options.Parser("python -m data.split", "Hold some images out.")
+    parser = options.Parser("python -m tools.split", "Hold some images out.")
     parser.add_argument("--data-root-pos", nargs="+", required=True, metavar="DIR", help="folders of REAL images")
     parser.add_argument("--data-root-neg", nargs="+", required=True, metavar="DIR", help="folders of GENERATED images")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the lists go")

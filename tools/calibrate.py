@@ -1,6 +1,6 @@
 """Make a detector's P(fake) mean what it says, and choose from where on it says real or fake.
 
-    python -m utils.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 --fnr 0.01]
+    python -m tools.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 --fnr 0.01]
 
 SCORES.csv is a labelled score table of this detector, written by test.py, on images that neither training nor the
 final test uses. A temperature is fitted (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), then two
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import checkpoint
-from utils.metrics import confusion, expected_calibration_error, negative_log_likelihood
-from utils.run import UserError, run_program, shown
-from utils.scores import ScoreTable, predict, read_record, read_table, sigmoid
+from evaluation.metrics import confusion, expected_calibration_error, negative_log_likelihood
+from evaluation.score_table import ScoreTable, predict, read_record, read_table, sigmoid
+from utils import checkpoints
+from utils.console import shown
+from utils.errors import UserError, run_program
 
 logger = logging.getLogger("calibrate")
 
@@ -152,7 +153,7 @@ def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     about = "Fit a temperature and two thresholds to a score table."
-    parser = argparse.ArgumentParser(prog="python -m utils.calibrate", description=about, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m tools.calibrate", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("scores", metavar="SCORES.csv", help="labelled score table of the detector, by test.py")
     add("--into", metavar="FILE", help="the detector's checkpoint to store it in (default: only show it)")
@@ -165,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     record = read_record(args.scores)
     if args.into:  # before any work
-        content = checkpoint.load(args.into)
+        content = checkpoints.load(args.into)
         require_same_detector(content, record, args.into)
     table = read_table(args.scores)
     calibration, warnings = calibrate(table, *rates)
@@ -174,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines = [*report_lines(table, calibration), *(f"warning: {text}" for text in warnings)]
     if args.into:
         calibration["source"] = Path(args.scores).name
-        checkpoint.save({**content, "calibration": calibration}, args.into)
+        checkpoints.save({**content, "calibration": calibration}, args.into)
         lines.append(f"stored in {shown(args.into)}; test.py uses it from now on")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0

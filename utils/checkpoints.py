@@ -10,12 +10,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
 
-from utils.run import UserError, atomic, shown
+from utils.console import shown
+from utils.errors import UserError
+from utils.files import atomic
 
 BUNDLE = "beyond-the-spectrum bundle, version 1"
 
@@ -85,6 +87,18 @@ def load(path: str | os.PathLike) -> dict:
     return dict(loaded)
 
 
+class Checkpoint(NamedTuple):
+    """What was read from a file, and the file's name for messages."""
+
+    content: Mapping
+    name: str
+
+
+def read_checkpoint(path: str | None) -> Checkpoint | None:
+    """The content of a file (`load`); None for no file."""
+    return Checkpoint(load(path), str(path)) if path else None
+
+
 def is_bundle(path: str | os.PathLike) -> bool:
     """Whether a file of this name is one for sharing."""
     return os.fspath(path).endswith(".safetensors")
@@ -115,7 +129,7 @@ def _unpacked(path: Path) -> dict:
         metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
     found, written = metadata.get("format"), metadata.pop("digest", None)
     if found != BUNDLE:
-        way_out = "write it again with python -m utils.export --bundle"
+        way_out = "write it again with python -m tools.export --bundle"
         raise UserError(f"{shown(path)} is of the format {found}, and this version reads {BUNDLE}: {way_out}")
     if written != digest(tensors, metadata):
         raise UserError(f"{shown(path)} is damaged: its content is not what was written; fetch it again")

@@ -20,7 +20,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.run import LABEL_NAMES, UserError, atomic, shown
+from utils.console import shown
+from utils.errors import UserError
+from utils.files import atomic
+from utils.labels import LABEL_NAMES
 
 FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for a formula (OWASP, "CSV Injection")
 GUARD = "'"
@@ -95,7 +98,7 @@ def predict(logits: np.ndarray, calibration: Mapping | None = None) -> tuple[np.
 
     Args:
         logits: (N, 2), columns fake, real.
-        calibration: of utils.calibrate: the logits are divided by "temperature"; fake from P(fake) = "t_fake" on,
+        calibration: of tools.calibrate: the logits are divided by "temperature"; fake from P(fake) = "t_fake" on,
             real up to "t_real", else unsure. Without: 1, and the larger logit decides (fake if they are equal).
     """
     rule = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5, **(calibration or {})}

@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from data.lists import Item
+from evaluation.score_table import Row, read_record, row_of, write_table
+from utils.console import shown
 from utils.distributed import World, from_main, wait_for_all
-from utils.run import UserError, shown, write_json
-from utils.scores import Row, read_record, row_of, write_table
+from utils.errors import UserError
+from utils.files import write_json
 
 logger = logging.getLogger(__name__)
 

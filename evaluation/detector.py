@@ -22,10 +22,13 @@ from torch import Tensor
 from data.datasets import ImageDataset, Key, Sample, alike, collate
 from data.images import SizePolicy, check_headers, fit_size, load_image, upright_rgb
 from data.lists import Item
-from models import ResynthesisDetector, fingerprint, load_detector, read_checkpoint
+from evaluation.score_table import predict
+from models import ResynthesisDetector, fingerprint, load_detector
 from models.resynthesis import Compared
-from utils.run import Compute, UserError, choose_compute, shown
-from utils.scores import predict
+from utils.checkpoints import read_checkpoint
+from utils.compute import Compute, choose_compute
+from utils.console import shown
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
 """What could tell real from generated images apart without looking at what was generated?
 
-    python -m data.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
+    python -m data.leaks --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
 
 A detector takes the easiest way: if every real image is a JPEG and every generated one a PNG, it learns JPEG. This
 looks at headers, at JPEG traces in the pixels of lossless files, and for files that occur twice. It says in plain words
@@ -10,7 +10,6 @@ what it found, and the way out. Exit status: 0 no leak, 1 a leak, 2 a mistake in
 import hashlib
 import logging
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
@@ -22,9 +21,9 @@ from PIL import Image, JpegImagePlugin
 from tqdm.contrib.concurrent import thread_map
 
 from data.images import FORMATS, read_rgb
-from data.lists import Item, folder_items, labelled_items
-from utils import options
-from utils.run import FAKE, REAL, keyed_generator, run_program, shown
+from data.lists import Item
+from utils.labels import FAKE, REAL
+from utils.random_streams import keyed_generator
 
 logger = logging.getLogger(__name__)
 
@@ -111,22 +110,10 @@ def log_quick_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ())
     """Say in a few lines of the log what the quick audit found worth a warning: for the start of a training."""
     result = audit(train_items, val_items, quick=True)
     worth = [f for f in result["findings"] if f["severity"] != NOTE]
-    summary = f"{len(worth)} finding(s); python -m data.audit tells more" if worth else "nothing found"
+    summary = f"{len(worth)} finding(s); python -m data.leaks tells more" if worth else "nothing found"
     logger.info("leak audit of %d of %d headers: %s", result["checked"], len(train_items) + len(val_items), summary)
     for found in worth[:3]:
         logger.warning("%s: %s: %s", found["severity"].upper(), found["check"], found["message"])
-
-
-def report(result: dict) -> str:
-    """The result of `audit` in plain words."""
-    lines = ["leak audit of " + ", ".join(f"{n} {group}" for group, n in result["files"].items())]
-    for found in result["findings"]:
-        lines.append(f"{found['severity'].upper()}: {found['check']}: {found['message']}")
-        lines += [f"    {key}: {found[key]}" for key in ("shortcut", "way out") if found[key]]
-        lines += [f"    such as: {shown(path)}" for path in found["examples"]]
-    found = Counter(f["severity"] for f in result["findings"])
-    verdict = ", ".join(f"{found[s]} {s}{'s' * (found[s] > 1)}" for s in SEVERITIES if found[s]) or "nothing found"
-    return "\n".join([*lines, f"leak audit: {verdict}" + " (no leak)" * (not found[LEAK])])
 
 
 def grouped(files: Sequence[File], keys: Sequence) -> dict[object, list[File]]:
@@ -256,25 +243,3 @@ def duplicate_findings(files: Sequence[File]) -> list[dict]:
         told = f"{extra} of {len(files)} images repeat another one of their class", max(repeated, key=len)[:2]
         findings.append(finding("copies", "exact duplicates within a class", *told, severity, count=extra))
     return findings
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the audit and print what it found. Returns the exit status."""
-    parser = options.Parser("python -m data.audit", __doc__.split("\n\n")[0])
-    folders = {"nargs": "+", "default": [], "metavar": "DIR"}
-    parser.add_argument("--data-root-pos", **folders, help="folders of REAL images")
-    parser.add_argument("--data-root-neg", **folders, help="folders of GENERATED images")
-    parser.add_argument("--val-root-pos", **folders, help="folders of REAL images for validation")
-    parser.add_argument("--val-root-neg", **folders, help="folders of GENERATED images for validation")
-    parser.add_argument("--data-root", dest="tree", metavar="TREE", help="a tree instead: GENERATOR/0_real, .../1_fake")
-    parser.add_argument("--csv", metavar="FILE", help="a list instead: path,label[,generator] with label real or fake")
-    args = parser.parse_args(argv)
-    train = labelled_items(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
-    folders = args.val_root_pos, args.val_root_neg
-    result = audit(train, folder_items(*folders) if any(folders) else ())
-    sys.stdout.write(report(result) + "\n")
-    return int(any(f["severity"] == LEAK for f in result["findings"]))
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))

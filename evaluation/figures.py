@@ -15,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-from utils import metrics
-from utils.run import atomic, shown
-from utils.scores import ScoreTable
+from evaluation import metrics
+from evaluation.score_table import ScoreTable
+from utils.console import shown
+from utils.files import atomic
 
 REAL_COLOR = "#767676"
 COLORS = "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()

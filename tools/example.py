@@ -1,7 +1,7 @@
 """Example images, so that a fresh clone has something honest to run on without anyone's faces.
 
-    python -m data.example --out data/example --size 128 --train 128 --val 32 --test 64
-    python -m data.example --out data/mine --from ~/photographs        fakes of one's own photographs
+    python -m tools.example --out data/example --size 128 --train 128 --val 32 --test 64
+    python -m tools.example --out data/mine --from ~/photographs        fakes of one's own photographs
 
 Writes OUT/{train,val,test}/{real,nearest,bilinear}/00000.png, train.txt and val.txt (the reals, for train_sr.py),
 README.txt and settings.json; the folder is there once all of it is made. Reals are random dead-leaves scenes: shapes that
@@ -37,9 +37,12 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from data.images import SizePolicy, check_headers, load_image
 from data.lists import find_images
 from utils import options
-from utils.run import UserError, keyed_generator, make_folder, progress, run_program, write_json
+from utils.console import progress
+from utils.errors import UserError, run_program
+from utils.files import make_folder, write_json
+from utils.random_streams import keyed_generator
 
-logger = logging.getLogger("data.example")
+logger = logging.getLogger("tools.example")
 
 SPLITS = ("train", "val", "test")
 KINDS = ("nearest", "bilinear")  # order is part of the random keys: append only
@@ -319,7 +322,7 @@ def write_lists(settings: Settings, out: Path, listed: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = options.Parser("python -m data.example", __doc__.split("\n\n")[0])
+    parser = options.Parser("python -m tools.example", __doc__.split("\n\n")[0])
     images = options.Group(parser, "images")
     images.add("--out", "folder to be made", Path, Path("data/example"), metavar="DIR")
     images.add("--from", "crops of these photographs, not scenes", dest="photographs", metavar="DIR")

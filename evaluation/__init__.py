@@ -1,0 +1,3 @@
+"""Scoring with a trained detector, score tables, metrics and figures."""
+
+from evaluation.detector import Detector, load

@@ -1,0 +1,1 @@
+"""Programs around the method, run as `python -m tools.NAME`. Nothing imports them."""
