@@ -26,18 +26,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.datasets import Batch, ImageDataset, Key, alike, make_loader
-from data.images import fitted_size, read_header
-from data.lists import Item, count_known, input_items, labelled_items, list_digest
-from data.perturbations import Perturbation, chosen_cells, mild_variants
+from data.datasets import Batch, ImageDataset, Key, make_loader, merge_equal_sizes
+from data.images import read_header, size_after
+from data.lists import Item, count_trained_on, input_items, labelled_items, list_digest
+from data.perturbations import Perturbation, mild_variants, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_at_once, load
 from evaluation.score_table import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
-from evaluation.score_writer import ScoreLog, file_stamps
+from evaluation.score_writer import ScoreWriter, file_stamps
 from utils.compute import choose_compute, versions
-from utils.console import progress, shown, text_table
-from utils.distributed import gather_rows, world_of_processes
+from utils.console import printable, progress, text_table
+from utils.distributed import all_gather_rows, join_processes
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder, sole_writer
+from utils.files import atomic, exclusive_writer, make_folder
 from utils.signals import Stopped, StopSignal
 
 logger = logging.getLogger("test")
@@ -47,15 +47,15 @@ EXIT_ERRORS = 1  # some images could not be scored
 
 def main(args: Namespace) -> int:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+    with join_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
         # Images and the detector: what can be wrong with them is found before anything is written
         if not args.resume:
             raise UserError("no detector: give its checkpoint with --resume")
         items = items_to_test(args)
-        cells = chosen_cells(args.perturb_protocol, args.perturb or [("none", None)])
+        cells = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
         detector = load(args.resume, compute, args.precision, args.resynthesizer_file, args.vgg_weights, vars(args))
         detector.network.set_tile(args.tile)
-        seen = 0 if detector.seen is None else count_known(items, detector.seen.numpy())
+        seen = 0 if detector.seen is None else count_trained_on(items, detector.seen.numpy())
         if seen:
             text = "warning: it was trained on %d of these %d images, by name and size: scores say nothing of new ones"
             logger.warning(text, seen, len(items))
@@ -67,7 +67,7 @@ def main(args: Namespace) -> int:
         save_path = Path(save_path.removesuffix(".npy"))
         for folder in filter(None, (save_path.parent, args.save_residuals)):
             make_folder(folder)
-        stack.enter_context(sole_writer(save_path.with_name(f".{save_path.name}.lock"), world))
+        stack.enter_context(exclusive_writer(save_path.with_name(f".{save_path.name}.lock"), world))
 
         # Scores, then what is made of them
         about = {"settings": vars(args) | {"precision": compute.precision}, "trained_on": seen}
@@ -82,11 +82,11 @@ def main(args: Namespace) -> int:
             if cell.name != "none":
                 what |= {"protocol": args.perturb_protocol, "seed": args.seed}
                 transform = Perturbation(cell, args.perturb_protocol, args.seed)
-            log = ScoreLog(Path(f"{path}.csv"), items, stamps, job | {"perturbation": what}, world)
+            log = ScoreWriter(Path(f"{path}.csv"), items, stamps, job | {"perturbation": what}, world)
             if log.open(args.overwrite):
                 images = ImageDataset(items, detector.fitting, transform=transform)
                 unlike = score(detector, images, log, args, residuals, stop)
-                far = far if transform else gather_rows(torch.tensor(unlike, dtype=torch.int64), world).tolist()
+                far = far if transform else all_gather_rows(torch.tensor(unlike, dtype=torch.int64), world).tolist()
                 log.close()
             if world.is_main:
                 table, metrics = tables[cell.label] = results(path, args.seed)
@@ -98,7 +98,7 @@ def main(args: Namespace) -> int:
             logger.warning("warning: %s", line)
         if args.save_path:
             figures = ",png" if any(metrics for _, metrics in tables.values()) else ""
-            logger.info("written: %s%s.{csv,npy,json%s}", shown(save_path), "_*" if len(tables) > 1 else "", figures)
+            logger.info("written: %s%s.{csv,npy,json%s}", printable(save_path), "_*" if len(tables) > 1 else "", figures)
         return EXIT_ERRORS if any(not table.scored.all() for table, _ in tables.values()) else 0
 
 
@@ -121,21 +121,21 @@ def job_of(detector: Detector, items: list[Item], stability: bool) -> dict:
 
 
 def score(
-    detector: Detector, images: ImageDataset, log: ScoreLog, args: Namespace, residuals: Path | None, stop: StopSignal
+    detector: Detector, images: ImageDataset, log: ScoreWriter, args: Namespace, residuals: Path | None, stop: StopSignal
 ) -> list[int]:
     """Write a row of the score table for each image that lacks one; of several processes each takes a part.
 
     Returns which of them have mean residuals unlike those of all images that the detector was validated on.
     """
     first = read_header(images.items[0].path, images.policy).size or (1024, 1024)
-    block, pixels = images_at_once(*fitted_size(*first, images.policy)), BATCH_PIXELS
+    block, pixels = images_at_once(*size_after(*first, images.policy)), BATCH_PIXELS
     if args.batch_size:
         block, pixels = args.batch_size, math.inf
     missing, far, (least, most) = log.missing(block), [], detector.known_residuals
     singles = ([Key(0, int(index))] for index in missing)
     loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
     with progress(None, "scoring", total=len(missing), unit="images") as bar:
-        for batch in alike(loader, block, pixels):
+        for batch in merge_equal_sizes(loader, block, pixels):
             rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
             if len(batch.x):
                 scored, means = batch_rows(detector, batch, residuals, args.stability)
@@ -217,7 +217,7 @@ def explanation(calibration: Mapping) -> list[str]:
     if calibration:
         rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
         known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
-        known = shown(known.format_map({"source": "another set", **calibration}))
+        known = printable(known.format_map({"source": "another set", **calibration}))
     return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", f"verdict: {rule}"]
 
 
@@ -226,8 +226,8 @@ def verdict_lines(table: ScoreTable) -> list[str]:
     rows = [["P(fake)", "verdict", "image"]]
     columns = (table.prob_fake, table.predictions, table.stability, table.paths, table.errors)
     for prob_fake, verdict, stability, path, error in zip(*columns, strict=True):
-        row = [f"{prob_fake:.4f}", f"{verdict} {stability}".strip(), shown(path)]
-        rows.append(["-", "error", shown(error)] if error else row)
+        row = [f"{prob_fake:.4f}", f"{verdict} {stability}".strip(), printable(path)]
+        rows.append(["-", "error", printable(error)] if error else row)
     counts = Counter(table.predictions)
     ending = ", ".join(f"{counts[word]} {word}" for word in ("fake", "real", "unsure"))
     return [text_table(rows, left=len(rows[0])), f"{ending}, {counts['']} could not be read"]

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 import models
 from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
-from data.images import SizePolicy, fit_size, load_image, refuse_mixed_sizes, usable_items
+from data.images import SizePolicy, load_image, refuse_mixed_sizes, resize_and_crop, usable_items
 from data.leaks import log_quick_audit
 from data.lists import Item, identities, labelled_items, list_digest
 from data.perturbations import augment
@@ -43,10 +43,10 @@ from models.resnet import TOTAL_STRIDE
 from utils import training
 from utils.checkpoints import Checkpoint
 from utils.compute import Compute, choose_compute
-from utils.distributed import World, gather_rows, share_buffers, world_of_processes
+from utils.distributed import World, all_gather_rows, broadcast_buffers, join_processes
 from utils.errors import UserError, run_program
 from utils.labels import FAKE, LABEL_NAMES, REAL
-from utils.random_streams import keyed_generator
+from utils.random_streams import seeded_generator
 from utils.training import Run, Stepper
 
 logger = logging.getLogger("train_detector")
@@ -59,12 +59,12 @@ PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
 
 def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
+    with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # Images are listed before any network is built, networks before any image is read
         items, val_items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv), validation_items(args)
         detector, config, resumed = networks(args)
         images, val_images = image_sets(args, detector.resynthesizer.scale, items, val_items)
-        config["images"] |= scoring.images_known(images)
+        config["images"] |= scoring.describe_training_images(images)
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
         check_sizes(detector, batches, compute, images, val_images)
@@ -76,7 +76,7 @@ def main(args: Namespace) -> None:
         output = Path(args.output_path)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
         stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
-        stepper.go_on_from(resumed, settings)
+        stepper.load_state(resumed, settings)
         about = {"config": config, "settings": settings}
         state_of_networks = partial(network_state, detector, config, torch.from_numpy(identities(images.items)))
         run = stack.enter_context(Run(output / LAST, about, state_of_networks, stepper, args.epochs))
@@ -263,7 +263,7 @@ def train_one_epoch(
     detector.train()
     for batch in run.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
         train_step(detector, batch, residuals_of, stepper)
-    share_buffers(detector.classifier, stepper.world)  # the statistics that are validated and saved: the main process's
+    broadcast_buffers(detector.classifier, stepper.world)  # the statistics that are validated and saved: the main process's
 
 
 def train_step(detector: ResynthesisDetector, batch: Batch, residuals_of: ResidualsOf, stepper: Stepper) -> None:
@@ -291,7 +291,7 @@ def validate(
         means = residual.mean(dim=(1, 2, 3))[:, None]  # (B, 1)
         outputs.append(torch.cat([detector.classify(residual), means], dim=1).cpu()[own])  # (B, 3)
         labels.append(batch.labels[own])
-    labels, outputs = gather_rows(torch.cat(labels), run.world), gather_rows(torch.cat(outputs), run.world)
+    labels, outputs = all_gather_rows(torch.cat(labels), run.world), all_gather_rows(torch.cat(outputs), run.world)
     logits, means = outputs[:, :2], outputs[outputs[:, 2].isfinite(), 2].tolist()
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
@@ -309,9 +309,9 @@ def example_images(images: ImageDataset) -> dict[str, Tensor]:
         name = LABEL_NAMES[item.label]
         if name not in examples:
             with contextlib.suppress(UserError):  # the training will say what is wrong with it
-                x = fit_size(load_image(item.path), images.policy)  # (3, H, W)
+                x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
                 side = min(PICTURE_SIDE, *x.shape[-2:])
-                examples[name] = fit_size(x, SizePolicy(scale, side - side % scale))[None]
+                examples[name] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
     return examples
 
 
@@ -333,7 +333,7 @@ def record_pictures(
         x = compute.input(image)
         inputs = {name: models.downsample(x, scale)}  # (1, 3, h, w)
         if TASKS[task]:
-            inputs[f"{name}_degraded"] = degrade_batch(TASKS[task](keyed_generator(0)), x, scale, [keyed_generator(1)])
+            inputs[f"{name}_degraded"] = degrade_batch(TASKS[task](seeded_generator(0)), x, scale, [seeded_generator(1)])
         for what, x_lr in inputs.items():
             with compute.autocast():
                 x_hat = detector.compare(x).x_hat if what == name else detector.resynthesizer(x_lr)  # (1, 3, H, W)

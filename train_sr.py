@@ -34,9 +34,9 @@ from models.rdn import start_as_interpolation
 from utils import training
 from utils.checkpoints import Checkpoint
 from utils.compute import Compute, choose_compute
-from utils.distributed import World, sum_over_processes, world_of_processes
+from utils.distributed import World, all_reduce_sum, join_processes
 from utils.errors import UserError, run_program
-from utils.random_streams import DEGRADE_PATCH, keyed_generator
+from utils.random_streams import DEGRADE_PATCH, seeded_generator
 from utils.training import Run, Stepper
 
 logger = logging.getLogger("train_sr")
@@ -50,7 +50,7 @@ LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with world_of_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
+    with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # Images and weights: what can be wrong with them is found before anything is written
         items = [] if args.evaluate else image_items(args.train_file, "--train-file")
         eval_items = image_items(args.eval_file, "--eval-file") if args.eval_file or args.evaluate else []
@@ -75,7 +75,7 @@ def main(args: Namespace) -> None:
         output = Path(args.outputs_dir) / f"x{model.scale}"
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
-        stepper.go_on_from(resumed, settings)
+        stepper.load_state(resumed, settings)
         config = {"resynthesizer": models.rdn_config(model.state_dict())}
         about = {"config": config, "vgg": vgg_record, "settings": settings}
         run = stack.enter_context(Run(output / LAST, about, partial(network_state, model), stepper, args.num_epochs))
@@ -174,7 +174,7 @@ def degrade_patches(seed: int, ways: dict[str, bool], x_lr: Tensor, keys: list[t
     """Each patch degraded as its key and the seed have it, if in any way at all. x_lr: (B, 3, p, p) in [0, 1]."""
     if not any(ways.values()):
         return x_lr
-    rngs = (keyed_generator(seed, *key, DEGRADE_PATCH) for key in keys)
+    rngs = (seeded_generator(seed, *key, DEGRADE_PATCH) for key in keys)
     return torch.stack([degrade_patch(patch, rng, **ways) for patch, rng in zip(x_lr, rngs, strict=True)])
 
 
@@ -190,7 +190,7 @@ def evaluate(model: RDN, batches: Iterable[Batch], compute: Compute, world: Worl
         bicubic = F.interpolate(x_lr, scale_factor=model.scale, mode="bicubic")  # (1, 3, H, W)
         values = torch.tensor([*image_quality(x_hat, x), *image_quality(bicubic, x), 1.0])
         sums += (batch.weights > 0) * values.to(sums)
-    *sums, count = sum_over_processes(sums, world).tolist()
+    *sums, count = all_reduce_sum(sums, world).tolist()
     names = ("psnr", "ssim", "psnr_bicubic", "ssim_bicubic")
     return {name: value / count if count else float("nan") for name, value in zip(names, sums, strict=True)}
 

@@ -24,7 +24,7 @@ from train_detector import parameter_groups, train_step
 from train_sr import patch_loss
 from utils.compute import Compute, choose_compute, choose_device
 from utils.distributed import World
-from utils.random_streams import DEGRADE_BATCH, keyed_generator
+from utils.random_streams import DEGRADE_BATCH, seeded_generator
 from utils.training import Stepper
 
 CPU_FORMS = "plain fp32, plain channels-last fp32, plain channels-last bf16, ours fp32, ours bf16".split(", ")
@@ -70,7 +70,7 @@ def prepared(form: str, case: Case, vgg: bool = False) -> tuple[ResynthesisDetec
     network = ResynthesisDetector(RDN(**(TINY if case.quick else PAPER)), classifier, case.stage, features).eval()
     network = plain_detector(network) if form.startswith("plain") else network
     order = torch.contiguous_format if isinstance(compute, DefaultOrder) else torch.channels_last
-    pixels = keyed_generator(0).integers(0, 256, (case.images, 3, case.side, case.side), dtype="uint8")
+    pixels = seeded_generator(0).integers(0, 256, (case.images, 3, case.side, case.side), dtype="uint8")
     labels, weights = torch.arange(1, case.images + 1) % 2, torch.full((case.images,), 1 / case.images)
     keys = [(0, i, 0) for i in range(case.images)]
     batch = Batch(torch.from_numpy(pixels), labels, weights, [Item("noise", None, "")] * case.images, keys, {})
@@ -101,7 +101,7 @@ def training_step(
     stepper = Stepper(sgd, compute, World())
     residuals_of = partial(sources.frozen_residuals, network, compute, None)
     if task:
-        seed = next(s for s in count() if draw_degradation(task, keyed_generator(s, 0, 0, DEGRADE_BATCH)))
+        seed = next(s for s in count() if draw_degradation(task, seeded_generator(s, 0, 0, DEGRADE_BATCH)))
         auxiliary = sources.Auxiliary(task, 1.0, seed, micro_batch)
         residuals_of = partial(sources.end_to_end_residuals, network, compute, World(), auxiliary)
 

@@ -16,13 +16,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.images import Header, SizePolicy, fit_size, fitted_size, load_image, multiple_box, read_rgb, size_problem
+from data.images import (
+    Header,
+    SizePolicy,
+    load_image,
+    multiple_box,
+    read_rgb,
+    resize_and_crop,
+    size_after,
+    size_problem,
+)
 from data.lists import Item
 from utils.compute import Compute
-from utils.console import shown
+from utils.console import printable
 from utils.distributed import World
 from utils.errors import UserError
-from utils.random_streams import CROP, PERTURB, keyed_generator
+from utils.random_streams import CROP, PERTURB, seeded_generator
 
 UNLABELLED = -1  # in Batch.labels
 GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved
@@ -62,7 +71,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     errors = {s.key.index: s.error for s in samples if s.error}
     read = [s for s in samples if not s.error]
     for s in [s for s in read if s.x.shape[1:] != read[0].x.shape[1:]]:
-        sizes = (f"{shown(t.item.path)} ({t.x.shape[-1]} x {t.x.shape[-2]})" for t in (read[0], s))
+        sizes = (f"{printable(t.item.path)} ({t.x.shape[-1]} x {t.x.shape[-2]})" for t in (read[0], s))
         errors[s.key.index] = f"images of different sizes cannot share a batch: {' and '.join(sizes)}"
     parts = [(s, k) for s in read if s.key.index not in errors for k in range(len(s.x))]
     return Batch(
@@ -77,7 +86,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-def alike(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
+def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
     """Batches of one image each, joined while they follow each other, are of one size and of one block of their list.
 
     So what an image is computed together with depends neither on the number of processes nor on where a run was
@@ -93,16 +102,16 @@ def alike(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch
         read = [b.x for b in (*waiting, batch) if len(b.x)]
         fits = len(read) < 2 or (read[0].shape == read[-1].shape and len(read) * read[0][0, 0].numel() <= pixels)
         if waiting and not (fits and index // block == place):
-            yield joined(waiting)
+            yield concatenate_batches(waiting)
             waiting = []
         place = index // block
         # A tensor from a worker holds an open file for as long as it lives, and many may wait
         waiting.append(batch._replace(x=batch.x.clone(), labels=batch.labels.clone(), weights=batch.weights.clone()))
     if waiting:
-        yield joined(waiting)
+        yield concatenate_batches(waiting)
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
+def concatenate_batches(batches: Sequence[Batch]) -> Batch:
     """Batches of one shape as one."""
     x, labels, weights, items, keys, _ = zip(*([b for b in batches if len(b.x)] or batches[:1]), strict=True)
     errors = {index: text for batch in batches for index, text in batch.errors.items()}
@@ -138,7 +147,7 @@ class EpochBatches(Sampler):
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = self.epoch, np.arange(self.count)
         if self.seed is not None:
-            order = keyed_generator(self.seed, epoch).permutation(self.count)
+            order = seeded_generator(self.seed, epoch).permutation(self.count)
         for step in range(self.first_step, self.steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
             own = batch[self.world.rank :: self.world.size]
@@ -153,7 +162,7 @@ class EpochBatches(Sampler):
 # --- how each image is read ---------------------------------------------------------------------------------
 
 
-class Pictures(Dataset):
+class ItemDataset(Dataset):
     """Entries made of images, `parts` of each item one after the other. What is wrong with one is in its sample.
 
     It is not raised: of an error in a worker DataLoader would make a traceback.
@@ -173,7 +182,7 @@ class Pictures(Dataset):
         try:
             return Sample(key, item, self.read(item.path, key))
         except UserError as error:
-            name, text = shown(item.path), str(error)
+            name, text = printable(item.path), str(error)
             return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
     def read(self, path: str, key: Key) -> Tensor:
@@ -188,7 +197,7 @@ class Draws(NamedTuple):
     crops: int = 0  # fixed crops of each image, all of them used in every epoch; 0: one, anew in each epoch
 
 
-class ImageDataset(Pictures):
+class ImageDataset(ItemDataset):
     """Images of one size policy: mirrored and cropped at random in training, as they are or the centre in tests.
 
     Args:
@@ -207,16 +216,16 @@ class ImageDataset(Pictures):
         """(1, 3, H, W)."""
         image = load_image(path)  # (3, H, W)
         if self.transform is not None:
-            rng = self.draws and keyed_generator(self.draws.seed, key.epoch, key.index, PERTURB)
+            rng = self.draws and seeded_generator(self.draws.seed, key.epoch, key.index, PERTURB)
             image = self.transform(image, rng)
         epoch = key.epoch if self.drawn_anew else 0
-        image = fit_size(image, self.policy, self.draws and keyed_generator(self.draws.seed, epoch, key.index, CROP))
+        image = resize_and_crop(image, self.policy, self.draws and seeded_generator(self.draws.seed, epoch, key.index, CROP))
         return (image.flip(-1) if self.mirrored(key) else image)[None]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each item as given, where headers are known."""
-        return [fitted_size(*header.size, self.policy) for header in self.headers]
+        return [size_after(*header.size, self.policy) for header in self.headers]
 
     @property
     def drawn_anew(self) -> bool:
@@ -225,10 +234,10 @@ class ImageDataset(Pictures):
 
     def mirrored(self, key: Key) -> bool:
         """Whether an image is mirrored in an epoch; known without reading it."""
-        return self.draws is not None and keyed_generator(self.draws.seed, key.epoch, key.index).random() < 0.5
+        return self.draws is not None and seeded_generator(self.draws.seed, key.epoch, key.index).random() < 0.5
 
 
-class PatchDataset(Pictures):
+class PatchDataset(ItemDataset):
     """K random HR patches of each image, `patch_size * scale` pixels, mirrored and turned.
 
     A patch begins at a multiple of `scale` of the image centre-cropped to a multiple of it, so that it is downsampled
@@ -251,7 +260,7 @@ class PatchDataset(Pictures):
         policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
         if problem := size_problem(image.height, image.width, policy):
             raise UserError(problem)
-        rng = keyed_generator(self.seed, key.epoch, key.index)
+        rng = seeded_generator(self.seed, key.epoch, key.index)
         patches = [random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
         return torch.from_numpy(np.stack(patches))
 

@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.lists import Item
-from utils.console import progress, shown
+from utils.console import printable, progress
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -95,14 +95,14 @@ def _image_file(path: str) -> Iterator[Image.Image]:
         with open(path, "rb") as file:
             yield Image.open(file, formats=FORMATS)
     except Exception as error:  # decoders of files from anywhere: struct.error, IndexError, MemoryError, ...
-        reason = shown(" ".join(str(error).split())) or type(error).__name__
+        reason = printable(" ".join(str(error).split())) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = f"is no image, or damaged from its first bytes on ({', '.join(FORMATS)} are read)"
         elif isinstance(error, OSError) and error.strerror:
             reason = f"cannot be opened ({error.strerror})"
         elif not reason.startswith("is "):
             reason = f"cannot be decoded ({reason})"
-        raise UserError(f"{shown(path)}: {reason}") from None
+        raise UserError(f"{printable(path)}: {reason}") from None
 
 
 def _grey(image: Image.Image) -> np.ndarray:
@@ -115,7 +115,7 @@ def _grey(image: Image.Image) -> np.ndarray:
     return np.rint(values * 255 / white).astype(np.uint8)
 
 
-def fit_size(image: Tensor, policy: SizePolicy, rng: np.random.Generator | None = None) -> Tensor:
+def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator | None = None) -> Tensor:
     """Resize the shorter side, crop, and centre-crop to a multiple of the scale, as `policy` says.
 
     image: uint8 (3, H, W), resized as torchvision does (bicubic, antialiased, rounded). rng: where the place of the crop
@@ -171,8 +171,8 @@ def _resized(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
 
 
 @lru_cache(2**16)
-def fitted_size(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
-    """Height and width that `fit_size` gives an image of this size: one object for the many of one size."""
+def size_after(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
+    """Height and width that `resize_and_crop` gives an image of this size: one object for the many of one size."""
     height, width = (policy.crop_size,) * 2 if policy.crop_size is not None else _resized(height, width, policy)
     return height - height % policy.scale, width - width % policy.scale
 
@@ -181,7 +181,7 @@ def refuse_mixed_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) 
     """Raise a UserError about the first two images whose fitted sizes (height, width) differ."""
     for item, size in zip(items, sizes, strict=True):
         if size != sizes[0]:
-            one, other = (f"{shown(i.path)} is {w} x {h}" for i, (h, w) in ((items[0], sizes[0]), (item, size)))
+            one, other = (f"{printable(i.path)} is {w} x {h}" for i, (h, w) in ((items[0], sizes[0]), (item, size)))
             way_out = "make them alike with --crop-size N (and --resize N), or use --batch-size 1"
             raise UserError(f"images of different sizes cannot share a batch: {one} pixels and {other}; {way_out}")
 
@@ -205,7 +205,7 @@ def read_header(path: str, policy: SizePolicy) -> Header:
                 if Image.Image.getexif(image).get(Tag.Orientation) in SIDEWAYS:
                     width, height = height, width
     except UserError as error:
-        return Header(None, str(error).removeprefix(f"{shown(path)}: "))
+        return Header(None, str(error).removeprefix(f"{printable(path)}: "))
     return Header((height, width), size_problem(height, width, policy), jpeg)
 
 
@@ -217,7 +217,7 @@ def usable_items(
     Raises a UserError if there are others and `skip_bad` is false, or nothing else.
     """
     headers = check_headers([item.path for item in items], policy)
-    bad = [(shown(item.path), h.problem) for item, h in zip(items, headers, strict=True) if h.problem]
+    bad = [(printable(item.path), h.problem) for item, h in zip(items, headers, strict=True) if h.problem]
     for path, problem in bad:
         logger.warning("%s: %s: %s", "left out" if skip_bad else "bad image", path, problem)
     if bad and (not skip_bad or len(bad) == len(items)):
@@ -232,7 +232,7 @@ def usable_items(
     trimmed = sum(
         n
         for size, n in Counter(h.size for h in headers).items()
-        if fitted_size(*size, policy) != fitted_size(*size, whole)
+        if size_after(*size, policy) != size_after(*size, whole)
     )
     if trimmed:
         text = "%d of %d images have sides that are no multiple of %d and are centre-cropped"

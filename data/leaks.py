@@ -23,7 +23,7 @@ from tqdm.contrib.concurrent import thread_map
 from data.images import FORMATS, read_rgb
 from data.lists import Item
 from utils.labels import FAKE, REAL
-from utils.random_streams import keyed_generator
+from utils.random_streams import seeded_generator
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def separation(files: Sequence[File], name: str) -> dict:
         return {}
     kinds = sorted(counts[0] | counts[1])
     both = np.array([counts[0][v] + counts[1][v] for v in kinds])  # (V,)
-    shuffled = keyed_generator(0).multivariate_hypergeometric(both, n_real, SHUFFLES, method="marginals")  # (S, V)
+    shuffled = seeded_generator(0).multivariate_hypergeometric(both, n_real, SHUFFLES, method="marginals")  # (S, V)
     real = np.vstack([[counts[0][v] for v in kinds], shuffled])  # (1 + S, V)
     reached, *by_chance = (np.maximum(real / n_real, (both - real) / n_fake).sum(1) / 2).round(9).tolist()  # 1 is 1
     expected, chance = np.mean(by_chance), float(np.quantile(by_chance, CHANCE_QUANTILE, method="higher"))

@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
 
@@ -48,7 +48,7 @@ def find_images(root: str, others: Counter | None = None) -> list[str]:
     """
 
     def fail(error: OSError):
-        raise UserError(f"image folder {shown(str(error.filename))} cannot be read ({error.strerror})")
+        raise UserError(f"image folder {printable(str(error.filename))} cannot be read ({error.strerror})")
 
     found, left_out, seen = [], Counter(), set()
     for folder, folders, names in os.walk(os.fspath(root), onerror=fail, followlinks=True):
@@ -65,7 +65,7 @@ def find_images(root: str, others: Counter | None = None) -> list[str]:
                 left_out[os.path.splitext(name)[1].lower() or "without suffix"] += 1
     if not found:
         wanted, got = " ".join(IMAGE_SUFFIXES), _counted(left_out) or "no files"
-        raise UserError(f"no images in folder {shown(root)}: files ending {wanted} are wanted, and it holds {got}")
+        raise UserError(f"no images in folder {printable(root)}: files ending {wanted} are wanted, and it holds {got}")
     if others is not None:
         others.update(left_out)
     return sorted(found)
@@ -73,7 +73,7 @@ def find_images(root: str, others: Counter | None = None) -> list[str]:
 
 def _counted(others: Counter) -> str:
     """Such as "3 .heic, 1 .gif"."""
-    return ", ".join(f"{n} {shown(suffix)}" for suffix, n in others.most_common(9)) + ", ..." * (len(others) > 9)
+    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in others.most_common(9)) + ", ..." * (len(others) > 9)
 
 
 def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
@@ -88,7 +88,7 @@ def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[I
     for inner, outer in permutations(roots, 2):
         if places[inner].startswith(places[outer]):
             way_out = "its images would count twice; give folders that share none"
-            raise UserError(f"image folder {shown(inner)} is or lies in {shown(outer)}: {way_out}")
+            raise UserError(f"image folder {printable(inner)} is or lies in {printable(outer)}: {way_out}")
     parts = [os.path.abspath(root).split(os.sep) for root in fake_roots]
     n = next(n for n in count(1) if len({tuple(p[-n:]) for p in parts}) == len(parts))
     sources = [(root, REAL, "") for root in real_roots]
@@ -114,7 +114,7 @@ def tree_items(root: str) -> list[Item]:
             return sorted(items, key=lambda item: item.label == FAKE)  # and otherwise in the order they are in
     wanted = "GENERATOR/0_real and GENERATOR/1_fake (or nature and ai) are wanted"
     way_out = "name plain folders with --data-root-pos and --data-root-neg"
-    raise UserError(f"image tree {shown(root)} has no images in folders 0_real or 1_fake: {wanted}; {way_out}")
+    raise UserError(f"image tree {printable(root)} has no images in folders 0_real or 1_fake: {wanted}; {way_out}")
 
 
 def csv_items(file: str) -> list[Item]:
@@ -122,18 +122,18 @@ def csv_items(file: str) -> list[Item]:
 
     Paths are relative to the working folder or, where nothing is there, to the table's own. Other columns are ignored.
     """
-    what, rows = f"image table {shown(file)}", []
+    what, rows = f"image table {printable(file)}", []
     with _text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not {"path", "label"} <= set(reader.fieldnames):
-            got = shown(",".join(reader.fieldnames)[:100])
+            got = printable(",".join(reader.fieldnames)[:100])
             raise UserError(f"{what}, line 1: a header path,label or path,label,generator was wanted, got {got!r}")
         for row in reader:
             name, label, generator = ((row.get(column) or "").strip() for column in ("path", "label", "generator"))
             if not name or label.lower() not in LABELS or None in row:  # None: DictReader's key for what is left over
                 wanted = "a path (in quotes, if it holds a comma) and a label real or fake (or 1 = real, 0 = fake)"
-                got = shown(", ".join(str(value) for value in row.values())[:100])
+                got = printable(", ".join(str(value) for value in row.values())[:100])
                 raise UserError(f"{what}, line {reader.line_num}: {wanted} were wanted, got {got}")
             rows.append((name, sys.intern(label.lower()), sys.intern(generator)))
     paths = _located([name for name, _, _ in rows], file, what)
@@ -145,7 +145,7 @@ def csv_items(file: str) -> list[Item]:
 
 def list_paths(file: str) -> list[str]:
     """The paths in a text file, one a line, relative to the working folder or, where nothing is there, the file's."""
-    what = f"image list {shown(file)}"
+    what = f"image list {printable(file)}"
     with _text_file(file, what) as stream:
         return _located([line.strip() for line in stream if line.strip()], file, what)
 
@@ -170,7 +170,7 @@ def _located(names: Sequence[str], file: str, what: str) -> list[str]:
     if None in paths:
         text = f"{paths.count(None)} of its {len(names)} files do not exist, the first is"
         where = "looked for in the working folder and beside the list"
-        raise UserError(f"{what}: {text} {shown(names[paths.index(None)])} ({where})")
+        raise UserError(f"{what}: {text} {printable(names[paths.index(None)])} ({where})")
     return paths
 
 
@@ -206,7 +206,7 @@ def input_items(paths: Sequence[str]) -> list[Item]:
     items, others = [], Counter()
     for path in paths:
         if not os.path.lexists(path):
-            raise UserError(f"input {shown(path)} does not exist")
+            raise UserError(f"input {printable(path)} does not exist")
         found = find_images(path, others) if os.path.isdir(path) else [os.fspath(path)]
         items += [Item(p, None, "") for p in found]
     if others:
@@ -231,11 +231,11 @@ def identities(items: Sequence[Item]) -> np.ndarray:
     return np.array([(_name_and_size(item.path), _middle(item.path)) for item in items], np.int64).reshape(-1, 2)
 
 
-def count_known(items: Sequence[Item], seen: np.ndarray) -> int:
+def count_trained_on(items: Sequence[Item], seen: np.ndarray) -> int:
     """How many of the images are among those of which `seen` has the `identities`; few files are opened for it."""
     names, known = set(seen[:, 0].tolist()), set(map(tuple, seen.tolist()))
-    alike = ((name, item.path) for item in items if (name := _name_and_size(item.path)) in names)
-    return sum((name, _middle(path)) in known for name, path in alike)
+    merge_equal_sizes = ((name, item.path) for item in items if (name := _name_and_size(item.path)) in names)
+    return sum((name, _middle(path)) in known for name, path in merge_equal_sizes)
 
 
 def _name_and_size(path: str) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from data.images import resized
 from utils.errors import UserError
-from utils.random_streams import keyed_generator
+from utils.random_streams import seeded_generator
 
 # Frank et al.
 PROBABILITY = 0.5
@@ -142,7 +142,7 @@ class Cell(NamedTuple):
 MILD = (Cell("jpeg", 90), Cell("resize", 0.9))
 
 
-def chosen_cells(protocol: str, wanted: Sequence[tuple[str, float | None]]) -> list[Cell]:
+def select_perturbations(protocol: str, wanted: Sequence[tuple[str, float | None]]) -> list[Cell]:
     """What to run for --perturb NAME[=STRENGTH] ... in a protocol, each once; "all" begins with the untouched images.
 
     Raises:
@@ -183,7 +183,7 @@ class Perturbation(NamedTuple):
         if name == "none":
             return image
         pixels = zlib.crc32(image.contiguous().numpy(), zlib.crc32(repr(tuple(image.shape)).encode()))
-        rng = keyed_generator(self.seed, pixels, zlib.crc32(f"{self.protocol}/{name}".encode()))
+        rng = seeded_generator(self.seed, pixels, zlib.crc32(f"{self.protocol}/{name}".encode()))
         if self.protocol == "sweep":
             return self.cell.kind.apply(image, strength, rng)
         names = FRANK2020 if name == "combined" else [name]

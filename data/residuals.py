@@ -20,10 +20,10 @@ from torch.utils.data import Dataset
 
 from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
 from utils.compute import Compute
-from utils.console import shown
-from utils.distributed import World, wait_for_all
+from utils.console import printable
+from utils.distributed import World, barrier
 from utils.errors import UserError
-from utils.files import atomic, remove_torn
+from utils.files import atomic, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def cache_folder(folder: Path, about: Mapping[str, object]) -> Path:
     folder /= hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / "settings.txt").write_text(text)  # for people
-    remove_torn(folder, TORN_AFTER)
+    remove_unfinished(folder, TORN_AFTER)
     return folder
 
 
@@ -53,7 +53,7 @@ def has_room(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
     fits = needed <= max_bytes and needed - own <= shutil.disk_usage(folder).free
     verdict = "it can be deleted after any run" if fits else "more than --cache-gb or the disk has: none are kept"
     text = "residual cache %s: up to %d residuals take %.2f GB (%.2f GB there already); %s"
-    logger.info(text, shown(folder.parent), len(sizes), needed / 1e9, own / 1e9, verdict)
+    logger.info(text, printable(folder.parent), len(sizes), needed / 1e9, own / 1e9, verdict)
     return fits
 
 
@@ -98,15 +98,15 @@ class ResidualDataset(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.item(key.index)
         if not self.holds(key):  # `fill` could not read the image, which says why once more
-            changed = f"{shown(item.path)} has changed since training began: --resume auto goes on"
+            changed = f"{printable(item.path)} has changed since training began: --resume auto goes on"
             return Sample(key, item, None, self.images[key].error or changed)
         path = self.path(key)
         try:
             return Sample(key, item, torch.from_numpy(np.load(path)["residual"])[None])  # (1, C_l, H_l, W_l)
         except Exception as error:  # damaged: zipfile, zlib and numpy raise many kinds
             path.unlink(missing_ok=True)
-            reason = f"its residual {shown(path)} is damaged and was deleted ({error}): --resume auto makes it anew"
-            return Sample(key, item, None, f"{shown(item.path)}: {reason}")
+            reason = f"its residual {printable(path)} is damaged and was deleted ({error}): --resume auto makes it anew"
+            return Sample(key, item, None, f"{printable(item.path)}: {reason}")
 
     def fill(
         self,
@@ -123,8 +123,8 @@ class ResidualDataset(Dataset):
         could be read, with what is to be done between them.
         """
         keys = [key for index in range(len(self.images)) if not self.holds(key := Key(epoch, index))]
-        wait_for_all(world)  # all have looked before anyone writes
+        barrier(world)  # all have looked before anyone writes
         if own := keys[world.rank :: world.size]:
             for batch in watched(make_loader(self.images, [[key] for key in own], workers, compute), "residuals"):
                 self.write(Key(*batch.keys[0][:2]), residual_of(batch)[0][0])
-        wait_for_all(world)
+        barrier(world)

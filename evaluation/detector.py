@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import ImageDataset, Key, Sample, alike, collate
-from data.images import SizePolicy, check_headers, fit_size, load_image, upright_rgb
+from data.datasets import ImageDataset, Key, Sample, collate, merge_equal_sizes
+from data.images import SizePolicy, check_headers, load_image, resize_and_crop, upright_rgb
 from data.lists import Item
 from evaluation.score_table import predict
 from models import ResynthesisDetector, fingerprint, load_detector
 from models.resynthesis import Compared
 from utils.checkpoints import read_checkpoint
 from utils.compute import Compute, choose_compute
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Detector(NamedTuple):
             picture = load_image(picture)  # (3, H, W)
         if picture.dtype != torch.uint8 or picture.dim() != 3 or len(picture) != 3:
             raise UserError(f"a picture of {picture.dtype} {tuple(picture.shape)}: uint8 (3, H, W) was wanted")
-        return fit_size(picture, self.fitting)
+        return resize_and_crop(picture, self.fitting)
 
     def predict(self, pictures: Iterable[Picture] | Picture) -> np.ndarray:
         """P(fake) of each picture, float64 (N,) in [0, 1], calibrated if the detector is."""
@@ -121,7 +121,7 @@ class Detector(NamedTuple):
         if first is not None:
             unnamed = Item("a picture", None, "")
             ones = (collate([Sample(Key(0, i), unnamed, x[None])]) for i, x in enumerate(chain([first], fitted)))
-            yield from (batch.x for batch in alike(ones, images_at_once(*first.shape[1:]), BATCH_PIXELS))
+            yield from (batch.x for batch in merge_equal_sizes(ones, images_at_once(*first.shape[1:]), BATCH_PIXELS))
 
     def identity(self) -> dict:
         """What the detector's scores depend on: the fingerprints of its weights, how it is built, its calibration."""
@@ -152,10 +152,10 @@ class Detector(NamedTuple):
             "have mean residuals outside its {:.3g} to {:.3g}".format(*self.known_residuals): far,
         }
         text = "unlike its training images: {} of {} {} (first: {}): take these verdicts with care"
-        return [text.format(len(odd), len(paths), way, shown(odd[0])) for way, odd in ways.items() if odd]
+        return [text.format(len(odd), len(paths), way, printable(odd[0])) for way, odd in ways.items() if odd]
 
 
-def images_known(images: ImageDataset) -> dict:
+def describe_training_images(images: ImageDataset) -> dict:
     """What `Detector.unlike` has to know of training images: the range of their shorter sides; the share that is JPEG."""
     sides = [min(header.size) for header in images.headers]
     jpegs = 0.5 if images.transform else float(np.mean([header.jpeg for header in images.headers]))

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 
 from evaluation import metrics
 from evaluation.score_table import ScoreTable
-from utils.console import shown
+from utils.console import printable
 from utils.files import atomic
 
 REAL_COLOR = "#767676"
@@ -178,7 +178,7 @@ def sheet(
 
 def shorten(name: str) -> str:
     """A name as it fits a legend."""
-    name = shown(name)
+    name = printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from evaluation.score_table import PREDICTIONS, ScoreTable
-from utils.console import shown, text_table
-from utils.random_streams import keyed_generator
+from utils.console import printable, text_table
+from utils.random_streams import seeded_generator
 
 ECE_BINS = 15  # as Guo et al. (ICML 2017)
 SMALLEST_PROBABILITY = 2.0**-53  # what float64 resolves next to 1: bounds the NLL of one image to 36.7
@@ -133,7 +133,7 @@ def bootstrap(
     if min(n_fake, n_real) < 2:
         return None
     reals, fakes = counts_at_scores(scores, is_fake, MAX_DISTINCT_SCORES)
-    rng = keyed_generator(seed, n_real, n_fake)
+    rng = seeded_generator(seed, n_real, n_fake)
     right = (scores >= 0) == is_fake  # in each class, the number of right answers is binomial
     accurate = sum(rng.binomial(rows.sum(), right[rows].mean(), size=n) for rows in (is_fake, ~is_fake))
     values = {"accuracy": [accurate / len(right)], "auroc": [], "average_precision": []}
@@ -259,17 +259,17 @@ def metric_rows(summaries: Mapping[str, dict], columns: Sequence[str] = ()) -> l
             groups["all images"] = summary["all"]
         for group, m in groups.items():
             counts = (f"{m[name]:,}" if name in m else "" for name in ("n_real", "n_fake"))
-            rows.append([shown(table), shown(group), *counts, *(percent(m, name) for name in columns)])
+            rows.append([printable(table), printable(group), *counts, *(percent(m, name) for name in columns)])
     return rows if len(summaries) > 1 else [row[1:] for row in rows]
 
 
 def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
     """One metric: a row a summary, by its name; a column a generator, those of all in order of first appearance."""
     generators = dict.fromkeys(name for summary in summaries.values() for name in summary["generators"])
-    rows = [[METRICS[metric].label, *map(shown, generators)]]
+    rows = [[METRICS[metric].label, *map(printable, generators)]]
     for label, summary in summaries.items():
         measured = (summary["generators"].get(name, {metric: None}) for name in generators)
-        rows.append([shown(label), *(percent(m, metric) for m in measured)])
+        rows.append([printable(label), *(percent(m, metric) for m in measured)])
     return rows
 
 
@@ -295,7 +295,7 @@ def details(summary: dict) -> list[str]:
     lines += [f"{hint}: {', '.join(numbers)}" for hint, numbers in plain.items()]
     if summary["images"]["errors"]:
         lines.append(f"errors: {summary['images']['errors']} images have no score, see the table's error column")
-    return lines + [f"note: {shown(note)}" for note in summary["notes"]]
+    return lines + [f"note: {printable(note)}" for note in summary["notes"]]
 
 
 def perturbation_table(summaries: Mapping[str, dict]) -> str:

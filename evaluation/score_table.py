@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError
 from utils.files import atomic
 from utils.labels import LABEL_NAMES
@@ -176,9 +176,9 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
                     raise ValueError(f"{len(cells)} cells, {len(header)} were wanted as in the header")
                 yield _row(empty | dict(zip(header, cells, strict=True)))
     except OSError as error:
-        raise UserError(f"cannot read the score table {shown(path)} ({error.strerror})") from None
+        raise UserError(f"cannot read the score table {printable(path)} ({error.strerror})") from None
     except (csv.Error, ValueError) as error:
-        raise UserError(f"{shown(path)}, line {max(lines.line_num, 1)}: {error}") from None
+        raise UserError(f"{printable(path)}, line {max(lines.line_num, 1)}: {error}") from None
 
 
 def _row(cells: Mapping[str, str]) -> Row:
@@ -208,7 +208,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
         for column, value in zip(columns, row, strict=True):
             column.append(math.nan if value is None else value)
     if not columns.path:
-        raise UserError(f"{shown(path)} has no rows below its header: score some images with test.py first")
+        raise UserError(f"{printable(path)} has no rows below its header: score some images with test.py first")
     labels = np.array(columns.label)
     return ScoreTable(
         paths=columns.path,
@@ -232,7 +232,7 @@ def read_record(path: str | os.PathLike) -> dict:
     try:
         return dict(json.loads(beside.read_text(encoding="utf-8"))) if beside.exists() else {}
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {shown(beside)} ({error}); delete it to go on without it") from None
+        raise UserError(f"cannot read {printable(beside)} ({error}); delete it to go on without it") from None
 
 
 def residual_path(folder: str | os.PathLike, image: str) -> Path:

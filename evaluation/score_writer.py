@@ -22,8 +22,8 @@ import numpy as np
 
 from data.lists import Item
 from evaluation.score_table import Row, read_record, row_of, write_table
-from utils.console import shown
-from utils.distributed import World, from_main, wait_for_all
+from utils.console import printable
+from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -40,7 +40,7 @@ def file_stamps(items: Sequence[Item]) -> np.ndarray:
     return stamps
 
 
-class ScoreLog:
+class ScoreWriter:
     """The rows of one table.
 
     Args:
@@ -61,17 +61,17 @@ class ScoreLog:
         parts = {} if overwrite else found
         replaced = self.table.exists() and not overwrite and not parts
         finished = replaced and self.identity.items() <= read_record(self.table).items()
-        if from_main(finished, self.world):
-            logger.info("%s is finished already (--overwrite scores anew)", shown(self.table))
+        if broadcast_from_main(finished, self.world):
+            logger.info("%s is finished already (--overwrite scores anew)", printable(self.table))
             return False
         if replaced:
-            logger.info("%s, of another job or of files that have changed, will be replaced", shown(self.table))
+            logger.info("%s, of another job or of files that have changed, will be replaced", printable(self.table))
         for part in parts.values():
             self._require_own(part)
             self.done[[index for index, _ in self._rows(part)]] = True
         if self.done.any():
             logger.info("going on after %d of %d images already scored", self.done.sum(), len(self.items))
-        wait_for_all(self.world)  # all have looked before anyone writes
+        barrier(self.world)  # all have looked before anyone writes
         if overwrite and self.world.is_main:
             _delete(found)
         number = max(found, default=-1) + 1 + self.world.rank
@@ -91,7 +91,7 @@ class ScoreLog:
     def close(self) -> None:
         """Make the table of all parts, once every process is here. Raises UserError if a row is missing (a lost part)."""
         self.part.close()
-        wait_for_all(self.world)
+        barrier(self.world)
         if self.world.is_main:
             write_table(self.table, self._all_rows(), self.job["stability"])
 
@@ -117,7 +117,7 @@ class ScoreLog:
         if changed:
             got = f"has rows of an unfinished run of another job (it differs in {', '.join(changed)})"
             way_out = "finish that one, choose another --save_path, or begin anew with --overwrite"
-            raise UserError(f"{shown(self.table)} {got}: {way_out}")
+            raise UserError(f"{printable(self.table)} {got}: {way_out}")
 
     def _rows(self, part: Path) -> Iterator[tuple[int, list]]:
         """Of each row in a part that counts: index of the image, and the row from `logit_fake` on."""
@@ -131,7 +131,7 @@ class ScoreLog:
         for expected, item in enumerate(self.items):
             index, scores = next(once, (None, None))
             if index != expected:
-                raise UserError(f"{shown(item.path)} has no row (was a part deleted?): start again to score it")
+                raise UserError(f"{printable(item.path)} has no row (was a part deleted?): start again to score it")
             yield Row(*row_of(item)[:3], *scores)
 
 

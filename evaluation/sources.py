@@ -20,10 +20,10 @@ from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
 from models import ResynthesisDetector
 from models.auxiliary import degrade_batch, draw_degradation, residual_and_auxiliary_loss
 from utils.compute import Compute
-from utils.distributed import World, from_main, sum_over_processes
+from utils.distributed import World, all_reduce_sum, broadcast_from_main
 from utils.files import make_folder
 from utils.labels import REAL
-from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, keyed_generator
+from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
 from utils.training import Progress
 
 logger = logging.getLogger(__name__)
@@ -72,12 +72,12 @@ def end_to_end_residuals(
     """
     x = compute.input(batch.x)  # (B, 3, H, W)
     real, counted = batch.labels == REAL, batch.weights > 0  # (B,) each
-    reals = int(sum_over_processes((real & counted).sum().to(compute.device), world))
+    reals = int(all_reduce_sum((real & counted).sum().to(compute.device), world))
     wanted = real & (reals > 1 and auxiliary.weight > 0)
-    degraded, batch_rng = None, keyed_generator(auxiliary.seed, progress.epoch, progress.step, DEGRADE_BATCH)
+    degraded, batch_rng = None, seeded_generator(auxiliary.seed, progress.epoch, progress.step, DEGRADE_BATCH)
     degradation = draw_degradation(auxiliary.task, batch_rng)
     if degradation and wanted.any():
-        rngs = [keyed_generator(auxiliary.seed, *key, DEGRADE_IMAGE) for key in batch.keys]
+        rngs = [seeded_generator(auxiliary.seed, *key, DEGRADE_IMAGE) for key in batch.keys]
         degraded = degrade_batch(degradation, x, detector.resynthesizer.scale, rngs)  # (B, 3, h, w)
 
     def losses(rows: slice) -> tuple[Tensor, Tensor]:
@@ -122,5 +122,5 @@ def kept_residuals(
     folder = cache_folder(make_folder(args.cache_dir or Path(args.output_path) / "residual_cache"), about)
     both_ways = [size for images in datasets for size in images.sizes * images.parts * (2 if images.draws else 1)]
     bytes_of = [math.prod(detector.residual_shape(*size)) * dtype.itemsize for size in both_ways]
-    fits = from_main(has_room(folder, bytes_of, args.cache_gb * 1e9), world)
+    fits = broadcast_from_main(has_room(folder, bytes_of, args.cache_gb * 1e9), world)
     return [ResidualDataset(images, folder, dtype) for images in datasets] if fits else []

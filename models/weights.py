@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from models.features import VGGStages
 from utils import checkpoints
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def _vgg_content(source: str) -> tuple[Mapping, str]:
     if source in ("random", "auto"):
         return _random_state(), "random"
     if not Path(source).is_file():
-        raise UserError(f"no VGG-19 weights at {shown(source)}: pass --vgg-weights FILE, imagenet, random or auto")
+        raise UserError(f"no VGG-19 weights at {printable(source)}: pass --vgg-weights FILE, imagenet, random or auto")
     return checkpoints.load(source), source
 
 

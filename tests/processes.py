@@ -18,7 +18,7 @@ from evaluation import detector as scoring
 from models.resnet import ARCHITECTURES, BasicBlock
 from utils import console
 from utils.distributed import World
-from utils.files import sole_writer
+from utils.files import exclusive_writer
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"resnet18": (BasicBlock, (1, 1, 1, 1))}  # half the weights: most of a tiny training's time is writing them
@@ -77,7 +77,7 @@ def _run(program, arguments, log, prepare, environment):
 
 
 @contextlib.contextmanager
-def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
+def killed_exclusive_writer(lock: Path) -> Iterator[Callable[[], None]]:
     """A process is where only one may write. The function given kills it, but not its worker, which lives on."""
     ours, its = SERVER.Pipe()
     process = SERVER.Process(target=_write_alone, args=(lock, its))
@@ -96,7 +96,7 @@ def killed_sole_writer(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _write_alone(lock, connection):
-    with sole_writer(lock, World()):
+    with exclusive_writer(lock, World()):
         if worker := os.fork():
             connection.send(worker)
         time.sleep(60)

@@ -137,7 +137,7 @@ def test_a_leak_of_one_generator_hidden_by_the_others(tmp_path, capsys):
         start = ord(generator) * 1000
         fill(tmp_path / generator / "0_real", start, n=n)
         fill(tmp_path / generator / "1_fake", start + 500, suffix, n=n)
-    assert A.main(["--data-root", str(tmp_path)]) == 1
+    assert audit_program.main(["--data-root", str(tmp_path)]) == 1
     text = capsys.readouterr().out
     assert "LEAK: codec (c)" in text and "(a)" not in text
 
@@ -201,4 +201,4 @@ def test_mistakes(roots):
     fill(roots[0], 0, n=1)
     for arguments in ([], ["--data-root-pos", str(roots[0])], ["--csv", "a", "--data-root", "b"]):
         with pytest.raises(UserError):
-            A.main(arguments)
+            audit_program.main(arguments)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from files import save
 from trainings import CPU
 
-from data.datasets import Draws, EpochBatches, ImageDataset, Key, PatchDataset, alike, make_loader
+from data.datasets import Draws, EpochBatches, ImageDataset, Key, PatchDataset, make_loader, merge_equal_sizes
 from data.images import SizePolicy
 from data.lists import Item
 from utils.compute import Compute
@@ -168,13 +168,13 @@ def test_single_images_are_joined_while_they_are_alike(tmp_path):
     paths = [save(tmp_path / f"{i}.png", coordinates(n, n)) if n else str(tmp_path) for i, n in enumerate(sides)]
     data = ImageDataset(items(*paths, label=FAKE), SizePolicy(4))
     keys = [[Key(0, i)] for i in range(len(paths))]
-    got = list(alike(make_loader(data, keys, 0, ON_CPU), block=100, pixels=256))
+    got = list(merge_equal_sizes(make_loader(data, keys, 0, ON_CPU), block=100, pixels=256))
     assert [[key[1] for key in b.keys] for b in got if b.keys] == [[0, 1, 2], [3], [5], [6]]
     assert all(len(b.x) == len(b.labels) == len(b.items) == len(b.keys) for b in got)
     assert [index for b in got for index in b.errors] == [4]
 
     def counts(first, **limits):
-        return [len(b.keys) for b in alike(make_loader(data, keys[first:3], 0, ON_CPU), **limits)]
+        return [len(b.keys) for b in merge_equal_sizes(make_loader(data, keys[first:3], 0, ON_CPU), **limits)]
 
     assert counts(0, block=100, pixels=128) == [2, 1] and counts(0, block=2, pixels=math.inf) == [2, 1]
     assert counts(1, block=2, pixels=math.inf) == [1, 1]  # blocks are those of the list, wherever a run goes on

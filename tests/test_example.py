@@ -16,11 +16,11 @@ from data.images import load_image
 from data.lists import find_images, list_paths
 from tools import example
 from utils.errors import UserError
-from utils.random_streams import keyed_generator
+from utils.random_streams import seeded_generator
 
 
 def scenes(count: int, size: int = 64, key: int = 0) -> list[np.ndarray]:
-    return [example.draw_scene(size, keyed_generator(key, index)) for index in range(count)]
+    return [example.draw_scene(size, seeded_generator(key, index)) for index in range(count)]
 
 
 def flags(out, *more: str) -> list[str]:
@@ -82,7 +82,7 @@ def test_fakes_resemble_their_sources_and_show_their_up_sampling():
     spectra = {"real": mean_spectrum(scenes(96, key=3)), "other": mean_spectrum(scenes(96, key=4))}
     for kind in example.KINDS:
         weights = example.train_autoencoder(kind, training, steps=60, seed=0)
-        fakes = [example.imitate(kind, weights, source, keyed_generator(i)) for i, source in enumerate(sources)]
+        fakes = [example.imitate(kind, weights, source, seeded_generator(i)) for i, source in enumerate(sources)]
         assert np.corrcoef(np.ravel(fakes), np.ravel(sources))[0, 1] > 0.9
         spectra[kind] = mean_spectrum(fakes)
     pairs = (("real", "nearest"), ("real", "bilinear"), ("nearest", "bilinear"))

@@ -14,9 +14,9 @@ from files import mistake, random_rgb, save
 from PIL import Image
 
 from data import images as I
-from data.images import SizePolicy, check_headers, fit_size, load_image
+from data.images import SizePolicy, check_headers, load_image, resize_and_crop
 from data.lists import Item
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError
 from utils.labels import REAL
 
@@ -196,7 +196,7 @@ def test_every_bad_file_is_found_by_reading_and_no_file_stays_open(tmp_path, bad
     good = [save(tmp_path / f"good.{s}", random_rgb(8, 12)) for s in ("png", "jpg", "webp", "bmp", "tif", "gif")]
     opened = len(os.listdir("/dev/fd"))
     for path, part in bad.items():
-        with mistake(shown(path) + ": ", part):
+        with mistake(printable(path) + ": ", part):
             load_image(path)
     headers = dict(zip(bad, check_headers([*bad, *good], SizePolicy()), strict=False))
     assert len(os.listdir("/dev/fd")) == opened
@@ -243,7 +243,7 @@ def test_mutated_files_give_an_image_or_one_line(tmp_path):
         for path in paths:
             began, error = time.monotonic(), None
             try:
-                fit_size(load_image(path), SizePolicy())
+                resize_and_crop(load_image(path), SizePolicy())
             except UserError as caught:
                 error = str(caught)
             slowest = max(slowest, time.monotonic() - began)
@@ -264,32 +264,32 @@ def corner(image):
 
 
 def test_crop_in_the_centre_and_at_random_to_multiples_of_the_scale():
-    image = fit_size(coordinates(11, 16), SizePolicy(scale=4))
+    image = resize_and_crop(coordinates(11, 16), SizePolicy(scale=4))
     assert image.shape == (3, 8, 16) and corner(image) == [1, 0] and image.is_contiguous()
-    assert torch.equal(fit_size(coordinates(8, 12), SizePolicy(scale=4)), coordinates(8, 12))
+    assert torch.equal(resize_and_crop(coordinates(8, 12), SizePolicy(scale=4)), coordinates(8, 12))
     image = coordinates(20, 30)
-    assert corner(fit_size(image, SizePolicy(4, 8))) == [6, 11]
-    assert corner(fit_size(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # 10 x 10, then its centre 8 x 8
+    assert corner(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
+    assert corner(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # 10 x 10, then its centre 8 x 8
     rng = np.random.default_rng(0)
-    corners = [corner(fit_size(image, SizePolicy(4, 8), rng)) for _ in range(400)]
+    corners = [corner(resize_and_crop(image, SizePolicy(4, 8), rng)) for _ in range(400)]
     assert {r for r, _ in corners} == set(range(13)) and {c for _, c in corners} == set(range(23))
 
 
 def test_resize_keeps_the_aspect_and_antialiases():
     policy = SizePolicy(scale=1, resize=20)
-    assert fit_size(coordinates(40, 70), policy).shape == (3, 20, 35)
-    assert fit_size(coordinates(10, 15), policy).shape == (3, 20, 30)
+    assert resize_and_crop(coordinates(40, 70), policy).shape == (3, 20, 35)
+    assert resize_and_crop(coordinates(10, 15), policy).shape == (3, 20, 30)
     checkers = (coordinates(80, 80)[0] + coordinates(80, 80)[1]) % 2 * 255  # without antialiasing all 0 or 255
-    small = fit_size(checkers.expand(3, -1, -1).contiguous(), policy)
+    small = resize_and_crop(checkers.expand(3, -1, -1).contiguous(), policy)
     assert small.dtype == torch.uint8 and (small[:, 4:-4, 4:-4].int() - 127).abs().max() <= 2
-    assert torch.equal(fit_size(coordinates(20, 24), policy), coordinates(20, 24))
+    assert torch.equal(resize_and_crop(coordinates(20, 24), policy), coordinates(20, 24))
 
 
 @pytest.mark.parametrize("policy", [SizePolicy(), SizePolicy(3, None, 37), SizePolicy(4, 30), SizePolicy(4, 32, 40)])
 @pytest.mark.parametrize("size", [(64, 64), (65, 127), (201, 50)])
 def test_sizes_are_foretold(size, policy):
-    image = fit_size(torch.zeros(3, *size, dtype=torch.uint8), policy)
-    assert I.fitted_size(*size, policy) == tuple(image.shape[-2:])
+    image = resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
+    assert I.size_after(*size, policy) == tuple(image.shape[-2:])
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_sizes_are_foretold(size, policy):
 )
 def test_sizes_that_cannot_be_used(size, policy, words):
     with mistake(*words):
-        fit_size(torch.zeros(3, *size, dtype=torch.uint8), policy)
+        resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 
 from data import perturbations as P
 from utils.options import PERTURBATION_PROTOCOLS
-from utils.random_streams import keyed_generator
+from utils.random_streams import seeded_generator
 
 KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # of Frank et al., with the sigma OpenCV takes for each
 
@@ -22,7 +22,7 @@ def perturb(image, name, protocol, seed, strength=None):
 
 
 def cells(protocol, name="all"):
-    return P.chosen_cells(protocol, [(name, None)])
+    return P.select_perturbations(protocol, [(name, None)])
 
 
 def images(n, height=16, width=16):
@@ -160,7 +160,7 @@ def test_cells():
     assert {c.name for c in sweep} | {c.name for c in cells("frank2020")} == set(P.NAMES)
     assert cells("sweep", "none") == cells("frank2020", "none") == [P.Cell("none", None)]
     jpeg = P.Cell("jpeg", 70.0)
-    assert P.chosen_cells("sweep", [("jpeg", 70.0), ("none", None), ("jpeg", 70.0)]) == [jpeg, P.Cell("none")]
+    assert P.select_perturbations("sweep", [("jpeg", 70.0), ("none", None), ("jpeg", 70.0)]) == [jpeg, P.Cell("none")]
     assert (jpeg.label, jpeg.file_name, jpeg.kind.axis) == ("jpeg quality 70", "jpeg_quality_70", "quality")
     assert jpeg.kind.smaller_is_harder and not P.Cell("blur").kind.smaller_is_harder
     assert P.Cell("of another program", 2.0).label == "of another program 2"
@@ -177,7 +177,7 @@ def test_cells():
 )
 def test_mistakes(protocol, name, strength, words):
     with mistake(*words):
-        P.chosen_cells(protocol, [(name, strength)])
+        P.select_perturbations(protocol, [(name, strength)])
 
 
 @pytest.mark.parametrize("protocol", PERTURBATION_PROTOCOLS)
@@ -201,8 +201,8 @@ def test_seed_and_pixels_change_the_draw():
 def test_augment_takes_one_of_four_half_the_time_as_its_generator_says():
     counts = Counter()
     for n, image in enumerate(images(400, 40, 40)):
-        result = P.augment(image, keyed_generator(1, n))
+        result = P.augment(image, seeded_generator(1, n))
         counts[diagnosis(image, result)[0]] += 1
-        assert torch.equal(result, P.augment(image, keyed_generator(1, n)))
+        assert torch.equal(result, P.augment(image, seeded_generator(1, n)))
     assert counts.pop("none") == pytest.approx(200, abs=35)
     assert set(counts) == {"blur", "crop", "jpeg", "noise"} and min(counts.values()) > 25

@@ -117,9 +117,9 @@ def test_thumbnails_and_residuals_are_found(tmp_path):
     table_rows = make_rows(items, [[4, 0], [4, 0], [3, 0], [2, 0], [1, 0]])
     table_rows[1:3] = [table_rows[1]._replace(stability="unstable"), table_rows[2]._replace(stability="stable")]
     page = page_of([write(tmp_path, "s", table_rows)], tmp_path / "out", tmp_path / "residuals")
-    shown = [p for p in page.pictures if p.format == "JPEG"]
-    assert [p.size for p in shown] == [(720, 240), (320, 213), (64, 64)]  # the first residual shows its image, too
-    assert abs(shown[0].getpixel((20, 20))[2] - 250) < 10
+    printable = [p for p in page.pictures if p.format == "JPEG"]
+    assert [p.size for p in printable] == [(720, 240), (320, 213), (64, 64)]  # the first residual shows its image, too
+    assert abs(printable[0].getpixel((20, 20))[2] - 250) < 10
     assert page.text.count("not available") == 2
     assert page.text.count("(unstable)") == 1 and "1 of 2 images" in page.text
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from files import mistake
-from processes import finish, kill_in_save, killed_sole_writer, signal_in, start, two_ranks
+from processes import finish, kill_in_save, killed_exclusive_writer, signal_in, start, two_ranks
 from trainings import detector_arguments, differences, read, sr_arguments, stats, status, train, without_settings
 
 from data.datasets import EpochBatches
@@ -235,7 +235,7 @@ def test_two_runs_do_not_write_into_one_folder(arguments, tmp_path, capfd, name)
     """Nothing is written while another run lives; one that was killed is in nobody's way, even if its worker lives."""
     folder = (tmp_path / TRAINERS[name][2]).parent
     folder.mkdir(exist_ok=True)
-    with killed_sole_writer(folder / ".lock") as kill:
+    with killed_exclusive_writer(folder / ".lock") as kill:
         assert status(arguments(name, tmp_path), capfd)[0] == 2
         assert [p.name for p in folder.iterdir()] == [".lock"]
         kill()

@@ -14,10 +14,10 @@ import torch
 from files import mistake
 
 from utils.compute import choose_compute
-from utils.console import progress, shown, text_table
+from utils.console import printable, progress, text_table
 from utils.errors import UserError, run_program
-from utils.files import TEMPORARY, atomic, make_folder, remove_torn, write_json
-from utils.random_streams import keyed_generator
+from utils.files import TEMPORARY, atomic, make_folder, remove_unfinished, write_json
+from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 
 ROOT = Path(__file__).parents[1]
@@ -134,9 +134,9 @@ def test_only_torn_files_are_removed(tmp_path):
     kept = {"last.pth", ".p.csv.0-of-1.part", "visible.tmp"}
     for name in (*kept, ".last.pth.tar.12.tmp", f".epoch_3.pth.345{TEMPORARY}"):
         (tmp_path / name).touch()
-    remove_torn(tmp_path, age=60)
+    remove_unfinished(tmp_path, age=60)
     assert len(os.listdir(tmp_path)) == 5
-    remove_torn(tmp_path)
+    remove_unfinished(tmp_path)
     assert set(os.listdir(tmp_path)) == kept
 
 
@@ -154,12 +154,12 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog)
 
 
 def test_chance_is_keyed():
-    draws = {keyed_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
-    assert len(draws) == 27 and keyed_generator(1, 2).random() == keyed_generator(1, 2).random()
+    draws = {seeded_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
+    assert len(draws) == 27 and seeded_generator(1, 2).random() == seeded_generator(1, 2).random()
 
 
 def test_names_and_tables_for_a_terminal():
-    assert shown("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
+    assert printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
     assert text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
 
 

@@ -9,7 +9,7 @@ from files import mistake, touch
 
 from data.lists import Item
 from evaluation.score_table import make_rows, read_table
-from evaluation.score_writer import ScoreLog, file_stamps
+from evaluation.score_writer import ScoreWriter, file_stamps
 from utils.distributed import World
 
 N = 7
@@ -26,8 +26,8 @@ def rows(items, indices, add=0.0):
     return dict(zip(indices, make_rows([items[i] for i in indices], [[i + add, 0] for i in indices]), strict=True))
 
 
-def opened(folder: Path, items, **job) -> ScoreLog:
-    log = ScoreLog(folder / "p.csv", items, file_stamps(items), {"stability": False, **job}, World())
+def opened(folder: Path, items, **job) -> ScoreWriter:
+    log = ScoreWriter(folder / "p.csv", items, file_stamps(items), {"stability": False, **job}, World())
     assert log.open(overwrite=False)
     return log
 
@@ -50,7 +50,7 @@ def test_starts_one_after_the_other_make_one_table(tmp_path, items):
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
         "p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"
     ]  # fmt: skip
-    assert not ScoreLog(tmp_path / "p.csv", items, file_stamps(items), first.job, World()).open(overwrite=False)
+    assert not ScoreWriter(tmp_path / "p.csv", items, file_stamps(items), first.job, World()).open(overwrite=False)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, 10_000])
@@ -90,13 +90,13 @@ def test_parts_of_another_job(tmp_path, items):
     opened(tmp_path, items, seed=1).write(rows(items, [0]))
     with mistake("seed", "--overwrite"):
         opened(tmp_path, items, seed=2)
-    other = ScoreLog(tmp_path / "p.csv", items, file_stamps(items), {"stability": False, "seed": 2}, World())
+    other = ScoreWriter(tmp_path / "p.csv", items, file_stamps(items), {"stability": False, "seed": 2}, World())
     assert other.open(overwrite=True) and len(other.missing(1)) == N
     assert [path.name for path in tmp_path.glob("p.csv.*")] == ["p.csv.1.part"]
 
 
 def test_shares_are_blocks_of_the_list(tmp_path, items):
-    logs = [ScoreLog(tmp_path / "p.csv", items, file_stamps(items), {}, World(rank, 2)) for rank in range(2)]
+    logs = [ScoreWriter(tmp_path / "p.csv", items, file_stamps(items), {}, World(rank, 2)) for rank in range(2)]
     assert [log.missing(2).tolist() for log in logs] == [[0, 1, 4, 5], [2, 3, 6]]
     logs[1].done[2] = True
     assert logs[1].missing(2).tolist() == [3, 6]

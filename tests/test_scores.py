@@ -8,7 +8,7 @@ from files import mistake
 
 from evaluation import score_table as scores
 from evaluation.score_table import COLUMNS, Row, make_rows, predict, read_record, read_rows, read_table
-from utils.console import shown
+from utils.console import printable
 from utils.labels import FAKE, REAL
 
 HEADER = ",".join(COLUMNS)
@@ -131,7 +131,7 @@ def test_files_that_are_no_tables_are_one_line(tmp_path):
     (tmp_path / "empty.csv").write_text(HEADER + "\n")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
     for name in ("none.csv", ".", "empty.csv", "binary.csv"):
-        with mistake(shown(tmp_path / name)):
+        with mistake(printable(tmp_path / name)):
             read_table(tmp_path / name)
     assert read_record(tmp_path / "none.csv") == {}
     for broken in ("{", "[1]", "\xff"):

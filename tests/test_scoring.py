@@ -16,7 +16,7 @@ import pytest
 import torch
 from golden_rule import fill
 from PIL import Image
-from processes import finish, killed_sole_writer, signal_in_batch, start, two_ranks
+from processes import finish, killed_exclusive_writer, signal_in_batch, start, two_ranks
 from trainings import detector_arguments, read, train
 
 import test as program
@@ -344,7 +344,7 @@ def test_two_processes_write_the_table_of_one_though_one_of_them_dies(tiny, some
 def test_rows_of_another_job_are_not_lost(tiny, some, tmp_path, capfd):
     """Neither gone on with nor deleted, unless that is asked for; and two runs do not write one table."""
     words = [str(a) for a in arguments(tiny, some, tmp_path / "p")]
-    with killed_sole_writer(tmp_path / ".p.lock"):
+    with killed_exclusive_writer(tmp_path / ".p.lock"):
         assert "another run" in mistake(capfd, *words) and files_in(tmp_path) == [".p.lock"]
         assert score(*arguments(tiny, some, tmp_path / "q")) == 0
     assert finish(start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, 9))) == -9

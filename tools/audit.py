@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from data.leaks import LEAK, SEVERITIES, audit
 from data.lists import folder_items, labelled_items
 from utils import options
-from utils.console import shown
+from utils.console import printable
 from utils.errors import run_program
 
 
@@ -22,7 +22,7 @@ def report(result: dict) -> str:
     for found in result["findings"]:
         lines.append(f"{found['severity'].upper()}: {found['check']}: {found['message']}")
         lines += [f"    {key}: {found[key]}" for key in ("shortcut", "way out") if found[key]]
-        lines += [f"    such as: {shown(path)}" for path in found["examples"]]
+        lines += [f"    such as: {printable(path)}" for path in found["examples"]]
     found = Counter(f["severity"] for f in result["findings"])
     verdict = ", ".join(f"{found[s]} {s}{'s' * (found[s] > 1)}" for s in SEVERITIES if found[s]) or "nothing found"
     return "\n".join([*lines, f"leak audit: {verdict}" + " (no leak)" * (not found[LEAK])])

@@ -23,7 +23,7 @@ import numpy as np
 from evaluation.metrics import confusion, expected_calibration_error, negative_log_likelihood
 from evaluation.score_table import ScoreTable, predict, read_record, read_table, sigmoid
 from utils import checkpoints
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError, run_program
 
 logger = logging.getLogger("calibrate")
@@ -114,7 +114,7 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
 
     state = content.get("state_dict")
     if not isinstance(state, Mapping) or not any(name.endswith("fc.weight") for name in state):
-        raise UserError(f"{shown(path)} holds no detector (no classifier under state_dict): give the one scored with")
+        raise UserError(f"{printable(path)} holds no detector (no classifier under state_dict): give the one scored with")
     if not record:
         logger.warning("warning: no SCORES.json beside the table, so it is taken on trust to be of this detector")
     config, scored = content.get("config") or {}, record.get("detector") or {}
@@ -126,7 +126,7 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
     for part, (wanted, got) in parts.items():
         if None not in (wanted, got) and wanted != got:
             raise UserError(
-                f"the scores are of another detector: their {part} is {got}, that of {shown(path)} is {wanted};"
+                f"the scores are of another detector: their {part} is {got}, that of {printable(path)} is {wanted};"
                 " score the images with this file first (test.py --resume)"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
@@ -176,7 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.into:
         calibration["source"] = Path(args.scores).name
         checkpoints.save({**content, "calibration": calibration}, args.into)
-        lines.append(f"stored in {shown(args.into)}; test.py uses it from now on")
+        lines.append(f"stored in {printable(args.into)}; test.py uses it from now on")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

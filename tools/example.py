@@ -40,7 +40,7 @@ from utils import options
 from utils.console import progress
 from utils.errors import UserError, run_program
 from utils.files import make_folder, write_json
-from utils.random_streams import keyed_generator
+from utils.random_streams import seeded_generator
 
 logger = logging.getLogger("tools.example")
 
@@ -197,7 +197,7 @@ def imitation_loss(x_fake: Tensor, x: Tensor) -> Tensor:
 
 def train_autoencoder(kind: str, images: np.ndarray, steps: int, seed: int) -> dict[str, np.ndarray]:
     """The weights of an autoencoder trained on random patches of images: (N, H, W, 3) uint8."""
-    rng = keyed_generator(seed, ROLES.index("autoencoder"), 0, 1 + KINDS.index(kind))
+    rng = seeded_generator(seed, ROLES.index("autoencoder"), 0, 1 + KINDS.index(kind))
     model = Autoencoder(kind).to(memory_format=torch.channels_last)
     with torch.no_grad():
         for weight in model.parameters():
@@ -241,7 +241,7 @@ class Settings(NamedTuple):
 
     def generator(self, role: str, index: int, use: int) -> np.random.Generator:
         """use: 0 for the source image, 1, 2 for the noise of each kind. Every random number comes from such a one."""
-        return keyed_generator(self.seed, ROLES.index(role), index, use)
+        return seeded_generator(self.seed, ROLES.index(role), index, use)
 
     def source(self, role: str, index: int, size: int) -> np.ndarray:
         """Image `index` of a role, (size, size, 3) uint8: a new scene, or a crop of one of its photographs."""
@@ -268,7 +268,7 @@ def share_out_photographs(root: str, size: int, counts: dict[str, int], seed: in
         text = f"{root}: {len(fit)} readable images of at least {size}x{size}, wanted at least {len(needs)}"
         raise UserError(f"{text} (one each for {', '.join(needs)}): add images, or pass a smaller --size")
     shares = {role: [] for role in needs}
-    for path in keyed_generator(seed, len(ROLES)).permutation(fit).tolist():
+    for path in seeded_generator(seed, len(ROLES)).permutation(fit).tolist():
         shares[max(needs, key=lambda role: needs[role] / (len(shares[role]) or 1e-9))].append(path)
     return shares
 

@@ -27,12 +27,12 @@ from evaluation.score_table import predict, read_record
 from models import fingerprint
 from tools.calibrate import require_same_detector
 from utils import checkpoints
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError, run_program
 from utils.files import atomic, make_folder
 from utils.labels import LABEL_NAMES
 from utils.options import export_parser
-from utils.random_streams import keyed_generator
+from utils.random_streams import seeded_generator
 
 logger = logging.getLogger("export")
 
@@ -107,7 +107,7 @@ def check(path: Path, detector: Detector, data: bytes | None = None) -> None:
     Raises:
         UserError: if it is no graph, or one of another version or detector, or its numbers differ.
     """
-    rng, name, worst = keyed_generator(0), shown(path), 0.0
+    rng, name, worst = seeded_generator(0), printable(path), 0.0
     images = [torch.from_numpy(rng.integers(0, 256, (b, 3, h, w), np.uint8)) for b, h, w in SIZES]
     try:
         run, found = open_graph(path.read_bytes() if data is None else data)
@@ -143,7 +143,7 @@ def bundle(detector: Detector, found: Mapping, scores: str | None) -> dict:
     if scores:
         record = read_record(scores)
         if not record.get("metrics"):
-            raise UserError(f"no metrics at {shown(scores)}: give the P.json of test.py on labelled images")
+            raise UserError(f"no metrics at {printable(scores)}: give the P.json of test.py on labelled images")
         require_same_detector(content, record, "--resume")
     card = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     about = {**content, "settings": found.get("settings", {}), "record": record, "format_table": format_table}

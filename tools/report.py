@@ -37,7 +37,7 @@ from data.images import read_rgb
 from data.perturbations import Cell
 from evaluation import figures, metrics
 from evaluation.score_table import ScoreTable, read_record, read_table, residual_path
-from utils.console import shown, text_table
+from utils.console import printable, text_table
 from utils.errors import UserError, run_program
 from utils.files import atomic, make_folder
 
@@ -102,7 +102,7 @@ def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str 
         undefined=jinja2.ChainableUndefined,  # records made elsewhere may lack anything
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: shown(value) if type(value) is str else value,  # what is Markup is escaped already
+        finalize=lambda value: printable(value) if type(value) is str else value,  # what is Markup is escaped already
     )
     page = environment.get_template("report.html").render(
         tables=tables,
@@ -186,12 +186,12 @@ def compact_rows(tables: Sequence[Scores], metric: str) -> list[list[str]]:
     heading, *rows = metrics.rows_by_generator({t.name: t.summary for t in tables}, metric)
     if tables[-1].cell.name == "none":
         return [heading, *rows]
-    places = [(t.cell.label, shown(t.name.removesuffix(f"_{t.cell.file_name}"))) for t in tables]
+    places = [(t.cell.label, printable(t.name.removesuffix(f"_{t.cell.file_name}"))) for t in tables]
     cells = {place: " / ".join(row[1:]) for place, row in zip(places, rows, strict=True)}
     if len(cells) < len(tables):
         raise UserError("two score tables are of the same perturbation and detector: give one of them")
     labels, detectors = map(dict.fromkeys, zip(*cells, strict=True))
-    rows = [[shown(label), *(cells.get((label, name), "-") for name in detectors)] for label in labels]
+    rows = [[printable(label), *(cells.get((label, name), "-") for name in detectors)] for label in labels]
     return [[f"{heading[0]} of {' / '.join(heading[1:])}", *detectors], *rows]
 
 
@@ -225,10 +225,10 @@ def refresh(path: str, check: bool) -> None:
     try:
         before = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {shown(path)} ({error})") from None
+        raise UserError(f"cannot read {printable(path)} ({error})") from None
     after = MADE_BY.sub(made_again, before)
     if check and after != before:
-        raise UserError(f"{shown(path)} differs from what its commands print; --refresh without --check mends it")
+        raise UserError(f"{printable(path)} differs from what its commands print; --refresh without --check mends it")
     if after != before:
         with atomic(path) as file:
             file.write(after.encode())
@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         page = write_page(tables, args.out, args.residuals)
         head = "in %, with 95% bootstrap intervals; fake is the positive class"
         table = text_table(comparison(tables), 1 + (len(tables) > 1))
-        sys.stdout.write(f"{head}\n{table}\nreport: {shown(page)}\n")
+        sys.stdout.write(f"{head}\n{table}\nreport: {printable(page)}\n")
     return 0
 
 

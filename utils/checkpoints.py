@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from utils.console import shown
+from utils.console import printable
 from utils.errors import UserError
 from utils.files import atomic
 
@@ -38,7 +38,7 @@ def save(obj: dict, path: str | os.PathLike) -> None:
             if sink.error:
                 raise sink.error
     except OSError as error:
-        said = f"cannot write {shown(path)} ({error.strerror})"
+        said = f"cannot write {printable(path)} ({error.strerror})"
         raise UserError(f"{said}; what was there before is untouched") from error
 
 
@@ -63,7 +63,7 @@ def load(path: str | os.PathLike) -> dict:
     Raises:
         UserError: if it is missing, truncated, no checkpoint, or would run code when unpickled.
     """
-    path, name = Path(path), shown(path)
+    path, name = Path(path), printable(path)
     if not path.is_file():
         got = "a folder" if path.is_dir() else "nothing"
         raise UserError(f"no checkpoint at {name} but {got}: train one first, or give the path of an existing file")
@@ -79,7 +79,7 @@ def load(path: str | os.PathLike) -> dict:
             ) from None
         numbered = path.parent.glob("*[0-9].pth.tar") if path.name.startswith("last.") else ()
         newest = max(numbered, key=lambda p: p.stat().st_mtime, default=None)
-        again = f"go on from the newest numbered state with --resume {shown(newest)}" if newest else "make it anew"
+        again = f"go on from the newest numbered state with --resume {printable(newest)}" if newest else "make it anew"
         kind = f"{os.path.getsize(path)} bytes; {type(error).__name__}"
         raise UserError(f"cannot read {name} ({kind}): it is truncated or no checkpoint; {again}") from None
     if not isinstance(loaded, Mapping):
@@ -130,9 +130,9 @@ def _unpacked(path: Path) -> dict:
     found, written = metadata.get("format"), metadata.pop("digest", None)
     if found != BUNDLE:
         way_out = "write it again with python -m tools.export --bundle"
-        raise UserError(f"{shown(path)} is of the format {found}, and this version reads {BUNDLE}: {way_out}")
+        raise UserError(f"{printable(path)} is of the format {found}, and this version reads {BUNDLE}: {way_out}")
     if written != digest(tensors, metadata):
-        raise UserError(f"{shown(path)} is damaged: its content is not what was written; fetch it again")
+        raise UserError(f"{printable(path)} is damaged: its content is not what was written; fetch it again")
     content = {"card": metadata["card"], **json.loads(metadata["content"])}
     for key, tensor in tensors.items():
         outer, _, inner = key.partition("/")

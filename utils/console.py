@@ -35,7 +35,7 @@ def progress(items: Iterable | None, what: str, total: int | None = None, **abou
     return tqdm(items, what, total, leave=False, disable=not is_main_process(), **about)
 
 
-def shown(text: str | os.PathLike) -> str:
+def printable(text: str | os.PathLike) -> str:
     """A path or text on one line of any terminal: control characters and lone surrogates as escapes."""
     return "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in os.fspath(text)

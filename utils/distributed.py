@@ -28,7 +28,7 @@ class World(NamedTuple):
 
 
 @contextmanager
-def world_of_processes(device_type: str) -> Iterator[World]:
+def join_processes(device_type: str) -> Iterator[World]:
     """Join the processes that were started together (RANK, WORLD_SIZE), or be the only one."""
     world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
     if world.size > 1:
@@ -45,7 +45,7 @@ def world_of_processes(device_type: str) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
     """Add every process's gradients up, in place, in one collective call."""
     if world.size == 1:
         return
@@ -57,7 +57,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
         parameter.grad = gradient.view_as(parameter).clone()
 
 
-def sum_over_processes(values: Tensor, world: World, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+def all_reduce_sum(values: Tensor, world: World, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
     """Element-wise sum, or another reduction, over the processes (a new tensor)."""
     if world.size > 1:
         values = values.clone()
@@ -65,12 +65,12 @@ def sum_over_processes(values: Tensor, world: World, operation: dist.ReduceOp = 
     return values
 
 
-def max_over_processes(values: Tensor, world: World) -> Tensor:
+def all_reduce_max(values: Tensor, world: World) -> Tensor:
     """Element-wise maximum over the processes (a new tensor)."""
-    return sum_over_processes(values, world, dist.ReduceOp.MAX)
+    return all_reduce_sum(values, world, dist.ReduceOp.MAX)
 
 
-def gather_rows(rows: Tensor, world: World) -> Tensor:
+def all_gather_rows(rows: Tensor, world: World) -> Tensor:
     """The rows of all processes, rank after rank, on the CPU of each."""
     gathered = [rows.cpu()] * world.size
     if world.size > 1:
@@ -78,13 +78,13 @@ def gather_rows(rows: Tensor, world: World) -> Tensor:
     return torch.cat(gathered)
 
 
-def share_buffers(module: nn.Module, world: World) -> None:
+def broadcast_buffers(module: nn.Module, world: World) -> None:
     """Give every process the main one's buffers (batch-norm statistics)."""
     for buffer in module.buffers() if world.size > 1 else ():
         dist.broadcast(buffer, src=0)
 
 
-def from_main(value: bool, world: World) -> bool:
+def broadcast_from_main(value: bool, world: World) -> bool:
     """The main process's value, in every process."""
     values = [value]
     if world.size > 1:
@@ -92,6 +92,6 @@ def from_main(value: bool, world: World) -> bool:
     return values[0]
 
 
-def wait_for_all(world: World) -> None:
+def barrier(world: World) -> None:
     if world.size > 1:
         dist.barrier()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.console import shown
+from utils.console import printable
 from utils.options import MISTAKE_DELAY, is_main_process
 from utils.signals import Stopped
 
@@ -44,7 +44,7 @@ def run_program(main: Callable[[], int | None]) -> int:
             raise
         if not is_main_process():
             time.sleep(MISTAKE_DELAY)  # where the main process says the same, this one is ended meanwhile
-        logger.error("error: %s", shown(" ".join(text.split())))
+        logger.error("error: %s", printable(" ".join(text.split())))
         return EXIT_MISTAKE
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.console import shown
-from utils.distributed import World, from_main
+from utils.console import printable
+from utils.distributed import World, broadcast_from_main
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_torn(folder: Path, age: float = 0) -> None:
+def remove_unfinished(folder: Path, age: float = 0) -> None:
     """Delete what a process killed in `atomic` left behind. age: seconds for which nobody has written to it."""
     for path in folder.glob(f".*{TEMPORARY}"):
         with contextlib.suppress(FileNotFoundError):
@@ -59,12 +59,12 @@ def make_folder(path: str | os.PathLike) -> Path:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"cannot write to the output folder {shown(path)} ({error.strerror})") from None
+        raise UserError(f"cannot write to the output folder {printable(path)} ({error.strerror})") from None
     return Path(path)
 
 
 @contextlib.contextmanager
-def sole_writer(lock: Path, world: World) -> Iterator[None]:
+def exclusive_writer(lock: Path, world: World) -> Iterator[None]:
     """While this `with` block runs, no other run enters one with the same file, which is there meanwhile.
 
     The main process holds it, and all enter or none. A process that dies lets go of it, and its workers do not keep
@@ -82,7 +82,7 @@ def sole_writer(lock: Path, world: World) -> Iterator[None]:
             free = False
         except OSError as error:
             logger.warning("warning: no locks for %s (%s): see that no other run writes there", lock, error)
-        if not from_main(free, world):
+        if not broadcast_from_main(free, world):
             raise UserError(f"another run is writing here ({lock}): let it end, or write elsewhere")
         try:
             yield

@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def keyed_generator(*key: int) -> np.random.Generator:
+def seeded_generator(*key: int) -> np.random.Generator:
     """A generator that depends on nothing but the numbers given (>= 0), such as (seed, epoch, image).
 
     All that the programs draw comes from such a one; only initial weights come from torch's own, seeded once.

@@ -17,10 +17,10 @@ from torch import Tensor
 from utils import checkpoints, console, distributed
 from utils.checkpoints import Checkpoint, read_checkpoint
 from utils.compute import Compute, versions
-from utils.console import shown
+from utils.console import printable
 from utils.distributed import World
 from utils.errors import UserError
-from utils.files import atomic, make_folder, remove_torn, sole_writer, write_json
+from utils.files import atomic, exclusive_writer, make_folder, remove_unfinished, write_json
 from utils.signals import Stopped, StopSignal
 
 logger = logging.getLogger(__name__)
@@ -81,13 +81,13 @@ def starting_point(
         if len(found) > 1:
             raise UserError(f"--resume auto: there are {len(found)} runs; name the state to go on from")
         resume = found[0] if found else None
-        logger.info("%s", f"resuming {shown(resume)}" if resume else "nothing to resume: a new run")
+        logger.info("%s", f"resuming {printable(resume)}" if resume else "nothing to resume: a new run")
     if init or resume:
-        logger.info("starting from %s", shown(resume or init))
+        logger.info("starting from %s", printable(resume or init))
     origin = read_checkpoint(resume or init)
     if not resume or "progress" in origin.content:
         return origin, origin if resume else None
-    logger.info("%s holds weights but no training state: a new run starts from them", shown(resume))
+    logger.info("%s holds weights but no training state: a new run starts from them", printable(resume))
     return origin, None
 
 
@@ -103,18 +103,18 @@ def run_folder(folder: Path, world: World, resumed: Checkpoint | None, overwrite
             is not to be overwritten.
     """
     make_folder(folder)
-    with sole_writer(folder / ".lock", world):
+    with exclusive_writer(folder / ".lock", world):
         if resumed is None or Path(resumed.name).resolve().parent != folder.resolve():
             old = [path for path in folder.iterdir() if re.fullmatch(CHECKPOINT_NAMES, path.name)]
             if old and not overwrite:
                 raise UserError(
-                    f"{shown(folder)} holds a run already: --resume auto goes on with it, --overwrite deletes its"
+                    f"{printable(folder)} holds a run already: --resume auto goes on with it, --overwrite deletes its"
                     " checkpoints and records to begin anew; or write elsewhere"
                 )
             for path in [*old, *(folder / name for name in RECORD_NAMES)] if world.is_main else ():
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         if world.is_main:
-            remove_torn(folder)
+            remove_unfinished(folder)
         yield
 
 
@@ -164,7 +164,7 @@ class Stepper:
             norm = norm.nan_to_num()  # the scaler leaves out the steps that overflow in fp16, and scales less
         means, count, left_out, norm = self._means({"loss": loss, **values}, batch, norm)
         if not (math.isfinite(means["loss"]) and math.isfinite(norm)):
-            files = ", ".join(sorted({shown(item.path) for item in batch.items}))
+            files = ", ".join(sorted({printable(item.path) for item in batch.items}))
             raise NotFinite(
                 f"numbers are no longer finite at epoch {self.progress.epoch}, step {self.progress.step} (loss"
                 f" {means['loss']:.4g}, gradient norm {norm:.4g}); images {files}; lower --lr or use --precision fp32"
@@ -181,7 +181,7 @@ class Stepper:
     def _summed_gradients(self) -> list[Tensor]:
         """The gradients of all processes together, as they are of the loss before it was scaled."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        distributed.sum_gradients(parameters, self.world)
+        distributed.all_reduce_gradients(parameters, self.world)
         self.scaler.unscale_(self.optimizer)
         return [p.grad for p in parameters if p.grad is not None]
 
@@ -191,7 +191,7 @@ class Stepper:
         """Means over the images that all processes could read, their count, that of the others, and the norm."""
         counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
         sums = torch.stack([v.detach().float().to(self.compute.device) for v in (*shares.values(), *counts)])
-        sums = distributed.sum_over_processes(sums, self.world)
+        sums = distributed.all_reduce_sum(sums, self.world)
         *sums, weight, count, left_out, norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # a GPU is waited for
         return dict(zip(shares, (value / (weight or 1) for value in sums), strict=True)), count, left_out, norm
 
@@ -199,7 +199,7 @@ class Stepper:
         parts = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         return parts | {"progress": vars(self.progress)}
 
-    def go_on_from(self, resumed: Checkpoint | None, settings: Mapping) -> None:
+    def load_state(self, resumed: Checkpoint | None, settings: Mapping) -> None:
         """Go on from a state, if any; rates, decay and momentum are those asked for now. Says what else has changed."""
         if resumed is None:
             return
@@ -269,7 +269,7 @@ class Run(contextlib.AbstractContextManager):
     def __exit__(self, kind: type | None, error: BaseException | None, _) -> None:
         self.stop.__exit__()
         if isinstance(error, NotFinite):
-            saved = f"the last good state is {shown(self.path)}" if self.path.exists() else "no state is saved yet"
+            saved = f"the last good state is {printable(self.path)}" if self.path.exists() else "no state is saved yet"
             raise UserError(f"{error}; {saved}") from error
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps:
@@ -279,7 +279,7 @@ class Run(contextlib.AbstractContextManager):
         if error is None and self.writer:
             self.writer.close()
             already = " already" if self.first_epoch >= self.epochs else ""
-            folder = shown(self.path.parent)
+            folder = printable(self.path.parent)
             logger.info("finished%s: %d epochs are trained; all is in %s", already, self.epochs, folder)
 
     def state(self) -> dict:
@@ -324,7 +324,7 @@ class Run(contextlib.AbstractContextManager):
         stopping = float(self.stop.received or 0)
         if training and self.world.size > 1:  # what one process has to do all do, so that none waits for ever
             wanted = torch.tensor([stopping, due], device=self.stepper.compute.device)
-            stopping, due = distributed.max_over_processes(wanted, self.world).tolist()
+            stopping, due = distributed.all_reduce_max(wanted, self.world).tolist()
         if stopping or due:
             self.save()
         if stopping:
