@@ -72,7 +72,7 @@ def main(args: Namespace) -> int:
         # Scores, then what is made of them
         about = {"settings": vars(args) | {"precision": compute.precision}, "trained_on": seen}
         about["detector"] = {"file": args.resume, **detector.identity()}
-        job, stamps, tables, far = job_of(detector, items, args.stability), file_stamps(items), {}, []
+        job, stamps, tables, far = job_of(detector, items, False), file_stamps(items), {}, []
         for cell in cells:
             path, residuals = save_path, args.save_residuals
             if len(cells) > 1:
@@ -138,7 +138,7 @@ def score(
         for batch in merge_equal_sizes(loader, block, pixels):
             rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
             if len(batch.x):
-                scored, means = batch_rows(detector, batch, residuals, args.stability)
+                scored, means = batch_rows(detector, batch, residuals, False)
                 rows |= {index: row for (_, index, _), row in zip(batch.keys, scored, strict=True)}
                 far += [key[1] for key, m in zip(batch.keys, means, strict=True) if m < least or m > most]
             log.write(dict(sorted(rows.items())))

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from utils.console import is_main_process
 from utils.errors import UserError
-from utils.options import is_main_process
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,14 @@ from io import TextIOBase
 
 from tqdm import tqdm
 
-from utils.options import is_main_process
-
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 120  # between two lines of progress where there is no terminal
+
+
+def is_main_process() -> bool:
+    """Tell whether this process is the only one, or the first of several (environment variable RANK)."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class _Log(TextIOBase):

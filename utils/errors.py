@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import torch
 
-from utils.console import printable
-from utils.options import MISTAKE_DELAY, is_main_process
+from utils.console import is_main_process, printable
+from utils.options import MISTAKE_DELAY
 from utils.signals import Stopped
 
 logger = logging.getLogger(__name__)

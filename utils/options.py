@@ -1,305 +1,399 @@
-"""The options of the programs, each declared once. The defaults are the paper's. Nothing slow is imported here.
+"""Command-line options of the programs. Each option is declared once, and the defaults are the paper's.
 
-Flags keep the spelling of the released code, so that its users' scripts go on working; `dest` gives them the names
-used inside. Options read off a checkpoint (the networks' shapes) default to None: what the file says, and where there
-is no file, the paper's.
+Flags are spelled as in the released code, so that scripts written for it keep working. `dest` gives each flag the name
+that is used inside the program. Options that describe a network (its shape, its architecture) default to None, which
+means "not given": the checkpoint decides and, where there is no checkpoint, models/build.py uses the paper's values.
+Names of networks, perturbations and auxiliary tasks are checked where they are looked up.
 """
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
+from utils.console import is_main_process
+
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-PERTURBATIONS = ("none", "blur", "crop", "jpeg", "noise", "resize", "combined")
-PERTURBATION_PROTOCOLS = ("frank2020", "sweep")
-TASKS = ("none", "colorization", "denoising")
-MISTAKE_DELAY = 3  # seconds after which a process other than the main one tells a mistake: all may have found it
+MISTAKE_DELAY = 3  # seconds that other processes wait before they print a mistake that the main process prints, too
+
+# --- parser and types ---------------------------------------------------------------------------------------
 
 
-def is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"
+class HelpFormatter(argparse.HelpFormatter):
+    """A help formatter with wider columns."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=34, width=110)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose flags are spelled out."""
+    """An argument parser that prints errors as one line and does not accept abbreviated flags."""
 
     def __init__(self, prog: str, description: str):
-        formatter = partial(argparse.HelpFormatter, max_help_position=34, width=110)
-        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=formatter)
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str):
         if not is_main_process():
-            time.sleep(MISTAKE_DELAY)  # the main process says the same, and this one is ended meanwhile
+            time.sleep(MISTAKE_DELAY)  # the main process prints the same error, and the launcher ends this process
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
 class NoEffect(argparse.Action):
-    """A flag that is accepted and does nothing: of the released program, or one that was dropped. One line says so."""
+    """A flag that is accepted for compatibility and does nothing except print one line."""
+
+    def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
 
     def __call__(self, parser, namespace, values, option_string=None):
         if is_main_process():
             sys.stderr.write(f"{option_string} has no effect here\n")
 
 
-class Group:
-    """Options of one group of a parser: add("-x --long", "help", type, default, more for argparse)."""
+class KeyValues(argparse.Action):
+    """A flag that collects KEY=VALUE ... in a dict. A value is an int, a float, true, false, or else text."""
 
-    def __init__(self, parser: Parser, title: str):
-        self.group = parser.add_argument_group(title)
+    def __call__(self, parser, namespace, values, option_string=None):
+        collected = dict(getattr(namespace, self.dest) or {})
+        for text in values:
+            key, equals, value = text.partition("=")
+            if not equals or not key.isidentifier():
+                parser.error(f"argument {option_string}: expected KEY=VALUE, got {text!r}")
+            if key in collected:
+                parser.error(f"argument {option_string}: {key} is given twice")
+            collected[key] = parse_value(value)
+        setattr(namespace, self.dest, collected)
 
-    def add(self, flags: str, text: str, kind: Callable | None = None, default=None, **more) -> None:
-        """The default, if there is one, is shown behind the text."""
-        if default is not None:
-            more["default"], text = default, f"{text} (default: {default})"
-        if kind is not None:
-            more = {"type": kind, "metavar": "X" if kind.__name__ == "float" else "N", **more}
-        self.group.add_argument(*flags.split(), help=text, **more)
 
-    def switch(self, flags: str, text: str, **more) -> None:
-        """An option without a value, off by default."""
-        self.group.add_argument(*flags.split(), help=text, **{"action": "store_true", **more})
-
-    def dropped(self, flags: str, takes: int | None = None) -> None:
-        """Accept a flag that does nothing. takes: 0 if it has no value."""
-        hidden = {"dest": argparse.SUPPRESS, "help": argparse.SUPPRESS}
-        self.group.add_argument(*flags.split(), action=NoEffect, nargs=takes, **hidden)
+def parse_value(text: str) -> int | float | bool | str:
+    """Convert the text of a value to an int, a finite float or a bool where it reads as one."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if math.isfinite(value):
+            return value
+    return text
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """An argparse type: a finite int or float from `low` to `high`."""
+    """Make an argparse type for finite numbers from `low` to `high`. kind: int or float."""
 
     def parse(text: str):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"{text} (wanted: a number from {low} to {high})")
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it in its errors
+    parse.__name__ = kind.__name__  # argparse uses the name in its own errors
     return parse
 
 
 def perturbation(text: str) -> tuple[str, float | None]:
-    """An argparse type: NAME or NAME=STRENGTH."""
-    name, given, strength = text.partition("=")
-    if name not in (*PERTURBATIONS, "all"):
-        raise argparse.ArgumentTypeError(f"no perturbation {name!r}: {', '.join(PERTURBATIONS)} or all was wanted")
-    return name, number(float)(strength) if given else None
+    """Parse NAME or NAME=STRENGTH. The name is checked by data.perturbations."""
+    name, equals, strength = text.partition("=")
+    return name, number(float)(strength) if equals else None
 
 
-count, at_least_one, weight, share = number(int, 0), number(int, 1), number(float, 0), number(float, 0, 1)
+integer_from_0 = number(int, 0)
+integer_from_1 = number(int, 1)
+float_from_0 = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
+    """Accept flags that do nothing. nargs: 0 for flags without a value."""
+    for spellings in flags:
+        group.add_argument(*spellings.split(), action=NoEffect, nargs=nargs)
 
 
 # --- options that programs share ----------------------------------------------------------------------------
 
 
-def run_options(parser: Parser) -> None:
-    """How any of the programs runs."""
-    vgg_options(parser)
-    run = Group(parser, "run")
-    run.add("--gpu --gpu-id", "GPU number, or cpu (default: GPU 0 if there is one)", dest="gpu", metavar="N|cpu")
-    run.add("-j --workers --num-workers", "processes that read images; 0: only this one", count, 4, dest="workers")
-    run.add("--seed", "fixes everything random", count, 123)
-    text = "number format of the networks' arithmetic; auto = tf32 on a GPU, as the release ran, and fp32 on a CPU"
-    run.add("--precision", text, default="auto", choices=PRECISIONS)
-    run.switch("--deterministic", "reproducible, perhaps slower algorithms on a GPU (default: the fastest it has)")
+def add_run_options(parser: Parser) -> None:
+    """Add options on device, precision and randomness."""
+    add_vgg_options(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--gpu", "--gpu-id", dest="gpu", metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 if there is one)")
+    add("-j", "--workers", "--num-workers", dest="workers", type=integer_from_0, default=4, metavar="N",
+        help="processes that read images; 0 reads them in the main process (default: %(default)s)")  # fmt: skip
+    add("--seed", type=integer_from_0, default=123, metavar="N",
+        help="seed of all random numbers (default: %(default)s)")  # fmt: skip
+    add("--precision", choices=PRECISIONS, default="auto",
+        help="number format of the networks; auto = tf32 on a GPU, as in the release, and fp32 on a CPU")  # fmt: skip
+    add("--deterministic", action="store_true",
+        help="use reproducible algorithms on a GPU, which may be slower (default: the fastest)")  # fmt: skip
 
 
-def vgg_options(parser: Parser) -> None:
-    """Where the features come from."""
-    Group(parser, "VGG-19").add("--vgg-weights", "ImageNet weights from torch hub's cache or by download; a"
-        " fixed-seed stand-in; a torchvision vgg19 state dict; auto = ImageNet if it can be had, else, in training"
-        " from scratch, random", default="auto", metavar="auto|imagenet|random|FILE")  # fmt: skip
+def add_vgg_options(parser: Parser) -> None:
+    """Add the source of the VGG-19 weights."""
+    add = parser.add_argument_group("VGG-19").add_argument
+    add("--vgg-weights", default="auto", metavar="auto|imagenet|random|FILE",
+        help="weights of VGG-19: imagenet = from torch hub's cache or by download; random = fixed-seed random weights;"
+        " FILE = a torchvision vgg19 state dict; auto = imagenet, or random where a training from scratch cannot get"
+        " them (default: %(default)s)")  # fmt: skip
 
 
-def resynthesizer_options(parser: Parser) -> None:
-    """The shape of RDN; not needed where a checkpoint tells it."""
-    shape = Group(parser, "re-synthesizer (RDN); default: what its checkpoint says, else the paper's")
+def add_resynthesizer_options(parser: Parser) -> None:
+    """Add options on the architecture of the re-synthesizer."""
+    group = parser.add_argument_group("re-synthesizer (default: as in its checkpoint, else the paper's RDN)")
+    add = group.add_argument
+    add("--sr-arch", metavar="NAME",
+        help="super-resolution network: rdn; the controls bicubic (interpolation) or none (no re-synthesis); or a name"
+        " added to models.build.RESYNTHESIZERS (default: rdn)")  # fmt: skip
+    add("--sr-args", action=KeyValues, nargs="+", metavar="KEY=VALUE", help="further arguments of --sr-arch")
+    add("--sr-scale", "--scale", dest="scale", type=integer_from_1, metavar="N",
+        help="down- and up-sampling factor; 2, 3 or 4 for RDN (paper: 4)")  # fmt: skip
     for name, text in (
-        ("scale", "down- and up-sampling factor, 2, 3 or 4 (paper: 4)"),
-        ("num-features", "channels between the blocks, G0 (paper: 64)"),
-        ("growth-rate", "channels each layer adds, G (paper: 64)"),
-        ("num-blocks", "residual dense blocks, D (paper: 16)"),
-        ("num-layers", "layers in each block, C (paper: 8)"),
+        ("num-features", "RDN: channels between the blocks, G0 (paper: 64)"),
+        ("growth-rate", "RDN: channels that each layer adds, G (paper: 64)"),
+        ("num-blocks", "RDN: residual dense blocks, D (paper: 16)"),
+        ("num-layers", "RDN: layers in each block, C (paper: 8)"),
     ):
-        shape.add(f"--sr-{name} --{name}", text, at_least_one, dest=name.replace("-", "_"))
+        add(f"--sr-{name}", f"--{name}", dest=name.replace("-", "_"), type=integer_from_1, metavar="N", help=text)
 
 
-def detector_options(parser: Parser) -> None:
-    """Which detector: its classifier, the space of its residual, and the files of its weights."""
-    detector = Group(parser, "detector")
-    detector.add("-a --arch", "classifier (default: the checkpoint's, else resnet50)", choices=ARCHITECTURES)
-    text = "residual in pixels (0) or VGG-19 relu{1..5}_1 (default: the checkpoint's, else 0)"
-    detector.add("--idx-stages", text, number(int, 0, 5), dest="stage", metavar="0..5")
-    detector.add("--input-channel", "channels of the residual, as --idx-stages has", at_least_one, dest="in_channels")
-    text = "layer3 and layer4 without dilation, as all scripts have it (default: the checkpoint's, else dilated)"
-    detector.switch("--no_dilation", text, dest="dilated", action="store_const", const=False)
-    detector.add("--sr-weights-file", "weights of RDN: a file of train_sr.py, a released one, or NNNN_sr.pth.tar of"
-        " a fine-tuned detector (default: those inside the detector's checkpoint)",
-        dest="resynthesizer_file", metavar="FILE")  # fmt: skip
+def add_detector_options(parser: Parser) -> None:
+    """Add options on the residual, the classifier and the re-synthesizer's file."""
+    add = parser.add_argument_group("detector").add_argument
+    add("--features", metavar="NAME",
+        help="space in which the residual is computed: pixels, vgg19, or a name added to models.build.FEATURES"
+        " (default: as in the checkpoint, else pixels)")  # fmt: skip
+    add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
+        help="further arguments of --features, such as stage=3 for vgg19")  # fmt: skip
+    add("--idx-stages", dest="stage", type=number(int, 0, 5), metavar="0..5",
+        help="as in the release: 0 = --features pixels; 1 to 5 = --features vgg19 at relu1_1 to relu5_1")  # fmt: skip
+    add("-a", "--arch", metavar="NAME",
+        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem);"
+        " torchvision:NAME; or a name added to models.build.CLASSIFIERS (default: as in the checkpoint, else"
+        " resnet50)")  # fmt: skip
+    add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE", help="further arguments of --arch")
+    add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
+        help="channels of the residual; follows from the features, and an N that contradicts them is refused")  # fmt: skip
+    add("--no_dilation", dest="dilated", action="store_const", const=False,
+        help="do not dilate layer3 and layer4 of the ResNet; all released scripts use this flag (default: as in the"
+        " checkpoint, else dilated)")  # fmt: skip
+    add("--sr-weights-file", dest="resynthesizer_file", metavar="FILE",
+        help="weights of the re-synthesizer: a file of train_sr.py, a released file, or NNNN_sr.pth.tar of a"
+        " fine-tuned detector (default: the weights inside the detector's checkpoint)")  # fmt: skip
 
 
-def image_options(parser: Parser) -> None:
-    """Which labelled images, and how their sizes are made alike."""
-    images, folders = Group(parser, "images"), {"nargs": "+", "metavar": "DIR"}
-    images.add("--data-root-pos", "folders of REAL images", dest="real_roots", **folders)
-    images.add("--data-root-neg", "folders of GENERATED images, one a generator", dest="fake_roots", **folders)
-    images.add("--data-root", "a tree instead: GENERATOR/0_real, /1_fake, or nature, ai", dest="tree", metavar="DIR")
-    images.add("--csv", "a list instead: path,label[,generator] with label real or fake", metavar="FILE")
-    images.add("--resize", "resize the shorter side to N pixels (in tests by default as in training; 0: not)", count)
-    text = "crop N x N pixels: anywhere in training, the centre in tests (by default as in training; 0: not)"
-    images.add("--crop-size", text, count)
+def add_image_options(parser: Parser) -> None:
+    """Add options on the labelled images and their sizes."""
+    add = parser.add_argument_group("images").add_argument
+    add("--data-root-pos", dest="real_roots", nargs="+", metavar="DIR", help="folders of REAL images")
+    add("--data-root-neg", dest="fake_roots", nargs="+", metavar="DIR",
+        help="folders of GENERATED images; each folder counts as one generator")  # fmt: skip
+    add("--data-root", dest="tree", metavar="DIR",
+        help="instead: a tree of folders GENERATOR/0_real and GENERATOR/1_fake, or GENERATOR/.../nature and ai")  # fmt: skip
+    add("--csv", metavar="FILE",
+        help="instead: a CSV file with the columns path,label[,generator]; label: real or fake")  # fmt: skip
+    add("--resize", type=integer_from_0, metavar="N",
+        help="resize the shorter side to N pixels; 0: do not resize (default in tests: as in training)")  # fmt: skip
+    add("--crop-size", type=integer_from_0, metavar="N",
+        help="crop N x N pixels, at random places in training and in the centre in tests; 0: do not crop (default in"
+        " tests: as in training)")  # fmt: skip
 
 
-def training_options(parser: Parser, batch_size: int, lr: float, schedule: str, last: str) -> None:
-    """What both trainers do in a step, and how they start, go on, and are kept against accidents."""
-    step = Group(parser, "optimizer")
-    step.add("-b --batch-size", "images a step", at_least_one, batch_size)
-    step.add("--lr --learning-rate", "base learning rate", weight, lr)
-    text = "of the rate: as released, or a short warm-up and down to 0 at the end, which suits short trainings"
-    step.add("--schedule", text, choices=(schedule, "cosine"), default=schedule)
-    step.add("--clip-norm", "scale larger gradients down to this norm; not by default", weight)
-    safe = Group(parser, "keeping a training safe")
-    safe.add("--resume", f"go on with the run whose state this is; auto: with the one of {last}, if there is one,"
-        f" else from --init; a file without a state, as the released ones are, starts a new run with its weights",
-        metavar="FILE|auto")  # fmt: skip
-    safe.switch("--overwrite", "delete the run that the output folder holds, and begin anew")
-    safe.add("--save-minutes", "save the whole state at least every X minutes, within an epoch too", weight, 15.0)
-    safe.add("--keep-last", "of the numbered checkpoints keep the N newest (default: all)", at_least_one)
-    safe.switch("--skip-bad", "train without the images that cannot be used, rather than refuse")
-    safe.dropped("--skip-nonfinite")
+def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: str, output: str) -> None:
+    """Add options that both trainers have.
+
+    Args:
+        parser: the parser of the trainer.
+        batch_size: default of --batch-size, in images.
+        lr: default of --lr.
+        schedule: name of the released learning-rate schedule.
+        output: flag of the output folder, for the help.
+    """
+    add = parser.add_argument_group("optimizer").add_argument
+    add("-b", "--batch-size", type=integer_from_1, default=batch_size, metavar="N",
+        help="images per step, over all processes (default: %(default)s)")  # fmt: skip
+    add("--lr", "--learning-rate", type=float_from_0, default=lr, metavar="X",
+        help="base learning rate (default: %(default)s)")  # fmt: skip
+    add("--schedule", choices=(schedule, "cosine"), default=schedule,
+        help=f"learning-rate schedule: {schedule} = as released; cosine = a short warm-up, then a cosine down to 0,"
+        " which suits short trainings (default: %(default)s)")  # fmt: skip
+    add("--clip-norm", type=float_from_0, metavar="X",
+        help="scale gradients whose norm is larger than X down to X (default: no clipping)")  # fmt: skip
+    group = parser.add_argument_group("checkpoints")
+    add = group.add_argument
+    add("--resume", metavar="FILE|auto",
+        help=f"continue the run whose state is in FILE. auto: continue the run in {output} and, where it holds none,"
+        " start a new run. A FILE without a training state, such as a released checkpoint, starts a new run with its"
+        " weights")  # fmt: skip
+    add("--overwrite", action="store_true",
+        help=f"start a new run in {output} although it holds a run, whose checkpoints and records are deleted")  # fmt: skip
+    add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
+        help="save the state at least every X minutes, within an epoch, too (default: %(default)s)")  # fmt: skip
+    add("--keep-last", type=integer_from_1, metavar="N",
+        help="keep only the N newest numbered checkpoints (default: all)")  # fmt: skip
+    add("--skip-bad", action="store_true", help="leave out images that cannot be used (default: stop with an error)")
+    add_flags_without_effect(group, "--skip-nonfinite")
 
 
-def release_options(parser: Parser) -> None:
-    """Options of the released train.py and test.py that do nothing here."""
-    released = Group(parser, "released")
-    for flags in ("--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
-                  "--dist-url", "--dist-backend", "--carlibration", "--defense"):  # fmt: skip
-        released.dropped(flags)
-    for flags in ("-e --evaluate", "--pretrained", "--multiprocessing-distributed"):
-        released.dropped(flags, takes=0)
+def add_released_options(parser: Parser) -> None:
+    """Accept flags of the released train.py and test.py that do nothing here."""
+    group = parser.add_argument_group("released")
+    add_flags_without_effect(
+        group, "--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
+        "--dist-url", "--dist-backend", "--carlibration", "--defense"
+    )  # fmt: skip
+    add_flags_without_effect(group, "-e --evaluate", "--pretrained", "--multiprocessing-distributed", nargs=0)
 
 
 # --- the programs -------------------------------------------------------------------------------------------
 
 
 def train_sr_parser() -> Parser:
-    parser = Parser("train_sr.py", "Train the re-synthesizer: RDN super-resolution on REAL images only.")
-    run_options(parser)
-    resynthesizer_options(parser)
-    training_options(parser, batch_size=12, lr=1e-4, schedule="steps", last="--outputs-dir")
-    sr = Group(parser, "training")
-    sr.add("--train-file", "list of real images, one path a line; or a folder", metavar="FILE")
-    sr.add("--eval-file", "list or folder of images to report PSNR and SSIM on", metavar="FILE")
-    sr.switch("--evaluate", "only evaluate --weights-file on --eval-file")
-    sr.add("--outputs-dir", "writes DIR/xSCALE/epoch_N.pth, ...", default="output_hr", metavar="DIR")
-    sr.add("--weights-file", "start from these weights of RDN", dest="init", metavar="FILE")
-    sr.add("--patch-size", "side in LR pixels", at_least_one, 24)
-    sr.add("--patches-per-image", "patches taken from an image once it is decoded; the release: 1", at_least_one, 1)
-    text = "of new weights: PyTorch's, as released, or such that RDN interpolates at first"
-    sr.add("--start", text, choices=("random", "interpolation"), default="random")
-    sr.add("--lr-decay", "factor on the learning rate every --lr-decay-epoch", share, 0.5)
-    sr.add("--lr-decay-epoch", "epochs from one decay to the next", at_least_one, 225)
-    sr.add("--num-epochs", "passes over the images", at_least_one, 750)
-    sr.add("--num-save", "save every N epochs", at_least_one, 15)
-    sr.add("--vgg-lambda", "weight of the perceptual loss", weight, 0.2)
-    sr.switch("--augment", "degrade patches by noise and JPEG compression")
-    sr.switch("--completion", "degrade patches by removing pixels")
-    sr.switch("--colorization", "degrade patches by greying pixels")
+    """Make the parser of train_sr.py."""
+    parser = Parser("train_sr.py", "Train the re-synthesizer: super-resolution on REAL images only.")
+    add_run_options(parser)
+    add_resynthesizer_options(parser)
+    add_training_options(parser, batch_size=12, lr=1e-4, schedule="steps", output="--outputs-dir")
+    add = parser.add_argument_group("training").add_argument
+    add("--train-file", metavar="FILE", help="list of real images, one path per line; or a folder of images")
+    add("--eval-file", metavar="FILE", help="list or folder of images on which PSNR and SSIM are computed per epoch")
+    add("--evaluate", action="store_true", help="only compute PSNR and SSIM of --weights-file on --eval-file")
+    add("--outputs-dir", default="output_hr", metavar="DIR",
+        help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
+    add("--weights-file", dest="init", metavar="FILE", help="start a new run with these weights")
+    add("--patch-size", type=integer_from_1, default=24, metavar="N",
+        help="side of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
+    add("--patches-per-image", type=integer_from_1, default=1, metavar="N",
+        help="patches cut from an image each time it is read; the release cuts 1 (default: %(default)s)")  # fmt: skip
+    add("--start", choices=("random", "interpolation"), default="random",
+        help="initialisation of a new RDN: random = PyTorch's default (as released); interpolation = starts as plain"
+        " interpolation (default: %(default)s)")  # fmt: skip
+    add("--lr-decay", type=fraction, default=0.5, metavar="X",
+        help="factor on the learning rate after every --lr-decay-epoch epochs, 0 to 1 (default: %(default)s)")  # fmt: skip
+    add("--lr-decay-epoch", type=integer_from_1, default=225, metavar="N",
+        help="epochs between two decays of the learning rate (default: %(default)s)")  # fmt: skip
+    add("--num-epochs", type=integer_from_1, default=750, metavar="N", help="number of epochs (default: %(default)s)")
+    add("--num-save", type=integer_from_1, default=15, metavar="N",
+        help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
+    add("--vgg-lambda", type=float_from_0, default=0.2, metavar="X",
+        help="weight of the perceptual loss; 0 disables it (default: %(default)s)")  # fmt: skip
+    add("--augment", action="store_true", help="degrade input patches by noise and JPEG compression")
+    add("--completion", action="store_true", help="degrade input patches by removing pixels")
+    add("--colorization", action="store_true", help="degrade input patches by making pixels grey")
     return parser
 
 
 def train_detector_parser() -> Parser:
-    text = "Train the detector on re-synthesis residuals, RDN frozen (--fixed-sr) or end to end."
+    """Make the parser of train_detector.py."""
+    text = "Train the detector on re-synthesis residuals: classifier only (--fixed-sr), or end to end."
     parser = Parser("train_detector.py", text)
-    for options in (run_options, image_options, resynthesizer_options, detector_options):
-        options(parser)
-    training_options(parser, batch_size=10, lr=1e-2, schedule="released", last="--output-path")
-    release_options(parser)
-    training = Group(parser, "training")
-    training.add("--output-path", "where checkpoints and records go", default="output", metavar="DIR")
-    training.add("--init", "start a new run with the weights of this detector", metavar="FILE")
-    training.add("--epochs", "passes over the images", at_least_one, 100)
-    training.add("--optimizer", "sgd as released", choices=("sgd", "adamw"), default="sgd")
-    training.add("--momentum", "of SGD", share, 0.9)
-    training.add("--wd --weight-decay", "weight decay", weight, 1e-4, dest="weight_decay")
-    text = "scales the CLASSIFIER's gradients, despite the flag's name: it learns at lr * X, RDN at lr"
-    training.add("--lr-sr", text, weight, 0.02, dest="classifier_grad_scale")
-    training.switch("--fixed-sr", "RDN is not trained", dest="fixed_resynthesizer")
-    training.add("--mode-sr", "task RDN is fine-tuned with", default="none", dest="auxiliary", choices=TASKS)
-    text = "weight of the auxiliary loss, which end-to-end training has with --mode-sr none, too; 0: without"
-    training.add("--lw-sr", text, weight, 1.0, dest="auxiliary_weight")
-    training.add("--save-every-epoch", "keep a checkpoint every N epochs", at_least_one, 2)
-    training.add("--val-root-pos", "REAL images to validate on", dest="val_real_roots", nargs="+", metavar="DIR")
-    training.add("--val-root-neg", "GENERATED images to validate on", dest="val_fake_roots", nargs="+", metavar="DIR")
-    training.add("--val-csv", "a list instead, as --csv", metavar="FILE")
-    training.dropped("--save_path")
-    _cost_options(Group(parser, "what a training costs"))
+    add_run_options(parser)
+    add_image_options(parser)
+    add_resynthesizer_options(parser)
+    add_detector_options(parser)
+    add_training_options(parser, batch_size=10, lr=1e-2, schedule="released", output="--output-path")
+    add_released_options(parser)
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--output-path", default="output", metavar="DIR", help="output folder (default: %(default)s)")
+    add("--init", metavar="FILE", help="start a new run with the weights of this detector")
+    add("--epochs", type=integer_from_1, default=100, metavar="N", help="number of epochs (default: %(default)s)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd = as released (default: %(default)s)")
+    add("--momentum", type=fraction, default=0.9, metavar="X", help="momentum of SGD (default: %(default)s)")
+    add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
+        help="weight decay (default: %(default)s)")  # fmt: skip
+    add("--lr-sr", dest="classifier_grad_scale", type=float_from_0, default=0.02, metavar="X",
+        help="factor on the CLASSIFIER's gradients, despite the flag's name: the classifier learns at lr * X and the"
+        " re-synthesizer at lr; must be above 0 (default: %(default)s)")  # fmt: skip
+    add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
+    add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
+        help="auxiliary task on which the re-synthesizer is fine-tuned: none, colorization, denoising, or a name added"
+        " to data.degradations.TASKS (default: %(default)s)")  # fmt: skip
+    add("--lw-sr", dest="auxiliary_weight", type=float_from_0, default=1.0, metavar="X",
+        help="weight of the reconstruction loss in end-to-end training, which is computed with --mode-sr none, too; 0"
+        " disables it (default: %(default)s)")  # fmt: skip
+    add("--save-every-epoch", type=integer_from_1, default=2, metavar="N",
+        help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
+    add("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="folders of REAL validation images")
+    add("--val-root-neg", dest="val_fake_roots", nargs="+", metavar="DIR",
+        help="folders of GENERATED validation images")  # fmt: skip
+    add("--val-csv", metavar="FILE", help="instead: a CSV file of validation images, with the columns of --csv")
+    add_flags_without_effect(group, "--save_path")
+    _add_cost_options(parser)
     return parser
 
 
-def _cost_options(costs: Group) -> None:
-    """Memory and time of train_detector.py."""
-    costs.add("--micro-batch", "pass N images at a time through RDN and VGG: less memory, the same update, batch"
-        " normalisation included, for one more forward pass where RDN is trained (default: the whole batch)",
-        at_least_one)  # fmt: skip
-    text = "with --crop-size: use N crops of each image, the same in every epoch; 0 = one, anew in each epoch"
-    costs.add("--crops-per-image", text, count, 0, dest="crops")
-    costs.switch("--augment-perturb", "blur, crop, compress (JPEG) or add noise to half of the training images, anew"
-        " in each epoch, as test.py --perturb-protocol frank2020 does (default: images as they are)")  # fmt: skip
-    costs.switch("--no-cache", "compute the residuals anew in each epoch (default: with --fixed-sr, and unless"
-        " images are cropped or perturbed anew in each epoch, each is computed once and kept on disk)",
-        dest="cache", action="store_false")  # fmt: skip
-    costs.add("--cache-dir", "folder of residuals, for any run (default: OUTPUT_PATH/residual_cache)", metavar="DIR")
-    costs.add("--cache-gb", "keep residuals only if all take at most X GB and the disk has room", weight, 50.0)
-    text = "number format of residuals kept: half precision, exact to 0.05 %%, or float32 at twice the size"
-    costs.add("--cache-precision", text, default="fp16", choices=("fp16", "fp32"))
+def _add_cost_options(parser: Parser) -> None:
+    """Add options on memory and time of train_detector.py."""
+    add = parser.add_argument_group("memory and time").add_argument
+    add("--micro-batch", type=integer_from_1, metavar="N",
+        help="pass N images at a time through the re-synthesizer and the features: less memory and the same update, at"
+        " the cost of one more forward pass in end-to-end training (default: the whole batch)")  # fmt: skip
+    add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
+        help="with --crop-size: train on N fixed crops of each image; 0: on one new random crop per epoch (default:"
+        " %(default)s)")  # fmt: skip
+    add("--augment-perturb", action="store_true",
+        help="blur, crop, compress (JPEG) or add noise to half of the training images, drawn again in each epoch, as"
+        " test.py --perturb-protocol frank2020 does")  # fmt: skip
+    add("--no-cache", dest="cache", action="store_false",
+        help="compute residuals again in each epoch (default: with --fixed-sr, residuals are computed once and kept on"
+        " disk, unless images are cropped or perturbed at random)")  # fmt: skip
+    add("--cache-dir", metavar="DIR",
+        help="folder of the kept residuals, which several runs may share (default: OUTPUT_PATH/residual_cache)")  # fmt: skip
+    add("--cache-gb", type=float_from_0, default=50.0, metavar="X",
+        help="keep residuals only if they take at most X GB and the disk has room (default: %(default)s)")  # fmt: skip
+    add("--cache-precision", choices=("fp16", "fp32"), default="fp16",
+        help="number format of the kept residuals; fp16 is exact to 0.05 %%, fp32 takes twice the space (default:"
+        " %(default)s)")  # fmt: skip
 
 
 def test_parser() -> Parser:
-    parser = Parser("test.py", "Score images: labelled sets with metrics, or any file or folder (--input).")
-    for options in (run_options, image_options, resynthesizer_options, detector_options, release_options):
-        options(parser)
-    test = Group(parser, "test")
-    test.add("--resume", "the detector's checkpoint", metavar="FILE")
-    test.add("--input", "score these images and folders, without labels", nargs="+", metavar="PATH")
-    test.add("--save_path --save-path", "writes P.csv, P.npy, P.json and P.png", dest="save_path", metavar="P")
-    test.add("--save-residuals", "writes image | re-synthesis | residual of each image as a picture", metavar="DIR")
-    test.add("--perturb", "perturb the images before they are scored, in each of these ways in turn; of a sweep all"
-        f" strengths or one (jpeg=70); all: every one (default: none; names: {', '.join(PERTURBATIONS)})",
-        perturbation, nargs="+", metavar="NAME[=STRENGTH]")  # fmt: skip
-    text = "fixed strengths (sweep), or random ones as Frank et al. (ICML 2020) describe them"
-    test.add("--perturb-protocol", text, default="sweep", choices=PERTURBATION_PROTOCOLS)
-    test.switch("--stability", "score each image again after JPEG of quality 90 and after resizing to 0.9 and back"
-        " (three times the work), and mark as unstable where that changes the verdict")  # fmt: skip
-    test.add("-b --batch-size", "images at a time (default: as many as have 1024 x 1024 pixels)", at_least_one)
-    test.switch("--overwrite", "score anew what P.csv or an unfinished run has already")
-    test.add("--tile", "work on N x N pixels of a larger image at a time: the smaller, the less memory and the more"
-        " time; the logits stay those of the whole image to rounding, each tile being given all its results depend on",
-        number(int, 64), 1024)  # fmt: skip
-    text = "score N crops of --crop-size spread over a larger image and take the mean (default: 9 if the detector was"
-    text += " trained on crops and no other size is asked for, else 1, the one in its centre)"
-    test.add("--crops", text, at_least_one)
-    for flags in ("--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
-                  "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"):  # fmt: skip
-        test.dropped(flags)
-    test.dropped("--fixed-sr", takes=0)
+    """Make the parser of test.py."""
+    parser = Parser("test.py", "Score images: labelled images with metrics, or any files and folders (--input).")
+    add_run_options(parser)
+    add_image_options(parser)
+    add_resynthesizer_options(parser)
+    add_detector_options(parser)
+    add_released_options(parser)
+    group = parser.add_argument_group("test")
+    add = group.add_argument
+    add("--resume", metavar="FILE", help="checkpoint of the detector")
+    add("--input", nargs="+", metavar="PATH", help="score these images and folders, without labels")
+    add("--save_path", "--save-path", dest="save_path", metavar="P", help="write P.csv, P.npy, P.json and P.png")
+    add("--save-residuals", metavar="DIR", help="write a picture per image: image | re-synthesis | residual")
+    add("--perturb", type=perturbation, nargs="+", metavar="NAME[=STRENGTH]",
+        help="perturb the images before they are scored, in each of these ways in turn: none, blur, crop, jpeg, noise,"
+        " resize, combined, or all. In a sweep, a name alone means all its strengths (default: none)")  # fmt: skip
+    add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
+        help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
+        " %(default)s)")  # fmt: skip
+    add("-b", "--batch-size", type=integer_from_1, metavar="N",
+        help="images per batch (default: as many as have 1024 x 1024 pixels together)")  # fmt: skip
+    add("--overwrite", action="store_true", help="score again what P.csv or an unfinished run holds already")
+    add("--tile", type=number(int, 64), default=1024, metavar="N",
+        help="process larger images in tiles of N x N pixels, at least 64. A smaller N takes less memory and more"
+        " time. The logits equal those of the whole image up to rounding (default: %(default)s)")  # fmt: skip
+    add("--crops", type=integer_from_1, metavar="N",
+        help="average the logits of N crops of --crop-size spread over a larger image (default: 9 if the detector was"
+        " trained on crops and no other size is given, else 1, the crop in the centre)")  # fmt: skip
+    add_flags_without_effect(
+        group, "--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
+        "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"
+    )  # fmt: skip
+    add_flags_without_effect(group, "--fixed-sr", "--stability", nargs=0)
     return parser
 
 
 def export_parser() -> Parser:
-    parser = Parser("python -m tools.export", "Write a trained detector as one graph, or as one safe file to share.")
-    for options in (vgg_options, resynthesizer_options, detector_options):
-        options(parser)
-    export = Group(parser, "export")
-    export.add("--resume", "the detector's checkpoint, or a bundle", required=True, metavar="FILE")
-    export.add("--out", "write a graph: FILE.onnx, or FILE.pt2 for torch.export.load", Path, metavar="FILE")
-    export.add("--check", "is this a graph of the detector, with its numbers?", Path, metavar="FILE")
-    export.add("--bundle", "write one file to share: FILE.safetensors", Path, metavar="FILE")
-    export.add("--scores", "results of test.py for the bundle's model card", metavar="P.json")
+    """Make the parser of tools.export."""
+    parser = Parser("python -m tools.export", "Write a trained detector as a graph, or as one safe file to share.")
+    add_vgg_options(parser)
+    add_resynthesizer_options(parser)
+    add_detector_options(parser)
+    add = parser.add_argument_group("export").add_argument
+    add("--resume", required=True, metavar="FILE", help="checkpoint of the detector, or a bundle")
+    add("--out", type=Path, metavar="FILE", help="write a graph: FILE.onnx, or FILE.pt2 for torch.export.load")
+    add("--check", type=Path, metavar="FILE", help="check that this graph gives the detector's numbers")
+    add("--bundle", type=Path, metavar="FILE", help="write one file to share: FILE.safetensors")
+    add("--scores", metavar="P.json", help="results of test.py for the model card of the bundle")
     return parser
