@@ -125,7 +125,7 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
     if problem:
         raise UserError(f"image {problem}")
     if policy.resize is not None:
-        image = resized(image, *_resized(*image.shape[-2:], policy))  # (3, H', W')
+        image = resize_bicubic(image, *_resized(*image.shape[-2:], policy))  # (3, H', W')
     if policy.crop_size is not None:
         side, free = policy.crop_size, [n - policy.crop_size for n in image.shape[-2:]]
         top, left = (n // 2 if rng is None else int(rng.integers(n + 1)) for n in free)
@@ -134,7 +134,7 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
     return image[:, top : top + height, left : left + width].contiguous()
 
 
-def resized(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
+def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
     """Bicubic and rounded, as torchvision does it, which takes two seconds to import. image: uint8 (3, H, W)."""
     if image.shape[-2:] == (height, width):
         return image

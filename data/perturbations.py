@@ -1,14 +1,16 @@
-"""What happens to pictures on their way to a detector: blur, crop, JPEG, noise, resize, as pure functions.
+"""Perturbations of images: blur, crop, JPEG, noise and resizing, as pure functions.
 
-Images are uint8 (3, H, W) RGB tensors; every function returns a new one of the same size. Two protocols, because
-numbers from one cannot be compared with numbers from the other:
+Images are uint8 (3, H, W) RGB tensors. Every function returns an image of the same size. There are two protocols, whose
+numbers cannot be compared with each other:
 
     frank2020   Frank et al., "Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020), as the paper
-                describes it: half of the images are perturbed, at random strengths
-    sweep       fixed strengths, applied to every image: for robustness curves
+                describes it: each image is perturbed with probability 0.5, at a random strength
+    sweep       every image is perturbed, at a fixed strength: for curves of accuracy against strength
 
-What is drawn for an image depends on its pixels, the protocol, the perturbation and the seed alone, so that batch size,
-order, number of workers and the place of the file change nothing.
+To add a perturbation, write a function and add a line to SWEEP, to FRANK2020, or to both.
+
+The random numbers for an image depend only on its pixels, the protocol, the perturbation and the seed. The batch size,
+the order of the images, the number of workers and the path of the file have no effect.
 """
 
 import io
@@ -23,188 +25,258 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from data.images import resized
+from data.images import resize_bicubic
 from utils.errors import UserError
 from utils.random_streams import seeded_generator
 
-# Frank et al.
+# Constants of Frank et al.
 PROBABILITY = 0.5
-KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # size, and the sigma that OpenCV takes for it, in pixels
-CROP_SHARE = (0.05, 0.2)  # of each side, half of it from either end
-JPEG_QUALITY = (10, 75)  # both included
-NOISE_VARIANCE = (5.0, 20.0)  # in grey levels squared, on 0..255
+BLUR_KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # (size, sigma) in pixels; sigma is OpenCV's for this size
+CROP_FRACTION = (0.05, 0.2)  # fraction of each side that is cut off
+JPEG_QUALITY = (10, 75)  # both inclusive
+NOISE_VARIANCE = (5.0, 20.0)  # for pixel values in 0..255
 
 
 def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
-    """Gaussian blur, border reflected without repeating its pixel (OpenCV's reflect-101), rounded.
+    """Blur with a Gaussian kernel and round the result.
 
-    Rows, then columns: equal to the square kernel and, at sigma 4, many times faster. A kernel larger than the image can
-    be reflected is cut to what fits.
+    The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The kernel is separable
+    and is applied along one axis at a time. A kernel that is too large for the image is cut off.
     """
     x = image.float()  # (3, H, W)
     for _ in range(2):
-        reach = min(kernel_size // 2, x.shape[-1] - 1)
-        weights = torch.softmax(-(torch.arange(-reach, reach + 1) ** 2) / (2 * sigma**2), dim=0)
-        x = F.conv2d(F.pad(x[:, None], (reach, reach, 0, 0), mode="reflect"), weights.view(1, 1, 1, -1))[:, 0]
-        x = x.transpose(1, 2)  # (3, W, H), and then back
-    return _to_uint8(x)
+        radius = min(kernel_size // 2, x.shape[-1] - 1)
+        offsets = torch.arange(-radius, radius + 1)
+        kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)  # (2 * radius + 1,)
+        padded = F.pad(x[:, None], (radius, radius, 0, 0), mode="reflect")
+        x = F.conv2d(padded, kernel.view(1, 1, 1, -1))[:, 0]
+        x = x.transpose(1, 2)  # (3, W, H) after the first pass, (3, H, W) after the second
+    return _round_to_uint8(x)
 
 
-def crop(image: Tensor, share: float) -> Tensor:
-    """Cut `share` of height and width, half from either end, and enlarge to the old size (bicubic).
+def crop(image: Tensor, fraction: float) -> Tensor:
+    """Cut off a fraction of the height and width, half of it at either end, and resize to the original size.
 
-    Without antialiasing, which would change nothing but the bicubic kernel (to a = -0.5 from OpenCV's -0.75).
+    The resizing is bicubic. Antialiasing would have no effect when enlarging, except for a different bicubic kernel
+    (a = -0.5 instead of OpenCV's -0.75).
     """
     height, width = image.shape[-2:]
-    top, left = int(height * share * 0.5), int(width * share * 0.5)
-    return resized(image[:, top : height - top, left : width - left], height, width, antialias=False)
+    top = int(height * fraction * 0.5)
+    left = int(width * fraction * 0.5)
+    inner = image[:, top : height - top, left : width - left]
+    return resize_bicubic(inner, height, width, antialias=False)
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """The image after baseline JPEG with libjpeg's quantisation tables of that quality (1..100), chroma 4:2:0."""
+    """Compress as baseline JPEG with libjpeg's quality setting (1..100) and 4:2:0 chroma subsampling."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
-    return torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1).contiguous()  # (3, H, W)
+    decoded = np.array(Image.open(file))  # (H, W, 3)
+    return torch.from_numpy(decoded).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
 def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise, independent in each pixel and channel; std in grey levels. Rounded and clipped."""
-    return _to_uint8(image + std * torch.from_numpy(rng.standard_normal(tuple(image.shape))))
+    """Add Gaussian noise, independent for each pixel and channel, then round and clip.
+
+    Args:
+        std: standard deviation, for pixel values in 0..255.
+    """
+    noise = torch.from_numpy(rng.standard_normal(tuple(image.shape)))
+    return _round_to_uint8(image + std * noise)
 
 
-def resize_and_back(image: Tensor, scale: float) -> Tensor:
-    """Shrink by `scale` (bicubic, antialiased) and enlarge to the old size (bicubic)."""
+def resize_and_back(image: Tensor, factor: float) -> Tensor:
+    """Shrink by a factor in (0, 1] (bicubic, antialiased) and enlarge to the original size (bicubic)."""
     height, width = image.shape[-2:]
-    small = resized(image, *(max(1, round(side * scale)) for side in (height, width)))
-    return resized(small, height, width)
+    small = resize_bicubic(image, max(1, round(height * factor)), max(1, round(width * factor)))
+    return resize_bicubic(small, height, width)
 
 
-def _to_uint8(x: Tensor) -> Tensor:
+def _round_to_uint8(x: Tensor) -> Tensor:
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-# At a random strength, in the order in which "combined" applies them: what a picture is stored as comes last
-FRANK2020 = {
-    "crop": lambda image, rng: crop(image, rng.uniform(*CROP_SHARE)),
-    "blur": lambda image, rng: blur(image, *KERNELS[rng.integers(len(KERNELS))]),
-    "noise": lambda image, rng: add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng),
-    "jpeg": lambda image, rng: jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True))),
-}
+# --- frank2020: random strengths ----------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
-    """A perturbation of the sweep, and how it is told."""
+def random_crop(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Apply `crop` at a random strength."""
+    return crop(image, rng.uniform(*CROP_FRACTION))
 
-    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # at a given strength
+
+def random_blur(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Apply `blur` at a random strength."""
+    kernel_size, sigma = BLUR_KERNELS[rng.integers(len(BLUR_KERNELS))]
+    return blur(image, kernel_size, sigma)
+
+
+def random_noise(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Apply `add_noise` at a random strength."""
+    return add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng)
+
+
+def random_jpeg(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Apply `jpeg` at a random strength."""
+    return jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
+
+
+# "combined" applies them in this order. JPEG is last because compression is the last step when an image is saved.
+FRANK2020 = {"crop": random_crop, "blur": random_blur, "noise": random_noise, "jpeg": random_jpeg}
+
+
+# --- sweep: fixed strengths ---------------------------------------------------------------------------------
+
+
+def blur_at(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
+    """Apply `blur` with a kernel that reaches four sigma to either side."""
+    return blur(image, 2 * math.ceil(4 * sigma) + 1, sigma)
+
+
+def jpeg_at(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
+    """Apply `jpeg`."""
+    return jpeg(image, round(quality))
+
+
+def noise_at(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
+    """Apply `add_noise`. Here, std is for pixel values in [0, 1]."""
+    return add_noise(image, std * 255, rng)
+
+
+def resize_at(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
+    """Apply `resize_and_back`."""
+    return resize_and_back(image, factor)
+
+
+class Sweep(NamedTuple):
+    """A perturbation with the strengths it is tested at, and how tables and figures show them."""
+
+    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # (image, strength, rng) -> image
     strengths: tuple[float, ...] = ()
-    label: str = "{:g}"  # of a strength
-    axis: str = "strength"  # what a strength is, for a figure
-    smaller_is_harder: bool = False  # of strengths, for a detector
+    label: str = "{:g}"  # format of a strength
+    axis: str = "strength"  # axis label in figures
+    smaller_is_harder: bool = False  # True if a smaller strength changes the image more
 
 
-# fmt: off
 SWEEP = {
-    "blur": Kind(lambda image, sigma, _: blur(image, 2 * math.ceil(4 * sigma) + 1, sigma),  # 4 sigma to either side
-                 (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
-    "jpeg": Kind(lambda image, quality, _: jpeg(image, round(quality)),
-                 (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True),
-    "noise": Kind(lambda image, std, rng: add_noise(image, std * 255, rng),
-                  (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, of [0, 1]"),
-    "resize": Kind(lambda image, scale, _: resize_and_back(image, scale),
-                   (0.5,), "x{:g} and back", "factor, and back", True),
+    "blur": Sweep(blur_at, (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
+    "jpeg": Sweep(jpeg_at, (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True),
+    "noise": Sweep(noise_at, (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, pixels in [0, 1]"),
+    "resize": Sweep(resize_at, (0.5,), "x{:g} and back", "factor, and back", True),
 }
-# fmt: on
-NAMES = ("none", *sorted(FRANK2020 | SWEEP), "combined")
 
 
-class Cell(NamedTuple):
-    """A row of the robustness table: a perturbation, and in the sweep its strength."""
+# --- choosing and applying ----------------------------------------------------------------------------------
+
+
+class PerturbationSetting(NamedTuple):
+    """The name of a perturbation and, in the sweep, its strength. "none" leaves images unchanged."""
 
     name: str
     strength: float | None = None
 
     @property
-    def kind(self) -> Kind:
-        return SWEEP.get(self.name, Kind())
+    def sweep(self) -> Sweep:
+        """The entry of SWEEP. For other names, an entry with default values."""
+        return SWEEP.get(self.name, Sweep())
 
     @property
     def label(self) -> str:
-        """Such as "jpeg quality 70"."""
-        return self.name if self.strength is None else f"{self.name} {self.kind.label.format(self.strength)}"
+        """A label for tables, such as "jpeg quality 70"."""
+        if self.strength is None:
+            return self.name
+        return f"{self.name} {self.sweep.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
-        """The label as the end of a file's name."""
+        """The label without spaces, for file names."""
         return self.label.replace(" ", "_")
 
 
-# What should leave a verdict as it is: a picture meets it on its way through a messenger or a web page.
-MILD = (Cell("jpeg", 90), Cell("resize", 0.9))
+def settings_of(protocol: str) -> list[PerturbationSetting]:
+    """List all settings of a protocol. The first is "none"."""
+    settings = [PerturbationSetting("none")]
+    if protocol == "frank2020":
+        settings += [PerturbationSetting(name) for name in sorted(FRANK2020)]
+        settings.append(PerturbationSetting("combined"))
+    else:
+        for name, sweep in SWEEP.items():
+            settings += [PerturbationSetting(name, strength) for strength in sweep.strengths]
+    return settings
 
 
-def select_perturbations(protocol: str, wanted: Sequence[tuple[str, float | None]]) -> list[Cell]:
-    """What to run for --perturb NAME[=STRENGTH] ... in a protocol, each once; "all" begins with the untouched images.
+def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | None]]) -> list[PerturbationSetting]:
+    """Find the settings for `--perturb NAME[=STRENGTH] ...`.
+
+    Args:
+        protocol: "frank2020" or "sweep".
+        requested: names and strengths. A strength of None means all strengths. The name "all" means all settings.
+
+    Returns:
+        The settings in the requested order, without repetitions.
 
     Raises:
-        UserError: if a perturbation or its strength is not in the protocol.
+        UserError: if the protocol does not have a requested name or strength.
     """
-    if protocol == "sweep":
-        known = [Cell(name, strength) for name, kind in SWEEP.items() for strength in kind.strengths]
-    else:
-        known = [Cell(name) for name in (*sorted(FRANK2020), "combined")]
-    known, chosen = [Cell("none"), *known], []
-    for name, strength in wanted:
-        named = [cell for cell in known if name in (cell.name, "all")]
-        if not named:
-            has = ", ".join(dict.fromkeys(cell.name for cell in known))
-            raise UserError(f"no perturbation {name!r} with --perturb-protocol {protocol}: it has {has}")
-        found = [cell for cell in named if strength in (cell.strength, None)]
+    available = settings_of(protocol)
+    selected = []
+    for name, strength in requested:
+        same_name = [s for s in available if name in (s.name, "all")]
+        if not same_name:
+            names = ", ".join(dict.fromkeys(s.name for s in available))
+            raise UserError(f"unknown perturbation {name!r} for --perturb-protocol {protocol}: expected {names} or all")
+        found = [s for s in same_name if strength in (s.strength, None)]
         if not found:
-            strengths = ", ".join(f"{cell.strength:g}" for cell in named if cell.strength is not None)
-            raise UserError(f"--perturb {name}={strength:g}: its strengths are {strengths or 'not chosen'}")
-        chosen += found
-    return list(dict.fromkeys(chosen))
+            strengths = ", ".join(f"{s.strength:g}" for s in same_name if s.strength is not None)
+            expected = f"expected one of {strengths}" if strengths else "it takes no strength"
+            raise UserError(f"--perturb {name}={strength:g} is not in --perturb-protocol {protocol}: {expected}")
+        selected += found
+    return list(dict.fromkeys(selected))
 
 
 class Perturbation(NamedTuple):
-    """What `protocol` does to images under one of its perturbations: a transform of data.datasets.
+    """A transform for `ImageDataset` that applies one setting of a protocol.
 
-    frank2020 perturbs with probability 0.5 ("combined": each of its parts), the sweep always, at the cell's strength. The
-    random pattern does not depend on the strength: a sweep scales one noise field up.
+    frank2020 perturbs each image with probability 0.5; "combined" decides so for each of its four parts. The sweep
+    perturbs every image. Noise of different strengths is one noise pattern, scaled.
     """
 
-    cell: Cell
+    setting: PerturbationSetting
     protocol: str
     seed: int
 
     def __call__(self, image: Tensor, _: object = None) -> Tensor:
-        """image: uint8 (3, H, W). Returns the same shape, perhaps the same tensor."""
-        name, strength = self.cell
+        """Perturb an image, uint8 (3, H, W). The result may be the same tensor."""
+        name, strength = self.setting
         if name == "none":
             return image
-        pixels = zlib.crc32(image.contiguous().numpy(), zlib.crc32(repr(tuple(image.shape)).encode()))
-        rng = seeded_generator(self.seed, pixels, zlib.crc32(f"{self.protocol}/{name}".encode()))
+        rng = self._generator(image)
         if self.protocol == "sweep":
-            return self.cell.kind.apply(image, strength, rng)
-        names = FRANK2020 if name == "combined" else [name]
-        for n in [n for n in names if rng.random() < PROBABILITY]:
+            return self.setting.sweep.apply(image, strength, rng)
+        names = list(FRANK2020) if name == "combined" else [name]
+        chosen = [n for n in names if rng.random() < PROBABILITY]
+        for n in chosen:
             image = FRANK2020[n](image, rng)
         return image
 
+    def _generator(self, image: Tensor) -> np.random.Generator:
+        shape = repr(tuple(image.shape)).encode()
+        pixels = zlib.crc32(image.contiguous().numpy(), zlib.crc32(shape))
+        what = zlib.crc32(f"{self.protocol}/{self.setting.name}".encode())
+        return seeded_generator(self.seed, pixels, what)
+
 
 def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Half the time one of frank2020's crop, blur, noise or JPEG, at random strength: a transform for training.
+    """Apply a random perturbation of FRANK2020 with probability 0.5: a transform for training.
 
-    Both classes must pass through it alike, or it becomes what they are told apart by.
+    Real and generated images must both pass through it. Otherwise the detector would learn the perturbation.
     """
     if rng.random() >= PROBABILITY:
         return image
-    return list(FRANK2020.values())[rng.integers(len(FRANK2020))](image, rng)
+    perturbations = list(FRANK2020.values())
+    return perturbations[rng.integers(len(perturbations))](image, rng)
 
 
 def mild_variants(image: Tensor) -> dict[str, Tensor]:
-    """The image after a mild JPEG compression, and made a tenth smaller and large again. No chance in it.
-
-    image: uint8 (3, H, W). Returns {what was done: uint8 (3, H, W)}.
-    """
-    return {cell.label: cell.kind.apply(image, cell.strength, None) for cell in MILD}
+    """Apply mild JPEG compression and mild resizing. Remove this function together with `test.py --stability`."""
+    settings = (PerturbationSetting("jpeg", 90), PerturbationSetting("resize", 0.9))
+    return {s.label: s.sweep.apply(image, s.strength, None) for s in settings}

@@ -65,7 +65,7 @@ def robustness(
         curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
         clean: {generator: AUROC on the untouched images}, drawn as a dotted line where known.
     """
-    from data.perturbations import Cell  # here, because it takes seconds and most figures need none
+    from data.perturbations import PerturbationSetting  # here, because it takes seconds and most figures need none
 
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
@@ -74,7 +74,7 @@ def robustness(
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
         for panel, (perturbation, points) in zip(panels, curves.items(), strict=False):
-            kind = Cell(perturbation).kind
+            kind = PerturbationSetting(perturbation).sweep
             for i, name in enumerate(generators):
                 style, known = line_style(i), [(x, measured[name]) for x, measured in points if name in measured]
                 strengths, values = [x for x, _ in known], [m["auroc"] for _, m in known]

@@ -1,8 +1,7 @@
-"""Each perturbation is measured on pictures made so that its strength can be read off the result."""
+"""Each perturbation is applied to images from whose result its strength can be measured."""
 
 import io
 from collections import Counter
-from itertools import product
 
 import numpy as np
 import pytest
@@ -10,159 +9,210 @@ import torch
 from files import mistake
 from PIL import Image
 
-from data import perturbations as P
+from data import perturbations
+from data.perturbations import Perturbation, PerturbationSetting, augment, select_perturbations, settings_of
 from utils.random_streams import seeded_generator
 
-KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # of Frank et al., with the sigma OpenCV takes for each
+FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # size -> sigma, in pixels
 
 
 def perturb(image, name, protocol, seed, strength=None):
-    return P.Perturbation(P.Cell(name, strength), protocol, seed)(image)
+    return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 
-def cells(protocol, name="all"):
-    return P.select_perturbations(protocol, [(name, None)])
-
-
-def images(n, height=16, width=16):
-    """n different random images, each uint8 (3, height, width)."""
+def random_images(count, height=16, width=16):
+    """Different random images, each uint8 (3, height, width)."""
     rng = np.random.default_rng(0)
-    return [torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8)) for _ in range(n)]
+    return [torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8)) for _ in range(count)]
 
 
-def grey(value, side=128):
-    return torch.full((3, side, side), value, dtype=torch.uint8)
+def grey_image(side=128):
+    return torch.full((3, side, side), 128, dtype=torch.uint8)
 
 
-def gradient(height=256, width=256):
-    """Red is the column and green the row, in 256ths of the side."""
+def gradient_image(height=256, width=256):
+    """An image whose red value grows with the column and whose green value grows with the row, from 0 to 255."""
     x = torch.zeros(3, height, width)
     x[0] = torch.arange(width) * 256 / width
     x[1] = torch.arange(height)[:, None] * 256 / height
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def blurred(image, kernel_size, sigma):
-    """By NumPy: weights of the Gaussian, border reflected without repeating its pixel. float (3, H, W)."""
-    half = kernel_size // 2
-    kernel = np.exp(-(np.arange(-half, half + 1) ** 2) / (2 * sigma**2))
-    padded = np.pad(image.numpy().astype(float), ((0, 0), (half, half), (half, half)), mode="reflect")
+def blurred_by_numpy(image, kernel_size, sigma):
+    """Blur in two dimensions with reflect-101 borders. Returns float (3, H, W)."""
+    radius = kernel_size // 2
+    kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
+    kernel /= kernel.sum()
+    padded = np.pad(image.numpy().astype(float), ((0, 0), (radius, radius), (radius, radius)), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (kernel_size, kernel_size), (1, 2))
-    return np.einsum("chwij,i,j->chw", windows, kernel, kernel) / kernel.sum() ** 2
+    return np.einsum("chwij,i,j->chw", windows, kernel, kernel)
 
 
-def compressed(image, quality):
-    """By Pillow, through a file of that quality."""
+def compressed_by_pillow(image, quality):
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     return np.asarray(Image.open(file)).transpose(2, 0, 1)
 
 
-def shares_cut(result, channel):
-    """Of a gradient: share cut off in all, by its slope, and at either end."""
-    line = result[channel].double().mean(channel)  # along the gradient: columns in red, rows in green
+def fractions_cut(result, channel):
+    """Measure a cropped `gradient_image`: the fraction cut off in all, and at the beginning and end of an axis."""
+    line = result[channel].double().mean(channel)  # red: along the columns; green: along the rows
     inner = line[16:-16]
     slope = float((inner[-1] - inner[0]) / (len(inner) - 1) * len(line) / 256)
     return 1 - slope, float(line[0]) / 256, 1 - float(line[-1] + 1) / 256
 
 
-def diagnosis(image, result):
-    """Which of Frank's perturbations made `result` of a random image, and how strong it was."""
+def recognise(image, result):
+    """Which perturbation of Frank et al. turned a random image into `result`, and at what strength."""
     if torch.equal(image, result):
         return "none", None
     if (image.double() - result.double()).std() < 6:
         return "noise", None
-    for kernel_size, sigma in KERNELS.items():
-        if np.abs(blurred(image, kernel_size, sigma) - result.numpy()).max() < 0.51:
+    for kernel_size, sigma in FRANK_KERNELS.items():
+        if np.abs(blurred_by_numpy(image, kernel_size, sigma) - result.numpy()).max() < 0.51:
             return "blur", kernel_size
-    return next((("jpeg", q) for q in range(1, 101) if np.array_equal(compressed(image, q), result)), ("crop", None))
+    for quality in range(1, 101):
+        if np.array_equal(compressed_by_pillow(image, quality), result):
+            return "jpeg", quality
+    return "crop", None
 
 
-@pytest.mark.parametrize("kernel_size, sigma", [*KERNELS.items(), (9, 4.0), (3, 4.0)])
-def test_blur_is_the_gaussian_cut_off_at_the_kernel(kernel_size, sigma):
-    image = images(1, 40, 48)[0]
-    assert np.abs(P.blur(image, kernel_size, sigma).numpy() - blurred(image, kernel_size, sigma)).max() < 0.501
-    assert np.abs(perturb(image, "blur", "sweep", 0, sigma).numpy() - blurred(image, 51, sigma)).max() < 0.51
-    assert perturb(images(1, 3, 7)[0], "blur", "sweep", 0, sigma).shape == (3, 3, 7)  # smaller than the kernel
+# --- each perturbation --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kernel_size, sigma", [*FRANK_KERNELS.items(), (9, 4.0), (3, 4.0)])
+def test_blur_equals_a_gaussian_in_two_dimensions(kernel_size, sigma):
+    (image,) = random_images(1, 40, 48)
+    result = perturbations.blur(image, kernel_size, sigma).numpy()
+    assert np.abs(result - blurred_by_numpy(image, kernel_size, sigma)).max() < 0.501
+    swept = perturb(image, "blur", "sweep", 0, sigma).numpy()
+    assert np.abs(swept - blurred_by_numpy(image, 51, sigma)).max() < 0.51
+
+
+def test_images_smaller_than_the_kernel_can_be_blurred():
+    for height, width in ((3, 7), (1, 1)):
+        assert perturb(random_images(1, height, width)[0], "blur", "sweep", 0, 4.0).shape == (3, height, width)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.15, 0.2, 0.25])
-def test_sweep_noise_has_its_standard_deviation(std):
-    noise = perturb(grey(128), "noise", "sweep", 0, std).double()
-    normal = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
-    assert noise.std() == pytest.approx(np.clip(normal, 0, 255).std(), rel=0.02)  # the strong ones are clipped
-    assert noise.mean() == pytest.approx(128, abs=1)
-    weak = perturb(grey(128), "noise", "sweep", 0, 0.05).double()  # a sweep scales one field up
-    assert torch.corrcoef(torch.stack([noise.flatten(), weak.flatten()]))[0, 1] > 0.97
+def test_noise_of_the_sweep_has_the_given_standard_deviation(std):
+    noisy = perturb(grey_image(), "noise", "sweep", 0, std).double()
+    expected = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
+    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # strong noise is clipped
+    assert noisy.mean() == pytest.approx(128, abs=1)
+
+
+def test_noise_of_different_strengths_is_one_pattern_scaled():
+    weak, strong = (perturb(grey_image(), "noise", "sweep", 0, std).double() for std in (0.05, 0.2))
+    assert torch.corrcoef(torch.stack([weak.flatten(), strong.flatten()]))[0, 1] > 0.97
 
 
 @pytest.mark.parametrize("size", [(256, 256), (128, 384)])
-@pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
-def test_crop_cuts_half_from_each_side_and_keeps_the_size(size, share):
-    result = P.crop(gradient(*size), share)
+@pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2])
+def test_crop_cuts_half_of_the_fraction_at_each_end_and_keeps_the_size(size, fraction):
+    result = perturbations.crop(gradient_image(*size), fraction)
     assert result.shape == (3, *size)
     for channel in (0, 1):
-        total, begin, end = shares_cut(result, channel)
-        assert total == pytest.approx(share, abs=0.02)
-        assert begin == pytest.approx(share / 2, abs=0.01) and end == pytest.approx(share / 2, abs=0.015)
+        total, begin, end = fractions_cut(result, channel)
+        assert total == pytest.approx(fraction, abs=0.02)
+        assert begin == pytest.approx(fraction / 2, abs=0.01)
+        assert end == pytest.approx(fraction / 2, abs=0.015)
 
 
-def test_resize_halves_the_bandwidth_and_keeps_the_size():
-    waves = [128 + 100 * torch.cos(torch.pi * torch.arange(64) * f).expand(3, 64, 64) for f in (0.9, 0.1)]  # of Nyquist
-    fine, coarse = (perturb(w.to(torch.uint8), "resize", "sweep", 0, 0.5).float() for w in waves)
-    assert fine[:, 8:-8, 8:-8].std() < 0.1 * waves[0].std()
-    assert coarse.std() == pytest.approx(float(waves[1].std()), rel=0.1)
-    assert perturb(images(1, 5, 9)[0], "resize", "sweep", 0, 0.5).shape == (3, 5, 9)
+def test_resizing_removes_fine_detail_and_keeps_the_size():
+    columns = torch.arange(64)
+    fine, coarse = (
+        (128 + 100 * torch.cos(torch.pi * columns * frequency)).expand(3, 64, 64).to(torch.uint8)
+        for frequency in (0.9, 0.1)  # fractions of the Nyquist frequency
+    )
+    fine_result, coarse_result = (perturb(x, "resize", "sweep", 0, 0.5).float() for x in (fine, coarse))
+    assert fine_result[:, 8:-8, 8:-8].std() < 0.1 * fine.float().std()
+    assert coarse_result.std() == pytest.approx(float(coarse.float().std()), rel=0.1)
+    assert perturb(random_images(1, 5, 9)[0], "resize", "sweep", 0, 0.5).shape == (3, 5, 9)
 
 
-def test_jpeg_has_the_quality_it_says_and_mild_variants_are_of_the_sweep():
-    image = images(1, 24, 40)[0]
-    for cell in cells("sweep", "jpeg"):
-        assert np.array_equal(perturb(image, "jpeg", "sweep", 0, cell.strength), compressed(image, int(cell.strength)))
-    variants = P.mild_variants(image)
-    assert list(variants) == ["jpeg quality 90", "resize x0.9 and back"]
-    assert np.array_equal(variants["jpeg quality 90"], compressed(image, 90))
-    assert torch.equal(variants["resize x0.9 and back"], perturb(image, "resize", "sweep", 0, 0.9))
+def test_jpeg_of_the_sweep_has_the_given_quality():
+    (image,) = random_images(1, 24, 40)
+    for _, quality in select_perturbations("sweep", [("jpeg", None)]):
+        assert np.array_equal(perturb(image, "jpeg", "sweep", 0, quality), compressed_by_pillow(image, int(quality)))
 
 
-def test_frank_perturbs_half_of_the_images_at_its_strengths():
-    found = {n: [diagnosis(i, perturb(i, n, "frank2020", 3)) for i in images(300)] for n in ("blur", "jpeg", "noise")}
-    for name, diagnoses in found.items():
-        counts = Counter(n for n, _ in diagnoses)
-        assert set(counts) == {name, "none"} and counts[name] == pytest.approx(150, abs=30)
-    assert {k for n, k in found["blur"] if n == "blur"} == set(KERNELS)
-    qualities = [q for n, q in found["jpeg"] if n == "jpeg"]
-    assert 10 <= min(qualities) < 14 and 71 < max(qualities) <= 75
-    assert np.mean(qualities) == pytest.approx(42.5, abs=5)
-    noise = [perturb(grey(128, 64), "noise", "frank2020", seed).double() for seed in range(80)]
-    variances = [float(r.var()) - 1 / 12 for r in noise if (r != 128).any()]  # rounding adds 1/12
-    assert 4.8 < min(variances) < 7 and 18 < max(variances) < 20.6 and 25 < len(variances) < 55
-    shares = [shares_cut(perturb(gradient(), "crop", "frank2020", seed), 0)[0] for seed in range(80)]
-    shares = [share for share in shares if share > 0.02]
-    assert 0.03 < min(shares) < 0.09 and 0.16 < max(shares) < 0.21 and 25 < len(shares) < 55
+# --- the protocol of Frank et al. ---------------------------------------------------------------------------
 
 
-def test_frank_combines_several_independently():
-    untouched = sum(torch.equal(i, perturb(i, "combined", "frank2020", 0)) for i in images(480, 40, 40))
+@pytest.mark.parametrize("name", ["blur", "jpeg", "noise"])
+def test_frank2020_perturbs_half_of_the_images(name):
+    recognised = [recognise(image, perturb(image, name, "frank2020", 3)) for image in random_images(300)]
+    counts = Counter(n for n, _ in recognised)
+    assert set(counts) == {name, "none"}
+    assert counts[name] == pytest.approx(150, abs=30)
+    strengths = [strength for n, strength in recognised if n == name]
+    if name == "blur":
+        assert set(strengths) == set(FRANK_KERNELS)
+    if name == "jpeg":
+        assert 10 <= min(strengths) < 14 and 71 < max(strengths) <= 75
+        assert np.mean(strengths) == pytest.approx(42.5, abs=5)
+
+
+def test_frank2020_noise_has_a_variance_of_5_to_20():
+    results = [perturb(grey_image(64), "noise", "frank2020", seed).double() for seed in range(80)]
+    variances = [float(r.var()) - 1 / 12 for r in results if (r != 128).any()]  # rounding adds 1/12
+    assert 25 < len(variances) < 55
+    assert 4.8 < min(variances) < 7 and 18 < max(variances) < 20.6
+
+
+def test_frank2020_crops_5_to_20_percent():
+    results = [perturb(gradient_image(), "crop", "frank2020", seed) for seed in range(80)]
+    fractions = [fractions_cut(result, 0)[0] for result in results]
+    fractions = [fraction for fraction in fractions if fraction > 0.02]
+    assert 25 < len(fractions) < 55
+    assert 0.03 < min(fractions) < 0.09 and 0.16 < max(fractions) < 0.21
+
+
+def test_frank2020_combined_decides_for_each_perturbation_independently():
+    untouched = sum(torch.equal(i, perturb(i, "combined", "frank2020", 0)) for i in random_images(480, 40, 40))
     assert untouched == pytest.approx(480 / 2**4, abs=16)
-    pairs = Counter()
+    counts = Counter()
     for seed in range(120):
-        result = perturb(gradient(128, 128), "combined", "frank2020", seed)
-        pairs[shares_cut(result, 0)[0] > 0.035, bool(result[2].float().std() > 0.6)] += 1  # no blue: noise or JPEG
-    assert [pairs[key] for key in product([True, False], repeat=2)] == pytest.approx([45, 15, 45, 15], abs=14)
+        result = perturb(gradient_image(128, 128), "combined", "frank2020", seed)
+        is_cropped = fractions_cut(result, 0)[0] > 0.035
+        has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel is 0 before
+        counts[is_cropped, has_noise_or_jpeg] += 1
+    assert counts[True, True] == pytest.approx(45, abs=14) and counts[False, True] == pytest.approx(45, abs=14)
+    assert counts[True, False] == pytest.approx(15, abs=14) and counts[False, False] == pytest.approx(15, abs=14)
 
 
-def test_cells():
-    assert [c.label for c in cells("frank2020")] == ["none", "blur", "crop", "jpeg", "noise", "combined"]
-    sweep = cells("sweep")
-    assert Counter(c.name for c in sweep) == {"none": 1, "blur": 4, "jpeg": 8, "noise": 5, "resize": 1}
-    assert {c.name for c in sweep} | {c.name for c in cells("frank2020")} == set(P.NAMES)
-    assert cells("sweep", "none") == cells("frank2020", "none") == [P.Cell("none", None)]
-    jpeg = P.Cell("jpeg", 70.0)
-    assert P.select_perturbations("sweep", [("jpeg", 70.0), ("none", None), ("jpeg", 70.0)]) == [jpeg, P.Cell("none")]
-    assert (jpeg.label, jpeg.file_name, jpeg.kind.axis) == ("jpeg quality 70", "jpeg_quality_70", "quality")
-    assert jpeg.kind.smaller_is_harder and not P.Cell("blur").kind.smaller_is_harder
-    assert P.Cell("of another program", 2.0).label == "of another program 2"
+def test_augment_applies_one_of_four_perturbations_to_half_of_the_images():
+    counts = Counter()
+    for n, image in enumerate(random_images(400, 40, 40)):
+        result = augment(image, seeded_generator(1, n))
+        counts[recognise(image, result)[0]] += 1
+        assert torch.equal(result, augment(image, seeded_generator(1, n)))
+    assert counts.pop("none") == pytest.approx(200, abs=35)
+    assert set(counts) == {"blur", "crop", "jpeg", "noise"} and min(counts.values()) > 25
+
+
+# --- choosing -----------------------------------------------------------------------------------------------
+
+
+def test_settings_of_each_protocol():
+    assert [s.label for s in settings_of("frank2020")] == ["none", "blur", "crop", "jpeg", "noise", "combined"]
+    counts = Counter(s.name for s in settings_of("sweep"))
+    assert counts == {"none": 1, "blur": 4, "jpeg": 8, "noise": 5, "resize": 1}
+    for protocol in ("frank2020", "sweep"):
+        assert select_perturbations(protocol, [("all", None)]) == settings_of(protocol)
+
+
+def test_settings_are_selected_in_the_requested_order_without_repetition():
+    requested = [("jpeg", 70.0), ("none", None), ("jpeg", 70.0)]
+    assert select_perturbations("sweep", requested) == [("jpeg", 70.0), ("none", None)]
+
+
+def test_labels_of_a_setting():
+    setting = PerturbationSetting("jpeg", 70.0)
+    assert setting.label == "jpeg quality 70" and setting.file_name == "jpeg_quality_70"
+    assert setting.sweep.axis == "quality" and setting.sweep.smaller_is_harder
+    assert PerturbationSetting("from another program", 2.0).label == "from another program 2"
 
 
 @pytest.mark.parametrize(
@@ -171,37 +221,41 @@ def test_cells():
         ("sweep", "smear", None, ["'smear'", "resize"]),
         ("sweep", "crop", None, ["'crop'", "--perturb-protocol"]),
         ("sweep", "jpeg", 71.0, ["jpeg=71", "100, 90"]),
-        ("frank2020", "jpeg", 50.0, ["jpeg=50", "not chosen"]),
+        ("frank2020", "jpeg", 50.0, ["jpeg=50", "no strength"]),
     ],
 )
-def test_mistakes(protocol, name, strength, words):
+def test_unknown_names_and_strengths_are_refused(protocol, name, strength, words):
     with mistake(*words):
-        P.select_perturbations(protocol, [(name, strength)])
+        select_perturbations(protocol, [(name, strength)])
+
+
+def test_a_new_perturbation_needs_one_line(monkeypatch):
+    invert = perturbations.Sweep(lambda image, strength, rng: 255 - image, (1.0,))
+    monkeypatch.setitem(perturbations.SWEEP, "invert", invert)
+    (setting,) = select_perturbations("sweep", [("invert", None)])
+    (image,) = random_images(1)
+    assert torch.equal(Perturbation(setting, "sweep", 0)(image), 255 - image)
+
+
+# --- reproducibility ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("protocol", ["frank2020", "sweep"])
-def test_order_place_and_generators_change_nothing(protocol):
-    pictures = images(8, 32, 32)
-    for cell in cells(protocol):
-        transform = P.Perturbation(cell, protocol, 7)
-        forward = [transform(i) for i in pictures]
-        backward = [transform(i.clone(), np.random.default_rng()) for i in pictures[::-1]][::-1]
-        assert torch.equal(torch.stack(forward), torch.stack(backward))
-        assert torch.equal(torch.stack(pictures), torch.stack(images(8, 32, 32)))  # the input is left alone
-        changed = [not torch.equal(*pair) for pair in zip(pictures, forward, strict=True)]
-        assert all(changed) if protocol == "sweep" and cell.name != "none" else not all(changed)
+def test_results_do_not_depend_on_order_or_on_other_generators(protocol):
+    images = random_images(8, 32, 32)
+    for setting in settings_of(protocol):
+        transform = Perturbation(setting, protocol, 7)
+        forward = [transform(image) for image in images]
+        backward = [transform(image.clone(), np.random.default_rng()) for image in reversed(images)]
+        assert torch.equal(torch.stack(forward), torch.stack(backward[::-1]))
+        assert torch.equal(torch.stack(images), torch.stack(random_images(8, 32, 32)))  # the input is not changed
+        is_changed = [not torch.equal(a, b) for a, b in zip(images, forward, strict=True)]
+        if protocol == "sweep" and setting.name != "none":
+            assert all(is_changed)
+        else:
+            assert not all(is_changed)
 
 
-def test_seed_and_pixels_change_the_draw():
-    noise = [perturb(i, "noise", "sweep", seed, 0.1).sub(i) for i in images(2, 32, 32) for seed in (0, 1)]
+def test_results_depend_on_the_seed_and_on_the_pixels():
+    noise = [perturb(i, "noise", "sweep", seed, 0.1).sub(i) for i in random_images(2, 32, 32) for seed in (0, 1)]
     assert len({n.numpy().tobytes() for n in noise}) == 4
-
-
-def test_augment_takes_one_of_four_half_the_time_as_its_generator_says():
-    counts = Counter()
-    for n, image in enumerate(images(400, 40, 40)):
-        result = P.augment(image, seeded_generator(1, n))
-        counts[diagnosis(image, result)[0]] += 1
-        assert torch.equal(result, P.augment(image, seeded_generator(1, n)))
-    assert counts.pop("none") == pytest.approx(200, abs=35)
-    assert set(counts) == {"blur", "crop", "jpeg", "noise"} and min(counts.values()) > 25

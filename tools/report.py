@@ -34,7 +34,7 @@ import jinja2
 import numpy as np
 
 from data.images import read_rgb
-from data.perturbations import Cell
+from data.perturbations import PerturbationSetting
 from evaluation import figures, metrics
 from evaluation.score_table import ScoreTable, read_record, read_table, residual_path
 from utils.console import printable, text_table
@@ -58,10 +58,11 @@ class Scores(NamedTuple):
     summary: dict
 
     @property
-    def cell(self) -> Cell:
-        """What was done to the images; Cell("none"): nothing."""
+    def cell(self) -> PerturbationSetting:
+        """The perturbation of the images; its name is "none" for unchanged images."""
         p = self.record.get("perturbation")
-        return Cell(p.get("name") or "none", p.get("strength")) if isinstance(p, dict) else Cell("none")
+        p = p if isinstance(p, dict) else {}
+        return PerturbationSetting(p.get("name") or "none", p.get("strength"))
 
 
 def load_tables(csv_files: Sequence[str | os.PathLike], resamples: int = metrics.RESAMPLES) -> list[Scores]:
@@ -167,7 +168,7 @@ def thumbnail(path: Path, side: int) -> str:
 def by_difficulty(scores: Scores) -> tuple:
     """Sorts tables by what was done to the images: nothing first, then by name and strength, the hardest last."""
     name, strength = scores.cell
-    return name != "none", name, (-1 if scores.cell.kind.smaller_is_harder else 1) * (strength or 0)
+    return name != "none", name, (-1 if scores.cell.sweep.smaller_is_harder else 1) * (strength or 0)
 
 
 def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float, dict]]]:
