@@ -1,0 +1,113 @@
+"""TAEF2: a small autoencoder of photographs, whose decoder leaves the traces of a modern image generator.
+
+The architecture and the weights are by Ollin Boer Bohan, https://github.com/madebyollin/taesd, commit 5cccb12, MIT
+licence. It was distilled from the autoencoder of FLUX.2. The weights are not part of this project: download the files of the
+encoder and the decoder from that repository. The names of the modules are the names in those files.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from utils import checkpoints
+from utils.console import printable
+from utils.errors import UserError
+
+WIDTH = 64  # channels of the hidden maps
+LATENT_CHANNELS = 32
+FACTOR = 8  # the latent maps are this many times smaller than the picture
+
+
+class Pool(nn.Sequential):
+    """Channel mixing with normalisation over the whole map. x: (B, 64, H, W) -> same shape."""
+
+    def __init__(self) -> None:
+        wide = 4 * WIDTH
+        super().__init__(
+            nn.Conv2d(WIDTH, wide, 1, bias=False),
+            nn.GroupNorm(4, wide),
+            nn.ReLU(),
+            nn.Conv2d(wide, WIDTH, 1, bias=False),
+        )
+
+
+class Block(nn.Module):
+    """Three convolutions with a skip connection. x: (B, 64, H, W) -> same shape."""
+
+    def __init__(self, pool: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1),
+        )
+        self.pool = Pool() if pool else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
+        return torch.relu(self.conv(x) + x)
+
+
+class SoftClamp(nn.Module):
+    """Limits latent values smoothly to [-3, 3]."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        return 3 * torch.tanh(z / 3)
+
+
+class Encoder(nn.Sequential):
+    """x (B, 3, H, W) in [0, 1], sides multiples of 8 -> z (B, 32, H / 8, W / 8)."""
+
+    def __init__(self) -> None:
+        layers = [nn.Conv2d(3, WIDTH, 3, padding=1), Block()]  # (B, 64, H, W)
+        for pool in (False, False, True):
+            layers.append(nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False))  # half the height and width
+            layers.extend([Block(pool), Block(pool), Block(pool)])
+        layers.append(nn.Conv2d(WIDTH, LATENT_CHANNELS, 3, padding=1))  # (B, 32, H / 8, W / 8)
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """z (B, 32, h, w) -> x (B, 3, 8 h, 8 w), about [0, 1]."""
+
+    def __init__(self) -> None:
+        layers = [SoftClamp(), nn.Conv2d(LATENT_CHANNELS, WIDTH, 3, padding=1), nn.ReLU()]  # (B, 64, h, w)
+        for blocks, pool in ((3, True), (3, False), (3, False)):
+            layers.extend([Block(pool) for _ in range(blocks)])
+            layers.append(nn.Upsample(scale_factor=2))  # nearest: twice the height and width
+            layers.append(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False))
+        layers.append(Block())
+        layers.append(nn.Conv2d(WIDTH, 3, 3, padding=1))  # (B, 3, 8 h, 8 w)
+        super().__init__(*layers)
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> same shape, in [0, 1]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = Encoder()
+        self.decoder = Decoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x)).clamp(0, 1)
+
+
+def load_autoencoder(encoder_file: str, decoder_file: str) -> Autoencoder:
+    """Load the weights of TAEF2 in float32, ready for use.
+
+    Raises:
+        UserError: if a file cannot be read or does not fit.
+    """
+    model = Autoencoder()
+    for part, file in ((model.encoder, encoder_file), (model.decoder, decoder_file)):
+        state = checkpoints.load(file)
+        try:
+            part.load_state_dict(state)
+        except RuntimeError as error:
+            kind = type(part).__name__.lower()
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{printable(file)} does not hold the weights of the TAEF2 {kind} ({reason})") from None
+    return model.eval()

@@ -1,0 +1,145 @@
+"""Generated twins of photographs: the same pictures, in the same format and size, with the traces of a generator.
+
+A detector that is trained on images and their twins cannot use what the images show. The recipe is from B-Free (Guillaro et
+al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, JpegImagePlugin
+from torch import Tensor
+
+from data.images import FORMATS
+from data.lists import find_images
+from tools.autoencoder import FACTOR, Autoencoder
+from tools.upsampling import upsample_again
+from utils.console import printable, progress
+from utils.errors import UserError
+from utils.random_streams import seeded_generator
+
+logger = logging.getLogger("tools.example")
+
+TILE, MARGIN = 512, 64  # pixels; multiples of FACTOR. Larger pictures are imitated in tiles that overlap by the margin
+ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
+Imitate = Callable[[Tensor], Tensor]  # (1, 3, H, W) in [0, 1], sides multiples of FACTOR -> the same shape and range
+
+
+def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
+    """Write OUT/PATH for each image PHOTOGRAPHS/PATH. An image that cannot be read is reported and left out.
+
+    Raises:
+        UserError: if no image can be read.
+    """
+    paths = find_images(photographs)
+    left_out = 0
+    for path in progress(paths, "twins", len(paths)):
+        target = out / os.path.relpath(path, photographs)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write_twin(path, target, imitate)
+        except Exception as error:  # decoders of files from anywhere raise errors of any kind
+            reason = " ".join(str(error).split()) or type(error).__name__
+            logger.warning("no twin of %s: %s", printable(path), printable(reason))
+            target.unlink(missing_ok=True)
+            left_out += 1
+    if left_out == len(paths):
+        raise UserError(f"none of the {len(paths)} images in {printable(photographs)} has a twin")
+    logger.info("%d twins written, %d images left out", len(paths) - left_out, left_out)
+
+
+def write_twin(path: str, target: Path, imitate: Imitate) -> None:
+    """Write the twin of one image, with its format, stored size, compression, orientation and colour profile."""
+    if not os.path.isfile(path):
+        raise UserError("it is not a file")
+    with Image.open(path, formats=FORMATS) as image:
+        settings = saving_options(image, path)
+        if image.mode in ALPHA_MODES or "transparency" in image.info:
+            logger.warning("%s: the twin has no alpha channel", printable(path))
+        if image.mode[0] in "IF":
+            raise UserError(f"images of 8 bits per channel are expected, got mode {image.mode}")
+        grey = image.mode == "L"
+        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), as stored: EXIF turns original and twin alike
+    x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
+    with torch.inference_mode():
+        y = imitate_padded(x, imitate)
+    twin = Image.fromarray((y[0] * 255).round().byte().permute(1, 2, 0).numpy())
+    if grey:
+        twin = twin.convert("L")
+    twin.save(target, **settings)
+
+
+def saving_options(image: Image.Image, path: str) -> dict:
+    """Give the arguments of `Image.save` that store a twin as the original is stored."""
+    options = {"format": image.format}
+    for name in ("exif", "icc_profile"):
+        if image.format in ("JPEG", "MPO", "PNG", "WEBP") and image.info.get(name):
+            options[name] = image.info[name]
+    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG file with further pictures, which twins do not have
+        options["format"] = "JPEG"
+        options["qtables"] = image.quantization
+        if image.mode == "RGB":
+            options["subsampling"] = JpegImagePlugin.get_sampling(image)
+        options["progressive"] = bool(image.info.get("progressive"))
+    elif image.format == "WEBP":
+        options["lossless"] = is_lossless_webp(path)
+        if not options["lossless"]:
+            logger.warning("%s: the quality of a lossy WebP file is unknown, its twin has 80", printable(path))
+    elif image.format == "TIFF":
+        options["compression"] = image.info.get("compression")
+    elif image.format == "GIF":
+        raise UserError("GIF files have too few colours for a twin")
+    return options
+
+
+def is_lossless_webp(path: str) -> bool:
+    """Read whether a WebP file is compressed without loss: its first picture chunk is VP8L."""
+    with open(path, "rb") as file:
+        header = file.read(1 << 16)
+    lossless, lossy = header.find(b"VP8L"), header.find(b"VP8 ")
+    return lossless >= 0 and (lossy < 0 or lossless < lossy)
+
+
+def imitate_padded(x: Tensor, imitate: Imitate) -> Tensor:
+    """Imitate a picture of any size: pad its sides by reflection to multiples of FACTOR, and crop again.
+
+    x: (1, 3, H, W) in [0, 1]. Returns the same shape.
+    """
+    height, width = x.shape[2:]
+    padding = (0, -width % FACTOR, 0, -height % FACTOR)
+    small = min(height, width) < FACTOR
+    padded = F.pad(x, padding, mode="replicate" if small else "reflect")
+    return imitate(padded)[:, :, :height, :width].clamp(0, 1)
+
+
+def up_sampling(seed: int) -> Imitate:
+    """Make a function that simulates a generator by nearest up-sampling, with random convolutions of this seed."""
+    rng = seeded_generator(seed)
+
+    def imitate(x: Tensor) -> Tensor:
+        return upsample_again(x, "nearest", rng)
+
+    return imitate
+
+
+def in_tiles(model: Autoencoder) -> Imitate:
+    """Make a function that passes a picture through the autoencoder, large ones in overlapping tiles."""
+
+    def imitate(x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        height, width = x.shape[2:]
+        for top in range(0, height, TILE):
+            for left in range(0, width, TILE):
+                bottom, right = min(top + TILE, height), min(left + TILE, width)
+                above, before = max(top - MARGIN, 0), max(left - MARGIN, 0)
+                tile = x[:, :, above : bottom + MARGIN, before : right + MARGIN]
+                made = model(tile)[:, :, top - above :, left - before :]
+                y[:, :, top:bottom, left:right] = made[:, :, : bottom - top, : right - left]
+        return y
+
+    return imitate
