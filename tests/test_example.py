@@ -1,6 +1,8 @@
-"""Example images: scenes like photographs, fakes that show their up-sampling, a folder to be trusted."""
+"""Tests of tools.example: example images, and twins of photographs."""
 
+import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -9,177 +11,276 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from files import mistake
-from PIL import Image
+import torch
+from files import mistake, save
+from PIL import Image, JpegImagePlugin
 
 from data.images import load_image
-from data.lists import find_images, list_paths
-from tools import example
-from utils.errors import UserError
+from data.lists import list_paths
+from tools import example, twins
+from tools.autoencoder import Autoencoder, load_autoencoder
+from tools.scenes import draw_scene
+from tools.upsampling import KINDS, upsample_again
 from utils.random_streams import seeded_generator
 
-
-def scenes(count: int, size: int = 64, key: int = 0) -> list[np.ndarray]:
-    return [example.draw_scene(size, seeded_generator(key, index)) for index in range(count)]
+SMALL = ["--size", "32", "--train", "2", "--val", "1", "--test", "1"]
 
 
-def flags(out, *more: str) -> list[str]:
-    toy = ["--size", "64", "--train", "2", "--val", "1", "--test", "1", "--steps", "2", "--workers", "1"]
-    return ["--out", str(out), *toy, *more]
+def flags(out, *more):
+    return ["--out", str(out), *SMALL, *map(str, more)]
 
 
-def contents(root) -> dict[str, bytes]:
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(Path(root).rglob("*.png"))}
+def contents(root):
+    """Return the bytes of every file in a folder, by relative path."""
+    return {str(path.relative_to(root)): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A toy folder."""
     out = tmp_path_factory.mktemp("example") / "images"
     assert example.main(flags(out)) == 0
     return out
 
 
-def spectral_slope(power: np.ndarray, low: float, high: float) -> float:
-    """Exponent of the radial power spectrum between two frequencies, in cycles per pixel."""
-    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(len(power)), np.fft.fftfreq(len(power))))
-    edges = np.geomspace(low, high, 7)
-    rings = [(frequency >= a) & (frequency < b) for a, b in zip(edges[:-1], edges[1:], strict=True)]
-    points = np.log([(frequency[ring].mean(), power[ring].mean()) for ring in rings])
-    return float(np.polyfit(*points.T, 1)[0])
+# --- example images
 
 
-def test_scenes_have_the_spectrum_and_range_of_photographs():
-    """f^-2 at the sizes between the largest and the smallest shapes, where the scene is scale-invariant.
-
-    Above, lens and smallest shapes make it steeper, as in photographs: -2.8 for the five of Set5 together and -3.0 for
-    three of CelebA-HQ at 256 x 256, measured in the same way and the same band.
-    """
-    size, images = 128, scenes(24, 128)
-    window = np.hanning(size)[:, None] * np.hanning(size)
-    greys = [image.mean(-1) for image in images]
-    power = sum(np.abs(np.fft.fft2((grey - grey.mean()) / grey.std() * window)) ** 2 for grey in greys)
-    assert spectral_slope(power, 0.025, 0.1) == pytest.approx(-2, abs=0.5)
-    assert spectral_slope(power, 0.1, 0.25) == pytest.approx(-3, abs=0.5)
-    values = np.stack(images)
-    assert 80 < values.mean() < 150 and values.std(axis=(1, 2, 3)).mean() > 25
-    assert ((values == 0) | (values == 255)).mean() < 0.1
+def test_scenes_have_the_spectrum_of_photographs():
+    """The power of photographs falls with frequency as about f^-2 to f^-3."""
+    size, total = 128, 0
+    window = np.outer(np.hanning(size), np.hanning(size))
+    for seed in range(12):
+        grey = draw_scene(size, seeded_generator(seed)).mean(axis=-1)
+        total = total + np.abs(np.fft.fft2((grey - grey.mean()) * window)) ** 2
+    frequency = np.hypot(*np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size)))
+    band = (frequency > 0.03) & (frequency < 0.2)
+    slope = np.polyfit(np.log(frequency[band]), np.log(total[band]), 1)[0]
+    assert -3.5 < slope < -1.5
 
 
-def mean_spectrum(images) -> np.ndarray:
-    """Mean log power of the Laplacian, 64 x 64."""
-    total = 0.0
-    for image in images:
-        grey = image.astype(float).mean(-1)
-        detail = 4 * grey - sum(np.roll(grey, shift, axis) for shift in (-1, 1) for axis in (0, 1))
-        total = total + np.log(np.abs(np.fft.fft2(detail)) ** 2 + 1)
-    return total / len(images)
+@pytest.mark.parametrize("kind", KINDS)
+def test_up_sampling_leaves_a_period_of_two_pixels(kind):
+    """Steps between neighbouring pixels differ between even and odd columns, and they do not in the scene itself."""
+    x = torch.stack([torch.from_numpy(draw_scene(64, seeded_generator(i))) for i in range(8)]).permute(0, 3, 1, 2) / 255
+
+    def difference_of_phases(images):
+        curvature = (images[..., 2:] - 2 * images[..., 1:-1] + images[..., :-2]).abs().mean(dim=(0, 1, 2))
+        steps = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(0, 1, 2))
+        ratios = [values[0::2].mean() / values[1::2].mean() for values in (curvature, steps[:-1])]
+        return max(abs(float(ratio) - 1) for ratio in ratios)
+
+    fake = upsample_again(x, kind, seeded_generator(0))
+    assert fake.shape == x.shape and 0 <= fake.min() and fake.max() <= 1
+    assert np.corrcoef(fake.flatten(), x.flatten())[0, 1] > 0.9
+    assert difference_of_phases(fake) > 2 * difference_of_phases(x)
 
 
-def test_fakes_resemble_their_sources_and_show_their_up_sampling():
-    """Each kind differs from the reals, and from the other kind, by more than reals from other reals."""
-    training, sources = np.stack(scenes(16, key=1)), scenes(96, key=2)
-    spectra = {"real": mean_spectrum(scenes(96, key=3)), "other": mean_spectrum(scenes(96, key=4))}
-    for kind in example.KINDS:
-        weights = example.train_autoencoder(kind, training, steps=60, seed=0)
-        fakes = [example.imitate(kind, weights, source, seeded_generator(i)) for i, source in enumerate(sources)]
-        assert np.corrcoef(np.ravel(fakes), np.ravel(sources))[0, 1] > 0.9
-        spectra[kind] = mean_spectrum(fakes)
-    pairs = (("real", "nearest"), ("real", "bilinear"), ("nearest", "bilinear"))
-    usual = np.abs(spectra["real"] - spectra["other"]).mean()
-    assert min(np.abs(spectra[a] - spectra[b]).mean() for a, b in pairs) > 1.25 * usual
-
-
-def test_layout_lists_and_formats(made):
+def test_the_layout_is_as_documented(made):
+    names = [name for name in contents(made) if name.endswith(".png")]
+    expected = []
     for split, count in (("train", 2), ("val", 1), ("test", 1)):
         for folder in ("real", "nearest", "bilinear"):
-            paths = find_images(str(made / split / folder))
-            assert [Path(p).name for p in paths] == [f"{k:05d}.png" for k in range(count)]
-            assert all((Image.open(p).mode, Image.open(p).size) == ("RGB", (64, 64)) for p in paths)
+            expected += [f"{split}/{folder}/{index:05d}.png" for index in range(count)]
+    assert sorted(names) == sorted(expected)
+    for name in names:
+        with Image.open(made / name) as image:
+            assert (image.mode, image.size) == ("RGB", (32, 32))
     for split in ("train", "val"):
-        listed = [Path(path) for path in list_paths(str(made / f"{split}.txt"))]
-        assert listed == sorted((made / split / "real").iterdir())
+        assert [Path(p) for p in list_paths(str(made / f"{split}.txt"))] == sorted((made / split / "real").iterdir())
     assert "CC0" in (made / "README.txt").read_text()
     assert json.loads((made / "settings.json").read_text())["seed"] == 123
 
 
-def test_images_depend_neither_on_counts_nor_on_workers_and_none_is_made_twice(made, tmp_path):
-    out = tmp_path / "empty"
-    out.mkdir()
-    assert example.main(flags(out, "--train", "3", "--val", "0", "--workers", "2")) == 0
-    more, fewer = contents(out), contents(made)
-    assert all(more[name] == fewer[name] for name in more if name in fewer)
-    assert len(set(more) & set(fewer)) == 9 and len(set(more.values())) == len(more) == 12
-    assert len(set(fewer.values())) == 12 and not (out / "val.txt").exists()
+def test_images_do_not_depend_on_their_number_and_none_is_made_twice(made, tmp_path):
+    assert example.main(flags(tmp_path / "more", "--train", 3, "--val", 0)) == 0
+    few, more = contents(made), contents(tmp_path / "more")
+    common = [name for name in few if name in more and name.endswith(".png")]
+    assert len(common) == 9
+    assert all(few[name] == more[name] for name in common)
+    images = [content for name, content in few.items() if name.endswith(".png")]
+    assert len(set(images)) == len(images)
+    assert not (tmp_path / "more" / "val.txt").exists()
 
 
-def test_no_scene_is_used_twice():
-    settings = example.Settings(64, {}, 123, 2)
-    draws = [settings.generator(role, i, 0).random() for role in example.ROLES for i in range(2)]
-    assert len(set(draws)) == 14
+def test_another_seed_makes_other_images(made, tmp_path):
+    assert example.main(flags(tmp_path / "other", "--seed", 5)) == 0
+    assert not set(contents(made).values()) & {v for k, v in contents(tmp_path / "other").items() if k.endswith("png")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_call_leaves_nothing(tmp_path, number):
-    command = [sys.executable, "-m", "tools.example", *flags(tmp_path / "out", "--steps", "100000")]
-    process = subprocess.Popen(command, cwd=Path(__file__).parents[1])
-    try:
-        while process.poll() is None and not list(tmp_path.glob(".example*/images/test/real")):
-            time.sleep(0.1)
-        time.sleep(3)  # the autoencoders are being trained
-        process.send_signal(number)
-        assert process.wait(30) == 128 + number and not list(tmp_path.iterdir())
-    finally:
-        process.kill()
-
-
-def test_a_complete_folder_is_left_alone(made):
+def test_a_complete_folder_is_not_touched(made):
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     assert example.main(flags(made)) == 0
     assert times == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
 
 
-def test_a_folder_of_other_settings_or_things_is_refused(made, tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
+def test_foreign_files_are_refused_and_unchanged(made, tmp_path):
+    foreign = {"thesis.tex": b"mine", "settings.json": b"not JSON", "train.txt": b"mine"}
+    for name, content in foreign.items():
+        (tmp_path / name).write_bytes(content)
     before = contents(made)
-    for out, more in ((made, ["--seed", "5"]), (tmp_path, []), (tmp_path / "thesis.tex", [])):
+    for out, more in (
+        (made, ["--seed", 5]),
+        (tmp_path, []),
+        (tmp_path / "thesis.tex", []),
+        (tmp_path, ["--from", made]),
+    ):
         with mistake("--out"):
             example.main(flags(out, *more))
-    assert contents(made) == before and (tmp_path / "thesis.tex").read_text() == "mine"
+    assert contents(made) == before
+    assert contents(tmp_path) == foreign
 
 
-@pytest.mark.parametrize("wrong", ["--size 66", "--train 0 --val 0 --test 0"])
-def test_mistakes(tmp_path, wrong):
-    with mistake("multiple of 4"):
-        example.main(flags(tmp_path / "out", *wrong.split()))
+def test_an_output_folder_may_be_a_symbolic_link_and_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert example.main(flags(tmp_path / "link")) == 0
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "disk" / "settings.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_call_leaves_nothing(tmp_path, number):
+    command = [sys.executable, "-m", "tools.example", *flags(tmp_path / "out", "--train", 100000)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.time() + 60
+        while not list(tmp_path.glob(".example*/images/train/real/*.png")):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    finally:
+        process.kill()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--size 33", "--size 8", "--train 0 --val 0 --test 0", "--seed -1", "--autoencoder a b"]
+)
+def test_mistakes_are_one_line(tmp_path, wrong, capsys):
+    with pytest.raises(SystemExit) as caught:
+        example.main(flags(tmp_path / "out", *wrong.split()))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- the autoencoder
+
+
+def test_the_autoencoder_has_the_names_and_shapes_of_taef2():
+    torch.manual_seed(0)
+    model = Autoencoder().eval()
+    encoder, decoder = model.encoder.state_dict(), model.decoder.state_dict()
+    assert sum(tensor.numel() for tensor in encoder.values()) == 1338528
+    assert sum(tensor.numel() for tensor in decoder.values()) == 1338499
+    for name, shape in (
+        ("0.weight", (64, 3, 3, 3)), ("1.conv.4.bias", (64,)), ("2.weight", (64, 64, 3, 3)),
+        ("13.pool.0.weight", (256, 64, 1, 1)), ("13.pool.1.weight", (256,)), ("14.weight", (32, 64, 3, 3)),
+    ):  # fmt: skip
+        assert encoder[name].shape == shape
+    for name, shape in (
+        ("1.weight", (64, 32, 3, 3)), ("3.pool.3.weight", (64, 256, 1, 1)), ("17.weight", (64, 64, 3, 3)),
+        ("18.conv.0.weight", (64, 64, 3, 3)), ("19.weight", (3, 64, 3, 3)),
+    ):  # fmt: skip
+        assert decoder[name].shape == shape
+    assert "2.bias" not in encoder and "7.bias" not in decoder
+    x = torch.rand(2, 3, 16, 24)
+    with torch.inference_mode():
+        assert model.encoder(x).shape == (2, 32, 2, 3)
+        y = model(x)
+    assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1
+
+
+def write_weights(folder):
+    torch.manual_seed(0)
+    model = Autoencoder()
+    for name in ("encoder", "decoder"):
+        torch.save({k: v.half() for k, v in getattr(model, name).state_dict().items()}, folder / f"{name}.pth")
+    return str(folder / "encoder.pth"), str(folder / "decoder.pth")
+
+
+def test_weights_that_do_not_fit_are_one_line(tmp_path):
+    encoder, decoder = write_weights(tmp_path)
+    load_autoencoder(encoder, decoder)
+    with mistake("encoder.pth", "decoder"):
+        load_autoencoder(decoder.replace("decoder", "encoder"), encoder)
+
+
+def test_tiles_meet_without_gaps():
+    class Identity(torch.nn.Module):
+        def forward(self, x):
+            assert x.shape[2] <= twins.TILE + 2 * twins.MARGIN and x.shape[3] <= twins.TILE + 2 * twins.MARGIN
+            return x
+
+    x = torch.rand(1, 3, twins.TILE + 8, 2 * twins.TILE + 16)
+    assert torch.equal(twins.in_tiles(Identity())(x), x)
+
+
+# --- twins
 
 
 @pytest.fixture
 def photographs(tmp_path):
+    """A folder of photographs in several formats; some have sides that are no multiples of 8."""
+    folder = tmp_path / "photographs"
+    (folder / "below").mkdir(parents=True)
+    scene = Image.fromarray(draw_scene(64, seeded_generator(1)))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # on its side
+    save(folder / "a.jpg", scene.crop((0, 0, 61, 45)), quality=83, subsampling="4:2:2", exif=turned)
+    save(folder / "grey.jpeg", scene.convert("L"), quality=60)
+    save(folder / "below" / "a.png", scene.crop((0, 0, 33, 64)))
+    save(folder / "below" / "b.webp", scene, lossless=True)
+    save(folder / "tiny.png", scene.crop((0, 0, 5, 5)))
+    return folder
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_twins_have_the_format_and_size_of_their_originals(photographs, tmp_path, trained):
+    out = tmp_path / "twins"
+    more = ["--autoencoder", *write_weights(tmp_path)] if trained else []
+    before = contents(photographs)
+    assert example.main(["--from", str(photographs), "--out", str(out), *more]) == 0
+    assert contents(photographs) == before
+    assert contents(out).keys() == before.keys()
+    for name in before:
+        with Image.open(photographs / name) as original, Image.open(out / name) as twin:
+            assert (twin.format, twin.size, twin.mode) == (original.format, original.size, original.mode)
+            assert twin.info.get("exif") == original.info.get("exif")
+            assert getattr(twin, "quantization", None) == getattr(original, "quantization", None)
+            if original.format == "JPEG":
+                assert JpegImagePlugin.get_sampling(twin) == JpegImagePlugin.get_sampling(original)
+        assert load_image(str(out / name)).shape == load_image(str(photographs / name)).shape
+    assert b"VP8L" in (out / "below" / "b.webp").read_bytes()[:64]
+
+
+def test_simulated_twins_resemble_their_originals(photographs, tmp_path):
+    out = tmp_path / "twins"
+    example.main(["--from", str(photographs), "--out", str(out)])
+    for name in ("a.jpg", "below/a.png", "below/b.webp"):
+        difference = load_image(str(out / name)).double() - load_image(str(photographs / name)).double()
+        psnr = -10 * torch.log10((difference / 255).square().mean())
+        assert 18 < psnr < 40
+
+
+def test_files_without_a_twin_are_reported_and_left_out(photographs, tmp_path, caplog):
+    (photographs / "broken.png").write_bytes(b"not an image")
+    os.mkfifo(photographs / "pipe.png")
+    alpha = Image.new("RGBA", (16, 16), (10, 20, 30, 40))
+    save(photographs / "alpha.png", alpha)
+    with caplog.at_level("INFO"):
+        assert example.main(["--from", str(photographs), "--out", str(tmp_path / "twins")]) == 0
+    made = contents(tmp_path / "twins")
+    assert "alpha.png" in made and "broken.png" not in made and "pipe.png" not in made
+    assert Image.open(io.BytesIO(made["alpha.png"])).mode == "RGB"
+    for words in ("broken.png", "alpha.png: the twin has no alpha channel"):
+        assert words in caplog.text
+
+
+def test_a_folder_without_readable_images_is_refused(tmp_path):
     (tmp_path / "photographs").mkdir()
-    for index, image in enumerate(scenes(9, size=80, key=7)):
-        Image.fromarray(image[: 72 + index]).save(tmp_path / "photographs" / f"{index}.jpg", quality=95)
-    return tmp_path / "photographs"
-
-
-def test_photographs_are_cropped_and_never_shared(photographs, tmp_path):
-    out = tmp_path / "out"
-    assert example.main(flags(out, "--from", str(photographs))) == 0
-    assert len(contents(out)) == 12
-    shares = json.loads((out / "settings.json").read_text())["photographs"]
-    assert len(shares) == 7 and all(shares.values())
-    assert sorted(sum(shares.values(), [])) == sorted(find_images(str(photographs)))
-    real = load_image(str(out / "test" / "real" / "00000.png")).numpy()
-    source = load_image(shares["test/real"][0]).numpy()
-    windows = np.lib.stride_tricks.sliding_window_view(source, (3, 64, 64)).reshape(-1, 3, 64, 64)
-    assert (windows == real).all(axis=(1, 2, 3)).any()
-
-
-def test_too_few_photographs(photographs, tmp_path):
-    for index in range(4):
-        (photographs / f"{index}.jpg").unlink()
-    (photographs / "broken.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="5 readable images.*at least 7"):
-        example.main(flags(tmp_path / "out", "--from", str(photographs)))
-    assert not (tmp_path / "out").exists()
+    (tmp_path / "photographs" / "a.png").write_bytes(b"not an image")
+    with mistake("none of the 1 images"):
+        example.main(["--from", str(tmp_path / "photographs"), "--out", str(tmp_path / "twins")])
+    assert not (tmp_path / "twins").exists()
