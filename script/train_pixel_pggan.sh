@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Train the pixel-level detector on ProGAN images, RDN frozen.
+# Train a detector on the pixel residuals of real and ProGAN images. The re-synthesizer stays frozen.
 #   bash script/train_pixel_pggan.sh GPU_ID [any flag of train_detector.py]
-# Needs: ./data/CelebA and ./data/CelebA_ProGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; else example images) and RDN
-# (./pretrained_models/sr_vgg_epoch_last.pth, SR_RESUME, or what train_super_resolution_celeba.sh wrote).
+# Reads ./data/CelebA and ./data/CelebA_ProGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the
+# re-synthesizer (./pretrained_models/sr_vgg_epoch_last.pth, SR_RESUME, or what train_super_resolution_celeba.sh wrote).
 # Writes ./output_end2end/pixel_pggan (or OUTPUT_PATH).
 source "$(dirname "$0")/common.sh"
-usage "$@"
+check_gpu_argument "$@"
 find_python
 
-choose_images train nearest ./data/CelebA ./data/CelebA_ProGAN
-choose_resynthesizer ./pretrained_models/sr_vgg_epoch_last.pth
+choose_images train nearest CelebA CelebA_ProGAN
+choose_resynthesizer "$root/pretrained_models/sr_vgg_epoch_last.pth"
 
 run train_detector.py \
     --gpu "$1" --arch resnet50 --no_dilation --fixed-sr \
@@ -18,5 +18,5 @@ run train_detector.py \
     --data-root-pos "$DATA_ROOT_POS" --data-root-neg "$DATA_ROOT_NEG" \
     --sr-scale 4 --sr-num-features 64 --sr-growth-rate 64 --sr-num-blocks 16 --sr-num-layers 8 \
     --sr-weights-file "$SR_RESUME" \
-    --output-path "${OUTPUT_PATH:-./output_end2end/pixel_pggan}" \
+    --output-path "${OUTPUT_PATH:-$root/output_end2end/pixel_pggan}" \
     "${@:2}"

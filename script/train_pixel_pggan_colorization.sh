@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Fine-tune RDN and the pixel-level detector end to end, with colorization as auxiliary task.
+# Fine-tune RDN and the pixel detector end to end, with colorization as the auxiliary task.
 #   bash script/train_pixel_pggan_colorization.sh GPU_ID [any flag of train_detector.py]
-# Needs: ./data/CelebA and ./data/CelebA_ProGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; else example images) and the detector
-# to start from (./pretrained_models/pixel_pggan_celeba.pth.tar and its RDN; RESUME, SR_RESUME; or what
-# train_pixel_pggan.sh wrote). Writes ./output_end2end/pixel_pggan_colorization (or OUTPUT_PATH).
-# --micro-batch 1: one image at a time in RDN and VGG: less memory, the same update.
+# Reads ./data/CelebA and ./data/CelebA_ProGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the detector
+# to start from (pixel_pggan_celeba.pth.tar and sr_vgg_epoch_last.pth under ./pretrained_models; RESUME, SR_RESUME;
+# or what train_pixel_pggan.sh wrote).
+# Writes ./output_end2end/pixel_pggan_colorization (or OUTPUT_PATH).
+# --micro-batch 1 passes one image at a time through RDN and VGG. It takes less memory and makes the same update.
 source "$(dirname "$0")/common.sh"
-usage "$@"
+check_gpu_argument "$@"
 find_python
 
-choose_images train nearest ./data/CelebA ./data/CelebA_ProGAN
-choose_detector ./pretrained_models/pixel_pggan_celeba.pth.tar ./pretrained_models/sr_vgg_epoch_last.pth \
-    train_pixel_pggan.sh ./output_end2end/pixel_pggan
+choose_images train nearest CelebA CelebA_ProGAN
+choose_detector "$root/pretrained_models/pixel_pggan_celeba.pth.tar" "$root/pretrained_models/sr_vgg_epoch_last.pth" \
+    train_pixel_pggan.sh "$root/output_end2end/pixel_pggan"
 
 run train_detector.py \
     --gpu "$1" --arch resnet50 --no_dilation --mode-sr colorization \
@@ -19,5 +20,5 @@ run train_detector.py \
     --lr 1e-6 --lr-sr 1e-3 --lw-sr 1 --epochs 100 --batch-size 6 --micro-batch 1 \
     --data-root-pos "$DATA_ROOT_POS" --data-root-neg "$DATA_ROOT_NEG" \
     --init "$RESUME" ${SR_RESUME:+--sr-weights-file "$SR_RESUME"} \
-    --output-path "${OUTPUT_PATH:-./output_end2end/pixel_pggan_colorization}" \
+    --output-path "${OUTPUT_PATH:-$root/output_end2end/pixel_pggan_colorization}" \
     "${@:2}"

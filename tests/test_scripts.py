@@ -1,9 +1,9 @@
-"""The scripts: what they choose and say, the flags they pass (METHOD of the release), and that they really run."""
+"""The scripts choose and print their inputs, pass the release's flags, and run."""
 
 import os
 import shutil
 import subprocess
-from functools import partial
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,274 +13,472 @@ from files import touch
 from golden_rule import fill
 from PIL import Image
 
-import test
-import train_detector
-import train_sr
 from evaluation.score_table import read_table
 from models import RDN, DeepStemResNet
-from tools import example
 from utils import options
-from utils.errors import run_program
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAMS = {
-    "train_sr.py": (train_sr.main, options.train_sr_parser),
-    "train_detector.py": (train_detector.main, options.train_detector_parser),
-    "test.py": (test.main, options.test_parser),
+PARSERS = {
+    "train_sr.py": options.train_sr_parser,
+    "train_detector.py": options.train_detector_parser,
+    "test.py": options.test_parser,
 }
-RELEASED = ("./pretrained_models/pixel_pggan_celeba.pth.tar", "./pretrained_models/sr_vgg_epoch_last.pth")
-STAGE5 = "./pretrained_models/stylegan_celeba_stage5_noising"
-OWN_ENVIRONMENT = (
-    "DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL",
-)  # fmt: skip
+PIXEL_DETECTOR = "./pretrained_models/pixel_pggan_celeba.pth.tar"
+RDN_FILE = "./pretrained_models/sr_vgg_epoch_last.pth"
+STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.tar"
+STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
+VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# Stands in for Python: can import everything, makes example images of no content, records what it is called with.
+# Replaces Python. It can import everything, makes empty example images, and records how it is called.
 STUB = """#!/usr/bin/env bash
-case "$1 ${2:-}" in
-    "-c "*) exit 0 ;;
-    "-m tools.example") mkdir -p data/example/{train,test}/{real,nearest,bilinear}; touch data/example/settings.json
-        touch data/example/{train,val}.txt ;;
-    *) printf '%s\\n' "$@" > recorded ;;
+here=$(dirname "$0")
+case "$1" in
+    -c) exit 0 ;;
+    */tools/example.py)
+        mkdir -p "$3"/{train,test}/{real,nearest,bilinear}
+        touch "$3"/{settings.json,train.txt,val.txt}
+        ;;
+    *)
+        printf '%s\\n' "$@" > "$here/recorded"
+        pwd > "$here/folder"
+        ;;
 esac
 """
 
 
-def executable(path: Path, text: str) -> Path:
+def write_executable(path: Path, text: str) -> None:
     path.write_text(text)
     path.chmod(0o755)
-    return path
 
 
 @pytest.fixture
-def bare(tmp_path):
-    """The programs and scripts without images, outputs and the rest, and Python's stand-in as ./python."""
-    for pattern in ("*.py", "script/*.sh", "models/*.py", "data/*.py", "utils/*.py"):
-        for file in ROOT.glob(pattern):
-            target = tmp_path / "checkout" / file.relative_to(ROOT)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(file, target)
-    executable(tmp_path / "checkout" / "python", STUB)
-    return tmp_path / "checkout"
+def checkout(tmp_path):
+    """A checkout without images, tests and results. Its file `python` is the stub."""
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    for file in ROOT.glob("*.py"):
+        shutil.copy(file, folder)
+    for package in ("script", "models", "data", "utils", "evaluation", "tools"):
+        for file in (ROOT / package).iterdir():
+            if file.is_file():
+                (folder / package).mkdir(exist_ok=True)
+                shutil.copy(file, folder / package)
+    shutil.rmtree(folder / "data" / "example", ignore_errors=True)
+    write_executable(folder / "python", STUB)
+    return folder
 
 
-def bash(checkout: Path, script: str, *argv, cwd: Path | None = None, **environment) -> subprocess.CompletedProcess:
-    """`bash script/SCRIPT ARGV` with these environment variables."""
-    inherited = {k: v for k, v in os.environ.items() if k not in OWN_ENVIRONMENT}
+def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
+    """Run `bash script/SCRIPT ARGUMENTS` with these environment variables."""
+    inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    defaults = {"OMP_NUM_THREADS": "1", "PYTHON": str(checkout / "python")}
     return subprocess.run(
-        ["bash", checkout / "script" / script, *map(str, argv)],
-        env={**inherited, "OMP_NUM_THREADS": "1", "PYTHON": str(checkout / "python"), **environment},
-        cwd=cwd or checkout, capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+        ["bash", checkout / "script" / script, *[str(argument) for argument in arguments]],
+        env={**inherited, **defaults, **environment},
+        cwd=cwd or checkout,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
-def recorded(checkout: Path):
-    """The options the program was started with, and the command itself."""
-    command = (checkout / "recorded").read_text().splitlines()
-    at = next(i for i, word in enumerate(command) if word in PROGRAMS)
-    _, parser = PROGRAMS[command[at]]
-    return parser().parse_args(command[at + 1 :]), command
+def recorded_words(checkout: Path) -> list[str]:
+    return (checkout / "recorded").read_text().splitlines()
 
 
-# --- what they pass -----------------------------------------------------------------------------------------
+def recorded_options(checkout: Path) -> dict:
+    """Return the options that the program got, parsed by its own parser."""
+    words = recorded_words(checkout)
+    position = 0
+    while Path(words[position]).name not in PARSERS:
+        position += 1
+    parser = PARSERS[Path(words[position]).name]()
+    return vars(parser.parse_args(words[position + 1 :]))
 
-REAL_TRAIN = {"real_roots": ["./data/CelebA"]}
-PIXEL = {"arch": "resnet50", "dilated": False, "stage": 0, "in_channels": 3}
-STAGE_5 = {"arch": "resnet50", "dilated": False, "stage": 5, "in_channels": 512}
-SHAPE = {"scale": 4, "num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8}
+
+# --- flags of the release -----------------------------------------------------------------------------------
+
+RDN_SHAPE = {"scale": 4, "num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8}
+PIXELS = {"arch": "resnet50", "dilated": False, "stage": 0, "in_channels": 3, "real_roots": ["./data/CelebA"]}
+STAGE_5 = {"arch": "resnet50", "dilated": False, "stage": 5, "in_channels": 512, "real_roots": ["./data/CelebA"]}
 FROZEN = {
-    "lr": 1e-2, "classifier_grad_scale": 0.02, "epochs": 100, "batch_size": 10, "fixed_resynthesizer": True,
-    "resynthesizer_file": RELEASED[1], "resume": None, **SHAPE,
-}  # fmt: skip
-FINETUNED = {
-    "lr": 1e-6, "classifier_grad_scale": 1e-3, "auxiliary_weight": 1.0, "epochs": 100, "batch_size": 6,
+    **RDN_SHAPE,
+    "lr": 1e-2,
+    "classifier_grad_scale": 0.02,
+    "epochs": 100,
+    "batch_size": 10,
+    "fixed_resynthesizer": True,
+    "resynthesizer_file": RDN_FILE,
+    "resume": None,
+}
+FINE_TUNED = {
+    "lr": 1e-6,
+    "classifier_grad_scale": 1e-3,
+    "auxiliary_weight": 1.0,
+    "epochs": 100,
+    "batch_size": 6,
     "fixed_resynthesizer": False,
-}  # fmt: skip
-
-
-def at(generator: str, path: str) -> dict:
-    return {**REAL_TRAIN, "fake_roots": [f"./data/{generator}"], "output_path": path}
-
-
+}
 SETTINGS = {
     "train_super_resolution_celeba.sh": {
-        **SHAPE, "lr": 1e-4, "lr_decay": 0.5, "lr_decay_epoch": 225, "batch_size": 12, "patch_size": 24,
-        "num_epochs": 750, "num_save": 15, "workers": 8, "outputs_dir": "./output_hr", "seed": 123,
-        "train_file": "data/celeba_example_train.txt", "eval_file": "data/celeba_example_val.txt",
+        **RDN_SHAPE,
+        "lr": 1e-4,
+        "lr_decay": 0.5,
+        "lr_decay_epoch": 225,
+        "batch_size": 12,
+        "patch_size": 24,
+        "num_epochs": 750,
+        "num_save": 15,
+        "workers": 8,
+        "outputs_dir": "./output_hr",
+        "train_file": "./data/celeba_example_train.txt",
+        "eval_file": "./data/celeba_example_val.txt",
     },
-    "train_pixel_pggan.sh": {**PIXEL, **FROZEN, **at("CelebA_ProGAN", "./output_end2end/pixel_pggan")},
-    "train_stage5_stylegan.sh": {**STAGE_5, **FROZEN, **at("CelebA_StyleGAN", "./output_end2end/stage5_stylegan")},
+    "train_pixel_pggan.sh": {
+        **PIXELS,
+        **FROZEN,
+        "fake_roots": ["./data/CelebA_ProGAN"],
+        "output_path": "./output_end2end/pixel_pggan",
+    },
+    "train_stage5_stylegan.sh": {
+        **STAGE_5,
+        **FROZEN,
+        "fake_roots": ["./data/CelebA_StyleGAN"],
+        "output_path": "./output_end2end/stage5_stylegan",
+    },
     "train_pixel_pggan_colorization.sh": {
-        **PIXEL, **FINETUNED, **at("CelebA_ProGAN", "./output_end2end/pixel_pggan_colorization"),
-        "auxiliary": "colorization", "init": RELEASED[0], "resynthesizer_file": RELEASED[1],
+        **PIXELS,
+        **FINE_TUNED,
+        "fake_roots": ["./data/CelebA_ProGAN"],
+        "output_path": "./output_end2end/pixel_pggan_colorization",
+        "auxiliary": "colorization",
+        "init": PIXEL_DETECTOR,
+        "resynthesizer_file": RDN_FILE,
     },
     "train_stage5_stylegan_denoising.sh": {
-        **STAGE_5, **FINETUNED, **at("CelebA_StyleGAN", "./output_end2end/stage5_stylegan_noising"),
-        "auxiliary": "denoising", "init": f"{STAGE5}/cls.pth.tar", "resynthesizer_file": f"{STAGE5}/sr.pth.tar",
+        **STAGE_5,
+        **FINE_TUNED,
+        "fake_roots": ["./data/CelebA_StyleGAN"],
+        "output_path": "./output_end2end/stage5_stylegan_noising",
+        "auxiliary": "denoising",
+        "init": STAGE5_DETECTOR,
+        "resynthesizer_file": STAGE5_RDN,
     },
     "test_pixel_celeba.sh": {
-        **PIXEL, **REAL_TRAIN, "fake_roots": ["./data/CelebA_StyleGAN"], "batch_size": 1, "resume": RELEASED[0],
-        "resynthesizer_file": RELEASED[1], "save_path": "./output/train_pggan_pixel_test_stylegan",
+        **PIXELS,
+        "fake_roots": ["./data/CelebA_StyleGAN"],
+        "batch_size": 1,
+        "resume": PIXEL_DETECTOR,
+        "resynthesizer_file": RDN_FILE,
+        "save_path": "./output/train_pggan_pixel_test_stylegan",
     },
     "test_stage5_celeba.sh": {
-        **STAGE_5, **REAL_TRAIN, "fake_roots": ["./data/CelebA_ProGAN"], "batch_size": 1,
-        "resume": f"{STAGE5}/cls.pth.tar", "resynthesizer_file": f"{STAGE5}/sr.pth.tar",
+        **STAGE_5,
+        "fake_roots": ["./data/CelebA_ProGAN"],
+        "batch_size": 1,
+        "resume": STAGE5_DETECTOR,
+        "resynthesizer_file": STAGE5_RDN,
         "save_path": "./output/train_stylegan_stage5_noising_test_pggan",
     },
-}  # fmt: skip
+}
+INPUTS = ("real_roots", "fake_roots", "resume", "init", "resynthesizer_file", "train_file", "eval_file")
 
 
-def released_layout(checkout: Path) -> None:
+def write_released_files(checkout: Path) -> None:
+    """Make empty files at all paths of the release, and at the paths that earlier scripts write."""
     touch(
-        checkout, "data/CelebA/a.png", "data/CelebA_ProGAN/a.png", "data/CelebA_StyleGAN/a.png",
-        "data/celeba_example_train.txt", "data/celeba_example_val.txt", *RELEASED, f"{STAGE5}/cls.pth.tar",
-        f"{STAGE5}/sr.pth.tar", "output_end2end/pixel_pggan/best.pth.tar", "output_hr/x4/best.pth",
-    )  # fmt: skip
+        checkout,
+        "data/CelebA/a.png",
+        "data/CelebA_ProGAN/a.png",
+        "data/CelebA_StyleGAN/a.png",
+        "data/celeba_example_train.txt",
+        "data/celeba_example_val.txt",
+        PIXEL_DETECTOR,
+        RDN_FILE,
+        STAGE5_DETECTOR,
+        STAGE5_RDN,
+        "output_end2end/pixel_pggan/best.pth.tar",
+        "output_hr/x4/best.pth",
+    )
 
 
 @pytest.mark.parametrize("script", SETTINGS)
-def test_settings_of_the_release(bare, script):
-    """Where the seed's paths exist they are taken, one line said for each; the user's flags come last."""
-    released_layout(bare)
-    run = bash(bare, script, 0, "--seed", 123)
-    assert run.returncode == 0, run.stderr
-    args, command = recorded(bare)
-    got = vars(args)
-    assert {key: got[key] for key in SETTINGS[script]} == SETTINGS[script]
-    assert args.gpu == "0" and command[-2:] == ["--seed", "123"]
-    said = run.stderr.splitlines()
-    assert all(line.startswith(f"[{script}] ") for line in said)
-    options = "real_roots", "fake_roots", "resume", "init", "resynthesizer_file", "train_file", "eval_file"
-    chosen = [path[0] if isinstance(path, list) else path for path in map(got.get, options) if path]
-    assert sorted(line.rsplit(": ", 1)[1] for line in said) == sorted(chosen)
-    for argv in [], ["gpu0"], ["--epochs", "1"]:
-        run = bash(bare, script, *argv)
-        assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
-        assert f"usage: bash script/{script} GPU_ID" in run.stderr
+def test_each_script_passes_the_flags_of_the_release(checkout, script):
+    write_released_files(checkout)
+    assert run_script(checkout, script, 0, "--seed", 123).returncode == 0
+    options_of_run = recorded_options(checkout)
+    for name, value in SETTINGS[script].items():
+        assert options_of_run[name] == value, name
+    assert options_of_run["gpu"] == "0"
+    assert recorded_words(checkout)[-2:] == ["--seed", "123"]  # the user's flags come last, so they override
 
 
-def test_a_fresh_checkout(bare, tmp_path):
-    """Example images are made once; then each script takes what the one before it wrote; from any folder."""
-    rdn, own, sets = "output_hr/x4/last.pth", "output_end2end", "data/example"
-    pixel, stage5 = f"{own}/pixel_pggan/last.pth.tar", f"{own}/stage5_stylegan/best.pth.tar"
-    lists = {"train_file": f"{sets}/train.txt", "eval_file": f"{sets}/val.txt"}
-    on_nearest = {"resynthesizer_file": f"./{rdn}", "fake_roots": [f"{sets}/train/nearest"]}
-    for script, needs, by, wanted in (
-        ("train_super_resolution_celeba", None, None, lists),
-        ("train_pixel_pggan", rdn, "train_super_resolution_celeba", on_nearest),
-        ("test_pixel_celeba", pixel, "train_pixel_pggan", {"resume": f"./{pixel}", "resynthesizer_file": None}),
-        ("train_stage5_stylegan_denoising", stage5, "train_stage5_stylegan", {"init": f"./{stage5}"}),
-        ("test_stage5_celeba", None, None, {"resume": f"./{stage5}", "fake_roots": [f"{sets}/test/nearest"]}),
-    ):
-        if needs:
-            run = bash(bare, f"{script}.sh", "cpu", cwd=tmp_path)
-            assert run.returncode == 2 and f"{by}.sh" in run.stderr.splitlines()[-1]
-            touch(bare, needs)
-        run = bash(bare, f"{script}.sh", "cpu", cwd=tmp_path)
-        args, _ = recorded(bare)
-        assert args.gpu == "cpu" and {key: getattr(args, key) for key in wanted} == wanted
-        assert ("making example images" in run.stderr) == (wanted is lists)
+@pytest.mark.parametrize("script", SETTINGS)
+def test_each_script_prints_one_line_per_input(checkout, script):
+    write_released_files(checkout)
+    lines = run_script(checkout, script, 0).stderr.splitlines()
+    options_of_run = recorded_options(checkout)
+    expected = []
+    for name in INPUTS:
+        value = options_of_run.get(name)
+        if value:
+            expected.append(value[0] if isinstance(value, list) else value)
+    assert all(line.startswith(f"[{script}] ") for line in lines)
+    assert sorted(line.rsplit(": ", 1)[1] for line in lines) == sorted(expected)
 
 
-def test_what_the_environment_says_goes_first(bare):
-    released_layout(bare)
-    mine = {"DATA_ROOT_POS": "my reals", "DATA_ROOT_NEG": "my fakes", "RESUME": "d.tar", "SR_RESUME": "r.pth",
-            "OUTPUT_PATH": "my/out", "VGG_WEIGHTS": "my vgg.pth", "NPROC": "2"}  # fmt: skip
-    run = bash(bare, "test_pixel_celeba.sh", 1, "--crop-size", 64, **mine)
-    args, command = recorded(bare)
-    assert (args.real_roots, args.fake_roots) == (["my reals"], ["my fakes"])
-    assert (args.resume, args.resynthesizer_file, args.save_path) == ("d.tar", "r.pth", "my/out")
-    assert (args.vgg_weights, args.crop_size) == ("my vgg.pth", 64)
-    assert command[:3] == ["-m", "utils.launch", "2"]
-    assert all(f"{value} (from {key})" in run.stderr for key, value in list(mine.items())[:4])
+@pytest.mark.parametrize("script", SETTINGS)
+@pytest.mark.parametrize("arguments", [[], ["gpu0"], ["--epochs", "1"]])
+def test_each_script_needs_a_gpu_number_or_cpu(checkout, script, arguments):
+    result = run_script(checkout, script, *arguments)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert f"usage: bash script/{script} GPU_ID" in result.stderr
 
 
-@pytest.mark.parametrize("named, other", [("DATA_ROOT_POS", "DATA_ROOT_NEG"), ("DATA_ROOT_NEG", "DATA_ROOT_POS")])
-def test_half_of_a_pair_is_not_completed_by_example_images(bare, named, other):
-    touch(bare, *RELEASED)
-    for environment in {named: "mine"}, {}:  # in the second round there are images in its usual place
-        run = bash(bare, "test_pixel_celeba.sh", 0, **environment)
-        assert run.returncode == 2 and f"set {other}" in run.stderr.splitlines()[-1]
-        assert not (bare / "recorded").exists() and not (bare / "data" / "example").exists()
-        touch(bare, f"data/{'CelebA' if named == 'DATA_ROOT_POS' else 'CelebA_StyleGAN'}/a.png")
+# --- where inputs come from ---------------------------------------------------------------------------------
 
 
-def test_a_python_that_lacks_packages(bare):
-    """One that was named is not exchanged for another behind the user's back."""
-    executable(bare / "python", "#!/usr/bin/env bash\nexit 1\n")
-    run = bash(bare, "test_pixel_celeba.sh", 0)
-    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1
-    assert "pip install -r requirements.txt" in run.stderr and not (bare / ".venv").exists()
+def test_a_fresh_checkout_makes_example_images_once(checkout):
+    first = run_script(checkout, "train_super_resolution_celeba.sh", "cpu")
+    assert first.stderr.count("making example images") == 1
+    assert recorded_options(checkout)["train_file"] == "./data/example/train.txt"
+    assert recorded_options(checkout)["eval_file"] == "./data/example/val.txt"
+    second = run_script(checkout, "train_super_resolution_celeba.sh", "cpu")
+    assert "making example images" not in second.stderr
 
 
-# Stands in for a machine's python3, which has no packages: its venv is the stand-in above, once pip was called in it.
+CHAIN = [
+    # script, its input from an earlier script, that earlier script, expected options
+    (
+        "train_pixel_pggan.sh",
+        "output_hr/x4/last.pth",
+        "train_super_resolution_celeba.sh",
+        {"resynthesizer_file": "./output_hr/x4/last.pth", "fake_roots": ["./data/example/train/nearest"]},
+    ),
+    (
+        "test_pixel_celeba.sh",
+        "output_end2end/pixel_pggan/last.pth.tar",
+        "train_pixel_pggan.sh",
+        {"resume": "./output_end2end/pixel_pggan/last.pth.tar", "resynthesizer_file": None},
+    ),
+    (
+        "train_stage5_stylegan_denoising.sh",
+        "output_end2end/stage5_stylegan/best.pth.tar",
+        "train_stage5_stylegan.sh",
+        {"init": "./output_end2end/stage5_stylegan/best.pth.tar", "fake_roots": ["./data/example/train/bilinear"]},
+    ),
+    (
+        "test_stage5_celeba.sh",
+        "output_end2end/stage5_stylegan/last.pth.tar",
+        "train_stage5_stylegan.sh",
+        {"resume": "./output_end2end/stage5_stylegan/last.pth.tar", "fake_roots": ["./data/example/test/nearest"]},
+    ),
+]
+
+
+@pytest.mark.parametrize(("script", "needed", "earlier_script", "expected"), CHAIN)
+def test_a_script_uses_what_an_earlier_script_wrote(checkout, script, needed, earlier_script, expected):
+    missing = run_script(checkout, script, "cpu")
+    assert missing.returncode == 2
+    assert earlier_script in missing.stderr.splitlines()[-1]
+    touch(checkout, needed)
+    assert run_script(checkout, script, "cpu").returncode == 0
+    options_of_run = recorded_options(checkout)
+    for name, value in expected.items():
+        assert options_of_run[name] == value, name
+
+
+def test_environment_variables_override_the_defaults(checkout):
+    write_released_files(checkout)
+    environment = {
+        "DATA_ROOT_POS": "my reals",
+        "DATA_ROOT_NEG": "my fakes",
+        "RESUME": "detector.tar",
+        "SR_RESUME": "rdn.pth",
+    }
+    result = run_script(
+        checkout,
+        "test_pixel_celeba.sh",
+        1,
+        OUTPUT_PATH="my/out",
+        VGG_WEIGHTS="my vgg.pth",
+        **environment,
+    )
+    options_of_run = recorded_options(checkout)
+    assert options_of_run["real_roots"] == ["my reals"]
+    assert options_of_run["fake_roots"] == ["my fakes"]
+    assert options_of_run["resume"] == "detector.tar"
+    assert options_of_run["resynthesizer_file"] == "rdn.pth"
+    assert options_of_run["save_path"] == "my/out"
+    assert options_of_run["vgg_weights"] == "my vgg.pth"
+    for name, value in environment.items():
+        assert f"{value} (from {name})" in result.stderr
+
+
+def test_nproc_starts_torchrun(checkout):
+    write_released_files(checkout)
+    run_script(checkout, "test_pixel_celeba.sh", 0, NPROC="2")
+    words = recorded_words(checkout)
+    assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    assert words[5] == "./test.py"
+
+
+def test_from_another_folder_user_paths_are_relative_to_that_folder(checkout, tmp_path):
+    write_released_files(checkout)
+    touch(tmp_path, "elsewhere/reals/a.png")
+    result = run_script(
+        checkout,
+        "train_pixel_pggan.sh",
+        0,
+        "--val-root-pos",
+        "reals",
+        cwd=tmp_path / "elsewhere",
+        DATA_ROOT_POS="reals",
+    )
+    assert result.returncode == 0
+    assert Path((checkout / "folder").read_text().strip()) == tmp_path / "elsewhere"  # where the program runs
+    options_of_run = recorded_options(checkout)
+    assert options_of_run["real_roots"] == ["reals"]
+    assert options_of_run["val_real_roots"] == ["reals"]
+    assert options_of_run["fake_roots"] == [f"{checkout}/data/CelebA_ProGAN"]
+    assert options_of_run["output_path"] == f"{checkout}/output_end2end/pixel_pggan"
+
+
+@pytest.mark.parametrize(("given", "missing"), [("DATA_ROOT_POS", "DATA_ROOT_NEG"), ("DATA_ROOT_NEG", "DATA_ROOT_POS")])
+def test_example_images_do_not_complete_half_of_a_pair_of_variables(checkout, given, missing):
+    touch(checkout, PIXEL_DETECTOR, RDN_FILE)
+    result = run_script(checkout, "test_pixel_celeba.sh", 0, **{given: "mine"})
+    assert result.returncode == 2
+    assert f"set {missing}" in result.stderr.splitlines()[-1]
+    assert not (checkout / "data" / "example").exists()
+
+
+@pytest.mark.parametrize(("stored", "missing"), [("CelebA", "DATA_ROOT_NEG"), ("CelebA_StyleGAN", "DATA_ROOT_POS")])
+def test_example_images_do_not_complete_half_of_a_pair_of_folders(checkout, stored, missing):
+    touch(checkout, PIXEL_DETECTOR, RDN_FILE, f"data/{stored}/a.png")
+    result = run_script(checkout, "test_pixel_celeba.sh", 0)
+    assert result.returncode == 2
+    assert f"set {missing}" in result.stderr.splitlines()[-1]
+    assert not (checkout / "data" / "example").exists()
+
+
+# --- installation -------------------------------------------------------------------------------------------
+
+
+def test_a_python_that_the_user_chose_is_not_replaced(checkout):
+    write_executable(checkout / "python", "#!/usr/bin/env bash\nexit 1\n")
+    result = run_script(checkout, "test_pixel_celeba.sh", 0)
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "requirements.txt" in result.stderr
+    assert not (checkout / ".venv").exists()
+
+
+# Replaces the python3 of a machine without packages. `-m venv` copies it, and `-m pip` replaces the copy by the stub.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
-    "-m venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
-    "-m pip") [[ {offline} == 0 ]] || exit 1; echo "$@" > pip; cp python new; mv new .venv/bin/python ;;
+    "-m venv") mkdir -p "$3/bin"; cp "$0" "$3/bin/python" ;;
+    "-m pip") [[ {offline} == 0 ]] || exit 1; echo "$@" > {checkout}/pip; cp {checkout}/python new; mv new "$0" ;;
     *) exit 1 ;;
 esac
 """
 
 
-@pytest.mark.parametrize(
-    ("too_old", "offline", "said"), [(0, 0, "installing"), (1, 0, "Python 3.10 or newer"), (0, 1, "pip failed on")]
-)
-def test_a_machine_with_nothing_but_python(bare, tmp_path, too_old, offline, said):
-    """.venv is made and filled once; what is missing for that is said in one line."""
-    (tmp_path / "bin").mkdir()
-    executable(tmp_path / "bin" / "python3", BARE_PYTHON.format(too_old=too_old, offline=offline))
-    released_layout(bare)
-    machine = {"PYTHON": "", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    run = bash(bare, "test_pixel_celeba.sh", 0, **machine)
-    assert said in run.stderr
-    if too_old or offline:
-        assert run.returncode == 2 and said in run.stderr.splitlines()[-1] and not (bare / "recorded").exists()
-        return
-    assert run.returncode == 0 and "-r requirements.txt" in (bare / "pip").read_text()
-    (bare / "pip").unlink()
-    again = bash(bare, "test_pixel_celeba.sh", 0, **machine)
-    assert again.returncode == 0 and "installing" not in again.stderr and not (bare / "pip").exists()
+def run_on_a_bare_machine(checkout, tmp_path, too_old=0, offline=0):
+    (tmp_path / "bin").mkdir(exist_ok=True)
+    text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
+    write_executable(tmp_path / "bin" / "python3", text)
+    write_released_files(checkout)
+    return run_script(checkout, "test_pixel_celeba.sh", 0, PYTHON="", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
 
 
-# --- that they run ------------------------------------------------------------------------------------------
+def test_missing_packages_are_installed_once(checkout, tmp_path):
+    first = run_on_a_bare_machine(checkout, tmp_path)
+    assert first.returncode == 0
+    assert "installing" in first.stderr
+    assert "requirements.txt" in (checkout / "pip").read_text()
+    (checkout / "pip").unlink()
+    second = run_on_a_bare_machine(checkout, tmp_path)
+    assert second.returncode == 0
+    assert "installing" not in second.stderr
+    assert not (checkout / "pip").exists()
 
 
-def run_recorded(checkout: Path) -> int:
-    """Run what a script has started Python's stand-in with, in this process (which has torch imported already)."""
-    args, command = recorded(checkout)
-    return run_program(partial(PROGRAMS[command[0]][0], args))
+def test_an_old_python_is_refused(checkout, tmp_path):
+    result = run_on_a_bare_machine(checkout, tmp_path, too_old=1)
+    assert result.returncode == 2
+    assert "Python 3.10 or newer" in result.stderr.splitlines()[-1]
 
 
-def test_the_test_script_gives_the_released_logits(bare, monkeypatch):
-    """No flag but the GPU's: the script's own, with the released files where the release has them."""
-    released_layout(bare)
+def test_a_failed_installation_is_reported(checkout, tmp_path):
+    result = run_on_a_bare_machine(checkout, tmp_path, offline=1)
+    assert result.returncode == 2
+    assert "pip failed on" in result.stderr.splitlines()[-1]
+
+
+# --- with the real Python -----------------------------------------------------------------------------------
+
+
+def write_images(folder: Path, count: int, cell: int) -> None:
+    """Write random images of 64 x 64 pixels that consist of squares of cell x cell pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(cell)
+    for i in range(count):
+        pixels = rng.integers(0, 256, (64 // cell, 64 // cell, 3), dtype=np.uint8)
+        Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(folder / f"{i}.png")
+
+
+def test_the_test_script_gives_the_logits_of_the_released_network(checkout):
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
-    torch.save({"arch": "resnet50", "state_dict": fill(DeepStemResNet(in_channels=3)).state_dict()}, bare / RELEASED[0])
-    torch.save(fill(RDN()).state_dict(), bare / RELEASED[1])
+    (checkout / "pretrained_models").mkdir()
+    classifier = fill(DeepStemResNet(in_channels=3)).state_dict()
+    torch.save({"arch": "resnet50", "state_dict": classifier}, checkout / PIXEL_DETECTOR)
+    torch.save(fill(RDN()).state_dict(), checkout / RDN_FILE)
     for folder, pixels in zip(("CelebA", "CelebA_StyleGAN"), golden["image"], strict=True):
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(bare / "data" / folder / "a.png")
-    assert bash(bare, "test_pixel_celeba.sh", "cpu", "-j", 0).returncode == 0
-    monkeypatch.chdir(bare)
-    assert run_recorded(bare) == 0
-    got = np.load("output/train_pggan_pixel_test_stylegan.npy")
-    assert np.abs(got - golden["logits_pixel_dil0"]).max() <= 1e-4
+        (checkout / "data" / folder).mkdir(parents=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(checkout / "data" / folder / "a.png")
+    result = run_script(checkout, "test_pixel_celeba.sh", "cpu", "-j", 0, PYTHON=sys.executable)
+    assert result.returncode == 0, result.stderr
+    logits = np.load(checkout / "output/train_pggan_pixel_test_stylegan.npy")
+    np.testing.assert_allclose(logits, golden["logits_pixel_dil0"], rtol=0, atol=1e-4)
 
 
-def test_the_scripts_one_after_the_other(bare, tmp_path, monkeypatch, capfd):
-    """Train RDN, train a detector on it, test that; tiny, but all of it real."""
-    monkeypatch.chdir(bare)
-    example.main("--size 64 --train 8 --val 4 --test 4 --steps 5 --workers 1 --out data/example".split())
-    shape = "--num-features 8 --growth-rate 8 --num-blocks 1 --num-layers 2"
-    for script, flags, written in (
-        ("train_super_resolution_celeba", f"{shape} --num-epochs 1 --patch-size 8", "output_hr/x4/last.pth"),
-        ("train_pixel_pggan", f"{shape} --arch resnet18 --epochs 1 -b 8", "output_end2end/pixel_pggan/last.pth.tar"),
-        ("test_pixel_celeba", "--arch resnet18", "output/train_pggan_pixel_test_stylegan.csv"),
-    ):
-        run = bash(bare, f"{script}.sh", "cpu", *flags.split(), "-j", 0, cwd=tmp_path, VGG_WEIGHTS="random")
-        assert run.returncode == 0 and "making example images" not in run.stderr
-        capfd.readouterr()
-        assert run_recorded(bare) == 0 and Path(written).exists()
-    table = read_table(written)
-    assert table.is_real.sum() == table.is_fake.sum() == 4 and table.scored.all()
-    assert "AUROC" in capfd.readouterr().out
+def test_three_scripts_train_rdn_train_a_detector_and_test_it(checkout):
+    write_images(checkout / "data/CelebA", 4, cell=1)
+    write_images(checkout / "data/CelebA_ProGAN", 4, cell=4)
+    write_images(checkout / "data/CelebA_StyleGAN", 4, cell=2)
+    tiny_rdn = ["--num-features", 8, "--growth-rate", 8, "--num-blocks", 1, "--num-layers", 2]
+    common = {"PYTHON": sys.executable, "VGG_WEIGHTS": "random"}
+    steps = [
+        ("train_super_resolution_celeba.sh", [*tiny_rdn, "--num-epochs", 1, "--patch-size", 8, "--batch-size", 2]),
+        ("train_pixel_pggan.sh", [f"--sr-{str(word)[2:]}" if str(word)[:2] == "--" else word for word in tiny_rdn]),
+        ("test_pixel_celeba.sh", ["--arch", "resnet18"]),
+    ]
+    steps[1][1].extend(["--arch", "resnet18", "--epochs", 1, "--batch-size", 4])
+    for script, flags in steps:
+        result = run_script(checkout, script, "cpu", *flags, "-j", 0, **common)
+        assert result.returncode == 0, result.stderr
+        assert "making example images" not in result.stderr
+    table = read_table(checkout / "output/train_pggan_pixel_test_stylegan.csv")
+    assert table.is_real.sum() == 4
+    assert table.is_fake.sum() == 4
+    assert table.scored.all()
+    assert "AUROC" in result.stdout
+
+
+def test_two_processes_give_the_scores_of_one(checkout):
+    write_images(checkout / "data/CelebA", 3, cell=1)
+    write_images(checkout / "data/CelebA_StyleGAN", 3, cell=2)
+    (checkout / "pretrained_models").mkdir()
+    torch.manual_seed(0)
+    classifier = DeepStemResNet("resnet18", in_channels=3).state_dict()
+    torch.save({"arch": "resnet18", "state_dict": classifier}, checkout / PIXEL_DETECTOR)
+    torch.save(RDN(num_features=4, growth_rate=4, num_blocks=1, num_layers=2).state_dict(), checkout / RDN_FILE)
+    flags = ["--arch", "resnet18", "-j", 0]
+    for name, environment in (("one", {}), ("two", {"NPROC": "2"})):
+        environment = {**environment, "PYTHON": sys.executable, "OUTPUT_PATH": name}
+        result = run_script(checkout, "test_pixel_celeba.sh", "cpu", *flags, **environment)
+        assert result.returncode == 0, result.stderr
+    np.testing.assert_array_equal(np.load(checkout / "one.npy"), np.load(checkout / "two.npy"))
