@@ -1,187 +1,174 @@
-"""RDN, the re-synthesizer: a residual dense network for single-image super-resolution.
+"""RDN, the residual dense network, a super-resolution network: the re-synthesizer of the paper.
 
-Follows Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super-Resolution" (CVPR 2018);
-parameter names are those of yjn870/RDN-pytorch (MIT), which the released checkpoints use.
+Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super-Resolution" (CVPR 2018). The comments use the
+paper's names. Parameter names are those of yjn870/RDN-pytorch (MIT), which the released checkpoints use.
 """
-
-from collections.abc import Callable, Mapping
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.tiling import in_tiles
-from models.winograd import DenseMaps, pays
+from models import rdn_inference
 from utils.errors import UserError
 
-STRIP_BYTES = 2**15  # of one channel: how much is concatenated at a time without gradients, on a CPU
-INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))  # of the left and the right half of a pixel, along a line
-TAIL_SIDE, TAIL_HALO = 64, 2  # LR pixels: of the up-sampling, whose maps are the largest; its convolutions reach 1 3/4
+SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
+# Weights of three neighbouring pixels for the left and the right half of a pixel: linear interpolation whose two values
+# average to the pixel itself, because a pixel of x_lr is the mean of the pixels that it stands for
+INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
 
-def conv(in_channels: int, out_channels: int, side: int = 3) -> nn.Conv2d:
-    """A "same"-padded convolution."""
-    return nn.Conv2d(in_channels, out_channels, side, padding=side // 2)
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Create a 3x3 convolution that keeps height and width."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """Create a 1x1 convolution."""
+    return nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
 
 class DenseLayer(nn.Module):
-    """One layer of a dense block: `growth_rate` new channels of all there are, which come in pieces."""
+    """A 3x3 convolution and ReLU that reads all maps before it and adds G new ones."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
-        self.conv = conv(in_channels, growth_rate)
+        self.conv = conv3x3(in_channels, growth_rate)
 
-    def forward(self, *pieces: Tensor) -> Tensor:
-        return self.conv(torch.cat(pieces, dim=1)).relu_()  # (B, G, h, w)
+    def forward(self, *maps: Tensor) -> Tensor:
+        """maps: (B, C_i, h, w) each. Returns (B, G, h, w)."""
+        return self.conv(torch.cat(maps, dim=1)).relu_()
 
 
 class ResidualDenseBlock(nn.Module):
-    """Dense layers, fused by a 1x1 convolution ("local feature fusion") and added to the block's input."""
+    """A residual dense block (RDB): C dense layers, local feature fusion, local residual learning."""
 
     def __init__(self, num_features: int, growth_rate: int, num_layers: int):
         super().__init__()
-        widths = [num_features + i * growth_rate for i in range(num_layers + 1)]  # before each layer, and of all
-        self.layers = nn.Sequential(*[DenseLayer(width, growth_rate) for width in widths[:-1]])
-        # Release: maps to growth_rate, which only works where it equals num_features; the paper's form is this.
-        self.lff = conv(widths[-1], num_features, 1)
+        layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
+        self.layers = nn.Sequential(*layers)
+        # Release: the fusion maps to growth_rate, which only works where that equals num_features. This is the paper's form.
+        self.lff = conv1x1(num_features + num_layers * growth_rate, num_features)
 
-    def forward(self, x: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """(B, G0, h, w) -> (B, G0, h, w). scratch: see `models.winograd.DenseMaps`; None: for direct convolutions."""
-        if scratch is not None:
-            return self._transformed(x, scratch)
-        rows, pieces = x.shape[2], [x]
-        if not (torch.is_grad_enabled() or x.is_cuda):  # strips of rows suit a CPU's caches
-            rows = max(STRIP_BYTES // x[:, 0, 0].nbytes, 1)
-        strip = rows, x.shape[3]
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, G0, h, w). Returns (B, G0, h, w)."""
+        maps = [x]
         for layer in self.layers:
-            pieces.append(in_tiles(layer, *pieces, side=strip, halo=1))  # (B, G, h, w)
-        fused = in_tiles(lambda *strips: self.lff(torch.cat(strips, dim=1)), *pieces, side=strip, halo=0)
-        return fused.add_(x)  # (B, G0, h, w)
+            maps.append(layer(*maps))  # (B, G, h, w)
+        return self.fuse(*maps) + x
 
-    def _transformed(self, x: Tensor, scratch: Tensor) -> Tensor:
-        """The same by Winograd's convolutions; each layer's maps are fused at once, and kept in transformed form only."""
-        maps, piece = DenseMaps(x, len(self.layers), scratch), x
-        first, *weights = self.lff.weight.split(x.shape[1], dim=1)  # (G0, G, 1, 1) each
-        fused = F.conv2d(x, first, self.lff.bias)
-        for layer, weight in zip(self.layers, weights, strict=True):
-            piece = maps.convolve(layer.conv, piece).relu_()  # (B, G, h, w)
-            fused.add_(F.conv2d(piece, weight))
-        return fused.add_(x)  # (B, G0, h, w)
+    def fuse(self, *maps: Tensor) -> Tensor:
+        """Fuse the maps of all layers (local feature fusion). Returns (B, G0, h, w)."""
+        return self.lff(torch.cat(maps, dim=1))
 
 
 class RDN(nn.Module):
-    """Residual dense network: (B, 3, h, w) in [0, 1] -> (B, 3, scale * h, scale * w), not clipped.
+    """A residual dense network: x_lr (B, 3, h, w) in [0, 1] -> x_hat (B, 3, scale * h, scale * w), not clipped.
 
     Args:
-        scale: up-sampling factor, 2, 3 or 4; others are a UserError.
+        scale: up-sampling factor: 2, 3 or 4.
         num_features: G0, channels between the blocks.
-        growth_rate: G, channels each dense layer adds.
-        num_blocks: D, residual dense blocks.
-        num_layers: C, dense layers in each block.
+        growth_rate: G, channels that each dense layer adds.
+        num_blocks: D, number of residual dense blocks.
+        num_layers: C, number of dense layers in each block.
 
     The defaults are the paper's: 22,271,107 parameters.
+
+    Raises:
+        UserError: for another scale.
     """
 
     def __init__(
         self, scale: int = 4, num_features: int = 64, growth_rate: int = 64, num_blocks: int = 16, num_layers: int = 8
     ):
         super().__init__()
-        if scale not in (2, 3, 4):
-            raise UserError(f"RDN up-samples by 2, 3 or 4, not by {scale}: choose one of these as the scale")
+        if scale not in SHUFFLES:
+            raise UserError(f"the scale of RDN must be 2, 3 or 4, got {scale}")
         self.scale = scale
-        self.checkpoint_blocks = False  # True: recompute each block in the backward pass instead of keeping it
-        self.tile = 256  # LR pixels: side of the tiles the blocks work in without gradients; by Winograd half as high
-        g0 = num_features
-        self.sfe1 = conv(3, g0)
-        self.sfe2 = conv(g0, g0)
-        self.rdbs = nn.ModuleList([ResidualDenseBlock(g0, growth_rate, num_layers) for _ in range(num_blocks)])
-        self.gff = nn.Sequential(conv(g0 * num_blocks, g0, 1), conv(g0, g0))
-        layers = []
-        for step in {2: [2], 3: [3], 4: [2, 2]}[scale]:
-            layers += [conv(g0, g0 * step**2), nn.PixelShuffle(step)]
-        self.upscale = nn.Sequential(*layers)
-        self.output = conv(g0, 3)
+        self.checkpoint_blocks = False  # True: compute each block again in the backward pass instead of keeping its maps
+        self.tile = 256  # side of the tiles without gradients, in low-resolution pixels
+        self.sfe1 = conv3x3(3, num_features)
+        self.sfe2 = conv3x3(num_features, num_features)
+        blocks = [ResidualDenseBlock(num_features, growth_rate, num_layers) for _ in range(num_blocks)]
+        self.rdbs = nn.ModuleList(blocks)
+        self.gff = nn.Sequential(conv1x1(num_features * num_blocks, num_features), conv3x3(num_features, num_features))
+        upscale = []
+        for factor in SHUFFLES[scale]:
+            upscale += [conv3x3(num_features, num_features * factor**2), nn.PixelShuffle(factor)]
+        self.upscale = nn.Sequential(*upscale)
+        self.output = conv3x3(num_features, 3)
 
     def forward(self, x_lr: Tensor) -> Tensor:
         """x_lr: (B, 3, h, w) in [0, 1]. Returns x_hat (B, 3, scale * h, scale * w), float32, about [0, 1]."""
-        sfe1 = self.sfe1(x_lr)  # (B, G0, h, w)
-        x = self.gff[1](self._fused_blocks(sfe1)).add_(sfe1)  # (B, G0, h, w)
-        return in_tiles(partial(self._run, self._upscale), x, side=TAIL_SIDE, halo=TAIL_HALO, scale=self.scale)
+        if not torch.is_grad_enabled():
+            return rdn_inference.infer(self, x_lr)  # the same numbers, faster
+        # Shallow feature extraction
+        sfe1 = self.sfe1(x_lr)  # F_-1: (B, G0, h, w)
+        x = self.sfe2(sfe1)  # F_0: (B, G0, h, w)
+        # Residual dense blocks
+        block_outputs = []
+        for block in self.rdbs:
+            x = self.run(block, x)  # F_d: (B, G0, h, w)
+            block_outputs.append(x)
+        # Dense feature fusion: global feature fusion, then global residual learning
+        x = self.run(self.fuse, *block_outputs) + sfe1  # F_DF: (B, G0, h, w)
+        # Up-sampling
+        return self.run(self.upsample, x)  # (B, 3, scale * h, scale * w)
 
-    def _fused_blocks(self, sfe1: Tensor) -> Tensor:
-        """All blocks' outputs, fused by gff.0: (B, G0, h, w) -> (B, G0, h, w).
+    def fuse(self, *block_outputs: Tensor) -> Tensor:
+        """Fuse the outputs of all blocks (global feature fusion). Returns F_GF (B, G0, h, w)."""
+        return self.gff(torch.cat(block_outputs, dim=1))
 
-        A 1x1 convolution of the concatenated outputs is the sum of one of each; it is kept in float32.
-        """
-        x, bias = self.sfe2(sfe1), self.gff[0].bias  # (B, G0, h, w), (G0,)
-        scratch = x.new_empty(0) if pays(x, self.rdbs[0].layers) else None
-        side = self.tile if scratch is None else (self.tile // 2, self.tile)  # transformed maps are larger
-        fused = torch.empty_like(x, dtype=bias.dtype).copy_(bias[:, None, None])
-        for block, weight in zip(self.rdbs, self.gff[0].weight.split(x.shape[1], dim=1), strict=True):
-            if torch.is_grad_enabled():
-                x = self._run(block, x)  # (B, G0, h, w)
-                fused.add_(F.conv2d(x, weight))
-            else:  # each 3x3 convolution reaches one pixel; fused some rows at a time, as they are copied to float32
-                x = in_tiles(partial(block, scratch=scratch), x, side=side, halo=len(block.layers))  # (B, G0, h, w)
-                for total, rows in zip(fused.split(self.tile, dim=2), x.split(self.tile, dim=2), strict=True):
-                    total.add_(F.conv2d(rows, weight))
-        return fused
-
-    def _upscale(self, x: Tensor) -> Tensor:
-        """(B, G0, h, w) -> (B, 3, scale * h, scale * w)."""
+    def upsample(self, x: Tensor) -> Tensor:
+        """x: (B, G0, h, w). Returns (B, 3, scale * h, scale * w), float32."""
         x = self.upscale(x)  # (B, G0, scale * h, scale * w)
-        # The residual is a small difference of two images: its last step stays float32 in any precision.
+        # The residual is a small difference of two images, so the last layer is float32 in any precision.
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
-    def _run(self, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """part(x); under `checkpoint_blocks` its maps are not kept for the backward pass."""
-        recomputed = self.checkpoint_blocks and torch.is_grad_enabled()
-        return checkpoint(part, x, use_reentrant=False) if recomputed else part(x)
+    def run(self, part, *inputs: Tensor) -> Tensor:
+        """Return part(*inputs). With `checkpoint_blocks`, its maps are not kept for the backward pass."""
+        if self.checkpoint_blocks:
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
+
+    def set_tile(self, side: int) -> None:
+        """Set the side of the tiles that are computed at a time without gradients, in pixels of the image."""
+        self.tile = max(side // self.scale, 1)
+
+    @torch.no_grad()
+    def initialize_as_interpolation(self) -> None:
+        """Set the weights so that the network interpolates, and training begins near bicubic interpolation.
+
+        Features 0, 1 and 2 carry red, green and blue: sfe1 copies them in, each up-sampling step interpolates them, and
+        the output layer copies them out. The dense blocks keep their random weights and add nothing yet, because the
+        last layer of the global feature fusion is zero.
+
+        Raises:
+            UserError: for scale 3, whose up-sampling has no such weights.
+        """
+        if self.scale == 3:
+            raise UserError("interpolation as a start is defined for scales 2 and 4: use --start random for scale 3")
+        nn.init.zeros_(self.gff[1].weight)
+        nn.init.zeros_(self.gff[1].bias)
+        identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)
+        set_colour_kernels(self.sfe1, [identity])
+        set_colour_kernels(self.output, [identity])
+        taps = torch.tensor(INTERPOLATION)  # (2, 3)
+        quarters = [torch.outer(vertical, horizontal) for vertical in taps for horizontal in taps]  # 4 x (3, 3)
+        for layer in self.upscale:
+            if isinstance(layer, nn.Conv2d):
+                set_colour_kernels(layer, quarters)
 
 
-@torch.no_grad()
-def start_as_interpolation(model: RDN) -> RDN:
-    """Weights under which a new RDN of scale 2 or 4 interpolates, so that training begins near bicubic interpolation.
+def set_colour_kernels(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
+    """Make the first 3 * len(kernels) outputs of a layer depend on inputs 0, 1 and 2 alone.
 
-    Features 0..2 carry red, green and blue: sfe1 copies them in, each up-sampling interpolates them, output copies them
-    out; the dense blocks, random as ever, add nothing yet (gff.1 is 0). The two taps of INTERPOLATION of each side
-    average to their centre, as a pixel of x_lr is the mean of those it stands for. Scale 3, whose up-sampling has other
-    places, is a UserError.
+    Output len(kernels) * c + k is input c convolved with kernels[k], each (3, 3), as pixel-shuffle orders its channels.
     """
-    if model.scale == 3:
-        raise UserError("--start interpolation is for scales 2 and 4: leave it out for scale 3")
-    taps = torch.tensor(INTERPOLATION)  # (2, 3)
-    identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)
-    for parameter in model.gff[1].parameters():
-        nn.init.zeros_(parameter)
-    kernels = {model.sfe1: [identity], model.output: [identity]}
-    kernels |= {layer: [torch.outer(y, x) for y in taps for x in taps] for layer in model.upscale[::2]}
-    for convolution, places in kernels.items():
-        rows = 3 * len(places)  # of red, green and blue; pixel-shuffle: each has one for each place
-        convolution.weight[:rows], convolution.bias[:rows] = 0, 0
-        for channel, of_channel in enumerate(convolution.weight[:rows].split(len(places))):
-            of_channel[:, channel] = torch.stack(places)
-    return model
-
-
-def rdn_config(state_dict: Mapping[str, Tensor], name: str = "the state dict") -> dict:
-    """The arguments of `RDN` that fit these weights: an architecture is read off a file, not retyped."""
-    try:
-        num_features = state_dict["sfe1.weight"].shape[0]
-        growth_rate = state_dict["rdbs.0.layers.0.conv.weight"].shape[0]
-        shuffle = state_dict["upscale.0.weight"].shape[0] // num_features
-    except KeyError as error:
-        raise UserError(
-            f"{name} holds no RDN: no key {error} among its {len(state_dict)}, the first of which is"
-            f" {next(iter(state_dict), 'none')}; give a file written by train_sr.py or the released one"
-        ) from None
-    return {
-        "scale": 3 if shuffle == 9 else 4 if "upscale.2.weight" in state_dict else 2,
-        "num_features": num_features,
-        "growth_rate": growth_rate,
-        "num_blocks": len({key.split(".")[1] for key in state_dict if key.startswith("rdbs.")}),
-        "num_layers": len({key.split(".")[3] for key in state_dict if key.startswith("rdbs.0.layers.")}),
-    }
+    count = len(kernels)
+    layer.weight[: 3 * count] = 0
+    layer.bias[: 3 * count] = 0
+    for colour in range(3):
+        for k, kernel in enumerate(kernels):
+            layer.weight[colour * count + k, colour] = kernel

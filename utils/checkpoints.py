@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.console import printable
 from utils.errors import UserError
 from utils.files import atomic
 
+SHOWN_KEYS = 3  # number of wrong keys that an error names
 BUNDLE = "beyond-the-spectrum bundle, version 1"
 
 # How torch says that a file holds more than it may; its other complaints are about files that are no checkpoints
@@ -160,3 +161,33 @@ def _library():
     except ImportError:
         raise UserError("files that end in .safetensors need a package: pip install safetensors") from None
     return safetensors
+
+
+def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """Return 16 hex digits that identify weights: of the SHA-256 of names, types, shapes and values."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    return digest(state)[:16]
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
+    """Load `state` into `module`: every key must exist in both, with the same shape.
+
+    Raises:
+        UserError: naming the keys that are missing, unknown or of another shape. Nothing is loaded then.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    got = {key: tuple(value.shape) for key, value in state.items()}
+    missing = [key for key in expected if key not in got]
+    unknown = [key for key in got if key not in expected]
+    reshaped = [key for key in expected if key in got and got[key] != expected[key]]
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} missing: {', '.join(missing[:SHOWN_KEYS])}")
+    if unknown:
+        faults.append(f"{len(unknown)} unknown: {', '.join(unknown[:SHOWN_KEYS])}")
+    if reshaped:
+        shapes = [f"{key} (expected {expected[key]}, got {got[key]})" for key in reshaped[:SHOWN_KEYS]]
+        faults.append(f"{len(reshaped)} of another shape: {', '.join(shapes)}")
+    if faults:
+        raise UserError(f"{name} does not fit the network of {len(expected)} entries: {'; '.join(faults)}")
+    module.load_state_dict(state)

@@ -1,0 +1,88 @@
+"""RDN without gradients: the numbers of `models.rdn`, in less memory and, on a CPU, less time.
+
+`infer` is the only entry point. Three things differ from RDN's plain form, and none changes the result beyond rounding:
+
+- The network works on tiles. Each tile is cut out with all the pixels that its result depends on.
+- The outputs of the dense blocks are fused as they are made, so that they are never kept all at once.
+- On a CPU, dense layers work on a few rows at a time, which stay in the caches, or use Winograd's convolution.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.tiling import in_tiles
+from models.winograd import DenseMaps, pays
+
+STRIP_BYTES = 2**15  # size of one channel of a strip, chosen to fit a CPU's caches
+UPSCALE_TILE, UPSCALE_HALO = 64, 2  # low-resolution pixels; the up-sampling convolutions reach 1.75 pixels
+
+
+def infer(model: nn.Module, x_lr: Tensor) -> Tensor:
+    """Run RDN on low-resolution images.
+
+    Args:
+        model: an `models.rdn.RDN`.
+        x_lr: (B, 3, h, w) in [0, 1].
+
+    Returns:
+        x_hat: (B, 3, scale * h, scale * w), float32, about [0, 1].
+    """
+    sfe1 = model.sfe1(x_lr)  # (B, G0, h, w)
+    x = fuse_blocks(model, model.sfe2(sfe1))  # (B, G0, h, w)
+    x = model.gff[1](x).add_(sfe1)  # (B, G0, h, w)
+    return in_tiles(model.upsample, x, side=UPSCALE_TILE, halo=UPSCALE_HALO, scale=model.scale)
+
+
+def fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
+    """Run all dense blocks, and the 1x1 convolution that fuses their outputs: (B, G0, h, w) -> (B, G0, h, w).
+
+    The 1x1 convolution of concatenated maps is the sum of one 1x1 convolution per block. The sum is kept in float32.
+    """
+    fusion = model.gff[0]
+    weights = fusion.weight.split(x.shape[1], dim=1)  # one (G0, G0, 1, 1) per block
+    tile = (model.tile, model.tile)
+    run_block = dense_block_in_strips
+    if pays(x, model.rdbs[0].layers):
+        run_block = partial(dense_block_by_winograd, scratch=x.new_empty(0))
+        tile = (model.tile // 2, model.tile)  # transformed maps take more memory
+    fused = torch.empty_like(x, dtype=fusion.bias.dtype)
+    fused.copy_(fusion.bias[:, None, None])
+    for block, weight in zip(model.rdbs, weights, strict=True):
+        # Each 3x3 convolution of the block reaches one pixel further
+        x = in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
+        for fused_rows, rows in zip(fused.split(model.tile, dim=2), x.split(model.tile, dim=2), strict=True):
+            fused_rows.add_(F.conv2d(rows, weight))
+    return fused
+
+
+def dense_block_in_strips(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a residual dense block, on a CPU a few rows at a time: (B, G0, h, w) -> (B, G0, h, w)."""
+    rows = x.shape[2]
+    if x.device.type == "cpu":
+        row_bytes = x[:, 0, 0].nbytes
+        rows = max(STRIP_BYTES // row_bytes, 1)
+    strip = (rows, x.shape[3])
+    maps = [x]
+    for layer in block.layers:
+        maps.append(in_tiles(layer, *maps, side=strip, halo=1))  # (B, G, h, w)
+    fused = in_tiles(block.fuse, *maps, side=strip, halo=0)  # (B, G0, h, w)
+    return fused.add_(x)
+
+
+def dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) -> Tensor:
+    """Run a residual dense block by Winograd's convolution: (B, G0, h, w) -> (B, G0, h, w).
+
+    Args:
+        scratch: memory that is reused from call to call, see `models.winograd.DenseMaps`.
+    """
+    transformed = DenseMaps(x, len(block.layers), scratch)
+    first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)  # (G0, G, 1, 1) each
+    fused = F.conv2d(x, first_weight, block.lff.bias)  # (B, G0, h, w)
+    maps = x
+    for layer, weight in zip(block.layers, weights, strict=True):
+        maps = transformed.convolve(layer.conv, maps).relu_()  # (B, G, h, w)
+        fused.add_(F.conv2d(maps, weight))
+    return fused.add_(x)
