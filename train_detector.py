@@ -4,314 +4,560 @@
         --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --output-path output_end2end/mine
     python train_detector.py --mode-sr denoising --init output_end2end/mine/last.pth.tar --lr 1e-6 ...
 
-Writes, into OUTPUT_PATH: NNNN.pth.tar and NNNN_sr.pth.tar (the released formats; NNNN counts epochs from 1),
+Writes into OUTPUT_PATH: NNNN.pth.tar and NNNN_sr.pth.tar (the released formats; NNNN counts epochs from 1),
 best.pth.tar (highest AUROC on the validation images), last.pth.tar (the whole state, for --resume), config.json,
 stats.jsonl and TensorBoard records.
 """
-
-from utils.checkpoints import read_checkpoint
-from utils.options import train_detector_parser
-
-ARGS = train_detector_parser().parse_args() if __name__ == "__main__" else None  # mistakes before PyTorch is imported
 
 import contextlib
 import logging
 import math
 import sys
 from argparse import Namespace
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.checkpoint import checkpoint
 
-import models
 from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
+from data.degradations import TASKS, check_task, degrade_batch, draw_degradation
 from data.images import SizePolicy, load_image, refuse_mixed_sizes, resize_and_crop, usable_items
 from data.leaks import log_quick_audit
 from data.lists import Item, identities, labelled_items, list_digest
 from data.perturbations import augment
-from evaluation import detector as scoring
-from evaluation import sources
+from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
+from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
-from evaluation.sources import ResidualsOf
-from models import ResynthesisDetector
-from models.auxiliary import TASKS, degrade_batch
-from models.resnet import TOTAL_STRIDE
+from models.build import load_detector, new_detector
+from models.features import VGG19, load_vgg
+from models.losses import classification_loss, residual_and_reconstruction_loss
+from models.resynthesis import ResynthesisDetector, downsample
 from utils import training
-from utils.checkpoints import Checkpoint
+from utils.checkpoints import Checkpoint, fingerprint, read_checkpoint
 from utils.compute import Compute, choose_compute
-from utils.distributed import World, all_gather_rows, broadcast_buffers, join_processes
+from utils.distributed import (
+    World,
+    all_gather_rows,
+    all_reduce_sum,
+    broadcast_buffers,
+    broadcast_from_main,
+    join_processes,
+)
 from utils.errors import UserError, run_program
+from utils.files import make_folder
 from utils.labels import FAKE, LABEL_NAMES, REAL
-from utils.random_streams import seeded_generator
-from utils.training import Run, Stepper
+from utils.options import train_detector_parser
+from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
+from utils.training import Progress, Run, Stepper
 
 logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
-FINAL_RATE = 1e-4  # of the base rate: where the cosine schedule ends
+FINAL_RATE = 1e-4  # fraction of the base rate at which the released schedule ends
 PICTURE_SIDE = 256  # pixels of the pictures in TensorBoard
-PICTURE_GAIN = 4  # residuals are faint: shown brighter by this factor
+PICTURE_GAIN = 4  # residuals are faint: TensorBoard shows them brighter by this factor
+
+# batch -> (loss, further values to record), this process's part of the means over the whole batch
+LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
     with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
-        # Images are listed before any network is built, networks before any image is read
-        items, val_items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv), validation_items(args)
-        detector, config, resumed = networks(args)
-        images, val_images = image_sets(args, detector.resynthesizer.scale, items, val_items)
-        config["images"] |= scoring.describe_training_images(images)
+        # 1. List the images. Nothing is written before images, networks and sizes have been checked.
+        check_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
+        items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv)
+        val_items = validation_items(args.val_real_roots, args.val_fake_roots, args.val_csv)
+
+        # 2. Build the networks
+        output = Path(args.output_path)
+        detector, config, resumed = build_networks(vars(args), output / LAST)
+        detector.freeze_resynthesizer(args.fixed_resynthesizer)
+        detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer  # else 12 GB per 1024 x 1024 image
+        detector.to(compute.device, memory_format=torch.channels_last)
+
+        # 3. Check the images, and choose how they are read
+        policy = SizePolicy(detector.resynthesizer.scale, args.crop_size or None, args.resize or None)
+        transform = augment if args.augment_perturb else None
+        images = usable_images(items, policy, args.skip_bad, Draws(args.seed, args.crops), transform)
+        val_images = usable_images(val_items, policy, args.skip_bad)
+        config["images"] = {"crop_size": args.crop_size, "resize": args.resize, **describe_training_images(images)}
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
-        check_sizes(detector, batches, compute, images, val_images)
+        if args.batch_size > 1:
+            refuse_mixed_sizes(images.items, images.sizes)
+            refuse_mixed_sizes(val_images.items, val_images.sizes)
+        min_images = smallest_batch(detector, images.sizes, batches, compute)
         if world.is_main:
             log_quick_audit(images.items, val_images.items)
 
-        # What is trained, how far it is, and what is kept of it
-        stepper = make_stepper(args, detector, compute, world, batches.steps)
-        output = Path(args.output_path)
+        # 4. Create the optimizer
+        if world.size > 1 and compute.device.type == "cuda":
+            detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
+        groups = parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
+        optimizer = create_optimizer(args.optimizer, groups, args.momentum, args.weight_decay)
+        schedule = training.cosine if args.schedule == "cosine" else released_rate
+        stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), batches.steps, args.clip_norm)
+        progress = stepper.progress
+
+        # 5. Open the output folder, and continue from its state if there is one
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
+        settings["validation_images"] = list_digest(val_images.items)
         stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
-        about = {"config": config, "settings": settings}
         state_of_networks = partial(network_state, detector, config, torch.from_numpy(identities(images.items)))
-        run = stack.enter_context(Run(output / LAST, about, state_of_networks, stepper, args.epochs))
-        progress = stepper.progress
-        pictures = partial(record_pictures, detector, compute, args.auxiliary, run, example_images(images))
+        run = Run(output / LAST, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
+        stack.enter_context(run)
 
-        # How residuals come: with an RDN that is trained, or from a frozen one, whose residuals are kept if they can be
-        frozen = partial(sources.frozen_residuals, detector, compute, args.micro_batch)
-        auxiliary = sources.Auxiliary(args.auxiliary, args.auxiliary_weight, args.seed, args.micro_batch)
-        trained = partial(sources.end_to_end_residuals, detector, compute, world, auxiliary)
-        residuals_of = frozen if args.fixed_resynthesizer else trained
-        kept = sources.kept_residuals(args, detector, config, compute, (images, val_images), world)
-        loader = make_loader(kept[0] if kept else images, batches, args.workers, compute)
-        val_loader = make_loader(kept[1] if kept else val_images, val_batches, args.workers, compute)
+        # 6. Choose the loss: with a frozen re-synthesizer, whose residuals may be cached, or end to end
+        residual_of = partial(frozen_residual, detector, compute, args.micro_batch)
+        datasets, cached = [images, val_images], []
+        if args.fixed_resynthesizer:
+            loss_of = partial(frozen_loss, detector, residual_of)
+            if args.cache:
+                folder = args.cache_dir or output / "residual_cache"
+                options = CacheOptions(folder, args.cache_precision, args.cache_gb)
+                cached = cached_residuals(datasets, detector, cache_key(config, policy, compute), options, world)
+                datasets = cached or datasets
+        else:
+            vgg = auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
+            task = AuxiliaryTask(args.auxiliary, args.auxiliary_weight, vgg, args.seed, args.micro_batch)
+            loss_of = partial(end_to_end_loss, detector, compute, world, task, progress)
+        loader = make_loader(datasets[0], batches, args.workers, compute)
+        val_loader = make_loader(datasets[1], val_batches, args.workers, compute)
 
-        logger.info("%d training images; from epoch %d, step %d on", batches.count, progress.epoch, progress.step)
+        # 7. Train
+        pictures = example_images(images)
+        logger.info("%d training images; start at epoch %d, step %d", batches.count, progress.epoch, progress.step)
         if not progress.total_steps:
-            pictures(0)
+            record_pictures(detector, compute, args.auxiliary, run, pictures, 0)
         for epoch in range(progress.epoch, args.epochs):
-            for dataset in kept:
-                dataset.fill(epoch, frozen, run.batches, args.workers, compute, world)
+            for dataset in cached:
+                dataset.fill(epoch, residual_of, run.batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
-            train_one_epoch(detector, loader, residuals_of, stepper, run)
+            train_one_epoch(detector, run.batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
             values = progress.means()
             if val_items:
-                values |= validate(detector, val_loader, frozen, run)
-                config["images"]["residual"] = [values[f"val_residual_{end}"] for end in ("least", "most")]
+                values |= validate(detector, run.batches(val_loader, "validation"), residual_of, world)
             if not args.fixed_resynthesizer:
-                pictures(epoch + 1)
+                record_pictures(detector, compute, args.auxiliary, run, pictures, epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
             run.end_epoch(values, "val_auroc", numbered_files if due else None)
 
 
-def validation_items(args: Namespace) -> list[Item]:
-    """The images of --val-root-pos and --val-root-neg or of --val-csv, if any."""
-    if not (args.val_real_roots or args.val_fake_roots or args.val_csv):
+def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
+    """Raise a UserError for options that contradict each other."""
+    check_task(task)
+    if task != "none" and fixed:
+        raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr does not: leave one of them out")
+    if crops and not crop_size:
+        raise UserError(f"--crops-per-image {crops} needs the size of the crops: give --crop-size N")
+
+
+# --- images -------------------------------------------------------------------------------------------------
+
+
+def validation_items(real_roots: list[str] | None, fake_roots: list[str] | None, csv: str | None) -> list[Item]:
+    """List the validation images, if there are any."""
+    if not (real_roots or fake_roots or csv):
         return []
-    flags = ("--val-root-pos", "--val-root-neg")
-    return labelled_items(args.val_real_roots, args.val_fake_roots, csv_file=args.val_csv, flags=flags)
+    return labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
 
 
-def image_sets(
-    args: Namespace, scale: int, items: list[Item], val_items: list[Item]
-) -> tuple[ImageDataset, ImageDataset]:
-    """The images to train and to validate on: those that can be used."""
-    if args.crops and not args.crop_size:
-        raise UserError(f"--crops-per-image {args.crops} needs their size: give --crop-size N")
-    policy, draws = SizePolicy(scale, args.crop_size or None, args.resize or None), Draws(args.seed, args.crops)
-    items, headers = usable_items(items, policy, args.skip_bad)
-    val_items, val_headers = usable_items(val_items, policy, args.skip_bad)
-    images = ImageDataset(items, policy, draws, augment if args.augment_perturb else None)
-    val_images = ImageDataset(val_items, policy)
-    images.headers, val_images.headers = headers, val_headers
-    return images, val_images
+def usable_images(
+    items: list[Item], policy: SizePolicy, skip_bad: bool, draws: Draws | None = None, transform: Callable | None = None
+) -> ImageDataset:
+    """Create a dataset of the images whose headers are in order. skip_bad: leave the others out, else refuse them."""
+    items, headers = usable_items(items, policy, skip_bad)
+    images = ImageDataset(items, policy, draws, transform)
+    images.headers = headers
+    return images
 
 
-def networks(args: Namespace) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
-    """The detector, its config, and the state of the run to be continued (None: this is a new run)."""
-    if args.auxiliary != "none" and args.fixed_resynthesizer:
-        raise UserError(f"--mode-sr {args.auxiliary} trains RDN and --fixed-sr does not: leave one of them out")
-    last = Path(args.output_path) / LAST
-    origin, resumed = training.starting_point(args.resume, args.init, [last])
-    for name, flag in (("fixed_resynthesizer", "--fixed-sr"), ("auxiliary", "--mode-sr")):
-        before = resumed and resumed.content["settings"].get(name)
-        if resumed and before != vars(args)[name]:  # other parts or another task: no run to go on with
-            was = f"{resumed.name} was trained with {flag} = {before}"
-            if Path(resumed.name).resolve().parent == last.resolve().parent:
-                raise UserError(f"{was}: give its flags, or --init and another --output-path")
-            logger.info("%s: a new run starts from its weights", was)
-            resumed = None
-    resynthesizer = read_checkpoint(args.resynthesizer_file)
+def smallest_batch(
+    detector: ResynthesisDetector, sizes: Iterable[tuple[int, int]], batches: EpochBatches, compute: Compute
+) -> int:
+    """Return the number of images that a batch must have: 2 if batch norm could not be trained on 1.
+
+    On a single image, batch norm cannot be trained where the classifier's last maps have a single value.
+
+    Raises:
+        UserError: if the last batch has fewer.
+    """
+    stride = getattr(detector.classifier, "stride", 0)
+    shapes = [detector.residual_shape(*size)[1:] for size in set(sizes)]
+    height, width = min(shapes, key=max)
+    synchronised = batches.world.size > 1 and compute.device.type == "cuda"
+    if max(height, width) > stride or synchronised:
+        return 1
+    if batches.smallest_share() == 1:
+        raise UserError(
+            f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es) leave a"
+            f" batch of 1, and batch norm needs at least 2 images of {width} x {height} residual values: change"
+            " --batch-size, or use a larger --crop-size or --resize"
+        )
+    logger.warning(
+        "warning: residuals have %d x %d values, no more than the classifier's stride of %d: gradients may be large;"
+        " larger images or a lower --idx-stages train better",
+        *(width, height, stride),
+    )
+    return 2
+
+
+# --- networks and optimizer ---------------------------------------------------------------------------------
+
+
+def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
+    """Build the detector: that of the run to resume, that of --init, or a new one.
+
+    Args:
+        options: of this program, by their names in `args`.
+        last: the state that --resume auto continues.
+
+    Returns:
+        the detector, its config, and the state to resume (None: a new run).
+    """
+    origin, resumed = training.starting_point(options["resume"], options["init"], [last])
+    resumed = same_training(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
+    resynthesizer = read_checkpoint(options["resynthesizer_file"])
     if resumed and resynthesizer:
-        logger.info("RDN comes from %s, not from %s", resumed.name, resynthesizer.name)
+        logger.info("the re-synthesizer comes from %s, not from %s", resumed.name, resynthesizer.name)
         resynthesizer = None
     if origin:
-        detector, config = models.load_detector(origin, resynthesizer, vars(args), args.vgg_weights)
-    elif resynthesizer:
-        detector, config = models.new_detector(resynthesizer, vars(args), args.vgg_weights)
+        detector, config = load_detector(origin, resynthesizer, options, options["vgg_weights"])
     else:
-        raise UserError("no re-synthesizer: give RDN's weights with --sr-weights-file (train_sr.py makes them)")
-    residual = (config.get("images") or {}).get("residual") if resumed else None  # until the next validation
-    config["images"] = {"crop_size": args.crop_size, "resize": args.resize, "residual": residual}
-    detector.freeze_resynthesizer(args.fixed_resynthesizer)
-    detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer  # or 12 GB for an image of 1024 x 1024
-    if not args.fixed_resynthesizer and args.auxiliary_weight > 0 and detector.vgg is None:
-        before = resumed and config.get("auxiliary_vgg")  # a resumed run goes on with the features it began with
-        detector.vgg, config["auxiliary_vgg"] = models.load_vgg(args.vgg_weights, before, "the run to be resumed")
+        detector, config = new_detector(resynthesizer, options, options["vgg_weights"])
+    if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
+        raise UserError("this re-synthesizer has no parameters to train: pass --fixed-sr")
+    if resumed is None:
+        config.pop("auxiliary_vgg", None)  # of the run whose weights are taken
     return detector, config, resumed
 
 
-def check_sizes(
-    detector: ResynthesisDetector, batches: EpochBatches, compute: Compute, images: ImageDataset, val: ImageDataset
-) -> None:
-    """Better said now than in the last step of the first epoch: sizes that do not share a batch, or are too small."""
-    if batches.batch_size > 1:
-        for dataset in (images, val):
-            refuse_mixed_sizes(dataset.items, dataset.sizes)
-    height, width = min((detector.residual_shape(*size)[1:] for size in set(images.sizes)), key=max)
-    synchronised = batches.world.size > 1 and compute.device.type == "cuda"  # batch normalisation, over the processes
-    if batches.smallest_share() == 1 and not synchronised and max(height, width) <= TOTAL_STRIDE:
-        count = f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es)"
-        raise UserError(f"{count} leave one alone: {models.SINGLE_IMAGE}")
-    if max(height, width) <= TOTAL_STRIDE:
-        what = f"residuals are of {width} x {height} values, no more than the classifier's stride of {TOTAL_STRIDE}"
-        logger.warning("warning: %s: gradients may be large; larger images or a lower --idx-stages train better", what)
+def auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
+    """Load VGG-19 for the auxiliary loss, and record its weights in the config. None: the loss is off.
+
+    A resumed run continues with the weights that it began with, a detector on VGG-19 features with those.
+    """
+    if weight == 0:
+        return None
+    trained_with = config.get("auxiliary_vgg") or config["vgg"]
+    vgg, config["auxiliary_vgg"] = load_vgg(source, trained_with, "this detector")
+    return vgg.to(compute.device, memory_format=torch.channels_last)
 
 
-def make_stepper(args: Namespace, detector: ResynthesisDetector, compute: Compute, world: World, steps: int) -> Stepper:
-    """The detector on its device, and an optimizer for what of it is trained."""
-    detector.to(compute.device, memory_format=torch.channels_last)
-    if world.size > 1 and compute.device.type == "cuda":
-        detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
-    groups = parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
-    if args.optimizer == "adamw":
-        for group in groups:
-            group["weight_decay"] = args.weight_decay  # which it takes apart from the gradient
-        optimizer = torch.optim.AdamW(groups)
-    else:
-        optimizer = torch.optim.SGD(groups, momentum=args.momentum)
-    rate_of = training.cosine if args.schedule == "cosine" else released_rate
-    return Stepper(optimizer, compute, world, partial(rate_of, args.epochs), steps, args.clip_norm)
+def same_training(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
+    """Return the state to resume if it trains the same parts with the same task. None: start a new run.
+
+    Raises:
+        UserError: if the run in the output folder itself trains other parts.
+    """
+    if resumed is None:
+        return None
+    for name, flag, value in (("fixed_resynthesizer", "--fixed-sr", fixed), ("auxiliary", "--mode-sr", task)):
+        before = resumed.content["settings"].get(name)
+        if before != value:
+            difference = f"{resumed.name} was trained with {flag} = {before}"
+            if Path(resumed.name).resolve().parent == last.resolve().parent:
+                raise UserError(f"{difference}: give the same flags, or --init and another --output-path")
+            logger.info("%s: a new run starts from its weights", difference)
+            return None
+    return resumed
 
 
 def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
-    """The classifier and, if it is trained, RDN, as groups for SGD.
+    """Create the optimizer's groups: the classifier and, if it is trained, the re-synthesizer.
 
-    Release: its `--lr-sr` multiplies the classifier's gradients by `scale` before weight decay and momentum are
-    applied. With SGD that is exactly a rate of lr * scale and a weight decay of weight_decay / scale.
+    Release: `--lr-sr` multiplies the classifier's gradients by `scale` before weight decay and momentum are applied. With
+    SGD that is exactly a rate of lr * scale and a weight decay of weight_decay / scale.
 
     Raises:
         UserError: for a scale of 0, under which the classifier would only decay.
     """
     if scale == 0:
-        raise UserError("--lr-sr 0 leaves the classifier untrained: give a factor above 0 (default: 0.02)")
+        raise UserError("--lr-sr must be above 0, because 0 leaves the classifier untrained (default: 0.02)")
     classifier = list(detector.classifier.parameters())
-    rdn = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
+    resynthesizer = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
     groups = [{"params": classifier, "lr": lr * scale, "weight_decay": weight_decay / scale}]
-    return groups + ([{"params": rdn, "lr": lr, "weight_decay": weight_decay}] if rdn else [])
+    if resynthesizer:
+        groups.append({"params": resynthesizer, "lr": lr, "weight_decay": weight_decay})
+    return groups
 
 
-def released_rate(of: int, epochs: float) -> float:
-    """f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001, the base rate's factor after `epochs` of E = `of`.
+def create_optimizer(name: str, groups: list[dict], momentum: float, weight_decay: float) -> torch.optim.Optimizer:
+    """Create SGD or AdamW, which applies its weight decay apart from the gradient."""
+    if name == "sgd":
+        return torch.optim.SGD(groups, momentum=momentum)
+    return torch.optim.AdamW([{**group, "weight_decay": weight_decay} for group in groups])
+
+
+def released_rate(epochs_total: int, epochs_done: float) -> float:
+    """Compute f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001, the factor on the base rate.
 
     Release: it is set *after* epoch e for the next one, so epochs 0 and 1 both run at f(0) = 1.
     """
-    passed = max(int(epochs) - 1, 0) / max(of - 1, 1)
-    return (1 - FINAL_RATE) * math.cos(math.pi / 2 * passed) + FINAL_RATE
+    epoch = max(int(epochs_done) - 1, 0)
+    fraction = epoch / max(epochs_total - 1, 1)
+    return (1 - FINAL_RATE) * math.cos(math.pi / 2 * fraction) + FINAL_RATE
 
 
-def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
-    """The networks' part of the state, named as in the release where it has it. trained_on: of `identities`."""
+# --- losses of a batch --------------------------------------------------------------------------------------
+
+
+def classifier_loss(detector: ResynthesisDetector, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Classify residuals (B, C_l, H_l, W_l). Returns cross-entropy and accuracy, this process's part of the means."""
+    labels = batch.labels.to(residual.device)  # (B,)
+    weights = batch.weights.to(residual.device)  # (B,)
+    logits = detector.classify(residual)  # (B, 2)
+    correct = logits.argmax(dim=1) == labels  # (B,)
+    return classification_loss(logits, labels, weights), (weights * correct).sum()
+
+
+@torch.no_grad()
+def frozen_residual(detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch) -> Tensor:
+    """Compute the residuals of a batch without gradients, or take them from a batch of cached residuals.
+
+    Args:
+        micro_batch: number of images that pass through re-synthesizer and features at a time. None: all.
+
+    Returns:
+        (B, C_l, H_l, W_l), float32, on the device.
+    """
+    if batch.x.is_floating_point():  # from a ResidualDataset
+        residual = batch.x.to(compute.device, non_blocking=True).float()
+        return residual.contiguous(memory_format=torch.channels_last)
+    x = compute.input(batch.x)  # (B, 3, H, W)
+    parts = []
+    with compute.autocast():
+        for part in x.split(micro_batch or len(x)):
+            parts.append(detector.residual(part, detector.resynthesize(part)))
+    return torch.cat(parts)
+
+
+def frozen_loss(
+    detector: ResynthesisDetector, residual_of: Callable[[Batch], Tensor], batch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the loss of a batch with a frozen re-synthesizer: cross-entropy."""
+    loss, accuracy = classifier_loss(detector, residual_of(batch), batch)
+    return loss, {"accuracy": accuracy}
+
+
+class AuxiliaryTask(NamedTuple):
+    """The auxiliary task of end-to-end training."""
+
+    name: str  # a key of data.degradations.TASKS
+    weight: float  # of its loss
+    vgg: VGG19 | None  # the features of its loss. None: no auxiliary loss
+    seed: int
+    micro_batch: int | None  # number of images that pass through the networks at a time. None: all
+
+
+def end_to_end_loss(
+    detector: ResynthesisDetector,
+    compute: Compute,
+    world: World,
+    task: AuxiliaryTask,
+    progress: Progress,
+    batch: Batch,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the loss of a batch with gradients for the re-synthesizer: cross-entropy + weight * auxiliary loss.
+
+    The auxiliary loss is computed on the real images, if the batch has two or more of them. Release: half of the
+    batches, drawn at random, are degraded for it; `--mode-sr none` computes it on the clean batch in every step.
+    """
+    x = compute.input(batch.x)  # (B, 3, H, W)
+    counted = batch.weights > 0  # (B,); the others only fill a process's part of the batch
+    real = batch.labels == REAL  # (B,)
+    real_count = int(all_reduce_sum((real & counted).sum().to(compute.device), world))
+    used = (real & (real_count > 1)).to(x.device)  # (B,)
+    degraded = degraded_input(detector.resynthesizer.scale, task, progress, batch, x)  # (B, 3, h, w) or None
+
+    def residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
+        low = None if degraded is None else degraded[rows]
+        with compute.autocast():
+            return residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
+
+    residual, auxiliary = in_micro_batches(residual_and_losses, len(x), task.micro_batch)  # (B, C_l, H_l, W_l), (B,)
+    cross_entropy, accuracy = classifier_loss(detector, residual, batch)
+    auxiliary = task.weight * (auxiliary * counted.to(auxiliary)).sum() / max(real_count, 1)
+    values = {"accuracy": accuracy, "cross_entropy": cross_entropy, "auxiliary": auxiliary}
+    return cross_entropy + auxiliary, values
+
+
+def degraded_input(scale: int, task: AuxiliaryTask, progress: Progress, batch: Batch, x: Tensor) -> Tensor | None:
+    """Draw the degraded low-resolution batch (B, 3, h, w) of this step. None: the batch stays clean.
+
+    What is drawn depends only on the seed and the step or image.
+    """
+    batch_rng = seeded_generator(task.seed, progress.epoch, progress.step, DEGRADE_BATCH)
+    degradation = draw_degradation(task.name, batch_rng)
+    if degradation is None:
+        return None
+    rngs = [seeded_generator(task.seed, *key, DEGRADE_IMAGE) for key in batch.keys]
+    return degrade_batch(degradation, downsample(x, scale), rngs)
+
+
+def in_micro_batches(
+    function: Callable[[slice], tuple[Tensor, Tensor]], count: int, micro_batch: int | None
+) -> tuple[Tensor, Tensor]:
+    """Call `function` on slices of `count` images, and concatenate what it returns.
+
+    With several slices, each is computed again in the backward pass, so that only its results are kept. The update stays
+    the same, because re-synthesizer and features hold no batch norm.
+    """
+    if micro_batch is None or micro_batch >= count:
+        return function(slice(0, count))
+    first, second = [], []
+    for start in range(0, count, micro_batch):
+        a, b = checkpoint(function, slice(start, start + micro_batch), use_reentrant=False)
+        first.append(a)
+        second.append(b)
+    return torch.cat(first), torch.cat(second)
+
+
+# --- the residual cache -------------------------------------------------------------------------------------
+
+
+class CacheOptions(NamedTuple):
+    """Where and how residuals are kept."""
+
+    folder: str | Path
+    precision: str  # a key of data.residuals.STORAGE
+    max_gb: float  # no residuals are kept if all of them take more
+
+
+def cache_key(config: dict, policy: SizePolicy, compute: Compute) -> dict[str, object]:
+    """Return everything that a residual depends on besides its image."""
     return {
-        "arch": config["detector"]["arch"],
-        "state_dict": detector.classifier.state_dict(),
-        "sr_state_dict": detector.resynthesizer.state_dict(),
-        "trained_on": trained_on,
-        "config": {
-            **config,
-            "resynthesizer_fingerprint": models.fingerprint(detector.resynthesizer),
-            "classifier_fingerprint": models.fingerprint(detector.classifier),
-        },
+        "re-synthesizer": config["resynthesizer"],
+        "re-synthesizer weights": config["resynthesizer_fingerprint"],
+        "features": config["features"],
+        "features weights": config["vgg"] and config["vgg"]["fingerprint"],
+        "scale, crop, resize": tuple(policy),
+        "arithmetic": str(compute),
     }
 
 
-def numbered_files(state: dict) -> dict[str, dict]:
-    """The two files of an epoch, as the release writes them; NNNN counts epochs from 1."""
-    epoch = state["progress"]["epoch"]
-    return {
-        f"{epoch:04d}.pth.tar": {**state, "epoch": epoch},
-        f"{epoch:04d}_sr.pth.tar": {
-            "state_dict": state["sr_state_dict"],
-            "fingerprint": state["config"]["resynthesizer_fingerprint"],
-        },
-    }
+def cached_residuals(
+    datasets: list[ImageDataset], detector: ResynthesisDetector, key: dict, options: CacheOptions, world: World
+) -> list[ResidualDataset]:
+    """Create datasets of cached residuals. Empty if images differ between epochs, or there is no room for all.
+
+    key: of `cache_key`.
+    """
+    for images in datasets:
+        if images.drawn_anew or images.transform:
+            logger.info(
+                "no residual cache: images are cropped (but see --crops-per-image) or perturbed (--augment-perturb)"
+                " differently in each epoch, and so their residuals differ"
+            )
+            return []
+    dtype = STORAGE[options.precision]
+    byte_counts = []
+    for images in datasets:
+        directions = 2 if images.draws else 1  # a mirrored image has a residual of its own
+        for size in images.sizes:
+            values = math.prod(detector.residual_shape(*size))
+            byte_counts += [values * dtype.itemsize] * (images.parts * directions)
+    folder = cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
+    if not broadcast_from_main(has_room(folder, byte_counts, options.max_gb * 1e9), world):
+        return []
+    return [ResidualDataset(images, folder, dtype) for images in datasets]
 
 
-# --- training -----------------------------------------------------------------------------------------------
+# --- training and validation --------------------------------------------------------------------------------
 
 
 def train_one_epoch(
-    detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, stepper: Stepper, run: Run
+    detector: ResynthesisDetector, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper
 ) -> None:
-    """The rest of this epoch's steps."""
+    """Take one optimizer step per batch."""
     detector.train()
-    for batch in run.batches(loader, f"epoch {stepper.progress.epoch}", training=True):
-        train_step(detector, batch, residuals_of, stepper)
-    broadcast_buffers(detector.classifier, stepper.world)  # the statistics that are validated and saved: the main process's
-
-
-def train_step(detector: ResynthesisDetector, batch: Batch, residuals_of: ResidualsOf, stepper: Stepper) -> None:
-    """Classify the batch's residuals, and take one step down the gradient of cross-entropy + auxiliary loss."""
-    residual, auxiliary = residuals_of(batch, stepper.progress)  # (B, C_l, H_l, W_l), scalar or None
-    labels, weights = batch.labels.to(residual.device), batch.weights.to(residual.device)  # (B,) each
-    logits = detector.classify(residual)  # (B, 2)
-    loss = (weights * F.cross_entropy(logits, labels, reduction="none")).sum()
-    values = {"accuracy": (weights * (logits.argmax(dim=1) == labels)).sum()}
-    if auxiliary is not None:
-        values |= {"cross_entropy": loss, "auxiliary": auxiliary}
-        loss = loss + auxiliary
-    stepper.step(loss, values, batch)
+    for batch in batches:
+        loss, values = loss_of(batch)
+        stepper.step(loss, values, batch)
+    broadcast_buffers(detector.classifier, stepper.world)  # batch norm: the main process's statistics are saved
 
 
 @torch.inference_mode()
 def validate(
-    detector: ResynthesisDetector, loader: DataLoader, residuals_of: ResidualsOf, run: Run
+    detector: ResynthesisDetector, batches: Iterable[Batch], residual_of: Callable[[Batch], Tensor], world: World
 ) -> dict[str, float | None]:
-    """Loss, accuracy and AUROC (fake = positive) on the validation images, and the range of their mean residuals."""
+    """Compute loss, accuracy and AUROC (fake = positive) on the validation images."""
     detector.eval()
-    labels, outputs = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, 3)]
-    for batch in run.batches(loader, "validation"):
-        own, residual = batch.weights > 0, residuals_of(batch)[0]  # (B,): not those that only fill a process's share
-        means = residual.mean(dim=(1, 2, 3))[:, None]  # (B, 1)
-        outputs.append(torch.cat([detector.classify(residual), means], dim=1).cpu()[own])  # (B, 3)
-        labels.append(batch.labels[own])
-    labels, outputs = all_gather_rows(torch.cat(labels), run.world), all_gather_rows(torch.cat(outputs), run.world)
-    logits, means = outputs[:, :2], outputs[outputs[:, 2].isfinite(), 2].tolist()
+    labels = [torch.empty(0, dtype=torch.int64)]
+    logits = [torch.empty(0, 2)]
+    for batch in batches:
+        counted = batch.weights > 0  # (B,); the others only fill a process's part of the batch
+        logits.append(detector.classify(residual_of(batch)).cpu()[counted])
+        labels.append(batch.labels[counted])
+    labels = all_gather_rows(torch.cat(labels), world)  # (N,)
+    logits = all_gather_rows(torch.cat(logits), world)  # (N, 2)
+    margins = logits[:, FAKE] - logits[:, REAL]
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
-        "val_auroc": auroc((logits[:, FAKE] - logits[:, REAL]).numpy(), (labels == FAKE).numpy()),
-        "val_residual_least": min(means, default=None),
-        "val_residual_most": max(means, default=None),
+        "val_auroc": auroc(margins.numpy(), (labels == FAKE).numpy()),
     }
 
 
+# --- what is saved ------------------------------------------------------------------------------------------
+
+
+def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
+    """Return the networks' part of the state, with the release's names where it has them.
+
+    trained_on: of `data.lists.identities`.
+    """
+    fingerprints = {
+        "resynthesizer_fingerprint": fingerprint(detector.resynthesizer),
+        "classifier_fingerprint": fingerprint(detector.classifier),
+    }
+    return {
+        "arch": config["classifier"]["name"],
+        "state_dict": detector.classifier.state_dict(),
+        "sr_state_dict": detector.resynthesizer.state_dict(),
+        "trained_on": trained_on,
+        "config": {**config, **fingerprints},
+    }
+
+
+def numbered_files(state: dict) -> dict[str, dict]:
+    """Return the two files of an epoch, as the release writes them. NNNN counts epochs from 1."""
+    epoch = state["progress"]["epoch"]
+    config = state["config"]
+    resynthesizer = {
+        "state_dict": state["sr_state_dict"],
+        "fingerprint": config["resynthesizer_fingerprint"],
+        "config": {"resynthesizer": config["resynthesizer"]},
+    }
+    return {f"{epoch:04d}.pth.tar": {**state, "epoch": epoch}, f"{epoch:04d}_sr.pth.tar": resynthesizer}
+
+
+# --- pictures for TensorBoard -------------------------------------------------------------------------------
+
+
 def example_images(images: ImageDataset) -> dict[str, Tensor]:
-    """The first readable real and generated image, their central PICTURE_SIDE pixels at most: uint8 (1, 3, H, W)."""
-    examples, scale = {}, images.policy.scale
+    """Read the first readable real and generated image, at most PICTURE_SIDE pixels: uint8 (1, 3, H, W) by label."""
+    examples = {}
+    scale = images.policy.scale
     for item in images.items:
-        name = LABEL_NAMES[item.label]
-        if name not in examples:
-            with contextlib.suppress(UserError):  # the training will say what is wrong with it
-                x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
-                side = min(PICTURE_SIDE, *x.shape[-2:])
-                examples[name] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
+        label = LABEL_NAMES[item.label]
+        if label in examples:
+            continue
+        try:
+            x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
+        except UserError:
+            continue  # training reports what is wrong with it
+        side = min(PICTURE_SIDE, *x.shape[-2:])
+        examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
+        if len(examples) == len(LABEL_NAMES):
+            break
     return examples
 
 
@@ -322,25 +568,36 @@ def record_pictures(
     task: str,
     run: Run,
     images: dict[str, Tensor],
-    finished: int,
+    epochs_done: int,
 ) -> None:
-    """To TensorBoard, of each image (1, 3, H, W): x | x_hat | pixel difference x 4; degraded x_lr | x_hat of it | the same.
+    """Write to TensorBoard: image | re-synthesis | difference, and the same for the degraded input of the task.
 
-    The same images and the same degradation in every epoch, so that before and after training can be compared.
+    Images and degradation are the same in every epoch, so that before and after training can be compared.
     """
+    if run.writer is None:
+        return
     scale = detector.resynthesizer.scale
-    for name, image in images.items() if run.writer else ():
-        x = compute.input(image)
-        inputs = {name: models.downsample(x, scale)}  # (1, 3, h, w)
-        if TASKS[task]:
-            inputs[f"{name}_degraded"] = degrade_batch(TASKS[task](seeded_generator(0)), x, scale, [seeded_generator(1)])
-        for what, x_lr in inputs.items():
-            with compute.autocast():
-                x_hat = detector.compare(x).x_hat if what == name else detector.resynthesizer(x_lr)  # (1, 3, H, W)
-            before = x if what == name else F.interpolate(x_lr, scale_factor=scale)
-            row = torch.cat([before, x_hat, PICTURE_GAIN * (x_hat - x).abs()], dim=3)  # (1, 3, H, 3 * W)
-            run.pictures(f"resynthesis/{what}", row, finished)
+    for name, image in images.items():
+        x = compute.input(image)  # (1, 3, H, W)
+        x_lr = downsample(x, scale)  # (1, 3, h, w)
+        with compute.autocast():
+            x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
+        run.pictures(f"resynthesis/{name}", picture_row(x, x_hat, x), epochs_done)
+        if TASKS[task] is None:
+            continue
+        degradation = TASKS[task](seeded_generator(0))
+        degraded = degrade_batch(degradation, x_lr, [seeded_generator(1)])  # (1, 3, h, w)
+        with compute.autocast():
+            x_hat = detector.resynthesizer(degraded)  # (1, 3, H, W)
+        enlarged = F.interpolate(degraded, scale_factor=scale)  # (1, 3, H, W)
+        run.pictures(f"resynthesis/{name}_degraded", picture_row(enlarged, x_hat, x), epochs_done)
+
+
+def picture_row(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
+    """Place input, re-synthesis and brightened difference side by side: 3 x (1, 3, H, W) -> (1, 3, H, 3 * W)."""
+    difference = PICTURE_GAIN * (x_hat - x).abs()
+    return torch.cat([before, x_hat, difference], dim=3)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(partial(main, ARGS)))
+    sys.exit(run_program(lambda: main(train_detector_parser().parse_args())))

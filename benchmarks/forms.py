@@ -18,8 +18,11 @@ from data.images import SizePolicy
 from data.lists import Item
 from evaluation import sources
 from evaluation.detector import Detector
-from models import RDN, STAGE_CHANNELS, DeepStemResNet, ResynthesisDetector, load_vgg
 from models.auxiliary import draw_degradation
+from models.features import STAGE_CHANNELS, load_vgg
+from models.rdn import RDN
+from models.resnet import DeepStemResNet
+from models.resynthesis import ResynthesisDetector
 from train_detector import parameter_groups, train_step
 from train_sr import patch_loss
 from utils.compute import Compute, choose_compute, choose_device

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from models import RDN, new_detector
+from models.build import new_detector
+from models.rdn import RDN
 from utils.checkpoints import Checkpoint
 from utils.errors import UserError
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models import RDN, ResynthesisDetector, VGGStages
-from models.features import STAGE_LAYERS
+from models.features import STAGE_LAYERS, VGG19
+from models.rdn import RDN
+from models.resynthesis import ResynthesisDetector
 
 
 class PlainRDN(nn.Module):
@@ -34,9 +35,9 @@ class PlainRDN(nn.Module):
 
 
 class PlainVGG(nn.Module):
-    """torchvision's vgg19().features, layer by layer, on the parameters of a `VGGStages`."""
+    """torchvision's vgg19().features, layer by layer, on the parameters of a `VGG19`."""
 
-    def __init__(self, vgg: VGGStages):
+    def __init__(self, vgg: VGG19):
         super().__init__()
         self.net = vgg
 

@@ -15,7 +15,7 @@ from PIL import Image
 from benchmarks.measure import PAPER, ROOT, SMALL, TINY, in_turn, median, noise, peak, program, ratio, saved, started
 from benchmarks.plain import plain_detector
 from evaluation.detector import BATCH_PIXELS, load
-from models import load_vgg
+from models.features import load_vgg
 from utils.errors import UserError
 
 FURTHER = 3  # images or epochs beyond the first

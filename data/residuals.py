@@ -111,7 +111,7 @@ class ResidualDataset(Dataset):
     def fill(
         self,
         epoch: int,
-        residual_of: Callable[[Batch], tuple[Tensor, None]],
+        residual_of: Callable[[Batch], Tensor],
         watched: Callable[[Iterable[Batch], str], Iterable[Batch]],
         workers: int,
         compute: Compute,
@@ -119,12 +119,12 @@ class ResidualDataset(Dataset):
     ) -> None:
         """Compute what the epoch lacks, each process a part, each image alone: so it is the same whoever asks for it.
 
-        residual_of: a batch of one image -> its residual (1, C_l, H_l, W_l), and nothing. watched: batches, those that
+        residual_of: a batch of one image -> its residual (1, C_l, H_l, W_l). watched: batches, those that
         could be read, with what is to be done between them.
         """
         keys = [key for index in range(len(self.images)) if not self.holds(key := Key(epoch, index))]
         barrier(world)  # all have looked before anyone writes
         if own := keys[world.rank :: world.size]:
             for batch in watched(make_loader(self.images, [[key] for key in own], workers, compute), "residuals"):
-                self.write(Key(*batch.keys[0][:2]), residual_of(batch)[0][0])
+                self.write(Key(*batch.keys[0][:2]), residual_of(batch)[0])
         barrier(world)

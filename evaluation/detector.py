@@ -1,6 +1,6 @@
 """A trained detector ready for use: from files, PIL images or tensors to P(fake), verdicts and residuals.
 
-    from models import load
+    from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
@@ -23,9 +23,9 @@ from data.datasets import ImageDataset, Key, Sample, collate, merge_equal_sizes
 from data.images import SizePolicy, check_headers, load_image, resize_and_crop, upright_rgb
 from data.lists import Item
 from evaluation.score_table import predict
-from models import ResynthesisDetector, fingerprint, load_detector
-from models.resynthesis import Compared
-from utils.checkpoints import read_checkpoint
+from models.build import load_detector
+from models.resynthesis import ResynthesisDetector
+from utils.checkpoints import fingerprint, read_checkpoint
 from utils.compute import Compute, choose_compute
 from utils.console import printable
 from utils.errors import UserError
@@ -40,6 +40,13 @@ Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or ui
 def images_at_once(height: int, width: int) -> int:
     """How many images of this size are scored together, the first of a list having it."""
     return max(1, BATCH_PIXELS // max(1, height * width))
+
+
+class Compared(NamedTuple):
+    """Images and their re-synthesis."""
+
+    x_hat: Tensor  # (B, 3, H, W), about [0, 1]
+    residual: Tensor  # (B, C_l, H_l, W_l), float32, not negative
 
 
 class Detector(NamedTuple):
@@ -61,8 +68,10 @@ class Detector(NamedTuple):
     @torch.inference_mode()
     def compare(self, images: Tensor) -> Compared:
         """images: uint8 (B, 3, H, W) of the sizes `fit` gives. Returns their re-synthesis and residuals."""
+        x = self.compute.input(images)  # (B, 3, H, W)
         with self.compute.autocast():
-            return self.network.compare(self.compute.input(images))
+            x_hat = self.network.resynthesize(x)
+            return Compared(x_hat, self.network.residual(x, x_hat))
 
     @torch.inference_mode()
     def score(self, images: Tensor, compared: Compared | None = None) -> tuple[Tensor, Tensor]:

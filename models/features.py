@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.tiling import in_tiles
 from models.released import state_dict_of
+from models.tiling import in_tiles
 from utils.checkpoints import fingerprint, load, load_weights
 from utils.console import printable
 from utils.errors import UserError

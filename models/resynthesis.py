@@ -45,8 +45,7 @@ class ResynthesisDetector(nn.Module):
 
     def residual(self, x: Tensor, x_hat: Tensor) -> Tensor:
         """Compare features. x, x_hat: (B, 3, H, W). Returns (B, C_l, H_l, W_l), float32, not negative."""
-        with torch.no_grad():
-            phi = self.features(x)  # (B, C_l, H_l, W_l)
+        phi = self.features(x)  # (B, C_l, H_l, W_l)
         phi_hat = self.features(x_hat)  # (B, C_l, H_l, W_l)
         return (phi_hat.float() - phi.float()).abs()
 

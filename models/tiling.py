@@ -15,31 +15,40 @@ def in_tiles(
     halo: int,
     scale: Fraction | int = 1,
 ) -> Tensor:
-    """function(*maps), computed tile by tile. Exact if `halo` covers all that a pixel of the result depends on.
+    """Compute function(*maps) tile by tile. The result is exact if `halo` covers all that a pixel of it depends on.
 
-    Each tile is cut out with `halo` more pixels on all sides (none beyond the border of the map, where `function` pads
-    as it does on the whole), and what was computed for those is thrown away.
+    Each tile is cut out with `halo` more pixels on all sides, and what is computed for those is thrown away. There are
+    none beyond the border of the map, where `function` pads as it does on the whole map.
 
     Args:
         function: a stack of "same"-padded convolutions, poolings and per-pixel operations: (B, C, h, w) ... ->
             (B, C', scale * h, scale * w), rounded down or up.
         maps: (B, C, h, w) each, of one size.
-        side: of a tile, or its (height, width); a multiple of 1 / scale, as the halo.
+        side: of a tile, or its (height, width); a multiple of 1 / scale.
+        halo: a multiple of 1 / scale.
     """
-    (height, width), (tile_h, tile_w) = maps[0].shape[2:], (side, side) if isinstance(side, int) else side
-    if torch.compiler.is_exporting() or (height <= tile_h and width <= tile_w):  # a graph has no loop over its size
+    height, width = maps[0].shape[2:]
+    tile_height, tile_width = (side, side) if isinstance(side, int) else side
+    if height <= tile_height and width <= tile_width:
         return function(*maps)
-    result, bottom, right = None, 0, 0
-    for top in range(0, height, tile_h):
-        for left in range(0, width, tile_w):
-            y0, x0 = max(top - halo, 0), max(left - halo, 0)
-            y = function(*(m[:, :, y0 : top + tile_h + halo, x0 : left + tile_w + halo] for m in maps))
+    result = None
+    bottom = right = 0
+    for top in range(0, height, tile_height):
+        for left in range(0, width, tile_width):
+            y0 = max(top - halo, 0)
+            x0 = max(left - halo, 0)
+            y1 = top + tile_height + halo
+            x1 = left + tile_width + halo
+            y = function(*[m[:, :, y0:y1, x0:x1] for m in maps])
             if result is None:
-                shape = (*y.shape[:2], *(math.ceil(size * scale) for size in (height, width)))
+                shape = (*y.shape[:2], math.ceil(height * scale), math.ceil(width * scale))
                 result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
+            # Throw away what was computed for the halo
             y = y[:, :, int((top - y0) * scale) :, int((left - x0) * scale) :]
-            y = y[:, :, : int(tile_h * scale), : int(tile_w * scale)]
-            row, column = int(top * scale), int(left * scale)
-            bottom, right = row + y.shape[2], column + y.shape[3]
+            y = y[:, :, : int(tile_height * scale), : int(tile_width * scale)]
+            row = int(top * scale)
+            column = int(left * scale)
+            bottom = row + y.shape[2]
+            right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    return result[:, :, :bottom, :right]
+    return result[:, :, :bottom, :right]  # a function that rounds sizes down leaves a border

@@ -11,8 +11,8 @@ from PIL import Image  # noqa: E402
 from processes import SMALL  # noqa: E402
 from trainings import SIDE, TINY  # noqa: E402
 
-from models import RDN  # noqa: E402
-from models.resnet import ARCHITECTURES  # noqa: E402
+from models.rdn import RDN  # noqa: E402
+from models.resnet import LAYOUTS  # noqa: E402
 
 torch.set_num_threads(1)  # where it was imported before
 
@@ -21,7 +21,7 @@ torch.set_num_threads(1)  # where it was imported before
 def small_classifier():
     """`--arch resnet18` is half of itself, as in the processes that `processes.start` starts."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ARCHITECTURES, "resnet18", SMALL["resnet18"])
+        patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])
         yield
 
 

@@ -15,13 +15,13 @@ from pathlib import Path
 import torch
 
 from evaluation import detector as scoring
-from models.resnet import ARCHITECTURES, BasicBlock
+from models.resnet import LAYOUTS
 from utils import console
 from utils.distributed import World
 from utils.files import exclusive_writer
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"resnet18": (BasicBlock, (1, 1, 1, 1))}  # half the weights: most of a tiny training's time is writing them
+SMALL = {"resnet18": (1, 1, 1, 1)}  # half the weights: most of a tiny training's time is writing them
 SERVER = multiprocessing.get_context("forkserver")  # not fork: these have no threads or GPU to be confused about
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
@@ -69,7 +69,7 @@ def _run(program, arguments, log, prepare, environment):
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    ARCHITECTURES.update(SMALL)
+    LAYOUTS.update(SMALL)
     sys.argv = [program, *arguments]
     if prepare:
         prepare()

@@ -15,9 +15,9 @@ from torch import nn
 
 from evaluation.metrics import negative_log_likelihood
 from evaluation.score_table import make_rows, predict, read_table, write_table
-from models.weights import fingerprint
 from tools import calibrate
 from utils import checkpoints as checkpoint
+from utils.checkpoints import fingerprint
 from utils.labels import FAKE, REAL
 
 

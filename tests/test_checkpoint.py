@@ -12,9 +12,13 @@ from trainings import TINY, detector_arguments, read, train
 import test as tester
 import train_detector
 import train_sr
-from models import RDN, DeepStemResNet, VGGStages, fingerprint, load_vgg, load_weights, state_dict_of
+from models.features import VGG19, load_vgg
+from models.rdn import RDN
+from models.released import state_dict_of
+from models.resnet import DeepStemResNet
 from utils import checkpoints as checkpoints
 from utils import options
+from utils.checkpoints import fingerprint, load_weights
 from utils.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
@@ -179,7 +183,7 @@ def test_imagenet_weights_are_known_by_their_hash(hub, monkeypatch):
         patch.setattr(torch.hub, "download_url_to_file", download)
         load_vgg("imagenet")
     hub.parent.mkdir(exist_ok=True)
-    torch.save(VGGStages().state_dict(), hub)  # the right name, the right shapes
+    torch.save(VGG19().state_dict(), hub)  # the right name, the right shapes
     for source in ("imagenet", "auto"):
         with mistake("damaged", "dcbb9e9d"):
             load_vgg(source)
@@ -213,7 +217,7 @@ def mixture(tmp_path_factory, small_classifier):
         arguments = detector_arguments(root, root / name, f"--fixed-sr --epochs 1 --batch-size 2 {flags}")
         train([a for a in arguments if name != "dilated" or a != "--no_dilation"])
         os.link(root / name / "last.pth.tar", root / f"{name}.pth.tar")
-    torch.save({f"features.{k}": v for k, v in VGGStages().features.state_dict().items()}, root / "other_vgg.pth")
+    torch.save({f"features.{k}": v for k, v in VGG19().features.state_dict().items()}, root / "other_vgg.pth")
     return root
 
 

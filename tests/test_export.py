@@ -12,9 +12,12 @@ from files import mistake
 from evaluation import load
 from evaluation.metrics import format_table, summarize
 from evaluation.score_table import read_table
-from models import RDN, STAGE_CHANNELS, DeepStemResNet, fingerprint, load_vgg
+from models.features import STAGE_CHANNELS, load_vgg
+from models.rdn import RDN
+from models.resnet import DeepStemResNet
 from tools import export
 from utils import checkpoints as checkpoint
+from utils.checkpoints import fingerprint
 
 onnxruntime = pytest.importorskip("onnxruntime")
 safetensors = pytest.importorskip("safetensors.torch")

@@ -1,4 +1,4 @@
-"""Parity with the released networks: names, shapes and outputs (tests/golden/, made with the released code)."""
+"""The networks agree with the released ones in names, shapes and outputs. tests/golden/ was made with the released code."""
 
 import json
 from pathlib import Path
@@ -6,11 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from golden_rule import fill
 
-from models import RDN, DeepStemResNet, ResynthesisDetector, VGGStages, downsample, rdn_config, resnet_config
-from models.auxiliary import residual_and_auxiliary_loss, super_resolution_loss
-from models.features import STAGE_CHANNELS, STAGES
+from models.features import STAGES, VGG19, Pixels, VGG19Stage
+from models.losses import perceptual_distance, reconstruction_loss
+from models.rdn import RDN
+from models.released import rdn_from_weights, resnet_from_weights
+from models.resnet import DeepStemResNet
+from models.resynthesis import ResynthesisDetector, downsample
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 3, "num_layers": 2}
@@ -18,7 +22,8 @@ TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 3, "num_layers": 2}
 
 @pytest.fixture(scope="module")
 def golden():
-    return {k: torch.from_numpy(np.asarray(v)) for k, v in np.load(GOLDEN / "reference_outputs.npz").items()}
+    arrays = np.load(GOLDEN / "reference_outputs.npz")
+    return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="module")
@@ -27,55 +32,75 @@ def x(golden):
 
 
 @pytest.fixture(scope="module")
-def networks():
-    """RDN and VGG-19."""
-    return fill(RDN()), fill(VGGStages())
+def rdn():
+    return fill(RDN())
 
 
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Within 1e-4 of the largest value wanted."""
-    assert got.shape == wanted.shape
-    assert (got.double() - wanted.double()).abs().max() <= 1e-4 * wanted.double().abs().max()
+@pytest.fixture(scope="module")
+def vgg():
+    return fill(VGG19())
+
+
+def features_of(stage, vgg):
+    if stage == 0:
+        return Pixels()
+    features = VGG19Stage(stage)
+    features.vgg = vgg
+    return features
+
+
+def assert_close(got, expected):
+    """Within 1e-4 of the largest expected value."""
+    assert got.shape == expected.shape
+    error = (got.double() - expected.double()).abs().max()
+    assert error <= 1e-4 * expected.double().abs().max()
 
 
 @pytest.mark.parametrize(
     ("name", "build"),
     [
         ("rdn", RDN),
-        ("resnet50_pixel", lambda: DeepStemResNet(in_channels=3)),
-        ("resnet50_stage5", lambda: DeepStemResNet(in_channels=512, dilated=True)),
+        ("resnet50_pixel", lambda: DeepStemResNet(3)),
+        ("resnet50_stage5", lambda: DeepStemResNet(512, dilated=True)),
     ],
 )
-def test_state_dict_names_and_shapes(name, build):
-    wanted = json.loads((GOLDEN / "state_dict_shapes.json").read_text())[name]
-    assert {k: list(v.shape) for k, v in build().state_dict().items()} == wanted
+def test_parameters_have_the_released_names_and_shapes(name, build):
+    expected = json.loads((GOLDEN / "state_dict_shapes.json").read_text())[name]
+    assert {key: list(value.shape) for key, value in build().state_dict().items()} == expected
 
 
-def test_rdn(golden, networks, x):
-    detector = ResynthesisDetector(networks[0], torch.nn.Identity(), 0, None)
+def test_rdn_and_the_pixel_residual_have_the_released_values(golden, rdn, x):
+    detector = ResynthesisDetector(rdn, Pixels(), torch.nn.Identity())
     with torch.inference_mode():
-        compared = detector.compare(x)
-    close(downsample(x, 4), golden["lr"])
-    close(compared.x_hat, golden["rdn"])
-    close(compared.residual[:, :, ::2, ::2], golden["pixel_res"])
-    assert sum(p.numel() for p in networks[0].parameters()) == 22_271_107  # the paper's
+        x_hat = detector.resynthesize(x)
+        residual = detector.residual(x, x_hat)
+    assert_close(downsample(x, 4), golden["lr"])
+    assert_close(x_hat, golden["rdn"])
+    assert_close(residual[:, :, ::2, ::2], golden["pixel_res"])
+
+
+def test_rdn_with_gradients_has_the_released_values(golden, rdn, x):
+    assert_close(rdn(downsample(x, 4)).detach(), golden["rdn"])
+
+
+def test_rdn_has_as_many_parameters_as_in_the_paper(rdn):
+    assert sum(p.numel() for p in rdn.parameters()) == 22_271_107
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_small_rdn_of_each_scale(golden, scale):
+def test_a_small_rdn_has_the_released_values_at_each_scale(golden, scale):
     small = fill(RDN(scale=scale, **TINY))
     with torch.inference_mode():
-        close(small(golden["tiny_in"]), golden[f"rdn_small_x{scale}"])
-    assert rdn_config(small.state_dict()) == {"scale": scale, **TINY}
+        assert_close(small(golden["tiny_in"]), golden[f"rdn_small_x{scale}"])
+    assert rdn_from_weights(small.state_dict(), "file") == (scale, TINY)
 
 
-def test_vgg_stages_one_by_one_and_together(golden, networks, x):
-    vgg = networks[1]
+def test_vgg_stages_have_the_released_values_alone_and_together(golden, vgg, x):
     with torch.inference_mode():
         together = vgg(x, STAGES)
         for k in STAGES:
             alone = vgg(x, [k])[k]
-            close(alone[:, ::8], golden[f"vgg_stage{k}"])
+            assert_close(alone[:, ::8], golden[f"vgg_stage{k}"])
             assert torch.equal(together[k], alone)
 
 
@@ -86,22 +111,26 @@ def test_vgg_stages_one_by_one_and_together(golden, networks, x):
         ("logits_pixel_dil1", "resnet50", 0, True),
         ("logits_stage5_dil0", "resnet50", 5, False),
         ("logits_stage5_dil1", "resnet50", 5, True),
-        *[(f"logits_stage{k}", "resnet50", k, False) for k in (1, 2, 3, 4)],
-        *[(f"logits_pixel_resnet{depth}", f"resnet{depth}", 0, False) for depth in (18, 34, 101)],
+        ("logits_stage1", "resnet50", 1, False),
+        ("logits_stage2", "resnet50", 2, False),
+        ("logits_stage3", "resnet50", 3, False),
+        ("logits_stage4", "resnet50", 4, False),
+        ("logits_pixel_resnet18", "resnet18", 0, False),
+        ("logits_pixel_resnet34", "resnet34", 0, False),
+        ("logits_pixel_resnet101", "resnet101", 0, False),
     ],
 )
-def test_logits(golden, networks, x, key, arch, stage, dilated):
-    classifier = fill(DeepStemResNet(arch, STAGE_CHANNELS[stage], dilated))
-    detector = ResynthesisDetector(networks[0], classifier, stage, networks[1]).eval()
+def test_detectors_have_the_released_logits(golden, rdn, vgg, x, key, arch, stage, dilated):
+    features = features_of(stage, vgg)
+    classifier = fill(DeepStemResNet(features.channels, arch, dilated))
+    detector = ResynthesisDetector(rdn, features, classifier).eval()
     with torch.inference_mode():
-        close(detector(x), golden[key])
-    assert resnet_config(classifier.state_dict()) == {"arch": arch, "in_channels": STAGE_CHANNELS[stage]}
+        assert_close(detector(x), golden[key])
+    assert resnet_from_weights(classifier.state_dict(), "file") == (arch, features.channels)
 
 
-def test_perceptual_losses(golden, networks, x):
-    detector, all_real = ResynthesisDetector(networks[0], None, 0, networks[1]), torch.ones(len(x), dtype=torch.bool)
+def test_the_losses_have_the_released_values(golden, rdn, vgg, x):
     with torch.inference_mode():
-        x_hat, _, maps_hat, maps = detector.compare(x, STAGES)
-        loss, l1 = super_resolution_loss(x_hat, x, maps_hat, maps, vgg_weight=0.2)
-        close((loss - l1) / 0.2, golden["vgg_loss_mse"])
-        close(residual_and_auxiliary_loss(detector, x, all_real, None)[1].mean(), golden["aux_loss_l1"])
+        x_hat = rdn(downsample(x, 4))
+        assert_close(perceptual_distance(x_hat, x, vgg, F.mse_loss), golden["vgg_loss_mse"])
+        assert_close(reconstruction_loss(x_hat, x, vgg).mean(), golden["aux_loss_l1"])

@@ -15,7 +15,9 @@ from data.images import Header, SizePolicy
 from data.lists import Item
 from data.residuals import STORAGE, ResidualDataset
 from evaluation.sources import frozen_residuals, kept_residuals
-from models import RDN, DeepStemResNet, ResynthesisDetector
+from models.rdn import RDN
+from models.resnet import DeepStemResNet
+from models.resynthesis import ResynthesisDetector
 from utils.compute import Compute
 from utils.distributed import World
 from utils.labels import FAKE

@@ -22,7 +22,9 @@ from trainings import detector_arguments, read, train
 import test as program
 from evaluation import load
 from evaluation.score_table import COLUMNS, read_table
-from models import RDN, DeepStemResNet, VGGStages
+from models.features import VGG19
+from models.rdn import RDN
+from models.resnet import DeepStemResNet
 from utils.errors import run_program
 from utils.options import test_parser as parser_of_test
 
@@ -78,7 +80,7 @@ def release(tmp_path_factory):
     folder, rdn = tmp_path_factory.mktemp("release"), fill(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")
-    torch.save(fill(VGGStages()).state_dict(), folder / "vgg19.pth")
+    torch.save(fill(VGG19()).state_dict(), folder / "vgg19.pth")
     for name, channels in (("pixel", 3), ("stage5", 512)):
         content = {"epoch": 100, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}}
         content["state_dict"] = fill(DeepStemResNet(in_channels=channels)).state_dict()
@@ -323,7 +325,7 @@ DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}
 from processes import SMALL, ARCHITECTURES, signal_in_batch
-ARCHITECTURES.update(SMALL)
+LAYOUTS.update(SMALL)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"] == "01":
     signal_in_batch(2, 9)
 runpy.run_path({program!r}, run_name="__main__")

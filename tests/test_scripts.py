@@ -14,7 +14,8 @@ from golden_rule import fill
 from PIL import Image
 
 from evaluation.score_table import read_table
-from models import RDN, DeepStemResNet
+from models.rdn import RDN
+from models.resnet import DeepStemResNet
 from utils import options
 
 ROOT = Path(__file__).resolve().parent.parent

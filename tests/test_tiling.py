@@ -1,23 +1,24 @@
-"""Networks tile by tile, strip by strip and block by block give what they give on whole images."""
+"""Networks without gradients, in tiles, strips and by Winograd's convolution, give the numbers of their plain form."""
 
 from fractions import Fraction
 
 import pytest
 import torch
 
-from benchmarks.plain import plain_detector
-from models import RDN, STAGE_CHANNELS, DeepStemResNet, ResynthesisDetector, VGGStages, load_vgg
-from models.features import STAGES, reach
+from models.features import STAGES, VGG19, Pixels, VGG19Stage, load_vgg, receptive_field
+from models.rdn import RDN
+from models.resnet import DeepStemResNet
+from models.resynthesis import ResynthesisDetector
 from models.tiling import in_tiles
 from models.winograd import pays
 
 TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
 
 
-def close(got, wanted):
-    """Within 2e-5 of the largest value wanted: the same sums in another order."""
-    assert got.shape == wanted.shape
-    assert (got - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+def assert_close(got, expected):
+    """Within 2e-5 of the largest expected value: the same sums in another order."""
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
 
 @pytest.fixture(scope="module")
@@ -33,98 +34,112 @@ def rdn(request):
 
 def toy_detector(rdn, stage, vgg):
     torch.manual_seed(1)
-    classifier = DeepStemResNet("resnet18", STAGE_CHANNELS[stage])
+    features = Pixels()
+    if stage:
+        features = VGG19Stage(stage)
+        features.vgg.load_state_dict(vgg.state_dict())
+    classifier = DeepStemResNet(features.channels, "resnet18")
     for module in classifier.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.1, 0.1)
             module.running_var.uniform_(0.5, 1.5)
-    return ResynthesisDetector(rdn, classifier, stage, vgg if stage else None).eval()
+    return ResynthesisDetector(rdn, features, classifier).eval()
 
 
 @pytest.mark.parametrize(("rdn", "side"), [(2, 90), (3, 120), (4, 132)], indirect=["rdn"])
-def test_the_re_synthesizer_in_small_tiles_is_the_one_with_gradients(rdn, side, monkeypatch):
+def test_rdn_in_small_tiles_is_rdn_with_gradients(rdn, side, monkeypatch):
     x_lr = torch.rand(2, 3, side // rdn.scale, 90 // rdn.scale)
-    wanted = rdn(x_lr)  # dense blocks and their concatenation whole, as they are trained
+    expected = rdn(x_lr).detach()
     rdn.tile = 9
-    monkeypatch.setattr("models.rdn.STRIP_BYTES", 400)
-    monkeypatch.setattr("models.rdn.TAIL_SIDE", 8)
+    monkeypatch.setattr("models.rdn_inference.STRIP_BYTES", 400)
+    monkeypatch.setattr("models.rdn_inference.UPSCALE_TILE", 8)
     with torch.inference_mode():
-        close(rdn(x_lr), wanted.detach())
+        assert_close(rdn(x_lr), expected)
 
 
-def test_tiles_without_a_sufficient_halo_show(rdn):
+def test_tiles_whose_halo_is_too_small_have_seams(rdn):
     x = torch.rand(1, 6, 40, 40)
     with torch.inference_mode():
-        wanted = rdn.rdbs[0](x)
-        close(in_tiles(rdn.rdbs[0], x, side=16, halo=2), wanted)
-        error = (in_tiles(rdn.rdbs[0], x, side=16, halo=1) - wanted).abs().max(dim=1).values[0]
-    assert error.max() > 1e-3 * wanted.abs().max()
-    assert error[:15, :15].max() <= 2e-5  # a seam, and only there
+        expected = rdn.rdbs[0](x)
+        assert_close(in_tiles(rdn.rdbs[0], x, side=16, halo=2), expected)
+        error = (in_tiles(rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
+    assert error.max() > 1e-3 * expected.abs().max()
+    assert error[:15, :15].max() <= 2e-5  # inside a tile
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 130), (70, 31)])
 def test_winograd_convolutions_are_the_direct_ones(size, monkeypatch):
-    monkeypatch.setattr("models.winograd.TILES", 40)  # strips, of which the last is smaller
+    monkeypatch.setattr("models.winograd.TILES", 40)  # several strips, the last one smaller
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    used = []
+
+    def recorded(*arguments):
+        used.append(pays(*arguments))
+        return used[-1]
+
+    monkeypatch.setattr("models.rdn_inference.pays", recorded)
     torch.manual_seed(0)
     rdn = RDN(num_features=64, growth_rate=64, num_blocks=2, num_layers=3)
-    x_lr, taken, rdn.tile = torch.rand(2, 3, *size), [], 48
-    monkeypatch.setattr("models.rdn.pays", lambda *given: taken.append(pays(*given)) or taken[-1])
+    rdn.tile = 48
+    x_lr = torch.rand(2, 3, *size)
     with torch.no_grad():
         got = rdn(x_lr)
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
-    rdn(x_lr)
-    assert taken == [True, False, False]
-    wanted = plain_detector(toy_detector(rdn, 0, None)).resynthesizer.double()(x_lr.double())
-    assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    assert used == [True, False]
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN's last layer asks for float32
+    expected = rdn.double()(x_lr.double()).detach()
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("rdn", [2, 3, 4], indirect=True)
-def test_gradients_through_the_tiles_of_the_up_sampling_and_through_recomputed_blocks(rdn, monkeypatch):
-    x_lr, calls = torch.rand(1, 3, 20, 20), []
+def test_recomputed_blocks_have_the_same_gradients(rdn):
+    x_lr = torch.rand(1, 3, 20, 20)
+    calls = []
     rdn.rdbs[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
     def gradients():
         return torch.autograd.grad(rdn(x_lr).square().mean(), list(rdn.parameters()))
 
-    wanted = gradients()
-    monkeypatch.setattr("models.rdn.TAIL_SIDE", 8)
-    for rdn.checkpoint_blocks in (False, True):
-        for got, expected in zip(gradients(), wanted, strict=True):
-            close(got, expected)
-    assert len(calls) == 4  # a block once, and once more in the backward pass
+    expected = gradients()
+    assert len(calls) == 1
+    rdn.checkpoint_blocks = True
+    for got, wanted in zip(gradients(), expected, strict=True):
+        assert_close(got, wanted)
+    assert len(calls) == 3  # once forward, and once more in the backward pass
 
 
 @pytest.mark.parametrize("size", [(144, 80), (150, 91)])
-def test_vgg_in_tiles(vgg, size):
+def test_vgg_in_tiles_is_vgg_on_the_whole_image(vgg, size):
     x = torch.rand(1, 3, *size)
     whole = vgg(x, STAGES)
-    tiled = VGGStages()
+    tiled = VGG19()
     tiled.load_state_dict(vgg.state_dict())
     tiled.tile = 16
     with torch.inference_mode():
         together = tiled(x, STAGES)
         for k in STAGES:
-            close(tiled(x, [k])[k], whole[k])
-            close(together[k], whole[k])
-    assert reach(vgg.features) == (80, 16)  # up to relu5_1: 70 pixels, in whole strides
+            assert_close(tiled(x, [k])[k], whole[k])
+            assert_close(together[k], whole[k])
+
+
+def test_the_receptive_field_of_vgg_is_70_pixels_in_whole_strides(vgg):
+    assert receptive_field(vgg.features) == (80, 16)
 
 
 @pytest.mark.parametrize("stage", [0, 5])
-def test_a_detector_in_tiles(rdn, vgg, stage):
+def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(rdn, vgg, stage):
     detector = toy_detector(rdn, stage, vgg)
     x = torch.rand(1, 3, 148, 132)
+    expected = detector(x).detach()  # with gradients: the plain form
+    detector.set_tile(79)
+    assert (detector.classifier.tile, detector.resynthesizer.tile) == (64, 16)
     with torch.inference_mode():
-        wanted = plain_detector(detector)(x)
-        close(detector(x), wanted)
-        detector.set_tile(79)
-        assert (detector.classifier.tile, detector.resynthesizer.tile) == (64, 16)
-        close(detector(x), wanted)
+        assert_close(detector(x), expected)
 
 
-def test_results_rounded_up_and_down():
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_tiles_of_maps_whose_size_is_rounded_down_or_up(ceil_mode):
     x = torch.rand(1, 2, 21, 13)
-    for ceil_mode in (False, True):
-        pool = torch.nn.MaxPool2d(2, ceil_mode=ceil_mode)
-        assert torch.equal(in_tiles(pool, x, side=4, halo=2, scale=Fraction(1, 2)), pool(x))
+    pool = torch.nn.MaxPool2d(2, ceil_mode=ceil_mode)
+    assert torch.equal(in_tiles(pool, x, side=4, halo=2, scale=Fraction(1, 2)), pool(x))

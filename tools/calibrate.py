@@ -110,7 +110,8 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
 
     content: of the file. record: of SCORES.json; {}: there is none, which is a warning.
     """
-    from models.weights import fingerprint, state_dict_of
+    from models.released import state_dict_of
+    from utils.checkpoints import fingerprint
 
     state = content.get("state_dict")
     if not isinstance(state, Mapping) or not any(name.endswith("fc.weight") for name in state):

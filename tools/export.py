@@ -5,7 +5,7 @@
 
 A graph is the whole detector, from pixels to P(fake), in ONNX or (.pt2) for torch.export.load. It is written only if it
 gives the detector's own numbers; --check asks that of one that is there. A bundle is all that scoring needs, with a model
-card; --resume and `models.load` take it. docs/integrations.md says how to use both.
+card; --resume and `evaluation.load` take it. docs/integrations.md says how to use both.
 """
 
 import importlib.util
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from evaluation.detector import Detector, load
 from evaluation.metrics import format_table
 from evaluation.score_table import predict, read_record
-from models import fingerprint
 from tools.calibrate import require_same_detector
 from utils import checkpoints
+from utils.checkpoints import fingerprint
 from utils.console import printable
 from utils.errors import UserError, run_program
 from utils.files import atomic, make_folder

@@ -292,7 +292,7 @@ class Run(contextlib.AbstractContextManager):
             checkpoints.save(state or self.state(), self.path)
         self.saved_at = time.monotonic()
 
-    def batches(self, loader: Iterable, what: str, training: bool = False) -> Iterator:
+    def batches(self, loader: Iterable, what: str, training: bool = False, min_images: int = 1) -> Iterator:
         """The batches of a loader that hold an image, which `what` is done with. After each a signal is obeyed.
 
         An image that cannot be read is an error or, with --skip-bad, left out with one line.
@@ -305,7 +305,7 @@ class Run(contextlib.AbstractContextManager):
                     raise UserError(f"{text}; mend or remove it, or go on without such images by --skip-bad")
                 logger.warning("left out: %s", text)
                 self.told.add(text)
-            if len(batch.x):
+            if len(batch.x) >= min_images:
                 before = batch
                 yield batch
             elif training and self.world.size > 1:  # all have to take the step: with the batch before, of weight 0

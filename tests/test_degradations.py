@@ -1,0 +1,117 @@
+"""How low-resolution inputs are degraded: auxiliary tasks, and patches of train_sr.py."""
+
+import numpy as np
+import pytest
+import torch
+from files import mistake
+
+from data.degradations import TASKS, check_task, compress_jpeg, degrade_batch, degrade_patch, draw_degradation
+
+NONE = {"augment": False, "completion": False, "colorization": False}
+TRIALS = 800
+
+
+def generator(*key):
+    return np.random.default_rng(key)
+
+
+def random_image(*shape, seed=9):
+    values = generator(seed).random(shape, np.float32)
+    return torch.from_numpy(values) * 0.8 + 0.1
+
+
+def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
+    x = random_image(3, 3, 64, 64)
+    grey = x.mean(dim=1, keepdim=True).expand_as(x)
+    fractions = []
+    for seed in range(60):
+        rngs = [generator(seed, i) for i in range(3)]
+        y = degrade_batch(TASKS["colorization"](generator(seed)), x, rngs)
+        changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
+        torch.testing.assert_close(y[changed], grey[changed])
+        per_image = changed[:, 0].float().mean(dim=(1, 2))
+        assert per_image.max() - per_image.min() < 0.05  # four standard deviations of a draw
+        assert not torch.equal(changed[0], changed[1])
+        fractions.append(per_image.mean().item())
+    # U(0.1, 0.25), as in the release
+    assert 0.09 < min(fractions) < 0.125
+    assert 0.225 < max(fractions) < 0.26
+    assert np.mean(fractions) == pytest.approx(0.175, abs=0.02)
+
+
+def test_denoising_adds_gaussian_noise_of_four_grey_levels():
+    x = torch.full((2, 3, 64, 64), 0.5)
+    noise = degrade_batch(TASKS["denoising"](generator(0)), x, [generator(1), generator(2)]) - x
+    assert noise.std().item() == pytest.approx(4 / 255, rel=0.02)
+    assert noise.mean().item() == pytest.approx(0, abs=4e-4)
+    beyond_two_std = (noise.abs() > 2 * 4 / 255).float().mean().item()
+    assert beyond_two_std == pytest.approx(0.0455, abs=0.006)  # of a normal distribution
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(noise[0, 0], noise[0, 1])
+
+
+@pytest.mark.parametrize("task", ["colorization", "denoising"])
+def test_the_degradation_of_an_image_does_not_depend_on_its_batch(task):
+    x = random_image(3, 3, 4, 4)
+    whole = degrade_batch(TASKS[task](generator(5)), x, [generator(i) for i in range(3)])
+    alone = degrade_batch(TASKS[task](generator(5)), x[1:2], [generator(1)])
+    assert torch.equal(alone, whole[1:2])
+
+
+@pytest.mark.parametrize("task", ["colorization", "denoising"])
+def test_half_of_the_batches_are_degraded(task):
+    drawn = [draw_degradation(task, generator(seed)) is not None for seed in range(600)]
+    assert 250 <= sum(drawn) <= 350  # 300, with four standard deviations of 12
+
+
+def test_no_task_degrades_no_batch():
+    assert draw_degradation("none", generator(0)) is None
+
+
+def test_an_unknown_task_is_refused_and_the_known_ones_are_named():
+    with mistake("--mode-sr", "colorization", "inpainting"):
+        check_task("inpainting")
+
+
+@pytest.mark.parametrize("way", ["completion", "colorization"])
+def test_a_fraction_of_the_pixels_of_some_patches_is_replaced(way):
+    patch = random_image(3, 32, 32)
+    replaced = torch.zeros_like(patch)
+    if way == "colorization":
+        replaced = patch.mean(dim=0, keepdim=True).expand_as(patch)
+    fractions = []
+    for seed in range(TRIALS):
+        result = degrade_patch(patch, generator(seed), **{**NONE, way: True})
+        changed = (result != patch).any(dim=0)
+        torch.testing.assert_close(result[:, changed], replaced[:, changed])
+        if changed.any():
+            fractions.append(changed.float().mean().item())
+    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # the released probability
+    # U(0.05, 0.15), as in the release
+    assert 0.02 < min(fractions) < 0.065
+    assert 0.135 < max(fractions) < 0.19
+
+
+def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses():
+    ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)
+    results = [degrade_patch(ramp, generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)]
+    changed = [result for result in results if not torch.equal(result, ramp)]
+    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # each has probability 1 - sqrt(1/2)
+    # JPEG leaves whole grey levels, noise does not
+    compressed = [torch.allclose(result * 255, (result * 255).round(), atol=1e-3) for result in changed]
+    assert 0.5 < np.mean(compressed) < 0.68  # p / (1 - (1 - p)^2) = 0.586 with p = 1 - sqrt(1/2)
+    stds = [(y - ramp).std().item() * 255 for y, jpeg in zip(changed, compressed, strict=True) if not jpeg]
+    assert min(stds) < 1
+    assert 9 < max(stds) < 10.6
+    assert np.mean(stds) == pytest.approx(5, abs=1)
+
+
+def test_jpeg_loses_more_at_lower_quality():
+    image = random_image(3, 32, 32)
+    lost = [(compress_jpeg(image, quality) - image).abs().mean() for quality in (95, 60, 25)]
+    assert 0 < lost[0] < lost[1] < lost[2] < 0.3
+
+
+def test_a_patch_without_degradations_stays_as_it_is():
+    patch = random_image(3, 8, 8)
+    assert torch.equal(degrade_patch(patch, generator(7), **NONE), patch)
