@@ -154,7 +154,7 @@ def test_parameters_keep_their_order():
     from torchvision.models import resnet50
 
     ours, theirs = (
-        [k for k, _ in m.named_parameters() if k.startswith("layer")] for m in (DeepStemResNet(), resnet50())
+        [k for k, _ in m.named_parameters() if k.startswith("layer")] for m in (DeepStemResNet(3), resnet50())
     )
     assert ours == theirs
 

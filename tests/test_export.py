@@ -29,7 +29,7 @@ def written(path, stage=0, scale=4, temperature=1.7) -> str:
     """A detector's checkpoint, as train_detector.py writes it."""
     torch.manual_seed(stage)
     rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=1, num_layers=2)
-    classifier = DeepStemResNet("resnet18", STAGE_CHANNELS[stage])
+    classifier = DeepStemResNet({0: 3, **STAGE_CHANNELS}[stage], "resnet18")
     content = {"arch": "resnet18", "state_dict": classifier.state_dict(), "sr_state_dict": rdn.state_dict()}
     content |= {"settings": {"images": "12 images, 0123", "real_roots": ["/home/me"]}, "progress": {}}
     content |= {"calibration": {"temperature": temperature, "t_real": 0.3}, "trained_on": torch.zeros(12, 2).long()}

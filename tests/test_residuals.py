@@ -64,7 +64,7 @@ def kept_by_program(folder, image, flags="", rdn="a", vgg="b", stage=0, precisio
     policy, draws = SizePolicy(4, args.crop_size, args.resize), Draws(1, args.crops)
     images = ImageDataset([Item(str(image), FAKE, "")], policy, draws, str if args.augment_perturb else None)
     images.headers = [Header((64, 64))]
-    detector = ResynthesisDetector(RDN(**TINY), DeepStemResNet("resnet18", 3), stage, None)
+    detector = ResynthesisDetector(RDN(**TINY), DeepStemResNet(3, "resnet18"), stage, None)
     config = {"resynthesizer_fingerprint": rdn, "vgg": {"fingerprint": vgg}}
     return kept_residuals(args, detector, config, Compute(CPU, precision), [images], World())
 
@@ -122,7 +122,7 @@ def test_a_damaged_file_is_never_read(files, tmp_path):
 
 def test_each_is_computed_once(files, tmp_path):
     torch.manual_seed(0)
-    detector = ResynthesisDetector(RDN(**TINY).eval(), DeepStemResNet("resnet18", 3), 0, None)
+    detector = ResynthesisDetector(RDN(**TINY).eval(), DeepStemResNet(3, "resnet18"), 0, None)
     paths = sorted((files / "real").iterdir())
     dataset = residuals_of(tmp_path, *paths, draws=Draws(1, crops=2), size=16, storage="fp32")
     computed = []

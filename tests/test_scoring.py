@@ -83,7 +83,7 @@ def release(tmp_path_factory):
     torch.save(fill(VGG19()).state_dict(), folder / "vgg19.pth")
     for name, channels in (("pixel", 3), ("stage5", 512)):
         content = {"epoch": 100, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}}
-        content["state_dict"] = fill(DeepStemResNet(in_channels=channels)).state_dict()
+        content["state_dict"] = fill(DeepStemResNet(channels)).state_dict()
         torch.save(content, folder / f"{name}.pth.tar")
     for name, pixels in zip(("real", "fake"), np.load(GOLDEN)["image"], strict=True):
         (folder / name).mkdir()
@@ -117,7 +117,7 @@ def test_released_checkpoints_and_flags_give_the_released_logits(release, tmp_pa
 def tiny(tmp_path_factory, small_classifier):
     """A detector in one file that is fast, and whose verdicts differ from image to image."""
     path = tmp_path_factory.mktemp("tiny") / "tiny.pth.tar"
-    state = {"state_dict": fill(DeepStemResNet("resnet18", 3)).state_dict()}
+    state = {"state_dict": fill(DeepStemResNet(3, "resnet18")).state_dict()}
     torch.save({**state, "sr_state_dict": fill(RDN(**TINY)).state_dict(), "config": CONFIG}, path)
     return path
 

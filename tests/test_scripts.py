@@ -434,7 +434,7 @@ def write_images(folder: Path, count: int, cell: int) -> None:
 def test_the_test_script_gives_the_logits_of_the_released_network(checkout):
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
     (checkout / "pretrained_models").mkdir()
-    classifier = fill(DeepStemResNet(in_channels=3)).state_dict()
+    classifier = fill(DeepStemResNet(3)).state_dict()
     torch.save({"arch": "resnet50", "state_dict": classifier}, checkout / PIXEL_DETECTOR)
     torch.save(fill(RDN()).state_dict(), checkout / RDN_FILE)
     for folder, pixels in zip(("CelebA", "CelebA_StyleGAN"), golden["image"], strict=True):
@@ -474,7 +474,7 @@ def test_two_processes_give_the_scores_of_one(checkout):
     write_images(checkout / "data/CelebA_StyleGAN", 3, cell=2)
     (checkout / "pretrained_models").mkdir()
     torch.manual_seed(0)
-    classifier = DeepStemResNet("resnet18", in_channels=3).state_dict()
+    classifier = DeepStemResNet(3, "resnet18").state_dict()
     torch.save({"arch": "resnet18", "state_dict": classifier}, checkout / PIXEL_DETECTOR)
     torch.save(RDN(num_features=4, growth_rate=4, num_blocks=1, num_layers=2).state_dict(), checkout / RDN_FILE)
     flags = ["--arch", "resnet18", "-j", 0]
