@@ -1,9 +1,8 @@
-"""The report and its figures: complete, self-contained, and harmless whatever files are called."""
+"""Tests of tools.report: the page, markdown tables, study files, and tables in documents."""
 
 import base64
 import io
 import json
-import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,9 +13,9 @@ from files import mistake
 from PIL import Image
 from processes import ROOT
 
-from evaluation import figures, metrics
+from evaluation import metrics
 from evaluation.score_table import Row, make_rows, read_table, residual_path, write_table
-from tools import report
+from tools import report, report_page
 from utils.labels import FAKE, REAL
 
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
@@ -24,219 +23,310 @@ BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 
 
 def rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
-    """Shared reals and the fakes of some generators."""
+    """Make rows of real images, and of fake images of some generators. A larger shift separates them better."""
     rng = np.random.default_rng(0)
     result = []
-    for label, generator, mean in ((REAL, "", -shift), *((FAKE, g, shift) for g in generators)):
+    for label, generator, mean in [(REAL, "", -shift)] + [(FAKE, name, shift) for name in generators]:
         logits = rng.normal(0, 2, size=(n, 2)) + [mean / 2, -mean / 2]
-        result += make_rows([(f"{generator or 'real'}/{i:03d}.png", label, generator) for i in range(n)], logits)
+        items = [(f"{generator or 'real'}/{i:03d}.png", label, generator) for i in range(n)]
+        result += make_rows(items, logits)
     return result
 
 
 def write(folder, name, table_rows, **record):
-    write_table(folder / f"{name}.csv", table_rows, stability=True)
+    """Write a score table and, if there is a record, its JSON file. Return the path of the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / f"{name}.csv", table_rows)
     if record:
         (folder / f"{name}.json").write_text(json.dumps(record))
     return str(folder / f"{name}.csv")
 
 
-def page_of(tables, out, residuals=None, resamples=0):
-    return Page(report.write_page(report.load_tables(tables, resamples), out, residuals))
-
-
 class Page(HTMLParser):
-    """The tags, attributes, text and pictures of a page. All pictures have to be embedded."""
+    """The tags, attributes, text and pictures of a page. All pictures must be embedded."""
 
     def __init__(self, path):
         super().__init__()
-        self.path, self.source = path, path.read_text(encoding="utf-8")
-        self.tags, self.attributes, self.text = [], [], ""
+        self.source = path.read_text(encoding="utf-8")
+        self.tags, self.attributes, self.text, self.pictures = [], [], "", []
         self.feed(self.source)
-        sources = [value.split(",", 1) for tag, name, value in self.attributes if name == "src"]
-        assert {head for head, _ in sources} <= {"data:image/png;base64", "data:image/jpeg;base64"}
-        self.pictures = [Image.open(io.BytesIO(base64.b64decode(content))) for _, content in sources]
+        for _, name, value in self.attributes:
+            if name == "src":
+                head, content = value.split(",", 1)
+                assert head in ("data:image/png;base64", "data:image/jpeg;base64")
+                self.pictures.append(Image.open(io.BytesIO(base64.b64decode(content))))
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.attributes += [(tag, *a) for a in attributes]
+        self.attributes += [(tag, *pair) for pair in attributes]
 
     def handle_data(self, data):
         self.text += data
 
 
-def test_a_page_with_everything(tmp_path):
+def page_of(tables, out, residuals=None, resamples=0):
+    return Page(report_page.write_page(report_page.load_tables(tables, resamples), out, residuals))
+
+
+# --- the page
+
+
+def test_the_page_shows_metrics_robustness_mistakes_and_settings(tmp_path):
     record = {
         "settings": {"stage": 5, "arch": "resnet50", "seed": 3},
         "detector": {"calibration": {"temperature": 2.0, "t_real": 0.25, "t_fake": 0.75}},
         "versions": {"torch": "2.15.0"},
     }
     tables = [write(tmp_path, "clean", [*rows(), BROKEN], **record)]
-    for name, strength in (("jpeg", 30), ("jpeg", 90), ("combined", None), ("blur", 3), ("jpeg", 60)):
-        perturbation = {"name": name, "strength": strength, "protocol": "sweep"}
+    for name, strength in (("jpeg", 30), ("jpeg", 90), ("blur", 3), ("jpeg", 60)):
+        perturbation = {"name": name, "strength": strength}
         tables.append(write(tmp_path, f"{name}{strength}", rows(1.0), **record, perturbation=perturbation))
-    curves = report.robustness_curves(sorted(report.load_tables(tables[1:], 0), key=report.by_difficulty))
-    assert {n: [strength for strength, _ in points] for n, points in curves.items()} == {"jpeg": [90, 60, 30]}
-    page = page_of(tables, tmp_path / "new" / "out", resamples=50)
-    assert page.path == tmp_path / "new" / "out" / "report.html"
-    for wanted in (
+    page = page_of(tables, tmp_path / "new" / "out", resamples=20)
+    for text in (
         "positive class is fake", "ProGAN", "StyleGAN", "mean over generators", "all images", "AUROC", "Robustness",
-        "Most wrong", "Not scored", "resnet50", "2.15.0", "clean.csv", "P(fake) = 0.75",
+        "Most wrong", "Not scored", "resnet50", "2.15.0", "clean.csv", "P(fake) is at least 0.75",
     ):  # fmt: skip
-        assert wanted in page.text, wanted
-    hardest_last = ("blur sigma 3", "combined", "jpeg quality 90", "jpeg quality 60", "jpeg quality 30")
-    at = [page.text.index(label) for label in hardest_last]
-    assert at == sorted(at)
-    assert {p.name for p in page.path.parent.iterdir()} == {"report.html", "robustness.png", "clean_scores.png"}
-    assert len(page.pictures) == 2
-    assert page_of(tables, tmp_path / "again", resamples=50).source == page.source  # nothing in it depends on the day
+        assert text in page.text, text
+    places = [page.text.index(f"jpeg quality {quality}") for quality in (90, 60, 30)]
+    assert places == sorted(places)  # the hardest last
+    assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["report.html"]
+    assert len(page.pictures) == 2  # scores, robustness
+    assert page_of(tables, tmp_path / "again", resamples=20).source == page.source
 
 
-def test_names_are_shown_and_never_run_and_nothing_is_loaded(tmp_path):
+def test_names_are_shown_and_never_run_and_nothing_is_fetched(tmp_path):
     table_rows = [*rows(generators=(f"{EVIL}\x1b[31m\nname",)), BROKEN]
     record = {"settings": {EVIL: EVIL, "nested": {"list": [EVIL]}}, "versions": {EVIL: EVIL}}
     record["perturbation"] = {"name": EVIL, "strength": 1}
     page = page_of([write(tmp_path, "s", table_rows, **record)], tmp_path / "out")
     assert not {"script", "link", "iframe", "object", "form", "base"} & set(page.tags)
-    assert not [a for a in page.attributes if a[1].startswith("on") or a[1] in ("href", "srcset", "action")]
-    assert EVIL in page.text  # shown as it is
+    for _, name, _ in page.attributes:
+        assert not name.startswith("on") and name not in ("href", "srcset", "action")
+    assert EVIL in page.text
     assert "\x1b" not in page.source and "url(" not in page.source and "@import" not in page.source
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     assert ("meta", "content", policy) in page.attributes
 
 
-def test_thumbnails_and_residuals_are_found(tmp_path):
+def test_the_page_finds_images_beside_the_table_and_residuals(tmp_path):
     (tmp_path / "real").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / f"{name}.png")
-    Image.new("L", (64, 64), 100).save(tmp_path / "grey.png")
     residual = residual_path(tmp_path / "residuals", "real/a.png")
     residual.parent.mkdir(parents=True)
     Image.new("RGB", (900, 300), (0, 0, 250)).save(residual)
     (tmp_path / "text.png").write_text("no picture")
-    items = [(name, REAL, "") for name in ("real/a.png", "real/b.png", "grey.png", "text.png", "missing.png")]
-    table_rows = make_rows(items, [[4, 0], [4, 0], [3, 0], [2, 0], [1, 0]])
-    table_rows[1:3] = [table_rows[1]._replace(stability="unstable"), table_rows[2]._replace(stability="stable")]
-    page = page_of([write(tmp_path, "s", table_rows)], tmp_path / "out", tmp_path / "residuals")
-    printable = [p for p in page.pictures if p.format == "JPEG"]
-    assert [p.size for p in printable] == [(720, 240), (320, 213), (64, 64)]  # the first residual shows its image, too
-    assert abs(printable[0].getpixel((20, 20))[2] - 250) < 10
+    items = [(name, REAL, "") for name in ("real/a.png", "real/b.png", "text.png", "missing.png")]
+    table = write(tmp_path, "s", make_rows(items, [[4, 0], [3, 0], [2, 0], [1, 0]]))
+    page = page_of([table], tmp_path / "out", tmp_path / "residuals")
+    cards = [picture.size for picture in page.pictures if picture.format == "JPEG"]
+    assert cards == [(720, 240), (320, 213)]
     assert page.text.count("not available") == 2
-    assert page.text.count("(unstable)") == 1 and "1 of 2 images" in page.text
 
 
-def test_residual_paths_stay_inside_and_apart(tmp_path):
-    images = ["a.png", "a.jpg", "b/a.png", "../a.png", "../../a.png", "/b/c/a.png", "b/../x.png", "..\\a.png"]
-    paths = [residual_path(tmp_path, image) for image in images]
-    assert len(set(paths)) == len(images)
-    assert all(p.resolve().is_relative_to(tmp_path) for p in paths)
-    assert paths[0] == tmp_path / "a.png.residual.png"
-    assert paths[5] == tmp_path / "b" / "c" / "a.png.residual.png"
-
-
-def test_the_most_wrong_come_first(tmp_path):
+def test_the_most_wrong_images_come_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # wrong by 1, 5, -9, -3, unlabelled, 2
     table = read_table(write(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
-    assert [table.paths[i] for i in report.most_wrong(table)] == ["b", "f", "a", "d", "c"]
-    assert len(report.most_wrong(table, 2)) == 2
+    assert [table.paths[i] for i in report_page.most_wrong(table)] == ["b", "f", "a", "d", "c"]
+    assert len(report_page.most_wrong(table, 2)) == 2
 
 
-ODD = {
-    "errors": [BROKEN],
-    "unlabelled": make_rows([("a", None, "")], [[1, 2]]),
+ODD_TABLES = {
+    "only errors": [BROKEN],
+    "no labels": make_rows([("a", None, "")], [[1, 2]]),
     "one class": make_rows([("a", FAKE, "g"), ("b", FAKE, "h")], [[1, 2], [1, 2]]),
     "one tied pair": make_rows([("a", REAL, ""), ("b", FAKE, "")], [[1, 1], [1, 1]]),
     "many generators": rows(generators=[f"generator {i} $x_{{" for i in range(12)], n=5),
 }
 
 
-@pytest.mark.parametrize("table_rows", ODD.values(), ids=ODD)
-def test_odd_tables_make_a_page_and_a_figure(tmp_path, table_rows, recwarn):
-    table = write(tmp_path, "s", table_rows, detector="another program's", settings=[1])
+@pytest.mark.parametrize("name", ODD_TABLES)
+def test_odd_tables_make_a_page(tmp_path, name):
+    table = write(tmp_path, "s", ODD_TABLES[name], detector="from another program", settings=[1])
     assert page_of([table], tmp_path / "out").tags[:2] == ["html", "head"]
-    figures.roc_and_histogram(read_table(table), tmp_path / "deep" / "s.png")
-    figures.residual_picture(np.zeros((3, 40, 60)), np.ones((3, 40, 60)), np.zeros((10, 15)), tmp_path / "r.png")
-    for path in (tmp_path / "deep" / "s.png", tmp_path / "r.png"):
-        with Image.open(path) as image:
-            assert image.size[0] > 2 * image.size[1]
-    assert not [str(w.message) for w in recwarn]
 
 
-def test_mistakes_are_said_before_anything_is_written(tmp_path):
-    good, broken = (write(tmp_path, name, rows()) for name in ("s", "broken"))
+def test_the_page_replaces_its_own_kind_and_nothing_else(tmp_path):
+    table = write(tmp_path, "s", rows())
+    out = tmp_path / "out"
+    out.mkdir()
+    foreign = {"report.html": b"<html>my thesis</html>", "s_scores.png": b"mine", "robustness.png": b"mine"}
+    for name, content in foreign.items():
+        (out / name).write_bytes(content)
+    with mistake("report.html was not written by this program"):
+        report.main([table, "--out", str(out)])
+    (out / "report.html").unlink()
+    for _ in range(2):
+        assert report.main([table, "--out", str(out)]) == 0
+    foreign.pop("report.html")
+    assert {name: (out / name).read_bytes() for name in foreign} == foreign
+
+
+def test_mistakes_are_found_before_anything_is_written(tmp_path):
+    good, broken = write(tmp_path, "s", rows()), write(tmp_path, "broken", rows())
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "file").write_text("")
     out = ["--out", f"{tmp_path}/o"]
-    for said, *arguments in (
+    for text, *arguments in (
         ("none.csv", f"{tmp_path}/none.csv", *out),
         ("file", good, "--out", f"{tmp_path}/file"),
         ("--residuals", good, *out, "--residuals", f"{tmp_path}/none"),
         ("broken.json", broken, *out),
         ("twice", good, good, *out),
     ):
-        with mistake(said):
+        with mistake(text):
             report.main(arguments)
     assert not (tmp_path / "o" / "report.html").exists()
 
 
+# --- markdown
+
+
 def cells_of(markdown):
-    """The rows of a markdown table, the heading first."""
-    heading, line, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
+    """Split a markdown table into rows of cells, the heading first."""
+    heading, line, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
     assert len(line) == len(heading) and set("".join(line)) == set("-:")
-    return [heading, *rows]
+    return [heading, *body]
 
 
-def test_markdown_tells_the_same_as_the_screen(tmp_path, capsys):
-    (tmp_path / "other").mkdir()
-    tables = [write(folder, "s", rows(), settings={"seed": 5}) for folder in (tmp_path, tmp_path / "other")]
-    done = subprocess.run([sys.executable, "-m", "tools.report", *tables, "--markdown"], capture_output=True, text=True)
+def test_markdown_shows_the_metrics_with_their_intervals(tmp_path):
+    table = write(tmp_path, "s", rows(), settings={"seed": 5})
+    command = [sys.executable, "-m", "tools.report", table, "--markdown"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    cells = cells_of(done.stdout)
-    assert report.main([*tables, "--out", str(tmp_path / "o")]) == 0
-    screen = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()[1:-1]]
-    assert [[c for c in row if c] for row in cells] == screen and len({row[0] for row in cells[1:]}) == 2
-    summary = metrics.summarize(read_table(tables[0]), seed=5)  # the intervals that test.py printed
-    assert cells[1][5] == metrics.percent(summary["generators"]["ProGAN"], "auroc")
+    heading, first, *_ = cells_of(done.stdout)
+    measured = metrics.summarize(read_table(table), seed=5)["generators"]["ProGAN"]
+    assert first[heading.index("AUROC")] == metrics.percent(measured, "auroc")
+    assert first[0] == "ProGAN"
 
 
-def test_one_metric_is_a_compact_table(tmp_path, capsys):
+def test_markdown_of_one_metric_has_a_row_per_table_and_a_column_per_generator(tmp_path, capsys):
     tables = [write(tmp_path, "b", rows(generators=("StyleGAN",))), write(tmp_path, "a", rows(1.0))]
-    b, a = (t.summary["generators"] for t in report.load_tables(tables))
-    only, s, p = (metrics.percent(m, "accuracy") for m in (b["StyleGAN"], a["StyleGAN"], a["ProGAN"]))
-    report.main([*tables, "--markdown", "accuracy"])
-    assert cells_of(capsys.readouterr().out) == [["acc", "StyleGAN", "ProGAN"], ["b", only, "-"], ["a", s, p]]
-    for q in (50, 90):
-        perturbation = {"name": "jpeg", "strength": q}
-        tables.append(write(tmp_path, f"a_jpeg_quality_{q}", rows(1.0), perturbation=perturbation))
+    b, a = (table.summary["generators"] for table in report_page.load_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
     assert cells_of(capsys.readouterr().out) == [
-        ["acc of StyleGAN / ProGAN", "b", "a"], ["none", f"{only} / -", f"{s} / {p}"],
-        *([f"jpeg quality {q}", "-", f"{s} / {p}"] for q in (90, 50)),
-    ]  # fmt: skip
+        ["acc", "StyleGAN", "ProGAN"],
+        ["b", metrics.percent(b["StyleGAN"], "accuracy"), "-"],
+        ["a", metrics.percent(a["StyleGAN"], "accuracy"), metrics.percent(a["ProGAN"], "accuracy")],
+    ]
 
 
-def test_tables_of_documents_are_made_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tables = [write(tmp_path, name, rows()) for name in "ab"]
-    document, path = "# Head\n\n<!-- made by: {} -->{}\n\nThe end. <!-- made by: hand -->\n", tmp_path / "d.md"
-    command = "python -m tools.report [ab].csv --markdown auroc"
+# --- study files
+
+HEADER = "table,row,column,scores,generators\n"
+
+
+def auroc(table, *generators):
+    """Compute the mean AUROC in % from a score table, independently of tools.study."""
+    measured = metrics.summarize(read_table(table), 0)["generators"]
+    values = [measured[name]["auroc"] for name in generators or measured]
+    return 100 * sum(values) / len(values)
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study of two detectors; the first was trained with two seeds."""
+    for name, shift in (("one", 0.5), ("two", 1.0), ("control", 0.0)):
+        write(tmp_path / "scores", name, rows(shift))
+    lines = [
+        "main,residual | pixels,seen,scores/one.csv,ProGAN",
+        "main,residual | pixels,seen,scores/two.csv,ProGAN",
+        "main,residual | pixels,both,scores/one.csv,",
+        "main,control,seen,scores/control.csv,ProGAN",
+        "other,a,b,scores/one.csv,StyleGAN;ProGAN",
+    ]
+    path = tmp_path / "tables.csv"
+    path.write_text(HEADER + "\n".join(lines) + "\n")
+    return path
+
+
+def test_a_study_table_has_plain_names_and_means(study, capsys):
+    one, two, control = (str(study.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
+    seen = (auroc(one, "ProGAN") + auroc(two, "ProGAN")) / 2
+    report.main(["--study", str(study), "--table", "main", "--markdown", "auroc"])
+    assert capsys.readouterr().out.splitlines() == [
+        "| AUROC | seen | both |",
+        "| --- | --: | --: |",
+        f"| residual \\| pixels | {seen:.1f} | {auroc(one):.1f} |",
+        f"| control | {auroc(control, 'ProGAN'):.1f} | - |",
+    ]
+
+
+def test_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(study, capsys):
+    one, two, control = (str(study.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
+    values = [auroc(one, "ProGAN"), auroc(two, "ProGAN")]
+    report.main(["--study", str(study), "--table", "main", "--markdown", "auroc", "--intervals"])
+    _, first, second = cells_of(capsys.readouterr().out.replace("\\|", ""))
+    assert first[1] == f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})"
+    assert first[2] == f"{auroc(one):.1f}"
+    assert second[1] == metrics.percent(metrics.summarize(read_table(control))["generators"]["ProGAN"], "auroc")
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ("row,table,column,scores,generators\n", "expected the header"),
+        (HEADER + "main,a,b\n", "line 2"),
+        (HEADER + "main,,b,scores/one.csv,\n", "line 2"),
+        (HEADER + "other,a,b,scores/one.csv,\n", "no table 'main': expected one of other"),
+        (HEADER + "main,a,b,scores/one.csv,BigGAN\n", "no generator 'BigGAN'"),
+        (HEADER + "main,a,b,scores/none.csv,\n", "none.csv"),
+    ],
+)
+def test_mistakes_in_a_study_file_are_one_line(study, content, text):
+    study.write_text(content)
+    with mistake(text):
+        report.main(["--study", str(study), "--table", "main", "--markdown", "auroc"])
+
+
+# --- documents
+
+
+def test_refresh_updates_the_tables_of_a_document(study, monkeypatch, capsys):
+    monkeypatch.chdir(study.parent)
+    command = "python -m tools.report --study tables.csv --table main --markdown auroc"
+    document = "# Head\n\n<!-- made by: {} -->{}\nText below the table stays.\n"
+    path = study.parent / "d.md"
     path.write_text(document.format(command, "\n| old |\n| --- |"))
-    with mistake("d.md"):
-        report.main(["--refresh", "d.md", "--check"])
+    (study.parent / "link.md").symlink_to("d.md")
+    with mistake("link.md differs"):
+        report.main(["--refresh", "link.md", "--check"])
     assert "| old |" in path.read_text()
-    report.main([*tables, "--markdown", "auroc"])
-    made = document.format(command, "\n" + capsys.readouterr().out.rstrip())
-    for check in ([], [], ["--check"]):
-        assert report.main(["--refresh", "d.md", *check]) == 0 and path.read_text() == made
-    for wrong in ("a.csv --out o", "none.csv --markdown", "a.csv --markdown no", "'a.csv"):
-        path.write_text(document.format(f"python -m tools.report {wrong}", ""))
-        with mistake(wrong):
-            report.main(["--refresh", "d.md"])
-    path.write_text("<!-- made by: python -m other a.csv --markdown -->")
-    with mistake("tools.report"):
+    report.main(command.split()[3:])
+    expected = document.format(command, "\n" + capsys.readouterr().out.rstrip())
+    for check in ([], ["--check"]):
+        assert report.main(["--refresh", "link.md", *check]) == 0
+        assert path.read_text() == expected
+    assert (study.parent / "link.md").is_symlink()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "python -m tools.report scores/one.csv --out o",
+        "python -m tools.report none.csv --markdown",
+        "python -m tools.report scores/one.csv --markdown no_metric",
+        "python -m tools.report 'scores/one.csv",
+        "python -m tools.audit scores/one.csv --markdown",
+    ],
+)
+def test_refresh_refuses_other_commands(study, monkeypatch, command):
+    monkeypatch.chdir(study.parent)
+    document = study.parent / "d.md"
+    document.write_text(f"<!-- made by: {command} -->\n| old |\n")
+    with mistake():
         report.main(["--refresh", "d.md"])
+    assert document.read_text() == f"<!-- made by: {command} -->\n| old |\n"
+    assert not (study.parent / "o").exists()
 
 
-def test_tables_of_this_projects_documents_are_what_their_commands_print(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    assert report.main(["--refresh", "README.md", "docs/results.md", "--check"]) == 0
+@pytest.mark.parametrize(
+    "arguments",
+    ["", "s.csv", "--markdown auroc", "s.csv --study t.csv --table a --markdown auroc", "--study t.csv --out o"],
+)
+def test_command_lines_that_mix_the_forms_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        report.main(arguments.split())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")

@@ -1,273 +1,151 @@
-"""One page that shows what a detector does on a test: curves, intervals, robustness, and its worst mistakes.
+"""Tables and a page from the score tables of test.py.
 
     python -m tools.report SCORES.csv [SCORES.csv ...] --out DIR [--residuals DIR]
     python -m tools.report SCORES.csv [SCORES.csv ...] --markdown [METRIC]
+    python -m tools.report --study STUDY.csv --table NAME --markdown METRIC [--intervals]
     python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
-Reads score tables of test.py, and for settings and versions the SCORES.json beside each. Writes DIR/report.html (the
-template is report.html here), which holds everything it shows (no scripts, nothing fetched from anywhere), and its
-figures as PNG beside it; or prints the metrics, or one of them compactly, as a markdown table.
+The first form writes DIR/report.html with curves, intervals, robustness and the worst mistakes (tools/report_page.py). The
+second prints a markdown table with a row per score table or generator. The third prints a table with the row and column
+names of a study file (tools/study.py). The fourth updates the tables of documents: the lines starting with "|" below
 
-A table whose SCORES.json has {"perturbation": {"name": "jpeg", "strength": 75}} is of perturbed images: together these
-become robustness curves, and the other tables are shown in full.
+    <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
---refresh makes the tables of documents anew: what stands below a line such as
-
-    <!-- made by: python -m tools.report results/*.csv --markdown auroc -->
-
-up to the next empty line is replaced by what this command prints.
+are replaced by what this command prints. Only score tables are needed; SCORES.json is used where it exists.
 """
 
 import argparse
-import base64
 import glob
-import io
 import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import jinja2
-import numpy as np
-
-from data.images import read_rgb
-from data.perturbations import PerturbationSetting
-from evaluation import figures, metrics
-from evaluation.score_table import ScoreTable, read_record, read_table, residual_path
+from evaluation import metrics
+from tools.report_page import load_tables, write_page
+from tools.study import study_rows
+from utils import options
 from utils.console import printable, text_table
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder
+from utils.files import atomic
 
-WORST = 10  # images shown
-THUMBNAIL = {"image": 320, "residual": 720}  # pixels, the longer side
-COMPARED = ("accuracy", "auroc", "average_precision")  # columns of the comparison: those that have intervals
-MADE_BY = re.compile(r"^(<!-- made by: (.+) -->).*(?:\n.*\S.*)*", re.MULTILINE)  # (comment (command)), table
 PROGRAM = "python -m tools.report"
+MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # (comment (command)), table
+COMPARED = ("accuracy", "auroc", "average_precision")  # metrics that have intervals
+ALL_METRICS = "all"
 
 
-class Scores(NamedTuple):
-    """A score table with what is known about it."""
-
-    name: str
-    path: Path
-    table: ScoreTable
-    record: dict  # settings, versions, ... of the JSON beside it
-    summary: dict
-
-    @property
-    def cell(self) -> PerturbationSetting:
-        """The perturbation of the images; its name is "none" for unchanged images."""
-        p = self.record.get("perturbation")
-        p = p if isinstance(p, dict) else {}
-        return PerturbationSetting(p.get("name") or "none", p.get("strength"))
-
-
-def load_tables(csv_files: Sequence[str | os.PathLike], resamples: int = metrics.RESAMPLES) -> list[Scores]:
-    """The score tables with their metrics, under names that tell them apart. Raises UserError if one cannot be read."""
-    tables = []
-    for path, name in zip(map(Path, csv_files), unique_names(csv_files), strict=True):
-        table, record = read_table(path), read_record(path)
-        settings = record.get("settings")
-        seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # so intervals are those of test.py
-        tables.append(Scores(name, path, table, record, metrics.summarize(table, resamples, seed)))
-    return tables
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse_arguments(arguments)
+    for document in args.refresh or ():
+        refresh(document, args.check)
+    if args.refresh:
+        return 0
+    if args.markdown:
+        sys.stdout.write(markdown(args) + "\n")
+        return 0
+    if args.residuals and not os.path.isdir(args.residuals):
+        raise UserError(f"--residuals {printable(args.residuals)} does not exist; test.py --save-residuals makes it")
+    tables = load_tables(args.scores)
+    page = write_page(tables, args.out, args.residuals)
+    rows = metrics.metric_rows({table.name: table.summary for table in tables}, COMPARED)
+    text = text_table(rows, left_columns(tables))
+    sys.stdout.write("in %, with 95 % bootstrap intervals; fake is the positive class\n")
+    sys.stdout.write(f"{text}\nreport: {printable(page)}\n")
+    return 0
 
 
-def unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
-    """A name for each table: the file's stem, with as many parent folders as it takes to tell them apart."""
-    parts = [Path(os.path.abspath(f)).with_suffix("").parts for f in files]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
-        names = ["/".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise UserError("the same score table was given twice")
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line. Exactly one form of the program must be used."""
+    parser = options.Parser(PROGRAM, "Make tables and a page from score tables.")
+    parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables of test.py")
+    parser.add_argument("--study", metavar="STUDY.csv", help="a study file, which names rows and columns")
+    parser.add_argument("--table", metavar="NAME", help="with --study: which of its tables")
+    parser.add_argument("--intervals", action="store_true", help="with --study: add intervals, or ranges over seeds")
+    names = [name for name, metric in metrics.METRICS.items() if metric.column]
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--out", metavar="DIR", help="write DIR/report.html")
+    text = f"print a markdown table of one metric ({', '.join(names)}), or of several (default)"
+    output.add_argument("--markdown", nargs="?", const=ALL_METRICS, metavar="METRIC", help=text)
+    text = "update the tables below 'made by' comments in these documents"
+    output.add_argument("--refresh", nargs="+", metavar="FILE.md", help=text)
+    parser.add_argument("--check", action="store_true", help="with --refresh: change nothing, fail if a table differs")
+    parser.add_argument("--residuals", metavar="DIR", help="with --out: the folder of test.py --save-residuals")
+    args = parser.parse_args(arguments)
+    sources = [bool(args.scores), bool(args.study), bool(args.refresh)]
+    if sum(sources) != 1 or bool(args.study) != bool(args.table):
+        parser.error("expected SCORES.csv, or --study with --table, or --refresh")
+    if args.markdown and args.markdown not in (ALL_METRICS, *names):
+        parser.error(f"--markdown {args.markdown}: expected one of {', '.join(names)}")
+    if args.study and args.markdown in (None, ALL_METRICS):
+        parser.error("--study needs --markdown METRIC")
+    return args
 
 
-def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str | os.PathLike | None = None) -> Path:
-    """Write the page and its figures. Returns the path of the page.
-
-    residuals: the folder of test.py --save-residuals. Raises UserError if nothing can be written.
-    """
-    out = make_folder(out)
-    clean = [t for t in tables if t.cell.name == "none"]
-    perturbed = sorted((t for t in tables if t.cell.name != "none"), key=by_difficulty)
-    curves = robustness_curves(perturbed)
-    baseline = {name: m["auroc"] for t in clean[:1] for name, m in t.summary["generators"].items()}
-    summaries = {f"{t.cell.label} ({t.name})": t.summary for t in clean + perturbed}
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,  # records made elsewhere may lack anything
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # what is Markup is escaped already
-    )
-    page = environment.get_template("report.html").render(
-        tables=tables,
-        sections=[
-            (t, draw_scores(t, out), [card(t, i, residuals) for i in most_wrong(t.table)]) for t in clean or perturbed
-        ],
-        perturbed=metrics.rows_by_generator(summaries) if perturbed else [],
-        curves=draw(figures.robustness, out / "robustness.png", curves, baseline) if curves else None,
-        metrics=metrics,
-    )
-    with atomic(out / "report.html") as file:
-        file.write(page.encode())
-    return out / "report.html"
+def left_columns(tables: Sequence) -> int:
+    """Give the number of columns with names in `metrics.metric_rows`, which are aligned to the left."""
+    return 1 if len(tables) == 1 else 2
 
 
-def draw_scores(scores: Scores, out: Path) -> str | None:
-    """The figure of a table; None where no image has a score."""
-    stem = "".join(c if c.isalnum() or c in "-_." else "_" for c in scores.name).lstrip(".") or "table"
-    drawn = scores.table.scored.any()
-    return draw(figures.roc_and_histogram, out / f"{stem}_scores.png", scores.table) if drawn else None
-
-
-def draw(figure: Callable, path: Path, *content) -> str:
-    """A figure of evaluation.figures, as a data URI."""
-    figure(*content, path)
-    return data_uri(path.read_bytes(), "image/png")
-
-
-def data_uri(content: bytes, kind: str) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def most_wrong(table: ScoreTable, count: int = WORST) -> np.ndarray:
-    """Rows of the images whose score lies furthest on the wrong side, worst first. (<= count,) int."""
-    rows = np.flatnonzero(table.usable)
-    wrongness = np.where(table.is_fake, -table.margins, table.margins)[rows]
-    return rows[np.argsort(-wrongness, kind="stable")[:count]]
-
-
-def card(scores: Scores, i: int, residuals: str | os.PathLike | None) -> dict:
-    """An image with its verdict. Its path is looked for as it stands, and from the table's own folder."""
-    table = scores.table
-    path = table.paths[i]
-    picture, kind = Path(path) if os.path.isfile(path) else scores.path.parent / path, "image"
-    if residuals is not None and residual_path(residuals, path).is_file():
-        picture, kind = residual_path(residuals, path), "residual"  # shows the image, too
-    right = (table.margins[i] >= 0) == table.is_fake[i]
-    return {"i": i, "kind": kind, "side": "right" if right else "wrong", "source": thumbnail(picture, THUMBNAIL[kind])}
-
-
-def thumbnail(path: Path, side: int) -> str:
-    """A small JPEG of the file as a data URI; empty where there is none."""
-    try:
-        image = read_rgb(str(path))
-    except UserError:
-        return ""
-    image.thumbnail((side, side))
-    image.save(buffer := io.BytesIO(), "JPEG", quality=88)
-    return data_uri(buffer.getvalue(), "image/jpeg")
-
-
-def by_difficulty(scores: Scores) -> tuple:
-    """Sorts tables by what was done to the images: nothing first, then by name and strength, the hardest last."""
-    name, strength = scores.cell
-    return name != "none", name, (-1 if scores.cell.sweep.smaller_is_harder else 1) * (strength or 0)
-
-
-def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float, dict]]]:
-    """{perturbation: [(strength, {generator: metrics}), ...]}, two points or more, in the order of the tables."""
-    curves: dict[str, list] = {}
-    for t in perturbed:
-        measured = {name: m for name, m in t.summary["generators"].items() if m["auroc"] is not None}
-        if t.cell.strength is not None and measured:
-            curves.setdefault(t.cell.name, []).append((t.cell.strength, measured))
-    return {name: points for name, points in curves.items() if len(points) > 1}
-
-
-def compact_rows(tables: Sequence[Scores], metric: str) -> list[list[str]]:
-    """One metric: a row a table, a column a generator; of perturbed images: a row a perturbation, a column a detector."""
-    tables = sorted(tables, key=by_difficulty)
-    heading, *rows = metrics.rows_by_generator({t.name: t.summary for t in tables}, metric)
-    if tables[-1].cell.name == "none":
-        return [heading, *rows]
-    places = [(t.cell.label, printable(t.name.removesuffix(f"_{t.cell.file_name}"))) for t in tables]
-    cells = {place: " / ".join(row[1:]) for place, row in zip(places, rows, strict=True)}
-    if len(cells) < len(tables):
-        raise UserError("two score tables are of the same perturbation and detector: give one of them")
-    labels, detectors = map(dict.fromkeys, zip(*cells, strict=True))
-    rows = [[printable(label), *(cells.get((label, name), "-") for name in detectors)] for label in labels]
-    return [[f"{heading[0]} of {' / '.join(heading[1:])}", *detectors], *rows]
-
-
-def comparison(tables: Sequence[Scores]) -> list[list[str]]:
-    return metrics.metric_rows({t.name: t.summary for t in tables}, COMPARED)
-
-
-def markdown(tables: Sequence[Scores], metric: str) -> str:
-    """The metrics, or one of them compactly, as a table of GitHub's markdown."""
-    rows = compact_rows(tables, metric) if metric else comparison(tables)
-    left = 1 if metric or len(tables) == 1 else 2  # columns flush left
-    line = ["---" if i < left else "--:" for i in range(len(rows[0]))]
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], line, *cells[1:]))
-
-
-def made_again(match: re.Match) -> str:
-    """A "made by" line of a document, and the table that its command prints. match: of MADE_BY."""
-    try:
-        words = shlex.split(match[2])
-        args = argument_parser().parse_args(sum((sorted(glob.glob(word)) or [word] for word in words[3:]), []))
-        if words[:3] != PROGRAM.split() or args.markdown is None:
-            raise UserError(f"{PROGRAM} FILES.csv --markdown was wanted")
-        return f"{match[1]}\n{markdown(load_tables(args.scores), args.markdown)}"
-    except (ValueError, SystemExit) as error:  # SystemExit: argparse has said why
-        raise UserError(f"cannot do what a table is made by: {match[2]} ({error})") from None
+def markdown(args: argparse.Namespace) -> str:
+    """Make the markdown table that the arguments ask for."""
+    left = 1
+    if args.study:
+        rows = study_rows(args.study, args.table, args.markdown, args.intervals)
+    else:
+        tables = load_tables(args.scores)
+        summaries = {table.name: table.summary for table in tables}
+        if args.markdown == ALL_METRICS:
+            rows = metrics.metric_rows(summaries, COMPARED)
+            left = left_columns(tables)
+        else:
+            rows = metrics.rows_by_generator(summaries, args.markdown)
+    heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    line = ["---"] * left + ["--:"] * (len(heading) - left)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))
 
 
 def refresh(path: str, check: bool) -> None:
-    """Make the tables of a markdown file anew. Raises UserError if one cannot be, or `check` finds a difference."""
+    """Update the tables of a markdown document.
+
+    Raises:
+        UserError: if a table cannot be made, or if `check` is set and the document would change.
+    """
     try:
         before = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {printable(path)} ({error})") from None
-    after = MADE_BY.sub(made_again, before)
-    if check and after != before:
-        raise UserError(f"{printable(path)} differs from what its commands print; --refresh without --check mends it")
-    if after != before:
-        with atomic(path) as file:
-            file.write(after.encode())
+    after = MADE_BY.sub(updated_table, before)
+    if after == before:
+        return
+    if check:
+        raise UserError(f"{printable(path)} differs from what its commands print: run --refresh without --check")
+    with atomic(os.path.realpath(path)) as file:
+        file.write(after.encode())
 
 
-def argument_parser() -> argparse.ArgumentParser:
-    about, of = "Make a page or a table of some score tables.", [n for n, m in metrics.METRICS.items() if m.column]
-    parser = argparse.ArgumentParser(prog=PROGRAM, description=about, allow_abbrev=False)
-    parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables by test.py")
-    add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--out", metavar="DIR", help="writes DIR/report.html and its figures")
-    about = f"prints a markdown table of the metrics instead, or of one of them: {', '.join(of)}"
-    add("--markdown", nargs="?", const="", choices=["", *of], metavar="METRIC", help=about)
-    add("--refresh", nargs="+", metavar="FILE.md", help="makes the tables below 'made by' comments of these files anew")
-    parser.add_argument("--check", action="store_true", help="with --refresh: write nothing, fail if there is a change")
-    parser.add_argument("--residuals", metavar="DIR", help="where test.py --save-residuals DIR put its pictures")
-    return parser
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    args = (parser := argument_parser()).parse_args(arguments)
-    if bool(args.scores) == bool(args.refresh):
-        parser.error("wanted: SCORES.csv with --out or --markdown, or --refresh FILE.md")
-    if args.residuals and not os.path.isdir(args.residuals):
-        raise UserError(f"--residuals {args.residuals}: there is no such folder; test.py --save-residuals makes it")
-    for path in args.refresh or ():
-        refresh(path, args.check)
-    if args.refresh:
-        return 0
-    tables = load_tables(args.scores)
-    if args.markdown is not None:
-        sys.stdout.write(markdown(tables, args.markdown) + "\n")
-    else:
-        page = write_page(tables, args.out, args.residuals)
-        head = "in %, with 95% bootstrap intervals; fake is the positive class"
-        table = text_table(comparison(tables), 1 + (len(tables) > 1))
-        sys.stdout.write(f"{head}\n{table}\nreport: {printable(page)}\n")
-    return 0
+def updated_table(match: re.Match) -> str:
+    """Give a "made by" comment with the table that its command prints. match: of MADE_BY."""
+    comment, command = match[1], match[2]
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise UserError(f"cannot run {command!r} ({error})") from None
+    program = PROGRAM.split()
+    if words[: len(program)] != program:
+        raise UserError(f"cannot run {command!r}: expected {PROGRAM} ... --markdown")
+    arguments = []
+    for word in words[len(program) :]:
+        arguments += sorted(glob.glob(word)) or [word]
+    try:
+        args = parse_arguments(arguments)
+    except SystemExit:  # the parser has printed the reason
+        raise UserError(f"cannot run {command!r}") from None
+    if not args.markdown:
+        raise UserError(f"cannot run {command!r}: expected {PROGRAM} ... --markdown")
+    return f"{comment}\n{markdown(args)}"
 
 
 if __name__ == "__main__":

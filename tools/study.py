@@ -1,0 +1,130 @@
+"""Tables of a study: named rows and columns, each number computed from score tables.
+
+A study file is a CSV file beside its score tables, one line per number and score table:
+
+    table,row,column,scores,generators
+    generators,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
+    generators,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
+
+`scores` is relative to the folder of the study file. `generators` are names separated by semicolons; empty means all. The
+number is the mean over these generators. Several lines with the same table, row and column (several seeds) are averaged.
+"""
+
+import csv
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from evaluation import metrics
+from evaluation.score_table import read_table
+from utils.console import printable
+from utils.errors import UserError
+
+COLUMNS = ("table", "row", "column", "scores", "generators")
+
+
+class Entry(NamedTuple):
+    """One line of a study file."""
+
+    table: str
+    row: str
+    column: str
+    scores: Path
+    generators: tuple[str, ...]  # empty: all
+
+
+def read_study(path: str | os.PathLike) -> list[Entry]:
+    """Read a study file.
+
+    Raises:
+        UserError: if it cannot be read or a line is not as documented above.
+    """
+    name = printable(path)
+    entries = []
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            lines = csv.DictReader(file, strict=True)
+            if tuple(lines.fieldnames or ()) != COLUMNS:
+                raise UserError(f"{name} is not a study file: expected the header {','.join(COLUMNS)}")
+            for line in lines:
+                if None in line or None in line.values() or not all(line[column] for column in COLUMNS[:4]):
+                    raise UserError(f"{name}, line {lines.line_num}: expected five cells, only the last may be empty")
+                generators = tuple(filter(None, line["generators"].split(";")))
+                scores = Path(path).parent / line["scores"]
+                entries.append(Entry(line["table"], line["row"], line["column"], scores, generators))
+    except OSError as error:
+        raise UserError(f"cannot read the study file {name} ({error.strerror})") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read the study file {name} ({error})") from None
+    return entries
+
+
+def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
+    """Make a table of a study: rows of cells, the heading first.
+
+    Args:
+        path: the study file.
+        table: which of its tables.
+        metric: a name in `metrics.METRICS`. Numbers are in %.
+        intervals: whether to add a bootstrap interval, or the range over several score tables.
+    Raises:
+        UserError: if the study has no such table, or a score table cannot be read.
+    """
+    entries = read_study(path)
+    chosen = [entry for entry in entries if entry.table == table]
+    if not chosen:
+        names = ", ".join(dict.fromkeys(entry.table for entry in entries))
+        raise UserError(f"{printable(path)} has no table {table!r}: expected one of {printable(names)}")
+    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # in the order of first mention
+    column_names = list(dict.fromkeys(entry.column for entry in chosen))
+    rows = [[metrics.METRICS[metric].label, *map(printable, column_names)]]
+    for row in row_names:
+        cells = []
+        for column in column_names:
+            same = [entry for entry in chosen if (entry.row, entry.column) == (row, column)]
+            cells.append(format_cell(same, metric, intervals))
+        rows.append([printable(row), *cells])
+    return rows
+
+
+def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
+    """Format the number of one cell: the mean over its entries, in %; "-" if there is none."""
+    values = [value for value in (measure(entry, metric) for entry in entries) if value is not None]
+    if not values:
+        return "-"
+    text = f"{100 * sum(values) / len(values):.1f}"
+    if not intervals:
+        return text
+    if len(values) > 1:
+        return f"{text} ({100 * min(values):.1f} to {100 * max(values):.1f})"
+    measured = list(generators_of(entries[0], intervals=True).values())
+    if len(measured) == 1:
+        return metrics.percent(measured[0], metric)
+    return text
+
+
+def measure(entry: Entry, metric: str) -> float | None:
+    """Compute a metric of one score table, in [0, 1]: the mean over the entry's generators; None if not defined."""
+    values = [measured[metric] for measured in generators_of(entry, intervals=False).values()]
+    if not values or None in values:
+        return None
+    return sum(values) / len(values)
+
+
+def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
+    """Look up the metrics of the entry's generators. Raises UserError if the score table has no such generator."""
+    summary = summarize_file(entry.scores, intervals)
+    names = entry.generators or tuple(summary["generators"])
+    for name in names:
+        if name not in summary["generators"]:
+            known = ", ".join(summary["generators"])
+            raise UserError(f"{printable(entry.scores)} has no generator {name!r}: expected one of {printable(known)}")
+    return {name: summary["generators"][name] for name in names}
+
+
+@functools.cache
+def summarize_file(path: Path, intervals: bool) -> dict:
+    """Compute all metrics of a score table. Bootstrap intervals take most of the time."""
+    return metrics.summarize(read_table(path), metrics.RESAMPLES if intervals else 0)
