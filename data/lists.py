@@ -1,6 +1,7 @@
-"""Which images there are: folders, trees of folders, tables and text lists -> `Item`s. None is opened here.
+"""Lists of image files: from folders, trees of folders, CSV tables and text lists to `Item`s.
 
-Whatever is wrong with a folder or list is a `UserError`. An image costs its path and about 100 bytes.
+No image is opened here. A folder or list that cannot be used is reported as a `UserError`. Every function that searches
+folders logs in one line how many files it left out and why.
 """
 
 import csv
@@ -12,245 +13,351 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import count, permutations
 from typing import NamedTuple, TextIO
 
 import numpy as np
 
+from data.folders import contains, find_images, in_words, kind_of_given_file
 from utils.console import printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # of a table
-# (real, fake) folders of a tree. Sources: Wang et al. (CVPR 2020), "CNN-generated images are surprisingly easy to
+LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # in CSV tables
+# (real, fake) folder names in trees. Sources: Wang et al. (CVPR 2020), "CNN-generated images are surprisingly easy to
 # spot... for now"; Zhu et al. (NeurIPS 2023), "GenImage".
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
+TRAIN_FOLDERS = ("train", "training")
+HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 FLAGS = ("--data-root-pos", "--data-root-neg")
-Roots = Sequence[str] | None
 
 
 class Item(NamedTuple):
-    """An image to read. label: FAKE, REAL or None; generator: what made it, "" for reals shared by all."""
+    """An image file. `generator` is the name of what generated it, or "" for real images that all generators share."""
 
     path: str
-    label: int | None
+    label: int | None  # FAKE, REAL or None
     generator: str
 
 
-def find_images(root: str, others: Counter | None = None) -> list[str]:
-    """All images in a folder and those below it, known by suffix in any case, sorted by path (plain string order).
-
-    Hidden files and folders and __MACOSX are left out. Links are followed; a folder that can be reached in several
-    ways, or holds a link to its own parent, is read once. others: gets the number of other files of each suffix.
-    """
-
-    def fail(error: OSError):
-        raise UserError(f"image folder {printable(str(error.filename))} cannot be read ({error.strerror})")
-
-    found, left_out, seen = [], Counter(), set()
-    for folder, folders, names in os.walk(os.fspath(root), onerror=fail, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
-        for name in names:
-            if name.lower().endswith(IMAGE_SUFFIXES) and name[0] != ".":
-                found.append(os.path.join(folder, name))
-            elif name[0] != ".":
-                left_out[os.path.splitext(name)[1].lower() or "without suffix"] += 1
-    if not found:
-        wanted, got = " ".join(IMAGE_SUFFIXES), _counted(left_out) or "no files"
-        raise UserError(f"no images in folder {printable(root)}: files ending {wanted} are wanted, and it holds {got}")
-    if others is not None:
-        others.update(left_out)
-    return sorted(found)
-
-
-def _counted(others: Counter) -> str:
-    """Such as "3 .heic, 1 .gif"."""
-    return ", ".join(f"{n} {printable(suffix)}" for suffix, n in others.most_common(9)) + ", ..." * (len(others) > 9)
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
-    """Images of some folders that share none: the sorted reals, then the sorted fakes.
+    """List the images of folders, which must not contain each other: the sorted reals, then the sorted fakes.
 
-    Each folder of fakes is a generator, named after it with as much of its path as tells it from the others.
+    Each folder of fakes is one generator. It is named after its folder, with as many parent folders as it takes to
+    distinguish the generators.
     """
     roots = [*real_roots, *fake_roots]
     if not roots:
-        raise UserError("no image folders: give at least one of real or of generated images")
-    places = {root: os.path.join(os.path.realpath(root), "") for root in roots}
-    for inner, outer in permutations(roots, 2):
-        if places[inner].startswith(places[outer]):
-            way_out = "its images would count twice; give folders that share none"
-            raise UserError(f"image folder {printable(inner)} is or lies in {printable(outer)}: {way_out}")
-    parts = [os.path.abspath(root).split(os.sep) for root in fake_roots]
-    n = next(n for n in count(1) if len({tuple(p[-n:]) for p in parts}) == len(parts))
-    sources = [(root, REAL, "") for root in real_roots]
-    sources += [(root, FAKE, "/".join(p[-n:])) for root, p in zip(fake_roots, parts, strict=True)]
-    return [Item(path, label, name) for root, label, name in sources for path in find_images(root)]
+        raise UserError("no image folders: give at least one folder of real or of generated images")
+    _refuse_overlap(roots)
+    items = []
+    for root in real_roots:
+        items += [Item(path, REAL, "") for path in find_images(root)]
+    for root, generator in zip(fake_roots, _generator_names(fake_roots), strict=True):
+        items += [Item(path, FAKE, generator) for path in find_images(root)]
+    return items
 
 
-def tree_items(root: str) -> list[Item]:
-    """Images of a tree of folders 0_real and 1_fake, or else nature and ai: the sorted reals, then the sorted fakes.
+def _refuse_overlap(roots: Sequence[str]) -> None:
+    places = [os.path.realpath(root) for root in roots]
+    for i, inner in enumerate(places):
+        for j, outer in enumerate(places):
+            if i != j and contains(outer, inner):
+                raise UserError(
+                    f"image folder {printable(roots[i])} is or lies in {printable(roots[j])}: its images would count"
+                    " twice; give folders that do not contain each other"
+                )
 
-    GENERATOR/0_real, GENERATOR/CATEGORY/0_real, or 0_real at the top, which takes the name of `root`. Reals carry the
-    name of the generator they are to be compared with.
+
+def _generator_names(roots: Sequence[str]) -> list[str]:
+    """Name folders by the shortest ends of their paths that are all different."""
+    parts = [os.path.abspath(root).split(os.sep) for root in roots]
+    length = 1
+    while len({tuple(p[-length:]) for p in parts}) < len(parts):
+        length += 1
+    return ["/".join(p[-length:]) for p in parts]
+
+
+# --- trees --------------------------------------------------------------------------------------------------
+
+
+def tree_items(root: str, training: bool = False) -> list[Item]:
+    """List the images of a tree with class folders named as in LAYOUTS: the reals, then the fakes.
+
+    The class folders may be GENERATOR/0_real, GENERATOR/CATEGORY/0_real, GENERATOR/train/nature, or 0_real at the top,
+    where the generator takes the name of `root`. Reals carry the name of the generator that they are compared with.
+    One log line says which folders are used.
+
+    Args:
+        training: leave out the images in folders named val, validation or test.
     """
-    paths, at_top = find_images(root), os.path.basename(os.path.abspath(root))
-    for names in LAYOUTS:
-        items = []
-        for path in paths:
-            folders = path.removeprefix(root).strip(os.sep).split(os.sep)[:-1]
-            if name := next((f for f in folders if f in names), None):
-                generator = at_top if folders[0] == name else folders[0]
-                items.append(Item(path, REAL if name == names[0] else FAKE, sys.intern(generator)))
-        if items:
-            return sorted(items, key=lambda item: item.label == FAKE)  # and otherwise in the order they are in
-    wanted = "GENERATOR/0_real and GENERATOR/1_fake (or nature and ai) are wanted"
-    way_out = "name plain folders with --data-root-pos and --data-root-neg"
-    raise UserError(f"image tree {printable(root)} has no images in folders 0_real or 1_fake: {wanted}; {way_out}")
+    items = []
+    used, left_out = Counter(), Counter()
+    for path in find_images(root):
+        folders = path.removeprefix(root).strip(os.sep).split(os.sep)[:-1]
+        layout = next((names for names in LAYOUTS if set(names) & set(folders)), None)
+        if layout is None:
+            left_out["in no class folder"] += 1
+            continue
+        position = next(i for i, folder in enumerate(folders) if folder in layout)
+        held_out = [folder for folder in folders[:position] if folder.lower() in HELD_OUT_FOLDERS]
+        if training and held_out:
+            left_out[f"in {held_out[0]} (not for training)"] += 1
+            continue
+        used[" of ".join(["/".join(layout), *held_out])] += 1
+        label = REAL if folders[position] == layout[0] else FAKE
+        items.append(Item(path, label, _tree_generator(folders[:position], root)))
+    if not items:
+        _refuse_tree(root, left_out)
+    if left_out or len(used) > 1:
+        text = "image tree %s: using %s; left out: %s"
+        logger.info(text, printable(root), in_words(used), in_words(left_out) or "none")
+    return sorted(items, key=lambda item: item.label == FAKE)  # the sort is stable
+
+
+def _tree_generator(parents: Sequence[str], root: str) -> str:
+    """Name the generator of an image by the folders above its class folder."""
+    names = [name for name in parents if name.lower() not in (*TRAIN_FOLDERS, *HELD_OUT_FOLDERS)]
+    name = names[0] if names else os.path.basename(os.path.abspath(root))
+    return sys.intern(name)  # one string for all images of a generator
+
+
+def _refuse_tree(root: str, left_out: Counter) -> None:
+    raise UserError(
+        f"image tree {printable(root)} has no images to use ({in_words(left_out)}): expected folders"
+        " GENERATOR/0_real and GENERATOR/1_fake, or nature and ai; give other folders with --data-root-pos and"
+        " --data-root-neg"
+    )
+
+
+# --- tables and lists ---------------------------------------------------------------------------------------
 
 
 def csv_items(file: str) -> list[Item]:
-    """Images of a table with the columns path, label (real or fake; 1 = real, 0 = fake) and perhaps generator.
+    """List the images of a CSV table with the columns path, label and optionally generator.
 
-    Paths are relative to the working folder or, where nothing is there, to the table's own. Other columns are ignored.
+    Labels are real or fake, or 1 for real and 0 for fake. Paths are relative to the working folder or, if there is no
+    such file, to the folder of the table. Other columns are ignored.
     """
-    what, rows = f"image table {printable(file)}", []
-    with _text_file(file, what) as stream:
+    what = f"image table {printable(file)}"
+    rows = []
+    with _open_text(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not {"path", "label"} <= set(reader.fieldnames):
             got = printable(",".join(reader.fieldnames)[:100])
-            raise UserError(f"{what}, line 1: a header path,label or path,label,generator was wanted, got {got!r}")
+            raise UserError(f"{what}, line 1: expected a header path,label or path,label,generator, got {got!r}")
         for row in reader:
-            name, label, generator = ((row.get(column) or "").strip() for column in ("path", "label", "generator"))
-            if not name or label.lower() not in LABELS or None in row:  # None: DictReader's key for what is left over
-                wanted = "a path (in quotes, if it holds a comma) and a label real or fake (or 1 = real, 0 = fake)"
-                got = printable(", ".join(str(value) for value in row.values())[:100])
-                raise UserError(f"{what}, line {reader.line_num}: {wanted} were wanted, got {got}")
-            rows.append((name, sys.intern(label.lower()), sys.intern(generator)))
-    paths = _located([name for name, _, _ in rows], file, what)
+            rows.append(_parse_row(row, f"{what}, line {reader.line_num}"))
     if any(label.isdecimal() for _, label, _ in rows):
-        text = "%s: numbers are read as 1 = real, 0 = fake; if 1 is to mean fake, write the words real and fake"
+        text = "%s: labels are read as 1 = real, 0 = fake; if 1 means fake, write the words real and fake instead"
         logger.warning(text, what)
+    paths = _find_files([name for name, _, _ in rows], file, what)
     return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
+def _parse_row(row: dict, where: str) -> tuple[str, str, str]:
+    """Read path, label and generator of one row."""
+    path = row["path"] or ""
+    label = (row["label"] or "").strip().lower()
+    generator = (row.get("generator") or "").strip()
+    has_too_many_cells = None in row  # the key under which DictReader stores further cells
+    if not path.strip() or label not in LABELS or has_too_many_cells:
+        got = printable(", ".join(str(value) for value in row.values())[:100])
+        raise UserError(
+            f"{where}: expected a path (in quotes if it contains a comma) and a label real or fake"
+            f" (or 1 = real, 0 = fake), got {got}"
+        )
+    return path, sys.intern(label), sys.intern(generator)
+
+
 def list_paths(file: str) -> list[str]:
-    """The paths in a text file, one a line, relative to the working folder or, where nothing is there, the file's."""
+    """Read the paths in a text file, one per line. They are found as in `csv_items`."""
     what = f"image list {printable(file)}"
-    with _text_file(file, what) as stream:
-        return _located([line.strip() for line in stream if line.strip()], file, what)
+    with _open_text(file, what, newline="\n") as stream:
+        lines = [line.removesuffix("\n") for line in stream]
+    return _find_files([line for line in lines if line.strip()], file, what)
 
 
 @contextmanager
-def _text_file(file: str, what: str) -> Iterator[TextIO]:
-    """The file, open for reading as UTF-8 (with or without a mark)."""
+def _open_text(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
+    """Open a file as UTF-8 text with or without a byte order mark. Bytes that are not UTF-8 are kept, as in paths."""
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
             yield stream
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = "no UTF-8 text" if isinstance(error, UnicodeDecodeError) else getattr(error, "strerror", error)
-        raise UserError(f"{what} cannot be read ({reason})") from None
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
-def _located(names: Sequence[str], file: str, what: str) -> list[str]:
-    """Each name as a path from the working folder or, where nothing is there, from the folder of `file`."""
-    folder = os.path.dirname(file)
-    paths = [next(filter(os.path.exists, (name, os.path.join(folder, name))), None) for name in names]
+def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
+    """Find the files that a table or list names."""
     if not names:
         raise UserError(f"{what} names no images")
+    folder = os.path.dirname(file)
+    paths = [_find_file(name, folder) for name in names]
     if None in paths:
-        text = f"{paths.count(None)} of its {len(names)} files do not exist, the first is"
-        where = "looked for in the working folder and beside the list"
-        raise UserError(f"{what}: {text} {printable(names[paths.index(None)])} ({where})")
+        first = printable(names[paths.index(None)][:1000])
+        raise UserError(
+            f"{what}: {paths.count(None)} of its {len(names)} files do not exist, the first is {first} (looked for in"
+            " the working folder and beside the list)"
+        )
     return paths
 
 
+def _find_file(name: str, folder: str) -> str | None:
+    """Find a file by its name as it is written, or else without spaces around it."""
+    for spelling in (name, name.strip()):
+        for path in (spelling, os.path.join(folder, spelling)):
+            if os.path.exists(path):
+                return path
+    return None
+
+
+# --- what the programs call ---------------------------------------------------------------------------------
+
+
 def paths_of(source: str) -> list[str]:
-    """The images of a folder (`find_images`) or of a text list (`list_paths`)."""
+    """List the images of a folder (`find_images`) or of a text list (`list_paths`)."""
     return find_images(source) if os.path.isdir(source) else list_paths(source)
 
 
 def labelled_items(
-    real_roots: Roots, fake_roots: Roots, tree: str | None = None, csv_file: str | None = None, flags: Sequence = FLAGS
+    real_roots: Sequence[str] | None,
+    fake_roots: Sequence[str] | None,
+    tree: str | None = None,
+    csv_file: str | None = None,
+    flags: Sequence[str] = FLAGS,
+    training: bool = False,
 ) -> list[Item]:
-    """The items of whichever of the three ways to name labelled images was used: folders, a tree, or a CSV list.
+    """List labelled images, which must be given in one of three ways: folders, a tree, or a CSV table.
 
-    flags: what the user calls real_roots and fake_roots, of which both are wanted or none.
+    Args:
+        flags: the options for real_roots and fake_roots, for error messages.
+        training: see `tree_items`.
+
+    Raises:
+        UserError: also if a file is listed both as real and as generated.
     """
-    ways = sum(map(bool, (real_roots or fake_roots, tree, csv_file)))
+    ways = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)].count(True)
     if ways != 1:
-        got = "images named in more than one way" if ways else "no images"
-        wanted = f"{flags[0]} REAL and {flags[1]} GENERATED folders, or --data-root TREE, or --csv FILE"
-        raise UserError(f"{got}: give {wanted} (without labels: test.py --input)")
+        got = "images are given in more than one way" if ways else "no images are given"
+        raise UserError(
+            f"{got}: give {flags[0]} REAL and {flags[1]} GENERATED folders, or --data-root TREE, or --csv FILE"
+            " (without labels: test.py --input)"
+        )
     if tree:
-        return tree_items(tree)
-    if csv_file:
-        return csv_items(csv_file)
-    if not real_roots or not fake_roots:
+        items = tree_items(tree, training)
+    elif csv_file:
+        items = csv_items(csv_file)
+    elif real_roots and fake_roots:
+        items = folder_items(real_roots, fake_roots)
+    else:
         missing = flags[1] if real_roots else flags[0]
-        raise UserError(f"one class only: {missing} is missing; real and generated images are wanted")
-    return folder_items(real_roots, fake_roots)
-
-
-def input_items(paths: Sequence[str]) -> list[Item]:
-    """Unlabelled images: files of any name, and the images of folders, in the order given."""
-    items, others = [], Counter()
-    for path in paths:
-        if not os.path.lexists(path):
-            raise UserError(f"input {printable(path)} does not exist")
-        found = find_images(path, others) if os.path.isdir(path) else [os.fspath(path)]
-        items += [Item(p, None, "") for p in found]
-    if others:
-        text = "left out of the folders: %s (read are %s, and any file named itself)"
-        logger.warning(text, _counted(others), " ".join(IMAGE_SUFFIXES))
+        raise UserError(f"expected real and generated images, got one class only: {missing} is missing")
+    _refuse_files_in_both_classes(items)
     return items
 
 
+def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
+    """Raise a UserError if a file is listed as real and as generated, by its own name or by links."""
+    first_with = {}  # (device, inode) -> item
+    conflicts = []
+    for item in items:
+        try:
+            status = os.stat(item.path)
+        except OSError:  # reported when the image is read
+            continue
+        first = first_with.setdefault((status.st_dev, status.st_ino), item)
+        if first.label != item.label:
+            conflicts.append((first.path, item.path))
+    if conflicts:
+        one, other = (printable(path) for path in conflicts[0])
+        raise UserError(
+            f"{len(conflicts)} files are listed both as real and as generated, the first is {one} (as generated:"
+            f" {other}): remove the link or the row"
+        )
+
+
+def require_both_classes(items: Sequence[Item], what: str) -> None:
+    """Raise a UserError unless there are real and generated images.
+
+    Args:
+        what: the name of the set, such as "training images".
+    """
+    counts = Counter(item.label for item in items)
+    if not counts[REAL] or not counts[FAKE]:
+        got = f"{counts[REAL]} real and {counts[FAKE]} generated"
+        raise UserError(f"{what} must contain both real and generated images, got {got}")
+
+
+def input_items(paths: Sequence[str]) -> list[Item]:
+    """List images without labels, in the given order: the images of folders, and files with any suffix."""
+    found = []
+    left_out = Counter()
+    for path in map(os.fspath, paths):
+        if not os.path.lexists(path):
+            raise UserError(f"input {printable(path)} does not exist")
+        if os.path.isdir(path):
+            found += find_images(path)
+        elif reason := kind_of_given_file(path):
+            left_out[reason] += 1
+        else:
+            found.append(path)
+    if left_out:
+        text = f"left out {left_out.total()} files that this program has written: {in_words(left_out)}"
+        if not found:
+            raise UserError(f"no images: {text}")
+        logger.info(text)
+    return [Item(path, None, "") for path in found]
+
+
+# --- recognising images -------------------------------------------------------------------------------------
+
+
 def list_digest(items: Sequence[Item]) -> str:
-    """What tells one list of images from another, whatever folder it was written from: count, and a hash of places."""
-    place = functools.cache(os.path.realpath)
+    """Describe a list of images by its counts and a hash of paths, labels and generators.
+
+    The digest does not depend on the working folder.
+    """
+    real_folder = functools.cache(os.path.realpath)
     digest = hashlib.sha256()
     for path, label, generator in items:
         folder, name = os.path.split(path)
-        digest.update(f"{place(folder)}/{name}\0{label}\0{generator}\n".encode(errors="surrogateescape"))
-    fakes, reals = (sum(item.label == label for item in items) for label in (FAKE, REAL))
-    return f"{len(items)} images ({reals} real, {fakes} generated), {digest.hexdigest()[:16]}"
+        line = f"{real_folder(folder)}/{name}\0{label}\0{generator}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    counts = Counter(item.label for item in items)
+    return f"{len(items)} images ({counts[REAL]} real, {counts[FAKE]} generated), {digest.hexdigest()[:16]}"
 
 
 def identities(items: Sequence[Item]) -> np.ndarray:
-    """By what images that were trained on are known again, (N, 2) int64: name and size; some bytes in the middle."""
-    return np.array([(_name_and_size(item.path), _middle(item.path)) for item in items], np.int64).reshape(-1, 2)
+    """Compute hashes by which trained images are recognised. Returns int64 (N, 2): name and size, content."""
+    rows = [(_name_hash(item.path), _content_hash(item.path)) for item in items]
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
-def count_trained_on(items: Sequence[Item], seen: np.ndarray) -> int:
-    """How many of the images are among those of which `seen` has the `identities`; few files are opened for it."""
-    names, known = set(seen[:, 0].tolist()), set(map(tuple, seen.tolist()))
-    merge_equal_sizes = ((name, item.path) for item in items if (name := _name_and_size(item.path)) in names)
-    return sum((name, _middle(path)) in known for name, path in merge_equal_sizes)
+def count_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
+    """Count the images whose `identities` are in trained_on. Only files of the same name and size are opened."""
+    names = set(trained_on[:, 0].tolist())
+    known = set(map(tuple, trained_on.tolist()))
+    candidates = [(_name_hash(item.path), item.path) for item in items]
+    return sum(name in names and (name, _content_hash(path)) in known for name, path in candidates)
 
 
-def _name_and_size(path: str) -> int:
-    try:
-        size = os.stat(path).st_size
-    except OSError:
-        size = -1
-    return _number(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
+def _name_hash(path: str) -> int:
+    size = os.path.getsize(path) if os.path.isfile(path) else -1
+    return _hash(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
 
 
-def _middle(path: str) -> int:
+def _content_hash(path: str) -> int:
+    """Hash 64 bytes in the middle of a file."""
     with open(path, "rb") as file:
-        file.seek(os.fstat(file.fileno()).st_size // 2)
-        return _number(file.read(64))
+        file.seek(os.path.getsize(path) // 2)
+        return _hash(file.read(64))
 
 
-def _number(content: bytes) -> int:
+def _hash(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

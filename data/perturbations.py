@@ -40,8 +40,8 @@ NOISE_VARIANCE = (5.0, 20.0)  # for pixel values in 0..255
 def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Blur with a Gaussian kernel and round the result.
 
-    The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The kernel is separable
-    and is applied along one axis at a time. A kernel that is too large for the image is cut off.
+    The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The kernel is
+    separable and is applied along one axis at a time. A kernel that is too large for the image is cut off.
     """
     x = image.float()  # (3, H, W)
     for _ in range(2):

@@ -1,13 +1,27 @@
-"""Which images are found in folders, trees, tables and text lists, and what is said of those that cannot be used."""
+"""Which images are listed from folders, trees, tables and text lists, and how mistakes in them are reported."""
 
+import csv
 import logging
 import os
+import shutil
 
 import pytest
-from files import mistake, save, touch
+from files import mistake, random_rgb, save, touch
 
-from data import lists as L
-from data.lists import Item
+from data.lists import (
+    Item,
+    count_trained_on,
+    csv_items,
+    folder_items,
+    identities,
+    input_items,
+    labelled_items,
+    list_digest,
+    list_paths,
+    paths_of,
+    require_both_classes,
+    tree_items,
+)
 from tools import split
 from utils.labels import FAKE, REAL
 
@@ -16,109 +30,122 @@ def below(root, items):
     return [(os.path.relpath(item.path, root), item.label, item.generator) for item in items]
 
 
-def test_images_are_sorted_by_path_and_hidden_ones_left_out(tmp_path):
-    wanted = ["B.PNG", "a-b/1.png", "a.jpg", "a/z.TiF", "b.webp", "dir.png/x.JPEG", "é.bmp", "z.tiff"]
-    unwanted = [".hidden.png", "._a.jpg", "__MACOSX/a.png", ".git/a.png", "notes.txt", "x.gif", "no_suffix"]
-    root = touch(tmp_path / "r", *wanted, *unwanted)
-    for given in root, root + "/":
-        assert L.find_images(given) == [f"{root}/{name}" for name in sorted(wanted)]
+# --- folders ------------------------------------------------------------------------------------------------
 
 
-def test_links_are_followed_once(tmp_path):
-    root = touch(tmp_path / "r", "a/1.png")
-    elsewhere = touch(tmp_path / "elsewhere", "2.png")
-    for link, to in ("a/loop", root), ("b", elsewhere), ("c", elsewhere), ("broken.png", tmp_path / "nothing"):
-        (tmp_path / "r" / link).symlink_to(to)
-    assert L.find_images(root) == [f"{root}/a/1.png", f"{root}/b/2.png", f"{root}/broken.png"]
-
-
-def test_folders_that_cannot_be_used(tmp_path):
-    with mistake("No such file", r"new\nline"):
-        L.find_images(str(tmp_path / "new\nline"))
-    with mistake("Not a directory"):
-        L.find_images(save(tmp_path / "f.png"))
-    (tmp_path / "empty").mkdir()
-    with mistake("no images", "no files"):
-        L.find_images(str(tmp_path / "empty"))
-    with mistake(".jpg", "2 .gif", "1 .txt"):
-        L.find_images(touch(tmp_path / "q", "a.gif", "b.gif", "c.txt"))
-
-
-def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
-    touch(tmp_path, "a.png")
-    monkeypatch.chdir(tmp_path)
-    for _ in range(17):  # a path of more than 4096 letters, which no system call takes
-        os.mkdir("d" * 250)
-        os.chdir("d" * 250)
-    with mistake("cannot be read", "too long"):
-        L.find_images(str(tmp_path))
-
-
-def test_folder_items(tmp_path):
+def test_reals_are_listed_before_fakes_and_each_fake_folder_is_a_generator(tmp_path):
     real = touch(tmp_path / "real", "2.png", "1.png")
     fakes = [touch(tmp_path / name, "b.png", "a.png") for name in ("StyleGAN", "ProGAN")]
-    assert below(tmp_path, L.folder_items([real], fakes)) == [
-        ("real/1.png", REAL, ""), ("real/2.png", REAL, ""), ("StyleGAN/a.png", FAKE, "StyleGAN"),
-        ("StyleGAN/b.png", FAKE, "StyleGAN"), ("ProGAN/a.png", FAKE, "ProGAN"), ("ProGAN/b.png", FAKE, "ProGAN"),
-    ]  # fmt: skip
+    assert below(tmp_path, folder_items([real], fakes)) == [
+        ("real/1.png", REAL, ""),
+        ("real/2.png", REAL, ""),
+        ("StyleGAN/a.png", FAKE, "StyleGAN"),
+        ("StyleGAN/b.png", FAKE, "StyleGAN"),
+        ("ProGAN/a.png", FAKE, "ProGAN"),
+        ("ProGAN/b.png", FAKE, "ProGAN"),
+    ]
     assert (FAKE, REAL) == (0, 1)
+
+
+def test_generators_with_equal_folder_names_are_distinguished(tmp_path):
     roots = [touch(tmp_path / name / "images", "a.png") for name in ("x", "y")]
-    assert [item.generator for item in L.folder_items([], [roots[0], roots[1] + "/"])] == ["x/images", "y/images"]
+    assert [item.generator for item in folder_items([], [roots[0], roots[1] + "/"])] == ["x/images", "y/images"]
 
 
-def test_folders_that_share_images_are_refused(tmp_path):
+def test_folders_that_contain_each_other_are_refused(tmp_path):
     real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "real/fake", "1.png")
     (tmp_path / "link").symlink_to(real)
     for roots in ([real], [fake]), ([fake], [real]), ([real, real + "/"], []), ([real], [str(tmp_path / "link")]):
         with mistake("lies in", "twice"):
-            L.folder_items(*roots)
-    beside = touch(tmp_path / "real2", "1.png")  # begins with the same letters
-    assert len(L.folder_items([fake], [beside])) == 2
+            folder_items(*roots)
     with mistake("no image folders"):
-        L.folder_items([], [])
+        folder_items([], [])
+
+
+def test_a_folder_whose_name_begins_with_the_name_of_another_is_accepted(tmp_path):
+    one, other = touch(tmp_path / "real", "1.png"), touch(tmp_path / "real2", "1.png")
+    assert len(folder_items([one], [other])) == 2
+
+
+# --- trees --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("real, fake", [("0_real", "1_fake"), ("nature", "ai")])
-def test_tree_items(tmp_path, real, fake):
-    """The layouts of Wang et al. and of GenImage."""
+def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage(tmp_path, real, fake):
     names = [f"progan/cat/{real}/1.png", f"progan/cat/{fake}/2.png", f"sd/{real}/3.png", f"sd/{fake}/a/4.png"]
-    root = touch(tmp_path / "t", *names, "sd/none.png")
-    assert below(root, L.tree_items(root)) == [
-        (names[0], REAL, "progan"), (names[2], REAL, "sd"), (names[1], FAKE, "progan"), (names[3], FAKE, "sd"),
-    ]  # fmt: skip
-    assert {item.generator for item in L.tree_items(f"{root}/sd/")} == {"sd"}  # the folders at the top
-    with mistake("0_real", "nature", "--data-root-pos"):
-        L.tree_items(touch(tmp_path / "plain", "a.png"))
+    root = touch(tmp_path / "t", *names)
+    assert below(root, tree_items(root)) == [
+        (names[0], REAL, "progan"),
+        (names[2], REAL, "sd"),
+        (names[1], FAKE, "progan"),
+        (names[3], FAKE, "sd"),
+    ]
+    assert {item.generator for item in tree_items(f"{root}/sd/")} == {"sd"}
 
 
-def test_only_the_uppermost_folder_says_what_is_in_it(tmp_path):
-    """A folder nature in a tree of 0_real and 1_fake is a category, and the tree's own name says nothing."""
-    names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/0_real/3.png"]
+def test_all_layouts_of_a_tree_are_used_and_named(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    names = ["a/0_real/1.png", "a/1_fake/2.png", "b/nature/3.png", "b/ai/4.png", "b/ai/5.png", "readme/6.png"]
+    root = touch(tmp_path / "t", *names)
+    items = tree_items(root)
+    assert {path for path, _, _ in below(root, items)} == set(names[:5])
+    assert [item.label for item in items] == [REAL, REAL, FAKE, FAKE, FAKE]
+    for words in ("2 0_real/1_fake", "3 nature/ai", "1 in no class folder"):
+        assert words in caplog.messages[-1]
+
+
+def test_training_uses_only_the_training_images_of_genimage(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    train = [f"sd/train/{kind}/{i}.png" for kind in ("nature", "ai") for i in range(2)]
+    val = [f"sd/val/{kind}/9.png" for kind in ("nature", "ai")]
+    root = touch(tmp_path / "t", *train, *val)
+    items = tree_items(root, training=True)
+    assert {path for path, _, _ in below(root, items)} == set(train)
+    assert {item.generator for item in items} == {"sd"}
+    assert "2 in val (not for training)" in caplog.text
+    assert len(tree_items(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
+    assert len(tree_items(f"{root}/sd/val", training=True)) == 2  # named by the user
+    shutil.rmtree(tmp_path / "t/sd/train")
+    with mistake("no images to use", "2 in val"):
+        tree_items(root, training=True)
+
+
+def test_folders_below_a_class_folder_have_no_meaning(tmp_path):
+    """A folder named nature in a tree of 0_real and 1_fake is a category."""
+    names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = touch(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
-    assert [label for _, label, _ in below(root, L.tree_items(root))] == [REAL, REAL, FAKE, FAKE]
+    assert [item.label for item in tree_items(root, training=True)] == [REAL, REAL, FAKE, FAKE]
 
 
-def test_csv_items(tmp_path, monkeypatch):
+def test_a_tree_without_class_folders_is_refused(tmp_path):
+    with mistake("0_real", "nature", "--data-root-pos", "1 in no class folder"):
+        tree_items(touch(tmp_path / "plain", "a.png"))
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def test_csv_tables_are_read(tmp_path, monkeypatch):
     touch(tmp_path, "t/a.png", "t/with, comma.png", "cwd/a.png", "cwd/b.png")
     file = tmp_path / "t/list.csv"
     rows = ["a.png,REAL,,x", '"with, comma.png",fake,gan,', "b.png, Real ,,", f"{tmp_path}/t/a.png,fake,,", ""]
     file.write_bytes("\r\n".join(["\ufeffPath,label,generator,note", *rows]).encode())
     monkeypatch.chdir(tmp_path / "cwd")
-    assert L.csv_items(str(file)) == [
-        Item("a.png", REAL, ""),  # in the working folder before the table's own
+    assert csv_items(str(file)) == [
+        Item("a.png", REAL, ""),  # the working folder is searched before the folder of the table
         Item(f"{tmp_path}/t/with, comma.png", FAKE, "gan"),
         Item("b.png", REAL, ""),
         Item(f"{tmp_path}/t/a.png", FAKE, ""),
     ]
     file.write_text("label,path\nreal,b.png\n")
-    assert L.csv_items("../t/list.csv") == [Item("b.png", REAL, "")]
+    assert csv_items("../t/list.csv") == [Item("b.png", REAL, "")]
 
 
 @pytest.mark.parametrize("real, fake, lines", [("1", "0", 1), ("real", "fake", 0), ("real", "0", 1)])
-def test_how_numbers_are_read_is_said(tmp_path, caplog, real, fake, lines):
+def test_a_warning_says_how_numeric_labels_are_read(tmp_path, caplog, real, fake, lines):
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text(f"path,label\na.png,{real}\nb.png,{fake}\n")
-    assert [item.label for item in L.csv_items(str(tmp_path / "list.csv"))] == [REAL, FAKE]
+    assert [item.label for item in csv_items(str(tmp_path / "list.csv"))] == [REAL, FAKE]
     assert len(caplog.messages) == lines and all("1 = real" in text for text in caplog.messages)
 
 
@@ -137,63 +164,150 @@ def test_how_numbers_are_read_is_said(tmp_path, caplog, real, fake, lines):
         ('path,label\n"a.png,real\n', ["cannot be read"]),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path, text, words):
+def test_mistakes_in_tables_are_reported_in_one_line(tmp_path, text, words):
     touch(tmp_path, "a.png")
     (tmp_path / "list.csv").write_text(text)
     with mistake("list.csv", *words):
-        L.csv_items(str(tmp_path / "list.csv"))
+        csv_items(str(tmp_path / "list.csv"))
 
 
-@pytest.mark.parametrize("read", [L.csv_items, L.list_paths])
-def test_what_is_no_text(tmp_path, read):
-    for name, word in (save(tmp_path / "a.png"), "UTF-8"), (str(tmp_path), "directory"), ("missing", "No such file"):
-        with mistake("cannot be read", word):
-            read(name)
+@pytest.mark.parametrize("read", [csv_items, list_paths])
+def test_files_that_are_no_lists_are_refused(tmp_path, read):
+    with mistake("directory"):
+        read(str(tmp_path))
+    with mistake("No such file"):
+        read("missing")
+    with mistake("a.png"):
+        read(save(tmp_path / "a.png"))
 
 
-def test_list_paths(tmp_path, monkeypatch):
+# --- text lists ---------------------------------------------------------------------------------------------
+
+
+def test_text_lists_are_read(tmp_path, monkeypatch):
     touch(tmp_path, "lists/a.png", "cwd/sub/b.png")
     file = tmp_path / "lists/train.txt"
-    file.write_bytes(f"a.png\r\n\nsub/b.png\n{tmp_path}/lists/a.png".encode())
+    file.write_bytes(f"a.png\r\n\nsub/b.png \n{tmp_path}/lists/a.png".encode())
     monkeypatch.chdir(tmp_path / "cwd")
-    assert L.list_paths(str(file)) == [f"{tmp_path}/lists/a.png", "sub/b.png", f"{tmp_path}/lists/a.png"]
-    assert L.paths_of(str(file)) == L.list_paths(str(file)) and L.paths_of("sub") == ["sub/b.png"]
-    for text, words in ("a.png\nx.png\ny.png\n", ["2 of its 3 files", "x.png"]), ("\n", ["names no images"]):
-        file.write_text(text)
-        with mistake(*words):
-            L.list_paths(str(file))
+    assert list_paths(str(file)) == [f"{tmp_path}/lists/a.png", "sub/b.png", f"{tmp_path}/lists/a.png"]
+    assert paths_of(str(file)) == list_paths(str(file)) and paths_of("sub") == ["sub/b.png"]
 
 
-def test_labelled_items_are_named_in_one_way_and_of_both_classes(tmp_path):
+@pytest.mark.parametrize(
+    "text, words", [("a.png\nx.png\ny.png\n", ["2 of its 3 files", "x.png"]), ("\n", ["names no images"])]
+)
+def test_mistakes_in_text_lists_are_reported_in_one_line(tmp_path, text, words):
+    touch(tmp_path, "a.png")
+    (tmp_path / "list.txt").write_text(text)
+    with mistake("list.txt", *words):
+        list_paths(str(tmp_path / "list.txt"))
+
+
+ODD_NAMES = [b"caf\xe9.png", b" space .png ", "\u2028é.png".encode(), b'quote".png', b"carriage\rreturn.png"]
+
+
+@pytest.mark.parametrize("name", [*ODD_NAMES, b"new\nline.png", b"end\n"])
+def test_csv_tables_may_hold_every_file_name(tmp_path, name):
+    (tmp_path / os.fsdecode(name)).touch()
+    path = os.path.join(tmp_path, os.fsdecode(name))
+    with open(tmp_path / "list.csv", "w", newline="", errors="surrogateescape") as file:
+        csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("path", "label"), (path, "real")])
+    assert csv_items(str(tmp_path / "list.csv")) == [Item(path, REAL, "")]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_text_lists_may_hold_every_file_name_without_newlines(tmp_path, name):
+    (tmp_path / os.fsdecode(name)).touch()
+    path = os.path.join(tmp_path, os.fsdecode(name))
+    (tmp_path / "list.txt").write_bytes(os.fsencode(path) + b"\n")
+    assert list_paths(str(tmp_path / "list.txt")) == [path]
+
+
+# --- what the programs call ---------------------------------------------------------------------------------
+
+
+def test_labelled_items_are_given_in_exactly_one_way(tmp_path):
     root = touch(tmp_path / "t", "0_real/1.png", "1_fake/2.png")
     (tmp_path / "list.csv").write_text("path,label\nt/0_real/1.png,real\n")
     real, fake, table = f"{root}/0_real", f"{root}/1_fake", str(tmp_path / "list.csv")
-    assert L.labelled_items([real], [fake]) == L.folder_items([real], [fake])
-    assert L.labelled_items(None, None, root) == L.tree_items(root)
-    assert L.labelled_items(None, None, None, table) == L.csv_items(table)
-    for words, given in (
-        (["no images", "--data-root-pos", "--data-root", "--csv", "--input"], [None, None]),
-        (["more than one way"], [[real], [fake], root]),
-        (["one class", "--data-root-neg is missing"], [[real], None]),
-        (["one class", "--val-root-pos is missing"], [[], [fake], None, None, ("--val-root-pos", "--val-root-neg")]),
-    ):
-        with mistake(*words):
-            L.labelled_items(*given)
+    assert labelled_items([real], [fake]) == folder_items([real], [fake])
+    assert labelled_items(None, None, root) == tree_items(root)
+    assert labelled_items(None, None, None, table) == csv_items(table)
+    with mistake("no images", "--data-root-pos", "--data-root", "--csv", "--input"):
+        labelled_items(None, None)
+    with mistake("more than one way"):
+        labelled_items([real], [fake], root)
+    with mistake("one class", "--data-root-neg is missing"):
+        labelled_items([real], None)
+    with mistake("one class", "--val-root-pos is missing"):
+        labelled_items([], [fake], flags=("--val-root-pos", "--val-root-neg"))
 
 
-def test_input_items_say_what_they_leave_out(tmp_path, caplog):
-    caplog.set_level(logging.INFO)
+@pytest.mark.parametrize("link", ["real/2.png", "real/more"])
+def test_a_file_in_both_classes_is_refused(tmp_path, link):
+    real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "fake", "2.png")
+    (tmp_path / link).symlink_to(f"{fake}/2.png" if link.endswith(".png") else fake)
+    with mistake("1 files are listed both as real and as generated", link, "fake/2.png"):
+        labelled_items([real], [fake])
+
+
+def test_a_table_with_both_labels_for_a_file_is_refused(tmp_path):
+    touch(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.csv").write_text("path,label\na.png,real\nb.png,fake\n./a.png,fake\n")
+    with mistake("1 files are listed both as real and as generated", "a.png"):
+        labelled_items(None, None, None, str(tmp_path / "list.csv"))
+
+
+def test_a_link_to_the_parent_folder_adds_no_images(tmp_path):
+    real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "fake", "2.png")
+    (tmp_path / "real/up").symlink_to("..")
+    assert below(tmp_path, labelled_items([real], [fake])) == [("real/1.png", REAL, ""), ("fake/2.png", FAKE, "fake")]
+
+
+@pytest.mark.parametrize("labels", [[REAL, REAL], [FAKE], []])
+def test_a_set_with_one_class_is_refused(labels):
+    with mistake("validation images must contain both", f"{labels.count(REAL)} real", f"{labels.count(FAKE)} generated"):
+        require_both_classes([Item("a.png", label, "") for label in labels], "validation images")
+    require_both_classes([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
+
+
+def test_inputs_are_files_with_any_suffix_and_the_images_of_folders(tmp_path, caplog):
     root = touch(tmp_path / "r", "b.png", "a.png")
     file = touch(tmp_path / "q", "odd.name") + "/odd.name"
-    assert L.input_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]
+    assert input_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]
     assert not caplog.messages
-    other = touch(tmp_path / "photos", "1.HEIC", "2.heic", "3.gif", "4.jpg")
-    touch(tmp_path / "r", "5.avif", "6.heic")
-    assert len(L.input_items([root, other])) == 3
-    assert len(caplog.messages) == 1
-    assert all(word in caplog.text for word in ("3 .heic", "1 .gif", "1 .avif"))
     with mistake("does not exist"):
-        L.input_items([str(tmp_path / "x")])
+        input_items([str(tmp_path / "x")])
+
+
+# --- recognising images -------------------------------------------------------------------------------------
+
+
+def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_working_folder(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png", "b.png")
+    one, two = Item(f"{tmp_path}/a.png", REAL, ""), Item(f"{tmp_path}/b.png", FAKE, "gan")
+    digest = list_digest([one, two])
+    assert digest.startswith("2 images (1 real, 1 generated), ")
+    monkeypatch.chdir(tmp_path)
+    assert list_digest([one._replace(path="a.png"), two]) == digest
+    for other in ([two, one], [one], [one._replace(label=FAKE), two], [one, two._replace(generator="x")]):
+        assert list_digest(other) != digest
+
+
+def test_images_that_were_trained_on_are_recognised_by_name_size_and_content(tmp_path):
+    items = [Item(save(tmp_path / f"{i}.bmp"), REAL, "") for i in range(3)]
+    trained_on = identities(items[:2])
+    assert trained_on.shape == (2, 2) and count_trained_on(items, trained_on) == 2
+    (tmp_path / "copy").mkdir()
+    copy = shutil.copy(items[0].path, tmp_path / "copy")
+    changed = save(tmp_path / "copy/1.bmp", random_rgb(seed=1))
+    assert count_trained_on([Item(copy, REAL, ""), Item(changed, REAL, "")], trained_on) == 1
+    os.mkfifo(tmp_path / "pipe.bmp")
+    missing = [Item(str(tmp_path / name), REAL, "") for name in ("pipe.bmp", "missing.bmp")]
+    assert count_trained_on(missing, trained_on) == 0
+
+
+# --- splits -------------------------------------------------------------------------------------------------
 
 
 def test_a_split_depends_on_names_alone(tmp_path):
@@ -202,9 +316,9 @@ def test_a_split_depends_on_names_alone(tmp_path):
     arguments = ["--data-root-pos", reals, "--data-root-neg", fakes, "--hold-out", "0.3", "--out", out]
     for _ in range(2):
         assert split.main(arguments) == 0
-        train, held = (L.csv_items(f"{out}/{name}.csv") for name in ("train", "held_out"))
+        train, held = (csv_items(f"{out}/{name}.csv") for name in ("train", "held_out"))
         assert not set(train) & set(held) and {item.generator for item in train} == {"", "fake"}
-        assert L.list_paths(f"{out}/train_real.txt") == [item.path for item in train if item.label == REAL]
+        assert list_paths(f"{out}/train_real.txt") == [item.path for item in train if item.label == REAL]
         held_out.append(set(held))
         touch(tmp_path / "real", "another.png")
     assert len(train + held) == 81 and held_out[0] == {i for i in held_out[1] if "another" not in i.path}

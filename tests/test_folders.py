@@ -1,0 +1,140 @@
+"""Which images are found in folders, and what is logged about the other files."""
+
+import logging
+import os
+
+import pytest
+from files import mistake, save, touch
+
+from data.folders import HAS_AVIF, find_images
+from data.lists import Item, input_items
+
+SCORE_TABLE = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
+
+
+@pytest.fixture(autouse=True)
+def log_everything(caplog):
+    caplog.set_level(logging.INFO)
+
+
+def below(root, paths):
+    return [os.path.relpath(path, root) for path in paths]
+
+
+def test_images_are_found_by_suffix_and_sorted_by_path(tmp_path):
+    names = [
+        "B.PNG", "a-b/1.png", "a.jpg", "a/z.TiF", "b.webp", "c.jfif", "d.gif", "dir.png/x.JPEG", "é.bmp", "z.tiff"
+    ]  # fmt: skip
+    root = touch(tmp_path / "r", *names)
+    for spelling in (root, root + "/"):
+        assert find_images(spelling) == [f"{root}/{name}" for name in sorted(names)]
+
+
+def test_avif_is_found_if_pillow_can_read_it(tmp_path):
+    root = touch(tmp_path / "r", "a.avif", "b.png")
+    assert below(root, find_images(root)) == (["a.avif", "b.png"] if HAS_AVIF else ["b.png"])
+
+
+def test_one_line_says_how_many_files_are_left_out_and_why(tmp_path, caplog):
+    others = ["1.HEIC", "2.heic", "no_suffix", ".hidden.png", "._a.jpg", "__MACOSX/a.png", ".git/a.png"]
+    root = touch(tmp_path / "r", "a.png", "sub/b.png", "sub/notes.txt", *others)
+    assert below(root, find_images(root)) == ["a.png", "sub/b.png"]
+    (message,) = caplog.messages
+    words = ["found 2 images", "left out 8 other", "2 .heic", "1 .txt", "1 without suffix", "4 hidden"]
+    assert all(word in message for word in words)
+
+
+def test_nothing_is_logged_if_nothing_is_left_out(tmp_path, caplog):
+    find_images(touch(tmp_path / "r", "a.png"))
+    assert not caplog.messages
+
+
+# --- links --------------------------------------------------------------------------------------------------
+
+
+def test_links_to_other_folders_are_followed_once(tmp_path, caplog):
+    root = touch(tmp_path / "r", "a/1.png")
+    elsewhere = touch(tmp_path / "elsewhere", "2.png")
+    (tmp_path / "r/b").symlink_to(elsewhere)
+    (tmp_path / "r/c").symlink_to(elsewhere)
+    (tmp_path / "r/broken.png").symlink_to(tmp_path / "nothing")
+    assert below(root, find_images(root)) == ["a/1.png", "b/2.png", "broken.png"]
+    assert "1 repeated folder" in caplog.text
+
+
+@pytest.mark.parametrize("place, target", [("up", ".."), ("a/loop", ".."), ("a/b/up", "../../.."), ("self", ".")])
+def test_a_link_to_a_folder_that_contains_it_is_not_followed(tmp_path, caplog, place, target):
+    root = touch(tmp_path / "real", "1.png", "a/b/2.png")
+    touch(tmp_path / "fake", "3.png")
+    (tmp_path / "real" / place).symlink_to(target)
+    (tmp_path / "link").symlink_to(root)
+    assert below(root, find_images(root)) == ["1.png", "a/b/2.png"]
+    assert below(tmp_path / "link", find_images(str(tmp_path / "link"))) == ["1.png", "a/b/2.png"]
+    assert all("1 link to a folder that contains it" in message for message in caplog.messages)
+
+
+def test_a_link_above_its_folder_is_not_followed_through_another_link(tmp_path):
+    root = touch(tmp_path / "r", "1.png")
+    touch(tmp_path / "storage", "part/2.png", "other/3.png")
+    (tmp_path / "r/part").symlink_to(tmp_path / "storage/part")
+    (tmp_path / "storage/part/up").symlink_to("..")
+    assert below(root, find_images(root)) == ["1.png", "part/2.png"]
+
+
+# --- pictures that the programs write -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder_with_outputs(tmp_path):
+    """Two images, the figure of a score table, a residual picture, and the figures of a report."""
+    root = touch(tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png")
+    touch(tmp_path / "r", "report/report.html", "report/robustness.png", "report/mine_scores.png")
+    (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
+    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # a table of the user
+    return root
+
+
+def test_pictures_written_by_the_programs_are_left_out(folder_with_outputs, caplog):
+    assert below(folder_with_outputs, find_images(folder_with_outputs)) == ["cat.png", "photo.png"]
+    for words in ("1 figure of a score table", "1 residual picture", "2 figure of a report"):
+        assert words in caplog.text
+
+
+def test_pictures_that_only_look_similar_are_kept(tmp_path):
+    names = ["a_scores.png", "robustness.png", "scores.png", "residual.png"]
+    root = touch(tmp_path / "r", *names)
+    os.mkfifo(tmp_path / "r/scores.csv")  # opening it would block
+    assert below(root, find_images(root)) == sorted(names)
+
+
+def test_pictures_written_by_the_programs_are_left_out_of_given_files(folder_with_outputs, caplog):
+    paths = [f"{folder_with_outputs}/{name}" for name in ("cat.png", "scores.png", "sub/cat.png.residual.png")]
+    assert input_items(paths) == [Item(paths[0], None, "")]
+    assert "left out 2 files" in caplog.text
+    with mistake("no images", "1 figure of a score table"):
+        input_items(paths[1:2])
+
+
+# --- folders that cannot be used ----------------------------------------------------------------------------
+
+
+def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
+    with mistake("No such file", r"new\nline"):
+        find_images(str(tmp_path / "new\nline"))
+    with mistake("Not a directory"):
+        find_images(save(tmp_path / "f.png"))
+    (tmp_path / "empty").mkdir()
+    with mistake("no images", "no files"):
+        find_images(str(tmp_path / "empty"))
+    with mistake("no images", ".jpg", "2 .heic", "1 .txt"):
+        find_images(touch(tmp_path / "q", "a.heic", "b.heic", "c.txt"))
+
+
+def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+    touch(tmp_path, "a.png")
+    monkeypatch.chdir(tmp_path)
+    for _ in range(17):  # a path of more than 4096 letters, which no system call accepts
+        os.mkdir("d" * 250)
+        os.chdir("d" * 250)
+    with mistake("cannot be read", "too long"):
+        find_images(str(tmp_path))
