@@ -53,7 +53,9 @@ from utils.files import make_folder
 from utils.labels import FAKE, LABEL_NAMES, REAL
 from utils.options import train_detector_parser
 from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
-from utils.training import Progress, Run, Stepper
+from utils.run import Run, starting_point
+from utils.run_folder import run_folder
+from utils.training import Progress, Stepper
 
 logger = logging.getLogger("train_detector")
 
@@ -108,10 +110,10 @@ def main(args: Namespace) -> None:
         # 5. Open the output folder, and continue from its state if there is one
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
         settings["validation_images"] = list_digest(val_images.items)
-        stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
+        run_files = stack.enter_context(run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         state_of_networks = partial(network_state, detector, config, torch.from_numpy(identities(images.items)))
-        run = Run(output / LAST, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
+        run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
         # 6. Choose the loss: with a frozen re-synthesizer, whose residuals may be cached, or end to end
@@ -222,7 +224,7 @@ def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     Returns:
         the detector, its config, and the state to resume (None: a new run).
     """
-    origin, resumed = training.starting_point(options["resume"], options["init"], [last])
+    origin, resumed = starting_point(options["resume"], options["init"], [last])
     resumed = same_training(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
     resynthesizer = read_checkpoint(options["resynthesizer_file"])
     if resumed and resynthesizer:
@@ -473,9 +475,7 @@ def cached_residuals(
 # --- training and validation --------------------------------------------------------------------------------
 
 
-def train_one_epoch(
-    detector: ResynthesisDetector, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper
-) -> None:
+def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> None:
     """Take one optimizer step per batch."""
     detector.train()
     for batch in batches:

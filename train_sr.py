@@ -36,7 +36,9 @@ from utils.distributed import World, all_reduce_sum, join_processes
 from utils.errors import UserError, run_program
 from utils.options import train_sr_parser
 from utils.random_streams import DEGRADE_PATCH, seeded_generator
-from utils.training import Run, Stepper
+from utils.run import Run, starting_point
+from utils.run_folder import run_folder
+from utils.training import Stepper
 
 logger = logging.getLogger("train_sr")
 
@@ -53,7 +55,7 @@ def main(args: Namespace) -> None:
     with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. Build the network. Nothing is written before network and images have been checked.
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
-        origin, resumed = training.starting_point(args.resume, args.init, states)
+        origin, resumed = starting_point(args.resume, args.init, states)
         model, config = resynthesizer_and_config(origin, vars(args))
         if origin is None:
             initialize(model, args.start)
@@ -85,10 +87,10 @@ def main(args: Namespace) -> None:
         vgg, vgg_record = perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         settings["validation_images"] = list_digest(eval_images.items)
-        stack.enter_context(training.run_folder(output, world, resumed, args.overwrite))
+        run_files = stack.enter_context(run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         about = {"config": {"resynthesizer": config}, "vgg": vgg_record, "settings": settings}
-        run = Run(output / LAST, about, partial(network_state, model), stepper, args.num_epochs)
+        run = Run(run_files, about, partial(network_state, model), stepper, args.num_epochs)
         stack.enter_context(run)
 
         # 5. Train, on patches in an order that depends on seed and epoch alone
@@ -252,9 +254,7 @@ def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
     # The usual window of 11 pixels, or for smaller images a uniform one that fits
     smallest_side = min(x.shape[-2:])
     window = min(11, (smallest_side - 1) // 2 * 2 + 1)
-    ssim = structural_similarity_index_measure(
-        y, x, data_range=1.0, gaussian_kernel=window == 11, kernel_size=window
-    )
+    ssim = structural_similarity_index_measure(y, x, data_range=1.0, gaussian_kernel=window == 11, kernel_size=window)
     return psnr.item(), ssim.item()
 
 

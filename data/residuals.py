@@ -43,7 +43,7 @@ def cache_folder(folder: Path, about: Mapping[str, object]) -> Path:
     folder /= hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / "settings.txt").write_text(text)  # for people
-    remove_unfinished(folder, TORN_AFTER)
+    remove_unfinished(folder, age=TORN_AFTER)
     return folder
 
 

@@ -3,6 +3,7 @@
 import errno
 import functools
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from data.datasets import EpochBatches
 from data.images import load_image
 from evaluation import load
 from evaluation.metrics import auroc
+from utils.run_folder import RECORD_FORMAT
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 
@@ -174,6 +176,8 @@ def test_a_flag_forgotten_on_resume_never_starts_over(files, whole_run, tmp_path
 def test_a_run_killed_before_its_first_state_begins_anew(files, tmp_path):
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "stats.jsonl").write_text('{"epoch": 0}\n')
+    record = {"format": RECORD_FORMAT, "files": ["config.json", "stats.jsonl", "tensorboard"]}
+    (tmp_path / "config.json").write_text(json.dumps(record))
     train([*detector_arguments(files, tmp_path, "--fixed-sr --epochs 1"), *AUTO])
     assert len(stats(tmp_path)) == 1
 

@@ -1,14 +1,15 @@
-"""Checkpoint files: written so that nothing is lost, read so that nothing is silent and nothing is executed.
+"""Checkpoint files: written atomically, read without executing anything, and checked where their values are used.
 
-A name that ends in .safetensors makes a bundle of it, for sharing: the same content without any pickle, read and
-written by the same two functions. Tensors are named KEY or KEY/NAME; the plain values are one JSON text of its metadata.
+A file whose name ends in .safetensors is a bundle for sharing. It has the same content without any pickle: tensors are
+named KEY or KEY/NAME, and the plain values are one JSON text in its metadata.
 """
 
 import hashlib
 import io
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -21,33 +22,55 @@ from utils.files import atomic
 
 SHOWN_KEYS = 3  # number of wrong keys that an error names
 BUNDLE = "beyond-the-spectrum bundle, version 1"
+FINGERPRINT_DIGITS = 16
 
-# How torch says that a file holds more than it may; its other complaints are about files that are no checkpoints
+# Texts of PyTorch's errors about files that hold more than tensors and plain values
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function", "allowlisted", "Unsupported class")
 
 
-def save(obj: dict, path: str | os.PathLike) -> None:
-    """Write `obj` so that `path` holds either the old file or the whole new one, whatever happens in between.
+class Checkpoint(NamedTuple):
+    """The content of a checkpoint file, and the name of the file for messages."""
+
+    content: Mapping
+    name: str
+
+
+def read_checkpoint(path: str | os.PathLike | None) -> Checkpoint | None:
+    """Read a checkpoint with its name (see `load`). Returns None if no path is given."""
+    if not path:
+        return None
+    return Checkpoint(load(path), str(path))
+
+
+# --- writing and reading ------------------------------------------------------------------------------------
+
+
+def save(content: dict, path: str | os.PathLike) -> None:
+    """Write a checkpoint. Whatever happens, `path` holds either the old file or the whole new one.
 
     Raises:
-        UserError: if it cannot be written (disk full, no permission); the old file is then untouched.
+        UserError: if it cannot be written (disk full, no permission). The old file is then unchanged.
     """
     try:
         with atomic(path) as file:
-            sink = _Sink(file)
-            sink.write(_packed(obj)) if is_bundle(path) else torch.save(obj, sink)
-            if sink.error:
-                raise sink.error
+            recorder = _ErrorRecorder(file)
+            if is_bundle(path):
+                recorder.write(_pack_bundle(content))
+            else:
+                torch.save(content, recorder)
+            if recorder.error:
+                raise recorder.error
     except OSError as error:
-        said = f"cannot write {printable(path)} ({error.strerror})"
-        raise UserError(f"{said}; what was there before is untouched") from error
+        text = f"cannot write {printable(path)} ({error.strerror}); the earlier file is unchanged"
+        raise UserError(text) from error
 
 
-class _Sink(io.RawIOBase):
-    """Writes to a file, and keeps its first error, which torch would hide."""
+class _ErrorRecorder(io.RawIOBase):
+    """A file object that remembers its first error, because torch.save hides it."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.error = file, None
+        self.file = file
+        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
         try:
@@ -59,114 +82,55 @@ class _Sink(io.RawIOBase):
 
 
 def load(path: str | os.PathLike) -> dict:
-    """Read a checkpoint onto the CPU. Tensors and plain values only: nothing in the file is ever executed.
+    """Read a checkpoint onto the CPU. Only tensors and plain values are accepted: nothing in the file is executed.
 
     Raises:
-        UserError: if it is missing, truncated, no checkpoint, or would run code when unpickled.
+        UserError: if the file is missing, truncated, not a checkpoint, or would run code when unpickled.
     """
     path, name = Path(path), printable(path)
     if not path.is_file():
-        got = "a folder" if path.is_dir() else "nothing"
-        raise UserError(f"no checkpoint at {name} but {got}: train one first, or give the path of an existing file")
+        found = "a folder" if path.is_dir() else "nothing"
+        raise UserError(f"expected a checkpoint at {name}, found {found}: train one first, or give another path")
     try:
-        loaded = _unpacked(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_bundle(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, PermissionError):
         raise
-    except Exception as error:  # torch raises anything from EOFError to UnpicklingError
-        if any(words in str(error) for words in FORBIDDEN):
-            raise UserError(
-                f"{name} refused: it holds more than tensors and plain values, and unpickling such a file runs"
-                " whatever code is in it; save its state dicts alone, on a machine you trust it on"
-            ) from None
-        numbered = path.parent.glob("*[0-9].pth.tar") if path.name.startswith("last.") else ()
-        newest = max(numbered, key=lambda p: p.stat().st_mtime, default=None)
-        again = f"go on from the newest numbered state with --resume {printable(newest)}" if newest else "make it anew"
-        kind = f"{os.path.getsize(path)} bytes; {type(error).__name__}"
-        raise UserError(f"cannot read {name} ({kind}): it is truncated or no checkpoint; {again}") from None
-    if not isinstance(loaded, Mapping):
-        raise UserError(f"{name} holds a {type(loaded).__name__}, a dictionary was wanted")
-    return dict(loaded)
+    except Exception as error:  # PyTorch raises many types, from EOFError to UnpicklingError
+        raise UserError(_reason_for_failed_load(path, error)) from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{name}: expected a dictionary, got {_brief(content)}")
+    return dict(content)
 
 
-class Checkpoint(NamedTuple):
-    """What was read from a file, and the file's name for messages."""
-
-    content: Mapping
-    name: str
-
-
-def read_checkpoint(path: str | None) -> Checkpoint | None:
-    """The content of a file (`load`); None for no file."""
-    return Checkpoint(load(path), str(path)) if path else None
-
-
-def is_bundle(path: str | os.PathLike) -> bool:
-    """Whether a file of this name is one for sharing."""
-    return os.fspath(path).endswith(".safetensors")
-
-
-def _packed(obj: Mapping) -> bytes:
-    """The bytes of a bundle: tensors, mappings of tensors, and plain values that JSON has."""
-    tensors, values = {}, {}
-    for key, value in obj.items():
-        if isinstance(value, Tensor):
-            tensors[key] = value
-        elif isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
-            tensors |= {f"{key}/{name}": tensor for name, tensor in value.items()}
-        else:
-            values[key] = value
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-    metadata = {"format": BUNDLE, "card": values.pop("card", ""), "content": json.dumps(values, sort_keys=True)}
-    return _library().torch.save(tensors, metadata | {"digest": digest(tensors, metadata)})
+def _reason_for_failed_load(path: Path, error: Exception) -> str:
+    """Describe in one line why a checkpoint could not be read, and what to do."""
+    name = printable(path)
+    if any(words in str(error) for words in FORBIDDEN):
+        return (
+            f"{name} refused: it holds more than tensors and plain values, and unpickling such a file runs whatever"
+            " code is in it; save its state dicts alone, on a machine where you trust it"
+        )
+    way_out = "download or make it again"
+    if path.name.startswith("last."):
+        numbered = sorted(path.parent.glob("*[0-9].pth.tar"), key=lambda file: file.stat().st_mtime)
+        if numbered:
+            way_out = f"continue from the newest numbered state with --resume {printable(numbered[-1])}"
+    found = f"{os.path.getsize(path)} bytes; {type(error).__name__}"
+    return f"cannot read {name} ({found}): it is truncated or no checkpoint; {way_out}"
 
 
-def _unpacked(path: Path) -> dict:
-    """The content of a bundle, as `_packed` got it.
-
-    Raises:
-        UserError: if it is of another version, or a bit of it has changed.
-    """
-    with _library().safe_open(path, "pt") as file:
-        metadata, tensors = file.metadata() or {}, {key: file.get_tensor(key) for key in file.keys()}
-    found, written = metadata.get("format"), metadata.pop("digest", None)
-    if found != BUNDLE:
-        way_out = "write it again with python -m tools.export --bundle"
-        raise UserError(f"{printable(path)} is of the format {found}, and this version reads {BUNDLE}: {way_out}")
-    if written != digest(tensors, metadata):
-        raise UserError(f"{printable(path)} is damaged: its content is not what was written; fetch it again")
-    content = {"card": metadata["card"], **json.loads(metadata["content"])}
-    for key, tensor in tensors.items():
-        outer, _, inner = key.partition("/")
-        if inner:
-            content.setdefault(outer, {})[inner] = tensor
-        else:
-            content[outer] = tensor
-    return content
-
-
-def digest(tensors: Mapping[str, Tensor], about: Mapping[str, str] | None = None) -> str:
-    """The SHA-256 of tensors (names, types, shapes and values) and, before them, of texts."""
-    sha = hashlib.sha256(json.dumps(about, sort_keys=True).encode() if about else b"")
-    for key, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
-        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return sha.hexdigest()
-
-
-def _library():
-    """safetensors, which only bundles need."""
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("files that end in .safetensors need a package: pip install safetensors") from None
-    return safetensors
+# --- weights ------------------------------------------------------------------------------------------------
 
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Return 16 hex digits that identify weights: of the SHA-256 of names, types, shapes and values."""
-    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
-    return digest(state)[:16]
+    """Compute the name of a network's weights: 16 hex digits of the SHA-256 of names, types, shapes and values.
+
+    Args:
+        weights: a module or a state dict.
+    """
+    if isinstance(weights, nn.Module):
+        weights = weights.state_dict()
+    return digest(weights)[:FINGERPRINT_DIGITS]
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
@@ -191,3 +155,192 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     if faults:
         raise UserError(f"{name} does not fit the network of {len(expected)} entries: {'; '.join(faults)}")
     module.load_state_dict(state)
+
+
+def digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
+    """Compute the SHA-256, in hex digits, of texts and of tensors with their names, types and shapes."""
+    sha = hashlib.sha256()
+    if texts:
+        sha.update(json.dumps(texts, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        tensor = tensor.detach().cpu().contiguous()
+        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+# --- plain values -------------------------------------------------------------------------------------------
+
+_REQUIRED = object()
+
+
+class Fields:
+    """The plain values of a file, which are checked for type and range when they are read.
+
+    A value that is missing or None gives the default. A value of another type or outside its range raises a one-line
+    UserError that names the file and the key.
+
+    Args:
+        values: the values by key; anything but a mapping is refused. None counts as empty.
+        file: name of the file, for messages.
+        path: place of the values in the file, for messages, such as "config.images".
+    """
+
+    def __init__(self, values: object, file: str, path: str = ""):
+        self.file, self.path = file, path
+        if values is None:
+            values = {}
+        if not isinstance(values, Mapping):
+            raise UserError(f"{printable(file)}: {path or 'the content'} must be a dictionary, got {_brief(values)}")
+        self.values = values
+
+    def has(self, key: str) -> bool:
+        """Return whether the key has a value other than None."""
+        return self.values.get(key) is not None
+
+    def integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
+        """Return an integer from `low` to `high`."""
+        value = self._value(key, default)
+        if value is not default and not (_is_integer(value) and low <= value <= high):
+            raise self._error(key, f"must be an integer{_range(low, high)}")
+        return value
+
+    def number(self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED) -> float:
+        """Return a finite number from `low` to `high`."""
+        value = self._value(key, default)
+        if value is not default:
+            is_number = _is_integer(value) or isinstance(value, float)
+            if not (is_number and math.isfinite(value) and low <= value <= high):
+                raise self._error(key, f"must be a finite number{_range(low, high)}")
+        return value
+
+    def positive(self, key: str, default: object = _REQUIRED) -> float:
+        """Return a finite number above 0."""
+        value = self.number(key, 0, default=default)
+        if value is not default and value == 0:
+            raise self._error(key, "must be a finite number above 0")
+        return value
+
+    def boolean(self, key: str, default: object = _REQUIRED) -> bool:
+        """Return True or False."""
+        value = self._value(key, default)
+        if value is not default and not isinstance(value, bool):
+            raise self._error(key, "must be true or false")
+        return value
+
+    def text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
+        """Return a text, which must be one of `choices` if there are any."""
+        value = self._value(key, default)
+        if value is not default:
+            if not isinstance(value, str):
+                raise self._error(key, "must be a text")
+            if choices and value not in choices:
+                raise self._error(key, f"must be one of {', '.join(choices)}")
+        return value
+
+    def fields(self, key: str) -> "Fields":
+        """Return the dictionary under a key, which is empty if there is none."""
+        return Fields(self.values.get(key), self.file, self._place(key))
+
+    def arguments(self, key: str) -> dict[str, object]:
+        """Return the dictionary under a key, whose keys must be identifiers: keyword arguments of a network."""
+        values = self.fields(key).values
+        for name in values:
+            if not isinstance(name, str) or not name.isidentifier():
+                raise self._error(key, "must have identifiers as keys")
+        return dict(values)
+
+    def _value(self, key: str, default: object) -> object:
+        value = self.values.get(key)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            raise UserError(f"{printable(self.file)}: {self._place(key)} is missing")
+        return default
+
+    def _place(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def _error(self, key: str, rule: str) -> UserError:
+        return UserError(f"{printable(self.file)}: {self._place(key)} {rule}, got {_brief(self.values[key])}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _range(low: float, high: float) -> str:
+    if math.isinf(high):
+        return "" if math.isinf(low) else f" of at least {low}"
+    return f" from {low} to {high}"
+
+
+def _brief(value: object) -> str:
+    """Describe a value in a few words."""
+    if isinstance(value, bool | int | float | str) or value is None:
+        return printable(repr(value)[:60])
+    return f"a {type(value).__name__}"
+
+
+# --- bundles ------------------------------------------------------------------------------------------------
+
+
+def is_bundle(path: str | os.PathLike) -> bool:
+    """Return whether a file of this name is a bundle for sharing."""
+    return os.fspath(path).endswith(".safetensors")
+
+
+def _pack_bundle(content: Mapping) -> bytes:
+    """Make the bytes of a bundle.
+
+    Args:
+        content: tensors, dictionaries of tensors, and plain values that JSON can hold.
+    """
+    tensors, values = {}, {}
+    for key, value in content.items():
+        if isinstance(value, Tensor):
+            tensors[key] = value
+        elif isinstance(value, Mapping) and value and all(isinstance(v, Tensor) for v in value.values()):
+            for name, tensor in value.items():
+                tensors[f"{key}/{name}"] = tensor
+        else:
+            values[key] = value
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    metadata = {"format": BUNDLE, "card": values.pop("card", ""), "content": json.dumps(values, sort_keys=True)}
+    metadata["digest"] = digest(tensors, metadata)
+    return _safetensors().torch.save(tensors, metadata)
+
+
+def _read_bundle(path: Path) -> dict:
+    """Read what `_pack_bundle` has packed.
+
+    Raises:
+        UserError: if the bundle has another version, or its content has changed since it was written.
+    """
+    with _safetensors().safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+    name = printable(path)
+    written_digest = metadata.pop("digest", None)
+    if metadata.get("format") != BUNDLE:
+        found = printable(str(metadata.get("format")))
+        raise UserError(f"{name}: expected the format {BUNDLE}, got {found}; write it with python -m tools.export")
+    if written_digest != digest(tensors, metadata):
+        raise UserError(f"{name} is damaged: its content has changed since it was written; download it again")
+    content = {"card": metadata["card"], **json.loads(metadata["content"])}
+    for key, tensor in tensors.items():
+        outer, _, inner = key.partition("/")
+        if inner:
+            content.setdefault(outer, {})[inner] = tensor
+        else:
+            content[outer] = tensor
+    return content
+
+
+def _safetensors():
+    """Import safetensors, which only bundles need."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("files that end in .safetensors need a package: pip install safetensors") from None
+    return safetensors

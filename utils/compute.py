@@ -1,5 +1,6 @@
-"""The device and the number format that networks compute with."""
+"""The device and the number format with which networks compute."""
 
+import importlib.metadata
 import logging
 import os
 import sys
@@ -9,79 +10,122 @@ import torch
 from torch import Tensor
 
 from utils.console import is_main_process
+from utils.distributed import local_rank
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+AUTOCAST_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Compute(NamedTuple):
-    """The device networks run on, and the number format of their arithmetic."""
+    """The device on which networks run, and the number format of their arithmetic."""
 
     device: torch.device
-    precision: str
+    precision: str  # fp32, tf32, bf16 or fp16
 
     def __str__(self) -> str:
         return f"{self.precision} on {self.device.type}"
 
     def input(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) of 0..255 -> float32 in [0, 1], on the device, channels-last."""
+        """Convert uint8 images (B, 3, H, W) in 0..255 to float32 in [0, 1], on the device, in channels-last order."""
         x = images.to(self.device, non_blocking=True).to(torch.float32) / 255
         return x.contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        """The context in which networks run."""
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        """Return the context in which networks run."""
+        dtype = AUTOCAST_TYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
-def choose_compute(gpu: str | None, precision: str, deterministic: bool, seed: int | None = None) -> Compute:
-    """The device for `--gpu`, and PyTorch set (for the whole process) to what precision, `deterministic` and seed ask for.
+def choose_compute(
+    gpu: str | int | torch.device | None, precision: str, deterministic: bool, seed: int | None = None
+) -> Compute:
+    """Choose the device and the number format, and set PyTorch's global switches for them.
 
-    auto: on CUDA TF32, as the release ran (PyTorch's default for convolutions), on a CPU float32. fp32 is float32 to
-    the last bit. Unless `deterministic`, cuDNN measures which of its algorithms is the fastest for each shape.
+    Args:
+        gpu: see `choose_device`.
+        precision: auto, fp32, tf32, bf16 or fp16. auto is tf32 on a GPU (PyTorch's default for convolutions, with
+            which the release ran) and fp32 on a CPU. fp32 computes in full float32.
+        deterministic: use reproducible algorithms; otherwise cuDNN chooses the fastest one for each shape.
+        seed: seed of PyTorch's random numbers; None leaves them as they are.
+
+    Raises:
+        UserError: if the machine lacks the device, or the device lacks the format.
     """
     device = choose_device(gpu)
     if seed is not None:
         torch.manual_seed(seed)
     if precision == "auto":
         precision = "tf32" if device.type == "cuda" else "fp32"
-    if precision == "tf32" and device.type == "cpu":
+    if precision not in ("fp32", "tf32", *AUTOCAST_TYPES):
+        raise UserError(f"precision must be auto, fp32, tf32, bf16 or fp16, got {precision}")
+    if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # a call takes 1.5 s of imports
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS has no reproducible way
+    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself takes 1.5 s of imports
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     return Compute(device, precision)
 
 
-def choose_device(gpu: str | None) -> torch.device:
-    """The device for `--gpu` ("cpu", a number, or None for the first GPU there is), made CUDA's current one.
+def choose_device(gpu: str | int | torch.device | None) -> torch.device:
+    """Choose the device, and make a GPU the current one.
+
+    Args:
+        gpu: None for the first GPU or, without one, the CPU. "cpu", or a number: as for --gpu, a machine without any
+            GPU gets one warning and the CPU. Anything else that torch.device accepts, such as "cuda:1", is taken at
+            its word. In several processes, the process's own number replaces the number of the GPU.
 
     Raises:
-        UserError: for a GPU this machine lacks although it has others, or a word that is neither.
+        UserError: if the name is unknown, or the machine has no such GPU.
     """
-    if gpu not in (None, "cpu") and not gpu.isdecimal():
-        raise UserError(f"--gpu {gpu}: a number or cpu was wanted")
-    available = torch.cuda.device_count() if gpu != "cpu" and torch.cuda.is_available() else 0
-    if not available:
-        if gpu is None:
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())
+    if gpu is None:
+        if not available:
             logger.info("no GPU on this machine: using the CPU")
-        elif gpu != "cpu" and is_main_process():
-            logger.warning("warning: GPU %s was asked for and this machine has none: using the CPU", gpu)
-        return torch.device("cpu")
-    number = int(os.environ.get("LOCAL_RANK", gpu or 0))  # of several processes each has its own
-    if number >= available:
-        raise UserError(f"--gpu {number}: this machine has GPU 0..{available - 1}; choose one of these or cpu")
+            return torch.device("cpu")
+        number = 0
+    elif is_number:
+        if not available:
+            if is_main_process():
+                logger.warning("warning: GPU %s is not available: this machine has no GPU, using the CPU", gpu)
+            return torch.device("cpu")
+        number = int(gpu)
+    else:
+        device = _device_of_name(gpu)
+        if device.type != "cuda":
+            return device
+        number = device.index or 0
+    own_number = local_rank()
+    if own_number is not None:
+        number = own_number
+    if not 0 <= number < available:
+        raise UserError(f"no GPU {number}: this machine has {_gpu_numbers(available)}; choose another device, or cpu")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
-def versions() -> dict[str, str]:
-    """What the numbers of a run depend on, for its records."""
-    from importlib.metadata import version  # importing torchvision would take seconds
+def _device_of_name(name: str | torch.device) -> torch.device:
+    try:
+        return torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"expected a GPU number or cpu as the device, got {name!r} ({error})") from None
 
-    own = {"python": sys.version.split()[0], "torch": torch.__version__}
-    return own | {name: version(name) for name in ("torchvision", "numpy", "pillow")}
+
+def _gpu_numbers(available: int) -> str:
+    if available == 0:
+        return "no GPU"
+    return "GPU 0" if available == 1 else f"GPUs 0 to {available - 1}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions on which the numbers of a run depend, for its records."""
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for name in ("torchvision", "numpy", "pillow"):
+        found[name] = importlib.metadata.version(name)  # without importing torchvision, which would take seconds
+    return found

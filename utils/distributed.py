@@ -1,23 +1,31 @@
-"""More than one process, by utils.launch or torchrun: who am I, and the few collective operations training needs.
+"""Several processes, started by torchrun: which process this is, and the collective operations that the programs need.
 
-Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel: each process
-divides its loss by the *global* batch, so that uneven shares, micro-batches and the auxiliary pass are exact.
+Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel. Each process
+divides its loss by the size of the *global* batch, so that batches of uneven size, micro-batches and the auxiliary
+loss give the same update as one process.
 """
 
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
+from utils.errors import UserError
+
+# Processes may finish their parts of a test hours apart. The launcher ends all processes when one of them fails, so
+# that a long wait is not an error.
+TIMEOUT = timedelta(days=30)
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 class World(NamedTuple):
-    """This process among all: `rank` of `size`."""
+    """The place of this process among all processes of a run: number `rank` of `size`."""
 
     rank: int = 0
     size: int = 1
@@ -27,17 +35,61 @@ class World(NamedTuple):
         return self.rank == 0
 
 
+def world_from_environment() -> World:
+    """Read RANK and WORLD_SIZE, which torchrun sets. Without both, this process is the only one.
+
+    Raises:
+        UserError: if one is missing or has an impossible value. Such a process would never print or write anything.
+    """
+    given = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
+    if "RANK" not in given and "WORLD_SIZE" not in given:
+        return World()
+    words = " ".join(f"{name}={value}" for name, value in given.items())
+    way_out = "start several processes with torchrun, or unset these variables"
+    if not given.get("RANK", "").isdecimal() or not given.get("WORLD_SIZE", "").isdecimal():
+        raise UserError(f"RANK and WORLD_SIZE must both be set to numbers, got {words}; {way_out}")
+    world = World(int(given["RANK"]), int(given["WORLD_SIZE"]))
+    if world.rank >= world.size:
+        raise UserError(f"RANK must be less than WORLD_SIZE, got {words}; {way_out}")
+    if world.size > 1 and len(given) < len(LAUNCHER_VARIABLES):
+        raise UserError(f"several processes need {', '.join(LAUNCHER_VARIABLES)}, got {words}; {way_out}")
+    return world
+
+
+def local_rank() -> int | None:
+    """Read LOCAL_RANK, the number of this process on its machine. Returns None if it is not set.
+
+    Raises:
+        UserError: if it is not a number.
+    """
+    text = os.environ.get("LOCAL_RANK")
+    if text is None:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"LOCAL_RANK must be a number, got {text!r}: torchrun sets it")
+    return int(text)
+
+
 @contextmanager
 def join_processes(device_type: str) -> Iterator[World]:
-    """Join the processes that were started together (RANK, WORLD_SIZE), or be the only one."""
-    world = World(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+    """Connect the processes that were started together, while the `with` block runs.
+
+    Args:
+        device_type: "cuda" or "cpu".
+
+    Yields:
+        The place of this process.
+
+    Raises:
+        UserError: if the variables of the launcher are incomplete.
+    """
+    world = world_from_environment()
     if world.size > 1:
-        # Who started a process that dies ends the others, so a long wait is no error: shares of a test end hours apart.
-        wait = timedelta(days=30)
-        store, *_ = next(rendezvous("env://", world.rank, world.size, timeout=wait))
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # not of dead processes
+        store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
+        # torchrun keeps the store when it restarts processes: a prefix hides the entries of the earlier processes
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device_type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=wait, store=store, rank=world.rank, world_size=world.size)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
     try:
         yield world
     finally:
@@ -46,32 +98,37 @@ def join_processes(device_type: str) -> Iterator[World]:
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Add every process's gradients up, in place, in one collective call."""
+    """Sum the gradients of all processes in place, in one collective call. A missing gradient counts as zero."""
     if world.size == 1:
         return
     parameters = [p for p in parameters if p.requires_grad]
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     dist.all_reduce(flat)
-    for parameter, gradient in zip(parameters, flat.split([g.numel() for g in gradients]), strict=True):
-        parameter.grad = gradient.view_as(parameter).clone()
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).clone()
 
 
-def all_reduce_sum(values: Tensor, world: World, operation: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-    """Element-wise sum, or another reduction, over the processes (a new tensor)."""
+def all_reduce_sum(values: Tensor, world: World) -> Tensor:
+    """Return the element-wise sum over all processes."""
+    return _all_reduce(values, world, dist.ReduceOp.SUM)
+
+
+def all_reduce_max(values: Tensor, world: World) -> Tensor:
+    """Return the element-wise maximum over all processes."""
+    return _all_reduce(values, world, dist.ReduceOp.MAX)
+
+
+def _all_reduce(values: Tensor, world: World, operation: dist.ReduceOp) -> Tensor:
     if world.size > 1:
         values = values.clone()
         dist.all_reduce(values, operation)
     return values
 
 
-def all_reduce_max(values: Tensor, world: World) -> Tensor:
-    """Element-wise maximum over the processes (a new tensor)."""
-    return all_reduce_sum(values, world, dist.ReduceOp.MAX)
-
-
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """The rows of all processes, rank after rank, on the CPU of each."""
+    """Concatenate the rows of all processes in the order of their ranks. The result is on the CPU of each process."""
     gathered = [rows.cpu()] * world.size
     if world.size > 1:
         dist.all_gather_object(gathered, rows.cpu())
@@ -79,13 +136,14 @@ def all_gather_rows(rows: Tensor, world: World) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module, world: World) -> None:
-    """Give every process the main one's buffers (batch-norm statistics)."""
-    for buffer in module.buffers() if world.size > 1 else ():
-        dist.broadcast(buffer, src=0)
+    """Copy the buffers (batch-norm statistics) of the main process into every process."""
+    if world.size > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
-def broadcast_from_main(value: bool, world: World) -> bool:
-    """The main process's value, in every process."""
+def broadcast_from_main(value: Any, world: World) -> Any:
+    """Return the main process's value in every process."""
     values = [value]
     if world.size > 1:
         dist.broadcast_object_list(values, src=0)
@@ -93,5 +151,6 @@ def broadcast_from_main(value: bool, world: World) -> bool:
 
 
 def barrier(world: World) -> None:
+    """Wait until every process has come here."""
     if world.size > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Class labels. They are also the columns of the logits."""
+"""Class labels, which are also the columns of the logits."""
 
-FAKE, REAL = 0, 1  # labels, and columns of the logits. Release: real is 1; most of the field calls fake 1.
+FAKE, REAL = 0, 1  # Release: real is 1. Most of the field uses 1 for fake.
 LABEL_NAMES = ("fake", "real")

@@ -9,14 +9,12 @@ Names of networks, perturbations and auxiliary tasks are checked where they are 
 import argparse
 import math
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.console import is_main_process
+from utils.console import is_main_process, let_main_process_report
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
-MISTAKE_DELAY = 3  # seconds that other processes wait before they print a mistake that the main process prints, too
 
 # --- parser and types ---------------------------------------------------------------------------------------
 
@@ -35,8 +33,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str):
-        if not is_main_process():
-            time.sleep(MISTAKE_DELAY)  # the main process prints the same error, and the launcher ends this process
+        let_main_process_report()
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 

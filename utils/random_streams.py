@@ -1,16 +1,21 @@
-"""Random numbers that depend on nothing but a key, such as (seed, epoch, image)."""
+"""Random numbers that depend only on a key, such as (seed, epoch, image)."""
 
 import numpy as np
 
 
 def seeded_generator(*key: int) -> np.random.Generator:
-    """A generator that depends on nothing but the numbers given (>= 0), such as (seed, epoch, image).
+    """Make a generator whose numbers depend only on the key.
 
-    All that the programs draw comes from such a one; only initial weights come from torch's own, seeded once.
+    The programs draw all random numbers from such generators, so that the number of workers, processes and stops
+    changes nothing. Only initial weights come from PyTorch's own generator, which is seeded once.
+
+    Args:
+        key: integers >= 0, such as (seed, epoch, image).
     """
-    return np.random.default_rng((len(key), *key))  # NumPy takes (1, 2) and (1, 2, 0) for the same
+    return np.random.default_rng((len(key), *key))  # NumPy alone would take (1, 2) and (1, 2, 0) for the same key
 
 
-# Last numbers of keys: what is drawn for the same seed, epoch and image or step by one has nothing to do with another.
-PERTURB, CROP, DEGRADE_BATCH, DEGRADE_IMAGE = 1, 2, 4, 5  # of (seed, epoch, image), but DEGRADE_BATCH: of (.., step)
-DEGRADE_PATCH = 1  # of (seed, epoch, image, patch)
+# Last number of a key: draws for different purposes are independent, although seed, epoch and image are the same.
+PERTURB, CROP, DEGRADE_IMAGE = 1, 2, 5  # after (seed, epoch, image)
+DEGRADE_BATCH = 4  # after (seed, epoch, step)
+DEGRADE_PATCH = 1  # after (seed, epoch, image, patch)

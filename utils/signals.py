@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish what is being done, save, then stop."""
+"""SIGINT and SIGTERM: finish the current step, save, then stop."""
 
 import logging
 import signal
@@ -6,9 +6,8 @@ import signal
 logger = logging.getLogger(__name__)
 
 
-
 class Stopped(Exception):
-    """The run was asked to stop by a signal and has saved its state."""
+    """A signal asked the run to stop, and the run has saved its state."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -16,16 +15,16 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Remembers SIGINT and SIGTERM while the `with` block runs, so that what is being done is finished and saved.
+    """A context that remembers SIGINT and SIGTERM, so that the current step can be finished and saved.
 
-    Only a second Ctrl-C stops at once: SIGTERM comes twice where torchrun hands it on.
+    A second Ctrl-C stops at once. A second SIGTERM does not, because torchrun may send SIGTERM twice.
     """
 
     def __init__(self):
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_) -> None:
@@ -33,8 +32,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _receive(self, number: int, _frame) -> None:
-        if self.received == signal.SIGINT == number:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:
-            logger.warning("got %s: finishing this step, then saving", signal.Signals(number).name)
-        self.received = self.received or number
+            logger.warning("received %s: finishing this step, then saving", signal.Signals(number).name)
+            self.received = number
