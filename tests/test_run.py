@@ -4,8 +4,6 @@ import itertools
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,66 +14,11 @@ from files import mistake
 from utils.compute import choose_compute
 from utils.console import printable, progress, text_table
 from utils.errors import UserError, run_program
-from utils.files import TEMPORARY, atomic, make_folder, remove_unfinished, write_json
+from utils.files import atomic, make_folder, remove_unfinished, write_json
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 
 ROOT = Path(__file__).parents[1]
-
-# A program: in process RANK, does what its arguments say for that rank.
-PROGRAM = """
-import os, signal, sys, time
-what = sys.argv[1 + int(os.environ["RANK"])]
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-os.write(1, b"s")
-if what == "mistake":
-    sys.exit(2)
-if what == "die":
-    os.kill(os.getpid(), 9)
-while what == "wait":
-    time.sleep(0.01)
-"""
-
-
-@pytest.fixture
-def launch(tmp_path):
-    """Start two processes by utils.launch; each does what a word says."""
-    (tmp_path / "program.py").write_text(PROGRAM)
-
-    def start(*words):
-        command = [sys.executable, "-m", "utils.launch", "2", str(tmp_path / "program.py"), *words]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    return start
-
-
-@pytest.mark.parametrize(
-    ("words", "status"),
-    [("fine fine", 0), ("mistake fine", 2), ("wait mistake", 2), ("wait die", 137), ("die wait", 137)],
-)
-def test_the_status_of_several_processes_is_that_of_the_first_that_failed(launch, words, status):
-    process = launch(*words.split())
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == status and err == ""
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_are_handed_on(launch, number, status):
-    process = launch("wait", "wait")
-    assert process.stdout.read(2) == "ss"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == status and err == ""
-
-
-@pytest.mark.parametrize("words", [["--resume", "absent.pth.tar", "--input", "x.png"], ["--seed", "-1"]])
-def test_a_mistake_in_several_processes_is_one_line(words, tmp_path):
-    (tmp_path / "x.png").touch()
-    command = [sys.executable, "-m", "utils.launch", "2", str(ROOT / "test.py"), "--gpu", "cpu", *words]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and len(run.stderr.splitlines()) == 1 and run.stderr.startswith("error: ")
-
 
 @pytest.mark.parametrize(
     ("error", "said"),
@@ -132,7 +75,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_only_torn_files_are_removed(tmp_path):
     kept = {"last.pth", ".p.csv.0-of-1.part", "visible.tmp"}
-    for name in (*kept, ".last.pth.tar.12.tmp", f".epoch_3.pth.345{TEMPORARY}"):
+    for name in (*kept, ".last.pth.tar.12.tmp", ".epoch_3.pth.345.tmp"):
         (tmp_path / name).touch()
     remove_unfinished(tmp_path, age=60)
     assert len(os.listdir(tmp_path)) == 5

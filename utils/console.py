@@ -12,7 +12,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 120  # time between two progress lines in the log of a run without a terminal
-MISTAKE_DELAY = 3  # seconds
+MISTAKE_DELAY = 10  # seconds; processes may start this far apart on a busy machine
 
 
 def is_main_process() -> bool:
