@@ -28,7 +28,7 @@ from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
 from data.degradations import TASKS, check_task, degrade_batch, draw_degradation
 from data.images import SizePolicy, load_image, refuse_mixed_sizes, resize_and_crop, usable_items
 from data.leaks import log_quick_audit
-from data.lists import Item, identities, labelled_items, list_digest
+from data.lists import Item, identities, labelled_items, list_digest, require_both_classes
 from data.perturbations import augment
 from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
 from evaluation.detector import describe_training_images
@@ -73,7 +73,7 @@ def main(args: Namespace) -> None:
     with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. List the images. Nothing is written before images, networks and sizes have been checked.
         check_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
-        items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv)
+        items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = validation_items(args.val_real_roots, args.val_fake_roots, args.val_csv)
 
         # 2. Build the networks
@@ -84,10 +84,14 @@ def main(args: Namespace) -> None:
         detector.to(compute.device, memory_format=torch.channels_last)
 
         # 3. Check the images, and choose how they are read
-        policy = SizePolicy(detector.resynthesizer.scale, args.crop_size or None, args.resize or None)
+        scale, stride = detector.resynthesizer.scale, detector.features.stride
+        policy = SizePolicy(scale, args.crop_size or None, args.resize or None, min_side=stride)
         transform = augment if args.augment_perturb else None
         images = usable_images(items, policy, args.skip_bad, Draws(args.seed, args.crops), transform)
         val_images = usable_images(val_items, policy, args.skip_bad)
+        require_both_classes(images.items, "training images")
+        if val_items:
+            require_both_classes(val_images.items, "validation images")
         config["images"] = {"crop_size": args.crop_size, "resize": args.resize, **describe_training_images(images)}
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)

@@ -1,6 +1,6 @@
 """Search of folders for images.
 
-Files that are not images, and pictures that this project's programs have written, are left out. One log line per folder
+Files that are not images, and pictures that test.py has written, are left out. One log line per folder
 says how many files were left out and why.
 """
 
@@ -27,7 +27,7 @@ def find_images(root: str) -> list[str]:
     """Find all images in a folder and in the folders below it, and sort them by path.
 
     Images are recognised by their suffix, in upper or lower case. Hidden files and folders, __MACOSX, and pictures
-    written by this project's programs are left out. Links are followed, except links to a folder that contains the
+    written by test.py are left out. Links are followed, except links to a folder that contains the
     link. A folder that can be reached in several ways is read once.
     """
     images = []
@@ -99,16 +99,12 @@ def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
 
 
 def _kind_of_output(folder: str, name: str, names: Set[str]) -> str | None:
-    """Recognise a picture that test.py or tools.report has written. Returns None for other pictures."""
+    """Recognise a picture that test.py has written. Returns None for other pictures."""
     if name.endswith(".residual.png"):
         return "residual picture"
-    if not name.endswith(".png"):
-        return None
     table = f"{name.removesuffix('.png')}.csv"
-    if table in names and _is_score_table(os.path.join(folder, table)):
+    if name.endswith(".png") and table in names and _is_score_table(os.path.join(folder, table)):
         return "figure of a score table"
-    if "report.html" in names and (name == "robustness.png" or name.endswith("_scores.png")):
-        return "figure of a report"
     return None
 
 
@@ -132,8 +128,6 @@ def in_words(counts: Counter) -> str:
 
 
 def kind_of_given_file(path: str) -> str | None:
-    """Recognise a picture that one of the programs has written. A pattern such as *.png may have matched it."""
+    """Recognise a picture that test.py has written. A pattern such as *.png may have matched it."""
     folder, name = os.path.split(path)
-    beside = [f"{name.removesuffix('.png')}.csv", "report.html"]
-    names = {other for other in beside if os.path.exists(os.path.join(folder, other))}
-    return _kind_of_output(folder, name, names)
+    return _kind_of_output(folder, name, {f"{name.removesuffix('.png')}.csv"})

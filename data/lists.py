@@ -308,7 +308,7 @@ def input_items(paths: Sequence[str]) -> list[Item]:
         else:
             found.append(path)
     if left_out:
-        text = f"left out {left_out.total()} files that this program has written: {in_words(left_out)}"
+        text = f"left out {left_out.total()} pictures that test.py has written: {in_words(left_out)}"
         if not found:
             raise UserError(f"no images: {text}")
         logger.info(text)

@@ -81,36 +81,35 @@ def test_a_link_above_its_folder_is_not_followed_through_another_link(tmp_path):
     assert below(root, find_images(root)) == ["1.png", "part/2.png"]
 
 
-# --- pictures that the programs write -----------------------------------------------------------------------
+# --- pictures that test.py writes -----------------------------------------------------------------------------
 
 
 @pytest.fixture
 def folder_with_outputs(tmp_path):
-    """Two images, the figure of a score table, a residual picture, and the figures of a report."""
+    """Two images, the figure of a score table and a residual picture."""
     root = touch(tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png")
-    touch(tmp_path / "r", "report/report.html", "report/robustness.png", "report/mine_scores.png")
     (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
     (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # a table of the user
     return root
 
 
-def test_pictures_written_by_the_programs_are_left_out(folder_with_outputs, caplog):
+def test_pictures_written_by_test_py_are_left_out(folder_with_outputs, caplog):
     assert below(folder_with_outputs, find_images(folder_with_outputs)) == ["cat.png", "photo.png"]
-    for words in ("1 figure of a score table", "1 residual picture", "2 figure of a report"):
+    for words in ("1 figure of a score table", "1 residual picture"):
         assert words in caplog.text
 
 
 def test_pictures_that_only_look_similar_are_kept(tmp_path):
-    names = ["a_scores.png", "robustness.png", "scores.png", "residual.png"]
+    names = ["scores.png", "residual.png", "alone.png"]
     root = touch(tmp_path / "r", *names)
     os.mkfifo(tmp_path / "r/scores.csv")  # opening it would block
     assert below(root, find_images(root)) == sorted(names)
 
 
-def test_pictures_written_by_the_programs_are_left_out_of_given_files(folder_with_outputs, caplog):
+def test_pictures_written_by_test_py_are_left_out_of_given_files(folder_with_outputs, caplog):
     paths = [f"{folder_with_outputs}/{name}" for name in ("cat.png", "scores.png", "sub/cat.png.residual.png")]
     assert input_items(paths) == [Item(paths[0], None, "")]
-    assert "left out 2 files" in caplog.text
+    assert "left out 2 pictures" in caplog.text
     with mistake("no images", "1 figure of a score table"):
         input_items(paths[1:2])
 
