@@ -1,58 +1,172 @@
-"""Keep some images for validation and calibration, the same ones whenever it is asked.
+"""Hold out some images for validation and calibration.
 
     python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
-Writes DIR/train.csv and DIR/held_out.csv (path,label,generator: for --csv and --val-csv), and the reals of either as
-train_real.txt and held_out_real.txt (for train_sr.py). Which images are held out depends on their names alone: it does
-not change when others are added.
+Writes DIR/train.csv and DIR/held_out.csv (path,label,generator: for --csv and --val-csv of train_detector.py) and the real
+images of both as DIR/train_real.txt and DIR/held_out_real.txt (for train_sr.py). Which images are held out depends only on
+their file names, so it does not change when images are added. DIR/split.json records how the lists were made.
 """
 
+import argparse
 import csv
+import hashlib
 import io
+import json
+import logging
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from data.lists import Item, labelled_items
 from utils import options
+from utils.console import printable
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder
+from utils.files import atomic, make_folder, write_json
 from utils.labels import LABEL_NAMES, REAL
 
+logger = logging.getLogger("tools.split")
 
-def write_set(items: Sequence[Item], folder: str, name: str) -> None:
-    """The table of a set, and the list of its reals."""
-    table = io.StringIO(newline="")
-    rows = csv.writer(table, lineterminator="\n")
-    rows.writerow(("path", "label", "generator"))
-    rows.writerows((os.path.abspath(i.path), LABEL_NAMES[i.label], i.generator) for i in items)
-    reals = "".join(f"{os.path.abspath(i.path)}\n" for i in items if i.label == REAL)
-    for file_name, text in ((f"{name}_real.txt", reals), (f"{name}.csv", table.getvalue())):
-        with atomic(os.path.join(folder, file_name)) as file:
-            file.write(text.encode(errors="surrogateescape"))
+SETS = ("train", "held_out")
+RECORD = "split.json"
+FORMAT = "beyond-the-spectrum split, version 1"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = options.Parser("python -m tools.split", "Hold some images out.")
-    parser.add_argument("--data-root-pos", nargs="+", required=True, metavar="DIR", help="folders of REAL images")
-    parser.add_argument("--data-root-neg", nargs="+", required=True, metavar="DIR", help="folders of GENERATED images")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where the lists go")
-    parser.add_argument("--hold-out", type=float, default=0.2, metavar="SHARE", help="of the images (default: 0.2)")
-    args = parser.parse_args(arguments)
-    sets = {"held_out": [], "train": []}  # train.csv comes last: where it is, all is
-    for item in labelled_items(args.data_root_pos, args.data_root_neg):
-        checksum = zlib.crc32(os.path.basename(item.path).encode(errors="surrogateescape"))
-        sets["held_out" if checksum < args.hold_out * 2**32 else "train"].append(item)
-    out = make_folder(args.out)
-    for name, chosen in sets.items():
-        reals = sum(item.label == REAL for item in chosen)
-        counts = f"{reals} real, {len(chosen) - reals} generated"
-        if reals in (0, len(chosen)):
-            raise UserError(f"--hold-out {args.hold_out:g}: some of each are wanted in {name}, not {counts}")
-        write_set(chosen, out, name)
-        sys.stdout.write(f"{name}: {counts}\n")
+    args = parse_arguments(arguments)
+    out = Path(args.out)
+    require_own_lists(out, args.hold_out, args.overwrite)
+    sets = split_items(labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
+    files = {}
+    for name, items in sets.items():
+        require_both_classes(name, items)
+        files[f"{name}.csv"] = table_of(items)
+        files[f"{name}_real.txt"] = list_of_reals(items)
+    make_folder(out)
+    write_lists(out, files, args.hold_out)
+    for name, items in sets.items():
+        reals = sum(item.label == REAL for item in items)
+        sys.stdout.write(f"{name}: {reals} real, {len(items) - reals} generated\n")
     return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = options.Parser("python -m tools.split", "Hold out some images for validation and calibration.")
+    add = parser.add_argument
+    add("--data-root-pos", nargs="+", required=True, metavar="DIR", help="folders of REAL images")
+    add(
+        "--data-root-neg",
+        nargs="+",
+        required=True,
+        metavar="DIR",
+        help="folders of GENERATED images, one per generator",
+    )
+    add("--out", required=True, metavar="DIR", help="folder for the lists")
+    text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
+    add("--hold-out", type=float, default=0.2, metavar="X", help=text)
+    add("--overwrite", action="store_true", help="replace lists of this program that were made with another --hold-out")
+    args = parser.parse_args(arguments)
+    if not 0 < args.hold_out < 1:
+        parser.error(f"--hold-out must be between 0 and 1, got {args.hold_out:g}")
+    return args
+
+
+def require_own_lists(out: Path, hold_out: float, overwrite: bool) -> None:
+    """Check that the lists in the output folder, if there are any, may be replaced.
+
+    Raises:
+        UserError: if this program did not write them, if they were changed since, or if other images were held out.
+    """
+    names = [f"{name}{ending}" for name in SETS for ending in (".csv", "_real.txt")]
+    present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
+    if not present:
+        return
+    record = read_record(out / RECORD)
+    own = record.get("format") == FORMAT
+    for name in present:
+        if not own or (name != RECORD and digest_of(out / name) not in record["files"].get(name, [])):
+            reason = "was not written by this program, or was changed since"
+            raise UserError(f"{printable(out / name)} {reason}: give another --out, or remove it")
+    if record["hold_out"] != hold_out and not overwrite:
+        raise UserError(
+            f"{printable(out)} holds lists that were made with --hold-out {record['hold_out']:g}, and --hold-out {hold_out:g}"
+            " holds out other images: give another --out, or --overwrite"
+        )
+
+
+def read_record(path: Path) -> dict:
+    """Read the record of an earlier call; {} if there is none or it is not from this program."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def digest_of(path: Path) -> str:
+    """Hash a file; empty if it cannot be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
+
+
+def split_items(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]:
+    """Divide images by a checksum of their file names.
+
+    Raises:
+        UserError: if a path contains a line break, which lists cannot hold.
+    """
+    sets = {name: [] for name in SETS}
+    for item in items:
+        if "\n" in os.path.abspath(item.path) or "\r" in os.path.abspath(item.path):
+            raise UserError(
+                f"the path {printable(item.path)} contains a line break, which lists cannot hold: rename it"
+            )
+        checksum = zlib.crc32(os.fsencode(os.path.basename(item.path)))  # 0 to 2^32 - 1
+        name = "held_out" if checksum < hold_out * 2**32 else "train"
+        sets[name].append(item)
+    return sets
+
+
+def require_both_classes(name: str, items: Sequence[Item]) -> None:
+    """Raise UserError unless a set has real and generated images."""
+    reals = sum(item.label == REAL for item in items)
+    fakes = len(items) - reals
+    if not reals or not fakes:
+        raise UserError(
+            f"{name} would have {reals} real and {fakes} generated images: change --hold-out, or add images"
+        )
+
+
+def table_of(items: Sequence[Item]) -> bytes:
+    """Make the CSV table of images, with absolute paths."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("path", "label", "generator"))
+    for item in items:
+        writer.writerow((os.path.abspath(item.path), LABEL_NAMES[item.label], item.generator))
+    return text.getvalue().encode(errors="surrogateescape")  # names need not be UTF-8
+
+
+def list_of_reals(items: Sequence[Item]) -> bytes:
+    """Make the text list of the real images, one absolute path per line."""
+    lines = [os.path.abspath(item.path) + "\n" for item in items if item.label == REAL]
+    return "".join(lines).encode(errors="surrogateescape")
+
+
+def write_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
+    """Write the lists and their record. After an interruption the record knows the old and the new lists."""
+    old = read_record(out / RECORD).get("files", {})
+    new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
+    both = {name: new[name] + old.get(name, []) for name in new}
+    record = {"format": FORMAT, "hold_out": hold_out}
+    write_json(out / RECORD, {**record, "files": both})
+    for name in sorted(files, reverse=True):  # train.csv comes last: if it exists, all lists exist
+        with atomic(os.path.realpath(out / name)) as file:
+            file.write(files[name])
+    write_json(out / RECORD, {**record, "files": new})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,157 @@
+"""Tests of tools.split: which images are held out, and which files it replaces."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from files import mistake, save
+
+from data.lists import csv_items, folder_items, list_paths
+from tools import split
+from utils.labels import REAL
+
+LISTS = ("train.csv", "held_out.csv", "train_real.txt", "held_out_real.txt")
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with 30 real images and 20 of each of two generators."""
+    for folder, count in (("real", 30), ("gan", 20), ("diffusion", 20)):
+        (tmp_path / folder).mkdir()
+        for index in range(count):
+            save(tmp_path / folder / f"{folder} {index}, a.png")
+    return tmp_path
+
+
+def arguments(images, out, *more):
+    roots = ["--data-root-pos", images / "real", "--data-root-neg", images / "gan", images / "diffusion"]
+    return [str(a) for a in (*roots, "--out", out, *more)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def test_every_image_is_in_one_of_the_sets(images, capsys):
+    assert split.main(arguments(images, images / "lists")) == 0
+    sets = [csv_items(str(images / "lists" / name)) for name in ("train.csv", "held_out.csv")]
+    expected = folder_items([str(images / "real")], [str(images / "gan"), str(images / "diffusion")])
+    assert sorted(sets[0] + sets[1]) == sorted(expected)
+    assert 5 < len(sets[1]) < 25  # 20 % of 70
+    lines = []
+    for items, name in zip(sets, ("train_real.txt", "held_out_real.txt"), strict=True):
+        reals = [item.path for item in items if item.label == REAL]
+        assert list_paths(str(images / "lists" / name)) == reals
+        lines.append(f"{name.removesuffix('_real.txt')}: {len(reals)} real, {len(items) - len(reals)} generated")
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_images_that_are_added_do_not_move_others(images):
+    split.main(arguments(images, images / "lists"))
+    before = {item.path for item in csv_items(str(images / "lists" / "held_out.csv"))}
+    for index in range(30, 60):
+        save(images / "real" / f"real {index}, a.png")
+    split.main(arguments(images, images / "lists"))
+    after = {item.path for item in csv_items(str(images / "lists" / "held_out.csv"))}
+    assert before < after
+    assert not before & {item.path for item in csv_items(str(images / "lists" / "train.csv"))}
+
+
+def test_lists_of_another_fraction_are_replaced_only_if_asked(images):
+    out = images / "lists"
+    split.main(arguments(images, out, "--hold-out", 0.3))
+    before = contents(out)
+    with mistake("--hold-out 0.3", "--overwrite"):
+        split.main(arguments(images, out, "--hold-out", 0.5))
+    assert contents(out) == before
+    assert split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite")) == 0
+    assert contents(out)["held_out.csv"] != before["held_out.csv"]
+    assert split.main(arguments(images, out, "--hold-out", 0.5)) == 0
+
+
+@pytest.mark.parametrize("name", [*LISTS, "split.json"])
+def test_foreign_files_are_refused_and_unchanged(images, name):
+    out = images / "lists"
+    out.mkdir()
+    (out / name).write_bytes(b"my own list\n")
+    for more in ((), ("--overwrite",)):
+        with mistake(name, "not written by this program"):
+            split.main(arguments(images, out, *more))
+        assert contents(out) == {name: b"my own list\n"}
+
+
+def test_a_list_that_was_changed_by_hand_is_not_replaced(images):
+    out = images / "lists"
+    split.main(arguments(images, out))
+    with (out / "held_out.csv").open("a") as file:
+        file.write("more.png,real,\n")
+    before = contents(out)
+    with mistake("held_out.csv"):
+        split.main(arguments(images, out, "--overwrite"))
+    assert contents(out) == before
+
+
+def test_an_interrupted_call_can_be_repeated(images, monkeypatch):
+    out = images / "lists"
+    split.main(arguments(images, out))
+    real_atomic, calls = split.atomic, []
+
+    def atomic(path):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(path)
+        return real_atomic(path)
+
+    monkeypatch.setattr(split, "atomic", atomic)
+    with pytest.raises(KeyboardInterrupt):
+        split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite"))
+    monkeypatch.undo()
+    assert split.main(arguments(images, out, "--hold-out", 0.5)) == 0
+    assert 25 < len(csv_items(str(out / "held_out.csv"))) < 45
+
+
+def test_a_list_that_is_a_symbolic_link_stays_one(images):
+    out = images / "lists"
+    split.main(arguments(images, out))
+    (out / "train.csv").rename(images / "elsewhere.csv")
+    (out / "train.csv").symlink_to("../elsewhere.csv")
+    split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite"))
+    assert (out / "train.csv").is_symlink()
+    assert len(csv_items(str(images / "elsewhere.csv"))) < 50
+
+
+def test_names_that_are_not_utf8_can_be_read_again(images):
+    for index in range(10):
+        name = b"\xff\xe9 %d.png" % index
+        os.rename(images / "real" / f"real {index}, a.png", os.path.join(os.fsencode(images / "real"), name))
+    split.main(arguments(images, images / "lists"))
+    found = []
+    for name in ("train_real.txt", "held_out_real.txt"):
+        found += list_paths(str(images / "lists" / name))
+    assert sorted(found) == sorted(str(path) for path in (images / "real").iterdir())
+    items = []
+    for name in ("train.csv", "held_out.csv"):
+        items += csv_items(str(images / "lists" / name))
+    assert len(items) == 70 and all(os.path.exists(item.path) for item in items)
+
+
+@pytest.mark.parametrize("character", ["\n", "\r"])
+def test_names_with_line_breaks_are_refused_before_anything_is_written(images, character):
+    save(images / "real" / f"a{character}b.png")
+    with mistake("line break"):
+        split.main(arguments(images, images / "lists"))
+    assert not (images / "lists").exists()
+
+
+def test_mistakes_are_one_line_and_status_2(images):
+    for more in (["--hold-out", "0"], ["--hold-out", "1.5"], ["--hold-out", "nan"]):
+        with pytest.raises(SystemExit) as caught:
+            split.main(arguments(images, images / "lists", *more))
+        assert caught.value.code == 2
+    command = [sys.executable, "-m", "tools.split", *arguments(images, images / "lists", "--hold-out", "0.0001")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 2
+    assert "held_out would have 0 real and 0 generated images" in done.stderr.splitlines()[-1]
+    assert not (images / "lists").exists()
