@@ -214,7 +214,7 @@ def test_tiles_meet_without_gaps():
             return x
 
     x = torch.rand(1, 3, twins.TILE + 8, 2 * twins.TILE + 16)
-    assert torch.equal(twins.in_tiles(Identity())(x), x)
+    assert torch.equal(twins.autoencoding(Identity())(x), x)
 
 
 # --- twins

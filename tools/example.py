@@ -157,7 +157,7 @@ def make_twins(photographs: str, out: Path, autoencoder: Sequence[str] | None, s
     """Write a twin of each image below `photographs`. Raises UserError if there is none to make."""
     imitate = twins.up_sampling(seed)
     if autoencoder:
-        imitate = twins.in_tiles(load_autoencoder(*autoencoder))
+        imitate = twins.autoencoding(load_autoencoder(*autoencoder))
     with unfinished_folder(out) as folder:
         twins.write_twins(photographs, folder, imitate)
 

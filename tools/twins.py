@@ -17,6 +17,7 @@ from torch import Tensor
 
 from data.images import FORMATS
 from data.lists import find_images
+from models.tiling import in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
 from tools.upsampling import upsample_again
 from utils.console import printable, progress
@@ -127,19 +128,13 @@ def up_sampling(seed: int) -> Imitate:
     return imitate
 
 
-def in_tiles(model: Autoencoder) -> Imitate:
-    """Make a function that passes a picture through the autoencoder, large ones in overlapping tiles."""
+def autoencoding(model: Autoencoder) -> Imitate:
+    """Make a function that passes a picture through the autoencoder, large ones in overlapping tiles.
+
+    The tiles do not meet exactly, because the autoencoder normalises over the whole map that it gets.
+    """
 
     def imitate(x: Tensor) -> Tensor:
-        y = torch.empty_like(x)
-        height, width = x.shape[2:]
-        for top in range(0, height, TILE):
-            for left in range(0, width, TILE):
-                bottom, right = min(top + TILE, height), min(left + TILE, width)
-                above, before = max(top - MARGIN, 0), max(left - MARGIN, 0)
-                tile = x[:, :, above : bottom + MARGIN, before : right + MARGIN]
-                made = model(tile)[:, :, top - above :, left - before :]
-                y[:, :, top:bottom, left:right] = made[:, :, : bottom - top, : right - left]
-        return y
+        return in_tiles(model, x, side=TILE, halo=MARGIN)
 
     return imitate
