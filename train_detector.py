@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.datasets import Batch, Draws, EpochBatches, ImageDataset, make_loader
+from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_loader
 from data.degradations import TASKS, check_task, degrade_batch, draw_degradation
 from data.images import SizePolicy, load_image, refuse_mixed_sizes, resize_and_crop, usable_items
 from data.leaks import log_quick_audit
@@ -87,7 +87,7 @@ def main(args: Namespace) -> None:
         scale, stride = detector.resynthesizer.scale, detector.features.stride
         policy = SizePolicy(scale, args.crop_size or None, args.resize or None, min_side=stride)
         transform = augment if args.augment_perturb else None
-        images = usable_images(items, policy, args.skip_bad, Draws(args.seed, args.crops), transform)
+        images = usable_images(items, policy, args.skip_bad, Augmentation(args.seed, args.crops), transform)
         val_images = usable_images(val_items, policy, args.skip_bad)
         require_both_classes(images.items, "training images")
         if val_items:
@@ -176,11 +176,15 @@ def validation_items(real_roots: list[str] | None, fake_roots: list[str] | None,
 
 
 def usable_images(
-    items: list[Item], policy: SizePolicy, skip_bad: bool, draws: Draws | None = None, transform: Callable | None = None
+    items: list[Item],
+    policy: SizePolicy,
+    skip_bad: bool,
+    augmentation: Augmentation | None = None,
+    transform: Callable | None = None,
 ) -> ImageDataset:
     """Create a dataset of the images whose headers are in order. skip_bad: leave the others out, else refuse them."""
     items, headers = usable_items(items, policy, skip_bad)
-    images = ImageDataset(items, policy, draws, transform)
+    images = ImageDataset(items, policy, augmentation, transform)
     images.headers = headers
     return images
 
@@ -201,7 +205,7 @@ def smallest_batch(
     synchronised = batches.world.size > 1 and compute.device.type == "cuda"
     if max(height, width) > stride or synchronised:
         return 1
-    if batches.smallest_share() == 1:
+    if batches.smallest_part() == 1:
         raise UserError(
             f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es) leave a"
             f" batch of 1, and batch norm needs at least 2 images of {width} x {height} residual values: change"
@@ -457,7 +461,7 @@ def cached_residuals(
     key: of `cache_key`.
     """
     for images in datasets:
-        if images.drawn_anew or images.transform:
+        if images.crops_change or images.transform:
             logger.info(
                 "no residual cache: images are cropped (but see --crops-per-image) or perturbed (--augment-perturb)"
                 " differently in each epoch, and so their residuals differ"
@@ -466,7 +470,7 @@ def cached_residuals(
     dtype = STORAGE[options.precision]
     byte_counts = []
     for images in datasets:
-        directions = 2 if images.draws else 1  # a mirrored image has a residual of its own
+        directions = 2 if images.augmentation else 1  # a mirrored image has a residual of its own
         for size in images.sizes:
             values = math.prod(detector.residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.parts * directions)

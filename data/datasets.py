@@ -1,11 +1,14 @@
-"""Batches: which images in what order, how each is read, and the loader. One kind of batch for all that is trained on.
+"""Datasets, batches and data loaders.
 
-What is random depends on (seed, epoch, image) alone: not on workers, processes, or where a run was stopped.
+A sampler (`EpochBatches`) gives lists of keys. A dataset turns each key into a `Sample`. `collate` joins samples to a
+`Batch`. Everything that is random depends only on (seed, epoch, image). The number of workers or processes, and the step
+at which a run was stopped and resumed, have no effect.
 """
 
 import atexit
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.images import (
     Header,
@@ -34,20 +37,22 @@ from utils.errors import UserError
 from utils.random_streams import CROP, PERTURB, seeded_generator
 
 UNLABELLED = -1  # in Batch.labels
-GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the step being made can be finished and saved
-Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # of uint8 (3, H, W)
+GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the current step can be finished and saved
+SHARED_MEMORY = "/dev/shm"  # where Linux keeps the shared memory through which workers send tensors
+PREFETCHED = 2  # batches that a worker prepares in advance
+Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # from and to uint8 (3, H, W)
 
 
 class Key(NamedTuple):
-    """What a sampler asks a dataset for."""
+    """What a sampler requests from a dataset."""
 
     epoch: int
-    index: int  # of the entry in its dataset
-    weight: float = 1.0  # of the entry in the mean over its batch: 1 / batch size; 0 for one that only fills a share
+    index: int  # of the entry in the dataset
+    weight: float = 1.0  # of the entry in the mean over its batch: 1 / batch size, or 0 for an entry that is ignored
 
 
 class Sample(NamedTuple):
-    """What a dataset gives for a key: K parts of one image, or `error`, one line."""
+    """What a dataset returns for a key: K tensors made from one image, or an error of one line."""
 
     key: Key
     item: Item
@@ -56,209 +61,281 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B rows of one shape; the images that could not be read are in `errors` alone."""
+    """B rows of equal shape. Images that could not be read appear only in `errors`."""
 
-    x: Tensor  # uint8 (B, 3, H, W) of 0..255, or residuals (B, C_l, H_l, W_l)
+    x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
-    weights: Tensor  # float32 (B,): a sum over rows and processes, so weighted, is the mean over the batch
+    weights: Tensor  # float32 (B,): the weighted sum over all rows and processes is the mean over the batch
     items: list[Item]  # of each row
-    keys: list[tuple[int, int, int]]  # of each row: epoch, index, which of its K parts
+    keys: list[tuple[int, int, int]]  # of each row: epoch, index, and which of the K tensors of its sample
     errors: dict[int, str]  # index -> one line
 
 
+# --- batches ------------------------------------------------------------------------------------------------
+
+
 def collate(samples: Sequence[Sample]) -> Batch:
-    """One batch of the samples. Those of another shape than the first are errors."""
-    errors = {s.key.index: s.error for s in samples if s.error}
-    read = [s for s in samples if not s.error]
-    for s in [s for s in read if s.x.shape[1:] != read[0].x.shape[1:]]:
-        sizes = (f"{printable(t.item.path)} ({t.x.shape[-1]} x {t.x.shape[-2]})" for t in (read[0], s))
-        errors[s.key.index] = f"images of different sizes cannot share a batch: {' and '.join(sizes)}"
-    parts = [(s, k) for s in read if s.key.index not in errors for k in range(len(s.x))]
-    return Batch(
-        x=torch.stack([s.x[k] for s, k in parts]) if parts else torch.empty(0, 3, 0, 0, dtype=torch.uint8),
-        labels=torch.tensor(
-            [UNLABELLED if s.item.label is None else s.item.label for s, _ in parts], dtype=torch.int64
-        ),
-        weights=torch.tensor([s.key.weight / len(s.x) for s, _ in parts]),
-        items=[s.item for s, _ in parts],
-        keys=[(s.key.epoch, s.key.index, k) for s, k in parts],
-        errors=errors,
-    )
+    """Join samples to a batch. Samples that differ in shape from the first become errors."""
+    errors = {}
+    rows, labels, weights, items, keys = [], [], [], [], []
+    first = None  # the first sample that could be read
+    for sample in samples:
+        epoch, index, weight = sample.key
+        if sample.error:
+            errors[index] = sample.error
+            continue
+        first = first or sample
+        if sample.x.shape[1:] != first.x.shape[1:]:
+            errors[index] = _different_sizes(first, sample)
+            continue
+        for part, row in enumerate(sample.x):
+            rows.append(row)
+            labels.append(UNLABELLED if sample.item.label is None else sample.item.label)
+            weights.append(weight / len(sample.x))
+            items.append(sample.item)
+            keys.append((epoch, index, part))
+    x = torch.stack(rows) if rows else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
+    return Batch(x, torch.tensor(labels, dtype=torch.int64), torch.tensor(weights), items, keys, errors)
+
+
+def _different_sizes(first: Sample, other: Sample) -> str:
+    names = [f"{printable(s.item.path)} ({s.x.shape[-1]} x {s.x.shape[-2]})" for s in (first, other)]
+    return f"images of different sizes cannot share a batch: {names[0]} and {names[1]}"
 
 
 def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
-    """Batches of one image each, joined while they follow each other, are of one size and of one block of their list.
+    """Merge consecutive single-image batches of the same image size and block.
 
-    So what an image is computed together with depends neither on the number of processes nor on where a run was
-    stopped, and its scores are the same to the last bit.
+    Which images are computed together then depends neither on the number of processes nor on where a run was stopped,
+    and the scores are equal to the last bit.
 
     Args:
-        block: images. pixels: the most in a batch of more than one image.
+        block: number of consecutive images of the list that may be merged.
+        pixels: maximum number of pixels in a batch of several images.
     """
-    waiting: list[Batch] = []
-    place = 0  # the block of those that wait
+    waiting = []
     for batch in batches:
-        index = batch.keys[0][1] if batch.keys else next(iter(batch.errors))
-        read = [b.x for b in (*waiting, batch) if len(b.x)]
-        fits = len(read) < 2 or (read[0].shape == read[-1].shape and len(read) * read[0][0, 0].numel() <= pixels)
-        if waiting and not (fits and index // block == place):
+        if waiting and not _can_merge(waiting, batch, block, pixels):
             yield concatenate_batches(waiting)
             waiting = []
-        place = index // block
-        # A tensor from a worker holds an open file for as long as it lives, and many may wait
-        waiting.append(batch._replace(x=batch.x.clone(), labels=batch.labels.clone(), weights=batch.weights.clone()))
+        # A tensor from a worker keeps a file open, and many may wait here: copy it
+        copies = {name: getattr(batch, name).clone() for name in ("x", "labels", "weights")}
+        waiting.append(batch._replace(**copies))
     if waiting:
         yield concatenate_batches(waiting)
 
 
+def _can_merge(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
+    """Check whether a batch has the size and the block of the batches that wait."""
+    if _first_index(batch) // block != _first_index(waiting[-1]) // block:
+        return False
+    images = [b.x for b in (*waiting, batch) if len(b.x)]
+    if len(images) < 2:
+        return True
+    height, width = images[0].shape[-2:]
+    return images[0].shape == images[-1].shape and len(images) * height * width <= pixels
+
+
+def _first_index(batch: Batch) -> int:
+    """Return the index of the first image of a batch, or of its first error."""
+    if batch.keys:
+        return batch.keys[0][1]
+    return next(iter(batch.errors))
+
+
 def concatenate_batches(batches: Sequence[Batch]) -> Batch:
-    """Batches of one shape as one."""
-    x, labels, weights, items, keys, _ = zip(*([b for b in batches if len(b.x)] or batches[:1]), strict=True)
-    errors = {index: text for batch in batches for index, text in batch.errors.items()}
-    return Batch(torch.cat(x), torch.cat(labels), torch.cat(weights), sum(items, []), sum(keys, []), errors)
+    """Join batches of equal image size. Batches without a readable image add only their errors."""
+    readable = [batch for batch in batches if len(batch.x)] or batches[:1]
+    items, keys, errors = [], [], {}
+    for batch in readable:
+        items += batch.items
+        keys += batch.keys
+    for batch in batches:
+        errors.update(batch.errors)
+    return Batch(
+        x=torch.cat([batch.x for batch in readable]),
+        labels=torch.cat([batch.labels for batch in readable]),
+        weights=torch.cat([batch.weights for batch in readable]),
+        items=items,
+        keys=keys,
+        errors=errors,
+    )
 
 
 class EpochBatches(Sampler):
-    """Batches of one epoch, as lists of keys: a `batch_sampler` for DataLoader.
+    """The batches of one epoch as lists of keys: a `batch_sampler` for DataLoader.
 
-    Each batch is dealt out among the processes: process r gets its entries r, r + size, ... The last, smaller batch is
-    kept. Where it has fewer entries than there are processes, those left without one get its first, of weight 0, since
-    all have to take the step.
+    Process r of n gets the entries r, r + n, ... of each batch. The last, smaller batch is kept. Every process must
+    take every step. In a batch with fewer entries than processes, the remaining processes get its first entry with
+    weight 0.
 
     Args:
-        count: number of entries of the dataset.
-        batch_size: entries a step, over all processes.
-        seed: a number >= 0, which with the epoch fixes the order; None: as listed.
+        count: number of entries in the dataset.
+        batch_size: number of entries in a step, over all processes.
+        seed: with the epoch, it determines the order of the entries. None: the order of the dataset.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
-        self.count, self.batch_size, self.seed, self.world = count, batch_size, seed, world
-        self.steps = -(-count // batch_size)  # of a whole epoch
+        self.count = count
+        self.batch_size = batch_size
+        self.seed = seed
+        self.world = world
+        self.steps = -(-count // batch_size)  # in a whole epoch
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch and the step of it to begin with (those before it were done before a stop)."""
-        self.epoch, self.first_step = epoch, first_step
+        """Choose the epoch, and the step to begin with when a run is resumed within an epoch."""
+        self.epoch = epoch
+        self.first_step = first_step
 
     def __len__(self) -> int:
-        """Steps left in this epoch."""
+        """Return the number of steps that are left in this epoch."""
         return max(0, self.steps - self.first_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = self.epoch, np.arange(self.count)
+        order = np.arange(self.count)
         if self.seed is not None:
-            order = seeded_generator(self.seed, epoch).permutation(self.count)
+            order = seeded_generator(self.seed, self.epoch).permutation(self.count)
         for step in range(self.first_step, self.steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
             own = batch[self.world.rank :: self.world.size]
-            yield [Key(epoch, index, 1 / len(batch)) for index in own] or [Key(epoch, batch[0], 0.0)]
+            if own:
+                yield [Key(self.epoch, index, 1 / len(batch)) for index in own]
+            else:
+                yield [Key(self.epoch, batch[0], 0.0)]
 
-    def smallest_share(self) -> int:
-        """The fewest entries any process has in any step."""
+    def smallest_part(self) -> int:
+        """Return the smallest number of entries that a process gets in a step."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
 
-# --- how each image is read ---------------------------------------------------------------------------------
+# --- datasets -----------------------------------------------------------------------------------------------
 
 
 class ItemDataset(Dataset):
-    """Entries made of images, `parts` of each item one after the other. What is wrong with one is in its sample.
+    """A dataset with `parts` entries for each item. Whatever is wrong with one image becomes the error of its sample.
 
-    It is not raised: of an error in a worker DataLoader would make a traceback.
+    An exception in a worker would end the program with a traceback.
     """
 
     def __init__(self, items: Sequence[Item], parts: int = 1):
-        self.items, self.parts = items, parts
+        self.items = items
+        self.parts = parts
 
     def __len__(self) -> int:
         return len(self.items) * self.parts
 
     def item(self, index: int) -> Item:
+        """Return the item of an entry."""
         return self.items[index // self.parts]
 
     def __getitem__(self, key: Key) -> Sample:
         item = self.item(key.index)
+        name = printable(item.path)
         try:
             return Sample(key, item, self.read(item.path, key))
         except UserError as error:
-            name, text = printable(item.path), str(error)
-            return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
+            text = str(error)
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # from Pillow, NumPy and PyTorch
+            text = f"cannot be prepared ({type(error).__name__}: {printable(' '.join(str(error).split()))})"
+        return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
     def read(self, path: str, key: Key) -> Tensor:
-        """(K, ...), or a UserError."""
+        """Read an image. Returns (K, ...).
+
+        Raises:
+            UserError: if the image cannot be used.
+        """
         raise NotImplementedError
 
 
-class Draws(NamedTuple):
-    """What is drawn in training."""
+class Augmentation(NamedTuple):
+    """Random mirroring and cropping of training images."""
 
     seed: int
-    crops: int = 0  # fixed crops of each image, all of them used in every epoch; 0: one, anew in each epoch
+    crops: int = 0  # fixed crops of each image, all used in every epoch; 0: one crop, at a new position in each epoch
 
 
 class ImageDataset(ItemDataset):
-    """Images of one size policy: mirrored and cropped at random in training, as they are or the centre in tests.
+    """Images of one size policy.
 
     Args:
-        draws: None: nothing is random.
-        transform: called as transform(image, rng) with the uint8 (3, H, W) image as read, before it is fitted.
+        augmentation: None: images are not mirrored, and crops are in the centre.
+        transform: called as transform(image, rng) with each image, uint8 (3, H, W), before it is resized and cropped.
+            rng is None without an augmentation.
     """
 
     def __init__(
-        self, items: Sequence[Item], policy: SizePolicy, draws: Draws | None = None, transform: Transform | None = None
+        self,
+        items: Sequence[Item],
+        policy: SizePolicy,
+        augmentation: Augmentation | None = None,
+        transform: Transform | None = None,
     ):
-        super().__init__(items, max(draws.crops, 1) if draws else 1)
-        self.policy, self.draws, self.transform = policy, draws, transform
-        self.headers: Sequence[Header] = ()  # of each item, where they are known
+        super().__init__(items, parts=max(augmentation.crops, 1) if augmentation else 1)
+        self.policy = policy
+        self.augmentation = augmentation
+        self.transform = transform
+        self.headers: Sequence[Header] = ()  # of each item, if they are known
 
     def read(self, path: str, key: Key) -> Tensor:
-        """(1, 3, H, W)."""
+        """Read an image. Returns uint8 (1, 3, H, W)."""
         image = load_image(path)  # (3, H, W)
         if self.transform is not None:
-            rng = self.draws and seeded_generator(self.draws.seed, key.epoch, key.index, PERTURB)
-            image = self.transform(image, rng)
-        epoch = key.epoch if self.drawn_anew else 0
-        image = resize_and_crop(image, self.policy, self.draws and seeded_generator(self.draws.seed, epoch, key.index, CROP))
-        return (image.flip(-1) if self.mirrored(key) else image)[None]
+            image = self.transform(image, self._generator(key.epoch, key.index, PERTURB))
+        crop_epoch = key.epoch if self.crops_change else 0
+        image = resize_and_crop(image, self.policy, self._generator(crop_epoch, key.index, CROP))
+        if self.mirrored(key):
+            image = image.flip(-1)
+        return image[None]
+
+    def _generator(self, *key: int) -> np.random.Generator | None:
+        if self.augmentation is None:
+            return None
+        return seeded_generator(self.augmentation.seed, *key)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each item as given, where headers are known."""
+        """(height, width) of each item after resizing and cropping. Empty if the headers are not known."""
         return [size_after(*header.size, self.policy) for header in self.headers]
 
     @property
-    def drawn_anew(self) -> bool:
-        """Whether an image is cropped elsewhere in each epoch."""
-        return self.draws is not None and self.policy.crop_size is not None and not self.draws.crops
+    def crops_change(self) -> bool:
+        """Whether images are cropped at a new position in each epoch."""
+        return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
     def mirrored(self, key: Key) -> bool:
-        """Whether an image is mirrored in an epoch; known without reading it."""
-        return self.draws is not None and seeded_generator(self.draws.seed, key.epoch, key.index).random() < 0.5
+        """Return whether an image is mirrored. The image is not read."""
+        rng = self._generator(key.epoch, key.index)
+        return rng is not None and rng.random() < 0.5
 
 
 class PatchDataset(ItemDataset):
-    """K random HR patches of each image, `patch_size * scale` pixels, mirrored and turned.
+    """K random high-resolution patches of each image, with sides of `patch_size * scale` pixels.
 
-    A patch begins at a multiple of `scale` of the image centre-cropped to a multiple of it, so that it is downsampled
-    to the very pixels that the whole image would be downsampled to. Horizontal flip, vertical flip and rotation by 90
-    degrees have probability 0.5 each (He et al.; the same as in yjn870/RDN-pytorch, MIT).
+    Patches are aligned: downsampling a patch gives the same pixels as downsampling the whole image, centre-cropped to a
+    multiple of `scale`. Horizontal flip, vertical flip and rotation by 90 degrees have probability 0.5 each (He et al.;
+    the same as in yjn870/RDN-pytorch, MIT).
 
     Args:
-        patch_size: side of a patch in LR pixels.
-        patches_per_image: K, taken from an image once it is decoded.
+        patch_size: side of a patch in low-resolution pixels.
+        patches_per_image: K.
     """
 
     def __init__(self, items: Sequence[Item], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0):
         super().__init__(items)
-        self.patch_size, self.scale = patch_size, scale
-        self.patches_per_image, self.seed = patches_per_image, seed
+        self.patch_size = patch_size
+        self.scale = scale
+        self.patches_per_image = patches_per_image
+        self.seed = seed
 
     def read(self, path: str, key: Key) -> Tensor:
-        """(K, 3, P, P)."""
+        """Read an image. Returns uint8 patches (K, 3, P, P)."""
         image = read_rgb(path)
         policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
-        if problem := size_problem(image.height, image.width, policy):
+        problem = size_problem(image.height, image.width, policy)
+        if problem:
             raise UserError(problem)
         rng = seeded_generator(self.seed, key.epoch, key.index)
         patches = [random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
@@ -266,34 +343,50 @@ class PatchDataset(ItemDataset):
 
 
 def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
-    """One aligned patch, flipped and turned at random: uint8 (3, P, P), P = patch_size * scale."""
+    """Cut out an aligned patch, and flip and rotate it at random. Returns uint8 (3, P, P), P = patch_size * scale."""
     top, left, height, width = multiple_box(image.height, image.width, scale)
     side = patch_size * scale
     top += scale * int(rng.integers((height - side) // scale + 1))
     left += scale * int(rng.integers((width - side) // scale + 1))
-    flip_horizontal, flip_vertical, turn = rng.random(3) < 0.5
+    flip_horizontal, flip_vertical, rotate = rng.random(3) < 0.5
     patch = np.asarray(image.crop((left, top, left + side, top + side)))  # (P, P, 3)
-    patch = patch[:: -1 if flip_vertical else 1, :: -1 if flip_horizontal else 1]
-    patch = np.rot90(patch) if turn else patch
+    if flip_vertical:
+        patch = patch[::-1]
+    if flip_horizontal:
+        patch = patch[:, ::-1]
+    if rotate:
+        patch = np.rot90(patch)
     return np.ascontiguousarray(patch.transpose(2, 0, 1))  # (3, P, P)
 
 
 # --- the loader ---------------------------------------------------------------------------------------------
 
 
-def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], workers: int, compute: Compute) -> DataLoader:
-    """Read `batches` (lists of keys) of `dataset` a few batches ahead, in `workers` processes.
+class BatchLoader(DataLoader):
+    """A DataLoader of `Batch`es. Its workers send batches through pipes if shared memory is short."""
 
-    At most one for each core: what is read does not depend on their number.
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            if isinstance(batch.x, np.ndarray):
+                batch = _convert(batch, torch.from_numpy)
+            yield batch
+
+
+def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], workers: int, compute: Compute) -> DataLoader:
+    """Create a loader for `batches` (lists of keys) of a dataset.
+
+    Args:
+        workers: number of processes that read images, at most one per processor core. 0: the main process reads.
     """
     workers = min(workers, os.cpu_count() or 1)
     if workers:
         atexit.register(_end_workers)
-    return DataLoader(
+    return BatchLoader(
         dataset,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_collate_for_main_process,
         num_workers=workers,
+        prefetch_factor=PREFETCHED if workers else None,
         pin_memory=compute.device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_start_worker,
@@ -301,11 +394,38 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
     )
 
 
-def _start_worker(_: int) -> None:
-    """The main process decides when to stop; one thread each, since there are several workers.
+def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
+    """Collate. In a worker, choose how the batch is sent: PyTorch sends tensors through shared memory.
 
-    Who stops a program often signals all of its processes. A worker that died of that would take the main process with
-    it before its state is saved; one that stayed for ever would keep it from ending (as SIGTERM is to at its end).
+    Without enough of it (64 MB in a Docker container by default) the worker would lose the batch, and the main process
+    would wait for it forever. NumPy arrays are sent through a pipe.
+    """
+    batch = collate(samples)
+    worker = get_worker_info()
+    if worker is None or _fits_in_shared_memory(batch.x.nbytes, worker.num_workers):
+        return batch
+    return _convert(batch, Tensor.numpy)
+
+
+def _fits_in_shared_memory(size: int, workers: int) -> bool:
+    """Check for room for all batches that workers may hold at a time, if each takes `size` bytes and 1 MB more."""
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:  # not on Linux
+        return True
+    return free > workers * (PREFETCHED + 1) * (size + 2**20)
+
+
+def _convert(batch: Batch, function: Callable) -> Batch:
+    """Apply a function to the tensors or arrays of a batch."""
+    return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
+
+
+def _start_worker(_: int) -> None:
+    """Let the main process decide when to stop. Use one thread, since there are several workers.
+
+    Signals are often sent to all processes of a program. A worker that ended at once would also end the main process,
+    before its state is saved. A worker that never ended would block the exit of the main process, which sends SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
@@ -314,7 +434,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_workers() -> None:
-    """At the end of a program that has failed, whose workers are still there: not after GRACE, but now."""
+    """End workers that are left when a program fails, at once instead of after GRACE seconds."""
     for process in multiprocessing.active_children():
         if process.daemon:
             os.kill(process.pid, signal.SIGALRM)

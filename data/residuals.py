@@ -1,8 +1,9 @@
-"""Residuals kept on disk: with RDN frozen, the residual of an image never changes, so it is computed once.
+"""The residual cache: residuals stored on disk for training with a frozen re-synthesizer.
 
-One file for each image, crop and direction (a mirrored image has a residual of its own: RDN does not commute with
-mirroring), in a folder named by all that the numbers depend on: weights, stage, sizes, arithmetic, versions. Before an
-epoch what it lacks is computed (`fill`); it then reads residuals only. All of them are kept, or none.
+With a frozen re-synthesizer the residual of an image never changes, so it is computed once. There is one file for each
+image, crop and direction. (A mirrored image has a residual of its own, because networks do not commute with mirroring.)
+The files are in a folder whose name depends on every setting that the numbers depend on. Before each epoch, `fill`
+computes the residuals that are missing. The epoch then reads residuals only.
 """
 
 import hashlib
@@ -27,86 +28,113 @@ from utils.files import atomic, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
-# In half precision a value v >= 2^-14 is kept to within 2^-11 v (0.05 %), and a smaller one to within 2^-25, that is
-# 1 / 130000 of a grey level
+# Half precision keeps a value v >= 2^-14 to within 2^-11 v (0.05 %), and a smaller one to within 2^-25
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
-TORN_AFTER = 3600  # seconds without a write: other runs may be writing here
+ABANDONED_AFTER = 3600  # seconds without a write after which an unfinished file is deleted; other runs may be writing
+FORMAT = 2  # increase it if the code computes or stores residuals differently
 
 
-def cache_folder(folder: Path, about: Mapping[str, object]) -> Path:
-    """A folder below `folder`, made if it is not there, for the residuals of one setting; any number of runs may share it.
+def cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
+    """Create the folder for the residuals of some settings. Several runs may use it at a time.
 
-    about: all that a residual depends on but its image, as names and values: fingerprints of the weights, ...
+    Args:
+        folder: the folder of all caches.
+        settings: everything that residuals depend on besides the image, by name: fingerprints of weights, ...
     """
-    about = {**about, "torch": torch.__version__, "Pillow": PIL.__version__}
-    text = "".join(f"{name}: {value}\n" for name, value in sorted(about.items()))
-    folder /= hashlib.sha256(text.encode()).hexdigest()[:16]
+    own = {"cache format": FORMAT, "torch": torch.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
+    lines = [f"{name}: {value}\n" for name, value in sorted({**settings, **own}.items())]
+    text = "".join(lines)
+    folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / "settings.txt").write_text(text)  # for people
-    remove_unfinished(folder, age=TORN_AFTER)
+    remove_unfinished(folder, ABANDONED_AFTER)
     return folder
 
 
 def has_room(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
-    """Whether residuals of these sizes in bytes fit into `max_bytes` and onto the disk; says so."""
-    needed, own = sum(sizes), sum(entry.stat().st_size for entry in os.scandir(folder))
-    fits = needed <= max_bytes and needed - own <= shutil.disk_usage(folder).free
-    verdict = "it can be deleted after any run" if fits else "more than --cache-gb or the disk has: none are kept"
-    text = "residual cache %s: up to %d residuals take %.2f GB (%.2f GB there already); %s"
-    logger.info(text, printable(folder.parent), len(sizes), needed / 1e9, own / 1e9, verdict)
+    """Check whether residuals fit into `max_bytes` and onto the disk, and log the result.
+
+    Args:
+        folder: of `cache_folder`.
+        sizes: size of each residual in bytes.
+    """
+    needed = sum(sizes)
+    stored = sum(entry.stat().st_size for entry in os.scandir(folder))
+    fits = needed <= max_bytes and needed - stored <= shutil.disk_usage(folder).free
+    if fits:
+        result = "the folder can be deleted after any run"
+    else:
+        result = "this is more than --cache-gb or the free disk space, so no residuals are stored"
+    text = "residual cache %s: up to %d residuals take %.2f GB (%.2f GB are stored already); %s"
+    logger.info(text, printable(folder.parent), len(sizes), needed / 1e9, stored / 1e9, result)
     return fits
 
 
 class ResidualDataset(Dataset):
-    """The entries of `images`, as residuals: none is decoded.
+    """The entries of an `ImageDataset` as cached residuals. Images are not decoded.
 
     Args:
-        images: those that are the same in each epoch but for being mirrored.
-        folder: where the residuals are kept, a `cache_folder`.
-        dtype: of STORAGE.
+        images: images that are the same in each epoch, except for mirroring.
+        folder: of `cache_folder`.
+        dtype: a value of STORAGE.
     """
 
     def __init__(self, images: ImageDataset, folder: Path, dtype: torch.dtype):
-        self.images, self.folder, self.dtype = images, folder, dtype
+        self.images = images
+        self.folder = folder
+        self.dtype = dtype
 
     def path(self, key: Key) -> Path:
-        """Where the residual of an image is kept: named by its file, the file's size and time, crop and direction.
+        """Return the path of a residual. It depends on the image file, its size and time, the crop and the direction.
 
         Raises:
-            OSError: if there is no such file.
+            OSError: if there is no such image file.
         """
-        name, draws = self.images.item(key.index).path, self.images.draws
-        status = os.stat(name)
-        crop = (draws.seed, key.index) if draws and draws.crops else None
-        identity = (os.path.realpath(name), status.st_size, status.st_mtime_ns, crop, bool(self.images.mirrored(key)))
-        return self.folder / f"{hashlib.sha256(repr(identity).encode(errors='surrogateescape')).hexdigest()[:32]}.npz"
+        image = self.images.item(key.index).path
+        status = os.stat(image)
+        augmentation = self.images.augmentation
+        crop = (augmentation.seed, key.index) if augmentation and augmentation.crops else None
+        mirrored = bool(self.images.mirrored(key))
+        identity = (os.path.realpath(image), status.st_size, status.st_mtime_ns, crop, mirrored)
+        digest = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()
+        return self.folder / f"{digest[:32]}.npz"
 
     def holds(self, key: Key) -> bool:
+        """Return whether a residual is stored."""
         try:
             return self.path(key).exists()
-        except OSError:  # reading the image will say what is wrong with it
+        except OSError:  # reading the image will report what is wrong with it
             return False
 
     def write(self, key: Key, residual: Tensor) -> None:
-        """Keep a residual (C_l, H_l, W_l)."""
+        """Store a residual (C_l, H_l, W_l).
+
+        Raises:
+            UserError: if it is not finite, or too large for half precision.
+        """
+        image = printable(self.images.item(key.index).path)
+        if not residual.isfinite().all():
+            raise UserError(f"{image}: its residual has values that are not finite (NaN or infinite)")
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():
-            raise UserError("a residual is too large for half precision: use --cache-precision fp32")
-        with atomic(self.path(key)) as file:  # a .npz, because it carries a checksum
+            raise UserError(f"{image}: its residual is too large for half precision, use --cache-precision fp32")
+        with atomic(self.path(key)) as file:  # .npz, because it contains a checksum
             np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.item(key.index)
-        if not self.holds(key):  # `fill` could not read the image, which says why once more
-            changed = f"{printable(item.path)} has changed since training began: --resume auto goes on"
-            return Sample(key, item, None, self.images[key].error or changed)
+        name = printable(item.path)
+        if not self.holds(key):  # `fill` could not read the image: read it again for the error
+            error = self.images[key].error
+            return Sample(key, item, None, error or f"{name}: has changed since training began: use --resume auto")
         path = self.path(key)
         try:
-            return Sample(key, item, torch.from_numpy(np.load(path)["residual"])[None])  # (1, C_l, H_l, W_l)
-        except Exception as error:  # damaged: zipfile, zlib and numpy raise many kinds
+            residual = torch.from_numpy(np.load(path)["residual"])  # (C_l, H_l, W_l)
+        except Exception as error:  # for damaged files, zipfile, zlib and NumPy raise many kinds of errors
             path.unlink(missing_ok=True)
-            reason = f"its residual {printable(path)} is damaged and was deleted ({error}): --resume auto makes it anew"
-            return Sample(key, item, None, f"{printable(item.path)}: {reason}")
+            text = f"its residual {printable(path)} was damaged ({error}) and is deleted: --resume auto computes it again"
+            return Sample(key, item, None, f"{name}: {text}")
+        return Sample(key, item, residual[None])  # (1, C_l, H_l, W_l)
 
     def fill(
         self,
@@ -117,14 +145,21 @@ class ResidualDataset(Dataset):
         compute: Compute,
         world: World,
     ) -> None:
-        """Compute what the epoch lacks, each process a part, each image alone: so it is the same whoever asks for it.
+        """Compute the residuals that an epoch needs and that are not stored. Each process computes a part of them.
 
-        residual_of: a batch of one image -> its residual (1, C_l, H_l, W_l). watched: batches, those that
-        could be read, with what is to be done between them.
+        Images are computed one by one, so that their residuals do not depend on the batch.
+
+        Args:
+            residual_of: computes the residual (1, C_l, H_l, W_l) of a batch of one image.
+            watched: passes on the batches of a loader that could be read; called with the loader and a description.
         """
-        keys = [key for index in range(len(self.images)) if not self.holds(key := Key(epoch, index))]
-        barrier(world)  # all have looked before anyone writes
-        if own := keys[world.rank :: world.size]:
-            for batch in watched(make_loader(self.images, [[key] for key in own], workers, compute), "residuals"):
-                self.write(Key(*batch.keys[0][:2]), residual_of(batch)[0])
+        keys = [Key(epoch, index) for index in range(len(self.images))]
+        missing = [key for key in keys if not self.holds(key)]
+        barrier(world)  # every process lists the missing residuals before any process writes
+        own = missing[world.rank :: world.size]
+        if own:
+            loader = make_loader(self.images, [[key] for key in own], workers, compute)
+            for batch in watched(loader, "residuals"):
+                key_epoch, index, _ = batch.keys[0]
+                self.write(Key(key_epoch, index), residual_of(batch)[0])
         barrier(world)
