@@ -1,4 +1,4 @@
-"""Residuals kept on disk: never a stale or damaged one, and the numbers of a training without them."""
+"""The residual cache never gives a stale or damaged residual, and does not change the numbers of a training."""
 
 import os
 import shutil
@@ -6,22 +6,22 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from files import mistake
+from files import mistake, random_rgb, save
 from PIL import Image
 from trainings import CPU, TINY, detector_arguments, stats, train, without_settings
 
-from data.datasets import Draws, ImageDataset, Key
+from data.datasets import Augmentation, ImageDataset, Key
 from data.images import Header, SizePolicy
 from data.lists import Item
-from data.residuals import STORAGE, ResidualDataset
-from evaluation.sources import frozen_residuals, kept_residuals
+from data.residuals import STORAGE, ResidualDataset, cache_folder
+from models.features import Pixels
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
+from train_detector import CacheOptions, cache_key, cached_residuals, frozen_residual
 from utils.compute import Compute
 from utils.distributed import World
 from utils.labels import FAKE
-from utils.options import train_detector_parser
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 
@@ -29,159 +29,220 @@ ON_CPU = Compute(CPU, "fp32")
 FIRST = Key(0, 0)
 
 
-def names_in(folder):
-    return sorted(p.name for p in folder.glob("*/*.npz"))
+def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=None):  # noqa: B008
+    dataset = ImageDataset([Item(str(path), FAKE, "") for path in paths], policy, augmentation, transform)
+    dataset.headers = [Header((64, 64)) for _ in paths]
+    return dataset
 
 
-def residuals_of(folder, *paths, draws=None, size=None, storage="fp16"):
-    """A data set of images, as residuals kept in the folder."""
-    images = ImageDataset([Item(str(p), FAKE, "") for p in paths], SizePolicy(4, size), draws)
-    return ResidualDataset(images, folder, STORAGE[storage])
+def residual_dataset(folder, *paths, storage="fp16", **options):
+    return ResidualDataset(image_dataset(*paths, **options), folder, STORAGE[storage])
+
+
+def tiny_detector():
+    torch.manual_seed(0)
+    return ResynthesisDetector(RDN(**TINY).eval(), Pixels(), DeepStemResNet(3, "resnet18")).eval()
+
+
+def stored_names(folder):
+    return sorted(path.name for path in folder.glob("*/*.npz"))
+
+
+# --- storing and reading ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("storage", ["fp16", "fp32"])
-def test_what_is_read_is_what_was_kept(files, tmp_path, storage):
+def test_stored_residuals_are_read_with_the_documented_precision(files, tmp_path, storage):
     values = torch.logspace(-12, 4.8, 10_000, dtype=torch.float64).float().reshape(1, 100, 100)
-    residuals_of(tmp_path, files / "real/0.png", storage=storage).write(FIRST, values)
-    sample = residuals_of(tmp_path, files / "real/0.png", storage=storage)[FIRST]
-    error = (sample.x[0].float() - values).abs()
+    residual_dataset(tmp_path, files / "real/0.png", storage=storage).write(FIRST, values)
+    sample = residual_dataset(tmp_path, files / "real/0.png", storage=storage)[FIRST]
     assert sample.error is None and sample.x.shape == (1, 1, 100, 100)
-    normal = values >= 2**-14
-    assert error.max() == 0 if storage == "fp32" else (error / values)[normal].max() <= 2**-11
-    assert error[~normal].max() <= 2**-25
+    error = (sample.x[0].float() - values).abs()
+    is_normal = values >= 2**-14
+    if storage == "fp32":
+        assert error.max() == 0
+    assert (error / values)[is_normal].max() <= 2**-11
+    assert error[~is_normal].max() <= 2**-25
 
 
-@pytest.mark.parametrize("value", [70_000.0, float("nan")])
-def test_what_half_precision_cannot_hold_is_said(files, tmp_path, value):
-    with mistake("--cache-precision fp32"):
-        residuals_of(tmp_path, files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
+@pytest.mark.parametrize("value, words", [(70_000.0, "--cache-precision fp32"), (float("nan"), "not finite")])
+def test_values_that_cannot_be_stored_are_refused_with_their_reason(files, tmp_path, value, words):
+    with mistake("0.png", words):
+        residual_dataset(tmp_path, files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
     assert not list(tmp_path.iterdir())
 
 
-def kept_by_program(folder, image, flags="", rdn="a", vgg="b", stage=0, precision="fp32"):
-    """What the program keeps of one image."""
-    args = train_detector_parser().parse_args(f"--fixed-sr --cache-dir {folder} {flags}".split())
-    policy, draws = SizePolicy(4, args.crop_size, args.resize), Draws(1, args.crops)
-    images = ImageDataset([Item(str(image), FAKE, "")], policy, draws, str if args.augment_perturb else None)
-    images.headers = [Header((64, 64))]
-    detector = ResynthesisDetector(RDN(**TINY), DeepStemResNet(3, "resnet18"), stage, None)
-    config = {"resynthesizer_fingerprint": rdn, "vgg": {"fingerprint": vgg}}
-    return kept_residuals(args, detector, config, Compute(CPU, precision), [images], World())
+def test_a_damaged_file_is_never_used(files, tmp_path):
+    dataset = residual_dataset(tmp_path, files / "real/0.png")
+    dataset.write(FIRST, torch.rand(3, 5, 7))
+    path, expected = dataset.path(FIRST), dataset[FIRST].x
+    whole = path.read_bytes()
+    damaged = [b"", whole[:40], whole[:-1], bytes(len(whole))]
+    for position in range(0, len(whole), 7):
+        flipped = bytes([whole[position] ^ 16])
+        damaged.append(whole[:position] + flipped + whole[position + 1 :])
+    for content in damaged:
+        path.write_bytes(content)
+        sample = dataset[FIRST]
+        if sample.error is None:  # the damage is in a part of the archive that has no effect, such as its time
+            assert torch.equal(sample.x, expected)
+        else:
+            assert "damaged" in sample.error and not path.exists()
+
+
+# --- one file per image, crop, direction and setting --------------------------------------------------------
+
+
+def test_each_image_crop_and_direction_has_a_file_of_its_own(files, tmp_path):
+    path = shutil.copy(files / "real/0.png", tmp_path)
+    plain = residual_dataset(tmp_path, path)
+    augmented = residual_dataset(tmp_path, path, augmentation=Augmentation(1))
+    keys = [Key(epoch, 0) for epoch in range(50)]
+    upright = next(key for key in keys if not augmented.images.mirrored(key))
+    mirrored = next(key for key in keys if augmented.images.mirrored(key))
+    assert plain.path(FIRST) == augmented.path(upright) != augmented.path(mirrored)
+    crops = residual_dataset(tmp_path, path, augmentation=Augmentation(1, crops=3), policy=SizePolicy(4, 16))
+    names = {crops.path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
+    assert len(names | {plain.path(FIRST), augmented.path(mirrored)}) == 2 * 3 + 2
+
+
+def test_a_changed_image_has_another_file(files, tmp_path):
+    path = shutil.copy(files / "real/0.png", tmp_path)
+    dataset = residual_dataset(tmp_path, path)
+    before = dataset.path(FIRST)
+    os.utime(path, ns=(1, 1))
+    assert dataset.path(FIRST) != before
+
+
+SETTINGS = {
+    "resynthesizer": {"name": "rdn", "scale": 4, "args": {}},
+    "resynthesizer_fingerprint": "a",
+    "features": {"name": "vgg19", "args": {"stage": 5}},
+    "vgg": {"fingerprint": "b"},
+}
+
+
+def folder_of(root, policy=SizePolicy(4), precision="fp32", **changed):  # noqa: B008
+    return cache_folder(root, cache_key({**SETTINGS, **changed}, policy, Compute(CPU, precision)))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        {"stage": 5}, {"rdn": "c"}, {"vgg": "c"}, {"precision": "bf16"}, {"flags": "--resize 32"},
-        {"flags": "--crop-size 32 --crops-per-image 2"}, {"flags": "--cache-precision fp32"}, {"torch": "0"}, {},
+        {"resynthesizer_fingerprint": "c"},
+        {"features": {"name": "vgg19", "args": {"stage": 4}}},
+        {"vgg": {"fingerprint": "c"}},
+        {"policy": SizePolicy(4, resize=32)},
+        {"policy": SizePolicy(4, crop_size=32)},
+        {"precision": "bf16"},
     ],
-)  # fmt: skip
-def test_another_setting_finds_nothing(files, tmp_path, monkeypatch, change):
-    image, changed = files / "real/0.png", dict(change)
-    (kept,) = kept_by_program(tmp_path, image)
-    kept.write(FIRST, torch.rand(3, 5, 7))
-    if changed.pop("torch", None):
-        monkeypatch.setattr(torch, "__version__", "0")
-    (kept,) = kept_by_program(tmp_path, image, **changed)
-    assert kept.holds(FIRST) == (not change)
+)
+def test_each_setting_has_a_folder_of_its_own(tmp_path, change):
+    assert folder_of(tmp_path) == folder_of(tmp_path) != folder_of(tmp_path, **change)
 
 
-def test_a_residual_is_of_one_file_crop_and_direction(files, tmp_path):
-    path = shutil.copy(files / "real/0.png", tmp_path)
-    plain, drawn = residuals_of(tmp_path, path), residuals_of(tmp_path, path, draws=Draws(1))
-    upright, *_, mirrored = sorted((Key(epoch, 0) for epoch in range(50)), key=drawn.images.mirrored)
-    assert plain.path(FIRST) == drawn.path(upright)
-    crops = residuals_of(tmp_path, path, draws=Draws(1, crops=3), size=16)
-    names = {plain.path(FIRST), drawn.path(mirrored)}
-    names |= {crops.path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
-    assert len(names) == 2 + 2 * 3
-    shutil.copy(files / "real/1.png", path)
-    os.utime(path, ns=(1, 1))
-    assert plain.path(FIRST) not in names
+@pytest.mark.parametrize("module", ["torch", "PIL", "numpy"])
+def test_each_version_of_a_library_has_a_folder_of_its_own(tmp_path, monkeypatch, module):
+    before = folder_of(tmp_path)
+    monkeypatch.setattr(f"{module}.__version__", "0")
+    assert folder_of(tmp_path) != before
 
 
-@pytest.mark.parametrize("flags", ["--crop-size 32", "--augment-perturb", "--no-cache", "--cache-gb 0"])
-def test_what_changes_or_does_not_fit_is_not_kept(files, tmp_path, flags):
-    assert kept_by_program(tmp_path, files / "real/0.png", flags) == []
+# --- choosing and filling -----------------------------------------------------------------------------------
 
 
-def test_a_damaged_file_is_never_read(files, tmp_path):
-    dataset = residuals_of(tmp_path, files / "real/0.png")
-    dataset.write(FIRST, torch.rand(3, 5, 7))
-    path = dataset.path(FIRST)
-    whole, wanted = path.read_bytes(), dataset[FIRST].x
-    turned = [whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :] for at in range(0, len(whole), 7)]
-    for content in (b"", whole[:40], whole[:-1], bytes(len(whole)), *turned):
-        path.write_bytes(content)
-        sample = dataset[FIRST]
-        if sample.error:
-            assert "damaged" in sample.error and not path.exists()
-        else:  # a bit of the archive that nothing depends on, such as its time
-            assert torch.equal(sample.x, wanted)
+def cached(folder, images, max_gb=1.0):
+    options = CacheOptions(folder, "fp16", max_gb)
+    key = cache_key(SETTINGS, images.policy, ON_CPU)
+    return cached_residuals([images], tiny_detector(), key, options, World())
 
 
-def test_each_is_computed_once(files, tmp_path):
-    torch.manual_seed(0)
-    detector = ResynthesisDetector(RDN(**TINY).eval(), DeepStemResNet(3, "resnet18"), 0, None)
+def test_images_that_change_or_do_not_fit_are_not_cached(files, tmp_path):
+    path = files / "real/0.png"
+    assert len(cached(tmp_path, image_dataset(path))) == 1
+    assert cached(tmp_path, image_dataset(path), max_gb=0) == []
+    assert cached(tmp_path, image_dataset(path, transform=str)) == []
+    changing = image_dataset(path, augmentation=Augmentation(1), policy=SizePolicy(4, 32))
+    assert cached(tmp_path, changing) == []
+    fixed = image_dataset(path, augmentation=Augmentation(1, crops=2), policy=SizePolicy(4, 32))
+    assert len(cached(tmp_path, fixed)) == 1
+
+
+def test_each_residual_is_computed_once_and_equals_that_of_the_detector(files, tmp_path):
     paths = sorted((files / "real").iterdir())
-    dataset = residuals_of(tmp_path, *paths, draws=Draws(1, crops=2), size=16, storage="fp32")
-    computed = []
+    options = {"augmentation": Augmentation(1, crops=2), "policy": SizePolicy(4, 16), "storage": "fp32"}
+    dataset = residual_dataset(tmp_path, *paths, **options)
+    detector, computed = tiny_detector(), []
 
     def residual_of(batch):
         computed.extend(batch.keys)
-        return frozen_residuals(detector, ON_CPU, None, batch)
+        return frozen_residual(detector, ON_CPU, None, batch)
 
     for _ in range(2):
         dataset.fill(0, residual_of, lambda loader, _: loader, 0, ON_CPU, World())
         assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
         x = dataset.images[Key(0, index)].x / 255
-        torch.testing.assert_close(dataset[Key(0, index)].x, detector.compare(x).residual, rtol=0, atol=1e-6)
+        with torch.no_grad():
+            expected = detector.residual(x, detector.resynthesize(x))
+        torch.testing.assert_close(dataset[Key(0, index)].x, expected, rtol=0, atol=1e-6)
 
 
-# --- in the program -----------------------------------------------------------------------------------------
+# --- in train_detector.py -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
-def test_numbers_are_those_without_a_cache(files, tmp_path, flags):
-    """Bit for bit from float32 storage, if without a cache each residual is computed alone, too."""
+def test_the_cache_does_not_change_the_numbers_of_a_training(files, tmp_path, flags):
+    """In float32, bit for bit, if residuals are computed one by one without the cache, too."""
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     train(detector_arguments(files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
     train(detector_arguments(files, tmp_path / "with", f"{flags} --cache-precision fp32"))
-    # One batch: on the last two images of batches of four an untrained network makes 20 % of the 0.05 % of half precision
-    train(detector_arguments(files, tmp_path / "full", f"{flags} --batch-size 10 --cache-precision fp32"))
-    train(detector_arguments(files, tmp_path / "half", f"{flags} --batch-size 10 --cache-dir {tmp_path}/half_cache"))
-    assert not (tmp_path / "without/residual_cache").exists() and names_in(tmp_path / "with/residual_cache")
+    assert not (tmp_path / "without/residual_cache").exists() and stored_names(tmp_path / "with/residual_cache")
     assert stats(tmp_path / "with") == stats(tmp_path / "without")
-    half, full = stats(tmp_path / "half")[0], stats(tmp_path / "full")[0]
-    assert half["loss"] == pytest.approx(full["loss"], rel=3e-2)
-    assert half["val_residual_most"] == pytest.approx(full["val_residual_most"], rel=1e-3)
-    assert names_in(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
 
 
-def test_a_cached_epoch_decodes_nothing(files, tmp_path, monkeypatch):
-    """Another run shares the residuals, and can do without pixels."""
+def test_half_precision_changes_the_loss_by_at_most_3_percent(files, tmp_path):
+    # One batch of ten: on the last two images of batches of four, an untrained network amplifies the rounding
+    flags = "--fixed-sr --epochs 1 --batch-size 10"
+    train(detector_arguments(files, tmp_path / "full", f"{flags} --cache-precision fp32"))
+    train(detector_arguments(files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache"))
+    assert stored_names(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
+    assert stats(tmp_path / "half")[0]["loss"] == pytest.approx(stats(tmp_path / "full")[0]["loss"], rel=3e-2)
+
+
+def test_a_second_run_with_a_filled_cache_decodes_no_images(files, tmp_path, monkeypatch):
     flags = "--fixed-sr --epochs 2 VALIDATE --crop-size 40 --crops-per-image 2 --cache-dir"
     train([*detector_arguments(files, tmp_path / "a", flags), tmp_path / "cache"])
-    before = names_in(tmp_path / "cache")
+    before = stored_names(tmp_path / "cache")
     monkeypatch.setattr("data.datasets.load_image", None)
     train([*detector_arguments(files, tmp_path / "b", flags), tmp_path / "cache"])
-    assert names_in(tmp_path / "cache") == before
+    assert stored_names(tmp_path / "cache") == before
     one, two = (without_settings(tmp_path / name / "last.pth.tar") for name in "ab")
-    assert all(torch.equal(v, two["state_dict"][k]) for k, v in one["state_dict"].items())
+    assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
-def test_crops_let_images_of_mixed_sizes_be_trained_on_and_kept(files, tmp_path):
-    shutil.copytree(files, tmp_path / "files")
-    pixels = np.random.default_rng(0).integers(0, 256, (72, 100, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "files/real/9.png")
-    mixed = tmp_path / "files"
-    for part in ("--data", "--val"):
-        flags = "--fixed-sr" if part == "--data" else f"--fixed-sr --val-root-pos {mixed}/real --val-root-neg FAKE"
-        with mistake("9.png", "100 x 72", "--crop-size"):
-            train(detector_arguments(mixed if part == "--data" else files, tmp_path / "out", flags))
+def test_images_of_different_sizes_can_be_trained_on_and_cached_as_crops(files, tmp_path):
+    mixed = shutil.copytree(files, tmp_path / "files")
+    Image.fromarray(np.zeros((72, 100, 3), np.uint8)).save(mixed / "real/9.png")
+    with mistake("9.png", "100 x 72", "--crop-size"):
+        train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr"))
+    with mistake("9.png", "100 x 72", "--crop-size"):
+        flags = f"--fixed-sr --val-root-pos {mixed}/real --val-root-neg FAKE"
+        train(detector_arguments(files, tmp_path / "out", flags))
     assert not (tmp_path / "out").exists()
     train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr --epochs 2 --crop-size 48 --crops-per-image 2"))
-    assert 22 <= len(names_in(tmp_path / "out/residual_cache")) <= 44
+    assert 22 <= len(stored_names(tmp_path / "out/residual_cache")) <= 44
     with mistake("--crop-size"):
         train(detector_arguments(files, tmp_path / "none", "--fixed-sr --crops-per-image 2"))
+
+
+def test_a_training_set_that_skip_bad_leaves_with_one_class_is_refused(files, tmp_path):
+    mixed = shutil.copytree(files, tmp_path / "files")
+    for path in (mixed / "fake").iterdir():
+        save(path, random_rgb(32, 32))
+    with mistake("training images must contain both", "5 real and 0 generated"):
+        train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr --crop-size 48 --skip-bad"))
+    with mistake("validation images must contain both", "0 generated"):
+        flags = f"--fixed-sr --crop-size 48 --skip-bad --val-root-pos REAL --val-root-neg {mixed}/fake"
+        train(detector_arguments(files, tmp_path / "out", flags))
+    assert not (tmp_path / "out").exists()
