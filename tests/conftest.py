@@ -1,8 +1,8 @@
-"""For all tests."""
+"""Fixtures for all tests."""
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # networks this small are no faster with more; sums in one order
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread: such small networks are no faster with more
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -14,12 +14,12 @@ from trainings import SIDE, TINY  # noqa: E402
 from models.rdn import RDN  # noqa: E402
 from models.resnet import LAYOUTS  # noqa: E402
 
-torch.set_num_threads(1)  # where it was imported before
+torch.set_num_threads(1)  # the environment variable comes too late if PyTorch was imported before
 
 
 @pytest.fixture(scope="module")
 def small_classifier():
-    """`--arch resnet18` is half of itself, as in the processes that `processes.start` starts."""
+    """Halve the depth of `--arch resnet18`, as `processes.start` does in the processes that it starts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])
         yield
@@ -27,7 +27,10 @@ def small_classifier():
 
 @pytest.fixture(scope="session")
 def write_real_and_fake():
-    """A function that writes ROOT/real and ROOT/fake, COUNT square images each of SIDE pixels; the fakes are coarser."""
+    """Return a function that writes `count` square images of `side` pixels into ROOT/real and as many into ROOT/fake.
+
+    Each pixel of a real image is random. The fake images have random squares of 4 x 4 pixels.
+    """
 
     def write(root, count, side):
         rng = np.random.default_rng(0)
@@ -43,7 +46,7 @@ def write_real_and_fake():
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, write_real_and_fake):
-    """A folder of five real and five fake images, and of an RDN in rdn.pth."""
+    """Return a folder with five images in real, five in fake, and the weights of a tiny RDN in rdn.pth."""
     root = write_real_and_fake(tmp_path_factory.mktemp("files"), 5, SIDE)
     torch.manual_seed(0)
     torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")

@@ -1,4 +1,4 @@
-"""Files for tests, and the mistakes that bad ones have to give."""
+"""Files for tests, and the errors that bad files must give."""
 
 from contextlib import contextmanager
 
@@ -10,28 +10,54 @@ from utils.errors import UserError
 
 
 def random_rgb(height=16, width=16, seed=0):
+    """Return random pixels: uint8 (height, width, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def save(path, pixels=None, **options):
-    """Write an array (default: random colours) or a Pillow image; return the path as text."""
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(random_rgb() if pixels is None else pixels)
+    """Write an image file, and return its path as text.
+
+    Args:
+        path: where to write.
+        pixels: an array or a Pillow image; None for random pixels.
+        options: further arguments of Pillow's `save`.
+    """
+    if pixels is None:
+        pixels = random_rgb()
+    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(path, **options)
     return str(path)
 
 
 def touch(root, *names):
-    """Make empty files in a folder; return the folder as text."""
+    """Make empty files in a folder, and return the folder as text."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     return str(root)
 
 
+def damage(path):
+    """Change a byte in the middle of a file, which no header shows. Return the earlier content."""
+    content = path.read_bytes()
+    middle = len(content) // 2
+    path.write_bytes(content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :])
+    return content
+
+
+def contents(folder):
+    """Return the content of every file below a folder, by path; None stands for a folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        found[path.relative_to(folder).as_posix()] = path.read_bytes() if path.is_file() else None
+    return found
+
+
 @contextmanager
 def mistake(*words):
-    """What is done in here has to raise a UserError: one line that holds these words."""
+    """Expect the `with` block to raise a UserError of one line that holds all of these words."""
     with pytest.raises(UserError) as caught:
         yield
     text = str(caught.value)
-    assert text.isprintable() and all(word in text for word in words), text
+    assert text.isprintable()
+    assert [word for word in words if word not in text] == [], text

@@ -1,27 +1,28 @@
-"""The ground floor: how programs end, one or several processes, files written whole, what is computed with."""
+"""The shared runtime: how programs end, files that are written completely or not at all, text, devices, random streams."""
 
 import itertools
 import logging
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from files import mistake
+from files import contents, mistake
 
-from utils.compute import choose_compute
+from utils.compute import choose_compute, choose_device
 from utils.console import printable, progress, text_table
+from utils.distributed import World
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder, remove_unfinished, write_json
+from utils.files import atomic, exclusive_writer, make_folder, remove_unfinished, write_json
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 
-ROOT = Path(__file__).parents[1]
+# --- how programs end ---------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "words"),
     [
         (UserError("got\nthis\x1b"), "got this\\x1b"),
         (OSError(28, "No space left on device", "here"), "here"),
@@ -30,60 +31,117 @@ ROOT = Path(__file__).parents[1]
         (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(error, said, capfd):
-    assert run_program(lambda: (_ for _ in ()).throw(error)) == 2
+def test_a_mistake_is_one_line_and_status_2(error, words, capfd):
+    def main():
+        raise error
+
+    assert run_program(main) == 2
     lines = capfd.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
-def test_errors_of_the_program_are_not_hidden():
+def test_an_error_of_the_program_itself_is_not_hidden():
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 / 0)
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
-def test_only_a_second_ctrl_c_stops_at_once(second):
-    """torchrun hands a second SIGTERM on, which must not cost the state."""
-
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_program_stopped_by_a_signal_ends_with_128_plus_its_number(number, capfd):
     def main():
         with StopSignal() as stop:
-            os.kill(os.getpid(), second)
-            os.kill(os.getpid(), second)
+            os.kill(os.getpid(), number)
             raise Stopped(stop.received)
 
-    assert run_program(main) == 128 + second
+    assert run_program(main) == 128 + number
+    assert "saved" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received == signal.SIGTERM
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_signals_have_their_earlier_effect_after_the_block():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignal():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     with pytest.raises(KeyError), atomic(path) as file:
         file.write(b"half")
         raise KeyError
-    assert path.read_text() == '{\n  "a": 1\n}\n' and os.listdir(tmp_path) == ["a.json"]
+    assert contents(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
+
+
+def test_a_new_file_has_the_permissions_of_the_umask(tmp_path):
     mask = os.umask(0o027)
     try:
-        write_json(path, {})
+        write_json(tmp_path / "a.json", {})
     finally:
         os.umask(mask)
-    assert path.stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
 
 
-def test_only_torn_files_are_removed(tmp_path):
-    kept = {"last.pth", ".p.csv.0-of-1.part", "visible.tmp"}
-    for name in (*kept, ".last.pth.tar.12.tmp", ".epoch_3.pth.345.tmp"):
+def test_a_symbolic_link_stays_a_link(tmp_path):
+    (tmp_path / "target").write_text("old")
+    (tmp_path / "link").symlink_to("target")
+    with atomic(tmp_path / "link") as file:
+        file.write(b"new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
+
+
+def test_only_unfinished_files_of_this_program_are_deleted(tmp_path):
+    kept = {".user.tmp", ".user.12.tmp", ".last.pth.12.partial", ".p.csv.0-of-1.part", "last.pth.12.tmp", "last.pth"}
+    for name in (*kept, ".last.pth.12.tmp", ".epoch_3.pth.345.tmp"):
         (tmp_path / name).touch()
-    remove_unfinished(tmp_path, age=60)
-    assert len(os.listdir(tmp_path)) == 5
-    remove_unfinished(tmp_path)
+    names = r"last\.pth|epoch_\d+\.pth"
+    remove_unfinished(tmp_path, names, age=60)
+    assert len(os.listdir(tmp_path)) == len(kept) + 2
+    remove_unfinished(tmp_path, names)
     assert set(os.listdir(tmp_path)) == kept
 
 
-def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog):
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with mistake("cannot write", "below"):
+        make_folder(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("content", [b"", b"pid 12\n", None])
+def test_a_lock_file_of_another_program_is_refused_and_unchanged(tmp_path, content):
+    path = tmp_path / ".lock"
+    path.mkdir() if content is None else path.write_bytes(content)
+    before = contents(tmp_path)
+    with mistake(".lock", "not a lock file"), exclusive_writer(path, World()):
+        pass
+    assert contents(tmp_path) == before
+
+
+def test_a_lock_file_is_there_during_the_block_only(tmp_path):
+    for _ in range(2):
+        with exclusive_writer(tmp_path / ".lock", World()):
+            assert (tmp_path / ".lock").exists()
+        assert not (tmp_path / ".lock").exists()
+
+
+# --- text ---------------------------------------------------------------------------------------------------
+
+
+def test_without_a_terminal_progress_is_a_log_line_now_and_then(monkeypatch, caplog):
     monkeypatch.setattr("utils.console.LOG_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     for _ in progress(range(12), "epoch 3"):
@@ -91,39 +149,70 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, caplog)
     with progress(None, "scoring", total=900, unit="images") as bar:
         time.sleep(0.1)
         bar.update(200)
-    assert 2 <= len(caplog.messages) <= 7
+    assert 2 <= len(caplog.messages) <= 9
     assert "epoch 3: " in caplog.messages[0] and "of 12" in caplog.messages[0]
     assert "scoring: 200 of 900" in caplog.messages[-1]
 
 
-def test_chance_is_keyed():
-    draws = {seeded_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
-    assert len(draws) == 27 and seeded_generator(1, 2).random() == seeded_generator(1, 2).random()
-
-
-def test_names_and_tables_for_a_terminal():
+def test_names_and_tables_fit_any_terminal():
     assert printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
     assert text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
 
 
+# --- random streams, device and number format ---------------------------------------------------------------
+
+
+def test_each_key_has_random_numbers_of_its_own():
+    draws = {seeded_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
+    assert len(draws) == 27
+    assert seeded_generator(1, 2).random() == seeded_generator(1, 2).random()
+    assert seeded_generator(1, 2).random() != seeded_generator(1, 2, 0).random()
+
+
+@pytest.fixture
+def restore_switches():
+    """Set PyTorch's global switches back to the defaults after the test."""
+    yield
+    choose_compute("cpu", "auto", deterministic=False, seed=0)
+
+
+@pytest.mark.usefixtures("restore_switches")
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_what_is_computed_with_is_what_was_asked_for(deterministic):
-    try:
-        compute = choose_compute("cpu", "auto", deterministic, seed=1)
-        assert str(compute) == "fp32 on cpu" and torch.initial_seed() == 1
-        assert torch.are_deterministic_algorithms_enabled() == torch.backends.cudnn.deterministic == deterministic
-        assert torch.backends.cudnn.benchmark != deterministic and not torch.backends.cudnn.allow_tf32
-        x = compute.input(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
-        assert x.dtype == torch.float32 and x.max() == 1 and x.is_contiguous(memory_format=torch.channels_last)
-        with choose_compute("cpu", "bf16", deterministic, seed=1).autocast():
-            assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
-    finally:
-        choose_compute("cpu", "auto", False, seed=0)
-    with mistake("tf32"):
-        choose_compute("cpu", "tf32", False, seed=0)
+def test_the_switches_of_pytorch_are_set_as_the_options_say(deterministic):
+    compute = choose_compute("cpu", "auto", deterministic, seed=1)
+    assert str(compute) == "fp32 on cpu" and torch.initial_seed() == 1
+    assert torch.are_deterministic_algorithms_enabled() == deterministic
+    assert torch.backends.cudnn.deterministic == deterministic
+    assert torch.backends.cudnn.benchmark != deterministic
+    assert not torch.backends.cudnn.allow_tf32
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(tmp_path):
-    (tmp_path / "file").touch()
-    with mistake("cannot write", "below"):
-        make_folder(tmp_path / "file" / "below")
+def test_images_become_float_in_channels_last_order():
+    x = choose_compute("cpu", "fp32", False).input(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    assert x.dtype == torch.float32 and x.max() == 1
+    assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_networks_compute_in_the_chosen_format():
+    with choose_compute("cpu", "bf16", False).autocast():
+        assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("precision", ["tf32", "float16"])
+def test_a_format_that_the_device_lacks_is_refused(precision):
+    with mistake(precision):
+        choose_compute("cpu", precision, False)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_number_means_the_cpu_after_one_warning(caplog):
+    for gpu in ("0", 3, None, "cpu", torch.device("cpu")):
+        assert choose_device(gpu) == torch.device("cpu")
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert len(warnings) == 2
+
+
+@pytest.mark.parametrize("name", ["cuda:99", torch.device("cuda", 99), "gpu", "1.5"])
+def test_a_device_that_is_not_there_is_one_line(name):
+    with mistake("GPU"):
+        choose_device(name)

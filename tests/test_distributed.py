@@ -1,0 +1,116 @@
+"""Several processes: what torchrun must have set, and that two processes give the results of one."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from files import mistake
+from processes import ROOT
+from trainings import COMMON
+
+from utils import console
+from utils.distributed import World, world_from_environment
+from utils.errors import UserError, run_program
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def set_launcher(monkeypatch, text):
+    """Set exactly these variables of the launcher, given as NAME=VALUE words."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
+    for word in text.split():
+        monkeypatch.setenv(*word.split("="))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RANK=1",
+        "RANK=0",
+        "WORLD_SIZE=2",
+        "RANK=a WORLD_SIZE=2",
+        "RANK=-1 WORLD_SIZE=2",
+        "RANK=2 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500",
+        "RANK=0 WORLD_SIZE=0",
+        "RANK=0 WORLD_SIZE=2 MASTER_ADDR=localhost",
+        "RANK=0 WORLD_SIZE=2",
+    ],
+)
+def test_variables_of_the_launcher_that_do_not_fit_together_are_refused(monkeypatch, text):
+    set_launcher(monkeypatch, text)
+    with mistake("RANK", "WORLD_SIZE", *text.split()):
+        world_from_environment()
+
+
+@pytest.mark.parametrize(
+    ("text", "world"),
+    [
+        ("", World(0, 1)),
+        ("RANK=0 WORLD_SIZE=1", World(0, 1)),
+        ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500", World(1, 2)),
+    ],
+)
+def test_the_place_of_a_process_comes_from_the_launcher(monkeypatch, text, world):
+    set_launcher(monkeypatch, text)
+    assert world_from_environment() == world
+
+
+@pytest.mark.parametrize("program", ["test.py", "train_detector.py", "train_sr.py"])
+def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(files, program):
+    environment = {**os.environ, "RANK": "1", "PYTHONPATH": str(ROOT)}
+    code = "import sys, runpy; from utils import console; console.MISTAKE_DELAY = 0; sys.argv[:] = sys.argv[1:]"
+    command = [sys.executable, "-c", f"{code}; runpy.run_path(sys.argv[0], run_name='__main__')", str(ROOT / program)]
+    run = subprocess.run([*command, "--gpu", "cpu"], env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 2 and run.stdout == ""
+    assert len(run.stderr.splitlines()) == 1 and "WORLD_SIZE" in run.stderr
+
+
+def test_another_process_than_the_main_one_waits_before_it_prints_an_error(monkeypatch, capfd):
+    """Meanwhile torchrun ends it, if the main process has found the same mistake."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+
+    def main():
+        raise UserError("a mistake")
+
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert run_program(main) == 2
+    assert waits == [console.MISTAKE_DELAY]
+    assert capfd.readouterr().err.splitlines() == ["error: a mistake"] * 2
+
+
+def test_a_mistake_of_two_processes_of_torchrun_is_printed_once(tmp_path):
+    command = [*TORCHRUN, str(ROOT / "test.py"), "--gpu", "cpu", "--resume", "absent.pth.tar", "--input", "x.png"]
+    (tmp_path / "x.png").touch()
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert run.returncode != 0 and len(lines) == 1 and "absent.pth.tar" in lines[0]
+
+
+def test_torchrun_trains_scores_and_stops(files, tmp_path):
+    """Two processes train a detector until SIGTERM, and score as one process does."""
+    train = [str(ROOT / "train_detector.py"), *COMMON.split(), "--arch", "resnet18", "--no_dilation", "--fixed-sr"]
+    train += ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake"), "--no-cache"]
+    train += ["--sr-weights-file", str(files / "rdn.pth"), "--output-path", str(tmp_path), "--batch-size", "4"]
+    process = subprocess.Popen([*TORCHRUN, *train, "--epochs", "10000"], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("0001.pth.tar")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert "stopped by SIGTERM; the state so far is saved" in err
+    state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
+    assert state["progress"]["total_steps"] >= 3
+    score = [str(ROOT / "test.py"), "--gpu", "cpu", "--workers", "0", "--resume", str(tmp_path / "last.pth.tar")]
+    score += ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake"), "--save_path"]
+    for launcher, name in (([sys.executable], "one"), (TORCHRUN, "two")):
+        run = subprocess.run([*launcher, *score, str(tmp_path / name)], capture_output=True, text=True, timeout=180)
+        assert run.returncode == 0, run.stderr
+    assert (tmp_path / "two.csv").read_text() == (tmp_path / "one.csv").read_text()
