@@ -1,245 +1,260 @@
-"""What could tell real from generated images apart without looking at what was generated?
+"""Audit of image files for leaks: what separates real from generated images besides their content.
 
-    python -m data.leaks --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
-
-A detector takes the easiest way: if every real image is a JPEG and every generated one a PNG, it learns JPEG. This
-looks at headers, at JPEG traces in the pixels of lossless files, and for files that occur twice. It says in plain words
-what it found, and the way out. Exit status: 0 no leak, 1 a leak, 2 a mistake in the call.
+A detector learns the easiest rule. If every real image is a JPEG and every generated image is a PNG, it learns to
+recognise JPEG. The audit reads file headers and searches for duplicates. `python -m tools.audit` prints the result.
 """
 
 import hashlib
 import logging
 import math
+import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
-from tqdm.contrib.concurrent import thread_map
 
-from data.images import FORMATS, read_rgb
+from data.images import open_image
 from data.lists import Item
+from utils.console import progress
+from utils.errors import UserError
 from utils.labels import FAKE, REAL
-from utils.random_streams import seeded_generator
 
 logger = logging.getLogger(__name__)
 
+LEAK, WARNING = SEVERITIES = ("leak", "warning")
+LEAK_ACCURACY, WARNING_ACCURACY = 0.75, 0.6  # balanced accuracy from which on a rule is reported
+SIGNIFICANCE = 3.0  # standard deviations above chance that a rule must have
+SAMPLE = 2000  # images per class and split in the quick audit
+THREADS = 8
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
-LEAK, WARNING, NOTE = SEVERITIES = ("leak", "warning", "note")
-THRESHOLDS = {LEAK: 0.75, WARNING: 0.6, NOTE: 0.55}  # balanced accuracy beyond chance from which on a rule is called so
-SHUFFLES, CHANCE_QUANTILE = 200, 0.99  # of the labels: what chance reaches
-SAMPLE = 2000  # a class and split: headers of the quick audit, pixels of the whole one
-in_threads = partial(thread_map, max_workers=8, desc="audit", leave=False, disable=None)  # a bar on terminals only
-END_BYTES = 4096  # of a file: they and its length tell most files apart
-SUBSAMPLING = ("4:4:4", "4:2:2", "4:2:0", "other")  # by the number in Pillow: -1 is another
-METADATA = ("exif", "icc_profile", "xmp", "comment", "photoshop")  # of what Pillow tells about a file
-QUALITY_50 = 3688  # sum of the luminance table of ITU T.81 Annex K, which libjpeg scales by quality
-# How far steps between neighbours stand out at one of 8 phases, in rows and columns: none of 420 crops of pictures, 448
-# up-sampled examples reaches 2.7; at JPEG quality 90, 92 % of 512 x 512 pixels and 25 % of 128 x 128 pass 4.
-GRID_SCORE, GRID_MIN_SIDE = 4.0, 64
-TRACES = "JPEG traces in lossless files"
-TOLD = """real: {real}; fake: {fake}. The best rule on this alone has a balanced accuracy of {balanced_accuracy:.2f} \
-(chance: up to {chance:.2f})"""
-REENCODE = """Take both classes through the same last step: re-encode all as JPEG of one quality, or take both from \
-sources never compressed (a PNG keeps the traces of a JPEG). Where neither can be: train with --augment-perturb."""
-RESIZE = """Get sources of one size, or cut equal pieces out of the pixels as they are (--crop-size N). Resizing to \
-one size (--resize N) hides the size, but different factors leave different traces in the fine detail."""
-# Kind of finding -> severity at worst, what a detector can make of it, the way out, attributes. Attributes of one kind
-# say the same: the one that says most is told.
-# fmt: off
-KINDS = {
-    "compression": (LEAK, "Compression shows in the pixels: JPEG leaves an 8x8 grid and removes fine detail.", REENCODE,
-                    ["codec", TRACES, "JPEG quality", "JPEG chroma subsampling"]),
-    "size": (LEAK, "The size itself shows, or what resizing and cropping did to detail and borders.", RESIZE,
-             ["size", "shorter side", "shape"]),
-    "colour": (LEAK, "Grey and palette images can be told from others at a glance.",
-               "Convert both classes alike, from the same kind of source.", ["colour mode"]),
-    "metadata": (WARNING, "Unseen by a detector, but the classes went through programs that may have left traces.",
-                 "Find out what else these did (sharpening, resizing, colour) and convert alike.", ["metadata"]),
-    "splits": (LEAK, "A detector can know these images by heart: the validation score is too good.",
-               "Remove them from one of the two; split by source image or person, not by file.", []),
-    "classes": (LEAK, "Nothing can be learned: at least one label is wrong.", "Remove them or mend the labels.", []),
-    "copies": (WARNING, "They count several times; a split by file puts them on both sides.", "Keep one of each.", []),
-    "unreadable": (WARNING, "", "Mend or remove them.", []),
+QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg scales by the quality
+
+REENCODE = (
+    "pass both classes through the same last step: compress all images as JPEG of one quality, or take both from sources"
+    " that were never compressed; otherwise train with --augment-perturb"
+)
+RESIZE = (
+    "use sources of one size, or cut out pieces of equal size without resizing (--crop-size N); --resize N hides the"
+    " size, but different factors leave different traces in fine detail"
+)
+WAYS_OUT = {  # attribute -> how to make the classes alike
+    "format": REENCODE,
+    "JPEG quality": REENCODE,
+    "size": RESIZE,
+    "shorter side": RESIZE,
+    "colour mode": "convert both classes alike, from the same kind of source",
 }
-# fmt: on
 
 
 class File(NamedTuple):
-    """What a file says of itself; `error` is set, and the rest empty, if it cannot be read."""
+    """An image file with its attributes, or with an error of one line."""
 
     item: Item
-    group: tuple[str, str]  # "train" or "validation", and the class
-    end: bytes = b""  # checksum of its length and last bytes
+    split: str  # train or validation
+    bytes: int = 0
     attributes: dict[str, str] = {}
     error: str | None = None
 
 
-def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> dict:
-    """Look for shortcuts and duplicates in images; quick: in headers, of at most SAMPLE a class and split.
+class Finding(NamedTuple):
+    """Something that makes the scores of a detector meaningless (LEAK) or doubtful (WARNING)."""
 
-    Returns "files" (number by split and class), "checked" (how many could be read), "findings" (worst first).
+    severity: str
+    check: str
+    message: str
+    way_out: str
+    examples: list[str]  # paths
+
+
+class Audit(NamedTuple):
+    """The result of an audit."""
+
+    files: dict[str, int]  # "train real" and so on -> number of files
+    checked: int  # number of files that were read
+    findings: list[Finding]  # leaks first
+
+
+def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> Audit:
+    """Search for leaks and duplicates.
+
+    Args:
+        quick: read at most SAMPLE headers per class and split.
     """
-    splits = {"train": train, "validation": validation}
-    every = [File(item, (split, CLASSES[item.label])) for split, items in splits.items() for item in items]
-    groups = grouped(every, [f.group for f in every])
-    some = [g[k] for g in groups.values() for k in np.linspace(0, len(g) - 1, min(SAMPLE, len(g))).astype(int)]
-    decoded = set() if quick else set(map(id, some))
-    files = in_threads(lambda f: examine(f, id(f) in decoded), some if quick else every)
-    good, bad = [f for f in files if not f.error], [f for f in files if f.error]
-    findings = class_findings(good) + duplicate_findings(good)
-    if bad:
-        findings.append(finding("unreadable", "unreadable files", f"{len(bad)}; the first: {bad[0].error}", bad[:2]))
-    return {
-        "files": {" ".join(group): len(those) for group, those in groups.items()},
-        "checked": len(good),
-        "findings": sorted(findings, key=lambda f: SEVERITIES.index(f["severity"])),
-    }
-
-
-def finding(kind: str, check: str, message: str, files: Sequence[File] = (), severity: str = LEAK, **numbers) -> dict:
-    worst, shortcut, way_out, _ = KINDS[kind]
-    told = {"kind": kind, "severity": max(severity, worst, key=SEVERITIES.index), "check": check, "message": message}
-    return told | {"shortcut": shortcut, "way out": way_out, "examples": [f.item.path for f in files], **numbers}
+    counts, selected = {}, []
+    for split, items in (("train", train), ("validation", validation)):
+        for label, name in CLASSES.items():
+            group = [(item, split) for item in items if item.label == label]
+            if group:
+                counts[f"{split} {name}"] = len(group)
+            step = math.ceil(len(group) / SAMPLE) if quick and group else 1
+            selected += group[::step]
+    with ThreadPool(THREADS) as pool:
+        results = pool.imap(lambda pair: examine(*pair), selected, chunksize=8)
+        files = list(progress(results, "leak audit", len(selected)))
+    readable = [file for file in files if file.error is None]
+    findings = class_findings(readable) + duplicate_findings(readable)
+    errors = [file.error for file in files if file.error is not None]
+    if errors:
+        text = f"{len(errors)}, the first: {errors[0]}"
+        examples = [file.item.path for file in files if file.error is not None][:2]
+        findings.append(Finding(WARNING, "unreadable files", text, "repair or remove them", examples))
+    findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+    return Audit(counts, len(readable), findings)
 
 
 def log_quick_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ()) -> None:
-    """Say in a few lines of the log what the quick audit found worth a warning: for the start of a training."""
+    """Log the result of a quick audit in a few lines, at the start of a training."""
     result = audit(train_items, val_items, quick=True)
-    worth = [f for f in result["findings"] if f["severity"] != NOTE]
-    summary = f"{len(worth)} finding(s); python -m data.leaks tells more" if worth else "nothing found"
-    logger.info("leak audit of %d of %d headers: %s", result["checked"], len(train_items) + len(val_items), summary)
-    for found in worth[:3]:
-        logger.warning("%s: %s: %s", found["severity"].upper(), found["check"], found["message"])
+    summary = "nothing found"
+    if result.findings:
+        summary = f"{len(result.findings)} finding(s), see python -m tools.audit"
+    logger.info("leak audit of %d of %d headers: %s", result.checked, len(train_items) + len(val_items), summary)
+    for finding in result.findings[:3]:
+        logger.warning("%s: %s: %s", finding.severity.upper(), finding.check, finding.message)
 
 
-def grouped(files: Sequence[File], keys: Sequence) -> dict[object, list[File]]:
-    groups = defaultdict(list)
-    for file, key in zip(files, keys, strict=True):
-        groups[key].append(file)
-    return groups
+# --- attributes of one file ---------------------------------------------------------------------------------
 
 
-def examine(file: File, decode: bool) -> File:
-    """With its attributes, or what is wrong with it; decode: look into the pixels, too, unless it is a JPEG."""
+def examine(item: Item, split: str) -> File:
+    """Read the header of a file."""
     try:
-        with open(file.item.path, "rb") as stream, Image.open(stream, formats=FORMATS) as image:
-            said = attributes_of(image)
-            start = stream.seek(max(0, stream.seek(0, 2) - END_BYTES))
-            end = hashlib.sha256(b"%d " % start + stream.read()).digest()
-        if decode and said["codec"] != "JPEG":
-            grey = np.asarray(read_rgb(file.item.path).convert("L"), dtype=np.int16)  # (H, W)
-            if min(grey.shape) >= GRID_MIN_SIDE:
-                said[TRACES] = "8x8 grid" if min(grid_score(grey), grid_score(grey.T)) > GRID_SCORE else "no grid"
-        return file._replace(attributes=said, end=end)
-    except Exception as error:  # decoders of files from anywhere: struct.error, IndexError, KeyError, ...
-        return file._replace(error=" ".join(str(error).split()) or type(error).__name__)
+        with open_image(item.path) as image:
+            attributes = attributes_of(image)
+        return File(item, split, os.path.getsize(item.path), attributes)
+    except (UserError, OSError) as error:
+        return File(item, split, error=str(error))
 
 
 def attributes_of(image: Image.Image) -> dict[str, str]:
-    """What the header says, in words."""
+    """Describe the header of an image file."""
     width, height = image.size
-    is_png = image.format == "PNG"
-    known = [key for key, about in image.info.items() if key in METADATA or is_png and isinstance(about, str)]
-    said = {
-        "codec": image.format,
-        "size": f"{width}x{height}",
-        "shorter side": f"about {2 ** (round(2 * math.log2(min(width, height))) / 2):.0f}",  # 64, 91, 128, 181, ...
-        "shape": "square" if width == height else "landscape" if width > height else "portrait",
+    half_octaves = round(2 * math.log2(min(width, height)))
+    attributes = {
+        "format": image.format,
+        "size": f"{width} x {height}",
+        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # 64, 91, 128, 181, ...
         "colour mode": image.mode,
-        "metadata": ", ".join(sorted(known)) or "none",
     }
-    if isinstance(image, JpegImagePlugin.JpegImageFile):  # among them MPO: several in a file
-        scale = sum(image.quantization[min(image.quantization)]) / QUALITY_50
-        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # libjpeg's rule the other way round: exact for 20..99
-        said |= {"codec": "JPEG", "JPEG quality": f"quality {quality:.0f}"}
-        if image.mode != "L":
-            said["JPEG chroma subsampling"] = SUBSAMPLING[JpegImagePlugin.get_sampling(image)]
-    return said
+    if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO: several JPEGs in one file
+        table = image.quantization[min(image.quantization)]  # of the luminance
+        scale = sum(table) / QUALITY_50
+        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # exact for libjpeg's settings 20..99
+        attributes["format"] = "JPEG"
+        attributes["JPEG quality"] = f"{quality:.0f}"
+    return attributes
 
 
-def grid_score(grey: np.ndarray) -> float:
-    """By how many standard errors steps between columns of (H, W) exceed those at all other phases, not their mean.
+# --- what separates the classes -----------------------------------------------------------------------------
 
-    Up-sampling by two, which is no JPEG, raises every second phase.
+
+def class_findings(files: Sequence[File]) -> list[Finding]:
+    """Find attributes that separate the classes of a split, over all generators or for one of them."""
+    findings = []
+    for split in dict.fromkeys(file.split for file in files):
+        own = [file for file in files if file.split == split]
+        generators = sorted({file.item.generator for file in own if file.item.label == FAKE})
+        for attribute in WAYS_OUT:
+            overall = attribute_finding(own, attribute, split)
+            if overall:
+                findings.append(overall)
+            elif len(generators) > 1:
+                for generator in generators:
+                    some = [file for file in own if belongs_to(file.item, generator)]
+                    findings.append(attribute_finding(some, attribute, f"{split}, {generator}"))
+    return [finding for finding in findings if finding]
+
+
+def belongs_to(item: Item, generator: str) -> bool:
+    """Return whether an image is a fake of a generator, or a real image that it is compared with."""
+    return item.generator == generator or (item.label == REAL and item.generator == "")
+
+
+def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Finding | None:
+    """Report an attribute if it separates the classes."""
+    reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
+    fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
+    accuracy = rule_accuracy(reals, fakes)
+    if accuracy < WARNING_ACCURACY:
+        return None
+    message = (
+        f"real: {most_common(reals)}; fake: {most_common(fakes)}; the best rule on this alone has a balanced accuracy of"
+        f" {accuracy:.2f}"
+    )
+    severity = LEAK if accuracy >= LEAK_ACCURACY else WARNING
+    return Finding(severity, f"{attribute} ({where})", message, WAYS_OUT[attribute], [])
+
+
+def most_common(values: Sequence[str]) -> str:
+    """Format the most frequent values, such as "PNG 90 %, JPEG 10 %"."""
+    parts = [f"{value} {100 * n / len(values):.3g} %" for value, n in Counter(values).most_common(3)]
+    return ", ".join(parts)
+
+
+def rule_accuracy(reals: Sequence[str], fakes: Sequence[str]) -> float:
+    """Estimate how well a rule on one attribute separates the classes.
+
+    The rule assigns each value to the class that has it more often. It is made from every second image and applied to
+    the other images, and the other way round. Values that it does not know are treated like those that it saw once.
+
+    Returns:
+        The balanced accuracy, or 0.5 (chance) if it is not significantly above chance.
     """
-    steps = np.abs(np.diff(grey, axis=1)).mean(0)  # (W - 1,)
-    excess = steps[1:-1] - (steps[:-2] + steps[2:]) / 2  # over those beside them
-    periods = excess[: len(excess) // 8 * 8].reshape(-1, 8)  # (W // 8, phase)
-    *_, second, best = np.sort(periods.mean(0))
-    return float((best - second) / (periods.std(0).mean() / np.sqrt(len(periods)) + 1e-6))
+    if min(len(reals), len(fakes)) < 2:
+        return 0.5
+    correct = {REAL: [], FAKE: []}
+    for half in (0, 1):
+        preference = preferences(reals[half::2], fakes[half::2])
+        correct[REAL] += [0.5 + preference(value) / 2 for value in reals[1 - half :: 2]]
+        correct[FAKE] += [0.5 - preference(value) / 2 for value in fakes[1 - half :: 2]]
+    accuracy = float(np.mean([np.mean(values) for values in correct.values()]))
+    chance_std = math.sqrt(1 / len(reals) + 1 / len(fakes)) / 4
+    return accuracy if accuracy > 0.5 + SIGNIFICANCE * chance_std else 0.5
 
 
-def separation(files: Sequence[File], name: str) -> dict:
-    """How well the best rule on one attribute tells the classes apart; {} where a class has no values of it.
+def preferences(reals: Sequence[str], fakes: Sequence[str]) -> Callable[[str], int]:
+    """Return a function from a value to 1 (real images have it more often), -1 (fake images do) or 0."""
+    real_counts, fake_counts = Counter(reals), Counter(fakes)
+    real_once = list(real_counts.values()).count(1)
+    fake_once = list(fake_counts.values()).count(1)
 
-    The rule: this value -> the class that has more of it; its balanced accuracy: half the sum over values of the larger
-    class share. With few files or many values chance alone goes far above 0.5: labels are shuffled to see how far.
-    """
-    have = [f for f in files if name in f.attributes]
-    counts = [Counter(f.attributes[name] for f in have if f.item.label == label) for label in (REAL, FAKE)]
-    n_real, n_fake = counts[0].total(), counts[1].total()
-    if not n_real or not n_fake:
-        return {}
-    kinds = sorted(counts[0] | counts[1])
-    both = np.array([counts[0][v] + counts[1][v] for v in kinds])  # (V,)
-    shuffled = seeded_generator(0).multivariate_hypergeometric(both, n_real, SHUFFLES, method="marginals")  # (S, V)
-    real = np.vstack([[counts[0][v] for v in kinds], shuffled])  # (1 + S, V)
-    reached, *by_chance = (np.maximum(real / n_real, (both - real) / n_fake).sum(1) / 2).round(9).tolist()  # 1 is 1
-    expected, chance = np.mean(by_chance), float(np.quantile(by_chance, CHANCE_QUANTILE, method="higher"))
-    beyond = 0.5 + (reached - expected) / (1 - expected) / 2 if expected < 1 else 0.5  # 0.5: no better than chance
-    top = [", ".join(f"{v} {100 * n / c.total():.3g} %" for v, n in c.most_common(3)) for c in counts]
-    numbers = {"balanced_accuracy": round(reached, 4), "chance": round(chance, 4), "real": top[0], "fake": top[1]}
-    tells = reached > chance or reached == 1 and len(kinds) == 2 and min(n_real, n_fake) > 1
-    return numbers | {"severity": next((s for s in SEVERITIES if tells and beyond >= THRESHOLDS[s]), None)}
+    def preference(value: str) -> int:
+        real, fake = real_counts[value], fake_counts[value]
+        if not real and not fake:
+            real, fake = real_once, fake_once
+        return int(np.sign(real / len(reals) - fake / len(fakes)))
+
+    return preference
 
 
-def class_findings(files: Sequence[File]) -> list[dict]:
-    """What tells the classes apart in each split: over all generators, and leaks of each that the whole hides."""
+# --- duplicates ---------------------------------------------------------------------------------------------
+
+
+def duplicate_findings(files: Sequence[File]) -> list[Finding]:
+    """Find files with equal content. Only files of equal size are read."""
+    by_size, by_content = defaultdict(list), defaultdict(list)
+    for file in files:
+        by_size[file.bytes].append(file)
+    for group in by_size.values():
+        for file in group if len(group) > 1 else []:
+            by_content[hashlib.sha256(Path(file.item.path).read_bytes()).digest()].append(file)
+    copies = [group for group in by_content.values() if len(group) > 1]
+    across_splits = [group for group in copies if len({file.split for file in group}) > 1]
+    across_classes = [group for group in copies if len({file.item.label for file in group}) > 1]
+    within = [group for group in copies if group not in across_splits and group not in across_classes]
+    checks = (
+        (LEAK, "train and validation", across_splits, "remove them from one of the two sets"),
+        (LEAK, "real and generated", across_classes, "at least one label is wrong: correct or remove them"),
+        (WARNING, "one class", within, "keep one of each, or a split puts copies on both sides"),
+    )
     findings = []
-    for split, those in grouped(files, [f.group[0] for f in files]).items():
-        where = f" ({split})" * (split != "train")
-        overall = attribute_findings(those, where)
-        known = {f["kind"] for f in overall if f["severity"] == LEAK}
-        findings += overall
-        generators = sorted({f.item.generator for f in those if f.item.label == FAKE})
-        for generator in generators * (len(generators) > 1):
-            own = [f for f in those if f.item[1:] in ((FAKE, generator), (REAL, generator), (REAL, ""))]
-            found = attribute_findings(own, f" ({generator}){where}")
-            findings += [f for f in found if f["severity"] == LEAK and f["kind"] not in known]
-    return findings
-
-
-def attribute_findings(files: Sequence[File], where: str) -> list[dict]:
-    """The strongest finding of each kind."""
-    findings = []
-    for kind, (*_, attributes) in KINDS.items():
-        found = [(name, result) for name in attributes if (result := separation(files, name)).get("severity")]
-        if found:
-            name, best = min(found, key=lambda f: (SEVERITIES.index(f[1]["severity"]), -f[1]["balanced_accuracy"]))
-            findings.append(finding(kind, name + where, TOLD.format(**best), **best))
-    return findings
-
-
-def duplicate_findings(files: Sequence[File]) -> list[dict]:
-    """What files with the same bytes mix up. Read are only those that end alike."""
-    suspects = [f for group in grouped(files, [f.end for f in files]).values() if len(group) > 1 for f in group]
-    sums = in_threads(lambda f: hashlib.sha256(Path(f.item.path).read_bytes()).digest(), suspects)
-    copies = [group for group in grouped(suspects, sums).values() if len(group) > 1]
-    findings = []
-    for side, kind, between, text in (
-        (0, "splits", "train and validation", "images occur in both"),
-        (1, "classes", "classes", "files are labelled both real and fake"),
-    ):
-        if mixed := [sides for group in copies if len(sides := {f.group[side]: f for f in group}) > 1]:
-            told = f"exact duplicates across {between}", f"{len(mixed)} {text}", list(mixed[0].values())
-            findings.append(finding(kind, *told, count=len(mixed)))
-    repeated = [[f for f in group if f.group == g] for group in copies for g in dict.fromkeys(f.group for f in group)]
-    if extra := sum(map(len, repeated)) - len(repeated):
-        severity = WARNING if extra > len(files) / 100 else NOTE
-        told = f"{extra} of {len(files)} images repeat another one of their class", max(repeated, key=len)[:2]
-        findings.append(finding("copies", "exact duplicates within a class", *told, severity, count=extra))
+    for severity, sets, groups, way_out in checks:
+        if groups:
+            examples = [file.item.path for file in groups[0]][:2]
+            text = f"{len(groups)} images occur more than once"
+            findings.append(Finding(severity, f"exact duplicates in {sets}", text, way_out, examples))
     return findings

@@ -1,4 +1,4 @@
-"""What could tell real from generated images apart without looking at what was generated?
+"""Search image sets for leaks: what separates real from generated images besides their content.
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
 
@@ -9,41 +9,44 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 
-from data.leaks import LEAK, SEVERITIES, audit
+from data.leaks import LEAK, SEVERITIES, Audit, audit
 from data.lists import folder_items, labelled_items
 from utils import options
 from utils.console import printable
 from utils.errors import run_program
 
 
-def report(result: dict) -> str:
-    """The result of `audit` in plain words."""
-    lines = ["leak audit of " + ", ".join(f"{n} {group}" for group, n in result["files"].items())]
-    for found in result["findings"]:
-        lines.append(f"{found['severity'].upper()}: {found['check']}: {found['message']}")
-        lines += [f"    {key}: {found[key]}" for key in ("shortcut", "way out") if found[key]]
-        lines += [f"    such as: {printable(path)}" for path in found["examples"]]
-    found = Counter(f["severity"] for f in result["findings"])
-    verdict = ", ".join(f"{found[s]} {s}{'s' * (found[s] > 1)}" for s in SEVERITIES if found[s]) or "nothing found"
-    return "\n".join([*lines, f"leak audit: {verdict}" + " (no leak)" * (not found[LEAK])])
+def report(result: Audit) -> str:
+    """Format the result of an audit for the terminal."""
+    lines = ["leak audit of " + ", ".join(f"{number} {group}" for group, number in result.files.items())]
+    for finding in result.findings:
+        lines.append(f"{finding.severity.upper()}: {finding.check}: {finding.message}")
+        lines.append(f"    way out: {finding.way_out}")
+        lines += [f"    for example: {printable(path)}" for path in finding.examples]
+    counts = Counter(finding.severity for finding in result.findings)
+    numbers = [f"{severity}s: {counts[severity]}" for severity in SEVERITIES if counts[severity]]
+    lines.append("leak audit: " + (", ".join(numbers) or "nothing found"))
+    return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the audit and print what it found. Returns the exit status."""
-    parser = options.Parser("python -m data.leaks", __doc__.split("\n\n")[0])
+    parser = options.Parser("python -m tools.audit", __doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
     parser.add_argument("--data-root-pos", **folders, help="folders of REAL images")
     parser.add_argument("--data-root-neg", **folders, help="folders of GENERATED images")
     parser.add_argument("--val-root-pos", **folders, help="folders of REAL images for validation")
     parser.add_argument("--val-root-neg", **folders, help="folders of GENERATED images for validation")
     parser.add_argument("--data-root", dest="tree", metavar="TREE", help="a tree instead: GENERATOR/0_real, .../1_fake")
-    parser.add_argument("--csv", metavar="FILE", help="a list instead: path,label[,generator] with label real or fake")
-    args = parser.parse_args(argv)
+    parser.add_argument("--csv", metavar="FILE", help="a table instead: path,label[,generator], label real or fake")
+    args = parser.parse_args(arguments)
     train = labelled_items(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
-    folders = args.val_root_pos, args.val_root_neg
-    result = audit(train, folder_items(*folders) if any(folders) else ())
+    validation = []
+    if args.val_root_pos or args.val_root_neg:
+        validation = folder_items(args.val_root_pos, args.val_root_neg)
+    result = audit(train, validation)
     sys.stdout.write(report(result) + "\n")
-    return int(any(f["severity"] == LEAK for f in result["findings"]))
+    return int(any(finding.severity == LEAK for finding in result.findings))
 
 
 if __name__ == "__main__":

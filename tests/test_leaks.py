@@ -1,0 +1,194 @@
+"""The audit finds each leak in image sets that were made to have it, and nothing in sets without leaks."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.leaks import LEAK, SAMPLE, WARNING, attributes_of, audit, log_quick_audit, rule_accuracy
+from data.lists import Item, folder_items, tree_items
+from utils.labels import REAL
+
+COUNT = 20  # images per class
+
+
+def picture(seed, size=(96, 96)):
+    """A smooth random picture with some noise."""
+    rng = np.random.default_rng(seed)
+    smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
+    noise = rng.normal(0, 3, (size[1], size[0], 3))
+    return Image.fromarray(np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8))
+
+
+def fill(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
+    """Write different pictures into a folder, numbered from `start` on. Returns the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        image = picture(start + i, sizes[i % len(sizes)]).convert(mode)
+        image.save(folder / f"{start + i:04}{suffix}", **options)
+    return folder
+
+
+@pytest.fixture
+def roots(tmp_path):
+    """Two folders that do not exist yet."""
+    return tmp_path / "real", tmp_path / "fake"
+
+
+def audit_folders(real, fake, **options):
+    return audit(folder_items([str(real)], [str(fake)]), **options)
+
+
+def checks(result):
+    return [finding.check for finding in result.findings]
+
+
+LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all different
+SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
+LEAKS = {  # name -> (options of `fill` for the reals, for the fakes, attributes that must be found)
+    "format": ({"suffix": ".jpg"}, {}, ["format"]),
+    "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
+    "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
+    "one size": ({"sizes": SMALL_SIZES}, {"sizes": [(112, 112)]}, ["size"]),
+    "sizes": ({"sizes": LARGE_SIZES}, {"sizes": SMALL_SIZES}, ["shorter side"]),
+    "colour": ({"mode": "L"}, {}, ["colour mode"]),
+}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", LEAKS)
+def test_each_leak_is_found_and_no_other(roots, name, quick):
+    real_options, fake_options, attributes = LEAKS[name]
+    fill(roots[0], 0, **real_options)
+    fill(roots[1], 100, **fake_options)
+    result = audit_folders(*roots, quick=quick)
+    assert checks(result) == [f"{attribute} (train)" for attribute in attributes]
+    (finding,) = result.findings
+    assert finding.severity == LEAK and finding.way_out and "balanced accuracy" in finding.message
+
+
+def test_a_set_without_leaks_has_no_findings(roots):
+    fill(roots[0], 0)
+    fill(roots[1], 100)
+    result = audit_folders(*roots)
+    assert result.findings == [] and result.checked == 2 * COUNT
+    assert result.files == {"train real": COUNT, "train fake": COUNT}
+
+
+def test_jpeg_quality_is_read_from_the_file(tmp_path):
+    for quality in (20, 50, 75, 90, 99):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", quality=quality)
+        with Image.open(tmp_path / "a.jpg") as image:
+            assert attributes_of(image)["JPEG quality"] == str(quality)
+
+
+def test_a_leak_of_one_generator_that_others_hide_is_found(tmp_path):
+    for i, (generator, suffix) in enumerate((("a", ".png"), ("b", ".png"), ("c", ".png"), ("d", ".jpg"))):
+        fill(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
+        fill(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
+    (finding,) = audit(tree_items(str(tmp_path))).findings
+    assert finding.check == "format (train, d)" and finding.severity == LEAK
+
+
+def test_leaks_of_validation_images_are_found(roots, tmp_path):
+    fill(roots[0], 0)
+    fill(roots[1], 100)
+    validation = folder_items([str(fill(tmp_path / "a", 200))], [str(fill(tmp_path / "b", 300, ".jpg"))])
+    result = audit(folder_items([str(roots[0])], [str(roots[1])]), validation)
+    assert checks(result) == ["format (validation)"]
+
+
+# --- how well a rule separates ------------------------------------------------------------------------------
+
+
+def test_a_perfect_rule_on_few_files_is_not_significant():
+    assert rule_accuracy("aaaaa", "bbbbb") == 1
+    assert rule_accuracy("aaa", "bbb") == 0.5
+    assert rule_accuracy("a", "b") == rule_accuracy("", "aaaa") == rule_accuracy("", "") == 0.5
+
+
+@pytest.mark.parametrize("real_fraction, fake_fraction", [(0.85, 0.15), (0.75, 0.25), (1.0, 0.4)])
+def test_partial_separation_is_measured(real_fraction, fake_fraction):
+    rng = np.random.default_rng(0)
+    reals, fakes = (np.where(rng.random(400) < f, "a", "b").tolist() for f in (real_fraction, fake_fraction))
+    expected = (real_fraction + 1 - fake_fraction) / 2
+    assert rule_accuracy(reals, fakes) == pytest.approx(expected, abs=0.05)
+
+
+def test_values_that_occur_once_separate_only_if_the_other_class_repeats():
+    unique = [str(i) for i in range(100)]
+    assert rule_accuracy(unique[:50], ["512"] * 50) > 0.95
+    assert rule_accuracy(unique[:50], unique[50:]) == 0.5
+
+
+@pytest.mark.parametrize("count, values", [(5, 2), (30, 2), (30, 200), (300, 5), (300, 1000)])
+def test_chance_is_not_reported(count, values):
+    rng = np.random.default_rng(2)
+    accuracies = [rule_accuracy(*rng.integers(0, values, (2, count)).tolist()) for _ in range(40)]
+    assert sum(accuracy >= 0.6 for accuracy in accuracies) <= 1
+
+
+# --- duplicates and bad files -------------------------------------------------------------------------------
+
+
+def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(roots, tmp_path):
+    fill(roots[0], 0)
+    fill(roots[1], 100)
+    validation = fill(tmp_path / "validation", 200, count=4)
+    shutil.copy(roots[0] / "0003.png", validation / "another name.png")
+    shutil.copy(roots[0] / "0005.png", roots[1] / "real.png")
+    shutil.copy(roots[1] / "0107.png", roots[1] / "again.png")
+    train = folder_items([str(roots[0])], [str(roots[1])])
+    result = audit(train, folder_items([str(validation)], []))
+    found = {f.check: (f.severity, [os.path.basename(path) for path in f.examples]) for f in result.findings}
+    assert found == {
+        "exact duplicates in train and validation": (LEAK, ["0003.png", "another name.png"]),
+        "exact duplicates in real and generated": (LEAK, ["0005.png", "real.png"]),
+        "exact duplicates in one class": (WARNING, ["0107.png", "again.png"]),
+    }
+    assert all("1 images occur more than once" in finding.message for finding in result.findings)
+
+
+def test_files_of_equal_size_are_not_taken_for_duplicates(roots):
+    fill(roots[0], 0, ".bmp")
+    fill(roots[1], 100, ".bmp")
+    assert audit_folders(*roots).findings == []
+
+
+def test_files_that_cannot_be_read_are_one_warning_and_named_pipes_do_not_block(roots):
+    fill(roots[0], 0)
+    fill(roots[1], 100)
+    (roots[0] / "0000.png").write_bytes(b"not an image")
+    os.mkfifo(roots[1] / "pipe.png")
+    result = audit_folders(*roots)
+    (finding,) = result.findings
+    assert (finding.severity, finding.check) == (WARNING, "unreadable files") and "2, the first:" in finding.message
+    assert [os.path.basename(path) for path in finding.examples] == ["0000.png", "pipe.png"]
+    assert result.checked == 2 * COUNT - 1
+
+
+# --- at the start of a training -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("labelled, leaks", [(True, ["exact duplicates", "format"]), (False, ["exact duplicates"])])
+def test_a_quick_audit_logs_a_few_lines(roots, tmp_path, caplog, labelled, leaks):
+    fill(roots[0], 0, ".jpg")
+    fill(roots[1], 100)
+    validation = fill(tmp_path / "validation", 50, ".jpg", count=8)
+    shutil.copy(roots[0] / "0003.jpg", validation / "other.jpg")
+    sets = [folder_items([str(roots[0])], [str(roots[1])]), folder_items([str(validation)], [])]
+    if not labelled:
+        sets = [[item._replace(label=None) for item in items] for items in sets]
+    with caplog.at_level("INFO"):
+        log_quick_audit(*sets)
+    assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * len(leaks)
+    assert all(f"LEAK: {leak}" in caplog.text for leak in leaks)
+    assert all("\n" not in record.getMessage() for record in caplog.records)
+
+
+def test_a_quick_audit_reads_a_limited_number_of_headers(roots):
+    (item,) = folder_items([str(fill(roots[0], 0, count=1))], [])
+    items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
+    assert SAMPLE / 2 < audit(items, quick=True).checked <= SAMPLE
