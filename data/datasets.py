@@ -47,8 +47,8 @@ class Key(NamedTuple):
     """What a sampler requests from a dataset."""
 
     epoch: int
-    index: int  # of the entry in the dataset
-    weight: float = 1.0  # of the entry in the mean over its batch: 1 / batch size, or 0 for an entry that is ignored
+    index: int  # index of the entry in the dataset
+    weight: float = 1.0  # weight in the mean over the batch: 1 / batch size, or 0 for an entry that is ignored
 
 
 class Sample(NamedTuple):
@@ -66,8 +66,8 @@ class Batch(NamedTuple):
     x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
     weights: Tensor  # float32 (B,): the weighted sum over all rows and processes is the mean over the batch
-    items: list[Item]  # of each row
-    keys: list[tuple[int, int, int]]  # of each row: epoch, index, and which of the K tensors of its sample
+    items: list[Item]  # B items
+    keys: list[tuple[int, int, int]]  # B keys: epoch, index, and position among the K tensors of the sample
     errors: dict[int, str]  # index -> one line
 
 
@@ -277,7 +277,7 @@ class ImageDataset(ItemDataset):
         self.policy = policy
         self.augmentation = augmentation
         self.transform = transform
-        self.headers: Sequence[Header] = ()  # of each item, if they are known
+        self.headers: Sequence[Header] = ()  # one per item, if they are known
 
     def read(self, path: str, key: Key) -> Tensor:
         """Read an image. Returns uint8 (1, 3, H, W)."""

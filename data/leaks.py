@@ -141,7 +141,7 @@ def attributes_of(image: Image.Image) -> dict[str, str]:
         "colour mode": image.mode,
     }
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO: several JPEGs in one file
-        table = image.quantization[min(image.quantization)]  # of the luminance
+        table = image.quantization[min(image.quantization)]  # the luminance table
         scale = sum(table) / QUALITY_50
         quality = 50 / scale if scale > 1 else 100 - 50 * scale  # exact for libjpeg's settings 20..99
         attributes["format"] = "JPEG"
