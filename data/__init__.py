@@ -1,1 +1,1 @@
-"""Images: lists of files, decoding, sizes, batches, patches, perturbations and generated examples."""
+"""Images: lists of files, decoding, sizes, perturbations, batches, the residual cache and the leak audit."""

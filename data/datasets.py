@@ -411,8 +411,8 @@ def _fits_in_shared_memory(size: int, workers: int) -> bool:
     """Check for room for all batches that workers may hold at a time, if each takes `size` bytes and 1 MB more."""
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:  # not on Linux
-        return True
+    except OSError:  # no such folder
+        return False
     return free > workers * (PREFETCHED + 1) * (size + 2**20)
 
 

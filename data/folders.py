@@ -27,28 +27,25 @@ def find_images(root: str) -> list[str]:
     """Find all images in a folder and in the folders below it, and sort them by path.
 
     Images are recognised by their suffix, in upper or lower case. Hidden files and folders, __MACOSX, and pictures
-    written by test.py are left out. Links are followed, except links to a folder that contains the
-    link. A folder that can be reached in several ways is read once.
+    written by test.py are left out. Links to folders are followed, except links to a folder that contains the link. A
+    folder that can be reached in several ways is read once, if possible without a link.
     """
     images = []
     left_out = Counter()  # reason -> number of files and folders
     visited = set()
-    for folder, subfolders, names in os.walk(os.fspath(root), onerror=_refuse_folder, followlinks=True):
-        status = os.stat(folder)
-        identity = (status.st_dev, status.st_ino)
-        if identity in visited:
-            left_out["repeated folder"] += 1
-            subfolders.clear()
-            continue
-        visited.add(identity)
-        subfolders[:] = _folders_to_visit(folder, subfolders, left_out)
-        all_names = set(names)
-        for name in names:
-            reason = _reason_to_leave_out(folder, name, all_names)
-            if reason is None:
-                images.append(os.path.join(folder, name))
-            else:
-                left_out[reason] += 1
+    starts = [os.fspath(root)]  # grows by the links to folders, which are followed last
+    for start in starts:
+        for folder, subfolders, names in os.walk(start, onerror=_refuse_folder):
+            status = os.stat(folder)
+            identity = (status.st_dev, status.st_ino)
+            if identity in visited:
+                left_out["repeated folder"] += 1
+                subfolders.clear()
+                continue
+            visited.add(identity)
+            subfolders[:] = _folders_to_visit(folder, subfolders, left_out)
+            starts += [os.path.join(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))]
+            images += _images_of_folder(folder, names, left_out)
     if not images:
         found = in_words(left_out) or "no files"
         suffixes = " ".join(IMAGE_SUFFIXES)
@@ -74,6 +71,19 @@ def _folders_to_visit(folder: str, subfolders: Sequence[str], left_out: Counter)
         else:
             selected.append(name)
     return selected
+
+
+def _images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> list[str]:
+    """Select the images among the files of a folder, and count the other files."""
+    images = []
+    all_names = set(names)
+    for name in names:
+        reason = _reason_to_leave_out(folder, name, all_names)
+        if reason is None:
+            images.append(os.path.join(folder, name))
+        else:
+            left_out[reason] += 1
+    return images
 
 
 def _leads_upwards(folder: str) -> bool:

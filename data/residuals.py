@@ -132,7 +132,7 @@ class ResidualDataset(Dataset):
             residual = torch.from_numpy(np.load(path)["residual"])  # (C_l, H_l, W_l)
         except Exception as error:  # for damaged files, zipfile, zlib and NumPy raise many kinds of errors
             path.unlink(missing_ok=True)
-            text = f"its residual {printable(path)} was damaged ({error}) and is deleted: --resume auto computes it again"
+            text = f"its residual {printable(path)} was damaged ({error}) and is deleted; use --resume auto"
             return Sample(key, item, None, f"{name}: {text}")
         return Sample(key, item, residual[None])  # (1, C_l, H_l, W_l)
 

@@ -22,7 +22,6 @@ from data.lists import (
     require_both_classes,
     tree_items,
 )
-from tools import split
 from utils.labels import FAKE, REAL
 
 
@@ -264,9 +263,19 @@ def test_a_link_to_the_parent_folder_adds_no_images(tmp_path):
     assert below(tmp_path, labelled_items([real], [fake])) == [("real/1.png", REAL, ""), ("fake/2.png", FAKE, "fake")]
 
 
+@pytest.mark.parametrize("target", ["..", "../1_fake", "../../other/1_fake"])
+def test_links_in_a_tree_do_not_change_the_class_of_an_image(tmp_path, target):
+    names = ["gan/0_real/1.png", "gan/1_fake/2.png", "other/1_fake/3.png"]
+    root = touch(tmp_path / "t", *names)
+    (tmp_path / "t/gan/0_real/link").symlink_to(target)
+    labels = {path: label for path, label, _ in below(root, tree_items(root))}
+    assert labels == {names[0]: REAL, names[1]: FAKE, names[2]: FAKE}
+
+
 @pytest.mark.parametrize("labels", [[REAL, REAL], [FAKE], []])
 def test_a_set_with_one_class_is_refused(labels):
-    with mistake("validation images must contain both", f"{labels.count(REAL)} real", f"{labels.count(FAKE)} generated"):
+    counts = f"{labels.count(REAL)} real and {labels.count(FAKE)} generated"
+    with mistake("validation images must contain both", counts):
         require_both_classes([Item("a.png", label, "") for label in labels], "validation images")
     require_both_classes([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
 
@@ -305,22 +314,3 @@ def test_images_that_were_trained_on_are_recognised_by_name_size_and_content(tmp
     os.mkfifo(tmp_path / "pipe.bmp")
     missing = [Item(str(tmp_path / name), REAL, "") for name in ("pipe.bmp", "missing.bmp")]
     assert count_trained_on(missing, trained_on) == 0
-
-
-# --- splits -------------------------------------------------------------------------------------------------
-
-
-def test_a_split_depends_on_names_alone(tmp_path):
-    reals, fakes = (touch(tmp_path / kind, *(f"{kind} {i}.png" for i in range(40))) for kind in ("real", "fake"))
-    out, held_out = str(tmp_path / "out"), []
-    arguments = ["--data-root-pos", reals, "--data-root-neg", fakes, "--hold-out", "0.3", "--out", out]
-    for _ in range(2):
-        assert split.main(arguments) == 0
-        train, held = (csv_items(f"{out}/{name}.csv") for name in ("train", "held_out"))
-        assert not set(train) & set(held) and {item.generator for item in train} == {"", "fake"}
-        assert list_paths(f"{out}/train_real.txt") == [item.path for item in train if item.label == REAL]
-        held_out.append(set(held))
-        touch(tmp_path / "real", "another.png")
-    assert len(train + held) == 81 and held_out[0] == {i for i in held_out[1] if "another" not in i.path}
-    with mistake("0 real"):
-        split.main([*arguments, "--hold-out", "0"])

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from files import mistake, random_rgb, save
+from files import mistake
 from PIL import Image
 from trainings import CPU, TINY, detector_arguments, stats, train, without_settings
 
@@ -234,15 +234,3 @@ def test_images_of_different_sizes_can_be_trained_on_and_cached_as_crops(files, 
     assert 22 <= len(stored_names(tmp_path / "out/residual_cache")) <= 44
     with mistake("--crop-size"):
         train(detector_arguments(files, tmp_path / "none", "--fixed-sr --crops-per-image 2"))
-
-
-def test_a_training_set_that_skip_bad_leaves_with_one_class_is_refused(files, tmp_path):
-    mixed = shutil.copytree(files, tmp_path / "files")
-    for path in (mixed / "fake").iterdir():
-        save(path, random_rgb(32, 32))
-    with mistake("training images must contain both", "5 real and 0 generated"):
-        train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr --crop-size 48 --skip-bad"))
-    with mistake("validation images must contain both", "0 generated"):
-        flags = f"--fixed-sr --crop-size 48 --skip-bad --val-root-pos REAL --val-root-neg {mixed}/fake"
-        train(detector_arguments(files, tmp_path / "out", flags))
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,113 @@
+"""Which images train_detector.py and train_sr.py train on, and which sets they refuse, by their command lines."""
+
+import os
+import shutil
+
+import pytest
+import torch
+from files import mistake, random_rgb, save
+from trainings import detector_arguments, sr_arguments, stats, train
+
+pytestmark = pytest.mark.usefixtures("small_classifier")
+
+FLAGS = "--fixed-sr --epochs 1 --no-cache"
+
+
+@pytest.fixture(autouse=True)
+def log_everything(caplog):
+    caplog.set_level("INFO")
+
+
+def arguments_without_roots(files, out, flags):
+    """Arguments for train_detector.py without --data-root-pos and --data-root-neg."""
+    arguments = detector_arguments(files, out, f"{FLAGS} {flags}")
+    for flag in ("--data-root-pos", "--data-root-neg"):
+        position = arguments.index(flag)
+        del arguments[position : position + 2]
+    return arguments
+
+
+def write_table(path, files, labels):
+    """Write a CSV table with one row per label."""
+    counts = {"real": 0, "fake": 0}
+    lines = ["path,label"]
+    for label in labels:
+        lines.append(f"{files}/{label}/{counts[label]}.png,{label}")
+        counts[label] += 1
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+# --- sets with one class ------------------------------------------------------------------------------------
+
+
+def test_sets_that_skip_bad_leaves_with_one_class_are_refused(files, tmp_path):
+    mixed = shutil.copytree(files, tmp_path / "files")
+    for path in (mixed / "fake").iterdir():
+        save(path, random_rgb(32, 32))
+    flags = f"{FLAGS} --crop-size 48 --skip-bad"
+    with mistake("training images must contain both", "5 real and 0 generated"):
+        train(detector_arguments(mixed, tmp_path / "out", flags))
+    with mistake("validation images must contain both", "5 real and 0 generated"):
+        train(detector_arguments(files, tmp_path / "out", f"{flags} --val-root-pos REAL --val-root-neg {mixed}/fake"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_tables_with_one_class_are_refused(files, tmp_path):
+    both = write_table(tmp_path / "both.csv", files, ["real", "real", "fake", "fake"])
+    fakes = write_table(tmp_path / "fakes.csv", files, ["fake", "fake", "fake"])
+    with mistake("training images must contain both", "0 real and 3 generated"):
+        train(arguments_without_roots(files, tmp_path / "out", f"--csv {fakes}"))
+    with mistake("validation images must contain both", "0 real and 3 generated"):
+        train(arguments_without_roots(files, tmp_path / "out", f"--csv {both} --val-csv {fakes}"))
+
+
+def test_trees_with_one_class_are_refused(files, tmp_path):
+    shutil.copytree(files / "fake", tmp_path / "tree/gan/1_fake")
+    with mistake("training images must contain both", "0 real and 5 generated"):
+        train(arguments_without_roots(files, tmp_path / "out", f"--data-root {tmp_path}/tree"))
+
+
+# --- which images are used ----------------------------------------------------------------------------------
+
+
+def test_the_validation_images_of_genimage_are_not_trained_on(files, tmp_path, caplog):
+    for split in ("train", "val"):
+        shutil.copytree(files / "real", tmp_path / f"tree/sd/{split}/nature")
+        shutil.copytree(files / "fake", tmp_path / f"tree/sd/{split}/ai")
+    train(arguments_without_roots(files, tmp_path / "out", f"--data-root {tmp_path}/tree"))
+    state = torch.load(tmp_path / "out/last.pth.tar", weights_only=True)
+    assert state["settings"]["images"].startswith("10 images (5 real, 5 generated)")
+    assert "10 in val (not for training)" in caplog.text
+
+
+def test_a_link_to_the_parent_folder_does_not_change_the_training(files, tmp_path, caplog):
+    linked = shutil.copytree(files, tmp_path / "files")
+    (linked / "real/up").symlink_to("..")
+    train(detector_arguments(files, tmp_path / "plain", FLAGS))
+    train(detector_arguments(linked, tmp_path / "linked", FLAGS))
+    assert stats(tmp_path / "plain") == stats(tmp_path / "linked")
+    assert "1 link to a folder that contains it" in caplog.text
+
+
+def test_files_left_out_of_folders_are_counted_in_one_line(files, tmp_path, caplog):
+    mixed = shutil.copytree(files, tmp_path / "files")
+    shutil.copy(files / "real/0.png", mixed / "real/photo.heic")
+    save(mixed / "real/photo.jfif", random_rgb(64, 64), format="JPEG")
+    train(sr_arguments(mixed, tmp_path / "out", "--num-epochs 1"))
+    lines = [message for message in caplog.messages if "left out" in message]
+    assert len(lines) == 1 and "found 6 images" in lines[0] and "1 .heic" in lines[0]
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9.png", b"new\nline.png", b" space.png"])
+def test_images_with_odd_names_can_be_trained_on(files, tmp_path, name):
+    mixed = shutil.copytree(files, tmp_path / "files")
+    os.rename(mixed / "real/0.png", os.path.join(os.fsencode(mixed / "real"), name))
+    train(detector_arguments(mixed, tmp_path / "folders", FLAGS))
+    paths = sorted((mixed / "real").iterdir()) + sorted((mixed / "fake").iterdir())
+    rows = [f'"{path}",{path.parent.name}\n' for path in paths]
+    with open(tmp_path / "list.csv", "w", errors="surrogateescape", newline="") as file:
+        file.writelines(["path,label\n", *rows])
+    train(arguments_without_roots(files, tmp_path / "table", f"--csv {tmp_path}/list.csv"))
+    losses = [stats(tmp_path / out)[0]["loss"] for out in ("folders", "table")]
+    assert losses[0] == losses[1]
