@@ -4,7 +4,7 @@ dependencies = ["torch", "numpy", "PIL", "tqdm"]
 
 
 def detector(checkpoint: str, **options):
-    """A trained detector ready for use: `evaluation.detector.load`."""
+    """Load a trained detector. The arguments are those of `evaluation.load`."""
     from evaluation import load
 
     return load(checkpoint, **options)

@@ -1,16 +1,12 @@
-"""Score images, real or generated: labelled sets get metrics, `--input` takes any file or folder.
+"""Score images: labelled images with metrics, or any files and folders without labels (--input).
 
     python test.py --resume DETECTOR --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --save_path output/mine
     python test.py --resume DETECTOR --input a.png photos/
 
-Scores first, metrics second: P.csv has a row an image (path,label,generator,logit_fake,logit_real,prob_fake,prediction,
-error; with --stability one more), P.npy the same logits (N, 2), columns FAKE, REAL. P.json (metrics, settings, versions)
-and P.png (ROC, histogram) are made from them. A killed run goes on where it stopped.
+Scores are written first, and metrics are computed from them. P.csv has one row per image, P.npy has the same logits, float32
+(N, 2) with the columns FAKE, REAL. P.json (metrics, settings, versions) and P.png (ROC curves, histogram) are made from P.csv.
+A run that was killed resumes where it stopped.
 """
-
-from utils.options import test_parser
-
-ARGS = test_parser().parse_args() if __name__ == "__main__" else None  # mistakes before PyTorch is imported
 
 import contextlib
 import logging
@@ -19,219 +15,324 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, make_loader, merge_equal_sizes
 from data.images import read_header, size_after
 from data.lists import Item, count_trained_on, input_items, labelled_items, list_digest
-from data.perturbations import Perturbation, mild_variants, select_perturbations
-from evaluation.detector import BATCH_PIXELS, Detector, images_at_once, load
-from evaluation.score_table import Row, ScoreTable, make_rows, predict, read_table, residual_path, row_of
+from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
+from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
+from evaluation.loading import load_on, select_options
+from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_foreign_outputs
+from evaluation.score_table import Row, ScoreTable, error_row, make_rows, read_table
 from evaluation.score_writer import ScoreWriter, file_stamps
 from utils.compute import choose_compute, versions
 from utils.console import printable, progress, text_table
-from utils.distributed import all_gather_rows, join_processes
+from utils.distributed import join_processes
 from utils.errors import UserError, run_program
 from utils.files import atomic, exclusive_writer, make_folder
+from utils.options import test_parser
 from utils.signals import Stopped, StopSignal
 
 logger = logging.getLogger("test")
 
 EXIT_ERRORS = 1  # some images could not be scored
+LONGEST_REASON = 300  # characters of an error message
+UNKNOWN_SIZE = (1024, 1024)  # (height, width), if the first image cannot be read
 
 
 def main(args: Namespace) -> int:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
     with join_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
-        # Images and the detector: what can be wrong with them is found before anything is written
+        # The images and the detector. Mistakes are found before anything is written
         if not args.resume:
             raise UserError("no detector: give its checkpoint with --resume")
-        items = items_to_test(args)
-        cells = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
-        detector = load(args.resume, compute, args.precision, args.resynthesizer_file, args.vgg_weights, vars(args))
-        detector.network.set_tile(args.tile)
-        seen = 0 if detector.seen is None else count_trained_on(items, detector.seen.numpy())
-        if seen:
-            text = "warning: it was trained on %d of these %d images, by name and size: scores say nothing of new ones"
-            logger.warning(text, seen, len(items))
-
-        # Where the results go
         if world.size > 1 and not args.save_path:
             raise UserError("several processes need a place that all of them write to: give --save_path")
-        save_path = (args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores").rstrip("/")
-        save_path = Path(save_path.removesuffix(".npy"))
-        for folder in filter(None, (save_path.parent, args.save_residuals)):
-            make_folder(folder)
-        stack.enter_context(exclusive_writer(save_path.with_name(f".{save_path.name}.lock"), world))
+        items = items_to_score(args.input, (args.real_roots, args.fake_roots, args.tree, args.csv))
+        settings = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
+        options = select_options(vars(args))
+        detector = load_on(compute, args.resume, args.resynthesizer_file, args.vgg_weights, options)
+        detector.network.set_tile(args.tile)
+        trained_on = warn_of_training_images(items, detector)
 
-        # Scores, then what is made of them
-        about = {"settings": vars(args) | {"precision": compute.precision}, "trained_on": seen}
-        about["detector"] = {"file": args.resume, **detector.identity()}
-        job, stamps, tables, far = job_of(detector, items, False), file_stamps(items), {}, []
-        for cell in cells:
-            path, residuals = save_path, args.save_residuals
-            if len(cells) > 1:
-                path = save_path.with_name(f"{save_path.name}_{cell.file_name}")
-                residuals = residuals and Path(residuals, cell.file_name)
-            what, transform = {"name": cell.name, "strength": cell.strength, "label": cell.label}, None
-            if cell.name != "none":
-                what |= {"protocol": args.perturb_protocol, "seed": args.seed}
-                transform = Perturbation(cell, args.perturb_protocol, args.seed)
-            log = ScoreWriter(Path(f"{path}.csv"), items, stamps, job | {"perturbation": what}, world)
-            if log.open(args.overwrite):
-                images = ImageDataset(items, detector.fitting, transform=transform)
-                unlike = score(detector, images, log, args, residuals, stop)
-                far = far if transform else all_gather_rows(torch.tensor(unlike, dtype=torch.int64), world).tolist()
-                log.close()
+        # The places of the results, where no file of anybody else is replaced
+        save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
+        base = path_without_suffix(save_path)  # P of P.csv
+        bases = bases_of_tables(base, settings)
+        pictures = pictures_of_tables(args.save_residuals, settings, items)
+        inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
+        for setting in settings:
+            refuse_foreign_outputs(bases[setting], pictures[setting].paths, filter(None, inputs))
+        for folder in filter(None, (base.parent, args.save_residuals)):
+            make_folder(folder)
+        stack.enter_context(exclusive_writer(base.with_name(f".{base.name}.lock"), world))
+
+        stamps = file_stamps(items)
+        results = {}
+        for setting in settings:
+            # The scores under one perturbation
+            perturbation = describe_perturbation(setting, args.perturb_protocol, args.seed)
+            job = {**describe_job(detector, items), "perturbation": perturbation}
+            pictures[setting].set_job(job)
+            writer = ScoreWriter(Path(f"{bases[setting]}.csv"), items, stamps, job, world)
+            if writer.open(args.overwrite, pictures[setting].missing()):
+                transform = None if setting.name == "none" else Perturbation(setting, args.perturb_protocol, args.seed)
+                images = ImageDataset(items, detector.reading_policy, transform=transform)
+                batches = read_batches(images, detector, writer, args.batch_size, args.workers)
+                score_images(detector, batches, writer, pictures[setting], stop)
+                writer.close()
+
+            # The other files, which are made from the scores
             if world.is_main:
-                table, metrics = tables[cell.label] = results(path, args.seed)
-                log.finish({**about, "perturbation": what, "metrics": metrics, "versions": versions()})
+                record = {"settings": {**vars(args), "precision": compute.precision}, "trained_on": trained_on}
+                record["detector"] = {"file": args.resume, **detector.identity()}
+                record["perturbation"] = perturbation
+                results[setting.label] = write_results(bases[setting], writer, record, args.seed)
         if not world.is_main:
             return 0
-        show(tables, detector.calibration, bool(args.input))
-        for line in detector.unlike([item.path for item in items], [items[i].path for i in far]) if args.input else ():
-            logger.warning("warning: %s", line)
+
+        # What is shown
+        sys.stdout.write("\n".join(report_lines(results, detector.calibration, bool(args.input))) + "\n")
+        if args.input:
+            for line in detector.differences_from_training([item.path for item in items]):
+                logger.warning("warning: %s", line)
         if args.save_path:
-            figures = ",png" if any(metrics for _, metrics in tables.values()) else ""
-            logger.info("written: %s%s.{csv,npy,json%s}", printable(save_path), "_*" if len(tables) > 1 else "", figures)
-        return EXIT_ERRORS if any(not table.scored.all() for table, _ in tables.values()) else 0
+            log_written_files(base, results)
+        is_complete = all(table.scored.all() for table, _ in results.values())
+        return 0 if is_complete else EXIT_ERRORS
 
 
-def items_to_test(args: Namespace) -> list[Item]:
-    """The images of --input, or the labelled ones."""
-    labelled = (args.real_roots, args.fake_roots, args.tree, args.csv)
-    if args.input and any(labelled):
+# --- before the first score -----------------------------------------------------------------------------------
+
+
+def items_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
+    """List the images of --input or, with labels, those of `labelled_items(*labelled)`."""
+    if inputs and any(labelled):
         raise UserError("both --input and labelled images: score them in two runs, or leave one out")
-    return input_items(args.input) if args.input else labelled_items(*labelled)
+    return input_items(inputs) if inputs else labelled_items(*labelled)
 
 
-def job_of(detector: Detector, items: list[Item], stability: bool) -> dict:
-    """All that a table depends on besides the content of the files, however they are named or dealt out."""
-    known = detector.identity()
-    known["vgg"] = known["vgg"] and known["vgg"]["fingerprint"]  # wherever the file is
-    sizes = {"crop_size": detector.policy.crop_size, "resize": detector.policy.resize}
-    sizes |= {"crops": detector.crops} if detector.crops > 1 else {}  # earlier versions had no more than one
-    how = {"precision": detector.compute.precision, "stability": stability, "images": list_digest(items)}
-    return {"detector": known, **sizes, **how}
+def warn_of_training_images(items: list[Item], detector: Detector) -> int:
+    """Count the images that the detector was trained on, as far as that is known, and warn if there are any."""
+    if detector.trained_on is None:
+        return 0
+    count = count_trained_on(items, detector.trained_on.numpy())
+    if count:
+        text = "warning: the detector was trained on %d of these %d images (same name, size and content), so their scores"
+        logger.warning(text + " say nothing about new images", count, len(items))
+    return count
 
 
-def score(
-    detector: Detector, images: ImageDataset, log: ScoreWriter, args: Namespace, residuals: Path | None, stop: StopSignal
-) -> list[int]:
-    """Write a row of the score table for each image that lacks one; of several processes each takes a part.
+def bases_of_tables(base: Path, settings: list[PerturbationSetting]) -> dict[PerturbationSetting, Path]:
+    """Return the path P of each perturbation's files: P_NAME if there are several."""
+    if len(settings) == 1:
+        return {settings[0]: base}
+    return {setting: base.with_name(f"{base.name}_{setting.file_name}") for setting in settings}
 
-    Returns which of them have mean residuals unlike those of all images that the detector was validated on.
+
+def pictures_of_tables(
+    folder: str | None, settings: list[PerturbationSetting], items: list[Item]
+) -> dict[PerturbationSetting, ResidualPictures]:
+    """Return the residual pictures of each perturbation: in folders of its name if there are several."""
+    pictures = {}
+    for setting in settings:
+        own_folder = Path(folder, setting.file_name) if folder and len(settings) > 1 else folder
+        pictures[setting] = ResidualPictures(own_folder, items)
+    return pictures
+
+
+def describe_perturbation(setting: PerturbationSetting, protocol: str, seed: int) -> dict:
+    """Describe a perturbation for the job and for P.json."""
+    described = {"name": setting.name, "strength": setting.strength, "label": setting.label}
+    if setting.name != "none":
+        described.update(protocol=protocol, seed=seed)
+    return described
+
+
+def describe_job(detector: Detector, items: list[Item]) -> dict:
+    """Describe everything that scores depend on besides the content of the images and their perturbation."""
+    identity = detector.identity()
+    vgg = identity.get("vgg")
+    identity["vgg"] = vgg and vgg["fingerprint"]  # wherever its file is
+    return {
+        "detector": identity,
+        "crop_size": detector.policy.crop_size,
+        "resize": detector.policy.resize,
+        "crops": detector.crops,
+        "precision": detector.compute.precision,
+        "images": list_digest(items),
+    }
+
+
+# --- scores ---------------------------------------------------------------------------------------------------
+
+
+def read_batches(
+    images: ImageDataset, detector: Detector, writer: ScoreWriter, batch_size: int | None, workers: int
+) -> Iterator[Batch]:
+    """Read the images that lack a row, and put consecutive images of one size into batches.
+
+    batch_size: images per batch; None: as many as have BATCH_PIXELS pixels.
     """
-    first = read_header(images.items[0].path, images.policy).size or (1024, 1024)
-    block, pixels = images_at_once(*size_after(*first, images.policy)), BATCH_PIXELS
-    if args.batch_size:
-        block, pixels = args.batch_size, math.inf
-    missing, far, (least, most) = log.missing(block), [], detector.known_residuals
-    singles = ([Key(0, int(index))] for index in missing)
-    loader = make_loader(images, singles, args.workers if len(missing) > 1 else 0, detector.compute)
+    size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
+    block, pixels = images_per_batch(*size_after(*size, images.policy)), BATCH_PIXELS
+    if batch_size:
+        block, pixels = batch_size, math.inf
+    missing = writer.missing(block)
+    one_by_one = [[Key(0, int(index))] for index in missing]
+    loader = make_loader(images, one_by_one, workers if len(missing) > 1 else 0, detector.compute)
     with progress(None, "scoring", total=len(missing), unit="images") as bar:
         for batch in merge_equal_sizes(loader, block, pixels):
-            rows = {i: row_of(images.items[i], error=text) for i, text in batch.errors.items()}
-            if len(batch.x):
-                scored, means = batch_rows(detector, batch, residuals, False)
-                rows |= {index: row for (_, index, _), row in zip(batch.keys, scored, strict=True)}
-                far += [key[1] for key, m in zip(batch.keys, means, strict=True) if m < least or m > most]
-            log.write(dict(sorted(rows.items())))
-            for row in rows.values():
-                if row.error:
-                    logger.warning("not scored: %s", row.error)
-            bar.update(len(rows))
-            if stop.received:
-                raise Stopped(stop.received)
-    return far
+            yield batch
+            bar.update(len(batch.items) + len(batch.errors))
 
 
-def batch_rows(
-    detector: Detector, batch: Batch, residuals: Path | None, stability: bool
-) -> tuple[list[Row], list[float]]:
-    """The rows of a batch of images, and their mean residuals; on the way its residuals as pictures, if wanted.
+def score_images(
+    detector: Detector, batches: Iterable[Batch], writer: ScoreWriter, pictures: ResidualPictures, stop: StopSignal
+) -> None:
+    """Write a row of the score table for each image in the batches, and its residual picture if there is a place for it.
 
-    stability: each row says whether its verdict is also that on the image's mild variants.
+    Raises:
+        Stopped: after a batch, if the program got a signal.
     """
-    compared = detector.compare(batch.x) if residuals else None
-    if residuals:
-        from evaluation.figures import residual_picture
-
-        x = detector.compute.input(batch.x)  # (B, 3, H, W)
-        for item, *pictures in zip(batch.items, x, compared.x_hat, compared.residual, strict=True):
-            image, again, difference = (p.float().cpu().numpy() for p in pictures)
-            residual_picture(image, again, difference.mean(axis=0), residual_path(residuals, item.path))
-    logits, means = detector.score(batch.x, compared)
-    rows, means = make_rows(batch.items, logits.numpy(), detector.calibration), means.tolist()
-    if not stability:
-        return rows, means
-    stable = np.ones(len(rows), bool)
-    for of_a_kind in zip(*(mild_variants(image).values() for image in batch.x), strict=True):
-        _, verdicts = predict(detector.logits(torch.stack(of_a_kind)).numpy(), detector.calibration)
-        stable &= np.array(verdicts) == [row.prediction for row in rows]
-    words = np.where(stable, "stable", "unstable").tolist()
-    told = (row if row.error else row._replace(stability=word) for row, word in zip(rows, words, strict=True))
-    return list(told), means
+    for batch in batches:
+        rows = {index: error_row(writer.items[index], problem) for index, problem in batch.errors.items()}
+        if len(batch.x):
+            rows.update(score_batch(detector, batch, pictures))
+        writer.write(dict(sorted(rows.items())))
+        for row in rows.values():
+            if row.error:
+                logger.warning("not scored: %s", row.error)
+        if stop.received:
+            raise Stopped(stop.received)
 
 
-# --- results ------------------------------------------------------------------------------------------------
+def score_batch(detector: Detector, batch: Batch, pictures: ResidualPictures) -> dict[int, Row]:
+    """Score a batch of images. Returns the rows by the index of their image.
+
+    If a batch cannot be scored, its images are scored one by one, so that one image does not end the run.
+    """
+    indices = [index for _, index, _ in batch.keys]
+    problem = detector.size_problem(*batch.x.shape[2:])
+    if problem:
+        return {i: error_row(item, f"{item.path}: {problem}") for i, item in zip(indices, batch.items, strict=True)}
+    if not pictures.paths:
+        with contextlib.suppress(Exception):
+            logits = detector.logits(batch.x)  # (B, 2)
+            return dict(zip(indices, make_rows(batch.items, logits.numpy(), detector.calibration), strict=True))
+    rows = {}
+    for i, item, image in zip(indices, batch.items, batch.x, strict=True):
+        rows[i] = score_one_image(detector, item, image, pictures, i)
+    return rows
 
 
-def results(path: Path, seed: int) -> tuple[ScoreTable, dict | None]:
-    """P.npy and P.png from P.csv. Returns the table and its metrics (None where no image is labelled)."""
-    table = read_table(f"{path}.csv")
-    with atomic(f"{path}.npy") as file:
+def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: ResidualPictures, index: int) -> Row:
+    """Score one image, uint8 (3, H, W), and draw its residual picture if there is a place for it.
+
+    Whatever goes wrong becomes an error row.
+    """
+    try:
+        examination = detector.examine(image)
+        if pictures.paths:
+            pictures.draw(index, examination)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+        return error_row(item, f"{item.path}: cannot be scored ({reason})")
+    return make_rows([item], examination.logits.numpy(), detector.calibration)[0]
+
+
+# --- results --------------------------------------------------------------------------------------------------
+
+
+def write_results(base: Path, writer: ScoreWriter, record: dict, seed: int) -> tuple[ScoreTable, dict | None]:
+    """Write P.npy, P.json and P.png from P.csv, and delete the parts of P.csv.
+
+    Args:
+        record: what P.json says besides metrics and versions.
+        seed: of the bootstrap.
+
+    Returns:
+        the table and its metrics; None if no image is labelled and scored.
+    """
+    table = read_table(f"{base}.csv")
+    with atomic(f"{base}.npy") as file:
         np.save(file, table.logits)
-    if not table.usable.any():
-        Path(f"{path}.png").unlink(missing_ok=True)  # of an earlier table
-        return table, None
-    from evaluation.figures import roc_and_histogram
-    from evaluation.metrics import summarize
+    metrics = None
+    if table.usable.any():
+        from evaluation.metrics import summarize  # here, because importing it takes a second
 
-    roc_and_histogram(table, f"{path}.png")
-    return table, summarize(table, seed=seed)
+        metrics = summarize(table, seed=seed)
+    writer.write_record({**record, "metrics": metrics, "versions": versions()})
+    figure = Path(f"{base}.png")
+    if metrics:
+        from evaluation.figures import roc_and_histogram  # here, because importing it takes a second
+
+        roc_and_histogram(table, figure)
+    else:
+        figure.unlink(missing_ok=True)  # of an earlier table, as was checked
+    writer.remove_parts()
+    return table, metrics
 
 
-def show(tables: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, unlabelled: bool) -> None:
-    """What is read on the screen: verdicts on single images, or the metrics of labelled ones."""
-    from evaluation.metrics import format_table, perturbation_table, stability_lines
+def report_lines(
+    results: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, is_unlabelled: bool
+) -> list[str]:
+    """List what is shown on the screen: verdicts of unlabelled images, or the metrics of labelled ones."""
+    lines = explanation(calibration)
+    if is_unlabelled:
+        for label, (table, _) in results.items():
+            if len(results) > 1:
+                lines += ["", f"== {label}"]
+            lines += verdict_lines(table)
+        return lines
+    from evaluation.metrics import format_table, perturbation_table  # here, because importing it takes a second
 
-    several, lines = len(tables) > 1, explanation(calibration)
-    for name, (table, metrics) in tables.items() if unlabelled else [*tables.items()][:1]:
-        lines += ["", f"== {name}"] if several else []
-        lines += verdict_lines(table) if unlabelled else [format_table(metrics)] if metrics else []
-        lines += stability_lines(table)
-    if several and not unlabelled:
-        lines += ["", perturbation_table({name: metrics for name, (_, metrics) in tables.items() if metrics})]
-    sys.stdout.write("\n".join(lines) + "\n")
+    summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
+    for label, metrics in list(summaries.items())[:1]:
+        lines += ["", f"== {label}"] if len(results) > 1 else []
+        lines.append(format_table(metrics))
+    if len(results) > 1:
+        lines += ["", perturbation_table(summaries)]
+    return lines
 
 
 def explanation(calibration: Mapping) -> list[str]:
-    """What P(fake) and the verdict mean, for who sees them for the first time."""
-    rule, known = "fake from P(fake) = 0.5 on, else real", "not calibrated (see python -m tools.calibrate)"
+    """Explain P(fake) and the verdicts to somebody who sees them for the first time."""
     if calibration:
-        rule = "fake from P(fake) = {t_fake:.3g} on, real up to {t_real:.3g}, unsure between".format_map(calibration)
-        known = "calibrated on {source} (temperature {temperature:.3g}), for images like those"
-        known = printable(known.format_map({"source": "another set", **calibration}))
-    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {known}", f"verdict: {rule}"]
+        source = printable(str(calibration.get("source", "another set")))
+        meaning = f"calibrated on {source} (temperature {calibration['temperature']:.3g}), for images like those"
+        thresholds = f"from P(fake) = {calibration['t_fake']:.3g} on, real up to {calibration['t_real']:.3g}"
+        rule = f"fake {thresholds}, unsure between"
+    else:
+        meaning = "not calibrated (see python -m tools.calibrate)"
+        rule = "fake from P(fake) = 0.5 on, else real"
+    return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {meaning}", f"verdict: {rule}"]
 
 
 def verdict_lines(table: ScoreTable) -> list[str]:
-    """A line an image: P(fake), the verdict, whether it is stable if that was asked for, the file; then the counts."""
+    """List P(fake), the verdict and the file of each image, and the number of images per verdict."""
     rows = [["P(fake)", "verdict", "image"]]
-    columns = (table.prob_fake, table.predictions, table.stability, table.paths, table.errors)
-    for prob_fake, verdict, stability, path, error in zip(*columns, strict=True):
-        row = [f"{prob_fake:.4f}", f"{verdict} {stability}".strip(), printable(path)]
-        rows.append(["-", "error", printable(error)] if error else row)
+    for i, path in enumerate(table.paths):
+        if table.errors[i]:
+            rows.append(["-", "error", printable(table.errors[i])])
+        else:
+            rows.append([f"{table.prob_fake[i]:.4f}", table.predictions[i], printable(path)])
     counts = Counter(table.predictions)
-    ending = ", ".join(f"{counts[word]} {word}" for word in ("fake", "real", "unsure"))
-    return [text_table(rows, left=len(rows[0])), f"{ending}, {counts['']} could not be read"]
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("fake", "real", "unsure"))
+    return [text_table(rows, left=3), f"{verdicts}, {counts['']} could not be scored"]
+
+
+def log_written_files(base: Path, results: dict[str, tuple[ScoreTable, dict | None]]) -> None:
+    """Log the names of the files that were written."""
+    several = "_*" if len(results) > 1 else ""
+    figure = ",png" if any(metrics for _, metrics in results.values()) else ""
+    logger.info("written: %s%s.{csv,npy,json%s}", printable(base), several, figure)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(partial(main, ARGS)))
+    sys.exit(run_program(lambda: main(test_parser().parse_args())))

@@ -1,3 +1,4 @@
 """Scoring with a trained detector, score tables, metrics and figures."""
 
-from evaluation.detector import Detector, load
+from evaluation.detector import Detector
+from evaluation.loading import load

@@ -1,236 +1,250 @@
-"""A trained detector ready for use: from files, PIL images or tensors to P(fake), verdicts and residuals.
+"""A trained detector that is ready for use: from files, images and arrays to P(fake), verdicts and residuals.
 
     from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py scores with the same object, so that the numbers are the same.
+test.py uses the same object, so the numbers are the same.
 """
 
-import logging
-import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, product
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data.datasets import ImageDataset, Key, Sample, collate, merge_equal_sizes
-from data.images import SizePolicy, check_headers, load_image, resize_and_crop, upright_rgb
+from data.datasets import Batch, ImageDataset, Key, Sample, collate, merge_equal_sizes
+from data.images import SizePolicy, check_headers, resize_and_crop
 from data.lists import Item
-from evaluation.score_table import predict
-from models.build import load_detector
+from evaluation.calibration import probabilities_and_verdicts
+from evaluation.inputs import ACCEPTED, ImageInput, decode, is_one_image, spread_crops
 from models.resynthesis import ResynthesisDetector
-from utils.checkpoints import fingerprint, read_checkpoint
-from utils.compute import Compute, choose_compute
+from utils.checkpoints import fingerprint
+from utils.compute import Compute
 from utils.console import printable
 from utils.errors import UserError
 
-logger = logging.getLogger(__name__)
-
-CROPS = 9  # of an image, where the detector was trained on crops: docs/results.md compares 1, 4, 9 and whole images
-BATCH_PIXELS = 1024 * 1024  # images are scored together while they have no more pixels than this
-Picture = str | os.PathLike | Image.Image | Tensor  # a path, a PIL image, or uint8 (3, H, W) RGB of 0..255
+BATCH_PIXELS = 1024 * 1024  # images are scored in batches of at most this many pixels, or one by one
 
 
-def images_at_once(height: int, width: int) -> int:
-    """How many images of this size are scored together, the first of a list having it."""
-    return max(1, BATCH_PIXELS // max(1, height * width))
+class Examination(NamedTuple):
+    """What a detector saw of one image, in K crops: float32 on the CPU."""
+
+    x: Tensor  # (K, 3, h, w) in [0, 1]
+    x_hat: Tensor  # (K, 3, h, w), about [0, 1]
+    residual: Tensor  # (K, C_l, h_l, w_l)
+    logits: Tensor  # (2,), columns FAKE, REAL: the mean over the crops
+    columns: int  # the crops are in rows of this many
 
 
-class Compared(NamedTuple):
-    """Images and their re-synthesis."""
+@dataclass(frozen=True)
+class Detector:
+    """A trained network with everything that belongs to its scores.
 
-    x_hat: Tensor  # (B, 3, H, W), about [0, 1]
-    residual: Tensor  # (B, C_l, H_l, W_l), float32, not negative
-
-
-class Detector(NamedTuple):
-    """RDN, features and classifier, and all that belongs to them."""
+    `predict`, `verdict` and `residual` take one image or several. Images are resized and cropped as in training.
+    """
 
     network: ResynthesisDetector
     compute: Compute
     policy: SizePolicy
-    calibration: Mapping  # temperature, t_real, t_fake, ...; empty: none
-    config: Mapping  # how the networks are built, and the fingerprints of their weights
-    seen: Tensor | None  # `data.lists.identities` of the images it was trained on
-    crops: int = 1  # of `policy.crop_size`, over which the logits of an image are averaged; 1: the one in its centre
+    calibration: Mapping  # see `probabilities_and_verdicts`; empty: none
+    config: Mapping  # how the network is built, and the fingerprints of its weights
+    trained_on: Tensor | None  # `data.lists.identities` of its training images, if the checkpoint has them
+    crops: int = 1  # crops per image, over which the logits are averaged
 
-    @property
-    def fitting(self) -> SizePolicy:
-        """How images are made ready: as `policy` says, but whole where several crops are taken of them."""
-        return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
+    def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
+        """Compute P(fake) of each image: float64 (N,) in [0, 1], calibrated if the detector is."""
+        prob_fake, _ = probabilities_and_verdicts(self._logits_of(images), self.calibration)
+        return prob_fake
+
+    def verdict(self, images: Iterable[ImageInput] | ImageInput) -> list[str]:
+        """Decide for each image: real, fake or, if the detector is calibrated, unsure."""
+        _, verdicts = probabilities_and_verdicts(self._logits_of(images), self.calibration)
+        return verdicts
+
+    def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
+        """Compute what re-synthesis could not bring back of each image: float32 (C_l, H_l, W_l) on the CPU."""
+        residuals = []
+        for batch in self._batches(images):
+            _, _, residual = self.resynthesize(batch)
+            residuals.extend(residual.cpu())
+        return residuals
+
+    # --- batches of images that are ready for the network ---
 
     @torch.inference_mode()
-    def compare(self, images: Tensor) -> Compared:
-        """images: uint8 (B, 3, H, W) of the sizes `fit` gives. Returns their re-synthesis and residuals."""
+    def logits(self, images: Tensor) -> Tensor:
+        """Compute the logits of images. With several crops per image they are the mean over the crops.
+
+        Args:
+            images: uint8 (B, 3, H, W), as `prepare` returns them.
+
+        Returns:
+            float32 (B, 2) on the CPU, columns FAKE, REAL.
+        """
+        if self.crops > 1:
+            return torch.stack([self._mean_logits(image) for image in images])  # (B, 2)
+        x = self.compute.input(images)  # (B, 3, H, W) in [0, 1]
+        with self.compute.autocast():
+            return self.network(x).float().cpu()  # (B, 2)
+
+    def _mean_logits(self, image: Tensor) -> Tensor:
+        """Compute the mean logits (2,) over the crops of an image, uint8 (3, H, W)."""
+        crops, _ = self.crop(image)  # (K, 3, h, w)
+        whole = replace(self, crops=1)
+        logits = [whole.logits(batch) for batch in crops.split(images_per_batch(*crops.shape[2:]))]
+        return torch.cat(logits).mean(dim=0)  # (2,)
+
+    @torch.inference_mode()
+    def resynthesize(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Re-synthesise images and take the residual.
+
+        Args:
+            images: uint8 (B, 3, H, W).
+
+        Returns:
+            x (B, 3, H, W) in [0, 1], x_hat (B, 3, H, W) and the residual (B, C_l, H_l, W_l), on the detector's device.
+        """
         x = self.compute.input(images)  # (B, 3, H, W)
         with self.compute.autocast():
-            x_hat = self.network.resynthesize(x)
-            return Compared(x_hat, self.network.residual(x, x_hat))
+            x_hat = self.network.resynthesize(x)  # (B, 3, H, W)
+            return x, x_hat, self.network.residual(x, x_hat)
 
     @torch.inference_mode()
-    def score(self, images: Tensor, compared: Compared | None = None) -> tuple[Tensor, Tensor]:
-        """The logits of images, and their mean residuals; of several crops their means, computed image by image.
+    def examine(self, image: Tensor) -> Examination:
+        """Score one image, uint8 (3, H, W), and keep what the network computes on the way."""
+        crops, columns = self.crop(image) if self.crops > 1 else (image[None], 1)  # (K, 3, h, w)
+        parts = []
+        for batch in crops.split(images_per_batch(*crops.shape[2:])):
+            x, x_hat, residual = self.resynthesize(batch)
+            logits = self.network.classify(residual)  # (k, 2)
+            parts.append([tensor.float().cpu() for tensor in (x, x_hat, residual, logits)])
+        x, x_hat, residual, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return Examination(x, x_hat, residual, logits.mean(dim=0), columns)
 
-        images: uint8 (B, 3, H, W) of the sizes `fit` gives. compared: if they are already.
-        Returns (B, 2), columns FAKE, REAL, and (B,), float32 on the CPU.
-        """
-        if self.crops == 1:
-            residual = (compared or self.compare(images)).residual  # (B, C_l, H_l, W_l)
-            return self.network.classify(residual).cpu(), residual.mean(dim=(1, 2, 3)).cpu()
-        side, whole = self.policy.crop_size - self.policy.crop_size % self.policy.scale, self._replace(crops=1)
-        logits, means = [], []
-        for image in images:
-            parts = crops_of(image, side, self.crops)  # (K, 3, side, side)
-            few = [whole.score(part) for part in parts.split(images_at_once(*parts.shape[2:]))]
-            of_crops, means_of_crops = (torch.cat(p) for p in zip(*few, strict=True))  # (K, 2), (K,)
-            logits.append(of_crops.mean(dim=0)), means.append(means_of_crops.mean())
-        return torch.stack(logits), torch.stack(means)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, 2), see `score`."""
-        return self.score(images)[0]
-
-    def fit(self, picture: Picture) -> Tensor:
-        """A picture as the networks get it: uint8 (3, H, W), resized and cropped as in training, or a UserError."""
-        if isinstance(picture, Image.Image):
-            picture = torch.from_numpy(np.array(upright_rgb(picture.copy()))).permute(2, 0, 1)  # (3, H, W)
-        elif not isinstance(picture, Tensor):
-            picture = load_image(picture)  # (3, H, W)
-        if picture.dtype != torch.uint8 or picture.dim() != 3 or len(picture) != 3:
-            raise UserError(f"a picture of {picture.dtype} {tuple(picture.shape)}: uint8 (3, H, W) was wanted")
-        return resize_and_crop(picture, self.fitting)
-
-    def predict(self, pictures: Iterable[Picture] | Picture) -> np.ndarray:
-        """P(fake) of each picture, float64 (N,) in [0, 1], calibrated if the detector is."""
-        return self._scores(pictures)[0]
-
-    def verdict(self, pictures: Iterable[Picture] | Picture) -> list[str]:
-        """real, fake or (where thresholds are fitted) unsure, for each picture."""
-        return self._scores(pictures)[1]
-
-    def residual(self, pictures: Iterable[Picture] | Picture) -> list[Tensor]:
-        """What re-synthesis could not bring back of each picture: float32 (C_l, H_l, W_l), on the CPU."""
-        return [residual for x in self._batches(pictures) for residual in self.compare(x).residual.cpu()]
-
-    def _scores(self, pictures: Iterable[Picture] | Picture) -> tuple[np.ndarray, list[str]]:
-        logits = [self.logits(x) for x in self._batches(pictures)]
-        return predict(torch.cat(logits or [torch.empty(0, 2)]).numpy(), self.calibration)
-
-    def _batches(self, pictures: Iterable[Picture] | Picture) -> Iterator[Tensor]:
-        """The pictures in the batches (B, 3, H, W) that test.py would make of them."""
-        single = getattr(pictures, "ndim", None) == 3 or isinstance(pictures, str | os.PathLike | Image.Image)
-        fitted = map(self.fit, [pictures] if single else pictures)
-        first = next(fitted, None)
-        if first is not None:
-            unnamed = Item("a picture", None, "")
-            ones = (collate([Sample(Key(0, i), unnamed, x[None])]) for i, x in enumerate(chain([first], fitted)))
-            yield from (batch.x for batch in merge_equal_sizes(ones, images_at_once(*first.shape[1:]), BATCH_PIXELS))
-
-    def identity(self) -> dict:
-        """What the detector's scores depend on: the fingerprints of its weights, how it is built, its calibration."""
-        own = {"classifier": fingerprint(self.network.classifier), "calibration": dict(self.calibration)}
-        return {**self.config, **own}
+    def crop(self, image: Tensor) -> tuple[Tensor, int]:
+        """Cut the crops of an image (3, H, W). Returns (K, 3, h, w) and the number of crops per row of the image."""
+        return spread_crops(image, self.crop_side, self.crops)
 
     @property
-    def known_residuals(self) -> tuple[float, float]:
-        """The range of the mean residuals of the images it was validated on; without bounds if that is not known."""
-        least, most = (self.config.get("images") or {}).get("residual") or (None, None)
-        return (0.0, math.inf) if most is None else (least, most)
+    def crop_side(self) -> int:
+        """Side of a crop in pixels: the crop size, rounded down to a multiple of the scale."""
+        return self.policy.crop_size - self.policy.crop_size % self.policy.scale
 
-    def unlike(self, paths: Sequence[str], far: Sequence[str]) -> list[str]:
-        """A line for each way in which image files are unlike all that it was fitted on, where that is known.
+    # --- preparing images ---
 
-        far: those whose mean residuals are not within `known_residuals`.
+    @property
+    def reading_policy(self) -> SizePolicy:
+        """How images are resized and cropped when they are read. They stay whole if several crops are cut later."""
+        return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
+
+    def prepare(self, image: ImageInput) -> Tensor:
+        """Decode, resize and crop an image for the network. Returns uint8 (3, H, W).
+
+        Raises:
+            UserError: if it is nothing that is accepted, cannot be decoded, or is too small.
         """
-        known = self.config.get("images") or {}
-        if "sides" not in known:  # trained by an earlier version
-            return []
-        (low, high), jpegs = known["sides"], known["jpegs"]
-        seen = {p: h for p, h in zip(paths, check_headers(paths, self.fitting), strict=True) if h.size}
-        other_sizes = [p for p, h in seen.items() if not (self.policy.resize or low / 2 <= min(h.size) <= 4 * high)]
-        ways = {
-            f"have shorter sides far from its {low} to {high} pixels": other_sizes,
-            "are JPEG, of which it saw none": [p for p, h in seen.items() if jpegs == 0 and h.jpeg],
-            "are no JPEG, and it saw nothing else": [p for p, h in seen.items() if jpegs == 1 and not h.jpeg],
-            "have mean residuals outside its {:.3g} to {:.3g}".format(*self.known_residuals): far,
+        pixels = resize_and_crop(decode(image), self.reading_policy)  # (3, H, W)
+        problem = self.size_problem(*pixels.shape[1:])
+        if problem:
+            raise UserError(f"image {problem}")
+        return pixels
+
+    def size_problem(self, height: int, width: int) -> str | None:
+        """Say why the network cannot score images of this size; None if it can."""
+        if self.crops > 1:
+            height, width = min(height, self.crop_side), min(width, self.crop_side)
+        _, residual_height, residual_width = self.network.residual_shape(height, width)
+        if min(residual_height, residual_width) >= 1:
+            return None
+        stride = self.network.features.stride
+        return f"is {width} x {height} pixels, and the detector's features need at least {stride} x {stride}"
+
+    def _logits_of(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
+        """Compute the logits of images of any kind: (N, 2)."""
+        logits = [self.logits(batch) for batch in self._batches(images)]
+        return torch.cat([torch.empty(0, 2), *logits]).numpy()
+
+    def _batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
+        """Prepare images, and put them into the batches (B, 3, H, W) that test.py would put them into."""
+        if is_one_image(images):
+            images = [images]
+        elif not isinstance(images, Iterable):
+            raise UserError(f"expected images, each {ACCEPTED}; got {type(images).__name__}")
+        prepared = map(self.prepare, images)
+        first = next(prepared, None)
+        if first is None:
+            return
+        block = images_per_batch(*first.shape[1:])
+        for batch in merge_equal_sizes(batches_of_one(first, prepared), block, BATCH_PIXELS):
+            yield batch.x
+
+    # --- what the scores depend on ---
+
+    def identity(self) -> dict:
+        """Return what the scores depend on: how the network is built, the fingerprints of its weights, calibration."""
+        return {
+            **self.config,
+            "classifier_fingerprint": fingerprint(self.network.classifier),
+            "calibration": dict(self.calibration),
         }
-        text = "unlike its training images: {} of {} {} (first: {}): take these verdicts with care"
-        return [text.format(len(odd), len(paths), way, printable(odd[0])) for way, odd in ways.items() if odd]
+
+    def differences_from_training(self, paths: Sequence[str]) -> list[str]:
+        """Say in which ways image files are unlike all training images, as far as that is known: one line each."""
+        known = self.config.get("images") or {}
+        if "sides" not in known:
+            return []
+        headers = check_headers(paths, self.reading_policy)
+        smallest, largest = known["sides"]
+        other_sizes, jpegs, other_formats = [], [], []
+        for path, header in zip(paths, headers, strict=True):
+            if header.size is None:
+                continue
+            side = min(header.size)
+            if not self.policy.resize and not smallest / 2 <= side <= 4 * largest:
+                other_sizes.append(path)
+            if header.jpeg:
+                jpegs.append(path)
+            else:
+                other_formats.append(path)
+        groups = {f"have a shorter side far from the {smallest} to {largest} pixels seen in training": other_sizes}
+        if known["jpegs"] == 0:
+            groups["are JPEG files, and no training image was one"] = jpegs
+        if known["jpegs"] == 1:
+            groups["are no JPEG files, and all training images were"] = other_formats
+        lines = []
+        for difference, group in groups.items():
+            if group:
+                count = f"{len(group)} of {len(paths)} {difference} (first: {printable(group[0])})"
+                lines.append(f"unlike the training images: {count}. Take these verdicts with care")
+        return lines
 
 
 def describe_training_images(images: ImageDataset) -> dict:
-    """What `Detector.unlike` has to know of training images: the range of their shorter sides; the share that is JPEG."""
+    """Describe training images for `Detector.differences_from_training`.
+
+    Returns:
+        {"sides": [smallest, largest shorter side in pixels], "jpegs": fraction of JPEG files}. Images that are perturbed
+        in training count as half JPEG, because some of them are compressed.
+    """
     sides = [min(header.size) for header in images.headers]
-    jpegs = 0.5 if images.transform else float(np.mean([header.jpeg for header in images.headers]))
-    return {"sides": [min(sides), max(sides)], "jpegs": jpegs}  # perturbed: some are compressed
+    jpegs = float(np.mean([header.jpeg for header in images.headers]))
+    return {"sides": [min(sides), max(sides)], "jpegs": 0.5 if images.transform else jpegs}
 
 
-def crops_of(image: Tensor, side: int, count: int) -> Tensor:
-    """(K, 3, side, side): `count` squares of an image (3, H, W), evenly spread from its borders in, the same ones once.
-
-    They are in as many rows and columns as suits its shape. Where a side of the image is smaller, all of it is taken.
-    """
-    height, width = image.shape[1:]
-    divisors = [n for n in range(1, count + 1) if count % n == 0]
-    rows = min(divisors, key=lambda n: abs(math.log(n * n * width / (count * height))))
-    corners = product(_places(height - side, rows), _places(width - side, count // rows))
-    return torch.stack([image[:, top : top + side, left : left + side] for top, left in corners])
+# --- batches --------------------------------------------------------------------------------
 
 
-def _places(free: int, count: int) -> list[int]:
-    """Where `count` parts of a line begin that has `free` pixels more than one; one is in the centre."""
-    free = max(free, 0)
-    return sorted({i * free // (count - 1) for i in range(count)}) if count > 1 else [free // 2]
+def images_per_batch(height: int, width: int) -> int:
+    """Return how many images of this size are scored in one batch."""
+    return max(1, BATCH_PIXELS // max(1, height * width))
 
 
-def load(
-    checkpoint: str,
-    device: str | Compute | None = None,
-    precision: str = "auto",
-    resynthesizer: str | None = None,
-    vgg_weights: str = "auto",
-    options: Mapping | None = None,
-) -> Detector:
-    """A detector from its checkpoint, of ours or of the release.
-
-    Args:
-        device: "cpu", the number of a GPU, or None for the first GPU there is; test.py gives what it has chosen.
-        precision: "auto" (TF32 on a GPU, float32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
-        resynthesizer: RDN's own file, where the checkpoint does not hold it (the released ones).
-        vgg_weights: as `--vgg-weights`.
-        options: what a released checkpoint leaves open, named as in test.py: stage, dilated, ...; resize, crop_size
-            (0: none) other than in training; crops. What does not belong together is a UserError.
-    """
-    compute = device if isinstance(device, Compute) else choose_compute(device, precision, deterministic=False)
-    source = read_checkpoint(checkpoint)
-    options = options or {}
-    network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
-    network.to(compute.device, memory_format=torch.channels_last).eval()
-    policy = SizePolicy(network.resynthesizer.scale, **sizes_to_use(config.get("images") or {}, options))
-    as_in_training = policy.crop_size and options.get("crop_size") is None
-    crops, content = options.get("crops") or (CROPS if as_in_training else 1), source.content
-    if crops > 1 and not policy.crop_size:
-        raise UserError(f"--crops {crops} needs their size: give --crop-size N (the detector was trained without)")
-    if crops > 1:
-        logger.info("a larger image gets the mean over %d crops (--crops N)", crops)
-    calibration = content.get("calibration") or {}
-    return Detector(network, compute, policy, calibration, config, content.get("trained_on"), crops)
-
-
-def sizes_to_use(trained: Mapping, options: Mapping) -> dict[str, int | None]:
-    """crop_size and resize: as asked for (0: none), else as in training. One line says so where they are used."""
-    used = {}
-    for name in ("crop_size", "resize"):
-        asked, before, flag = options.get(name), trained.get(name) or None, f"--{name.replace('_', '-')}"
-        used[name] = before if asked is None else asked or None
-        if asked is None and before:
-            logger.info("%s %d, as in training (%s 0: without)", flag, before, flag)
-        elif trained and used[name] != before:
-            logger.warning("warning: %s %s, and training had %s: scores may mean less", flag, asked, before or "none")
-    return used
+def batches_of_one(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
+    """Make a batch of each image, uint8 (3, H, W)."""
+    unnamed = Item("", None, "")
+    yield collate([Sample(Key(0, 0), unnamed, first[None])])
+    for index, image in enumerate(others, start=1):
+        yield collate([Sample(Key(0, index), unnamed, image[None])])

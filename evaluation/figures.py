@@ -1,7 +1,7 @@
-"""Figures of score tables, drawn without pyplot's global state and without a display.
+"""Figures of score tables and residuals, drawn without a display.
 
-Fake is the positive class. Reals are grey everywhere, each generator keeps its colour and dash in all panels; the
-colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
+Fake is the positive class. Real images are grey, and each generator has the same colour and dashes in all panels. The colours
+are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
 """
 
 import contextlib
@@ -15,195 +15,256 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, PercentFormatter
 
+from data.perturbations import PerturbationSetting
 from evaluation import metrics
-from evaluation.score_table import ScoreTable
+from evaluation.score_table import SOFTWARE, ScoreTable
 from utils.console import printable
 from utils.files import atomic
 
 REAL_COLOR = "#767676"
-COLORS = "#D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
-DASHES = ("-", "--", "-.", ":")  # once the colours are used up
+COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", "-.", ":")  # the first for the first len(COLORS) generators, and so on
 INK = "#222222"
 STYLE = {
     "font.size": 9.5,
-    **{"axes.titlesize": 10.5, "axes.titleweight": "bold", "axes.titlelocation": "left"},
-    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
-    **{"axes.grid": True, "axes.axisbelow": True, "grid.color": "#dddddd", "grid.linewidth": 0.6},
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "text.parse_math": False,  # a generator may be called $x
-    **dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), INK),
+    "text.color": INK,
+    "text.parse_math": False,  # the name of a generator may contain $
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 DPI = 160
-BINS = (10, 40)  # fewest and most: with few images, many bins show noise
-LONGEST_NAME = 28
-LONGEST_LEGEND = 6  # entries that fit a panel
-LEGEND_ENTRY = 2.6  # inches
-MOST_OUTLINES = 4  # histograms that can be told apart in one panel
-REALS = {"fc": (REAL_COLOR, 0.45), "ec": "none"}  # and images without a label
-CHANCE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
+FEWEST_BINS, MOST_BINS = 10, 40  # with few images, many bins show noise
+LONGEST_NAME = 28  # characters in a legend
+LONGEST_LEGEND = 6  # entries of a legend inside a panel
+LEGEND_ENTRY_WIDTH = 2.6  # inches, in a legend below the panels
+MOST_HISTOGRAMS = 4  # generators whose histograms can be told apart in one panel
+LOWEST_FPR = 0.005  # left end of the logarithmic axis, or lower
+CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-BRIGHTEST = 0.005  # of a residual's pixels
+BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
 def roc_and_histogram(table: ScoreTable, path: str | os.PathLike) -> None:
-    """How well a table's scores tell fakes from reals: ROC of each generator, and how the scores of the classes lie.
+    """Draw how well the scores tell fakes from reals: two ROC plots of each generator, and histograms of the scores.
 
-    The second panel spreads out the few false alarms that matter in practice.
+    The second ROC plot has a logarithmic axis, which spreads out the low false-positive rates that matter in practice.
     """
-    with sheet(path, 13, 4.2, columns=3) as (left, middle, right):
+    with png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
-        draw_roc(middle, table, log=True)
-        draw_histogram(right, table)
+        draw_roc(middle, table, is_logarithmic=True)
+        draw_histograms(right, table)
 
 
 def robustness(
     curves: Mapping[str, Sequence[tuple[float, Mapping]]], clean: Mapping[str, float | None], path: str | os.PathLike
 ) -> None:
-    """AUROC against the strength of each perturbation, harder to the right.
+    """Draw AUROC against the strength of each perturbation. The strongest perturbation is on the right.
 
     Args:
         curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
-        clean: {generator: AUROC on the untouched images}, drawn as a dotted line where known.
+        clean: {generator: AUROC on the unperturbed images}, drawn as a dotted line if known.
     """
-    from data.perturbations import PerturbationSetting  # here, because it takes seconds and most figures need none
-
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
-    with sheet(path, max(3.6 * columns, 5.2), 3.1 * rows + 0.5, rows, columns) as panels:
+    width, height = max(3.6 * columns, 5.2), 3.1 * rows + 0.5
+    with png_figure(path, size=(width, height), shape=(rows, columns)) as panels:
+        for panel, (perturbation, points) in zip(panels, curves.items(), strict=False):
+            for i, name in enumerate(generators):
+                own = [(strength, measured[name]) for strength, measured in points if name in measured]
+                draw_robustness_curve(panel, own, name, line_style(i))
+                if clean.get(name) is not None:
+                    panel.axhline(clean[name], color=line_style(i)["color"], lw=1, ls=":")
+            sweep = PerturbationSetting(perturbation).sweep
+            panel.axhline(0.5, **CHANCE_STYLE)
+            panel.set(title=shorten(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
+            panel.xaxis.set_inverted(sweep.smaller_is_harder)
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
-        for panel, (perturbation, points) in zip(panels, curves.items(), strict=False):
-            kind = PerturbationSetting(perturbation).sweep
-            for i, name in enumerate(generators):
-                style, known = line_style(i), [(x, measured[name]) for x, measured in points if name in measured]
-                strengths, values = [x for x, _ in known], [m["auroc"] for _, m in known]
-                panel.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten(name), clip_on=False, **style)
-                if known and all(m["intervals"] for _, m in known):
-                    low, high = np.transpose([m["intervals"]["auroc"] for _, m in known])
-                    panel.fill_between(strengths, low, high, color=style["color"], alpha=0.13, lw=0)
-                if clean.get(name) is not None:
-                    panel.axhline(clean[name], color=style["color"], lw=1, ls=":")
-            panel.axhline(0.5, **CHANCE)
-            panel.set(title=shorten(perturbation), xlabel=kind.axis, ylabel="AUROC", ylim=(None, 1.01))
-            panel.xaxis.set_inverted(kind.smaller_is_harder)
-        _legend(panels[0], None, below=True)
+        draw_legend_below(panels[0], None)
 
 
-def residual_picture(x: np.ndarray, x_hat: np.ndarray, residual: np.ndarray, path: str | os.PathLike) -> None:
-    """Image | re-synthesis | residual as a heat map with its scale, as a PNG.
+def residual_picture(
+    x: np.ndarray,
+    x_hat: np.ndarray,
+    residual: np.ndarray,
+    path: str | os.PathLike,
+    title: str = "image",
+    description: str = "",
+) -> None:
+    """Draw image | re-synthesis | residual, with a colour scale of the residual.
 
-    x, x_hat: (3, H, W), shown clipped to [0, 1]; residual: (H_l, W_l), the mean over its channels. The brightest
-    BRIGHTEST of it share one colour, or a few pixels would leave the rest in the dark.
+    Args:
+        x: (3, H, W), shown clipped to [0, 1].
+        x_hat: (3, H, W), shown clipped to [0, 1].
+        residual: (H_l, W_l), the mean over its channels. The brightest 0.5 % of the values share one colour, because
+            otherwise a few values would leave the rest dark.
+        title: of the first panel.
+        description: a text that is stored in the PNG file.
     """
-    height = 3.4 * x.shape[1] / x.shape[2] + 0.4  # inches, 0.3 of it the title
+    picture_height = 3.4 * x.shape[1] / x.shape[2]  # inches
+    height = picture_height + 0.4  # 0.3 for the title and 0.1 below
     grid = {"left": 0, "right": 0.95, "bottom": 0.1 / height, "top": 1 - 0.3 / height, "wspace": 0.04}
-    with sheet(path, 11, height, columns=4, width_ratios=(1, 1, 1, 0.04), **grid) as panels:
-        top = float(np.quantile(residual, 1 - BRIGHTEST)) or 1.0
-        for panel, picture in zip(panels, (x, x_hat), strict=False):
-            panel.imshow(picture.clip(0, 1).transpose(1, 2, 0), aspect="auto")
-        heat = panels[2].imshow(residual, cmap="magma", vmin=0, vmax=top, aspect="auto")
-        panels[0].figure.colorbar(heat, cax=panels[3], extend="max")
-        for panel, name in zip(panels, ("image", "re-synthesis", "residual"), strict=False):
+    grid["width_ratios"] = (1, 1, 1, 0.04)
+    with png_figure(path, (11, height), (1, 4), grid, description) as panels:
+        brightest = float(np.quantile(residual, 1 - BRIGHTEST)) or 1.0
+        panels[0].imshow(x.clip(0, 1).transpose(1, 2, 0), aspect="auto")
+        panels[1].imshow(x_hat.clip(0, 1).transpose(1, 2, 0), aspect="auto")
+        heat_map = panels[2].imshow(residual, cmap="magma", vmin=0, vmax=brightest, aspect="auto")
+        panels[0].figure.colorbar(heat_map, cax=panels[3], extend="max")
+        for panel, name in zip(panels[:3], (title, "re-synthesis", "residual"), strict=True):
             panel.set_title(name)
             panel.set_axis_off()
 
 
-# --- panels ---
+# --- panels ---------------------------------------------------------------------------------------------------
 
 
-def draw_roc(axes: Axes, table: ScoreTable, log: bool = False) -> None:
-    """ROC of each generator with its AUROC; `log`: the false-positive rate on a logarithmic axis."""
-    lowest = 0.005  # the logarithmic axis begins there or below
+def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> None:
+    """Draw the ROC curve of each generator, with its AUROC in the legend."""
+    left_end = LOWEST_FPR
     for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
         scores, is_fake = table.margins[rows], table.is_fake[rows]
-        if metrics.both_classes(is_fake):
+        if metrics.has_both_classes(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
-            smallest = max(0.5 / (~is_fake).sum(), 1e-5)  # stands for 0, which no logarithmic axis has
+            if is_logarithmic:
+                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # in place of 0, which a logarithmic axis does not have
+                fpr = np.maximum(fpr, smallest)
+                left_end = min(left_end, smallest)
             label = f"{shorten(name)}  {metrics.auroc(scores, is_fake):.3f}"
-            axes.plot(np.maximum(fpr, log * smallest), tpr, label=label, lw=1.8, **line_style(i))
-            lowest = min(lowest, smallest)
+            axes.plot(fpr, tpr, label=label, lw=1.8, **line_style(i))
     chance = np.geomspace(1e-9, 1, 400)
-    axes.plot(chance, chance, **CHANCE)
-    axes.set(xlim=(-0.01, 1), ylim=(0, 1.012), title="ROC", ylabel="fakes found (true-positive rate)")
+    axes.plot(chance, chance, **CHANCE_STYLE)
+    axes.set(ylim=(0, 1.012), ylabel="fakes found (true-positive rate)")
     axes.set_xlabel("reals called fake (false-positive rate)")
-    if log:
-        axes.set(xscale="log", xlim=(lowest, 1), title="ROC, logarithmic")
+    if is_logarithmic:
+        axes.set(xscale="log", xlim=(left_end, 1), title="ROC, logarithmic")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{100 * x:g} %"))
     else:
-        _legend(axes, "generator  AUROC", loc="lower right")
+        axes.set(xlim=(-0.01, 1), title="ROC")
+        draw_legend(axes, "generator  AUROC", "lower right")
 
 
-def draw_histogram(axes: Axes, table: ScoreTable) -> None:
-    """The scores of the reals, filled, and over them those of each generator's fakes, as shares of their images."""
+def draw_histograms(axes: Axes, table: ScoreTable) -> None:
+    """Draw histograms of the scores: of the reals, filled, and of each generator's fakes, as fractions of their images."""
     table = table.select(table.usable if table.usable.any() else table.scored)
-    edges = _bin_edges(table.margins)
-    scores = np.clip(table.margins, edges[0], edges[-1])  # outliers go into the outermost bins
+    edges = bin_edges(table.margins)
+    scores = np.clip(table.margins, edges[0], edges[-1])  # outliers are in the outermost bins
+    for name, rows, look in histogram_groups(table):
+        if rows.any():
+            fractions = np.histogram(scores[rows], edges)[0] / rows.sum()
+            axes.stairs(fractions, edges, fill=True, lw=1.6, label=f"{name} ({rows.sum():,})", **look)
+    axes.axvline(0, color=INK, lw=0.9)
+    axes.set(xlim=(edges[0], edges[-1]), ylabel="fraction of images", title="Scores", xlabel=MARGIN_LABEL)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    draw_legend(axes, None, "best")
+
+
+def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
+    """Split a table into the groups of a histogram: (name, (N,) bool, colours)."""
+    grey = {"fc": (REAL_COLOR, 0.45), "ec": "none"}
+    groups = [("real", table.is_real, grey), ("unlabelled", ~(table.is_real | table.is_fake), grey)]
     generators = np.array([name or metrics.UNNAMED for name in table.generators], dtype=object)
     fakes = {name: table.is_fake & (generators == name) for name in metrics.generator_rows(table)}
-    if len(fakes) > MOST_OUTLINES:
+    if len(fakes) > MOST_HISTOGRAMS:
         fakes = {"all fakes": table.is_fake}
-    groups = [("real", table.is_real, None), ("unlabelled", ~(table.is_real | table.is_fake), None)]
-    groups += [(shorten(name), rows, line_style(i)) for i, (name, rows) in enumerate(fakes.items())]
-    for name, rows, style in groups:
-        look = {"fc": (style["color"], 0.13), "ec": style["color"], "ls": style["ls"]} if style else REALS
-        if rows.any():
-            shares = np.histogram(scores[rows], edges)[0] / rows.sum()
-            axes.stairs(shares, edges, fill=True, lw=1.6, label=f"{name} ({rows.sum():,})", **look)
-    axes.axvline(0, color=INK, lw=0.9)
-    axes.set(xlim=(edges[0], edges[-1]), ylabel="share of images", title="Scores", xlabel=MARGIN_LABEL)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
-    _legend(axes, None)
+    for i, (name, rows) in enumerate(fakes.items()):
+        style = line_style(i)
+        look = {"fc": (style["color"], 0.13), "ec": style["color"], "ls": style["ls"]}
+        groups.append((shorten(name), rows, look))
+    return groups
 
 
-# --- pieces ---
+def draw_robustness_curve(
+    axes: Axes, points: Sequence[tuple[float, Mapping]], generator: str, style: Mapping[str, str]
+) -> None:
+    """Draw the AUROC of one generator by strength, with its intervals if all are known."""
+    strengths = [strength for strength, _ in points]
+    values = [measured["auroc"] for _, measured in points]
+    axes.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten(generator), clip_on=False, **style)
+    intervals = [measured["intervals"]["auroc"] for _, measured in points if measured["intervals"]]
+    if points and len(intervals) == len(points):
+        low, high = np.transpose(intervals)
+        axes.fill_between(strengths, low, high, color=style["color"], alpha=0.13, lw=0)
+
+
+# --- parts of figures -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def sheet(
-    path: str | os.PathLike, width: float, height: float, rows: int = 1, columns: int = 1, **grid
+def png_figure(
+    path: str | os.PathLike,
+    size: tuple[float, float],
+    shape: tuple[int, int],
+    grid: Mapping | None = None,
+    description: str = "",
 ) -> Iterator[np.ndarray]:
-    """The panels (rows * columns,) of an empty figure, inches, which becomes a PNG when the `with` block ends.
+    """Make the panels (rows * columns,) of a figure, and write it as a PNG file when the `with` block ends.
 
-    grid: exact places, such as left=0; without, labels and what stands below find their own room (which takes 0.6 s).
+    Args:
+        size: width and height in inches.
+        shape: rows and columns of panels.
+        grid: exact places of the panels, as `matplotlib.gridspec` takes them. None makes room for all labels, which
+            takes 0.6 s.
+        description: a text that is stored in the file.
     """
     with rc_context(STYLE):
-        figure = Figure(figsize=(width, height), dpi=DPI, layout=None if grid else "constrained")
-        yield figure.subplots(rows, columns, squeeze=False, gridspec_kw=grid).ravel()
+        figure = Figure(figsize=size, dpi=DPI, layout="constrained" if grid is None else None)
+        yield figure.subplots(*shape, squeeze=False, gridspec_kw=grid).ravel()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        texts = {"Software": SOFTWARE, "Description": description}
         with atomic(path) as file:
-            size = None if grid else "tight"
-            figure.savefig(file, format="png", metadata={"Software": None}, bbox_inches=size)
+            figure.savefig(file, format="png", metadata=texts, bbox_inches="tight" if grid is None else None)
 
 
 def shorten(name: str) -> str:
-    """A name as it fits a legend."""
+    """Shorten a name for a legend."""
     name = printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def line_style(i: int) -> dict:
-    """Colour and dash of the i-th generator."""
+def line_style(i: int) -> dict[str, str]:
+    """Return the colour and dashes of the i-th generator."""
     return {"color": COLORS[i % len(COLORS)], "ls": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
-def _bin_edges(scores: np.ndarray) -> np.ndarray:
-    """Edges of the histogram bins: what the middle 99 % of the scores cover, zero among the edges."""
+def bin_edges(scores: np.ndarray) -> np.ndarray:
+    """Choose the edges of histogram bins: they cover the middle 99 % of the scores, and one edge is zero."""
     low, high = np.percentile(scores, [0.5, 99.5]) if len(scores) else (-1.0, 1.0)
     low, high = min(low, 0.0), max(high, 0.0)
-    width = (high - low) / (np.clip(1.5 * np.sqrt(len(scores)), *BINS) - 2) or 0.05
+    count = np.clip(1.5 * np.sqrt(len(scores)), FEWEST_BINS, MOST_BINS)
+    width = (high - low) / (count - 2) or 0.05
     return width * np.arange(np.floor(low / width) - 1, np.ceil(high / width) + 2)
 
 
-def _legend(axes: Axes, title: str | None, loc: str = "best", below: bool = False) -> None:
-    """A legend in the panel, or below the figure if it is long."""
-    handles, labels = axes.get_legend_handles_labels()
-    if below or len(handles) > LONGEST_LEGEND:
-        columns = min(len(handles), int(axes.figure.get_figwidth() / LEGEND_ENTRY))
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "ncols": columns}  # the sheet grows by it
-        axes.figure.legend(handles, labels, title=title, **below)
-    elif handles:
-        axes.legend(loc=loc, title=title, title_fontsize=8.5, alignment="left").set_zorder(5)
+def draw_legend(axes: Axes, title: str | None, place: str) -> None:
+    """Draw a legend in the panel, or below the panels if it is long. Without entries, say which images are needed."""
+    entries = len(axes.get_legend_handles_labels()[0])
+    if entries > LONGEST_LEGEND:
+        draw_legend_below(axes, title)
+    elif entries:
+        axes.legend(loc=place, title=title, title_fontsize=8.5, alignment="left").set_zorder(5)
     else:
-        place = {"transform": axes.transAxes, "ha": "center", "va": "center"}
-        axes.text(0.5, 0.5, "needs real and fake images", color=REAL_COLOR, **place)
+        centre = {"transform": axes.transAxes, "ha": "center", "va": "center"}
+        axes.text(0.5, 0.5, "needs real and fake images", color=REAL_COLOR, **centre)
+
+
+def draw_legend_below(axes: Axes, title: str | None) -> None:
+    """Draw the legend of a panel below all panels. The figure grows by it."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = min(len(handles), int(axes.figure.get_figwidth() / LEGEND_ENTRY_WIDTH))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+    axes.figure.legend(handles, labels, title=title, ncols=columns, **place)

@@ -1,312 +1,349 @@
-"""Numbers from scores: pure functions of arrays, the summary of a score table, and its tables for people.
+"""Metrics of score tables, their bootstrap intervals, and their tables for the terminal and for documents.
 
-FAKE IS THE POSITIVE CLASS throughout: a higher score means more likely generated, a false positive is a real image
-called fake. The one exception is what the released program prints (`..._real_positive`). A number that is not defined
-(one class only, say) is None, never NaN, so that it can be told apart and written as JSON.
+FAKE IS THE POSITIVE CLASS: a higher score means more likely generated, and a false positive is a real image called fake.
+The only exception are the two numbers that the released program prints (`..._real_positive`). A metric that is not defined,
+because a class is missing for example, is None and never NaN, so that it can be written as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from sklearn.metrics import auc, average_precision_score, log_loss, roc_auc_score
+from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from evaluation.score_table import PREDICTIONS, ScoreTable
 from utils.console import printable, text_table
 from utils.random_streams import seeded_generator
 
-ECE_BINS = 15  # as Guo et al. (ICML 2017)
-SMALLEST_PROBABILITY = 2.0**-53  # what float64 resolves next to 1: bounds the NLL of one image to 36.7
-
+ECE_BINS = 15  # as in Guo et al. (ICML 2017)
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-MAX_DISTINCT_SCORES = 5000  # bootstrap: more are merged into as many quantiles
+FEW_REALS = 100  # with fewer, a false-positive rate of 1 % is less than one image
 UNNAMED = "(unnamed)"
 RELEASE = "as the released program counts (positive class: REAL)"
 
 
-# --- one number or curve from (scores, is_fake): (N,), the higher the more likely fake; (N,) bool ---
+# --- metrics. scores: (N,), higher = more likely fake. prob_fake: (N,) in [0, 1]. is_fake: (N,) bool ------------
 
 
 def auroc(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Area under the ROC curve = P(score of a fake > score of a real), ties counting half."""
-    return float(_auroc(*counts_at_scores(scores, is_fake))) if both_classes(is_fake) else None
+    """Compute the area under the ROC curve: the probability that a fake scores higher than a real, ties count half."""
+    return float(roc_auc_score(is_fake, scores)) if has_both_classes(is_fake) else None
 
 
 def average_precision(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Area under the precision-recall curve as a step function: sum of precision times the step in recall."""
-    return float(_average_precision(*counts_at_scores(scores, is_fake))) if both_classes(is_fake) else None
+    """Compute the average precision: the sum of precision times the step in recall."""
+    return float(average_precision_score(is_fake, scores)) if has_both_classes(is_fake) else None
 
 
 def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """(fpr, tpr), each (K,), rising from (0, 0) to (1, 1): one point a distinct score."""
-    if not both_classes(is_fake):
+    """Compute the ROC curve.
+
+    Returns:
+        (fpr, tpr), each (K,), from (0, 0) to (1, 1) with one point per distinct score; None without both classes.
+    """
+    if not has_both_classes(is_fake):
         return None
-    return tuple(np.cumsum(np.append(0, counts)) / counts.sum() for counts in counts_at_scores(scores, is_fake))
+    fpr, tpr, _ = sklearn_roc_curve(is_fake, scores, drop_intermediate=False)
+    return fpr, tpr
 
 
 def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Where the share of reals called fake equals that of fakes called real (linear between ROC points)."""
-    if not both_classes(is_fake):
+    """Compute the error rate at which as large a fraction of the reals as of the fakes is called wrong."""
+    if not has_both_classes(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
-    return float(np.interp(0, fpr + tpr - 1, fpr))  # the difference rises from -1 at (0, 0) to 1 at (1, 1)
+    false_negative_rate = 1 - tpr
+    return float(np.interp(0, fpr - false_negative_rate, fpr))  # the difference rises from -1 to 1
 
 
-def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, level: float) -> float | None:
-    """The largest share of fakes found at any threshold that calls at most `level` of the reals fake."""
-    if not both_classes(is_fake):
+def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
+    """Compute the largest fraction of fakes found by a threshold that calls at most `highest_fpr` of the reals fake."""
+    if not has_both_classes(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
-    return float(tpr[fpr <= level].max())
+    return float(tpr[fpr <= highest_fpr].max())
 
 
 def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Mean |share of fakes - mean P(fake)| over 15 equal bins of P(fake), weighted by their images."""
-    bins = np.minimum(prob_fake * ECE_BINS, ECE_BINS - 1).astype(np.intp)
-    return float(np.abs(np.bincount(bins, weights=is_fake - prob_fake)).sum() / len(bins)) if len(bins) else None
+    """Compute the mean of |fraction of fakes - mean P(fake)| over 15 equal bins of P(fake), weighted by their images."""
+    if len(prob_fake) == 0:
+        return None
+    bins = np.minimum((prob_fake * ECE_BINS).astype(int), ECE_BINS - 1)
+    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # a sum per bin
+    return float(np.abs(fakes_minus_expected).sum() / len(prob_fake))
 
 
 def negative_log_likelihood(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Mean -log P(true class), in nats. Chance is 0.693."""
-    prob_true = np.where(is_fake, prob_fake, 1 - prob_fake)
-    return _mean(-np.log(np.maximum(prob_true, SMALLEST_PROBABILITY)))
+    """Compute the mean of -log P(true class), in nats. Guessing gives 0.693."""
+    return float(log_loss(is_fake, prob_fake, labels=[False, True])) if len(prob_fake) else None
 
 
-def confusion(predictions: Sequence[str], is_fake: np.ndarray) -> dict[str, dict[str, int]]:
-    """Counts by truth and verdict: {"real": {"real": n, "fake": n, "unsure": n}, "fake": {...}}."""
-    predictions = np.asarray(predictions, dtype=str)
-    return {
-        truth: {verdict: int(np.sum(predictions[rows] == verdict)) for verdict in PREDICTIONS}
-        for truth, rows in (("real", ~is_fake), ("fake", is_fake))
-    }
-
-
-def both_classes(is_fake: np.ndarray) -> bool:
-    return bool(is_fake.any() and not is_fake.all())
-
-
-def counts_at_scores(scores: np.ndarray, is_fake: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Number of reals and of fakes at each distinct score, from the highest down, each (D,).
-
-    most: where there are more scores than that, they are merged into as many quantiles.
-    """
-    _, group, sizes = np.unique(-scores, return_inverse=True, return_counts=True)
-    if most and len(sizes) > most:
-        middle = np.cumsum(sizes) - sizes / 2
-        group = np.unique((middle / len(scores) * most).astype(np.intp), return_inverse=True)[1][group]
-    size = int(group.max()) + 1
-    return np.bincount(group[~is_fake], minlength=size), np.bincount(group[is_fake], minlength=size)
-
-
-def _auroc(reals: np.ndarray, fakes: np.ndarray) -> np.ndarray:
-    """AUROC of counts (..., D) from the highest score down: pairs won, and half the ties."""
-    fakes_above = np.cumsum(fakes, axis=-1) - fakes / 2
-    return (fakes_above * reals).sum(axis=-1) / (reals.sum(axis=-1) * fakes.sum(axis=-1))
-
-
-def _average_precision(reals: np.ndarray, fakes: np.ndarray) -> np.ndarray:
-    """AP of counts (..., D) from the highest score down."""
-    true, false = np.cumsum(fakes, axis=-1), np.cumsum(reals, axis=-1)
-    return (true / np.maximum(true + false, 1) * fakes).sum(axis=-1) / fakes.sum(axis=-1)
-
-
-def _mean(values: np.ndarray) -> float | None:
+def fraction(values: np.ndarray) -> float | None:
+    """Compute the fraction of True values; None without values."""
     return float(np.mean(values)) if len(values) else None
 
 
-def bootstrap(
-    scores: np.ndarray, is_fake: np.ndarray, n: int = RESAMPLES, seed: int = 0
-) -> dict[str, list[float]] | None:
-    """95 % percentile intervals of accuracy, AUROC and AP over `n` resamples of each class's images.
-
-    A resample only says how often each image is taken. So the scores are sorted once, the counts of all resamples are
-    drawn at the distinct scores (a multinomial a class, the same distribution as drawing images), and the metrics are
-    sums over a matrix (resamples, distinct scores).
-
-    Args:
-        scores: (N,), the higher the more likely fake; fake is predicted from 0 on (a margin of logits).
-    Returns:
-        {"accuracy": [low, high], "auroc": ..., "average_precision": ...}; None without two images a class.
-    """
-    n_fake = int(is_fake.sum())
-    n_real = len(is_fake) - n_fake
-    if min(n_fake, n_real) < 2:
-        return None
-    reals, fakes = counts_at_scores(scores, is_fake, MAX_DISTINCT_SCORES)
-    rng = seeded_generator(seed, n_real, n_fake)
-    right = (scores >= 0) == is_fake  # in each class, the number of right answers is binomial
-    accurate = sum(rng.binomial(rows.sum(), right[rows].mean(), size=n) for rows in (is_fake, ~is_fake))
-    values = {"accuracy": [accurate / len(right)], "auroc": [], "average_precision": []}
-    for start in range(0, n, 100):  # bounds the memory to 100 x D counts
-        size = min(100, n - start)
-        drawn = rng.multinomial(n_real, reals / n_real, size=size), rng.multinomial(n_fake, fakes / n_fake, size=size)
-        values["auroc"].append(_auroc(*drawn))
-        values["average_precision"].append(_average_precision(*drawn))
-    ends = 50 * (1 - CONFIDENCE), 50 * (1 + CONFIDENCE)
-    return {name: np.percentile(np.hstack(x), ends).tolist() for name, x in values.items()}
-
-
-# --- the summary of a table ---
+def has_both_classes(is_fake: np.ndarray) -> bool:
+    """Return whether there is at least one real and one fake."""
+    return bool(is_fake.any() and not is_fake.all())
 
 
 class Metric(NamedTuple):
-    """A number of a score table. The summary and every table of metrics are made of METRICS."""
+    """A number that is computed from a score table. Every summary and table of metrics is made from METRICS."""
 
     label: str
-    hint: str
-    of: Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]  # margins, P(fake), is_fake; each (N,)
-    column: bool = True  # of the tables, in %; else a plain number below them
+    description: str
+    compute: Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]  # (scores, prob_fake, is_fake), each (N,)
+    is_column: bool = True  # a column of the tables, in %; False: a plain number below the tables
 
 
-METRICS = {
-    "accuracy": Metric("acc", "the larger logit decides", lambda m, p, f: _mean((m >= 0) == f)),
-    "accuracy_real": Metric("acc real", "share of the reals called real", lambda m, p, f: _mean(m[~f] < 0)),
-    "accuracy_fake": Metric("acc fake", "share of the fakes called fake", lambda m, p, f: _mean(m[f] >= 0)),
-    "auroc": Metric("AUROC", "area under the ROC curve; 50 is guessing", lambda m, p, f: auroc(m, f)),
-    "average_precision": Metric("AP", "average precision", lambda m, p, f: average_precision(m, f)),
-    "eer": Metric("EER", "equal error rate", lambda m, p, f: equal_error_rate(m, f)),
-    "tpr_at_1_fpr": Metric("TPR@1%FPR", "fakes found at 1 % false alarms", lambda m, p, f: tpr_at_fpr(m, f, 0.01)),
-    "tpr_at_5_fpr": Metric("TPR@5%FPR", "fakes found at 5 % false alarms", lambda m, p, f: tpr_at_fpr(m, f, 0.05)),
-    "ece": Metric("ECE", "calibration of P(fake)", lambda m, p, f: expected_calibration_error(p, f), False),
-    "nll": Metric("NLL", "calibration of P(fake)", lambda m, p, f: negative_log_likelihood(p, f), False),
-    "precision_real_positive": Metric("precision", RELEASE, lambda m, p, f: _mean(~f[m < 0]), False),
-    "recall_real_positive": Metric("recall", RELEASE, lambda m, p, f: _mean(m[~f] < 0), False),
+METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
+    "accuracy": Metric("acc", "the larger logit decides", lambda s, p, f: fraction((s >= 0) == f)),
+    "accuracy_real": Metric("acc real", "fraction of the reals called real", lambda s, p, f: fraction(s[~f] < 0)),
+    "accuracy_fake": Metric("acc fake", "fraction of the fakes called fake", lambda s, p, f: fraction(s[f] >= 0)),
+    "auroc": Metric("AUROC", "area under the ROC curve; 50 is guessing", lambda s, p, f: auroc(s, f)),
+    "average_precision": Metric("AP", "average precision", lambda s, p, f: average_precision(s, f)),
+    "eer": Metric("EER", "equal error rate", lambda s, p, f: equal_error_rate(s, f)),
+    "tpr_at_1_fpr": Metric("TPR@1%FPR", "fakes found at 1 % false alarms", lambda s, p, f: tpr_at_fpr(s, f, 0.01)),
+    "tpr_at_5_fpr": Metric("TPR@5%FPR", "fakes found at 5 % false alarms", lambda s, p, f: tpr_at_fpr(s, f, 0.05)),
+    "ece": Metric("ECE", "calibration of P(fake)", lambda s, p, f: expected_calibration_error(p, f), False),
+    "nll": Metric("NLL", "calibration of P(fake)", lambda s, p, f: negative_log_likelihood(p, f), False),
+    "precision_real_positive": Metric("precision", RELEASE, lambda s, p, f: fraction(~f[s < 0]), False),
+    "recall_real_positive": Metric("recall", RELEASE, lambda s, p, f: fraction(s[~f] < 0), False),
 }
 
 
-def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
-    """Everything that is reported about a labelled score table, ready for JSON.
+def bootstrap(
+    scores: np.ndarray, is_fake: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, list[float]] | None:
+    """Estimate 95 % intervals by drawing, many times, as many images of each class as there are, with replacement.
+
+    The images are sorted once. A resample is the number of times each image is drawn, from which the ROC curve and the
+    precision follow by cumulative sums.
 
     Args:
-        resamples: of the bootstrap; 0: no intervals.
+        scores: (N,), higher = more likely fake. An image is called fake if its score is >= 0.
+
     Returns:
-        {"positive_class": "fake", "images": counts, "all": metrics, "generators": {name: metrics},
-        "mean": {metric: mean over the generators with both classes}, "notes": [what is not defined or not to be
-        trusted, a line each]}
+        {"accuracy": [low, high], "auroc": [low, high], "average_precision": [low, high]}; None if a class has fewer than
+        two images.
     """
-    everything = measure(table.select(table.usable), resamples, seed)
-    generators = {name: measure(table.select(r), resamples, seed) for name, r in generator_rows(table).items()}
-    complete = [m for m in generators.values() if m["auroc"] is not None]
+    order = np.argsort(-scores, kind="stable")
+    scores, is_fake = scores[order], is_fake[order]
+    reals, fakes = np.flatnonzero(~is_fake), np.flatnonzero(is_fake)
+    if min(len(reals), len(fakes)) < 2:
+        return None
+    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # the last image of each distinct score
+    is_right = (scores >= 0) == is_fake
+    rng = seeded_generator(seed, len(reals), len(fakes))
+    values = {"accuracy": [], "auroc": [], "average_precision": []}
+    for _ in range(resamples):
+        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,): times each is drawn
+        drawn_fakes = np.bincount(rng.choice(fakes, len(fakes)), minlength=len(scores))  # (N,)
+        false_positives = np.cumsum(drawn_reals)[thresholds]  # (K,), from the highest threshold to the lowest
+        true_positives = np.cumsum(drawn_fakes)[thresholds]  # (K,)
+        fpr = np.append(0, false_positives / len(reals))
+        tpr = np.append(0, true_positives / len(fakes))
+        precision = true_positives / np.maximum(true_positives + false_positives, 1)
+        values["accuracy"].append((drawn_reals + drawn_fakes)[is_right].sum() / len(scores))
+        values["auroc"].append(auc(fpr, tpr))
+        values["average_precision"].append((precision * np.diff(tpr)).sum())
+    outside = 100 * (1 - CONFIDENCE) / 2  # percent on either side
+    return {name: np.percentile(drawn, [outside, 100 - outside]).tolist() for name, drawn in values.items()}
+
+
+def confusion(predictions: Sequence[str], is_fake: np.ndarray) -> dict[str, dict[str, int]]:
+    """Count images by truth and verdict: {"real": {"real": n, "fake": n, "unsure": n}, "fake": {...}}."""
+    predictions = np.asarray(predictions, dtype=str)
+    counts = {}
+    for truth, rows in (("real", ~is_fake), ("fake", is_fake)):
+        counts[truth] = {verdict: int(np.sum(predictions[rows] == verdict)) for verdict in PREDICTIONS}
+    return counts
+
+
+# --- the summary of a score table -----------------------------------------------------------------------------
+
+
+def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+    """Compute everything that is reported about a labelled score table, ready for JSON.
+
+    Args:
+        resamples: of the bootstrap. 0 computes no intervals.
+
+    Returns:
+        {"positive_class": "fake", "images": counts, "all": metrics of all images, "generators": {name: metrics},
+        "mean": {metric: mean over the generators that have both classes}, "notes": [what to know before trusting
+        the numbers, one line each], ...}
+    """
+    all_images = measure(table.select(table.usable), resamples, seed)
+    generators = {}
+    for name, rows in generator_rows(table).items():
+        generators[name] = measure(table.select(rows), resamples, seed)
     return {
         "positive_class": "fake",
         "confidence": CONFIDENCE,
         "resamples": resamples,
         "images": {
-            "real": everything["n_real"],
-            "fake": everything["n_fake"],
+            "real": all_images["n_real"],
+            "fake": all_images["n_fake"],
             "unlabelled": int((table.scored & ~table.usable).sum()),
             "errors": int((~table.scored).sum()),
         },
-        "all": everything,
+        "all": all_images,
         "generators": generators,
-        "mean": {name: _mean([m[name] for m in complete if m[name] is not None]) for name in METRICS},
-        "notes": _notes([("all images", everything), *generators.items()]),
+        "mean": mean_over_generators(generators),
+        "notes": notes({"all images": all_images, **generators}),
     }
 
 
-def _notes(measured: Sequence[tuple[str, dict]]) -> list[str]:
-    notes = [
-        f"{name}: {m['n_real']} real and {m['n_fake']} fake images, so AUROC, AP, EER and TPR are not defined"
-        for name, m in measured
-        if m["auroc"] is None
-    ]
-    few = ", ".join(f"{name} ({m['n_real']})" for name, m in measured if m["auroc"] is not None and m["n_real"] < 100)
-    return notes + [f"with fewer than 100 reals TPR at 1 % FPR allows no false alarm: {few}"] * bool(few)
-
-
-def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
-    """For each generator, (N,) bool: its fakes, and its own reals if it has any, else those that name no generator."""
-    generators = np.asarray(table.generators, dtype=object)
-    fakes, reals = table.usable & table.is_fake, table.usable & table.is_real
-    groups = {}
-    for name in sorted(set(generators[fakes | (reals & (generators != ""))])):
-        own = generators == name
-        groups[name or UNNAMED] = (fakes & own) | (reals & (own if (reals & own).any() else generators == ""))
-    return groups
-
-
 def measure(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
-    """All metrics of a table whose rows are all labelled and scored."""
-    columns = table.margins, table.prob_fake, table.is_fake
+    """Compute all metrics of a table whose rows all have a label and a score."""
+    values = {name: metric.compute(table.margins, table.prob_fake, table.is_fake) for name, metric in METRICS.items()}
     return {
         "n_real": int(table.is_real.sum()),
         "n_fake": int(table.is_fake.sum()),
-        **{name: metric.of(*columns) for name, metric in METRICS.items()},
+        **values,
         "confusion": confusion(table.predictions, table.is_fake),
         "intervals": bootstrap(table.margins, table.is_fake, resamples, seed) if resamples else None,
     }
 
 
-# --- tables for people: rows of cells, the heading first ---
+def mean_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float | None]:
+    """Compute the mean of each metric over the generators that have both classes."""
+    complete = [measured for measured in generators.values() if measured["auroc"] is not None]
+    means = {}
+    for name in METRICS:
+        values = [measured[name] for measured in complete if measured[name] is not None]
+        means[name] = float(np.mean(values)) if values else None
+    return means
 
 
-def percent(m: Mapping, name: str) -> str:
-    """A metric of `measure` with its interval, in %: "97.1 [93.0, 99.2]"."""
-    low, high = (m.get("intervals") or {}).get(name, (None, None))
-    value = "-" if m[name] is None else f"{100 * m[name]:.1f}"
-    return value if low is None else f"{value} [{100 * low:.1f}, {100 * high:.1f}]"
+def notes(groups: Mapping[str, Mapping]) -> list[str]:
+    """List what is not defined, and what few images cannot tell. groups: metrics by name."""
+    lines, few = [], []
+    for name, measured in groups.items():
+        counts = f"{measured['n_real']} real and {measured['n_fake']} fake images"
+        if measured["auroc"] is None:
+            lines.append(f"{name}: {counts}, so AUROC, AP, EER and TPR are not defined")
+        elif measured["n_real"] < FEW_REALS:
+            few.append(f"{name} ({measured['n_real']})")
+    if few:
+        lines.append(f"with fewer than {FEW_REALS} reals TPR at 1 % FPR allows no false alarm: {', '.join(few)}")
+    return lines
+
+
+def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
+    """Select the rows of each generator: its fakes, and the reals that they are compared with.
+
+    These are the reals that name this generator, or, if there are none, the reals that name no generator.
+
+    Returns:
+        {generator: (N,) bool}, sorted by name.
+    """
+    generators = np.asarray(table.generators, dtype=object)
+    fakes = table.usable & table.is_fake
+    reals = table.usable & table.is_real
+    named = fakes | (reals & (generators != ""))
+    groups = {}
+    for name in sorted(set(generators[named])):
+        own = generators == name
+        own_reals = reals & own
+        compared_with = own_reals if own_reals.any() else reals & (generators == "")
+        groups[name or UNNAMED] = (fakes & own) | compared_with
+    return groups
+
+
+# --- tables for people: lists of rows of cells, with the heading first ----------------------------------------
+
+
+def percent(measured: Mapping, name: str) -> str:
+    """Format a metric with its interval, in %: "97.1 [93.0, 99.2]"."""
+    if measured[name] is None:
+        return "-"
+    text = f"{100 * measured[name]:.1f}"
+    intervals = measured.get("intervals") or {}
+    if name in intervals:
+        low, high = intervals[name]
+        text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return text
 
 
 def metric_rows(summaries: Mapping[str, dict], columns: Sequence[str] = ()) -> list[list[str]]:
-    """A row a generator, their mean, and all images where that is not the same again; several tables by their names."""
-    columns = columns or [name for name, metric in METRICS.items() if metric.column]
-    rows = [["scores", "generator", "real", "fake", *(METRICS[name].label for name in columns)]]
-    for table, summary in summaries.items():
-        groups = dict(summary["generators"])
-        if len(groups) > 1:
-            groups["mean over generators"] = summary["mean"]
-        if len(groups) != 1 or [*groups.values()][0]["confusion"] != summary["all"]["confusion"]:
-            groups["all images"] = summary["all"]
-        for group, m in groups.items():
-            counts = (f"{m[name]:,}" if name in m else "" for name in ("n_real", "n_fake"))
-            rows.append([printable(table), printable(group), *counts, *(percent(m, name) for name in columns)])
-    return rows if len(summaries) > 1 else [row[1:] for row in rows]
+    """Make a table with one row per generator, a row for their mean and a row for all images.
 
-
-def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
-    """One metric: a row a summary, by its name; a column a generator, those of all in order of first appearance."""
-    generators = dict.fromkeys(name for summary in summaries.values() for name in summary["generators"])
-    rows = [[METRICS[metric].label, *map(printable, generators)]]
-    for label, summary in summaries.items():
-        measured = (summary["generators"].get(name, {metric: None}) for name in generators)
-        rows.append([printable(label), *(percent(m, metric) for m in measured)])
+    Args:
+        summaries: {name: summary of a score table}. With several, the first column names the score table.
+        columns: names of metrics; by default those whose `is_column` is True.
+    """
+    columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
+    heading = ["generator", "real", "fake", *(METRICS[name].label for name in columns)]
+    several = len(summaries) > 1
+    rows = [["scores", *heading] if several else heading]
+    for table_name, summary in summaries.items():
+        for group, measured in row_groups(summary).items():
+            counts = [f"{measured[name]:,}" if name in measured else "" for name in ("n_real", "n_fake")]
+            row = [printable(group), *counts, *(percent(measured, name) for name in columns)]
+            rows.append([printable(table_name), *row] if several else row)
     return rows
 
 
-def format_table(summary: dict) -> str:
-    """The summary for the terminal: `metric_rows`, and below what is no column of them."""
-    lines = ["positive class: FAKE; acc: the larger logit decides; numbers but counts in %"]
+def row_groups(summary: Mapping) -> dict[str, Mapping]:
+    """List the groups of images that get a row in `metric_rows`."""
+    groups = dict(summary["generators"])
+    if len(groups) > 1:
+        groups["mean over generators"] = summary["mean"]
+    confusions = [measured["confusion"] for measured in summary["generators"].values()]
+    if confusions != [summary["all"]["confusion"]]:  # else the only generator has all the images
+        groups["all images"] = summary["all"]
+    return groups
+
+
+def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
+    """Make a table of one metric with one row per summary and one column per generator."""
+    generators = list(dict.fromkeys(name for summary in summaries.values() for name in summary["generators"]))
+    rows = [[METRICS[metric].label, *(printable(name) for name in generators)]]
+    for table_name, summary in summaries.items():
+        row = [printable(table_name)]
+        for name in generators:
+            measured = summary["generators"].get(name)
+            row.append(percent(measured, metric) if measured else "-")
+        rows.append(row)
+    return rows
+
+
+def format_table(summary: Mapping) -> str:
+    """Format the summary of a score table for the terminal."""
+    lines = ["positive class: FAKE; acc: the larger logit decides; numbers except counts are in %"]
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
-    return "\n".join([*lines, text_table(metric_rows({"": summary})), *details(summary)])
+    lines.append(text_table(metric_rows({"": summary})))
+    return "\n".join(lines + details(summary))
 
 
-def details(summary: dict) -> list[str]:
-    """What is no column of a table, a line each: verdicts, plain numbers, images without a score, notes."""
-    m, plain = summary["all"], {}
-    lines = [
-        f"truly {truth}: called " + ", ".join(f"{n} {word}" for word, n in verdicts.items() if n or word != "unsure")
-        for truth, verdicts in m["confusion"].items()
-    ]
+def details(summary: Mapping) -> list[str]:
+    """List what is no column of `metric_rows`, one line each: verdicts, plain numbers, errors and notes."""
+    measured = summary["all"]
+    lines = []
+    for truth, counts in measured["confusion"].items():
+        shown = [f"{n} {verdict}" for verdict, n in counts.items() if n or verdict != "unsure"]
+        lines.append(f"truly {truth}: called {', '.join(shown)}")
+    plain = {}
     for name, metric in METRICS.items():
-        if not metric.column:
-            value = "-" if m[name] is None else f"{m[name]:.4f}"
-            plain.setdefault(metric.hint, []).append(f"{metric.label} {value}")
-    lines += [f"{hint}: {', '.join(numbers)}" for hint, numbers in plain.items()]
+        if not metric.is_column:
+            value = "-" if measured[name] is None else f"{measured[name]:.4f}"
+            plain.setdefault(metric.description, []).append(f"{metric.label} {value}")
+    for description, numbers in plain.items():
+        lines.append(f"{description}: {', '.join(numbers)}")
     if summary["images"]["errors"]:
-        lines.append(f"errors: {summary['images']['errors']} images have no score, see the table's error column")
-    return lines + [f"note: {printable(note)}" for note in summary["notes"]]
+        lines.append(f"errors: {summary['images']['errors']} images have no score; the column error says why")
+    for note in summary["notes"]:
+        lines.append(f"note: {printable(note)}")
+    return lines
 
 
 def perturbation_table(summaries: Mapping[str, dict]) -> str:
-    """Summaries of one set of images by perturbation, for the terminal."""
-    head = "AUROC in %, fake = positive, in brackets its 95% interval"
-    return f"{head}\n{text_table(rows_by_generator(summaries))}"
-
-
-def stability_lines(table: ScoreTable) -> list[str]:
-    """How many verdicts outlive mild changes of the image, if that was asked for: of all, reals and fakes."""
-    words = np.array(table.stability)
-    groups = {"": words != "", " real": table.is_real & (words != ""), " fake": table.is_fake & (words != "")}
-    counts = [f"{np.sum(words[r] == 'unstable')} of {r.sum()}{name} images" for name, r in groups.items() if r.any()]
-    return [f"unstable (mild JPEG or resizing changes the verdict): {', '.join(counts)}"] if counts else []
+    """Format the AUROC under each perturbation for the terminal. summaries: by perturbation."""
+    heading = "AUROC in %, positive class: FAKE, in brackets its 95% interval"
+    return f"{heading}\n{text_table(rows_by_generator(summaries))}"

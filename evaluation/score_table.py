@@ -1,9 +1,8 @@
-"""Score tables: a CSV row an image, written by test.py, read by all that computes numbers from scores.
+"""Score tables: CSV files with one row per image, written by test.py and read by everything that computes metrics.
 
-Columns: those of `Row`; `stability` only where it was asked for. UTF-8, commas, one header line. Reading a table gives
-exactly what was written, whatever the file names: numbers carry as many digits as it takes to read them back bit by
-bit; names with commas, quotes or line breaks are quoted, bytes that are not UTF-8 pass through; a text that a
-spreadsheet would take for a formula gets an apostrophe in front, which reading takes away.
+The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Reading a table gives exactly what
+was written: numbers have as many digits as they need, names with commas, quotes or line breaks are quoted, and bytes that
+are not UTF-8 survive.
 """
 
 import csv
@@ -11,70 +10,65 @@ import io
 import json
 import math
 import os
-from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from sys import intern
 from typing import NamedTuple
 
 import numpy as np
 
+from data.lists import Item
+from evaluation.calibration import probabilities_and_verdicts
 from utils.console import printable
 from utils.errors import UserError
 from utils.files import atomic
 from utils.labels import LABEL_NAMES
 
-FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # what a spreadsheet takes for a formula (OWASP, "CSV Injection")
-GUARD = "'"
-GUARDED_STARTS = (*FORMULA_STARTS, GUARD)
+csv.field_size_limit(2**24)  # bytes per cell; Python's default is 131,072
 
 
 class Row(NamedTuple):
-    """One image of a score table. Where there is an error, the numbers are None and the prediction empty."""
+    """One image of a score table. A row with an error has no numbers and no prediction."""
 
     path: str
-    label: str = ""  # real, fake; empty: unlabelled
-    generator: str = ""  # empty for reals that all generators share
+    label: str = ""  # real, fake, or empty (no label)
+    generator: str = ""  # empty for real images that all generators share
     logit_fake: float | None = None
     logit_real: float | None = None
     prob_fake: float | None = None  # in [0, 1]
-    prediction: str = ""  # real, fake, unsure
+    prediction: str = ""  # real, fake or unsure
     error: str = ""  # one line
-    stability: str = ""  # stable, unstable: whether the verdict outlives what pictures go through in everyday use
 
 
-COLUMNS = Row._fields[:-1]
+SOFTWARE = "Beyond the Spectrum"  # the text "Software" of the PNG files that are made from scores
+COLUMNS = Row._fields
+OPTIONAL_COLUMNS = ("error",)  # tables that others made may lack it
 NUMBERS = ("logit_fake", "logit_real", "prob_fake")
+LABELS = ("real", "fake", "")
 PREDICTIONS = ("real", "fake", "unsure")
-WORDS = {"label": ("real", "fake", ""), "prediction": (*PREDICTIONS, ""), "stability": ("stable", "unstable", "")}
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The columns of a score table of N images, in file order.
-
-    is_real, is_fake: (N,) bool; an unlabelled image is neither. logits: (N, 2) float32, columns fake, real.
-    prob_fake: (N,) float64. Rows with an error have NaN logits and prob_fake.
-    """
+    """The columns of a score table of N images, in file order. Rows with an error have NaN logits and prob_fake."""
 
     paths: list[str]
-    is_real: np.ndarray
-    is_fake: np.ndarray
+    is_real: np.ndarray  # (N,) bool
+    is_fake: np.ndarray  # (N,) bool; an image without a label is neither real nor fake
     generators: list[str]
-    logits: np.ndarray
-    prob_fake: np.ndarray
+    logits: np.ndarray  # (N, 2) float32, columns FAKE, REAL
+    prob_fake: np.ndarray  # (N,) float64
     predictions: list[str]
     errors: list[str]
-    stability: list[str]
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
     def margins(self) -> np.ndarray:
-        """(N,) float64, logit_fake - logit_real: ranks images as prob_fake does, and never saturates."""
-        return np.subtract(*self.logits.T, dtype=np.float64)
+        """(N,) float64: logit_fake - logit_real. It ranks images as prob_fake does, and never saturates."""
+        logits = self.logits.astype(np.float64)
+        return logits[:, 0] - logits[:, 1]
 
     @property
     def scored(self) -> np.ndarray:
@@ -83,164 +77,185 @@ class ScoreTable:
 
     @property
     def usable(self) -> np.ndarray:
-        """(N,) bool: the rows that metrics are made of, scored and labelled."""
+        """(N,) bool: the rows that metrics are computed from, which have a label and no error."""
         return self.scored & (self.is_real | self.is_fake)
 
     def select(self, rows: np.ndarray) -> "ScoreTable":
-        """The table of some rows. rows: (N,) bool, or integer positions."""
+        """Make the table of some rows. rows: (N,) bool, or integer positions."""
         rows = np.arange(len(self))[rows]
-        columns = vars(self).values()
-        return ScoreTable(*(c[rows] if isinstance(c, np.ndarray) else [c[i] for i in rows] for c in columns))
+        selected = {}
+        for name, column in vars(self).items():
+            selected[name] = column[rows] if isinstance(column, np.ndarray) else [column[i] for i in rows]
+        return ScoreTable(**selected)
 
 
-def predict(logits: np.ndarray, calibration: Mapping | None = None) -> tuple[np.ndarray, list[str]]:
-    """P(fake) and the verdict on each image: prob_fake (N,) float64 in [0, 1]; N times real, fake or unsure.
+# --- rows -----------------------------------------------------------------------------------------------------
+
+
+def error_row(item: Item, error: str) -> Row:
+    """Make the row of an image that could not be scored. error: why, in any number of lines."""
+    path, label, generator = item
+    return Row(path, label_name(label), generator, error=" ".join(error.split()))
+
+
+def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
+    """Make the rows of N images from their logits. An image whose logits are not finite gets an error row.
 
     Args:
-        logits: (N, 2), columns fake, real.
-        calibration: of tools.calibrate: the logits are divided by "temperature"; fake from P(fake) = "t_fake" on,
-            real up to "t_real", else unsure. Without: 1, and the larger logit decides (fake if they are equal).
-    """
-    rule = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5, **(calibration or {})}
-    fake, real = np.asarray(logits, dtype=np.float64).reshape(-1, 2).T
-    prob_fake = sigmoid((fake - real) / rule["temperature"])  # softmax over two classes
-    verdicts = np.where(prob_fake >= rule["t_fake"], "fake", np.where(prob_fake <= rule["t_real"], "real", "unsure"))
-    return prob_fake, verdicts.tolist()
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """1 / (1 + exp(-x)) without overflow."""
-    return np.exp(-np.logaddexp(0, -x))
-
-
-def row_of(item: tuple[str, int | None, str], *scores: float | str, error: str = "") -> Row:
-    """The row of an image (path, label, generator), label FAKE, REAL or None. scores: logits, P(fake), prediction."""
-    path, label, generator = item
-    return Row(path, "" if label is None else LABEL_NAMES[label], generator, *scores, error=error)
-
-
-def make_rows(items: Sequence[tuple], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
-    """The rows of N images (see `row_of`) from their logits (N, 2). Logits that are not finite make an error.
-
-    calibration: see `predict`.
+        logits: (N, 2), columns FAKE, REAL.
+        calibration: see `probabilities_and_verdicts`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
-    prob_fake, predictions = predict(np.where(np.isfinite(logits), logits, 0), calibration)
-    return [
-        row_of(item, *map(float, pair), float(p), prediction)
-        if np.isfinite(pair).all()
-        else row_of(item, error=f"the network's logits are not finite: {pair.tolist()}")
-        for item, pair, p, prediction in zip(items, logits, prob_fake, predictions, strict=True)
-    ]
+    finite = np.isfinite(logits).all(axis=1)
+    prob_fake, verdicts = probabilities_and_verdicts(np.where(finite[:, None], logits, 0), calibration)
+    rows = []
+    for i, (path, label, generator) in enumerate(items):
+        logit_fake, logit_real = logits[i].tolist()
+        if finite[i]:
+            numbers = logit_fake, logit_real, float(prob_fake[i])
+            rows.append(Row(path, label_name(label), generator, *numbers, verdicts[i]))
+        else:
+            problem = f"the logits of the network are not finite: {logit_fake}, {logit_real}"
+            rows.append(error_row(items[i], problem))
+    return rows
 
 
-def write_table(path: str | os.PathLike, rows: Iterable[Row], stability: bool = False) -> None:
-    """Write a score table, whole or not at all. stability: whether it has that column."""
-    columns = Row._fields if stability else COLUMNS
+def label_name(label: int | None) -> str:
+    """Convert FAKE, REAL or None to the word in a score table."""
+    return "" if label is None else LABEL_NAMES[label]
+
+
+def row_cells(row: Row) -> list[str]:
+    """Convert a row to the cells of a CSV file. Numbers get the shortest form that reads back to the same value."""
+    logits = ["" if value is None else str(np.float32(value)) for value in (row.logit_fake, row.logit_real)]
+    prob_fake = "" if row.prob_fake is None else repr(float(row.prob_fake))
+    return [row.path, row.label, row.generator, *logits, prob_fake, row.prediction, row.error]
+
+
+def row_from_cells(cells: Mapping[str, str]) -> Row:
+    """Convert the cells of a CSV file, by column, to a row.
+
+    Raises:
+        ValueError: if a cell has an impossible value.
+    """
+    path, label, generator, error = (cells[name] for name in ("path", "label", "generator", "error"))
+    if not path:
+        raise ValueError("the path is empty")
+    if label not in LABELS:
+        raise ValueError(f"expected the label real, fake or nothing, got {label!r}")
+    if error:
+        return Row(path, label, generator, error=error)
+    if cells["prediction"] not in PREDICTIONS:
+        raise ValueError(f"expected the prediction {', '.join(PREDICTIONS)}, got {cells['prediction']!r}")
+    logit_fake, logit_real, prob_fake = (float(cells[name]) for name in NUMBERS)
+    if not (math.isfinite(logit_fake) and math.isfinite(logit_real) and 0 <= prob_fake <= 1):
+        got = f"{cells['logit_fake']}, {cells['logit_real']} and {cells['prob_fake']}"
+        raise ValueError(f"expected two finite logits and prob_fake between 0 and 1, got {got}")
+    return Row(path, label, generator, logit_fake, logit_real, prob_fake, cells["prediction"])
+
+
+# --- files ----------------------------------------------------------------------------------------------------
+
+
+def csv_line(cells: Sequence[str]) -> str:
+    """Format the cells of one row as text that ends in a line break."""
+    text = io.StringIO(newline="")
+    # Before Python 3.13 the writer does not quote a lone carriage return, at which the reader ends the line
+    quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
+    return text.getvalue()
+
+
+def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+    """Write a score table. The file appears when it is complete."""
     with atomic(path) as file:
-        text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
-        text.write(",".join(columns) + "\n")
+        file.write(csv_line(COLUMNS).encode())
         for row in rows:
-            cells = _cells(row)[: len(columns)]
-            lone = any("\r" in cell for cell in cells)  # Python < 3.13 leaves it bare, and its reader breaks the line
-            quoting = csv.QUOTE_ALL if lone else csv.QUOTE_MINIMAL
-            csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
-        text.detach()  # flushes; `atomic` closes the file
-
-
-def _cells(row: Row) -> list[str]:
-    """A record: texts safe in a spreadsheet, numbers in the shortest form that reads back to the same value."""
-    texts = row.path, row.generator, " ".join(row.error.split())
-    path, generator, error = (GUARD + text if text.startswith(GUARDED_STARTS) else text for text in texts)
-    logits = ["" if x is None else str(np.float32(x)) for x in (row.logit_fake, row.logit_real)]
-    prob = "" if row.prob_fake is None else repr(float(row.prob_fake))
-    return [path, row.label, generator, *logits, prob, row.prediction, error, row.stability]
+            file.write(csv_line(row_cells(row)).encode("utf-8", "surrogateescape"))
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
-    """The rows of a score table one by one, in constant memory.
+    """Read the rows of a score table one by one.
 
-    Columns may come in any order, further ones are ignored, and those for errors and stability may be missing. Raises
-    UserError with file, line and what was wanted.
+    The columns may be in any order. Unknown columns are ignored.
+
+    Raises:
+        UserError: naming the file, the line and what was expected there.
     """
-    try:  # utf-8-sig: Excel begins a file with a mark
+    line = 1
+    try:  # utf-8-sig, because Excel writes a byte order mark
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            lines = csv.reader(file, strict=True)
-            header = [name.strip() for name in next(lines, [])]
-            missing = [name for name in COLUMNS if name not in header and name != "error"]
+            reader = csv.reader(file, strict=True)
+            header = [name.strip() for name in next(reader, [])]
+            missing = [name for name in COLUMNS if name not in header and name not in OPTIONAL_COLUMNS]
             if missing:
-                raise ValueError(f"no column {', '.join(missing)}; a table of test.py has {','.join(COLUMNS)}")
-            empty = dict.fromkeys(Row._fields, "")
-            for cells in filter(None, lines):  # csv gives [] for an empty line
-                if len(cells) != len(header):
-                    raise ValueError(f"{len(cells)} cells, {len(header)} were wanted as in the header")
-                yield _row(empty | dict(zip(header, cells, strict=True)))
+                raise ValueError(f"expected the columns {','.join(COLUMNS)}, but {','.join(missing)} is missing")
+            line = reader.line_num + 1
+            for cells in reader:
+                if len(cells) not in (0, len(header)):
+                    raise ValueError(f"expected {len(header)} cells as in the header, got {len(cells)}")
+                if cells:  # the line is not empty
+                    by_column = {"error": "", **dict(zip(header, cells, strict=True))}
+                    yield row_from_cells(by_column)
+                line = reader.line_num + 1
     except OSError as error:
         raise UserError(f"cannot read the score table {printable(path)} ({error.strerror})") from None
     except (csv.Error, ValueError) as error:
-        raise UserError(f"{printable(path)}, line {max(lines.line_num, 1)}: {error}") from None
-
-
-def _row(cells: Mapping[str, str]) -> Row:
-    """One record as a Row. Raises ValueError with what was got and wanted."""
-    texts = cells["path"], cells["generator"], cells["error"]
-    path, generator, error = (
-        text[1:] if text.startswith(GUARD) and text[1:].startswith(GUARDED_STARTS) else text for text in texts
-    )
-    if not path:
-        raise ValueError("an empty path")
-    for name, words in WORDS.items():
-        if cells[name] not in words or (name == "prediction" and not cells[name] and not error):
-            raise ValueError(f"{name} {cells[name]!r}, one of {', '.join(filter(None, words))} was wanted")
-    label, prediction, stability = (intern(cells[name]) for name in WORDS)
-    if error:
-        return Row(path, label, generator, error=error)
-    numbers = [float(cells[name]) for name in NUMBERS]
-    if not (all(map(math.isfinite, numbers)) and 0 <= numbers[2] <= 1):
-        raise ValueError(f"{', '.join(NUMBERS)} {numbers}: finite numbers were wanted, the last from 0 to 1")
-    return Row(path, label, intern(generator), *numbers, prediction, stability=stability)
+        raise UserError(f"{printable(path)}, line {line}: {error}") from None
 
 
 def read_table(path: str | os.PathLike) -> ScoreTable:
-    """Read a whole score table. Raises UserError as `read_rows`, and if there are no rows."""
-    columns = Row(*(array("d") if name in NUMBERS else [] for name in Row._fields))  # ten million rows fit so
-    for row in read_rows(path):
-        for column, value in zip(columns, row, strict=True):
-            column.append(math.nan if value is None else value)
-    if not columns.path:
+    """Read a whole score table.
+
+    Raises:
+        UserError: if a row cannot be read (see `read_rows`) or there are no rows.
+    """
+    rows = list(read_rows(path))
+    if not rows:
         raise UserError(f"{printable(path)} has no rows below its header: score some images with test.py first")
-    labels = np.array(columns.label)
+    labels = np.array([row.label for row in rows])
+    logits = [(math.nan, math.nan) if row.error else (row.logit_fake, row.logit_real) for row in rows]
     return ScoreTable(
-        paths=columns.path,
+        paths=[row.path for row in rows],
         is_real=labels == "real",
         is_fake=labels == "fake",
-        generators=columns.generator,
-        logits=np.stack([columns.logit_fake, columns.logit_real], axis=1).astype(np.float32),  # (N, 2)
-        prob_fake=np.array(columns.prob_fake),
-        predictions=columns.prediction,
-        errors=columns.error,
-        stability=columns.stability,
+        generators=[row.generator for row in rows],
+        logits=np.array(logits, dtype=np.float32),
+        prob_fake=np.array([math.nan if row.error else row.prob_fake for row in rows], dtype=np.float64),
+        predictions=[row.prediction for row in rows],
+        errors=[row.error for row in rows],
     )
 
 
 def read_record(path: str | os.PathLike) -> dict:
-    """The P.json that test.py writes beside a table P.csv: settings, detector, metrics, ...; {} where there is none.
+    """Read the record P.json that test.py writes beside a score table P.csv: settings, detector, metrics, versions.
 
-    Raises UserError if it cannot be read.
+    Returns:
+        The record; empty if there is no such file.
+
+    Raises:
+        UserError: if the file cannot be read.
     """
-    beside = Path(path).with_suffix(".json")
+    record_path = Path(path).with_suffix(".json")
+    if not record_path.exists():
+        return {}
     try:
-        return dict(json.loads(beside.read_text(encoding="utf-8"))) if beside.exists() else {}
+        return dict(json.loads(record_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {printable(beside)} ({error}); delete it to go on without it") from None
+        raise UserError(f"cannot read {printable(record_path)} ({error}); delete it to continue without it") from None
 
 
 def residual_path(folder: str | os.PathLike, image: str) -> Path:
-    """Where the residual picture of an image is: folder/the image's path.residual.png.
+    """Return the path of an image's residual picture: folder/IMAGE.residual.png.
 
-    The suffix stays, so that a.png and a.jpg have a picture each; the path loses its root, and "__" stands
-    for "..", so that all of them are inside the folder.
+    IMAGE is the image's path without its root, and with "__" in place of "..", so that every picture is inside the
+    folder. It keeps its suffix, so that a.png and a.jpg have two pictures.
     """
-    parts = Path(os.path.splitdrive(os.path.normpath(image))[1]).parts
-    inside = ["__" if part == os.pardir else part for part in parts if part.strip("\\/")]
-    return Path(folder, *inside[:-1], f"{inside[-1]}.residual.png")
+    path = os.path.splitdrive(os.path.normpath(image))[1]
+    parts = []
+    for part in Path(path).parts:
+        if part == os.pardir:
+            parts.append("__")
+        elif part.strip("\\/"):  # not the root
+            parts.append(part)
+    return Path(folder, *parts[:-1], f"{parts[-1]}.residual.png")

@@ -1,27 +1,35 @@
-"""The score table while it is written: by several processes, killed, and gone on with.
+"""The score table of a run while it is written, by one or several processes that may be killed and started again.
 
-Each process of each start writes a part, P.csv.K.part, of JSON lines. The first line is the job: all that the scores
-depend on besides the files; rows of another detector, setting or list of images are never taken over. Every further
-line is a batch, so that all of it counts or, torn, nothing. A row counts only while its image's file has the size and
-time stamp it had then. When every image has a row, they become P.csv in the order of the list, and P.json says of what.
+Each process appends its rows to a part of its own, P.csv.N.part. The first line of a part is the job: everything that the
+scores depend on besides the content of the image files. A start with another job is refused. A start with the same job skips
+the images that a part already has, if their files have the same size and time of modification as then. When every image has a
+row, the rows become P.csv, in the order of the list.
 """
 
+import csv
 import hashlib
-import heapq
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import groupby, islice
-from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 
 from data.lists import Item
-from evaluation.score_table import Row, read_record, row_of, write_table
+from evaluation.score_table import (
+    COLUMNS,
+    Row,
+    csv_line,
+    label_name,
+    read_record,
+    read_rows,
+    row_cells,
+    row_from_cells,
+    write_table,
+)
 from utils.console import printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
@@ -29,9 +37,12 @@ from utils.files import write_json
 
 logger = logging.getLogger(__name__)
 
+PART_MARK = "# part of a score table by test.py: "
+PART_COLUMNS = (*COLUMNS, "size", "mtime_ns")  # the last two: of the image file, in bytes and nanoseconds
+
 
 def file_stamps(items: Sequence[Item]) -> np.ndarray:
-    """(N, 2) int64: size in bytes and time stamp in ns of each file; -1 if there is none."""
+    """Read the size in bytes and the time of modification in ns of each image file: int64 (N, 2), -1 without a file."""
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
         with suppress(OSError):
@@ -41,106 +52,194 @@ def file_stamps(items: Sequence[Item]) -> np.ndarray:
 
 
 class ScoreWriter:
-    """The rows of one table.
+    """The rows of one score table that is being written.
 
     Args:
-        table: where it will be.
-        items: the images, in the order of the table. stamps: of their files (`file_stamps`).
-        job: all that the scores depend on besides the files, ready for JSON; "stability": whether there is that column.
+        table: the path of P.csv.
+        items: the images, in the order of the table.
+        stamps: `file_stamps` of the images.
+        job: everything that the scores depend on besides the content of the image files. It must be ready for JSON.
+        world: the processes that write the table.
     """
 
     def __init__(self, table: Path, items: Sequence[Item], stamps: np.ndarray, job: dict, world: World):
-        self.table, self.items, self.stamps, self.world = table, items, stamps, world
-        self.job = json.loads(json.dumps(job))
+        self.table = table
+        self.items = items
+        self.stamps = stamps
+        self.world = world
+        self.job = json.loads(json.dumps(job))  # as it is read back
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
-        self.done = np.zeros(len(items), bool)
+        self.done = np.zeros(len(items), bool)  # (N,): the images that have a row
+        self.indices: dict[str, list[int]] = {}  # where each path is in the list
+        for i, item in enumerate(items):
+            self.indices.setdefault(os.path.abspath(item.path), []).append(i)
 
-    def open(self, overwrite: bool) -> bool:
-        """Find out what there is. Returns False if the table is finished. Raises UserError if parts are of another job."""
-        found = self._parts()
-        parts = {} if overwrite else found
-        replaced = self.table.exists() and not overwrite and not parts
-        finished = replaced and self.identity.items() <= read_record(self.table).items()
-        if broadcast_from_main(finished, self.world):
-            logger.info("%s is finished already (--overwrite scores anew)", printable(self.table))
+    def open(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
+        """Find out which images have a row, and start this process's part.
+
+        Args:
+            overwrite: score all images again, whatever there is.
+            required: (N,) bool, the images that must be scored again unless they have an error; None: no image. test.py
+                gives the images that lack a picture.
+
+        Returns:
+            False if the table is finished.
+
+        Raises:
+            UserError: if there are parts of another job.
+        """
+        parts = find_parts(self.table)
+        rows = {} if overwrite else self._known_rows(parts)
+        for i, row in rows.items():
+            self.done[i] = row.error or required is None or not required[i]
+        is_finished = not parts and len(rows) == len(self.items) and self.done.all()
+        if broadcast_from_main(bool(is_finished), self.world):
+            logger.info("%s is finished already (--overwrite scores the images again)", printable(self.table))
             return False
-        if replaced:
-            logger.info("%s, of another job or of files that have changed, will be replaced", printable(self.table))
-        for part in parts.values():
-            self._require_own(part)
-            self.done[[index for index, _ in self._rows(part)]] = True
-        if self.done.any():
-            logger.info("going on after %d of %d images already scored", self.done.sum(), len(self.items))
-        barrier(self.world)  # all have looked before anyone writes
+        if rows:
+            logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
+        elif self.table.exists():
+            logger.info("%s is of another job or of changed files and will be replaced", printable(self.table))
+        barrier(self.world)  # before any process writes
         if overwrite and self.world.is_main:
-            _delete(found)
-        number = max(found, default=-1) + 1 + self.world.rank
-        self.part = self.table.with_name(f"{self.table.name}.{number}.part").open("w")
-        self._write(self.job)
+            remove_files(parts.values())
+        number = max(parts, default=-1) + 1 + self.world.rank
+        self.part = self.table.with_name(f"{self.table.name}.{number}.part").open("wb")
+        self._append(PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS))
+        if not parts and self.world.is_main:
+            self.write(rows)  # of a finished table that lacks pictures
         return True
 
     def missing(self, block: int) -> np.ndarray:
-        """Indices of the images that lack a row. Process r of n scores the blocks r, r + n, ... of `block` images each."""
+        """Return the indices of the images that this process scores: those without a row in each n-th block of the list.
+
+        block: number of images.
+        """
         missing = np.flatnonzero(~self.done)
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write(self, rows: Mapping[int, Row]) -> None:
-        """Rows by the index of their image, ascending. What this has returned from is in the file."""
-        self._write([(int(i), self.stamps[i].tolist(), row[3:]) for i, row in rows.items()])
+        """Append rows, by the index of their image. They are in the file when this returns."""
+        lines = []
+        for i, row in rows.items():
+            path, *cells = row_cells(row)
+            size, mtime_ns = self.stamps[i]
+            lines.append(csv_line([os.path.abspath(path), *cells, str(size), str(mtime_ns)]))
+        self._append("".join(lines))
 
     def close(self) -> None:
-        """Make the table of all parts, once every process is here. Raises UserError if a row is missing (a lost part)."""
+        """Wait for all processes, and write the table from all parts.
+
+        Raises:
+            UserError: if an image has no row.
+        """
         self.part.close()
         barrier(self.world)
-        if self.world.is_main:
-            write_table(self.table, self._all_rows(), self.job["stability"])
+        if not self.world.is_main:
+            return
+        rows = self._rows_of_parts(find_parts(self.table))
+        for i, item in enumerate(self.items):
+            if i not in rows:
+                raise UserError(f"{printable(item.path)} has no row (was a part deleted?): start again to score it")
+        write_table(self.table, (rows[i] for i in range(len(self.items))))
 
-    def finish(self, about: dict) -> None:
-        """Write P.json, which says that the table is finished, and delete the parts. Main process only."""
-        write_json(self.table.with_suffix(".json"), {**about, **self.identity})
-        _delete(self._parts())
+    def write_record(self, record: Mapping) -> None:
+        """Write P.json with what is given and the job. The table is finished when there are no parts beside it."""
+        write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
-    def _write(self, line: dict | list) -> None:
-        self.part.write(json.dumps(line) + "\n")
+    def remove_parts(self) -> None:
+        """Delete the parts: the table is finished."""
+        remove_files(find_parts(self.table).values())
+
+    def _append(self, text: str) -> None:
+        """Write text in one piece, so that a killed process leaves all or nothing of a batch."""
+        self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
-    def _parts(self) -> dict[int, Path]:
-        """The parts there are, by their numbers."""
-        named = re.compile(re.escape(self.table.name) + r"\.(\d+)\.part")
-        found = ((named.fullmatch(path.name), path) for path in self.table.parent.iterdir())
-        return {int(match[1]): path for match, path in found if match}
+    def _known_rows(self, parts: Mapping[int, Path]) -> dict[int, Row]:
+        """Read the rows that there are, by the index of their image: of unfinished parts, else of the finished table."""
+        if parts:
+            for part in parts.values():
+                self._require_own_job(part)
+            return self._rows_of_parts(parts)
+        record = read_record(self.table)
+        if not self.table.exists() or any(record.get(key) != value for key, value in self.identity.items()):
+            return {}
+        rows = enumerate(read_rows(self.table))
+        return {i: row._replace(path=self.items[i].path) for i, row in rows}
 
-    def _require_own(self, part: Path) -> None:
-        """Raises UserError if a part is of another job."""
-        job = next(_lines(part), self.job)
-        changed = [k for k in sorted(job.keys() | self.job.keys()) if job.get(k) != self.job.get(k)]
-        if changed:
-            got = f"has rows of an unfinished run of another job (it differs in {', '.join(changed)})"
-            way_out = "finish that one, choose another --save_path, or begin anew with --overwrite"
-            raise UserError(f"{printable(self.table)} {got}: {way_out}")
+    def _require_own_job(self, part: Path) -> None:
+        """Raise a UserError if a part is of another job."""
+        job = job_of_part(part)
+        if job is None:
+            raise UserError(f"{printable(part)} is no part of a score table: move it, or choose another --save_path")
+        differences = sorted(key for key in {*job, *self.job} if job.get(key) != self.job.get(key))
+        if differences:
+            raise UserError(
+                f"{printable(self.table)} is unfinished, and was begun with different settings"
+                f" ({', '.join(differences)}): finish it with those settings, choose another --save_path, or delete"
+                " its rows with --overwrite"
+            )
 
-    def _rows(self, part: Path) -> Iterator[tuple[int, list]]:
-        """Of each row in a part that counts: index of the image, and the row from `logit_fake` on."""
-        for batch in islice(_lines(part), 1, None):
-            yield from ((i, scores) for i, stamp, scores in batch if stamp == self.stamps[i].tolist())
+    def _rows_of_parts(self, parts: Mapping[int, Path]) -> dict[int, Row]:
+        """Read the rows of all parts that count, by the index of their image. The first row of an image is taken."""
+        rows = {}
+        for _, part in sorted(parts.items()):
+            for i, row in self._rows_of_part(part):
+                rows.setdefault(i, row)
+        return rows
 
-    def _all_rows(self) -> Iterator[Row]:
-        """The rows of the table. Paths, labels and generators are as in this start's list, however they were written."""
-        rows = heapq.merge(*map(self._rows, self._parts().values()), key=itemgetter(0))
-        once = (next(same) for _, same in groupby(rows, key=itemgetter(0)))
-        for expected, item in enumerate(self.items):
-            index, scores = next(once, (None, None))
-            if index != expected:
-                raise UserError(f"{printable(item.path)} has no row (was a part deleted?): start again to score it")
-            yield Row(*row_of(item)[:3], *scores)
+    def _rows_of_part(self, part: Path) -> list[tuple[int, Row]]:
+        """Read the rows of a part that count, with the index of their image.
+
+        A row counts if its image file has not changed. A row that was torn when the machine lost power does not count,
+        because its last cell, the time of modification, is incomplete.
+        """
+        rows = []
+        with part.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            # csv.Error: the part ends within quotes, or in the zeros of a disk that lost power
+            with suppress(csv.Error):
+                for cells in reader:
+                    if len(cells) == len(PART_COLUMNS):
+                        rows.extend(self._current_rows(dict(zip(PART_COLUMNS, cells, strict=True))))
+        return rows
+
+    def _current_rows(self, cells: Mapping[str, str]) -> list[tuple[int, Row]]:
+        """Convert the cells of a part's row: to nothing, if its image file has changed or is not in the list."""
+        rows = []
+        for i in self.indices.get(cells["path"], ()):
+            size, mtime_ns = self.stamps[i]
+            with suppress(ValueError):
+                if (cells["size"], cells["mtime_ns"]) == (str(size), str(mtime_ns)):
+                    path, label, generator = self.items[i]
+                    row = row_from_cells({**cells, "label": label_name(label), "generator": generator})
+                    rows.append((i, row._replace(path=path)))
+        return rows
 
 
-def _lines(part: Path) -> Iterator[dict | list]:
-    """The lines of a part: the job, then the batches. What was torn off at its end (killed, out of power) is left out."""
-    with part.open() as file, suppress(ValueError):
-        yield from map(json.loads, file)
+def find_parts(table: Path) -> dict[int, Path]:
+    """Find the parts of a table, by their numbers."""
+    pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
+    parts = {}
+    for path in table.parent.iterdir() if table.parent.is_dir() else ():
+        match = pattern.fullmatch(path.name)
+        if match:
+            parts[int(match[1])] = path
+    return parts
 
 
-def _delete(parts: Mapping[int, Path]) -> None:
-    for part in parts.values():
-        part.unlink()
+def job_of_part(part: Path) -> dict | None:
+    """Read the job of a part; None if the file is no part of a score table."""
+    try:
+        with part.open(encoding="utf-8") as file:
+            first_line = file.readline(2**20)
+        return dict(json.loads(first_line.removeprefix(PART_MARK))) if first_line.startswith(PART_MARK) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Delete files."""
+    for path in paths:
+        path.unlink()

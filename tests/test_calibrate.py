@@ -13,8 +13,9 @@ import torch
 from files import mistake
 from torch import nn
 
+from evaluation.calibration import probabilities_and_verdicts
 from evaluation.metrics import negative_log_likelihood
-from evaluation.score_table import make_rows, predict, read_table, write_table
+from evaluation.score_table import make_rows, read_table, write_table
 from tools import calibrate
 from utils import checkpoints as checkpoint
 from utils.checkpoints import fingerprint
@@ -54,7 +55,7 @@ def test_temperature_is_that_of_the_smallest_nll(tmp_path):
     table = read_table(scores_csv(tmp_path / "s.csv", *overlapping()))
     temperature, warnings = calibrate.fit_temperature(table.margins, table.is_fake)
     grid = np.exp(np.linspace(np.log(0.05), np.log(20), 2001))
-    losses = [negative_log_likelihood(predict(table.logits, {"temperature": t})[0], table.is_fake) for t in grid]
+    losses = [negative_log_likelihood(probabilities_and_verdicts(table.logits, {"temperature": t})[0], table.is_fake) for t in grid]
     assert temperature == pytest.approx(grid[int(np.argmin(losses))], rel=4e-3)
     assert 3 < temperature < 5.5  # what made it too sure was 4
     assert warnings == []
@@ -112,7 +113,7 @@ def test_stores_beside_everything_else_and_says_what_changed(tmp_path, detector,
     assert [name for name, old, new in said if float(new) < float(old) / 2] == ["ECE", "NLL"]
 
     scores = read_table(table)
-    verdicts = np.array(predict(scores.logits, calibration)[1])
+    verdicts = np.array(probabilities_and_verdicts(scores.logits, calibration)[1])
     assert np.sum(verdicts[scores.is_real] == "fake") <= 15  # 5 % of 300
     assert np.sum(verdicts[scores.is_fake] == "real") <= 25  # 10 % of 250
     assert np.sum(verdicts == "unsure") > 0
@@ -122,15 +123,15 @@ def test_stores_beside_everything_else_and_says_what_changed(tmp_path, detector,
     assert detector.read_bytes() == before  # the same again: nothing in it depends on the day
 
 
-OWN = {"classifier": fingerprint(classifier(0.5)), "resynthesizer_fingerprint": "aaaa", "vgg": {"fingerprint": "bbbb"}}
+OWN = {"classifier_fingerprint": fingerprint(classifier(0.5)), "resynthesizer_fingerprint": "aaaa", "vgg": {"fingerprint": "bbbb"}}
 
 
 @pytest.mark.parametrize(
     ("record", "refused"),
     [
         ({"detector": OWN, "perturbation": {"name": "none"}}, None),
-        ({"detector": {"classifier": OWN["classifier"]}}, None),  # a released detector: nothing else is known
-        ({"detector": {**OWN, "classifier": fingerprint(classifier(0.25))}}, "another detector"),
+        ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),  # a released detector: nothing else is known
+        ({"detector": {**OWN, "classifier_fingerprint": fingerprint(classifier(0.25))}}, "another detector"),
         ({"detector": {**OWN, "resynthesizer_fingerprint": "cccc"}}, "another detector"),
         ({"detector": {**OWN, "vgg": {"fingerprint": "cccc"}}}, "another detector"),
         ({"detector": OWN, "perturbation": {"name": "jpeg", "strength": 50}}, "jpeg"),

@@ -1,4 +1,4 @@
-"""The table while it is written: parts of several processes and starts, torn, of replaced files, joined."""
+"""The score table while it is written: by several processes, in several starts, with torn rows and changed files."""
 
 import shutil
 from pathlib import Path
@@ -8,97 +8,158 @@ import pytest
 from files import mistake, touch
 
 from data.lists import Item
-from evaluation.score_table import make_rows, read_table
+from evaluation.score_table import Row, make_rows, read_table
 from evaluation.score_writer import ScoreWriter, file_stamps
 from utils.distributed import World
 
-N = 7
+COUNT = 7
+JOB = {"seed": 1}
 
 
 @pytest.fixture
 def items(tmp_path):
-    touch(tmp_path, *(f"images/{i}.png" for i in range(N)))
-    return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(N)]
+    touch(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
+    return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(COUNT)]
 
 
-def rows(items, indices, add=0.0):
-    """Rows whose logits tell the image, and a number that was added."""
-    return dict(zip(indices, make_rows([items[i] for i in indices], [[i + add, 0] for i in indices]), strict=True))
+def rows_of(items, indices, add=0.0):
+    """Make rows whose logit_fake is the index of the image plus `add`."""
+    rows = make_rows([items[i] for i in indices], [[i + add, 0] for i in indices])
+    return dict(zip(indices, rows, strict=True))
 
 
-def opened(folder: Path, items, **job) -> ScoreWriter:
-    log = ScoreWriter(folder / "p.csv", items, file_stamps(items), {"stability": False, **job}, World())
-    assert log.open(overwrite=False)
-    return log
+def new_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
+    return ScoreWriter(folder / "p.csv", items, file_stamps(items), job, world)
 
 
-def test_starts_one_after_the_other_make_one_table(tmp_path, items):
+def open_writer(folder, items, job=JOB) -> ScoreWriter:
+    writer = new_writer(folder, items, job)
+    assert writer.open(overwrite=False)
+    return writer
+
+
+def finish(writer: ScoreWriter) -> None:
+    writer.close()
+    writer.write_record({"metrics": None})
+    writer.remove_parts()
+
+
+def logits_in(folder) -> list[float]:
+    return read_table(folder / "p.csv").logits[:, 0].tolist()
+
+
+def test_several_starts_make_one_table(tmp_path, items):
     touch(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # of other tables
-    first = opened(tmp_path, items)
-    assert first.missing(1).tolist() == list(range(N))
-    first.write(rows(items, [0, 3]))
-    second = opened(tmp_path, items)
+    first = open_writer(tmp_path, items)
+    assert first.missing(1).tolist() == list(range(COUNT))
+    first.write(rows_of(items, [0, 3]))
+    second = open_writer(tmp_path, items)
     assert second.missing(1).tolist() == [1, 2, 4, 5, 6]
-    second.write(rows(items, [1, 2]))
-    second.write(rows(items, [4]))
-    third = opened(tmp_path, items)
-    third.write(rows(items, [5, 6]))
+    second.write(rows_of(items, [1, 2]))
+    second.write(rows_of(items, [4]))
+    third = open_writer(tmp_path, items)
+    third.write(rows_of(items, [5, 6]))
     third.close()
-    assert read_table(tmp_path / "p.csv").logits[:, 0].tolist() == list(range(N))
-    opened(tmp_path, items).close()  # killed before it was said to be finished: nothing is lost
-    third.finish({"metrics": None})
-    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == [
-        "p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"
-    ]  # fmt: skip
-    assert not ScoreWriter(tmp_path / "p.csv", items, file_stamps(items), first.job, World()).open(overwrite=False)
+    assert logits_in(tmp_path) == list(range(COUNT))
+    open_writer(tmp_path, items).close()  # a start that was killed before P.json was written loses nothing
+    finish(third)
+    files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
+    assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]
+
+
+def test_a_finished_table_is_kept_unless_overwritten(tmp_path, items):
+    writer = open_writer(tmp_path, items)
+    writer.write(rows_of(items, range(COUNT)))
+    finish(writer)
+    assert not new_writer(tmp_path, items).open(overwrite=False)
+    again = new_writer(tmp_path, items)
+    assert again.open(overwrite=True)
+    assert len(again.missing(1)) == COUNT
+    other_job = new_writer(tmp_path, items, {"seed": 2})
+    shutil.rmtree(tmp_path / "images")
+    assert new_writer(tmp_path, items).identity != again.identity
+    assert other_job.identity != again.identity
+
+
+def test_images_that_lack_a_picture_are_scored_again(tmp_path, items):
+    writer = open_writer(tmp_path, items)
+    writer.write(rows_of(items, range(COUNT - 1)) | {COUNT - 1: Row(items[-1].path, error="unreadable")})
+    finish(writer)
+    lacks_picture = np.isin(np.arange(COUNT), [2, 5, COUNT - 1])
+    again = new_writer(tmp_path, items)
+    assert again.open(overwrite=False, required=lacks_picture)
+    assert again.missing(1).tolist() == [2, 5]  # an image that cannot be read never gets a picture
+    again.write(rows_of(items, [2, 5]))
+    finish(again)
+    assert not new_writer(tmp_path, items).open(overwrite=False)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, 10_000])
-def test_what_is_torn_does_not_count(tmp_path, items, lost):
-    log = opened(tmp_path, items)
-    log.write(rows(items, [0, 1]))
-    log.write(rows(items, [2, 3]))  # all of a batch, or nothing of it
+def test_torn_rows_do_not_count(tmp_path, items, lost):
+    writer = open_writer(tmp_path, items)
+    writer.write(rows_of(items, [0, 1]))
+    writer.write(rows_of(items, [2, 3]))
     part = tmp_path / "p.csv.0.part"
-    part.write_bytes(part.read_bytes()[:-lost] + b"\0" * (lost == 30))  # a machine that lost power may leave zeros
-    again = opened(tmp_path, items)
+    content = part.read_bytes()
+    if lost == 10_000:
+        lost = len(content) - content.index(b"\n") - 1  # all but the first line
+    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a disk that lost power may leave zeros
+    again = open_writer(tmp_path, items)
     missing = again.missing(1).tolist()
-    assert missing == {1: [4, 5, 6], 10_000: [*range(N)]}.get(lost, [2, 3, 4, 5, 6])
-    again.write(rows(items, missing))
+    assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))
+    again.write(rows_of(items, missing))
     again.close()
-    assert read_table(tmp_path / "p.csv").logits[:, 0].tolist() == list(range(N))
+    assert logits_in(tmp_path) == list(range(COUNT))
 
 
-def test_rows_are_of_the_files_they_were_made_from(tmp_path, items):
-    log = opened(tmp_path, items)
-    log.write(rows(items, range(N)))
-    before = file_stamps(items)
+def test_rows_of_changed_files_do_not_count(tmp_path, items):
+    writer = open_writer(tmp_path, items)
+    writer.write(rows_of(items, range(COUNT)))
     Path(items[2].path).write_bytes(b"other")
     Path(items[5].path).unlink()
-    assert np.flatnonzero((file_stamps(items) != before).any(axis=1)).tolist() == [2, 5]
-    again = opened(tmp_path, items)
+    again = open_writer(tmp_path, items)
     assert again.missing(1).tolist() == [2, 5]
-    again.write(rows(items, [2], add=0.5))
+    again.write(rows_of(items, [2], add=0.5))
     with mistake("5.png has no row"):
         again.close()
-    last = opened(tmp_path, items)
-    last.write(rows(items, [5], add=0.5))
+    last = open_writer(tmp_path, items)
+    last.write(rows_of(items, [5], add=0.5))
     last.close()
-    assert read_table(tmp_path / "p.csv").logits[:, 0].tolist() == [0, 1, 2.5, 3, 4, 5.5, 6]
+    assert logits_in(tmp_path) == [0, 1, 2.5, 3, 4, 5.5, 6]
 
 
-def test_parts_of_another_job(tmp_path, items):
-    opened(tmp_path, items, seed=1).write(rows(items, [0]))
+def test_parts_of_another_job_are_refused_and_kept(tmp_path, items):
+    open_writer(tmp_path, items, {"seed": 1, "crops": 9}).write(rows_of(items, [0]))
+    before = (tmp_path / "p.csv.0.part").read_bytes()
+    other = {"seed": 2, "crops": 9}
     with mistake("seed", "--overwrite"):
-        opened(tmp_path, items, seed=2)
-    other = ScoreWriter(tmp_path / "p.csv", items, file_stamps(items), {"stability": False, "seed": 2}, World())
-    assert other.open(overwrite=True) and len(other.missing(1)) == N
+        new_writer(tmp_path, items, other).open(overwrite=False)
+    assert (tmp_path / "p.csv.0.part").read_bytes() == before
+    writer = new_writer(tmp_path, items, other)
+    assert writer.open(overwrite=True)
+    assert len(writer.missing(1)) == COUNT
     assert [path.name for path in tmp_path.glob("p.csv.*")] == ["p.csv.1.part"]
 
 
-def test_shares_are_blocks_of_the_list(tmp_path, items):
-    logs = [ScoreWriter(tmp_path / "p.csv", items, file_stamps(items), {}, World(rank, 2)) for rank in range(2)]
-    assert [log.missing(2).tolist() for log in logs] == [[0, 1, 4, 5], [2, 3, 6]]
-    logs[1].done[2] = True
-    assert logs[1].missing(2).tolist() == [3, 6]
-    shutil.rmtree(tmp_path / "images")
-    assert (file_stamps(items) == -1).all()
+def test_a_file_that_only_has_the_name_of_a_part_is_refused(tmp_path, items):
+    (tmp_path / "p.csv.0.part").write_text("mine")
+    with mistake("p.csv.0.part"):
+        new_writer(tmp_path, items).open(overwrite=False)
+    assert (tmp_path / "p.csv.0.part").read_text() == "mine"
+
+
+def test_processes_score_alternate_blocks_of_the_list(tmp_path, items):
+    writers = [new_writer(tmp_path, items, world=World(rank, 2)) for rank in range(2)]
+    assert [writer.missing(2).tolist() for writer in writers] == [[0, 1, 4, 5], [2, 3, 6]]
+    writers[1].done[2] = True
+    assert writers[1].missing(2).tolist() == [3, 6]
+
+
+def test_the_same_image_twice_in_a_list_has_two_rows(tmp_path, items):
+    items = [*items, items[0]._replace(label=None, generator="other")]
+    writer = open_writer(tmp_path, items)
+    writer.write(rows_of(items, range(len(items) - 1)))
+    writer.close()
+    table = read_table(tmp_path / "p.csv")
+    assert table.logits[-1].tolist() == table.logits[0].tolist()
+    assert (table.generators[0], table.generators[-1]) == ("g", "other")

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.calibration import probabilities_and_verdicts, sigmoid
 from evaluation.metrics import confusion, expected_calibration_error, negative_log_likelihood
-from evaluation.score_table import ScoreTable, predict, read_record, read_table, sigmoid
+from evaluation.score_table import ScoreTable, read_record, read_table
 from utils import checkpoints
 from utils.console import printable
 from utils.errors import UserError, run_program
@@ -47,7 +48,7 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
     if not n_real or not n_fake:
         raise UserError(f"{n_real} real and {n_fake} fake images with a score: some of each were wanted")
     temperature, warnings = fit_temperature(table.margins, table.is_fake)
-    t_real, t_fake = fit_thresholds(predict(table.logits, {"temperature": temperature})[0], table.is_fake, fpr, fnr)
+    t_real, t_fake = fit_thresholds(probabilities_and_verdicts(table.logits, {"temperature": temperature})[0], table.is_fake, fpr, fnr)
     for rate, count, kind in ((fpr, n_real, "reals"), (fnr, n_fake, "fakes")):
         if rate * count < 1 - 1e-9:
             none = f"{100 * rate:g} % of {count} {kind} is less than one image, so none of them is called wrong"
@@ -120,7 +121,7 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
         logger.warning("warning: no SCORES.json beside the table, so it is taken on trust to be of this detector")
     config, scored = content.get("config") or {}, record.get("detector") or {}
     parts = {  # of the file, of the scores; None: not known
-        "classifier": (fingerprint(state_dict_of(content, path)), scored.get("classifier")),
+        "classifier": (fingerprint(state_dict_of(content, path)), scored.get("classifier_fingerprint")),
         "RDN": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": tuple((c.get("vgg") or {}).get("fingerprint") for c in (config, scored)),
     }
@@ -138,7 +139,7 @@ def require_same_detector(content: Mapping, record: Mapping, path: str) -> None:
 def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
     """What was fitted and what it changes, for the terminal."""
     table = table.select(table.usable)
-    (before, _), (after, verdicts) = predict(table.logits), predict(table.logits, calibration)
+    (before, _), (after, verdicts) = probabilities_and_verdicts(table.logits), probabilities_and_verdicts(table.logits, calibration)
     lines = [
         "fitted to {n_real} real and {n_fake} fake images: temperature {temperature:.4g}; called fake from P(fake) ="
         " {t_fake:.4g} on, real up to {t_real:.4g}, unsure between".format_map(calibration),

@@ -21,9 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation.detector import Detector, load
+from evaluation.calibration import probabilities_and_verdicts
+from evaluation.detector import Detector
+from evaluation.loading import load, select_options
 from evaluation.metrics import format_table
-from evaluation.score_table import predict, read_record
+from evaluation.score_table import read_record
 from tools.calibrate import require_same_detector
 from utils import checkpoints
 from utils.checkpoints import fingerprint
@@ -120,7 +122,7 @@ def check(path: Path, detector: Detector, data: bytes | None = None) -> None:
             raise UserError(f"{name} is not of this detector: {fact} is {found.get(fact)}, wanted {wanted}")
     for x, (logits, prob_fake) in zip(images, got, strict=True):
         wanted = detector.logits(x).numpy()  # (B, 2)
-        wanted = np.column_stack([wanted, predict(wanted, detector.calibration)[0]])  # (B, 3)
+        wanted = np.column_stack([wanted, probabilities_and_verdicts(wanted, detector.calibration)[0]])  # (B, 3)
         off = abs(np.column_stack([logits, prob_fake]) - wanted) / np.maximum(abs(wanted), 1)
         worst = np.maximum(worst, off.max())  # NaN stays
     if not worst <= TOLERANCE:
@@ -157,7 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if not importlib.util.find_spec(name)]
     if missing and any(path.suffix != ".pt2" for path in (args.out, args.check) if path):
         raise UserError(f"ONNX needs packages that are not there: pip install {' '.join(missing)}")
-    detector = load(args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, vars(args))
+    detector = load(args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_options(vars(args)))
     if args.check:
         check(args.check, detector)
     for path in filter(None, (args.out, args.bundle)):

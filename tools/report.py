@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--study", metavar="STUDY.csv", help="a study file, which names rows and columns")
     parser.add_argument("--table", metavar="NAME", help="with --study: which of its tables")
     parser.add_argument("--intervals", action="store_true", help="with --study: add intervals, or ranges over seeds")
-    names = [name for name, metric in metrics.METRICS.items() if metric.column]
+    names = [name for name, metric in metrics.METRICS.items() if metric.is_column]
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--out", metavar="DIR", help="write DIR/report.html")
     text = f"print a markdown table of one metric ({', '.join(names)}), or of several (default)"

@@ -114,7 +114,8 @@ def _device_of_name(name: str | torch.device) -> torch.device:
     try:
         return torch.device(name)
     except (RuntimeError, TypeError) as error:
-        raise UserError(f"expected a GPU number or cpu as the device, got {name!r} ({error})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"expected a GPU number or cpu as the device, got {name!r} ({reason})") from None
 
 
 def _gpu_numbers(available: int) -> str:

@@ -1,0 +1,63 @@
+"""From logits to P(fake) and verdicts, with or without a stored calibration."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from utils.checkpoints import Fields
+from utils.console import printable
+from utils.errors import UserError
+
+ROUNDING = 1e-6  # a threshold above which no image is called fake may be the next number above 1
+UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
+
+
+def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None = None) -> tuple[np.ndarray, list[str]]:
+    """Convert logits to P(fake) and to verdicts.
+
+    Args:
+        logits: (N, 2), columns FAKE, REAL.
+        calibration: what `tools.calibrate` stores in a checkpoint. The logits are divided by its "temperature". The
+            verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and unsure between. Without a
+            calibration the temperature is 1 and both thresholds are 0.5.
+
+    Returns:
+        P(fake), float64 (N,) in [0, 1], and N verdicts: real, fake or unsure.
+    """
+    rule = {**UNCALIBRATED, **(calibration or {})}
+    logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
+    margins = logits[:, 0] - logits[:, 1]
+    prob_fake = sigmoid(margins / rule["temperature"])  # the softmax over two classes
+    verdicts = np.full(len(prob_fake), "unsure")
+    verdicts[prob_fake <= rule["t_real"]] = "real"
+    verdicts[prob_fake >= rule["t_fake"]] = "fake"
+    return prob_fake, verdicts.tolist()
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Compute 1 / (1 + exp(-x)) without overflow."""
+    return np.exp(-np.logaddexp(0, -x))
+
+
+def check_calibration(calibration: object, name: str) -> dict:
+    """Check a calibration that was read from a checkpoint.
+
+    Args:
+        calibration: the entry "calibration" of the checkpoint; None if it has none.
+        name: the checkpoint's file, for the error message.
+
+    Returns:
+        The calibration as a dict; empty if there is none.
+
+    Raises:
+        UserError: if the temperature or a threshold is missing or impossible.
+    """
+    fields = Fields(calibration, name, "calibration")
+    if not fields.values:
+        return {}
+    fields.positive("temperature")
+    t_real = fields.number("t_real", -ROUNDING, 1 + ROUNDING)
+    t_fake = fields.number("t_fake", -ROUNDING, 1 + ROUNDING)
+    if t_real > t_fake:
+        raise UserError(f"{printable(name)}: calibration.t_real {t_real:g} must not exceed t_fake {t_fake:g}")
+    return dict(fields.values)

@@ -1,0 +1,99 @@
+"""The kinds of images that a detector accepts, and the crops that it scores."""
+
+import math
+import os
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.images import FORMATS, load_image, upright_rgb
+from utils.errors import UserError
+
+ImageInput = str | os.PathLike | Image.Image | Tensor | np.ndarray | BinaryIO
+ACCEPTED = (
+    "a path, an open binary file, a PIL image, a NumPy array of uint8 (H, W, 3) or a tensor of uint8 (3, H, W), RGB from"
+    " 0 to 255"
+)
+
+
+def is_one_image(images: object) -> bool:
+    """Return whether this is one image rather than several."""
+    if isinstance(images, Tensor | np.ndarray):
+        return images.ndim == 3
+    return isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
+
+
+def decode(image: ImageInput) -> Tensor:
+    """Convert an image of any accepted kind to uint8 (3, H, W) RGB.
+
+    Raises:
+        UserError: if it is of no accepted kind or cannot be decoded.
+    """
+    if isinstance(image, str | os.PathLike):
+        return load_image(os.fspath(image))
+    if isinstance(image, Image.Image):
+        return rgb_tensor(image)
+    if hasattr(image, "read"):
+        return decode_file(image)
+    if isinstance(image, Tensor):
+        if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
+            return image.cpu()
+        raise UserError(f"expected {ACCEPTED}; got a tensor of {image.dtype} {tuple(image.shape)}")
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+            return torch.from_numpy(image.transpose(2, 0, 1).copy())
+        raise UserError(f"expected {ACCEPTED}; got an array of {image.dtype} {image.shape}")
+    raise UserError(f"expected {ACCEPTED}; got {type(image).__name__}")
+
+
+def decode_file(file: BinaryIO) -> Tensor:
+    """Decode an open image file. Returns uint8 (3, H, W) RGB."""
+    try:
+        with Image.open(file, formats=FORMATS) as image:
+            return rgb_tensor(image)
+    except Exception as error:  # decoders raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot decode the open file {getattr(file, 'name', '')!r} ({reason})") from None
+
+
+def rgb_tensor(image: Image.Image) -> Tensor:
+    """Convert a PIL image of any mode to uint8 (3, H, W) RGB, upright."""
+    pixels = np.array(upright_rgb(image.copy()))  # (H, W, 3)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+# --- crops ---------------------------------------------------------------------------------------------------
+
+
+def spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
+    """Cut `count` square crops that are evenly spread over an image, from border to border.
+
+    Their rows and columns suit the shape of the image. Equal crops are cut once. If a side of the image is smaller than
+    a crop, all of that side is taken.
+
+    Args:
+        image: (3, H, W).
+        side: of a crop, pixels.
+
+    Returns:
+        (K, 3, h, w), row by row, and the number of crops per row.
+    """
+    height, width = image.shape[1:]
+    divisors = [n for n in range(1, count + 1) if count % n == 0]
+    # As many rows per column as the image has height per width
+    rows = min(divisors, key=lambda n: abs(math.log((n * n / count) / (height / width))))
+    tops = crop_starts(height, side, rows)
+    lefts = crop_starts(width, side, count // rows)
+    crops = [image[:, top : top + side, left : left + side] for top in tops for left in lefts]
+    return torch.stack(crops), len(lefts)
+
+
+def crop_starts(length: int, side: int, count: int) -> list[int]:
+    """Return where `count` crops of `side` pixels start along `length` pixels; one crop is in the centre."""
+    free = max(length - side, 0)
+    if count == 1:
+        return [free // 2]
+    return sorted({i * free // (count - 1) for i in range(count)})

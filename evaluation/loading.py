@@ -1,0 +1,197 @@
+"""Load a trained detector from a checkpoint, and check everything that does not belong together."""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data.images import SizePolicy
+from evaluation.calibration import check_calibration
+from evaluation.detector import Detector
+from models.build import OPTION_NAMES, load_detector
+from utils.checkpoints import Fields, read_checkpoint
+from utils.compute import Compute, choose_compute
+from utils.console import printable
+from utils.errors import UserError
+from utils.options import PRECISIONS
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CROPS = 9  # per image, for a detector trained on crops. docs/results.md compares 1, 4, 9 and whole images
+IMAGE_OPTIONS = ("crop_size", "resize", "crops")
+ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # names of test.py's flags
+
+
+class ImageSettings(NamedTuple):
+    """How images are resized and cropped before they are scored."""
+
+    crop_size: int | None  # side of a crop, pixels; None: whole images
+    resize: int | None  # length of the shorter side, pixels; None: as they are
+    crops: int  # crops per image, over which the logits are averaged; 1: the crop in the centre
+
+
+def load(
+    checkpoint: str | os.PathLike,
+    device: str | int | torch.device | None = None,
+    precision: str = "auto",
+    resynthesizer: str | os.PathLike | None = None,
+    vgg_weights: str = "auto",
+    options: Mapping | None = None,
+) -> Detector:
+    """Load a detector from a checkpoint of train_detector.py or a released one.
+
+    Args:
+        checkpoint: the file.
+        device: what `torch.device` accepts, such as "cpu" or "cuda:1"; the number of a GPU; or None for the first GPU
+            if there is one, else the CPU.
+        precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
+        resynthesizer: the file of the re-synthesizer. Only released detectors need it.
+        vgg_weights: "auto", "imagenet", "random" or a file, as `--vgg-weights`.
+        options: what a released checkpoint does not say, named as in `models.build.OPTION_NAMES` ("stage", "dilated",
+            ...; the flags' names "idx_stages" and "no_dilation" are accepted, too), and "crop_size", "resize" (0: none)
+            and "crops" to differ from training.
+
+    Raises:
+        UserError: for a device that is not there, an unknown precision or option, and files that do not fit together.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
+    compute = choose_compute(device_name(device), precision, deterministic=False)
+    return load_on(compute, checkpoint, resynthesizer, vgg_weights, check_options(options or {}))
+
+
+def load_on(
+    compute: Compute,
+    checkpoint: str | os.PathLike,
+    resynthesizer: str | os.PathLike | None,
+    vgg_weights: str,
+    options: Mapping,
+) -> Detector:
+    """Load a detector for a device and precision that are chosen already. See `load`."""
+    source = read_checkpoint(checkpoint)
+    network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
+    network.to(compute.device, memory_format=torch.channels_last).eval()
+    trained = check_image_config(config, source.name)
+    settings = image_settings(trained, options)
+    log_image_settings(settings, trained, options)
+    return Detector(
+        network=network,
+        compute=compute,
+        policy=SizePolicy(network.resynthesizer.scale, settings.crop_size, settings.resize),
+        calibration=check_calibration(source.content.get("calibration"), source.name),
+        config=config,
+        trained_on=check_trained_on(source.content.get("trained_on"), source.name),
+        crops=settings.crops,
+    )
+
+
+def device_name(device: str | int | torch.device | None) -> str | torch.device | None:
+    """Convert the number of a GPU to its name. `choose_compute` refuses a name, but not a number, that is not there."""
+    is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
+    return f"cuda:{device}" if is_number else device
+
+
+def select_options(settings: Mapping) -> dict:
+    """Select the options of `load` among the settings of a program."""
+    return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
+
+
+def check_options(options: Mapping) -> dict:
+    """Check the options of `load`, and replace the flags' names.
+
+    Raises:
+        UserError: for an unknown name, naming the known ones, or an impossible value.
+    """
+    known = (*OPTION_NAMES, *IMAGE_OPTIONS)
+    checked = {}
+    for name, value in options.items():
+        if name == "no_dilation":
+            if not isinstance(value, bool):
+                raise UserError(f"option no_dilation must be True or False, got {value!r}")
+            value = not value
+        target = ALIASES.get(name, name)
+        if target not in known:
+            raise UserError(f"unknown option {name!r}: expected one of {', '.join((*known, *ALIASES))}")
+        if target in checked:
+            raise UserError(f"option {name!r} is given twice, under two names")
+        checked[target] = value
+    for name in IMAGE_OPTIONS:
+        value = checked.get(name)
+        if value is not None and not is_count(value, lowest=1 if name == "crops" else 0):
+            raise UserError(f"option {name} must be a number of {'crops' if name == 'crops' else 'pixels'}, got {value!r}")
+    return checked
+
+
+def is_count(value: object, lowest: int) -> bool:
+    """Return whether a value is a whole number from `lowest` on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
+
+
+def check_image_config(config: Mapping, name: str) -> Mapping:
+    """Check what a checkpoint's config says about its training images. Returns it; empty if it says nothing.
+
+    Raises:
+        UserError: for impossible values.
+    """
+    images = Fields(config.get("images"), name, "config.images")
+    for key in ("crop_size", "resize"):
+        images.integer(key, default=None)
+    if images.has("sides"):
+        sides = images.values["sides"]
+        if not (isinstance(sides, list | tuple) and len(sides) == 2 and all(is_count(side, lowest=1) for side in sides)):
+            raise UserError(f"{printable(name)}: config.images.sides must be two numbers of pixels, got {sides!r}")
+        images.number("jpegs", 0, 1)
+    return images.values
+
+
+def check_trained_on(trained_on: object, name: str) -> Tensor | None:
+    """Check the `identities` of training images that a checkpoint holds.
+
+    Raises:
+        UserError: if they are something else.
+    """
+    is_table = isinstance(trained_on, Tensor) and trained_on.ndim == 2 and trained_on.shape[1] == 2
+    if trained_on is None or (is_table and trained_on.dtype == torch.int64):
+        return trained_on
+    raise UserError(f"{printable(name)} is damaged: trained_on must be a tensor of int64 (N, 2)")
+
+
+def image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
+    """Choose how images are resized and cropped: as the options say, else as in training.
+
+    Args:
+        trained: "crop_size" and "resize" of the training, if known.
+        options: "crop_size", "resize" (0: none) and "crops". None or missing: not given.
+
+    Raises:
+        UserError: for several crops without a size.
+    """
+    chosen = {}
+    for name in ("crop_size", "resize"):
+        value = trained.get(name) if options.get(name) is None else options[name]
+        chosen[name] = value or None
+    crops = options.get("crops")
+    if crops is None:
+        crops_as_in_training = chosen["crop_size"] is not None and options.get("crop_size") is None
+        crops = DEFAULT_CROPS if crops_as_in_training else 1
+    if crops > 1 and chosen["crop_size"] is None:
+        raise UserError(f"--crops {crops} needs a size: give --crop-size N (the detector was trained on whole images)")
+    return ImageSettings(chosen["crop_size"], chosen["resize"], crops)
+
+
+def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
+    """Log which sizes are taken from the training, and warn about those that differ from it."""
+    for name in ("crop_size", "resize"):
+        flag = f"--{name.replace('_', '-')}"
+        used = getattr(settings, name)
+        in_training = trained.get(name) or None
+        if options.get(name) is None and in_training:
+            logger.info("%s %d, as in training (%s 0: without)", flag, in_training, flag)
+        elif trained and used != in_training:
+            text = "warning: %s %d, and training had %s: the scores may mean less"
+            logger.warning(text, flag, used or 0, in_training or "none")
+    if settings.crops > 1:
+        logger.info("an image larger than a crop gets the mean over %d crops (--crops N)", settings.crops)

@@ -1,0 +1,222 @@
+"""The detector from Python: what `load`, `predict`, `verdict` and `residual` accept, and the numbers of test.py."""
+
+import io
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from files import mistake
+from PIL import Image
+from scorings import CONFIG, score, write_detector, write_image, write_images, write_release
+
+from evaluation import load
+from evaluation.inputs import crop_starts, spread_crops
+from evaluation.loading import device_name, image_settings
+from evaluation.score_table import read_table
+from utils.compute import choose_device
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, small_classifier):
+    return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
+
+
+@pytest.fixture(scope="module")
+def some(tmp_path_factory):
+    return write_images(tmp_path_factory.mktemp("some"))
+
+
+@pytest.fixture(scope="module")
+def detector(tiny):
+    return load(str(tiny), device="cpu")
+
+
+# --- images ---------------------------------------------------------------------------------------------------
+
+
+def test_python_gives_the_numbers_of_test_py_to_the_last_bit(detector, tiny, some, tmp_path):
+    assert score("--gpu", "cpu", "-j", 0, "--resume", tiny, "--input", some, "--save_path", tmp_path / "p") == 0
+    table = read_table(tmp_path / "p.csv")
+    images = [Image.open(path).convert("RGB") for path in table.paths]
+    arrays = [np.asarray(image) for image in images]
+    tensors = [torch.from_numpy(array.copy()).permute(2, 0, 1) for array in arrays]
+    files = [io.BytesIO(Path(path).read_bytes()) for path in table.paths]
+    for given in (table.paths, [Path(path) for path in table.paths], images, arrays, tensors, files):
+        assert np.array_equal(detector.predict(given), table.prob_fake)
+    assert detector.verdict(iter(table.paths)) == table.predictions
+
+
+def test_one_image_of_any_kind_is_accepted_without_a_list(detector, some):
+    path = some / "1.png"
+    array = np.asarray(Image.open(path))
+    expected = detector.predict([str(path)])
+    assert expected.shape == (1,)
+    with open(path, "rb") as file:
+        for image in (str(path), path, array, torch.from_numpy(array.copy()).permute(2, 0, 1), Image.open(path), file):
+            assert np.array_equal(detector.predict(image), expected)
+
+
+def test_residuals_are_the_differences_to_the_resynthesis(detector, some):
+    path = str(some / "1.png")
+    (residual,) = detector.residual(path)
+    assert residual.shape == (3, 32, 32) and residual.dtype == torch.float32
+    x, x_hat, _ = detector.resynthesize(detector.prepare(path)[None])
+    assert torch.equal(residual, (x_hat - x).abs()[0])
+
+
+def test_no_images_give_no_scores(detector):
+    assert detector.predict([]).shape == (0,)
+    assert detector.verdict([]) == [] and detector.residual([]) == []
+
+
+def test_a_pil_image_is_turned_upright_like_its_file(detector, some, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored on its side
+    Image.open(some / "0.png").save(tmp_path / "turned.png", exif=exif)
+    path = str(tmp_path / "turned.png")
+    with open(path, "rb") as file:
+        assert detector.predict([path]) == detector.predict(Image.open(path)) == detector.predict(file)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        None, 3, 2.5, object(), b"bytes", [None], [3], torch.rand(3, 32, 32), np.zeros((32, 32, 3)),
+        np.zeros((3, 32, 32), np.uint8), np.zeros((32, 32), np.uint8), torch.zeros(1, 32, 32, dtype=torch.uint8),
+        torch.zeros(32, 32, dtype=torch.uint8), io.BytesIO(b"no image"), io.StringIO("no image"),
+    ],
+)  # fmt: skip
+def test_anything_else_is_one_line(detector, image):
+    for method in (detector.predict, detector.verdict, detector.residual):
+        with mistake("a path" if not hasattr(image, "read") else "cannot decode"):
+            method(image)
+
+
+def test_a_missing_or_tiny_image_is_one_line(detector, tmp_path):
+    with mistake("absent.png"):
+        detector.predict("absent.png")
+    with mistake("3 x 9"):
+        detector.predict(write_image(tmp_path / "a.png", 0, (9, 3)))
+
+
+# --- crops ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("length", "side", "count", "starts"),
+    [(40, 16, 1, [12]), (40, 16, 2, [0, 24]), (40, 16, 3, [0, 12, 24]), (16, 16, 3, [0]), (10, 16, 1, [0]), (18, 16, 4, [0, 1, 2])],
+)  # fmt: skip
+def test_crops_go_from_border_to_border(length, side, count, starts):
+    assert crop_starts(length, side, count) == starts
+
+
+@pytest.mark.parametrize(("height", "width", "rows", "columns"), [(64, 64, 3, 3), (32, 600, 1, 9), (600, 32, 9, 1)])
+def test_rows_and_columns_of_crops_suit_the_image(height, width, rows, columns):
+    image = torch.arange(height * width).reshape(1, height, width).expand(3, -1, -1)
+    crops, per_row = spread_crops(image, 32, 9)
+    assert per_row == columns and len(crops) == rows * columns
+    assert crops.shape[1:] == (3, 32, 32)
+    assert torch.equal(crops[0], image[:, :32, :32]) and torch.equal(crops[-1], image[:, -32:, -32:])
+
+
+# --- load -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
+def test_a_device_may_be_anything_that_torch_accepts(tiny, device):
+    if device is None and torch.cuda.is_available():
+        pytest.skip("None means the GPU here")
+    assert load(str(tiny), device=device).compute.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7", 0, "0", 7, torch.device("cuda"), torch.device("cuda", 1)])
+def test_a_gpu_that_is_not_there_is_one_line(tiny, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with mistake("no GPU"):
+        load(str(tiny), device=device)
+
+
+def test_gpus_that_are_there_are_chosen_by_their_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    for device in ("cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda:0")):
+        assert choose_device(device_name(device)) == torch.device("cuda:0")
+    assert choose_device(device_name("cuda:1")) == choose_device(device_name(1)) == torch.device("cuda:1")
+    with mistake("GPUs 0 to 1"):
+        choose_device(device_name(2))
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])
+def test_what_is_no_device_is_one_line(tiny, device):
+    with mistake("expected"):
+        load(str(tiny), device=device)
+
+
+@pytest.mark.parametrize("precision", ["float16", "half", "", None, 16])
+def test_an_unknown_precision_is_one_line(tiny, precision):
+    with mistake("fp32", "bf16", "precision"):
+        load(str(tiny), device="cpu", precision=precision)
+
+
+@pytest.mark.parametrize("name", ["no_dilated", "stages", "Crops", "crop-size", "dilation"])
+def test_an_unknown_option_is_one_line_that_names_the_known_ones(tiny, name):
+    with mistake(name, "stage", "dilated", "crop_size", "no_dilation"):
+        load(str(tiny), device="cpu", options={name: 1})
+
+
+@pytest.mark.parametrize("options", [{"crops": 0}, {"crops": "many"}, {"crop_size": -1}, {"resize": 1.5}, {"no_dilation": 1}])
+def test_an_impossible_value_of_an_option_is_one_line(tiny, options):
+    with mistake(*options):
+        load(str(tiny), device="cpu", options=options)
+
+
+def test_options_have_the_names_of_the_flags_too(tmp_path):
+    """A released checkpoint says neither stage nor dilation. Dilation changes every score."""
+    folder = write_release(tmp_path)
+    files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
+    image = str(folder / "real" / "0.png")
+    plain = load(**files, options={"dilated": False, "stage": 0}).predict(image)
+    assert load(**files, options={"no_dilation": True, "idx_stages": 0}).predict(image) == plain
+    assert load(**files, options={"no_dilation": False}).predict(image) == load(**files).predict(image) != plain
+    with mistake("twice"):
+        load(**files, options={"no_dilation": True, "dilated": True})
+
+
+def test_image_settings_are_those_of_the_training_unless_options_differ():
+    trained = {"crop_size": 128, "resize": None}
+    assert image_settings(trained, {}) == (128, None, 9)
+    assert image_settings(trained, {"crop_size": 64}) == (64, None, 1)
+    assert image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
+    assert image_settings(trained, {"crop_size": 0}) == (None, None, 1)
+    assert image_settings({}, {"resize": 256}) == (None, 256, 1)
+    with mistake("--crop-size"):
+        image_settings({}, {"crops": 4})
+
+
+def test_torch_hub_and_the_example_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(tiny, "DETECTOR.pth.tar")
+    for name in ("a.png", "b.jpg"):
+        write_image(name, 1)
+    example = re.search(r"```python\n(from evaluation import load.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    found = {}
+    exec(example[1], found)
+    assert found["residual"].shape[0] == 3
+    assert capsys.readouterr().out.count("\n") == 2
+    detector = torch.hub.load(str(ROOT), "detector", source="local", checkpoint=str(tiny), device="cpu")
+    assert detector.verdict("a.png") == load(str(tiny), device="cpu").verdict("a.png")
+
+
+def test_a_detector_says_what_its_scores_depend_on(detector, tmp_path, small_classifier):
+    assert len(detector.identity()["classifier_fingerprint"]) == 16
+    calibrated = write_detector(tmp_path / "c", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
+    assert load(str(calibrated), "cpu").identity() != detector.identity()
+    assert load(str(write_detector(tmp_path / "d", config=CONFIG)), "cpu").identity() == detector.identity()
+
+
