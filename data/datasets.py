@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from data.images import (
     Header,
     SizePolicy,
+    centre_box,
     load_image,
-    multiple_box,
     read_rgb,
     resize_and_crop,
     size_after,
@@ -44,7 +44,7 @@ Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # from and t
 
 
 class Key(NamedTuple):
-    """What a sampler requests from a dataset."""
+    """A sampler's request for one entry of a dataset."""
 
     epoch: int
     index: int  # index of the entry in the dataset
@@ -52,7 +52,7 @@ class Key(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a dataset returns for a key: K tensors made from one image, or an error of one line."""
+    """A dataset's answer to a key: K tensors made from one image, or an error of one line."""
 
     key: Key
     item: Item
@@ -61,7 +61,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """B rows of equal shape. Images that could not be read appear only in `errors`."""
+    """A batch of B rows of equal shape. Images that could not be read appear only in `errors`."""
 
     x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
@@ -344,7 +344,7 @@ class PatchDataset(ItemDataset):
 
 def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
     """Cut out an aligned patch, and flip and rotate it at random. Returns uint8 (3, P, P), P = patch_size * scale."""
-    top, left, height, width = multiple_box(image.height, image.width, scale)
+    top, left, height, width = centre_box(image.height, image.width, scale)
     side = patch_size * scale
     top += scale * int(rng.integers((height - side) // scale + 1))
     left += scale * int(rng.integers((width - side) // scale + 1))

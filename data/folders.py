@@ -47,12 +47,12 @@ def find_images(root: str) -> list[str]:
             starts += [os.path.join(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))]
             images += _images_of_folder(folder, names, left_out)
     if not images:
-        found = in_words(left_out) or "no files"
+        found = format_counts(left_out) or "no files"
         suffixes = " ".join(IMAGE_SUFFIXES)
         raise UserError(f"no images in folder {printable(root)}: expected files ending in {suffixes}, got {found}")
     if left_out:
         text = "image folder %s: found %d images, left out %d other files or folders: %s"
-        logger.info(text, printable(root), len(images), left_out.total(), in_words(left_out))
+        logger.info(text, printable(root), len(images), left_out.total(), format_counts(left_out))
     return sorted(images)
 
 
@@ -105,10 +105,10 @@ def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return _kind_of_output(folder, name, names)
+    return _recognise_output(folder, name, names)
 
 
-def _kind_of_output(folder: str, name: str, names: Set[str]) -> str | None:
+def _recognise_output(folder: str, name: str, names: Set[str]) -> str | None:
     """Recognise a picture that test.py has written. Returns None for other pictures."""
     if name.endswith(".residual.png"):
         return "residual picture"
@@ -129,7 +129,7 @@ def _is_score_table(path: str) -> bool:
         return False
 
 
-def in_words(counts: Counter) -> str:
+def format_counts(counts: Counter) -> str:
     """Format counts such as "3 .heic, 1 hidden"."""
     parts = [f"{number} {printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
     if len(counts) > MOST_REASONS:
@@ -137,7 +137,7 @@ def in_words(counts: Counter) -> str:
     return ", ".join(parts)
 
 
-def kind_of_given_file(path: str) -> str | None:
+def recognise_output(path: str) -> str | None:
     """Recognise a picture that test.py has written. A pattern such as *.png may have matched it."""
     folder, name = os.path.split(path)
-    return _kind_of_output(folder, name, {f"{name.removesuffix('.png')}.csv"})
+    return _recognise_output(folder, name, {f"{name.removesuffix('.png')}.csv"})

@@ -39,7 +39,7 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class SizePolicy(NamedTuple):
-    """How images are brought to a size: resize, then crop, then centre-crop to a multiple of the scale."""
+    """A rule for the size of images: resize, then crop, then centre-crop to a multiple of the scale."""
 
     scale: int = 4
     crop_size: int | None = None  # side of the square crop in pixels; None: no crop
@@ -48,7 +48,7 @@ class SizePolicy(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What the header of an image file says."""
+    """The facts that the header of an image file gives."""
 
     size: tuple[int, int] | None  # (height, width) of the upright image; None if unreadable
     problem: str | None = None  # why the file cannot be used
@@ -158,7 +158,7 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
         image = resize_bicubic(image, *_size_after_resize(height, width, policy))  # (3, H', W')
     if policy.crop_size is not None:
         image = _crop_square(image, policy.crop_size, rng)  # (3, crop_size, crop_size)
-    top, left, height, width = multiple_box(image.shape[-2], image.shape[-1], policy.scale)
+    top, left, height, width = centre_box(image.shape[-2], image.shape[-1], policy.scale)
     return image[:, top : top + height, left : left + width].contiguous()
 
 
@@ -178,7 +178,7 @@ def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = Tru
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=antialias)[0]
 
 
-def multiple_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
+def centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
     """Compute (top, left, height, width) of the largest centred box whose sides are multiples of `scale`."""
     return height % scale // 2, width % scale // 2, height - height % scale, width - width % scale
 

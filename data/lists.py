@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import contains, find_images, in_words, kind_of_given_file
+from data.folders import contains, find_images, format_counts, recognise_output
 from utils.console import printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
@@ -90,7 +90,7 @@ def tree_items(root: str, training: bool = False) -> list[Item]:
 
     The class folders may be GENERATOR/0_real, GENERATOR/CATEGORY/0_real, GENERATOR/train/nature, or 0_real at the top,
     where the generator takes the name of `root`. Reals carry the name of the generator that they are compared with.
-    One log line says which folders are used.
+    If there are several layouts or image sets, one log line says which ones are used.
 
     Args:
         training: leave out the images in folders named val, validation or test.
@@ -115,7 +115,7 @@ def tree_items(root: str, training: bool = False) -> list[Item]:
         _refuse_tree(root, left_out)
     if left_out or len(used) > 1:
         text = "image tree %s: using %s; left out: %s"
-        logger.info(text, printable(root), in_words(used), in_words(left_out) or "none")
+        logger.info(text, printable(root), format_counts(used), format_counts(left_out) or "none")
     return sorted(items, key=lambda item: item.label == FAKE)  # the sort is stable
 
 
@@ -128,7 +128,7 @@ def _tree_generator(parents: Sequence[str], root: str) -> str:
 
 def _refuse_tree(root: str, left_out: Counter) -> None:
     raise UserError(
-        f"image tree {printable(root)} has no images to use ({in_words(left_out)}): expected folders"
+        f"image tree {printable(root)} has no images to use ({format_counts(left_out)}): expected folders"
         " GENERATOR/0_real and GENERATOR/1_fake, or nature and ai; give other folders with --data-root-pos and"
         " --data-root-neg"
     )
@@ -303,12 +303,12 @@ def input_items(paths: Sequence[str]) -> list[Item]:
             raise UserError(f"input {printable(path)} does not exist")
         if os.path.isdir(path):
             found += find_images(path)
-        elif reason := kind_of_given_file(path):
+        elif reason := recognise_output(path):
             left_out[reason] += 1
         else:
             found.append(path)
     if left_out:
-        text = f"left out {left_out.total()} pictures that test.py has written: {in_words(left_out)}"
+        text = f"left out {left_out.total()} pictures that test.py has written: {format_counts(left_out)}"
         if not found:
             raise UserError(f"no images: {text}")
         logger.info(text)

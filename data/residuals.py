@@ -140,7 +140,7 @@ class ResidualDataset(Dataset):
         self,
         epoch: int,
         residual_of: Callable[[Batch], Tensor],
-        watched: Callable[[Iterable[Batch], str], Iterable[Batch]],
+        readable_batches: Callable[[Iterable[Batch], str], Iterable[Batch]],
         workers: int,
         compute: Compute,
         world: World,
@@ -151,7 +151,7 @@ class ResidualDataset(Dataset):
 
         Args:
             residual_of: computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            watched: passes on the batches of a loader that could be read; called with the loader and a description.
+            readable_batches: yields the batches of a loader that could be read. It takes the loader and a description.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.holds(key)]
@@ -159,7 +159,7 @@ class ResidualDataset(Dataset):
         own = missing[world.rank :: world.size]
         if own:
             loader = make_loader(self.images, [[key] for key in own], workers, compute)
-            for batch in watched(loader, "residuals"):
+            for batch in readable_batches(loader, "residuals"):
                 key_epoch, index, _ = batch.keys[0]
                 self.write(Key(key_epoch, index), residual_of(batch)[0])
         barrier(world)
