@@ -1,0 +1,114 @@
+"""Device placement checked without a GPU: tensors that are moved to "cuda" are marked, and computed on the CPU.
+
+An operation on a marked and an unmarked tensor raises the error that CUDA would raise. So does `.numpy()` of a marked
+tensor. Computations inside the backward pass are not checked.
+"""
+
+import contextlib
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
+ACROSS_DEVICES = {"copy_", "__set__", "__repr__", "__format__", "__deepcopy__", "_has_compatible_shallow_copy_type"}
+
+
+def is_marked(value) -> bool:
+    return isinstance(value, Tensor) and getattr(value, "_on_cuda", False)
+
+
+def mark(value, on_cuda: bool = True):
+    """Mark every tensor in a tensor, list, tuple or dict."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            leaf._on_cuda = on_cuda
+    return value
+
+
+def names_cuda(device) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+class PretendCuda(TorchFunctionMode):
+    """A mode in which "cuda" is a device."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        name = getattr(func, "__name__", "")
+        if func == Tensor.device.__get__:
+            return CUDA if is_marked(args[0]) else func(*args)
+        if func == Tensor.is_cuda.__get__:
+            return is_marked(args[0])
+        if func == Tensor.data.__set__:
+            func(*args)
+            mark(args[0], is_marked(args[1]))
+            return None
+        if func in (Tensor.grad.__get__, Tensor.data.__get__):
+            value = func(*args)
+            return value if value is None else mark(value, is_marked(args[0]))
+        if name in ("numpy", "__array__") and is_marked(args[0]):
+            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+        if func is Tensor.cpu:
+            return mark(args[0].clone(), False) if is_marked(args[0]) else args[0]
+        if func is Tensor.to:
+            return self.move(*args, **kwargs)
+        self.check_devices(name, args, kwargs)
+        created_on_cuda = names_cuda(kwargs.get("device"))
+        if created_on_cuda:
+            kwargs["device"] = CPU
+        result = func(*args, **kwargs)
+        sources = args[:1] if name == "__getitem__" else tree_leaves((args, kwargs))
+        if created_on_cuda or any(is_marked(source) for source in sources):
+            mark(result)
+        return result
+
+    @staticmethod
+    def check_devices(name, args, kwargs):
+        """Raise the error of CUDA if tensors of both devices are combined. Tensors without dimensions may be."""
+        if name in ACROSS_DEVICES:
+            return
+        if name in ("__getitem__", "__setitem__"):
+            if not is_marked(args[0]) and any(is_marked(index) for index in tree_leaves(args[1])):
+                raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
+            return
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        on_cuda = [tensor for tensor in tensors if is_marked(tensor)]
+        on_cpu = [tensor for tensor in tensors if not is_marked(tensor) and tensor.dim() > 0]
+        if on_cuda and on_cpu:
+            raise RuntimeError(f"{name}: expected all tensors to be on the same device, got cuda:0 and cpu")
+
+    @staticmethod
+    def move(tensor, *args, **kwargs):
+        """Do what Tensor.to does, with a device, a dtype or another tensor in any place."""
+        on_cuda = is_marked(tensor)
+        kwargs.pop("non_blocking", None)
+        remaining = []
+        for value in (*args, kwargs.pop("device", None)):
+            if isinstance(value, Tensor):
+                on_cuda = is_marked(value)
+                remaining.append(value.dtype)
+            elif isinstance(value, str | torch.device):
+                on_cuda = names_cuda(value)
+            elif isinstance(value, torch.dtype):
+                remaining.append(value)
+        moved = tensor.to(*remaining, **kwargs) if remaining or kwargs else tensor
+        if moved is tensor and on_cuda != is_marked(tensor):
+            moved = tensor.detach().clone() if isinstance(tensor, torch.nn.Parameter) else tensor.clone()
+        return mark(moved, on_cuda)
+
+
+@contextlib.contextmanager
+def pretend_cuda():
+    """Make PyTorch say that there is one GPU, and check where tensors are."""
+    with pytest.MonkeyPatch.context() as patch, PretendCuda():
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "set_device", lambda device: None)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        patch.setattr(torch.accelerator, "is_available", lambda: False)  # so that optimizers do not ask the GPU
+        patch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
+        yield
