@@ -25,14 +25,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_loader
-from data.degradations import TASKS, check_task, degrade_batch, draw_degradation
-from data.images import SizePolicy, load_image, refuse_mixed_sizes, resize_and_crop, usable_items
+from data.degradations import check_task, degrade_batch, draw_degradation
+from data.images import SizePolicy, refuse_mixed_sizes, usable_items
 from data.leaks import log_quick_audit
 from data.lists import Item, identities, labelled_items, list_digest, require_both_classes
 from data.perturbations import augment
 from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
+from evaluation.training_pictures import example_images, record_pictures
 from models.build import load_detector, new_detector
 from models.features import VGG19, load_vgg
 from models.losses import classification_loss, residual_and_reconstruction_loss
@@ -50,7 +51,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError, run_program
 from utils.files import make_folder
-from utils.labels import FAKE, LABEL_NAMES, REAL
+from utils.labels import FAKE, REAL
 from utils.options import train_detector_parser
 from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
 from utils.run import Run, starting_point
@@ -61,8 +62,6 @@ logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
 FINAL_RATE = 1e-4  # fraction of the base rate at which the released schedule ends
-PICTURE_SIDE = 256  # pixels of the pictures in TensorBoard
-PICTURE_GAIN = 4  # residuals are faint: TensorBoard shows them brighter by this factor
 
 # batch -> (loss, further values to record), this process's part of the means over the whole batch
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -545,66 +544,6 @@ def numbered_files(state: dict) -> dict[str, dict]:
         "config": {"resynthesizer": config["resynthesizer"]},
     }
     return {f"{epoch:04d}.pth.tar": {**state, "epoch": epoch}, f"{epoch:04d}_sr.pth.tar": resynthesizer}
-
-
-# --- pictures for TensorBoard -------------------------------------------------------------------------------
-
-
-def example_images(images: ImageDataset) -> dict[str, Tensor]:
-    """Read the first readable real and generated image, at most PICTURE_SIDE pixels: uint8 (1, 3, H, W) by label."""
-    examples = {}
-    scale = images.policy.scale
-    for item in images.items:
-        label = LABEL_NAMES[item.label]
-        if label in examples:
-            continue
-        try:
-            x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
-        except UserError:
-            continue  # training reports what is wrong with it
-        side = min(PICTURE_SIDE, *x.shape[-2:])
-        examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
-        if len(examples) == len(LABEL_NAMES):
-            break
-    return examples
-
-
-@torch.no_grad()
-def record_pictures(
-    detector: ResynthesisDetector,
-    compute: Compute,
-    task: str,
-    run: Run,
-    images: dict[str, Tensor],
-    epochs_done: int,
-) -> None:
-    """Write to TensorBoard: image | re-synthesis | difference, and the same for the degraded input of the task.
-
-    Images and degradation are the same in every epoch, so that before and after training can be compared.
-    """
-    if run.writer is None:
-        return
-    scale = detector.resynthesizer.scale
-    for name, image in images.items():
-        x = compute.input(image)  # (1, 3, H, W)
-        x_lr = downsample(x, scale)  # (1, 3, h, w)
-        with compute.autocast():
-            x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
-        run.pictures(f"resynthesis/{name}", picture_row(x, x_hat, x), epochs_done)
-        if TASKS[task] is None:
-            continue
-        degradation = TASKS[task](seeded_generator(0))
-        degraded = degrade_batch(degradation, x_lr, [seeded_generator(1)])  # (1, 3, h, w)
-        with compute.autocast():
-            x_hat = detector.resynthesizer(degraded)  # (1, 3, H, W)
-        enlarged = F.interpolate(degraded, scale_factor=scale)  # (1, 3, H, W)
-        run.pictures(f"resynthesis/{name}_degraded", picture_row(enlarged, x_hat, x), epochs_done)
-
-
-def picture_row(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Place input, re-synthesis and brightened difference side by side: 3 x (1, 3, H, W) -> (1, 3, H, 3 * W)."""
-    difference = PICTURE_GAIN * (x_hat - x).abs()
-    return torch.cat([before, x_hat, difference], dim=3)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from models.rdn import RDN
 from models.released import dilation_argument, rdn_from_weights, resnet_from_weights, state_dict_of
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
-from utils.checkpoints import Checkpoint, fingerprint, load_weights
+from utils.checkpoints import Checkpoint, Fields, fingerprint, load_weights
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -144,19 +144,31 @@ def with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
 # --- what options and files say -----------------------------------------------------------------------------
 
 
-def part_of_config(config: Mapping, key: str) -> dict | None:
-    """Return {"name", "args", ...} of a part as a checkpoint's config records it. None: it records nothing.
+def part_of_config(source: Checkpoint, key: str) -> dict | None:
+    """Return {"name", "args", "scale"} of a part as a checkpoint's config records it. None: it records nothing.
 
     Raises:
         UserError: if the record has another form.
     """
-    part = config.get(key)
-    if part is None:
+    config = Fields(source.content.get("config"), source.name, "config")
+    if not config.has(key):
         return None
-    is_part = isinstance(part, Mapping) and isinstance(part.get("name"), str) and isinstance(part.get("args"), Mapping)
-    if not is_part:
-        raise UserError(f"the config's {key} must have a name and args, got {part!r}")
-    return {"name": part["name"], "args": dict(part["args"]), "scale": part.get("scale")}
+    part = config.fields(key)
+    return {"name": part.text("name"), "args": part.arguments("args"), "scale": part.integer("scale", 1, default=None)}
+
+
+def fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
+    """Return a fingerprint that a checkpoint's config records. None: it records none."""
+    return Fields(source.content.get("config"), source.name, "config").text(key, default=None)
+
+
+def vgg_of_config(source: Checkpoint, key: str) -> dict | None:
+    """Return the record {"source", "fingerprint"} of VGG-19's weights in a checkpoint's config. None: there is none."""
+    config = Fields(source.content.get("config"), source.name, "config")
+    if not config.has(key):
+        return None
+    record = config.fields(key)
+    return {"source": record.text("source"), "fingerprint": record.text("fingerprint", default=None)}
 
 
 def choose(flag: str, given: object, found: object, default: object, name: str) -> object:
@@ -231,9 +243,9 @@ def recorded_resynthesizer(source: Checkpoint, state: Mapping[str, Tensor], give
 
     Bare weights are taken for an RDN, whose arguments are read from their shapes, unless --sr-arch names another one.
     """
-    config = source.content.get("config")
-    if isinstance(config, Mapping) and "resynthesizer" in config:
-        return part_of_config(config, "resynthesizer")
+    recorded = part_of_config(source, "resynthesizer")
+    if recorded is not None:
+        return recorded
     if given_name in (None, "rdn"):
         scale, arguments = rdn_from_weights(state, source.name)
         return {"name": "rdn", "scale": scale, "args": arguments}
@@ -265,11 +277,6 @@ def new_detector(
             f"no weights for the re-synthesizer {resynthesizer_config['name']}: give them with --sr-weights-file"
             " (train_sr.py makes them), or choose --sr-arch none or bicubic, which have none"
         )
-    features_config = {"name": options.get("features"), "args": dict(options.get("feature_args") or {})}
-    if features_config["name"] is None:
-        features_config = features_from_options(options, "")
-    elif options.get("stage") is not None:
-        raise UserError(f"--idx-stages {options['stage']} and --features both name the features: give one of them")
     arch = options.get("arch") or PAPER["classifier"]
     arguments = dilation_argument(arch, options.get("dilated") is False)
     if arguments.get("dilated") and options.get("dilated") is None and not options.get("arch_args"):
@@ -277,7 +284,7 @@ def new_detector(
     arguments |= options.get("arch_args") or {}
     config = {
         "resynthesizer": resynthesizer_config,
-        "features": features_config,
+        "features": features_from_options(options),
         "classifier": {"name": arch, "args": arguments},
     }
     return assemble(model, config, options, vgg_source, None, "this new detector")
@@ -302,25 +309,20 @@ def load_detector(
     """
     content, name = source
     state = state_dict_of(content, name)
-    recorded = content.get("config") or {}
-    if not isinstance(recorded, Mapping):
-        raise UserError(f"the config of {name} must be a dictionary, got {type(recorded).__name__}")
-    expected = recorded.get("resynthesizer_fingerprint")
     model, resynthesizer_config = detector_resynthesizer(source, resynthesizer, options)
-    released = "features" not in recorded
     config = {
+        **(content.get("config") or {}),
         "resynthesizer": resynthesizer_config,
-        "features": None if released else chosen_features(recorded, options, name),
-        "classifier": chosen_classifier(recorded, state, options, name),
+        "features": chosen_features(source, state, options),
+        "classifier": chosen_classifier(source, state, options),
     }
-    if released:
-        config["features"] = released_features(state, options, name)
-        trained_with = {"source": "imagenet"}  # Release: trained on torchvision's ImageNet weights
-    else:
-        trained_with = recorded.get("vgg")
-    detector, config = assemble(model, {**recorded, **config}, options, vgg_source, trained_with, name)
+    trained_with = vgg_of_config(source, "vgg")
+    if part_of_config(source, "features") is None:
+        trained_with = {"source": "imagenet"}  # Release: trained on the features of torchvision's ImageNet weights
+    detector, config = assemble(model, config, options, vgg_source, trained_with, name)
     load_weights(detector.classifier, state, name)
-    check_fingerprint(detector.classifier, recorded.get("classifier_fingerprint"), "classifier", name)
+    check_fingerprint(detector.classifier, fingerprint_of_config(source, "classifier_fingerprint"), "classifier", name)
+    expected = fingerprint_of_config(source, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
         raise UserError(
             f"{name} was trained with the re-synthesizer {expected}, and {resynthesizer.name} is"
@@ -339,32 +341,36 @@ def detector_resynthesizer(
     content, name = source
     if "sr_state_dict" not in content:
         raise UserError(f"{name} holds no re-synthesizer: give its weights with --sr-weights-file")
-    config = content.get("config") or {}
-    inside = {"state_dict": content["sr_state_dict"], "fingerprint": config.get("resynthesizer_fingerprint")}
-    if "resynthesizer" in config:
-        inside["config"] = config
+    expected = fingerprint_of_config(source, "resynthesizer_fingerprint")
+    inside = {"state_dict": content["sr_state_dict"], "fingerprint": expected, "config": content.get("config")}
     return resynthesizer_and_config(Checkpoint(inside, name), options)
 
 
-def chosen_features(recorded: Mapping, options: Mapping, name: str) -> dict:
-    """Return {"name", "args"} of the features that a config records; options must not contradict them."""
-    part = part_of_config(recorded, "features")
-    if options.get("stage") is not None:
-        flag = f"--idx-stages {options['stage']}"
-        given_name, given_args = features_of_stage(options["stage"])
-        if given_name != part["name"] or given_args != part["args"]:
-            raise UserError(
-                f"{flag} contradicts {name}, which has the features {part['name']} {part['args'] or ''}: leave the flag"
-                " out, or give the checkpoint that belongs to it"
-            )
+def chosen_features(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+    """Return {"name", "args"} of a trained detector's features: as recorded, which options must not contradict.
+
+    Released files record nothing: their features follow from the options and the channels of the classifier.
+    """
+    name = source.name
+    part = part_of_config(source, "features")
+    if part is None:
+        return released_features(state, options, name)
+    stage = options.get("stage")
+    if stage is not None and features_of_stage(stage) != (part["name"], part["args"]):
+        has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
+        raise UserError(
+            f"--idx-stages {stage} contradicts {name}, which has the features {has}: leave the flag out, or give the"
+            " checkpoint that belongs to it"
+        )
     choose("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments("--feature-args", options.get("feature_args") or {}, part["args"], name)
     return {"name": part["name"], "args": arguments}
 
 
-def chosen_classifier(recorded: Mapping, state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
+def chosen_classifier(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return {"name", "args"} of a trained classifier: as recorded or, of a released file, read from its weights."""
-    part = part_of_config(recorded, "classifier")
+    name = source.name
+    part = part_of_config(source, "classifier")
     given_args = dict(options.get("arch_args") or {})
     if part is None:
         arch, _ = resnet_from_weights(state, name)
@@ -397,11 +403,17 @@ def released_features(state: Mapping[str, Tensor], options: Mapping, name: str) 
     return {"name": features, "args": arguments}
 
 
-def features_from_options(options: Mapping, name: str) -> dict:
-    """Return {"name", "args"} of the features that `--idx-stages` stands for."""
+def features_from_options(options: Mapping) -> dict:
+    """Return {"name", "args"} of the features of a new detector: --features, else what --idx-stages stands for."""
+    given_args = dict(options.get("feature_args") or {})
+    name = options.get("features")
     stage = options.get("stage")
-    features, arguments = features_of_stage(PAPER["stage"] if stage is None else stage)
-    return {"name": features, "args": arguments | dict(options.get("feature_args") or {})}
+    if name is not None and stage is not None:
+        raise UserError(f"--idx-stages {stage} and --features {name} both name the features: give one of them")
+    if name is not None:
+        return {"name": name, "args": given_args}
+    name, arguments = features_of_stage(PAPER["stage"] if stage is None else stage)
+    return {"name": name, "args": arguments | given_args}
 
 
 def assemble(

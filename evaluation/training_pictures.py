@@ -1,0 +1,75 @@
+"""Pictures for TensorBoard that show how end-to-end training changes the re-synthesis."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.datasets import ImageDataset
+from data.degradations import TASKS, degrade_batch
+from data.images import SizePolicy, load_image, resize_and_crop
+from models.resynthesis import ResynthesisDetector, downsample
+from utils.compute import Compute
+from utils.errors import UserError
+from utils.labels import LABEL_NAMES
+from utils.random_streams import seeded_generator
+from utils.run import Run
+
+PICTURE_SIDE = 256  # pixels, at most
+PICTURE_GAIN = 4  # differences are faint: they are shown brighter by this factor
+
+
+def example_images(images: ImageDataset) -> dict[str, Tensor]:
+    """Read the first readable real and generated image, at most PICTURE_SIDE pixels: uint8 (1, 3, H, W) by label."""
+    examples = {}
+    scale = images.policy.scale
+    for item in images.items:
+        label = LABEL_NAMES[item.label]
+        if label in examples:
+            continue
+        try:
+            x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
+        except UserError:
+            continue  # training reports what is wrong with it
+        side = min(PICTURE_SIDE, *x.shape[-2:])
+        examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
+        if len(examples) == len(LABEL_NAMES):
+            break
+    return examples
+
+
+@torch.no_grad()
+def record_pictures(
+    detector: ResynthesisDetector,
+    compute: Compute,
+    task: str,
+    run: Run,
+    images: dict[str, Tensor],
+    epochs_done: int,
+) -> None:
+    """Write to TensorBoard: image | re-synthesis | difference, and the same for the degraded input of the task.
+
+    Images and degradation are the same in every epoch, so that before and after training can be compared.
+    """
+    if run.writer is None:
+        return
+    scale = detector.resynthesizer.scale
+    for name, image in images.items():
+        x = compute.input(image)  # (1, 3, H, W)
+        x_lr = downsample(x, scale)  # (1, 3, h, w)
+        with compute.autocast():
+            x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
+        run.pictures(f"resynthesis/{name}", picture_row(x, x_hat, x), epochs_done)
+        if TASKS[task] is None:
+            continue
+        degradation = TASKS[task](seeded_generator(0))
+        degraded = degrade_batch(degradation, x_lr, [seeded_generator(1)])  # (1, 3, h, w)
+        with compute.autocast():
+            x_hat = detector.resynthesizer(degraded)  # (1, 3, H, W)
+        enlarged = F.interpolate(degraded, scale_factor=scale)  # (1, 3, H, W)
+        run.pictures(f"resynthesis/{name}_degraded", picture_row(enlarged, x_hat, x), epochs_done)
+
+
+def picture_row(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
+    """Place input, re-synthesis and brightened difference side by side: 3 x (1, 3, H, W) -> (1, 3, H, 3 * W)."""
+    difference = PICTURE_GAIN * (x_hat - x).abs()
+    return torch.cat([before, x_hat, difference], dim=3)

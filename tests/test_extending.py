@@ -1,0 +1,153 @@
+"""The examples of docs/extending.md work: a part that is added to a dict is trained, resumed, loaded, scored and exported."""
+
+import re
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from files import mistake
+from processes import ROOT
+from trainings import detector_arguments, read, train
+
+from data import degradations, perturbations
+from evaluation import load, metrics
+from models import build
+
+DOCUMENT = (ROOT / "docs/extending.md").read_text()
+BASE = "--gpu cpu --workers 0 --vgg-weights random"
+
+
+def example_module(name):
+    """Run the example whose first line names the file models/NAME.py. Returns it as a module."""
+    for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
+        if code.startswith(f"# models/{name}.py"):
+            module = types.ModuleType(name)
+            exec(code, module.__dict__)
+            return module
+    raise AssertionError(f"docs/extending.md has no example models/{name}.py")
+
+
+@pytest.fixture
+def extended(monkeypatch):
+    """Add the three examples to the dicts."""
+    monkeypatch.setitem(build.RESYNTHESIZERS, "small_sr", example_module("small_sr").SmallSR)
+    monkeypatch.setitem(build.FEATURES, "gradients", example_module("gradients").Gradients)
+    monkeypatch.setitem(build.CLASSIFIERS, "small_cnn", example_module("small_cnn").SmallCNN)
+
+
+def train_small_sr(files, out):
+    flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
+    train(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
+    return out / "x4/last.pth"
+
+
+def arguments(files, out, flags):
+    """Arguments of train_detector.py, without an RDN."""
+    roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
+    return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
+
+
+PARTS = "--features gradients --feature-args gain=2 --arch small_cnn --arch-args width=6"
+
+
+def test_a_detector_of_three_new_parts_is_trained_resumed_loaded_and_fine_tuned(files, tmp_path, extended):
+    weights = train_small_sr(files, tmp_path / "sr")
+    out = tmp_path / "detector"
+    train(arguments(files, out, f"{PARTS} --fixed-sr --sr-weights-file {weights} --epochs 1"))
+    train(arguments(files, out, f"{PARTS} --fixed-sr --epochs 2 --resume auto"))
+    state = read(out / "last.pth.tar")
+    assert state["progress"]["epoch"] == 2
+    config = state["config"]
+    assert config["resynthesizer"] == {"name": "small_sr", "scale": 4, "args": {"width": 5}}
+    assert config["features"] == {"name": "gradients", "args": {"gain": 2}}
+    assert config["classifier"] == {"name": "small_cnn", "args": {"width": 6}}
+
+    detector = load(str(out / "last.pth.tar"), device="cpu")
+    assert detector.network.features.gain == 2
+    assert detector.residual(f"{files}/real/0.png")[0].shape == (6, 64, 64)
+    assert np.isfinite(detector.predict([f"{files}/real/0.png", f"{files}/fake/0.png"])).all()
+
+    tuned = tmp_path / "tuned"
+    train(arguments(files, tuned, f"--mode-sr denoising --init {out}/last.pth.tar --epochs 1"))
+    before = state["sr_state_dict"]
+    after = read(tuned / "last.pth.tar")["sr_state_dict"]
+    assert not any(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, extended):
+    weights = train_small_sr(files, tmp_path / "sr")
+    with mistake("--sr-args", "width=7", "width=5"):
+        flags = f"--fixed-sr --sr-weights-file {weights} --sr-args width=7 --arch small_cnn --epochs 1"
+        train(arguments(files, tmp_path / "detector", flags))
+    with mistake("--sr-arch", "rdn", "small_sr"):
+        flags = f"--fixed-sr --sr-weights-file {weights} --sr-arch rdn --arch small_cnn --epochs 1"
+        train(arguments(files, tmp_path / "detector", flags))
+
+
+def test_an_entry_that_is_gone_is_named_when_its_checkpoint_is_loaded(files, tmp_path, extended, monkeypatch):
+    train(arguments(files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1"))
+    monkeypatch.delitem(build.FEATURES, "gradients")
+    with mistake("gradients", "pixels"):
+        load(str(tmp_path / "last.pth.tar"), device="cpu")
+
+
+@pytest.mark.parametrize("control", ["bicubic", "none"])
+def test_controls_need_no_weights_and_their_residual_is_what_they_say(files, tmp_path, extended, control):
+    train(arguments(files, tmp_path, f"--fixed-sr --sr-arch {control} --arch small_cnn --epochs 1"))
+    detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
+    x = torch.rand(1, 3, 16, 16)
+    x_hat = detector.network.resynthesize(x)
+    residual = detector.network.residual(x, x_hat)
+    if control == "none":
+        assert torch.equal(residual, x)
+    else:
+        low = torch.nn.functional.avg_pool2d(x, 4)
+        expected = torch.nn.functional.interpolate(low, scale_factor=4, mode="bicubic")
+        torch.testing.assert_close(x_hat, expected)
+
+
+def test_a_control_without_parameters_cannot_be_trained(files, tmp_path):
+    with mistake("--fixed-sr", "no parameters"):
+        train(arguments(files, tmp_path, "--sr-arch bicubic --arch resnet18 --epochs 1"))
+    with mistake("bicubic", "no parameters"):
+        flags = f"--train-file {files}/real --outputs-dir {tmp_path} {BASE} --sr-arch bicubic --num-epochs 1 --patch-size 8"
+        train(flags.split())
+
+
+def test_a_resynthesizer_with_weights_needs_its_file(files, tmp_path):
+    with mistake("--sr-weights-file", "rdn"):
+        train(arguments(files, tmp_path, "--fixed-sr --arch resnet18 --epochs 1"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16"])
+def test_a_torchvision_classifier_reads_the_channels_of_the_residual(name):
+    more = {"image_size": 32} if name.startswith("vit") else {}
+    classifier = build.create_classifier(f"torchvision:{name}", 6, more).eval()
+    assert classifier(torch.rand(2, 6, 32, 32)).shape == (2, 2)
+
+
+def test_a_torchvision_classifier_is_trained_and_loaded(files, tmp_path):
+    flags = "--fixed-sr --arch torchvision:mobilenet_v3_small --epochs 1"
+    train(detector_arguments(files, tmp_path, flags))
+    detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
+    assert np.isfinite(detector.predict([f"{files}/real/0.png"])).all()
+
+
+def test_unknown_torchvision_names_are_refused():
+    with mistake("resnet19"):
+        build.create_classifier("torchvision:resnet19", 3, {})
+
+
+def test_the_script_that_edits_nothing_names_what_exists():
+    code = re.search(r"```python\n(# my_train.py.*?)```", DOCUMENT, re.DOTALL)[1]
+    compile(code, "my_train.py", "exec")
+    assert "CLASSIFIERS" in code
+
+
+def test_perturbations_metrics_and_tasks_are_one_line_in_a_dict():
+    for dictionary, name in ((perturbations.SWEEP, "jpeg"), (metrics.METRICS, "auroc"), (degradations.TASKS, "denoising")):
+        assert name in dictionary
+    for path in re.findall(r"\]\(\.\./([^)]+)\)", DOCUMENT):
+        assert Path(ROOT, path).exists()
