@@ -274,9 +274,3 @@ def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
         return image
     perturbations = list(FRANK2020.values())
     return perturbations[rng.integers(len(perturbations))](image, rng)
-
-
-def mild_variants(image: Tensor) -> dict[str, Tensor]:
-    """Apply mild JPEG compression and mild resizing. Remove this function together with `test.py --stability`."""
-    settings = (PerturbationSetting("jpeg", 90), PerturbationSetting("resize", 0.9))
-    return {s.label: s.sweep.apply(image, s.strength, None) for s in settings}
