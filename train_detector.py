@@ -127,7 +127,8 @@ def main(args: Namespace) -> None:
             if args.cache:
                 folder = args.cache_dir or output / "residual_cache"
                 options = CacheOptions(folder, args.cache_precision, args.cache_gb)
-                cached = cached_residuals(datasets, detector, cache_key(config, policy, compute), options, world)
+                key = cache_key(config, fingerprint(detector.features), policy, compute)
+                cached = cached_residuals(datasets, detector, key, options, world)
                 datasets = cached or datasets
         else:
             vgg = auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
@@ -440,13 +441,13 @@ class CacheOptions(NamedTuple):
     max_gb: float  # no residuals are kept if all of them take more
 
 
-def cache_key(config: dict, policy: SizePolicy, compute: Compute) -> dict[str, object]:
+def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute) -> dict[str, object]:
     """Return everything that a residual depends on besides its image."""
     return {
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
         "features": config["features"],
-        "features weights": config["vgg"] and config["vgg"]["fingerprint"],
+        "features weights": features_fingerprint,
         "scale, crop, resize": tuple(policy),
         "arithmetic": str(compute),
     }

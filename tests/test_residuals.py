@@ -114,24 +114,25 @@ def test_a_changed_image_has_another_file(files, tmp_path):
     assert dataset.path(FIRST) != before
 
 
-SETTINGS = {
+CONFIG = {
     "resynthesizer": {"name": "rdn", "scale": 4, "args": {}},
     "resynthesizer_fingerprint": "a",
     "features": {"name": "vgg19", "args": {"stage": 5}},
-    "vgg": {"fingerprint": "b"},
 }
 
 
-def folder_of(root, policy=SizePolicy(4), precision="fp32", **changed):  # noqa: B008
-    return cache_folder(root, cache_key({**SETTINGS, **changed}, policy, Compute(CPU, precision)))
+def folder_of(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
+    key = cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
+    return cache_folder(root, key)
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"resynthesizer_fingerprint": "c"},
+        {"resynthesizer": {"name": "bicubic", "scale": 4, "args": {}}},
         {"features": {"name": "vgg19", "args": {"stage": 4}}},
-        {"vgg": {"fingerprint": "c"}},
+        {"features_fingerprint": "c"},
         {"policy": SizePolicy(4, resize=32)},
         {"policy": SizePolicy(4, crop_size=32)},
         {"precision": "bf16"},
@@ -153,7 +154,7 @@ def test_each_version_of_a_library_has_a_folder_of_its_own(tmp_path, monkeypatch
 
 def cached(folder, images, max_gb=1.0):
     options = CacheOptions(folder, "fp16", max_gb)
-    key = cache_key(SETTINGS, images.policy, ON_CPU)
+    key = cache_key(CONFIG, "b", images.policy, ON_CPU)
     return cached_residuals([images], tiny_detector(), key, options, World())
 
 
