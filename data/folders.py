@@ -33,9 +33,9 @@ def find_images(root: str) -> list[str]:
     images = []
     left_out = Counter()  # reason -> number of files and folders
     visited = set()
-    starts = [os.fspath(root)]  # grows by the links to folders, which are followed last
-    for start in starts:
-        for folder, subfolders, names in os.walk(start, onerror=_refuse_folder):
+    pending = [os.fspath(root)]  # the root, then links to folders
+    while pending:
+        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_refuse_folder):
             status = os.stat(folder)
             identity = (status.st_dev, status.st_ino)
             if identity in visited:
@@ -44,7 +44,8 @@ def find_images(root: str) -> list[str]:
                 continue
             visited.add(identity)
             subfolders[:] = _folders_to_visit(folder, subfolders, left_out)
-            starts += [os.path.join(folder, name) for name in subfolders if os.path.islink(os.path.join(folder, name))]
+            paths = [os.path.join(folder, name) for name in subfolders]
+            pending += [path for path in paths if os.path.islink(path)]
             images += _images_of_folder(folder, names, left_out)
     if not images:
         found = format_counts(left_out) or "no files"

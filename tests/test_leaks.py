@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.leaks import LEAK, SAMPLE, WARNING, attributes_of, audit, log_quick_audit, rule_accuracy
+from data.leaks import LEAK, SAMPLE, WARNING, File, attribute_finding, attributes_of, audit, log_quick_audit
 from data.lists import Item, folder_items, tree_items
-from utils.labels import REAL
+from utils.labels import FAKE, REAL
 
 COUNT = 20  # images per class
 
@@ -66,7 +66,7 @@ def test_each_leak_is_found_and_no_other(roots, name, quick):
     result = audit_folders(*roots, quick=quick)
     assert checks(result) == [f"{attribute} (train)" for attribute in attributes]
     (finding,) = result.findings
-    assert finding.severity == LEAK and finding.way_out and "balanced accuracy" in finding.message
+    assert finding.severity == LEAK and finding.way_out and "of the real" in finding.message
 
 
 def test_a_set_without_leaks_has_no_findings(roots):
@@ -81,7 +81,7 @@ def test_jpeg_quality_is_read_from_the_file(tmp_path):
     for quality in (20, 50, 75, 90, 99):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", quality=quality)
         with Image.open(tmp_path / "a.jpg") as image:
-            assert attributes_of(image)["JPEG quality"] == str(quality)
+            assert attributes_of(image)["JPEG quality"] == f"quality {quality}"
 
 
 def test_a_leak_of_one_generator_that_others_hide_is_found(tmp_path):
@@ -100,34 +100,42 @@ def test_leaks_of_validation_images_are_found(roots, tmp_path):
     assert checks(result) == ["format (validation)"]
 
 
-# --- how well a rule separates ------------------------------------------------------------------------------
+# --- differences --------------------------------------------------------------------------------------------
 
 
-def test_a_perfect_rule_on_few_files_is_not_significant():
-    assert rule_accuracy("aaaaa", "bbbbb") == 1
-    assert rule_accuracy("aaa", "bbb") == 0.5
-    assert rule_accuracy("a", "b") == rule_accuracy("", "aaaa") == rule_accuracy("", "") == 0.5
+def files_with_sizes(reals, fakes):
+    """Files that have only the attribute size."""
+    pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
+    return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
-@pytest.mark.parametrize("real_fraction, fake_fraction", [(0.85, 0.15), (0.75, 0.25), (1.0, 0.4)])
-def test_partial_separation_is_measured(real_fraction, fake_fraction):
-    rng = np.random.default_rng(0)
-    reals, fakes = (np.where(rng.random(400) < f, "a", "b").tolist() for f in (real_fraction, fake_fraction))
-    expected = (real_fraction + 1 - fake_fraction) / 2
-    assert rule_accuracy(reals, fakes) == pytest.approx(expected, abs=0.05)
+def severity_of(reals, fakes):
+    finding = attribute_finding(files_with_sizes(reals, fakes), "size", "train")
+    return finding and finding.severity
 
 
-def test_values_that_occur_once_separate_only_if_the_other_class_repeats():
-    unique = [str(i) for i in range(100)]
-    assert rule_accuracy(unique[:50], ["512"] * 50) > 0.95
-    assert rule_accuracy(unique[:50], unique[50:]) == 0.5
+@pytest.mark.parametrize("real, fake, severity", [(85, 15, LEAK), (80, 35, WARNING), (55, 45, None)])
+def test_differences_are_graded(real, fake, severity):
+    reals, fakes = ("a" * n + "b" * (100 - n) for n in (real, fake))
+    assert severity_of(reals, fakes) == severity
+
+
+def test_the_message_gives_the_frequencies():
+    finding = attribute_finding(files_with_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train")
+    assert finding.message == "a in 90% of the real and 0% of the fake images"
+
+
+def test_few_files_are_not_enough_for_a_finding():
+    assert severity_of("aaaaa", "bbbbb") == LEAK
+    assert severity_of("aaa", "bbb") is None
+    assert severity_of("a", "b") is severity_of("", "aaaaa") is None
 
 
 @pytest.mark.parametrize("count, values", [(5, 2), (30, 2), (30, 200), (300, 5), (300, 1000)])
 def test_chance_is_not_reported(count, values):
     rng = np.random.default_rng(2)
-    accuracies = [rule_accuracy(*rng.integers(0, values, (2, count)).tolist()) for _ in range(40)]
-    assert sum(accuracy >= 0.6 for accuracy in accuracies) <= 1
+    findings = [severity_of(*rng.integers(0, values, (2, count))) for _ in range(40)]
+    assert sum(finding is not None for finding in findings) <= 1
 
 
 # --- duplicates and bad files -------------------------------------------------------------------------------
