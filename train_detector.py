@@ -447,6 +447,7 @@ def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compu
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
         "features": config["features"],
+        "residual": config["residual"],
         "features weights": features_fingerprint,
         "scale, crop, resize": tuple(policy),
         "arithmetic": str(compute),

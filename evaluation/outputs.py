@@ -159,7 +159,7 @@ class ResidualPictures:
         columns = examination.columns
         x = mosaic(examination.x, columns)  # (3, H, W)
         x_hat = mosaic(examination.x_hat, columns)  # (3, H, W)
-        residual = mosaic(examination.residual.mean(dim=1, keepdim=True), columns)[0]  # (H_l, W_l)
+        residual = mosaic(examination.residual.abs().mean(dim=1, keepdim=True), columns)[0]  # (H_l, W_l)
         crops = len(examination.x)
         title = "image" if crops == 1 else f"image: the {crops} crops that were scored"
         residual_picture(x, x_hat, residual, self.paths[index], title=title, description=self.job_digest)

@@ -21,6 +21,7 @@ from models.rdn import RDN
 from models.released import dilation_argument, rdn_from_weights, resnet_from_weights, state_dict_of
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
+from models.spectrum import SpectrumClassifier
 from utils.checkpoints import Checkpoint, Fields, fingerprint, load_weights
 from utils.errors import UserError
 
@@ -63,15 +64,17 @@ CLASSIFIERS = {
     "resnet50": partial(DeepStemResNet, arch="resnet50"),
     "resnet101": partial(DeepStemResNet, arch="resnet101"),
     "resnet152": partial(DeepStemResNet, arch="resnet152"),
+    "spectrum": SpectrumClassifier,
 }
 TORCHVISION = "torchvision:"  # "torchvision:NAME" is any classifier of torchvision.models
 
-PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "classifier": "resnet50"}
+PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
+RESIDUALS = ("absolute", "signed")
 RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # released flags, as further arguments
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
     *("features", "feature_args", "stage"),
-    *("arch", "arch_args", "in_channels", "dilated"),
+    *("residual", "arch", "arch_args", "in_channels", "dilated"),
 )
 
 
@@ -285,6 +288,7 @@ def new_detector(
     config = {
         "resynthesizer": resynthesizer_config,
         "features": features_from_options(options),
+        "residual": options.get("residual") or PAPER["residual"],
         "classifier": {"name": arch, "args": arguments},
     }
     return assemble(model, config, options, vgg_source, None, "this new detector")
@@ -314,6 +318,7 @@ def load_detector(
         **(content.get("config") or {}),
         "resynthesizer": resynthesizer_config,
         "features": chosen_features(source, state, options),
+        "residual": chosen_residual(source, options),
         "classifier": chosen_classifier(source, state, options),
     }
     trained_with = vgg_of_config(source, "vgg")
@@ -365,6 +370,14 @@ def chosen_features(source: Checkpoint, state: Mapping[str, Tensor], options: Ma
     choose("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments("--feature-args", options.get("feature_args") or {}, part["args"], name)
     return {"name": part["name"], "args": arguments}
+
+
+def chosen_residual(source: Checkpoint, options: Mapping) -> str:
+    """Return "absolute" or "signed": as a config records it, which options must not contradict. Released: absolute."""
+    recorded = Fields(source.content.get("config"), source.name, "config").text("residual", RESIDUALS, default=None)
+    if part_of_config(source, "features") is None:
+        recorded = recorded or PAPER["residual"]
+    return choose("--residual", options.get("residual"), recorded, PAPER["residual"], source.name)
 
 
 def chosen_classifier(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
@@ -434,7 +447,9 @@ def assemble(
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)
     features.requires_grad_(False)
     classifier = create_classifier(config["classifier"]["name"], features.channels, config["classifier"]["args"])
-    detector = ResynthesisDetector(resynthesizer, features, classifier)
+    if config["residual"] not in RESIDUALS:
+        raise UserError(f"--residual must be one of {', '.join(RESIDUALS)}, got {config['residual']}")
+    detector = ResynthesisDetector(resynthesizer, features, classifier, signed=config["residual"] == "signed")
     complete = {**config, "resynthesizer_fingerprint": fingerprint(resynthesizer), "vgg": vgg_record}
     return detector, complete
 

@@ -16,6 +16,7 @@ class ResynthesisDetector(nn.Module):
         x_lr     = downsample(x)                throw the fine detail away
         x_hat    = resynthesizer(x_lr)          put it back, as learned from real images only
         residual = |phi(x_hat) - phi(x)|        phi: the features, by default the pixels themselves
+                                                `signed`: phi(x_hat) - phi(x)
         logits   = classifier(residual)         columns FAKE, REAL
 
     The three parts are protocols. `models/build.py` lists the parts that there are, docs/extending.md adds new ones.
@@ -24,13 +25,15 @@ class ResynthesisDetector(nn.Module):
         resynthesizer: (B, 3, h, w) -> (B, 3, scale * h, scale * w), with an attribute `scale`.
         features: (B, 3, H, W) -> (B, channels, H / stride, W / stride), with attributes `channels` and `stride`.
         classifier: (B, channels, H / stride, W / stride) -> (B, 2).
+        signed: keep the sign of the residual. The paper takes the absolute value.
     """
 
-    def __init__(self, resynthesizer: nn.Module, features: nn.Module, classifier: nn.Module):
+    def __init__(self, resynthesizer: nn.Module, features: nn.Module, classifier: nn.Module, signed: bool = False):
         super().__init__()
         self.resynthesizer = resynthesizer
         self.features = features
         self.classifier = classifier
+        self.signed = signed
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, 3, H, W) in [0, 1], H and W multiples of the scale. Returns logits (B, 2)."""
@@ -44,10 +47,11 @@ class ResynthesisDetector(nn.Module):
         return self.resynthesizer(x_lr)  # (B, 3, H, W)
 
     def residual(self, x: Tensor, x_hat: Tensor) -> Tensor:
-        """Compare features. x, x_hat: (B, 3, H, W). Returns (B, C_l, H_l, W_l), float32, not negative."""
+        """Compare features. x, x_hat: (B, 3, H, W). Returns (B, C_l, H_l, W_l), float32."""
         phi = self.features(x)  # (B, C_l, H_l, W_l)
         phi_hat = self.features(x_hat)  # (B, C_l, H_l, W_l)
-        return (phi_hat.float() - phi.float()).abs()
+        difference = phi_hat.float() - phi.float()
+        return difference if self.signed else difference.abs()
 
     def classify(self, residual: Tensor) -> Tensor:
         """residual: (B, C_l, H_l, W_l). Returns logits (B, 2), computed in float32 in any precision.

@@ -164,8 +164,12 @@ def add_detector_options(parser: Parser) -> None:
         help="further arguments of --features, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=number(int, 0, 5), metavar="0..5",
         help="as in the release: 0 = --features pixels; 1 to 5 = --features vgg19 at relu1_1 to relu5_1")  # fmt: skip
+    add("--residual", choices=("absolute", "signed"),
+        help="absolute = |phi(x_hat) - phi(x)|, as in the paper; signed = phi(x_hat) - phi(x) (default: as in the"
+        " checkpoint, else absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem);"
+        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem); spectrum (for"
+        " few images, with --residual signed);"
         " torchvision:NAME; or a name added to models.build.CLASSIFIERS (default: as in the checkpoint, else"
         " resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE", help="further arguments of --arch")

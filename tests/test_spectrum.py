@@ -1,0 +1,75 @@
+"""The spectrum classifier, and the signed residual it is made for."""
+
+import math
+
+import pytest
+import torch
+from files import mistake
+from trainings import detector_arguments, read, train
+
+from evaluation import load
+from models.features import Pixels
+from models.rdn import RDN
+from models.resynthesis import ResynthesisDetector
+from models.spectrum import SpectrumClassifier, pad_to
+
+
+@pytest.mark.parametrize("size", [(3, 40, 70), (3, 16, 16), (3, 7, 33), (64, 16, 20), (512, 5, 5), (3, 1, 9)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_images_of_any_size_get_two_logits(size, batch):
+    classifier = SpectrumClassifier(size[0])
+    x = torch.rand(batch, *size)
+    assert classifier.train()(x).shape == (batch, 2)
+    logits = classifier.eval()(x)
+    assert logits.shape == (batch, 2) and logits.isfinite().all()
+
+
+def test_a_period_of_four_pixels_is_a_peak_at_a_quarter_of_the_sampling_rate():
+    classifier = SpectrumClassifier(3)
+    noise = 0.01 * torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    wave = 0.05 * torch.cos(2 * math.pi / 4 * torch.arange(128.0)).expand(1, 3, 128, 128)
+    difference = (classifier.spectrum(noise + wave) - classifier.spectrum(noise))[0]
+    row, column = classifier.triangle[:, difference.argmax()].tolist()
+    assert (row, column) == (0, 32 // 4)
+
+
+@pytest.mark.parametrize("change", ["mirrored", "turned", "brighter"])
+def test_mirroring_turning_and_brightness_do_not_change_the_spectrum(change):
+    classifier = SpectrumClassifier(3)
+    x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    changed = {"mirrored": x.flip(3), "turned": x.rot90(1, (2, 3)), "brighter": x + 0.25}[change]
+    torch.testing.assert_close(classifier.spectrum(changed), classifier.spectrum(x), rtol=1e-3, atol=1e-3)
+
+
+def test_padding_reflects_until_the_window_fits():
+    x = torch.arange(3.0).view(1, 1, 1, 3)
+    padded = pad_to(x, 6)
+    assert padded.shape == (1, 1, 6, 6)
+    assert padded[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 1]
+
+
+def test_the_signed_residual_is_the_difference_and_the_absolute_one_its_size():
+    torch.manual_seed(0)
+    rdn = RDN(num_features=4, growth_rate=4, num_blocks=1, num_layers=1)
+    x = torch.rand(1, 3, 16, 16)
+    signed = ResynthesisDetector(rdn, Pixels(), torch.nn.Identity(), signed=True)
+    absolute = ResynthesisDetector(rdn, Pixels(), torch.nn.Identity())
+    x_hat = signed.resynthesize(x)
+    assert torch.equal(signed.residual(x, x_hat), x_hat - x)
+    assert torch.equal(absolute.residual(x, x_hat), (x_hat - x).abs())
+
+
+def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(files, tmp_path):
+    flags = "--fixed-sr --residual signed --arch spectrum --arch-args hidden=4"
+    train(detector_arguments(files, tmp_path, f"{flags} --epochs 1 VALIDATE"))
+    train(detector_arguments(files, tmp_path, f"{flags} --epochs 2 VALIDATE --resume auto"))
+    assert read(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
+    detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
+    residual = detector.residual(f"{files}/real/0.png")[0]
+    assert residual.min() < 0 < residual.max()
+
+
+def test_a_residual_that_contradicts_the_checkpoint_is_refused(files, tmp_path):
+    train(detector_arguments(files, tmp_path, "--fixed-sr --epochs 1"))
+    with mistake("--residual", "signed", "absolute"):
+        load(str(tmp_path / "last.pth.tar"), device="cpu", options={"residual": "signed"})
