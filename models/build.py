@@ -21,7 +21,7 @@ from models.rdn import RDN
 from models.released import dilation_argument, rdn_from_weights, resnet_from_weights, state_dict_of
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
-from models.spectrum import SpectrumClassifier
+from models.spectrum import ChannelPowerClassifier, SpectrumClassifier
 from utils.checkpoints import Checkpoint, Fields, fingerprint, load_weights
 from utils.errors import UserError
 
@@ -65,6 +65,7 @@ CLASSIFIERS = {
     "resnet101": partial(DeepStemResNet, arch="resnet101"),
     "resnet152": partial(DeepStemResNet, arch="resnet152"),
     "spectrum": SpectrumClassifier,
+    "channel_power": ChannelPowerClassifier,
 }
 TORCHVISION = "torchvision:"  # "torchvision:NAME" is any classifier of torchvision.models
 

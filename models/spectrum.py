@@ -1,8 +1,8 @@
-"""A classifier for few images: the power spectrum of the residual, each frequency against its neighbours.
+"""Classifiers for few images. A ResNet memorises a few hundred images; these reduce a residual to few numbers first.
 
-A ResNet memorises a few hundred images. This classifier reduces a residual to 153 numbers before anything is learned,
-and learns a small network on them. Averaging over overlapping windows is Welch's method (IEEE Transactions on Audio and
-Electroacoustics, 1967).
+`SpectrumClassifier` is for pixel residuals: the power spectrum, each frequency against its neighbours. Averaging over
+overlapping windows is Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967). `ChannelPowerClassifier` is
+for residuals of VGG-19 features, whose channels tell more than their spectrum.
 """
 
 import torch
@@ -22,8 +22,8 @@ class SpectrumClassifier(nn.Module):
     Use it with `--residual signed`: the absolute value mixes the frequencies.
 
     Args:
-        channels: of the residual. With more than 3 channels (VGG-19 features), the log power of each channel is used, too.
-        window: side of the windows in values, even. They overlap by half. Default: 32, and 16 with more than 3 channels.
+        channels: of the residual. Their log spectra are averaged.
+        window: side of the windows in pixels, even. They overlap by half.
         neighbourhood: side of the neighbourhood in the spectrum, odd.
         hidden: number of units of the hidden layer.
         dropout: probability, before the hidden layer and after it.
@@ -32,15 +32,12 @@ class SpectrumClassifier(nn.Module):
     def __init__(
         self,
         channels: int,
-        window: int | None = None,
+        window: int = 32,
         neighbourhood: int = 5,
         hidden: int = 32,
         dropout: float = 0.5,
     ):
         super().__init__()
-        self.uses_channel_power = channels > 3
-        if window is None:
-            window = 16 if self.uses_channel_power else 32
         self.window = window
         self.neighbourhood = neighbourhood
         taper = torch.hann_window(window, periodic=False)
@@ -50,9 +47,7 @@ class SpectrumClassifier(nn.Module):
         # The spectrum is symmetric, so that half of it, its upper triangle, is used
         self.register_buffer("triangle", torch.triu_indices(half, half), persistent=False)  # (2, half * (half + 1) / 2)
         count = self.triangle.shape[1]
-        if self.uses_channel_power:
-            count += channels
-        self.standardise = nn.BatchNorm1d(count, affine=False)
+        self.standardise = Standardise(count)
         self.layers = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(count, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 2)
         )
@@ -60,15 +55,7 @@ class SpectrumClassifier(nn.Module):
     def forward(self, residual: Tensor) -> Tensor:
         """residual: (B, channels, H, W). Returns logits (B, 2)."""
         values = self.spectrum(residual)  # (B, half * (half + 1) / 2)
-        if self.uses_channel_power:
-            values = torch.cat([values, self.channel_power(residual)], dim=1)
-        return self.layers(self.normalise(values))
-
-    def normalise(self, values: Tensor) -> Tensor:
-        """Standardise each value over the batch. values: (B, count). A single image uses the running statistics."""
-        if self.training and len(values) > 1:
-            return self.standardise(values)
-        return F.batch_norm(values, self.standardise.running_mean, self.standardise.running_var)
+        return self.layers(self.standardise(values))
 
     def spectrum(self, x: Tensor) -> Tensor:
         """Compute the log power of each frequency against its neighbourhood: (B, C, H, W) -> (B, half * (half + 1) / 2)."""
@@ -93,11 +80,40 @@ class SpectrumClassifier(nn.Module):
         padded = F.pad(spectrum[:, None], (reach, reach, reach, reach), mode="reflect")
         return F.avg_pool2d(padded, self.neighbourhood, stride=1)[:, 0]
 
-    @staticmethod
-    def channel_power(x: Tensor) -> Tensor:
-        """Compute the log power of each channel against the mean of all: (B, C, H, W) -> (B, C)."""
-        log_power = (x.square().mean(dim=(2, 3)) + SMALLEST_POWER).log()
-        return log_power - log_power.mean(dim=1, keepdim=True)
+
+class ChannelPowerClassifier(nn.Module):
+    """residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL: linear in the log power of each channel.
+
+    The mean over the channels is subtracted, so that the contrast of the image does not count.
+
+    Args:
+        channels: of the residual.
+        dropout: probability, before the linear layer.
+    """
+
+    def __init__(self, channels: int, dropout: float = 0.5):
+        super().__init__()
+        self.standardise = Standardise(channels)
+        self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, 2))
+
+    def forward(self, residual: Tensor) -> Tensor:
+        """residual: (B, channels, H, W). Returns logits (B, 2)."""
+        power = residual.square().mean(dim=(2, 3))  # (B, channels)
+        log_power = (power + SMALLEST_POWER).log()
+        log_power = log_power - log_power.mean(dim=1, keepdim=True)
+        return self.layers(self.standardise(log_power))
+
+
+class Standardise(nn.BatchNorm1d):
+    """Batch norm without parameters: (B, count) -> (B, count). A batch of one image uses the running statistics."""
+
+    def __init__(self, count: int):
+        super().__init__(count, affine=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.training and len(values) > 1:
+            return super().forward(values)
+        return F.batch_norm(values, self.running_mean, self.running_var)
 
 
 def pad_to(x: Tensor, side: int) -> Tensor:

@@ -11,13 +11,14 @@ from evaluation import load
 from models.features import Pixels
 from models.rdn import RDN
 from models.resynthesis import ResynthesisDetector
-from models.spectrum import SpectrumClassifier, pad_to
+from models.spectrum import ChannelPowerClassifier, SpectrumClassifier, pad_to
 
 
 @pytest.mark.parametrize("size", [(3, 40, 70), (3, 16, 16), (3, 7, 33), (64, 16, 20), (512, 5, 5), (3, 1, 9)])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_images_of_any_size_get_two_logits(size, batch):
-    classifier = SpectrumClassifier(size[0])
+@pytest.mark.parametrize("kind", [SpectrumClassifier, ChannelPowerClassifier])
+def test_images_of_any_size_get_two_logits(size, batch, kind):
+    classifier = kind(size[0])
     x = torch.rand(batch, *size)
     assert classifier.train()(x).shape == (batch, 2)
     logits = classifier.eval()(x)
@@ -39,6 +40,16 @@ def test_mirroring_turning_and_brightness_do_not_change_the_spectrum(change):
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     changed = {"mirrored": x.flip(3), "turned": x.rot90(1, (2, 3)), "brighter": x + 0.25}[change]
     torch.testing.assert_close(classifier.spectrum(changed), classifier.spectrum(x), rtol=1e-3, atol=1e-3)
+
+
+def test_the_contrast_of_an_image_does_not_count_for_the_channel_powers():
+    torch.manual_seed(0)
+    classifier = ChannelPowerClassifier(8).eval()
+    residual = torch.rand(2, 8, 4, 4)
+    torch.testing.assert_close(classifier(3 * residual), classifier(residual), rtol=1e-4, atol=1e-4)
+    stronger = residual.clone()
+    stronger[:, 0] *= 3
+    assert (classifier(stronger) - classifier(residual)).abs().min() > 1e-3
 
 
 def test_padding_reflects_until_the_window_fits():

@@ -169,7 +169,7 @@ def add_detector_options(parser: Parser) -> None:
         " checkpoint, else absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
         help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem); spectrum (for"
-        " few images, with --residual signed);"
+        " few images, with --residual signed) or channel_power (for few images, with VGG-19 features);"
         " torchvision:NAME; or a name added to models.build.CLASSIFIERS (default: as in the checkpoint, else"
         " resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE", help="further arguments of --arch")

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# Does re-synthesis help on faces? About two hours on two CPU cores.
+#   VGG_WEIGHTS=FILE AUTOENCODER="ENCODER DECODER" bash results/faces/run.sh FACES
+#
+# FACES holds train/real, train/stylegan2, val/real and val/stylegan2 (256 x 256 pixels).
+#   1. Train a small RDN on the real training faces.
+#   2. Make twins: the real faces, passed through a small autoencoder.
+#   3. Train detectors with RDN, bicubic interpolation and no re-synthesis: on the signed pixel residual (spectrum
+#      classifier), and on the stage-4 and stage-5 residuals (channel-power classifier). Three seeds each.
+#   4. Score the validation faces with each detector: StyleGAN2 and twins, clean and perturbed.
+#
+# Environment: CELLS (default: all), SEEDS (default: 1 2 3), PERTURB_SEEDS (seeds that are scored on perturbed faces, too;
+# default: 1), GPU (default: cpu). Writes ./output/faces. To refresh the tables, copy output/faces/scores/*.csv to
+# results/faces/scores.
+source "$(dirname "$0")/../../script/common.sh"
+faces=${1:?usage: bash results/faces/run.sh FACES}
+find_python
+gpu=${GPU:-cpu}
+out=$root/output/faces
+rdn=$out/sr/x4/last.pth
+twins=$out/twins
+mkdir -p "$out"
+
+# 1. The re-synthesizer: about 2,600 steps of 4 patches
+train_once "$out/sr/x4/epoch_185.pth" train_sr.py --train-file "$faces/train/real" --eval-file "$faces/val/real" \
+    --outputs-dir "$out/sr" --num-features 16 --growth-rate 16 --num-blocks 4 --num-layers 4 --vgg-lambda 0 \
+    --start interpolation --schedule cosine --clip-norm 0.5 --lr 2e-3 --batch-size 4 --num-epochs 186 --num-save 186
+
+# 2. Twins, by the autoencoder or, without one, by simulated up-sampling
+for part in train val; do
+    if [[ ! -d "$twins/$part" ]]; then
+        "$PYTHON" -m tools.example --from "$faces/$part/real" --out "$twins/$part" \
+            ${AUTOENCODER:+--autoencoder $AUTOENCODER}
+    fi
+    if [[ ! -d "$out/upsampled/$part" ]]; then
+        "$PYTHON" -m tools.example --from "$faces/$part/real" --out "$out/upsampled/$part"
+    fi
+done
+
+# score NAME FLAG ...: score whole validation faces. Twins and up-sampled copies count as generators.
+score() {
+    local name=$1
+    shift
+    "$PYTHON" "$root/test.py" --gpu "$gpu" --resume "$out/$name/last.pth.tar" --crop-size 0 \
+        --data-root-pos "$faces/val/real" --data-root-neg "$faces/val/stylegan2" "$twins/val" "$out/upsampled/val" \
+        --save_path "$out/scores/$name" "$@" >/dev/null
+}
+
+# detector NAME EPOCHS SEED "FOLDER ..." FLAG ...: train a detector on these generated faces, and score it.
+detector() {
+    local name=$1 epochs=$2 seed=$3 fakes=$4
+    shift 4
+    train_once "$out/$name/$(printf %04d "$epochs").pth.tar" train_detector.py --fixed-sr --seed "$seed" \
+        --optimizer adamw --lr 2e-3 --wd 0.05 --lr-sr 1 --schedule cosine --batch-size 64 \
+        --epochs "$epochs" --save-every-epoch "$epochs" --cache-dir "$out/cache" \
+        --data-root-pos "$faces/train/real" --data-root-neg $fakes \
+        --val-root-pos "$faces/val/real" --val-root-neg "$faces/val/stylegan2" --output-path "$out/$name" "$@"
+    [[ -f "$out/scores/$name.csv" ]] || score "$name"
+    if [[ " ${PERTURB_SEEDS:-1} " == *" $seed "* && ! -f "$out/scores/${name}_resize_x0.5_and_back.csv" ]]; then
+        score "$name" --perturb jpeg=90 jpeg=70 jpeg=50 resize=0.5 blur=1 noise=0.05
+    fi
+}
+
+# 3 and 4. About 400 steps each. The seed fixes crops, order and initial weights.
+pixels=(--residual signed --arch spectrum --crop-size 128 --crops-per-image 4)
+stage4=(--idx-stages 4 --arch channel_power)
+stage5=(--idx-stages 5 --arch channel_power)
+both="$faces/train/stylegan2 $twins/train"
+for seed in ${SEEDS:-1 2 3}; do
+    for cell in ${CELLS:-pixel stage4 stage5 single}; do
+        for network in rdn bicubic none; do
+            resynthesis=(--sr-arch "$network")
+            [[ "$network" != rdn ]] || resynthesis=(--sr-weights-file "$rdn")
+            name=${cell}_${network}_seed$seed
+            case $cell in
+                pixel) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" ;;
+                stage4) detector "$name" 100 "$seed" "$both" "${resynthesis[@]}" "${stage4[@]}" ;;
+                stage5) detector "$name" 100 "$seed" "$both" "${resynthesis[@]}" "${stage5[@]}" ;;
+                # pixels again, without twins: what does a detector of one generator read?
+                single) detector "$name" 28 "$seed" "$faces/train/stylegan2" "${resynthesis[@]}" "${pixels[@]}" ;;
+                *) fail "CELLS: expected pixel, stage4, stage5 or single, got $cell" ;;
+            esac
+        done
+    done
+done
