@@ -1,155 +1,329 @@
-"""Detectors outside: graphs give the detector's numbers, bundles its bits, and neither is taken for what it is not."""
+"""Tests of tools.export: graphs give the detector's numbers, bundles its bits, and foreign files stay as they are."""
 
-import contextlib
-import functools
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from files import mistake
+from PIL import Image
+from processes import ROOT
+from torch import nn
 
 from evaluation import load
 from evaluation.metrics import format_table, summarize
 from evaluation.score_table import read_table
-from models.features import STAGE_CHANNELS, load_vgg
+from models import build
+from models.features import load_vgg
 from models.rdn import RDN
-from models.resnet import DeepStemResNet
-from tools import export
-from utils import checkpoints as checkpoint
-from utils.checkpoints import fingerprint
+from tools import export, graph
+from train_detector import network_state
+from utils import checkpoints
+from utils.random_streams import seeded_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
 safetensors = pytest.importorskip("safetensors.torch")
-on_cpu = functools.partial(load, device="cpu")
 pytestmark = pytest.mark.usefixtures("small_classifier")
 
+CALIBRATION = {"temperature": 1.7, "t_real": 0.3, "t_fake": 0.5}
+NO_DILATION = {"dilated": False}
 
-def written(path, stage=0, scale=4, temperature=1.7) -> str:
-    """A detector's checkpoint, as train_detector.py writes it."""
-    torch.manual_seed(stage)
+
+def write_rdn(path, scale=4):
+    """Write a small RDN as the released files are. Return its path."""
+    torch.manual_seed(scale)
     rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=1, num_layers=2)
-    classifier = DeepStemResNet({0: 3, **STAGE_CHANNELS}[stage], "resnet18")
-    content = {"arch": "resnet18", "state_dict": classifier.state_dict(), "sr_state_dict": rdn.state_dict()}
-    content |= {"settings": {"images": "12 images, 0123", "real_roots": ["/home/me"]}, "progress": {}}
-    content |= {"calibration": {"temperature": temperature, "t_real": 0.3}, "trained_on": torch.zeros(12, 2).long()}
-    config = {"detector": {"arch": "resnet18", "stage": stage, "dilated": False}, "images": {"resize": 36}}
-    config |= {"resynthesizer_fingerprint": fingerprint(rdn), "classifier_fingerprint": fingerprint(classifier)}
-    checkpoint.save(content | {"config": config | {"vgg": load_vgg("random")[1] if stage else None}}, path)
+    torch.save(rdn.state_dict(), path)
     return str(path)
+
+
+def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **options):
+    """Write a detector as train_detector.py does. Return its path."""
+    torch.manual_seed(0)
+    detector, config = build.new_detector(checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random")
+    for module in detector.modules():  # batch norms as after a training, so that logits differ between images
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+    content = network_state(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
+    content |= {"settings": {"images": "12 images, 0123", "real_roots": ["/home/me"]}, "progress": {}}
+    checkpoints.save(content | {"calibration": calibration}, path)
+    return str(path)
+
+
+def images(*size):
+    return torch.from_numpy(seeded_generator(1).integers(0, 256, size, np.uint8))
+
+
+def logits_of_one_crop(detector, x):
+    """Compute logits (B, 2) by the network itself. x: uint8 (B, 3, H, W)."""
+    with torch.inference_mode():
+        return detector.network(x.float() / 255).numpy()
 
 
 @pytest.fixture(scope="module")
 def files(small_classifier, tmp_path_factory):
     """A folder with a detector as mine.pth.tar, mine.onnx and mine.safetensors."""
     folder = tmp_path_factory.mktemp("export")
-    flags = f"--out {folder}/mine.onnx --bundle {folder}/mine.safetensors".split()
-    export.main(["--resume", written(folder / "mine.pth.tar"), *flags])
+    rdn = write_rdn(folder / "rdn.pth")
+    write_detector(folder / "mine.pth.tar", rdn, {"resize": 100}, **NO_DILATION)
+    flags = f"--resume {folder}/mine.pth.tar --out {folder}/mine.onnx --bundle {folder}/mine.safetensors"
+    export.main(flags.split())
     return folder
 
 
-def images(*size):
-    return torch.from_numpy(np.random.default_rng(0).integers(0, 256, size, np.uint8))
+# --- graphs
 
 
-@pytest.mark.parametrize(("stage", "scale", "ending"), [(0, 4, "onnx"), (5, 3, "pt2")])
-def test_a_graph_gives_the_detectors_numbers(files, tmp_path, stage, scale, ending):
-    """Of pixels as ONNX, of features as what ONNX is made of: one takes as long as all other tests here."""
-    path, graph = files / "mine.pth.tar", files / "mine.onnx"
-    if stage:
-        path, graph = written(tmp_path / "mine", stage, scale), tmp_path / f"new/mine.{ending}"
-        export.main(["--resume", path, "--out", str(graph)])
-    detector, (run, _) = on_cpu(path), export.open_graph(graph.read_bytes())
-    for size in ((1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552)):  # the last larger than tiles and strips
-        logits, prob_fake = run(images(*size))
-        wanted = detector.logits(images(*size)).double()
-        assert logits == pytest.approx(wanted.numpy(), abs=1e-4) and np.ptp(logits) > 1e-2
-        assert prob_fake == pytest.approx((wanted / 1.7).softmax(1)[:, 0].numpy(), abs=1e-5)
+def require_same_numbers(path, detector, *sizes):
+    run, _ = graph.open_graph(path.read_bytes())
+    for size in sizes:
+        x = images(*size)
+        logits, prob_fake = run(x)
+        expected = logits_of_one_crop(detector, x)
+        assert logits == pytest.approx(expected, abs=1e-4)
+        margin = (expected[:, 0] - expected[:, 1]) / CALIBRATION["temperature"]
+        assert prob_fake == pytest.approx(1 / (1 + np.exp(-margin)), abs=1e-5)
+        assert np.ptp(logits) > 1e-3
 
 
-def test_a_graph_says_what_its_users_need(files):
+def test_an_onnx_graph_gives_the_detectors_numbers_at_any_size(files):
+    detector = load(files / "mine.pth.tar", device="cpu")
+    require_same_numbers(files / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552))
+
+
+def test_a_graph_of_deep_features_gives_the_detectors_numbers(files, tmp_path):
+    rdn = write_rdn(tmp_path / "rdn.pth", scale=3)
+    path = write_detector(tmp_path / "mine.pth.tar", rdn, stage=5, **NO_DILATION)
+    export.main(["--resume", path, "--vgg-weights", "random", "--out", f"{tmp_path}/new/mine.pt2"])
+    detector = load(path, device="cpu", vgg_weights="random")
+    require_same_numbers(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
+
+
+@pytest.fixture(scope="module")
+def trained_on_crops(files):
+    """A folder with a detector as script/train_folders.sh trains it, exported as detector.onnx."""
+    folder = files / "crops"
+    folder.mkdir()
+    path = write_detector(folder / "mine.pth.tar", str(files / "rdn.pth"), {"crop_size": 128}, **NO_DILATION)
+    export.main(["--resume", path, "--out", f"{folder}/detector.onnx"])
+    return folder
+
+
+def test_a_detector_trained_on_crops_is_exported_as_one_crop(trained_on_crops):
+    path = trained_on_crops / "detector.onnx"
+    _, facts = graph.open_graph(path.read_bytes())
+    assert (json.loads(facts["crops"]), json.loads(facts["crop_size"])) == (9, 128)
+    detector = load(trained_on_crops / "mine.pth.tar", device="cpu")
+    require_same_numbers(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
+
+
+def test_the_documented_mean_over_crops_is_the_number_of_test_py(trained_on_crops, monkeypatch):
+    document = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    (code,) = [
+        block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "# mean over crops" in block
+    ]
+    monkeypatch.chdir(trained_on_crops)
+    detector = load("mine.pth.tar", device="cpu")
+    for index, (height, width) in enumerate([(150, 281), (128, 128), (130, 400)]):
+        Image.fromarray(images(height, width, 3).numpy()).save(f"{index}.png")
+        names = {}
+        exec(code.replace("photo.jpg", f"{index}.png"), names)
+        assert names["prob_fake"] == pytest.approx(detector.predict(f"{index}.png")[0], abs=1e-5)
+
+
+class Halves(nn.Module):
+    """Features that somebody else adds: means of 2 x 2 blocks, and their squares."""
+
+    channels, stride = 6, 2
+
+    def forward(self, x):
+        x = F.avg_pool2d(x, 2)
+        return torch.cat([x, x.square()], dim=1)
+
+
+class FixedSize(nn.Module):
+    """A classifier for residuals of 32 x 32 values only."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.linear = nn.Linear(channels * 32 * 32, 2)
+
+    def forward(self, residual):
+        return self.linear(residual.flatten(1))
+
+
+def test_entries_that_users_add_are_exported(tmp_path, monkeypatch):
+    monkeypatch.setitem(build.FEATURES, "halves", Halves)
+    path = write_detector(tmp_path / "mine.pth.tar", sr_arch="bicubic", features="halves", **NO_DILATION)
+    export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
+    require_same_numbers(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
+
+
+def test_a_classifier_for_one_size_is_exported_for_crops_of_this_size(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(build.FEATURES, "halves", Halves)
+    monkeypatch.setitem(build.CLASSIFIERS, "fixed", FixedSize)
+    options = {"sr_arch": "none", "features": "halves", "arch": "fixed"}
+    path = write_detector(tmp_path / "mine.pth.tar", images={"crop_size": 64}, **options)
+    with caplog.at_level("INFO"):
+        export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
+    assert "accepts only images of 64 x 64 pixels" in caplog.text
+    require_same_numbers(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
+    path = write_detector(tmp_path / "whole.pth.tar", **options)
+    with mistake("cannot export"):
+        export.main(["--resume", path, "--out", f"{tmp_path}/whole.pt2"])
+    assert not (tmp_path / "whole.pt2").exists()
+
+
+def test_the_metadata_of_a_graph_says_how_to_use_it(files):
     session = onnxruntime.InferenceSession(files / "mine.onnx")
-    inputs = [(put.name, put.type, put.shape) for put in session.get_inputs()]
+    inputs = [(value.name, value.type, value.shape) for value in session.get_inputs()]
     assert inputs == [("image", "tensor(uint8)", ["batch", 3, "height", "width"])]
     logits, prob_fake = session.run(["logits", "prob_fake"], {"image": images(2, 3, 36, 40).numpy()})
     assert (logits.shape, prob_fake.shape) == ((2, 2), (2,))
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
-    known = {"scale": 4, "resize": 36, "crop_size": None, "temperature": 1.7, "t_real": 0.3, "t_fake": 0.5}
-    assert facts.items() >= {"labels": ["fake", "real"], **known}.items()
-    assert facts["detector"].items() >= checkpoint.load(files / "mine.pth.tar")["config"].items()
+    expected = {"labels": ["fake", "real"], "scale": 4, "resize": 100, "crop_size": None, "crops": 1, **CALIBRATION}
+    assert {name: facts[name] for name in expected} == expected
+    config = checkpoints.load(files / "mine.pth.tar")["config"]
+    assert facts["detector"].items() >= config.items()
+    assert b"/home/me" not in (files / "mine.onnx").read_bytes()
 
 
-def test_a_graph_is_checked(files, tmp_path):
-    def check(content, detector=f"{files}/mine.pth.tar"):
+def test_check_refuses_other_detectors_versions_and_damage(files, tmp_path):
+    def check(content, detector=files / "mine.pth.tar"):
         (tmp_path / "a.onnx").write_bytes(content)
-        export.main(["--resume", detector, "--check", f"{tmp_path}/a.onnx"])
+        export.main(["--resume", str(detector), "--check", f"{tmp_path}/a.onnx"])
 
-    data, version = (files / "mine.onnx").read_bytes(), export.GRAPH.encode()
-    weights = checkpoint.load(files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
+    data = (files / "mine.onnx").read_bytes()
+    version = graph.FORMAT.encode()
+    weight = checkpoints.load(files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
     check(data)
-    with mistake("a.onnx is not of this detector: temperature is 1.7, wanted 1.8"):
-        check(data, written(tmp_path / "other.pth.tar", temperature=1.8))
-    old, wrong = data.replace(version, version[:-1] + b"0"), data.replace(weights, bytes(len(weights)))
-    for said, content in {"format is": old, "off the detector's": wrong, "no graph": data[:-9], "no": b""}.items():
-        with mistake("a.onnx", said):
+    other = {**CALIBRATION, "temperature": 1.8}
+    other = write_detector(tmp_path / "other.pth.tar", str(files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION)
+    with mistake("a.onnx is not from this detector: temperature is 1.7, expected 1.8"):
+        check(data, other)
+    for text, content in (
+        ("format is", data.replace(version, version[:-1] + b"0")),
+        ("differs from the detector's numbers", data.replace(weight, bytes(len(weight)))),
+        ("damaged", data[:-9]),
+        ("damaged", b""),
+    ):
+        with mistake("a.onnx", text):
             check(content)
 
 
+# --- files that are there already
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--out", "a.onnx"), ("--out", "a.pt2"), ("--bundle", "a.safetensors")])
+def test_foreign_files_are_refused_before_any_work(files, tmp_path, flag, name):
+    (tmp_path / name).write_bytes(b"mine")
+    (tmp_path / "folder.onnx").mkdir()
+    with mistake(name, "not written by this program"):
+        export.main(["--resume", "no such detector", flag, str(tmp_path / name)])
+    assert (tmp_path / name).read_bytes() == b"mine"
+    with mistake("folder.onnx"):
+        export.main(["--resume", "no such detector", "--out", str(tmp_path / "folder.onnx")])
+
+
+def test_own_files_are_replaced_and_symbolic_links_stay(files, tmp_path):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes((files / "mine.safetensors").read_bytes())
+    (tmp_path / "link.safetensors").symlink_to(target.name)
+    path = write_detector(tmp_path / "other.pth.tar", sr_arch="none", **NO_DILATION)
+    export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
+    assert (tmp_path / "link.safetensors").is_symlink()
+    assert checkpoints.load(target)["config"]["resynthesizer"]["name"] == "none"
+    export.require_own_file(files / "mine.onnx", graph.MARK)
+
+
+# --- bundles
+
+
 def test_a_bundle_gives_the_same_bits(files, tmp_path):
-    mine, shared = (checkpoint.load(files / f"mine.{ending}") for ending in ("pth.tar", "safetensors"))
+    mine = checkpoints.load(files / "mine.pth.tar")
+    shared = checkpoints.load(files / "mine.safetensors")
     assert shared.keys() == mine.keys() - {"settings", "progress"} | {"card"}
-    assert all(fingerprint(shared[name]) == fingerprint(mine[name]) for name in ("state_dict", "sr_state_dict"))
-    detectors = [on_cpu(files / f"mine.{ending}") for ending in ("pth.tar", "safetensors")]
-    assert torch.equal(*(detector.logits(images(2, 3, 36, 36)) for detector in detectors))
-    assert detectors[0].identity() == detectors[1].identity() and torch.equal(*(d.seen for d in detectors))
-    assert "12 images" in shared["card"] and b"/home/me" not in (files / "mine.safetensors").read_bytes()
-    checkpoint.save({**shared, "calibration": {"temperature": 3.0}}, tmp_path / "a.safetensors")  # tools.calibrate
-    assert on_cpu(tmp_path / "a.safetensors").calibration == {"temperature": 3.0}
+    for name in ("state_dict", "sr_state_dict"):
+        assert checkpoints.fingerprint(shared[name]) == checkpoints.fingerprint(mine[name])
+    one, other = (load(files / f"mine.{ending}", device="cpu") for ending in ("pth.tar", "safetensors"))
+    assert torch.equal(one.logits(images(2, 3, 36, 36)), other.logits(images(2, 3, 36, 36)))
+    assert one.identity() == other.identity()
+    assert torch.equal(one.trained_on, other.trained_on)
+    assert "12 images" in shared["card"]
+    assert b"/home/me" not in (files / "mine.safetensors").read_bytes()
 
 
 def test_a_bundle_of_released_files_names_its_vgg(tmp_path):
-    content, x = checkpoint.load(written(tmp_path / "mine.pth.tar", stage=1)), images(1, 3, 36, 36)
+    rdn = write_rdn(tmp_path / "sr.pth.tar")
+    content = checkpoints.load(write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION))
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "cls.pth.tar")
-    torch.save({"state_dict": content["sr_state_dict"]}, tmp_path / "sr.pth.tar")
-    torch.save({key: tensor + 0.01 for key, tensor in load_vgg("random")[0].state_dict().items()}, tmp_path / "vgg.pth")
-    cls, sr, vgg, shared = (f"{tmp_path}/{name}" for name in ("cls.pth.tar", "sr.pth.tar", "vgg.pth", "a.safetensors"))
-    files = f"--resume {cls} --sr-weights-file {sr} --vgg-weights {vgg} --bundle {shared}"
-    export.main(["--no_dilation", *files.split()])
-    released = on_cpu(cls, resynthesizer=sr, vgg_weights=vgg, options={"dilated": False})
-    assert torch.equal(released.logits(x), on_cpu(shared, vgg_weights=vgg).logits(x))
-    assert str(tmp_path) not in json.dumps(checkpoint.load(shared)["config"])
-    with mistake("a.safetensors was trained with the VGG-19 weights"):
-        on_cpu(shared, vgg_weights="random")
+    other = {key: tensor + 0.01 for key, tensor in load_vgg("random")[0].state_dict().items()}
+    torch.save(other, tmp_path / "vgg.pth")
+    cls, vgg, shared = (f"{tmp_path}/{name}" for name in ("cls.pth.tar", "vgg.pth", "a.safetensors"))
+    flags = f"--no_dilation --resume {cls} --sr-weights-file {rdn} --vgg-weights {vgg} --bundle {shared}"
+    export.main(flags.split())
+    released = load(cls, device="cpu", resynthesizer=rdn, vgg_weights=vgg, options=NO_DILATION)
+    x = images(1, 3, 36, 36)
+    assert torch.equal(released.logits(x), load(shared, device="cpu", vgg_weights=vgg).logits(x))
+    assert str(tmp_path) not in json.dumps(checkpoints.load(shared)["config"])
+    with mistake("a.safetensors", "VGG"):
+        load(shared, device="cpu", vgg_weights="random")
 
 
-def test_a_card_has_the_results_of_this_detector(files, tmp_path):
+def test_the_card_shows_the_results_of_this_detector_only(files, tmp_path):
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
-    detector, metrics = on_cpu(files / "mine.pth.tar").identity(), summarize(read_table(tmp_path / "p.csv"))
+    detector = load(files / "mine.pth.tar", device="cpu").identity()
+    metrics = summarize(read_table(tmp_path / "p.csv"))
     flags = f"--resume {files}/mine.pth.tar --bundle {tmp_path}/a.safetensors --scores {tmp_path}/p.json".split()
-    changes = {"of another detector": {"detector": {"classifier": "0123"}}, "no metrics": {"metrics": None}}
-    for said, change in (*changes.items(), ("", {})):
-        (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics} | change))
-        with mistake(said) if said else contextlib.nullcontext():
+    for text, record in (
+        ("another detector", {"detector": {"classifier_fingerprint": "0123"}, "metrics": metrics}),
+        ("no metrics", {"detector": detector}),
+    ):
+        (tmp_path / "p.json").write_text(json.dumps(record))
+        with mistake(text):
             export.main(flags)
-    assert format_table(metrics) in checkpoint.load(tmp_path / "a.safetensors")["card"]
+        assert not (tmp_path / "a.safetensors").exists()
+    (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
+    export.main(flags)
+    assert format_table(metrics) in checkpoints.load(tmp_path / "a.safetensors")["card"]
 
 
-def test_bad_bundles(files, tmp_path, monkeypatch):
-    whole, path, rng = (files / "mine.safetensors").read_bytes(), tmp_path / "bad.safetensors", np.random.default_rng(0)
-    places = 3, 9, *rng.integers(0, len(whole), 30)  # in the header, too
-    flipped = [whole[:place] + bytes([whole[place] ^ 1 << rng.integers(8)]) + whole[place + 1 :] for place in places]
-    for content in (*flipped, whole[:-1], b"", (files / "mine.pth.tar").read_bytes(), safetensors.save({})):
+def test_changed_bundles_are_refused(files, tmp_path, monkeypatch):
+    whole, path, rng = (files / "mine.safetensors").read_bytes(), tmp_path / "bad.safetensors", seeded_generator(0)
+    contents = [whole[:-1], b"", (files / "mine.pth.tar").read_bytes(), safetensors.save({})]
+    for place in (3, 9, *rng.integers(0, len(whole), 20)):  # in the header, too
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(rng.integers(8))
+        contents.append(bytes(flipped))
+    for content in contents:
         path.write_bytes(content)
         with mistake("bad.safetensors"):
-            checkpoint.load(path)
-    content = checkpoint.load(files / "mine.safetensors")
+            checkpoints.load(path)
+    content = checkpoints.load(files / "mine.safetensors")
     for part in ("state_dict", "sr_state_dict"):
         changed = {key: tensor + 1 for key, tensor in content[part].items()}
-        for parts in ({**content, part: changed}, {name: content[name] for name in content.keys() - {part}}):
-            checkpoint.save(parts, path)
-            with mistake("bad.safetensors"):
-                on_cpu(path)
-    monkeypatch.setattr(checkpoint, "BUNDLE", "version 2")
-    with mistake("mine.safetensors is of the format", "version 1", "version 2"):
-        checkpoint.load(files / "mine.safetensors")
+        checkpoints.save({**content, part: changed}, path)
+        with mistake("bad.safetensors"):
+            load(path, device="cpu")
+    monkeypatch.setattr(checkpoints, "BUNDLE", "version 2")
+    with mistake("mine.safetensors", "version 1", "version 2"):
+        checkpoints.load(files / "mine.safetensors")
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--out a.txt", "--check a.txt", "--bundle a.pth", "--out a.onnx --scores p.json"]
+)
+def test_mistakes_are_one_line_and_status_2(files, flags, capsys):
+    command = ["--resume", f"{files}/mine.pth.tar", *flags.split()]
+    with pytest.raises(SystemExit) as caught:
+        export.main(command)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_graph_that_does_not_exist_cannot_be_checked(files):
+    with mistake("none.onnx"):
+        export.main(["--resume", f"{files}/mine.pth.tar", "--check", "none.onnx"])
