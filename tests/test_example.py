@@ -130,6 +130,14 @@ def test_foreign_files_are_refused_and_unchanged(made, tmp_path):
     assert contents(tmp_path) == foreign
 
 
+def test_lists_can_be_read_whatever_the_folder_is_called(tmp_path):
+    out = os.path.join(os.fsencode(tmp_path), b"\xff \xe9")
+    example.main(flags(os.fsdecode(out)))
+    assert len(list_paths(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
+    with mistake("line break"):
+        example.main(flags(tmp_path / "a\nb"))
+
+
 def test_an_output_folder_may_be_a_symbolic_link_and_stays_one(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")

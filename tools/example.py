@@ -49,6 +49,8 @@ SMALLEST_SIDE = 32
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
+    if "\n" in args.out or "\r" in args.out:
+        raise UserError(f"--out {printable(args.out)} contains a line break, which lists cannot hold")
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that unfinished folders are deleted
     out = Path(os.path.realpath(args.out))  # a symbolic link stays one: its folder is written
     if args.photographs:
@@ -64,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logger.info("making images of %d x %d pixels in %s", args.size, args.size, printable(args.out))
     with unfinished_folder(out) as folder:
         make_images(settings, folder)
-        write_lists(settings["counts"], folder, args.out)
+        write_lists(settings["counts"], folder, os.path.abspath(args.out))
         (folder / "README.txt").write_text(__doc__)
         write_json(folder / "settings.json", settings)
     return 0
@@ -150,7 +152,7 @@ def write_lists(counts: dict[str, int], folder: Path, listed: str) -> None:
     for split in ("train", "val"):
         if counts[split]:
             paths = [f"{listed}/{split}/real/{index:05d}.png\n" for index in range(counts[split])]
-            (folder / f"{split}.txt").write_text("".join(paths))
+            (folder / f"{split}.txt").write_bytes("".join(paths).encode(errors="surrogateescape"))  # names may be any bytes
 
 
 def make_twins(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:
