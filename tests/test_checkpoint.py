@@ -1,5 +1,6 @@
-"""Checkpoint files: whole or not at all, read without running anything; and what does not belong together is refused."""
+"""Checkpoint files: written completely or not at all, read without running code, refused if they do not belong together."""
 
+import copy
 import os
 import pickle
 import resource
@@ -16,125 +17,212 @@ from models.features import VGG19, load_vgg
 from models.rdn import RDN
 from models.released import state_dict_of
 from models.resnet import DeepStemResNet
-from utils import checkpoints as checkpoints
-from utils import options
-from utils.checkpoints import fingerprint, load_weights
+from utils import checkpoints, options
+from utils.checkpoints import Fields, fingerprint, load_weights
 from utils.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
 
-PROGRAMS = {  # with the flag that says where they write
+PROGRAMS = {  # main function, parser, flag of the output
     "train_sr": (train_sr.main, options.train_sr_parser, "--outputs-dir"),
     "train_detector": (train_detector.main, options.train_detector_parser, "--output-path"),
     "test": (tester.main, options.test_parser, "--save_path"),
 }
 
 
-def refusal(program, flags, capfd):
-    """The one line by which a program ends."""
+def run(program, flags, capfd):
+    """Run a program. Returns its exit status and the last line that it prints."""
     main, parser, _ = PROGRAMS[program]
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
-    code, line = run_program(lambda: main(args)), capfd.readouterr().err.splitlines()[-1]
+    code = run_program(lambda: main(args))
+    return code, (capfd.readouterr().err.splitlines() or [""])[-1]
+
+
+def refusal(program, flags, capfd):
+    """Run a program that must end with a user's mistake. Returns its line."""
+    code, line = run(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+# --- writing and reading ------------------------------------------------------------------------------------
+
+
+def test_a_saved_checkpoint_is_loaded_as_it_was(tmp_path):
     state = {"state_dict": {"a": torch.arange(3.0)}, "progress": {"epoch": 3, "best": None, "sums": {"loss": 0.5}}}
     checkpoints.save(state, tmp_path / "last.pth")
     loaded = checkpoints.load(tmp_path / "last.pth")
-    assert loaded["progress"] == state["progress"] and torch.equal(loaded["state_dict"]["a"], torch.arange(3.0))
-    assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+    assert loaded["progress"] == state["progress"]
+    assert torch.equal(loaded["state_dict"]["a"], torch.arange(3.0))
+    assert os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_files_of_early_pytorch_versions_are_loaded(tmp_path):
+    """The released checkpoints have this format."""
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
     assert torch.equal(checkpoints.load(tmp_path / "old.pth.tar")["a"], torch.ones(2))
-    with mistake("cannot write"):
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_mistake(tmp_path):
+    with mistake("cannot write", "last.pth"):
         checkpoints.save({}, tmp_path / "nowhere" / "last.pth")
 
 
-@pytest.mark.parametrize("failure", ["disk full", "interrupt"])
-def test_a_failing_save_leaves_the_old_file(tmp_path, monkeypatch, failure):
+@pytest.fixture
+def limit_file_size():
+    """Let the kernel refuse to write more than 10 kB into a file, as it does when a disk is full."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_a_full_disk_leaves_the_earlier_file(tmp_path, limit_file_size):
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
-    before, (_, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    with mistake("last.pth"):
+        checkpoints.save({"a": torch.ones(10_000)}, path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
+
+
+def test_an_interrupt_leaves_the_earlier_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    checkpoints.save({"a": torch.zeros(2)}, path)
+    before = path.read_bytes()
 
     def interrupt(_):
         raise KeyboardInterrupt
 
-    if failure == "disk full":  # the kernel itself refuses, in the middle of the file
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    else:
-        monkeypatch.setattr(os, "fsync", interrupt)
-    try:
-        with mistake("last.pth") if failure == "disk full" else pytest.raises(KeyboardInterrupt):
-            checkpoints.save({"a": torch.ones(10_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["last.pth"]
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.save({"a": torch.ones(10_000)}, path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
 
 
 class Malicious:
-    def __init__(self, target):
-        self.target = target
+    """An object that makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
 
     def __reduce__(self):
-        return os.mkdir, (str(self.target),)
+        return os.mkdir, (str(self.folder),)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_file_that_would_run_code_is_refused(tmp_path, capfd, writer):
-    """By `load`, and by the programs wherever they take a file."""
-    path, target = tmp_path / "evil.pth.tar", tmp_path / "ran"
-    content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(target)}
+    """By `load`, and by each program wherever it takes a file."""
+    path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
+    content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
     with mistake("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
         checkpoints.load(path)
-    (tmp_path / "list.txt").write_text(__file__)
-    (tmp_path / "table.csv").write_text(f"path,label\n{__file__},real\n")
+    image, other = (save(tmp_path / f"{seed}.png", random_rgb(64, 64, seed)) for seed in (0, 1))
+    (tmp_path / "list.txt").write_text(image)
+    (tmp_path / "list.csv").write_text(f"path,label\n{image},real\n{other},fake\n")
     for program, flags in (
-        ("test", f"--input {__file__} --resume"),
+        ("test", f"--input {image} --resume"),
         ("train_sr", f"--train-file {tmp_path}/list.txt --weights-file"),
-        ("train_detector", f"--csv {tmp_path}/table.csv --sr-weights-file"),
+        ("train_detector", f"--csv {tmp_path}/list.csv --sr-weights-file"),
     ):
         assert "evil.pth.tar" in refusal(program, f"{flags} {path}", capfd)
-    assert not target.exists()
+    assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert target.exists()  # it would have run
+    assert folder.exists()  # the file would have run code
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
-def test_a_truncated_file_is_said_to_be_one(tmp_path, share, legacy):
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
+def test_a_truncated_file_is_called_truncated(tmp_path, fraction, legacy):
     path = tmp_path / "last.pth"
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with mistake("truncated", f"{path.stat().st_size} bytes"):
         checkpoints.load(path)
 
 
 @pytest.mark.parametrize(("name", "word"), [(".", "folder"), ("absent.pth", "absent.pth"), ("list.pth", "list")])
-def test_other_things_than_checkpoints(tmp_path, name, word):
+def test_anything_but_a_checkpoint_is_refused(tmp_path, name, word):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with mistake(word):
         checkpoints.load(tmp_path / name)
 
 
-# --- state dicts --------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
+
+VALUES = {
+    "count": 3,
+    "rate": 0.5,
+    "name": "rdn",
+    "on": True,
+    "nothing": None,
+    "part": {"scale": 4},
+    "args": {"depth": 2},
+}
+
+
+def test_values_of_the_right_type_are_returned():
+    fields = Fields(VALUES, "some.pth", "config")
+    assert fields.integer("count", 1, 3) == 3
+    assert fields.number("rate", 0, 1) == 0.5 and fields.number("count") == 3 and fields.positive("rate") == 0.5
+    assert fields.text("name", ["rdn", "none"]) == "rdn" and fields.boolean("on") is True
+    assert fields.fields("part").integer("scale") == 4 and fields.arguments("args") == {"depth": 2}
+    assert fields.has("count") and not fields.has("nothing") and not fields.has("absent")
+
+
+def test_a_missing_value_is_the_default_or_an_error():
+    fields = Fields(VALUES, "some.pth", "config")
+    for key in ("nothing", "absent"):
+        assert fields.integer(key, default=7) == 7 and fields.number(key, default=None) is None
+        assert fields.fields(key).values == {} and fields.arguments(key) == {}
+        with mistake("some.pth", f"config.{key}", "missing"):
+            fields.integer(key)
+    assert Fields(None, "some.pth").text("name", default="rdn") == "rdn"
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "limits"),
+    [
+        ("integer", "3", ()), ("integer", 3.0, ()), ("integer", True, ()), ("integer", -1, ()), ("integer", 9, (1, 8)),
+        ("number", "3", ()), ("number", True, ()), ("number", float("nan"), ()), ("number", float("inf"), ()),
+        ("number", 1.5, (0, 1)), ("number", torch.ones(1), ()), ("positive", 0, ()), ("positive", -1.0, ()),
+        ("text", 3, ()), ("text", "other", (["rdn"],)), ("text", b"rdn", ()), ("boolean", 1, ()), ("boolean", "no", ()),
+        ("fields", [1], ()), ("fields", "x", ()), ("arguments", {3: 4}, ()), ("arguments", {"a b": 1}, ()),
+    ],
+)  # fmt: skip
+def test_a_value_of_another_type_or_range_is_one_line(method, value, limits):
+    fields = Fields({"key": value}, "some.pth", "config")
+    with mistake("some.pth", "config.key", "must"):
+        getattr(fields, method)("key", *limits)
+
+
+def test_values_that_are_not_in_a_dictionary_are_one_line():
+    with mistake("some.pth", "config", "dictionary", "list"):
+        Fields([1], "some.pth", "config")
+
+
+# --- weights ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_weights_are_found_in_any_wrapping(prefix, wrapped):
+def test_weights_are_found_bare_or_wrapped(prefix, wrapped):
     source, target = RDN(**TINY), RDN(**TINY)
     state = {prefix + key: value for key, value in source.state_dict().items()}
-    load_weights(target, state_dict_of({"state_dict": state, "epoch": 3} if wrapped else state, "file"), "file")
+    content = {"state_dict": state, "epoch": 3} if wrapped else state
+    load_weights(target, state_dict_of(content, "file"), "file")
     assert fingerprint(target) == fingerprint(source)
-    for content in ({}, {"epoch": 3}, {"state_dict": {}}, {"state_dict": [1]}, {"a": 1, "b": 2}):
-        with mistake("some.pth"):
-            state_dict_of(content, "some.pth")
 
 
-def test_misfits_are_named_and_nothing_is_loaded():
+@pytest.mark.parametrize("content", [{"epoch": 3}, {"state_dict": [1]}, {"state_dict": 3}, {"a": 1, "b": 2}])
+def test_a_checkpoint_without_weights_is_refused(content):
+    with mistake("some.pth"):
+        state_dict_of(content, "some.pth")
+
+
+def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
     model = RDN(**TINY)
     before = fingerprint(model)
     state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
@@ -142,29 +230,37 @@ def test_misfits_are_named_and_nothing_is_loaded():
     state |= {"classifier.fc": torch.zeros(1), "sfe2.weight": torch.zeros(5, 4, 3, 3)}
     with mistake("some.pth", "1 missing: sfe1.weight", "1 unknown: classifier.fc", "(5, 4, 3, 3)", "(4, 4, 3, 3)"):
         load_weights(model, state, "some.pth")
-    assert fingerprint(model) == before == fingerprint(model.to(memory_format=torch.channels_last))
+    assert fingerprint(model) == before
+
+
+def test_a_fingerprint_depends_on_names_types_shapes_and_values_only():
+    model = RDN(**TINY)
+    before = fingerprint(model)
+    assert len(before) == 16 and fingerprint(model.state_dict()) == before
+    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
+    assert fingerprint(copy.deepcopy(model).double()) != before
     with torch.no_grad():
         model.output.bias[0] += 1e-7
-    assert fingerprint(model) != before and len(before) == 16
-    assert fingerprint(torch.nn.Linear(2, 3)) != fingerprint(torch.nn.Linear(3, 2))
+    assert fingerprint(model) != before
+    assert fingerprint({"a": torch.zeros(2, 3)}) != fingerprint({"a": torch.zeros(3, 2)})
+    assert fingerprint({"a": torch.zeros(2)}) != fingerprint({"b": torch.zeros(2)})
 
 
-def test_parameters_keep_their_order():
-    """By which the optimizer states in earlier checkpoints know them."""
+def test_the_parameters_of_the_classifier_have_the_order_of_torchvision():
+    """Optimizer states in checkpoints know parameters by their order only."""
     from torchvision.models import resnet50
 
-    ours, theirs = (
-        [k for k, _ in m.named_parameters() if k.startswith("layer")] for m in (DeepStemResNet(3), resnet50())
-    )
+    ours = [name for name, _ in DeepStemResNet(3).named_parameters() if name.startswith("layer")]
+    theirs = [name for name, _ in resnet50().named_parameters() if name.startswith("layer")]
     assert ours == theirs
 
 
-# --- VGG-19's weights ---------------------------------------------------------------------------------------
+# --- VGG-19 -------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A torch hub without weights, on a machine without a network. Gives the file that would hold VGG-19's."""
+    """Take away torch hub's files and the network. Returns the file in which hub would keep VGG-19."""
 
     def refuse(*_, **__):
         raise OSError(101, "Network is unreachable")
@@ -175,7 +271,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth"
 
 
-def test_imagenet_weights_are_known_by_their_hash(hub, monkeypatch):
+def test_imagenet_weights_are_checked_against_their_hash(hub, monkeypatch):
     def download(url, to, hash_prefix, **_):
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
@@ -183,41 +279,45 @@ def test_imagenet_weights_are_known_by_their_hash(hub, monkeypatch):
         patch.setattr(torch.hub, "download_url_to_file", download)
         load_vgg("imagenet")
     hub.parent.mkdir(exist_ok=True)
-    torch.save(VGG19().state_dict(), hub)  # the right name, the right shapes
+    torch.save(VGG19().state_dict(), hub)  # the right name and shapes, other values
     for source in ("imagenet", "auto"):
         with mistake("damaged", "dcbb9e9d"):
             load_vgg(source)
 
 
-def test_without_a_network_random_weights_stand_in_for_training_only(hub, caplog):
+def test_without_a_network_random_weights_are_used_for_training_from_scratch_only(hub, caplog):
     _, record = load_vgg("auto")
     assert record["source"] == "random" and caplog.text.count("RANDOM VGG-19 weights") == 1
     with mistake("--vgg-weights"):
         load_vgg("auto", {"source": "imagenet"}, "released.pth.tar")
-    assert load_vgg("auto", record, "mine.pth.tar")[1] == record and not hub.exists()
+    assert load_vgg("auto", record, "mine.pth.tar")[1] == record
+    assert not hub.exists()
 
 
-# --- what does not belong together --------------------------------------------------------------------------
+# --- what belongs together ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory, small_classifier):
-    """RDNs, detectors and VGG weights, and a folder of real and one of generated images."""
+    """Return a folder with several re-synthesizers, detectors and VGG weights, and with one real and one fake image."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
         torch.save(model.state_dict(), root / f"{name}.pth")
-    torn = RDN(**TINY).state_dict()
-    torn["sfe3.weight"] = torn.pop("sfe2.weight")
-    torch.save(torn, root / "torn_rdn.pth")
+    renamed = RDN(**TINY).state_dict()
+    renamed["sfe3.weight"] = renamed.pop("sfe2.weight")
+    torch.save(renamed, root / "renamed_rdn.pth")
     for kind in ("real", "fake"):
         (root / kind).mkdir()
         save(root / kind / "a.png", random_rgb(64, 64, len(kind)))
     for name, flags in (("pixel", ""), ("stage2", "--idx-stages 2 --crop-size 64"), ("dilated", "--arch resnet50")):
         arguments = detector_arguments(root, root / name, f"--fixed-sr --epochs 1 --batch-size 2 {flags}")
-        train([a for a in arguments if name != "dilated" or a != "--no_dilation"])
+        if name == "dilated":
+            arguments.remove("--no_dilation")
+        train(arguments)
         os.link(root / name / "last.pth.tar", root / f"{name}.pth.tar")
-    torch.save({f"features.{k}": v for k, v in VGG19().features.state_dict().items()}, root / "other_vgg.pth")
+    other = {f"features.{key}": value for key, value in VGG19().features.state_dict().items()}
+    torch.save(other, root / "other_vgg.pth")
     return root
 
 
@@ -227,55 +327,63 @@ LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
     # a file of another kind
-    (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "sfe1"]),
-    (f"{LOADED} --init rdn.pth", ["rdn.pth", "no detector"]),
+    (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
+    (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
-    (f"{NEW} --sr-weights-file torn_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
-    (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "sfe1"]),
+    (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
+    (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
     # a flag against a file
-    (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale", "2", "rdn.pth has 4"]),
-    (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["--sr-num-blocks", "16", "has 1"]),
-    (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages", "pixel.pth.tar has 0"]),
-    (f"{LOADED} --init pixel.pth.tar --arch resnet50", ["--arch", "pixel.pth.tar has resnet18"]),
-    (f"{LOADED} --init dilated.pth.tar --no_dilation", ["--no_dilation", "dilated.pth.tar has True"]),
-    (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "pixel.pth.tar has 3"]),
-    (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth has 4"]),
+    (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
+    (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
+    (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages 2", "pixel.pth.tar"]),
+    (f"{LOADED} --init pixel.pth.tar --arch resnet50", ["--arch resnet50", "pixel.pth.tar", "resnet18"]),
+    (f"{LOADED} --init dilated.pth.tar --no_dilation", ["--no_dilation", "dilated.pth.tar"]),
+    (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "64", "3"]),
+    (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth", "4"]),
     (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
     # a flag against a flag
-    (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel 3", "stage 2", "128"]),
-    (f"{IMAGES} --fixed-sr --arch resnet18 --sr-weights-file rdn.pth", ["resnet18", "--no_dilation"]),
+    (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel", "128", "3"]),
     # a file against a file
-    (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["trained with the RDN", "other_rdn.pth"]),
-    (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["trained with the RDN", "rdn_x2.pth"]),
-    (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["trained with the VGG-19", "other_vgg.pth"]),
+    (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["--sr-weights-file", "other_rdn.pth"]),
+    (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["--sr-weights-file", "rdn_x2.pth"]),
+    (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["VGG-19", "other_vgg.pth"]),
 ]
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES, ids=[flags for flags, _ in CASES])
-def test_what_does_not_belong_together_is_refused(mixture, tmp_path, monkeypatch, capfd, flags, words):
-    """By the trainers and, where a detector is loaded (--init), by test.py (--resume)."""
+def test_files_and_flags_that_do_not_belong_together_are_refused(mixture, tmp_path, monkeypatch, capfd, flags, words):
+    """By the trainers and, where a detector is loaded (--init), by test.py (--resume), too."""
     monkeypatch.chdir(mixture)
-    started = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
+    calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:
-        started["test"] = flags.replace("--init", "--resume").replace("--fixed-sr", "")
-    for program, its_flags in started.items():
+        calls["test"] = flags.replace("--init", "--resume").replace("--fixed-sr", "")
+    for program, its_flags in calls.items():
         line = refusal(program, f"{its_flags} {PROGRAMS[program][2]} {tmp_path}/out", capfd)
-        assert [word for word in words if word not in line] == [] and not (tmp_path / "out").exists(), line
+        assert [word for word in words if word not in line] == [], line
+        assert not (tmp_path / "out").exists()
 
 
-def test_the_auxiliary_vgg_of_a_resumed_run_must_be_the_same(mixture, tmp_path):
+def test_a_changed_bit_in_the_weights_is_noticed(mixture, tmp_path, capfd):
+    state = read(mixture / "pixel.pth.tar")
+    state["state_dict"]["fc.weight"].view(torch.int32)[0, 0] ^= 1 << 10
+    torch.save(state, tmp_path / "flipped.pth.tar")
+    line = refusal("test", f"--resume {tmp_path}/flipped.pth.tar --input {mixture}/real", capfd)
+    assert "classifier" in line and "damaged" in line
+
+
+def test_a_resumed_run_must_have_the_auxiliary_vgg_that_it_began_with(mixture, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
-    arguments = detector_arguments(mixture, tmp_path / "out", flags)
-    train([*arguments, "1"])
+    train(detector_arguments(mixture, tmp_path / "out", f"{flags} 1"))
     with mistake("--vgg-weights"):
-        train([*arguments, "2", "--vgg-weights", str(mixture / "other_vgg.pth")])
+        train(detector_arguments(mixture, tmp_path / "out", f"{flags} 2 --vgg-weights {mixture}/other_vgg.pth"))
 
 
-def test_the_config_of_a_detector_says_what_it_is(mixture):
-    for name, stage, arch, dilated in (("stage2", 2, "resnet18", False), ("dilated", 0, "resnet50", True)):
-        config = read(mixture / f"{name}.pth.tar")["config"]
-        assert config["detector"] == {"arch": arch, "stage": stage, "dilated": dilated}
-        assert config["resynthesizer"] == {"scale": 4, **TINY}
-        assert config["resynthesizer_fingerprint"] == fingerprint(read(mixture / "rdn.pth"))
-        assert (config["images"]["crop_size"] or 64) == 64
+def test_the_config_of_a_detector_says_what_it_consists_of(mixture):
+    config = read(mixture / "stage2.pth.tar")["config"]
+    assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
+    assert config["classifier"] == {"name": "resnet18", "args": {}}
+    assert config["resynthesizer"] == {"name": "rdn", "scale": 4, "args": TINY}
+    assert config["resynthesizer_fingerprint"] == fingerprint(read(mixture / "rdn.pth"))
+    assert config["images"]["crop_size"] == 64
+    assert read(mixture / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True

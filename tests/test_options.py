@@ -25,7 +25,7 @@ RELEASED_DETECTOR = """-a resnet18 --arch resnet50 --gpu 0 -b 2 --batch-size 4 -
 # Options that describe the networks. They are None unless they are given, because a checkpoint may decide them.
 NETWORK_OPTIONS = {
     "sr_arch", "sr_args", "scale", "num_features", "growth_rate", "num_blocks", "num_layers", "features",
-    "feature_args", "stage", "arch", "arch_args", "in_channels", "dilated",
+    "feature_args", "stage", "residual", "arch", "arch_args", "in_channels", "dilated",
 }  # fmt: skip
 SIZE_OPTIONS = {"crop_size", "resize"}
 
@@ -108,7 +108,9 @@ def test_the_defaults_are_those_of_the_paper():
 @pytest.mark.parametrize("program", ["train_detector.py", "test.py"])
 def test_options_that_a_checkpoint_may_decide_are_none_by_default(program):
     args = vars(PARSERS[program]().parse_args([]))
-    assert {name: args[name] for name in NETWORK_OPTIONS | SIZE_OPTIONS} == dict.fromkeys(NETWORK_OPTIONS | SIZE_OPTIONS)
+    assert {name: args[name] for name in NETWORK_OPTIONS | SIZE_OPTIONS} == dict.fromkeys(
+        NETWORK_OPTIONS | SIZE_OPTIONS
+    )
 
 
 @pytest.mark.parametrize("program", PARSERS)

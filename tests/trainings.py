@@ -78,5 +78,5 @@ def differences(a, b, place=""):
 def without_settings(path):
     """Read a state without its settings, which hold the name of the output folder."""
     state = read(path)
-    del state["settings"]
+    state.pop("settings", None)  # numbered files of a re-synthesizer have none
     return state

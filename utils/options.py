@@ -168,10 +168,9 @@ def add_detector_options(parser: Parser) -> None:
         help="absolute = |phi(x_hat) - phi(x)|, as in the paper; signed = phi(x_hat) - phi(x) (default: as in the"
         " checkpoint, else absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem); spectrum (for"
-        " few images, with --residual signed) or channel_power (for few images, with VGG-19 features);"
-        " torchvision:NAME; or a name added to models.build.CLASSIFIERS (default: as in the checkpoint, else"
-        " resnet50)")  # fmt: skip
+        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem); for few images"
+        " spectrum (with --residual signed) or channel_power (with VGG-19 features); torchvision:NAME; or a name added to"
+        " models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE", help="further arguments of --arch")
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
         help="channels of the residual; follows from the features, and an N that contradicts them is refused")  # fmt: skip

@@ -62,7 +62,7 @@ class RunFolder:
         earlier = [path for path in earlier if path.exists()]
         if self.continued or not earlier:
             return None
-        if self.last.name not in self.files:
+        if not any(self._is_run_file(path.name) for path in earlier):
             return f"{printable(self.path)} holds a run of another program: write elsewhere"
         if not overwrite:
             return (

@@ -1,0 +1,211 @@
+"""The folder of a run: a training replaces and deletes only files that an earlier run in that folder has written."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from files import contents, damage, mistake
+from processes import finish, kill_in_save, signal_in, start
+from trainings import detector_arguments, read, sr_arguments, stats, train
+
+from models.rdn import RDN
+from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS
+
+pytestmark = pytest.mark.usefixtures("small_classifier")
+
+FLAGS = "--fixed-sr --epochs 1 --no-cache"
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory, small_classifier):
+    """Return a folder with a finished run of train_detector.py, whose first epoch is the best."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(detector_arguments(files, folder, f"{FLAGS} VALIDATE"))
+    assert {"best.pth.tar", "last.pth.tar", "0001.pth.tar", "0001_sr.pth.tar"} <= set(os.listdir(folder))
+    return folder
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """Return a copy of that folder."""
+    return Path(shutil.copytree(trained, tmp_path / "out"))
+
+
+# --- files of others ----------------------------------------------------------------------------------------
+
+
+def write_foreign_files(folder):
+    """Write files of a user: some with names that no run uses, some that look temporary."""
+    folder.mkdir(exist_ok=True)
+    (folder / ".notes.tmp").write_text("mine")
+    (folder / ".notes.12.tmp").write_text("mine, too")
+    (folder / "epoch_1.txt").write_text("one")
+    (folder / "runs").mkdir()
+    (folder / "runs/events.out.tfevents.1").write_bytes(b"events")
+
+
+FOREIGN = [
+    "config.json",
+    "stats.jsonl",
+    "tensorboard",
+    "last.pth.tar",
+    "best.pth.tar",
+    "0007.pth.tar",
+    "0007_sr.pth.tar",
+]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("flags", ["", "--overwrite", "--resume auto"])
+def test_a_file_that_no_run_has_recorded_is_refused_and_unchanged(files, tmp_path, monkeypatch, name, flags):
+    """Even with --overwrite, and if the output folder is the current folder."""
+    if name == "last.pth.tar" and "auto" in flags:
+        pytest.skip("this is the file to resume")
+    write_foreign_files(tmp_path)
+    if name == "tensorboard":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "events.out.tfevents.1").write_bytes(b"events")
+    else:
+        (tmp_path / name).write_text("{}")
+    before = contents(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with mistake(name, "not recorded"):
+        train(detector_arguments(files, ".", f"{FLAGS} {flags}"))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["epoch_2.pth", "best.pth", "config.json", "stats.jsonl"])
+def test_train_sr_refuses_files_that_no_run_has_recorded(files, tmp_path, name):
+    write_foreign_files(tmp_path / "x2")
+    torch.save(RDN(2).state_dict(), tmp_path / "x2" / name)
+    before = contents(tmp_path)
+    with mistake(name, "not recorded"):
+        train(sr_arguments(files, tmp_path, "--num-epochs 1 --vgg-lambda 0 --overwrite"))
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("record", ["{}", "[]", "not JSON", '{"format": "another", "files": ["stats.jsonl"]}'])
+def test_only_a_record_of_this_project_counts(files, tmp_path, record):
+    (tmp_path / RECORD).write_text(record)
+    (tmp_path / STATS).write_text("1\n")
+    before = contents(tmp_path)
+    with mistake(RECORD, "not recorded"):
+        train(detector_arguments(files, tmp_path, f"{FLAGS} --overwrite"))
+    assert contents(tmp_path) == before
+
+
+def test_other_files_in_the_folder_stay_as_they_are(files, tmp_path):
+    write_foreign_files(tmp_path)
+    before = contents(tmp_path)
+    for flags in ("", "--overwrite", "--resume auto --epochs 2"):
+        train(detector_arguments(files, tmp_path, f"{FLAGS} {flags}"))
+        after = contents(tmp_path)
+        assert {name: after.get(name) for name in before} == before
+
+
+def test_a_file_of_a_user_beside_a_recorded_run_is_not_replaced(files, copy):
+    """The run would write it in its third epoch."""
+    (copy / "0003.pth.tar").write_text("mine")
+    before = contents(copy)
+    with mistake("0003.pth.tar", "not recorded"):
+        train(detector_arguments(files, copy, "--fixed-sr --epochs 3 --no-cache --resume auto"))
+    assert contents(copy) == before
+
+
+def test_a_run_of_the_other_trainer_is_not_replaced(files, tmp_path):
+    train(sr_arguments(files, tmp_path, "--num-epochs 1 --vgg-lambda 0"))
+    before = contents(tmp_path)
+    with mistake("another program"):
+        train(detector_arguments(files, tmp_path / "x2", f"{FLAGS} --overwrite"))
+    assert contents(tmp_path) == before
+
+
+def test_the_record_names_every_file_that_the_run_has_written(files, tmp_path):
+    train(detector_arguments(files, tmp_path, "--fixed-sr --epochs 3 --save-every-epoch 1 --keep-last 1 VALIDATE"))
+    record = json.loads((tmp_path / RECORD).read_text())
+    assert record["format"] == RECORD_FORMAT and record["settings"]["epochs"] == 3
+    assert {*record["files"]} == {*os.listdir(tmp_path)} - {"residual_cache"}
+    assert {"0003.pth.tar", EVENTS} < {*record["files"]}
+
+
+# --- the file that a run starts from ------------------------------------------------------------------------
+
+
+def break_an_image(files, tmp_path):
+    """Return a copy of the images in which one cannot be decoded."""
+    images = Path(shutil.copytree(files, tmp_path / "images"))
+    for path in (images / "real").iterdir():
+        damage(path)
+    return images
+
+
+@pytest.mark.parametrize("accident", ["unreadable image", "infinite loss", "kill -9", "full disk"])
+@pytest.mark.parametrize("init", ["best.pth.tar", "0001.pth.tar"])
+def test_the_earlier_run_is_there_until_a_state_of_the_new_run_is(files, copy, tmp_path, monkeypatch, accident, init):
+    """train_detector.py --init OUT/best.pth.tar --output-path OUT --overwrite, and the run fails in its first step."""
+    before = {name: data for name, data in contents(copy).items() if ".pth" in name}
+    arguments = detector_arguments(files, copy, f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copy / init}")
+    if accident == "kill -9":
+        log = tmp_path / "log"
+        process = start("train_detector.py", arguments, log, partial(signal_in, "epoch", 1, signal.SIGKILL))
+        assert finish(process) == -signal.SIGKILL, log.read_text()
+    elif accident == "infinite loss":
+        with mistake("not finite"):
+            train([*arguments, "--lr", "1e30", "--epochs", "9"])
+    elif accident == "unreadable image":
+        arguments = detector_arguments(
+            break_an_image(files, tmp_path), copy, f"{FLAGS} --overwrite --init {copy / init}"
+        )
+        with mistake("--skip-bad"):
+            train(arguments)
+    else:
+        with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space"):
+            patch.setattr(torch, "save", fail_to_save)
+            train(arguments)
+    after = contents(copy)
+    assert {name: after.get(name) for name in before} == before
+    train([*detector_arguments(files, copy, f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copy / init}")])
+    assert read(copy / "last.pth.tar")["progress"]["epoch"] == 1
+
+
+def fail_to_save(content, file):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_the_earlier_run_is_deleted_once_a_state_of_the_new_run_is_on_disk(files, copy, tmp_path):
+    """A run that is killed in its second save has removed the files of the earlier run after its first."""
+    arguments = detector_arguments(files, copy, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0")
+    log = tmp_path / "log"
+    assert finish(start("train_detector.py", arguments, log, partial(kill_in_save, 2))) == -signal.SIGKILL
+    states = {name for name in os.listdir(copy) if name.endswith(".pth.tar") and not name.startswith(".")}
+    assert states == {"last.pth.tar"}
+    assert read(copy / "last.pth.tar")["progress"]["total_steps"] == 1
+    assert stats(copy) == []
+
+
+def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(files, copy, tmp_path):
+    """Neither without --overwrite nor with it, whether the run starts from it or not."""
+    released = {key: value for key, value in read(copy / "0001.pth.tar").items() if key in ("arch", "state_dict")}
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    torch.save(released, folder / "0020.pth.tar")
+    shutil.copy(copy / "0001_sr.pth.tar", folder / "0020_sr.pth.tar")
+    before = contents(folder)
+    weights = f"--init {folder}/0020.pth.tar --sr-weights-file {folder}/0020_sr.pth.tar"
+    for flags in ("", "--overwrite", f"--overwrite {weights}", f"{weights} --resume auto"):
+        with mistake("0020", "not recorded"):
+            train(detector_arguments(files, folder, f"{FLAGS} {flags}"))
+        assert contents(folder) == before
+
+
+def test_a_folder_with_a_run_is_refused_without_overwrite(files, copy):
+    before = contents(copy)
+    with mistake("holds a run already", "--resume auto", "--overwrite"):
+        train(detector_arguments(files, copy, FLAGS))
+    assert contents(copy) == before
