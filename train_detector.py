@@ -39,7 +39,7 @@ from models.features import VGG19, load_vgg
 from models.losses import classification_loss, residual_and_reconstruction_loss
 from models.resynthesis import ResynthesisDetector, downsample
 from utils import training
-from utils.checkpoints import Checkpoint, fingerprint, read_checkpoint
+from utils.checkpoints import Checkpoint, Fields, fingerprint, read_checkpoint
 from utils.compute import Compute, choose_compute
 from utils.distributed import (
     World,
@@ -269,8 +269,9 @@ def same_training(resumed: Checkpoint | None, last: Path, fixed: bool, task: str
     """
     if resumed is None:
         return None
+    settings = Fields(resumed.content.get("settings"), resumed.name, "settings")
     for name, flag, value in (("fixed_resynthesizer", "--fixed-sr", fixed), ("auxiliary", "--mode-sr", task)):
-        before = resumed.content["settings"].get(name)
+        before = settings.values.get(name)
         if before != value:
             difference = f"{resumed.name} was trained with {flag} = {before}"
             if Path(resumed.name).resolve().parent == last.resolve().parent:

@@ -98,7 +98,13 @@ def create(kind: str, entries: Mapping, name: str, *required, **arguments) -> nn
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
         raise UserError(f"{kind} {name}: {error}; it takes {inspect.signature(entry)}") from None
-    return entry(*required, **arguments)
+    try:
+        return entry(*required, **arguments)
+    except UserError:
+        raise
+    except Exception as error:  # values of options and files reach the constructor unchecked
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{kind} {name} cannot be created with {arguments}: {reason}") from None
 
 
 def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
@@ -122,8 +128,9 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
         raise UserError(f"torchvision.models has no classifier called {name!r}")
     try:
         model = torchvision.models.get_model(name, weights=None, num_classes=2, **arguments)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"torchvision's {name} cannot be created with {dict(arguments)}: {error}") from None
+    except Exception as error:  # each of torchvision's classifiers checks its arguments in its own way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"torchvision's {name} cannot be created with {dict(arguments)}: {reason}") from None
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             owner, _, attribute = path.rpartition(".")

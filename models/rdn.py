@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from models import rdn_inference
 from utils.errors import UserError
 
+LARGEST_COUNT = 1024  # of channels, blocks and layers
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
 # Weights of three neighbouring pixels for the left and the right half of a pixel: linear interpolation whose two values
 # average to the pixel itself, because a pixel of x_lr is the mean of the pixels that it stands for
@@ -82,8 +83,11 @@ class RDN(nn.Module):
         self, scale: int = 4, num_features: int = 64, growth_rate: int = 64, num_blocks: int = 16, num_layers: int = 8
     ):
         super().__init__()
-        if scale not in SHUFFLES:
+        if scale not in tuple(SHUFFLES):
             raise UserError(f"the scale of RDN must be 2, 3 or 4, got {scale}")
+        for count in (num_features, growth_rate, num_blocks, num_layers):
+            if type(count) is not int or not 1 <= count <= LARGEST_COUNT:
+                raise UserError(f"features, growth, blocks and layers of RDN must be 1 to {LARGEST_COUNT}, got {count}")
         self.scale = scale
         self.checkpoint_blocks = False  # True: compute each block again in the backward pass instead of keeping its maps
         self.tile = 256  # side of the tiles without gradients, in low-resolution pixels

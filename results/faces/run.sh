@@ -22,9 +22,10 @@ twins=$out/twins
 mkdir -p "$out"
 
 # 1. The re-synthesizer: about 2,600 steps of 4 patches
-train_once "$out/sr/x4/epoch_185.pth" train_sr.py --train-file "$faces/train/real" --eval-file "$faces/val/real" \
-    --outputs-dir "$out/sr" --num-features 16 --growth-rate 16 --num-blocks 4 --num-layers 4 --vgg-lambda 0 \
-    --start interpolation --schedule cosine --clip-norm 0.5 --lr 2e-3 --batch-size 4 --num-epochs 186 --num-save 186
+train_once "$out/sr/x4/epoch_185.pth" train_sr.py --train-file "$faces/train/real" --outputs-dir "$out/sr" \
+    --num-features 16 --growth-rate 16 --num-blocks 4 --num-layers 4 --vgg-lambda 0 --start interpolation \
+    --schedule cosine --clip-norm 0.5 --lr 2e-3 --batch-size 4 --num-epochs 186 --num-save 186
+"$PYTHON" "$root/train_sr.py" --gpu "$gpu" --evaluate --weights-file "$rdn" --eval-file "$faces/val/real"
 
 # 2. Twins, by the autoencoder or, without one, by simulated up-sampling
 for part in train val; do
