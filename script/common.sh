@@ -34,7 +34,7 @@ can_import() {
 find_python() {
     local requirements=$root/${1:-requirements.txt}
     shift || true
-    local modules=(torch torchvision torchmetrics numpy PIL tqdm tensorboard matplotlib jinja2 "$@")
+    local modules=(torch torchvision torchmetrics sklearn numpy PIL tqdm tensorboard matplotlib jinja2 "$@")
     if [[ -n "${PYTHON:-}" ]]; then
         can_import "$PYTHON" "${modules[@]}" ||
             fail "$PYTHON cannot import all of ${modules[*]}: $PYTHON -m pip install -r $requirements"
