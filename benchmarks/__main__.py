@@ -1,58 +1,190 @@
-"""The benchmarks: `python -m benchmarks --list` says what there is, and which table of docs/performance.md each makes."""
+"""Measure speed and memory against the same networks in plain form. Prints each row as soon as it is measured.
+
+    python -m benchmarks [--side 512] [--rounds 2] [--stages 0 5]      on a CPU
+    python -m benchmarks --gpu 0                                       everything that is to be measured on a GPU
+    python -m benchmarks --quick                                       one row of toy size, in seconds
+
+Each measurement is a process of its own (benchmarks/cases.py). In every round all forms of a row take turns; the row
+shows the fastest round of each. "-": the form does not exist for this row, or its process failed (out of memory).
+"""
 
 import argparse
-import inspect
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
-from benchmarks.networks import compare, gpu, training_memory
-from benchmarks.programs import against, cached, files, small, soak, start
-from utils.errors import run_program
+from benchmarks.cases import Case, measure
+from models.build import new_detector
+from utils.errors import UserError, run_program
 
-BENCHMARKS = (compare, gpu, training_memory, cached, small, start, files, soak, against)
+ROOT = Path(__file__).resolve().parents[1]
+HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels-last / here", "plain GiB", "here GiB")
+WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
+TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # per 1024 x 1024 pixels, forward
+START_SECONDS = 5  # of a process, for the estimate
+MATRIX_SIDE = 4096
+LARGEST_PLAIN_SIDE = 512  # in pixels: plain fine-tuning of larger images takes more than 22 GiB
+GPU_SIDES = (256, 512, 1024)
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """List the rows to measure, in the form "here"."""
+    gpu = args.gpu or "cpu"
+    if args.quick:
+        return [Case("scoring", "here", "fp32", 0, 64, 1, gpu, True)]
+    precisions = ["fp32", "bf16"] if gpu == "cpu" else ["fp32", "tf32", "bf16"]
+    rows = []
+    for stage in args.stages:
+        for precision in precisions:
+            for side in [args.side] if gpu == "cpu" else GPU_SIDES:
+                images = 1 if gpu == "cpu" else 2 * (1024 // side) ** 2
+                rows.append(Case("scoring", "here", precision, stage, side, images, gpu, False))
+    side = args.side if gpu == "cpu" else 1024
+    batches = (2, 4) if gpu == "cpu" else (6, 6)
+    for precision in precisions:
+        for stage in args.stages:
+            rows.append(Case("step, RDN frozen", "here", precision, stage, side, batches[0], gpu, False))
+            rows.append(Case("step, fine-tuning", "here", precision, stage, side, batches[1], gpu, False))
+        rows.append(Case("step, train_sr.py", "here", precision, 0, 96, 12, gpu, False))
+    return rows
+
+
+def forms_of(case: Case) -> list[str]:
+    """List the forms in which a row is measured."""
+    if case.kind == "scoring" and case.precision != "bf16":
+        return ["plain", "channels-last", "here"]
+    if case.kind == "step, fine-tuning" and case.side > LARGEST_PLAIN_SIDE and case.gpu == "cpu":
+        return ["here"]
+    return ["channels-last", "here"]
+
+
+def tflop(case: Case) -> float:
+    """Estimate the operations of a case."""
+    megapixels = case.images * (case.side / 1024) ** 2
+    resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
+    if case.kind == "step, fine-tuning":  # forward, forward again, backward; the auxiliary loss on half of the images
+        auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2
+        return 4 * megapixels * (resynthesis + auxiliary)
+    if case.kind == "step, train_sr.py":
+        return 3 * megapixels * (TFLOP["rdn"] + 2 * TFLOP["vgg"])
+    if case.kind == "step, RDN frozen":
+        return megapixels * (resynthesis + 3 * TFLOP["resnet"])
+    return megapixels * (resynthesis + TFLOP["resnet"])
+
+
+def in_own_process(case: Case) -> dict[str, float] | None:
+    """Measure a case in a new process. Returns None if the process fails, for want of memory for example."""
+    words = [sys.executable, "-m", "benchmarks.cases", json.dumps(case._asdict())]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        reason = (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1]
+        sys.stderr.write(f"{case.kind}, {case.form}: {reason}\n")
+        return None
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def measure_row(case: Case, rounds: int) -> tuple[str, ...]:
+    """Measure a row in all its forms. Returns its cells."""
+    best = {}
+    for _ in range(rounds):
+        for form in forms_of(case):
+            result = in_own_process(case._replace(form=form))
+            if result and (form not in best or result["seconds"] < best[form]["seconds"]):
+                best[form] = result
+    cells = [f"{case.kind}, stage {case.stage}, {case.images} x {case.side}^2", case.precision]
+    for form in ("plain", "channels-last", "here"):
+        cells.append(f"{best[form]['seconds']:.3g}" if form in best else "-")
+    ratio = "-"
+    if "channels-last" in best and "here" in best:
+        ratio = f"{best['channels-last']['seconds'] / best['here']['seconds']:.2f}"
+    plain = best.get("plain", best.get("channels-last"))
+    cells += [ratio, f"{plain['gib']:.2f}" if plain else "-", f"{best['here']['gib']:.2f}" if "here" in best else "-"]
+    return tuple(cells)
+
+
+def print_row(cells: tuple[str, ...]) -> None:
+    padded = [cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)]
+    sys.stdout.write(f"| {' | '.join(padded)} |\n")
+    sys.stdout.flush()
+
+
+def print_rdn_rate(gpu: str) -> None:
+    """Print which fraction of the measured bf16 matrix rate RDN reaches on 1024 x 1024 pixels."""
+    rdn = in_own_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
+    product = in_own_process(Case("matrix product", "here", "bf16", 0, 2 * MATRIX_SIDE, 1, gpu, False))
+    if rdn and product:
+        rdn_rate = 2 * TFLOP["rdn"] / rdn["seconds"]
+        matrix_rate = 2 * (2 * MATRIX_SIDE) ** 3 / 1e12 / product["seconds"]
+        fraction = rdn_rate / matrix_rate
+        sys.stdout.write(f"RDN in bf16: {rdn_rate:.0f} TFLOP/s, {fraction:.2f} of a matrix product's {matrix_rate:.0f}\n")
+
+
+def print_start(folder: Path) -> None:
+    """Print how long it takes until programs answer."""
+    options = {"sr_arch": "bicubic", "arch": "resnet18", "dilated": False}
+    detector, config = new_detector(None, options, "random")
+    content = {"arch": "resnet18", "config": config, "state_dict": detector.classifier.state_dict()}
+    torch.save({**content, "sr_state_dict": detector.resynthesizer.state_dict()}, folder / "detector.pth.tar")
+    Image.fromarray(np.zeros((256, 256, 3), dtype=np.uint8)).save(folder / "image.png")
+    scoring = ["test.py", "--gpu", "cpu", "--resume", f"{folder}/detector.pth.tar", "--input", f"{folder}/image.png"]
+    commands = {
+        "import torch": ["-c", "import torch"],
+        "test.py --help": ["test.py", "--help"],
+        "test.py on one image, small detector": scoring,
+    }
+    for name, words in commands.items():
+        started = time.perf_counter()
+        subprocess.run([sys.executable, *words], cwd=ROOT, check=True, capture_output=True)
+        sys.stdout.write(f"start: {name}: {time.perf_counter() - started:.1f} s\n")
+        sys.stdout.flush()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("name", nargs="?", choices=[b.__name__ for b in BENCHMARKS])
-    add("old", nargs="?", metavar="OLD_CHECKOUT", type=Path, help="for `against`: another commit's checkout")
-    add("--list", action="store_true", help="say what there is")
-    add("--quick", action="store_true", help="toy sizes: to see that it works, in seconds")
-    add("--rounds", type=int, default=3, metavar="N", help="times that all take turns; ratios are of each round (3)")
-    add("--side", type=int, metavar="N", help="of the images, in pixels (default: see --list)")
-    add("--stages", type=int, nargs="+", default=[0, 5], metavar="0..5", help="of the residual (0 5)")
-    add("--count", type=int, metavar="N", help="images or files (default: see --list)")
-    add("--precision", default="fp32", choices=("fp32", "bf16"), help="of `small` (fp32)")
-    add("--only", default="", metavar="TEXT", help="of `against` and `training_memory`: rows whose names hold it")
-    add("--gpu", metavar="N|cpu", help="of `gpu` (default: the first)")
-    add("--out", metavar="FILE", help="write the tables as JSON, too")
+    parser.add_argument("--side", type=int, default=512, metavar="N", help="side of the images in pixels (default: 512)")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="rounds of each row (default: 2)")
+    parser.add_argument("--stages", type=int, nargs="+", default=[0, 5], choices=(0, 5), help="0: pixels (default: 0 5)")
+    parser.add_argument("--gpu", metavar="N", help="measure on this GPU, at 256, 512 and 1024 pixels (default: the CPU)")
+    parser.add_argument("--quick", action="store_true", help="one row of toy size, to see that the program works")
     args = parser.parse_args(argv)
-    chosen = next((b for b in BENCHMARKS if b.__name__ == args.name), None)
-    if args.list or not chosen:
-        sys.stdout.write("\n\n".join(f"{b.__name__}: {inspect.getdoc(b)}" for b in BENCHMARKS) + "\n")
-        return 0
+    if args.gpu is not None and not torch.cuda.is_available():
+        raise UserError(f"--gpu {args.gpu}: this machine has no GPU that PyTorch can use")
     args.rounds = 1 if args.quick else args.rounds
-    processor = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
-    about = f"{time.strftime('%Y-%m-%d')}, {processor.split(': ')[-1]}, {torch.get_num_threads()} threads, torch"
-    about += f" {torch.__version__}, load before {os.getloadavg()[0]:.1f}"  # above 0.3 the machine is not quiet
-    with tempfile.TemporaryDirectory() as folder:
-        tables = chosen(args, Path(folder))
-    sys.stdout.write(f"{about}\n")
-    for title, rows in tables.items():
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["".join(f"| {c.ljust(w)} " for c, w in zip(row, widths, strict=True)) + "|" for row in rows]
-        lines.insert(1, "".join(f"|{'-' * (width + 2)}" for width in widths) + "|")  # Markdown
-        sys.stdout.write("\n".join([f"\n**{title}**\n", *lines]) + "\n")
-    if args.out:
-        Path(args.out).write_text(json.dumps({"machine": about, "tables": tables}, indent=1) + "\n")
-    return 0
+
+    # Say how long it will take
+    rows = cases_of(args)
+    product = measure(Case("matrix product", "here", "fp32", 0, MATRIX_SIDE // 4, 1, args.gpu or "cpu", False))
+    rate = 2 * (MATRIX_SIDE // 4) ** 3 / 1e12 / product["seconds"]  # TFLOP/s
+    runs_per_process = 1 if args.gpu is None else 8
+    seconds = 0.0
+    for case in rows:
+        if not args.quick:  # toy networks take no time
+            seconds += args.rounds * len(forms_of(case)) * (START_SECONDS + runs_per_process * tflop(case) / rate)
+    sys.stdout.write(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} threads, ")
+    sys.stdout.write(f"load {os.getloadavg()[0]:.1f}; {len(rows)} rows, about {seconds / 60:.0f} minutes\n")
+
+    # Measure
+    print_row(HEADER)
+    sys.stdout.write(f"|{'|'.join('-' * (width + 2) for width in WIDTHS)}|\n")
+    failed = False
+    for case in rows:
+        cells = measure_row(case, args.rounds)
+        print_row(cells)
+        failed = failed or cells[HEADER.index("here s")] == "-"
+    if args.gpu is not None:
+        print_rdn_rate(args.gpu)
+    if not args.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            print_start(Path(folder))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,239 @@
+"""One measurement in a process of its own:  python -m benchmarks.cases JSON, where JSON holds the fields of `Case`.
+
+Three forms of the same networks are compared. "plain" is what the papers draw: whole maps, torch.cat, PyTorch's default
+memory order. "channels-last" adds the two lines that everybody adds: channels-last memory order, and autocast for bf16.
+"here" is what the programs of this checkout run.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import train_sr
+from data.datasets import Batch
+from data.lists import Item
+from models.build import CLASSIFIERS
+from models.features import Pixels, VGG19Stage, load_vgg
+from models.rdn import RDN
+from models.resynthesis import ResynthesisDetector
+from train_detector import AuxiliaryTask, end_to_end_loss, frozen_loss, frozen_residual, parameter_groups
+from utils.compute import Compute, choose_compute
+from utils.distributed import World
+from utils.training import Stepper
+
+TASKS = {0: "colorization", 5: "denoising"}  # the auxiliary tasks of the two fine-tuning scripts, by stage
+VGG_LAMBDA = 0.2  # weight of the perceptual loss of train_super_resolution_celeba.sh
+GPU_WARM_UPS = 3  # cuDNN measures its algorithms in the first runs
+GPU_RUNS = 5
+
+
+class Case(NamedTuple):
+    """What is measured. Images have side x side pixels."""
+
+    kind: str  # a key of KINDS
+    form: str  # plain, channels-last or here
+    precision: str  # fp32, tf32 or bf16
+    stage: int
+    side: int
+    images: int
+    gpu: str  # as --gpu
+    quick: bool  # toy networks
+
+
+class PlainRDN(nn.Module):
+    """RDN as in figure 2 of Zhang et al. (CVPR 2018), with the parameters of an `RDN`."""
+
+    def __init__(self, rdn: RDN):
+        super().__init__()
+        self.rdn = rdn
+        self.scale = rdn.scale
+
+    def forward(self, x_lr: Tensor) -> Tensor:
+        """(B, 3, h, w) -> (B, 3, scale * h, scale * w)."""
+        sfe1 = self.rdn.sfe1(x_lr)  # (B, G0, h, w)
+        x = self.rdn.sfe2(sfe1)  # (B, G0, h, w)
+        block_outputs = []
+        for block in self.rdn.rdbs:
+            maps = x
+            for layer in block.layers:
+                maps = torch.cat([maps, F.relu(layer.conv(maps))], dim=1)
+            x = x + block.lff(maps)  # (B, G0, h, w)
+            block_outputs.append(x)
+        x = self.rdn.gff(torch.cat(block_outputs, dim=1)) + sfe1  # (B, G0, h, w)
+        return self.rdn.output(self.rdn.upscale(x))  # (B, 3, scale * h, scale * w)
+
+
+# --- networks and images ------------------------------------------------------------------------------------
+
+
+def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
+    """Create a detector with random weights, which are the same in all forms."""
+    compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
+    torch.manual_seed(0)
+    rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
+    features = Pixels()
+    if case.stage > 0:
+        features = VGG19Stage(case.stage)
+        features.load_pretrained("random", None, "")
+    classifier = CLASSIFIERS["resnet18" if case.quick else "resnet50"](features.channels)
+    resynthesizer = rdn
+    if case.form != "here":
+        resynthesizer = PlainRDN(rdn)
+        if case.stage > 0:
+            features.vgg.run_in_tiles = features.vgg.run_whole
+    detector = ResynthesisDetector(resynthesizer, features, classifier).eval()
+    order = torch.contiguous_format if case.form == "plain" else torch.channels_last
+    return detector.to(compute.device, memory_format=order), compute
+
+
+def noise_batch(case: Case) -> Batch:
+    """Create images of noise. Every second one is labelled real."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (case.images, 3, case.side, case.side), dtype=np.uint8)
+    labels = torch.arange(case.images) % 2
+    weights = torch.full((case.images,), 1 / case.images)
+    items = [Item("noise", None, "")] * case.images
+    keys = [(0, i, 0) for i in range(case.images)]
+    return Batch(torch.from_numpy(pixels), labels, weights, items, keys, {})
+
+
+# --- what is measured: functions of a case that return a function without arguments -------------------------------
+
+
+def scoring(case: Case) -> Callable[[], Tensor]:
+    """From pixels to logits (B, 2)."""
+    detector, compute = build(case)
+    x = noise_batch(case).x
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        images = compute.input(x)
+        if case.form == "plain":
+            images = images.contiguous()
+        with compute.autocast():
+            return detector(images).float().cpu()
+
+    return run
+
+
+def frozen_step(case: Case) -> Callable[[], object]:
+    """A step of train_detector.py --fixed-sr without cached residuals."""
+    detector, compute = build(case)
+    detector.train().freeze_resynthesizer(True)
+    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-9, 1e-4, 0.02), momentum=0.9), compute, World())
+    residual_of = partial(frozen_residual, detector, compute, None)
+    batch = noise_batch(case)
+
+    def run() -> None:
+        loss, values = frozen_loss(detector, residual_of, batch)
+        stepper.step(loss, values, batch)
+
+    return run
+
+
+def fine_tuning_step(case: Case) -> Callable[[], object]:
+    """A step of train_detector.py with an auxiliary task and --micro-batch 1."""
+    detector, compute = build(case)
+    detector.train().freeze_resynthesizer(False)
+    detector.resynthesizer.checkpoint_blocks = True
+    vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
+    task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
+    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-9, 1e-4, 0.02), momentum=0.9), compute, World())
+    batch = noise_batch(case)
+
+    def run() -> None:
+        loss, values = end_to_end_loss(detector, compute, World(), task, stepper.progress, batch)
+        stepper.step(loss, values, batch)
+
+    return run
+
+
+def sr_step(case: Case) -> Callable[[], object]:
+    """A step of train_sr.py on patches, with the perceptual loss."""
+    detector, compute = build(case)
+    model = detector.resynthesizer.train()
+    vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
+    degradations = train_sr.PatchDegradations(0, False, False, False)
+    stepper = Stepper(torch.optim.Adam(model.parameters(), lr=1e-9), compute, World())
+    batch = noise_batch(case)
+
+    def run() -> None:
+        loss, l1, _ = train_sr.patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
+        stepper.step(loss, {"l1": l1}, batch)
+
+    return run
+
+
+def rdn_alone(case: Case) -> Callable[[], Tensor]:
+    """RDN without gradients."""
+    detector, compute = build(case)
+    x_lr = torch.rand(case.images, 3, case.side // 4, case.side // 4, device=compute.device)
+    x_lr = x_lr.contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def run() -> Tensor:
+        with compute.autocast():
+            return detector.resynthesizer(x_lr)
+
+    return run
+
+
+def matrix_product(case: Case) -> Callable[[], Tensor]:
+    """A product of two square matrices with `side` rows: 2 * side^3 operations."""
+    compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    a = torch.randn(case.side, case.side, device=compute.device, dtype=dtype)
+    return lambda: a @ a
+
+
+KINDS = {
+    "scoring": scoring,
+    "step, RDN frozen": frozen_step,
+    "step, fine-tuning": fine_tuning_step,
+    "step, train_sr.py": sr_step,
+    "RDN alone": rdn_alone,
+    "matrix product": matrix_product,
+}
+
+
+# --- measuring ----------------------------------------------------------------------------------------------
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Run a case in this process. Returns the seconds of one run, and the peak memory of the process or GPU in GiB."""
+    run = KINDS[case.kind](case)
+    on_gpu = case.gpu != "cpu"
+    times = []
+    for i in range(GPU_WARM_UPS + GPU_RUNS if on_gpu else 1):
+        started = time.perf_counter()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        if not on_gpu or i >= GPU_WARM_UPS:
+            times.append(time.perf_counter() - started)
+    gib = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else peak_memory()
+    return {"seconds": statistics.median(times), "gib": gib}
+
+
+def peak_memory() -> float:
+    """Return the peak resident memory of this process in GiB, PyTorch included."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        words = status.read_text().split()
+        return int(words[words.index("VmHWM:") + 1]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: in bytes
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(measure(Case(**json.loads(sys.argv[1])))) + "\n")
