@@ -131,7 +131,7 @@ def frozen_step(case: Case) -> Callable[[], object]:
     """A step of train_detector.py --fixed-sr without cached residuals."""
     detector, compute = build(case)
     detector.train().freeze_resynthesizer(True)
-    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-9, 1e-4, 0.02), momentum=0.9), compute, World())
+    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
     residual_of = partial(frozen_residual, detector, compute, None)
     batch = noise_batch(case)
 
@@ -149,7 +149,7 @@ def fine_tuning_step(case: Case) -> Callable[[], object]:
     detector.resynthesizer.checkpoint_blocks = True
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
-    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-9, 1e-4, 0.02), momentum=0.9), compute, World())
+    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
     batch = noise_batch(case)
 
     def run() -> None:
@@ -165,7 +165,7 @@ def sr_step(case: Case) -> Callable[[], object]:
     model = detector.resynthesizer.train()
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     degradations = train_sr.PatchDegradations(0, False, False, False)
-    stepper = Stepper(torch.optim.Adam(model.parameters(), lr=1e-9), compute, World())
+    stepper = Stepper(torch.optim.Adam(model.parameters(), lr=1e-6), compute, World())
     batch = noise_batch(case)
 
     def run() -> None:
