@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.metrics import auc, average_precision_score, log_loss, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from evaluation.score_table import PREDICTIONS, ScoreTable
@@ -148,7 +148,7 @@ def bootstrap(
         tpr = np.append(0, true_positives / len(fakes))
         precision = true_positives / np.maximum(true_positives + false_positives, 1)
         values["accuracy"].append((drawn_reals + drawn_fakes)[is_right].sum() / len(scores))
-        values["auroc"].append(auc(fpr, tpr))
+        values["auroc"].append((np.diff(fpr) * (tpr[1:] + tpr[:-1])).sum() / 2)  # sklearn's auc takes 10 times as long
         values["average_precision"].append((precision * np.diff(tpr)).sum())
     outside = 100 * (1 - CONFIDENCE) / 2  # percent on either side
     return {name: np.percentile(drawn, [outside, 100 - outside]).tolist() for name, drawn in values.items()}

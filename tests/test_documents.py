@@ -1,0 +1,128 @@
+"""The documents: links, commands and flags exist, and tables follow from the committed score tables."""
+
+import csv
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tools import report
+from utils import options
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    *("README.md", "CONTRIBUTING.md", "results/README.md"),
+    *sorted(str(path.relative_to(ROOT)) for path in [*ROOT.glob("docs/*.md"), *ROOT.glob("results/*/README.md")]),
+]
+STUDIES = sorted(ROOT.glob("results/*/tables.csv"))
+PROGRAMS = {
+    "train_sr.py": options.train_sr_parser,
+    "train_detector.py": options.train_detector_parser,
+    "test.py": options.test_parser,
+}
+PARSED_ELSEWHERE = {"--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}  # flags of torchrun
+
+
+def read(document: str) -> str:
+    return (ROOT / document).read_text(encoding="utf-8")
+
+
+def commands_in(document: str) -> list[list[str]]:
+    """Return the words of each command in the bash blocks of a document."""
+    commands = []
+    for block in re.findall(r"```bash\n(.*?)```", read(document), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words:
+                commands.append(words)
+    return commands
+
+
+def known_flags() -> set[str]:
+    """Return every flag of the three programs, and every flag that the tools' and benchmarks' sources mention."""
+    flags = set(PARSED_ELSEWHERE)
+    for make_parser in PROGRAMS.values():
+        flags.update(make_parser()._option_string_actions)
+    for source in [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("utils/*.py")]:
+        flags.update(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", source.read_text()))
+    return flags
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_linked_files_exist(document):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read(document)):
+        if not target.startswith("http"):
+            assert (ROOT / document).parent.joinpath(target.split("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_programs_and_scripts_in_commands_exist(document):
+    for words in commands_in(document):
+        for word in words:
+            if re.fullmatch(r"(script|results)/[\w/]+\.sh|\w+\.py", word) and "NAME" not in word and "STUDY" not in word:
+                assert (ROOT / word).exists(), words
+        if "-m" in words:
+            module = words[words.index("-m") + 1]
+            if module.startswith("tools."):
+                assert (ROOT / f"{module.replace('.', '/')}.py").exists(), words
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
+def test_commands_are_accepted_by_the_programs(document):
+    checked = 0
+    for words in commands_in(document):
+        if words[0] == "python" and words[1] in PROGRAMS:
+            PROGRAMS[words[1]]().parse_args(words[2:])
+            checked += 1
+    assert checked > 0
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/safety.md", "docs/integrations.md", "docs/results.md"])
+def test_flags_exist(document):
+    mentioned = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(document)))
+    foreign = set()
+    for line in read(document).splitlines():
+        if line.startswith(("pip ", "npm ")):
+            foreign.update(re.findall(r"--[\w-]+", line))
+        if "deepsafe eval" in line:
+            foreign.add("--model")
+    assert mentioned - foreign <= known_flags()
+
+
+def test_the_readme_is_short():
+    assert len(read("README.md").splitlines()) <= 170
+
+
+def test_the_tables_of_the_documents_follow_from_the_committed_scores(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert report.main(["--refresh", "README.md", "docs/results.md", "--check"]) == 0
+
+
+@pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.parent.name)
+def test_each_committed_score_table_is_used_and_each_used_table_is_committed(study):
+    with study.open(newline="") as file:
+        used = {(study.parent / row["scores"]).resolve() for row in csv.DictReader(file)}
+    committed = set(study.parent.glob("scores/*.csv"))
+    own = {path for path in used if study.parent in path.parents}
+    assert own == committed
+    assert all(path.exists() for path in used)
+
+
+def test_each_study_has_a_script_and_a_readme():
+    folders = [path for path in (ROOT / "results").iterdir() if path.is_dir()]
+    assert folders
+    for folder in folders:
+        assert {"README.md", "run.sh", "tables.csv", "scores"} <= {path.name for path in folder.iterdir()}
+        assert not list(folder.rglob("*.json"))
+
+
+def test_performance_says_first_that_no_gpu_was_used():
+    assert "never run on a GPU" in " ".join(read("docs/performance.md").split())[:400]
+
+
+def test_nothing_installs_packages_with_general_names():
+    text = read("pyproject.toml")
+    assert "[project]" not in text
+    assert "packages" not in text
+    assert not (ROOT / "setup.py").exists()
