@@ -150,7 +150,9 @@ def test_a_stopped_run_saves_its_state(arguments, resume_and_compare, tmp_path, 
         assert "saved" in log.read_text().splitlines()[-1]
         assert (out / last).exists()
     if description == "epoch":
-        assert read(out / last)["progress"]["total_steps"] == 3
+        state = read(out / last)
+        assert state["progress"]["total_steps"] == 3
+        assert state["epoch"] == state["progress"]["epoch"]
     resume_and_compare(name, out)
 
 

@@ -27,6 +27,8 @@ from utils.signals import Stopped, StopSignal
         (UserError("got\nthis\x1b"), "got this\\x1b"),
         (OSError(28, "No space left on device", "here"), "here"),
         (PermissionError(13, "Permission denied", "there"), "there"),
+        (OSError(36, "File name too long", "xxx"), "File name too long"),
+        (IsADirectoryError(21, "Is a directory", "folder"), "folder"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried."), "--batch-size"),
         (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
     ],
@@ -216,3 +218,25 @@ def test_without_a_gpu_a_number_means_the_cpu_after_one_warning(caplog):
 def test_a_device_that_is_not_there_is_one_line(name):
     with mistake("GPU"):
         choose_device(name)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "number"),
+    [(None, 1), ("0", 1), ("cuda", 1), (0, 0), ("cuda:0", 0), (torch.device("cuda", 2), 2), (torch.device("cuda"), 1)],
+)
+def test_a_process_uses_the_gpu_of_its_number_unless_another_is_named(monkeypatch, gpu, number):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert choose_device(gpu) == torch.device("cuda", number)
+    assert chosen == [number]
+
+
+@pytest.mark.parametrize("gpu", ["3", 3, "cuda:3", -1])
+def test_a_gpu_number_beyond_those_of_the_machine_is_refused(monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    with mistake("GPU"):
+        choose_device(gpu)

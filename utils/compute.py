@@ -76,34 +76,34 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     """Choose the device, and make a GPU the current one.
 
     Args:
-        gpu: None for the first GPU or, without one, the CPU. "cpu", or a number: as for --gpu, a machine without any
-            GPU gets one warning and the CPU. Anything else that torch.device accepts, such as "cuda:1", is taken at
-            its word. In several processes, the process's own number replaces the number of the GPU.
+        gpu: None for the first GPU or, without one, the CPU. A number, for a GPU: a machine without any GPU gets one
+            warning and the CPU, so that the scripts run anywhere. Or "cpu", "cuda", "cuda:1", or a torch.device. In
+            several processes, None, "cuda" and the text of a number (--gpu) mean the GPU of the process's own number.
 
     Raises:
         UserError: if the name is unknown, or the machine has no such GPU.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())
-    if gpu is None:
-        if not available:
+    if not available and (gpu is None or is_number):
+        if gpu is None:
             logger.info("no GPU on this machine: using the CPU")
-            return torch.device("cpu")
-        number = 0
+        elif is_main_process():
+            logger.warning("warning: GPU %s is not available: this machine has no GPU, using the CPU", gpu)
+        return torch.device("cpu")
+    if gpu is None:
+        device = torch.device("cuda")
     elif is_number:
-        if not available:
-            if is_main_process():
-                logger.warning("warning: GPU %s is not available: this machine has no GPU, using the CPU", gpu)
-            return torch.device("cpu")
-        number = int(gpu)
+        device = _device_of_name(f"cuda:{gpu}")
     else:
         device = _device_of_name(gpu)
-        if device.type != "cuda":
-            return device
-        number = device.index or 0
-    own_number = local_rank()
-    if own_number is not None:
-        number = own_number
+    if device.type != "cuda":
+        return device
+    number = device.index or 0
+    is_explicit = device.index is not None and not (isinstance(gpu, str) and gpu.isdecimal())
+    if not is_explicit:
+        own_number = local_rank()
+        number = number if own_number is None else own_number
     if not 0 <= number < available:
         raise UserError(f"no GPU {number}: this machine has {_gpu_numbers(available)}; choose another device, or cpu")
     torch.cuda.set_device(number)

@@ -14,7 +14,10 @@ from utils.signals import Stopped
 logger = logging.getLogger(__name__)
 
 EXIT_MISTAKE = 2
-FILE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # a full disk, or no permission
+FILE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # a full disk, or no permission
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path that cannot be a file
+}
 PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")  # texts of torch.distributed
 
 

@@ -130,8 +130,12 @@ class Run(contextlib.AbstractContextManager):
     # --- saving
 
     def state(self) -> dict:
-        """Collect all that is needed to use the networks and to continue their training."""
-        return {**self.about, **self.networks(), **self.stepper.state_dict()}
+        """Collect all that is needed to use the networks and to continue their training.
+
+        Its "epoch" is the number of finished epochs.
+        """
+        networks = self.networks()
+        return {**self.about, **networks, **self.stepper.state_dict(), "epoch": self.progress.epoch}
 
     def save(self) -> None:
         """Save the state now."""
@@ -243,7 +247,7 @@ class Run(contextlib.AbstractContextManager):
             return
         state = self.state()
         if is_best:
-            self.folder.save(self.folder.best.name, {**state, "epoch": progress.epoch})
+            self.folder.save(self.folder.best.name, state)
         if numbered:
             for name, content in numbered(state).items():
                 self.folder.save(name, content)
