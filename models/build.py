@@ -82,7 +82,7 @@ OPTION_NAMES = (
 # --- one part by its name -----------------------------------------------------------------------------------
 
 
-def create(kind: str, entries: Mapping, name: str, *required, **arguments) -> nn.Module:
+def create(kind: str, entries: Mapping, name: str, /, *required, **arguments) -> nn.Module:
     """Create a part from its entry in one of the dicts.
 
     Args:

@@ -1,0 +1,83 @@
+"""Whatever stands in a checkpoint, a program accepts it or refuses it in one line: no value ends it in a traceback."""
+
+import copy
+
+import pytest
+import torch
+from files import random_rgb, save
+from trainings import TINY, detector_arguments, read, train
+
+import test as tester
+import train_detector
+from models.rdn import RDN
+from utils import options
+from utils.errors import run_program
+
+pytestmark = pytest.mark.usefixtures("small_classifier")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, small_classifier):
+    """Return a folder with one real image, one fake image, and a detector in pixel.pth.tar."""
+    root = tmp_path_factory.mktemp("odd")
+    torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
+    for kind in ("real", "fake"):
+        (root / kind).mkdir()
+        save(root / kind / "a.png", random_rgb(64, 64, len(kind)))
+    train(detector_arguments(root, root / "out", "--fixed-sr --epochs 1 --batch-size 2"))
+    (root / "out/last.pth.tar").rename(root / "pixel.pth.tar")
+    return root
+
+
+def run(main, parser, flags, capfd):
+    """Run a program. Returns its exit status and the last line that it prints."""
+    args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
+    code = run_program(lambda: main(args))
+    return code, (capfd.readouterr().err.splitlines() or [""])[-1]
+
+
+def score(checkpoint, files, capfd):
+    return run(tester.main, options.test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd)
+
+
+def resume(checkpoint, files, capfd):
+    flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
+    flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
+    return run(train_detector.main, options.train_detector_parser, flags, capfd)
+
+
+ODD = [-1, float("nan"), "x", [1], {"name": 3}, torch.ones(2)]
+PLACES = [
+    ("config",), ("config", "resynthesizer"), ("config", "resynthesizer", "name"), ("config", "resynthesizer", "scale"),
+    ("config", "resynthesizer", "args"), ("config", "features"), ("config", "features", "args"),
+    ("config", "classifier"), ("config", "classifier", "args"), ("config", "images"), ("config", "images", "crop_size"),
+    ("config", "images", "resize"), ("config", "resynthesizer_fingerprint"), ("config", "vgg"), ("calibration",),
+    ("calibration", "temperature"), ("calibration", "t_fake"), ("calibration", "t_real"), ("trained_on",),
+    ("state_dict",), ("sr_state_dict",), ("settings",), ("progress",), ("optimizer",),
+]  # fmt: skip
+CALIBRATION = {"temperature": 2.0, "t_fake": 0.6, "t_real": 0.4, "source": "a list"}
+
+
+@pytest.mark.parametrize("place", PLACES, ids=".".join)
+def test_no_value_of_a_checkpoint_ends_a_program_in_a_traceback(files, tmp_path, capfd, place):
+    """test.py and train_detector.py either accept a value or refuse it in one line."""
+    state = read(files / "pixel.pth.tar") | {"calibration": CALIBRATION}
+    path = tmp_path / "odd.pth.tar"
+    for value in ODD:
+        changed = copy.deepcopy(state)
+        parent = changed
+        for key in place[:-1]:
+            parent = parent[key]
+        parent[place[-1]] = value
+        torch.save(changed, path)
+        program = resume if place[0] in ("settings", "progress", "optimizer") else score
+        code, line = program(path, files, capfd)
+        assert code == 0 or (code == 2 and line.startswith("error: ")), f"{value!r}: {line}"
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 0.0, float("nan"), float("inf"), "1", True])
+def test_a_temperature_that_would_invert_or_hide_verdicts_is_refused(files, tmp_path, capfd, temperature):
+    state = read(files / "pixel.pth.tar") | {"calibration": {**CALIBRATION, "temperature": temperature}}
+    torch.save(state, tmp_path / "odd.pth.tar")
+    code, line = score(tmp_path / "odd.pth.tar", files, capfd)
+    assert code == 2 and "odd.pth.tar" in line and "temperature" in line
