@@ -2,12 +2,18 @@
 # Train a calibrated detector on folders of your own pictures, on two CPU cores, and write a report.
 #   bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [any flag of train_detector.py]
 #
-# For a few hundred pictures of any sizes from 128 x 128 pixels. Holds out a fifth of them, trains a small RDN on the other
-# real pictures and a detector on crops of SIDE x SIDE pixels, and calibrates the detector on the held-out pictures.
-# Without VGG_WEIGHTS the detector uses pixel residuals. They are best on clean pictures of the generators it was trained
-# on. With VGG_WEIGHTS it uses stage 4 of VGG-19, which survives compression and carries over to some other generators.
-# (docs/results.md has the numbers.) A second call resumes a call that was stopped.
-# Environment: OUT (default: output/folders), GPU (cpu), SIDE (128; stage 4: 256), CROPS of each picture (2; 1), VGG_WEIGHTS.
+# For pictures of any sizes from 128 x 128 pixels. Holds out a fifth of them, trains a small RDN on the other real pictures
+# and a detector on crops of SIDE x SIDE pixels, and calibrates the detector on the held-out pictures.
+#
+# Fewer than 600 pictures: a ResNet would memorise them. The detector is a spectrum classifier on the signed pixel residual.
+#   Twins of the real pictures are added to the generated ones, so that the detector does not learn one generator only:
+#   AUTOENCODER="ENCODER DECODER" makes them by an autoencoder, else they are made by simulated up-sampling.
+# From 600 pictures: a ResNet-18 on the pixel residual. With VGG_WEIGHTS it uses stage 4 of VGG-19, which survives
+#   compression and carries over to some other generators.
+# docs/results.md has the numbers of both. A second call resumes a call that was stopped.
+#
+# Environment: OUT (default: output/folders), GPU (cpu), SIDE (128; stage 4: 256), CROPS of each picture (4, 2; stage 4: 1),
+# AUTOENCODER, VGG_WEIGHTS.
 source "$(dirname "$0")/common.sh"
 folders=()
 while [[ $# -gt 0 && "$1" != -* ]]; do
@@ -20,19 +26,29 @@ find_python
 started=$SECONDS
 out=${OUT:-$root/output/folders}
 gpu=${GPU:-cpu}
-if [[ -z "${VGG_WEIGHTS:-}" ]]; then
-    learning=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05)
+pictures=$(find -L "${folders[@]}" -type f | wc -l)
+if [[ $pictures -lt 600 ]]; then
+    learning=(--residual signed --arch spectrum --optimizer adamw --lr 2e-3 --wd 0.05)
+    side=${SIDE:-128} crops=${CROPS:-4}
+    steps=400 batch=64
+    step_ms=1300 prepare_ms=500 # on 256 x 256 pixels: a training step; the residual of one crop
+    if [[ ! -d "$out/twins" ]]; then
+        tool example --from "${folders[0]}" --out "$out/twins" ${AUTOENCODER:+--autoencoder $AUTOENCODER}
+    fi
+    folders+=("$out/twins")
+elif [[ -z "${VGG_WEIGHTS:-}" ]]; then
+    learning=(--arch resnet18 --no_dilation --optimizer adamw --lr 1e-3 --wd 0.05)
     side=${SIDE:-128} crops=${CROPS:-2}
     steps=760 batch=16
-    step_ms=1500 prepare_ms=500 # on 256 x 256 pixels: a training step; the residual of one crop
+    step_ms=1500 prepare_ms=500
 else
-    learning=(--idx-stages 4 --lr 0.01)
+    learning=(--arch resnet18 --no_dilation --idx-stages 4 --lr 0.01)
     side=${SIDE:-256} crops=${CROPS:-1}
     steps=380 batch=32
     step_ms=200 prepare_ms=1500
 fi
 
-# Hold out a fifth
+# Hold out a fifth. It depends on the file names, so a picture and its twin are on the same side.
 if [[ -f "$out/train.csv" ]]; then
     say "using the pictures of $out/train.csv and $out/held_out.csv (for other pictures: OUT=ANOTHER_FOLDER)"
 else
@@ -47,13 +63,13 @@ say "about $((6 + minutes)) minutes on two cores without a GPU"
 
 # Train the re-synthesizer and the detector
 train_once "$out/sr/x4/epoch_$((rdn_epochs - 1)).pth" train_sr.py \
-    --train-file "$out/train_real.txt" --eval-file "$out/held_out_real.txt" --outputs-dir "$out/sr" \
+    --train-file "$out/train_real.txt" --outputs-dir "$out/sr" \
     --num-features 16 --growth-rate 16 --num-blocks 4 --num-layers 4 --vgg-lambda 0 --start interpolation \
     --schedule cosine --clip-norm 0.5 --lr 2e-3 --batch-size 4 \
     --num-epochs "$rdn_epochs" --num-save "$rdn_epochs" --skip-bad
 detector=$out/detector/last.pth.tar
 train_once "$out/detector/$(printf %04d "$epochs").pth.tar" train_detector.py --fixed-sr \
-    --sr-weights-file "$out/sr/x4/last.pth" --arch resnet18 --no_dilation "${learning[@]}" \
+    --sr-weights-file "$out/sr/x4/last.pth" "${learning[@]}" \
     --schedule cosine --lr-sr 1 --batch-size "$batch" --epochs "$epochs" --save-every-epoch "$epochs" \
     --crop-size "$side" --crops-per-image "$crops" --skip-bad \
     --csv "$out/train.csv" --val-csv "$out/held_out.csv" --output-path "$out/detector" "$@"
