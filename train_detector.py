@@ -223,7 +223,7 @@ def smallest_batch(
 
 
 def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
-    """Build the detector: that of the run to resume, that of --init, or a new one.
+    """Build the detector: from the run to resume, from --init, or a new one.
 
     Args:
         options: of this program, by their names in `args`.
@@ -245,7 +245,7 @@ def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("this re-synthesizer has no parameters to train: pass --fixed-sr")
     if resumed is None:
-        config.pop("auxiliary_vgg", None)  # of the run whose weights are taken
+        config.pop("auxiliary_vgg", None)  # a new run chooses its own
     return detector, config, resumed
 
 
@@ -362,7 +362,7 @@ class AuxiliaryTask(NamedTuple):
     """The auxiliary task of end-to-end training."""
 
     name: str  # a key of data.degradations.TASKS
-    weight: float  # of its loss
+    weight: float  # factor on its loss
     vgg: VGG19 | None  # the features of its loss. None: no auxiliary loss
     seed: int
     micro_batch: int | None  # number of images that pass through the networks at a time. None: all

@@ -229,7 +229,7 @@ def patch_loss(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World) -> dict[str, float]:
-    """Average PSNR (dB) and SSIM of the re-synthesis of whole images, RGB, beside those of bicubic interpolation."""
+    """Average PSNR (dB) and SSIM of the re-synthesis of whole images, RGB, and of bicubic interpolation."""
     sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
     for batch in batches:
         if not batch.weights.any():

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-TASK_PROBABILITY = 0.5  # that the auxiliary task is applied to a batch; otherwise its loss is that of the clean batch
+TASK_PROBABILITY = 0.5  # that the auxiliary task is applied to a batch; otherwise the loss is computed on the clean batch
 TASK_NOISE_STD = 4 / 255
-TASK_GREY_FRACTION = (0.1, 0.25)  # of the pixels
+TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # of each degradation of a patch: with two of them, half of the patches stay clean
+PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # probability of each degradation: with two of them, half of the patches stay clean
 PATCH_NOISE_STD = (0, 10 / 255)
 PATCH_JPEG_QUALITY = (25, 74)  # both included
-PATCH_FRACTION = (0.05, 0.15)  # of the pixels that are removed or turned grey
+PATCH_FRACTION = (0.05, 0.15)  # smallest and largest fraction of pixels that are removed or turned grey
 
 # Degrades one image: (image (3, h, w), generator of that image) -> (3, h, w)
 Degradation = Callable[[Tensor, np.random.Generator], Tensor]

@@ -199,7 +199,7 @@ def choose(flag: str, given: object, found: object, default: object, name: str) 
 
 
 def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Return the further arguments of a part: those of the file, else those given. See `choose`."""
+    """Return the further arguments of a part: the arguments in the file, else the given ones. See `choose`."""
     if found is None:
         return dict(given)
     for key, value in given.items():

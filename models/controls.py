@@ -22,8 +22,8 @@ class Bicubic(nn.Module):
 class NoResynthesis(nn.Module):
     """x_lr (B, 3, h, w) -> zeros (B, 3, scale * h, scale * w).
 
-    The residual in pixels is then the image itself. The residual in VGG-19 features is the distance of the image's
-    features from those of a black image, which differ from zero because of the biases.
+    The residual in pixels is then the image itself. In VGG-19 features it is the distance between the image and
+    a black image, whose features differ from zero because of the biases.
     """
 
     def __init__(self, scale: int = 4):

@@ -2,7 +2,7 @@
 
 Only this file knows what a stage is: stage 0 is the pixels, stage k = 1..5 is relu{k}_1 of VGG-19.
 
-VGG-19 is that of Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR
+VGG-19 is by Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR
 2015), with torchvision's parameter names and ImageNet weights.
 """
 
@@ -36,7 +36,7 @@ TILE_CUTS = (10, 19)  # layers after pool2 and pool3: where tiles are put togeth
 
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # the name ends with its SHA-256
 DOWNLOAD_TIMEOUT = 20  # seconds without an answer
-RANDOM_SEED = 19  # of the stand-in weights: fixed, so that every run uses the same ones
+RANDOM_SEED = 19  # seed of the stand-in weights: fixed, so that every run uses the same ones
 
 
 class Pixels(nn.Module):
@@ -181,7 +181,7 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         the network, and the record {"source", "fingerprint"} that goes into checkpoints.
 
     Raises:
-        UserError: if the weights cannot be read, or differ from those of `trained_with`.
+        UserError: if the weights cannot be read, or differ from `trained_with`.
     """
     if source == "auto" and trained_with is not None:
         source = trained_with["source"]

@@ -1,6 +1,6 @@
 """Every loss of the project: super-resolution, detector, auxiliary tasks.
 
-The weights of the VGG-19 stages are those of pix2pixHD (Wang et al., CVPR 2018).
+The VGG-19 stages are weighted as in pix2pixHD (Wang et al., CVPR 2018).
 """
 
 from collections.abc import Callable
@@ -77,7 +77,7 @@ def residual_and_reconstruction_loss(
     Args:
         vgg: None switches the auxiliary loss off.
         x: (B, 3, H, W) in [0, 1].
-        degraded: (B, 3, h, w), the low-resolution input of the auxiliary task. None: the loss is that of the clean input.
+        degraded: (B, 3, h, w), the low-resolution input of the auxiliary task. None: the loss is computed on the clean input.
         real: (B,) bool, the images that the auxiliary loss is computed on.
 
     Returns:

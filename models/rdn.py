@@ -1,7 +1,7 @@
 """RDN, the residual dense network, a super-resolution network: the re-synthesizer of the paper.
 
 Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super-Resolution" (CVPR 2018). The comments use the
-paper's names. Parameter names are those of yjn870/RDN-pytorch (MIT), which the released checkpoints use.
+paper's names. The parameters are named as in yjn870/RDN-pytorch (MIT), which the released checkpoints use.
 """
 
 import torch

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.tiling import in_tiles
-from models.winograd import DenseMaps, pays
+from models.winograd import DenseMaps, is_faster
 
 STRIP_BYTES = 2**15  # size of one channel of a strip, chosen to fit a CPU's caches
 UPSCALE_TILE, UPSCALE_HALO = 64, 2  # low-resolution pixels; the up-sampling convolutions reach 1.75 pixels
@@ -45,7 +45,7 @@ def fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     weights = fusion.weight.split(x.shape[1], dim=1)  # one (G0, G0, 1, 1) per block
     tile = (model.tile, model.tile)
     run_block = dense_block_in_strips
-    if pays(x, model.rdbs[0].layers):
+    if is_faster(x, model.rdbs[0].layers):
         run_block = partial(dense_block_by_winograd, scratch=x.new_empty(0))
         tile = (model.tile // 2, model.tile)  # transformed maps take more memory
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)

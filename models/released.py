@@ -37,7 +37,7 @@ def rdn_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]
     """Return the scale and the further arguments of the RDN that these weights belong to.
 
     Raises:
-        UserError: if they are not those of an RDN.
+        UserError: if the weights belong to another network.
     """
     try:
         num_features = state["sfe1.weight"].shape[0]
@@ -71,7 +71,7 @@ def resnet_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[str, in
     Dilation leaves no trace in the weights.
 
     Raises:
-        UserError: if they are not those of a deep-stem ResNet.
+        UserError: if the weights belong to another network.
     """
     counts = []
     for stage in range(1, 5):

@@ -108,7 +108,8 @@ class DeepStemResNet(nn.Module):
         UserError: for a dilated ResNet-18 or ResNet-34.
     """
 
-    stride = 32  # of the last maps. On maps of a single value batch norm cannot be trained with a single image.
+    # Stride of the last maps. Where they have a single value, batch norm cannot be trained on a single image.
+    stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
         super().__init__()
@@ -144,7 +145,7 @@ class DeepStemResNet(nn.Module):
     def make_layer(
         self, block: type[Block], planes: int, depth: int, stride: int = 1, dilations: tuple[int, int] = (1, 1)
     ) -> nn.Sequential:
-        """Create a layer of `depth` blocks. dilations: of the first block, and of the others."""
+        """Create a layer of `depth` blocks. dilations: first block, other blocks."""
         first, others = dilations
         blocks = [block(self.in_planes, planes, stride, first)]
         self.in_planes = planes * block.expansion

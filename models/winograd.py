@@ -1,7 +1,9 @@
-"""3x3 convolutions of a CPU by Winograd's minimal filtering F(4x4, 3x3): a quarter of the products of the direct form.
+"""3x3 convolutions on a CPU by Winograd's minimal filtering F(4x4, 3x3), with a quarter of the multiplications.
 
-Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). A tile of 6 x 6 values d and a kernel g
-of 3 x 3 give 4 x 4 values of the result, OUTPUT [(KERNEL g) * (INPUT d)], with the tiles and the kernel as vectors.
+Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). A tile d of 6 x 6 values and a kernel g of
+3 x 3 give 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)], where tiles and kernel are written as vectors.
+
+Shapes: B images, C channels of each map, O output channels, n tiles, 36 products per tile.
 """
 
 import math
@@ -11,83 +13,111 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IN, OUT, PLACES = 6, 4, 36  # sides of the tiles read and written; products of a tile
-POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))  # and infinity: rounding errors are small (measured)
-TILES = 256  # at a time, so that what is made of them stays in a CPU's caches
-FEWEST, FEWEST_CHANNELS = 64, 64  # tiles of an image and channels, below which the transforms cost more than they save
+TILE_IN = 6  # side of a tile that is read
+TILE_OUT = 4  # side of a tile that is written
+PRODUCTS = TILE_IN**2
+# The points of the interpolation. Infinity is the sixth. With these, rounding errors are about 2e-6 (measured).
+POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
+TILES = 256  # number of tiles computed at a time, chosen to fit a CPU's caches
+MIN_TILES = 64  # with fewer tiles, or fewer channels, the transforms cost more than they save
+MIN_CHANNELS = 64
 
 
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """INPUT (36, 36), KERNEL (36, 9), OUTPUT (16, 36), made by Cook and Toom's method from POINTS."""
-    powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** torch.arange(IN)  # (5, 6)
-    at_infinity = torch.eye(IN, dtype=torch.float64)
-    of_input = torch.cat([powers, at_infinity[-1:]]).inverse().T  # (6, 6)
-    of_kernel = torch.cat([powers[:, :3], at_infinity[2:3, :3]])  # (6, 3)
-    of_output = torch.cat([powers[:, :OUT], at_infinity[OUT - 1 : OUT, :OUT]]).T  # (4, 6)
-    return tuple(torch.kron(m, m).float() for m in (of_input, of_kernel, of_output))
+    """Compute INPUT (36, 36), KERNEL (36, 9) and OUTPUT (16, 36) from POINTS, by the method of Cook and Toom."""
+    exponents = torch.arange(TILE_IN)
+    powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
+    infinity = torch.eye(TILE_IN, dtype=torch.float64)
+    input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6)
+    kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3)
+    output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
+    return tuple(torch.kron(matrix, matrix).float() for matrix in (input_1d, kernel_1d, output_1d))
 
 
 INPUT, KERNEL, OUTPUT = transforms()
 
 
-def pays(x: Tensor, layers: nn.Sequential) -> bool:
-    """Whether a dense block's layers convolve maps like x (B, C, h, w) by Winograd's filtering.
+def is_faster(x: Tensor, layers: nn.Sequential) -> bool:
+    """Return whether Winograd's convolution is used for the layers of a dense block on maps like x (B, C, h, w).
 
-    In float32 on an x86 CPU, without gradients; if the maps are large enough and the layers give as many as they get.
+    It is used without gradients, in float32, on an x86 CPU, for large maps and layers with as many outputs as the block
+    has inputs.
     """
-    return (
-        not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling())
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-        and x.shape[1] == layers[0].conv.out_channels >= FEWEST_CHANNELS
-        and math.prod(x.shape[2:]) >= FEWEST * OUT**2
-    )
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        return False
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    channels, height, width = x.shape[1:]
+    if channels < MIN_CHANNELS or channels != layers[0].conv.out_channels:
+        return False
+    return height * width >= MIN_TILES * TILE_OUT**2
 
 
 class DenseMaps:
-    """The maps of a dense block, each transformed once for all the layers that read it.
+    """The maps of a dense block. Each is transformed once, for all the layers that read it.
 
     Args:
-        like: (B, C, h, w), of the shape of each piece.
-        pieces: how many there will be.
-        scratch: one-dimensional, float32, of any size: what it holds is lost. To keep it saves the time of getting memory.
+        like: (B, C, h, w), with the shape of each of the maps.
+        count: number of maps that there will be.
+        scratch: one-dimensional float32 memory of any size, which is overwritten. Passing the same tensor again saves the
+            time of allocating it.
     """
 
-    def __init__(self, like: Tensor, pieces: int, scratch: Tensor):
+    def __init__(self, like: Tensor, count: int, scratch: Tensor):
         batch, self.channels, self.height, self.width = like.shape
-        self.rows, self.columns = math.ceil(self.height / OUT), math.ceil(self.width / OUT)  # of tiles
-        self.strip = max(TILES // self.columns, 1)  # rows of tiles
-        shape = (batch, self.rows, self.columns * pieces * PLACES * self.channels)
-        strips = self._strips(scratch.resize_(math.prod(shape)).view(shape))
-        self.maps = [strip.view(pieces, -1, PLACES * self.channels) for strip in strips]
-        self.pieces = 0
+        self.rows = math.ceil(self.height / TILE_OUT)  # of tiles
+        self.columns = math.ceil(self.width / TILE_OUT)
+        self.strip_rows = max(TILES // self.columns, 1)  # rows of tiles that are computed at a time
+        shape = (batch, self.rows, self.columns * count * PRODUCTS * self.channels)
+        memory = scratch.resize_(math.prod(shape)).view(shape)
+        self.transformed = []  # per strip: (count, n, 36 * C)
+        for strip in self.strips(memory):
+            self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
+        self.added = 0  # number of maps so far
 
-    def convolve(self, convolution: nn.Conv2d, piece: Tensor) -> Tensor:
-        """The "same"-padded convolution of all pieces up to this new one: (B, C, h, w) -> (B, O, h, w)."""
-        self.pieces += 1
-        width = convolution.out_channels
-        weight = KERNEL @ convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (36, O * pieces * C)
-        weight = weight.view(PLACES * width, self.pieces, 1, self.channels).permute(0, 3, 1, 2)  # (36 O, C, pieces, 1)
-        result = piece.new_empty(len(piece), self.rows, OUT, self.columns, OUT, width)
-        for tiles, maps, target in zip(self._tiles(piece), self.maps, self._strips(result), strict=True):
-            torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.pieces - 1].view_as(tiles))
-            # One product for each of the 36 places is a convolution in 36 groups; its kernel runs over the pieces
-            x = maps[: self.pieces] if self.pieces > 1 else maps[0].view(-1, self.columns, maps.shape[2])
-            products = F.conv2d(x.permute(2, 0, 1)[None], weight, groups=PLACES)  # (1, 36 O, ...), of all tiles
-            y = OUTPUT @ products.permute(0, 2, 3, 1).reshape(-1, PLACES, width)  # (tiles, 16, O)
-            target.copy_(y.view(-1, self.columns, OUT, OUT, width).transpose(1, 2))
-        y = result.view(len(piece), self.rows * OUT, self.columns * OUT, width).add_(convolution.bias)
-        return y.permute(0, 3, 1, 2)[:, :, : self.height, : self.width]  # (B, O, h, w)
+    def convolve(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+        """Add the maps x (B, C, h, w), and convolve all maps so far with "same" padding. Returns (B, O, h, w)."""
+        self.added += 1
+        weight = self.transform_kernel(convolution)  # (36 * O, C, maps, 1)
+        out_channels = convolution.out_channels
+        result = x.new_empty(len(x), self.rows, TILE_OUT, self.columns, TILE_OUT, out_channels)
+        for tiles, maps, target in zip(self.tiles(x), self.transformed, self.strips(result), strict=True):
+            torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
+            # The products of the 36 places are a convolution with 36 groups, whose kernel runs over the maps
+            values = maps[: self.added]  # (maps, n, 36 * C)
+            if self.added == 1:
+                values = maps[0].view(-1, self.columns, maps.shape[2])  # the same for one map, which computes faster
+            products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)  # (1, 36 * O, ..., ...)
+            products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
+            y = OUTPUT @ products  # (n, 16, O)
+            y = y.view(-1, self.columns, TILE_OUT, TILE_OUT, out_channels)  # (rows, columns, 4, 4, O)
+            target.copy_(y.transpose(1, 2))
+        y = result.view(len(x), self.rows * TILE_OUT, self.columns * TILE_OUT, out_channels)  # (B, H, W, O)
+        y = y.add_(convolution.bias).permute(0, 3, 1, 2)  # (B, O, H, W)
+        return y[:, :, : self.height, : self.width]
 
-    def _strips(self, images: Tensor) -> list[Tensor]:
-        """Of images in rows of tiles (B, rows, ...) the strips, (strip, ...) each, image after image."""
-        return [strip for image in images for strip in image.split(self.strip)]
+    def transform_kernel(self, convolution: nn.Conv2d) -> Tensor:
+        """Transform the weight (O, maps * C, 3, 3) of a convolution. Returns (36 * O, C, maps, 1)."""
+        weight = convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (9, O * maps * C)
+        weight = KERNEL @ weight  # (36, O * maps * C)
+        weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
+        return weight.permute(0, 3, 1, 2)
 
-    def _tiles(self, piece: Tensor) -> Iterator[Tensor]:
-        """Of each strip the tiles, which overlap by two: (tiles, 36, C)."""
-        right, bottom = self.columns * OUT - self.width, self.rows * OUT - self.height
-        x = F.pad(piece.permute(0, 2, 3, 1), (0, 0, 1, 1 + right, 1, 1 + bottom))  # (B, H, W, C)
-        grid = x.unfold(1, IN, OUT).unfold(2, IN, OUT).permute(0, 1, 2, 4, 5, 3)  # (B, rows, columns, 6, 6, C)
-        for strip in self._strips(grid):
-            yield strip.reshape(-1, PLACES, self.channels)
+    def strips(self, images: Tensor) -> list[Tensor]:
+        """Split images (B, rows, ...) into strips of rows of tiles, image after image: a list of (strip_rows, ...)."""
+        parts = []
+        for image in images:
+            parts.extend(image.split(self.strip_rows))
+        return parts
+
+    def tiles(self, x: Tensor) -> Iterator[Tensor]:
+        """Cut maps (B, C, h, w) into tiles that overlap by two. Yields (n, 36, C) per strip."""
+        right = self.columns * TILE_OUT - self.width
+        bottom = self.rows * TILE_OUT - self.height
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + right, 1, 1 + bottom))  # (B, H, W, C)
+        grid = x.unfold(1, TILE_IN, TILE_OUT).unfold(2, TILE_IN, TILE_OUT)  # (B, rows, columns, C, 6, 6)
+        grid = grid.permute(0, 1, 2, 4, 5, 3)  # (B, rows, columns, 6, 6, C)
+        for strip in self.strips(grid):
+            yield strip.reshape(-1, PRODUCTS, self.channels)

@@ -10,7 +10,7 @@ from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
 from models.tiling import in_tiles
-from models.winograd import pays
+from models.winograd import is_faster
 
 TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
 
@@ -74,10 +74,10 @@ def test_winograd_convolutions_are_the_direct_ones(size, monkeypatch):
     used = []
 
     def recorded(*arguments):
-        used.append(pays(*arguments))
+        used.append(is_faster(*arguments))
         return used[-1]
 
-    monkeypatch.setattr("models.rdn_inference.pays", recorded)
+    monkeypatch.setattr("models.rdn_inference.is_faster", recorded)
     torch.manual_seed(0)
     rdn = RDN(num_features=64, growth_rate=64, num_blocks=2, num_layers=3)
     rdn.tile = 48
