@@ -4,7 +4,7 @@ dependencies = ["torch", "numpy", "PIL", "tqdm"]
 
 
 def detector(checkpoint: str, **options):
-    """Load a trained detector. The arguments are those of `evaluation.load`."""
+    """Load a trained detector. See `evaluation.load` for the arguments."""
     from evaluation import load
 
     return load(checkpoint, **options)

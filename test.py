@@ -17,6 +17,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -26,7 +27,7 @@ from data.images import read_header, size_after
 from data.lists import Item, count_trained_on, input_items, labelled_items, list_digest
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
-from evaluation.loading import load_on, select_options
+from evaluation.loading import detector_from_checkpoint, select_options
 from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_foreign_outputs
 from evaluation.score_table import Row, ScoreTable, error_row, make_rows, read_table
 from evaluation.score_writer import ScoreWriter, file_stamps
@@ -54,45 +55,46 @@ def main(args: Namespace) -> int:
         if world.size > 1 and not args.save_path:
             raise UserError("several processes need a place that all of them write to: give --save_path")
         items = items_to_score(args.input, (args.real_roots, args.fake_roots, args.tree, args.csv))
-        settings = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
+        perturbations = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
         options = select_options(vars(args))
-        detector = load_on(compute, args.resume, args.resynthesizer_file, args.vgg_weights, options)
+        detector = detector_from_checkpoint(compute, args.resume, args.resynthesizer_file, args.vgg_weights, options)
         detector.network.set_tile(args.tile)
-        trained_on = warn_of_training_images(items, detector)
+        trained_on = count_training_images(items, detector)
 
-        # The places of the results, where no file of anybody else is replaced
+        # The places of the results. Files that this program has not written are not replaced
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
-        base = path_without_suffix(save_path)  # P of P.csv
-        bases = bases_of_tables(base, settings)
-        pictures = pictures_of_tables(args.save_residuals, settings, items)
+        base = path_without_suffix(save_path)  # P
+        places = places_of_tables(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
-        for setting in settings:
-            refuse_foreign_outputs(bases[setting], pictures[setting].paths, filter(None, inputs))
+        for place in places.values():
+            refuse_foreign_outputs(place.base, place.pictures.paths, filter(None, inputs))
         for folder in filter(None, (base.parent, args.save_residuals)):
             make_folder(folder)
         stack.enter_context(exclusive_writer(base.with_name(f".{base.name}.lock"), world))
 
         stamps = file_stamps(items)
         results = {}
-        for setting in settings:
+        for perturbation, (base_of_table, pictures) in places.items():
             # The scores under one perturbation
-            perturbation = describe_perturbation(setting, args.perturb_protocol, args.seed)
-            job = {**describe_job(detector, items), "perturbation": perturbation}
-            pictures[setting].set_job(job)
-            writer = ScoreWriter(Path(f"{bases[setting]}.csv"), items, stamps, job, world)
-            if writer.open(args.overwrite, pictures[setting].missing()):
-                transform = None if setting.name == "none" else Perturbation(setting, args.perturb_protocol, args.seed)
+            transform = None
+            if perturbation.name != "none":
+                transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
+            description = describe_perturbation(perturbation, args.perturb_protocol, args.seed)
+            job = {**describe_job(detector, items), "perturbation": description}
+            pictures.set_job(job)
+            writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, job, world)
+            if writer.open(args.overwrite, pictures.missing()):
                 images = ImageDataset(items, detector.reading_policy, transform=transform)
                 batches = read_batches(images, detector, writer, args.batch_size, args.workers)
-                score_images(detector, batches, writer, pictures[setting], stop)
+                score_images(detector, batches, writer, pictures, stop)
                 writer.close()
 
             # The other files, which are made from the scores
             if world.is_main:
-                record = {"settings": {**vars(args), "precision": compute.precision}, "trained_on": trained_on}
+                record = {"settings": {**vars(args), "precision": compute.precision}, "perturbation": description}
                 record["detector"] = {"file": args.resume, **detector.identity()}
-                record["perturbation"] = perturbation
-                results[setting.label] = write_results(bases[setting], writer, record, args.seed)
+                record["trained_on"] = trained_on
+                results[perturbation.label] = write_results(base_of_table, writer, record, args.seed)
         if not world.is_main:
             return 0
 
@@ -117,7 +119,7 @@ def items_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
     return input_items(inputs) if inputs else labelled_items(*labelled)
 
 
-def warn_of_training_images(items: list[Item], detector: Detector) -> int:
+def count_training_images(items: list[Item], detector: Detector) -> int:
     """Count the images that the detector was trained on, as far as that is known, and warn if there are any."""
     if detector.trained_on is None:
         return 0
@@ -128,30 +130,33 @@ def warn_of_training_images(items: list[Item], detector: Detector) -> int:
     return count
 
 
-def bases_of_tables(base: Path, settings: list[PerturbationSetting]) -> dict[PerturbationSetting, Path]:
-    """Return the path P of each perturbation's files: P_NAME if there are several."""
-    if len(settings) == 1:
-        return {settings[0]: base}
-    return {setting: base.with_name(f"{base.name}_{setting.file_name}") for setting in settings}
+class Place(NamedTuple):
+    """Where the results of one perturbation are written."""
+
+    base: Path  # P of P.csv, P.npy, P.json and P.png
+    pictures: ResidualPictures
 
 
-def pictures_of_tables(
-    folder: str | None, settings: list[PerturbationSetting], items: list[Item]
-) -> dict[PerturbationSetting, ResidualPictures]:
-    """Return the residual pictures of each perturbation: in folders of its name if there are several."""
-    pictures = {}
-    for setting in settings:
-        own_folder = Path(folder, setting.file_name) if folder and len(settings) > 1 else folder
-        pictures[setting] = ResidualPictures(own_folder, items)
-    return pictures
+def places_of_tables(
+    base: Path, residual_folder: str | None, perturbations: list[PerturbationSetting], items: list[Item]
+) -> dict[PerturbationSetting, Place]:
+    """Choose the place of each perturbation's results: its name is appended to the paths if there are several."""
+    if len(perturbations) == 1:
+        return {perturbations[0]: Place(base, ResidualPictures(residual_folder, items))}
+    places = {}
+    for perturbation in perturbations:
+        own_base = base.with_name(f"{base.name}_{perturbation.file_name}")
+        own_folder = Path(residual_folder, perturbation.file_name) if residual_folder else None
+        places[perturbation] = Place(own_base, ResidualPictures(own_folder, items))
+    return places
 
 
-def describe_perturbation(setting: PerturbationSetting, protocol: str, seed: int) -> dict:
+def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed: int) -> dict:
     """Describe a perturbation for the job and for P.json."""
-    described = {"name": setting.name, "strength": setting.strength, "label": setting.label}
-    if setting.name != "none":
-        described.update(protocol=protocol, seed=seed)
-    return described
+    description = {"name": perturbation.name, "strength": perturbation.strength, "label": perturbation.label}
+    if perturbation.name != "none":
+        description.update(protocol=protocol, seed=seed)
+    return description
 
 
 def describe_job(detector: Detector, items: list[Item]) -> dict:
@@ -220,7 +225,8 @@ def score_batch(detector: Detector, batch: Batch, pictures: ResidualPictures) ->
     indices = [index for _, index, _ in batch.keys]
     problem = detector.size_problem(*batch.x.shape[2:])
     if problem:
-        return {i: error_row(item, f"{item.path}: {problem}") for i, item in zip(indices, batch.items, strict=True)}
+        rows = [error_row(item, f"{printable(item.path)}: {problem}") for item in batch.items]
+        return dict(zip(indices, rows, strict=True))
     if not pictures.paths:
         with contextlib.suppress(Exception):
             logits = detector.logits(batch.x)  # (B, 2)
@@ -236,13 +242,15 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
 
     Whatever goes wrong becomes an error row.
     """
+    doing = "be scored"
     try:
         examination = detector.examine(image)
+        doing = "be drawn"
         if pictures.paths:
             pictures.draw(index, examination)
     except Exception as error:
         reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        return error_row(item, f"{item.path}: cannot be scored ({reason})")
+        return error_row(item, f"{printable(item.path)}: cannot {doing} ({reason})")
     return make_rows([item], examination.logits.numpy(), detector.calibration)[0]
 
 

@@ -1,7 +1,7 @@
 """Figures of score tables and residuals, drawn without a display.
 
 Fake is the positive class. Real images are grey, and each generator has the same colour and dashes in all panels. The colours
-are those of Okabe and Ito (2008), which colour-blind readers can tell apart.
+(Okabe and Ito, 2008) are ones that colour-blind readers can tell apart.
 """
 
 import contextlib
@@ -50,10 +50,11 @@ FEWEST_BINS, MOST_BINS = 10, 40  # with few images, many bins show noise
 LONGEST_NAME = 28  # characters in a legend
 LONGEST_LEGEND = 6  # entries of a legend inside a panel
 LEGEND_ENTRY_WIDTH = 2.6  # inches, in a legend below the panels
-MOST_HISTOGRAMS = 4  # generators whose histograms can be told apart in one panel
+MOST_HISTOGRAMS = 4  # generators in one panel of histograms; more cannot be distinguished
 LOWEST_FPR = 0.005  # left end of the logarithmic axis, or lower
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
+HIGHEST_PICTURE = 34  # inches: a longer image is squeezed
 BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
@@ -115,7 +116,7 @@ def residual_picture(
         title: of the first panel.
         description: a text that is stored in the PNG file.
     """
-    picture_height = 3.4 * x.shape[1] / x.shape[2]  # inches
+    picture_height = min(3.4 * x.shape[1] / x.shape[2], HIGHEST_PICTURE)  # inches
     height = picture_height + 0.4  # 0.3 for the title and 0.1 below
     grid = {"left": 0, "right": 0.95, "bottom": 0.1 / height, "top": 1 - 0.3 / height, "wspace": 0.04}
     grid["width_ratios"] = (1, 1, 1, 0.04)

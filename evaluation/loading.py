@@ -60,10 +60,10 @@ def load(
     if precision not in PRECISIONS:
         raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
     compute = choose_compute(device_name(device), precision, deterministic=False)
-    return load_on(compute, checkpoint, resynthesizer, vgg_weights, check_options(options or {}))
+    return detector_from_checkpoint(compute, checkpoint, resynthesizer, vgg_weights, check_options(options or {}))
 
 
-def load_on(
+def detector_from_checkpoint(
     compute: Compute,
     checkpoint: str | os.PathLike,
     resynthesizer: str | os.PathLike | None,

@@ -99,7 +99,7 @@ class ScoreWriter:
         if rows:
             logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
         elif self.table.exists():
-            logger.info("%s is of another job or of changed files and will be replaced", printable(self.table))
+            logger.info("%s was made with other settings or from other files, and will be replaced", printable(self.table))
         barrier(self.world)  # before any process writes
         if overwrite and self.world.is_main:
             remove_files(parts.values())
@@ -107,7 +107,7 @@ class ScoreWriter:
         self.part = self.table.with_name(f"{self.table.name}.{number}.part").open("wb")
         self._append(PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS))
         if not parts and self.world.is_main:
-            self.write(rows)  # of a finished table that lacks pictures
+            self.write(rows)  # a finished table that lacks pictures
         return True
 
     def missing(self, block: int) -> np.ndarray:
