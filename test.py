@@ -223,10 +223,6 @@ def score_batch(detector: Detector, batch: Batch, pictures: ResidualPictures) ->
     If a batch cannot be scored, its images are scored one by one, so that one image does not end the run.
     """
     indices = [index for _, index, _ in batch.keys]
-    problem = detector.size_problem(*batch.x.shape[2:])
-    if problem:
-        rows = [error_row(item, f"{printable(item.path)}: {problem}") for item in batch.items]
-        return dict(zip(indices, rows, strict=True))
     if not pictures.paths:
         with contextlib.suppress(Exception):
             logits = detector.logits(batch.x)  # (B, 2)

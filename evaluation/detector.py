@@ -146,21 +146,7 @@ class Detector:
         Raises:
             UserError: if it is nothing that is accepted, cannot be decoded, or is too small.
         """
-        pixels = resize_and_crop(decode(image), self.reading_policy)  # (3, H, W)
-        problem = self.size_problem(*pixels.shape[1:])
-        if problem:
-            raise UserError(f"image {problem}")
-        return pixels
-
-    def size_problem(self, height: int, width: int) -> str | None:
-        """Say why the network cannot score images of this size; None if it can."""
-        if self.crops > 1:
-            height, width = min(height, self.crop_side), min(width, self.crop_side)
-        _, residual_height, residual_width = self.network.residual_shape(height, width)
-        if min(residual_height, residual_width) >= 1:
-            return None
-        stride = self.network.features.stride
-        return f"is {width} x {height} pixels, and the detector's features need at least {stride} x {stride}"
+        return resize_and_crop(decode(image), self.reading_policy)
 
     def _logits_of(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
         """Compute the logits of images of any kind: (N, 2)."""

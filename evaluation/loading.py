@@ -12,6 +12,7 @@ from data.images import SizePolicy
 from evaluation.calibration import check_calibration
 from evaluation.detector import Detector
 from models.build import OPTION_NAMES, load_detector
+from models.resynthesis import ResynthesisDetector
 from utils.checkpoints import Fields, read_checkpoint
 from utils.compute import Compute, choose_compute
 from utils.console import printable
@@ -57,10 +58,14 @@ def load(
     Raises:
         UserError: for a device that is not there, an unknown precision or option, and files that do not fit together.
     """
+    for name, path in (("checkpoint", checkpoint), ("vgg_weights", vgg_weights)):
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"{name} must be a path, got {path!r}")
     if precision not in PRECISIONS:
         raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
     compute = choose_compute(device_name(device), precision, deterministic=False)
-    return detector_from_checkpoint(compute, checkpoint, resynthesizer, vgg_weights, check_options(options or {}))
+    options = check_options({} if options is None else options)
+    return detector_from_checkpoint(compute, checkpoint, resynthesizer, str(vgg_weights), options)
 
 
 def detector_from_checkpoint(
@@ -80,12 +85,27 @@ def detector_from_checkpoint(
     return Detector(
         network=network,
         compute=compute,
-        policy=SizePolicy(network.resynthesizer.scale, settings.crop_size, settings.resize),
+        policy=size_policy(network, settings),
         calibration=check_calibration(source.content.get("calibration"), source.name),
         config=config,
         trained_on=check_trained_on(source.content.get("trained_on"), source.name),
         crops=settings.crops,
     )
+
+
+def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
+    """Make the rule for the sizes of images.
+
+    Raises:
+        UserError: if crops are too small for the network.
+    """
+    scale, smallest = network.resynthesizer.scale, network.features.stride
+    crop_size = settings.crop_size
+    if crop_size is not None and crop_size - crop_size % scale < max(smallest, scale):
+        raise UserError(
+            f"--crop-size {crop_size} is too small: the network takes multiples of {scale} pixels, at least {smallest}"
+        )
+    return SizePolicy(scale, crop_size, settings.resize, min_side=smallest)
 
 
 def device_name(device: str | int | torch.device | None) -> str | torch.device | None:
@@ -106,6 +126,8 @@ def check_options(options: Mapping) -> dict:
         UserError: for an unknown name, naming the known ones, or an impossible value.
     """
     known = (*OPTION_NAMES, *IMAGE_OPTIONS)
+    if not isinstance(options, Mapping):
+        raise UserError(f"options must be a dictionary with keys of {', '.join(known)}, got {options!r}")
     checked = {}
     for name, value in options.items():
         if name == "no_dilation":

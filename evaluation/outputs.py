@@ -47,6 +47,7 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
     Raises:
         UserError: naming a file that would be lost.
     """
+    require_possible_path(Path(f"{base}.json"))
     read_files = {file_identity(path) for path in inputs} - {None}
     parts = find_parts(Path(f"{base}.csv")).values()
     has_record = is_record(Path(f"{base}.json")) or any(is_part(part) for part in parts)
@@ -63,7 +64,7 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
 def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]) -> None:
     """Raise a UserError if a file is there that is read by this run or is not recognised by `is_own`."""
     identity = file_identity(path)
-    if identity is None and not path.is_symlink():
+    if identity is None and not os.path.islink(path):
         return
     name = printable(path)
     if identity in read_files:
@@ -75,19 +76,23 @@ def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: 
         )
 
 
-def file_identity(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Return what tells a file from all others, whatever its names are; None if there is no file.
-
-    Raises:
-        UserError: if the path cannot be a file, because it is too long for example.
-    """
+def require_possible_path(path: Path) -> None:
+    """Raise a UserError if there can be no file at this path, because its name is too long for example."""
     try:
-        status = os.stat(path)
+        os.stat(path)
     except FileNotFoundError:
-        return None
+        pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{printable(path)} cannot be read or written ({reason})") from None
+        raise UserError(f"{printable(path)} cannot be written ({reason})") from None
+
+
+def file_identity(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Return what tells a file from all others, whatever its names are; None if there is no file that can be read."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
     return status.st_dev, status.st_ino
 
 

@@ -176,6 +176,12 @@ def test_an_impossible_value_of_an_option_is_one_line(tiny, options):
         load(str(tiny), device="cpu", options=options)
 
 
+@pytest.mark.parametrize("arguments", [{"checkpoint": None}, {"vgg_weights": None}, {"options": ["stage"]}, {"options": 5}])
+def test_arguments_of_another_type_are_one_line(tiny, arguments):
+    with mistake(*arguments, "must be"):
+        load(**{"checkpoint": str(tiny), "device": "cpu", **arguments})
+
+
 def test_options_have_the_names_of_the_flags_too(tmp_path):
     """A released checkpoint says neither stage nor dilation. Dilation changes every score."""
     folder = write_release(tmp_path)

@@ -192,15 +192,16 @@ def test_an_image_too_small_for_its_stage_is_an_error_row(stage5, tmp_path, capf
         assert score(*words) == 1
         errors = [row["error"] for row in rows_of(tmp_path / "p.csv")]
         assert [bool(error) for error in errors] == [False, True, False, True]
-        assert "12 x 12" in errors[1] and "16 x 16" in errors[1]
+        assert "12 x 12" in errors[1] and "16" in errors[1]
         assert "Traceback" not in capfd.readouterr().err
 
 
-def test_crops_too_small_for_their_stage_are_error_rows(stage5, tmp_path):
+def test_crops_too_small_for_their_stage_are_one_line(stage5, tmp_path, capfd):
     write_image(tmp_path / "a.png", 0, (64, 64))
     words = ["--gpu", "cpu", "-j", 0, *stage5, "--input", tmp_path / "a.png", "--save_path", tmp_path / "p"]
-    assert score(*words, "--crop-size", 12, "--crops", 4) == 1
-    assert "12 x 12" in rows_of(tmp_path / "p.csv")[0]["error"]
+    for crops in (1, 4):
+        assert "--crop-size 12" in mistake(capfd, *words, "--crop-size", 12, "--crops", crops)
+    assert files_in(tmp_path) == ["a.png"]
 
 
 def test_a_picture_that_cannot_be_written_is_an_error_row(tiny, tmp_path, monkeypatch):
