@@ -174,6 +174,21 @@ def test_the_earlier_run_is_there_until_a_state_of_the_new_run_is(files, copy, t
     assert read(copy / "last.pth.tar")["progress"]["epoch"] == 1
 
 
+def test_train_sr_keeps_the_weights_that_it_starts_from(files, tmp_path):
+    """train_sr.py --weights-file OUT/x2/best.pth --outputs-dir OUT --overwrite, and the first image cannot be read."""
+    out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
+    train(sr_arguments(files, out, f"{flags} 2"))
+    before = {name: data for name, data in contents(out / "x2").items() if name.endswith(".pth")}
+    assert {"best.pth", "last.pth", "epoch_1.pth"} <= before.keys()
+    again = f"{flags} 1 --overwrite --weights-file {out}/x2/best.pth"
+    with mistake("--skip-bad"):
+        train(sr_arguments(break_an_image(files, tmp_path), out, again))
+    after = contents(out / "x2")
+    assert {name: after.get(name) for name in before} == before
+    train(sr_arguments(files, out, again))
+    assert read(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
+
+
 def fail_to_save(content, file):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -209,3 +224,11 @@ def test_a_folder_with_a_run_is_refused_without_overwrite(files, copy):
     with mistake("holds a run already", "--resume auto", "--overwrite"):
         train(detector_arguments(files, copy, FLAGS))
     assert contents(copy) == before
+
+
+def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed(files, copy, tmp_path):
+    (copy / "last.pth.tar").rename(tmp_path / "elsewhere.pth.tar")
+    (copy / "last.pth.tar").symlink_to(tmp_path / "elsewhere.pth.tar")
+    train(detector_arguments(files, copy, "--fixed-sr --epochs 2 --no-cache --resume auto VALIDATE"))
+    assert read(copy / "last.pth.tar")["progress"]["epoch"] == 2
+    assert (copy / "last.pth.tar").is_symlink()

@@ -16,8 +16,8 @@ MISTAKE_DELAY = 10  # seconds; processes may start this far apart on a busy mach
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the only one, or the first of several (environment variable RANK)."""
-    return os.environ.get("RANK", "0") == "0"
+    """Return whether this process is the only one, or the first of several that torchrun has started."""
+    return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def let_main_process_report() -> None:

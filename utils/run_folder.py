@@ -49,7 +49,9 @@ class RunFolder:
             One line that says why the run may not write here, or None.
         """
         self.files = self._recorded_files()
-        self.continued = resumed is not None and Path(resumed.name).resolve().parent == self.path.resolve()
+        if resumed is not None:
+            state = Path(resumed.name)  # it may be a symbolic link, or be named through one
+            self.continued = self.path.resolve() in (state.parent.resolve(), state.resolve().parent)
         if self.continued:
             self.files.add(Path(resumed.name).name)
         for path in sorted(self.path.iterdir()):
