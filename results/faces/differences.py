@@ -1,0 +1,81 @@
+"""Print how much higher AUROC is with RDN than with each control, on the same images, as a markdown table.
+
+    python results/faces/differences.py [--cells pixel stage4 stage5]
+
+Reads results/faces/scores/CELL_NETWORK_seedN.csv. Each number is the mean over the seeds. The 95 % interval is from 1,000
+bootstrap resamples of the images; a resample takes the same images for all seeds and both networks.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parents[1]))
+
+from evaluation.metrics import generator_rows  # noqa: E402
+from evaluation.score_table import read_table  # noqa: E402
+
+NETWORKS = ("rdn", "bicubic", "none")
+RESAMPLES = 1000
+
+
+def read_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+    """Read the score tables of a cell.
+
+    Returns:
+        {network: scores (seeds, N)}, is_fake (N,), {generator: (N,) bool, its fakes and the reals}.
+    """
+    scores = {}
+    for network in NETWORKS:
+        files = sorted((FOLDER / "scores").glob(f"{cell}_{network}_seed?.csv"))
+        tables = [read_table(file) for file in files]
+        if not tables:
+            raise SystemExit(f"no score tables {cell}_{network}_seedN.csv: run results/faces/run.sh")
+        if any(table.paths != tables[0].paths for table in tables):
+            raise SystemExit(f"the score tables of {cell} {network} are not of the same images")
+        scores[network] = np.stack([table.margins for table in tables])
+    return scores, tables[0].is_fake, generator_rows(tables[0])
+
+
+def mean_auroc(scores: np.ndarray, is_fake: np.ndarray) -> float:
+    """Average AUROC over the seeds. scores: (seeds, N). is_fake: (N,) bool."""
+    return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
+
+
+def difference(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarray) -> tuple[float, float, float]:
+    """Compute AUROC with RDN minus AUROC with the control: (difference, low, high)."""
+    rng = np.random.default_rng(0)
+    reals = np.flatnonzero(~is_fake)
+    fakes = np.flatnonzero(is_fake)
+    values = []
+    for _ in range(RESAMPLES):
+        drawn = np.concatenate([rng.choice(reals, len(reals)), rng.choice(fakes, len(fakes))])
+        with_rdn = mean_auroc(scores["rdn"][:, drawn], is_fake[drawn])
+        with_control = mean_auroc(scores[control][:, drawn], is_fake[drawn])
+        values.append(with_rdn - with_control)
+    low, high = np.percentile(values, [2.5, 97.5])
+    return mean_auroc(scores["rdn"], is_fake) - mean_auroc(scores[control], is_fake), low, high
+
+
+def main(cells: Sequence[str]) -> None:
+    sys.stdout.write("| AUROC, points | test images | RDN - bicubic | RDN - none |\n| --- | --- | --: | --: |\n")
+    for cell in cells:
+        scores, is_fake, generators = read_scores(cell)
+        for generator, rows in generators.items():
+            subset = {network: values[:, rows] for network, values in scores.items()}
+            cells_of_row = []
+            for control in ("bicubic", "none"):
+                value, low, high = difference(subset, control, is_fake[rows])
+                cells_of_row.append(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
+            sys.stdout.write(f"| {cell} | {generator} | {' | '.join(cells_of_row)} |\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cells", nargs="+", default=["pixel", "stage4", "stage5"], help="cells of run.sh")
+    main(parser.parse_args().cells)
