@@ -30,7 +30,7 @@ from data.images import SizePolicy, refuse_mixed_sizes, usable_items
 from data.leaks import log_quick_audit
 from data.lists import Item, identities, labelled_items, list_digest, require_both_classes
 from data.perturbations import augment
-from data.residuals import STORAGE, ResidualDataset, cache_folder, has_room
+from data.residuals import CacheOptions, cached_residuals
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
 from evaluation.training_pictures import example_images, record_pictures
@@ -46,11 +46,9 @@ from utils.distributed import (
     all_gather_rows,
     all_reduce_sum,
     broadcast_buffers,
-    broadcast_from_main,
     join_processes,
 )
 from utils.errors import UserError, run_program
-from utils.files import make_folder
 from utils.labels import FAKE, REAL
 from utils.options import train_detector_parser
 from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
@@ -431,15 +429,7 @@ def in_micro_batches(
     return torch.cat(first), torch.cat(second)
 
 
-# --- the residual cache -------------------------------------------------------------------------------------
-
-
-class CacheOptions(NamedTuple):
-    """Where and how residuals are kept."""
-
-    folder: str | Path
-    precision: str  # a key of data.residuals.STORAGE
-    max_gb: float  # no residuals are kept if all of them take more
+# --- the residual cache ------------------------------------------------------------------------------------
 
 
 def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute) -> dict[str, object]:
@@ -453,33 +443,6 @@ def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compu
         "scale, crop, resize": tuple(policy),
         "arithmetic": str(compute),
     }
-
-
-def cached_residuals(
-    datasets: list[ImageDataset], detector: ResynthesisDetector, key: dict, options: CacheOptions, world: World
-) -> list[ResidualDataset]:
-    """Create datasets of cached residuals. Empty if images differ between epochs, or there is no room for all.
-
-    key: of `cache_key`.
-    """
-    for images in datasets:
-        if images.crops_change or images.transform:
-            logger.info(
-                "no residual cache: images are cropped (but see --crops-per-image) or perturbed (--augment-perturb)"
-                " differently in each epoch, and so their residuals differ"
-            )
-            return []
-    dtype = STORAGE[options.precision]
-    byte_counts = []
-    for images in datasets:
-        directions = 2 if images.augmentation else 1  # a mirrored image has a residual of its own
-        for size in images.sizes:
-            values = math.prod(detector.residual_shape(*size))
-            byte_counts += [values * dtype.itemsize] * (images.parts * directions)
-    folder = cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
-    if not broadcast_from_main(has_room(folder, byte_counts, options.max_gb * 1e9), world):
-        return []
-    return [ResidualDataset(images, folder, dtype) for images in datasets]
 
 
 # --- training and validation --------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ computes the residuals that are missing. The epoch then reads residuals only.
 
 import hashlib
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -22,9 +24,9 @@ from torch.utils.data import Dataset
 from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
 from utils.compute import Compute
 from utils.console import printable
-from utils.distributed import World, barrier
+from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import atomic, remove_unfinished
+from utils.files import atomic, make_folder, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -163,3 +165,44 @@ class ResidualDataset(Dataset):
                 key_epoch, index, _ = batch.keys[0]
                 self.write(Key(key_epoch, index), residual_of(batch)[0])
         barrier(world)
+
+
+class CacheOptions(NamedTuple):
+    """Where and how residuals are kept."""
+
+    folder: str | Path
+    precision: str  # a key of STORAGE
+    max_gb: float  # no residuals are kept if all of them take more
+
+
+def cached_residuals(
+    datasets: Sequence[ImageDataset],
+    residual_shape: Callable[[int, int], tuple[int, int, int]],
+    key: Mapping[str, object],
+    options: CacheOptions,
+    world: World,
+) -> list[ResidualDataset]:
+    """Create datasets of cached residuals. Empty if images differ between epochs, or there is no room for all.
+
+    Args:
+        residual_shape: (height, width) of an image -> (C_l, H_l, W_l) of its residual.
+        key: everything that a residual depends on besides its image.
+    """
+    for images in datasets:
+        if images.crops_change or images.transform:
+            logger.info(
+                "no residual cache: images are cropped (but see --crops-per-image) or perturbed (--augment-perturb)"
+                " differently in each epoch, and so their residuals differ"
+            )
+            return []
+    dtype = STORAGE[options.precision]
+    byte_counts = []
+    for images in datasets:
+        directions = 2 if images.augmentation else 1  # a mirrored image has a residual of its own
+        for size in images.sizes:
+            values = math.prod(residual_shape(*size))
+            byte_counts += [values * dtype.itemsize] * (images.parts * directions)
+    folder = cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
+    if not broadcast_from_main(has_room(folder, byte_counts, options.max_gb * 1e9), world):
+        return []
+    return [ResidualDataset(images, folder, dtype) for images in datasets]

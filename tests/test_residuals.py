@@ -13,12 +13,12 @@ from trainings import CPU, TINY, detector_arguments, stats, train, without_setti
 from data.datasets import Augmentation, ImageDataset, Key
 from data.images import Header, SizePolicy
 from data.lists import Item
-from data.residuals import STORAGE, ResidualDataset, cache_folder
+from data.residuals import STORAGE, CacheOptions, ResidualDataset, cache_folder, cached_residuals
 from models.features import Pixels
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
-from train_detector import CacheOptions, cache_key, cached_residuals, frozen_residual
+from train_detector import cache_key, frozen_residual
 from utils.compute import Compute
 from utils.distributed import World
 from utils.labels import FAKE
@@ -155,7 +155,7 @@ def test_each_version_of_a_library_has_a_folder_of_its_own(tmp_path, monkeypatch
 def cached(folder, images, max_gb=1.0):
     options = CacheOptions(folder, "fp16", max_gb)
     key = cache_key(CONFIG, "b", images.policy, ON_CPU)
-    return cached_residuals([images], tiny_detector(), key, options, World())
+    return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
 
 
 def test_images_that_change_or_do_not_fit_are_not_cached(files, tmp_path):
