@@ -118,6 +118,7 @@ CONFIG = {
     "resynthesizer": {"name": "rdn", "scale": 4, "args": {}},
     "resynthesizer_fingerprint": "a",
     "features": {"name": "vgg19", "args": {"stage": 5}},
+    "residual": "absolute",
 }
 
 
@@ -132,6 +133,7 @@ def folder_of(root, policy=SizePolicy(4), precision="fp32", features_fingerprint
         {"resynthesizer_fingerprint": "c"},
         {"resynthesizer": {"name": "bicubic", "scale": 4, "args": {}}},
         {"features": {"name": "vgg19", "args": {"stage": 4}}},
+        {"residual": "signed"},
         {"features_fingerprint": "c"},
         {"policy": SizePolicy(4, resize=32)},
         {"policy": SizePolicy(4, crop_size=32)},
