@@ -275,6 +275,8 @@ class Run(contextlib.AbstractContextManager):
         self.epoch_began = None
         if self.writer is None:
             return
+        if self.folder.replacing:
+            self.save()  # the records of the earlier run go with its checkpoints, and before the first own record
         epoch = self.progress.epoch
         finite = {}
         for name, value in {**values, "learning_rate": self.stepper.optimizer.param_groups[0]["lr"]}.items():

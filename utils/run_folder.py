@@ -26,8 +26,8 @@ CHECKPOINT_NAMES = {
 class RunFolder:
     """The folder of a run, with the record of the files that the run has written there (config.json).
 
-    No file is replaced or deleted unless the record names it. The checkpoints of an earlier run, which --overwrite
-    replaces, are deleted when the first state of the new run is on disk, because the run may have started from them.
+    No file is replaced or deleted unless the record names it. The files of an earlier run, which --overwrite replaces,
+    are deleted when the first state of the new run is on disk: the new run may have started from them, and may fail.
 
     Args:
         last: the file of the last state. Its folder is the folder of the run.
@@ -40,7 +40,8 @@ class RunFolder:
         self.record: dict = {}
         self.files: set[str] = set()  # names of the files that the record names
         self.continued = False  # whether the run continues the run in the folder
-        self.replaced: list[Path] = []  # checkpoints of an earlier run, to be deleted after the first save
+        self.replacing = False  # whether the files of an earlier run are still there, until the first save
+        self.replaced: list[Path] = []  # its checkpoints and TensorBoard files
 
     def open(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
         """Read the record, and find out whether the run may write here.
@@ -71,27 +72,37 @@ class RunFolder:
                 f"{printable(self.path)} holds a run already: --resume auto continues it, --overwrite replaces it by a"
                 " new run; or write elsewhere"
             )
+        self.replacing = True
         self.replaced = earlier
         return None
 
     def begin(self, about: Mapping, first_epoch: int) -> None:
-        """Write the record, and remove what is left of an earlier run or of later epochs from the other records."""
+        """Write the record, and bring the other records to the point at which this run starts."""
         remove_unfinished(self.path, self._recorded_names())
         self.record = {**about, "versions": versions(), "format": RECORD_FORMAT}
         self.files |= {RECORD, STATS, EVENTS}
         self._write_record()
+        events = sorted(self.path.glob(f"{EVENTS}/events.out.tfevents.*"))
+        if self.continued:
+            self._keep_stats(first_epoch)
+        elif self.replacing:
+            self.replaced += events
+        else:
+            self._keep_stats(0)
+            for path in events:
+                path.unlink()
+
+    def _keep_stats(self, epochs: int) -> None:
+        """Keep the lines of the first epochs in stats.jsonl."""
         kept = []
         stats = self.path / STATS
-        if self.continued and stats.exists():
+        if epochs > 0 and stats.exists():
             for line in stats.read_text().splitlines(keepends=True):
                 complete = line.endswith("}\n")  # the last line is incomplete if the machine lost power
-                if complete and json.loads(line)["epoch"] < first_epoch:
+                if complete and json.loads(line)["epoch"] < epochs:
                     kept.append(line)
         with atomic(stats) as file:
             file.write("".join(kept).encode())
-        if not self.continued:
-            for path in self.path.glob(f"{EVENTS}/events.out.tfevents.*"):
-                path.unlink()
 
     def save(self, name: str, content: dict) -> None:
         """Write a checkpoint whose name goes into the record first."""
@@ -99,13 +110,16 @@ class RunFolder:
             self.files.add(name)
             self._write_record()
         checkpoints.save(content, self.path / name)
-        self.replaced = [path for path in self.replaced if path.name != name]
+        if self.path / name in self.replaced:
+            self.replaced.remove(self.path / name)
 
     def delete_replaced(self) -> None:
-        """Delete the checkpoints of the earlier run that the new run has not overwritten."""
-        for path in self.replaced:
-            self.delete(path)
-        self.replaced = []
+        """Delete the files of the earlier run, if there are any, that the new run has not overwritten."""
+        if self.replacing:
+            self._keep_stats(0)
+            for path in self.replaced:
+                self.delete(path)
+            self.replacing = False
 
     def delete(self, path: Path) -> None:
         """Delete a checkpoint, and its name from the record."""
