@@ -154,7 +154,7 @@ def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Find
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # of a difference that is due to chance
+    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # three standard deviations of chance
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None
     severity = LEAK if difference >= LEAK_DIFFERENCE else WARNING

@@ -135,6 +135,7 @@ def folder_of(root, policy=SizePolicy(4), precision="fp32", features_fingerprint
         {"features": {"name": "vgg19", "args": {"stage": 4}}},
         {"residual": "signed"},
         {"features_fingerprint": "c"},
+        {"residual": "signed"},
         {"policy": SizePolicy(4, resize=32)},
         {"policy": SizePolicy(4, crop_size=32)},
         {"precision": "bf16"},
