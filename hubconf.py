@@ -1,10 +1,48 @@
 """For torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar")."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
 dependencies = ["torch", "numpy", "PIL", "tqdm"]
+
+CHECKOUT = str(Path(__file__).resolve().parent)
+PACKAGES = ("models", "data", "utils", "evaluation")
 
 
 def detector(checkpoint: str, **options):
     """Load a trained detector. See `evaluation.load` for the arguments."""
-    from evaluation import load
+    if has_own_packages():
+        from evaluation import load
 
-    return load(checkpoint, **options)
+        return load(checkpoint, **options)
+    with own_packages():
+        from evaluation import load
+
+        return load(checkpoint, **options)
+
+
+def has_own_packages() -> bool:
+    """Return whether the caller has imported the packages of this checkout."""
+    module = sys.modules.get("models")
+    return module is not None and str(getattr(module, "__file__", "")).startswith(CHECKOUT)
+
+
+@contextlib.contextmanager
+def own_packages() -> Iterator[None]:
+    """Import the packages of this checkout, and restore packages of the caller that have the same names afterwards."""
+    callers = take_modules()
+    sys.path.insert(0, CHECKOUT)
+    try:
+        yield
+    finally:
+        sys.path.remove(CHECKOUT)
+        take_modules()
+        sys.modules.update(callers)
+
+
+def take_modules() -> dict:
+    """Remove the modules of PACKAGES from `sys.modules`. Returns them by name."""
+    names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
+    return {name: sys.modules.pop(name) for name in names}
