@@ -126,7 +126,7 @@ def main(args: Namespace) -> None:
                 folder = args.cache_dir or output / "residual_cache"
                 options = CacheOptions(folder, args.cache_precision, args.cache_gb)
                 key = cache_key(config, fingerprint(detector.features), policy, compute)
-                cached = cached_residuals(datasets, detector, key, options, world)
+                cached = cached_residuals(datasets, detector.residual_shape, key, options, world)
                 datasets = cached or datasets
         else:
             vgg = auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
