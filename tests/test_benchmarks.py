@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pretend_cuda import pretend_cuda
 
 from benchmarks import __main__ as program
 from benchmarks import cases
@@ -94,6 +95,13 @@ def test_the_gpu_rows_are_those_that_were_asked_for():
     fine_tuning = [row for row in rows if row.kind == "step, fine-tuning"]
     assert {row.stage for row in fine_tuning} == {0, 5}
     assert {row.images for row in fine_tuning} == {6}
+
+
+@pytest.mark.parametrize("kind", ["scoring", "step, RDN frozen", "step, train_sr.py", "RDN alone", "matrix product"])
+def test_each_kind_of_row_keeps_its_tensors_on_a_pretended_gpu(kind):
+    """Fine-tuning is left out, because recomputation in the backward pass cannot be pretended."""
+    with pretend_cuda():
+        cases.KINDS[kind](TOY._replace(kind=kind, images=4, gpu="0"))()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
