@@ -113,7 +113,7 @@ def main(args: Namespace) -> int:
 
 
 def items_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
-    """List the images of --input or, with labels, those of `labelled_items(*labelled)`."""
+    """List the images of --input, or the labelled images of `labelled_items(*labelled)`."""
     if inputs and any(labelled):
         raise UserError("both --input and labelled images: score them in two runs, or leave one out")
     return input_items(inputs) if inputs else labelled_items(*labelled)
@@ -278,7 +278,7 @@ def write_results(base: Path, writer: ScoreWriter, record: dict, seed: int) -> t
 
         roc_and_histogram(table, figure)
     else:
-        figure.unlink(missing_ok=True)  # of an earlier table, as was checked
+        figure.unlink(missing_ok=True)  # drawn by an earlier run: `refuse_foreign_outputs` has checked that
     writer.remove_parts()
     return table, metrics
 

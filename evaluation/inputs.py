@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import FORMATS, load_image, upright_rgb
+from utils.console import printable
 from utils.errors import UserError
 
 ImageInput = str | os.PathLike | Image.Image | Tensor | np.ndarray | BinaryIO
@@ -34,10 +35,8 @@ def decode(image: ImageInput) -> Tensor:
     """
     if isinstance(image, str | os.PathLike):
         return load_image(os.fspath(image))
-    if isinstance(image, Image.Image):
-        return rgb_tensor(image)
-    if hasattr(image, "read"):
-        return decode_file(image)
+    if isinstance(image, Image.Image) or hasattr(image, "read"):
+        return decode_with_pillow(image)
     if isinstance(image, Tensor):
         if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
             return image.cpu()
@@ -49,19 +48,19 @@ def decode(image: ImageInput) -> Tensor:
     raise UserError(f"expected {ACCEPTED}; got {type(image).__name__}")
 
 
-def decode_file(file: BinaryIO) -> Tensor:
-    """Decode an open image file. Returns uint8 (3, H, W) RGB."""
+def decode_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
+    """Convert a PIL image of any mode, or an open image file, to uint8 (3, H, W) RGB, upright.
+
+    Raises:
+        UserError: if it cannot be decoded.
+    """
     try:
-        with Image.open(file, formats=FORMATS) as image:
-            return rgb_tensor(image)
+        opened = image if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS)
+        pixels = np.array(upright_rgb(opened.copy()))  # (H, W, 3)
     except Exception as error:  # decoders raise anything
+        name = getattr(image, "filename", None) or getattr(image, "name", None) or type(image).__name__
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot decode the open file {getattr(file, 'name', '')!r} ({reason})") from None
-
-
-def rgb_tensor(image: Image.Image) -> Tensor:
-    """Convert a PIL image of any mode to uint8 (3, H, W) RGB, upright."""
-    pixels = np.array(upright_rgb(image.copy()))  # (H, W, 3)
+        raise UserError(f"cannot decode {printable(str(name))} ({printable(reason)})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 

@@ -33,7 +33,7 @@ from evaluation.score_table import (
 from utils.console import printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import atomic, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ class ScoreWriter:
         parts = find_parts(self.table)
         rows = {} if overwrite else self._known_rows(parts)
         for i, row in rows.items():
-            self.done[i] = row.error or required is None or not required[i]
+            must_be_scored_again = required is not None and required[i] and not row.error
+            self.done[i] = not must_be_scored_again
         is_finished = not parts and len(rows) == len(self.items) and self.done.all()
         if broadcast_from_main(bool(is_finished), self.world):
             logger.info("%s is finished already (--overwrite scores the images again)", printable(self.table))
@@ -104,8 +105,10 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             remove_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
-        self.part = self.table.with_name(f"{self.table.name}.{number}.part").open("wb")
-        self._append(PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS))
+        part = self.table.with_name(f"{self.table.name}.{number}.part")
+        with atomic(part) as file:  # a part without its job would be nobody's file
+            file.write((PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS)).encode())
+        self.part = part.open("ab")
         if not parts and self.world.is_main:
             self.write(rows)  # a finished table that lacks pictures
         return True

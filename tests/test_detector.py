@@ -97,6 +97,15 @@ def test_anything_else_is_one_line(detector, image):
             method(image)
 
 
+def test_a_truncated_image_is_one_line_however_it_is_given(detector, some, tmp_path):
+    path = tmp_path / "half.png"
+    path.write_bytes((some / "0.png").read_bytes()[:2000])
+    with open(path, "rb") as file:
+        for image in (path, file, Image.open(path)):
+            with mistake("half.png"):
+                detector.predict(image)
+
+
 def test_a_missing_or_tiny_image_is_one_line(detector, tmp_path):
     with mistake("absent.png"):
         detector.predict("absent.png")
