@@ -133,6 +133,17 @@ def test_the_documented_mean_over_crops_is_the_number_of_test_py(trained_on_crop
         assert names["prob_fake"] == pytest.approx(detector.predict(f"{index}.png")[0], abs=1e-5)
 
 
+def test_plain_batch_norms_give_the_same_numbers(files):
+    """This form is what PyTorch 2.6 converts to ONNX."""
+    network = load(files / "mine.pth.tar", device="cpu").network
+    plain = graph.with_plain_batch_norms(network)
+    assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    x = images(2, 3, 64, 96).float() / 255
+    with torch.inference_mode():
+        assert plain(x).numpy() == pytest.approx(network(x).numpy(), abs=1e-5)
+
+
 class Halves(nn.Module):
     """Features that somebody else adds: means of 2 x 2 blocks, and their squares."""
 

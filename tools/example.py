@@ -152,7 +152,9 @@ def write_lists(counts: dict[str, int], folder: Path, listed: str) -> None:
     for split in ("train", "val"):
         if counts[split]:
             paths = [f"{listed}/{split}/real/{index:05d}.png\n" for index in range(counts[split])]
-            (folder / f"{split}.txt").write_bytes("".join(paths).encode(errors="surrogateescape"))  # names may be any bytes
+            (folder / f"{split}.txt").write_bytes(
+                "".join(paths).encode(errors="surrogateescape")
+            )  # names may be any bytes
 
 
 def make_twins(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:

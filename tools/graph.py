@@ -4,10 +4,12 @@ The graph covers one image as the network gets it: whole, or one crop for a dete
 before and after it (resizing, cropping, the mean over crops, the thresholds) is described by its metadata.
 """
 
+import copy
 import inspect
 import io
 import json
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -30,6 +32,7 @@ MARK = b"beyond-the-spectrum graph"  # in every version: tells this program's gr
 FACTS = "facts.json"  # where a .pt2 file stores what ONNX calls metadata
 SMALLEST_EXAMPLE = 96  # pixels, unless the detector was trained on smaller crops
 TOLERANCE = 1e-4  # of P(fake), and of logits: relative if they exceed 1
+TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # 2.6 fails with onnxscript 0.7
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -39,6 +42,8 @@ class Graph(nn.Module):
     def __init__(self, detector: Detector):
         super().__init__()
         self.network = detector.network
+        if not TORCH_CONVERTS_BATCH_NORM:
+            self.network = with_plain_batch_norms(self.network)
         self.temperature = detector.calibration.get("temperature", 1.0)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,6 +51,29 @@ class Graph(nn.Module):
         logits = self.network(x)  # (B, 2)
         margin = (logits[:, 0] - logits[:, 1]) / self.temperature  # (B,)
         return logits, margin.sigmoid()  # the softmax of two logits
+
+
+class PlainBatchNorm(nn.Module):
+    """A batch norm with fixed statistics, as one multiplication and one addition. x: (B, C, H, W) -> same shape."""
+
+    def __init__(self, norm: nn.BatchNorm2d):
+        super().__init__()
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()  # (C,)
+        shift = norm.bias - norm.running_mean * scale
+        self.register_buffer("scale", scale.detach()[:, None, None])
+        self.register_buffer("shift", shift.detach()[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def with_plain_batch_norms(network: nn.Module) -> nn.Module:
+    """Copy a network, with its batch norms in a form that every version of PyTorch converts to ONNX."""
+    network = copy.deepcopy(network)
+    for name, module in list(network.named_modules()):
+        if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
+            network.set_submodule(name, PlainBatchNorm(module))
+    return network
 
 
 def make_graph(detector: Detector, suffix: str) -> bytes:
@@ -58,6 +86,7 @@ def make_graph(detector: Detector, suffix: str) -> bytes:
     Raises:
         UserError: if the network cannot be exported.
     """
+    warnings.filterwarnings("ignore", "No complete tensor found", module="torch.export")
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):
         logging.getLogger(name).setLevel(logging.ERROR)  # they report every step
     program, is_dynamic = export_program(detector)
@@ -66,16 +95,36 @@ def make_graph(detector: Detector, suffix: str) -> bytes:
         file = io.BytesIO()
         torch.export.save(program.run_decompositions({}), file, extra_files={FACTS: json.dumps(facts)})
         return file.getvalue()
-    dynamic = {0: "batch", 2: "height", 3: "width"} if is_dynamic else {0: "batch"}
-    onnx = torch.onnx.export(
-        program,
-        input_names=["image"],
-        output_names=["logits", "prob_fake"],
-        dynamic_shapes=(dynamic,),
-        opset_version=18,  # read by all runtimes since 2023
-        dynamo=True,
-        verbose=False,
-    )
+    axes = {0: "batch", 2: "height", 3: "width"} if is_dynamic else {0: "batch"}
+    return onnx_of(program, axes, facts)
+
+
+def onnx_of(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
+    """Convert a program to ONNX.
+
+    Args:
+        axes: names of the image's dimensions that are free.
+        facts: metadata.
+    Returns:
+        The content of the file.
+    Raises:
+        UserError: if this version of PyTorch cannot convert an operation of the network.
+    """
+    try:
+        onnx = torch.onnx.export(
+            program,
+            input_names=["image"],
+            output_names=["logits", "prob_fake"],
+            dynamic_shapes=(axes,),
+            opset_version=18,  # read by all runtimes since 2023
+            dynamo=True,
+            verbose=False,
+        )
+    except Exception as error:  # the converter raises errors of many kinds
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UserError(
+            f"PyTorch {torch.__version__} cannot convert this detector to ONNX ({reason}): use .pt2"
+        ) from None
     onnx.model.metadata_props.update(facts)
     return onnx.model_proto.SerializeToString()
 
@@ -102,7 +151,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
             return program, len(shapes) > 1
         except Exception as error:  # torch.export raises errors of many kinds
             reason = str(error).strip().partition("\n")[0]
-    raise UserError(f"torch.export cannot export this detector ({reason})")
+    raise UserError(f"PyTorch {torch.__version__} cannot export this detector ({reason})")
 
 
 def example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
