@@ -32,7 +32,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         main: the program; it returns its exit status, or None for 0.
 
     Returns:
-        The exit status: that of `main`; 2 after one line for a user's mistake; 130 or 143 when stopped by a signal.
+        The exit status: what `main` returns; 2 after one line for a user's mistake; 130 or 143 after a signal.
     """
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)

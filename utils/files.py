@@ -18,7 +18,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")  # of the file NAME, while the process with this number writes it
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")  # the file NAME, while process number \d+ writes it
 LOCK_TEXT = b"beyond-the-spectrum lock\n"
 
 

@@ -372,7 +372,7 @@ def test_parser() -> Parser:
     add("--overwrite", action="store_true", help="score again what P.csv or an unfinished run holds already")
     add("--tile", type=number(int, 64), default=1024, metavar="N",
         help="process larger images in tiles of N x N pixels, at least 64. A smaller N takes less memory and more"
-        " time. The logits equal those of the whole image up to rounding (default: %(default)s)")  # fmt: skip
+        " time. Up to rounding, the logits equal the logits of the whole image (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
         help="average the logits of N crops of --crop-size spread over a larger image (default: 9 if the detector was"
         " trained on crops and no other size is given, else 1, the crop in the centre)")  # fmt: skip

@@ -207,7 +207,7 @@ class Stepper:
     def load_state(self, resumed: Checkpoint | None, settings: Mapping) -> None:
         """Continue from the state of a run, if there is one, and print a line for each setting that has changed.
 
-        Learning rates, weight decay and momentum are those of the present options. If the validation images have
+        Learning rates, weight decay and momentum come from the present options. If the validation images have
         changed, the best score so far is forgotten.
 
         Args:
