@@ -103,7 +103,7 @@ def require_same_detector(content: Mapping, record: Mapping, name: str) -> None:
         logger.warning("warning: there is no SCORES.json, so nobody checks that the scores are from this detector")
         return
     scored = record.get("detector") or {}
-    fingerprints = {  # of the checkpoint, of the scores
+    fingerprints = {  # checkpoint, scores
         "classifier": (checkpoints.fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
@@ -186,7 +186,7 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     low, high = np.log(TEMPERATURES)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))  # of the likelihood over 1 / T
+        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))  # derivative of the likelihood by 1 / T
         if slope < 0:
             high = middle
         else:

@@ -13,8 +13,8 @@ SUPERSAMPLING = 2  # shapes are painted at twice the size and averaged, which sm
 SMALLEST_RADIUS = (1.0, 4.0)  # range in pixels, drawn per scene: how far away the scene is
 LARGEST_RADIUS = 0.45  # fraction of the side
 COVERAGE = 4.0  # mean number of shapes over a pixel: the background shows through at e^-4 = 2 % of the pixels
-POINTS = 24  # of an outline, divisible by each number of corners
-CORNERS = (3, 4, 6, 24, 24)  # of the polygons, equally likely; 24 looks like an ellipse
+POINTS = 24  # per outline, divisible by each number of corners
+CORNERS = (3, 4, 6, 24, 24)  # polygons, equally likely; 24 looks like an ellipse
 LENS_BLUR = (0.4, 1.2)  # range of the standard deviation in pixels: some photographs are sharper than others
 # Luminance, blue-yellow and red-green vary nearly independently in photographs (Ruderman, Cronin, Chiao, JOSA A 1998)
 OPPONENT_TO_RGB = np.array([[1, 1, 1], [1, 0.3, -1.1], [1, -0.9, 0.2]])
