@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread: such small networks are no faster with more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the small networks of the tests are no faster with more threads
 
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -14,12 +14,12 @@ from trainings import SIDE, TINY  # noqa: E402
 from models.rdn import RDN  # noqa: E402
 from models.resnet import LAYOUTS  # noqa: E402
 
-torch.set_num_threads(1)  # the environment variable comes too late if PyTorch was imported before
+torch.set_num_threads(1)  # OMP_NUM_THREADS has no effect if PyTorch was imported before this file
 
 
 @pytest.fixture(scope="module")
 def small_classifier():
-    """Halve the depth of `--arch resnet18`, as `processes.start` does in the processes that it starts."""
+    """Halve the depth of `--arch resnet18` in this process. `processes.start` does so in started processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])
         yield
@@ -27,7 +27,7 @@ def small_classifier():
 
 @pytest.fixture(scope="session")
 def write_real_and_fake():
-    """Return a function that writes `count` square images of `side` pixels into ROOT/real and as many into ROOT/fake.
+    """Return a function that writes `count` square images of `side` pixels into each of ROOT/real and ROOT/fake.
 
     Each pixel of a real image is random. The fake images have random squares of 4 x 4 pixels.
     """
@@ -46,7 +46,7 @@ def write_real_and_fake():
 
 @pytest.fixture(scope="session")
 def files(tmp_path_factory, write_real_and_fake):
-    """Return a folder with five images in real, five in fake, and the weights of a tiny RDN in rdn.pth."""
+    """Return a folder with five images in real/, five images in fake/, and the weights of a tiny RDN in rdn.pth."""
     root = write_real_and_fake(tmp_path_factory.mktemp("files"), 5, SIDE)
     torch.manual_seed(0)
     torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")

@@ -1,4 +1,4 @@
-"""Files for tests, and the errors that bad files must give."""
+"""Helpers that write image files, damage files, read folders, and check the error of a bad file."""
 
 from contextlib import contextmanager
 
@@ -15,7 +15,7 @@ def random_rgb(height=16, width=16, seed=0):
 
 
 def save(path, pixels=None, **options):
-    """Write an image file, and return its path as text.
+    """Write an image file, and return the path of the file as text.
 
     Args:
         path: where to write.
@@ -30,7 +30,7 @@ def save(path, pixels=None, **options):
 
 
 def touch(root, *names):
-    """Make empty files in a folder, and return the folder as text."""
+    """Make empty files with the given names in a folder, and return the path of the folder as text."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -38,14 +38,14 @@ def touch(root, *names):
 
 
 def damage(path):
-    """Cut off the second half of an image file, which its header does not show. Return the earlier content."""
+    """Cut off the second half of an image file, and return the original content. The header stays valid."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     return content
 
 
 def contents(folder):
-    """Return the content of every file below a folder, by path; None stands for a folder."""
+    """Return a dict from the relative path of each file below a folder to its bytes. Subfolders map to None."""
     found = {}
     for path in folder.rglob("*"):
         found[path.relative_to(folder).as_posix()] = path.read_bytes() if path.is_file() else None
@@ -54,7 +54,7 @@ def contents(folder):
 
 @contextmanager
 def mistake(*words):
-    """Expect the `with` block to raise a UserError of one line that holds all of these words."""
+    """Expect the `with` block to raise a UserError whose message is one line and contains all the given words."""
     with pytest.raises(UserError) as caught:
         yield
     text = str(caught.value)

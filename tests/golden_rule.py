@@ -1,4 +1,4 @@
-"""The rule that fills a network with the weights tests/golden/reference_outputs.npz was computed with."""
+"""Fill a network with the weights that were used to compute tests/golden/reference_outputs.npz."""
 
 import functools
 import zlib
@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 
-@functools.cache  # half a gigabyte in the end, for the seconds that drawing it again in each file would take
+@functools.cache  # the cache grows to about half a gigabyte, and saves drawing the weights again in each test file
 def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the weight tensor for a parameter or buffer, which depends on its name and shape only."""
     if name.endswith("num_batches_tracked"):
         return torch.tensor(0)
     legacy = np.random.RandomState  # noqa: NPY002 - the published rule names this generator
@@ -25,7 +26,7 @@ def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def fill(module: torch.nn.Module) -> torch.nn.Module:
-    """Fill a module after the rule, in evaluation mode."""
+    """Fill a module with `golden_tensor` weights, and set it to evaluation mode. Return the module."""
     state = {k: golden_tensor(k, tuple(v.shape)) for k, v in module.state_dict().items()}
     module.load_state_dict(state)
     return module.eval()

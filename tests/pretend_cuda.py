@@ -1,7 +1,7 @@
-"""Device placement checked without a GPU: tensors that are moved to "cuda" are marked, and computed on the CPU.
+"""Check device placement without a GPU: tensors moved to "cuda" are marked, but stay in CPU memory.
 
-An operation on a marked and an unmarked tensor raises the error that CUDA would raise. So does `.numpy()` of a marked
-tensor. Computations inside the backward pass are not checked.
+An operation that combines a marked and an unmarked tensor raises the error that CUDA would raise. Calling `.numpy()` on
+a marked tensor also raises the error of CUDA. Operations inside the backward pass are not checked.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ def is_marked(value) -> bool:
 
 
 def mark(value, on_cuda: bool = True):
-    """Mark every tensor in a tensor, list, tuple or dict."""
+    """Mark every tensor in `value` (a tensor, list, tuple or dict) as on CUDA or on the CPU. Return `value`."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             leaf._on_cuda = on_cuda
@@ -34,7 +34,7 @@ def names_cuda(device) -> bool:
 
 
 class PretendCuda(TorchFunctionMode):
-    """A mode in which "cuda" is a device."""
+    """A torch function mode in which "cuda" is accepted as a device, and tensors on it are marked."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -68,7 +68,10 @@ class PretendCuda(TorchFunctionMode):
 
     @staticmethod
     def check_devices(name, args, kwargs):
-        """Raise the error of CUDA if tensors of both devices are combined. Tensors without dimensions may be."""
+        """Raise the error of CUDA if an operation combines CPU and CUDA tensors.
+
+        As in PyTorch, a CPU tensor without dimensions may be combined with CUDA tensors.
+        """
         if name in ACROSS_DEVICES:
             return
         if name in ("__getitem__", "__setitem__"):
@@ -83,7 +86,7 @@ class PretendCuda(TorchFunctionMode):
 
     @staticmethod
     def move(tensor, *args, **kwargs):
-        """Do what Tensor.to does, with a device, a dtype or another tensor in any place."""
+        """Do what Tensor.to does. A device, a dtype or another tensor may be any of the positional arguments."""
         on_cuda = is_marked(tensor)
         kwargs.pop("non_blocking", None)
         remaining = []
@@ -103,12 +106,12 @@ class PretendCuda(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend_cuda():
-    """Make PyTorch say that there is one GPU, and check where tensors are."""
+    """Make PyTorch report one GPU, and check that no operation combines CPU and CUDA tensors."""
     with pytest.MonkeyPatch.context() as patch, PretendCuda():
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.accelerator, "is_available", lambda: False)  # so that optimizers do not ask the GPU
+        patch.setattr(torch.accelerator, "is_available", lambda: False)  # optimizers would call the CUDA driver
         patch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
         yield

@@ -1,4 +1,7 @@
-"""Programs in processes of their own, forked from a process that has imported PyTorch, and accidents that happen to them."""
+"""Start the programs in separate processes, and interrupt, slow down or kill them at chosen moments.
+
+The processes are forked from a server process that has already imported PyTorch.
+"""
 
 import contextlib
 import itertools
@@ -21,8 +24,8 @@ from utils.distributed import World
 from utils.files import exclusive_writer
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"resnet18": (1, 1, 1, 1)}  # half the depth: writing the weights takes most of the time of a tiny training
-SERVER = multiprocessing.get_context("forkserver")  # its children inherit no threads
+SMALL = {"resnet18": (1, 1, 1, 1)}  # half the depth, because writing weights takes most of the time of a tiny training
+SERVER = multiprocessing.get_context("forkserver")  # processes of a fork server inherit no threads
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
 
@@ -32,11 +35,11 @@ def start(
     """Start `python PROGRAM ARGUMENTS >> LOG 2>&1` with one thread.
 
     Args:
-        program: such as "train_sr.py".
-        arguments: its command line.
-        log: the file for its output.
-        prepare: called first, in the new process; a function of a module, or a partial of one.
-        environment: further environment variables.
+        program: file name of the program, such as "train_sr.py".
+        arguments: command line of the program.
+        log: file that the output of the program is appended to.
+        prepare: picklable function that the new process calls before the program starts.
+        environment: additional environment variables of the new process.
     """
     process = SERVER.Process(target=_run, args=(program, arguments, log, prepare, environment))
     process.start()
@@ -66,7 +69,7 @@ def finish(process: multiprocessing.Process, seconds: float = 120) -> int:
 
 
 def two_ranks() -> list[dict[str, str]]:
-    """Return the environment variables that torchrun sets in each of two processes."""
+    """Return two dicts: the environment variables that torchrun sets in each of two processes."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
@@ -75,7 +78,10 @@ def two_ranks() -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def killed_exclusive_writer(lock: Path) -> Iterator[Callable[[], None]]:
-    """Run a process that holds a lock file. Yields a function that kills the process, but not its worker."""
+    """Run a process that holds a lock file and has a worker process.
+
+    Yields a function that kills the process, but not the worker.
+    """
     ours, theirs = SERVER.Pipe()
     process = SERVER.Process(target=_hold_lock, args=(lock, theirs))
     process.start()
@@ -100,17 +106,17 @@ def _hold_lock(lock, connection):
         time.sleep(60)
 
 
-# --- accidents, as `prepare` --------------------------------------------------------------------------------
+# --- functions for the `prepare` argument of `start` ---------------------------------------------------------
 
 
 def signal_in(description: str, at: int, number: int, all_processes: bool = False) -> None:
-    """Send signal `number` to the program while it works on item `at` (from 1) of the loop with this description.
+    """Send a signal to the program while a loop with a progress bar processes item `at`.
 
     Args:
-        description: beginning of the text that the loop's progress bar shows, such as "epoch".
-        at: the number of the item, counted over all such loops.
-        number: the signal.
-        all_processes: send it to the program's workers, too, and give them time to end.
+        description: first word of the text of the loop's progress bar, such as "epoch".
+        at: number of the item, from 1, counted over all loops with this description.
+        number: number of the signal.
+        all_processes: also send the signal to the worker processes, and give them time to end.
     """
     original, count = console.progress, itertools.count(1)
     os.setpgid(0, 0)
@@ -129,7 +135,7 @@ def signal_in(description: str, at: int, number: int, all_processes: bool = Fals
 
 
 def slow_down(description: str, seconds: float) -> None:
-    """Let the loop with this description pause before its first item."""
+    """Make each loop whose progress bar text begins with `description` wait before the first item."""
     original = console.progress
 
     def progress(items, text, *more):
@@ -141,7 +147,7 @@ def slow_down(description: str, seconds: float) -> None:
 
 
 def kill_in_save(save: int) -> None:
-    """Kill the program in the middle of writing checkpoint number `save` (from 1)."""
+    """Kill the program when half of checkpoint number `save` (from 1) is written."""
     original, count = torch.save, itertools.count(1)
 
     def kill(file):
@@ -157,7 +163,7 @@ def kill_in_save(save: int) -> None:
 
 
 def signal_in_batch(batch: int, number: int) -> None:
-    """Send signal `number` to test.py when it computes batch `batch` (from 1), before the rows are written."""
+    """Send signal `number` to test.py when batch `batch` (from 1) is computed, before its rows are written."""
     original, count = scoring.Detector.logits, itertools.count(1)
 
     def logits(self, *arguments):

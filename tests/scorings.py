@@ -1,4 +1,4 @@
-"""Runs of test.py for tests: tiny detectors, images, and what was written."""
+"""Helpers that run test.py, write tiny detectors and images for it, and read the files that it writes."""
 
 import csv
 import os
@@ -23,19 +23,22 @@ CONFIG = {
     "features": {"name": "pixels", "args": {}},
     "classifier": {"name": "resnet18", "args": {}},
 }
-IMAGES = 9  # in a folder by `write_images`
+IMAGES = 9  # number of images that `write_images` writes into a folder
 
 
 def score(*argv) -> int:
     """Do what `python test.py ARGV` does, in this process. Returns the exit status."""
     try:
         return run_program(lambda: program.main(parser_of_test().parse_args([str(a) for a in argv])))
-    except SystemExit as stopped:  # by argparse
+    except SystemExit as stopped:  # argparse exits at a command line that it cannot parse
         return stopped.code
 
 
 def mistake(capfd, *argv) -> str:
-    """Run test.py, and check that it is refused: exit status 2, nothing on stdout, and one error line, which is returned."""
+    """Run test.py with a user's mistake, and return the error line.
+
+    The exit status must be 2, stdout must be empty, and stderr must contain exactly one error line.
+    """
     capfd.readouterr()
     assert score(*argv) == 2
     out, err = capfd.readouterr()
@@ -46,12 +49,15 @@ def mistake(capfd, *argv) -> str:
 
 
 def arguments(detector, images, path, *more) -> list:
-    """Return the arguments of a run without labels, which draws no figure."""
+    """Return arguments for test.py that score unlabelled images. Without labels, test.py draws no figure."""
     return ["--gpu", "cpu", "-j", 0, "-b", 2, "--resume", detector, "--input", images, "--save_path", path, *more]
 
 
 def write_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
-    """Write a picture of noise of several scales, (height, width) pixels."""
+    """Write a noise image of the given (height, width). Return its path.
+
+    The noise has a coarse component (4 x 4 cells) and a fine component (single pixels).
+    """
     rng = np.random.default_rng(key)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size[::-1])
     pixels = np.clip(np.asarray(coarse, int) + rng.integers(-30, 31, (*size, 3)), 0, 255).astype(np.uint8)
@@ -62,14 +68,19 @@ def write_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
 
 
 def write_images(folder: Path) -> Path:
-    """Write IMAGES images of two sizes."""
+    """Write IMAGES images of two sizes into a folder. Return the folder."""
     for key in range(IMAGES):
         write_image(folder / f"{key}.png", key, (32, 32) if key % 4 else (36, 40))
     return folder
 
 
 def write_detector(path: Path, **content) -> Path:
-    """Write a small detector on pixels, whose verdicts differ from image to image. content: further entries."""
+    """Write a small detector on pixel residuals whose verdicts differ from image to image. Return its path.
+
+    Args:
+        path: file to write.
+        content: additional entries of the checkpoint.
+    """
     state = {"state_dict": fill(DeepStemResNet(3, "resnet18")).state_dict()}
     state["sr_state_dict"] = fill(RDN(**TINY)).state_dict()
     torch.save({**state, "config": CONFIG, **content}, path)
@@ -77,7 +88,10 @@ def write_detector(path: Path, **content) -> Path:
 
 
 def write_release(folder: Path) -> Path:
-    """Write released checkpoints, filled as the golden rule says, and the two golden images."""
+    """Write checkpoints in the released formats, with `golden_rule` weights, and the two golden images.
+
+    Returns the folder.
+    """
     rdn = fill(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")
@@ -93,16 +107,16 @@ def write_release(folder: Path) -> Path:
 
 
 def rows_of(path) -> list[dict]:
-    """Read the rows of a CSV file."""
+    """Return the rows of a CSV file as dicts."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
 def files_in(folder: Path) -> list[str]:
-    """List the names in a folder."""
+    """Return the sorted names in a folder."""
     return sorted(os.listdir(folder))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Read all files in a folder and below it."""
+    """Return a dict from the relative path of each file below a folder to its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""The program tools.audit prints what the audit found, and its exit status says whether there is a leak."""
+"""Tests of the program tools.audit: the report that it prints, and its exit status."""
 
 import pytest
 from files import mistake
@@ -9,7 +9,7 @@ from tools import audit
 
 @pytest.fixture
 def folders(tmp_path):
-    """Six real and six fake images of different colours, all PNG files."""
+    """Return a folder with six PNG images in real/ and six in fake/. All twelve images have different colours."""
     for number, kind in enumerate(("real", "fake")):
         (tmp_path / kind).mkdir()
         for i in range(6):
@@ -21,12 +21,12 @@ def arguments(folders):
     return ["--data-root-pos", str(folders / "real"), "--data-root-neg", str(folders / "fake")]
 
 
-def test_without_a_leak_the_exit_status_is_0(folders, capsys):
+def test_audit_exits_with_status_0_if_it_finds_no_leak(folders, capsys):
     assert audit.main(arguments(folders)) == 0
     assert "leak audit: nothing found" in capsys.readouterr().out
 
 
-def test_with_a_leak_the_exit_status_is_1_and_a_way_out_is_printed(folders, capsys):
+def test_audit_exits_with_status_1_and_prints_a_way_out_if_it_finds_a_leak(folders, capsys):
     for i in range(6):
         Image.open(folders / f"real/{i}.png").save(folders / f"real/{i}.jpg")
         (folders / f"real/{i}.png").unlink()
@@ -35,14 +35,14 @@ def test_with_a_leak_the_exit_status_is_1_and_a_way_out_is_printed(folders, caps
     assert "LEAK: format (train): JPEG in 100% of the real and 0% of the fake images" in output and "way out:" in output
 
 
-def test_duplicates_in_validation_images_are_a_leak(folders, capsys):
+def test_audit_reports_a_validation_image_that_is_also_a_training_image_as_a_leak(folders, capsys):
     (folders / "validation").mkdir()
     Image.open(folders / "real/3.png").save(folders / "validation/copy.png")
     assert audit.main([*arguments(folders), "--val-root-pos", str(folders / "validation")]) == 1
     assert "LEAK: exact duplicates in train and validation" in capsys.readouterr().out
 
 
-def test_mistakes_are_reported_in_one_line(folders):
+def test_audit_reports_a_wrong_command_line_in_one_line(folders):
     with mistake("no images"):
         audit.main([])
     with mistake("one class"):

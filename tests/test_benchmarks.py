@@ -1,4 +1,4 @@
-"""The forms that the benchmark compares compute the same, and its rows appear as soon as they are measured."""
+"""Tests of the benchmark: all forms of the networks give the same logits, and each row is printed once measured."""
 
 import pytest
 import torch
@@ -14,22 +14,23 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # relative to the difference between 
 
 
 def score(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Return the logits of two images in one of the forms, (2, 2)."""
+    """Return the logits of two images, (2, 2), computed with the networks in one form."""
     return cases.scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest error, divided by the largest difference between the expected logits of the two images."""
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("form", ["channels-last", "here"])
-def test_the_forms_compute_the_same(form, precision):
+def test_each_form_of_the_networks_gives_the_logits_of_the_plain_form(form, precision):
     assert relative_error(score(form, precision), score("plain")) < TOLERANCES[precision]
 
 
-def test_the_comparison_of_forms_notices_a_brighter_re_synthesis(monkeypatch):
+def test_the_comparison_of_forms_fails_if_one_form_resynthesizes_brighter_images(monkeypatch):
     expected = score("plain")
     forward = cases.PlainRDN.forward
     monkeypatch.setattr(cases.PlainRDN, "forward", lambda model, x_lr: 1.01 * forward(model, x_lr) + 0.01)
@@ -37,13 +38,13 @@ def test_the_comparison_of_forms_notices_a_brighter_re_synthesis(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["step, RDN frozen", "step, fine-tuning", "step, train_sr.py", "RDN alone"])
-def test_each_kind_of_row_runs(kind):
+def test_the_benchmark_measures_time_and_memory_of_each_kind_of_row(kind):
     result = cases.measure(TOY._replace(kind=kind, images=4))
     assert result["seconds"] > 0
-    assert result["gib"] > 0.1  # PyTorch alone takes more
+    assert result["gib"] > 0.1  # the PyTorch library alone needs more than 0.1 GiB
 
 
-def test_fine_tuning_changes_the_re_synthesizer_and_the_frozen_step_does_not(monkeypatch):
+def test_the_fine_tuning_step_changes_the_resynthesizer_and_the_frozen_step_does_not(monkeypatch):
     built = []
     build = cases.build
 
@@ -60,7 +61,7 @@ def test_fine_tuning_changes_the_re_synthesizer_and_the_frozen_step_does_not(mon
         assert torch.equal(weight, before) != moves
 
 
-def test_quick_prints_one_row(capsys):
+def test_the_flag_quick_makes_the_benchmark_print_one_complete_row(capsys):
     assert program.main(["--quick"]) == 0
     first, header, _, row = capsys.readouterr().out.splitlines()
     assert "1 rows, about 0 minutes" in first
@@ -68,7 +69,7 @@ def test_quick_prints_one_row(capsys):
     assert "-" not in [cell.strip() for cell in row.split("|")]
 
 
-def test_a_row_is_printed_before_the_next_one_is_measured(monkeypatch, capsys):
+def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys):
     printed = []
 
     def measure_row(case, rounds):
@@ -78,16 +79,16 @@ def test_a_row_is_printed_before_the_next_one_is_measured(monkeypatch, capsys):
     monkeypatch.setattr(program, "measure_row", measure_row)
     monkeypatch.setattr(program, "print_start", lambda folder: None)
     program.main([])
-    assert printed == [3] + [1] * (len(printed) - 1)  # estimate and header, then one row each
+    assert printed == [3] + [1] * (len(printed) - 1)  # 3 lines before the first row, then 1 line per row
 
 
-def test_a_process_that_fails_is_a_missing_number_and_exit_status_1(monkeypatch, capsys):
+def test_the_benchmark_prints_a_dash_and_exits_with_status_1_if_a_measurement_fails(monkeypatch, capsys):
     monkeypatch.setattr(program, "in_own_process", lambda case: None)
     assert program.main(["--quick"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].count(" - ") == 6
 
 
-def test_the_gpu_rows_are_those_that_were_asked_for():
+def test_the_benchmark_on_a_gpu_has_one_row_per_stage_size_and_precision():
     parsed = program.argparse.Namespace(quick=False, gpu="0", stages=[0, 5], side=512)
     rows = program.cases_of(parsed)
     scoring = {(row.stage, row.side, row.precision) for row in rows if row.kind == "scoring"}
@@ -98,13 +99,13 @@ def test_the_gpu_rows_are_those_that_were_asked_for():
 
 
 @pytest.mark.parametrize("kind", ["scoring", "step, RDN frozen", "step, train_sr.py", "RDN alone", "matrix product"])
-def test_each_kind_of_row_keeps_its_tensors_on_a_pretended_gpu(kind):
-    """Fine-tuning is left out, because recomputation in the backward pass cannot be pretended."""
+def test_each_kind_of_row_keeps_all_tensors_on_the_pretended_gpu(kind):
+    """Fine-tuning is not tested here, because `pretend_cuda` does not support gradient checkpointing."""
     with pretend_cuda():
         cases.KINDS[kind](TOY._replace(kind=kind, images=4, gpu="0"))()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_missing_gpu_is_one_clear_line():
+def test_the_benchmark_refuses_a_gpu_number_in_one_line_if_there_is_no_gpu():
     with pytest.raises(UserError, match="no GPU"):
         program.main(["--gpu", "0"])

@@ -1,4 +1,4 @@
-"""Tests of tools.calibrate: temperature and thresholds against brute force, and which scores are refused."""
+"""Tests of tools.calibrate: fitted temperature and thresholds, the stored calibration, and refused score tables."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from utils import checkpoints
 from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
-JOB = {"crop_size": 128, "resize": None, "crops": 9}  # what test.py uses for a detector trained on crops of 128
+JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py for a detector trained on crops of 128
 
 
 def scores_csv(path, reals, fakes):
@@ -31,9 +31,10 @@ def scores_csv(path, reals, fakes):
 
 
 def overlapping(n_real=300, n_fake=250):
-    """Make margins of a detector that is four times too sure.
+    """Return margins of real and of fake images for a detector whose margins are four times too large.
 
-    For two normal distributions with variance 1 at -1 and +1 the true log odds at x are 2 x. The margins are 8 x.
+    x is normally distributed with variance 1, and its mean is -1 for real and +1 for fake images. The true log odds of
+    x are then 2 x. The returned margins are 8 x.
     """
     rng = np.random.default_rng(0)
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
@@ -60,10 +61,10 @@ def scores(tmp_path):
     return scores_csv(tmp_path / "val.csv", *overlapping())
 
 
-# --- the numbers
+# --- fitted numbers
 
 
-def test_no_other_temperature_has_a_smaller_nll(scores):
+def test_the_fitted_temperature_has_the_smallest_nll_of_2001_candidates(scores):
     table = read_table(scores)
     temperature, warnings = calibrate.fit_temperature(table.margins, table.is_fake)
     candidates = np.exp(np.linspace(np.log(0.05), np.log(20), 2001))
@@ -72,11 +73,11 @@ def test_no_other_temperature_has_a_smaller_nll(scores):
         prob_fake, _ = probabilities_and_verdicts(table.logits, {"temperature": candidate})
         losses.append(negative_log_likelihood(prob_fake, table.is_fake))
     assert temperature == pytest.approx(candidates[int(np.argmin(losses))], rel=4e-3)
-    assert 3 < temperature < 5.5  # the detector is four times too sure
+    assert 3 < temperature < 5.5  # the margins are four times too large
     assert warnings == []
 
 
-def test_scores_that_do_not_determine_the_temperature_give_a_warning():
+def test_fit_temperature_warns_if_the_scores_do_not_determine_the_temperature():
     is_fake = np.array([False, False, True, True])
     temperature, warnings = calibrate.fit_temperature(np.array([-3.0, -1, 2, 4]), is_fake)
     assert temperature == 1 and len(warnings) == 1
@@ -86,8 +87,8 @@ def test_scores_that_do_not_determine_the_temperature_give_a_warning():
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.01, 0.07, 0.29])
-@pytest.mark.parametrize("decimals", [None, 1])  # with one decimal many scores are equal
-def test_thresholds_keep_the_rates_and_leave_few_images_unsure(rate, decimals):
+@pytest.mark.parametrize("decimals", [None, 1])  # rounding to one decimal makes many scores equal
+def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_as_possible(rate, decimals):
     rng = np.random.default_rng(3)
     is_fake = np.arange(200) >= 100
     prob = np.concatenate([rng.beta(2, 4, 100), rng.beta(4, 2, 100)])
@@ -98,12 +99,12 @@ def test_thresholds_keep_the_rates_and_leave_few_images_unsure(rate, decimals):
     assert t_real <= t_fake
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
-    if t_real < t_fake:  # the next lower or higher score would break a rate
+    if t_real < t_fake:  # moving a threshold by one score would exceed an error rate
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 
 
-def test_thresholds_of_small_examples():
+def test_fitted_thresholds_of_small_examples_equal_the_values_computed_by_hand():
     prob = np.array([0.1, 0.2, 0.3, 0.8, 0.4, 0.7, 0.9, 0.95])
     is_fake = np.arange(8) >= 4
     assert calibrate.fit_thresholds(prob, is_fake, 0, 0) == pytest.approx((0.35, 0.85))
@@ -116,10 +117,10 @@ def test_thresholds_of_small_examples():
     check_calibration({"temperature": 1.0, "t_real": t_real, "t_fake": t_fake}, "a file")
 
 
-# --- what is stored
+# --- the stored calibration
 
 
-def test_the_calibration_is_stored_beside_everything_else(scores, detector, capsys):
+def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_entries(scores, detector, capsys):
     (scores.parent / "val.json").write_text(json.dumps({"job": JOB}))
     arguments = [str(scores), "--into", str(detector), "--fpr", "0.05", "--fnr", "0.1"]
     assert calibrate.main(arguments) == 0
@@ -144,7 +145,7 @@ def test_the_calibration_is_stored_beside_everything_else(scores, detector, caps
     assert detector.read_bytes() == before
 
 
-def test_a_symbolic_link_stays_one_and_its_file_is_calibrated(scores, detector):
+def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(scores, detector):
     link = detector.parent / "link.pth.tar"
     link.symlink_to(detector.name)
     assert calibrate.main([str(scores), "--into", str(link)]) == 0
@@ -152,7 +153,7 @@ def test_a_symbolic_link_stays_one_and_its_file_is_calibrated(scores, detector):
     assert "calibration" in checkpoints.load(detector)
 
 
-# --- what is refused
+# --- refused score tables and detectors
 
 OWN = {
     "classifier_fingerprint": checkpoints.fingerprint(weights(0.5)),
@@ -175,7 +176,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_scores_that_do_not_belong_to_the_detector_are_refused(scores, detector, name):
+def test_calibrate_refuses_scores_of_another_detector_or_with_other_image_settings(scores, detector, name):
     record, refused = CASES[name]
     (scores.parent / "val.json").write_text(json.dumps(record))
     before = detector.read_bytes()
@@ -191,7 +192,7 @@ def test_scores_that_do_not_belong_to_the_detector_are_refused(scores, detector,
 @pytest.mark.parametrize(
     "content", [{"sfe1.weight": torch.zeros(1)}, {"state_dict": {"sfe1.weight": torch.zeros(1)}}, {"epoch": 3}]
 )
-def test_files_that_hold_no_detector_are_refused_and_unchanged(scores, tmp_path, content):
+def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scores, tmp_path, content):
     path = tmp_path / "other.pth"
     checkpoints.save(content, path)
     before = path.read_bytes()
@@ -200,7 +201,7 @@ def test_files_that_hold_no_detector_are_refused_and_unchanged(scores, tmp_path,
     assert path.read_bytes() == before
 
 
-def test_warnings_say_what_limits_the_calibration(tmp_path, detector, caplog, capsys):
+def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, detector, caplog, capsys):
     scores = scores_csv(tmp_path / "val.csv", *overlapping(n_real=99, n_fake=100))
     assert calibrate.main([str(scores), "--into", str(detector), "--fpr", "0.01"]) == 0
     assert "no SCORES.json" in caplog.text
@@ -211,7 +212,7 @@ def test_warnings_say_what_limits_the_calibration(tmp_path, detector, caplog, ca
     assert "99 real images" in warnings[0] and "99 real images" in warnings[1] and "trained on 7" in warnings[2]
 
 
-def test_mistakes_are_one_line_and_status_2(tmp_path, detector):
+def test_calibrate_reports_a_wrong_argument_in_one_line_with_exit_status_2(tmp_path, detector):
     one_class = str(scores_csv(tmp_path / "s.csv", np.array([-1.0, 1]), np.array([])))
     before = detector.read_bytes()
     for arguments, text in (

@@ -1,4 +1,5 @@
-"""Checkpoint files: written completely or not at all, read without running code, refused if they do not belong together."""
+"""Checkpoint files are written completely or not at all, are read without running code, and are refused if they do not
+match each other or the flags."""
 
 import copy
 import os
@@ -39,7 +40,7 @@ def run(program, flags, capfd):
 
 
 def refusal(program, flags, capfd):
-    """Run a program that must end with a user's mistake. Returns its line."""
+    """Run a program that must end with exit status 2 and one error line. Returns the error line."""
     code, line = run(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
@@ -48,7 +49,7 @@ def refusal(program, flags, capfd):
 # --- writing and reading ------------------------------------------------------------------------------------
 
 
-def test_a_saved_checkpoint_is_loaded_as_it_was(tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path):
     state = {"state_dict": {"a": torch.arange(3.0)}, "progress": {"epoch": 3, "best": None, "sums": {"loss": 0.5}}}
     checkpoints.save(state, tmp_path / "last.pth")
     loaded = checkpoints.load(tmp_path / "last.pth")
@@ -57,27 +58,27 @@ def test_a_saved_checkpoint_is_loaded_as_it_was(tmp_path):
     assert os.listdir(tmp_path) == ["last.pth"]
 
 
-def test_files_of_early_pytorch_versions_are_loaded(tmp_path):
-    """The released checkpoints have this format."""
+def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path):
+    """The released checkpoints have the file format of early PyTorch versions."""
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
     assert torch.equal(checkpoints.load(tmp_path / "old.pth.tar")["a"], torch.ones(2))
 
 
-def test_a_checkpoint_that_cannot_be_written_is_a_mistake(tmp_path):
+def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path):
     with mistake("cannot write", "last.pth"):
         checkpoints.save({}, tmp_path / "nowhere" / "last.pth")
 
 
 @pytest.fixture
 def limit_file_size():
-    """Let the kernel refuse to write more than 10 kB into a file, as it does when a disk is full."""
+    """Make every write beyond 10 kB of a file fail, as on a full disk."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
 
-def test_a_full_disk_leaves_the_earlier_file(tmp_path, limit_file_size):
+def test_a_failed_save_on_a_full_disk_keeps_the_previous_checkpoint(tmp_path, limit_file_size):
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
@@ -86,7 +87,7 @@ def test_a_full_disk_leaves_the_earlier_file(tmp_path, limit_file_size):
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
 
 
-def test_an_interrupt_leaves_the_earlier_file(tmp_path, monkeypatch):
+def test_an_interrupted_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
@@ -112,8 +113,8 @@ class Malicious:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_a_file_that_would_run_code_is_refused(tmp_path, capfd, writer):
-    """By `load`, and by each program wherever it takes a file."""
+def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
+    """`checkpoints.load` and the three programs refuse the file."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -130,12 +131,12 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capfd, writer):
         assert "evil.pth.tar" in refusal(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # the file would have run code
+    assert folder.exists()  # without weights_only=True, loading the file does run its code
 
 
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.9])
-def test_a_truncated_file_is_called_truncated(tmp_path, fraction, legacy):
+def test_the_error_for_a_truncated_checkpoint_says_that_it_is_truncated(tmp_path, fraction, legacy):
     path = tmp_path / "last.pth"
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
@@ -144,7 +145,7 @@ def test_a_truncated_file_is_called_truncated(tmp_path, fraction, legacy):
 
 
 @pytest.mark.parametrize(("name", "word"), [(".", "folder"), ("absent.pth", "absent.pth"), ("list.pth", "list")])
-def test_anything_but_a_checkpoint_is_refused(tmp_path, name, word):
+def test_a_folder_a_missing_path_and_a_saved_list_are_refused_as_checkpoints(tmp_path, name, word):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with mistake(word):
         checkpoints.load(tmp_path / name)
@@ -163,7 +164,7 @@ VALUES = {
 }
 
 
-def test_values_of_the_right_type_are_returned():
+def test_fields_returns_config_values_of_the_expected_type():
     fields = Fields(VALUES, "some.pth", "config")
     assert fields.integer("count", 1, 3) == 3
     assert fields.number("rate", 0, 1) == 0.5 and fields.number("count") == 3 and fields.positive("rate") == 0.5
@@ -172,7 +173,7 @@ def test_values_of_the_right_type_are_returned():
     assert fields.has("count") and not fields.has("nothing") and not fields.has("absent")
 
 
-def test_a_missing_value_is_the_default_or_an_error():
+def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_without_a_default():
     fields = Fields(VALUES, "some.pth", "config")
     for key in ("nothing", "absent"):
         assert fields.integer(key, default=7) == 7 and fields.number(key, default=None) is None
@@ -192,13 +193,13 @@ def test_a_missing_value_is_the_default_or_an_error():
         ("fields", [1], ()), ("fields", "x", ()), ("arguments", {3: 4}, ()), ("arguments", {"a b": 1}, ()),
     ],
 )  # fmt: skip
-def test_a_value_of_another_type_or_range_is_one_line(method, value, limits):
+def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):
     fields = Fields({"key": value}, "some.pth", "config")
     with mistake("some.pth", "config.key", "must"):
         getattr(fields, method)("key", *limits)
 
 
-def test_values_that_are_not_in_a_dictionary_are_one_line():
+def test_fields_refuses_a_config_that_is_not_a_dictionary_in_one_line():
     with mistake("some.pth", "config", "dictionary", "list"):
         Fields([1], "some.pth", "config")
 
@@ -208,7 +209,7 @@ def test_values_that_are_not_in_a_dictionary_are_one_line():
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_weights_are_found_bare_or_wrapped(prefix, wrapped):
+def test_weights_are_loaded_from_a_bare_state_dict_and_from_a_checkpoint(prefix, wrapped):
     source, target = RDN(**TINY), RDN(**TINY)
     state = {prefix + key: value for key, value in source.state_dict().items()}
     content = {"state_dict": state, "epoch": 3} if wrapped else state
@@ -222,7 +223,7 @@ def test_a_checkpoint_without_weights_is_refused(content):
         state_dict_of(content, "some.pth")
 
 
-def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
+def test_load_weights_names_weights_that_do_not_fit_and_loads_nothing():
     model = RDN(**TINY)
     before = fingerprint(model)
     state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
@@ -233,7 +234,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_loaded():
     assert fingerprint(model) == before
 
 
-def test_a_fingerprint_depends_on_names_types_shapes_and_values_only():
+def test_a_fingerprint_depends_only_on_the_names_types_shapes_and_values_of_weights():
     model = RDN(**TINY)
     before = fingerprint(model)
     assert len(before) == 16 and fingerprint(model.state_dict()) == before
@@ -246,8 +247,8 @@ def test_a_fingerprint_depends_on_names_types_shapes_and_values_only():
     assert fingerprint({"a": torch.zeros(2)}) != fingerprint({"b": torch.zeros(2)})
 
 
-def test_the_parameters_of_the_classifier_have_the_order_of_torchvision():
-    """Optimizer states in checkpoints know parameters by their order only."""
+def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
+    """An optimizer state in a checkpoint refers to each parameter by its position in this order."""
     from torchvision.models import resnet50
 
     ours = [name for name, _ in DeepStemResNet(3).named_parameters() if name.startswith("layer")]
@@ -260,7 +261,10 @@ def test_the_parameters_of_the_classifier_have_the_order_of_torchvision():
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """Take away torch hub's files and the network. Returns the file in which hub would keep VGG-19."""
+    """Make torch.hub's folder empty, and all network connections fail.
+
+    Returns the path at which torch.hub would store the VGG-19 weights.
+    """
 
     def refuse(*_, **__):
         raise OSError(101, "Network is unreachable")
@@ -271,7 +275,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth"
 
 
-def test_imagenet_weights_are_checked_against_their_hash(hub, monkeypatch):
+def test_vgg_weights_whose_hash_is_wrong_are_refused(hub, monkeypatch):
     def download(url, to, hash_prefix, **_):
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
@@ -279,13 +283,13 @@ def test_imagenet_weights_are_checked_against_their_hash(hub, monkeypatch):
         patch.setattr(torch.hub, "download_url_to_file", download)
         load_vgg("imagenet")
     hub.parent.mkdir(exist_ok=True)
-    torch.save(VGG19().state_dict(), hub)  # the right name and shapes, other values
+    torch.save(VGG19().state_dict(), hub)  # the file name and the shapes are correct, but the values are not
     for source in ("imagenet", "auto"):
         with mistake("damaged", "dcbb9e9d"):
             load_vgg(source)
 
 
-def test_without_a_network_random_weights_are_used_for_training_from_scratch_only(hub, caplog):
+def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scratch(hub, caplog):
     _, record = load_vgg("auto")
     assert record["source"] == "random" and caplog.text.count("RANDOM VGG-19 weights") == 1
     with mistake("--vgg-weights"):
@@ -294,12 +298,12 @@ def test_without_a_network_random_weights_are_used_for_training_from_scratch_onl
     assert not hub.exists()
 
 
-# --- what belongs together ----------------------------------------------------------------------------------
+# --- files and flags that must match ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory, small_classifier):
-    """Return a folder with several re-synthesizers, detectors and VGG weights, and with one real and one fake image."""
+    """Return a folder with re-synthesizers, detectors and VGG weights that do not match, and a real and a fake image."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -326,14 +330,14 @@ NEW = f"{IMAGES} --fixed-sr --no_dilation --arch resnet18 --vgg-weights random"
 LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
-    # a file of another kind
+    # a flag is given a file of the wrong kind
     (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
     (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
-    # a flag against a file
+    # a flag contradicts a file
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
     (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages 2", "pixel.pth.tar"]),
@@ -342,9 +346,9 @@ CASES = [
     (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "64", "3"]),
     (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth", "4"]),
     (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
-    # a flag against a flag
+    # a flag contradicts another flag
     (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel", "128", "3"]),
-    # a file against a file
+    # a file contradicts another file
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["--sr-weights-file", "other_rdn.pth"]),
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["--sr-weights-file", "rdn_x2.pth"]),
     (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["VGG-19", "other_vgg.pth"]),
@@ -352,8 +356,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES, ids=[flags for flags, _ in CASES])
-def test_files_and_flags_that_do_not_belong_together_are_refused(mixture, tmp_path, monkeypatch, capfd, flags, words):
-    """By the trainers and, where a detector is loaded (--init), by test.py (--resume), too."""
+def test_files_and_flags_that_contradict_each_other_are_refused(mixture, tmp_path, monkeypatch, capfd, flags, words):
+    """The trainers refuse every case. test.py (--resume) also refuses each case that loads a detector (--init)."""
     monkeypatch.chdir(mixture)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:
@@ -364,7 +368,7 @@ def test_files_and_flags_that_do_not_belong_together_are_refused(mixture, tmp_pa
         assert not (tmp_path / "out").exists()
 
 
-def test_a_changed_bit_in_the_weights_is_noticed(mixture, tmp_path, capfd):
+def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(mixture, tmp_path, capfd):
     state = read(mixture / "pixel.pth.tar")
     state["state_dict"]["fc.weight"].view(torch.int32)[0, 0] ^= 1 << 10
     torch.save(state, tmp_path / "flipped.pth.tar")
@@ -372,14 +376,14 @@ def test_a_changed_bit_in_the_weights_is_noticed(mixture, tmp_path, capfd):
     assert "classifier" in line and "damaged" in line
 
 
-def test_a_resumed_run_must_have_the_auxiliary_vgg_that_it_began_with(mixture, tmp_path):
+def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(mixture, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
     train(detector_arguments(mixture, tmp_path / "out", f"{flags} 1"))
     with mistake("--vgg-weights"):
         train(detector_arguments(mixture, tmp_path / "out", f"{flags} 2 --vgg-weights {mixture}/other_vgg.pth"))
 
 
-def test_the_config_of_a_detector_says_what_it_consists_of(mixture):
+def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(mixture):
     config = read(mixture / "stage2.pth.tar")["config"]
     assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
     assert config["classifier"] == {"name": "resnet18", "args": {}}

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the programs on it do what they do on the CPU. Left out where there is none."""
+"""The programs give the same results on a GPU as on the CPU. All tests of this file are skipped without a GPU."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from trainings import detector_arguments, read, sr_arguments, stats, train
 import test as program
 from utils.options import test_parser as parser_of_test
 
-LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # new networks amplify what is rounded
+LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # networks with random weights amplify rounding errors
 ON = {"cpu": "--gpu cpu", "gpu": "--gpu 0"}
 MODES = """
 --fixed-sr --no-cache
@@ -28,7 +28,7 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("mode", MODES.strip().splitlines())
-def test_training_as_on_the_cpu(files, tmp_path, mode, precision):
+def test_a_detector_is_trained_on_the_gpu_with_the_loss_of_the_cpu_and_resumed(files, tmp_path, mode, precision):
     flags = {"cpu": f"{mode} {ON['cpu']}", "gpu": f"{mode} {ON['gpu']} --precision {precision}"}
     for name in flags:
         train(detector_arguments(files, tmp_path / name, f"{flags[name]} --epochs 1"))
@@ -40,7 +40,7 @@ def test_training_as_on_the_cpu(files, tmp_path, mode, precision):
 
 
 @pytest.mark.parametrize("more", ["", "--tile 64", "--crops 4 --crop-size 32"])
-def test_scores_as_on_the_cpu(files, tmp_path, precision, more):
+def test_the_logits_of_test_py_on_the_gpu_equal_the_logits_on_the_cpu(files, tmp_path, precision, more):
     train(detector_arguments(files, tmp_path / "run", "--fixed-sr --idx-stages 1 --epochs 1"))
     flags = f"--resume {tmp_path}/run/last.pth.tar --input {files}/real {files}/fake -b 2 --workers 0"
     logits = {}
@@ -52,7 +52,7 @@ def test_scores_as_on_the_cpu(files, tmp_path, precision, more):
     np.testing.assert_allclose(logits["gpu"], logits["cpu"], atol=LOOSE[precision] * scale)
 
 
-def test_super_resolution_as_on_the_cpu(files, tmp_path, precision):
+def test_train_sr_on_the_gpu_has_the_loss_of_the_cpu(files, tmp_path, precision):
     flags = "--num-epochs 1 --vgg-weights random --augment --completion --colorization"
     for name, how in (("cpu", ON["cpu"]), ("gpu", f"{ON['gpu']} --precision {precision}")):
         train(sr_arguments(files, tmp_path / name, f"{flags} --eval-file REAL {how}"))

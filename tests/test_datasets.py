@@ -1,4 +1,7 @@
-"""Order of the batches, patches and crops of images whose pixels are coordinates, and what data loaders deliver."""
+"""Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
+
+The test images contain their own pixel coordinates, so each patch and crop shows where it was cut out.
+"""
 
 import math
 import shutil
@@ -23,7 +26,7 @@ ON_CPU = Compute(CPU, "fp32")
 
 
 def indices(batches, epoch=0, first_step=0):
-    """The indices in each batch of an epoch."""
+    """Return a list with the image indices of each batch of an epoch."""
     batches.set_epoch(epoch, first_step)
     listed = list(batches)
     assert len(batches) == len(listed) and all(key.epoch == epoch for batch in listed for key in batch)
@@ -31,7 +34,7 @@ def indices(batches, epoch=0, first_step=0):
 
 
 def coordinates(height, width):
-    """Pixels (H, W, 3) whose channels are row, column and 0."""
+    """Return pixels, uint8 (H, W, 3), whose channels are the row, the column and 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
 
@@ -47,14 +50,14 @@ def random_image(path, height, width, seed=0):
 # --- order --------------------------------------------------------------------------------------------------
 
 
-def test_each_entry_occurs_once_in_an_epoch():
+def test_each_image_occurs_once_in_an_epoch():
     batches = indices(EpochBatches(10, 4, seed=1))
     assert [len(batch) for batch in batches] == [4, 4, 2] and sorted(sum(batches, [])) == list(range(10))
     assert indices(EpochBatches(5, 2)) == [[0, 1], [2, 3], [4]]
     assert indices(EpochBatches(0, 2)) == []
 
 
-def test_the_order_depends_only_on_seed_and_epoch():
+def test_the_order_of_images_depends_only_on_seed_and_epoch():
     one = indices(EpochBatches(50, 8, seed=1), epoch=3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
@@ -74,7 +77,7 @@ def test_an_epoch_can_be_resumed_at_any_step():
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("count", [4, 16, 17, 19])
-def test_processes_divide_each_batch_among_them(count, size):
+def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
     whole = indices(EpochBatches(count, 4, seed=3))
     parts = [list(EpochBatches(count, 4, 3, World(rank, size))) for rank in range(size)]
     smallest = EpochBatches(count, 4, 3, World(0, size)).smallest_part()
@@ -82,7 +85,7 @@ def test_processes_divide_each_batch_among_them(count, size):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        ignored = [key.index for key in keys if not key.weight]  # every process must take every step
+        ignored = [key.index for key in keys if not key.weight]  # fill the parts of processes without an image
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
 
@@ -91,7 +94,7 @@ def test_processes_divide_each_batch_among_them(count, size):
 
 
 def locate(patch):
-    """(top, left, orientation 0..7) of a patch of `coordinates`. Fails for other patches."""
+    """Return (top, left, orientation 0..7) of a patch of `coordinates`. Fails if the pixels are no such patch."""
     rows, columns = patch[0].astype(int), patch[1].astype(int)
     top, left, side = rows.min(), columns.min(), rows.shape[0]
     upright = coordinates(256, 256).transpose(2, 0, 1)[:2, top : top + side, left : left + side]
@@ -100,7 +103,7 @@ def locate(patch):
     return top, left, orientation
 
 
-def test_patches_are_aligned_and_occur_at_all_positions_and_orientations(tmp_path):
+def test_patches_start_at_multiples_of_the_scale_and_have_all_positions_and_orientations(tmp_path):
     path = save(tmp_path / "a.png", coordinates(19, 26))  # centre-cropped to 16 x 24, from row 1 and column 1
     sample = PatchDataset(items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
     assert sample.x.shape == (600, 3, 8, 8) and sample.x.dtype == torch.uint8 and sample.error is None
@@ -108,10 +111,10 @@ def test_patches_are_aligned_and_occur_at_all_positions_and_orientations(tmp_pat
     assert {top for top, _, _ in places} == {1, 5, 9}
     assert {left for _, left, _ in places} == {1, 5, 9, 13, 17}
     counts = np.bincount([orientation for _, _, orientation in places], minlength=8)
-    assert counts.min() >= 45 and counts.max() <= 105  # 600 / 8 = 75, plus or minus 3.7 standard deviations
+    assert counts.min() >= 45 and counts.max() <= 105  # expected 600 / 8 = 75, within 3.7 standard deviations
 
 
-def test_downsampling_a_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
+def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
     path = random_image(tmp_path / "a.png", 18, 21)
     data = PatchDataset(items(path), patch_size=3, scale=3)
     patch = F.avg_pool2d(data[Key(0, 0)].x.float(), 3)[0]  # (3, 3, 3)
@@ -136,12 +139,12 @@ def test_a_patch_depends_only_on_seed_epoch_and_index(tmp_path):
 
 
 def corner(sample):
-    """(top, left, mirrored) of a crop of `coordinates`."""
+    """Return (top, left, is mirrored) of a crop of `coordinates`."""
     rows, columns = sample.x[0, 0].int(), sample.x[0, 1].int()
     return rows.min().item(), columns.min().item(), bool(columns[0, 0] > columns[0, -1])
 
 
-def test_fixed_crops_are_all_used_in_every_epoch_at_the_same_positions(tmp_path):
+def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
     paths = [save(tmp_path / f"{i}.png", coordinates(40 + i, 60)) for i in range(3)]
     data = ImageDataset(items(*paths), SizePolicy(4, 16), Augmentation(seed=1, crops=4))
     batches = EpochBatches(len(data), 4, seed=1)
@@ -156,10 +159,10 @@ def test_fixed_crops_are_all_used_in_every_epoch_at_the_same_positions(tmp_path)
         corners.append([corner(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
-    assert corners[0] != corners[1]  # mirroring differs
+    assert corners[0] != corners[1]  # crops are mirrored at random in each epoch
 
 
-def test_without_fixed_crops_the_position_changes_in_each_epoch(tmp_path):
+def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_path):
     path = save(tmp_path / "a.png", coordinates(80, 90))
     data = ImageDataset(items(path), SizePolicy(4, 16), Augmentation(seed=1))
     corners = [corner(data[Key(epoch, 0)]) for epoch in range(40)]
@@ -168,7 +171,7 @@ def test_without_fixed_crops_the_position_changes_in_each_epoch(tmp_path):
     assert [data.mirrored(Key(epoch, 0)) for epoch in range(40)] == [mirrored for _, _, mirrored in corners]
 
 
-def test_without_augmentation_crops_are_in_the_centre(tmp_path):
+def test_without_augmentation_an_image_is_cropped_in_the_centre(tmp_path):
     data = ImageDataset(items(save(tmp_path / "a.png", coordinates(80, 90))), SizePolicy(4, 16))
     assert {corner(data[Key(epoch, 0)]) for epoch in range(5)} == {(32, 37, False)}
 
@@ -176,7 +179,7 @@ def test_without_augmentation_crops_are_in_the_centre(tmp_path):
 # --- errors of single images --------------------------------------------------------------------------------
 
 
-def test_an_image_that_a_perturbation_cannot_process_is_an_error_of_this_image(tmp_path):
+def test_an_image_that_a_perturbation_cannot_process_gets_an_error_and_other_images_do_not(tmp_path):
     long = save(tmp_path / "long.png", np.zeros((4, 70_000, 3), np.uint8))  # JPEG images have at most 65,535 columns
     good = save(tmp_path / "good.png")
     transform = Perturbation(PerturbationSetting("jpeg", 90.0), "sweep", 0)
@@ -185,14 +188,14 @@ def test_an_image_that_a_perturbation_cannot_process_is_an_error_of_this_image(t
     assert data[Key(0, 1)].error is None
 
 
-def test_an_image_smaller_than_the_stride_of_the_features_is_an_error_of_this_image(tmp_path):
+def test_an_image_smaller_than_the_stride_of_the_features_gets_an_error_and_other_images_do_not(tmp_path):
     paths = [random_image(tmp_path / f"{side}.png", side, side) for side in (12, 16)]
     data = ImageDataset(items(*paths), SizePolicy(4, min_side=16))
     assert "12.png: image is 12 x 12 pixels" in data[Key(0, 0)].error
     assert data[Key(0, 1)].x.shape == (1, 3, 16, 16)
 
 
-def test_mistakes_in_a_transform_are_not_hidden(tmp_path):
+def test_a_programming_error_in_a_transform_is_raised(tmp_path):
     data = ImageDataset(items(save(tmp_path / "a.png")), SizePolicy(4), transform=lambda image: image)
     with pytest.raises(TypeError):
         data[Key(0, 0)]
@@ -203,7 +206,7 @@ def test_mistakes_in_a_transform_are_not_hidden(tmp_path):
 
 @pytest.fixture
 def patches(tmp_path):
-    """Two random patches of each of seven images. Images 1 and 3 cannot be read."""
+    """Return a dataset of two random patches of each of seven images. Images 1 and 3 cannot be used."""
     paths = [random_image(tmp_path / f"{i}.png", 40, 48, seed=i) for i in range(5)]
     paths.insert(1, save(tmp_path / "small.png", coordinates(15, 48)))
     paths.insert(3, str(tmp_path / "zero.png"))
@@ -211,16 +214,16 @@ def patches(tmp_path):
     return PatchDataset(items(*paths), 4, 4, patches_per_image=2, seed=1)
 
 
-def test_errors_of_images_are_listed_beside_the_images_that_could_be_read(patches):
+def test_a_batch_contains_the_readable_images_and_the_errors_of_the_others(patches):
     first, _ = make_loader(patches, EpochBatches(7, 4), 0, ON_CPU)
     assert first.keys == [(0, 0, 0), (0, 0, 1), (0, 2, 0), (0, 2, 1)] and first.x.shape == (4, 3, 16, 16)
-    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # of four images, two could be read
+    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # 2 of the 4 images could be read
     assert "small.png: is 48 x 15" in first.errors[1] and "zero.png" in first.errors[3]
 
 
 @pytest.mark.parametrize("free_bytes", [None, 0, 10**7])
-def test_workers_change_nothing_even_without_shared_memory(patches, monkeypatch, free_bytes):
-    """Without shared memory, a worker would lose its batch, and the main process would wait forever."""
+def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(patches, monkeypatch, free_bytes):
+    """If shared memory is full, a worker that used it would crash, and the main process would wait forever."""
     alone = list(make_loader(patches, EpochBatches(7, 4), 0, ON_CPU))
     if free_bytes is not None:
         usage = namedtuple("usage", "total used free")(10**8, 10**8 - free_bytes, free_bytes)
@@ -234,26 +237,27 @@ def test_workers_change_nothing_even_without_shared_memory(patches, monkeypatch,
 
 @pytest.fixture
 def squares(tmp_path):
-    """Fakes of 8, 8, 8, 16, 16 and 8 pixels. Between the fourth and the fifth is one that cannot be read."""
+    """Return a dataset of seven square images with sides of 8, 8, 8, 16, (unreadable), 16 and 8 pixels."""
     paths = [save(tmp_path / f"{i}.png", coordinates(side, side)) for i, side in enumerate([8, 8, 8, 16, 16, 8])]
     paths.insert(4, str(tmp_path))
     return ImageDataset(items(*paths, label=FAKE), SizePolicy(4))
 
 
-def merged(dataset, keys, **limits):
+def merged_batches(dataset, keys, **limits):
+    """Load the images of a dataset one by one, and return the batches into which merge_equal_sizes merges them."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
     return list(merge_equal_sizes(loader, **limits))
 
 
 def test_consecutive_images_of_equal_size_are_merged(squares):
-    batches = merged(squares, range(7), block=100, pixels=256)
+    batches = merged_batches(squares, range(7), block=100, pixels=256)
     assert [[index for _, index, _ in batch.keys] for batch in batches if batch.keys] == [[0, 1, 2], [3], [5], [6]]
     assert all(len(b.x) == len(b.labels) == len(b.weights) == len(b.items) == len(b.keys) for b in batches)
     assert [index for batch in batches for index in batch.errors] == [4]
 
 
-def test_merged_batches_have_limited_pixels_and_stay_within_their_block(squares):
-    assert [len(b.keys) for b in merged(squares, range(3), block=100, pixels=128)] == [2, 1]
-    assert [len(b.keys) for b in merged(squares, range(3), block=2, pixels=math.inf)] == [2, 1]
-    # A resumed run starts in the middle of the list, and its blocks are those of the whole list
-    assert [len(b.keys) for b in merged(squares, range(1, 3), block=2, pixels=math.inf)] == [1, 1]
+def test_merged_batches_keep_the_pixel_limit_and_do_not_cross_blocks(squares):
+    assert [len(b.keys) for b in merged_batches(squares, range(3), block=100, pixels=128)] == [2, 1]
+    assert [len(b.keys) for b in merged_batches(squares, range(3), block=2, pixels=math.inf)] == [2, 1]
+    # A resumed run starts in the middle of the list, and must use the blocks of the whole list
+    assert [len(b.keys) for b in merged_batches(squares, range(1, 3), block=2, pixels=math.inf)] == [1, 1]

@@ -1,4 +1,4 @@
-"""How low-resolution inputs are degraded: auxiliary tasks, and patches of train_sr.py."""
+"""Degradations of low-resolution inputs: auxiliary tasks of train_detector.py, and patches of train_sr.py."""
 
 import numpy as np
 import pytest
@@ -30,10 +30,10 @@ def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
         changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
         torch.testing.assert_close(y[changed], grey[changed])
         per_image = changed[:, 0].float().mean(dim=(1, 2))
-        assert per_image.max() - per_image.min() < 0.05  # four standard deviations of a draw
+        assert per_image.max() - per_image.min() < 0.05  # 4 standard deviations of a mask's fraction of pixels
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
-    # U(0.1, 0.25), as in the release
+    # The released code draws the fraction from U(0.1, 0.25)
     assert 0.09 < min(fractions) < 0.125
     assert 0.225 < max(fractions) < 0.26
     assert np.mean(fractions) == pytest.approx(0.175, abs=0.02)
@@ -45,13 +45,13 @@ def test_denoising_adds_gaussian_noise_of_four_grey_levels():
     assert noise.std().item() == pytest.approx(4 / 255, rel=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=4e-4)
     beyond_two_std = (noise.abs() > 2 * 4 / 255).float().mean().item()
-    assert beyond_two_std == pytest.approx(0.0455, abs=0.006)  # of a normal distribution
+    assert beyond_two_std == pytest.approx(0.0455, abs=0.006)  # 4.55 % for a normal distribution
     assert not torch.equal(noise[0], noise[1])
     assert not torch.equal(noise[0, 0], noise[0, 1])
 
 
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
-def test_the_degradation_of_an_image_does_not_depend_on_its_batch(task):
+def test_the_degradation_of_an_image_does_not_depend_on_the_other_images_of_the_batch(task):
     x = random_image(3, 3, 4, 4)
     whole = degrade_batch(TASKS[task](generator(5)), x, [generator(i) for i in range(3)])
     alone = degrade_batch(TASKS[task](generator(5)), x[1:2], [generator(1)])
@@ -59,22 +59,22 @@ def test_the_degradation_of_an_image_does_not_depend_on_its_batch(task):
 
 
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
-def test_half_of_the_batches_are_degraded(task):
+def test_an_auxiliary_task_degrades_half_of_the_batches(task):
     drawn = [draw_degradation(task, generator(seed)) is not None for seed in range(600)]
-    assert 250 <= sum(drawn) <= 350  # 300, with four standard deviations of 12
+    assert 250 <= sum(drawn) <= 350  # expected 300 of 600, with a standard deviation of 12
 
 
-def test_no_task_degrades_no_batch():
+def test_the_auxiliary_task_none_degrades_no_batch():
     assert draw_degradation("none", generator(0)) is None
 
 
-def test_an_unknown_task_is_refused_and_the_known_ones_are_named():
+def test_an_unknown_auxiliary_task_is_refused_with_the_names_of_the_known_tasks():
     with mistake("--mode-sr", "colorization", "inpainting"):
         check_task("inpainting")
 
 
 @pytest.mark.parametrize("way", ["completion", "colorization"])
-def test_a_fraction_of_the_pixels_of_some_patches_is_replaced(way):
+def test_completion_and_colorization_replace_a_random_fraction_of_the_pixels_of_some_patches(way):
     patch = random_image(3, 32, 32)
     replaced = torch.zeros_like(patch)
     if way == "colorization":
@@ -86,18 +86,18 @@ def test_a_fraction_of_the_pixels_of_some_patches_is_replaced(way):
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
             fractions.append(changed.float().mean().item())
-    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # the released probability
-    # U(0.05, 0.15), as in the release
+    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # the probability in the released code
+    # The released code draws the fraction from U(0.05, 0.15)
     assert 0.02 < min(fractions) < 0.065
     assert 0.135 < max(fractions) < 0.19
 
 
-def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses():
+def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses_patches_as_jpeg():
     ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)
     results = [degrade_patch(ramp, generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)]
     changed = [result for result in results if not torch.equal(result, ramp)]
-    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # each has probability 1 - sqrt(1/2)
-    # JPEG leaves whole grey levels, noise does not
+    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # noise and JPEG each have probability 1 - sqrt(1/2)
+    # JPEG gives whole grey levels, and noise does not
     compressed = [torch.allclose(result * 255, (result * 255).round(), atol=1e-3) for result in changed]
     assert 0.5 < np.mean(compressed) < 0.68  # p / (1 - (1 - p)^2) = 0.586 with p = 1 - sqrt(1/2)
     stds = [(y - ramp).std().item() * 255 for y, jpeg in zip(changed, compressed, strict=True) if not jpeg]
@@ -106,12 +106,12 @@ def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses():
     assert np.mean(stds) == pytest.approx(5, abs=1)
 
 
-def test_jpeg_loses_more_at_lower_quality():
+def test_jpeg_compression_changes_an_image_more_at_lower_quality():
     image = random_image(3, 32, 32)
     lost = [(compress_jpeg(image, quality) - image).abs().mean() for quality in (95, 60, 25)]
     assert 0 < lost[0] < lost[1] < lost[2] < 0.3
 
 
-def test_a_patch_without_degradations_stays_as_it_is():
+def test_degrade_patch_returns_the_patch_unchanged_if_all_degradations_are_off():
     patch = random_image(3, 8, 8)
     assert torch.equal(degrade_patch(patch, generator(7), **NONE), patch)

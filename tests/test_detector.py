@@ -1,4 +1,4 @@
-"""The detector from Python: what `load`, `predict`, `verdict` and `residual` accept, and the numbers of test.py."""
+"""The Python interface `load`, `predict`, `verdict` and `residual`: accepted arguments, errors, and equality with test.py."""
 
 import io
 import re
@@ -39,7 +39,7 @@ def detector(tiny):
 # --- images ---------------------------------------------------------------------------------------------------
 
 
-def test_python_gives_the_numbers_of_test_py_to_the_last_bit(detector, tiny, some, tmp_path):
+def test_predict_and_verdict_give_bit_for_bit_the_results_of_test_py(detector, tiny, some, tmp_path):
     assert score("--gpu", "cpu", "-j", 0, "--resume", tiny, "--input", some, "--save_path", tmp_path / "p") == 0
     table = read_table(tmp_path / "p.csv")
     images = [Image.open(path).convert("RGB") for path in table.paths]
@@ -51,7 +51,7 @@ def test_python_gives_the_numbers_of_test_py_to_the_last_bit(detector, tiny, som
     assert detector.verdict(iter(table.paths)) == table.predictions
 
 
-def test_one_image_of_any_kind_is_accepted_without_a_list(detector, some):
+def test_predict_accepts_a_single_image_of_any_kind_without_a_list(detector, some):
     path = some / "1.png"
     array = np.asarray(Image.open(path))
     expected = detector.predict([str(path)])
@@ -61,7 +61,7 @@ def test_one_image_of_any_kind_is_accepted_without_a_list(detector, some):
             assert np.array_equal(detector.predict(image), expected)
 
 
-def test_residuals_are_the_differences_to_the_resynthesis(detector, some):
+def test_residual_returns_the_absolute_difference_between_an_image_and_its_resynthesis(detector, some):
     path = str(some / "1.png")
     (residual,) = detector.residual(path)
     assert residual.shape == (3, 32, 32) and residual.dtype == torch.float32
@@ -69,14 +69,14 @@ def test_residuals_are_the_differences_to_the_resynthesis(detector, some):
     assert torch.equal(residual, (x_hat - x).abs()[0])
 
 
-def test_no_images_give_no_scores(detector):
+def test_predict_verdict_and_residual_of_an_empty_list_are_empty(detector):
     assert detector.predict([]).shape == (0,)
     assert detector.verdict([]) == [] and detector.residual([]) == []
 
 
-def test_a_pil_image_is_turned_upright_like_its_file(detector, some, tmp_path):
+def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, some, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored on its side
+    exif[0x0112] = 6  # EXIF orientation: display the image after a quarter turn clockwise
     Image.open(some / "0.png").save(tmp_path / "turned.png", exif=exif)
     path = str(tmp_path / "turned.png")
     with open(path, "rb") as file:
@@ -91,13 +91,13 @@ def test_a_pil_image_is_turned_upright_like_its_file(detector, some, tmp_path):
         torch.zeros(32, 32, dtype=torch.uint8), io.BytesIO(b"no image"), io.StringIO("no image"),
     ],
 )  # fmt: skip
-def test_anything_else_is_one_line(detector, image):
+def test_an_argument_that_is_not_an_image_is_refused_in_one_line(detector, image):
     for method in (detector.predict, detector.verdict, detector.residual):
         with mistake("a path" if not hasattr(image, "read") else "cannot decode"):
             method(image)
 
 
-def test_a_truncated_image_is_one_line_however_it_is_given(detector, some, tmp_path):
+def test_a_truncated_image_is_refused_in_one_line_as_a_path_a_file_and_a_pil_image(detector, some, tmp_path):
     path = tmp_path / "half.png"
     path.write_bytes((some / "0.png").read_bytes()[:2000])
     with open(path, "rb") as file:
@@ -106,7 +106,7 @@ def test_a_truncated_image_is_one_line_however_it_is_given(detector, some, tmp_p
                 detector.predict(image)
 
 
-def test_a_missing_or_tiny_image_is_one_line(detector, tmp_path):
+def test_a_missing_image_and_a_too_small_image_are_refused_in_one_line(detector, tmp_path):
     with mistake("absent.png"):
         detector.predict("absent.png")
     with mistake("3 x 9"):
@@ -120,12 +120,12 @@ def test_a_missing_or_tiny_image_is_one_line(detector, tmp_path):
     ("length", "side", "count", "starts"),
     [(40, 16, 1, [12]), (40, 16, 2, [0, 24]), (40, 16, 3, [0, 12, 24]), (16, 16, 3, [0]), (10, 16, 1, [0]), (18, 16, 4, [0, 1, 2])],
 )  # fmt: skip
-def test_crops_go_from_border_to_border(length, side, count, starts):
+def test_crops_are_evenly_spread_from_border_to_border(length, side, count, starts):
     assert crop_starts(length, side, count) == starts
 
 
 @pytest.mark.parametrize(("height", "width", "rows", "columns"), [(64, 64, 3, 3), (32, 600, 1, 9), (600, 32, 9, 1)])
-def test_rows_and_columns_of_crops_suit_the_image(height, width, rows, columns):
+def test_the_numbers_of_rows_and_columns_of_crops_follow_the_shape_of_the_image(height, width, rows, columns):
     image = torch.arange(height * width).reshape(1, height, width).expand(3, -1, -1)
     crops, per_row = spread_crops(image, 32, 9)
     assert per_row == columns and len(crops) == rows * columns
@@ -137,20 +137,20 @@ def test_rows_and_columns_of_crops_suit_the_image(height, width, rows, columns):
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
-def test_a_device_may_be_anything_that_torch_accepts(tiny, device):
+def test_load_accepts_the_cpu_as_a_string_a_torch_device_and_none(tiny, device):
     if device is None and torch.cuda.is_available():
         pytest.skip("None means the GPU here")
     assert load(str(tiny), device=device).compute.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7", 0, "0", 7, torch.device("cuda"), torch.device("cuda", 1)])
-def test_a_gpu_that_is_not_there_is_one_line(tiny, device, monkeypatch):
+def test_load_refuses_a_gpu_in_one_line_on_a_machine_without_a_gpu(tiny, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with mistake("no GPU"):
         load(str(tiny), device=device)
 
 
-def test_gpus_that_are_there_are_chosen_by_their_number(monkeypatch):
+def test_a_gpu_is_chosen_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -162,37 +162,40 @@ def test_gpus_that_are_there_are_chosen_by_their_number(monkeypatch):
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])
-def test_what_is_no_device_is_one_line(tiny, device):
+def test_load_refuses_a_value_that_does_not_name_a_device_in_one_line(tiny, device):
     with mistake("expected"):
         load(str(tiny), device=device)
 
 
 @pytest.mark.parametrize("precision", ["float16", "half", "", None, 16])
-def test_an_unknown_precision_is_one_line(tiny, precision):
+def test_load_refuses_an_unknown_precision_in_one_line(tiny, precision):
     with mistake("fp32", "bf16", "precision"):
         load(str(tiny), device="cpu", precision=precision)
 
 
 @pytest.mark.parametrize("name", ["no_dilated", "stages", "Crops", "crop-size", "dilation"])
-def test_an_unknown_option_is_one_line_that_names_the_known_ones(tiny, name):
+def test_load_refuses_an_unknown_option_and_names_the_known_options(tiny, name):
     with mistake(name, "stage", "dilated", "crop_size", "no_dilation"):
         load(str(tiny), device="cpu", options={name: 1})
 
 
 @pytest.mark.parametrize("options", [{"crops": 0}, {"crops": "many"}, {"crop_size": -1}, {"resize": 1.5}, {"no_dilation": 1}])
-def test_an_impossible_value_of_an_option_is_one_line(tiny, options):
+def test_load_refuses_an_option_with_an_impossible_value_in_one_line(tiny, options):
     with mistake(*options):
         load(str(tiny), device="cpu", options=options)
 
 
 @pytest.mark.parametrize("arguments", [{"checkpoint": None}, {"vgg_weights": None}, {"options": ["stage"]}, {"options": 5}])
-def test_arguments_of_another_type_are_one_line(tiny, arguments):
+def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(tiny, arguments):
     with mistake(*arguments, "must be"):
         load(**{"checkpoint": str(tiny), "device": "cpu", **arguments})
 
 
-def test_options_have_the_names_of_the_flags_too(tmp_path):
-    """A released checkpoint says neither stage nor dilation. Dilation changes every score."""
+def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
+    """The flags idx_stages and no_dilation equal the options stage and dilated.
+
+    A released checkpoint stores neither the stage nor the dilation, and dilation changes every score.
+    """
     folder = write_release(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
     image = str(folder / "real" / "0.png")
@@ -203,7 +206,7 @@ def test_options_have_the_names_of_the_flags_too(tmp_path):
         load(**files, options={"no_dilation": True, "dilated": True})
 
 
-def test_image_settings_are_those_of_the_training_unless_options_differ():
+def test_image_settings_are_taken_from_the_training_unless_an_option_overrides_them():
     trained = {"crop_size": 128, "resize": None}
     assert image_settings(trained, {}) == (128, None, 9)
     assert image_settings(trained, {"crop_size": 64}) == (64, None, 1)
@@ -214,7 +217,7 @@ def test_image_settings_are_those_of_the_training_unless_options_differ():
         image_settings({}, {"crops": 4})
 
 
-def test_torch_hub_and_the_example_of_the_readme(tiny, tmp_path, monkeypatch, capsys):
+def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copy(tiny, "DETECTOR.pth.tar")
     for name in ("a.png", "b.jpg"):
@@ -228,7 +231,7 @@ def test_torch_hub_and_the_example_of_the_readme(tiny, tmp_path, monkeypatch, ca
     assert detector.verdict("a.png") == load(str(tiny), device="cpu").verdict("a.png")
 
 
-def test_a_detector_says_what_its_scores_depend_on(detector, tmp_path, small_classifier):
+def test_the_identity_of_a_detector_changes_with_its_calibration_and_not_with_its_file_name(detector, tmp_path, small_classifier):
     assert len(detector.identity()["classifier_fingerprint"]) == 16
     calibrated = write_detector(tmp_path / "c", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
     assert load(str(calibrated), "cpu").identity() != detector.identity()

@@ -1,4 +1,4 @@
-"""Every program keeps its tensors on one device. Checked on the CPU, see pretend_cuda.py."""
+"""Every program keeps its tensors on one device. pretend_cuda.py makes this check possible on a CPU."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ DETECTOR_MODES = """
 
 
 def on_gpu(arguments):
-    """Replace `--gpu cpu` by `--gpu 0`."""
+    """Return the arguments with `--gpu 0` in place of `--gpu cpu`."""
     return ["0" if word == "cpu" else word for word in arguments]
 
 
@@ -37,7 +37,7 @@ def detector_file(files, tmp_path_factory, small_classifier):
     return folder / "last.pth.tar"
 
 
-def test_the_check_finds_tensors_of_two_devices():
+def test_pretend_cuda_raises_an_error_if_an_operation_combines_cpu_and_gpu_tensors():
     with PretendCuda():
         a = torch.zeros(2, device="cuda")
         with pytest.raises(RuntimeError, match="same device"):
@@ -50,7 +50,7 @@ def test_the_check_finds_tensors_of_two_devices():
         assert is_marked(a * torch.tensor(2.0))
 
 
-def test_the_check_follows_a_training_step():
+def test_pretend_cuda_keeps_weights_and_gradients_on_the_gpu_in_a_training_step():
     with PretendCuda():
         layer = torch.nn.Linear(2, 2).to("cuda")
         optimizer = torch.optim.Adam(layer.parameters())
@@ -79,7 +79,7 @@ def test_train_sr_trains_and_evaluates_on_one_device(files, tmp_path, mode):
     "flags",
     ["", "--tile 64", "--crop-size 32 --crops 4", "--save-residuals RESIDUALS", "--perturb jpeg=70 resize"],
 )
-def test_scoring_stays_on_one_device(files, tmp_path, detector_file, flags):
+def test_test_py_scores_images_on_one_device(files, tmp_path, detector_file, flags):
     words = f"--gpu 0 --workers 0 --vgg-weights random --resume {detector_file} --save_path {tmp_path}/scores"
     words += f" --data-root-pos {files}/real --data-root-neg {files}/fake {flags}"
     args = parser_of_test().parse_args(words.replace("RESIDUALS", f"{tmp_path}/residuals").split())
@@ -88,7 +88,7 @@ def test_scoring_stays_on_one_device(files, tmp_path, detector_file, flags):
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda", 0), None])
-def test_the_python_object_takes_any_name_of_the_device(files, detector_file, device):
+def test_load_accepts_every_way_to_name_a_gpu(files, detector_file, device):
     path = str(files / "real/0.png")
     with pretend_cuda():
         detector = load(str(detector_file), device=device, vgg_weights="random")

@@ -1,4 +1,4 @@
-"""Several processes: what torchrun must have set, and that two processes give the results of one."""
+"""Runs in several processes: environment variables of torchrun, errors, and two processes against one process."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_launcher(monkeypatch, text):
-    """Set exactly these variables of the launcher, given as NAME=VALUE words."""
+    """Set the environment variables of torchrun to NAME=VALUE words, and delete all others of torchrun."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():
@@ -42,7 +42,7 @@ def set_launcher(monkeypatch, text):
         "RANK=0 WORLD_SIZE=2",
     ],
 )
-def test_variables_of_the_launcher_that_do_not_fit_together_are_refused(monkeypatch, text):
+def test_inconsistent_environment_variables_of_torchrun_are_refused(monkeypatch, text):
     set_launcher(monkeypatch, text)
     with mistake("RANK", "WORLD_SIZE", *text.split()):
         world_from_environment()
@@ -56,7 +56,7 @@ def test_variables_of_the_launcher_that_do_not_fit_together_are_refused(monkeypa
         ("RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=29500", World(1, 2)),
     ],
 )
-def test_the_place_of_a_process_comes_from_the_launcher(monkeypatch, text, world):
+def test_rank_and_world_size_are_read_from_the_environment_variables_of_torchrun(monkeypatch, text, world):
     set_launcher(monkeypatch, text)
     assert world_from_environment() == world
 
@@ -69,8 +69,8 @@ def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(program):
     assert len(run.stderr.splitlines()) == 1 and "WORLD_SIZE" in run.stderr
 
 
-def test_another_process_than_the_main_one_waits_before_it_prints_an_error(monkeypatch, capfd):
-    """Meanwhile torchrun ends it, if the main process has found the same mistake."""
+def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_not(monkeypatch, capfd):
+    """If both processes find a mistake, torchrun ends the waiting process, and the error is printed once."""
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
 
@@ -85,7 +85,7 @@ def test_another_process_than_the_main_one_waits_before_it_prints_an_error(monke
     assert capfd.readouterr().err.splitlines() == ["error: a mistake"] * 2
 
 
-def test_a_mistake_of_two_processes_of_torchrun_is_printed_once(tmp_path):
+def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
     command = [*TORCHRUN, str(ROOT / "test.py"), "--gpu", "cpu", "--resume", "absent.pth.tar", "--input", "x.png"]
     (tmp_path / "x.png").touch()
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
@@ -93,8 +93,8 @@ def test_a_mistake_of_two_processes_of_torchrun_is_printed_once(tmp_path):
     assert run.returncode != 0 and len(lines) == 1 and "absent.pth.tar" in lines[0]
 
 
-def test_torchrun_trains_scores_and_stops(files, tmp_path):
-    """Two processes train a detector until SIGTERM, and score as one process does."""
+def test_torchrun_trains_until_sigterm_and_scores_as_one_process(files, tmp_path):
+    """Two processes train a detector until SIGTERM. Two processes then write the score table that one process writes."""
     train = [str(ROOT / "train_detector.py"), *COMMON.split(), "--arch", "resnet18", "--no_dilation", "--fixed-sr"]
     train += ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake"), "--no-cache"]
     train += ["--sr-weights-file", str(files / "rdn.pth"), "--output-path", str(tmp_path), "--batch-size", "4"]

@@ -1,4 +1,4 @@
-"""The documents: links, commands and flags exist, and tables follow from the committed score tables."""
+"""Tests of the documents: links, commands and flags exist, and tables follow from the committed score tables."""
 
 import csv
 import re
@@ -40,7 +40,7 @@ def commands_in(document: str) -> list[list[str]]:
 
 
 def known_flags() -> set[str]:
-    """Return every flag of the three programs, and every flag that the tools' and benchmarks' sources mention."""
+    """Return every flag of the three programs, and every flag that occurs in the source of tools and benchmarks."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)
@@ -50,14 +50,14 @@ def known_flags() -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_linked_files_exist(document):
+def test_every_file_that_a_document_links_to_exists(document):
     for target in re.findall(r"\]\(([^)\s]+)\)", read(document)):
         if not target.startswith("http"):
             assert (ROOT / document).parent.joinpath(target.split("#")[0]).exists(), target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
-def test_programs_and_scripts_in_commands_exist(document):
+def test_every_program_and_script_in_the_commands_of_a_document_exists(document):
     for words in commands_in(document):
         for word in words:
             if re.fullmatch(r"(script|results)/[\w/]+\.sh|\w+\.py", word) and "NAME" not in word and "STUDY" not in word:
@@ -69,7 +69,7 @@ def test_programs_and_scripts_in_commands_exist(document):
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
-def test_commands_are_accepted_by_the_programs(document):
+def test_the_programs_accept_the_commands_of_a_document(document):
     checked = 0
     for words in commands_in(document):
         if words[0] == "python" and words[1] in PROGRAMS:
@@ -79,7 +79,7 @@ def test_commands_are_accepted_by_the_programs(document):
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/safety.md", "docs/integrations.md", "docs/results.md"])
-def test_flags_exist(document):
+def test_every_flag_that_a_document_mentions_exists(document):
     mentioned = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(document)))
     foreign = set()
     for line in read(document).splitlines():
@@ -90,7 +90,7 @@ def test_flags_exist(document):
     assert mentioned - foreign <= known_flags()
 
 
-def test_the_readme_is_short():
+def test_the_readme_has_at_most_170_lines():
     assert len(read("README.md").splitlines()) <= 170
 
 
@@ -100,7 +100,7 @@ def test_the_tables_of_the_documents_follow_from_the_committed_scores(monkeypatc
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.parent.name)
-def test_each_committed_score_table_is_used_and_each_used_table_is_committed(study):
+def test_a_study_uses_each_committed_score_table_and_each_used_score_table_is_committed(study):
     with study.open(newline="") as file:
         used = {(study.parent / row["scores"]).resolve() for row in csv.DictReader(file)}
     committed = set(study.parent.glob("scores/*.csv"))
@@ -115,15 +115,15 @@ def test_each_study_has_a_script_and_a_readme(study):
     assert (study.parent / "README.md").exists()
 
 
-def test_results_hold_no_json():
+def test_the_results_folder_contains_no_json_files():
     assert not list((ROOT / "results").rglob("*.json"))
 
 
-def test_performance_says_first_that_no_gpu_was_used():
+def test_the_performance_document_says_at_its_beginning_that_no_gpu_was_used():
     assert "never run on a GPU" in " ".join(read("docs/performance.md").split())[:400]
 
 
-def test_nothing_installs_packages_with_general_names():
+def test_the_project_cannot_be_installed_as_packages_named_models_data_or_utils():
     text = read("pyproject.toml")
     assert "[project]" not in text
     assert "packages" not in text

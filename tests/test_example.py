@@ -1,4 +1,7 @@
-"""Tests of tools.example: example images, and twins of photographs."""
+"""Tests of tools.example: example images, and twins of photographs.
+
+A twin is an image that a simulated generator makes from a photograph.
+"""
 
 import io
 import json
@@ -45,7 +48,7 @@ def made(tmp_path_factory):
 # --- example images
 
 
-def test_scenes_have_the_spectrum_of_photographs():
+def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
     """The power of photographs falls with frequency as about f^-2 to f^-3."""
     size, total = 128, 0
     window = np.outer(np.hanning(size), np.hanning(size))
@@ -59,8 +62,8 @@ def test_scenes_have_the_spectrum_of_photographs():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_up_sampling_leaves_a_period_of_two_pixels(kind):
-    """Steps between neighbouring pixels differ between even and odd columns, and they do not in the scene itself."""
+def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(kind):
+    """Differences between neighbouring pixels depend on the column's parity in the fake, and not in the scene."""
     x = torch.stack([torch.from_numpy(draw_scene(64, seeded_generator(i))) for i in range(8)]).permute(0, 3, 1, 2) / 255
 
     def difference_of_phases(images):
@@ -75,7 +78,7 @@ def test_up_sampling_leaves_a_period_of_two_pixels(kind):
     assert difference_of_phases(fake) > 2 * difference_of_phases(x)
 
 
-def test_the_layout_is_as_documented(made):
+def test_the_folder_of_example_images_has_the_documented_files(made):
     names = [name for name in contents(made) if name.endswith(".png")]
     expected = []
     for split, count in (("train", 2), ("val", 1), ("test", 1)):
@@ -91,7 +94,7 @@ def test_the_layout_is_as_documented(made):
     assert json.loads((made / "settings.json").read_text())["seed"] == 123
 
 
-def test_images_do_not_depend_on_their_number_and_none_is_made_twice(made, tmp_path):
+def test_an_example_image_does_not_depend_on_the_number_of_images_and_occurs_once(made, tmp_path):
     assert example.main(flags(tmp_path / "more", "--train", 3, "--val", 0)) == 0
     few, more = contents(made), contents(tmp_path / "more")
     common = [name for name in few if name in more and name.endswith(".png")]
@@ -102,18 +105,18 @@ def test_images_do_not_depend_on_their_number_and_none_is_made_twice(made, tmp_p
     assert not (tmp_path / "more" / "val.txt").exists()
 
 
-def test_another_seed_makes_other_images(made, tmp_path):
+def test_another_seed_gives_different_example_images(made, tmp_path):
     assert example.main(flags(tmp_path / "other", "--seed", 5)) == 0
     assert not set(contents(made).values()) & {v for k, v in contents(tmp_path / "other").items() if k.endswith("png")}
 
 
-def test_a_complete_folder_is_not_touched(made):
+def test_a_second_call_does_not_change_a_complete_folder(made):
     times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     assert example.main(flags(made)) == 0
     assert times == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
 
 
-def test_foreign_files_are_refused_and_unchanged(made, tmp_path):
+def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(made, tmp_path):
     foreign = {"thesis.tex": b"mine", "settings.json": b"not JSON", "train.txt": b"mine"}
     for name, content in foreign.items():
         (tmp_path / name).write_bytes(content)
@@ -130,7 +133,7 @@ def test_foreign_files_are_refused_and_unchanged(made, tmp_path):
     assert contents(tmp_path) == foreign
 
 
-def test_lists_can_be_read_whatever_the_folder_is_called(tmp_path):
+def test_the_lists_can_be_read_if_the_folder_name_is_not_utf8(tmp_path):
     out = os.path.join(os.fsencode(tmp_path), b"\xff \xe9")
     example.main(flags(os.fsdecode(out)))
     assert len(list_paths(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
@@ -138,7 +141,7 @@ def test_lists_can_be_read_whatever_the_folder_is_called(tmp_path):
         example.main(flags(tmp_path / "a\nb"))
 
 
-def test_an_output_folder_may_be_a_symbolic_link_and_stays_one(tmp_path):
+def test_an_output_folder_that_is_a_symbolic_link_remains_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
     assert example.main(flags(tmp_path / "link")) == 0
@@ -147,7 +150,7 @@ def test_an_output_folder_may_be_a_symbolic_link_and_stays_one(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_call_leaves_nothing(tmp_path, number):
+def test_a_call_stopped_by_a_signal_leaves_no_files(tmp_path, number):
     command = [sys.executable, "-m", "tools.example", *flags(tmp_path / "out", "--train", 100000)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
     try:
@@ -165,7 +168,7 @@ def test_a_stopped_call_leaves_nothing(tmp_path, number):
 @pytest.mark.parametrize(
     "wrong", ["--size 33", "--size 8", "--train 0 --val 0 --test 0", "--seed -1", "--autoencoder a b"]
 )
-def test_mistakes_are_one_line(tmp_path, wrong, capsys):
+def test_tools_example_reports_a_wrong_argument_in_one_line(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         example.main(flags(tmp_path / "out", *wrong.split()))
     assert caught.value.code == 2
@@ -176,7 +179,7 @@ def test_mistakes_are_one_line(tmp_path, wrong, capsys):
 # --- the autoencoder
 
 
-def test_the_autoencoder_has_the_names_and_shapes_of_taef2():
+def test_the_autoencoder_has_the_weight_names_and_shapes_of_taef2():
     torch.manual_seed(0)
     model = Autoencoder().eval()
     encoder, decoder = model.encoder.state_dict(), model.decoder.state_dict()
@@ -208,14 +211,14 @@ def write_weights(folder):
     return str(folder / "encoder.pth"), str(folder / "decoder.pth")
 
 
-def test_weights_that_do_not_fit_are_one_line(tmp_path):
+def test_autoencoder_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
     encoder, decoder = write_weights(tmp_path)
     load_autoencoder(encoder, decoder)
     with mistake("encoder.pth", "decoder"):
         load_autoencoder(decoder.replace("decoder", "encoder"), encoder)
 
 
-def test_tiles_meet_without_gaps():
+def test_the_tiles_of_the_autoencoder_cover_the_image_without_gaps():
     class Identity(torch.nn.Module):
         def forward(self, x):
             assert x.shape[2] <= twins.TILE + 2 * twins.MARGIN and x.shape[3] <= twins.TILE + 2 * twins.MARGIN
@@ -230,12 +233,12 @@ def test_tiles_meet_without_gaps():
 
 @pytest.fixture
 def photographs(tmp_path):
-    """A folder of photographs in several formats; some have sides that are no multiples of 8."""
+    """Return a folder of photographs in several formats. Some have sides that are not multiples of 8."""
     folder = tmp_path / "photographs"
     (folder / "below").mkdir(parents=True)
     scene = Image.fromarray(draw_scene(64, seeded_generator(1)))
     turned = Image.Exif()
-    turned[0x0112] = 6  # on its side
+    turned[0x0112] = 6  # EXIF orientation: display the image after a quarter turn clockwise
     save(folder / "a.jpg", scene.crop((0, 0, 61, 45)), quality=83, subsampling="4:2:2", exif=turned)
     save(folder / "grey.jpeg", scene.convert("L"), quality=60)
     save(folder / "below" / "a.png", scene.crop((0, 0, 33, 64)))
@@ -272,7 +275,7 @@ def test_simulated_twins_resemble_their_originals(photographs, tmp_path):
         assert 18 < psnr < 40
 
 
-def test_files_without_a_twin_are_reported_and_left_out(photographs, tmp_path, caplog):
+def test_files_that_get_no_twin_are_reported(photographs, tmp_path, caplog):
     (photographs / "broken.png").write_bytes(b"not an image")
     os.mkfifo(photographs / "pipe.png")
     alpha = Image.new("RGBA", (16, 16), (10, 20, 30, 40))

@@ -1,4 +1,7 @@
-"""Tests of tools.export: graphs give the detector's numbers, bundles its bits, and foreign files stay as they are."""
+"""Tests of tools.export: exported graphs, bundles, and files of the user at the output path.
+
+A graph is a detector as an ONNX or PyTorch export file. A bundle is a detector as one safetensors file.
+"""
 
 import json
 import re
@@ -32,7 +35,7 @@ NO_DILATION = {"dilated": False}
 
 
 def write_rdn(path, scale=4):
-    """Write a small RDN as the released files are. Return its path."""
+    """Write the weights of a small RDN in the format of the release. Return the path."""
     torch.manual_seed(scale)
     rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=1, num_layers=2)
     torch.save(rdn.state_dict(), path)
@@ -40,10 +43,10 @@ def write_rdn(path, scale=4):
 
 
 def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **options):
-    """Write a detector as train_detector.py does. Return its path."""
+    """Write a detector in the format of train_detector.py. Return the path."""
     torch.manual_seed(0)
     detector, config = build.new_detector(checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random")
-    for module in detector.modules():  # batch norms as after a training, so that logits differ between images
+    for module in detector.modules():  # random batch-norm weights make the logits differ between images
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
     content = network_state(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
@@ -57,14 +60,14 @@ def images(*size):
 
 
 def logits_of_one_crop(detector, x):
-    """Compute logits (B, 2) by the network itself. x: uint8 (B, 3, H, W)."""
+    """Compute logits (B, 2) with the network in PyTorch, from whole images x, uint8 (B, 3, H, W)."""
     with torch.inference_mode():
         return detector.network(x.float() / 255).numpy()
 
 
 @pytest.fixture(scope="module")
 def files(small_classifier, tmp_path_factory):
-    """A folder with a detector as mine.pth.tar, mine.onnx and mine.safetensors."""
+    """Return a folder with one detector in three formats: mine.pth.tar, mine.onnx and mine.safetensors."""
     folder = tmp_path_factory.mktemp("export")
     rdn = write_rdn(folder / "rdn.pth")
     write_detector(folder / "mine.pth.tar", rdn, {"resize": 100}, **NO_DILATION)
@@ -76,7 +79,8 @@ def files(small_classifier, tmp_path_factory):
 # --- graphs
 
 
-def require_same_numbers(path, detector, *sizes):
+def require_results_of_detector(path, detector, *sizes):
+    """Require that a graph gives the logits and P(fake) of a detector for random images of each size (B, 3, H, W)."""
     run, _ = graph.open_graph(path.read_bytes())
     for size in sizes:
         x = images(*size)
@@ -88,22 +92,22 @@ def require_same_numbers(path, detector, *sizes):
         assert np.ptp(logits) > 1e-3
 
 
-def test_an_onnx_graph_gives_the_detectors_numbers_at_any_size(files):
+def test_an_onnx_graph_gives_the_logits_of_the_detector_at_several_image_sizes(files):
     detector = load(files / "mine.pth.tar", device="cpu")
-    require_same_numbers(files / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552))
+    require_results_of_detector(files / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552))
 
 
-def test_a_graph_of_deep_features_gives_the_detectors_numbers(files, tmp_path):
+def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(files, tmp_path):
     rdn = write_rdn(tmp_path / "rdn.pth", scale=3)
     path = write_detector(tmp_path / "mine.pth.tar", rdn, stage=5, **NO_DILATION)
     export.main(["--resume", path, "--vgg-weights", "random", "--out", f"{tmp_path}/new/mine.pt2"])
     detector = load(path, device="cpu", vgg_weights="random")
-    require_same_numbers(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
+    require_results_of_detector(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
 
 
 @pytest.fixture(scope="module")
 def trained_on_crops(files):
-    """A folder with a detector as script/train_folders.sh trains it, exported as detector.onnx."""
+    """Return a folder with a detector trained on crops of 128 pixels, and its graph detector.onnx."""
     folder = files / "crops"
     folder.mkdir()
     path = write_detector(folder / "mine.pth.tar", str(files / "rdn.pth"), {"crop_size": 128}, **NO_DILATION)
@@ -111,15 +115,15 @@ def trained_on_crops(files):
     return folder
 
 
-def test_a_detector_trained_on_crops_is_exported_as_one_crop(trained_on_crops):
+def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(trained_on_crops):
     path = trained_on_crops / "detector.onnx"
     _, facts = graph.open_graph(path.read_bytes())
     assert (json.loads(facts["crops"]), json.loads(facts["crop_size"])) == (9, 128)
     detector = load(trained_on_crops / "mine.pth.tar", device="cpu")
-    require_same_numbers(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
+    require_results_of_detector(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
 
 
-def test_the_documented_mean_over_crops_is_the_number_of_test_py(trained_on_crops, monkeypatch):
+def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(trained_on_crops, monkeypatch):
     document = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     (code,) = [
         block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "# mean over crops" in block
@@ -133,8 +137,8 @@ def test_the_documented_mean_over_crops_is_the_number_of_test_py(trained_on_crop
         assert names["prob_fake"] == pytest.approx(detector.predict(f"{index}.png")[0], abs=1e-5)
 
 
-def test_plain_batch_norms_give_the_same_numbers(files):
-    """This form is what PyTorch 2.6 converts to ONNX."""
+def test_a_network_with_plain_batch_norms_gives_the_logits_of_the_network(files):
+    """PyTorch 2.6 cannot convert the usual batch norms to ONNX, and converts plain ones."""
     network = load(files / "mine.pth.tar", device="cpu").network
     plain = graph.with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -145,7 +149,7 @@ def test_plain_batch_norms_give_the_same_numbers(files):
 
 
 class Halves(nn.Module):
-    """Features that somebody else adds: means of 2 x 2 blocks, and their squares."""
+    """Features that a user could add: means of blocks of 2 x 2 pixels, and the squares of the means."""
 
     channels, stride = 6, 2
 
@@ -165,14 +169,14 @@ class FixedSize(nn.Module):
         return self.linear(residual.flatten(1))
 
 
-def test_entries_that_users_add_are_exported(tmp_path, monkeypatch):
+def test_features_that_a_user_adds_are_exported(tmp_path, monkeypatch):
     monkeypatch.setitem(build.FEATURES, "halves", Halves)
     path = write_detector(tmp_path / "mine.pth.tar", sr_arch="bicubic", features="halves", **NO_DILATION)
     export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
-    require_same_numbers(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
+    require_results_of_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
 
 
-def test_a_classifier_for_one_size_is_exported_for_crops_of_this_size(tmp_path, monkeypatch, caplog):
+def test_a_classifier_that_accepts_one_image_size_is_exported_for_crops_of_that_size(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(build.FEATURES, "halves", Halves)
     monkeypatch.setitem(build.CLASSIFIERS, "fixed", FixedSize)
     options = {"sr_arch": "none", "features": "halves", "arch": "fixed"}
@@ -180,14 +184,14 @@ def test_a_classifier_for_one_size_is_exported_for_crops_of_this_size(tmp_path, 
     with caplog.at_level("INFO"):
         export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
     assert "accepts only images of 64 x 64 pixels" in caplog.text
-    require_same_numbers(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
+    require_results_of_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
     path = write_detector(tmp_path / "whole.pth.tar", **options)
     with mistake("cannot export"):
         export.main(["--resume", path, "--out", f"{tmp_path}/whole.pt2"])
     assert not (tmp_path / "whole.pt2").exists()
 
 
-def test_the_metadata_of_a_graph_says_how_to_use_it(files):
+def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(files):
     session = onnxruntime.InferenceSession(files / "mine.onnx")
     inputs = [(value.name, value.type, value.shape) for value in session.get_inputs()]
     assert inputs == [("image", "tensor(uint8)", ["batch", 3, "height", "width"])]
@@ -201,7 +205,7 @@ def test_the_metadata_of_a_graph_says_how_to_use_it(files):
     assert b"/home/me" not in (files / "mine.onnx").read_bytes()
 
 
-def test_check_refuses_other_detectors_versions_and_damage(files, tmp_path):
+def test_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_graph(files, tmp_path):
     def check(content, detector=files / "mine.pth.tar"):
         (tmp_path / "a.onnx").write_bytes(content)
         export.main(["--resume", str(detector), "--check", f"{tmp_path}/a.onnx"])
@@ -224,11 +228,11 @@ def test_check_refuses_other_detectors_versions_and_damage(files, tmp_path):
             check(content)
 
 
-# --- files that are there already
+# --- files that already exist
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--out", "a.onnx"), ("--out", "a.pt2"), ("--bundle", "a.safetensors")])
-def test_foreign_files_are_refused_before_any_work(files, tmp_path, flag, name):
+def test_an_output_path_with_a_file_of_the_user_is_refused_before_any_work(files, tmp_path, flag, name):
     (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "folder.onnx").mkdir()
     with mistake(name, "not written by this program"):
@@ -238,7 +242,7 @@ def test_foreign_files_are_refused_before_any_work(files, tmp_path, flag, name):
         export.main(["--resume", "no such detector", "--out", str(tmp_path / "folder.onnx")])
 
 
-def test_own_files_are_replaced_and_symbolic_links_stay(files, tmp_path):
+def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(files, tmp_path):
     target = tmp_path / "a.safetensors"
     target.write_bytes((files / "mine.safetensors").read_bytes())
     (tmp_path / "link.safetensors").symlink_to(target.name)
@@ -252,7 +256,7 @@ def test_own_files_are_replaced_and_symbolic_links_stay(files, tmp_path):
 # --- bundles
 
 
-def test_a_bundle_gives_the_same_bits(files, tmp_path):
+def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(files, tmp_path):
     mine = checkpoints.load(files / "mine.pth.tar")
     shared = checkpoints.load(files / "mine.safetensors")
     assert shared.keys() == mine.keys() - {"settings", "progress"} | {"card"}
@@ -266,7 +270,7 @@ def test_a_bundle_gives_the_same_bits(files, tmp_path):
     assert b"/home/me" not in (files / "mine.safetensors").read_bytes()
 
 
-def test_a_bundle_of_released_files_names_its_vgg(tmp_path):
+def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     rdn = write_rdn(tmp_path / "sr.pth.tar")
     content = checkpoints.load(write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION))
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "cls.pth.tar")
@@ -283,7 +287,7 @@ def test_a_bundle_of_released_files_names_its_vgg(tmp_path):
         load(shared, device="cpu", vgg_weights="random")
 
 
-def test_the_card_shows_the_results_of_this_detector_only(files, tmp_path):
+def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused(files, tmp_path):
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
     detector = load(files / "mine.pth.tar", device="cpu").identity()
@@ -302,10 +306,10 @@ def test_the_card_shows_the_results_of_this_detector_only(files, tmp_path):
     assert format_table(metrics) in checkpoints.load(tmp_path / "a.safetensors")["card"]
 
 
-def test_changed_bundles_are_refused(files, tmp_path, monkeypatch):
+def test_damaged_and_edited_bundles_are_refused(files, tmp_path, monkeypatch):
     whole, path, rng = (files / "mine.safetensors").read_bytes(), tmp_path / "bad.safetensors", seeded_generator(0)
     contents = [whole[:-1], b"", (files / "mine.pth.tar").read_bytes(), safetensors.save({})]
-    for place in (3, 9, *rng.integers(0, len(whole), 20)):  # in the header, too
+    for place in (3, 9, *rng.integers(0, len(whole), 20)):  # bytes 3 and 9 are in the header
         flipped = bytearray(whole)
         flipped[place] ^= 1 << int(rng.integers(8))
         contents.append(bytes(flipped))
@@ -327,7 +331,7 @@ def test_changed_bundles_are_refused(files, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "flags", ["", "--out a.txt", "--check a.txt", "--bundle a.pth", "--out a.onnx --scores p.json"]
 )
-def test_mistakes_are_one_line_and_status_2(files, flags, capsys):
+def test_tools_export_reports_a_wrong_command_line_with_exit_status_2(files, flags, capsys):
     command = ["--resume", f"{files}/mine.pth.tar", *flags.split()]
     with pytest.raises(SystemExit) as caught:
         export.main(command)
@@ -335,6 +339,6 @@ def test_mistakes_are_one_line_and_status_2(files, flags, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_graph_that_does_not_exist_cannot_be_checked(files):
+def test_check_refuses_a_graph_that_does_not_exist(files):
     with mistake("none.onnx"):
         export.main(["--resume", f"{files}/mine.pth.tar", "--check", "none.onnx"])

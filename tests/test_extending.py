@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work: a part that is added to a dict is trained, resumed, loaded, scored and exported."""
+"""The examples of docs/extending.md work: networks that they add are trained, resumed, loaded, scored and fine-tuned."""
 
 import re
 import types
@@ -20,7 +20,7 @@ BASE = "--gpu cpu --workers 0 --vgg-weights random"
 
 
 def example_module(name):
-    """Run the example whose first line names the file models/NAME.py. Returns it as a module."""
+    """Run the example of docs/extending.md whose first line is "# models/NAME.py". Returns a module."""
     for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
         if code.startswith(f"# models/{name}.py"):
             module = types.ModuleType(name)
@@ -31,7 +31,7 @@ def example_module(name):
 
 @pytest.fixture
 def extended(monkeypatch):
-    """Add the three examples to the dicts."""
+    """Add the re-synthesizer, features and classifier of docs/extending.md to the dicts of models/build.py."""
     monkeypatch.setitem(build.RESYNTHESIZERS, "small_sr", example_module("small_sr").SmallSR)
     monkeypatch.setitem(build.FEATURES, "gradients", example_module("gradients").Gradients)
     monkeypatch.setitem(build.CLASSIFIERS, "small_cnn", example_module("small_cnn").SmallCNN)
@@ -44,7 +44,7 @@ def train_small_sr(files, out):
 
 
 def arguments(files, out, flags):
-    """Arguments of train_detector.py, without an RDN."""
+    """Return arguments for train_detector.py that name no re-synthesizer."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 
@@ -52,7 +52,7 @@ def arguments(files, out, flags):
 PARTS = "--features gradients --feature-args gain=2 --arch small_cnn --arch-args width=6"
 
 
-def test_a_detector_of_three_new_parts_is_trained_resumed_loaded_and_fine_tuned(files, tmp_path, extended):
+def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_and_fine_tuned(files, tmp_path, extended):
     weights = train_small_sr(files, tmp_path / "sr")
     out = tmp_path / "detector"
     train(arguments(files, out, f"{PARTS} --fixed-sr --sr-weights-file {weights} --epochs 1"))
@@ -76,7 +76,7 @@ def test_a_detector_of_three_new_parts_is_trained_resumed_loaded_and_fine_tuned(
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, extended):
+def test_network_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, extended):
     weights = train_small_sr(files, tmp_path / "sr")
     with mistake("--sr-args", "width=7", "width=5"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-args width=7 --arch small_cnn --epochs 1"
@@ -86,7 +86,7 @@ def test_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, ext
         train(arguments(files, tmp_path / "detector", flags))
 
 
-def test_an_entry_that_is_gone_is_named_when_its_checkpoint_is_loaded(files, tmp_path, extended, monkeypatch):
+def test_loading_a_checkpoint_whose_features_are_not_in_the_dict_gives_an_error_with_their_name(files, tmp_path, extended, monkeypatch):
     train(arguments(files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1"))
     monkeypatch.delitem(build.FEATURES, "gradients")
     with mistake("gradients", "pixels"):
@@ -94,7 +94,7 @@ def test_an_entry_that_is_gone_is_named_when_its_checkpoint_is_loaded(files, tmp
 
 
 @pytest.mark.parametrize("control", ["bicubic", "none"])
-def test_controls_need_no_weights_and_their_residual_is_what_they_say(files, tmp_path, extended, control):
+def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expected_residual(files, tmp_path, extended, control):
     train(arguments(files, tmp_path, f"--fixed-sr --sr-arch {control} --arch small_cnn --epochs 1"))
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
     x = torch.rand(1, 3, 16, 16)
@@ -108,7 +108,7 @@ def test_controls_need_no_weights_and_their_residual_is_what_they_say(files, tmp
         torch.testing.assert_close(x_hat, expected)
 
 
-def test_a_control_without_parameters_cannot_be_trained(files, tmp_path):
+def test_training_a_resynthesizer_without_parameters_is_refused(files, tmp_path):
     with mistake("--fixed-sr", "no parameters"):
         train(arguments(files, tmp_path, "--sr-arch bicubic --arch resnet18 --epochs 1"))
     with mistake("bicubic", "no parameters"):
@@ -116,7 +116,7 @@ def test_a_control_without_parameters_cannot_be_trained(files, tmp_path):
         train(flags.split())
 
 
-def test_a_resynthesizer_with_weights_needs_its_file(files, tmp_path):
+def test_training_with_an_rdn_but_without_its_weights_file_is_refused(files, tmp_path):
     with mistake("--sr-weights-file", "rdn"):
         train(arguments(files, tmp_path, "--fixed-sr --arch resnet18 --epochs 1"))
 
@@ -135,18 +135,18 @@ def test_a_torchvision_classifier_is_trained_and_loaded(files, tmp_path):
     assert np.isfinite(detector.predict([f"{files}/real/0.png"])).all()
 
 
-def test_unknown_torchvision_names_are_refused():
+def test_an_unknown_torchvision_classifier_is_refused():
     with mistake("resnet19"):
         build.create_classifier("torchvision:resnet19", 3, {})
 
 
-def test_the_script_that_edits_nothing_names_what_exists():
+def test_the_documented_script_that_adds_a_classifier_is_valid_python():
     code = re.search(r"```python\n(# my_train.py.*?)```", DOCUMENT, re.DOTALL)[1]
     compile(code, "my_train.py", "exec")
     assert "CLASSIFIERS" in code
 
 
-def test_perturbations_metrics_and_tasks_are_one_line_in_a_dict():
+def test_the_documented_dicts_and_linked_files_of_the_extension_guide_exist():
     for dictionary, name in ((perturbations.SWEEP, "jpeg"), (metrics.METRICS, "auroc"), (degradations.TASKS, "denoising")):
         assert name in dictionary
     for path in re.findall(r"\]\(\.\./([^)]+)\)", DOCUMENT):

@@ -1,4 +1,4 @@
-"""Which images are found in folders, and what is logged about the other files."""
+"""Tests of data.folders: the images that are found in a folder, and the log line about all other files."""
 
 import logging
 import os
@@ -30,12 +30,12 @@ def test_images_are_found_by_suffix_and_sorted_by_path(tmp_path):
         assert find_images(spelling) == [f"{root}/{name}" for name in sorted(names)]
 
 
-def test_avif_is_found_if_pillow_can_read_it(tmp_path):
+def test_avif_images_are_found_if_pillow_can_read_avif(tmp_path):
     root = touch(tmp_path / "r", "a.avif", "b.png")
     assert below(root, find_images(root)) == (["a.avif", "b.png"] if HAS_AVIF else ["b.png"])
 
 
-def test_one_line_says_how_many_files_are_left_out_and_why(tmp_path, caplog):
+def test_one_log_line_says_how_many_files_are_left_out_and_why(tmp_path, caplog):
     others = ["1.HEIC", "2.heic", "no_suffix", ".hidden.png", "._a.jpg", "__MACOSX/a.png", ".git/a.png"]
     root = touch(tmp_path / "r", "a.png", "sub/b.png", "sub/notes.txt", *others)
     assert below(root, find_images(root)) == ["a.png", "sub/b.png"]
@@ -44,7 +44,7 @@ def test_one_line_says_how_many_files_are_left_out_and_why(tmp_path, caplog):
     assert all(word in message for word in words)
 
 
-def test_nothing_is_logged_if_nothing_is_left_out(tmp_path, caplog):
+def test_nothing_is_logged_if_every_file_of_a_folder_is_an_image(tmp_path, caplog):
     find_images(touch(tmp_path / "r", "a.png"))
     assert not caplog.messages
 
@@ -52,7 +52,7 @@ def test_nothing_is_logged_if_nothing_is_left_out(tmp_path, caplog):
 # --- links --------------------------------------------------------------------------------------------------
 
 
-def test_links_to_other_folders_are_followed_once(tmp_path, caplog):
+def test_two_links_to_one_folder_are_followed_once(tmp_path, caplog):
     root = touch(tmp_path / "r", "a/1.png")
     elsewhere = touch(tmp_path / "elsewhere", "2.png")
     (tmp_path / "r/b").symlink_to(elsewhere)
@@ -73,7 +73,7 @@ def test_a_link_to_a_folder_that_contains_it_is_not_followed(tmp_path, caplog, p
     assert all("1 link to a folder that contains it" in message for message in caplog.messages)
 
 
-def test_a_link_above_its_folder_is_not_followed_through_another_link(tmp_path):
+def test_a_link_to_a_parent_folder_is_not_followed_inside_a_linked_folder(tmp_path):
     root = touch(tmp_path / "r", "1.png")
     touch(tmp_path / "storage", "part/2.png", "other/3.png")
     (tmp_path / "r/part").symlink_to(tmp_path / "storage/part")
@@ -86,27 +86,27 @@ def test_a_link_above_its_folder_is_not_followed_through_another_link(tmp_path):
 
 @pytest.fixture
 def folder_with_outputs(tmp_path):
-    """Two images, the figure of a score table and a residual picture."""
+    """Return a folder with two images, a score table with its figure, and a residual picture."""
     root = touch(tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png")
     (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
-    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # a table of the user
+    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # not a score table
     return root
 
 
-def test_pictures_written_by_test_py_are_left_out(folder_with_outputs, caplog):
+def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_folder(folder_with_outputs, caplog):
     assert below(folder_with_outputs, find_images(folder_with_outputs)) == ["cat.png", "photo.png"]
     for words in ("1 figure of a score table", "1 residual picture"):
         assert words in caplog.text
 
 
-def test_pictures_that_only_look_similar_are_kept(tmp_path):
+def test_images_whose_names_resemble_outputs_of_test_py_are_kept(tmp_path):
     names = ["scores.png", "residual.png", "alone.png"]
     root = touch(tmp_path / "r", *names)
-    os.mkfifo(tmp_path / "r/scores.csv")  # opening it would block
+    os.mkfifo(tmp_path / "r/scores.csv")  # opening a named pipe would block the program
     assert below(root, find_images(root)) == sorted(names)
 
 
-def test_pictures_written_by_test_py_are_left_out_of_given_files(folder_with_outputs, caplog):
+def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_list_of_files(folder_with_outputs, caplog):
     paths = [f"{folder_with_outputs}/{name}" for name in ("cat.png", "scores.png", "sub/cat.png.residual.png")]
     assert input_items(paths) == [Item(paths[0], None, "")]
     assert "left out 2 pictures" in caplog.text
@@ -117,7 +117,7 @@ def test_pictures_written_by_test_py_are_left_out_of_given_files(folder_with_out
 # --- folders that cannot be used ----------------------------------------------------------------------------
 
 
-def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
+def test_missing_folders_and_folders_without_images_are_refused_in_one_line(tmp_path):
     with mistake("No such file", r"new\nline"):
         find_images(str(tmp_path / "new\nline"))
     with mistake("Not a directory"):
@@ -129,10 +129,10 @@ def test_folders_that_cannot_be_used_are_refused_in_one_line(tmp_path):
         find_images(touch(tmp_path / "q", "a.heic", "b.heic", "c.txt"))
 
 
-def test_a_folder_that_cannot_be_read_is_not_taken_for_an_empty_one(tmp_path, monkeypatch):
+def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     touch(tmp_path, "a.png")
     monkeypatch.chdir(tmp_path)
-    for _ in range(17):  # a path of more than 4096 letters, which no system call accepts
+    for _ in range(17):  # make a path of more than 4096 characters, which system calls refuse
         os.mkdir("d" * 250)
         os.chdir("d" * 250)
     with mistake("cannot be read", "too long"):

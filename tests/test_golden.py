@@ -1,4 +1,7 @@
-"""The networks agree with the released ones in names, shapes and outputs. tests/golden/ was made with the released code."""
+"""The networks have the weight names, weight shapes and outputs of the released networks.
+
+The expected values in tests/golden/ were computed with the released code.
+"""
 
 import json
 from pathlib import Path
@@ -50,7 +53,7 @@ def features_of(stage, vgg):
 
 
 def assert_close(got, expected):
-    """Within 1e-4 of the largest expected value."""
+    """Require that the largest error is at most 1e-4 times the largest expected value."""
     assert got.shape == expected.shape
     error = (got.double() - expected.double()).abs().max()
     assert error <= 1e-4 * expected.double().abs().max()
@@ -64,7 +67,7 @@ def assert_close(got, expected):
         ("resnet50_stage5", lambda: DeepStemResNet(512, dilated=True)),
     ],
 )
-def test_parameters_have_the_released_names_and_shapes(name, build):
+def test_network_weights_have_the_released_names_and_shapes(name, build):
     expected = json.loads((GOLDEN / "state_dict_shapes.json").read_text())[name]
     assert {key: list(value.shape) for key, value in build().state_dict().items()} == expected
 
@@ -79,23 +82,23 @@ def test_rdn_and_the_pixel_residual_have_the_released_values(golden, rdn, x):
     assert_close(residual[:, :, ::2, ::2], golden["pixel_res"])
 
 
-def test_rdn_with_gradients_has_the_released_values(golden, rdn, x):
+def test_rdn_with_gradients_has_the_released_output(golden, rdn, x):
     assert_close(rdn(downsample(x, 4)).detach(), golden["rdn"])
 
 
-def test_rdn_has_as_many_parameters_as_in_the_paper(rdn):
+def test_rdn_has_22_271_107_parameters_as_in_the_paper(rdn):
     assert sum(p.numel() for p in rdn.parameters()) == 22_271_107
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_a_small_rdn_has_the_released_values_at_each_scale(golden, scale):
+def test_a_small_rdn_has_the_released_output_at_each_scale(golden, scale):
     small = fill(RDN(scale=scale, **TINY))
     with torch.inference_mode():
         assert_close(small(golden["tiny_in"]), golden[f"rdn_small_x{scale}"])
     assert rdn_from_weights(small.state_dict(), "file") == (scale, TINY)
 
 
-def test_vgg_stages_have_the_released_values_alone_and_together(golden, vgg, x):
+def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(golden, vgg, x):
     with torch.inference_mode():
         together = vgg(x, STAGES)
         for k in STAGES:

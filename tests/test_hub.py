@@ -1,4 +1,4 @@
-"""torch.hub loads a detector in programs that have packages with the names of ours."""
+"""torch.hub loads a detector in a program that has its own packages `models`, `utils` and `data`."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ print(models.NAME, mine, data.NAME, models.mine.NAME, {root!r} in sys.path)
 """
 
 
-def test_torch_hub_works_beside_packages_of_the_same_names(tmp_path):
+def test_torch_hub_loads_a_detector_beside_other_packages_named_models_utils_and_data(tmp_path):
     for package in ("models", "utils", "data"):
         (tmp_path / package).mkdir()
         (tmp_path / package / "__init__.py").write_text("NAME = 'mine'\nmine = 1\n")

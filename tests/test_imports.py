@@ -1,4 +1,7 @@
-"""Imports go one way: utils <- data, models <- evaluation <- programs and tools. Read off the source."""
+"""Imports between packages go one way: utils <- data, models <- evaluation <- programs and tools.
+
+The tests read the import statements in the source files.
+"""
 
 import ast
 import graphlib
@@ -20,7 +23,7 @@ MAY_IMPORT = {
 
 
 def module_files() -> dict[str, Path]:
-    """The name and the file of each module of the project, tests and benchmarks left out."""
+    """Return a dict from module name to file for all modules of the project except tests and benchmarks."""
     files = [ROOT / f"{name}.py" for name in PROGRAMS]
     for package in PACKAGES:
         files += sorted((ROOT / package).glob("*.py"))
@@ -29,7 +32,7 @@ def module_files() -> dict[str, Path]:
 
 
 def imports_of(file: Path) -> set[str]:
-    """The modules that a file imports, anywhere in it."""
+    """Return the names of all modules that a file imports at any place."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -44,20 +47,20 @@ def package_of(module: str) -> str:
 
 
 def project_imports() -> dict[str, set[str]]:
-    """The project's own modules that each module imports."""
+    """Return a dict from module name to the modules of the project that the module imports."""
     files = module_files()
     return {name: imports_of(file) & files.keys() - {name} for name, file in files.items()}
 
 
 @pytest.mark.parametrize("module", sorted(module_files()))
-def test_a_module_imports_only_from_packages_below_its_own(module):
+def test_a_module_imports_only_from_its_own_and_lower_packages(module):
     imported = {package_of(other) for other in project_imports()[module]}
     assert imported <= MAY_IMPORT[package_of(module)]
 
 
-def test_there_is_no_import_cycle():
+def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    for package in PACKAGES:  # a package's __init__ imports its modules, which may import each other
+    for package in PACKAGES:  # the __init__ of a package imports modules of the package that import each other
         for others in imports.values():
             others.discard(package)
     graphlib.TopologicalSorter(imports).prepare()

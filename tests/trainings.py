@@ -1,4 +1,4 @@
-"""Toy trainings by both programs, and what they have written."""
+"""Helpers that run toy trainings with train_sr.py and train_detector.py, and read the files that they write."""
 
 import json
 
@@ -19,25 +19,29 @@ DETECTOR = f"{COMMON} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
 
 
 def sr_arguments(files, out, flags=""):
-    """Return arguments for train_sr.py, which writes into OUT/x2. flags: see `words`."""
+    """Return arguments for a toy run of train_sr.py that writes into OUT/x2. `words` describes `flags`."""
     return ["--train-file", str(files / "real"), "--outputs-dir", str(out), *SR.split(), *words(files, flags)]
 
 
 def detector_arguments(files, out, flags=""):
-    """Return arguments for train_detector.py, which writes into OUT. flags: see `words`."""
+    """Return arguments for a toy run of train_detector.py that writes into OUT. `words` describes `flags`."""
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]
     return [*roots, *resynthesizer, "--output-path", str(out), *DETECTOR.split(), *words(files, flags)]
 
 
 def words(files, flags):
-    """Split flags into words. REAL and FAKE become the folders of images, VALIDATE the flags to validate on them."""
+    """Split a string of flags into words, and replace placeholders.
+
+    REAL becomes the folder of real images, and FAKE the folder of fake images. VALIDATE becomes the flags that use both
+    folders for validation.
+    """
     flags = flags.replace("VALIDATE", "--val-root-pos REAL --val-root-neg FAKE")
     return flags.replace("REAL", str(files / "real")).replace("FAKE", str(files / "fake")).split()
 
 
 def train(arguments):
-    """Run the program that the arguments are for, in this process. Mistakes are raised."""
+    """Run train_sr.py or train_detector.py in this process, chosen by the arguments. A UserError is not caught."""
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
         train_detector.main(train_detector_parser().parse_args(arguments))
@@ -46,23 +50,23 @@ def train(arguments):
 
 
 def status(arguments, capfd):
-    """Run the program that the arguments are for. Return its exit status and the last line that it prints."""
+    """Run train_sr.py or train_detector.py as `train` does. Return the exit status and the last line on stderr."""
     code = run_program(lambda: train(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 
 
 def read(path):
-    """Read a checkpoint."""
+    """Return the content of a checkpoint file."""
     return torch.load(path, weights_only=True)
 
 
 def stats(folder):
-    """Read stats.jsonl: one dict per epoch."""
+    """Return the content of stats.jsonl in a folder, one dict per epoch."""
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
 def differences(a, b, place=""):
-    """Return the places at which two nested states differ in any bit."""
+    """Compare two nested states bit for bit. Returns one line per entry that differs."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
@@ -76,7 +80,7 @@ def differences(a, b, place=""):
 
 
 def without_settings(path):
-    """Read a state without its settings, which hold the name of the output folder."""
+    """Return the content of a checkpoint without its settings, because they contain the name of the output folder."""
     state = read(path)
-    state.pop("settings", None)  # numbered files of a re-synthesizer have none
+    state.pop("settings", None)  # numbered checkpoints of a re-synthesizer contain no settings
     return state
