@@ -1,12 +1,18 @@
-"""Stage 2: train the detector on re-synthesis residuals, RDN frozen. Stage 3: fine-tune both end to end.
+"""Train the detector: stage 2 with a frozen re-synthesizer, stage 3 end to end.
+
+Stage 2 trains the classifier on the residuals of a frozen re-synthesizer. Stage 3 fine-tunes the classifier and the
+re-synthesizer together.
 
     python train_detector.py --fixed-sr --sr-weights-file output_hr/x4/best.pth --no_dilation \\
         --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --output-path output_end2end/mine
     python train_detector.py --mode-sr denoising --init output_end2end/mine/last.pth.tar --lr 1e-6 ...
 
-Writes into OUTPUT_PATH: NNNN.pth.tar and NNNN_sr.pth.tar (the released formats; NNNN counts epochs from 1),
-best.pth.tar (highest AUROC on the validation images), last.pth.tar (the whole state, for --resume), config.json,
-stats.jsonl and TensorBoard records.
+The program writes these files into OUTPUT_PATH:
+
+    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the released formats
+    best.pth.tar                              the state with the highest AUROC on the validation images
+    last.pth.tar                              the newest state, from which --resume continues
+    config.json, stats.jsonl, tensorboard/    records of the run
 """
 
 import contextlib
@@ -59,16 +65,17 @@ from utils.training import Progress, Stepper
 logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
-FINAL_RATE = 1e-4  # fraction of the base rate at which the released schedule ends
+FINAL_RATE = 1e-4  # the released schedule ends at this fraction of the base learning rate
 
-# batch -> (loss, further values to record), this process's part of the means over the whole batch
+# A function from a batch to (loss, further values to record). With several processes, each process returns its part:
+# the sum of the parts over the processes is the mean over the whole batch.
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
     with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
-        # 1. List the images. Nothing is written before images, networks and sizes have been checked.
+        # 1. List the images. No file is written before the images, the networks and the sizes have been checked.
         check_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
         items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = validation_items(args.val_real_roots, args.val_fake_roots, args.val_csv)
@@ -77,7 +84,8 @@ def main(args: Namespace) -> None:
         output = Path(args.output_path)
         detector, config, resumed = build_networks(vars(args), output / LAST)
         detector.freeze_resynthesizer(args.fixed_resynthesizer)
-        detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer  # else 12 GB per 1024 x 1024 image
+        # Without checkpointing, end-to-end training of RDN keeps 12 GB of maps per image of 1024 x 1024 pixels
+        detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer
         detector.to(compute.device, memory_format=torch.channels_last)
 
         # 3. Check the images, and choose how they are read
@@ -108,7 +116,7 @@ def main(args: Namespace) -> None:
         stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), batches.steps, args.clip_norm)
         progress = stepper.progress
 
-        # 5. Open the output folder, and continue from its state if there is one
+        # 5. Open the output folder, and load the training state of the run to resume
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
         settings["validation_images"] = list_digest(val_images.items)
         run_files = stack.enter_context(run_folder(output / LAST, world, resumed, args.overwrite))
@@ -117,7 +125,7 @@ def main(args: Namespace) -> None:
         run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
-        # 6. Choose the loss: with a frozen re-synthesizer, whose residuals may be cached, or end to end
+        # 6. Choose the loss. The residuals of a frozen re-synthesizer stay the same, so that they can be cached.
         residual_of = partial(frozen_residual, detector, compute, args.micro_batch)
         datasets, cached = [images, val_images], []
         if args.fixed_resynthesizer:
@@ -155,7 +163,7 @@ def main(args: Namespace) -> None:
 
 
 def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
-    """Raise a UserError for options that contradict each other."""
+    """Raise a UserError if the options contradict each other."""
     check_task(task)
     if task != "none" and fixed:
         raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr does not: leave one of them out")
@@ -167,7 +175,7 @@ def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> 
 
 
 def validation_items(real_roots: list[str] | None, fake_roots: list[str] | None, csv: str | None) -> list[Item]:
-    """List the validation images, if there are any."""
+    """List the validation images. Returns an empty list if no option names any."""
     if not (real_roots or fake_roots or csv):
         return []
     return labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
@@ -180,7 +188,11 @@ def usable_images(
     augmentation: Augmentation | None = None,
     transform: Callable | None = None,
 ) -> ImageDataset:
-    """Create a dataset of the images whose headers are in order. skip_bad: leave the others out, else refuse them."""
+    """Create a dataset of the images whose file headers show no problem.
+
+    Args:
+        skip_bad: leave out images that cannot be used. Otherwise, such an image raises a UserError.
+    """
     items, headers = usable_items(items, policy, skip_bad)
     images = ImageDataset(items, policy, augmentation, transform)
     images.headers = headers
@@ -190,12 +202,13 @@ def usable_images(
 def smallest_batch(
     detector: ResynthesisDetector, sizes: Iterable[tuple[int, int]], batches: EpochBatches, compute: Compute
 ) -> int:
-    """Return the number of images that a batch must have: 2 if batch norm could not be trained on 1.
+    """Return the smallest number of images on which the classifier can be trained: 1 or 2.
 
-    On a single image, batch norm cannot be trained where the classifier's last maps have a single value.
+    Batch norm needs two values per channel. If the classifier's last feature map has a single value per channel and
+    image, then a batch must hold two images.
 
     Raises:
-        UserError: if the last batch has fewer.
+        UserError: if a batch must hold two images, and the last batch of an epoch would hold one.
     """
     stride = getattr(detector.classifier, "stride", 0)
     shapes = [detector.residual_shape(*size)[1:] for size in set(sizes)]
@@ -210,8 +223,8 @@ def smallest_batch(
             " --batch-size, or use a larger --crop-size or --resize"
         )
     logger.warning(
-        "warning: residuals have %d x %d values, no more than the classifier's stride of %d: gradients may be large;"
-        " larger images or a lower --idx-stages train better",
+        "warning: the residuals have %d x %d values, which is not more than the classifier's stride of %d: gradients"
+        " may be large. Use larger images or a lower --idx-stages",
         *(width, height, stride),
     )
     return 2
@@ -221,14 +234,14 @@ def smallest_batch(
 
 
 def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
-    """Build the detector: from the run to resume, from --init, or a new one.
+    """Build the detector from the run to resume, from the checkpoint --init, or from the options alone.
 
     Args:
-        options: of this program, by their names in `args`.
-        last: the state that --resume auto continues.
+        options: the options of train_detector.py, by their names in `args`.
+        last: the state file that `--resume auto` continues.
 
     Returns:
-        the detector, its config, and the state to resume (None: a new run).
+        the detector, its config, and the state to resume. The state is None for a new run.
     """
     origin, resumed = starting_point(options["resume"], options["init"], [last])
     resumed = same_training(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
@@ -241,16 +254,20 @@ def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     else:
         detector, config = new_detector(resynthesizer, options, options["vgg_weights"])
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
-        raise UserError("this re-synthesizer has no parameters to train: pass --fixed-sr")
+        raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     if resumed is None:
-        config.pop("auxiliary_vgg", None)  # a new run chooses its own
+        config.pop("auxiliary_vgg", None)  # a new run chooses the VGG-19 weights of the auxiliary loss itself
     return detector, config, resumed
 
 
 def auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
-    """Load VGG-19 for the auxiliary loss, and record its weights in the config. None: the loss is off.
+    """Load VGG-19 for the auxiliary loss, and record its weights in the config.
 
-    A resumed run continues with the weights that it began with, a detector on VGG-19 features with those.
+    A resumed run uses the VGG-19 weights with which it began. A detector on VGG-19 features uses one set of VGG-19
+    weights for its features and for the auxiliary loss.
+
+    Returns:
+        VGG-19, or None if the weight of the auxiliary loss is 0.
     """
     if weight == 0:
         return None
@@ -260,10 +277,12 @@ def auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) ->
 
 
 def same_training(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
-    """Return the state to resume if it trains the same parts with the same task. None: start a new run.
+    """Return the state to resume, or None to start a new run from its weights.
+
+    A state can be resumed if it was trained with the present values of --fixed-sr and --mode-sr.
 
     Raises:
-        UserError: if the run in the output folder itself trains other parts.
+        UserError: if the state in the output folder was trained with other values of --fixed-sr or --mode-sr.
     """
     if resumed is None:
         return None
@@ -273,20 +292,24 @@ def same_training(resumed: Checkpoint | None, last: Path, fixed: bool, task: str
         if before != value:
             difference = f"{resumed.name} was trained with {flag} = {before}"
             if Path(resumed.name).resolve().parent == last.resolve().parent:
-                raise UserError(f"{difference}: give the same flags, or --init and another --output-path")
-            logger.info("%s: a new run starts from its weights", difference)
+                raise UserError(
+                    f"{difference}: give {flag} as in this training, or start a new run with --init and a new"
+                    " --output-path"
+                )
+            logger.info("%s: a new run starts from the weights in this file", difference)
             return None
     return resumed
 
 
 def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
-    """Create the optimizer's groups: the classifier and, if it is trained, the re-synthesizer.
+    """Create the optimizer's parameter groups: the classifier and, unless it is frozen, the re-synthesizer.
 
-    Release: `--lr-sr` multiplies the classifier's gradients by `scale` before weight decay and momentum are applied. With
-    SGD that is exactly a rate of lr * scale and a weight decay of weight_decay / scale.
+    Release: the released code multiplies the classifier's gradients by `scale` (`--lr-sr`), and then SGD applies weight
+    decay and momentum. Unscaled gradients, a learning rate of lr * scale and a weight decay of weight_decay / scale
+    give exactly these updates.
 
     Raises:
-        UserError: for a scale of 0, under which the classifier would only decay.
+        UserError: if `scale` is 0, because weight decay would then be the only change of the classifier's weights.
     """
     if scale == 0:
         raise UserError("--lr-sr must be above 0, because 0 leaves the classifier untrained (default: 0.02)")
@@ -299,16 +322,23 @@ def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: flo
 
 
 def create_optimizer(name: str, groups: list[dict], momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Create SGD or AdamW, which applies its weight decay apart from the gradient."""
+    """Create SGD or AdamW.
+
+    AdamW gives each group the plain `weight_decay`, because AdamW does not add the weight decay to the gradients.
+    """
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=momentum)
     return torch.optim.AdamW([{**group, "weight_decay": weight_decay} for group in groups])
 
 
 def released_rate(epochs_total: int, epochs_done: float) -> float:
-    """Compute f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001, the factor on the base rate.
+    """Compute the released factor on the base learning rate, f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
 
-    Release: it is set *after* epoch e for the next one, so epochs 0 and 1 both run at f(0) = 1.
+    Release: the released code sets the rate f(e) *after* epoch e, so that epochs 0 and 1 both use f(0) = 1.
+
+    Args:
+        epochs_total: E, number of epochs of the training.
+        epochs_done: number of finished epochs, which may be fractional.
     """
     epoch = max(int(epochs_done) - 1, 0)
     fraction = epoch / max(epochs_total - 1, 1)
@@ -319,7 +349,11 @@ def released_rate(epochs_total: int, epochs_done: float) -> float:
 
 
 def classifier_loss(detector: ResynthesisDetector, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Classify residuals (B, C_l, H_l, W_l). Returns cross-entropy and accuracy, this process's part of the means."""
+    """Classify residuals (B, C_l, H_l, W_l), and compare the logits with the labels of the batch.
+
+    Returns:
+        cross-entropy, accuracy: scalars. Each is this process's part of the mean over the whole batch.
+    """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
     logits = detector.classify(residual)  # (B, 2)
@@ -332,12 +366,13 @@ def frozen_residual(detector: ResynthesisDetector, compute: Compute, micro_batch
     """Compute the residuals of a batch without gradients, or take them from a batch of cached residuals.
 
     Args:
-        micro_batch: number of images that pass through re-synthesizer and features at a time. None: all.
+        micro_batch: number of images that pass through re-synthesizer and features at a time. None: the whole batch.
+        batch: images, or residuals that a `data.residuals.ResidualDataset` has read from the cache.
 
     Returns:
-        (B, C_l, H_l, W_l), float32, on the device.
+        residuals (B, C_l, H_l, W_l), float32, on the device.
     """
-    if batch.x.is_floating_point():  # from a ResidualDataset
+    if batch.x.is_floating_point():  # cached residuals are floats, and images are uint8
         residual = batch.x.to(compute.device, non_blocking=True).float()
         return residual.contiguous(memory_format=torch.channels_last)
     x = compute.input(batch.x)  # (B, 3, H, W)
@@ -351,7 +386,7 @@ def frozen_residual(detector: ResynthesisDetector, compute: Compute, micro_batch
 def frozen_loss(
     detector: ResynthesisDetector, residual_of: Callable[[Batch], Tensor], batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of a batch with a frozen re-synthesizer: cross-entropy."""
+    """Compute the loss of a batch for training with a frozen re-synthesizer, which is the cross-entropy."""
     loss, accuracy = classifier_loss(detector, residual_of(batch), batch)
     return loss, {"accuracy": accuracy}
 
@@ -360,10 +395,10 @@ class AuxiliaryTask(NamedTuple):
     """The auxiliary task of end-to-end training."""
 
     name: str  # a key of data.degradations.TASKS
-    weight: float  # factor on its loss
-    vgg: VGG19 | None  # the features of its loss. None: no auxiliary loss
+    weight: float  # factor on the auxiliary loss
+    vgg: VGG19 | None  # VGG-19 of the auxiliary loss. None: there is no auxiliary loss
     seed: int
-    micro_batch: int | None  # number of images that pass through the networks at a time. None: all
+    micro_batch: int | None  # number of images that pass through the networks at a time. None: the whole batch
 
 
 def end_to_end_loss(
@@ -374,13 +409,15 @@ def end_to_end_loss(
     progress: Progress,
     batch: Batch,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of a batch with gradients for the re-synthesizer: cross-entropy + weight * auxiliary loss.
+    """Compute the loss of a batch for end-to-end training: cross-entropy + weight * auxiliary loss.
 
-    The auxiliary loss is computed on the real images, if the batch has two or more of them. Release: half of the
-    batches, drawn at random, are degraded for it; `--mode-sr none` computes it on the clean batch in every step.
+    The auxiliary loss is computed on the real images. It is 0 if the batch has fewer than two real images.
+
+    Release: the released code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none` it
+    computes the auxiliary loss on clean images in every step.
     """
     x = compute.input(batch.x)  # (B, 3, H, W)
-    counted = batch.weights > 0  # (B,); the others only fill a process's part of the batch
+    counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
     real = batch.labels == REAL  # (B,)
     real_count = int(all_reduce_sum((real & counted).sum().to(compute.device), world))
     used = (real & (real_count > 1)).to(x.device)  # (B,)
@@ -399,9 +436,13 @@ def end_to_end_loss(
 
 
 def degraded_input(scale: int, task: AuxiliaryTask, progress: Progress, batch: Batch, x: Tensor) -> Tensor | None:
-    """Draw the degraded low-resolution batch (B, 3, h, w) of this step. None: the batch stays clean.
+    """Degrade the low-resolution batch of this step at random.
 
-    What is drawn depends only on the seed and the step or image.
+    The choice of the degradation depends only on the seed and the step. The degradation of each image depends only on
+    the seed and the image's key.
+
+    Returns:
+        the degraded low-resolution batch (B, 3, h, w), or None if the images of this step stay clean.
     """
     batch_rng = seeded_generator(task.seed, progress.epoch, progress.step, DEGRADE_BATCH)
     degradation = draw_degradation(task.name, batch_rng)
@@ -414,10 +455,15 @@ def degraded_input(scale: int, task: AuxiliaryTask, progress: Progress, batch: B
 def in_micro_batches(
     function: Callable[[slice], tuple[Tensor, Tensor]], count: int, micro_batch: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Call `function` on slices of `count` images, and concatenate what it returns.
+    """Call `function` on slices of `micro_batch` images, and concatenate the results.
 
-    With several slices, each is computed again in the backward pass, so that only its results are kept. The update stays
-    the same, because re-synthesizer and features hold no batch norm.
+    With several slices, the backward pass computes each slice again, so that only the results of `function` are kept in
+    memory. Micro-batches give the gradients of the whole batch, because re-synthesizer and features hold no batch norm.
+
+    Args:
+        function: slice of image numbers -> two tensors with one row per image.
+        count: number of images in the batch.
+        micro_batch: number of images per slice. None: a single slice.
     """
     if micro_batch is None or micro_batch >= count:
         return function(slice(0, count))
@@ -433,7 +479,7 @@ def in_micro_batches(
 
 
 def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute) -> dict[str, object]:
-    """Return everything that a residual depends on besides its image."""
+    """Return all settings and weights on which a cached residual depends, apart from the image."""
     return {
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
@@ -449,12 +495,13 @@ def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compu
 
 
 def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> None:
-    """Take one optimizer step per batch."""
+    """Train the detector for one epoch, with one optimizer step per batch."""
     detector.train()
     for batch in batches:
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
-    broadcast_buffers(detector.classifier, stepper.world)  # batch norm: the main process's statistics are saved
+    # Without SyncBatchNorm, each process has its own batch-norm statistics: all processes use the main process's ones
+    broadcast_buffers(detector.classifier, stepper.world)
 
 
 @torch.inference_mode()
@@ -466,7 +513,7 @@ def validate(
     labels = [torch.empty(0, dtype=torch.int64)]
     logits = [torch.empty(0, 2)]
     for batch in batches:
-        counted = batch.weights > 0  # (B,); the others only fill a process's part of the batch
+        counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
         logits.append(detector.classify(residual_of(batch)).cpu()[counted])
         labels.append(batch.labels[counted])
     labels = all_gather_rows(torch.cat(labels), world)  # (N,)
@@ -483,9 +530,12 @@ def validate(
 
 
 def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
-    """Return the networks' part of the state, with the release's names where it has them.
+    """Return the weights and the config of the detector, which are saved in every state.
 
-    trained_on: of `data.lists.identities`.
+    The keys "arch" and "state_dict" are named as in the released checkpoints.
+
+    Args:
+        trained_on: identities of the training images, from `data.lists.identities`.
     """
     fingerprints = {
         "resynthesizer_fingerprint": fingerprint(detector.resynthesizer),
@@ -501,7 +551,10 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
 
 
 def numbered_files(state: dict) -> dict[str, dict]:
-    """Return the two files of an epoch, as the release writes them. NNNN counts epochs from 1."""
+    """Return the two numbered files of an epoch, {name: content}, in the released formats.
+
+    Release: the released code counts the epochs in these file names from 1.
+    """
     epoch = state["progress"]["epoch"]
     config = state["config"]
     resynthesizer = {

@@ -2,8 +2,12 @@
 
     python train_sr.py --train-file data/celeba_example_train.txt --eval-file data/celeba_example_val.txt
 
-Writes into OUTPUTS_DIR/xSCALE: epoch_N.pth (a bare state dict, as in the release), best.pth (highest PSNR on
---eval-file), last.pth (the whole state, for --resume), config.json, stats.jsonl and TensorBoard records.
+The program writes these files into OUTPUTS_DIR/xSCALE:
+
+    epoch_N.pth                               the weights after epoch N, a bare state dict as in the release
+    best.pth                                  the state with the highest PSNR on --eval-file
+    last.pth                                  the newest state, from which --resume continues
+    config.json, stats.jsonl, tensorboard/    records of the run
 """
 
 import contextlib
@@ -44,16 +48,18 @@ logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 SHOWN_PATCHES = 4  # number of patches shown in TensorBoard
-SMALLEST_MSE = 1 / (12 * 255**2)  # of rounding to 8 bits: smaller errors count as this one, so PSNR is at most 58.9 dB
+# Mean squared error of rounding to 8 bits. A smaller error is replaced by this one, so that PSNR is at most 58.9 dB.
+SMALLEST_MSE = 1 / (12 * 255**2)
 
-# batch -> (loss, its L1 part, pictures), this process's part of the means over the whole batch
+# A function from a batch to (loss, L1 term of the loss, pictures). With several processes, each process returns its
+# part of the loss: the sum of the parts over the processes is the mean over the whole batch.
 LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 
 def main(args: Namespace) -> None:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
     with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
-        # 1. Build the network. Nothing is written before network and images have been checked.
+        # 1. Build the network. No file is written before the network and the images have been checked.
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
         origin, resumed = starting_point(args.resume, args.init, states)
         model, config = resynthesizer_and_config(origin, vars(args))
@@ -82,7 +88,7 @@ def main(args: Namespace) -> None:
         stepper = Stepper(optimizer, compute, world, schedule.rate, batches.steps, args.clip_norm)
         progress = stepper.progress
 
-        # 4. Open the output folder, and continue from its state if there is one
+        # 4. Open the output folder, and load the training state of the run to resume
         output = Path(args.outputs_dir) / f"x{model.scale}"
         vgg, vgg_record = perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
@@ -93,7 +99,7 @@ def main(args: Namespace) -> None:
         run = Run(run_files, about, partial(network_state, model), stepper, args.num_epochs)
         stack.enter_context(run)
 
-        # 5. Train, on patches in an order that depends on seed and epoch alone
+        # 5. Train on patches. The order of the patches depends only on the seed and the epoch.
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         loader = make_loader(patches, batches, args.workers, compute)
         degradations = PatchDegradations(args.seed, args.augment, args.completion, args.colorization)
@@ -118,23 +124,27 @@ def main(args: Namespace) -> None:
 
 
 def initialize(model: nn.Module, start: str) -> None:
-    """Set the initial weights of a new network. start: "random" (PyTorch's default) or "interpolation"."""
+    """Set the initial weights of a new network.
+
+    Args:
+        start: "random" keeps PyTorch's random weights. "interpolation" makes the network start as plain interpolation.
+    """
     if start == "random":
         return
     if not hasattr(model, "initialize_as_interpolation"):
-        raise UserError(f"--start {start} is not defined for {type(model).__name__}: leave it out")
+        raise UserError(f"--start {start} is not defined for {type(model).__name__}: leave --start out")
     model.initialize_as_interpolation()
 
 
 def image_items(source: str | None, flag: str) -> list[Item]:
-    """List the images, without labels, of a list or folder that was given by `flag`."""
+    """List the images in a list file or a folder, without labels. flag: the option that gave it, for error messages."""
     if source is None:
         raise UserError(f"no images: give {flag} a list (one path per line) or a folder of images")
     return [Item(path, None, "") for path in paths_of(source)]
 
 
 def evaluation_images(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
-    """Create a dataset of the usable images of --eval-file. Empty if none was given."""
+    """Create a dataset of the usable images in --eval-file. The dataset is empty without --eval-file."""
     items = image_items(source, "--eval-file") if source else []
     items, _ = usable_items(items, SizePolicy(scale), skip_bad)
     return ImageDataset(items, SizePolicy(scale))
@@ -143,7 +153,11 @@ def evaluation_images(source: str | None, scale: int, skip_bad: bool) -> ImageDa
 def perceptual_vgg(
     weight: float, source: str, resumed: Checkpoint | None, compute: Compute
 ) -> tuple[VGG19 | None, dict | None]:
-    """Load VGG-19 for the perceptual loss, with the weights that a resumed run began with. (None, None): the loss is off."""
+    """Load VGG-19 for the perceptual loss. A resumed run uses the VGG-19 weights with which it began.
+
+    Returns:
+        VGG-19, and the record of its weights for checkpoints. Both are None if the weight of the perceptual loss is 0.
+    """
     if weight == 0:
         return None, None
     trained_with = resumed.content.get("vgg") if resumed else None
@@ -155,7 +169,11 @@ def perceptual_vgg(
 
 
 class Schedule(NamedTuple):
-    """The learning rate over the epochs: "steps" multiplies it by `decay` every `decay_epochs`; or "cosine"."""
+    """A learning-rate schedule.
+
+    The schedule "steps" multiplies the learning rate by `decay` after every `decay_epochs` epochs. The schedule
+    "cosine" is `utils.training.cosine`.
+    """
 
     name: str
     epochs_total: int
@@ -163,7 +181,7 @@ class Schedule(NamedTuple):
     decay_epochs: int
 
     def rate(self, epochs_done: float) -> float:
-        """Return the factor on the base learning rate after so many epochs, fractions included."""
+        """Return the factor on the base learning rate after `epochs_done` epochs, which may be fractional."""
         if self.name == "cosine":
             return training.cosine(self.epochs_total, epochs_done)
         return self.decay ** (int(epochs_done) // self.decay_epochs)
@@ -173,7 +191,7 @@ class Schedule(NamedTuple):
 
 
 def train_one_epoch(batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> Tensor:
-    """Take one optimizer step per batch. Returns pictures of the last one, (n, 3, H, W) in [0, 1]."""
+    """Take one optimizer step per batch. Returns pictures of the last batch, (n, 3, H, W) in [0, 1]."""
     pictures = torch.empty(0)
     for batch in batches:
         loss, l1, pictures = loss_of(batch)
@@ -182,7 +200,7 @@ def train_one_epoch(batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper)
 
 
 class PatchDegradations(NamedTuple):
-    """How the low-resolution patches are degraded: see `data.degradations.degrade_patch`."""
+    """The degradations of low-resolution training patches, which `data.degradations.degrade_patch` applies."""
 
     seed: int
     augment: bool
@@ -190,7 +208,7 @@ class PatchDegradations(NamedTuple):
     colorization: bool
 
     def apply(self, x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
-        """Degrade each patch of x_lr (B, 3, p, p) by draws that depend only on the seed and its key."""
+        """Degrade each patch of x_lr (B, 3, p, p) by random draws that depend only on the seed and the patch's key."""
         if not (self.augment or self.completion or self.colorization):
             return x_lr
         patches = []
@@ -211,14 +229,15 @@ def patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        (loss, its L1 part), this process's parts of the means over the whole batch; and pictures (n, 3, P, 3 * P).
+        loss, L1 term of the loss: scalars. Each is this process's part of the mean over the whole batch.
+        pictures: (n, 3, P, 3 * P), each with the input, the re-synthesis and the target side by side.
     """
     x = compute.input(batch.x)  # (B, 3, P, P)
     x_lr = degradations.apply(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
     with compute.autocast():
         x_hat = model(x_lr)  # (B, 3, P, P)
         loss, l1 = super_resolution_loss(x_hat, x, vgg, vgg_weight)
-    part = batch.weights.sum().to(x.device)  # this process's part of the whole batch
+    part = batch.weights.sum().to(x.device)  # fraction of the whole batch that this process holds
     enlarged = F.interpolate(x_lr[:SHOWN_PATCHES], scale_factor=model.scale)  # (n, 3, P, P)
     pictures = torch.cat([enlarged, x_hat[:SHOWN_PATCHES].detach(), x[:SHOWN_PATCHES]], dim=3)  # (n, 3, P, 3 * P)
     return loss * part, l1 * part, pictures
@@ -229,11 +248,11 @@ def patch_loss(
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World) -> dict[str, float]:
-    """Average PSNR (dB) and SSIM of the re-synthesis of whole images, RGB, and of bicubic interpolation."""
+    """Compute PSNR (dB) and SSIM on RGB, averaged over whole images, of the network and of bicubic interpolation."""
     sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
     for batch in batches:
         if not batch.weights.any():
-            continue  # this image only fills a process's part of the batch
+            continue  # an image with weight 0 repeats an image that another process evaluates
         x = compute.input(batch.x)  # (1, 3, H, W)
         x_lr = downsample(x, model.scale)  # (1, 3, h, w)
         with compute.autocast():
@@ -247,11 +266,15 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], compute: Compute, world
 
 
 def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
-    """Compute PSNR (dB, at most 58.9) and SSIM of y, clipped to [0, 1], against x. Both (1, 3, H, W)."""
+    """Compute PSNR (dB, at most 58.9) and SSIM of y against x. Before that, y is clipped to [0, 1].
+
+    Args:
+        y, x: (1, 3, H, W).
+    """
     y = y.float().clamp(0, 1).contiguous()
     mse = F.mse_loss(y, x).clamp(min=SMALLEST_MSE)
     psnr = -10 * torch.log10(mse)
-    # The usual window of 11 pixels, or for smaller images a uniform one that fits
+    # SSIM uses a Gaussian window of 11 x 11 pixels. A smaller image gets a uniform window that fits into it.
     smallest_side = min(x.shape[-2:])
     window = min(11, (smallest_side - 1) // 2 * 2 + 1)
     ssim = structural_similarity_index_measure(y, x, data_range=1.0, gaussian_kernel=window == 11, kernel_size=window)
@@ -259,9 +282,13 @@ def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
 
 
 def warn_if_poor(values: dict[str, float]) -> None:
-    """Warn if the network is worse than bicubic interpolation. values: of an epoch, perhaps without an evaluation."""
+    """Warn if the PSNR of the network is lower than the PSNR of bicubic interpolation.
+
+    Args:
+        values: result of `evaluate`. Without "psnr" there is no warning.
+    """
     if values.get("psnr", 0) < values.get("psnr_bicubic", 0):
-        logger.warning("warning: the network restores less than bicubic interpolation: it needs more training")
+        logger.warning("warning: the PSNR of the network is below bicubic interpolation: train the network longer")
 
 
 def evaluate_only(
@@ -272,24 +299,30 @@ def evaluate_only(
     compute: Compute,
     world: World,
 ) -> None:
-    """Run --evaluate: print PSNR and SSIM of given weights.
+    """Run --evaluate: log PSNR and SSIM of the weights in `origin`, without training.
 
     Raises:
-        UserError: without weights or images, or for an unreadable image unless `skip_bad`.
+        UserError: if there are no weights or no images, or if an image cannot be read and `skip_bad` is False.
     """
     if origin is None:
-        raise UserError("--evaluate needs weights: give them with --weights-file")
+        raise UserError("--evaluate needs weights: give a file of weights with --weights-file")
     values = evaluate(model, readable(batches, skip_bad), compute, world)
     if values["psnr"] != values["psnr"]:
-        raise UserError("--evaluate needs images: give them with --eval-file")
-    logger.info("x%d from box-downsampled input, RGB, %s", model.scale, compute)
+        raise UserError("--evaluate needs images: give a list or folder of images with --eval-file")
+    logger.info("re-synthesis by a factor of %d from box-downsampled RGB images, %s", model.scale, compute)
     logger.info("%s: PSNR %.2f dB, SSIM %.4f", origin.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
     warn_if_poor(values)
 
 
 def readable(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
-    """Yield the batches whose image could be read. The others are an error or, with `skip_bad`, left out with one line."""
+    """Yield the batches whose image could be read.
+
+    With `skip_bad`, each unreadable image is left out with one log line.
+
+    Raises:
+        UserError: if an image cannot be read and `skip_bad` is False.
+    """
     for batch in batches:
         for error in batch.errors.values():
             if not skip_bad:
@@ -303,12 +336,15 @@ def readable(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
 
 
 def network_state(model: nn.Module) -> dict:
-    """Return the network's part of the state."""
+    """Return the weights of the network and their fingerprint, which are saved in every state."""
     return {"state_dict": model.state_dict(), "fingerprint": fingerprint(model)}
 
 
 def numbered_files(state: dict) -> dict[str, dict]:
-    """Return the file of an epoch, as the release writes it: the bare weights. Release: its number counts from 0."""
+    """Return the numbered file of an epoch, {name: weights}.
+
+    Release: the released code writes bare weights, and the number in the file name counts epochs from 0.
+    """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}
 

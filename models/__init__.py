@@ -1,1 +1,1 @@
-"""The networks. `resynthesis.py` is the method, `losses.py` holds every loss, `build.py` turns names into networks."""
+"""Networks and losses. `resynthesis.py` holds the method, `losses.py` the losses, `build.py` the creation by name."""

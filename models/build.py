@@ -1,10 +1,12 @@
-"""Names to classes, options to networks, checkpoints to networks.
+"""Creation of networks from command-line options and from checkpoints.
 
-Three dicts list the parts that there are. To add one, write a class and add a line here, or add an entry before `main`
-runs: see docs/extending.md. The name and the arguments of each part are stored in config.json and in every checkpoint.
+A detector has three parts: re-synthesizer, features and classifier. Three dicts in this file list the classes that
+can be chosen for each part. To add a network, write a class and add one line to a dict (docs/extending.md). The name
+and the arguments of each part are stored in config.json and in every checkpoint.
 
-One rule holds for training and for testing: what a file says is used; an option that contradicts it is refused; what
-neither says is the paper's. Only parts that are to be trained start from random weights.
+Training and testing choose the parts by one rule. What a checkpoint records is used. An option that contradicts the
+checkpoint is an error. What neither checkpoint nor options say is as in the paper. Only parts that are going to be
+trained start from random weights.
 """
 
 import inspect
@@ -29,10 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 class Resynthesizer(Protocol):
-    """An nn.Module: x_lr (B, 3, h, w) in [0, 1] -> x_hat (B, 3, scale * h, scale * w).
+    """The interface of a re-synthesizer, an nn.Module: x_lr (B, 3, h, w) -> x_hat (B, 3, scale * h, scale * w).
 
-    It is created as RESYNTHESIZERS[name](scale=4, **args). `set_tile(side)` and `initialize_as_interpolation()` are
-    optional.
+    Both x_lr and x_hat have values in [0, 1]; x_hat may exceed this range a little.
+
+    A re-synthesizer is created as RESYNTHESIZERS[name](scale=4, **args). The methods `set_tile(side)` and
+    `initialize_as_interpolation()` are optional.
     """
 
     scale: int
@@ -41,10 +45,11 @@ class Resynthesizer(Protocol):
 
 
 class Features(Protocol):
-    """An nn.Module without trained parameters: x (B, 3, H, W) -> (B, channels, H / stride, W / stride).
+    """The interface of features, an nn.Module: x (B, 3, H, W) -> (B, channels, H / stride, W / stride).
 
-    It is created as FEATURES[name](**args). Features with pretrained weights define `load_pretrained(source,
-    trained_with, name)` as `VGG19Stage` does. `set_tile(side)` is optional.
+    Features are created as FEATURES[name](**args), and their parameters are never trained. Features with pretrained
+    weights define `load_pretrained(source, trained_with, name)` as `VGG19Stage` does. The method `set_tile(side)` is
+    optional.
     """
 
     channels: int
@@ -54,7 +59,8 @@ class Features(Protocol):
 
 
 # A classifier is any nn.Module: residual (B, channels, H_l, W_l) -> logits (B, 2), columns FAKE, REAL. It is created as
-# CLASSIFIERS[name](channels, **args). With an attribute `stride`, a warning is given for residuals that are no larger.
+# CLASSIFIERS[name](channels, **args). If the classifier has an attribute `stride`, then train_detector.py warns of
+# residuals that are not larger than this stride.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -67,11 +73,11 @@ CLASSIFIERS = {
     "spectrum": SpectrumClassifier,
     "channel_power": ChannelPowerClassifier,
 }
-TORCHVISION = "torchvision:"  # "torchvision:NAME" is any classifier of torchvision.models
+TORCHVISION = "torchvision:"  # --arch torchvision:NAME chooses the classifier NAME of torchvision.models
 
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
-RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # released flags, as further arguments
+RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # released flags for arguments of RDN
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
     *("features", "feature_args", "stage"),
@@ -79,17 +85,21 @@ OPTION_NAMES = (
 )
 
 
-# --- one part by its name -----------------------------------------------------------------------------------
+# --- creation by name ---------------------------------------------------------------------------------------
 
 
 def create(kind: str, entries: Mapping, name: str, /, *required, **arguments) -> nn.Module:
-    """Create a part from its entry in one of the dicts.
+    """Create a network by its name in RESYNTHESIZERS, FEATURES or CLASSIFIERS.
 
     Args:
-        kind: what it is, for messages.
+        kind: word for the network in error messages, such as "classifier".
+        entries: the dict that holds the name.
+        name: key of `entries`.
+        required: positional arguments of the network.
+        arguments: keyword arguments of the network, from options or from a checkpoint.
 
     Raises:
-        UserError: for a name that is not in the dict, or arguments that the part does not take.
+        UserError: if the name is not in the dict, or if the network does not accept the arguments.
     """
     if name not in entries:
         raise UserError(f"no {kind} is called {name!r}: expected one of {', '.join(entries)}")
@@ -102,13 +112,13 @@ def create(kind: str, entries: Mapping, name: str, /, *required, **arguments) ->
         return entry(*required, **arguments)
     except UserError:
         raise
-    except Exception as error:  # values of options and files reach the constructor unchecked
+    except Exception as error:  # the constructor is the first to check values from options and checkpoints
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{kind} {name} cannot be created with {arguments}: {reason}") from None
 
 
 def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
-    """Create a classifier of CLASSIFIERS or, by the name "torchvision:NAME", one of torchvision.models."""
+    """Create a classifier by its name in CLASSIFIERS, or by a name "torchvision:NAME" from torchvision.models."""
     if name.startswith(TORCHVISION):
         return create_torchvision_classifier(name.removeprefix(TORCHVISION), channels, arguments)
     if name not in CLASSIFIERS:
@@ -118,17 +128,17 @@ def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module
 
 
 def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
-    """Create a classifier of torchvision.models with 2 outputs and `channels` input channels, without weights.
+    """Create a classifier of torchvision.models with random weights, 2 outputs and `channels` input channels.
 
-    Its first convolution is replaced by one with that many input channels.
+    The first convolution is replaced by a convolution with `channels` input channels.
     """
-    import torchvision  # here, because importing it takes longer than scoring an image
+    import torchvision  # imported here, because the import takes longer than scoring an image
 
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"torchvision.models has no classifier called {name!r}")
     try:
         model = torchvision.models.get_model(name, weights=None, num_classes=2, **arguments)
-    except Exception as error:  # each of torchvision's classifiers checks its arguments in its own way
+    except Exception as error:  # torchvision's classifiers raise different exceptions for wrong arguments
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"torchvision's {name} cannot be created with {dict(arguments)}: {reason}") from None
     for path, module in model.named_modules():
@@ -140,7 +150,7 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
 
 
 def with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
-    """Create a convolution like this one, but for its number of input channels."""
+    """Create a convolution with the settings of `convolution`, but with `channels` input channels."""
     return nn.Conv2d(
         channels,
         convolution.out_channels,
@@ -152,14 +162,20 @@ def with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
     )
 
 
-# --- what options and files say -----------------------------------------------------------------------------
+# --- options and records of checkpoints ---------------------------------------------------------------------
 
 
 def part_of_config(source: Checkpoint, key: str) -> dict | None:
-    """Return {"name", "args", "scale"} of a part as a checkpoint's config records it. None: it records nothing.
+    """Return the record of one part of the detector in the config of a checkpoint.
+
+    Args:
+        key: "resynthesizer", "features" or "classifier".
+
+    Returns:
+        {"name", "args", "scale"}, or None if the config has no such record.
 
     Raises:
-        UserError: if the record has another form.
+        UserError: if the record is not a dictionary, or if one of its values has a wrong type.
     """
     config = Fields(source.content.get("config"), source.name, "config")
     if not config.has(key):
@@ -169,12 +185,12 @@ def part_of_config(source: Checkpoint, key: str) -> dict | None:
 
 
 def fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return a fingerprint that a checkpoint's config records. None: it records none."""
+    """Return the fingerprint under `key` in the config of a checkpoint, or None if there is none."""
     return Fields(source.content.get("config"), source.name, "config").text(key, default=None)
 
 
 def vgg_of_config(source: Checkpoint, key: str) -> dict | None:
-    """Return the record {"source", "fingerprint"} of VGG-19's weights in a checkpoint's config. None: there is none."""
+    """Return the record {"source", "fingerprint"} of VGG-19 weights in the config of a checkpoint, or None."""
     config = Fields(source.content.get("config"), source.name, "config")
     if not config.has(key):
         return None
@@ -183,33 +199,44 @@ def vgg_of_config(source: Checkpoint, key: str) -> dict | None:
 
 
 def choose(flag: str, given: object, found: object, default: object, name: str) -> object:
-    """Return what a file says, else what was given, else the default.
+    """Return the first value that is not None: from the checkpoint, from the option, or the default.
+
+    Args:
+        flag: the option, for the error message.
+        given: value of the option, or None.
+        found: value in the checkpoint, or None.
+        default: value to use if the other two are None.
+        name: name of the checkpoint, for the error message.
 
     Raises:
-        UserError: if something else was given than the file says.
+        UserError: if the option and the checkpoint have different values.
     """
     if found is None:
         return default if given is None else given
     if given is not None and given != found:
         raise UserError(
-            f"{flag} {given} contradicts {name}, which has {found}: leave the flag out, or give the checkpoint that"
-            " belongs to it"
+            f"{flag} {given} contradicts the checkpoint {name}, which has {found}: leave {flag} out, or give a"
+            f" checkpoint that was trained with {flag} {given}"
         )
     return found
 
 
 def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Return the further arguments of a part: the arguments in the file, else the given ones. See `choose`."""
+    """Return the keyword arguments of a network: from the checkpoint or, if `found` is None, from the option.
+
+    Raises:
+        UserError: if the option gives an argument that the checkpoint lacks or has with a different value.
+    """
     if found is None:
         return dict(given)
     for key, value in given.items():
         if key in found and found[key] != value:
             raise UserError(
-                f"{flag} {key}={value} contradicts {name}, which has {key}={found[key]}: leave it out, or give the"
-                " checkpoint that belongs to it"
+                f"{flag} {key}={value} contradicts the checkpoint {name}, which has {key}={found[key]}: leave"
+                f" {key}={value} out, or give a checkpoint that was trained with {key}={value}"
             )
         if key not in found:
-            raise UserError(f"{flag} {key}={value}: {name} was made without it")
+            raise UserError(f"{flag} {key}={value}: {name} was trained without {key}: leave {key} out")
     return dict(found)
 
 
@@ -217,18 +244,26 @@ def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str
 
 
 def load_resynthesizer(source: Checkpoint | None, options: Mapping) -> nn.Module:
-    """Create a re-synthesizer: with the weights of a checkpoint or, without one, to be trained.
+    """Create a re-synthesizer with the weights in a checkpoint, or with random weights.
 
     Args:
-        source: a file of train_sr.py or a released one.
-        options: see OPTION_NAMES.
+        source: checkpoint written by train_sr.py, or released checkpoint. None: the weights are random.
+        options: values of the options in OPTION_NAMES.
     """
     model, _ = resynthesizer_and_config(source, options)
     return model
 
 
 def resynthesizer_and_config(source: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
-    """Create a re-synthesizer. Returns it with its config {"name", "scale", "args"}."""
+    """Create a re-synthesizer and its config.
+
+    Args:
+        source: checkpoint with the weights. None: the weights are random.
+        options: values of the options in OPTION_NAMES.
+
+    Returns:
+        the re-synthesizer, and its config {"name", "scale", "args"}.
+    """
     given_name = options.get("sr_arch")
     given_args = {key: options[key] for key in RDN_OPTIONS if options.get(key) is not None}
     given_args |= options.get("sr_args") or {}
@@ -250,9 +285,13 @@ def resynthesizer_and_config(source: Checkpoint | None, options: Mapping) -> tup
 
 
 def recorded_resynthesizer(source: Checkpoint, state: Mapping[str, Tensor], given_name: str | None) -> dict | None:
-    """Return {"name", "scale", "args"} as a file records it. None: it records nothing, and the options decide.
+    """Return the config {"name", "scale", "args"} of the re-synthesizer in a checkpoint.
 
-    Bare weights are taken for an RDN, whose arguments are read from their shapes, unless --sr-arch names another one.
+    A checkpoint without a config is taken for an RDN, unless --sr-arch names a different network. The arguments of RDN
+    are read from the shapes of the weights.
+
+    Returns:
+        the config, or None if the options must name the network.
     """
     recorded = part_of_config(source, "resynthesizer")
     if recorded is not None:
@@ -269,24 +308,25 @@ def recorded_resynthesizer(source: Checkpoint, state: Mapping[str, Tensor], give
 def new_detector(
     resynthesizer: Checkpoint | None, options: Mapping, vgg_source: str
 ) -> tuple[ResynthesisDetector, dict]:
-    """Create a detector that is to be trained, on the residuals of a trained re-synthesizer.
+    """Create a detector with a trained re-synthesizer and a classifier with random weights.
 
     Args:
-        resynthesizer: its file. None for a re-synthesizer without weights, as `--sr-arch none` and `bicubic`.
-        options: see OPTION_NAMES.
-        vgg_source: `--vgg-weights`.
+        resynthesizer: checkpoint with the weights of the re-synthesizer. None: the re-synthesizer must be one without
+            weights, such as `--sr-arch none` or `--sr-arch bicubic`.
+        options: values of the options in OPTION_NAMES.
+        vgg_source: value of `--vgg-weights`.
 
     Returns:
         the detector, and its config.
 
     Raises:
-        UserError: if no file is given for a re-synthesizer that has weights, or options contradict each other.
+        UserError: if `resynthesizer` is None for a network with weights, or if the options contradict each other.
     """
     model, resynthesizer_config = resynthesizer_and_config(resynthesizer, options)
     if resynthesizer is None and model.state_dict():
         raise UserError(
-            f"no weights for the re-synthesizer {resynthesizer_config['name']}: give them with --sr-weights-file"
-            " (train_sr.py makes them), or choose --sr-arch none or bicubic, which have none"
+            f"no weights for the re-synthesizer {resynthesizer_config['name']}: give a file of weights from train_sr.py"
+            " with --sr-weights-file, or choose --sr-arch none or bicubic, which need no weights"
         )
     arch = options.get("arch") or PAPER["classifier"]
     arguments = dilation_argument(arch, options.get("dilated") is False)
@@ -305,19 +345,20 @@ def new_detector(
 def load_detector(
     source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping, vgg_source: str
 ) -> tuple[ResynthesisDetector, dict]:
-    """Load a trained detector: a file of train_detector.py, or a released one.
+    """Load a trained detector.
 
     Args:
-        source: the detector's file. Released ones leave stage, dilation and re-synthesizer to the options.
-        resynthesizer: the re-synthesizer's own file. None if the detector's file holds it.
-        options: see OPTION_NAMES.
-        vgg_source: `--vgg-weights`.
+        source: checkpoint written by train_detector.py, or released checkpoint of a detector. A released checkpoint
+            does not record stage, dilation and re-synthesizer, so that the options must name them.
+        resynthesizer: checkpoint with the weights of the re-synthesizer. None: `source` holds these weights.
+        options: values of the options in OPTION_NAMES.
+        vgg_source: value of `--vgg-weights`.
 
     Returns:
         the detector, and its config.
 
     Raises:
-        UserError: if the files, the VGG weights and the options do not belong together.
+        UserError: if the checkpoints, the VGG-19 weights and the options do not belong together.
     """
     content, name = source
     state = state_dict_of(content, name)
@@ -331,16 +372,17 @@ def load_detector(
     }
     trained_with = vgg_of_config(source, "vgg")
     if part_of_config(source, "features") is None:
-        trained_with = {"source": "imagenet"}  # Release: trained on the features of torchvision's ImageNet weights
+        # Release: the released detectors were trained on VGG-19 features with torchvision's ImageNet weights
+        trained_with = {"source": "imagenet"}
     detector, config = assemble(model, config, options, vgg_source, trained_with, name)
     load_weights(detector.classifier, state, name)
     check_fingerprint(detector.classifier, fingerprint_of_config(source, "classifier_fingerprint"), "classifier", name)
     expected = fingerprint_of_config(source, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
         raise UserError(
-            f"{name} was trained with the re-synthesizer {expected}, and {resynthesizer.name} is"
-            f" {config['resynthesizer_fingerprint']}: leave --sr-weights-file out (the detector's file holds its own) or"
-            " give the one it was trained with"
+            f"{name} was trained with re-synthesizer weights of fingerprint {expected}, and {resynthesizer.name} has"
+            f" the fingerprint {config['resynthesizer_fingerprint']}: give the re-synthesizer of this training with"
+            " --sr-weights-file, or leave --sr-weights-file out if the detector's checkpoint holds the re-synthesizer"
         )
     return detector, config
 
@@ -348,7 +390,12 @@ def load_detector(
 def detector_resynthesizer(
     source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping
 ) -> tuple[nn.Module, dict]:
-    """Create a trained detector's re-synthesizer: from its own file if given, else from the detector's."""
+    """Create the re-synthesizer of a trained detector, and its config.
+
+    Args:
+        source: checkpoint of the detector.
+        resynthesizer: checkpoint with the weights of the re-synthesizer. None: the weights inside `source` are used.
+    """
     if resynthesizer is not None:
         return resynthesizer_and_config(resynthesizer, options)
     content, name = source
@@ -360,9 +407,13 @@ def detector_resynthesizer(
 
 
 def chosen_features(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
-    """Return {"name", "args"} of a trained detector's features: as recorded, which options must not contradict.
+    """Return {"name", "args"} of the features with which a detector was trained.
 
-    Released files record nothing: their features follow from the options and the channels of the classifier.
+    Released checkpoints do not record the features. In this case, the features follow from the options and from the
+    number of input channels of the classifier.
+
+    Raises:
+        UserError: if the options contradict the checkpoint.
     """
     name = source.name
     part = part_of_config(source, "features")
@@ -372,8 +423,8 @@ def chosen_features(source: Checkpoint, state: Mapping[str, Tensor], options: Ma
     if stage is not None and features_of_stage(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
         raise UserError(
-            f"--idx-stages {stage} contradicts {name}, which has the features {has}: leave the flag out, or give the"
-            " checkpoint that belongs to it"
+            f"--idx-stages {stage} contradicts the checkpoint {name}, which has the features {has}: leave --idx-stages"
+            f" out, or give a checkpoint that was trained with --idx-stages {stage}"
         )
     choose("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments("--feature-args", options.get("feature_args") or {}, part["args"], name)
@@ -381,7 +432,13 @@ def chosen_features(source: Checkpoint, state: Mapping[str, Tensor], options: Ma
 
 
 def chosen_residual(source: Checkpoint, options: Mapping) -> str:
-    """Return "absolute" or "signed": as a config records it, which options must not contradict. Released: absolute."""
+    """Return the kind of residual with which a detector was trained: "absolute" or "signed".
+
+    Released detectors use absolute residuals.
+
+    Raises:
+        UserError: if `--residual` contradicts the checkpoint.
+    """
     recorded = Fields(source.content.get("config"), source.name, "config").text("residual", RESIDUALS, default=None)
     if part_of_config(source, "features") is None:
         recorded = recorded or PAPER["residual"]
@@ -389,7 +446,13 @@ def chosen_residual(source: Checkpoint, options: Mapping) -> str:
 
 
 def chosen_classifier(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
-    """Return {"name", "args"} of a trained classifier: as recorded or, of a released file, read from its weights."""
+    """Return {"name", "args"} of the classifier in a detector's checkpoint.
+
+    A released checkpoint does not record the classifier. Its ResNet is recognised by the shapes of the weights.
+
+    Raises:
+        UserError: if the options contradict the checkpoint.
+    """
     name = source.name
     part = part_of_config(source, "classifier")
     given_args = dict(options.get("arch_args") or {})
@@ -402,12 +465,15 @@ def chosen_classifier(source: Checkpoint, state: Mapping[str, Tensor], options: 
         return {"name": arch, "args": arguments | given_args}
     choose("--arch", options.get("arch"), part["name"], None, name)
     if options.get("dilated") is False and part["args"].get("dilated"):
-        raise UserError(f"--no_dilation contradicts {name}, whose classifier is dilated: leave the flag out")
+        raise UserError(f"--no_dilation contradicts {name}, whose classifier is dilated: leave --no_dilation out")
     return {"name": part["name"], "args": choose_arguments("--arch-args", given_args, part["args"], name)}
 
 
 def released_features(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
-    """Return {"name", "args"} of the features that a released detector was trained on."""
+    """Return {"name", "args"} of the features with which a released detector was trained.
+
+    The classifier's number of input channels decides, together with --idx-stages where two stages have this number.
+    """
     if options.get("features") is not None:
         return {"name": options["features"], "args": dict(options.get("feature_args") or {})}
     _, channels = resnet_from_weights(state, name)
@@ -417,15 +483,15 @@ def released_features(state: Mapping[str, Tensor], options: Mapping, name: str) 
         stage = stages[0]
     if stage not in stages:
         raise UserError(
-            f"{name} takes residuals of {channels} channels, which stages {stages} have: give the --idx-stages it was"
-            " trained with"
+            f"the classifier in {name} takes residuals of {channels} channels, and the features of stages {stages} have"
+            " this number: give the stage with which the detector was trained, by --idx-stages"
         )
     features, arguments = features_of_stage(stage)
     return {"name": features, "args": arguments}
 
 
 def features_from_options(options: Mapping) -> dict:
-    """Return {"name", "args"} of the features of a new detector: --features, else what --idx-stages stands for."""
+    """Return {"name", "args"} of the features of a new detector, which --features or --idx-stages names."""
     given_args = dict(options.get("feature_args") or {})
     name = options.get("features")
     stage = options.get("stage")
@@ -445,7 +511,19 @@ def assemble(
     trained_with: Mapping | None,
     name: str,
 ) -> tuple[ResynthesisDetector, dict]:
-    """Put a detector together from its re-synthesizer and the config of its parts. Returns it with the whole config."""
+    """Create a detector from a re-synthesizer and the config of the detector's parts.
+
+    Args:
+        resynthesizer: the re-synthesizer, with its weights.
+        config: names and arguments of re-synthesizer, features and classifier, and the kind of residual.
+        options: values of the options in OPTION_NAMES.
+        vgg_source: value of `--vgg-weights`.
+        trained_with: record of the VGG-19 weights with which the detector was trained. None: the detector is new.
+        name: name of the detector's checkpoint, for error messages.
+
+    Returns:
+        the detector, and `config` with the fingerprint of the re-synthesizer and the record of the VGG-19 weights.
+    """
     features = create("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
@@ -463,19 +541,24 @@ def assemble(
 
 
 def warn_of_dilation(name: str) -> None:
-    """Warn that a ResNet is dilated although nobody asked for it: dilation leaves no trace in the weights."""
+    """Warn that a ResNet is dilated by default. The weights do not show whether it was trained with dilation."""
     logger.warning(
-        "WARNING: %s is DILATED, as in the release without --no_dilation. All released scripts and weights are made with"
-        " --no_dilation, and scores differ without it",
+        "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. All released scripts use"
+        " --no_dilation, all released weights were trained with it, and a dilated ResNet gives different scores",
         name,
     )
 
 
 def check_fingerprint(module: nn.Module, recorded: object, what: str, name: str) -> None:
-    """Compare weights with the fingerprint that was saved with them.
+    """Compare the weights of a network with the fingerprint in its checkpoint.
+
+    Args:
+        recorded: the fingerprint in the checkpoint. None: there is nothing to compare.
+        what: word for the network in the error message, such as "classifier".
+        name: name of the checkpoint, for the error message.
 
     Raises:
-        UserError: if they differ, because the file has changed since.
+        UserError: if the fingerprints differ, because the weights have changed since they were saved.
     """
     if recorded not in (None, fingerprint(module)):
-        raise UserError(f"{name} is damaged: the weights of its {what} differ from those that were saved")
+        raise UserError(f"{name} is damaged: the weights of the {what} have changed since they were saved")

@@ -1,7 +1,7 @@
-"""Controls for experiments: re-synthesis that learns nothing, and no re-synthesis at all.
+"""Control networks for experiments, which take the place of the re-synthesizer and have no parameters.
 
-A detector on `bicubic` shows what *learned* re-synthesis adds. A detector on `none` shows what *any* re-synthesis adds.
-Neither has parameters, so neither needs a weights file.
+Comparing RDN with `bicubic` (bicubic interpolation) shows what *learned* re-synthesis contributes to detection.
+Comparing RDN with `none` (a black image) shows what re-synthesis contributes at all.
 """
 
 import torch.nn.functional as F
@@ -20,10 +20,10 @@ class Bicubic(nn.Module):
 
 
 class NoResynthesis(nn.Module):
-    """x_lr (B, 3, h, w) -> zeros (B, 3, scale * h, scale * w).
+    """A control without re-synthesis, which returns a black image: x_lr (B, 3, h, w) -> (B, 3, scale * h, scale * w).
 
-    The residual in pixels is then the image itself. In VGG-19 features it is the distance between the image and
-    a black image, whose features differ from zero because of the biases.
+    With a black image as re-synthesis, the residual in pixels is the image itself. The residual in VGG-19 features is
+    the distance between the features of the image and the features of a black image, which the biases make non-zero.
     """
 
     def __init__(self, scale: int = 4):

@@ -1,9 +1,9 @@
-"""The features in which image and re-synthesis are compared: pixels, or a stage of VGG-19. Never trained.
+"""Features in which an image and its re-synthesis are compared: the pixels, or one stage of VGG-19.
 
-Only this file knows what a stage is: stage 0 is the pixels, stage k = 1..5 is relu{k}_1 of VGG-19.
+Stage 0 means the pixels. Stage k = 1..5 means the output of layer relu{k}_1 of VGG-19. Features are never trained.
 
-VGG-19 is by Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR
-2015), with torchvision's parameter names and ImageNet weights.
+VGG-19 is from Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR 2015).
+Its parameters have torchvision's names, so that torchvision's ImageNet weights can be loaded.
 """
 
 import hashlib
@@ -30,17 +30,18 @@ STAGES = (1, 2, 3, 4, 5)
 STAGE_CHANNELS = {1: 64, 2: 128, 3: 256, 4: 512, 5: 512}
 STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
 STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of relu{k}_1 in torchvision's vgg19().features
-CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions at each resolution, up to relu5_1
+CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-TILE_CUTS = (10, 19)  # layers after pool2 and pool3: where tiles are put together again
+TILE_CUTS = (10, 19)  # first layers after pool2 and pool3, before which tiles are joined to whole maps
 
-IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # the name ends with its SHA-256
-DOWNLOAD_TIMEOUT = 20  # seconds without an answer
-RANDOM_SEED = 19  # seed of the stand-in weights: fixed, so that every run uses the same ones
+# The file name ends with the first digits of the file's SHA-256
+IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+DOWNLOAD_TIMEOUT = 20  # the download is given up after this many seconds without an answer from the server
+RANDOM_SEED = 19  # seed of random VGG-19 weights, which is fixed so that all runs use equal weights
 
 
 class Pixels(nn.Module):
-    """The pixels themselves: (B, 3, H, W) -> (B, 3, H, W). Stage 0."""
+    """Stage 0: the pixels themselves are the features, (B, 3, H, W) -> (B, 3, H, W)."""
 
     channels = 3
     stride = 1
@@ -55,10 +56,10 @@ class VGG19Stage(nn.Module):
     The weights are random until `load_pretrained` is called.
 
     Args:
-        stage: 1..5, for relu{stage}_1.
+        stage: 1 to 5. The features are the output of layer relu{stage}_1.
 
     Raises:
-        UserError: for another stage.
+        UserError: if the stage is not 1 to 5.
     """
 
     def __init__(self, stage: int = 5):
@@ -74,20 +75,24 @@ class VGG19Stage(nn.Module):
         return self.vgg(x, [self.stage])[self.stage]  # (B, C_l, H_l, W_l)
 
     def load_pretrained(self, source: str, trained_with: Mapping | None, name: str) -> dict:
-        """Load the weights of VGG-19. Returns their record. See `load_vgg` for the arguments."""
+        """Load the weights of VGG-19. The arguments are explained in `load_vgg`.
+
+        Returns:
+            the record {"source", "fingerprint"} of the weights.
+        """
         self.vgg, record = load_vgg(source, trained_with, name)
         return record
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles that are computed at a time without gradients, in pixels of the image."""
+        """Set the side of the tiles for inference without gradients, in pixels of the image."""
         self.vgg.tile = side // 4
 
 
 class VGG19(nn.Module):
-    """VGG-19 up to relu5_1: images -> the feature maps of any of its stages.
+    """VGG-19 up to layer relu5_1, which returns the feature maps of one or more stages.
 
-    Release: the input is RGB in [0, 1] without ImageNet's mean and standard deviation. The released detectors were
-    trained on features computed in this way.
+    Release: the released code gives VGG-19 RGB images in [0, 1] without normalisation by ImageNet's mean and standard
+    deviation. The released detectors were trained on features of images without this normalisation.
     """
 
     def __init__(self):
@@ -98,16 +103,25 @@ class VGG19(nn.Module):
             if block > 0:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(count):
-                # skip_init: initialising 13 layers that are overwritten takes longer than loading them
+                # skip_init leaves the 13 layers uninitialised, because initialising takes longer than loading weights
                 layers.append(nn.utils.skip_init(nn.Conv2d, in_channels, channels, kernel_size=3, padding=1))
                 layers.append(nn.ReLU(inplace=True))
                 in_channels = channels
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
-        self.tile = 256  # side of the tiles without gradients, in pixels of the map that a part of the network begins with
+        # Side of the tiles for inference without gradients, in pixels of the map that is cut into tiles
+        self.tile = 256
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:
-        """x: (B, 3, H, W) in [0, 1]. Returns {k: (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1))} for k in stages."""
+        """Compute the feature maps of the given stages.
+
+        Args:
+            x: (B, 3, H, W) in [0, 1].
+            stages: numbers from 1 to 5.
+
+        Returns:
+            {k: (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1))} for each k in `stages`.
+        """
         run_part = self.run_whole if torch.is_grad_enabled() else self.run_in_tiles
         maps = {}
         start = 0
@@ -119,11 +133,11 @@ class VGG19(nn.Module):
         return maps
 
     def run_whole(self, start: int, end: int, x: Tensor) -> Tensor:
-        """Run layers start..end-1 on whole maps."""
+        """Run the layers start to end - 1 on whole maps."""
         return self.features[start:end](x)
 
     def run_in_tiles(self, start: int, end: int, x: Tensor) -> Tensor:
-        """Run layers start..end-1 tile by tile: the maps between them are the largest of the whole detector."""
+        """Run the layers start to end - 1 tile by tile, because VGG-19 has the largest maps of the whole detector."""
         cuts = [cut for cut in TILE_CUTS if start < cut < end]
         for first, last in pairwise([start, *cuts, end]):
             layers = self.features[first:last]
@@ -132,12 +146,16 @@ class VGG19(nn.Module):
         return x
 
     def train(self, mode: bool = True) -> "VGG19":
-        """Stay in evaluation mode: nothing in here is ever trained."""
+        """Stay in evaluation mode, because VGG-19 is never trained."""
         return super().train(False)
 
 
 def receptive_field(layers: Iterable[nn.Module]) -> tuple[int, int]:
-    """Return how far 3x3 convolutions and 2x2 poolings see to each side, rounded up to whole strides, and their stride."""
+    """Compute the reach and the total stride of a stack of 3x3 convolutions and 2x2 poolings.
+
+    The reach is the number of pixels to each side on which an output value depends, rounded up to a multiple of the
+    stride.
+    """
     reach = 0
     stride = 1
     for layer in layers:
@@ -152,14 +170,14 @@ def receptive_field(layers: Iterable[nn.Module]) -> tuple[int, int]:
 
 
 def features_of_stage(stage: int) -> tuple[str, dict]:
-    """Return the entry of FEATURES, and its arguments, that `--idx-stages STAGE` stands for."""
+    """Return the name in FEATURES and the arguments for which `--idx-stages STAGE` stands."""
     if stage == 0:
         return "pixels", {}
     return "vgg19", {"stage": stage}
 
 
 def stages_with_channels(channels: int) -> list[int]:
-    """Return the stages whose features have this many channels."""
+    """Return the stages whose features have `channels` channels."""
     every_stage = {0: Pixels.channels, **STAGE_CHANNELS}
     return [stage for stage, count in every_stage.items() if count == channels]
 
@@ -171,17 +189,18 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     """Create VGG-19 with its weights.
 
     Args:
-        source: `--vgg-weights`. "imagenet": from torch hub's cache, else downloaded. "random": the stand-in weights.
-            "auto": the weights of `trained_with` if given, else imagenet where possible, else random. Else the path
-            of a torchvision vgg19 state dict of any float type; its `features.*` entries are enough.
-        trained_with: the record in the checkpoint that these features will be used with. None: training from scratch.
-        name: the name of that checkpoint, for messages.
+        source: value of `--vgg-weights`. "imagenet" takes torchvision's weights from torch hub's cache or downloads
+            them. "random" draws fixed-seed random weights. "auto" takes the source in `trained_with`. For a new
+            training, "auto" means imagenet or, if the ImageNet weights cannot be downloaded, random. Any other value is
+            the path of a torchvision vgg19 state dict with float values. Only its `features.*` entries are needed.
+        trained_with: record of the VGG-19 weights in a trained checkpoint. None: a new training begins.
+        name: name of the trained checkpoint, for error messages.
 
     Returns:
-        the network, and the record {"source", "fingerprint"} that goes into checkpoints.
+        VGG-19, and the record {"source", "fingerprint"} of its weights for checkpoints.
 
     Raises:
-        UserError: if the weights cannot be read, or differ from `trained_with`.
+        UserError: if the weights cannot be read, or if they are not the weights that `trained_with` records.
     """
     if source == "auto" and trained_with is not None:
         source = trained_with["source"]
@@ -198,15 +217,19 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         raise UserError(f"{name} needs ImageNet weights for VGG-19, got random ones: pass --vgg-weights FILE")
     if expected not in (None, record["fingerprint"]):
         raise UserError(
-            f"{name} was trained with the VGG-19 weights {expected} ({printable(trained_with['source'])}), and"
-            f" {printable(record['source'])} has {record['fingerprint']}: pass --vgg-weights with the ones it was"
-            " trained with"
+            f"{name} was trained with VGG-19 weights of fingerprint {expected} ({printable(trained_with['source'])}),"
+            f" and {printable(record['source'])} has the fingerprint {record['fingerprint']}: give the VGG-19 weights"
+            " of this training with --vgg-weights"
         )
     return vgg, record
 
 
 def _vgg_weights(source: str) -> tuple[Mapping, str]:
-    """Return a state dict or a checkpoint that holds one, and where it is from: "imagenet", "random" or the path."""
+    """Read the VGG-19 weights that `source` names.
+
+    Returns:
+        a state dict or a checkpoint with a state dict, and the origin of the weights: "imagenet", "random" or the path.
+    """
     if source in ("imagenet", "auto"):
         try:
             return load(_imagenet_file()), "imagenet"
@@ -215,12 +238,12 @@ def _vgg_weights(source: str) -> tuple[Mapping, str]:
             if source == "imagenet":
                 raise UserError(
                     f"no ImageNet weights for VGG-19 in torch hub's cache ({torch.hub.get_dir()}), and they cannot be"
-                    f" downloaded ({reason}): copy them there, or pass --vgg-weights FILE"
+                    f" downloaded ({reason}): copy them into this cache, or pass --vgg-weights FILE"
                 ) from None
         logger.warning(
             "WARNING: no ImageNet weights for VGG-19 on this machine, and they cannot be downloaded. This training uses"
-            " fixed-seed RANDOM VGG-19 weights instead. The paper does not, and the checkpoints will record it. Pass"
-            " --vgg-weights FILE to use real ones."
+            " fixed-seed RANDOM VGG-19 weights instead, unlike the paper. The checkpoints record the random weights."
+            " Pass --vgg-weights FILE to use ImageNet weights."
         )
     if source in ("random", "auto"):
         return _random_weights(), "random"
@@ -230,7 +253,7 @@ def _vgg_weights(source: str) -> tuple[Mapping, str]:
 
 
 def _random_weights() -> dict[str, Tensor]:
-    """Draw weights after He et al. (ICCV 2015), so that the maps of all stages keep the scale of the image."""
+    """Draw random VGG-19 weights as in He et al. (ICCV 2015), which give the maps of all stages a similar scale."""
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     state = VGG19().state_dict()
     for key, tensor in state.items():
@@ -242,10 +265,10 @@ def _random_weights() -> dict[str, Tensor]:
 
 
 def _imagenet_file() -> Path:
-    """Return torchvision's file in torch hub's cache; download it if it is not there.
+    """Return the path of torchvision's VGG-19 weights in torch hub's cache. A missing file is downloaded.
 
     Raises:
-        OSError: if it can be neither found nor downloaded.
+        OSError: if the file is missing and cannot be downloaded.
         UserError: if the file is damaged.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET_URL).name)
@@ -256,7 +279,7 @@ def _imagenet_file() -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=digest)
-        except RuntimeError as error:  # raised by torch for a download with another hash
+        except RuntimeError as error:  # torch.hub raises it if the hash of the download is wrong
             raise OSError(str(error)) from None
         finally:
             socket.setdefaulttimeout(timeout)

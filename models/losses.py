@@ -1,6 +1,6 @@
-"""Every loss of the project: super-resolution, detector, auxiliary tasks.
+"""All losses of the project: the losses of super-resolution, of the detector and of the auxiliary tasks.
 
-The VGG-19 stages are weighted as in pix2pixHD (Wang et al., CVPR 2018).
+The perceptual loss weights the VGG-19 stages as in pix2pixHD (Wang et al., CVPR 2018).
 """
 
 from collections.abc import Callable
@@ -18,9 +18,12 @@ STAGE_WEIGHTS = {1: 1 / 32, 2: 1 / 16, 3: 1 / 8, 4: 1 / 4, 5: 1.0}
 def perceptual_distance(
     x_hat: Tensor, x: Tensor, vgg: VGG19, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Compute sum_k w_k distance(VGG_k(x_hat), VGG_k(x)) over the five stages, in float32.
+    """Compute sum_k w_k distance(VGG_k(x_hat), VGG_k(x)) over the five stages k of VGG-19, in float32.
 
-    x_hat, x: (B, 3, H, W) in [0, 1]. Gradients flow through x_hat only.
+    Gradients flow through x_hat only.
+
+    Args:
+        x_hat, x: (B, 3, H, W) in [0, 1].
     """
     with torch.no_grad():
         maps = vgg(x, STAGES)
@@ -36,10 +39,10 @@ def super_resolution_loss(x_hat: Tensor, x: Tensor, vgg: VGG19 | None, vgg_weigh
 
     Args:
         x_hat, x: (B, 3, H, W) in [0, 1].
-        vgg: None leaves the perceptual part out.
+        vgg: VGG-19. None: the loss is the L1 term alone.
 
     Returns:
-        (loss, its L1 part), scalars.
+        loss, L1 term of the loss: scalars.
     """
     l1 = F.l1_loss(x_hat.float(), x)
     if vgg is None:
@@ -50,20 +53,27 @@ def super_resolution_loss(x_hat: Tensor, x: Tensor, vgg: VGG19 | None, vgg_weigh
 def reconstruction_loss(x_hat: Tensor, x: Tensor, vgg: VGG19) -> Tensor:
     """Compute the auxiliary loss per image: L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)).
 
-    x_hat, x: (B, 3, H, W) in [0, 1]. Returns (B,).
+    Args:
+        x_hat, x: (B, 3, H, W) in [0, 1].
+
+    Returns:
+        losses (B,).
     """
     return l1_per_image(x_hat.float(), x) + perceptual_distance(x_hat, x, vgg, l1_per_image)
 
 
 def l1_per_image(a: Tensor, b: Tensor) -> Tensor:
-    """Average |a - b| over all but the first dimension: (B, C, H, W) -> (B,)."""
+    """Average |a - b| over channels, height and width: (B, C, H, W) -> (B,)."""
     return (a - b).abs().mean(dim=(1, 2, 3))
 
 
 def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Compute the weighted sum of cross-entropies.
+    """Compute the weighted sum of the cross-entropies of the images. Returns a scalar.
 
-    logits: (B, 2). labels: (B,). weights: (B,), whose sum over all processes is 1. Returns a scalar.
+    Args:
+        logits: (B, 2).
+        labels: (B,).
+        weights: (B,). The sum of the weights over all processes is 1.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
     return (weights * losses).sum()
@@ -72,16 +82,18 @@ def classification_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tens
 def residual_and_reconstruction_loss(
     detector: ResynthesisDetector, vgg: VGG19 | None, x: Tensor, degraded: Tensor | None, real: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Compute what end-to-end training needs of the re-synthesizer: the residual, and the auxiliary loss on the reals.
+    """Compute the residuals of all images, and the auxiliary loss of the real images, for end-to-end training.
 
     Args:
-        vgg: None switches the auxiliary loss off.
+        vgg: VGG-19 of the auxiliary loss. None: the auxiliary loss is 0.
         x: (B, 3, H, W) in [0, 1].
-        degraded: (B, 3, h, w), the low-resolution input of the auxiliary task. None: the loss is computed on the clean input.
-        real: (B,) bool, the images that the auxiliary loss is computed on.
+        degraded: (B, 3, h, w), low-resolution input of the auxiliary task. None: the auxiliary loss compares the images
+            with their re-synthesis from clean input.
+        real: (B,) bool, true for the images on which the auxiliary loss is computed.
 
     Returns:
-        residual (B, C_l, H_l, W_l), auxiliary loss per image (B,), which is 0 where `real` is false.
+        residual: (B, C_l, H_l, W_l).
+        losses: (B,), the auxiliary loss of each image, 0 where `real` is false.
     """
     x_hat = detector.resynthesize(x)  # (B, 3, H, W)
     residual = detector.residual(x, x_hat)  # (B, C_l, H_l, W_l)

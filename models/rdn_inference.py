@@ -1,10 +1,11 @@
-"""RDN without gradients: the numbers of `models.rdn`, in less memory and, on a CPU, less time.
+"""Inference with RDN, in less memory than `models.rdn` and, on a CPU, in less time.
 
-`infer` is the only entry point. Three things differ from RDN's plain form, and none changes the result beyond rounding:
+`infer` is the entry point of this module. Inference differs from RDN in training in three ways, which change the result
+by rounding errors only:
 
-- The network works on tiles. Each tile is cut out with all the pixels that its result depends on.
-- The outputs of the dense blocks are fused as they are made, so that they are never kept all at once.
-- On a CPU, dense layers work on a few rows at a time, which stay in the caches, or use Winograd's convolution.
+- RDN runs on tiles of the image. Each tile is cut out with all pixels on which its result depends.
+- The output of each dense block is added to the fused maps at once, so that the outputs of earlier blocks can be freed.
+- On a CPU, dense layers run on a few rows at a time, which fit the caches, or use Winograd's convolution.
 """
 
 from functools import partial
@@ -17,14 +18,15 @@ from models.tiling import in_tiles
 from models.winograd import DenseMaps, is_faster
 
 STRIP_BYTES = 2**15  # size of one channel of a strip, chosen to fit a CPU's caches
-UPSCALE_TILE, UPSCALE_HALO = 64, 2  # low-resolution pixels; the up-sampling convolutions reach 1.75 pixels
+# Side and halo of the tiles for up-sampling, in low-resolution pixels. Up-sampling looks at 1.75 pixels to each side.
+UPSCALE_TILE, UPSCALE_HALO = 64, 2
 
 
 def infer(model: nn.Module, x_lr: Tensor) -> Tensor:
-    """Run RDN on low-resolution images.
+    """Run RDN on low-resolution images without gradients.
 
     Args:
-        model: an `models.rdn.RDN`.
+        model: a `models.rdn.RDN`.
         x_lr: (B, 3, h, w) in [0, 1].
 
     Returns:
@@ -39,7 +41,8 @@ def infer(model: nn.Module, x_lr: Tensor) -> Tensor:
 def fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     """Run all dense blocks, and the 1x1 convolution that fuses their outputs: (B, G0, h, w) -> (B, G0, h, w).
 
-    The 1x1 convolution of concatenated maps is the sum of one 1x1 convolution per block. The sum is kept in float32.
+    A 1x1 convolution of the concatenated outputs equals a sum of 1x1 convolutions, one per block. The sum is computed
+    in float32.
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one (G0, G0, 1, 1) per block
@@ -47,11 +50,11 @@ def fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     run_block = dense_block_in_strips
     if is_faster(x, model.rdbs[0].layers):
         run_block = partial(dense_block_by_winograd, scratch=x.new_empty(0))
-        tile = (model.tile // 2, model.tile)  # transformed maps take more memory
+        tile = (model.tile // 2, model.tile)  # Winograd's transformed maps take more memory
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):
-        # Each 3x3 convolution of the block reaches one pixel further
+        # Each layer of the block is a 3x3 convolution, which widens the receptive field by one pixel on each side
         x = in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
         for fused_rows, rows in zip(fused.split(model.tile, dim=2), x.split(model.tile, dim=2), strict=True):
             fused_rows.add_(F.conv2d(rows, weight))
@@ -59,7 +62,7 @@ def fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def dense_block_in_strips(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a residual dense block, on a CPU a few rows at a time: (B, G0, h, w) -> (B, G0, h, w)."""
+    """Run a residual dense block: (B, G0, h, w) -> (B, G0, h, w). On a CPU, each layer runs on a few rows at a time."""
     rows = x.shape[2]
     if x.device.type == "cpu":
         row_bytes = x[:, 0, 0].nbytes
@@ -76,7 +79,7 @@ def dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) -> Ten
     """Run a residual dense block by Winograd's convolution: (B, G0, h, w) -> (B, G0, h, w).
 
     Args:
-        scratch: memory that is reused from call to call, see `models.winograd.DenseMaps`.
+        scratch: memory that all calls share, so that it is allocated once. See `models.winograd.DenseMaps`.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)
     first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)  # (G0, G, 1, 1) each

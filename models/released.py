@@ -1,7 +1,8 @@
-"""The file formats of the released code, and how an architecture is read from the shapes of released weights.
+"""Checkpoints of the released code: their formats, and how the shapes of the weights tell the architecture.
 
-Released files carry no names: RDN's weights are a bare state dict or stand under "state_dict"; a detector's file is
-{"epoch", "arch", "state_dict", "optimizer"}; keys may begin with DataParallel's "module.".
+Released checkpoints have no config. A checkpoint of RDN is a state dict, or a dictionary with the state dict under
+"state_dict". A checkpoint of a detector is {"epoch", "arch", "state_dict", "optimizer"}. The keys of a state dict may
+begin with "module.", which DataParallel adds.
 """
 
 from collections.abc import Mapping
@@ -12,18 +13,18 @@ from models.resnet import BOTTLENECKS, LAYOUTS
 from utils.errors import UserError
 
 SHOWN_KEYS = 3  # number of keys that an error names
-PREFIX = "module."  # added by DataParallel
+PREFIX = "module."  # prefix of the keys of a network that was saved inside DataParallel
 
 
 def state_dict_of(content: Mapping, name: str) -> dict[str, Tensor]:
-    """Return the weights in a checkpoint: bare or under "state_dict", with or without the prefix "module.".
+    """Return the state dict in a checkpoint, without the prefix "module." of its keys.
 
     Args:
-        content: of the file.
-        name: of the file, for messages.
+        content: the state dict itself, or a dictionary with the state dict under "state_dict".
+        name: name of the checkpoint, for error messages.
 
     Raises:
-        UserError: if there are none.
+        UserError: if the checkpoint holds no state dict.
     """
     state = content.get("state_dict", content)
     is_state_dict = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
@@ -34,10 +35,10 @@ def state_dict_of(content: Mapping, name: str) -> dict[str, Tensor]:
 
 
 def rdn_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]:
-    """Return the scale and the further arguments of the RDN that these weights belong to.
+    """Read the scale and the other arguments of an RDN from the shapes of its weights.
 
     Raises:
-        UserError: if the weights belong to another network.
+        UserError: if the weights are not the weights of an RDN.
     """
     try:
         num_features = state["sfe1.weight"].shape[0]
@@ -66,12 +67,12 @@ def rdn_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]
 
 
 def resnet_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[str, int]:
-    """Return the name and the input channels of the ResNet that these weights belong to.
+    """Read the name and the number of input channels of a ResNet from the shapes of its weights.
 
-    Dilation leaves no trace in the weights.
+    The shapes do not show whether the ResNet is dilated.
 
     Raises:
-        UserError: if the weights belong to another network.
+        UserError: if the weights are not the weights of a `models.resnet.DeepStemResNet`.
     """
     counts = []
     for stage in range(1, 5):
@@ -90,9 +91,10 @@ def resnet_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[str, in
 
 
 def dilation_argument(arch: str, no_dilation: bool | None) -> dict:
-    """Return the classifier argument that `--no_dilation` stands for.
+    """Return the keyword argument of the classifier that the flag `--no_dilation` sets.
 
-    Release: without `--no_dilation` a ResNet of bottlenecks is dilated. ResNet-18 and ResNet-34 have no dilated form.
+    Release: the released code dilates a ResNet-50, ResNet-101 or ResNet-152 unless `--no_dilation` is given. ResNet-18
+    and ResNet-34 cannot be dilated.
     """
     if arch not in BOTTLENECKS:
         return {}

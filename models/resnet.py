@@ -1,9 +1,10 @@
 """The detector's classifier: a ResNet with a deep stem and two logits.
 
-He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016), with torchvision's parameter names and
-its stride on the 3x3 convolution of the bottleneck. It differs from torchvision's ResNet in what the released detectors
-need: a stem of three convolutions with two strides, stride 2 in layer1, and layer3 and layer4 that do not down-sample. The
-total stride is 32, as usual.
+ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). As in torchvision, a
+bottleneck has its stride in the 3x3 convolution. The parameters have torchvision's names.
+
+The released detectors differ from torchvision's ResNet in three ways: the stem has three convolutions, two of them with
+stride 2; layer1 has stride 2; layer3 and layer4 do not down-sample. The total stride is 32, as in torchvision.
 """
 
 from fractions import Fraction
@@ -15,7 +16,8 @@ from models.tiling import in_tiles
 from utils.errors import UserError
 
 STEM_CHANNELS = 128
-STEM_STRIDE, STEM_HALO = 8, 16  # pixels of the residual; the stem sees 11 pixels to each side
+# Stride of the stem and halo of its tiles, in pixels of the residual. The stem looks 11 pixels to each side.
+STEM_STRIDE, STEM_HALO = 8, 16
 
 LAYOUTS = {
     "resnet18": (2, 2, 2, 2),
@@ -24,17 +26,20 @@ LAYOUTS = {
     "resnet101": (3, 4, 23, 3),
     "resnet152": (3, 8, 36, 3),
 }
-BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # the others are made of basic blocks
+BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # ResNet-18 and ResNet-34 are made of basic blocks
 
 
 def convolution(in_channels: int, out_channels: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Create a convolution that keeps height and width but for the stride. The batch norm after it has the bias."""
+    """Create a convolution that divides height and width by `stride`. It has no bias, because a batch norm follows."""
     padding = side // 2 * dilation
     return nn.Conv2d(in_channels, out_channels, side, stride, padding, dilation, bias=False)
 
 
 class Block(nn.Module):
-    """A residual block: `body` plus the input, which is projected where shapes differ."""
+    """A residual block, which adds its input to the output of `body`.
+
+    The input is projected by a 1x1 convolution if its shape differs from the shape of the output.
+    """
 
     expansion: int
 
@@ -44,7 +49,10 @@ class Block(nn.Module):
         self.downsample = None
 
     def project_input(self, in_planes: int, out_planes: int, stride: int) -> None:
-        """Create the projection if shapes differ. Call it last: optimizer states identify parameters by their order."""
+        """Create the projection of the input, if the shapes of input and output differ.
+
+        Call this method last in `__init__`, because saved optimizer states identify parameters by their order.
+        """
         if stride != 1 or in_planes != out_planes:
             projection = convolution(in_planes, out_planes, 1, stride)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_planes))
@@ -58,7 +66,7 @@ class Block(nn.Module):
 
 
 class BasicBlock(Block):
-    """Two 3x3 convolutions. It has no dilated form."""
+    """The residual block of ResNet-18 and ResNet-34, with two 3x3 convolutions. It ignores `dilation`."""
 
     expansion = 1
 
@@ -76,7 +84,7 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """Convolutions of 1x1, 3x3 and 1x1. The 3x3 has the stride."""
+    """The residual block of ResNet-50 and deeper ones: convolutions of 1x1, 3x3 (with the stride) and 1x1."""
 
     expansion = 4
 
@@ -100,15 +108,16 @@ class DeepStemResNet(nn.Module):
     """A ResNet: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
 
     Args:
-        channels: of the residual.
+        channels: number of channels of the residual.
         arch: a key of LAYOUTS.
-        dilated: use dilation 2 and 4 in layer3 and layer4, as the release does without `--no_dilation`.
+        dilated: use dilation 2 in layer3 and dilation 4 in layer4. Release: the released code does so unless
+            `--no_dilation` is given.
 
     Raises:
-        UserError: for a dilated ResNet-18 or ResNet-34.
+        UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # Stride of the last maps. Where they have a single value, batch norm cannot be trained on a single image.
+    # Side of the residual / side of the last feature map. Batch norm cannot be trained on one image with a 1 x 1 map.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
@@ -129,7 +138,7 @@ class DeepStemResNet(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         depths = LAYOUTS[arch]
-        # As in torchvision, the first block of a layer has the dilation of the layer before it.
+        # As in torchvision, the first block of a dilated layer has the dilation of the layer before
         third, fourth = ((1, 2), (2, 4)) if dilated else ((1, 1), (1, 1))
         self.in_planes = STEM_CHANNELS
         self.layer1 = self.make_layer(block, 64, depths[0], stride=2)
@@ -137,7 +146,7 @@ class DeepStemResNet(nn.Module):
         self.layer3 = self.make_layer(block, 256, depths[2], dilations=third)
         self.layer4 = self.make_layer(block, 512, depths[3], dilations=fourth)
         self.fc = nn.Linear(self.in_planes, 2)
-        self.tile = 1024  # side of the tiles of the residual that the stem works on without gradients
+        self.tile = 1024  # side of the tiles for the stem in inference without gradients, in pixels of the residual
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # N(0, sqrt(2 / (k * k * C_out)))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -145,7 +154,7 @@ class DeepStemResNet(nn.Module):
     def make_layer(
         self, block: type[Block], planes: int, depth: int, stride: int = 1, dilations: tuple[int, int] = (1, 1)
     ) -> nn.Sequential:
-        """Create a layer of `depth` blocks. dilations: first block, other blocks."""
+        """Create a layer of `depth` blocks. dilations: dilation of the first block, and of all later blocks."""
         first, others = dilations
         blocks = [block(self.in_planes, planes, stride, first)]
         self.in_planes = planes * block.expansion
@@ -154,7 +163,7 @@ class DeepStemResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: residual (B, channels, H, W). Returns logits (B, 2)."""
+        """Classify the residual x (B, channels, H, W). Returns logits (B, 2)."""
         if torch.is_grad_enabled() or self.training:
             x = self.stem(x)  # (B, 128, H / 8, W / 8), rounded up
         else:
@@ -167,9 +176,9 @@ class DeepStemResNet(nn.Module):
         return self.fc(x)
 
     def stem(self, x: Tensor) -> Tensor:
-        """x: (B, channels, H, W). Returns (B, 128, H / 8, W / 8), rounded up."""
+        """Run the layers before layer1 on the residual x (B, channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles of the residual that the stem works on without gradients."""
+        """Set the side of the tiles for the stem in inference without gradients, in pixels of the residual."""
         self.tile = side

@@ -1,32 +1,38 @@
-"""Classifiers for few images. A ResNet memorises a few hundred images; these reduce a residual to few numbers first.
+"""Small classifiers for training on few images.
 
-`SpectrumClassifier` is for pixel residuals: the power spectrum, each frequency against its neighbours. Averaging over
-overlapping windows is Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967). `ChannelPowerClassifier` is
-for residuals of VGG-19 features, whose channels tell more than their spectrum.
+A ResNet memorises a few hundred training images. The classifiers in this file first reduce a residual to few numbers.
+
+`SpectrumClassifier` is for pixel residuals. It compares the power of each frequency with neighbouring frequencies.
+Averaging a spectrum over overlapping windows is Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
+
+`ChannelPowerClassifier` is for residuals of VGG-19 features. It uses the power of each channel, which separates real
+from generated images better than the spectrum of VGG-19 features.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SMALLEST_POWER = 1e-7  # far below what rounding an image in [0, 1] to 8 bits leaves
+# Added to each power before the logarithm. It is far below the noise power of rounding an image in [0, 1] to 8 bits.
+SMALLEST_POWER = 1e-7
 
 
 class SpectrumClassifier(nn.Module):
-    """residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL, for images of any size.
+    """A classifier on the power spectrum: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
 
-    The power spectrum is averaged over overlapping windows, the channels, mirror images and quarter turns. From the
-    logarithm of each frequency the mean of its neighbourhood is subtracted. This keeps peaks and edges of the spectrum,
-    which up-sampling leaves, and discards brightness, sharpness and most of the content.
+    The power spectrum is averaged over overlapping windows, channels, mirror images and quarter turns. Then each log
+    power is reduced by the mean log power of neighbouring frequencies. The differences show the peaks and edges that
+    up-sampling leaves in a spectrum. They do not depend on brightness and sharpness, and little on the image content.
 
-    Use it with `--residual signed`: the absolute value mixes the frequencies.
+    Use this classifier with `--residual signed`, because the absolute value mixes the frequencies. Images may have any
+    size.
 
     Args:
-        channels: of the residual. Their log spectra are averaged.
-        window: side of the windows in pixels, even. They overlap by half.
-        neighbourhood: side of the neighbourhood in the spectrum, odd.
+        channels: number of channels of the residual. The log spectra of the channels are averaged.
+        window: side of the windows in pixels, an even number. Windows overlap by half their side.
+        neighbourhood: side of the square of neighbouring frequencies, an odd number.
         hidden: number of units of the hidden layer.
-        dropout: probability, before the hidden layer and after it.
+        dropout: probability of dropout, which is applied before and after the hidden layer.
     """
 
     def __init__(
@@ -44,7 +50,7 @@ class SpectrumClassifier(nn.Module):
         taper = torch.outer(taper, taper) / taper.square().sum()
         self.register_buffer("taper", taper, persistent=False)  # (n, n)
         half = window // 2 + 1  # frequencies 0 .. n / 2
-        # The spectrum is symmetric, so that half of it, its upper triangle, is used
+        # After averaging over quarter turns, the spectrum is a symmetric matrix: its upper triangle is enough
         self.register_buffer("triangle", torch.triu_indices(half, half), persistent=False)  # (2, half * (half + 1) / 2)
         count = self.triangle.shape[1]
         self.standardise = Standardise(count)
@@ -53,12 +59,19 @@ class SpectrumClassifier(nn.Module):
         )
 
     def forward(self, residual: Tensor) -> Tensor:
-        """residual: (B, channels, H, W). Returns logits (B, 2)."""
+        """Classify residuals (B, channels, H, W). Returns logits (B, 2)."""
         values = self.spectrum(residual)  # (B, half * (half + 1) / 2)
         return self.layers(self.standardise(values))
 
     def spectrum(self, x: Tensor) -> Tensor:
-        """Compute the log power of each frequency against its neighbourhood: (B, C, H, W) -> (B, half * (half + 1) / 2)."""
+        """Compute the log power of each frequency minus the mean log power of its neighbours.
+
+        Args:
+            x: (B, C, H, W).
+
+        Returns:
+            (B, half * (half + 1) / 2), where half is the number of frequencies 0 .. window / 2.
+        """
         n = self.window
         half = n // 2 + 1
         x = pad_to(x, n)  # (B, C, H, W), H and W at least n
@@ -67,7 +80,7 @@ class SpectrumClassifier(nn.Module):
         power = torch.fft.rfft2(windows * self.taper).abs().square()  # (B, C, rows, columns, n, half)
         power = power.mean(dim=(2, 3))  # (B, C, n, half)
         log_power = (power + SMALLEST_POWER).log().mean(dim=1)  # (B, n, half)
-        # Average over mirror images: row -f takes the place of row f
+        # Average over mirror images: mirroring an image exchanges the rows f and -f of its spectrum
         mirrored = log_power.flip(1).roll(1, dims=1)
         log_power = (log_power + mirrored)[:, :half] / 2  # (B, half, half)
         # Average over quarter turns
@@ -75,20 +88,21 @@ class SpectrumClassifier(nn.Module):
         return (log_power - self.local_mean(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def local_mean(self, spectrum: Tensor) -> Tensor:
-        """Average over the neighbourhood of each frequency, mirrored at the borders: (B, half, half) -> the same."""
+        """Average each frequency with its neighbours, mirrored at the borders: (B, half, half) -> (B, half, half)."""
         reach = self.neighbourhood // 2
         padded = F.pad(spectrum[:, None], (reach, reach, reach, reach), mode="reflect")
         return F.avg_pool2d(padded, self.neighbourhood, stride=1)[:, 0]
 
 
 class ChannelPowerClassifier(nn.Module):
-    """residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL: linear in the log power of each channel.
+    """A linear classifier on channel powers: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
 
-    The mean over the channels is subtracted, so that the contrast of the image does not count.
+    The power of a channel is the mean of its squared values. From each log power, the mean log power of all channels is
+    subtracted, so that the contrast of the image has no effect.
 
     Args:
-        channels: of the residual.
-        dropout: probability, before the linear layer.
+        channels: number of channels of the residual.
+        dropout: probability of dropout before the linear layer.
     """
 
     def __init__(self, channels: int, dropout: float = 0.5):
@@ -97,7 +111,7 @@ class ChannelPowerClassifier(nn.Module):
         self.layers = nn.Sequential(nn.Dropout(dropout), nn.Linear(channels, 2))
 
     def forward(self, residual: Tensor) -> Tensor:
-        """residual: (B, channels, H, W). Returns logits (B, 2)."""
+        """Classify residuals (B, channels, H, W). Returns logits (B, 2)."""
         power = residual.square().mean(dim=(2, 3))  # (B, channels)
         log_power = (power + SMALLEST_POWER).log()
         log_power = log_power - log_power.mean(dim=1, keepdim=True)
@@ -105,7 +119,10 @@ class ChannelPowerClassifier(nn.Module):
 
 
 class Standardise(nn.BatchNorm1d):
-    """Batch norm without parameters: (B, count) -> (B, count). A batch of one image uses the running statistics."""
+    """Batch norm without trained parameters: (B, count) -> (B, count).
+
+    A training batch of one image is normalised by the running statistics, as in evaluation.
+    """
 
     def __init__(self, count: int):
         super().__init__(count, affine=False)
@@ -121,9 +138,10 @@ def pad_to(x: Tensor, side: int) -> Tensor:
     while min(x.shape[2:]) < side:
         missing_rows = max(side - x.shape[2], 0)
         missing_columns = max(side - x.shape[3], 0)
-        bottom = min(missing_rows, x.shape[2] - 1)  # reflecting adds at most one value less than there are
+        bottom = min(missing_rows, x.shape[2] - 1)  # reflection can add at most H - 1 rows at a time
         right = min(missing_columns, x.shape[3] - 1)
         if bottom == right == 0:
-            return F.pad(x, (0, missing_columns, 0, missing_rows), mode="replicate")  # a side of a single value
+            # A single row or column cannot be reflected
+            return F.pad(x, (0, missing_columns, 0, missing_rows), mode="replicate")
         x = F.pad(x, (0, right, 0, bottom), mode="reflect")
     return x

@@ -1,4 +1,4 @@
-"""Convolutional networks on a part of a map at a time: the same numbers in less memory."""
+"""Tiling: run a convolutional network on one tile of a feature map at a time, which takes less memory."""
 
 import math
 from collections.abc import Callable
@@ -15,17 +15,19 @@ def in_tiles(
     halo: int,
     scale: Fraction | int = 1,
 ) -> Tensor:
-    """Compute function(*maps) tile by tile. The result is exact if `halo` covers all that a pixel of it depends on.
+    """Compute function(*maps) tile by tile.
 
-    Each tile is cut out with `halo` more pixels on all sides, and what is computed for those is thrown away. There are
-    none beyond the border of the map, where `function` pads as it does on the whole map.
+    Each tile is cut out with a halo of `halo` pixels on all sides, and the results for the halo are thrown away. The
+    halo ends at the border of the map, where `function` pads as it does on the whole map. The result is exact if
+    `function` looks at most `halo` pixels to each side.
 
     Args:
         function: a stack of "same"-padded convolutions, poolings and per-pixel operations: (B, C, h, w) ... ->
             (B, C', scale * h, scale * w), rounded down or up.
-        maps: (B, C, h, w) each, of one size.
-        side: of a tile, or its (height, width); a multiple of 1 / scale.
-        halo: a multiple of 1 / scale.
+        maps: (B, C, h, w) each, all with one height and width.
+        side: side of a tile, or its (height, width), in pixels of `maps`; a multiple of 1 / scale.
+        halo: width of the halo in pixels of `maps`; a multiple of 1 / scale.
+        scale: height of the result / height of the maps.
     """
     height, width = maps[0].shape[2:]
     tile_height, tile_width = (side, side) if isinstance(side, int) else side
@@ -43,7 +45,7 @@ def in_tiles(
             if result is None:
                 shape = (*y.shape[:2], math.ceil(height * scale), math.ceil(width * scale))
                 result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-            # Throw away what was computed for the halo
+            # Throw away the results for the halo
             y = y[:, :, int((top - y0) * scale) :, int((left - x0) * scale) :]
             y = y[:, :, : int(tile_height * scale), : int(tile_width * scale)]
             row = int(top * scale)
@@ -51,4 +53,4 @@ def in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    return result[:, :, :bottom, :right]  # a function that rounds sizes down leaves a border
+    return result[:, :, :bottom, :right]  # cut off the border that a function that rounds sizes down has not filled

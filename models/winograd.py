@@ -1,9 +1,10 @@
-"""3x3 convolutions on a CPU by Winograd's minimal filtering F(4x4, 3x3), with a quarter of the multiplications.
+"""Winograd's algorithm F(4x4, 3x3) for 3x3 convolutions on a CPU, which needs a quarter of the multiplications.
 
-Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). A tile d of 6 x 6 values and a kernel g of
-3 x 3 give 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)], where tiles and kernel are written as vectors.
+The algorithm is described by Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). A tile d
+of 6 x 6 values and a kernel g of 3 x 3 values give 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)]. In this
+formula, tiles and kernels are vectors, and * multiplies two vectors element by element.
 
-Shapes: B images, C channels of each map, O output channels, n tiles, 36 products per tile.
+Letters in shapes: B images, C channels per map, O output channels, n tiles, 36 products per tile.
 """
 
 import math
@@ -13,18 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TILE_IN = 6  # side of a tile that is read
-TILE_OUT = 4  # side of a tile that is written
+TILE_IN = 6  # side of an input tile
+TILE_OUT = 4  # side of an output tile
 PRODUCTS = TILE_IN**2
-# The points of the interpolation. Infinity is the sixth. With these, rounding errors are about 2e-6 (measured).
+# The interpolation points of the algorithm. The sixth point is infinity. The measured rounding errors are about 2e-6.
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 TILES = 256  # number of tiles computed at a time, chosen to fit a CPU's caches
-MIN_TILES = 64  # with fewer tiles, or fewer channels, the transforms cost more than they save
+# With fewer tiles than MIN_TILES or fewer channels than MIN_CHANNELS, the transforms cost more time than they save
+MIN_TILES = 64
 MIN_CHANNELS = 64
 
 
 def transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """Compute INPUT (36, 36), KERNEL (36, 9) and OUTPUT (16, 36) from POINTS, by the method of Cook and Toom."""
+    """Compute the matrices INPUT (36, 36), KERNEL (36, 9) and OUTPUT (16, 36) from POINTS (Cook-Toom method)."""
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
@@ -38,10 +40,10 @@ INPUT, KERNEL, OUTPUT = transforms()
 
 
 def is_faster(x: Tensor, layers: nn.Sequential) -> bool:
-    """Return whether Winograd's convolution is used for the layers of a dense block on maps like x (B, C, h, w).
+    """Return whether Winograd's algorithm is used for the layers of a dense block on maps x (B, C, h, w).
 
-    It is used without gradients, in float32, on an x86 CPU, for large maps and layers with as many outputs as the block
-    has inputs.
+    Winograd's algorithm is used for inference in float32 on an x86 CPU, if the maps are large and the layers of the
+    block have as many output channels as x has channels.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -56,39 +58,39 @@ def is_faster(x: Tensor, layers: nn.Sequential) -> bool:
 
 
 class DenseMaps:
-    """The maps of a dense block. Each is transformed once, for all the layers that read it.
+    """The maps that the layers of a dense block read. Each map is transformed once, although several layers read it.
 
     Args:
-        like: (B, C, h, w), with the shape of each of the maps.
-        count: number of maps that there will be.
-        scratch: one-dimensional float32 memory of any size, which is overwritten. Passing the same tensor again saves the
-            time of allocating it.
+        like: (B, C, h, w), a tensor with the shape of each map.
+        count: number of maps that will be added.
+        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. Passing one tensor to
+            several blocks saves the time of allocating memory.
     """
 
     def __init__(self, like: Tensor, count: int, scratch: Tensor):
         batch, self.channels, self.height, self.width = like.shape
-        self.rows = math.ceil(self.height / TILE_OUT)  # of tiles
+        self.rows = math.ceil(self.height / TILE_OUT)  # number of rows of tiles
         self.columns = math.ceil(self.width / TILE_OUT)
-        self.strip_rows = max(TILES // self.columns, 1)  # rows of tiles that are computed at a time
+        self.strip_rows = max(TILES // self.columns, 1)  # number of rows of tiles that are computed at a time
         shape = (batch, self.rows, self.columns * count * PRODUCTS * self.channels)
         memory = scratch.resize_(math.prod(shape)).view(shape)
-        self.transformed = []  # per strip: (count, n, 36 * C)
+        self.transformed = []  # transformed maps of each strip, (count, n, 36 * C)
         for strip in self.strips(memory):
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
-        self.added = 0  # number of maps so far
+        self.added = 0  # number of maps that have been added
 
     def convolve(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
-        """Add the maps x (B, C, h, w), and convolve all maps so far with "same" padding. Returns (B, O, h, w)."""
+        """Add the map x (B, C, h, w), and convolve all added maps with "same" padding. Returns (B, O, h, w)."""
         self.added += 1
         weight = self.transform_kernel(convolution)  # (36 * O, C, maps, 1)
         out_channels = convolution.out_channels
         result = x.new_empty(len(x), self.rows, TILE_OUT, self.columns, TILE_OUT, out_channels)
         for tiles, maps, target in zip(self.tiles(x), self.transformed, self.strips(result), strict=True):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
-            # The products of the 36 places are a convolution with 36 groups, whose kernel runs over the maps
+            # The 36 products of all tiles are computed by one convolution with 36 groups, whose kernel spans the maps
             values = maps[: self.added]  # (maps, n, 36 * C)
             if self.added == 1:
-                values = maps[0].view(-1, self.columns, maps.shape[2])  # the same for one map, which computes faster
+                values = maps[0].view(-1, self.columns, maps.shape[2])  # faster shape for a single map
             products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)  # (1, 36 * O, ..., ...)
             products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
             y = OUTPUT @ products  # (n, 16, O)
@@ -106,14 +108,14 @@ class DenseMaps:
         return weight.permute(0, 3, 1, 2)
 
     def strips(self, images: Tensor) -> list[Tensor]:
-        """Split images (B, rows, ...) into strips of rows of tiles, image after image: a list of (strip_rows, ...)."""
+        """Split images (B, rows, ...) into strips of `strip_rows` rows of tiles, image after image."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))
         return parts
 
     def tiles(self, x: Tensor) -> Iterator[Tensor]:
-        """Cut maps (B, C, h, w) into tiles that overlap by two. Yields (n, 36, C) per strip."""
+        """Cut maps (B, C, h, w) into tiles that overlap by two pixels. Yields the tiles of each strip, (n, 36, C)."""
         right = self.columns * TILE_OUT - self.width
         bottom = self.rows * TILE_OUT - self.height
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + right, 1, 1 + bottom))  # (B, H, W, C)
