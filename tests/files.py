@@ -53,7 +53,7 @@ def contents(folder):
 
 
 @contextmanager
-def mistake(*words):
+def user_error(*words):
     """Expect the `with` block to raise a UserError whose message is one line and contains all the given words."""
     with pytest.raises(UserError) as caught:
         yield

@@ -34,7 +34,7 @@ def score(*argv) -> int:
         return stopped.code
 
 
-def mistake(capfd, *argv) -> str:
+def error_line(capfd, *argv) -> str:
     """Run test.py with a user's mistake, and return the error line.
 
     The exit status must be 2, stdout must be empty, and stderr must contain exactly one error line.

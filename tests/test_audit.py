@@ -1,7 +1,7 @@
 """Tests of the program tools.audit: the report that it prints, and its exit status."""
 
 import pytest
-from files import mistake
+from files import user_error
 from PIL import Image
 
 from tools import audit
@@ -43,9 +43,9 @@ def test_audit_reports_a_validation_image_that_is_also_a_training_image_as_a_lea
 
 
 def test_audit_reports_a_wrong_command_line_in_one_line(folders):
-    with mistake("no images"):
+    with user_error("no images"):
         audit.main([])
-    with mistake("one class"):
+    with user_error("one class"):
         audit.main(arguments(folders)[:2])
-    with mistake("more than one way"):
+    with user_error("more than one way"):
         audit.main(["--csv", "a", "--data-root", "b"])

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from files import mistake
+from files import user_error
 from processes import ROOT
 
 from evaluation.calibration import check_calibration, probabilities_and_verdicts
@@ -181,7 +181,7 @@ def test_calibrate_refuses_scores_of_another_detector_or_with_other_image_settin
     (scores.parent / "val.json").write_text(json.dumps(record))
     before = detector.read_bytes()
     if refused:
-        with mistake(refused):
+        with user_error(refused):
             calibrate.main([str(scores), "--into", str(detector)])
         assert detector.read_bytes() == before
     else:
@@ -196,7 +196,7 @@ def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scor
     path = tmp_path / "other.pth"
     checkpoints.save(content, path)
     before = path.read_bytes()
-    with mistake("other.pth"):
+    with user_error("other.pth"):
         calibrate.main([str(scores), "--into", str(path)])
     assert path.read_bytes() == before
 

@@ -8,7 +8,7 @@ import resource
 
 import pytest
 import torch
-from files import mistake, random_rgb, save
+from files import random_rgb, save, user_error
 from trainings import TINY, detector_arguments, read, train
 
 import test as tester
@@ -65,7 +65,7 @@ def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path
 
 
 def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path):
-    with mistake("cannot write", "last.pth"):
+    with user_error("cannot write", "last.pth"):
         checkpoints.save({}, tmp_path / "nowhere" / "last.pth")
 
 
@@ -82,7 +82,7 @@ def test_a_failed_save_on_a_full_disk_keeps_the_previous_checkpoint(tmp_path, li
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
-    with mistake("last.pth"):
+    with user_error("last.pth"):
         checkpoints.save({"a": torch.ones(10_000)}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
-    with mistake("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
+    with user_error("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
         checkpoints.load(path)
     image, other = (save(tmp_path / f"{seed}.png", random_rgb(64, 64, seed)) for seed in (0, 1))
     (tmp_path / "list.txt").write_text(image)
@@ -140,14 +140,14 @@ def test_the_error_for_a_truncated_checkpoint_says_that_it_is_truncated(tmp_path
     path = tmp_path / "last.pth"
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
-    with mistake("truncated", f"{path.stat().st_size} bytes"):
+    with user_error("truncated", f"{path.stat().st_size} bytes"):
         checkpoints.load(path)
 
 
 @pytest.mark.parametrize(("name", "word"), [(".", "folder"), ("absent.pth", "absent.pth"), ("list.pth", "list")])
 def test_a_folder_a_missing_path_and_a_saved_list_are_refused_as_checkpoints(tmp_path, name, word):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with mistake(word):
+    with user_error(word):
         checkpoints.load(tmp_path / name)
 
 
@@ -178,7 +178,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
     for key in ("nothing", "absent"):
         assert fields.integer(key, default=7) == 7 and fields.number(key, default=None) is None
         assert fields.fields(key).values == {} and fields.arguments(key) == {}
-        with mistake("some.pth", f"config.{key}", "missing"):
+        with user_error("some.pth", f"config.{key}", "missing"):
             fields.integer(key)
     assert Fields(None, "some.pth").text("name", default="rdn") == "rdn"
 
@@ -195,12 +195,12 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
 )  # fmt: skip
 def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):
     fields = Fields({"key": value}, "some.pth", "config")
-    with mistake("some.pth", "config.key", "must"):
+    with user_error("some.pth", "config.key", "must"):
         getattr(fields, method)("key", *limits)
 
 
 def test_fields_refuses_a_config_that_is_not_a_dictionary_in_one_line():
-    with mistake("some.pth", "config", "dictionary", "list"):
+    with user_error("some.pth", "config", "dictionary", "list"):
         Fields([1], "some.pth", "config")
 
 
@@ -219,7 +219,7 @@ def test_weights_are_loaded_from_a_bare_state_dict_and_from_a_checkpoint(prefix,
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, {"state_dict": [1]}, {"state_dict": 3}, {"a": 1, "b": 2}])
 def test_a_checkpoint_without_weights_is_refused(content):
-    with mistake("some.pth"):
+    with user_error("some.pth"):
         state_dict_of(content, "some.pth")
 
 
@@ -229,7 +229,7 @@ def test_load_weights_names_weights_that_do_not_fit_and_loads_nothing():
     state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     del state["sfe1.weight"]
     state |= {"classifier.fc": torch.zeros(1), "sfe2.weight": torch.zeros(5, 4, 3, 3)}
-    with mistake("some.pth", "1 missing: sfe1.weight", "1 unknown: classifier.fc", "(5, 4, 3, 3)", "(4, 4, 3, 3)"):
+    with user_error("some.pth", "1 missing: sfe1.weight", "1 unknown: classifier.fc", "(5, 4, 3, 3)", "(4, 4, 3, 3)"):
         load_weights(model, state, "some.pth")
     assert fingerprint(model) == before
 
@@ -279,20 +279,20 @@ def test_vgg_weights_whose_hash_is_wrong_are_refused(hub, monkeypatch):
     def download(url, to, hash_prefix, **_):
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
-    with monkeypatch.context() as patch, mistake("invalid hash value", "dcbb9e9d"):
+    with monkeypatch.context() as patch, user_error("invalid hash value", "dcbb9e9d"):
         patch.setattr(torch.hub, "download_url_to_file", download)
         load_vgg("imagenet")
     hub.parent.mkdir(exist_ok=True)
     torch.save(VGG19().state_dict(), hub)  # the file name and the shapes are correct, but the values are not
     for source in ("imagenet", "auto"):
-        with mistake("damaged", "dcbb9e9d"):
+        with user_error("damaged", "dcbb9e9d"):
             load_vgg(source)
 
 
 def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scratch(hub, caplog):
     _, record = load_vgg("auto")
     assert record["source"] == "random" and caplog.text.count("RANDOM VGG-19 weights") == 1
-    with mistake("--vgg-weights"):
+    with user_error("--vgg-weights"):
         load_vgg("auto", {"source": "imagenet"}, "released.pth.tar")
     assert load_vgg("auto", record, "mine.pth.tar")[1] == record
     assert not hub.exists()
@@ -303,7 +303,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory, small_classifier):
-    """Return a folder with re-synthesizers, detectors and VGG weights that do not match, and a real and a fake image."""
+    """Return a folder with re-synthesizers, detectors and VGG weights that do not match, and with two images."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -379,7 +379,7 @@ def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(mi
 def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(mixture, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
     train(detector_arguments(mixture, tmp_path / "out", f"{flags} 1"))
-    with mistake("--vgg-weights"):
+    with user_error("--vgg-weights"):
         train(detector_arguments(mixture, tmp_path / "out", f"{flags} 2 --vgg-weights {mixture}/other_vgg.pth"))
 
 

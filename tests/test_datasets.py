@@ -222,7 +222,9 @@ def test_a_batch_contains_the_readable_images_and_the_errors_of_the_others(patch
 
 
 @pytest.mark.parametrize("free_bytes", [None, 0, 10**7])
-def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(patches, monkeypatch, free_bytes):
+def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(
+    patches, monkeypatch, free_bytes
+):
     """If shared memory is full, a worker that used it would crash, and the main process would wait forever."""
     alone = list(make_loader(patches, EpochBatches(7, 4), 0, ON_CPU))
     if free_bytes is not None:

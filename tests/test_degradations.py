@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from files import mistake
+from files import user_error
 
 from data.degradations import TASKS, check_task, compress_jpeg, degrade_batch, degrade_patch, draw_degradation
 
@@ -69,7 +69,7 @@ def test_the_auxiliary_task_none_degrades_no_batch():
 
 
 def test_an_unknown_auxiliary_task_is_refused_with_the_names_of_the_known_tasks():
-    with mistake("--mode-sr", "colorization", "inpainting"):
+    with user_error("--mode-sr", "colorization", "inpainting"):
         check_task("inpainting")
 
 

@@ -1,4 +1,4 @@
-"""The Python interface `load`, `predict`, `verdict` and `residual`: accepted arguments, errors, and equality with test.py."""
+"""Tests of the Python interface `load`, `predict`, `verdict` and `residual`: arguments, errors, and results of test.py."""
 
 import io
 import re
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import mistake
+from files import user_error
 from PIL import Image
 from scorings import CONFIG, score, write_detector, write_image, write_images, write_release
 
@@ -22,25 +22,30 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, small_classifier):
+def detector_file(tmp_path_factory, small_classifier):
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 
 @pytest.fixture(scope="module")
-def some(tmp_path_factory):
+def image_folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("some"))
 
 
 @pytest.fixture(scope="module")
-def detector(tiny):
-    return load(str(tiny), device="cpu")
+def detector(detector_file):
+    return load(str(detector_file), device="cpu")
 
 
 # --- images ---------------------------------------------------------------------------------------------------
 
 
-def test_predict_and_verdict_give_bit_for_bit_the_results_of_test_py(detector, tiny, some, tmp_path):
-    assert score("--gpu", "cpu", "-j", 0, "--resume", tiny, "--input", some, "--save_path", tmp_path / "p") == 0
+def test_predict_and_verdict_give_bit_for_bit_the_results_of_test_py(detector, detector_file, image_folder, tmp_path):
+    assert (
+        score(
+            "--gpu", "cpu", "-j", 0, "--resume", detector_file, "--input", image_folder, "--save_path", tmp_path / "p"
+        )
+        == 0
+    )
     table = read_table(tmp_path / "p.csv")
     images = [Image.open(path).convert("RGB") for path in table.paths]
     arrays = [np.asarray(image) for image in images]
@@ -51,8 +56,8 @@ def test_predict_and_verdict_give_bit_for_bit_the_results_of_test_py(detector, t
     assert detector.verdict(iter(table.paths)) == table.predictions
 
 
-def test_predict_accepts_a_single_image_of_any_kind_without_a_list(detector, some):
-    path = some / "1.png"
+def test_predict_accepts_a_single_image_of_any_kind_without_a_list(detector, image_folder):
+    path = image_folder / "1.png"
     array = np.asarray(Image.open(path))
     expected = detector.predict([str(path)])
     assert expected.shape == (1,)
@@ -61,8 +66,8 @@ def test_predict_accepts_a_single_image_of_any_kind_without_a_list(detector, som
             assert np.array_equal(detector.predict(image), expected)
 
 
-def test_residual_returns_the_absolute_difference_between_an_image_and_its_resynthesis(detector, some):
-    path = str(some / "1.png")
+def test_residual_returns_the_absolute_difference_between_an_image_and_its_resynthesis(detector, image_folder):
+    path = str(image_folder / "1.png")
     (residual,) = detector.residual(path)
     assert residual.shape == (3, 32, 32) and residual.dtype == torch.float32
     x, x_hat, _ = detector.resynthesize(detector.prepare(path)[None])
@@ -74,10 +79,10 @@ def test_predict_verdict_and_residual_of_an_empty_list_are_empty(detector):
     assert detector.verdict([]) == [] and detector.residual([]) == []
 
 
-def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, some, tmp_path):
+def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, image_folder, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # EXIF orientation: display the image after a quarter turn clockwise
-    Image.open(some / "0.png").save(tmp_path / "turned.png", exif=exif)
+    Image.open(image_folder / "0.png").save(tmp_path / "turned.png", exif=exif)
     path = str(tmp_path / "turned.png")
     with open(path, "rb") as file:
         assert detector.predict([path]) == detector.predict(Image.open(path)) == detector.predict(file)
@@ -93,23 +98,23 @@ def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, some, 
 )  # fmt: skip
 def test_an_argument_that_is_not_an_image_is_refused_in_one_line(detector, image):
     for method in (detector.predict, detector.verdict, detector.residual):
-        with mistake("a path" if not hasattr(image, "read") else "cannot decode"):
+        with user_error("a path" if not hasattr(image, "read") else "cannot decode"):
             method(image)
 
 
-def test_a_truncated_image_is_refused_in_one_line_as_a_path_a_file_and_a_pil_image(detector, some, tmp_path):
+def test_a_truncated_image_is_refused_in_one_line_as_a_path_a_file_and_a_pil_image(detector, image_folder, tmp_path):
     path = tmp_path / "half.png"
-    path.write_bytes((some / "0.png").read_bytes()[:2000])
+    path.write_bytes((image_folder / "0.png").read_bytes()[:2000])
     with open(path, "rb") as file:
         for image in (path, file, Image.open(path)):
-            with mistake("half.png"):
+            with user_error("half.png"):
                 detector.predict(image)
 
 
 def test_a_missing_image_and_a_too_small_image_are_refused_in_one_line(detector, tmp_path):
-    with mistake("absent.png"):
+    with user_error("absent.png"):
         detector.predict("absent.png")
-    with mistake("3 x 9"):
+    with user_error("3 x 9"):
         detector.predict(write_image(tmp_path / "a.png", 0, (9, 3)))
 
 
@@ -118,7 +123,10 @@ def test_a_missing_image_and_a_too_small_image_are_refused_in_one_line(detector,
 
 @pytest.mark.parametrize(
     ("length", "side", "count", "starts"),
-    [(40, 16, 1, [12]), (40, 16, 2, [0, 24]), (40, 16, 3, [0, 12, 24]), (16, 16, 3, [0]), (10, 16, 1, [0]), (18, 16, 4, [0, 1, 2])],
+    [
+        (40, 16, 1, [12]), (40, 16, 2, [0, 24]), (40, 16, 3, [0, 12, 24]), (16, 16, 3, [0]), (10, 16, 1, [0]),
+        (18, 16, 4, [0, 1, 2]),
+    ],
 )  # fmt: skip
 def test_crops_are_evenly_spread_from_border_to_border(length, side, count, starts):
     assert crop_starts(length, side, count) == starts
@@ -137,17 +145,19 @@ def test_the_numbers_of_rows_and_columns_of_crops_follow_the_shape_of_the_image(
 
 
 @pytest.mark.parametrize("device", ["cpu", torch.device("cpu"), None])
-def test_load_accepts_the_cpu_as_a_string_a_torch_device_and_none(tiny, device):
+def test_load_accepts_the_cpu_as_a_string_a_torch_device_and_none(detector_file, device):
     if device is None and torch.cuda.is_available():
         pytest.skip("None means the GPU here")
-    assert load(str(tiny), device=device).compute.device == torch.device("cpu")
+    assert load(str(detector_file), device=device).compute.device == torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7", 0, "0", 7, torch.device("cuda"), torch.device("cuda", 1)])
-def test_load_refuses_a_gpu_in_one_line_on_a_machine_without_a_gpu(tiny, device, monkeypatch):
+@pytest.mark.parametrize(
+    "device", ["cuda", "cuda:0", "cuda:7", 0, "0", 7, torch.device("cuda"), torch.device("cuda", 1)]
+)
+def test_load_refuses_a_gpu_in_one_line_on_a_machine_without_a_gpu(detector_file, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with mistake("no GPU"):
-        load(str(tiny), device=device)
+    with user_error("no GPU"):
+        load(str(detector_file), device=device)
 
 
 def test_a_gpu_is_chosen_by_its_number(monkeypatch):
@@ -157,38 +167,42 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch):
     for device in ("cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda:0")):
         assert choose_device(device_name(device)) == torch.device("cuda:0")
     assert choose_device(device_name("cuda:1")) == choose_device(device_name(1)) == torch.device("cuda:1")
-    with mistake("GPUs 0 to 1"):
+    with user_error("GPUs 0 to 1"):
         choose_device(device_name(2))
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])
-def test_load_refuses_a_value_that_does_not_name_a_device_in_one_line(tiny, device):
-    with mistake("expected"):
-        load(str(tiny), device=device)
+def test_load_refuses_a_value_that_does_not_name_a_device_in_one_line(detector_file, device):
+    with user_error("expected"):
+        load(str(detector_file), device=device)
 
 
 @pytest.mark.parametrize("precision", ["float16", "half", "", None, 16])
-def test_load_refuses_an_unknown_precision_in_one_line(tiny, precision):
-    with mistake("fp32", "bf16", "precision"):
-        load(str(tiny), device="cpu", precision=precision)
+def test_load_refuses_an_unknown_precision_in_one_line(detector_file, precision):
+    with user_error("fp32", "bf16", "precision"):
+        load(str(detector_file), device="cpu", precision=precision)
 
 
 @pytest.mark.parametrize("name", ["no_dilated", "stages", "Crops", "crop-size", "dilation"])
-def test_load_refuses_an_unknown_option_and_names_the_known_options(tiny, name):
-    with mistake(name, "stage", "dilated", "crop_size", "no_dilation"):
-        load(str(tiny), device="cpu", options={name: 1})
+def test_load_refuses_an_unknown_option_and_names_the_known_options(detector_file, name):
+    with user_error(name, "stage", "dilated", "crop_size", "no_dilation"):
+        load(str(detector_file), device="cpu", options={name: 1})
 
 
-@pytest.mark.parametrize("options", [{"crops": 0}, {"crops": "many"}, {"crop_size": -1}, {"resize": 1.5}, {"no_dilation": 1}])
-def test_load_refuses_an_option_with_an_impossible_value_in_one_line(tiny, options):
-    with mistake(*options):
-        load(str(tiny), device="cpu", options=options)
+@pytest.mark.parametrize(
+    "options", [{"crops": 0}, {"crops": "many"}, {"crop_size": -1}, {"resize": 1.5}, {"no_dilation": 1}]
+)
+def test_load_refuses_an_option_with_an_impossible_value_in_one_line(detector_file, options):
+    with user_error(*options):
+        load(str(detector_file), device="cpu", options=options)
 
 
-@pytest.mark.parametrize("arguments", [{"checkpoint": None}, {"vgg_weights": None}, {"options": ["stage"]}, {"options": 5}])
-def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(tiny, arguments):
-    with mistake(*arguments, "must be"):
-        load(**{"checkpoint": str(tiny), "device": "cpu", **arguments})
+@pytest.mark.parametrize(
+    "arguments", [{"checkpoint": None}, {"vgg_weights": None}, {"options": ["stage"]}, {"options": 5}]
+)
+def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(detector_file, arguments):
+    with user_error(*arguments, "must be"):
+        load(**{"checkpoint": str(detector_file), "device": "cpu", **arguments})
 
 
 def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
@@ -202,7 +216,7 @@ def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
     plain = load(**files, options={"dilated": False, "stage": 0}).predict(image)
     assert load(**files, options={"no_dilation": True, "idx_stages": 0}).predict(image) == plain
     assert load(**files, options={"no_dilation": False}).predict(image) == load(**files).predict(image) != plain
-    with mistake("twice"):
+    with user_error("twice"):
         load(**files, options={"no_dilation": True, "dilated": True})
 
 
@@ -213,13 +227,15 @@ def test_image_settings_are_taken_from_the_training_unless_an_option_overrides_t
     assert image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
     assert image_settings(trained, {"crop_size": 0}) == (None, None, 1)
     assert image_settings({}, {"resize": 256}) == (None, 256, 1)
-    with mistake("--crop-size"):
+    with user_error("--crop-size"):
         image_settings({}, {"crops": 4})
 
 
-def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(tiny, tmp_path, monkeypatch, capsys):
+def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
+    detector_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(tiny, "DETECTOR.pth.tar")
+    shutil.copy(detector_file, "DETECTOR.pth.tar")
     for name in ("a.png", "b.jpg"):
         write_image(name, 1)
     example = re.search(r"```python\n(from evaluation import load.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -227,14 +243,14 @@ def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
     exec(example[1], found)
     assert found["residual"].shape[0] == 3
     assert capsys.readouterr().out.count("\n") == 2
-    detector = torch.hub.load(str(ROOT), "detector", source="local", checkpoint=str(tiny), device="cpu")
-    assert detector.verdict("a.png") == load(str(tiny), device="cpu").verdict("a.png")
+    detector = torch.hub.load(str(ROOT), "detector", source="local", checkpoint=str(detector_file), device="cpu")
+    assert detector.verdict("a.png") == load(str(detector_file), device="cpu").verdict("a.png")
 
 
-def test_the_identity_of_a_detector_changes_with_its_calibration_and_not_with_its_file_name(detector, tmp_path, small_classifier):
+def test_the_identity_of_a_detector_changes_with_its_calibration_and_not_with_its_file_name(
+    detector, tmp_path, small_classifier
+):
     assert len(detector.identity()["classifier_fingerprint"]) == 16
     calibrated = write_detector(tmp_path / "c", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
     assert load(str(calibrated), "cpu").identity() != detector.identity()
     assert load(str(write_detector(tmp_path / "d", config=CONFIG)), "cpu").identity() == detector.identity()
-
-

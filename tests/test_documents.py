@@ -60,7 +60,11 @@ def test_every_file_that_a_document_links_to_exists(document):
 def test_every_program_and_script_in_the_commands_of_a_document_exists(document):
     for words in commands_in(document):
         for word in words:
-            if re.fullmatch(r"(script|results)/[\w/]+\.sh|\w+\.py", word) and "NAME" not in word and "STUDY" not in word:
+            if (
+                re.fullmatch(r"(script|results)/[\w/]+\.sh|\w+\.py", word)
+                and "NAME" not in word
+                and "STUDY" not in word
+            ):
                 assert (ROOT / word).exists(), words
         if "-m" in words:
             module = words[words.index("-m") + 1]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import mistake, save
+from files import save, user_error
 from PIL import Image, JpegImagePlugin
 
 from data.images import load_image
@@ -127,7 +127,7 @@ def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(made, 
         (tmp_path / "thesis.tex", []),
         (tmp_path, ["--from", made]),
     ):
-        with mistake("--out"):
+        with user_error("--out"):
             example.main(flags(out, *more))
     assert contents(made) == before
     assert contents(tmp_path) == foreign
@@ -137,7 +137,7 @@ def test_the_lists_can_be_read_if_the_folder_name_is_not_utf8(tmp_path):
     out = os.path.join(os.fsencode(tmp_path), b"\xff \xe9")
     example.main(flags(os.fsdecode(out)))
     assert len(list_paths(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
-    with mistake("line break"):
+    with user_error("line break"):
         example.main(flags(tmp_path / "a\nb"))
 
 
@@ -214,7 +214,7 @@ def write_weights(folder):
 def test_autoencoder_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
     encoder, decoder = write_weights(tmp_path)
     load_autoencoder(encoder, decoder)
-    with mistake("encoder.pth", "decoder"):
+    with user_error("encoder.pth", "decoder"):
         load_autoencoder(decoder.replace("decoder", "encoder"), encoder)
 
 
@@ -292,6 +292,6 @@ def test_files_that_get_no_twin_are_reported(photographs, tmp_path, caplog):
 def test_a_folder_without_readable_images_is_refused(tmp_path):
     (tmp_path / "photographs").mkdir()
     (tmp_path / "photographs" / "a.png").write_bytes(b"not an image")
-    with mistake("none of the 1 images"):
+    with user_error("none of the 1 images"):
         example.main(["--from", str(tmp_path / "photographs"), "--out", str(tmp_path / "twins")])
     assert not (tmp_path / "twins").exists()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from files import mistake
+from files import user_error
 from PIL import Image
 from processes import ROOT
 from torch import nn
@@ -186,7 +186,7 @@ def test_a_classifier_that_accepts_one_image_size_is_exported_for_crops_of_that_
     assert "accepts only images of 64 x 64 pixels" in caplog.text
     require_results_of_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
     path = write_detector(tmp_path / "whole.pth.tar", **options)
-    with mistake("cannot export"):
+    with user_error("cannot export"):
         export.main(["--resume", path, "--out", f"{tmp_path}/whole.pt2"])
     assert not (tmp_path / "whole.pt2").exists()
 
@@ -216,7 +216,7 @@ def test_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_grap
     check(data)
     other = {**CALIBRATION, "temperature": 1.8}
     other = write_detector(tmp_path / "other.pth.tar", str(files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION)
-    with mistake("a.onnx is not from this detector: temperature is 1.7, expected 1.8"):
+    with user_error("a.onnx is not from this detector: temperature is 1.7, expected 1.8"):
         check(data, other)
     for text, content in (
         ("format is", data.replace(version, version[:-1] + b"0")),
@@ -224,7 +224,7 @@ def test_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_grap
         ("damaged", data[:-9]),
         ("damaged", b""),
     ):
-        with mistake("a.onnx", text):
+        with user_error("a.onnx", text):
             check(content)
 
 
@@ -235,10 +235,10 @@ def test_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_grap
 def test_an_output_path_with_a_file_of_the_user_is_refused_before_any_work(files, tmp_path, flag, name):
     (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "folder.onnx").mkdir()
-    with mistake(name, "not written by this program"):
+    with user_error(name, "not written by this program"):
         export.main(["--resume", "no such detector", flag, str(tmp_path / name)])
     assert (tmp_path / name).read_bytes() == b"mine"
-    with mistake("folder.onnx"):
+    with user_error("folder.onnx"):
         export.main(["--resume", "no such detector", "--out", str(tmp_path / "folder.onnx")])
 
 
@@ -283,7 +283,7 @@ def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     x = images(1, 3, 36, 36)
     assert torch.equal(released.logits(x), load(shared, device="cpu", vgg_weights=vgg).logits(x))
     assert str(tmp_path) not in json.dumps(checkpoints.load(shared)["config"])
-    with mistake("a.safetensors", "VGG"):
+    with user_error("a.safetensors", "VGG"):
         load(shared, device="cpu", vgg_weights="random")
 
 
@@ -298,7 +298,7 @@ def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused
         ("no metrics", {"detector": detector}),
     ):
         (tmp_path / "p.json").write_text(json.dumps(record))
-        with mistake(text):
+        with user_error(text):
             export.main(flags)
         assert not (tmp_path / "a.safetensors").exists()
     (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
@@ -315,16 +315,16 @@ def test_damaged_and_edited_bundles_are_refused(files, tmp_path, monkeypatch):
         contents.append(bytes(flipped))
     for content in contents:
         path.write_bytes(content)
-        with mistake("bad.safetensors"):
+        with user_error("bad.safetensors"):
             checkpoints.load(path)
     content = checkpoints.load(files / "mine.safetensors")
     for part in ("state_dict", "sr_state_dict"):
         changed = {key: tensor + 1 for key, tensor in content[part].items()}
         checkpoints.save({**content, part: changed}, path)
-        with mistake("bad.safetensors"):
+        with user_error("bad.safetensors"):
             load(path, device="cpu")
     monkeypatch.setattr(checkpoints, "BUNDLE", "version 2")
-    with mistake("mine.safetensors", "version 1", "version 2"):
+    with user_error("mine.safetensors", "version 1", "version 2"):
         checkpoints.load(files / "mine.safetensors")
 
 
@@ -340,5 +340,5 @@ def test_tools_export_reports_a_wrong_command_line_with_exit_status_2(files, fla
 
 
 def test_check_refuses_a_graph_that_does_not_exist(files):
-    with mistake("none.onnx"):
+    with user_error("none.onnx"):
         export.main(["--resume", f"{files}/mine.pth.tar", "--check", "none.onnx"])

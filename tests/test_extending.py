@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work: networks that they add are trained, resumed, loaded, scored and fine-tuned."""
+"""The examples of docs/extending.md work: their networks are trained, resumed, loaded, scored and fine-tuned."""
 
 import re
 import types
@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import mistake
+from files import user_error
 from processes import ROOT
 from trainings import detector_arguments, read, train
 
@@ -52,7 +52,9 @@ def arguments(files, out, flags):
 PARTS = "--features gradients --feature-args gain=2 --arch small_cnn --arch-args width=6"
 
 
-def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_and_fine_tuned(files, tmp_path, extended):
+def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_and_fine_tuned(
+    files, tmp_path, extended
+):
     weights = train_small_sr(files, tmp_path / "sr")
     out = tmp_path / "detector"
     train(arguments(files, out, f"{PARTS} --fixed-sr --sr-weights-file {weights} --epochs 1"))
@@ -78,23 +80,27 @@ def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_a
 
 def test_network_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, extended):
     weights = train_small_sr(files, tmp_path / "sr")
-    with mistake("--sr-args", "width=7", "width=5"):
+    with user_error("--sr-args", "width=7", "width=5"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-args width=7 --arch small_cnn --epochs 1"
         train(arguments(files, tmp_path / "detector", flags))
-    with mistake("--sr-arch", "rdn", "small_sr"):
+    with user_error("--sr-arch", "rdn", "small_sr"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-arch rdn --arch small_cnn --epochs 1"
         train(arguments(files, tmp_path / "detector", flags))
 
 
-def test_loading_a_checkpoint_whose_features_are_not_in_the_dict_gives_an_error_with_their_name(files, tmp_path, extended, monkeypatch):
+def test_loading_a_checkpoint_whose_features_are_not_in_the_dict_gives_an_error_with_their_name(
+    files, tmp_path, extended, monkeypatch
+):
     train(arguments(files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1"))
     monkeypatch.delitem(build.FEATURES, "gradients")
-    with mistake("gradients", "pixels"):
+    with user_error("gradients", "pixels"):
         load(str(tmp_path / "last.pth.tar"), device="cpu")
 
 
 @pytest.mark.parametrize("control", ["bicubic", "none"])
-def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expected_residual(files, tmp_path, extended, control):
+def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expected_residual(
+    files, tmp_path, extended, control
+):
     train(arguments(files, tmp_path, f"--fixed-sr --sr-arch {control} --arch small_cnn --epochs 1"))
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
     x = torch.rand(1, 3, 16, 16)
@@ -109,15 +115,17 @@ def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expect
 
 
 def test_training_a_resynthesizer_without_parameters_is_refused(files, tmp_path):
-    with mistake("--fixed-sr", "no parameters"):
+    with user_error("--fixed-sr", "no parameters"):
         train(arguments(files, tmp_path, "--sr-arch bicubic --arch resnet18 --epochs 1"))
-    with mistake("bicubic", "no parameters"):
-        flags = f"--train-file {files}/real --outputs-dir {tmp_path} {BASE} --sr-arch bicubic --num-epochs 1 --patch-size 8"
+    with user_error("bicubic", "no parameters"):
+        flags = (
+            f"--train-file {files}/real --outputs-dir {tmp_path} {BASE} --sr-arch bicubic --num-epochs 1 --patch-size 8"
+        )
         train(flags.split())
 
 
 def test_training_with_an_rdn_but_without_its_weights_file_is_refused(files, tmp_path):
-    with mistake("--sr-weights-file", "rdn"):
+    with user_error("--sr-weights-file", "rdn"):
         train(arguments(files, tmp_path, "--fixed-sr --arch resnet18 --epochs 1"))
 
 
@@ -136,7 +144,7 @@ def test_a_torchvision_classifier_is_trained_and_loaded(files, tmp_path):
 
 
 def test_an_unknown_torchvision_classifier_is_refused():
-    with mistake("resnet19"):
+    with user_error("resnet19"):
         build.create_classifier("torchvision:resnet19", 3, {})
 
 
@@ -147,7 +155,11 @@ def test_the_documented_script_that_adds_a_classifier_is_valid_python():
 
 
 def test_the_documented_dicts_and_linked_files_of_the_extension_guide_exist():
-    for dictionary, name in ((perturbations.SWEEP, "jpeg"), (metrics.METRICS, "auroc"), (degradations.TASKS, "denoising")):
+    for dictionary, name in (
+        (perturbations.SWEEP, "jpeg"),
+        (metrics.METRICS, "auroc"),
+        (degradations.TASKS, "denoising"),
+    ):
         assert name in dictionary
     for path in re.findall(r"\]\(\.\./([^)]+)\)", DOCUMENT):
         assert Path(ROOT, path).exists()

@@ -4,7 +4,7 @@ import logging
 import os
 
 import pytest
-from files import mistake, save, touch
+from files import save, touch, user_error
 
 from data.folders import HAS_AVIF, find_images
 from data.lists import Item, input_items
@@ -110,7 +110,7 @@ def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_list_of_file
     paths = [f"{folder_with_outputs}/{name}" for name in ("cat.png", "scores.png", "sub/cat.png.residual.png")]
     assert input_items(paths) == [Item(paths[0], None, "")]
     assert "left out 2 pictures" in caplog.text
-    with mistake("no images", "1 figure of a score table"):
+    with user_error("no images", "1 figure of a score table"):
         input_items(paths[1:2])
 
 
@@ -118,14 +118,14 @@ def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_list_of_file
 
 
 def test_missing_folders_and_folders_without_images_are_refused_in_one_line(tmp_path):
-    with mistake("No such file", r"new\nline"):
+    with user_error("No such file", r"new\nline"):
         find_images(str(tmp_path / "new\nline"))
-    with mistake("Not a directory"):
+    with user_error("Not a directory"):
         find_images(save(tmp_path / "f.png"))
     (tmp_path / "empty").mkdir()
-    with mistake("no images", "no files"):
+    with user_error("no images", "no files"):
         find_images(str(tmp_path / "empty"))
-    with mistake("no images", ".jpg", "2 .heic", "1 .txt"):
+    with user_error("no images", ".jpg", "2 .heic", "1 .txt"):
         find_images(touch(tmp_path / "q", "a.heic", "b.heic", "c.txt"))
 
 
@@ -135,5 +135,5 @@ def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     for _ in range(17):  # make a path of more than 4096 characters, which system calls refuse
         os.mkdir("d" * 250)
         os.chdir("d" * 250)
-    with mistake("cannot be read", "too long"):
+    with user_error("cannot be read", "too long"):
         find_images(str(tmp_path))

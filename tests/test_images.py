@@ -1,4 +1,4 @@
-"""Image files made by hand, each with the pixels or the error that it must give."""
+"""Tests of data.images: decoding of image files, errors of bad files, resizing and cropping, and usable images."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from files import mistake, random_rgb, save
+from files import random_rgb, save, user_error
 from PIL import Image
 
 from data.folders import HAS_AVIF
@@ -29,11 +29,11 @@ from utils.console import printable
 from utils.errors import UserError
 from utils.labels import REAL
 
-ORIENTATION = 0x0112  # EXIF 2.3
+ORIENTATION = 0x0112  # tag of the orientation in EXIF 2.3
 
 
 def pixels_of(path):
-    """The result of load_image as NumPy (H, W, 3)."""
+    """Return the pixels that load_image reads from a file, as a NumPy array (H, W, 3)."""
     image = load_image(path)
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[0] == 3
     return image.permute(1, 2, 0).numpy()
@@ -46,7 +46,7 @@ def exif_of(orientation):
 
 
 def png(*chunks):
-    """PNG bytes of (name, content) chunks."""
+    """Return the bytes of a PNG file with the given (name, content) chunks."""
     parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + bytes(4) + b"IEND\xaeB`\x82"
 
@@ -60,7 +60,7 @@ def png_data(content):
 
 
 def encoded(form, image=None, **options):
-    """The bytes of an image in a format. The default image is random, 64 x 64 pixels."""
+    """Return an image file in the given format as bytes. The default image is random and has 64 x 64 pixels."""
     stream = io.BytesIO()
     if image is None:
         image = Image.fromarray(random_rgb(64, 64))
@@ -80,7 +80,7 @@ RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3
 PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
 PALETTE.putpalette(RED + GREEN + BLUE)
 ALPHA = np.array([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]], np.uint8)
-ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # an alpha of 51 is 1/5 of the way from white
+ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # alpha 51 of 255 mixes 1/5 of the colour with 4/5 white
 GREY_ALPHA = Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA")
 CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
 
@@ -110,19 +110,19 @@ CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
         ("floats.tif", FLOATS, {}, np.array([[0, 64, 255]])[..., None], 0),
     ],
 )
-def test_every_mode_is_decoded_to_rgb(tmp_path, name, image, options, expected, tolerance):
+def test_images_of_every_colour_mode_are_decoded_to_rgb(tmp_path, name, image, options, expected, tolerance):
     pixels = pixels_of(save(tmp_path / name, image, **options))
     assert np.abs(pixels.astype(int) - expected).max() <= tolerance
 
 
 @pytest.mark.skipif(not HAS_AVIF, reason="this Pillow reads no AVIF")
-def test_avif_is_decoded(tmp_path):
+def test_an_avif_image_is_decoded(tmp_path):
     path = save(tmp_path / "a.avif", np.full((16, 16, 3), 100, np.uint8))
     assert np.abs(pixels_of(path).astype(int) - 100).max() <= 2
     assert check_headers([path], SizePolicy()) == [Header((16, 16))]
 
 
-def test_12_bit_tiff_is_decoded(tmp_path):
+def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
     data = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])  # rows of two 12-bit pixels: 4095, 0 and 2048, 0
     tags = [(256, 2), (257, 2), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, len(data))]
     directory = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
@@ -134,15 +134,15 @@ def test_12_bit_tiff_is_decoded(tmp_path):
 @pytest.mark.parametrize(
     "chunks, expected",
     [
-        (  # 16-bit colour
+        (  # colour image with 16 bits per channel
             [png_header(2, 1, 16, 2), png_data(b"\0" + struct.pack(">6H", 0, 257 * 100, 65535, 257 * 7, 257, 0))],
             [[[0, 100, 255], [7, 1, 0]]],
         ),
-        (  # interlaced: the first pixel, the other pixel of its row, the second row
+        (  # interlaced image: first pixel, second pixel of the first row, second row
             [png_header(2, 2, 8, 0, 1), png_data(b"\0\x0a" + b"\0\x14" + b"\0\x1e\x28")],
             [[[10] * 3, [20] * 3], [[30] * 3, [40] * 3]],
         ),
-        (  # EXIF behind the pixels
+        (  # the EXIF chunk follows the pixels
             [png_header(2, 1, 8, 0), png_data(b"\0\x0a\x14"), (b"eXIf", exif_of(6).tobytes()[6:])],
             [[[10] * 3], [[20] * 3]],
         ),
@@ -154,14 +154,14 @@ def test_png_files_that_pillow_cannot_write_are_decoded(tmp_path, chunks, expect
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, np.nan])
-def test_floats_outside_0_to_1_are_refused(tmp_path, value):
-    with mistake("b.tif: has values", "expected 0 to 1"):
+def test_an_image_with_float_values_outside_0_to_1_is_refused(tmp_path, value):
+    with user_error("b.tif: has values", "expected 0 to 1"):
         load_image(save(tmp_path / "b.tif", np.array([[0.0, value]], np.float32)))
 
 
 @pytest.mark.parametrize("value", [-3, 70000])
-def test_integers_outside_16_bits_are_refused(tmp_path, value):
-    with mistake("b.tif: has values", "expected 0 to 65535"):
+def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value):
+    with user_error("b.tif: has values", "expected 0 to 65535"):
         load_image(save(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
@@ -181,7 +181,9 @@ STORED = {
 
 @pytest.mark.parametrize("suffix, options", [("png", {}), ("webp", {"lossless": True}), ("tif", {}), ("jpg", {})])
 @pytest.mark.parametrize("orientation", STORED)
-def test_orientation_is_applied_to_pixels_and_to_header_sizes(tmp_path, orientation, suffix, options):
+def test_the_exif_orientation_is_applied_to_the_pixels_and_to_the_size_in_the_header(
+    tmp_path, orientation, suffix, options
+):
     stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # 16 x 24 pixels when upright
     path = save(tmp_path / f"a.{suffix}", stored, exif=exif_of(orientation), **options)
     centres = pixels_of(path)[4::8, 4::8].astype(int)
@@ -190,12 +192,12 @@ def test_orientation_is_applied_to_pixels_and_to_header_sizes(tmp_path, orientat
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_orientation_is_applied_to_16_bit_images(tmp_path, name):
+def test_the_exif_orientation_is_applied_to_16_bit_images(tmp_path, name):
     deep = STORED[6][..., 0].astype(np.uint16) * 257
     assert np.array_equal(pixels_of(save(tmp_path / name, deep, exif=exif_of(6))), UPRIGHT)
 
 
-def test_damaged_exif_is_ignored(tmp_path):
+def test_an_image_with_damaged_exif_is_decoded_without_turning(tmp_path):
     path = save(tmp_path / "c.png", random_rgb(), exif=b"Exif\0\0nonsense")
     assert np.array_equal(pixels_of(path), random_rgb())
     assert check_headers([path], SizePolicy()) == [Header((16, 16))]
@@ -219,7 +221,7 @@ BAD_FILES = {  # name -> part of the error
 
 @pytest.fixture
 def bad_folder(tmp_path):
-    """A folder of files that cannot be read: those of BAD_FILES, and truncated images in each format."""
+    """Return a folder of unreadable files: the files of BAD_FILES, and truncated images in six formats."""
     folder = tmp_path / "bad"
     folder.mkdir()
     for form in ("png", "jpeg", "webp", "bmp", "tiff", "gif"):
@@ -239,19 +241,19 @@ def bad_folder(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # pytest shows the warnings that data.images silences
-def test_every_bad_file_is_reported_in_one_line_and_closed(bad_folder):
+def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(bad_folder):
     open_files = len(os.listdir("/dev/fd"))
     names = os.listdir(bad_folder)
     assert len(names) == 22
     for name in names:
         path = str(bad_folder / name)
-        with mistake(printable(path) + ": ", BAD_FILES.get(name, "")):
+        with user_error(printable(path) + ": ", BAD_FILES.get(name, "")):
             load_image(path)
     assert len(os.listdir("/dev/fd")) == open_files
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_headers_show_every_problem_except_damage_behind_the_header(tmp_path, bad_folder):
+def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_path, bad_folder):
     bad = [str(bad_folder / name) for name in os.listdir(bad_folder)]
     good = [save(tmp_path / f"good.{s}", random_rgb(8, 12)) for s in ("png", "jpg", "webp", "bmp", "tif", "gif")]
     headers = dict(zip([*bad, *good], check_headers([*bad, *good], SizePolicy()), strict=True))
@@ -266,7 +268,7 @@ def test_headers_show_every_problem_except_damage_behind_the_header(tmp_path, ba
 
 
 def encodings():
-    """The bytes of a small image in each format, and in variants that are decoded by different code."""
+    """Return small image files as bytes: each format, and variants that Pillow decodes with different code."""
     rgb, exif = Image.fromarray(random_rgb()), exif_of(6)
     deep = Image.fromarray(random_rgb()[..., 0].astype(np.uint16) * 257)
     return [
@@ -285,8 +287,11 @@ def encodings():
     ]
 
 
-def mutated(data, rng):
-    """Change a few bytes, half of the time among the first 64. Sometimes insert bytes or cut off the end."""
+def with_random_damage(data, rng):
+    """Return image bytes with 1 to 5 random bytes changed.
+
+    Half of the time, all changes are in the first 64 bytes. Sometimes bytes are inserted or the end is cut off.
+    """
     data = np.frombuffer(data, np.uint8).copy()
     positions = rng.integers(len(data) if rng.random() < 0.5 else 64, size=rng.integers(1, 6))
     data[positions] = rng.integers(256, size=len(positions))
@@ -298,13 +303,13 @@ def mutated(data, rng):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_3000_mutated_files_give_an_image_or_one_line(tmp_path):
+def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(tmp_path):
     rng, slowest, readable, unreadable = np.random.default_rng(0), 0.0, 0, 0
     for form, data in enumerate(encodings()):
         paths = [str(tmp_path / f"{form} {i}.png") for i in range(250)]
         for path in paths:
             with open(path, "wb") as file:
-                file.write(mutated(data, rng))
+                file.write(with_random_damage(data, rng))
         for path, header in zip(paths, check_headers(paths, SizePolicy()), strict=True):
             start = time.monotonic()
             try:
@@ -323,26 +328,26 @@ def test_3000_mutated_files_give_an_image_or_one_line(tmp_path):
 
 
 def coordinate_image(height, width):
-    """An image whose first two channels are the row and the column of each pixel."""
+    """Return an image, uint8 (3, H, W), whose first two channels are the row and the column of each pixel."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows, columns, rows * 0]).to(torch.uint8)
 
 
 def corner(image):
-    """The row and column of the first pixel of a part of a `coordinate_image`."""
+    """Return the row and column at which a crop of a `coordinate_image` starts."""
     return image[:2, 0, 0].tolist()
 
 
-def test_images_are_centre_cropped_to_multiples_of_the_scale():
+def test_images_are_cropped_in_the_centre_to_multiples_of_the_scale():
     image = resize_and_crop(coordinate_image(11, 16), SizePolicy(scale=4))
     assert image.shape == (3, 8, 16) and corner(image) == [1, 0] and image.is_contiguous()
     assert torch.equal(resize_and_crop(coordinate_image(8, 12), SizePolicy(scale=4)), coordinate_image(8, 12))
 
 
-def test_crops_are_in_the_centre_or_anywhere_at_random():
+def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given():
     image = coordinate_image(20, 30)
     assert corner(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
-    assert corner(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # 10 x 10, then its centre 8 x 8
+    assert corner(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # crop to 10 x 10, then to 8 x 8
     rng = np.random.default_rng(0)
     corners = [corner(resize_and_crop(image, SizePolicy(4, 8), rng)) for _ in range(400)]
     assert {row for row, _ in corners} == set(range(13))
@@ -354,14 +359,14 @@ def test_resizing_keeps_the_aspect_ratio_and_antialiases():
     assert resize_and_crop(coordinate_image(40, 70), policy).shape == (3, 20, 35)
     assert resize_and_crop(coordinate_image(10, 15), policy).shape == (3, 20, 30)
     assert torch.equal(resize_and_crop(coordinate_image(20, 24), policy), coordinate_image(20, 24))
-    checkers = coordinate_image(80, 80).sum(dim=0) % 2 * 255  # without antialiasing the result is all 0 or all 255
+    checkers = coordinate_image(80, 80).sum(dim=0) % 2 * 255  # without antialiasing, all pixels become equal
     small = resize_and_crop(checkers.to(torch.uint8).expand(3, -1, -1).contiguous(), policy)
     assert small.dtype == torch.uint8 and (small[:, 4:-4, 4:-4].int() - 127).abs().max() <= 2
 
 
 @pytest.mark.parametrize("policy", [SizePolicy(), SizePolicy(3, None, 37), SizePolicy(4, 30), SizePolicy(4, 32, 40)])
 @pytest.mark.parametrize("size", [(64, 64), (65, 127), (201, 50)])
-def test_size_after_predicts_the_size(size, policy):
+def test_size_after_predicts_the_size_after_resizing_and_cropping(size, policy):
     image = resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
     assert size_after(*size, policy) == tuple(image.shape[-2:])
 
@@ -374,12 +379,12 @@ def test_size_after_predicts_the_size(size, policy):
         ((63, 100), SizePolicy(4, 64, 32), ["100 x 63 pixels", "50 x 32 when resized"]),
         ((63, 100), SizePolicy(4, 3), ["at least 4"]),
         ((12, 12), SizePolicy(4, min_side=16), ["12 x 12 pixels", "at least 16", "--idx-stages"]),
-        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # 15 x 15 remain
+        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # cropped to 15 x 15
         ((1, 100_000), SizePolicy(4, None, 256), ["25600000 x 256", "more than 178956970", "--resize"]),
     ],
 )
 def test_images_that_are_too_small_or_too_large_are_refused(size, policy, words):
-    with mistake(*words):
+    with user_error(*words):
         resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
 
 
@@ -387,10 +392,10 @@ def test_images_of_the_smallest_allowed_size_are_accepted():
     assert resize_and_crop(coordinate_image(18, 16), SizePolicy(4, min_side=16)).shape == (3, 16, 16)
 
 
-def test_images_of_different_sizes_are_refused(tmp_path):
+def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_path):
     items = [Item(name, REAL, "") for name in ("a.png", "b.png", "c.png")]
     refuse_mixed_sizes(items[:2], [(16, 16), (16, 16)])
-    with mistake("a.png is 16 x 16", "c.png is 18 x 16", "--crop-size", "--batch-size 1"):
+    with user_error("a.png is 16 x 16", "c.png is 18 x 16", "--crop-size", "--batch-size 1"):
         refuse_mixed_sizes(items, [(16, 16), (16, 16), (16, 18)])
 
 
@@ -399,19 +404,19 @@ def test_images_of_different_sizes_are_refused(tmp_path):
 
 @pytest.fixture
 def mixed_items(tmp_path):
-    """Three good images, one that is too small and one empty file."""
+    """Return the items of three good images, one image that is too small, and one empty file."""
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # height, width
     paths = [save(tmp_path / f"{height}x{width}.png", random_rgb(height, width)) for height, width in sizes]
     (tmp_path / "zero.png").touch()
     return [Item(path, REAL, "") for path in [*paths, str(tmp_path / "zero.png")]]
 
 
-def test_unusable_images_are_refused_without_skip_bad(mixed_items):
-    with mistake("2 of 5", "--skip-bad", "2x16.png: is 16 x 2"):
+def test_without_skip_bad_a_list_with_unusable_images_is_refused(mixed_items):
+    with user_error("2 of 5", "--skip-bad", "2x16.png: is 16 x 2"):
         usable_items(mixed_items, SizePolicy(4))
 
 
-def test_skip_bad_leaves_out_unusable_images_and_names_them(mixed_items, caplog):
+def test_with_skip_bad_unusable_images_are_left_out_and_named(mixed_items, caplog):
     caplog.set_level(logging.INFO)
     items, headers = usable_items(mixed_items, SizePolicy(4), skip_bad=True)
     assert items == mixed_items[:3] and headers == [Header((16, 16)), Header((17, 16)), Header((16, 18))]
@@ -429,11 +434,11 @@ def test_skip_bad_leaves_out_unusable_images_and_names_them(mixed_items, caplog)
 def test_images_smaller_than_the_stride_of_the_features_are_left_out(mixed_items):
     items, _ = usable_items(mixed_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
     assert items == mixed_items[:3]
-    with mistake("3 of 3", "at least 32"):
+    with user_error("3 of 3", "at least 32"):
         usable_items(mixed_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
 
 
-def test_skip_bad_needs_at_least_one_good_image(mixed_items):
-    with mistake("2 of 2"):
+def test_with_skip_bad_a_list_without_usable_images_is_refused(mixed_items):
+    with user_error("2 of 2"):
         usable_items(mixed_items[3:], SizePolicy(4), skip_bad=True)
     assert usable_items([], SizePolicy()) == ([], [])

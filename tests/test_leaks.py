@@ -1,4 +1,7 @@
-"""The audit finds each leak in image sets that were made to have it, and nothing in sets without leaks."""
+"""Tests of the leak audit in data.leaks, with image sets that contain one kind of leak or no leak.
+
+A leak is a difference between real and fake images that is not caused by the generator, such as the file format.
+"""
 
 import os
 import shutil
@@ -15,7 +18,7 @@ COUNT = 20  # images per class
 
 
 def picture(seed, size=(96, 96)):
-    """A smooth random picture with some noise."""
+    """Return a smooth random image with some noise. Each seed gives a different image."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noise = rng.normal(0, 3, (size[1], size[0], 3))
@@ -23,7 +26,7 @@ def picture(seed, size=(96, 96)):
 
 
 def fill(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
-    """Write different pictures into a folder, numbered from `start` on. Returns the folder."""
+    """Write different images into a folder. Their seeds and file names count up from `start`. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         image = picture(start + i, sizes[i % len(sizes)]).convert(mode)
@@ -33,7 +36,7 @@ def fill(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB
 
 @pytest.fixture
 def roots(tmp_path):
-    """Two folders that do not exist yet."""
+    """Return the paths of a folder for real and a folder for fake images. The folders do not exist yet."""
     return tmp_path / "real", tmp_path / "fake"
 
 
@@ -45,7 +48,7 @@ def checks(result):
     return [finding.check for finding in result.findings]
 
 
-LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all different
+LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # no two sizes are equal
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
 LEAKS = {  # name -> (options of `fill` for the reals, for the fakes, attributes that must be found)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
@@ -59,7 +62,7 @@ LEAKS = {  # name -> (options of `fill` for the reals, for the fakes, attributes
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("name", LEAKS)
-def test_each_leak_is_found_and_no_other(roots, name, quick):
+def test_the_audit_finds_each_kind_of_leak_and_reports_nothing_else(roots, name, quick):
     real_options, fake_options, attributes = LEAKS[name]
     fill(roots[0], 0, **real_options)
     fill(roots[1], 100, **fake_options)
@@ -69,7 +72,7 @@ def test_each_leak_is_found_and_no_other(roots, name, quick):
     assert finding.severity == LEAK and finding.way_out and "of the real" in finding.message
 
 
-def test_a_set_without_leaks_has_no_findings(roots):
+def test_the_audit_reports_nothing_for_images_without_leaks(roots):
     fill(roots[0], 0)
     fill(roots[1], 100)
     result = audit_folders(*roots)
@@ -77,14 +80,14 @@ def test_a_set_without_leaks_has_no_findings(roots):
     assert result.files == {"train real": COUNT, "train fake": COUNT}
 
 
-def test_jpeg_quality_is_read_from_the_file(tmp_path):
+def test_the_jpeg_quality_is_read_from_the_file(tmp_path):
     for quality in (20, 50, 75, 90, 99):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", quality=quality)
         with Image.open(tmp_path / "a.jpg") as image:
             assert attributes_of(image)["JPEG quality"] == f"quality {quality}"
 
 
-def test_a_leak_of_one_generator_that_others_hide_is_found(tmp_path):
+def test_a_leak_of_one_of_four_generators_is_found(tmp_path):
     for i, (generator, suffix) in enumerate((("a", ".png"), ("b", ".png"), ("c", ".png"), ("d", ".jpg"))):
         fill(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
         fill(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
@@ -92,7 +95,7 @@ def test_a_leak_of_one_generator_that_others_hide_is_found(tmp_path):
     assert finding.check == "format (train, d)" and finding.severity == LEAK
 
 
-def test_leaks_of_validation_images_are_found(roots, tmp_path):
+def test_a_leak_in_the_validation_images_is_found(roots, tmp_path):
     fill(roots[0], 0)
     fill(roots[1], 100)
     validation = folder_items([str(fill(tmp_path / "a", 200))], [str(fill(tmp_path / "b", 300, ".jpg"))])
@@ -104,7 +107,7 @@ def test_leaks_of_validation_images_are_found(roots, tmp_path):
 
 
 def files_with_sizes(reals, fakes):
-    """Files that have only the attribute size."""
+    """Return files whose only attribute is a size, one file per value."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
@@ -115,24 +118,24 @@ def severity_of(reals, fakes):
 
 
 @pytest.mark.parametrize("real, fake, severity", [(85, 15, LEAK), (80, 35, WARNING), (55, 45, None)])
-def test_differences_are_graded(real, fake, severity):
+def test_a_large_difference_is_a_leak_a_medium_one_a_warning_and_a_small_one_nothing(real, fake, severity):
     reals, fakes = ("a" * n + "b" * (100 - n) for n in (real, fake))
     assert severity_of(reals, fakes) == severity
 
 
-def test_the_message_gives_the_frequencies():
+def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images():
     finding = attribute_finding(files_with_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train")
     assert finding.message == "a in 90% of the real and 0% of the fake images"
 
 
-def test_few_files_are_not_enough_for_a_finding():
+def test_a_difference_between_three_real_and_three_fake_files_is_not_reported():
     assert severity_of("aaaaa", "bbbbb") == LEAK
     assert severity_of("aaa", "bbb") is None
     assert severity_of("a", "b") is severity_of("", "aaaaa") is None
 
 
 @pytest.mark.parametrize("count, values", [(5, 2), (30, 2), (30, 200), (300, 5), (300, 1000)])
-def test_chance_is_not_reported(count, values):
+def test_random_differences_are_not_reported(count, values):
     rng = np.random.default_rng(2)
     findings = [severity_of(*rng.integers(0, values, (2, count))) for _ in range(40)]
     assert sum(finding is not None for finding in findings) <= 1
@@ -159,13 +162,13 @@ def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(ro
     assert all("1 images occur more than once" in finding.message for finding in result.findings)
 
 
-def test_files_of_equal_size_are_not_taken_for_duplicates(roots):
+def test_different_images_with_equal_file_sizes_are_not_reported_as_duplicates(roots):
     fill(roots[0], 0, ".bmp")
     fill(roots[1], 100, ".bmp")
     assert audit_folders(*roots).findings == []
 
 
-def test_files_that_cannot_be_read_are_one_warning_and_named_pipes_do_not_block(roots):
+def test_unreadable_files_and_named_pipes_are_reported_in_one_warning(roots):
     fill(roots[0], 0)
     fill(roots[1], 100)
     (roots[0] / "0000.png").write_bytes(b"not an image")
@@ -181,7 +184,7 @@ def test_files_that_cannot_be_read_are_one_warning_and_named_pipes_do_not_block(
 
 
 @pytest.mark.parametrize("labelled, leaks", [(True, ["exact duplicates", "format"]), (False, ["exact duplicates"])])
-def test_a_quick_audit_logs_a_few_lines(roots, tmp_path, caplog, labelled, leaks):
+def test_a_quick_audit_logs_one_line_per_leak(roots, tmp_path, caplog, labelled, leaks):
     fill(roots[0], 0, ".jpg")
     fill(roots[1], 100)
     validation = fill(tmp_path / "validation", 50, ".jpg", count=8)
@@ -196,7 +199,7 @@ def test_a_quick_audit_logs_a_few_lines(roots, tmp_path, caplog, labelled, leaks
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
-def test_a_quick_audit_reads_a_limited_number_of_headers(roots):
+def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(roots):
     (item,) = folder_items([str(fill(roots[0], 0, count=1))], [])
     items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
     assert SAMPLE / 2 < audit(items, quick=True).checked <= SAMPLE

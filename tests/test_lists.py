@@ -1,4 +1,7 @@
-"""Which images are listed from folders, trees, tables and text lists, and how mistakes in them are reported."""
+"""Tests of data.lists: images listed from folders, trees, CSV tables and text lists, and errors of bad lists.
+
+A tree is a folder with class folders such as 0_real and 1_fake at any depth.
+"""
 
 import csv
 import logging
@@ -6,7 +9,7 @@ import os
 import shutil
 
 import pytest
-from files import mistake, random_rgb, save, touch
+from files import random_rgb, save, touch, user_error
 
 from data.lists import (
     Item,
@@ -32,7 +35,7 @@ def below(root, items):
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def test_reals_are_listed_before_fakes_and_each_fake_folder_is_a_generator(tmp_path):
+def test_real_images_are_listed_before_fakes_and_each_fake_folder_is_one_generator(tmp_path):
     real = touch(tmp_path / "real", "2.png", "1.png")
     fakes = [touch(tmp_path / name, "b.png", "a.png") for name in ("StyleGAN", "ProGAN")]
     assert below(tmp_path, folder_items([real], fakes)) == [
@@ -46,22 +49,22 @@ def test_reals_are_listed_before_fakes_and_each_fake_folder_is_a_generator(tmp_p
     assert (FAKE, REAL) == (0, 1)
 
 
-def test_generators_with_equal_folder_names_are_distinguished(tmp_path):
+def test_generators_with_equal_folder_names_are_named_by_their_parent_folders(tmp_path):
     roots = [touch(tmp_path / name / "images", "a.png") for name in ("x", "y")]
     assert [item.generator for item in folder_items([], [roots[0], roots[1] + "/"])] == ["x/images", "y/images"]
 
 
-def test_folders_that_contain_each_other_are_refused(tmp_path):
+def test_an_image_folder_inside_another_image_folder_is_refused(tmp_path):
     real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "real/fake", "1.png")
     (tmp_path / "link").symlink_to(real)
     for roots in ([real], [fake]), ([fake], [real]), ([real, real + "/"], []), ([real], [str(tmp_path / "link")]):
-        with mistake("lies in", "twice"):
+        with user_error("lies in", "twice"):
             folder_items(*roots)
-    with mistake("no image folders"):
+    with user_error("no image folders"):
         folder_items([], [])
 
 
-def test_a_folder_whose_name_begins_with_the_name_of_another_is_accepted(tmp_path):
+def test_the_folders_real_and_real2_are_accepted_together(tmp_path):
     one, other = touch(tmp_path / "real", "1.png"), touch(tmp_path / "real2", "1.png")
     assert len(folder_items([one], [other])) == 2
 
@@ -70,7 +73,7 @@ def test_a_folder_whose_name_begins_with_the_name_of_another_is_accepted(tmp_pat
 
 
 @pytest.mark.parametrize("real, fake", [("0_real", "1_fake"), ("nature", "ai")])
-def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage(tmp_path, real, fake):
+def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage_are_listed(tmp_path, real, fake):
     names = [f"progan/cat/{real}/1.png", f"progan/cat/{fake}/2.png", f"sd/{real}/3.png", f"sd/{fake}/a/4.png"]
     root = touch(tmp_path / "t", *names)
     assert below(root, tree_items(root)) == [
@@ -82,7 +85,7 @@ def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage(tmp_path, real, fake
     assert {item.generator for item in tree_items(f"{root}/sd/")} == {"sd"}
 
 
-def test_all_layouts_of_a_tree_are_used_and_named(tmp_path, caplog):
+def test_a_tree_may_mix_layouts_and_the_log_names_each_layout(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     names = ["a/0_real/1.png", "a/1_fake/2.png", "b/nature/3.png", "b/ai/4.png", "b/ai/5.png", "readme/6.png"]
     root = touch(tmp_path / "t", *names)
@@ -93,7 +96,7 @@ def test_all_layouts_of_a_tree_are_used_and_named(tmp_path, caplog):
         assert words in caplog.messages[-1]
 
 
-def test_training_uses_only_the_training_images_of_genimage(tmp_path, caplog):
+def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     train = [f"sd/train/{kind}/{i}.png" for kind in ("nature", "ai") for i in range(2)]
     val = [f"sd/val/{kind}/9.png" for kind in ("nature", "ai")]
@@ -103,28 +106,28 @@ def test_training_uses_only_the_training_images_of_genimage(tmp_path, caplog):
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(tree_items(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    assert len(tree_items(f"{root}/sd/val", training=True)) == 2  # named by the user
+    assert len(tree_items(f"{root}/sd/val", training=True)) == 2  # the user may choose the folder val explicitly
     shutil.rmtree(tmp_path / "t/sd/train")
-    with mistake("no images to use", "2 in val"):
+    with user_error("no images to use", "2 in val"):
         tree_items(root, training=True)
 
 
-def test_folders_below_a_class_folder_have_no_meaning(tmp_path):
-    """A folder named nature in a tree of 0_real and 1_fake is a category."""
+def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
+    """In a tree of 0_real and 1_fake folders, a folder named nature is a category and no class."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = touch(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [item.label for item in tree_items(root, training=True)] == [REAL, REAL, FAKE, FAKE]
 
 
 def test_a_tree_without_class_folders_is_refused(tmp_path):
-    with mistake("0_real", "nature", "--data-root-pos", "1 in no class folder"):
+    with user_error("0_real", "nature", "--data-root-pos", "1 in no class folder"):
         tree_items(touch(tmp_path / "plain", "a.png"))
 
 
 # --- tables -------------------------------------------------------------------------------------------------
 
 
-def test_csv_tables_are_read(tmp_path, monkeypatch):
+def test_csv_tables_with_any_column_order_and_relative_paths_are_read(tmp_path, monkeypatch):
     touch(tmp_path, "t/a.png", "t/with, comma.png", "cwd/a.png", "cwd/b.png")
     file = tmp_path / "t/list.csv"
     rows = ["a.png,REAL,,x", '"with, comma.png",fake,gan,', "b.png, Real ,,", f"{tmp_path}/t/a.png,fake,,", ""]
@@ -141,7 +144,7 @@ def test_csv_tables_are_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("real, fake, lines", [("1", "0", 1), ("real", "fake", 0), ("real", "0", 1)])
-def test_a_warning_says_how_numeric_labels_are_read(tmp_path, caplog, real, fake, lines):
+def test_numeric_labels_in_a_csv_table_give_one_warning_that_1_means_real(tmp_path, caplog, real, fake, lines):
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text(f"path,label\na.png,{real}\nb.png,{fake}\n")
     assert [item.label for item in csv_items(str(tmp_path / "list.csv"))] == [REAL, FAKE]
@@ -163,27 +166,27 @@ def test_a_warning_says_how_numeric_labels_are_read(tmp_path, caplog, real, fake
         ('path,label\n"a.png,real\n', ["cannot be read"]),
     ],
 )
-def test_mistakes_in_tables_are_reported_in_one_line(tmp_path, text, words):
+def test_a_wrong_csv_table_is_refused_in_one_line(tmp_path, text, words):
     touch(tmp_path, "a.png")
     (tmp_path / "list.csv").write_text(text)
-    with mistake("list.csv", *words):
+    with user_error("list.csv", *words):
         csv_items(str(tmp_path / "list.csv"))
 
 
 @pytest.mark.parametrize("read", [csv_items, list_paths])
-def test_files_that_are_no_lists_are_refused(tmp_path, read):
-    with mistake("directory"):
+def test_a_folder_a_missing_file_and_an_image_are_refused_as_lists(tmp_path, read):
+    with user_error("directory"):
         read(str(tmp_path))
-    with mistake("No such file"):
+    with user_error("No such file"):
         read("missing")
-    with mistake("a.png"):
+    with user_error("a.png"):
         read(save(tmp_path / "a.png"))
 
 
 # --- text lists ---------------------------------------------------------------------------------------------
 
 
-def test_text_lists_are_read(tmp_path, monkeypatch):
+def test_text_lists_with_relative_and_absolute_paths_are_read(tmp_path, monkeypatch):
     touch(tmp_path, "lists/a.png", "cwd/sub/b.png")
     file = tmp_path / "lists/train.txt"
     file.write_bytes(f"a.png\r\n\nsub/b.png \n{tmp_path}/lists/a.png".encode())
@@ -195,10 +198,10 @@ def test_text_lists_are_read(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "text, words", [("a.png\nx.png\ny.png\n", ["2 of its 3 files", "x.png"]), ("\n", ["names no images"])]
 )
-def test_mistakes_in_text_lists_are_reported_in_one_line(tmp_path, text, words):
+def test_a_wrong_text_list_is_refused_in_one_line(tmp_path, text, words):
     touch(tmp_path, "a.png")
     (tmp_path / "list.txt").write_text(text)
-    with mistake("list.txt", *words):
+    with user_error("list.txt", *words):
         list_paths(str(tmp_path / "list.txt"))
 
 
@@ -206,7 +209,7 @@ ODD_NAMES = [b"caf\xe9.png", b" space .png ", "\u2028é.png".encode(), b'quote".
 
 
 @pytest.mark.parametrize("name", [*ODD_NAMES, b"new\nline.png", b"end\n"])
-def test_csv_tables_may_hold_every_file_name(tmp_path, name):
+def test_a_csv_table_can_contain_any_file_name(tmp_path, name):
     (tmp_path / os.fsdecode(name)).touch()
     path = os.path.join(tmp_path, os.fsdecode(name))
     with open(tmp_path / "list.csv", "w", newline="", errors="surrogateescape") as file:
@@ -215,30 +218,30 @@ def test_csv_tables_may_hold_every_file_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_text_lists_may_hold_every_file_name_without_newlines(tmp_path, name):
+def test_a_text_list_can_contain_any_file_name_without_newlines(tmp_path, name):
     (tmp_path / os.fsdecode(name)).touch()
     path = os.path.join(tmp_path, os.fsdecode(name))
     (tmp_path / "list.txt").write_bytes(os.fsencode(path) + b"\n")
     assert list_paths(str(tmp_path / "list.txt")) == [path]
 
 
-# --- what the programs call ---------------------------------------------------------------------------------
+# --- lists of labelled and unlabelled images ----------------------------------------------------------------
 
 
-def test_labelled_items_are_given_in_exactly_one_way(tmp_path):
+def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path):
     root = touch(tmp_path / "t", "0_real/1.png", "1_fake/2.png")
     (tmp_path / "list.csv").write_text("path,label\nt/0_real/1.png,real\n")
     real, fake, table = f"{root}/0_real", f"{root}/1_fake", str(tmp_path / "list.csv")
     assert labelled_items([real], [fake]) == folder_items([real], [fake])
     assert labelled_items(None, None, root) == tree_items(root)
     assert labelled_items(None, None, None, table) == csv_items(table)
-    with mistake("no images", "--data-root-pos", "--data-root", "--csv", "--input"):
+    with user_error("no images", "--data-root-pos", "--data-root", "--csv", "--input"):
         labelled_items(None, None)
-    with mistake("more than one way"):
+    with user_error("more than one way"):
         labelled_items([real], [fake], root)
-    with mistake("one class", "--data-root-neg is missing"):
+    with user_error("one class", "--data-root-neg is missing"):
         labelled_items([real], None)
-    with mistake("one class", "--val-root-pos is missing"):
+    with user_error("one class", "--val-root-pos is missing"):
         labelled_items([], [fake], flags=("--val-root-pos", "--val-root-neg"))
 
 
@@ -246,14 +249,14 @@ def test_labelled_items_are_given_in_exactly_one_way(tmp_path):
 def test_a_file_in_both_classes_is_refused(tmp_path, link):
     real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "fake", "2.png")
     (tmp_path / link).symlink_to(f"{fake}/2.png" if link.endswith(".png") else fake)
-    with mistake("1 files are listed both as real and as generated", link, "fake/2.png"):
+    with user_error("1 files are listed both as real and as generated", link, "fake/2.png"):
         labelled_items([real], [fake])
 
 
-def test_a_table_with_both_labels_for_a_file_is_refused(tmp_path):
+def test_a_csv_table_that_labels_one_file_as_real_and_as_fake_is_refused(tmp_path):
     touch(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text("path,label\na.png,real\nb.png,fake\n./a.png,fake\n")
-    with mistake("1 files are listed both as real and as generated", "a.png"):
+    with user_error("1 files are listed both as real and as generated", "a.png"):
         labelled_items(None, None, None, str(tmp_path / "list.csv"))
 
 
@@ -264,7 +267,7 @@ def test_a_link_to_the_parent_folder_adds_no_images(tmp_path):
 
 
 @pytest.mark.parametrize("target", ["..", "../1_fake", "../../other/1_fake"])
-def test_links_in_a_tree_do_not_change_the_class_of_an_image(tmp_path, target):
+def test_a_link_inside_a_tree_does_not_change_the_class_of_an_image(tmp_path, target):
     names = ["gan/0_real/1.png", "gan/1_fake/2.png", "other/1_fake/3.png"]
     root = touch(tmp_path / "t", *names)
     (tmp_path / "t/gan/0_real/link").symlink_to(target)
@@ -273,19 +276,19 @@ def test_links_in_a_tree_do_not_change_the_class_of_an_image(tmp_path, target):
 
 
 @pytest.mark.parametrize("labels", [[REAL, REAL], [FAKE], []])
-def test_a_set_with_one_class_is_refused(labels):
+def test_a_list_with_images_of_one_class_is_refused(labels):
     counts = f"{labels.count(REAL)} real and {labels.count(FAKE)} generated"
-    with mistake("validation images must contain both", counts):
+    with user_error("validation images must contain both", counts):
         require_both_classes([Item("a.png", label, "") for label in labels], "validation images")
     require_both_classes([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
 
 
-def test_inputs_are_files_with_any_suffix_and_the_images_of_folders(tmp_path, caplog):
+def test_input_paths_may_be_files_with_any_suffix_and_folders(tmp_path, caplog):
     root = touch(tmp_path / "r", "b.png", "a.png")
     file = touch(tmp_path / "q", "odd.name") + "/odd.name"
     assert input_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]
     assert not caplog.messages
-    with mistake("does not exist"):
+    with user_error("does not exist"):
         input_items([str(tmp_path / "x")])
 
 
@@ -303,7 +306,7 @@ def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_w
         assert list_digest(other) != digest
 
 
-def test_images_that_were_trained_on_are_recognised_by_name_size_and_content(tmp_path):
+def test_training_images_are_recognised_by_name_size_and_content(tmp_path):
     items = [Item(save(tmp_path / f"{i}.bmp"), REAL, "") for i in range(3)]
     trained_on = identities(items[:2])
     assert trained_on.shape == (2, 2) and count_trained_on(items, trained_on) == 2

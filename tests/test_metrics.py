@@ -1,4 +1,4 @@
-"""Metrics against counting by hand, against brute force over all pairs and thresholds, and against closed forms."""
+"""Tests of evaluation.metrics against values computed by hand, by brute force, and by closed forms."""
 
 import json
 
@@ -11,7 +11,14 @@ from utils.labels import FAKE, REAL
 
 
 def random_scores(seed, n_real=40, n_fake=30, levels=None):
-    """Draw scores of two classes that overlap, and which of them are fakes. levels: distinct scores per unit, for ties."""
+    """Draw scores of two overlapping classes. Returns the scores, and a bool array that is true for fakes.
+
+    Args:
+        seed: seed of the random numbers.
+        n_real: number of real images.
+        n_fake: number of fake images.
+        levels: round scores to multiples of 1 / levels, which makes many scores equal. None for no rounding.
+    """
     rng = np.random.default_rng(seed)
     is_fake = rng.permutation(n_real + n_fake) >= n_real
     scores = rng.normal(size=n_real + n_fake) + is_fake
@@ -51,21 +58,21 @@ def average_precision_by_thresholds(scores, is_fake):
 
 @pytest.mark.parametrize("levels", [None, 1, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_ranking_metrics_equal_brute_force(seed, levels):
+def test_ranking_metrics_equal_brute_force_over_all_pairs_and_thresholds(seed, levels):
     scores, is_fake = random_scores(seed, levels=levels)
-    scores *= 100  # a sigmoid would make most of them equal
+    scores *= 100  # metrics must not apply a sigmoid first, because it would make most of these scores equal
     fpr, tpr, _ = points_by_thresholds(scores, is_fake)
     assert metrics.auroc(scores, is_fake) == pytest.approx(auroc_by_pairs(scores, is_fake), abs=1e-12)
     by_thresholds = average_precision_by_thresholds(scores, is_fake)
     assert metrics.average_precision(scores, is_fake) == pytest.approx(by_thresholds, abs=1e-12)
     np.testing.assert_allclose(metrics.roc_curve(scores, is_fake), [[0, *fpr], [0, *tpr]], atol=1e-12)
-    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # 1/40 = 0.025 is a point of the curve
+    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # one of 40 real images is a false positive rate of 0.025
         expected = tpr[fpr <= highest_fpr].max(initial=0)
         assert metrics.tpr_at_fpr(scores, is_fake, highest_fpr) == pytest.approx(expected, abs=1e-12)
 
 
-def test_equal_error_rate_by_hand():
-    # At a threshold of 5, one of four images of either class is wrong
+def test_the_equal_error_rate_equals_the_value_computed_by_hand():
+    # At a threshold of 5, one of four real and one of four fake images are classified wrongly
     scores = np.array([1, 2, 3, 6, 4, 7, 8, 9.0])
     is_fake = np.array([False] * 4 + [True] * 4)
     assert metrics.equal_error_rate(scores, is_fake) == pytest.approx(0.25)
@@ -74,7 +81,7 @@ def test_equal_error_rate_by_hand():
     assert metrics.equal_error_rate(np.zeros(8), is_fake) == pytest.approx(0.5)
 
 
-def test_accuracy_and_the_released_precision_and_recall_by_hand(tmp_path):
+def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
     measured = metrics.measure(table_of(tmp_path, rows_of([-1, 1, -1], REAL) + rows_of([1, -1], FAKE)), resamples=0)
     assert measured["accuracy"] == pytest.approx(3 / 5)
     assert measured["accuracy_real"] == pytest.approx(2 / 3)
@@ -91,8 +98,8 @@ def test_accuracy_and_the_released_precision_and_recall_by_hand(tmp_path):
     assert all_called_fake["recall_real_positive"] == 0
 
 
-def test_calibration_metrics_by_hand():
-    # Two bins: four images at 0.1, of which one is fake, and two images at 0.9, both fake
+def test_calibration_error_and_nll_equal_the_values_computed_by_hand():
+    # Two bins: one of the four images at 0.1 is fake, and both images at 0.9 are fake
     prob_fake = np.array([0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
     is_fake = np.array([False, False, False, True, True, True])
     expected = 4 / 6 * abs(0.25 - 0.1) + 2 / 6 * abs(1 - 0.9)
@@ -105,7 +112,7 @@ def test_calibration_metrics_by_hand():
 
 
 @pytest.mark.parametrize("is_fake", [[], [True, True], [False]])
-def test_without_both_classes_ranking_metrics_are_none(is_fake):
+def test_ranking_metrics_of_a_single_class_are_none(is_fake):
     is_fake = np.array(is_fake, bool)
     scores = np.zeros(len(is_fake))
     for metric in (metrics.auroc, metrics.average_precision, metrics.roc_curve, metrics.equal_error_rate):
@@ -117,7 +124,7 @@ def test_without_both_classes_ranking_metrics_are_none(is_fake):
 
 
 @pytest.mark.parametrize("levels", [None, 2])
-def test_bootstrap_equals_resampling_images_one_by_one(levels):
+def test_bootstrap_intervals_equal_those_of_resampling_images_one_by_one(levels):
     scores, is_fake = random_scores(5, n_real=50, n_fake=25, levels=levels)
     intervals = metrics.bootstrap(scores, is_fake, resamples=2000, seed=1)
     rng = np.random.default_rng(2)
@@ -132,15 +139,15 @@ def test_bootstrap_equals_resampling_images_one_by_one(levels):
         np.testing.assert_allclose(intervals[name], np.percentile(drawn, [2.5, 97.5]), atol=0.03)
 
 
-def test_bootstrap_depends_on_the_seed_alone():
+def test_bootstrap_intervals_depend_only_on_scores_and_seed():
     scores, is_fake = random_scores(5)
     intervals = metrics.bootstrap(scores, is_fake, resamples=50, seed=1)
     assert intervals == metrics.bootstrap(scores, is_fake, resamples=50, seed=1)
     assert intervals != metrics.bootstrap(scores, is_fake, resamples=50, seed=2)
 
 
-def test_bootstrap_of_many_scores_has_the_width_of_hanley_and_mcneil():
-    """Their closed form is for the standard error of the AUROC (Radiology 1982)."""
+def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcneil():
+    """Hanley and McNeil (Radiology, 1982) give a closed form for the standard error of the AUROC."""
     scores, is_fake = random_scores(7, n_real=10_000, n_fake=10_000)
     area = metrics.auroc(scores, is_fake)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
@@ -149,7 +156,7 @@ def test_bootstrap_of_many_scores_has_the_width_of_hanley_and_mcneil():
     np.testing.assert_allclose(interval, [area - 1.96 * error, area + 1.96 * error], atol=1e-3)
 
 
-def test_fakes_are_compared_with_the_reals_of_their_generator_or_the_shared_ones(tmp_path):
+def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shared_real_images(tmp_path):
     rows = [*rows_of([-1, -2], REAL), *rows_of([-3], REAL, "own"), *rows_of([1, 2, 3], FAKE, "own")]
     rows += rows_of([-4, 5], FAKE, "other") + rows_of([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
@@ -157,7 +164,7 @@ def test_fakes_are_compared_with_the_reals_of_their_generator_or_the_shared_ones
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
-    assert own["intervals"] is None  # one real is too few
+    assert own["intervals"] is None  # one real image is too few for an interval
     assert other["intervals"]["auroc"] is not None
     assert summary["images"] == {"real": 3, "fake": 5, "unlabelled": 1, "errors": 1}
     assert summary["mean"]["auroc"] == 0.75
@@ -168,7 +175,7 @@ def test_fakes_are_compared_with_the_reals_of_their_generator_or_the_shared_ones
 
 
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
-def test_a_single_class_has_an_accuracy_and_a_note(tmp_path, label, accuracy):
+def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
     rows = [Row("a.png", "fake", "g", error="broken"), *rows_of([1, -1, 2], label)]
     summary = metrics.summarize(table_of(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
@@ -178,7 +185,7 @@ def test_a_single_class_has_an_accuracy_and_a_note(tmp_path, label, accuracy):
     assert "AUROC" in metrics.format_table(summary)
 
 
-def test_a_new_metric_is_one_entry(tmp_path, monkeypatch):
+def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
     rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a") + rows_of([2, 3], FAKE, "b")
@@ -188,7 +195,7 @@ def test_a_new_metric_is_one_entry(tmp_path, monkeypatch):
     assert metrics.metric_rows({"": summary})[0][-1] == "max"
 
 
-def test_tables_show_a_row_per_perturbation_and_no_control_characters(tmp_path):
+def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
     rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a")
     blurred = metrics.summarize(table_of(tmp_path, rows), resamples=0)
     clean = metrics.summarize(table_of(tmp_path, rows + rows_of([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0)

@@ -1,4 +1,4 @@
-"""Whatever stands in a checkpoint, a program accepts it or refuses it in one line: no value ends it in a traceback."""
+"""For any value in a checkpoint, a program accepts the checkpoint or refuses it in one line, without a traceback."""
 
 import copy
 
@@ -59,8 +59,8 @@ CALIBRATION = {"temperature": 2.0, "t_fake": 0.6, "t_real": 0.4, "source": "a li
 
 
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
-def test_no_value_of_a_checkpoint_ends_a_program_in_a_traceback(files, tmp_path, capfd, place):
-    """test.py and train_detector.py either accept a value or refuse it in one line."""
+def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(files, tmp_path, capfd, place):
+    """test.py and train_detector.py either accept the checkpoint or refuse it in one line."""
     state = read(files / "pixel.pth.tar") | {"calibration": CALIBRATION}
     path = tmp_path / "odd.pth.tar"
     for value in ODD:
@@ -76,7 +76,7 @@ def test_no_value_of_a_checkpoint_ends_a_program_in_a_traceback(files, tmp_path,
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 0.0, float("nan"), float("inf"), "1", True])
-def test_a_temperature_that_would_invert_or_hide_verdicts_is_refused(files, tmp_path, capfd, temperature):
+def test_a_calibration_temperature_that_is_not_positive_and_finite_is_refused(files, tmp_path, capfd, temperature):
     state = read(files / "pixel.pth.tar") | {"calibration": {**CALIBRATION, "temperature": temperature}}
     torch.save(state, tmp_path / "odd.pth.tar")
     code, line = score(tmp_path / "odd.pth.tar", files, capfd)

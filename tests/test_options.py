@@ -1,4 +1,4 @@
-"""The options: all flags of the released programs are accepted, every option is used, mistakes are one line."""
+"""Tests of the command lines: released flags are accepted, every option is used, wrong options give one-line errors."""
 
 import argparse
 import re
@@ -13,16 +13,17 @@ from utils.options import train_detector_parser, train_sr_parser
 ROOT = Path(__file__).parents[1]
 PARSERS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": parser_of_test}
 
-# The command lines of the released programs. `-a` and `--arch` are the same flag, and the later one counts.
+# Command lines with all flags of the released programs. `-a` and `--arch` set one option, and the last value counts.
 RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
  --num-blocks 2 --num-layers 2 --scale 3 --patch-size 12 --lr 1e-3 --lr-decay 0.5 --lr-decay-epoch 10 --batch-size 4
- --num-epochs 5 --num-save 2 --num-workers 1 --gpu-id 0 --seed 1 --vgg-lambda 0.1 --augment --completion --colorization"""
+ --num-epochs 5 --num-save 2 --num-workers 1 --gpu-id 0 --seed 1 --vgg-lambda 0.1 --augment --completion
+ --colorization"""
 RELEASED_DETECTOR = """-a resnet18 --arch resnet50 --gpu 0 -b 2 --batch-size 4 -j 1 --workers 2 --lr 1e-3 --momentum 0.8
  --wd 1e-3 --epochs 5 --data-root-pos p --data-root-neg n --input-channel 3 --resume r --sr-weights-file w
  --output-path o --save-every-epoch 3 --seed 4 --no_dilation --sr-scale 4 --sr-num-features 64 --sr-growth-rate 64
  --sr-num-blocks 16 --sr-num-layers 8 --idx-stages 0 --fixed-sr --mode-sr none --lr-sr 0.1 --lw-sr 2"""
 
-# Options that describe the networks. They are None unless they are given, because a checkpoint may decide them.
+# Options that describe the networks. Their default is None, which means that a checkpoint may set the value.
 NETWORK_OPTIONS = {
     "sr_arch", "sr_args", "scale", "num_features", "growth_rate", "num_blocks", "num_layers", "features",
     "feature_args", "stage", "residual", "arch", "arch_args", "in_channels", "dilated",
@@ -31,13 +32,13 @@ SIZE_OPTIONS = {"crop_size", "resize"}
 
 
 def options_of(program):
-    """The options of a program that have an effect."""
+    """Return the options of a program that have an effect."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
 
 
 def refused(program, arguments, capsys):
-    """Parse arguments that must be refused. Return what was printed."""
+    """Parse arguments that the program must refuse with exit status 2. Return the error line."""
     with pytest.raises(SystemExit) as stopped:
         PARSERS[program]().parse_args(arguments)
     assert stopped.value.code == 2
@@ -46,7 +47,7 @@ def refused(program, arguments, capsys):
     return message
 
 
-def test_the_released_flags_of_train_sr_set_these_values():
+def test_the_released_flags_of_train_sr_set_the_expected_options():
     args = vars(train_sr_parser().parse_args(RELEASED_SR.split()))
     expected = {
         "train_file": "l.txt", "eval_file": "e.txt", "outputs_dir": "o", "init": "w", "num_features": 8,
@@ -57,7 +58,7 @@ def test_the_released_flags_of_train_sr_set_these_values():
     assert {key: args[key] for key in expected} == expected
 
 
-def test_the_released_flags_of_train_detector_set_these_values():
+def test_the_released_flags_of_train_detector_set_the_expected_options():
     args = vars(train_detector_parser().parse_args(RELEASED_DETECTOR.split()))
     expected = {
         "arch": "resnet50", "gpu": "0", "batch_size": 4, "workers": 2, "lr": 1e-3, "momentum": 0.8,
@@ -69,7 +70,7 @@ def test_the_released_flags_of_train_detector_set_these_values():
     assert {key: args[key] for key in expected} == expected
 
 
-def test_test_accepts_the_training_flags_of_the_release_and_says_that_they_have_no_effect(capsys):
+def test_test_py_accepts_the_released_training_flags_and_says_that_they_have_no_effect(capsys):
     args = parser_of_test().parse_args([*RELEASED_DETECTOR.split(), "--save_path", "out/x"])
     assert (args.save_path, args.stage, args.dilated, args.resynthesizer_file) == ("out/x", 0, False, "w")
     lines = capsys.readouterr().err.splitlines()
@@ -80,7 +81,7 @@ def test_test_accepts_the_training_flags_of_the_release_and_says_that_they_have_
 
 
 @pytest.mark.parametrize("program", ["train_detector.py", "test.py"])
-def test_each_flag_without_an_effect_prints_one_line(program, capsys):
+def test_each_released_flag_without_an_effect_prints_one_line(program, capsys):
     flags = """--dataset a --dataset_type b --start-epoch 1 -p 2 --print-freq 2 -e --evaluate --pretrained
         --world-size -1 --rank -1 --dist-url u --dist-backend nccl --multiprocessing-distributed --carlibration 1
         --defense 0"""
@@ -90,12 +91,12 @@ def test_each_flag_without_an_effect_prints_one_line(program, capsys):
 
 
 @pytest.mark.parametrize("program, flag", [("test.py", "--stability"), ("train_sr.py", "--skip-nonfinite=1")])
-def test_flags_of_earlier_versions_are_accepted_with_one_line(program, flag, capsys):
+def test_a_flag_of_an_earlier_version_is_accepted_and_prints_one_line(program, flag, capsys):
     PARSERS[program]().parse_args([flag])
     assert capsys.readouterr().err == f"{flag.split('=')[0]} has no effect here\n"
 
 
-def test_the_defaults_are_those_of_the_paper():
+def test_the_default_options_equal_the_settings_of_the_paper():
     sr = train_sr_parser().parse_args([])
     assert (sr.lr, sr.lr_decay, sr.lr_decay_epoch, sr.batch_size, sr.patch_size) == (1e-4, 0.5, 225, 12, 24)
     assert (sr.num_epochs, sr.num_save, sr.vgg_lambda, sr.seed, sr.patches_per_image) == (750, 15, 0.2, 123, 1)
@@ -106,7 +107,7 @@ def test_the_defaults_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize("program", ["train_detector.py", "test.py"])
-def test_options_that_a_checkpoint_may_decide_are_none_by_default(program):
+def test_options_that_a_checkpoint_can_set_are_none_by_default(program):
     args = vars(PARSERS[program]().parse_args([]))
     assert {name: args[name] for name in NETWORK_OPTIONS | SIZE_OPTIONS} == dict.fromkeys(
         NETWORK_OPTIONS | SIZE_OPTIONS
@@ -114,7 +115,7 @@ def test_options_that_a_checkpoint_may_decide_are_none_by_default(program):
 
 
 @pytest.mark.parametrize("program", PARSERS)
-def test_every_option_is_explained_and_used(program):
+def test_every_option_has_a_help_text_and_is_used(program):
     files = [ROOT / program, *(ROOT / "utils").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
     source = "".join(file.read_text() for file in files if file.name != "options.py")
     used = {name for pair in re.findall(r"\bargs\.(\w+)|\"(\w+)\"", source) for name in pair}
@@ -124,15 +125,15 @@ def test_every_option_is_explained_and_used(program):
 
 
 @pytest.mark.parametrize("program", PARSERS)
-def test_any_name_of_a_network_passes_the_parser(program):
-    """Users add names to the dicts of models/build.py. Only models/build.py can check them."""
+def test_the_parser_accepts_any_name_of_a_network(program):
+    """Users can add networks to the dicts of models/build.py, so the parser does not check names."""
     flags = [word for option in options_of(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
              for word in (option.option_strings[-1], "my-own")]  # fmt: skip
     args = vars(PARSERS[program]().parse_args(flags))
     assert len(flags) >= 2 and list(args.values()).count("my-own") == len(flags) // 2
 
 
-def test_arguments_of_networks_are_collected_with_their_types():
+def test_network_arguments_are_parsed_as_int_float_bool_or_text():
     words = ["--sr-args", "depth=12", "width=0.5", "--sr-args", "bias=true", "norm=false", "mode=a=b", "path=", "x=nan"]
     args = train_sr_parser().parse_args(words)
     expected = {"depth": 12, "width": 0.5, "bias": True, "norm": False, "mode": "a=b", "path": "", "x": "nan"}
@@ -141,7 +142,7 @@ def test_arguments_of_networks_are_collected_with_their_types():
 
 
 @pytest.mark.parametrize("words", [["depth"], ["=3"], ["a b=3"], ["depth=3", "depth=4"]])
-def test_arguments_of_networks_must_be_pairs_of_distinct_keys_and_values(words, capsys):
+def test_network_arguments_that_are_not_key_value_pairs_with_distinct_keys_are_refused(words, capsys):
     assert "--arch-args" in refused("train_detector.py", ["--arch-args", *words], capsys)
 
 
@@ -149,11 +150,11 @@ def test_arguments_of_networks_must_be_pairs_of_distinct_keys_and_values(words, 
 @pytest.mark.parametrize(
     "wrong", [["--seed", "-1"], ["--batch-size", "0"], ["--workers", "x"], ["--precision", "fp8"], ["--see", "1"]]
 )
-def test_a_wrong_option_is_one_line_and_status_2(program, wrong, capsys):
+def test_a_wrong_option_gives_one_error_line_and_exit_status_2(program, wrong, capsys):
     assert wrong[0] in refused(program, wrong, capsys)
 
 
-def test_numbers_have_limits():
+def test_a_number_outside_the_limits_of_its_option_is_refused():
     parse = options.number(float, 0, 1)
     assert (parse("0"), parse("0.5"), parse("1")) == (0, 0.5, 1)
     for text in ("-0.1", "1.1", "nan", "inf"):
@@ -166,11 +167,11 @@ def test_numbers_have_limits():
 @pytest.mark.parametrize(
     "text, parsed", [("jpeg", ("jpeg", None)), ("jpeg=70", ("jpeg", 70.0)), ("noise=0.5", ("noise", 0.5))]
 )
-def test_a_perturbation_is_a_name_with_or_without_a_strength(text, parsed):
+def test_the_flag_perturb_is_parsed_as_a_name_with_or_without_a_strength(text, parsed):
     assert parser_of_test().parse_args(["--perturb", text]).perturb == [parsed]
 
 
 @pytest.mark.parametrize("program", PARSERS)
-def test_the_help_fits_a_terminal(program):
+def test_the_lines_of_the_help_text_have_at_most_120_characters(program):
     text = PARSERS[program]().format_help()
     assert "--seed" in text and max(map(len, text.splitlines())) <= 120

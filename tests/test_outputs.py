@@ -1,4 +1,4 @@
-"""test.py and files: what it replaces, what it counts as an image, and images that cannot be scored."""
+"""Tests of test.py with files: files it must not replace, its own outputs among the images, and unusable images."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from scorings import (
     CONFIG,
     arguments,
     contents,
+    error_line,
     files_in,
-    mistake,
     rows_of,
     score,
     write_detector,
@@ -32,18 +32,18 @@ from models.resnet import DeepStemResNet
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, small_classifier):
+def detector_file(tmp_path_factory, small_classifier):
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 
 @pytest.fixture(scope="module")
-def some(tmp_path_factory):
+def image_folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("some"))
 
 
 @pytest.fixture(scope="module")
 def stage5(tmp_path_factory, small_classifier):
-    """Write a detector on VGG-19's stage 5, and the VGG weights. Returns the flags that load it."""
+    """Write a detector on stage 5 of VGG-19 with all weights. Returns the flags that load the detector."""
     folder = tmp_path_factory.mktemp("stage5")
     torch.save(fill(VGG19()).state_dict(), folder / "vgg19.pth")
     torch.save(fill(RDN(num_features=8, growth_rate=8, num_blocks=1, num_layers=2)).state_dict(), folder / "rdn.pth")
@@ -52,11 +52,11 @@ def stage5(tmp_path_factory, small_classifier):
     return [*files, "--vgg-weights", folder / "vgg19.pth", "--idx-stages", 5, "--no_dilation"]
 
 
-# --- files of other people are neither replaced nor deleted ---------------------------------------------------
+# --- files that test.py has not written are neither replaced nor deleted --------------------------------------
 
 
 def foreign_files(folder: Path) -> None:
-    """Write files whose names are those of test.py's outputs at p."""
+    """Write files of a user whose names equal the names of the outputs of `test.py --save_path p`."""
     write_image(folder / "p.png", 0)
     (folder / "p.csv").write_text("path,label\np.png,real\n")
     (folder / "p.json").write_text('{"epochs": 3}')
@@ -66,64 +66,74 @@ def foreign_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["p.png", "p.csv", "p.json", "p.npy", "p.csv.0.part"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_foreign_file_at_the_save_path_is_refused_and_unchanged(tiny, some, tmp_path, capfd, name, overwrite):
+def test_a_file_of_the_user_at_the_save_path_is_refused_and_unchanged(
+    detector_file, image_folder, tmp_path, capfd, name, overwrite
+):
     foreign_files(tmp_path)
     for path in tmp_path.iterdir():
         if path.name != name:
             path.unlink()
     before = contents(tmp_path)
-    line = mistake(capfd, *arguments(tiny, some, tmp_path / "p", *(["--overwrite"] if overwrite else [])))
+    line = error_line(
+        capfd, *arguments(detector_file, image_folder, tmp_path / "p", *(["--overwrite"] if overwrite else []))
+    )
     assert name in line
     assert contents(tmp_path) == before
 
 
-def test_an_input_image_with_the_name_of_the_figure_is_kept(tiny, tmp_path, capfd):
+def test_an_input_image_whose_name_is_that_of_the_figure_is_refused_and_unchanged(detector_file, tmp_path, capfd):
     cat = write_image(tmp_path / "cat.png", 0)
     before = contents(tmp_path)
-    assert "cat.png" in mistake(capfd, *arguments(tiny, cat, tmp_path / "cat"))
+    assert "cat.png" in error_line(capfd, *arguments(detector_file, cat, tmp_path / "cat"))
     assert contents(tmp_path) == before
 
 
-def test_the_list_of_images_is_never_replaced_even_if_it_is_a_score_table(tiny, tmp_path, capfd):
+def test_test_py_does_not_replace_the_csv_list_of_its_images(detector_file, tmp_path, capfd):
     write_image(tmp_path / "r.png", 0), write_image(tmp_path / "f.png", 1)
     (tmp_path / "data.csv").write_text("path,label\nr.png,real\nf.png,fake\n")
-    words = ["--gpu", "cpu", "-j", 0, "--resume", tiny, "--csv", tmp_path / "data.csv", "--save_path"]
+    words = ["--gpu", "cpu", "-j", 0, "--resume", detector_file, "--csv", tmp_path / "data.csv", "--save_path"]
     before = contents(tmp_path)
-    assert "data.csv" in mistake(capfd, *words, tmp_path / "data")
+    assert "data.csv" in error_line(capfd, *words, tmp_path / "data")
     assert contents(tmp_path) == before
     assert score(*words, tmp_path / "p") == 0
     before = contents(tmp_path)
     again = [tmp_path / "p.csv" if word == tmp_path / "data.csv" else word for word in words]
-    assert "p.csv" in mistake(capfd, *again, tmp_path / "p")
+    assert "p.csv" in error_line(capfd, *again, tmp_path / "p")
     assert contents(tmp_path) == before
 
 
-def test_a_checkpoint_is_never_replaced(tmp_path, some, small_classifier, capfd):
+def test_test_py_does_not_replace_the_checkpoint_of_the_detector(tmp_path, image_folder, small_classifier, capfd):
     detector = write_detector(tmp_path / "p.csv")
     before = contents(tmp_path)
-    assert "p.csv" in mistake(capfd, *arguments(detector, some, tmp_path / "p"))
+    assert "p.csv" in error_line(capfd, *arguments(detector, image_folder, tmp_path / "p"))
     assert contents(tmp_path) == before
 
 
-def test_a_foreign_residual_picture_is_refused_and_unchanged(tiny, some, tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(some)
+def test_a_file_of_the_user_at_the_path_of_a_residual_picture_is_refused_and_unchanged(
+    detector_file, image_folder, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.chdir(image_folder)
     write_image(tmp_path / "pictures" / "3.png.residual.png", 0)
     before = contents(tmp_path)
-    line = mistake(capfd, *arguments(tiny, ".", tmp_path / "out" / "p", "--save-residuals", tmp_path / "pictures"))
+    line = error_line(
+        capfd, *arguments(detector_file, ".", tmp_path / "out" / "p", "--save-residuals", tmp_path / "pictures")
+    )
     assert "3.png.residual.png" in line
     assert contents(tmp_path) == before
 
 
-def test_foreign_files_of_one_of_several_perturbations_are_found_before_any_work(tiny, some, tmp_path, capfd):
+def test_a_file_of_the_user_at_the_path_of_a_later_perturbation_is_refused_before_any_work(
+    detector_file, image_folder, tmp_path, capfd
+):
     (tmp_path / "p_blur_sigma_2.csv").write_text("mine")
-    words = arguments(tiny, some, tmp_path / "p", "--perturb", "none", "blur=2")
-    assert "p_blur_sigma_2.csv" in mistake(capfd, *words)
+    words = arguments(detector_file, image_folder, tmp_path / "p", "--perturb", "none", "blur=2")
+    assert "p_blur_sigma_2.csv" in error_line(capfd, *words)
     assert files_in(tmp_path) == ["p_blur_sigma_2.csv"]
 
 
-def test_an_unfinished_run_is_recognised_without_its_record(tiny, some, tmp_path):
-    """A run may be killed after P.npy is written and before P.json is."""
-    words = [str(a) for a in arguments(tiny, some, tmp_path / "p")]
+def test_a_killed_run_that_has_not_written_its_record_is_resumed(detector_file, image_folder, tmp_path):
+    """A run can be killed when P.npy is written and its record P.json is not yet written."""
+    words = [str(a) for a in arguments(detector_file, image_folder, tmp_path / "p")]
     assert finish(start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, 9))) == -9
     np.save(tmp_path / "p.npy", np.zeros((3, 2), np.float32))
     assert score(*words) == 0
@@ -131,27 +141,39 @@ def test_an_unfinished_run_is_recognised_without_its_record(tiny, some, tmp_path
 
 
 @pytest.mark.parametrize("save_path", [".", "..", "/", "out/..", ".npy", "./", "x" * 300])
-def test_a_save_path_without_a_usable_name_is_one_line(tiny, some, tmp_path, monkeypatch, capfd, save_path):
+def test_a_save_path_without_a_usable_file_name_is_refused_in_one_line(
+    detector_file, image_folder, tmp_path, monkeypatch, capfd, save_path
+):
     monkeypatch.chdir(tmp_path)
-    mistake(capfd, *arguments(tiny, some, save_path))
+    error_line(capfd, *arguments(detector_file, image_folder, save_path))
     assert files_in(tmp_path) == []
 
 
-def test_a_file_in_place_of_an_output_folder_is_one_line(tiny, some, tmp_path, capfd):
+def test_an_output_folder_that_is_a_file_is_refused_in_one_line(detector_file, image_folder, tmp_path, capfd):
     (tmp_path / "file").write_text("mine")
     for place in ([tmp_path / "file" / "p"], [tmp_path / "p", "--save-residuals", tmp_path / "file"]):
-        assert str(tmp_path / "file") in mistake(capfd, *arguments(tiny, some, *place))
+        assert str(tmp_path / "file") in error_line(capfd, *arguments(detector_file, image_folder, *place))
     assert contents(tmp_path) == {"file": b"mine"}
 
 
 # --- outputs are not counted as images ------------------------------------------------------------------------
 
 
-def test_results_inside_scored_folders_are_not_scored(tiny, tmp_path):
+def test_results_written_into_the_scored_folders_are_not_scored(detector_file, tmp_path):
     for key in range(3):
         write_image(tmp_path / f"r/{key}.png", key), write_image(tmp_path / f"f/{key}.png", key + 9)
     roots = ["--data-root-pos", tmp_path / "r", "--data-root-neg", tmp_path / "f"]
-    words = ["--gpu", "cpu", "-j", 0, "--resume", tiny, *roots, "--save-residuals", tmp_path / "r" / "residuals"]
+    words = [
+        "--gpu",
+        "cpu",
+        "-j",
+        0,
+        "--resume",
+        detector_file,
+        *roots,
+        "--save-residuals",
+        tmp_path / "r" / "residuals",
+    ]
     for _ in range(2):
         assert score(*words, "--save_path", tmp_path / "f" / "p", "--overwrite") == 0
         assert len(rows_of(tmp_path / "f" / "p.csv")) == 6
@@ -159,22 +181,27 @@ def test_results_inside_scored_folders_are_not_scored(tiny, tmp_path):
     assert len(list((tmp_path / "r" / "residuals").rglob("*.residual.png"))) == 6
 
 
-def test_residual_pictures_of_the_working_folder_are_not_scored(tiny, tmp_path, monkeypatch):
+def test_residual_pictures_in_the_scored_working_folder_are_not_scored(detector_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_image("a.png", 0)
     for _ in range(2):
-        assert score(*arguments(tiny, ".", "p", "--save-residuals", "residuals", "--overwrite")) == 0
+        assert score(*arguments(detector_file, ".", "p", "--save-residuals", "residuals", "--overwrite")) == 0
         assert len(rows_of("p.csv")) == 1
 
 
-# --- one image never ends the run -----------------------------------------------------------------------------
+# --- an unusable image becomes an error row and does not end the run ------------------------------------------
 
 
-def test_images_that_cannot_be_read_become_error_rows(tiny, tmp_path, monkeypatch, capfd):
+def test_unreadable_images_become_rows_with_an_error(detector_file, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     write_image("good.png", 0), write_image("small.png", 0, (3, 9))
     Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
-    assert score(*arguments(tiny, "good.png", "s")[:-3], "good.png", "broken.png", "small.png", "--save_path", "s") == 1
+    assert (
+        score(
+            *arguments(detector_file, "good.png", "s")[:-3], "good.png", "broken.png", "small.png", "--save_path", "s"
+        )
+        == 1
+    )
     out, err = capfd.readouterr()
     rows = rows_of("s.csv")
     assert [bool(row["error"]) for row in rows] == [False, True, True]
@@ -184,11 +211,11 @@ def test_images_that_cannot_be_read_become_error_rows(tiny, tmp_path, monkeypatc
     assert "2 could not be scored" in out
 
 
-def test_an_image_too_small_for_its_stage_is_an_error_row(stage5, tmp_path, capfd):
+def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_error(stage5, tmp_path, capfd):
     for name, size in (("a.png", (32, 32)), ("b.png", (12, 12)), ("c.png", (32, 32)), ("d.png", (64, 12))):
         write_image(tmp_path / "images" / name, 0, size)
     words = ["--gpu", "cpu", "-j", 0, *stage5, "--input", tmp_path / "images", "--save_path", tmp_path / "p"]
-    for _ in range(2):  # the second start finds a finished table
+    for _ in range(2):  # the second call finds the finished table of the first call
         assert score(*words) == 1
         errors = [row["error"] for row in rows_of(tmp_path / "p.csv")]
         assert [bool(error) for error in errors] == [False, True, False, True]
@@ -196,37 +223,41 @@ def test_an_image_too_small_for_its_stage_is_an_error_row(stage5, tmp_path, capf
         assert "Traceback" not in capfd.readouterr().err
 
 
-def test_crops_too_small_for_their_stage_are_one_line(stage5, tmp_path, capfd):
+def test_crops_smaller_than_the_stride_of_the_features_are_refused_in_one_line(stage5, tmp_path, capfd):
     write_image(tmp_path / "a.png", 0, (64, 64))
     words = ["--gpu", "cpu", "-j", 0, *stage5, "--input", tmp_path / "a.png", "--save_path", tmp_path / "p"]
     for crops in (1, 4):
-        assert "--crop-size 12" in mistake(capfd, *words, "--crop-size", 12, "--crops", crops)
+        assert "--crop-size 12" in error_line(capfd, *words, "--crop-size", 12, "--crops", crops)
     assert files_in(tmp_path) == ["a.png"]
 
 
-def test_a_picture_that_cannot_be_written_is_an_error_row(tiny, tmp_path, monkeypatch):
+def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an_error(
+    detector_file, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # 245 + 4 + 13 characters are too many for a file name
+    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # with ".residual.png", the third name would be too long
         write_image(f"images/{name}", 0)
-    assert score(*arguments(tiny, "images", "p", "--save-residuals", "pictures")) == 1
+    assert score(*arguments(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
     assert [bool(row["error"]) for row in rows_of("p.csv")] == [False, False, True]
     assert files_in(tmp_path / "pictures" / "images") == ["a.png.residual.png", "b.png.residual.png"]
 
 
-def test_a_perturbation_that_fails_on_one_image_is_an_error_row(tiny, tmp_path):
+def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(detector_file, tmp_path):
     write_image(tmp_path / "images" / "a.png", 0)
-    write_image(tmp_path / "images" / "b.png", 1, (4, 4))  # smaller than the blur
-    words = arguments(tiny, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
+    write_image(tmp_path / "images" / "b.png", 1, (4, 4))  # smaller than the kernel of the blur
+    words = arguments(detector_file, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
     status = score(*words)
     errors = [bool(row["error"]) for row in rows_of(tmp_path / "p.csv")]
     assert errors in ([False, True], [False, False])
     assert status == any(errors)
 
 
-def test_a_network_that_fails_on_one_image_of_a_batch_gives_one_error_row(tiny, some, tmp_path, monkeypatch):
-    network = type(load(str(tiny), "cpu").network)
+def test_a_network_error_for_one_image_of_a_batch_gives_one_row_with_an_error(
+    detector_file, image_folder, tmp_path, monkeypatch
+):
+    network = type(load(str(detector_file), "cpu").network)
     forward, resynthesize = network.forward, network.resynthesize
-    images = [np.asarray(Image.open(some / f"{key}.png")) for key in range(9)]
+    images = [np.asarray(Image.open(image_folder / f"{key}.png")) for key in range(9)]
     bad = torch.from_numpy(images[2].transpose(2, 0, 1).copy()) / 255  # (3, 32, 32)
 
     def fails_on_one(method, self, x):
@@ -236,7 +267,7 @@ def test_a_network_that_fails_on_one_image_of_a_batch_gives_one_error_row(tiny, 
 
     monkeypatch.setattr(network, "forward", lambda self, x: fails_on_one(forward, self, x))
     monkeypatch.setattr(network, "resynthesize", lambda self, x: fails_on_one(resynthesize, self, x))
-    assert score(*arguments(tiny, some, tmp_path / "p")) == 1
+    assert score(*arguments(detector_file, image_folder, tmp_path / "p")) == 1
     errors = [row["error"] for row in rows_of(tmp_path / "p.csv")]
     assert [bool(error) for error in errors] == [key == 2 for key in range(9)]
     assert "2.png" in errors[2] and "no such kernel" in errors[2]
@@ -245,9 +276,11 @@ def test_a_network_that_fails_on_one_image_of_a_batch_gives_one_error_row(tiny, 
 # --- residual pictures ----------------------------------------------------------------------------------------
 
 
-def test_pictures_are_drawn_for_a_table_that_is_finished(tiny, some, tmp_path, monkeypatch):
-    monkeypatch.chdir(some)
-    words = arguments(tiny, ".", tmp_path / "p")
+def test_residual_pictures_can_be_drawn_after_the_score_table_is_finished(
+    detector_file, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(image_folder)
+    words = arguments(detector_file, ".", tmp_path / "p")
     assert score(*words) == 0
     logits = np.load(tmp_path / "p.npy")
     pictures = tmp_path / "pictures"
@@ -262,9 +295,11 @@ def test_pictures_are_drawn_for_a_table_that_is_finished(tiny, some, tmp_path, m
     assert others == {path: path.stat().st_mtime_ns for path in others}
 
 
-def test_pictures_of_another_detector_are_drawn_again(tiny, some, tmp_path, monkeypatch):
-    monkeypatch.chdir(some)
-    words = arguments(tiny, "3.png", tmp_path / "p", "--save-residuals", tmp_path / "pictures")
+def test_residual_pictures_are_drawn_again_if_the_image_size_has_changed(
+    detector_file, image_folder, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(image_folder)
+    words = arguments(detector_file, "3.png", tmp_path / "p", "--save-residuals", tmp_path / "pictures")
     assert score(*words) == 0
     picture = tmp_path / "pictures" / "3.png.residual.png"
     before = picture.read_bytes()
@@ -273,7 +308,7 @@ def test_pictures_of_another_detector_are_drawn_again(tiny, some, tmp_path, monk
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (9, 3, 3)])
-def test_pictures_show_the_crops_that_were_scored(tmp_path, small_classifier, count, rows, columns):
+def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, small_classifier, count, rows, columns):
     crops_of_16 = {**CONFIG, "images": {"crop_size": 16, "resize": None}}
     detector = load(str(write_detector(tmp_path / "d", config=crops_of_16)), "cpu", options={"crops": count})
     image = write_image(tmp_path / "a.png", 3, (48, 52))
@@ -282,21 +317,23 @@ def test_pictures_show_the_crops_that_were_scored(tmp_path, small_classifier, co
     assert examination.x.shape == (count, 3, 16, 16)
     assert examination.columns == columns
     assert torch.allclose(examination.logits, detector.logits(prepared[None])[0], atol=1e-5)
-    words = arguments(tmp_path / "d", image, tmp_path / "p", "--crops", count, "--save-residuals", tmp_path / "pictures")
+    words = arguments(
+        tmp_path / "d", image, tmp_path / "p", "--crops", count, "--save-residuals", tmp_path / "pictures"
+    )
     assert score(*words) == 0
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)  # 160 dots per inch
+    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)  # the figure has 160 dots per inch
     assert abs(height - expected) <= 2
     assert width == 11 * 160
 
 
-# --- settings that do not belong together ---------------------------------------------------------------------
+# --- settings -------------------------------------------------------------------------------------------------
 
 
-def test_rank_without_world_size_is_one_line(tiny, some, tmp_path):
-    words = [str(a) for a in arguments(tiny, some, tmp_path / "p")]
+def test_test_py_refuses_a_rank_without_a_world_size_in_one_line(detector_file, image_folder, tmp_path):
+    words = [str(a) for a in arguments(detector_file, image_folder, tmp_path / "p")]
     for incomplete in ({"RANK": "1"}, {"WORLD_SIZE": "2"}):
         process = start("test.py", words, tmp_path / "log", **incomplete)
         assert finish(process) == 2
@@ -305,8 +342,11 @@ def test_rank_without_world_size_is_one_line(tiny, some, tmp_path):
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_the_record_says_how_images_were_cropped_and_resized(tiny, some, tmp_path):
-    assert score(*arguments(tiny, some, tmp_path / "p", "--crop-size", 16, "--crops", 2, "--resize", 32)) == 0
+def test_the_record_contains_crop_size_number_of_crops_and_resizing(detector_file, image_folder, tmp_path):
+    assert (
+        score(*arguments(detector_file, image_folder, tmp_path / "p", "--crop-size", 16, "--crops", 2, "--resize", 32))
+        == 0
+    )
     job = json.loads((tmp_path / "p.json").read_text())["job"]
     assert (job["crop_size"], job["crops"], job["resize"]) == (16, 2, 32)
     assert read_table(tmp_path / "p.csv").scored.all()

@@ -1,4 +1,4 @@
-"""Each perturbation is applied to images from whose result its strength can be measured."""
+"""Tests of data.perturbations. The test images are chosen so that the strength can be measured in the result."""
 
 import io
 from collections import Counter
@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from files import mistake
+from files import user_error
 from PIL import Image
 
 from data import perturbations
@@ -21,7 +21,7 @@ def perturb(image, name, protocol, seed, strength=None):
 
 
 def random_images(count, height=16, width=16):
-    """Different random images, each uint8 (3, height, width)."""
+    """Return `count` different random images, each uint8 (3, height, width)."""
     rng = np.random.default_rng(0)
     return [torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8)) for _ in range(count)]
 
@@ -31,7 +31,7 @@ def grey_image(side=128):
 
 
 def gradient_image(height=256, width=256):
-    """An image whose red value grows with the column and whose green value grows with the row, from 0 to 255."""
+    """Return an image whose red value is the column and whose green value is the row, scaled to 0..255."""
     x = torch.zeros(3, height, width)
     x[0] = torch.arange(width) * 256 / width
     x[1] = torch.arange(height)[:, None] * 256 / height
@@ -55,15 +55,18 @@ def compressed_by_pillow(image, quality):
 
 
 def fractions_cut(result, channel):
-    """Measure a cropped `gradient_image`: the fraction cut off in all, and at the beginning and end of an axis."""
-    line = result[channel].double().mean(channel)  # red: along the columns; green: along the rows
+    """Measure which fractions of an axis were cut off a `gradient_image`. Channel 0: columns, channel 1: rows.
+
+    Returns three fractions: in total, at the beginning, and at the end.
+    """
+    line = result[channel].double().mean(channel)
     inner = line[16:-16]
     slope = float((inner[-1] - inner[0]) / (len(inner) - 1) * len(line) / 256)
     return 1 - slope, float(line[0]) / 256, 1 - float(line[-1] + 1) / 256
 
 
 def recognise(image, result):
-    """Which perturbation of Frank et al. turned a random image into `result`, and at what strength."""
+    """Find the perturbation of Frank et al. that turned a random image into `result`. Returns its name and strength."""
     if torch.equal(image, result):
         return "none", None
     if (image.double() - result.double()).std() < 6:
@@ -98,18 +101,18 @@ def test_images_smaller_than_the_kernel_can_be_blurred():
 def test_noise_of_the_sweep_has_the_given_standard_deviation(std):
     noisy = perturb(grey_image(), "noise", "sweep", 0, std).double()
     expected = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
-    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # strong noise is clipped
+    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # values are clipped to 0..255
     assert noisy.mean() == pytest.approx(128, abs=1)
 
 
-def test_noise_of_different_strengths_is_one_pattern_scaled():
+def test_noise_of_different_strengths_is_one_pattern_with_different_amplitudes():
     weak, strong = (perturb(grey_image(), "noise", "sweep", 0, std).double() for std in (0.05, 0.2))
     assert torch.corrcoef(torch.stack([weak.flatten(), strong.flatten()]))[0, 1] > 0.97
 
 
 @pytest.mark.parametrize("size", [(256, 256), (128, 384)])
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2])
-def test_crop_cuts_half_of_the_fraction_at_each_end_and_keeps_the_size(size, fraction):
+def test_crop_cuts_half_of_the_fraction_at_each_border_and_keeps_the_image_size(size, fraction):
     result = perturbations.crop(gradient_image(*size), fraction)
     assert result.shape == (3, *size)
     for channel in (0, 1):
@@ -119,7 +122,7 @@ def test_crop_cuts_half_of_the_fraction_at_each_end_and_keeps_the_size(size, fra
         assert end == pytest.approx(fraction / 2, abs=0.015)
 
 
-def test_resizing_removes_fine_detail_and_keeps_the_size():
+def test_resize_removes_fine_detail_and_keeps_the_image_size():
     columns = torch.arange(64)
     fine, coarse = (
         (128 + 100 * torch.cos(torch.pi * columns * frequency)).expand(3, 64, 64).to(torch.uint8)
@@ -131,7 +134,7 @@ def test_resizing_removes_fine_detail_and_keeps_the_size():
     assert perturb(random_images(1, 5, 9)[0], "resize", "sweep", 0, 0.5).shape == (3, 5, 9)
 
 
-def test_jpeg_of_the_sweep_has_the_given_quality():
+def test_jpeg_compression_of_the_sweep_has_the_given_quality():
     (image,) = random_images(1, 24, 40)
     for _, quality in select_perturbations("sweep", [("jpeg", None)]):
         assert np.array_equal(perturb(image, "jpeg", "sweep", 0, quality), compressed_by_pillow(image, int(quality)))
@@ -154,14 +157,14 @@ def test_frank2020_perturbs_half_of_the_images(name):
         assert np.mean(strengths) == pytest.approx(42.5, abs=5)
 
 
-def test_frank2020_noise_has_a_variance_of_5_to_20():
+def test_frank2020_noise_has_a_variance_from_5_to_20():
     results = [perturb(grey_image(64), "noise", "frank2020", seed).double() for seed in range(80)]
-    variances = [float(r.var()) - 1 / 12 for r in results if (r != 128).any()]  # rounding adds 1/12
+    variances = [float(r.var()) - 1 / 12 for r in results if (r != 128).any()]  # rounding adds a variance of 1/12
     assert 25 < len(variances) < 55
     assert 4.8 < min(variances) < 7 and 18 < max(variances) < 20.6
 
 
-def test_frank2020_crops_5_to_20_percent():
+def test_frank2020_crop_cuts_5_to_20_percent():
     results = [perturb(gradient_image(), "crop", "frank2020", seed) for seed in range(80)]
     fractions = [fractions_cut(result, 0)[0] for result in results]
     fractions = [fraction for fraction in fractions if fraction > 0.02]
@@ -176,7 +179,7 @@ def test_frank2020_combined_decides_for_each_perturbation_independently():
     for seed in range(120):
         result = perturb(gradient_image(128, 128), "combined", "frank2020", seed)
         is_cropped = fractions_cut(result, 0)[0] > 0.035
-        has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel is 0 before
+        has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel of the original is 0
         counts[is_cropped, has_noise_or_jpeg] += 1
     assert counts[True, True] == pytest.approx(45, abs=14) and counts[False, True] == pytest.approx(45, abs=14)
     assert counts[True, False] == pytest.approx(15, abs=14) and counts[False, False] == pytest.approx(15, abs=14)
@@ -192,10 +195,10 @@ def test_augment_applies_one_of_four_perturbations_to_half_of_the_images():
     assert set(counts) == {"blur", "crop", "jpeg", "noise"} and min(counts.values()) > 25
 
 
-# --- choosing -----------------------------------------------------------------------------------------------
+# --- choosing perturbations ---------------------------------------------------------------------------------
 
 
-def test_settings_of_each_protocol():
+def test_each_protocol_has_the_documented_perturbations():
     assert [s.label for s in settings_of("frank2020")] == ["none", "blur", "crop", "jpeg", "noise", "combined"]
     counts = Counter(s.name for s in settings_of("sweep"))
     assert counts == {"none": 1, "blur": 4, "jpeg": 8, "noise": 5, "resize": 1}
@@ -203,12 +206,12 @@ def test_settings_of_each_protocol():
         assert select_perturbations(protocol, [("all", None)]) == settings_of(protocol)
 
 
-def test_settings_are_selected_in_the_requested_order_without_repetition():
+def test_perturbations_are_selected_in_the_requested_order_without_repetition():
     requested = [("jpeg", 70.0), ("none", None), ("jpeg", 70.0)]
     assert select_perturbations("sweep", requested) == [("jpeg", 70.0), ("none", None)]
 
 
-def test_labels_of_a_setting():
+def test_a_perturbation_setting_has_a_label_and_a_file_name():
     setting = PerturbationSetting("jpeg", 70.0)
     assert setting.label == "jpeg quality 70" and setting.file_name == "jpeg_quality_70"
     assert setting.sweep.axis == "quality" and setting.sweep.smaller_is_harder
@@ -224,12 +227,12 @@ def test_labels_of_a_setting():
         ("frank2020", "jpeg", 50.0, ["jpeg=50", "no strength"]),
     ],
 )
-def test_unknown_names_and_strengths_are_refused(protocol, name, strength, words):
-    with mistake(*words):
+def test_an_unknown_perturbation_or_strength_is_refused(protocol, name, strength, words):
+    with user_error(*words):
         select_perturbations(protocol, [(name, strength)])
 
 
-def test_a_new_perturbation_needs_one_line(monkeypatch):
+def test_a_perturbation_added_to_the_dict_can_be_selected(monkeypatch):
     invert = perturbations.Sweep(lambda image, strength, rng: 255 - image, (1.0,))
     monkeypatch.setitem(perturbations.SWEEP, "invert", invert)
     (setting,) = select_perturbations("sweep", [("invert", None)])
@@ -241,7 +244,7 @@ def test_a_new_perturbation_needs_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("protocol", ["frank2020", "sweep"])
-def test_results_do_not_depend_on_order_or_on_other_generators(protocol):
+def test_perturbed_images_do_not_depend_on_the_order_of_images_or_on_other_random_numbers(protocol):
     images = random_images(8, 32, 32)
     for setting in settings_of(protocol):
         transform = Perturbation(setting, protocol, 7)
@@ -256,6 +259,6 @@ def test_results_do_not_depend_on_order_or_on_other_generators(protocol):
             assert not all(is_changed)
 
 
-def test_results_depend_on_the_seed_and_on_the_pixels():
+def test_perturbed_images_depend_on_the_seed_and_on_the_pixels():
     noise = [perturb(i, "noise", "sweep", seed, 0.1).sub(i) for i in random_images(2, 32, 32) for seed in (0, 1)]
     assert len({n.numpy().tobytes() for n in noise}) == 4

@@ -1,4 +1,7 @@
-"""Tests of tools.report: the page, markdown tables, study files, and tables in documents."""
+"""Tests of tools.report: the HTML page, markdown tables, study files, and tables in documents.
+
+A study file is a CSV file that lists the score tables of each cell of a results table.
+"""
 
 import base64
 import io
@@ -9,7 +12,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from files import mistake
+from files import user_error
 from PIL import Image
 from processes import ROOT
 
@@ -23,7 +26,10 @@ BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 
 
 def rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
-    """Make rows of real images, and of fake images of some generators. A larger shift separates them better."""
+    """Return rows of a score table with n real images and n fakes per generator.
+
+    A larger shift separates the scores of real and fake images better.
+    """
     rng = np.random.default_rng(0)
     result = []
     for label, generator, mean in [(REAL, "", -shift)] + [(FAKE, name, shift) for name in generators]:
@@ -34,7 +40,7 @@ def rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
 
 
 def write(folder, name, table_rows, **record):
-    """Write a score table and, if there is a record, its JSON file. Return the path of the table."""
+    """Write a score table and, if `record` has entries, the JSON file beside it. Return the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table_rows)
     if record:
@@ -43,7 +49,7 @@ def write(folder, name, table_rows, **record):
 
 
 class Page(HTMLParser):
-    """The tags, attributes, text and pictures of a page. All pictures must be embedded."""
+    """A parsed HTML page with its tags, attributes, text and pictures. All pictures must be embedded in the page."""
 
     def __init__(self, path):
         super().__init__()
@@ -88,13 +94,13 @@ def test_the_page_shows_metrics_robustness_mistakes_and_settings(tmp_path):
     ):  # fmt: skip
         assert text in page.text, text
     places = [page.text.index(f"jpeg quality {quality}") for quality in (90, 60, 30)]
-    assert places == sorted(places)  # the hardest last
+    assert places == sorted(places)  # the hardest perturbation comes last
     assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["report.html"]
-    assert len(page.pictures) == 2  # scores, robustness
+    assert len(page.pictures) == 2  # the figures of scores and of robustness
     assert page_of(tables, tmp_path / "again", resamples=20).source == page.source
 
 
-def test_names_are_shown_and_never_run_and_nothing_is_fetched(tmp_path):
+def test_the_page_shows_html_in_names_as_text_and_loads_nothing_from_the_internet(tmp_path):
     table_rows = [*rows(generators=(f"{EVIL}\x1b[31m\nname",)), BROKEN]
     record = {"settings": {EVIL: EVIL, "nested": {"list": [EVIL]}}, "versions": {EVIL: EVIL}}
     record["perturbation"] = {"name": EVIL, "strength": 1}
@@ -108,7 +114,7 @@ def test_names_are_shown_and_never_run_and_nothing_is_fetched(tmp_path):
     assert ("meta", "content", policy) in page.attributes
 
 
-def test_the_page_finds_images_beside_the_table_and_residuals(tmp_path):
+def test_the_page_shows_images_found_beside_the_score_table_and_residual_pictures(tmp_path):
     (tmp_path / "real").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / f"{name}.png")
@@ -124,9 +130,9 @@ def test_the_page_finds_images_beside_the_table_and_residuals(tmp_path):
     assert page.text.count("not available") == 2
 
 
-def test_the_most_wrong_images_come_first(tmp_path):
+def test_the_most_wrong_images_are_listed_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
-    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # wrong by 1, 5, -9, -3, unlabelled, 2
+    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # error margins: 1, 5, -9, -3, none, 2
     table = read_table(write(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.most_wrong(table)] == ["b", "f", "a", "d", "c"]
     assert len(report_page.most_wrong(table, 2)) == 2
@@ -142,19 +148,19 @@ ODD_TABLES = {
 
 
 @pytest.mark.parametrize("name", ODD_TABLES)
-def test_odd_tables_make_a_page(tmp_path, name):
+def test_a_page_is_written_for_a_score_table_of_unusual_content(tmp_path, name):
     table = write(tmp_path, "s", ODD_TABLES[name], detector="from another program", settings=[1])
     assert page_of([table], tmp_path / "out").tags[:2] == ["html", "head"]
 
 
-def test_the_page_replaces_its_own_kind_and_nothing_else(tmp_path):
+def test_the_page_replaces_an_earlier_page_and_no_other_file(tmp_path):
     table = write(tmp_path, "s", rows())
     out = tmp_path / "out"
     out.mkdir()
     foreign = {"report.html": b"<html>my thesis</html>", "s_scores.png": b"mine", "robustness.png": b"mine"}
     for name, content in foreign.items():
         (out / name).write_bytes(content)
-    with mistake("report.html was not written by this program"):
+    with user_error("report.html was not written by this program"):
         report.main([table, "--out", str(out)])
     (out / "report.html").unlink()
     for _ in range(2):
@@ -163,7 +169,7 @@ def test_the_page_replaces_its_own_kind_and_nothing_else(tmp_path):
     assert {name: (out / name).read_bytes() for name in foreign} == foreign
 
 
-def test_mistakes_are_found_before_anything_is_written(tmp_path):
+def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
     good, broken = write(tmp_path, "s", rows()), write(tmp_path, "broken", rows())
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "file").write_text("")
@@ -175,7 +181,7 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path):
         ("broken.json", broken, *out),
         ("twice", good, good, *out),
     ):
-        with mistake(text):
+        with user_error(text):
             report.main(arguments)
     assert not (tmp_path / "o" / "report.html").exists()
 
@@ -184,13 +190,13 @@ def test_mistakes_are_found_before_anything_is_written(tmp_path):
 
 
 def cells_of(markdown):
-    """Split a markdown table into rows of cells, the heading first."""
+    """Split a markdown table into rows of cells. The first row is the heading."""
     heading, line, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
     assert len(line) == len(heading) and set("".join(line)) == set("-:")
     return [heading, *body]
 
 
-def test_markdown_shows_the_metrics_with_their_intervals(tmp_path):
+def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
     table = write(tmp_path, "s", rows(), settings={"seed": 5})
     command = [sys.executable, "-m", "tools.report", table, "--markdown"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -201,7 +207,7 @@ def test_markdown_shows_the_metrics_with_their_intervals(tmp_path):
     assert first[0] == "ProGAN"
 
 
-def test_markdown_of_one_metric_has_a_row_per_table_and_a_column_per_generator(tmp_path, capsys):
+def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_column_per_generator(tmp_path, capsys):
     tables = [write(tmp_path, "b", rows(generators=("StyleGAN",))), write(tmp_path, "a", rows(1.0))]
     b, a = (table.summary["generators"] for table in report_page.load_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
@@ -226,7 +232,7 @@ def auroc(table, *generators):
 
 @pytest.fixture
 def study(tmp_path):
-    """A study of two detectors; the first was trained with two seeds."""
+    """Return a study file of two detectors. The first detector was trained with two seeds."""
     for name, shift in (("one", 0.5), ("two", 1.0), ("control", 0.0)):
         write(tmp_path / "scores", name, rows(shift))
     lines = [
@@ -241,7 +247,7 @@ def study(tmp_path):
     return path
 
 
-def test_a_study_table_has_plain_names_and_means(study, capsys):
+def test_the_table_of_a_study_shows_means_over_seeds(study, capsys):
     one, two, control = (str(study.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
     seen = (auroc(one, "ProGAN") + auroc(two, "ProGAN")) / 2
     report.main(["--study", str(study), "--table", "main", "--markdown", "auroc"])
@@ -253,7 +259,7 @@ def test_a_study_table_has_plain_names_and_means(study, capsys):
     ]
 
 
-def test_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(study, capsys):
+def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(study, capsys):
     one, two, control = (str(study.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
     values = [auroc(one, "ProGAN"), auroc(two, "ProGAN")]
     report.main(["--study", str(study), "--table", "main", "--markdown", "auroc", "--intervals"])
@@ -274,9 +280,9 @@ def test_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(study
         (HEADER + "main,a,b,scores/none.csv,\n", "none.csv"),
     ],
 )
-def test_mistakes_in_a_study_file_are_one_line(study, content, text):
+def test_a_wrong_study_file_is_refused_in_one_line(study, content, text):
     study.write_text(content)
-    with mistake(text):
+    with user_error(text):
         report.main(["--study", str(study), "--table", "main", "--markdown", "auroc"])
 
 
@@ -290,7 +296,7 @@ def test_refresh_updates_the_tables_of_a_document(study, monkeypatch, capsys):
     path = study.parent / "d.md"
     path.write_text(document.format(command, "\n| old |\n| --- |"))
     (study.parent / "link.md").symlink_to("d.md")
-    with mistake("link.md differs"):
+    with user_error("link.md differs"):
         report.main(["--refresh", "link.md", "--check"])
     assert "| old |" in path.read_text()
     report.main(command.split()[3:])
@@ -311,11 +317,11 @@ def test_refresh_updates_the_tables_of_a_document(study, monkeypatch, capsys):
         "python -m tools.audit scores/one.csv --markdown",
     ],
 )
-def test_refresh_refuses_other_commands(study, monkeypatch, command):
+def test_refresh_refuses_a_document_with_a_command_that_it_does_not_accept(study, monkeypatch, command):
     monkeypatch.chdir(study.parent)
     document = study.parent / "d.md"
     document.write_text(f"<!-- made by: {command} -->\n| old |\n")
-    with mistake():
+    with user_error():
         report.main(["--refresh", "d.md"])
     assert document.read_text() == f"<!-- made by: {command} -->\n| old |\n"
     assert not (study.parent / "o").exists()
@@ -325,7 +331,7 @@ def test_refresh_refuses_other_commands(study, monkeypatch, command):
     "arguments",
     ["", "s.csv", "--markdown auroc", "s.csv --study t.csv --table a --markdown auroc", "--study t.csv --out o"],
 )
-def test_command_lines_that_mix_the_forms_are_refused(arguments, capsys):
+def test_tools_report_refuses_a_command_line_that_mixes_its_three_uses(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         report.main(arguments.split())
     assert caught.value.code == 2

@@ -1,4 +1,4 @@
-"""The residual cache never gives a stale or damaged residual, and does not change the numbers of a training."""
+"""Tests of the residual cache: no outdated or damaged residual is used, and the losses of a training do not change."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from files import mistake
+from files import user_error
 from PIL import Image
 from trainings import CPU, TINY, detector_arguments, stats, train, without_settings
 
@@ -52,7 +52,7 @@ def stored_names(folder):
 
 
 @pytest.mark.parametrize("storage", ["fp16", "fp32"])
-def test_stored_residuals_are_read_with_the_documented_precision(files, tmp_path, storage):
+def test_residuals_read_from_the_cache_have_the_documented_precision(files, tmp_path, storage):
     values = torch.logspace(-12, 4.8, 10_000, dtype=torch.float64).float().reshape(1, 100, 100)
     residual_dataset(tmp_path, files / "real/0.png", storage=storage).write(FIRST, values)
     sample = residual_dataset(tmp_path, files / "real/0.png", storage=storage)[FIRST]
@@ -66,13 +66,13 @@ def test_stored_residuals_are_read_with_the_documented_precision(files, tmp_path
 
 
 @pytest.mark.parametrize("value, words", [(70_000.0, "--cache-precision fp32"), (float("nan"), "not finite")])
-def test_values_that_cannot_be_stored_are_refused_with_their_reason(files, tmp_path, value, words):
-    with mistake("0.png", words):
+def test_a_residual_that_cannot_be_stored_is_refused_with_the_reason(files, tmp_path, value, words):
+    with user_error("0.png", words):
         residual_dataset(tmp_path, files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_file_is_never_used(files, tmp_path):
+def test_a_damaged_file_of_the_cache_is_never_used(files, tmp_path):
     dataset = residual_dataset(tmp_path, files / "real/0.png")
     dataset.write(FIRST, torch.rand(3, 5, 7))
     path, expected = dataset.path(FIRST), dataset[FIRST].x
@@ -84,7 +84,7 @@ def test_a_damaged_file_is_never_used(files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # the damage is in a part of the archive that has no effect, such as its time
+        if sample.error is None:  # the changed byte has no effect, such as a time stamp in the archive
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_never_used(files, tmp_path):
 # --- one file per image, crop, direction and setting --------------------------------------------------------
 
 
-def test_each_image_crop_and_direction_has_a_file_of_its_own(files, tmp_path):
+def test_the_cache_has_one_file_per_image_crop_and_mirroring(files, tmp_path):
     path = shutil.copy(files / "real/0.png", tmp_path)
     plain = residual_dataset(tmp_path, path)
     augmented = residual_dataset(tmp_path, path, augmentation=Augmentation(1))
@@ -106,7 +106,7 @@ def test_each_image_crop_and_direction_has_a_file_of_its_own(files, tmp_path):
     assert len(names | {plain.path(FIRST), augmented.path(mirrored)}) == 2 * 3 + 2
 
 
-def test_a_changed_image_has_another_file(files, tmp_path):
+def test_an_image_that_has_changed_gets_a_new_file_in_the_cache(files, tmp_path):
     path = shutil.copy(files / "real/0.png", tmp_path)
     dataset = residual_dataset(tmp_path, path)
     before = dataset.path(FIRST)
@@ -141,18 +141,18 @@ def folder_of(root, policy=SizePolicy(4), precision="fp32", features_fingerprint
         {"precision": "bf16"},
     ],
 )
-def test_each_setting_has_a_folder_of_its_own(tmp_path, change):
+def test_changing_a_setting_of_the_residual_changes_the_folder_of_the_cache(tmp_path, change):
     assert folder_of(tmp_path) == folder_of(tmp_path) != folder_of(tmp_path, **change)
 
 
 @pytest.mark.parametrize("module", ["torch", "PIL", "numpy"])
-def test_each_version_of_a_library_has_a_folder_of_its_own(tmp_path, monkeypatch, module):
+def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_path, monkeypatch, module):
     before = folder_of(tmp_path)
     monkeypatch.setattr(f"{module}.__version__", "0")
     assert folder_of(tmp_path) != before
 
 
-# --- choosing and filling -----------------------------------------------------------------------------------
+# --- which images are cached, and filling the cache ---------------------------------------------------------
 
 
 def cached(folder, images, max_gb=1.0):
@@ -161,7 +161,7 @@ def cached(folder, images, max_gb=1.0):
     return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
 
 
-def test_images_that_change_or_do_not_fit_are_not_cached(files, tmp_path):
+def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cached(files, tmp_path):
     path = files / "real/0.png"
     assert len(cached(tmp_path, image_dataset(path))) == 1
     assert cached(tmp_path, image_dataset(path), max_gb=0) == []
@@ -172,7 +172,7 @@ def test_images_that_change_or_do_not_fit_are_not_cached(files, tmp_path):
     assert len(cached(tmp_path, fixed)) == 1
 
 
-def test_each_residual_is_computed_once_and_equals_that_of_the_detector(files, tmp_path):
+def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_detector(files, tmp_path):
     paths = sorted((files / "real").iterdir())
     options = {"augmentation": Augmentation(1, crops=2), "policy": SizePolicy(4, 16), "storage": "fp32"}
     dataset = residual_dataset(tmp_path, *paths, **options)
@@ -196,8 +196,8 @@ def test_each_residual_is_computed_once_and_equals_that_of_the_detector(files, t
 
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
-def test_the_cache_does_not_change_the_numbers_of_a_training(files, tmp_path, flags):
-    """In float32, bit for bit, if residuals are computed one by one without the cache, too."""
+def test_a_training_with_the_cache_has_the_losses_of_a_training_without_it(files, tmp_path, flags):
+    """The losses agree bit for bit in float32, because --micro-batch 1 also computes residuals one by one."""
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     train(detector_arguments(files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
     train(detector_arguments(files, tmp_path / "with", f"{flags} --cache-precision fp32"))
@@ -205,8 +205,8 @@ def test_the_cache_does_not_change_the_numbers_of_a_training(files, tmp_path, fl
     assert stats(tmp_path / "with") == stats(tmp_path / "without")
 
 
-def test_half_precision_changes_the_loss_by_at_most_3_percent(files, tmp_path):
-    # One batch of ten: on the last two images of batches of four, an untrained network amplifies the rounding
+def test_a_cache_in_half_precision_changes_the_loss_by_at_most_3_percent(files, tmp_path):
+    # Use one batch of ten images. In a last batch of two images, batch norm would amplify rounding errors.
     flags = "--fixed-sr --epochs 1 --batch-size 10"
     train(detector_arguments(files, tmp_path / "full", f"{flags} --cache-precision fp32"))
     train(detector_arguments(files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache"))
@@ -214,7 +214,7 @@ def test_half_precision_changes_the_loss_by_at_most_3_percent(files, tmp_path):
     assert stats(tmp_path / "half")[0]["loss"] == pytest.approx(stats(tmp_path / "full")[0]["loss"], rel=3e-2)
 
 
-def test_a_second_run_with_a_filled_cache_decodes_no_images(files, tmp_path, monkeypatch):
+def test_a_training_with_a_filled_cache_decodes_no_images(files, tmp_path, monkeypatch):
     flags = "--fixed-sr --epochs 2 VALIDATE --crop-size 40 --crops-per-image 2 --cache-dir"
     train([*detector_arguments(files, tmp_path / "a", flags), tmp_path / "cache"])
     before = stored_names(tmp_path / "cache")
@@ -225,16 +225,16 @@ def test_a_second_run_with_a_filled_cache_decodes_no_images(files, tmp_path, mon
     assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
-def test_images_of_different_sizes_can_be_trained_on_and_cached_as_crops(files, tmp_path):
+def test_images_of_different_sizes_are_refused_without_crops_and_cached_as_crops(files, tmp_path):
     mixed = shutil.copytree(files, tmp_path / "files")
     Image.fromarray(np.zeros((72, 100, 3), np.uint8)).save(mixed / "real/9.png")
-    with mistake("9.png", "100 x 72", "--crop-size"):
+    with user_error("9.png", "100 x 72", "--crop-size"):
         train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr"))
-    with mistake("9.png", "100 x 72", "--crop-size"):
+    with user_error("9.png", "100 x 72", "--crop-size"):
         flags = f"--fixed-sr --val-root-pos {mixed}/real --val-root-neg FAKE"
         train(detector_arguments(files, tmp_path / "out", flags))
     assert not (tmp_path / "out").exists()
     train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr --epochs 2 --crop-size 48 --crops-per-image 2"))
     assert 22 <= len(stored_names(tmp_path / "out/residual_cache")) <= 44
-    with mistake("--crop-size"):
+    with user_error("--crop-size"):
         train(detector_arguments(files, tmp_path / "none", "--fixed-sr --crops-per-image 2"))

@@ -1,4 +1,4 @@
-"""A run that was killed, stopped or has failed, and is resumed, ends as if it had never stopped, bit for bit."""
+"""A training that is killed, stopped or fails, and is then resumed, gives the files of an uninterrupted training."""
 
 import errno
 import functools
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import damage, mistake, save
+from files import damage, save, user_error
 from processes import finish, kill_in_save, killed_exclusive_writer, signal_in, slow_down, start, two_ranks
 from trainings import detector_arguments, differences, read, sr_arguments, stats, status, train, without_settings
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("small_classifier")
 
 SAVE_EVERY_STEP = ["--save-minutes", "0"]
 AUTO = ["--resume", "auto"]
-# name: program, function that makes its arguments, file of the last state, flags
+# name of the training: (program, function that returns its arguments, file name of its last state, flags)
 TRAININGS = {
     "super-resolution": (
         "train_sr.py",
@@ -60,7 +60,7 @@ TRAININGS = {
 
 @pytest.fixture(scope="module")
 def arguments(files):
-    """Return a function that makes the arguments of one of TRAININGS, for an output folder, with further flags."""
+    """Return a function that returns the command line of one of TRAININGS for an output folder and more flags."""
 
     def make(name, out, *flags):
         _, make_arguments, _, own_flags = TRAININGS[name]
@@ -71,7 +71,7 @@ def arguments(files):
 
 @pytest.fixture(scope="module")
 def uninterrupted_run(arguments, tmp_path_factory):
-    """Return a function that returns the folder of an uninterrupted run of one of TRAININGS."""
+    """Return a function that runs one of TRAININGS without interruption and returns the output folder."""
 
     @functools.cache
     def run(name):
@@ -84,7 +84,7 @@ def uninterrupted_run(arguments, tmp_path_factory):
 
 @pytest.fixture
 def resume_and_compare(arguments, uninterrupted_run):
-    """Return a function that resumes a run, and requires the files of the uninterrupted run, bit for bit."""
+    """Return a function that resumes a run, and requires bit for bit the files of the uninterrupted run."""
 
     def check(name, out, *flags):
         train(arguments(name, out, *AUTO, *flags))
@@ -108,7 +108,7 @@ def resume_and_compare(arguments, uninterrupted_run):
     [
         ("super-resolution", 0, partial(kill_in_save, 4)),
         ("super-resolution", 2, partial(signal_in, "epoch", 4, signal.SIGKILL)),
-        ("frozen", 0, partial(kill_in_save, 5)),  # while best.pth.tar is written, before the last state records it
+        ("frozen", 0, partial(kill_in_save, 5)),  # save number 5 writes best.pth.tar
         ("frozen", 2, partial(signal_in, "epoch", 3, signal.SIGKILL)),
         ("cached", 0, partial(signal_in, "residuals", 22, signal.SIGKILL)),
         ("cached", 2, partial(signal_in, "epoch", 6, signal.SIGKILL)),
@@ -116,8 +116,10 @@ def resume_and_compare(arguments, uninterrupted_run):
         ("end to end", 2, partial(signal_in, "epoch", 4, signal.SIGKILL)),
     ],
 )
-def test_a_killed_run_resumes_exactly(arguments, resume_and_compare, tmp_path, name, workers, accident):
-    """SIGKILL in a step, in the middle of a save, or while residuals are computed."""
+def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_training(
+    arguments, resume_and_compare, tmp_path, name, workers, accident
+):
+    """The run is killed by SIGKILL in a training step, during a save, or while residuals are computed."""
     program, _, last, _ = TRAININGS[name]
     out, log, flags = tmp_path / "out", tmp_path / "log", ["--workers", str(workers)]
     process = start(program, arguments(name, out, *flags, *SAVE_EVERY_STEP), log, accident)
@@ -137,8 +139,10 @@ def test_a_killed_run_resumes_exactly(arguments, resume_and_compare, tmp_path, n
         ("cached", 2, "residuals", signal.SIGTERM),
     ],
 )
-def test_a_stopped_run_saves_its_state(arguments, resume_and_compare, tmp_path, name, workers, description, number):
-    """The run is stopped twice. If it has workers, they get the signal, too."""
+def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
+    arguments, resume_and_compare, tmp_path, name, workers, description, number
+):
+    """The run is stopped twice. Worker processes also get the signal."""
     program, _, last, _ = TRAININGS[name]
     out = tmp_path / "out"
     for at in (1, 2):
@@ -156,11 +160,11 @@ def test_a_stopped_run_saves_its_state(arguments, resume_and_compare, tmp_path, 
     resume_and_compare(name, out)
 
 
-# --- where a run starts -------------------------------------------------------------------------------------
+# --- the state from which a run starts ----------------------------------------------------------------------
 
 
-def test_with_nothing_to_resume_a_run_starts_from_init(files, tmp_path):
-    """The fine-tuning scripts pass both flags. Once there is a run to resume, --init has no effect."""
+def test_a_training_with_resume_auto_and_init_starts_from_init_if_there_is_no_run_to_resume(files, tmp_path):
+    """The fine-tuning scripts pass --init and --resume auto. If there is a run to resume, --init has no effect."""
     train(detector_arguments(files, tmp_path / "first", "--fixed-sr --epochs 1 --lr 0"))
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --resume auto --epochs"
     for epochs in (1, 2):
@@ -170,7 +174,7 @@ def test_with_nothing_to_resume_a_run_starts_from_init(files, tmp_path):
     assert second["progress"]["epoch"] == 2
 
 
-def test_a_state_named_by_the_user_is_resumed_although_there_is_an_init(files, tmp_path):
+def test_a_training_with_resume_file_and_init_resumes_the_file(files, tmp_path):
     train(detector_arguments(files, tmp_path / "first", "--fixed-sr --epochs 1"))
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --epochs"
     train(detector_arguments(files, tmp_path / "second", f"{flags} 1"))
@@ -179,7 +183,7 @@ def test_a_state_named_by_the_user_is_resumed_although_there_is_an_init(files, t
 
 
 @pytest.mark.parametrize("name", ["super-resolution", "cached"])
-def test_a_finished_run_is_resumed_without_work_and_replaced_with_overwrite(
+def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
     arguments, uninterrupted_run, tmp_path, capfd, name
 ):
     out, last = tmp_path / "out", TRAININGS[name][2]
@@ -196,17 +200,17 @@ def test_a_finished_run_is_resumed_without_work_and_replaced_with_overwrite(
 
 
 @pytest.mark.parametrize("flags", ["--resume auto", "--resume auto --overwrite"])
-def test_a_flag_that_is_missing_on_resume_never_starts_a_new_run(files, uninterrupted_run, tmp_path, flags):
-    """The run was started with --fixed-sr."""
+def test_resuming_a_training_without_its_flag_fixed_sr_is_refused(files, uninterrupted_run, tmp_path, flags):
+    """The run was started with --fixed-sr and is resumed without --fixed-sr."""
     out = tmp_path / "out"
     shutil.copytree(uninterrupted_run("cached"), out)
     before = (out / "last.pth.tar").read_bytes()
-    with mistake("last.pth.tar", "--fixed-sr"):
+    with user_error("last.pth.tar", "--fixed-sr"):
         train(detector_arguments(files, out, f"--epochs 3 {flags}"))
     assert (out / "last.pth.tar").read_bytes() == before
 
 
-def test_a_run_that_was_killed_before_its_first_save_starts_again(files, tmp_path):
+def test_a_training_killed_before_its_first_save_starts_from_the_beginning(files, tmp_path):
     (tmp_path / EVENTS).mkdir()
     (tmp_path / STATS).write_text('{"epoch": 0}\n')
     (tmp_path / RECORD).write_text(json.dumps({"format": RECORD_FORMAT, "files": [RECORD, STATS, EVENTS]}))
@@ -214,18 +218,18 @@ def test_a_run_that_was_killed_before_its_first_save_starts_again(files, tmp_pat
     assert len(stats(tmp_path)) == 1
 
 
-def test_a_damaged_last_state_names_the_newest_numbered_one(files, uninterrupted_run, tmp_path):
+def test_the_error_for_a_truncated_last_state_names_the_newest_numbered_state(files, uninterrupted_run, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(uninterrupted_run("cached"), out)
     last = out / "last.pth.tar"
     last.write_bytes(last.read_bytes()[:1000])
-    with mistake("truncated", "--resume", "0003.pth.tar"):
+    with user_error("truncated", "--resume", "0003.pth.tar"):
         train([*detector_arguments(files, out, "--fixed-sr"), *AUTO])
 
 
 @pytest.mark.parametrize("name", ["super-resolution", "frozen"])
-def test_two_runs_do_not_write_into_one_folder(arguments, tmp_path, capfd, name):
-    """Nothing is written while another run is alive. A run that was killed leaves nothing in the way."""
+def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused(arguments, tmp_path, capfd, name):
+    """While another run holds the lock file, nothing is written. The lock of a killed run does not block a new run."""
     folder = (tmp_path / TRAININGS[name][2]).parent
     folder.mkdir(exist_ok=True)
     with killed_exclusive_writer(folder / ".lock") as kill:
@@ -237,16 +241,16 @@ def test_two_runs_do_not_write_into_one_folder(arguments, tmp_path, capfd, name)
     assert not (folder / ".lock").exists()
 
 
-# --- what has changed since the run began -------------------------------------------------------------------
+# --- options and images that have changed since the run began -----------------------------------------------
 
 
 def changes(caplog):
-    """Return the lines on changed settings, by the name of the setting."""
+    """Return a dict from the name of each changed setting to the log line about it."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
     return {line.split()[1]: line for line in lines}
 
 
-def test_a_resumed_run_uses_the_options_that_it_is_given(files, tmp_path, caplog):
+def test_a_resumed_training_uses_changed_options_and_reports_them(files, tmp_path, caplog):
     flags = "--mode-sr none --lw-sr 0 --lr 1e-6"
     train(detector_arguments(files, tmp_path, f"{flags} --epochs 1"))
     changed = "--wd 0.5 --momentum 0.3 --lr-sr 0.25 --batch-size 5 --resume auto --epochs 2"
@@ -258,7 +262,7 @@ def test_a_resumed_run_uses_the_options_that_it_is_given(files, tmp_path, caplog
     assert changes(caplog).keys() == {"weight_decay", "momentum", "classifier_grad_scale", "epochs", "batch_size"}
 
 
-def test_changed_training_images_are_reported_with_the_effect_on_their_order(files, tmp_path, caplog):
+def test_a_resumed_training_reports_that_changed_images_are_read_in_another_order(files, tmp_path, caplog):
     shutil.copytree(files, tmp_path / "files")
     flags = detector_arguments(tmp_path / "files", tmp_path / "out", "--fixed-sr --epochs 2")
     log = tmp_path / "log"
@@ -270,15 +274,15 @@ def test_changed_training_images_are_reported_with_the_effect_on_their_order(fil
 
 
 def validation_lists(folder, files):
-    """Write two lists of images for --eval-file: images of one colour, which are easy, and random images."""
+    """Return two folders for --eval-file: "easy" with images of one colour, and "hard" with random images."""
     (folder / "easy").mkdir()
     for i in range(3):
         save(folder / f"easy/{i}.png", torch.full((64, 64, 3), 60 * i, dtype=torch.uint8).numpy())
     return {"easy": folder / "easy", "hard": files / "fake"}
 
 
-def test_changed_evaluation_images_reset_the_best_score(files, tmp_path, caplog):
-    """Otherwise no epoch could be better on hard images than the first epoch was on easy ones."""
+def test_changed_evaluation_images_of_train_sr_reset_the_best_score(files, tmp_path, caplog):
+    """Without a reset, no epoch on hard images could exceed the score of the first epoch on easy images."""
     lists = validation_lists(tmp_path, files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
     train(sr_arguments(files, tmp_path / "out", f"{flags} {lists['easy']} --num-epochs 1"))
@@ -307,7 +311,7 @@ def test_changed_validation_images_of_a_detector_reset_the_best_score(files, tmp
 # --- the best epoch -----------------------------------------------------------------------------------------
 
 
-def test_the_best_epoch_is_kept_even_if_it_has_no_numbered_file(files, tmp_path):
+def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_for_it(files, tmp_path):
     train(detector_arguments(files, tmp_path / "d", "--fixed-sr VALIDATE --epochs 6 --save-every-epoch 9 --lr 0.1"))
     scores = [line["val_auroc"] for line in stats(tmp_path / "d")]
     state = read(tmp_path / "d/best.pth.tar")
@@ -318,8 +322,11 @@ def test_the_best_epoch_is_kept_even_if_it_has_no_numbered_file(files, tmp_path)
     assert read(tmp_path / "s/x2/best.pth")["epoch"] == scores.index(max(scores)) + 1
 
 
-def test_one_black_image_does_not_make_the_first_epoch_the_best(files, tmp_path):
-    """Its error is 0 in every epoch, and its PSNR would be infinite. The learning rate makes later epochs better."""
+def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(files, tmp_path):
+    """The error of the black image is 0 in every epoch, so an unlimited PSNR would be infinite.
+
+    With the learning rate of this test, a later epoch is the best.
+    """
     images = Path(shutil.copytree(files / "real", tmp_path / "real"))
     save(images / "black.png", torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
     flags = f"--num-epochs 4 --eval-file {images} --vgg-lambda 0 --num-save 1"
@@ -334,12 +341,14 @@ def test_one_black_image_does_not_make_the_first_epoch_the_best(files, tmp_path)
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("flags", ["--fixed-sr --no-cache", "--fixed-sr", "--mode-sr none --lr 1e-6"])
-def test_a_damaged_image_ends_the_run_with_its_state_saved(files, tmp_path, capfd, flags, workers):
-    """The image is named. Once it is repaired, the run ends as if nothing had happened."""
+def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_state(
+    files, tmp_path, capfd, flags, workers
+):
+    """The error names the image. After the image is repaired, the resumed run gives the state of an undisturbed run."""
     images = Path(shutil.copytree(files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
     train(detector_arguments(images, tmp_path / "expected", flags))
-    last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # read in the second step
+    last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # an image of the second step
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), damage(path)
     code, line = status(detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd)
@@ -353,7 +362,7 @@ def test_a_damaged_image_ends_the_run_with_its_state_saved(files, tmp_path, capf
     assert differences(expected, resumed) == []
 
 
-def test_an_image_that_is_left_out_is_reported_once_and_counted_in_each_epoch(files, tmp_path, caplog):
+def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_each_epoch(files, tmp_path, caplog):
     images = Path(shutil.copytree(files, tmp_path / "files"))
     damage(images / "real/3.png")
     train(detector_arguments(images, tmp_path / "d", "--fixed-sr --epochs 3 --batch-size 3 --skip-bad VALIDATE"))
@@ -362,15 +371,15 @@ def test_an_image_that_is_left_out_is_reported_once_and_counted_in_each_epoch(fi
     train(sr_arguments(images, tmp_path / "s", f"{flags} --batch-size 1 --skip-bad"))
     lines = [record.getMessage() for record in caplog.records if "left out: " in record.getMessage()]
     assert len(lines) == 2 and all("3.png" in line for line in lines)
-    with mistake("real/3.png", "--skip-bad"):
+    with user_error("real/3.png", "--skip-bad"):
         train(sr_arguments(images, tmp_path / "e", flags))
 
 
 @pytest.fixture
 def batch_of_one(tmp_path, write_real_and_fake, files):
-    """Return ten images of 32 x 32 pixels, of which one is damaged, and of the last two read, one stays alone.
+    """Return ten images of 32 x 32 pixels. In the last batch of two images, one image is damaged.
 
-    Residuals of this size leave one value per channel, on which batch norm cannot be trained.
+    Residuals of 32 x 32 pixels become one value per channel, so batch norm cannot be trained on one image.
     """
     root = tmp_path / "small"
     root.mkdir()
@@ -381,7 +390,7 @@ def batch_of_one(tmp_path, write_real_and_fake, files):
     return root
 
 
-def test_a_batch_with_one_usable_image_is_left_out_with_one_line(batch_of_one, tmp_path, caplog):
+def test_a_batch_with_one_usable_image_is_left_out_and_reported_in_one_line(batch_of_one, tmp_path, caplog):
     flags = "--fixed-sr --no-cache --epochs 1 --batch-size 8 --skip-bad"
     train(detector_arguments(batch_of_one, tmp_path / "out", flags))
     assert [line["left_out"] for line in stats(tmp_path / "out")] == [2]
@@ -390,11 +399,11 @@ def test_a_batch_with_one_usable_image_is_left_out_with_one_line(batch_of_one, t
     assert len(lines) == 1
 
 
-# --- other accidents ----------------------------------------------------------------------------------------
+# --- full disk, time estimate, TensorBoard and wrong states -------------------------------------------------
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(
+def test_a_training_on_a_full_disk_ends_with_one_line_and_can_be_resumed(
     arguments, resume_and_compare, tmp_path, monkeypatch, capfd, call
 ):
     module, count = os if call == "fsync" else Path, itertools.count(1)
@@ -414,8 +423,8 @@ def test_a_full_disk_ends_a_run_in_one_line_and_loses_nothing(
     resume_and_compare("super-resolution", tmp_path)
 
 
-def test_the_remaining_time_does_not_count_the_filling_of_the_cache(files, tmp_path):
-    """Filling takes 6 s here, and an epoch a fraction of that: the first estimate must be like the second."""
+def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(files, tmp_path):
+    """Filling the cache takes 6 s, and an epoch is much shorter. The first estimate must not include the 6 s."""
     log, epochs = tmp_path / "log", 1_000_000
     flags = detector_arguments(files, tmp_path / "out", f"--fixed-sr --save-every-epoch 1000000 --epochs {epochs}")
     assert finish(start("train_detector.py", flags, log, slow_cache_and_stop)) == 143
@@ -426,11 +435,12 @@ def test_the_remaining_time_does_not_count_the_filling_of_the_cache(files, tmp_p
 
 
 def slow_cache_and_stop():
+    """Make filling the cache 6 s slower, and send SIGTERM in step 9."""
     slow_down("residuals", 6)
     signal_in("epoch", 9, signal.SIGTERM)
 
 
-def test_tensorboard_records_each_epoch_once_after_a_resume(files, tmp_path):
+def test_tensorboard_shows_each_epoch_of_a_resumed_training_once(files, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = "--mode-sr denoising --lr 1e-6 VALIDATE"
@@ -453,44 +463,52 @@ def test_tensorboard_records_each_epoch_once_after_a_resume(files, tmp_path):
         ("progress", None, ["progress.epoch", "missing"]),
     ],
 )
-def test_a_state_with_impossible_values_is_refused_in_one_line(files, uninterrupted_run, tmp_path, key, value, words):
+def test_resuming_a_state_with_an_impossible_value_is_refused_in_one_line(
+    files, uninterrupted_run, tmp_path, key, value, words
+):
     out = tmp_path / "out"
     shutil.copytree(uninterrupted_run("cached"), out)
     state = read(out / "last.pth.tar")
     state[key] = value
     torch.save(state, out / "last.pth.tar")
-    with mistake("last.pth.tar", *words):
+    with user_error("last.pth.tar", *words):
         train([*detector_arguments(files, out, "--fixed-sr"), *AUTO])
 
 
 # --- several processes --------------------------------------------------------------------------------------
 
 
-def in_two(program, flags, log, prepare=None):
-    """Run a program in two processes. Returns their exit statuses."""
+def run_in_two_processes(program, flags, log, prepare=None):
+    """Run a program in two processes. Returns the two exit statuses."""
     processes = [start(program, flags, log, prepare, **rank) for rank in two_ranks()]
     return [finish(process) for process in processes]
 
 
-def test_two_processes_train_the_resynthesizer_as_one(files, tmp_path):
-    """They are killed and resumed. Five images in batches of four and one: the second process has none of the last."""
+def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(files, tmp_path):
+    """The two processes are killed and resumed.
+
+    Five images form batches of four and one, so the second process gets no image of the last batch.
+    """
     flags = "--num-epochs 2 --batch-size 4 --augment --eval-file FAKE"
     train(sr_arguments(files, tmp_path / "one", flags))
     again = sr_arguments(files, tmp_path / "two", f"{flags} --save-minutes 0 --resume auto --gpu 0")
     log = tmp_path / "log"
-    assert in_two("train_sr.py", again, log, partial(signal_in, "epoch", 3, signal.SIGKILL)) == [-signal.SIGKILL] * 2
+    assert (
+        run_in_two_processes("train_sr.py", again, log, partial(signal_in, "epoch", 3, signal.SIGKILL))
+        == [-signal.SIGKILL] * 2
+    )
     assert read(tmp_path / "two/x2/last.pth")["progress"]["total_steps"] == 2, log.read_text()
-    assert in_two("train_sr.py", again, log) == [0, 0], log.read_text()
+    assert run_in_two_processes("train_sr.py", again, log) == [0, 0], log.read_text()
     one, two = (read(tmp_path / name / "x2/last.pth") for name in ("one", "two"))
     for key, tensor in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], tensor, rtol=0, atol=1e-6)
     assert two["progress"]["best"] == pytest.approx(one["progress"]["best"], abs=1e-4)
 
 
-def test_two_processes_validate_the_detector_that_they_save(files, tmp_path):
-    """Each process has batch-norm statistics of its own images. Those of the main process are validated and saved."""
+def test_the_validation_scores_of_two_processes_are_those_of_the_saved_detector(files, tmp_path):
+    """Batch-norm statistics differ between processes. The statistics of the main process are validated and saved."""
     flags = detector_arguments(files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE")
-    assert in_two("train_detector.py", flags, tmp_path / "log") == [0, 0]
+    assert run_in_two_processes("train_detector.py", flags, tmp_path / "log") == [0, 0]
     x = torch.stack([load_image(files / kind / f"{i}.png") for kind in ("fake", "real") for i in range(5)])
     labels = torch.arange(10) // 5
     logits = load(tmp_path / "two/last.pth.tar", device="cpu").logits(x)
@@ -500,21 +518,21 @@ def test_two_processes_validate_the_detector_that_they_save(files, tmp_path):
 
 
 @pytest.mark.parametrize("flags", ["--fixed-sr --no-cache", "--mode-sr none --lr 1e-6"])
-def test_a_process_without_a_usable_image_takes_the_step_all_the_same(files, tmp_path, flags):
-    """Batches of two: the damaged image is all that its process has of the second batch."""
+def test_a_process_without_a_usable_image_takes_part_in_the_training_step(files, tmp_path, flags):
+    """In batches of two, each process gets one image. One process gets only the damaged image in the second step."""
     images = Path(shutil.copytree(files, tmp_path / "files"))
     second = [key.index for key in [*EpochBatches(10, 2, seed=123)][1]]
     damage(images / ("real" if second[1] < 5 else "fake") / f"{second[1] % 5}.png")
     flags = detector_arguments(images, tmp_path / "out", f"{flags} --epochs 1 --batch-size 2 --skip-bad")
     log = tmp_path / "log"
-    assert in_two("train_detector.py", flags, log) == [0, 0], log.read_text()
+    assert run_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
     (line,) = stats(tmp_path / "out")
     assert line["left_out"] == 1 and line["loss"] > 0
     assert read(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 5
 
 
-def test_a_process_with_one_usable_image_takes_the_step_all_the_same(tmp_path, write_real_and_fake, files):
-    """Twelve images in batches of four, two for each process. One process has a single image of its first batch."""
+def test_a_process_with_one_usable_image_takes_part_in_the_training_step(tmp_path, write_real_and_fake, files):
+    """In batches of four, each process gets two images. One process has one usable image in the first step."""
     images = tmp_path / "images"
     images.mkdir()
     write_real_and_fake(images, 6, 32)
@@ -523,16 +541,16 @@ def test_a_process_with_one_usable_image_takes_the_step_all_the_same(tmp_path, w
     damage(images / ("real" if first[1] < 6 else "fake") / f"{first[1] % 6}.png")
     flags = detector_arguments(images, tmp_path / "out", "--fixed-sr --no-cache --epochs 1 --skip-bad")
     log = tmp_path / "log"
-    assert in_two("train_detector.py", flags, log) == [0, 0], log.read_text()
+    assert run_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
     (line,) = stats(tmp_path / "out")
     assert line["left_out"] == 2
     assert read(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 3
 
 
-def test_two_processes_stop_together(files, tmp_path):
+def test_both_processes_stop_if_one_training_gets_sigterm(files, tmp_path):
     flags = detector_arguments(files, tmp_path / "out", "--mode-sr none --epochs 3 --batch-size 5 --lr 1e-6 VALIDATE")
     for description in ("epoch", "validation"):
         log = tmp_path / description
         accident = partial(signal_in, description, 1, signal.SIGTERM)
-        codes = in_two("train_detector.py", [*flags, *AUTO], log, accident)
+        codes = run_in_two_processes("train_detector.py", [*flags, *AUTO], log, accident)
         assert codes == [143, 143] and "Traceback" not in log.read_text(), log.read_text()

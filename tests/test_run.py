@@ -1,4 +1,4 @@
-"""The shared runtime: how programs end, files that are written completely or not at all, text, devices, random streams."""
+"""Tests of utils: exit status, signals, complete files, terminal text, random streams, devices and number formats."""
 
 import itertools
 import logging
@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from files import contents, mistake
+from files import contents, user_error
 
 from utils.compute import choose_compute, choose_device
 from utils.console import printable, progress, text_table
@@ -18,7 +18,7 @@ from utils.files import atomic, exclusive_writer, make_folder, remove_unfinished
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 
-# --- how programs end ---------------------------------------------------------------------------------------
+# --- exit status and signals --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -33,7 +33,7 @@ from utils.signals import Stopped, StopSignal
         (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_2(error, words, capfd):
+def test_a_user_error_gives_one_error_line_and_exit_status_2(error, words, capfd):
     def main():
         raise error
 
@@ -42,13 +42,13 @@ def test_a_mistake_is_one_line_and_status_2(error, words, capfd):
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
 
-def test_an_error_of_the_program_itself_is_not_hidden():
+def test_a_programming_error_is_raised_by_run_program():
     with pytest.raises(ZeroDivisionError):
         run_program(lambda: 1 / 0)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_program_stopped_by_a_signal_ends_with_128_plus_its_number(number, capfd):
+def test_a_program_stopped_by_a_signal_exits_with_128_plus_the_signal_number(number, capfd):
     def main():
         with StopSignal() as stop:
             os.kill(os.getpid(), number)
@@ -58,7 +58,7 @@ def test_a_program_stopped_by_a_signal_ends_with_128_plus_its_number(number, cap
     assert "saved" in capfd.readouterr().err.splitlines()[-1]
 
 
-def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
+def test_a_second_ctrl_c_stops_the_program_at_once_and_a_second_sigterm_does_not():
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_stops_at_once_and_a_second_sigterm_does_not():
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_signals_have_their_earlier_effect_after_the_block():
+def test_the_signal_handlers_are_restored_after_a_stop_signal_block():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before
@@ -80,7 +80,7 @@ def test_signals_have_their_earlier_effect_after_the_block():
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_written_completely_or_not_at_all(tmp_path):
+def test_an_atomic_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
     with pytest.raises(KeyError), atomic(path) as file:
@@ -89,7 +89,7 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     assert contents(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
 
 
-def test_a_new_file_has_the_permissions_of_the_umask(tmp_path):
+def test_an_atomic_file_has_the_permissions_of_the_umask(tmp_path):
     mask = os.umask(0o027)
     try:
         write_json(tmp_path / "a.json", {})
@@ -98,7 +98,7 @@ def test_a_new_file_has_the_permissions_of_the_umask(tmp_path):
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
 
 
-def test_a_symbolic_link_stays_a_link(tmp_path):
+def test_an_atomic_write_to_a_symbolic_link_keeps_the_link_and_replaces_its_target(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
     with atomic(tmp_path / "link") as file:
@@ -106,7 +106,7 @@ def test_a_symbolic_link_stays_a_link(tmp_path):
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
 
-def test_only_unfinished_files_of_this_program_are_deleted(tmp_path):
+def test_remove_unfinished_deletes_only_temporary_files_of_the_given_names(tmp_path):
     kept = {".user.tmp", ".user.12.tmp", ".last.pth.12.partial", ".p.csv.0-of-1.part", "last.pth.12.tmp", "last.pth"}
     for name in (*kept, ".last.pth.12.tmp", ".epoch_3.pth.345.tmp"):
         (tmp_path / name).touch()
@@ -117,23 +117,23 @@ def test_only_unfinished_files_of_this_program_are_deleted(tmp_path):
     assert set(os.listdir(tmp_path)) == kept
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+def test_the_error_for_a_folder_that_cannot_be_created_names_the_folder(tmp_path):
     (tmp_path / "file").touch()
-    with mistake("cannot write", "below"):
+    with user_error("cannot write", "below"):
         make_folder(tmp_path / "file" / "below")
 
 
 @pytest.mark.parametrize("content", [b"", b"pid 12\n", None])
-def test_a_lock_file_of_another_program_is_refused_and_unchanged(tmp_path, content):
+def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_path, content):
     path = tmp_path / ".lock"
     path.mkdir() if content is None else path.write_bytes(content)
     before = contents(tmp_path)
-    with mistake(".lock", "not a lock file"), exclusive_writer(path, World()):
+    with user_error(".lock", "not a lock file"), exclusive_writer(path, World()):
         pass
     assert contents(tmp_path) == before
 
 
-def test_a_lock_file_is_there_during_the_block_only(tmp_path):
+def test_a_lock_file_exists_only_during_its_block(tmp_path):
     for _ in range(2):
         with exclusive_writer(tmp_path / ".lock", World()):
             assert (tmp_path / ".lock").exists()
@@ -143,7 +143,7 @@ def test_a_lock_file_is_there_during_the_block_only(tmp_path):
 # --- text ---------------------------------------------------------------------------------------------------
 
 
-def test_without_a_terminal_progress_is_a_log_line_now_and_then(monkeypatch, caplog):
+def test_without_a_terminal_progress_is_logged_at_intervals(monkeypatch, caplog):
     monkeypatch.setattr("utils.console.LOG_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     for _ in progress(range(12), "epoch 3"):
@@ -156,7 +156,7 @@ def test_without_a_terminal_progress_is_a_log_line_now_and_then(monkeypatch, cap
     assert "scoring: 200 of 900" in caplog.messages[-1]
 
 
-def test_names_and_tables_fit_any_terminal():
+def test_control_characters_are_escaped_and_text_tables_are_aligned():
     assert printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
     assert text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
 
@@ -164,7 +164,7 @@ def test_names_and_tables_fit_any_terminal():
 # --- random streams, device and number format ---------------------------------------------------------------
 
 
-def test_each_key_has_random_numbers_of_its_own():
+def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_ones():
     draws = {seeded_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
     assert len(draws) == 27
     assert seeded_generator(1, 2).random() == seeded_generator(1, 2).random()
@@ -173,14 +173,14 @@ def test_each_key_has_random_numbers_of_its_own():
 
 @pytest.fixture
 def restore_switches():
-    """Set PyTorch's global switches back to the defaults after the test."""
+    """Set the global settings of PyTorch back to the defaults after the test."""
     yield
     choose_compute("cpu", "auto", deterministic=False, seed=0)
 
 
 @pytest.mark.usefixtures("restore_switches")
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_the_switches_of_pytorch_are_set_as_the_options_say(deterministic):
+def test_choose_compute_sets_the_deterministic_settings_of_pytorch(deterministic):
     compute = choose_compute("cpu", "auto", deterministic, seed=1)
     assert str(compute) == "fp32 on cpu" and torch.initial_seed() == 1
     assert torch.are_deterministic_algorithms_enabled() == deterministic
@@ -189,25 +189,25 @@ def test_the_switches_of_pytorch_are_set_as_the_options_say(deterministic):
     assert not torch.backends.cudnn.allow_tf32
 
 
-def test_images_become_float_in_channels_last_order():
+def test_compute_converts_uint8_images_to_float_in_channels_last_order():
     x = choose_compute("cpu", "fp32", False).input(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
     assert x.dtype == torch.float32 and x.max() == 1
     assert x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_networks_compute_in_the_chosen_format():
+def test_autocast_computes_matrix_products_in_bfloat16_if_bf16_is_chosen():
     with choose_compute("cpu", "bf16", False).autocast():
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("precision", ["tf32", "float16"])
-def test_a_format_that_the_device_lacks_is_refused(precision):
-    with mistake(precision):
+def test_a_precision_that_the_cpu_does_not_support_is_refused(precision):
+    with user_error(precision):
         choose_compute("cpu", precision, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_a_number_means_the_cpu_after_one_warning(caplog):
+def test_without_a_gpu_a_gpu_number_means_the_cpu_and_gives_one_warning(caplog):
     for gpu in ("0", 3, None, "cpu", torch.device("cpu")):
         assert choose_device(gpu) == torch.device("cpu")
     warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
@@ -215,8 +215,8 @@ def test_without_a_gpu_a_number_means_the_cpu_after_one_warning(caplog):
 
 
 @pytest.mark.parametrize("name", ["cuda:99", torch.device("cuda", 99), "gpu", "1.5"])
-def test_a_device_that_is_not_there_is_one_line(name):
-    with mistake("GPU"):
+def test_a_device_that_does_not_exist_is_refused_in_one_line(name):
+    with user_error("GPU"):
         choose_device(name)
 
 
@@ -224,7 +224,7 @@ def test_a_device_that_is_not_there_is_one_line(name):
     ("gpu", "number"),
     [(None, 1), ("0", 1), ("cuda", 1), (0, 0), ("cuda:0", 0), (torch.device("cuda", 2), 2), (torch.device("cuda"), 1)],
 )
-def test_a_process_uses_the_gpu_of_its_number_unless_another_is_named(monkeypatch, gpu, number):
+def test_a_process_uses_the_gpu_of_its_local_rank_unless_a_gpu_number_is_given(monkeypatch, gpu, number):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     chosen = []
@@ -235,8 +235,8 @@ def test_a_process_uses_the_gpu_of_its_number_unless_another_is_named(monkeypatc
 
 
 @pytest.mark.parametrize("gpu", ["3", 3, "cuda:3", -1])
-def test_a_gpu_number_beyond_those_of_the_machine_is_refused(monkeypatch, gpu):
+def test_a_gpu_number_larger_than_the_number_of_gpus_is_refused(monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with mistake("GPU"):
+    with user_error("GPU"):
         choose_device(gpu)

@@ -1,4 +1,7 @@
-"""The folder of a run: a training replaces and deletes only files that an earlier run in that folder has written."""
+"""Tests of the output folder of a training. A training replaces and deletes only files that its record names.
+
+The record is a JSON file in the output folder that names every file which a training has written there.
+"""
 
 import errno
 import json
@@ -10,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import contents, damage, mistake
+from files import contents, damage, user_error
 from processes import finish, kill_in_save, signal_in, start
 from trainings import detector_arguments, read, sr_arguments, stats, train
 
@@ -24,7 +27,7 @@ FLAGS = "--fixed-sr --epochs 1 --no-cache"
 
 @pytest.fixture(scope="module")
 def trained(files, tmp_path_factory, small_classifier):
-    """Return a folder with a finished run of train_detector.py, whose first epoch is the best."""
+    """Return the output folder of a finished run of train_detector.py with one epoch."""
     folder = tmp_path_factory.mktemp("trained")
     train(detector_arguments(files, folder, f"{FLAGS} VALIDATE"))
     assert {"best.pth.tar", "last.pth.tar", "0001.pth.tar", "0001_sr.pth.tar"} <= set(os.listdir(folder))
@@ -33,15 +36,15 @@ def trained(files, tmp_path_factory, small_classifier):
 
 @pytest.fixture
 def copy(trained, tmp_path):
-    """Return a copy of that folder."""
+    """Return a copy of the output folder of a finished run."""
     return Path(shutil.copytree(trained, tmp_path / "out"))
 
 
-# --- files of others ----------------------------------------------------------------------------------------
+# --- files that no training has written ---------------------------------------------------------------------
 
 
 def write_foreign_files(folder):
-    """Write files of a user: some with names that no run uses, some that look temporary."""
+    """Write files of a user into a folder. No training writes files with these names, but some look temporary."""
     folder.mkdir(exist_ok=True)
     (folder / ".notes.tmp").write_text("mine")
     (folder / ".notes.12.tmp").write_text("mine, too")
@@ -63,8 +66,10 @@ FOREIGN = [
 
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("flags", ["", "--overwrite", "--resume auto"])
-def test_a_file_that_no_run_has_recorded_is_refused_and_unchanged(files, tmp_path, monkeypatch, name, flags):
-    """Even with --overwrite, and if the output folder is the current folder."""
+def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_record(
+    files, tmp_path, monkeypatch, name, flags
+):
+    """The output folder is the current folder. The file is refused even with --overwrite."""
     if name == "last.pth.tar" and "auto" in flags:
         pytest.skip("this is the file to resume")
     write_foreign_files(tmp_path)
@@ -75,32 +80,32 @@ def test_a_file_that_no_run_has_recorded_is_refused_and_unchanged(files, tmp_pat
         (tmp_path / name).write_text("{}")
     before = contents(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with mistake(name, "not recorded"):
+    with user_error(name, "not recorded"):
         train(detector_arguments(files, ".", f"{FLAGS} {flags}"))
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["epoch_2.pth", "best.pth", "config.json", "stats.jsonl"])
-def test_train_sr_refuses_files_that_no_run_has_recorded(files, tmp_path, name):
+def test_train_sr_refuses_and_keeps_an_output_file_that_is_not_in_the_record(files, tmp_path, name):
     write_foreign_files(tmp_path / "x2")
     torch.save(RDN(2).state_dict(), tmp_path / "x2" / name)
     before = contents(tmp_path)
-    with mistake(name, "not recorded"):
+    with user_error(name, "not recorded"):
         train(sr_arguments(files, tmp_path, "--num-epochs 1 --vgg-lambda 0 --overwrite"))
     assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", "not JSON", '{"format": "another", "files": ["stats.jsonl"]}'])
-def test_only_a_record_of_this_project_counts(files, tmp_path, record):
+def test_an_output_folder_whose_record_has_another_format_is_refused_and_unchanged(files, tmp_path, record):
     (tmp_path / RECORD).write_text(record)
     (tmp_path / STATS).write_text("1\n")
     before = contents(tmp_path)
-    with mistake(RECORD, "not recorded"):
+    with user_error(RECORD, "not recorded"):
         train(detector_arguments(files, tmp_path, f"{FLAGS} --overwrite"))
     assert contents(tmp_path) == before
 
 
-def test_other_files_in_the_folder_stay_as_they_are(files, tmp_path):
+def test_files_of_the_user_with_other_names_are_not_changed(files, tmp_path):
     write_foreign_files(tmp_path)
     before = contents(tmp_path)
     for flags in ("", "--overwrite", "--resume auto --epochs 2"):
@@ -109,24 +114,24 @@ def test_other_files_in_the_folder_stay_as_they_are(files, tmp_path):
         assert {name: after.get(name) for name in before} == before
 
 
-def test_a_file_of_a_user_beside_a_recorded_run_is_not_replaced(files, copy):
-    """The run would write it in its third epoch."""
+def test_a_resumed_run_does_not_replace_a_file_of_the_user(files, copy):
+    """The resumed run would write 0003.pth.tar after the third epoch."""
     (copy / "0003.pth.tar").write_text("mine")
     before = contents(copy)
-    with mistake("0003.pth.tar", "not recorded"):
+    with user_error("0003.pth.tar", "not recorded"):
         train(detector_arguments(files, copy, "--fixed-sr --epochs 3 --no-cache --resume auto"))
     assert contents(copy) == before
 
 
-def test_a_run_of_the_other_trainer_is_not_replaced(files, tmp_path):
+def test_train_detector_does_not_replace_a_run_of_train_sr(files, tmp_path):
     train(sr_arguments(files, tmp_path, "--num-epochs 1 --vgg-lambda 0"))
     before = contents(tmp_path)
-    with mistake("another program"):
+    with user_error("another program"):
         train(detector_arguments(files, tmp_path / "x2", f"{FLAGS} --overwrite"))
     assert contents(tmp_path) == before
 
 
-def test_the_record_names_every_file_that_the_run_has_written(files, tmp_path):
+def test_the_record_names_every_file_that_a_training_has_written(files, tmp_path):
     train(detector_arguments(files, tmp_path, "--fixed-sr --epochs 3 --save-every-epoch 1 --keep-last 1 VALIDATE"))
     record = json.loads((tmp_path / RECORD).read_text())
     assert record["format"] == RECORD_FORMAT and record["settings"]["epochs"] == 3
@@ -134,11 +139,11 @@ def test_the_record_names_every_file_that_the_run_has_written(files, tmp_path):
     assert {"0003.pth.tar", EVENTS} < {*record["files"]}
 
 
-# --- the file that a run starts from ------------------------------------------------------------------------
+# --- files of an earlier run in the output folder -----------------------------------------------------------
 
 
-def break_an_image(files, tmp_path):
-    """Return a copy of the images in which one cannot be decoded."""
+def copy_with_damaged_images(files, tmp_path):
+    """Return a copy of the images in which no real image can be decoded."""
     images = Path(shutil.copytree(files, tmp_path / "images"))
     for path in (images / "real").iterdir():
         damage(path)
@@ -147,8 +152,10 @@ def break_an_image(files, tmp_path):
 
 @pytest.mark.parametrize("accident", ["unreadable image", "infinite loss", "kill -9", "full disk"])
 @pytest.mark.parametrize("init", ["best.pth.tar", "0001.pth.tar"])
-def test_the_earlier_run_is_there_until_a_state_of_the_new_run_is(files, copy, tmp_path, monkeypatch, accident, init):
-    """train_detector.py --init OUT/best.pth.tar --output-path OUT --overwrite, and the run fails in its first step."""
+def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_state(
+    files, copy, tmp_path, monkeypatch, accident, init
+):
+    """The new run starts from a file of the earlier run with --init and --overwrite, and fails in its first step."""
     before = {name: data for name, data in contents(copy).items() if name != RECORD}
     arguments = detector_arguments(files, copy, f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copy / init}")
     if accident == "kill -9":
@@ -156,13 +163,13 @@ def test_the_earlier_run_is_there_until_a_state_of_the_new_run_is(files, copy, t
         process = start("train_detector.py", arguments, log, partial(signal_in, "epoch", 1, signal.SIGKILL))
         assert finish(process) == -signal.SIGKILL, log.read_text()
     elif accident == "infinite loss":
-        with mistake("not finite"):
+        with user_error("not finite"):
             train([*arguments, "--lr", "1e30", "--epochs", "9"])
     elif accident == "unreadable image":
         arguments = detector_arguments(
-            break_an_image(files, tmp_path), copy, f"{FLAGS} --overwrite --init {copy / init}"
+            copy_with_damaged_images(files, tmp_path), copy, f"{FLAGS} --overwrite --init {copy / init}"
         )
-        with mistake("--skip-bad"):
+        with user_error("--skip-bad"):
             train(arguments)
     else:
         with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space"):
@@ -172,19 +179,19 @@ def test_the_earlier_run_is_there_until_a_state_of_the_new_run_is(files, copy, t
     assert {name: after.get(name) for name in before} == before
     train(detector_arguments(files, copy, f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copy / init}"))
     assert read(copy / "last.pth.tar")["progress"]["epoch"] == 1
-    assert "val_auroc" not in stats(copy)[0]  # the earlier run has validated
+    assert "val_auroc" not in stats(copy)[0]  # only the earlier run has validation images
     assert not set(before) & {name for name in contents(copy) if "tfevents" in name}
 
 
-def test_train_sr_keeps_the_weights_that_it_starts_from(files, tmp_path):
-    """train_sr.py --weights-file OUT/x2/best.pth --outputs-dir OUT --overwrite, and the first image cannot be read."""
+def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_state(files, tmp_path):
+    """The new run starts from best.pth of the earlier run with --overwrite, and fails because no image can be read."""
     out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
     train(sr_arguments(files, out, f"{flags} 2"))
     before = {name: data for name, data in contents(out / "x2").items() if name.endswith(".pth")}
     assert {"best.pth", "last.pth", "epoch_1.pth"} <= before.keys()
     again = f"{flags} 1 --overwrite --weights-file {out}/x2/best.pth"
-    with mistake("--skip-bad"):
-        train(sr_arguments(break_an_image(files, tmp_path), out, again))
+    with user_error("--skip-bad"):
+        train(sr_arguments(copy_with_damaged_images(files, tmp_path), out, again))
     after = contents(out / "x2")
     assert {name: after.get(name) for name in before} == before
     train(sr_arguments(files, out, again))
@@ -195,8 +202,8 @@ def fail_to_save(content, file):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_the_earlier_run_is_deleted_once_a_state_of_the_new_run_is_on_disk(files, copy, tmp_path):
-    """A run that is killed in its second save has removed the files of the earlier run after its first."""
+def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_state(files, copy, tmp_path):
+    """The new run is killed in its second save. Its first save has removed the files of the earlier run."""
     arguments = detector_arguments(files, copy, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0")
     log = tmp_path / "log"
     assert finish(start("train_detector.py", arguments, log, partial(kill_in_save, 2))) == -signal.SIGKILL
@@ -207,7 +214,7 @@ def test_the_earlier_run_is_deleted_once_a_state_of_the_new_run_is_on_disk(files
 
 
 def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(files, copy, tmp_path):
-    """Neither without --overwrite nor with it, whether the run starts from it or not."""
+    """The checkpoint is kept with and without --overwrite, and if the run starts from it."""
     released = {key: value for key, value in read(copy / "0001.pth.tar").items() if key in ("arch", "state_dict")}
     folder = tmp_path / "downloaded"
     folder.mkdir()
@@ -216,14 +223,14 @@ def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(files, copy
     before = contents(folder)
     weights = f"--init {folder}/0020.pth.tar --sr-weights-file {folder}/0020_sr.pth.tar"
     for flags in ("", "--overwrite", f"--overwrite {weights}", f"{weights} --resume auto"):
-        with mistake("0020", "not recorded"):
+        with user_error("0020", "not recorded"):
             train(detector_arguments(files, folder, f"{FLAGS} {flags}"))
         assert contents(folder) == before
 
 
-def test_a_folder_with_a_run_is_refused_without_overwrite(files, copy):
+def test_an_output_folder_with_a_run_is_refused_without_resume_or_overwrite(files, copy):
     before = contents(copy)
-    with mistake("holds a run already", "--resume auto", "--overwrite"):
+    with user_error("holds a run already", "--resume auto", "--overwrite"):
         train(detector_arguments(files, copy, FLAGS))
     assert contents(copy) == before
 

@@ -1,11 +1,14 @@
-"""The score table while it is written: by several processes, in several starts, with torn rows and changed files."""
+"""Tests of ScoreWriter, which appends rows to part files and joins the part files into a score table.
+
+A program that is started again keeps the rows of earlier starts.
+"""
 
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from files import mistake, touch
+from files import touch, user_error
 
 from data.lists import Item
 from evaluation.score_table import Row, make_rows, read_table
@@ -23,7 +26,7 @@ def items(tmp_path):
 
 
 def rows_of(items, indices, add=0.0):
-    """Make rows whose logit_fake is the index of the image plus `add`."""
+    """Return a dict from image index to a row whose logit_fake is the index plus `add`."""
     rows = make_rows([items[i] for i in indices], [[i + add, 0] for i in indices])
     return dict(zip(indices, rows, strict=True))
 
@@ -48,8 +51,8 @@ def logits_in(folder) -> list[float]:
     return read_table(folder / "p.csv").logits[:, 0].tolist()
 
 
-def test_several_starts_make_one_table(tmp_path, items):
-    touch(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # of other tables
+def test_rows_written_in_three_starts_are_joined_into_one_table(tmp_path, items):
+    touch(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # part files of other tables
     first = open_writer(tmp_path, items)
     assert first.missing(1).tolist() == list(range(COUNT))
     first.write(rows_of(items, [0, 3]))
@@ -61,13 +64,13 @@ def test_several_starts_make_one_table(tmp_path, items):
     third.write(rows_of(items, [5, 6]))
     third.close()
     assert logits_in(tmp_path) == list(range(COUNT))
-    open_writer(tmp_path, items).close()  # a start that was killed before P.json was written loses nothing
+    open_writer(tmp_path, items).close()  # the table is kept if a program is killed before it writes P.json
     finish(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]
 
 
-def test_a_finished_table_is_kept_unless_overwritten(tmp_path, items):
+def test_a_finished_table_is_kept_without_overwrite_and_scored_again_with_overwrite(tmp_path, items):
     writer = open_writer(tmp_path, items)
     writer.write(rows_of(items, range(COUNT)))
     finish(writer)
@@ -81,29 +84,29 @@ def test_a_finished_table_is_kept_unless_overwritten(tmp_path, items):
     assert other_job.identity != again.identity
 
 
-def test_images_that_lack_a_picture_are_scored_again(tmp_path, items):
+def test_scored_images_without_a_required_picture_are_scored_again(tmp_path, items):
     writer = open_writer(tmp_path, items)
     writer.write(rows_of(items, range(COUNT - 1)) | {COUNT - 1: Row(items[-1].path, error="unreadable")})
     finish(writer)
     lacks_picture = np.isin(np.arange(COUNT), [2, 5, COUNT - 1])
     again = new_writer(tmp_path, items)
     assert again.open(overwrite=False, required=lacks_picture)
-    assert again.missing(1).tolist() == [2, 5]  # an image that cannot be read never gets a picture
+    assert again.missing(1).tolist() == [2, 5]  # the unreadable last image cannot get a picture
     again.write(rows_of(items, [2, 5]))
     finish(again)
     assert not new_writer(tmp_path, items).open(overwrite=False)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, 10_000])
-def test_torn_rows_do_not_count(tmp_path, items, lost):
+def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, items, lost):
     writer = open_writer(tmp_path, items)
     writer.write(rows_of(items, [0, 1]))
     writer.write(rows_of(items, [2, 3]))
     part = tmp_path / "p.csv.0.part"
     content = part.read_bytes()
     if lost == 10_000:
-        lost = len(content) - content.index(b"\n") - 1  # all but the first line
-    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a disk that lost power may leave zeros
+        lost = len(content) - content.index(b"\n") - 1  # remove everything after the first line
+    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure may leave zeros in a file
     again = open_writer(tmp_path, items)
     missing = again.missing(1).tolist()
     assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))
@@ -112,7 +115,7 @@ def test_torn_rows_do_not_count(tmp_path, items, lost):
     assert logits_in(tmp_path) == list(range(COUNT))
 
 
-def test_rows_of_changed_files_do_not_count(tmp_path, items):
+def test_images_that_have_changed_are_scored_again(tmp_path, items):
     writer = open_writer(tmp_path, items)
     writer.write(rows_of(items, range(COUNT)))
     Path(items[2].path).write_bytes(b"other")
@@ -120,7 +123,7 @@ def test_rows_of_changed_files_do_not_count(tmp_path, items):
     again = open_writer(tmp_path, items)
     assert again.missing(1).tolist() == [2, 5]
     again.write(rows_of(items, [2], add=0.5))
-    with mistake("5.png has no row"):
+    with user_error("5.png has no row"):
         again.close()
     last = open_writer(tmp_path, items)
     last.write(rows_of(items, [5], add=0.5))
@@ -128,11 +131,11 @@ def test_rows_of_changed_files_do_not_count(tmp_path, items):
     assert logits_in(tmp_path) == [0, 1, 2.5, 3, 4, 5.5, 6]
 
 
-def test_parts_of_another_job_are_refused_and_kept(tmp_path, items):
+def test_part_files_of_a_run_with_other_settings_are_refused_and_kept(tmp_path, items):
     open_writer(tmp_path, items, {"seed": 1, "crops": 9}).write(rows_of(items, [0]))
     before = (tmp_path / "p.csv.0.part").read_bytes()
     other = {"seed": 2, "crops": 9}
-    with mistake("seed", "--overwrite"):
+    with user_error("seed", "--overwrite"):
         new_writer(tmp_path, items, other).open(overwrite=False)
     assert (tmp_path / "p.csv.0.part").read_bytes() == before
     writer = new_writer(tmp_path, items, other)
@@ -141,21 +144,21 @@ def test_parts_of_another_job_are_refused_and_kept(tmp_path, items):
     assert [path.name for path in tmp_path.glob("p.csv.*")] == ["p.csv.1.part"]
 
 
-def test_a_file_that_only_has_the_name_of_a_part_is_refused(tmp_path, items):
+def test_a_file_of_the_user_with_the_name_of_a_part_file_is_refused_and_kept(tmp_path, items):
     (tmp_path / "p.csv.0.part").write_text("mine")
-    with mistake("p.csv.0.part"):
+    with user_error("p.csv.0.part"):
         new_writer(tmp_path, items).open(overwrite=False)
     assert (tmp_path / "p.csv.0.part").read_text() == "mine"
 
 
-def test_processes_score_alternate_blocks_of_the_list(tmp_path, items):
+def test_two_processes_score_alternate_blocks_of_the_image_list(tmp_path, items):
     writers = [new_writer(tmp_path, items, world=World(rank, 2)) for rank in range(2)]
     assert [writer.missing(2).tolist() for writer in writers] == [[0, 1, 4, 5], [2, 3, 6]]
     writers[1].done[2] = True
     assert writers[1].missing(2).tolist() == [3, 6]
 
 
-def test_the_same_image_twice_in_a_list_has_two_rows(tmp_path, items):
+def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, items):
     items = [*items, items[0]._replace(label=None, generator="other")]
     writer = open_writer(tmp_path, items)
     writer.write(rows_of(items, range(len(items) - 1)))

@@ -1,10 +1,10 @@
-"""Score tables: what is read is what was written, and errors name the file and the line."""
+"""Tests of score tables: reading returns the written values, and errors name the file and the line."""
 
 import csv
 
 import numpy as np
 import pytest
-from files import mistake
+from files import user_error
 
 from evaluation.calibration import check_calibration, probabilities_and_verdicts
 from evaluation.score_table import (
@@ -22,16 +22,17 @@ from utils.labels import FAKE, REAL
 HEADER = ",".join(COLUMNS)
 NAMES = [
     "plain.png", "with space .png", " leading and trailing ", "a,b;c.png", 'quo"te.png', '"', "new\nline.png", "\n",
-    "carriage\rreturn", "\r\n", "=1+1.png", "@a", "'quoted'", "naïve/é/雪.png", "\udcff\udcfe.png", "\ufeffmark", "real", ",",
+    "carriage\rreturn", "\r\n", "=1+1.png", "@a", "'quoted'", "naïve/é/雪.png", "\udcff\udcfe.png", "\ufeffmark", "real",
+    ",",
     "C:\\new\\table", "x" * 200_000,
 ]  # fmt: skip
 
 
-def test_the_columns_are_those_that_other_programs_read():
+def test_a_score_table_has_the_documented_columns():
     assert HEADER == "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error"
 
 
-def test_any_file_name_is_read_as_it_was_written(tmp_path):
+def test_a_score_table_keeps_any_file_name_unchanged(tmp_path):
     rows = [Row(name, "fake", name, 1.5, -0.25, 0.75, "fake") for name in NAMES]
     write_table(tmp_path / "s.csv", rows)
     assert list(read_rows(tmp_path / "s.csv")) == rows
@@ -39,7 +40,7 @@ def test_any_file_name_is_read_as_it_was_written(tmp_path):
         assert [cells[0] for cells in csv.reader(file)] == ["path", *NAMES]
 
 
-def test_float32_logits_are_read_bit_by_bit(tmp_path):
+def test_a_score_table_keeps_float32_logits_bit_for_bit(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**32, size=4000, dtype=np.uint32)
     logits = bits.view(np.float32)
     logits = logits[np.isfinite(logits)][:3000].reshape(-1, 2)
@@ -52,7 +53,7 @@ def test_float32_logits_are_read_bit_by_bit(tmp_path):
     assert table.predictions == verdicts
 
 
-def test_probabilities_are_the_softmax_and_the_larger_logit_decides():
+def test_the_probability_is_the_softmax_and_the_verdict_follows_the_larger_logit():
     logits = np.log([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.4, 0.6]])
     prob_fake, verdicts = probabilities_and_verdicts(logits)
     np.testing.assert_allclose(prob_fake, [0.9, 0.2, 0.5, 0.4])
@@ -61,11 +62,11 @@ def test_probabilities_are_the_softmax_and_the_larger_logit_decides():
     np.testing.assert_allclose(extreme, [1, 0, np.exp(-300)], rtol=1e-12)
 
 
-def test_a_calibration_divides_the_logits_and_leaves_some_images_unsure():
+def test_a_calibration_divides_the_logits_by_the_temperature_and_adds_the_verdict_unsure():
     logits = np.log([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.4, 0.6]])
     calibration = {"temperature": 1.0, "t_real": 0.2 + 1e-9, "t_fake": 0.9 - 1e-9, "source": "val.csv"}
     assert probabilities_and_verdicts(logits, calibration)[1] == ["fake", "real", "unsure", "unsure"]
-    # A temperature of 2 takes the square root of the odds: 9 becomes 3, and 1/4 becomes 1/2
+    # A temperature of 2 replaces the odds by their square roots: 9 becomes 3, and 1/4 becomes 1/2
     prob_fake, _ = probabilities_and_verdicts(logits[:2], {"temperature": 2.0})
     np.testing.assert_allclose(prob_fake, [3 / 4, 1 / 3])
 
@@ -74,22 +75,23 @@ def test_a_calibration_divides_the_logits_and_leaves_some_images_unsure():
     "damage",
     [
         {"temperature": -1.0}, {"temperature": 0}, {"temperature": float("nan")}, {"temperature": float("inf")},
-        {"temperature": "warm"}, {"temperature": None}, {"t_fake": 1.5}, {"t_real": -0.1}, {"t_real": 0.9}, {"t_real": []},
+        {"temperature": "warm"}, {"temperature": None}, {"t_fake": 1.5}, {"t_real": -0.1}, {"t_real": 0.9},
+        {"t_real": []},
     ],
 )  # fmt: skip
-def test_an_impossible_calibration_is_refused(damage):
+def test_a_calibration_with_an_impossible_value_is_refused(damage):
     valid = {"temperature": 1.5, "t_real": 0.4, "t_fake": 0.6, "source": "val.csv"}
     assert check_calibration(valid, "d.pth") == valid
     assert check_calibration(None, "d.pth") == {}
-    with mistake("d.pth", "calibration"):
+    with user_error("d.pth", "calibration"):
         check_calibration({**valid, **damage}, "d.pth")
-    with mistake("d.pth", "calibration"):
+    with user_error("d.pth", "calibration"):
         check_calibration({"temperature": 1.0}, "d.pth")
-    with mistake("d.pth", "calibration"):
+    with user_error("d.pth", "calibration"):
         check_calibration([1.0, 0.4, 0.6], "d.pth")
 
 
-def test_a_table_has_its_columns_as_arrays(tmp_path):
+def test_read_table_returns_the_columns_of_a_score_table_as_arrays(tmp_path):
     items = [("r.png", REAL, ""), ("f.png", FAKE, "gan"), ("u.png", None, "")]
     rows = make_rows(items, [[0, 2], [3, 1], [0, 0]])
     rows.append(Row("bad.png", "fake", "gan", error="truncated file"))
@@ -116,7 +118,7 @@ def test_logits_that_are_not_finite_make_an_error_row(bad):
     assert "not finite" in row.error and row.prob_fake is None and row.prediction == ""
 
 
-def test_columns_may_be_in_any_order_and_others_are_ignored(tmp_path):
+def test_the_columns_of_a_score_table_may_have_any_order_and_unknown_columns_are_ignored(tmp_path):
     (tmp_path / "s.csv").write_text(
         "\ufeffpath,note,prob_fake,label,logit_real,logit_fake,generator,prediction\na.png,hm,0.5,real,1,1,,fake\n\n",
         encoding="utf-8",
@@ -141,25 +143,25 @@ def test_columns_may_be_in_any_order_and_others_are_ignored(tmp_path):
         (f'{HEADER}\n"a.png,real,,1,2,0.3,real,\n\n', 2, ""),
     ],
 )
-def test_errors_name_the_file_the_line_and_what_was_found(tmp_path, text, line, reason):
+def test_the_error_for_a_wrong_score_table_names_the_file_the_line_and_the_wrong_value(tmp_path, text, line, reason):
     (tmp_path / "s.csv").write_text(text)
-    with mistake(f"{tmp_path}/s.csv, line {line}: ", reason):
+    with user_error(f"{tmp_path}/s.csv, line {line}: ", reason):
         read_table(tmp_path / "s.csv")
 
 
 @pytest.mark.parametrize("name", ["absent.csv", ".", "empty.csv", "binary.csv"])
-def test_a_file_that_is_no_table_is_one_line(tmp_path, name):
+def test_a_file_that_is_not_a_score_table_is_refused_in_one_line(tmp_path, name):
     (tmp_path / "empty.csv").write_text(HEADER + "\n")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
-    with mistake(str(tmp_path / name)):
+    with user_error(str(tmp_path / name)):
         read_table(tmp_path / name)
 
 
-def test_a_missing_record_is_empty_and_a_broken_one_is_an_error(tmp_path):
+def test_read_record_returns_an_empty_dict_for_a_missing_file_and_refuses_a_broken_one(tmp_path):
     assert read_record(tmp_path / "s.csv") == {}
     for broken in ("{", "[1]", "\xff"):
         (tmp_path / "s.json").write_text(broken, encoding="latin-1")
-        with mistake("s.json"):
+        with user_error("s.json"):
             read_record(tmp_path / "s.csv")
 
 
@@ -167,5 +169,5 @@ def test_a_missing_record_is_empty_and_a_broken_one_is_an_error(tmp_path):
     ("image", "picture"),
     [("a/b.png", "a/b.png"), ("/a/b.jpg", "a/b.jpg"), ("../../a/./b.png", "__/__/a/b.png"), ("a/../b.png", "b.png")],
 )
-def test_residual_pictures_are_inside_their_folder(image, picture):
+def test_the_path_of_a_residual_picture_is_inside_the_given_folder(image, picture):
     assert str(residual_path("out", image)) == f"out/{picture}.residual.png"

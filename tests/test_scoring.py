@@ -1,4 +1,4 @@
-"""test.py as a user runs it: the released logits, the files it writes, stopped runs, and several processes."""
+"""Tests of test.py: the released logits, the written files, stopped runs, several processes, and wrong arguments."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from scorings import (
     GOLDEN,
     IMAGES,
     arguments,
+    error_line,
     files_in,
-    mistake,
     rows_of,
     score,
     write_detector,
@@ -41,20 +41,20 @@ def release(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory, small_classifier):
+def detector_file(tmp_path_factory, small_classifier):
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 
 @pytest.fixture(scope="module")
-def some(tmp_path_factory):
+def image_folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("some"))
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, some, tmp_path_factory):
-    """Score without interruption in one process, in batches of at most 2. Returns the path P of the results."""
+def uninterrupted_results(detector_file, image_folder, tmp_path_factory):
+    """Score the images in one process without interruption. Returns the value of --save_path."""
     path = tmp_path_factory.mktemp("whole") / "p"
-    assert score(*arguments(tiny, some, path)) == 0
+    assert score(*arguments(detector_file, image_folder, path)) == 0
     return path
 
 
@@ -62,7 +62,9 @@ def whole(tiny, some, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("classifier", "dilated"), [("pixel", 0), ("pixel", 1), ("stage5", 0)])
-def test_released_checkpoints_and_flags_give_the_released_logits(release, tmp_path, capfd, classifier, dilated):
+def test_released_checkpoints_with_the_released_flags_give_the_released_logits(
+    release, tmp_path, capfd, classifier, dilated
+):
     stage = 5 if classifier == "stage5" else 0
     rdn = "sr_module.pth.tar" if dilated else "sr_bare.pth"
     released = f"""--gpu cpu -a resnet50 --sr-scale 4 --sr-num-features 64 --sr-growth-rate 64 --sr-num-blocks 16
@@ -82,14 +84,14 @@ def test_released_checkpoints_and_flags_give_the_released_logits(release, tmp_pa
     assert ("DILATED" in err) == dilated
 
 
-# --- what is written ------------------------------------------------------------------------------------------
+# --- files that test.py writes --------------------------------------------------------------------------------
 
 
-def test_labelled_images_give_four_files(tiny, tmp_path, capfd):
+def test_scoring_labelled_images_writes_a_csv_a_json_an_npy_and_a_png_file(detector_file, tmp_path, capfd):
     for key, name in enumerate("reals/d reals/a/2 reals/a/10 reals/B progan/3 progan/1 stylegan/0/3".split()):
         write_image(tmp_path / f"{name}.png", key)
     roots = ["--data-root-pos", tmp_path / "reals", "--data-root-neg", tmp_path / "progan", tmp_path / "stylegan"]
-    assert score("--gpu", "cpu", "-j", 0, "--resume", tiny, *roots, "--save_path", f"{tmp_path}/out/p/") == 0
+    assert score("--gpu", "cpu", "-j", 0, "--resume", detector_file, *roots, "--save_path", f"{tmp_path}/out/p/") == 0
     assert files_in(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
     rows = rows_of(tmp_path / "out" / "p.csv")
     assert tuple(rows[0]) == COLUMNS
@@ -113,11 +115,14 @@ def test_labelled_images_give_four_files(tiny, tmp_path, capfd):
     assert "stylegan" in capfd.readouterr().out
 
 
-def test_inputs_without_labels_give_a_table_on_the_screen(tiny, tmp_path, monkeypatch, capfd):
+def test_scoring_unlabelled_images_prints_a_table_and_writes_no_figure(detector_file, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     for key, name in enumerate(["=cmd.png", "photos/2.png", "photos/1.jpg"]):
         write_image(name, key)
-    assert score("--gpu", "cpu", "-j", 2, "--resume", tiny, "--save_path", "s", "--input", "=cmd.png", "photos") == 0
+    assert (
+        score("--gpu", "cpu", "-j", 2, "--resume", detector_file, "--save_path", "s", "--input", "=cmd.png", "photos")
+        == 0
+    )
     out = capfd.readouterr().out
     rows = rows_of("s.csv")
     assert [row["path"] for row in rows] == ["=cmd.png", "photos/1.jpg", "photos/2.png"]
@@ -127,23 +132,23 @@ def test_inputs_without_labels_give_a_table_on_the_screen(tiny, tmp_path, monkey
     assert not Path("s.png").exists()
 
 
-def test_without_a_save_path_nothing_is_written(tiny, tmp_path):
+def test_test_py_writes_no_files_without_a_save_path(detector_file, tmp_path):
     image = write_image(tmp_path / "größe\n.png", 0)
-    flags = ["--gpu", "cpu", "-j", "0", "--resume", str(tiny), "--input", str(image)]
+    flags = ["--gpu", "cpu", "-j", "0", "--resume", str(detector_file), "--input", str(image)]
     process = start("test.py", flags, tmp_path / "log", PYTHONIOENCODING="ascii")
     assert finish(process) == 0
     assert "\\n.png" in (tmp_path / "log").read_text()
     assert files_in(tmp_path) == ["größe\n.png", "log"]
 
 
-def test_a_new_run_replaces_the_results_of_an_earlier_one(tiny, some, tmp_path):
+def test_a_new_run_of_test_py_replaces_the_results_of_an_earlier_run(detector_file, image_folder, tmp_path):
     write_image(tmp_path / "r/0.png", 1), write_image(tmp_path / "f/0.png", 2)
     labelled = ["--data-root-pos", tmp_path / "r", "--data-root-neg", tmp_path / "f"]
-    start_of = ["--gpu", "cpu", "-j", 0, "--resume", tiny, "--save_path", tmp_path / "out" / "p"]
+    start_of = ["--gpu", "cpu", "-j", 0, "--resume", detector_file, "--save_path", tmp_path / "out" / "p"]
     assert score(*start_of, *labelled) == 0
     assert files_in(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
-    assert score(*start_of, "--input", some) == 0
-    assert files_in(tmp_path / "out") == ["p.csv", "p.json", "p.npy"]  # the figure was of the earlier table
+    assert score(*start_of, "--input", image_folder) == 0
+    assert files_in(tmp_path / "out") == ["p.csv", "p.json", "p.npy"]  # unlabelled images have no figure
     assert score(*start_of, *labelled) == 0
     assert len(rows_of(tmp_path / "out" / "p.csv")) == 2
 
@@ -151,15 +156,15 @@ def test_a_new_run_replaces_the_results_of_an_earlier_one(tiny, some, tmp_path):
 # --- sizes and crops ------------------------------------------------------------------------------------------
 
 
-def test_images_are_resized_and_cropped_as_in_training(tiny, tmp_path, capfd):
+def test_images_are_resized_and_cropped_as_in_training_unless_flags_override_it(detector_file, tmp_path, capfd):
     write_image(tmp_path / "a.png", 0, (40, 48))
     own = write_detector(tmp_path / "own", config={**CONFIG, "images": {"crop_size": 16, "resize": 32}})
     scores = {}
     for name, detector, *flags in (
         ("own", own, "--crops", 1),
-        ("given", tiny, "--crop-size", 16, "--resize", 32),
+        ("given", detector_file, "--crop-size", 16, "--resize", 32),
         ("other", own, "--crop-size", 0, "--resize", 0),
-        ("plain", tiny),
+        ("plain", detector_file),
     ):
         assert score(*arguments(detector, tmp_path / "a.png", tmp_path / name, *flags)) == 0
         scores[name], err = np.load(tmp_path / f"{name}.npy"), capfd.readouterr().err
@@ -170,13 +175,13 @@ def test_images_are_resized_and_cropped_as_in_training(tiny, tmp_path, capfd):
     image = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1).contiguous()  # (3, 40, 48)
     resized = torch.nn.functional.interpolate(image[None], (32, 38), mode="bicubic", antialias=True)
     crop = resized[:, :, 8:24, 11:27]
-    assert np.array_equal(scores["own"], load(str(tiny), "cpu").logits(crop).numpy())
+    assert np.array_equal(scores["own"], load(str(detector_file), "cpu").logits(crop).numpy())
 
 
 @pytest.mark.parametrize(
     ("count", "tops", "lefts"), [(1, [12], [16]), (2, [12], [0, 32]), (4, [0, 24], [0, 32]), (6, [0, 24], [0, 16, 32])]
 )
-def test_the_score_of_a_large_image_is_the_mean_over_its_crops(tiny, tmp_path, capfd, count, tops, lefts):
+def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tmp_path, capfd, count, tops, lefts):
     own = write_detector(tmp_path / "own", config={**CONFIG, "images": {"crop_size": 16, "resize": None}})
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
@@ -185,7 +190,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(tiny, tmp_path, c
     assert score(*arguments(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")
     x = torch.from_numpy(np.array(Image.open(names[1]))).permute(2, 0, 1)[None]  # (1, 3, 40, 48)
-    plain = load(str(tiny), "cpu")
+    plain = load(str(detector_file), "cpu")
     expected = [plain.logits(x[:, :, top : top + 16, left : left + 16]) for top in tops for left in lefts]
     assert np.allclose(logits[1], torch.cat(expected).mean(dim=0), atol=1e-5)
     job = json.loads((tmp_path / "p.json").read_text())["job"]
@@ -194,13 +199,15 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(tiny, tmp_path, c
         detector = load(str(own), "cpu", options={"crops": count})
         assert np.array_equal(detector.predict(names), read_table(tmp_path / "p.csv").prob_fake)
         assert np.array_equal(detector.logits(detector.prepare(names[1])[None])[0], logits[1])
-        assert "--crop-size" in mistake(capfd, *arguments(tiny, names[0], tmp_path / "q", "--crops", count))
+        assert "--crop-size" in error_line(capfd, *arguments(detector_file, names[0], tmp_path / "q", "--crops", count))
 
 
 # --- warnings about images ------------------------------------------------------------------------------------
 
 
-def test_images_unlike_the_training_images_are_reported(tiny, files, some, tmp_path, capfd):
+def test_images_whose_size_or_format_differs_from_the_training_images_are_reported(
+    detector_file, files, image_folder, tmp_path, capfd
+):
     train(detector_arguments(files, tmp_path / "run", "--fixed-sr --epochs 1"))
     trained = tmp_path / "run" / "last.pth.tar"
     known = read(trained)["config"]["images"]
@@ -210,8 +217,8 @@ def test_images_unlike_the_training_images_are_reported(tiny, files, some, tmp_p
     all_jpeg = write_detector(tmp_path / "jpeg", config={**CONFIG, "images": {"sides": [20, 40], "jpegs": 1.0}})
     for detector, images, *expected in (
         (trained, tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
-        (all_jpeg, some, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
-        (tiny, some),  # nothing is known about its training images
+        (all_jpeg, image_folder, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
+        (detector_file, image_folder),  # this checkpoint stores no information about training images
     ):
         capfd.readouterr()
         assert score("--gpu", "cpu", "-j", 0, "--resume", detector, "--input", images) == 0
@@ -221,37 +228,43 @@ def test_images_unlike_the_training_images_are_reported(tiny, files, some, tmp_p
             assert all(word in line for word in words), line
 
 
-def test_training_images_are_counted(some, tmp_path, small_classifier, capfd):
-    trained_on = torch.from_numpy(identities(input_items([str(some)])[:3]))
+def test_scored_images_that_are_training_images_are_counted(image_folder, tmp_path, small_classifier, capfd):
+    trained_on = torch.from_numpy(identities(input_items([str(image_folder)])[:3]))
     detector = write_detector(tmp_path / "d", trained_on=trained_on)
-    shutil.copytree(some, tmp_path / "copies")
+    shutil.copytree(image_folder, tmp_path / "copies")
     assert score(*arguments(detector, tmp_path / "copies", tmp_path / "p")) == 0
     assert f"3 of these {IMAGES} images" in capfd.readouterr().err
     assert json.loads((tmp_path / "p.json").read_text())["trained_on"] == 3
 
 
-# --- stopped, killed and started again ------------------------------------------------------------------------
+# --- runs that are stopped or killed, and started again -------------------------------------------------------
 
 
-def has_results_of(path, whole) -> bool:
-    return all(Path(f"{path}{end}").read_bytes() == Path(f"{whole}{end}").read_bytes() for end in (".csv", ".npy"))
+def has_results_of(path, uninterrupted_results) -> bool:
+    """Return whether the CSV and NPY files at two save paths are equal."""
+    return all(
+        Path(f"{path}{end}").read_bytes() == Path(f"{uninterrupted_results}{end}").read_bytes()
+        for end in (".csv", ".npy")
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [(9, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_resumes_bit_for_bit_in_two_processes(tiny, some, whole, tmp_path, capfd, number, status):
-    words = [str(a) for a in arguments(tiny, some, tmp_path / "p")]
+def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected_table(
+    detector_file, image_folder, uninterrupted_results, tmp_path, capfd, number, status
+):
+    words = [str(a) for a in arguments(detector_file, image_folder, tmp_path / "p")]
     process = start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, number))
     assert finish(process) == status
     assert not (tmp_path / "p.csv").exists()
     part = tmp_path / "p.csv.0.part"
-    done = len(part.read_text().splitlines()) - 2  # without the job and the header
+    done = len(part.read_text().splitlines()) - 2  # the first two lines are the settings and the header
     assert done >= 2
-    part.write_bytes(part.read_bytes()[:-3])  # as a machine that lost power may leave it
+    part.write_bytes(part.read_bytes()[:-3])  # a power failure may cut off the end of a file
     relative = [os.path.relpath(a) if os.path.exists(a) else a for a in words]
     runs = [start("test.py", relative, tmp_path / f"log{rank['RANK']}", **rank) for rank in two_ranks()]
     assert [finish(run) for run in runs] == [0, 0]
     assert f"{done - 1} of {IMAGES} images are scored already" in (tmp_path / "log0").read_text()
-    table, expected = read_table(tmp_path / "p.csv"), read_table(f"{whole}.csv")
+    table, expected = read_table(tmp_path / "p.csv"), read_table(f"{uninterrupted_results}.csv")
     assert np.allclose(table.logits, expected.logits, atol=1e-6)
     assert [os.path.abspath(path) for path in table.paths] == expected.paths
     assert [name for name in files_in(tmp_path) if name.startswith((".", "p"))] == ["p.csv", "p.json", "p.npy"]
@@ -261,24 +274,26 @@ def test_a_stopped_run_resumes_bit_for_bit_in_two_processes(tiny, some, whole, t
     assert os.stat(tmp_path / "p.csv").st_mtime_ns == before
 
 
-def test_a_killed_run_that_resumes_writes_the_table_of_an_uninterrupted_one(tiny, some, whole, tmp_path):
-    words = [str(a) for a in arguments(tiny, some, tmp_path / "p")]
+def test_a_killed_run_of_test_py_that_is_resumed_writes_the_table_of_an_uninterrupted_run(
+    detector_file, image_folder, uninterrupted_results, tmp_path
+):
+    words = [str(a) for a in arguments(detector_file, image_folder, tmp_path / "p")]
     assert finish(start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, 9))) == -9
     assert score(*words) == 0
-    assert has_results_of(tmp_path / "p", whole)
+    assert has_results_of(tmp_path / "p", uninterrupted_results)
 
 
-def test_a_replaced_image_is_scored_again(tiny, some, tmp_path):
-    shutil.copytree(some, tmp_path / "copies")
-    assert score(*arguments(tiny, tmp_path / "copies", tmp_path / "p")) == 0
+def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "copies")
+    assert score(*arguments(detector_file, tmp_path / "copies", tmp_path / "p")) == 0
     expected = read_table(tmp_path / "p.csv").logits.copy()
-    shutil.copy(some / "4.png", tmp_path / "copies" / "0.png")
+    shutil.copy(image_folder / "4.png", tmp_path / "copies" / "0.png")
     expected[0] = expected[4]
-    assert score(*arguments(tiny, tmp_path / "copies", tmp_path / "p")) == 0
+    assert score(*arguments(detector_file, tmp_path / "copies", tmp_path / "p")) == 0
     assert np.allclose(read_table(tmp_path / "p.csv").logits, expected, atol=1e-6)
 
 
-# torchrun starts this program. In the first start, the second process is killed in its second batch.
+# A program for torchrun that runs test.py. In the first start, the second process is killed in its second batch.
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}
@@ -290,42 +305,46 @@ runpy.run_path({program!r}, run_name="__main__")
 """
 
 
-def test_two_processes_write_the_table_of_one_even_if_one_of_them_dies(tiny, some, whole, tmp_path):
+def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_one_process(
+    detector_file, image_folder, uninterrupted_results, tmp_path
+):
     root = Path(__file__).parents[1]
     paths = [str(root), str(root / "tests")]
     (tmp_path / "program.py").write_text(DIES_ONCE.format(paths=paths, program=str(root / "test.py")))
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1".split()
-    words = map(str, [*torchrun, tmp_path / "program.py", *arguments(tiny, some, tmp_path / "p")])
+    words = map(str, [*torchrun, tmp_path / "program.py", *arguments(detector_file, image_folder, tmp_path / "p")])
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "images are scored already" in run.stderr
-    assert has_results_of(tmp_path / "p", whole)
+    assert has_results_of(tmp_path / "p", uninterrupted_results)
 
 
-def test_an_unfinished_table_of_another_detector_is_refused_and_kept(tiny, some, tmp_path, capfd):
-    words = [str(a) for a in arguments(tiny, some, tmp_path / "p")]
+def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and_kept(
+    detector_file, image_folder, tmp_path, capfd
+):
+    words = [str(a) for a in arguments(detector_file, image_folder, tmp_path / "p")]
     assert finish(start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, 9))) == -9
     kept = (tmp_path / "p.csv.0.part").read_bytes()
     other = write_detector(tmp_path / "d", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
-    line = mistake(capfd, *arguments(other, some, tmp_path / "p"))
+    line = error_line(capfd, *arguments(other, image_folder, tmp_path / "p"))
     assert "--overwrite" in line and "detector" in line
-    assert "perturbation" in mistake(capfd, *words, "--perturb", "combined", "--perturb-protocol", "frank2020")
-    assert "crop_size, crops" in mistake(capfd, *words, "--crops", 2, "--crop-size", 16)
+    assert "perturbation" in error_line(capfd, *words, "--perturb", "combined", "--perturb-protocol", "frank2020")
+    assert "crop_size, crops" in error_line(capfd, *words, "--crops", 2, "--crop-size", 16)
     assert (tmp_path / "p.csv.0.part").read_bytes() == kept
-    assert score(*arguments(other, some, tmp_path / "p", "--overwrite")) == 0
+    assert score(*arguments(other, image_folder, tmp_path / "p", "--overwrite")) == 0
     table = read_table(tmp_path / "p.csv")
     assert np.allclose(table.prob_fake, 1 / (1 + np.exp(-table.margins / 2)))
 
 
-def test_two_runs_do_not_write_one_table(tiny, some, tmp_path, capfd):
+def test_a_second_run_with_the_save_path_of_a_running_run_is_refused(detector_file, image_folder, tmp_path, capfd):
     with killed_exclusive_writer(tmp_path / ".p.lock"):
-        assert "another run" in mistake(capfd, *arguments(tiny, some, tmp_path / "p"))
+        assert "another run" in error_line(capfd, *arguments(detector_file, image_folder, tmp_path / "p"))
         assert files_in(tmp_path) == [".p.lock"]
-        assert score(*arguments(tiny, some, tmp_path / "q")) == 0
+        assert score(*arguments(detector_file, image_folder, tmp_path / "q")) == 0
 
 
-def test_several_processes_need_a_save_path(tiny, some, tmp_path):
-    words = ["--gpu", "cpu", "-j", "0", "--resume", str(tiny), "--input", str(some)]
+def test_test_py_in_two_processes_without_a_save_path_is_refused(detector_file, image_folder, tmp_path):
+    words = ["--gpu", "cpu", "-j", "0", "--resume", str(detector_file), "--input", str(image_folder)]
     runs = [start("test.py", words, tmp_path / rank["RANK"], **rank) for rank in two_ranks()]
     assert 2 in [finish(run) for run in runs]
     assert "--save_path" in (tmp_path / "0").read_text()
@@ -334,11 +353,11 @@ def test_several_processes_need_a_save_path(tiny, some, tmp_path):
 # --- perturbations and calibration ----------------------------------------------------------------------------
 
 
-def test_all_perturbations_are_scored_and_finished_tables_are_kept(tiny, tmp_path, capfd):
+def test_each_perturbation_gets_a_score_table_and_a_restart_keeps_finished_tables(detector_file, tmp_path, capfd):
     for key in range(3):
         write_image(tmp_path / f"r/{key}.png", key), write_image(tmp_path / f"f/{key}.png", key + 9)
     roots = f"--data-root-pos {tmp_path}/r --data-root-neg {tmp_path}/f"
-    words = f"--gpu cpu -j 0 --resume {tiny} {roots} --perturb all --perturb-protocol frank2020".split()
+    words = f"--gpu cpu -j 0 --resume {detector_file} {roots} --perturb all --perturb-protocol frank2020".split()
     words += ["--save_path", f"{tmp_path}/p"]
     assert finish(start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, 15))) == 143
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("p_*.csv")}
@@ -358,14 +377,16 @@ def test_all_perturbations_are_scored_and_finished_tables_are_kept(tiny, tmp_pat
     assert files_in(tmp_path / "pictures") == ["combined", "none"]
 
 
-def test_a_stored_calibration_is_used_and_explained(some, whole, tmp_path, small_classifier, capfd):
+def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_thresholds(
+    image_folder, uninterrupted_results, tmp_path, small_classifier, capfd
+):
     calibration = {"temperature": 2.0, "t_real": 0.495, "t_fake": 0.505, "source": "val.csv"}
     detector = write_detector(tmp_path / "d", calibration=calibration)
-    assert score(*arguments(detector, some, tmp_path / "p")) == 0
+    assert score(*arguments(detector, image_folder, tmp_path / "p")) == 0
     out = capfd.readouterr().out
     assert "temperature 2)" in out
     assert "fake from P(fake) = 0.505 on, real up to 0.495, unsure between" in out
-    before, after = read_table(f"{whole}.csv"), read_table(tmp_path / "p.csv")
+    before, after = read_table(f"{uninterrupted_results}.csv"), read_table(tmp_path / "p.csv")
     assert np.array_equal(before.logits, after.logits)
     assert np.allclose(after.prob_fake, 1 / (1 + np.exp(-before.margins / 2)))
     not_fake = np.where(after.prob_fake <= 0.495, "real", "unsure")
@@ -375,33 +396,33 @@ def test_a_stored_calibration_is_used_and_explained(some, whole, tmp_path, small
     assert out.splitlines()[-1].startswith(counts)
 
 
-# --- mistakes -------------------------------------------------------------------------------------------------
+# --- wrong arguments and checkpoints --------------------------------------------------------------------------
 
 
-def test_mistakes_about_images_are_one_line(tiny, some, tmp_path, capfd):
+def test_wrong_image_arguments_are_refused_in_one_line(detector_file, image_folder, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
-    start_of = ["--gpu", "cpu", "--resume", tiny, "--save_path", tmp_path / "out" / "p"]
-    reals = ["--data-root-pos", some]
+    start_of = ["--gpu", "cpu", "--resume", detector_file, "--save_path", tmp_path / "out" / "p"]
+    reals = ["--data-root-pos", image_folder]
     for fake in (tmp_path / "absent", tmp_path / "empty"):
-        assert str(fake) in mistake(capfd, *start_of, *reals, "--data-root-neg", fake)
+        assert str(fake) in error_line(capfd, *start_of, *reals, "--data-root-neg", fake)
     for words, named in (
         (reals, "--data-root-neg"),
         ([], "--input"),
-        ([*reals, "--input", some], "--input"),
+        ([*reals, "--input", image_folder], "--input"),
         (["--csv", "absent.csv"], "absent.csv"),
         (["--input", "absent.png"], "absent.png"),
-        (["--input", some, "--crop-size", "x"], "--crop-size"),
-        (["--input", some, "--precision", "tf32"], "tf32"),
-        (["--input", some, "--gpu", "one"], "one"),
-        (["--input", some, "--perturb", "smudge"], "smudge"),
+        (["--input", image_folder, "--crop-size", "x"], "--crop-size"),
+        (["--input", image_folder, "--precision", "tf32"], "tf32"),
+        (["--input", image_folder, "--gpu", "one"], "one"),
+        (["--input", image_folder, "--perturb", "smudge"], "smudge"),
     ):
-        assert named in mistake(capfd, *start_of, *words)
+        assert named in error_line(capfd, *start_of, *words)
     assert files_in(tmp_path) == ["empty"]
 
 
-def test_mistakes_about_checkpoints_are_one_line(tiny, release, some, tmp_path, capfd):
+def test_wrong_checkpoint_arguments_are_refused_in_one_line(detector_file, release, image_folder, tmp_path, capfd):
     torn = tmp_path / "torn.pth.tar"
-    torn.write_bytes(tiny.read_bytes()[: tiny.stat().st_size // 2])
+    torn.write_bytes(detector_file.read_bytes()[: detector_file.stat().st_size // 2])
     flipped = write_detector(tmp_path / "flipped", config={**CONFIG, "classifier_fingerprint": "0123456789abcdef"})
     pixel, rdn = release / "pixel.pth.tar", ["--sr-weights-file", release / "sr_bare.pth"]
     stage5 = [release / "stage5.pth.tar", *rdn]
@@ -412,12 +433,14 @@ def test_mistakes_about_checkpoints_are_one_line(tiny, release, some, tmp_path, 
         ([flipped], "flipped", "damaged"),
         ([pixel, "--idx-stages", 0], "--sr-weights-file"),
         ([pixel, *rdn, "--idx-stages", 5], "--idx-stages"),
-        (stage5, "--idx-stages"),  # 4 or 5?
+        (stage5, "--idx-stages"),  # the weights fit both stage 4 and stage 5
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "random"], "VGG-19"),
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "absent.pth"], "absent.pth"),
     ):
         resume = ["--resume", *words] if words else []
-        line = mistake(capfd, "--gpu", "cpu", "--input", some, "--save_path", tmp_path / "out" / "p", *resume)
+        line = error_line(
+            capfd, "--gpu", "cpu", "--input", image_folder, "--save_path", tmp_path / "out" / "p", *resume
+        )
         assert all(word in line for word in named), line
     assert not (tmp_path / "out").exists()
 
@@ -439,14 +462,16 @@ def test_mistakes_about_checkpoints_are_one_line(tiny, release, some, tmp_path, 
         ({"config": [CONFIG]}, "config"),
     ],
 )
-def test_odd_values_in_a_checkpoint_are_one_line(some, tmp_path, small_classifier, capfd, content, word):
+def test_a_checkpoint_with_a_value_of_a_wrong_type_or_range_is_refused_in_one_line(
+    image_folder, tmp_path, small_classifier, capfd, content, word
+):
     detector = write_detector(tmp_path / "odd.pth.tar", **content)
-    assert word in mistake(capfd, *arguments(detector, some, tmp_path / "p"))
+    assert word in error_line(capfd, *arguments(detector, image_folder, tmp_path / "p"))
     assert files_in(tmp_path) == ["odd.pth.tar"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, a number too high is an error")
-def test_without_a_gpu_a_gpu_number_means_the_cpu(tiny, some, tmp_path, capfd):
-    assert score(*arguments(tiny, some, tmp_path / "p", "--gpu", 7)) == 0
+def test_test_py_uses_the_cpu_for_a_gpu_number_on_a_machine_without_a_gpu(detector_file, image_folder, tmp_path, capfd):
+    assert score(*arguments(detector_file, image_folder, tmp_path / "p", "--gpu", 7)) == 0
     lines = [line for line in capfd.readouterr().err.splitlines() if "GPU 7" in line]
     assert len(lines) == 1 and "CPU" in lines[0]

@@ -1,4 +1,4 @@
-"""The scripts choose and print their inputs, pass the release's flags, and run."""
+"""Tests of the scripts in script/: chosen inputs, flags of the release, installation of packages, and real runs."""
 
 import os
 import shutil
@@ -30,7 +30,8 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# Replaces Python. It can import everything, makes empty example images, and records how it is called.
+# A program that replaces Python in the tests. Every import succeeds, example images are empty files, and each other
+# command line is written to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -54,7 +55,7 @@ def write_executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A checkout without images, tests and results. Its file `python` is the stub."""
+    """Return a copy of the project without images, tests and results. The file `python` in it is STUB."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for file in ROOT.glob("*.py"):
@@ -70,7 +71,7 @@ def checkout(tmp_path):
 
 
 def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment) -> subprocess.CompletedProcess:
-    """Run `bash script/SCRIPT ARGUMENTS` with these environment variables."""
+    """Run `bash script/SCRIPT ARGUMENTS` with additional environment variables."""
     inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     defaults = {"OMP_NUM_THREADS": "1", "PYTHON": str(checkout / "python")}
     return subprocess.run(
@@ -88,7 +89,7 @@ def recorded_words(checkout: Path) -> list[str]:
 
 
 def recorded_options(checkout: Path) -> dict:
-    """Return the options that the program got, parsed by its own parser."""
+    """Return the options that the script passed to the program, parsed by the parser of the program."""
     words = recorded_words(checkout)
     position = 0
     while Path(words[position]).name not in PARSERS:
@@ -186,7 +187,7 @@ INPUTS = ("real_roots", "fake_roots", "resume", "init", "resynthesizer_file", "t
 
 
 def write_released_files(checkout: Path) -> None:
-    """Make empty files at all paths of the release, and at the paths that earlier scripts write."""
+    """Make empty files at all input paths of the released scripts, and at the output paths of the training scripts."""
     touch(
         checkout,
         "data/CelebA/a.png",
@@ -211,11 +212,11 @@ def test_each_script_passes_the_flags_of_the_release(checkout, script):
     for name, value in SETTINGS[script].items():
         assert options_of_run[name] == value, name
     assert options_of_run["gpu"] == "0"
-    assert recorded_words(checkout)[-2:] == ["--seed", "123"]  # the user's flags come last, so they override
+    assert recorded_words(checkout)[-2:] == ["--seed", "123"]  # later flags override earlier flags
 
 
 @pytest.mark.parametrize("script", SETTINGS)
-def test_each_script_prints_one_line_per_input(checkout, script):
+def test_each_script_prints_one_line_per_input_file_or_folder(checkout, script):
     write_released_files(checkout)
     lines = run_script(checkout, script, 0).stderr.splitlines()
     options_of_run = recorded_options(checkout)
@@ -230,17 +231,17 @@ def test_each_script_prints_one_line_per_input(checkout, script):
 
 @pytest.mark.parametrize("script", SETTINGS)
 @pytest.mark.parametrize("arguments", [[], ["gpu0"], ["--epochs", "1"]])
-def test_each_script_needs_a_gpu_number_or_cpu(checkout, script, arguments):
+def test_each_script_is_refused_without_a_gpu_number_or_cpu_as_first_argument(checkout, script, arguments):
     result = run_script(checkout, script, *arguments)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert f"usage: bash script/{script} GPU_ID" in result.stderr
 
 
-# --- where inputs come from ---------------------------------------------------------------------------------
+# --- choice of inputs ---------------------------------------------------------------------------------------
 
 
-def test_a_fresh_checkout_makes_example_images_once(checkout):
+def test_a_script_without_images_makes_example_images_once(checkout):
     first = run_script(checkout, "train_super_resolution_celeba.sh", "cpu")
     assert first.stderr.count("making example images") == 1
     assert recorded_options(checkout)["train_file"] == "./data/example/train.txt"
@@ -250,7 +251,7 @@ def test_a_fresh_checkout_makes_example_images_once(checkout):
 
 
 CHAIN = [
-    # script, its input from an earlier script, that earlier script, expected options
+    # script, input file that an earlier script writes, name of the earlier script, expected options
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",
@@ -279,7 +280,9 @@ CHAIN = [
 
 
 @pytest.mark.parametrize(("script", "needed", "earlier_script", "expected"), CHAIN)
-def test_a_script_uses_what_an_earlier_script_wrote(checkout, script, needed, earlier_script, expected):
+def test_a_script_uses_the_output_of_an_earlier_script_and_names_the_script_if_it_is_missing(
+    checkout, script, needed, earlier_script, expected
+):
     missing = run_script(checkout, script, "cpu")
     assert missing.returncode == 2
     assert earlier_script in missing.stderr.splitlines()[-1]
@@ -290,7 +293,7 @@ def test_a_script_uses_what_an_earlier_script_wrote(checkout, script, needed, ea
         assert options_of_run[name] == value, name
 
 
-def test_environment_variables_override_the_defaults(checkout):
+def test_environment_variables_override_the_default_inputs_of_a_script(checkout):
     write_released_files(checkout)
     environment = {
         "DATA_ROOT_POS": "my reals",
@@ -317,7 +320,7 @@ def test_environment_variables_override_the_defaults(checkout):
         assert f"{value} (from {name})" in result.stderr
 
 
-def test_nproc_starts_torchrun(checkout):
+def test_the_variable_nproc_makes_a_script_start_torchrun(checkout):
     write_released_files(checkout)
     run_script(checkout, "test_pixel_celeba.sh", 0, NPROC="2")
     words = recorded_words(checkout)
@@ -325,7 +328,7 @@ def test_nproc_starts_torchrun(checkout):
     assert words[5] == "./test.py"
 
 
-def test_from_another_folder_user_paths_are_relative_to_that_folder(checkout, tmp_path):
+def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to_that_folder(checkout, tmp_path):
     write_released_files(checkout)
     touch(tmp_path, "elsewhere/reals/a.png")
     result = run_script(
@@ -338,7 +341,7 @@ def test_from_another_folder_user_paths_are_relative_to_that_folder(checkout, tm
         DATA_ROOT_POS="reals",
     )
     assert result.returncode == 0
-    assert Path((checkout / "folder").read_text().strip()) == tmp_path / "elsewhere"  # where the program runs
+    assert Path((checkout / "folder").read_text().strip()) == tmp_path / "elsewhere"
     options_of_run = recorded_options(checkout)
     assert options_of_run["real_roots"] == ["reals"]
     assert options_of_run["val_real_roots"] == ["reals"]
@@ -347,7 +350,7 @@ def test_from_another_folder_user_paths_are_relative_to_that_folder(checkout, tm
 
 
 @pytest.mark.parametrize(("given", "missing"), [("DATA_ROOT_POS", "DATA_ROOT_NEG"), ("DATA_ROOT_NEG", "DATA_ROOT_POS")])
-def test_example_images_do_not_complete_half_of_a_pair_of_variables(checkout, given, missing):
+def test_a_script_with_one_of_two_image_variables_is_refused_and_makes_no_example_images(checkout, given, missing):
     touch(checkout, PIXEL_DETECTOR, RDN_FILE)
     result = run_script(checkout, "test_pixel_celeba.sh", 0, **{given: "mine"})
     assert result.returncode == 2
@@ -356,7 +359,7 @@ def test_example_images_do_not_complete_half_of_a_pair_of_variables(checkout, gi
 
 
 @pytest.mark.parametrize(("stored", "missing"), [("CelebA", "DATA_ROOT_NEG"), ("CelebA_StyleGAN", "DATA_ROOT_POS")])
-def test_example_images_do_not_complete_half_of_a_pair_of_folders(checkout, stored, missing):
+def test_a_script_with_one_of_two_image_folders_is_refused_and_makes_no_example_images(checkout, stored, missing):
     touch(checkout, PIXEL_DETECTOR, RDN_FILE, f"data/{stored}/a.png")
     result = run_script(checkout, "test_pixel_celeba.sh", 0)
     assert result.returncode == 2
@@ -367,7 +370,7 @@ def test_example_images_do_not_complete_half_of_a_pair_of_folders(checkout, stor
 # --- installation -------------------------------------------------------------------------------------------
 
 
-def test_a_python_that_the_user_chose_is_not_replaced(checkout):
+def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(checkout):
     write_executable(checkout / "python", "#!/usr/bin/env bash\nexit 1\n")
     result = run_script(checkout, "test_pixel_celeba.sh", 0)
     assert result.returncode == 2
@@ -376,7 +379,8 @@ def test_a_python_that_the_user_chose_is_not_replaced(checkout):
     assert not (checkout / ".venv").exists()
 
 
-# Replaces the python3 of a machine without packages. `-m venv` copies it, and `-m pip` replaces the copy by the stub.
+# A program that replaces python3 of a machine without packages. `-m venv` copies the program. `-m pip` replaces the
+# copy by STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
@@ -388,6 +392,7 @@ esac
 
 
 def run_on_a_bare_machine(checkout, tmp_path, too_old=0, offline=0):
+    """Run test_pixel_celeba.sh with BARE_PYTHON as python3."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
     write_executable(tmp_path / "bin" / "python3", text)
@@ -395,7 +400,7 @@ def run_on_a_bare_machine(checkout, tmp_path, too_old=0, offline=0):
     return run_script(checkout, "test_pixel_celeba.sh", 0, PYTHON="", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
 
 
-def test_missing_packages_are_installed_once(checkout, tmp_path):
+def test_a_script_installs_missing_packages_once(checkout, tmp_path):
     first = run_on_a_bare_machine(checkout, tmp_path)
     assert first.returncode == 0
     assert "installing" in first.stderr
@@ -407,13 +412,13 @@ def test_missing_packages_are_installed_once(checkout, tmp_path):
     assert not (checkout / "pip").exists()
 
 
-def test_an_old_python_is_refused(checkout, tmp_path):
+def test_a_script_refuses_a_python_that_is_too_old(checkout, tmp_path):
     result = run_on_a_bare_machine(checkout, tmp_path, too_old=1)
     assert result.returncode == 2
     assert "Python 3.10 or newer" in result.stderr.splitlines()[-1]
 
 
-def test_a_failed_installation_is_reported(checkout, tmp_path):
+def test_a_script_reports_a_failed_installation_in_its_last_line(checkout, tmp_path):
     result = run_on_a_bare_machine(checkout, tmp_path, offline=1)
     assert result.returncode == 2
     assert "pip failed on" in result.stderr.splitlines()[-1]
@@ -446,7 +451,7 @@ def test_the_test_script_gives_the_logits_of_the_released_network(checkout):
     np.testing.assert_allclose(logits, golden["logits_pixel_dil0"], rtol=0, atol=1e-4)
 
 
-def test_three_scripts_train_rdn_train_a_detector_and_test_it(checkout):
+def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(checkout):
     write_images(checkout / "data/CelebA", 4, cell=1)
     write_images(checkout / "data/CelebA_ProGAN", 4, cell=4)
     write_images(checkout / "data/CelebA_StyleGAN", 4, cell=2)
@@ -469,7 +474,7 @@ def test_three_scripts_train_rdn_train_a_detector_and_test_it(checkout):
     assert "AUROC" in result.stdout
 
 
-def test_two_processes_give_the_scores_of_one(checkout):
+def test_the_test_script_gives_equal_logits_with_one_and_two_processes(checkout):
     write_images(checkout / "data/CelebA", 3, cell=1)
     write_images(checkout / "data/CelebA_StyleGAN", 3, cell=2)
     (checkout / "pretrained_models").mkdir()

@@ -1,10 +1,10 @@
-"""The spectrum classifier, and the signed residual it is made for."""
+"""Tests of the classifiers in models.spectrum, and of signed residuals."""
 
 import math
 
 import pytest
 import torch
-from files import mistake
+from files import user_error
 from trainings import detector_arguments, read, train
 
 from evaluation import load
@@ -17,7 +17,7 @@ from models.spectrum import ChannelPowerClassifier, SpectrumClassifier, pad_to
 @pytest.mark.parametrize("size", [(3, 40, 70), (3, 16, 16), (3, 7, 33), (64, 16, 20), (512, 5, 5), (3, 1, 9)])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("kind", [SpectrumClassifier, ChannelPowerClassifier])
-def test_images_of_any_size_get_two_logits(size, batch, kind):
+def test_spectrum_classifiers_give_two_logits_for_residuals_of_any_size(size, batch, kind):
     classifier = kind(size[0])
     x = torch.rand(batch, *size)
     assert classifier.train()(x).shape == (batch, 2)
@@ -25,7 +25,7 @@ def test_images_of_any_size_get_two_logits(size, batch, kind):
     assert logits.shape == (batch, 2) and logits.isfinite().all()
 
 
-def test_a_period_of_four_pixels_is_a_peak_at_a_quarter_of_the_sampling_rate():
+def test_a_pattern_with_a_period_of_four_pixels_is_a_peak_at_a_quarter_of_the_sampling_rate():
     classifier = SpectrumClassifier(3)
     noise = 0.01 * torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     wave = 0.05 * torch.cos(2 * math.pi / 4 * torch.arange(128.0)).expand(1, 3, 128, 128)
@@ -42,7 +42,7 @@ def test_mirroring_turning_and_brightness_do_not_change_the_spectrum(change):
     torch.testing.assert_close(classifier.spectrum(changed), classifier.spectrum(x), rtol=1e-3, atol=1e-3)
 
 
-def test_the_contrast_of_an_image_does_not_count_for_the_channel_powers():
+def test_the_channel_power_classifier_ignores_contrast_and_notices_one_stronger_channel():
     torch.manual_seed(0)
     classifier = ChannelPowerClassifier(8).eval()
     residual = torch.rand(2, 8, 4, 4)
@@ -52,14 +52,14 @@ def test_the_contrast_of_an_image_does_not_count_for_the_channel_powers():
     assert (classifier(stronger) - classifier(residual)).abs().min() > 1e-3
 
 
-def test_padding_reflects_until_the_window_fits():
+def test_pad_to_reflects_a_small_map_until_it_has_the_required_size():
     x = torch.arange(3.0).view(1, 1, 1, 3)
     padded = pad_to(x, 6)
     assert padded.shape == (1, 1, 6, 6)
     assert padded[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 1]
 
 
-def test_the_signed_residual_is_the_difference_and_the_absolute_one_its_size():
+def test_the_signed_residual_is_the_difference_and_the_absolute_residual_is_its_absolute_value():
     torch.manual_seed(0)
     rdn = RDN(num_features=4, growth_rate=4, num_blocks=1, num_layers=1)
     x = torch.rand(1, 3, 16, 16)
@@ -80,7 +80,7 @@ def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(files, tmp
     assert residual.min() < 0 < residual.max()
 
 
-def test_a_residual_that_contradicts_the_checkpoint_is_refused(files, tmp_path):
+def test_an_option_residual_that_contradicts_the_checkpoint_is_refused(files, tmp_path):
     train(detector_arguments(files, tmp_path, "--fixed-sr --epochs 1"))
-    with mistake("--residual", "signed", "absolute"):
+    with user_error("--residual", "signed", "absolute"):
         load(str(tmp_path / "last.pth.tar"), device="cpu", options={"residual": "signed"})

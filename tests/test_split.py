@@ -1,4 +1,4 @@
-"""Tests of tools.split: which images are held out, and which files it replaces."""
+"""Tests of tools.split, which divides images into lists of training images and held-out images."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from files import mistake, save
+from files import save, user_error
 
 from data.lists import csv_items, folder_items, list_paths
 from tools import split
@@ -17,7 +17,7 @@ LISTS = ("train.csv", "held_out.csv", "train_real.txt", "held_out_real.txt")
 
 @pytest.fixture
 def images(tmp_path):
-    """A folder with 30 real images and 20 of each of two generators."""
+    """Return a folder with 30 real images and 20 images of each of two generators."""
     for folder, count in (("real", 30), ("gan", 20), ("diffusion", 20)):
         (tmp_path / folder).mkdir()
         for index in range(count):
@@ -34,12 +34,12 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_every_image_is_in_one_of_the_sets(images, capsys):
+def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(images, capsys):
     assert split.main(arguments(images, images / "lists")) == 0
     sets = [csv_items(str(images / "lists" / name)) for name in ("train.csv", "held_out.csv")]
     expected = folder_items([str(images / "real")], [str(images / "gan"), str(images / "diffusion")])
     assert sorted(sets[0] + sets[1]) == sorted(expected)
-    assert 5 < len(sets[1]) < 25  # 20 % of 70
+    assert 5 < len(sets[1]) < 25  # 20 % of 70 images are 14
     lines = []
     for items, name in zip(sets, ("train_real.txt", "held_out_real.txt"), strict=True):
         reals = [item.path for item in items if item.label == REAL]
@@ -48,7 +48,7 @@ def test_every_image_is_in_one_of_the_sets(images, capsys):
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_images_that_are_added_do_not_move_others(images):
+def test_adding_images_does_not_move_other_images_between_the_lists(images):
     split.main(arguments(images, images / "lists"))
     before = {item.path for item in csv_items(str(images / "lists" / "held_out.csv"))}
     for index in range(30, 60):
@@ -59,11 +59,11 @@ def test_images_that_are_added_do_not_move_others(images):
     assert not before & {item.path for item in csv_items(str(images / "lists" / "train.csv"))}
 
 
-def test_lists_of_another_fraction_are_replaced_only_if_asked(images):
+def test_lists_with_another_fraction_are_replaced_only_with_overwrite(images):
     out = images / "lists"
     split.main(arguments(images, out, "--hold-out", 0.3))
     before = contents(out)
-    with mistake("--hold-out 0.3", "--overwrite"):
+    with user_error("--hold-out 0.3", "--overwrite"):
         split.main(arguments(images, out, "--hold-out", 0.5))
     assert contents(out) == before
     assert split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite")) == 0
@@ -72,28 +72,28 @@ def test_lists_of_another_fraction_are_replaced_only_if_asked(images):
 
 
 @pytest.mark.parametrize("name", [*LISTS, "split.json"])
-def test_foreign_files_are_refused_and_unchanged(images, name):
+def test_a_file_of_the_user_with_the_name_of_a_list_is_refused_and_unchanged(images, name):
     out = images / "lists"
     out.mkdir()
     (out / name).write_bytes(b"my own list\n")
     for more in ((), ("--overwrite",)):
-        with mistake(name, "not written by this program"):
+        with user_error(name, "not written by this program"):
             split.main(arguments(images, out, *more))
         assert contents(out) == {name: b"my own list\n"}
 
 
-def test_a_list_that_was_changed_by_hand_is_not_replaced(images):
+def test_a_list_that_the_user_has_edited_is_not_replaced(images):
     out = images / "lists"
     split.main(arguments(images, out))
     with (out / "held_out.csv").open("a") as file:
         file.write("more.png,real,\n")
     before = contents(out)
-    with mistake("held_out.csv"):
+    with user_error("held_out.csv"):
         split.main(arguments(images, out, "--overwrite"))
     assert contents(out) == before
 
 
-def test_an_interrupted_call_can_be_repeated(images, monkeypatch):
+def test_an_interrupted_call_of_tools_split_can_be_repeated(images, monkeypatch):
     out = images / "lists"
     split.main(arguments(images, out))
     real_atomic, calls = split.atomic, []
@@ -112,7 +112,7 @@ def test_an_interrupted_call_can_be_repeated(images, monkeypatch):
     assert 25 < len(csv_items(str(out / "held_out.csv"))) < 45
 
 
-def test_a_list_that_is_a_symbolic_link_stays_one(images):
+def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(images):
     out = images / "lists"
     split.main(arguments(images, out))
     (out / "train.csv").rename(images / "elsewhere.csv")
@@ -122,7 +122,7 @@ def test_a_list_that_is_a_symbolic_link_stays_one(images):
     assert len(csv_items(str(images / "elsewhere.csv"))) < 50
 
 
-def test_names_that_are_not_utf8_can_be_read_again(images):
+def test_lists_with_file_names_that_are_not_utf8_can_be_read(images):
     for index in range(10):
         name = b"\xff\xe9 %d.png" % index
         os.rename(images / "real" / f"real {index}, a.png", os.path.join(os.fsencode(images / "real"), name))
@@ -138,14 +138,14 @@ def test_names_that_are_not_utf8_can_be_read_again(images):
 
 
 @pytest.mark.parametrize("character", ["\n", "\r"])
-def test_names_with_line_breaks_are_refused_before_anything_is_written(images, character):
+def test_a_file_name_with_a_line_break_is_refused_before_a_list_is_written(images, character):
     save(images / "real" / f"a{character}b.png")
-    with mistake("line break"):
+    with user_error("line break"):
         split.main(arguments(images, images / "lists"))
     assert not (images / "lists").exists()
 
 
-def test_mistakes_are_one_line_and_status_2(images):
+def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(images):
     for more in (["--hold-out", "0"], ["--hold-out", "1.5"], ["--hold-out", "nan"]):
         with pytest.raises(SystemExit) as caught:
             split.main(arguments(images, images / "lists", *more))

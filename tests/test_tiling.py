@@ -1,4 +1,4 @@
-"""Networks without gradients, in tiles, strips and by Winograd's convolution, give the numbers of their plain form."""
+"""Networks computed in tiles, in strips and with Winograd's convolution give the outputs of the plain networks."""
 
 from fractions import Fraction
 
@@ -16,7 +16,7 @@ TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
 
 
 def assert_close(got, expected):
-    """Within 2e-5 of the largest expected value: the same sums in another order."""
+    """Require that the largest error is at most 2e-5 times the largest expected value."""
     assert got.shape == expected.shape
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -47,7 +47,7 @@ def toy_detector(rdn, stage, vgg):
 
 
 @pytest.mark.parametrize(("rdn", "side"), [(2, 90), (3, 120), (4, 132)], indirect=["rdn"])
-def test_rdn_in_small_tiles_is_rdn_with_gradients(rdn, side, monkeypatch):
+def test_rdn_in_small_tiles_gives_the_output_of_rdn_on_whole_images(rdn, side, monkeypatch):
     x_lr = torch.rand(2, 3, side // rdn.scale, 90 // rdn.scale)
     expected = rdn(x_lr).detach()
     rdn.tile = 9
@@ -57,19 +57,19 @@ def test_rdn_in_small_tiles_is_rdn_with_gradients(rdn, side, monkeypatch):
         assert_close(rdn(x_lr), expected)
 
 
-def test_tiles_whose_halo_is_too_small_have_seams(rdn):
+def test_tiles_with_a_too_small_halo_give_errors_at_their_borders(rdn):
     x = torch.rand(1, 6, 40, 40)
     with torch.inference_mode():
         expected = rdn.rdbs[0](x)
         assert_close(in_tiles(rdn.rdbs[0], x, side=16, halo=2), expected)
         error = (in_tiles(rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
     assert error.max() > 1e-3 * expected.abs().max()
-    assert error[:15, :15].max() <= 2e-5  # inside a tile
+    assert error[:15, :15].max() <= 2e-5  # there is no error inside a tile
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 130), (70, 31)])
-def test_winograd_convolutions_are_the_direct_ones(size, monkeypatch):
-    monkeypatch.setattr("models.winograd.TILES", 40)  # several strips, the last one smaller
+def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(size, monkeypatch):
+    monkeypatch.setattr("models.winograd.TILES", 40)  # the maps are computed in several strips
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     used = []
 
@@ -87,13 +87,13 @@ def test_winograd_convolutions_are_the_direct_ones(size, monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
     assert used == [True, False]
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN's last layer asks for float32
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN casts its last layer with .float()
     expected = rdn.double()(x_lr.double()).detach()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("rdn", [2, 3, 4], indirect=True)
-def test_recomputed_blocks_have_the_same_gradients(rdn):
+def test_rdn_with_gradient_checkpointing_has_the_gradients_of_rdn_without_it(rdn):
     x_lr = torch.rand(1, 3, 20, 20)
     calls = []
     rdn.rdbs[0].register_forward_pre_hook(lambda *_: calls.append(1))
@@ -106,11 +106,11 @@ def test_recomputed_blocks_have_the_same_gradients(rdn):
     rdn.checkpoint_blocks = True
     for got, wanted in zip(gradients(), expected, strict=True):
         assert_close(got, wanted)
-    assert len(calls) == 3  # once forward, and once more in the backward pass
+    assert len(calls) == 3  # with checkpointing, the forward and the backward pass both compute the block
 
 
 @pytest.mark.parametrize("size", [(144, 80), (150, 91)])
-def test_vgg_in_tiles_is_vgg_on_the_whole_image(vgg, size):
+def test_vgg_in_tiles_gives_the_output_of_vgg_on_the_whole_image(vgg, size):
     x = torch.rand(1, 3, *size)
     whole = vgg(x, STAGES)
     tiled = VGG19()
@@ -123,7 +123,7 @@ def test_vgg_in_tiles_is_vgg_on_the_whole_image(vgg, size):
             assert_close(together[k], whole[k])
 
 
-def test_the_receptive_field_of_vgg_is_70_pixels_in_whole_strides(vgg):
+def test_the_receptive_field_of_vgg_rounded_up_to_its_stride_of_16_is_80_pixels(vgg):
     assert receptive_field(vgg.features) == (80, 16)
 
 
@@ -131,7 +131,7 @@ def test_the_receptive_field_of_vgg_is_70_pixels_in_whole_strides(vgg):
 def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(rdn, vgg, stage):
     detector = toy_detector(rdn, stage, vgg)
     x = torch.rand(1, 3, 148, 132)
-    expected = detector(x).detach()  # with gradients: the plain form
+    expected = detector(x).detach()  # with gradients enabled, the networks do not use tiles
     detector.set_tile(79)
     assert (detector.classifier.tile, detector.resynthesizer.tile) == (64, 16)
     with torch.inference_mode():
@@ -139,7 +139,7 @@ def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(rdn, vgg, stage
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
-def test_tiles_of_maps_whose_size_is_rounded_down_or_up(ceil_mode):
+def test_max_pooling_in_tiles_equals_max_pooling_for_sizes_rounded_down_or_up(ceil_mode):
     x = torch.rand(1, 2, 21, 13)
     pool = torch.nn.MaxPool2d(2, ceil_mode=ceil_mode)
     assert torch.equal(in_tiles(pool, x, side=4, halo=2, scale=Fraction(1, 2)), pool(x))

@@ -1,11 +1,11 @@
-"""The trainers: the release's update and schedule, the losses of a step, what is trained and what is written."""
+"""Tests of the trainers: parameter update, schedules, losses of a step, trained weights, and written files."""
 
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from files import mistake, random_rgb, save
+from files import random_rgb, save, user_error
 from trainings import CPU, SIDE, TINY, detector_arguments, read, sr_arguments, stats, status, train
 
 import train_detector
@@ -36,6 +36,8 @@ def vgg():
 
 
 class TwoParts(torch.nn.Module):
+    """A toy detector that consists of a linear re-synthesizer and a linear classifier in float64."""
+
     def __init__(self):
         super().__init__()
         self.resynthesizer = torch.nn.Linear(3, 4).double()
@@ -47,7 +49,7 @@ class TwoParts(torch.nn.Module):
 
 
 @pytest.mark.parametrize("scale", [0.02, 1e-3])
-def test_the_parameter_groups_make_the_released_update(scale):
+def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(scale):
     torch.manual_seed(0)
     model = TwoParts()
     lr, momentum, decay = 0.1, 0.9, 1e-2
@@ -56,7 +58,7 @@ def test_the_parameter_groups_make_the_released_update(scale):
     sgd = torch.optim.SGD(train_detector.parameter_groups(model, lr, decay, scale), lr=lr, momentum=momentum)
     for _ in range(6):
         gradients = model.gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
-        # The release in plain tensors: the classifier's gradients times scale, then SGD
+        # Update of the released code in plain tensors: scale the gradients of the classifier, then apply SGD
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]
@@ -67,7 +69,7 @@ def test_the_parameter_groups_make_the_released_update(scale):
             torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=1e-6)
 
 
-def test_a_frozen_resynthesizer_is_not_in_the_parameter_groups():
+def test_the_parameter_groups_do_not_contain_a_frozen_resynthesizer():
     model = TwoParts()
     model.resynthesizer.requires_grad_(False)
     (group,) = train_detector.parameter_groups(model, 1e-2, 1e-4, 0.02)
@@ -75,25 +77,25 @@ def test_a_frozen_resynthesizer_is_not_in_the_parameter_groups():
 
 
 def test_a_gradient_scale_of_zero_is_refused():
-    with mistake("--lr-sr"):
+    with user_error("--lr-sr"):
         train_detector.parameter_groups(TwoParts(), 1e-2, 1e-4, 0.0)
 
 
-def test_adamw_has_the_weight_decay_that_was_asked_for():
+def test_adamw_uses_the_given_weight_decay_for_all_parameters():
     groups = train_detector.parameter_groups(TwoParts(), 1e-2, 1e-4, 0.02)
     optimizer = train_detector.create_optimizer("adamw", groups, 0.9, 1e-4)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4, 1e-2])
 
 
-def test_the_released_schedule_is_one_epoch_late():
+def test_the_cosine_schedule_of_the_release_runs_epochs_0_and_1_at_the_full_rate():
     factors = [train_detector.released_rate(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
     assert train_detector.released_rate(1, 0) == 1.0
 
 
-def test_the_schedules_of_super_resolution():
+def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
     steps = train_sr.Schedule("steps", 10, 0.5, 2)
     assert [steps.rate(epochs) for epochs in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
     cosine = train_sr.Schedule("cosine", 100, 0.5, 2)
@@ -122,22 +124,20 @@ def toy_batch(labels=LABELS, seed=1, side=SIDE):
 
 
 def one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
-    """Take one step. Returns the values that it records."""
+    """Take one training step on a batch. Returns the recorded losses by name."""
     compute = Compute(CPU, "fp32")
     groups = train_detector.parameter_groups(detector, 0.1, 1e-4, 0.02)
     stepper = Stepper(torch.optim.SGD(groups, momentum=0.9), compute, World())
     stepper.progress.step = step
     auxiliary = train_detector.AuxiliaryTask(task, weight, vgg, 123, micro_batch)
-    loss_of = functools.partial(
-        train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress
-    )
+    loss_of = functools.partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)
     train_detector.train_one_epoch(detector, [batch], loss_of, stepper)
     return stepper.progress.means()
 
 
 @functools.cache
-def step_that_is(degraded):
-    """Find a step whose batch is (not) degraded."""
+def step_with_degradation(degraded):
+    """Return the number of a step in which the auxiliary task degrades the batch, or does not."""
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
     clean = one_step(toy_detector(), batch, vgg, "none")["auxiliary"]
@@ -149,7 +149,7 @@ def step_that_is(degraded):
 
 
 def reconstruction_by_hand(x_hat, x, vgg):
-    """METHOD.md 4: L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)), averaged over the images."""
+    """Compute the reconstruction loss L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)), averaged over images."""
     maps_hat, maps = vgg(x_hat, STAGES), vgg(x, STAGES)
     loss = (x_hat - x).abs().mean()
     for k, weight in zip(STAGES, STAGE_WEIGHTS, strict=True):
@@ -159,7 +159,7 @@ def reconstruction_by_hand(x_hat, x, vgg):
 
 @pytest.mark.parametrize("degraded", [False, True])
 @pytest.mark.parametrize("stage", [0, 2])
-def test_residual_and_auxiliary_loss_are_those_of_the_paper(vgg, stage, degraded):
+def test_residual_and_auxiliary_loss_equal_the_formulas_of_the_paper(vgg, stage, degraded):
     detector = toy_detector(stage)
     x = torch.rand(3, 3, 32, 32)
     real = torch.tensor([True, False, True])
@@ -173,7 +173,7 @@ def test_residual_and_auxiliary_loss_are_those_of_the_paper(vgg, stage, degraded
     assert loss[1] == 0
 
 
-def test_without_a_task_the_loss_is_that_of_the_clean_reals_in_every_step(vgg):
+def test_without_an_auxiliary_task_the_auxiliary_loss_is_the_reconstruction_loss_of_clean_reals(vgg):
     batch = toy_batch()
     x = batch.x[batch.labels == REAL] / 255
     expected = reconstruction_by_hand(toy_detector().resynthesizer(downsample(x, 4)), x, vgg).item()
@@ -182,13 +182,13 @@ def test_without_a_task_the_loss_is_that_of_the_clean_reals_in_every_step(vgg):
     assert losses == pytest.approx([expected] * 5, rel=1e-5)
 
 
-def test_without_vgg_the_auxiliary_loss_is_off():
+def test_without_vgg_weights_the_auxiliary_loss_is_0():
     values = one_step(toy_detector(), toy_batch(), None, "none", weight=0.0)
     assert values["auxiliary"] == 0
     assert values["loss"] == pytest.approx(values["cross_entropy"])
 
 
-def test_with_one_real_image_there_is_no_auxiliary_loss(vgg):
+def test_a_batch_with_one_real_image_has_an_auxiliary_loss_of_0(vgg):
     for step in range(4):
         values = one_step(toy_detector(), toy_batch([REAL, FAKE, FAKE, FAKE]), vgg, "denoising", step=step)
         assert values["auxiliary"] == 0
@@ -197,8 +197,8 @@ def test_with_one_real_image_there_is_no_auxiliary_loss(vgg):
 
 @pytest.mark.parametrize("degraded", [False, True])
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_only_reals_enter_the_auxiliary_loss(vgg, degraded, micro_batch):
-    step = step_that_is(degraded)
+def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(vgg, degraded, micro_batch):
+    step = step_with_degradation(degraded)
     losses = {}
     for changed in ("nothing", "a fake", "a real"):
         batch = toy_batch()
@@ -211,9 +211,11 @@ def test_only_reals_enter_the_auxiliary_loss(vgg, degraded, micro_batch):
 
 
 @pytest.mark.parametrize(("stage", "degraded", "micro_batch"), [(0, True, 1), (2, False, 2)])
-def test_micro_batches_make_the_same_update(monkeypatch, stage, degraded, micro_batch):
-    """In float64: batch norm over toy maps of one value magnifies rounding too much in float32."""
-    step = step_that_is(degraded)
+def test_a_step_in_micro_batches_gives_the_update_of_a_step_with_the_whole_batch(
+    monkeypatch, stage, degraded, micro_batch
+):
+    """The test uses float64, because batch norm over maps of one value amplifies rounding errors of float32."""
+    step = step_with_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.input
     monkeypatch.setattr(Compute, "input", lambda self, images: original(self, images).double())
@@ -233,8 +235,8 @@ def test_micro_batches_make_the_same_update(monkeypatch, stage, degraded, micro_
         torch.testing.assert_close(states[1][key], tensor, rtol=1e-6, atol=1e-7)
 
 
-def test_the_classifier_runs_in_float32_in_any_precision():
-    """bf16 kernels of the CPU give infinite gradients for strided convolutions to maps of one value."""
+def test_the_classifier_computes_in_float32_also_if_the_precision_is_bf16():
+    """In bfloat16 on a CPU, strided convolutions to maps of one value have infinite gradients."""
     residual = 10 * torch.rand(4, 512, 16, 16, generator=torch.Generator().manual_seed(0))
     gradients = []
     for precision in ("fp32", "bf16"):
@@ -248,7 +250,7 @@ def test_the_classifier_runs_in_float32_in_any_precision():
         assert torch.equal(in_fp32, in_bf16)
 
 
-def test_numbers_that_are_not_finite_end_the_run_and_are_not_saved(files, tmp_path, capfd):
+def test_a_training_whose_loss_is_not_finite_ends_and_keeps_a_finite_checkpoint(files, tmp_path, capfd):
     flags = detector_arguments(files, tmp_path, "--fixed-sr --epochs 3 --lr 1e38 --save-minutes 0")
     code, line = status(flags, capfd)
     saved = read(tmp_path / "last.pth.tar")
@@ -258,7 +260,7 @@ def test_numbers_that_are_not_finite_end_the_run_and_are_not_saved(files, tmp_pa
     assert all(value.isfinite().all() for value in saved["state_dict"].values())
 
 
-def test_a_step_whose_loss_is_not_finite_changes_nothing():
+def test_a_step_whose_loss_is_not_finite_does_not_change_the_weights():
     model = torch.nn.Linear(2, 1)
     stepper = Stepper(torch.optim.SGD(model.parameters(), lr=0.1), Compute(CPU, "fp32"), World())
     before = model.weight.detach().clone()
@@ -268,7 +270,7 @@ def test_a_step_whose_loss_is_not_finite_changes_nothing():
     assert stepper.progress.total_steps == 0
 
 
-def test_means_are_weighted_by_the_number_of_images():
+def test_mean_losses_are_weighted_by_the_number_of_images():
     progress = Progress()
     progress.add({"loss": 1.0}, 3)
     progress.add({"loss": 5.0}, 1)
@@ -277,7 +279,7 @@ def test_means_are_weighted_by_the_number_of_images():
     assert (progress.epoch, progress.step, progress.total_steps, progress.means()) == (1, 0, 2, {})
 
 
-# --- whole runs ---------------------------------------------------------------------------------------------
+# --- complete trainings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -291,7 +293,7 @@ def test_means_are_weighted_by_the_number_of_images():
         ("--mode-sr denoising --idx-stages 1", True),
     ],
 )
-def test_the_resynthesizer_moves_if_and_only_if_asked(files, tmp_path, flags, moves):
+def test_the_resynthesizer_is_trained_if_and_only_if_fixed_sr_is_not_given(files, tmp_path, flags, moves):
     train(detector_arguments(files, tmp_path / "still", f"{flags} --epochs 1 --lr 0 --wd 0"))
     train(detector_arguments(files, tmp_path / "moved", f"{flags} --epochs 1"))
     before = read(files / "rdn.pth")
@@ -307,7 +309,7 @@ def test_the_resynthesizer_moves_if_and_only_if_asked(files, tmp_path, flags, mo
     assert (line.get("auxiliary", 0) > 0) == (moves and "--lw-sr 0" not in flags)
 
 
-def test_files_are_numbered_as_in_the_release(files, tmp_path):
+def test_numbered_checkpoints_are_written_after_the_epochs_of_the_release(files, tmp_path):
     train(detector_arguments(files, tmp_path / "d", "--fixed-sr --epochs 4 --save-every-epoch 2"))
     names = sorted(path.name for path in (tmp_path / "d").glob("0*"))
     assert names == sorted(f"{n:04d}{kind}.pth.tar" for n in (1, 3, 4) for kind in ("", "_sr"))
@@ -318,7 +320,7 @@ def test_files_are_numbered_as_in_the_release(files, tmp_path):
     assert read(tmp_path / "s/x2/epoch_3.pth").keys() == RDN(scale=2, **TINY).state_dict().keys()
 
 
-def test_a_tiny_evaluation_image_is_measured_and_a_poor_network_is_warned_of(files, tmp_path, caplog):
+def test_a_tiny_evaluation_image_has_a_psnr_and_a_network_worse_than_bicubic_gives_a_warning(files, tmp_path, caplog):
     (tmp_path / "images").mkdir()
     save(tmp_path / "images/tiny.png", random_rgb(4, 4))
     train(sr_arguments(files, tmp_path, f"--num-epochs 1 --vgg-lambda 0 --eval-file {tmp_path}/images"))
@@ -327,7 +329,7 @@ def test_a_tiny_evaluation_image_is_measured_and_a_poor_network_is_warned_of(fil
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(files, tmp_path):
-    """Its PSNR would be infinite, and no later epoch could be better."""
+    """The error of a black image is 0. If its PSNR were infinite, no later epoch could be better."""
     images = tmp_path / "images"
     images.mkdir()
     save(images / "black.png", random_rgb(32, 32) * 0)
@@ -354,20 +356,20 @@ def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(files, tmp
         ("--arch-args depth=3", ["resnet18", "depth"]),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_it_begins(files, tmp_path, flags, words):
-    with mistake(*words):
+def test_options_with_which_training_is_impossible_are_refused_before_training_begins(files, tmp_path, flags, words):
+    with user_error(*words):
         train(detector_arguments(files, tmp_path / "out", f"--fixed-sr {flags}"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("flags", "warned"), [("--idx-stages 3", True), ("", False)])
-def test_residuals_no_larger_than_the_stride_are_warned_of(files, tmp_path, caplog, flags, warned):
+def test_residuals_no_larger_than_the_stride_of_the_classifier_give_a_warning(files, tmp_path, caplog, flags, warned):
     train(detector_arguments(files, tmp_path, f"--fixed-sr --epochs 1 --batch-size 5 {flags}"))
     assert ("stride" in caplog.text) == warned
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 33), (1, 1), (64, 8)])
-def test_the_stride_says_which_single_images_batch_norm_can_be_trained_on(size):
+def test_batch_norm_can_be_trained_on_one_residual_only_if_it_is_larger_than_the_stride(size):
     classifier = DeepStemResNet(3, "resnet18")
     try:
         classifier(torch.rand(1, 3, *size))

@@ -1,11 +1,11 @@
-"""Which images train_detector.py and train_sr.py train on, and which sets they refuse, by their command lines."""
+"""Tests of the images that train_detector.py and train_sr.py train on, and of image sets that they refuse."""
 
 import os
 import shutil
 
 import pytest
 import torch
-from files import mistake, random_rgb, save
+from files import random_rgb, save, user_error
 from trainings import detector_arguments, sr_arguments, stats, train
 
 pytestmark = pytest.mark.usefixtures("small_classifier")
@@ -19,7 +19,7 @@ def log_everything(caplog):
 
 
 def arguments_without_roots(files, out, flags):
-    """Arguments for train_detector.py without --data-root-pos and --data-root-neg."""
+    """Return arguments for train_detector.py without --data-root-pos and --data-root-neg."""
     arguments = detector_arguments(files, out, f"{FLAGS} {flags}")
     for flag in ("--data-root-pos", "--data-root-neg"):
         position = arguments.index(flag)
@@ -28,7 +28,7 @@ def arguments_without_roots(files, out, flags):
 
 
 def write_table(path, files, labels):
-    """Write a CSV table with one row per label."""
+    """Write a CSV table with one image per label. Returns the path of the table."""
     counts = {"real": 0, "fake": 0}
     lines = ["path,label"]
     for label in labels:
@@ -38,40 +38,40 @@ def write_table(path, files, labels):
     return path
 
 
-# --- sets with one class ------------------------------------------------------------------------------------
+# --- image sets with one class ------------------------------------------------------------------------------
 
 
-def test_sets_that_skip_bad_leaves_with_one_class_are_refused(files, tmp_path):
+def test_image_sets_in_which_skip_bad_leaves_one_class_are_refused(files, tmp_path):
     mixed = shutil.copytree(files, tmp_path / "files")
     for path in (mixed / "fake").iterdir():
         save(path, random_rgb(32, 32))
     flags = f"{FLAGS} --crop-size 48 --skip-bad"
-    with mistake("training images must contain both", "5 real and 0 generated"):
+    with user_error("training images must contain both", "5 real and 0 generated"):
         train(detector_arguments(mixed, tmp_path / "out", flags))
-    with mistake("validation images must contain both", "5 real and 0 generated"):
+    with user_error("validation images must contain both", "5 real and 0 generated"):
         train(detector_arguments(files, tmp_path / "out", f"{flags} --val-root-pos REAL --val-root-neg {mixed}/fake"))
     assert not (tmp_path / "out").exists()
 
 
-def test_tables_with_one_class_are_refused(files, tmp_path):
+def test_csv_tables_with_images_of_one_class_are_refused(files, tmp_path):
     both = write_table(tmp_path / "both.csv", files, ["real", "real", "fake", "fake"])
     fakes = write_table(tmp_path / "fakes.csv", files, ["fake", "fake", "fake"])
-    with mistake("training images must contain both", "0 real and 3 generated"):
+    with user_error("training images must contain both", "0 real and 3 generated"):
         train(arguments_without_roots(files, tmp_path / "out", f"--csv {fakes}"))
-    with mistake("validation images must contain both", "0 real and 3 generated"):
+    with user_error("validation images must contain both", "0 real and 3 generated"):
         train(arguments_without_roots(files, tmp_path / "out", f"--csv {both} --val-csv {fakes}"))
 
 
-def test_trees_with_one_class_are_refused(files, tmp_path):
+def test_a_tree_with_images_of_one_class_is_refused(files, tmp_path):
     shutil.copytree(files / "fake", tmp_path / "tree/gan/1_fake")
-    with mistake("training images must contain both", "0 real and 5 generated"):
+    with user_error("training images must contain both", "0 real and 5 generated"):
         train(arguments_without_roots(files, tmp_path / "out", f"--data-root {tmp_path}/tree"))
 
 
 # --- which images are used ----------------------------------------------------------------------------------
 
 
-def test_the_validation_images_of_genimage_are_not_trained_on(files, tmp_path, caplog):
+def test_training_on_a_genimage_tree_does_not_use_its_validation_images(files, tmp_path, caplog):
     for split in ("train", "val"):
         shutil.copytree(files / "real", tmp_path / f"tree/sd/{split}/nature")
         shutil.copytree(files / "fake", tmp_path / f"tree/sd/{split}/ai")
@@ -90,7 +90,7 @@ def test_a_link_to_the_parent_folder_does_not_change_the_training(files, tmp_pat
     assert "1 link to a folder that contains it" in caplog.text
 
 
-def test_files_left_out_of_folders_are_counted_in_one_line(files, tmp_path, caplog):
+def test_a_training_logs_in_one_line_how_many_files_of_a_folder_are_not_used(files, tmp_path, caplog):
     mixed = shutil.copytree(files, tmp_path / "files")
     shutil.copy(files / "real/0.png", mixed / "real/photo.heic")
     save(mixed / "real/photo.jfif", random_rgb(64, 64), format="JPEG")
@@ -100,7 +100,7 @@ def test_files_left_out_of_folders_are_counted_in_one_line(files, tmp_path, capl
 
 
 @pytest.mark.parametrize("name", [b"caf\xe9.png", b"new\nline.png", b" space.png"])
-def test_images_with_odd_names_can_be_trained_on(files, tmp_path, name):
+def test_images_with_unusual_file_names_can_be_trained_on_from_folders_and_tables(files, tmp_path, name):
     mixed = shutil.copytree(files, tmp_path / "files")
     os.rename(mixed / "real/0.png", os.path.join(os.fsencode(mixed / "real"), name))
     train(detector_arguments(mixed, tmp_path / "folders", FLAGS))
