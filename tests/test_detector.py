@@ -1,4 +1,4 @@
-"""Tests of the Python interface `load`, `predict`, `verdict` and `residual`: arguments, errors, and results of test.py."""
+"""Tests of the Python functions `load`, `predict`, `verdict` and `residual`: arguments, errors, and equal scores."""
 
 import io
 import re

@@ -94,7 +94,7 @@ def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
 
 
 def test_torchrun_trains_until_sigterm_and_scores_as_one_process(files, tmp_path):
-    """Two processes train a detector until SIGTERM. Then two processes write the score table that one process writes."""
+    """Two processes train a detector until SIGTERM. Two processes then write the score table of one process."""
     train = [str(ROOT / "train_detector.py"), *COMMON.split(), "--arch", "resnet18", "--no_dilation", "--fixed-sr"]
     train += ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake"), "--no-cache"]
     train += ["--sr-weights-file", str(files / "rdn.pth"), "--output-path", str(tmp_path), "--batch-size", "4"]
