@@ -1,1 +1,1 @@
-"""Shared runtime: errors, signals, files, random streams, options, checkpoints, processes, training bookkeeping."""
+"""Code that all programs share: errors, signals, files, random numbers, options, checkpoints and training runs."""

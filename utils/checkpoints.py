@@ -1,7 +1,10 @@
-"""Checkpoint files: written atomically, read without executing anything, and checked where their values are used.
+"""Checkpoint files.
 
-A file whose name ends in .safetensors is a bundle for sharing. It has the same content without any pickle: tensors are
-named KEY or KEY/NAME, and the plain values are one JSON text in its metadata.
+A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. Each value is
+checked when the program uses it.
+
+A checkpoint whose name ends in .safetensors is a bundle for sharing, which contains no pickle. Its tensors are named
+KEY or KEY/NAME. Its plain values (numbers, texts, lists, dictionaries) are a JSON text in the metadata of the file.
 """
 
 import hashlib
@@ -20,23 +23,23 @@ from utils.console import printable
 from utils.errors import UserError
 from utils.files import atomic
 
-SHOWN_KEYS = 3  # number of wrong keys that an error names
+SHOWN_KEYS = 3  # largest number of wrong keys that an error message names
 BUNDLE = "beyond-the-spectrum bundle, version 1"
 FINGERPRINT_DIGITS = 16
 
-# Texts of PyTorch's errors about files that hold more than tensors and plain values
+# Words in PyTorch's error messages for a file that holds more than tensors and plain values
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function", "allowlisted", "Unsupported class")
 
 
 class Checkpoint(NamedTuple):
-    """The content of a checkpoint file, and the name of the file for messages."""
+    """The content of a checkpoint file, and the name of the file for error messages."""
 
     content: Mapping
     name: str
 
 
 def read_checkpoint(path: str | os.PathLike | None) -> Checkpoint | None:
-    """Read a checkpoint with its name (see `load`). Returns None if no path is given."""
+    """Read a checkpoint with `load`, and keep its path for error messages. Returns None if `path` is None or empty."""
     if not path:
         return None
     return Checkpoint(load(path), str(path))
@@ -46,10 +49,10 @@ def read_checkpoint(path: str | os.PathLike | None) -> Checkpoint | None:
 
 
 def save(content: dict, path: str | os.PathLike) -> None:
-    """Write a checkpoint. Whatever happens, `path` holds either the old file or the whole new one.
+    """Write a checkpoint completely or not at all.
 
     Raises:
-        UserError: if it cannot be written (disk full, no permission). The old file is then unchanged.
+        UserError: if the file cannot be written (disk full, no permission). An earlier file at `path` stays unchanged.
     """
     try:
         with atomic(path) as file:
@@ -82,10 +85,10 @@ class _ErrorRecorder(io.RawIOBase):
 
 
 def load(path: str | os.PathLike) -> dict:
-    """Read a checkpoint onto the CPU. Only tensors and plain values are accepted: nothing in the file is executed.
+    """Read a checkpoint onto the CPU. Only tensors and plain values are accepted, so that no code in the file is run.
 
     Raises:
-        UserError: if the file is missing, truncated, not a checkpoint, or would run code when unpickled.
+        UserError: if the file is missing or truncated, is not a checkpoint, or would run code when it is unpickled.
     """
     path, name = Path(path), printable(path)
     if not path.is_file():
@@ -95,7 +98,7 @@ def load(path: str | os.PathLike) -> dict:
         content = _read_bundle(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, PermissionError):
         raise
-    except Exception as error:  # PyTorch raises many types, from EOFError to UnpicklingError
+    except Exception as error:  # torch.load raises many types of exceptions, from EOFError to UnpicklingError
         raise UserError(_reason_for_failed_load(path, error)) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{name}: expected a dictionary, got {_brief(content)}")
@@ -103,12 +106,12 @@ def load(path: str | os.PathLike) -> dict:
 
 
 def _reason_for_failed_load(path: Path, error: Exception) -> str:
-    """Describe in one line why a checkpoint could not be read, and what to do."""
+    """Describe in one line why a checkpoint could not be read, and what the user can do."""
     name = printable(path)
     if any(words in str(error) for words in FORBIDDEN):
         return (
-            f"{name} refused: it holds more than tensors and plain values, and unpickling such a file runs whatever"
-            " code is in it; save its state dicts alone, on a machine where you trust it"
+            f"{name} refused: the file holds more than tensors and plain values, and unpickling such a file runs"
+            " whatever code is in it; if you trust the file, save its state dicts alone and use the new file"
         )
     way_out = "download or make it again"
     if path.name.startswith("last."):
@@ -116,14 +119,16 @@ def _reason_for_failed_load(path: Path, error: Exception) -> str:
         if numbered:
             way_out = f"continue from the newest numbered state with --resume {printable(numbered[-1])}"
     found = f"{os.path.getsize(path)} bytes; {type(error).__name__}"
-    return f"cannot read {name} ({found}): it is truncated or no checkpoint; {way_out}"
+    return f"cannot read {name} ({found}): the file is truncated or no checkpoint; {way_out}"
 
 
 # --- weights ------------------------------------------------------------------------------------------------
 
 
 def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Compute the name of a network's weights: 16 hex digits of the SHA-256 of names, types, shapes and values.
+    """Compute the fingerprint of weights, by which equal weights are recognised.
+
+    The fingerprint is the first 16 hex digits of the SHA-256 of the names, types, shapes and values of the tensors.
 
     Args:
         weights: a module or a state dict.
@@ -134,10 +139,10 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load `state` into `module`: every key must exist in both, with the same shape.
+    """Load a state dict into a module. State dict and module must have equal keys and shapes.
 
     Raises:
-        UserError: naming the keys that are missing, unknown or of another shape. Nothing is loaded then.
+        UserError: if keys are missing or unknown, or if shapes differ. The module then keeps its weights.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     got = {key: tuple(value.shape) for key, value in state.items()}
@@ -158,7 +163,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
 
 
 def digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
-    """Compute the SHA-256, in hex digits, of texts and of tensors with their names, types and shapes."""
+    """Compute the SHA-256 of `texts` and of the names, types, shapes and values of `tensors`. Returns hex digits."""
     sha = hashlib.sha256()
     if texts:
         sha.update(json.dumps(texts, sort_keys=True).encode())
@@ -175,15 +180,18 @@ _REQUIRED = object()
 
 
 class Fields:
-    """The plain values of a file, which are checked for type and range when they are read.
+    """The plain values in a file. Each method checks the type and the range of the value that it returns.
 
-    A value that is missing or None gives the default. A value of another type or outside its range raises a one-line
-    UserError that names the file and the key.
+    If a value is missing or None, the methods return the default. A value of a wrong type or outside its range raises
+    a UserError that names the file and the key in one line.
 
     Args:
-        values: the values by key; anything but a mapping is refused. None counts as empty.
-        file: name of the file, for messages.
-        path: place of the values in the file, for messages, such as "config.images".
+        values: dictionary of the values. None counts as an empty dictionary.
+        file: name of the file, for error messages.
+        path: place of the dictionary in the file, for error messages, such as "config.images".
+
+    Raises:
+        UserError: if `values` is neither a mapping nor None.
     """
 
     def __init__(self, values: object, file: str, path: str = ""):
@@ -195,18 +203,18 @@ class Fields:
         self.values = values
 
     def has(self, key: str) -> bool:
-        """Return whether the key has a value other than None."""
+        """Return whether there is a value other than None under `key`."""
         return self.values.get(key) is not None
 
     def integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
-        """Return an integer from `low` to `high`."""
+        """Return the integer under `key`, which must be from `low` to `high`."""
         value = self._value(key, default)
         if value is not default and not (_is_integer(value) and low <= value <= high):
             raise self._error(key, f"must be an integer{_range(low, high)}")
         return value
 
     def number(self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED) -> float:
-        """Return a finite number from `low` to `high`."""
+        """Return the finite number under `key`, which must be from `low` to `high`."""
         value = self._value(key, default)
         if value is not default:
             is_number = _is_integer(value) or isinstance(value, float)
@@ -215,21 +223,21 @@ class Fields:
         return value
 
     def positive(self, key: str, default: object = _REQUIRED) -> float:
-        """Return a finite number above 0."""
+        """Return the finite number under `key`, which must be above 0."""
         value = self.number(key, 0, default=default)
         if value is not default and value == 0:
             raise self._error(key, "must be a finite number above 0")
         return value
 
     def boolean(self, key: str, default: object = _REQUIRED) -> bool:
-        """Return True or False."""
+        """Return the boolean under `key`."""
         value = self._value(key, default)
         if value is not default and not isinstance(value, bool):
             raise self._error(key, "must be true or false")
         return value
 
     def text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
-        """Return a text, which must be one of `choices` if there are any."""
+        """Return the text under `key`, which must be one of `choices` unless `choices` is empty."""
         value = self._value(key, default)
         if value is not default:
             if not isinstance(value, str):
@@ -239,11 +247,11 @@ class Fields:
         return value
 
     def fields(self, key: str) -> "Fields":
-        """Return the dictionary under a key, which is empty if there is none."""
+        """Return the dictionary under `key`. A missing dictionary counts as empty."""
         return Fields(self.values.get(key), self.file, self._place(key))
 
     def arguments(self, key: str) -> dict[str, object]:
-        """Return the dictionary under a key, whose keys must be identifiers: keyword arguments of a network."""
+        """Return the keyword arguments of a network under `key`: a dictionary whose keys must be identifiers."""
         values = self.fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
@@ -276,7 +284,7 @@ def _range(low: float, high: float) -> str:
 
 
 def _brief(value: object) -> str:
-    """Describe a value in a few words."""
+    """Describe a value in a few words, for an error message."""
     if isinstance(value, bool | int | float | str) or value is None:
         return printable(repr(value)[:60])
     return f"a {type(value).__name__}"
@@ -286,15 +294,15 @@ def _brief(value: object) -> str:
 
 
 def is_bundle(path: str | os.PathLike) -> bool:
-    """Return whether a file of this name is a bundle for sharing."""
+    """Return whether `path` names a bundle for sharing: whether it ends in .safetensors."""
     return os.fspath(path).endswith(".safetensors")
 
 
 def _pack_bundle(content: Mapping) -> bytes:
-    """Make the bytes of a bundle.
+    """Convert the content of a checkpoint to the bytes of a bundle.
 
     Args:
-        content: tensors, dictionaries of tensors, and plain values that JSON can hold.
+        content: tensors, dictionaries of tensors, and plain values that JSON can represent.
     """
     tensors, values = {}, {}
     for key, value in content.items():
@@ -312,10 +320,10 @@ def _pack_bundle(content: Mapping) -> bytes:
 
 
 def _read_bundle(path: Path) -> dict:
-    """Read what `_pack_bundle` has packed.
+    """Read the content of a bundle, as it was before `_pack_bundle`.
 
     Raises:
-        UserError: if the bundle has another version, or its content has changed since it was written.
+        UserError: if the bundle has a different format version, or if its content has changed since it was written.
     """
     with _safetensors().safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
@@ -338,7 +346,7 @@ def _read_bundle(path: Path) -> dict:
 
 
 def _safetensors():
-    """Import safetensors, which only bundles need."""
+    """Import and return the package safetensors, which only bundles need."""
     try:
         import safetensors.torch
     except ImportError:

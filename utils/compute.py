@@ -1,4 +1,4 @@
-"""The device and the number format with which networks compute."""
+"""Choice of the device on which networks run, and of the number format in which they compute."""
 
 import importlib.metadata
 import logging
@@ -33,7 +33,7 @@ class Compute(NamedTuple):
         return x.contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which networks run."""
+        """Return the autocast context for bf16 and fp16. For fp32 and tf32, the context changes nothing."""
         dtype = AUTOCAST_TYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -41,17 +41,17 @@ class Compute(NamedTuple):
 def choose_compute(
     gpu: str | int | torch.device | None, precision: str, deterministic: bool, seed: int | None = None
 ) -> Compute:
-    """Choose the device and the number format, and set PyTorch's global switches for them.
+    """Choose the device and the number format, and set PyTorch's global switches accordingly.
 
     Args:
-        gpu: see `choose_device`.
-        precision: auto, fp32, tf32, bf16 or fp16. auto is tf32 on a GPU (PyTorch's default for convolutions, with
-            which the release ran) and fp32 on a CPU. fp32 computes in full float32.
-        deterministic: use reproducible algorithms; otherwise cuDNN chooses the fastest one for each shape.
-        seed: seed of PyTorch's random numbers; None leaves them as they are.
+        gpu: the device, as explained in `choose_device`.
+        precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, which is PyTorch's default for
+            convolutions and was used by the released code. On a CPU, auto means fp32. fp32 computes in full float32.
+        deterministic: use reproducible algorithms. Otherwise, cuDNN chooses the fastest algorithm for each shape.
+        seed: seed of PyTorch's random numbers. None: PyTorch's random numbers are not seeded.
 
     Raises:
-        UserError: if the machine lacks the device, or the device lacks the format.
+        UserError: if the machine lacks the device, or if the device lacks the number format.
     """
     device = choose_device(gpu)
     if seed is not None:
@@ -62,7 +62,8 @@ def choose_compute(
         raise UserError(f"precision must be auto, fp32, tf32, bf16 or fp16, got {precision}")
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
-    if deterministic != torch.are_deterministic_algorithms_enabled():  # the call itself takes 1.5 s of imports
+    # use_deterministic_algorithms takes 1.5 s for imports, so that it is called only if the setting changes
+    if deterministic != torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
@@ -73,15 +74,18 @@ def choose_compute(
 
 
 def choose_device(gpu: str | int | torch.device | None) -> torch.device:
-    """Choose the device, and make a GPU the current one.
+    """Choose the device. A chosen GPU becomes PyTorch's current device.
+
+    With several processes, each process uses the GPU of its own number if `gpu` is None, "cuda", or a number as a text
+    (`--gpu`).
 
     Args:
-        gpu: None for the first GPU or, without one, the CPU. A number, for a GPU: a machine without any GPU gets one
-            warning and the CPU, so that the scripts run anywhere. Or "cpu", "cuda", "cuda:1", or a torch.device. In
-            several processes, None, "cuda" and the text of a number (--gpu) mean the GPU of the process's own number.
+        gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means this GPU. On a machine
+            without any GPU, a number means the CPU, with a warning, so that scripts run on every machine. Other values
+            are "cpu", "cuda", "cuda:1", or a torch.device.
 
     Raises:
-        UserError: if the name is unknown, or the machine has no such GPU.
+        UserError: if the name of the device is unknown, or if the machine lacks this GPU.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())
@@ -125,8 +129,8 @@ def _gpu_numbers(available: int) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions on which the numbers of a run depend, for its records."""
+    """Return the versions of Python and of the packages on which the numbers of a run depend."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     for name in ("torchvision", "numpy", "pillow"):
-        found[name] = importlib.metadata.version(name)  # without importing torchvision, which would take seconds
+        found[name] = importlib.metadata.version(name)  # importing torchvision for its version would take seconds
     return found

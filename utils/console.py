@@ -1,4 +1,4 @@
-"""Text for terminals and logs: printable names, tables, progress bars; and which process of a run may print."""
+"""Output to terminals and logs: printable names, tables and progress bars, by one process of a run."""
 
 import logging
 import os
@@ -11,27 +11,27 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 120  # time between two progress lines in the log of a run without a terminal
-MISTAKE_DELAY = 10  # seconds; processes may start this far apart on a busy machine
+LOG_SECONDS = 120  # seconds between two progress lines in the log of a run without a terminal
+MISTAKE_DELAY = 10  # seconds that processes of a run may start apart on a busy machine
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the only one, or the first of several that torchrun has started."""
+    """Return whether this process is the main process: the only process of a run, or the first one from torchrun."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def let_main_process_report() -> None:
-    """Wait, in any other process, long enough for the main process to report the same error and end the run.
+    """Wait, unless this is the main process, so that only the main process prints an error that all processes find.
 
-    All processes find a user's mistake. The launcher ends the others once the first has failed, so that the error is
-    printed once. An error that only one process finds is printed after the delay.
+    Usually all processes find a user's mistake. While the other processes wait, the main process prints the error and
+    exits, and torchrun then ends the other processes. An error that only one process finds is printed after the wait.
     """
     if not is_main_process():
         time.sleep(MISTAKE_DELAY)
 
 
 class _LogFile(TextIOBase):
-    """A text file whose lines go to the log."""
+    """A file object for tqdm, which writes each line to the log."""
 
     def write(self, text: str) -> int:
         line = text.strip()
@@ -41,12 +41,12 @@ class _LogFile(TextIOBase):
 
 
 def progress(items: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm:
-    """Wrap `items` in a progress bar or, without a terminal, in a log line every LOG_SECONDS.
+    """Show the progress of an iteration by a progress bar or, without a terminal, by a log line every LOG_SECONDS.
 
     Args:
-        items: what to iterate over; None to call `.update(n)` on the returned bar instead.
+        items: the items over which the caller iterates. None: the caller reports progress by `.update(n)`.
         description: text in front of the numbers.
-        total: number of items, where `items` does not tell it.
+        total: number of items. It is needed if `items` has no length.
         unit: name of one item.
     """
     options = {"total": total, "unit": unit, "leave": False, "disable": not is_main_process()}
@@ -59,7 +59,7 @@ def progress(items: Iterable | None, description: str, total: int | None = None,
 
 
 def printable(text: str | os.PathLike) -> str:
-    """Escape control characters and lone surrogates, so that a path or text prints as one line on any terminal."""
+    """Escape control characters and lone surrogates in a path or text, so that it prints as one line."""
     characters = []
     for character in os.fspath(text):
         if not character.isprintable():
@@ -69,7 +69,12 @@ def printable(text: str | os.PathLike) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Format rows of cells as lines with aligned columns. The first `left` columns are left-aligned."""
+    """Format rows of cells as lines with aligned columns.
+
+    Args:
+        rows: the cells of each row.
+        left: number of columns that are aligned to the left. The remaining columns are aligned to the right.
+    """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,8 +1,8 @@
-"""Several processes, started by torchrun: which process this is, and the collective operations that the programs need.
+"""Runs with several processes, which torchrun starts: the number of this process, and collective operations.
 
 Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel. Each process
-divides its loss by the size of the *global* batch, so that batches of uneven size, micro-batches and the auxiliary
-loss give the same update as one process.
+divides its loss by the size of the *global* batch. Several processes therefore compute the update of a single process,
+even if the processes hold different numbers of images.
 """
 
 import os
@@ -18,14 +18,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
 
-# Processes may finish their parts of a test hours apart. The launcher ends all processes when one of them fails, so
-# that a long wait is not an error.
+# Processes may finish their parts of a test hours apart, so that a long wait is no error. If a process fails, torchrun
+# ends all processes.
 TIMEOUT = timedelta(days=30)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class World(NamedTuple):
-    """The place of this process among all processes of a run: number `rank` of `size`."""
+    """The number of this process (`rank`, from 0) and the number of all processes of the run (`size`)."""
 
     rank: int = 0
     size: int = 1
@@ -36,10 +36,13 @@ class World(NamedTuple):
 
 
 def world_from_environment() -> World:
-    """Read RANK and WORLD_SIZE, which torchrun sets. Without both, this process is the only one.
+    """Read the environment variables RANK and WORLD_SIZE, which torchrun sets.
+
+    If neither variable is set, this process is the only process of the run.
 
     Raises:
-        UserError: if one is missing or has an impossible value. Such a process would never print or write anything.
+        UserError: if only one of the variables is set, or if a value is impossible. Without this check, a process with
+            a wrong rank would run to its end without printing or writing anything.
     """
     given = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:
@@ -57,10 +60,10 @@ def world_from_environment() -> World:
 
 
 def local_rank() -> int | None:
-    """Read LOCAL_RANK, the number of this process on its machine. Returns None if it is not set.
+    """Read LOCAL_RANK, the number of this process on its machine. Returns None if LOCAL_RANK is not set.
 
     Raises:
-        UserError: if it is not a number.
+        UserError: if LOCAL_RANK is not a number.
     """
     text = os.environ.get("LOCAL_RANK")
     if text is None:
@@ -72,21 +75,21 @@ def local_rank() -> int | None:
 
 @contextmanager
 def join_processes(device_type: str) -> Iterator[World]:
-    """Connect the processes that were started together, while the `with` block runs.
+    """Connect all processes of the run while the `with` block runs.
 
     Args:
-        device_type: "cuda" or "cpu".
+        device_type: "cuda" or "cpu", on which the tensors of collective operations are.
 
     Yields:
-        The place of this process.
+        the `World` of this process.
 
     Raises:
-        UserError: if the variables of the launcher are incomplete.
+        UserError: if the environment variables of torchrun are incomplete.
     """
     world = world_from_environment()
     if world.size > 1:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
-        # torchrun keeps the store when it restarts processes: a prefix hides the entries of the earlier processes
+        # torchrun keeps the store when it restarts processes. The prefix hides the entries of the earlier processes.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
@@ -111,12 +114,12 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> No
 
 
 def all_reduce_sum(values: Tensor, world: World) -> Tensor:
-    """Return the element-wise sum over all processes."""
+    """Return the element-wise sum of `values` over all processes."""
     return _all_reduce(values, world, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(values: Tensor, world: World) -> Tensor:
-    """Return the element-wise maximum over all processes."""
+    """Return the element-wise maximum of `values` over all processes."""
     return _all_reduce(values, world, dist.ReduceOp.MAX)
 
 
@@ -128,7 +131,7 @@ def _all_reduce(values: Tensor, world: World, operation: dist.ReduceOp) -> Tenso
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Concatenate the rows of all processes in the order of their ranks. The result is on the CPU of each process."""
+    """Concatenate the rows of all processes in the order of the ranks. Every process gets the result, on the CPU."""
     gathered = [rows.cpu()] * world.size
     if world.size > 1:
         dist.all_gather_object(gathered, rows.cpu())
@@ -136,14 +139,14 @@ def all_gather_rows(rows: Tensor, world: World) -> Tensor:
 
 
 def broadcast_buffers(module: nn.Module, world: World) -> None:
-    """Copy the buffers (batch-norm statistics) of the main process into every process."""
+    """Replace the buffers of `module`, such as batch-norm statistics, by the main process's buffers."""
     if world.size > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def broadcast_from_main(value: Any, world: World) -> Any:
-    """Return the main process's value in every process."""
+    """Return the main process's `value` in every process."""
     values = [value]
     if world.size > 1:
         dist.broadcast_object_list(values, src=0)
@@ -151,6 +154,6 @@ def broadcast_from_main(value: Any, world: World) -> Any:
 
 
 def barrier(world: World) -> None:
-    """Wait until every process has come here."""
+    """Wait until every process has called this function."""
     if world.size > 1:
         dist.barrier()

@@ -1,4 +1,4 @@
-"""Errors that a user can correct, and how a program starts and ends."""
+"""Errors that a user can correct, and the function that runs a program and reports its errors."""
 
 import errno
 import logging
@@ -18,26 +18,30 @@ FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # a full disk, or no permission
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path that cannot be a file
 }
-PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")  # texts of torch.distributed
+# Words in the error messages of torch.distributed after another process of the run has ended
+PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct. Its text is one line: what was expected, what was found, what to do."""
+    """A mistake that the user can correct.
+
+    The message is one line that says what was expected, what was found, and what the user can do.
+    """
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Run a program and turn mistakes and signals into log lines.
+    """Run a program, and report a user's mistake or a signal by one log line instead of a traceback.
 
     Args:
-        main: the program; it returns its exit status, or None for 0.
+        main: the program. It returns its exit status, or None for the exit status 0.
 
     Returns:
-        The exit status: what `main` returns; 2 after one line for a user's mistake; 130 or 143 after a signal.
+        the exit status of `main`; or 2 after a user's mistake, 130 after SIGINT, 143 after SIGTERM.
     """
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     logging.captureWarnings(True)
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may contain letters that the terminal lacks
+    sys.stdout.reconfigure(errors="backslashreplace")  # the terminal may be unable to show some letters of file names
     try:
         return main() or 0
     except Stopped as stopped:
@@ -56,7 +60,7 @@ def run_program(main: Callable[[], int | None]) -> int:
 
 
 def _message_for_user(error: Exception) -> str | None:
-    """Describe an error that a user can correct in one line. Returns None for an error of the program itself."""
+    """Describe in one line an error that a user can correct. Returns None for an error in the program."""
     text = str(error)
     if isinstance(error, UserError):
         return text
@@ -68,5 +72,5 @@ def _message_for_user(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text} If memory was short, use fewer --workers"
     if isinstance(error, RuntimeError) and any(words in text for words in PEER_ENDED):
-        return "another process of this run has ended; its own message says why"
+        return "another process of this run has ended; the message of that process says why"
     return None

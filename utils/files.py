@@ -18,7 +18,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")  # the file NAME, while process number \d+ writes it
+# Process number N writes the file NAME as .NAME.N.tmp, and renames it when it is complete
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 LOCK_TEXT = b"beyond-the-spectrum lock\n"
 
 
@@ -26,8 +27,8 @@ LOCK_TEXT = b"beyond-the-spectrum lock\n"
 def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` at the end of the `with` block.
 
-    Whatever happens, `path` holds either its old content or the whole new content. A symbolic link stays a link: the
-    file that it points to is replaced.
+    After an error or a kill, `path` therefore holds its old content and never a part of the new content. If `path` is a
+    symbolic link, then the file to which the link points is replaced.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,12 +43,13 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished(folder: Path, names: str = ".+", age: float = 0) -> None:
-    """Delete temporary files that a process killed in `atomic` has left.
+    """Delete the temporary files that a process has left in a folder because it was killed inside `atomic`.
 
     Args:
-        folder: where to look.
-        names: regular expression of the files that the program writes there. Other temporary files are kept.
-        age: seconds for which nobody has written to the file.
+        folder: the folder.
+        names: regular expression for the names of files that the program writes. Temporary files for other names are
+            kept.
+        age: only files that were not changed during the last `age` seconds are deleted.
     """
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
@@ -65,10 +67,10 @@ def write_json(path: Path, obj: dict) -> None:
 
 
 def make_folder(path: str | os.PathLike) -> Path:
-    """Make a folder with its parents, and check that files can be written there before any work starts.
+    """Create a folder and its parents, and check that files can be written into it.
 
     Raises:
-        UserError: if the folder cannot be made or written to.
+        UserError: if the folder cannot be created, or if no file can be written into it.
     """
     try:
         os.makedirs(path, exist_ok=True)
@@ -80,17 +82,18 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def exclusive_writer(path: Path, world: World) -> Iterator[None]:
-    """Hold a lock file while the `with` block runs, so that no second run writes to the same place.
+    """Hold a lock file while the `with` block runs, so that a second run cannot write into the folder of the lock file.
 
-    The main process holds the lock, and all processes enter the block or none. The lock of a process that was killed
-    is free at once. Where the file system has no locks, a warning is printed and the block is entered.
+    The main process holds the lock for all processes of the run. If the main process is killed, the operating system
+    frees the lock at once. On a file system without locks, the block runs after a warning.
 
     Args:
-        path: the lock file. It is deleted at the end.
+        path: the lock file. It is deleted at the end of the block.
         world: the processes of this run.
 
     Raises:
-        UserError: if another run holds the lock, or the file is not a lock file of this project.
+        UserError: if a second run holds the lock, or if the file at `path` is not a lock file of this project. All
+            processes of the run raise it.
     """
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -103,21 +106,26 @@ def exclusive_writer(path: Path, world: World) -> Iterator[None]:
 
 
 def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
-    """Make and lock the file until `stack` is closed. Returns a line that says why this is impossible, or None."""
+    """Create a lock file, and hold its lock until `stack` is closed.
+
+    Returns:
+        None, or one line that says why the lock cannot be taken.
+    """
     busy = f"another run is writing here ({printable(path)}): let it end, or write elsewhere"
     with contextlib.suppress(FileExistsError), path.open("xb") as new:
         new.write(LOCK_TEXT)
     foreign = f"{printable(path)} is not a lock file of this program: move or delete it, or write elsewhere"
     try:
         file = stack.enter_context(path.open("r+b"))
-    except FileNotFoundError:  # the other run has ended since
+    except FileNotFoundError:  # a run that held the lock has ended and deleted the file
         return busy
     except IsADirectoryError:
         return foreign
     if file.read(len(LOCK_TEXT) + 1) != LOCK_TEXT:
         return foreign
     try:
-        # lockf, because worker processes do not inherit its locks. With flock a worker could outlive the run.
+        # lockf is used because worker processes do not inherit its locks. A worker that outlives its run would keep
+        # a lock of flock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return busy
@@ -125,6 +133,6 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
         text = "warning: the file system has no locks for %s (%s): make sure that no other run writes there"
         logger.warning(text, printable(path), error.strerror)
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        return busy  # the other run deleted this file at its end, and a third run may have made a new one
+        return busy  # a run that held the lock has deleted this file, and a third run may have created a new one
     stack.callback(path.unlink, missing_ok=True)
     return None

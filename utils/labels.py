@@ -1,4 +1,5 @@
-"""Class labels, which are also the columns of the logits."""
+"""Class labels. A label is also the number of its column in the logits."""
 
-FAKE, REAL = 0, 1  # Release: real is 1. Most of the field uses 1 for fake.
+# Release: the released code uses label 1 for real images. Most other detectors use label 1 for fake images.
+FAKE, REAL = 0, 1
 LABEL_NAMES = ("fake", "real")

@@ -1,9 +1,12 @@
 """Command-line options of the programs. Each option is declared once, and the defaults are the paper's.
 
-Flags are spelled as in the released code, so that scripts written for it keep working. `dest` gives each flag the name
-that is used inside the program. Options that describe a network (its shape, its architecture) default to None, which
-means "not given": the checkpoint decides and, where there is no checkpoint, models/build.py uses the paper's values.
-Names of networks, perturbations and auxiliary tasks are checked where they are looked up.
+Flags are spelled as in the released code, so that scripts for the released code keep working. The argument `dest` gives
+each flag the name that the programs use for its value.
+
+Options on the architecture of a network default to None, which means that the option was not given. In this case, the
+checkpoint decides. Without a checkpoint, models/build.py uses the values of the paper.
+
+Names of networks, perturbations and auxiliary tasks are not checked here, but by the modules that define them.
 """
 
 import argparse
@@ -20,7 +23,7 @@ PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """A help formatter with wider columns."""
+    """A help formatter with wider columns than argparse's default."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=34, width=110)
@@ -38,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """A flag that is accepted for compatibility and does nothing except print one line."""
+    """The argparse action of a released flag that is accepted but has no effect except for one printed line."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -49,7 +52,7 @@ class NoEffect(argparse.Action):
 
 
 class KeyValues(argparse.Action):
-    """A flag that collects KEY=VALUE ... in a dict. A value is an int, a float, true, false, or else text."""
+    """The argparse action of a flag with values KEY=VALUE, which are collected in a dict. See `parse_value`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         collected = dict(getattr(namespace, self.dest) or {})
@@ -64,7 +67,7 @@ class KeyValues(argparse.Action):
 
 
 def parse_value(text: str) -> int | float | bool | str:
-    """Convert the text of a value to an int, a finite float or a bool where it reads as one."""
+    """Convert a text to an int, a finite float or a bool if possible. Any other text stays a text."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
@@ -78,7 +81,7 @@ def parse_value(text: str) -> int | float | bool | str:
 
 
 def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """Make an argparse type for finite numbers from `low` to `high`. kind: int or float."""
+    """Create an argparse type for finite numbers from `low` to `high`. kind: int or float."""
 
     def parse(text: str):
         value = kind(text)
@@ -86,12 +89,12 @@ def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callab
             raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse uses the name in its own errors
+    parse.__name__ = kind.__name__  # argparse prints this name if the text is not a number
     return parse
 
 
 def perturbation(text: str) -> tuple[str, float | None]:
-    """Parse NAME or NAME=STRENGTH. The name is checked by data.perturbations."""
+    """Parse the text NAME or NAME=STRENGTH of a perturbation. data.perturbations checks the name later."""
     name, equals, strength = text.partition("=")
     return name, number(float)(strength) if equals else None
 
@@ -103,16 +106,21 @@ fraction = number(float, 0, 1)
 
 
 def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
-    """Accept flags that do nothing. nargs: 0 for flags without a value."""
+    """Add flags that are accepted but have no effect.
+
+    Args:
+        flags: spellings of each flag, separated by spaces.
+        nargs: 0 for flags without a value. None: each flag takes one value.
+    """
     for spellings in flags:
         group.add_argument(*spellings.split(), action=NoEffect, nargs=nargs)
 
 
-# --- options that programs share ----------------------------------------------------------------------------
+# --- options of several programs ----------------------------------------------------------------------------
 
 
 def add_run_options(parser: Parser) -> None:
-    """Add options on device, precision and randomness."""
+    """Add options on VGG-19 weights, device, workers, precision and random numbers."""
     add_vgg_options(parser)
     add = parser.add_argument_group("run").add_argument
     add("--gpu", "--gpu-id", dest="gpu", metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 if there is one)")
@@ -121,33 +129,35 @@ def add_run_options(parser: Parser) -> None:
     add("--seed", type=integer_from_0, default=123, metavar="N",
         help="seed of all random numbers (default: %(default)s)")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="auto",
-        help="number format of the networks; auto = tf32 on a GPU, as in the release, and fp32 on a CPU")  # fmt: skip
+        help="number format in which networks compute; auto = tf32 on a GPU (as in the release), fp32 on a"
+        " CPU")  # fmt: skip
     add("--deterministic", action="store_true",
-        help="use reproducible algorithms on a GPU, which may be slower (default: the fastest)")  # fmt: skip
+        help="use reproducible algorithms on a GPU, which may be slower (default: the fastest algorithms)")  # fmt: skip
 
 
 def add_vgg_options(parser: Parser) -> None:
-    """Add the source of the VGG-19 weights."""
+    """Add the option for the source of the VGG-19 weights."""
     add = parser.add_argument_group("VGG-19").add_argument
     add("--vgg-weights", default="auto", metavar="auto|imagenet|random|FILE",
         help="weights of VGG-19: imagenet = from torch hub's cache or by download; random = fixed-seed random weights;"
-        " FILE = a torchvision vgg19 state dict; auto = imagenet, or random where a training from scratch cannot get"
-        " them (default: %(default)s)")  # fmt: skip
+        " FILE = a torchvision vgg19 state dict; auto = as in the checkpoint, and for a new training imagenet or, if"
+        " the download fails, random (default: %(default)s)")  # fmt: skip
 
 
 def add_resynthesizer_options(parser: Parser) -> None:
-    """Add options on the architecture of the re-synthesizer."""
+    """Add options for the architecture of the re-synthesizer."""
     group = parser.add_argument_group("re-synthesizer (default: as in its checkpoint, else the paper's RDN)")
     add = group.add_argument
     add("--sr-arch", metavar="NAME",
-        help="super-resolution network: rdn; the controls bicubic (interpolation) or none (no re-synthesis); or a name"
-        " added to models.build.RESYNTHESIZERS (default: rdn)")  # fmt: skip
-    add("--sr-args", action=KeyValues, nargs="+", metavar="KEY=VALUE", help="further arguments of --sr-arch")
+        help="super-resolution network: rdn; bicubic (interpolation) or none (no re-synthesis) for control experiments;"
+        " or a name added to models.build.RESYNTHESIZERS (default: rdn)")  # fmt: skip
+    add("--sr-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
+        help="arguments of the network that --sr-arch names")  # fmt: skip
     add("--sr-scale", "--scale", dest="scale", type=integer_from_1, metavar="N",
         help="down- and up-sampling factor; 2, 3 or 4 for RDN (paper: 4)")  # fmt: skip
     for name, text in (
         ("num-features", "RDN: channels between the blocks, G0 (paper: 64)"),
-        ("growth-rate", "RDN: channels that each layer adds, G (paper: 64)"),
+        ("growth-rate", "RDN: channels that each layer of a block adds, G (paper: 64)"),
         ("num-blocks", "RDN: residual dense blocks, D (paper: 16)"),
         ("num-layers", "RDN: layers in each block, C (paper: 8)"),
     ):
@@ -155,25 +165,27 @@ def add_resynthesizer_options(parser: Parser) -> None:
 
 
 def add_detector_options(parser: Parser) -> None:
-    """Add options on the residual, the classifier and the re-synthesizer's file."""
+    """Add options for the features, the residual, the classifier and the weights of the re-synthesizer."""
     add = parser.add_argument_group("detector").add_argument
     add("--features", metavar="NAME",
         help="space in which the residual is computed: pixels, vgg19, or a name added to models.build.FEATURES"
         " (default: as in the checkpoint, else pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
-        help="further arguments of --features, such as stage=3 for vgg19")  # fmt: skip
+        help="arguments of the features that --features names, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=number(int, 0, 5), metavar="0..5",
-        help="as in the release: 0 = --features pixels; 1 to 5 = --features vgg19 at relu1_1 to relu5_1")  # fmt: skip
+        help="released flag for the features: 0 = --features pixels; 1 to 5 = --features vgg19, layers relu1_1 to"
+        " relu5_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
         help="absolute = |phi(x_hat) - phi(x)|, as in the paper; signed = phi(x_hat) - phi(x) (default: as in the"
         " checkpoint, else absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem); for few images"
-        " spectrum (with --residual signed) or channel_power (with VGG-19 features); torchvision:NAME; or a name added to"
-        " models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
-    add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE", help="further arguments of --arch")
+        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem); for few"
+        " images spectrum (with --residual signed) or channel_power (with VGG-19 features); torchvision:NAME; or a name"
+        " added to models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
+    add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
+        help="arguments of the classifier that --arch names")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
-        help="channels of the residual; follows from the features, and an N that contradicts them is refused")  # fmt: skip
+        help="channels of the residual, which follow from the features; any other N is an error")  # fmt: skip
     add("--no_dilation", dest="dilated", action="store_const", const=False,
         help="do not dilate layer3 and layer4 of the ResNet; all released scripts use this flag (default: as in the"
         " checkpoint, else dilated)")  # fmt: skip
@@ -183,15 +195,16 @@ def add_detector_options(parser: Parser) -> None:
 
 
 def add_image_options(parser: Parser) -> None:
-    """Add options on the labelled images and their sizes."""
+    """Add options for labelled images, resizing and cropping."""
     add = parser.add_argument_group("images").add_argument
     add("--data-root-pos", dest="real_roots", nargs="+", metavar="DIR", help="folders of REAL images")
     add("--data-root-neg", dest="fake_roots", nargs="+", metavar="DIR",
         help="folders of GENERATED images; each folder counts as one generator")  # fmt: skip
     add("--data-root", dest="tree", metavar="DIR",
-        help="instead: a tree of folders GENERATOR/0_real and GENERATOR/1_fake, or GENERATOR/.../nature and ai")  # fmt: skip
+        help="instead of --data-root-pos and --data-root-neg: a tree of folders GENERATOR/0_real and GENERATOR/1_fake,"
+        " or GENERATOR/.../nature and ai")  # fmt: skip
     add("--csv", metavar="FILE",
-        help="instead: a CSV file with the columns path,label[,generator]; label: real or fake")  # fmt: skip
+        help="instead of folders: a CSV file with the columns path,label[,generator]; label: real or fake")  # fmt: skip
     add("--resize", type=integer_from_0, metavar="N",
         help="resize the shorter side to N pixels; 0: do not resize (default in tests: as in training)")  # fmt: skip
     add("--crop-size", type=integer_from_0, metavar="N",
@@ -200,14 +213,14 @@ def add_image_options(parser: Parser) -> None:
 
 
 def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: str, output: str) -> None:
-    """Add options that both trainers have.
+    """Add options of both trainers, train_sr.py and train_detector.py.
 
     Args:
         parser: the parser of the trainer.
         batch_size: default of --batch-size, in images.
         lr: default of --lr.
         schedule: name of the released learning-rate schedule.
-        output: flag of the output folder, for the help.
+        output: flag for the output folder, which the help texts mention.
     """
     add = parser.add_argument_group("optimizer").add_argument
     add("-b", "--batch-size", type=integer_from_1, default=batch_size, metavar="N",
@@ -226,9 +239,9 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         " start a new run. A FILE without a training state, such as a released checkpoint, starts a new run with its"
         " weights")  # fmt: skip
     add("--overwrite", action="store_true",
-        help=f"start a new run in {output} although it holds a run, whose checkpoints and records are deleted")  # fmt: skip
+        help=f"start a new run in {output}, and delete checkpoints and records of an earlier run")  # fmt: skip
     add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
-        help="save the state at least every X minutes, within an epoch, too (default: %(default)s)")  # fmt: skip
+        help="save the state at least every X minutes, even within an epoch (default: %(default)s)")  # fmt: skip
     add("--keep-last", type=integer_from_1, metavar="N",
         help="keep only the N newest numbered checkpoints (default: all)")  # fmt: skip
     add("--skip-bad", action="store_true", help="leave out images that cannot be used (default: stop with an error)")
@@ -236,7 +249,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
 
 
 def add_released_options(parser: Parser) -> None:
-    """Accept flags of the released train.py and test.py that do nothing here."""
+    """Add flags of the released train.py and test.py that are accepted but have no effect."""
     group = parser.add_argument_group("released")
     add_flags_without_effect(
         group, "--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
@@ -249,15 +262,16 @@ def add_released_options(parser: Parser) -> None:
 
 
 def train_sr_parser() -> Parser:
-    """Make the parser of train_sr.py."""
+    """Create the argument parser of train_sr.py."""
     parser = Parser("train_sr.py", "Train the re-synthesizer: super-resolution on REAL images only.")
     add_run_options(parser)
     add_resynthesizer_options(parser)
     add_training_options(parser, batch_size=12, lr=1e-4, schedule="steps", output="--outputs-dir")
     add = parser.add_argument_group("training").add_argument
-    add("--train-file", metavar="FILE", help="list of real images, one path per line; or a folder of images")
-    add("--eval-file", metavar="FILE", help="list or folder of images on which PSNR and SSIM are computed per epoch")
-    add("--evaluate", action="store_true", help="only compute PSNR and SSIM of --weights-file on --eval-file")
+    add("--train-file", metavar="FILE", help="list of real training images, one path per line; or a folder of images")
+    add("--eval-file", metavar="FILE",
+        help="list or folder of images on which PSNR and SSIM are computed after each epoch")  # fmt: skip
+    add("--evaluate", action="store_true", help="do not train; compute PSNR and SSIM of --weights-file on --eval-file")
     add("--outputs-dir", default="output_hr", metavar="DIR",
         help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
     add("--weights-file", dest="init", metavar="FILE", help="start a new run with these weights")
@@ -269,7 +283,7 @@ def train_sr_parser() -> Parser:
         help="initialisation of a new RDN: random = PyTorch's default (as released); interpolation = starts as plain"
         " interpolation (default: %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
-        help="factor on the learning rate after every --lr-decay-epoch epochs, 0 to 1 (default: %(default)s)")  # fmt: skip
+        help="multiply the learning rate by X, 0 to 1, each --lr-decay-epoch epochs (default: %(default)s)")  # fmt: skip
     add("--lr-decay-epoch", type=integer_from_1, default=225, metavar="N",
         help="epochs between two decays of the learning rate (default: %(default)s)")  # fmt: skip
     add("--num-epochs", type=integer_from_1, default=750, metavar="N", help="number of epochs (default: %(default)s)")
@@ -284,7 +298,7 @@ def train_sr_parser() -> Parser:
 
 
 def train_detector_parser() -> Parser:
-    """Make the parser of train_detector.py."""
+    """Create the argument parser of train_detector.py."""
     text = "Train the detector on re-synthesis residuals: classifier only (--fixed-sr), or end to end."
     parser = Parser("train_detector.py", text)
     add_run_options(parser)
@@ -298,7 +312,8 @@ def train_detector_parser() -> Parser:
     add("--output-path", default="output", metavar="DIR", help="output folder (default: %(default)s)")
     add("--init", metavar="FILE", help="start a new run with the weights of this detector")
     add("--epochs", type=integer_from_1, default=100, metavar="N", help="number of epochs (default: %(default)s)")
-    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="sgd = as released (default: %(default)s)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd",
+        help="optimizer; sgd = as in the release (default: %(default)s)")  # fmt: skip
     add("--momentum", type=fraction, default=0.9, metavar="X", help="momentum of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
         help="weight decay (default: %(default)s)")  # fmt: skip
@@ -310,28 +325,30 @@ def train_detector_parser() -> Parser:
         help="auxiliary task on which the re-synthesizer is fine-tuned: none, colorization, denoising, or a name added"
         " to data.degradations.TASKS (default: %(default)s)")  # fmt: skip
     add("--lw-sr", dest="auxiliary_weight", type=float_from_0, default=1.0, metavar="X",
-        help="weight of the reconstruction loss in end-to-end training, which is computed with --mode-sr none, too; 0"
-        " disables it (default: %(default)s)")  # fmt: skip
+        help="weight of the auxiliary loss (reconstruction of real images) in end-to-end training, which --mode-sr none"
+        " computes on clean images; 0 disables the auxiliary loss (default: %(default)s)")  # fmt: skip
     add("--save-every-epoch", type=integer_from_1, default=2, metavar="N",
         help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
     add("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="folders of REAL validation images")
     add("--val-root-neg", dest="val_fake_roots", nargs="+", metavar="DIR",
         help="folders of GENERATED validation images")  # fmt: skip
-    add("--val-csv", metavar="FILE", help="instead: a CSV file of validation images, with the columns of --csv")
+    add("--val-csv", metavar="FILE",
+        help="instead of folders: a CSV file of validation images, with the columns of --csv")  # fmt: skip
     add_flags_without_effect(group, "--save_path")
     _add_cost_options(parser)
     return parser
 
 
 def _add_cost_options(parser: Parser) -> None:
-    """Add options on memory and time of train_detector.py."""
+    """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
-        help="pass N images at a time through the re-synthesizer and the features: less memory and the same update, at"
-        " the cost of one more forward pass in end-to-end training (default: the whole batch)")  # fmt: skip
+        help="pass N images at a time through the re-synthesizer and the features, which takes less memory and does not"
+        " change the update of the weights; end-to-end training needs one more forward pass (default: the whole"
+        " batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
-        help="with --crop-size: train on N fixed crops of each image; 0: on one new random crop per epoch (default:"
-        " %(default)s)")  # fmt: skip
+        help="with --crop-size: train on N fixed crops of each image; 0: train on one new random crop of each image per"
+        " epoch (default: %(default)s)")  # fmt: skip
     add("--augment-perturb", action="store_true",
         help="blur, crop, compress (JPEG) or add noise to half of the training images, drawn again in each epoch, as"
         " test.py --perturb-protocol frank2020 does")  # fmt: skip
@@ -339,16 +356,16 @@ def _add_cost_options(parser: Parser) -> None:
         help="compute residuals again in each epoch (default: with --fixed-sr, residuals are computed once and kept on"
         " disk, unless images are cropped or perturbed at random)")  # fmt: skip
     add("--cache-dir", metavar="DIR",
-        help="folder of the kept residuals, which several runs may share (default: OUTPUT_PATH/residual_cache)")  # fmt: skip
+        help="folder of kept residuals; several runs may share it (default: OUTPUT_PATH/residual_cache)")  # fmt: skip
     add("--cache-gb", type=float_from_0, default=50.0, metavar="X",
         help="keep residuals only if they take at most X GB and the disk has room (default: %(default)s)")  # fmt: skip
     add("--cache-precision", choices=("fp16", "fp32"), default="fp16",
-        help="number format of the kept residuals; fp16 is exact to 0.05 %%, fp32 takes twice the space (default:"
+        help="number format of the kept residuals; fp16 is exact to 0.05 %%, and fp32 takes twice the space (default:"
         " %(default)s)")  # fmt: skip
 
 
 def test_parser() -> Parser:
-    """Make the parser of test.py."""
+    """Create the argument parser of test.py."""
     parser = Parser("test.py", "Score images: labelled images with metrics, or any files and folders (--input).")
     add_run_options(parser)
     add_image_options(parser)
@@ -362,17 +379,18 @@ def test_parser() -> Parser:
     add("--save_path", "--save-path", dest="save_path", metavar="P", help="write P.csv, P.npy, P.json and P.png")
     add("--save-residuals", metavar="DIR", help="write a picture per image: image | re-synthesis | residual")
     add("--perturb", type=perturbation, nargs="+", metavar="NAME[=STRENGTH]",
-        help="perturb the images before they are scored, in each of these ways in turn: none, blur, crop, jpeg, noise,"
-        " resize, combined, or all. In a sweep, a name alone means all its strengths (default: none)")  # fmt: skip
+        help="score the images once with each of these perturbations: none, blur, crop, jpeg, noise, resize, combined,"
+        " or all. In a sweep, a name without a strength means all its strengths (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip
     add("-b", "--batch-size", type=integer_from_1, metavar="N",
-        help="images per batch (default: as many as have 1024 x 1024 pixels together)")  # fmt: skip
-    add("--overwrite", action="store_true", help="score again what P.csv or an unfinished run holds already")
+        help="images per batch (default: as many images as have 1024 x 1024 pixels together)")  # fmt: skip
+    add("--overwrite", action="store_true",
+        help="score all images again, even if P.csv or an unfinished run holds scores")  # fmt: skip
     add("--tile", type=number(int, 64), default=1024, metavar="N",
-        help="process larger images in tiles of N x N pixels, at least 64. A smaller N takes less memory and more"
-        " time. Up to rounding, the logits equal the logits of the whole image (default: %(default)s)")  # fmt: skip
+        help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
+        " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
         help="average the logits of N crops of --crop-size spread over a larger image (default: 9 if the detector was"
         " trained on crops and no other size is given, else 1, the crop in the centre)")  # fmt: skip
@@ -385,7 +403,7 @@ def test_parser() -> Parser:
 
 
 def export_parser() -> Parser:
-    """Make the parser of tools.export."""
+    """Create the argument parser of tools.export."""
     parser = Parser("python -m tools.export", "Write a trained detector as a graph, or as one safe file to share.")
     add_vgg_options(parser)
     add_resynthesizer_options(parser)

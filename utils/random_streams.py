@@ -1,21 +1,23 @@
-"""Random numbers that depend only on a key, such as (seed, epoch, image)."""
+"""Random number generators whose numbers depend only on a key, such as (seed, epoch, image)."""
 
 import numpy as np
 
 
 def seeded_generator(*key: int) -> np.random.Generator:
-    """Make a generator whose numbers depend only on the key.
+    """Create a random number generator whose numbers depend only on the key.
 
-    The programs draw all random numbers from such generators, so that the number of workers, processes and stops
-    changes nothing. Only initial weights come from PyTorch's own generator, which is seeded once.
+    The programs draw all random numbers from these generators. The numbers therefore do not depend on how many workers
+    and processes there are, or where a run was stopped and resumed. Only initial weights are drawn from PyTorch's own
+    generator, which is seeded once.
 
     Args:
         key: integers >= 0, such as (seed, epoch, image).
     """
-    return np.random.default_rng((len(key), *key))  # NumPy alone would take (1, 2) and (1, 2, 0) for the same key
+    return np.random.default_rng((len(key), *key))  # the length separates (1, 2) from (1, 2, 0)
 
 
-# Last number of a key: draws for different purposes are independent, although seed, epoch and image are the same.
+# The last number of a key names the purpose of the draws. Two purposes with one (seed, epoch, image) therefore get
+# independent random numbers.
 PERTURB, CROP, DEGRADE_IMAGE = 1, 2, 5  # after (seed, epoch, image)
 DEGRADE_BATCH = 4  # after (seed, epoch, step)
 DEGRADE_PATCH = 1  # after (seed, epoch, image, patch)

@@ -1,4 +1,4 @@
-"""A training run: where it starts, its batches, states and records, and the signals that it obeys."""
+"""A training run: the checkpoint from which it starts, its batches, its saved states and its records."""
 
 import contextlib
 import json
@@ -22,7 +22,7 @@ from utils.training import NotFinite, Stepper
 
 logger = logging.getLogger(__name__)
 
-# Given the state at the end of an epoch, makes the contents of the epoch's numbered files, by name
+# A function from the state at the end of an epoch to the numbered checkpoints of the epoch, {file name: content}
 NumberedFiles = Callable[[dict], dict[str, dict]]
 
 
@@ -35,16 +35,16 @@ def starting_point(
     """Read the checkpoint that a run starts from.
 
     Args:
-        resume: `--resume`: a file, "auto", or None.
-        init: `--init`: a file with weights, which is used if there is no run to resume.
-        states: files that "auto" looks for.
+        resume: value of `--resume`: a file, "auto", or None.
+        init: value of `--init`: a file with weights, which is used if there is no run to resume.
+        states: state files. `--resume auto` resumes the file of these that exists.
 
     Returns:
-        The checkpoint whose weights are used (None: new weights), and the checkpoint whose run is continued (None: a
-        new run). The second is either the first or None.
+        origin: the checkpoint whose weights are used. None: the weights are new.
+        resumed: the checkpoint whose run is continued, which is `origin`. None: a new run begins.
 
     Raises:
-        UserError: if "auto" finds several states, or a file cannot be read.
+        UserError: if several state files exist for `--resume auto`, or if a file cannot be read.
     """
     if resume == "auto":
         resume = _find_state(states)
@@ -55,17 +55,21 @@ def starting_point(
         return origin, None
     if "progress" in origin.content:
         return origin, origin
-    logger.info("%s holds weights but no training state: a new run starts from them", printable(resume))
+    logger.info("%s holds weights but no training state: a new run starts from the weights", printable(resume))
     return origin, None
 
 
 def _find_state(states: Sequence[Path]) -> str | None:
-    """Find the one file of `states` that exists."""
+    """Return the only existing file of `states`, or None if no file exists.
+
+    Raises:
+        UserError: if several files exist.
+    """
     found = [str(path) for path in states if path.exists()]
     if len(found) > 1:
         raise UserError(f"--resume auto found {len(found)} runs ({', '.join(map(printable, found))}): name one of them")
     if not found:
-        logger.info("nothing to resume: a new run")
+        logger.info("nothing to resume: a new run starts")
         return None
     logger.info("resuming %s", printable(found[0]))
     return found[0]
@@ -75,19 +79,21 @@ def _find_state(states: Sequence[Path]) -> str | None:
 
 
 class Run(contextlib.AbstractContextManager):
-    """A training under way, with its last state on disk, its records and the signals that it obeys between steps.
+    """A training run, a context that saves the state, writes the records and stops the run after a signal.
 
-    The state is saved every --save-minutes, at the end of an epoch that is the best so far or has numbered files, when
-    a signal stops the run, and when an error ends it. At the end of any other epoch, nothing is saved. The records are
-    config.json, stats.jsonl, TensorBoard files (whose steps count finished epochs) and one log line per epoch.
+    The state is saved every --save-minutes, when a signal stops the run, and when an error ends the run. It is also
+    saved at the end of an epoch that has numbered checkpoints or the best validation score so far.
+
+    The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The steps in TensorBoard are
+    numbers of finished epochs.
 
     Args:
         folder: the folder of the run, from `run_folder`.
-        about: what the run consists of, such as "config"; "settings" must be among it. It goes into config.json and
-            into every state.
-        networks: makes the networks' part of the state. Only the main process calls it.
-        stepper: the optimizer of the training.
-        epochs: number of epochs, at the end.
+        about: entries of config.json, which are also saved in every state. The entry "settings" is required.
+        networks: function that returns the entries of the state that belong to the networks. Only the main process
+            calls it.
+        stepper: the optimizer and the progress of the training.
+        epochs: number of epochs of the whole training.
     """
 
     def __init__(self, folder: RunFolder, about: dict, networks: Callable[[], dict], stepper: Stepper, epochs: int):
@@ -95,13 +101,13 @@ class Run(contextlib.AbstractContextManager):
         self.world, self.progress, self.settings = stepper.world, stepper.progress, about["settings"]
         self.first_epoch = self.progress.epoch
         self.saved_at = time.monotonic()
-        self.epoch_began: float | None = None  # when the first step of this epoch began, and which step it was
-        self.first_step = 0
-        self.reported: set[str] = set()  # texts on images left out, each of which is printed once
+        self.epoch_began: float | None = None  # time at which this process began to train the current epoch
+        self.first_step = 0  # step of the current epoch with which this process began: above 0 in a resumed epoch
+        self.reported: set[str] = set()  # log lines on images left out, each of which is logged once
         self.stop = StopSignal()
         self.writer = None
         if self.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # takes as long to import as PyTorch
+            from torch.utils.tensorboard import SummaryWriter  # imported here, because the import takes seconds
 
             folder.begin(about, self.first_epoch)
             self.writer = SummaryWriter(str(folder.path / EVENTS), purge_step=self.first_epoch + 1)
@@ -119,7 +125,7 @@ class Run(contextlib.AbstractContextManager):
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps:
                 self.save()
-            if self.stop.received:  # another process has stopped already, and this one fails without it
+            if self.stop.received:  # this process has failed because another process has stopped after the signal
                 raise Stopped(self.stop.received) from error
         if error is None and self.writer:
             self.writer.close()
@@ -130,15 +136,15 @@ class Run(contextlib.AbstractContextManager):
     # --- saving
 
     def state(self) -> dict:
-        """Collect all that is needed to use the networks and to continue their training.
+        """Return the state of the run: all that is needed to use the networks and to continue their training.
 
-        Its "epoch" is the number of finished epochs.
+        The entry "epoch" is the number of finished epochs.
         """
         networks = self.networks()
         return {**self.about, **networks, **self.stepper.state_dict(), "epoch": self.progress.epoch}
 
     def save(self) -> None:
-        """Save the state now."""
+        """Save the state of the run as the last state."""
         if self.world.is_main:
             self._save_last(self.state())
         self.saved_at = time.monotonic()
@@ -148,9 +154,10 @@ class Run(contextlib.AbstractContextManager):
         self.folder.delete_replaced()
 
     def _save_if_due(self, training: bool) -> None:
-        """Save the state if it is time or a signal was received, and stop after a signal.
+        """Save the state after a signal or after --save-minutes. After a signal, stop the run by raising `Stopped`.
 
-        While training, all processes do this at the same batch, so that none waits for another forever.
+        In training, the processes decide together. All of them stop after one batch, so that no process waits forever
+        for a process that has stopped.
         """
         due = training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60
         signal_number = self.stop.received or 0
@@ -165,25 +172,31 @@ class Run(contextlib.AbstractContextManager):
     # --- batches
 
     def batches(self, loader: Iterable, description: str, training: bool = False, min_images: int = 1) -> Iterator:
-        """Iterate over batches, and obey signals after each one.
+        """Iterate over the batches of a loader. After each batch, save the state if it is due, and stop after a signal.
 
-        An image that cannot be used is an error or, with --skip-bad, left out with one line.
+        With --skip-bad, each image that cannot be used is left out with one log line.
+
+        In training with several processes, each process must take every step. A process whose batch is too small
+        therefore repeats an earlier batch with weight 0.
 
         Args:
-            loader: gives batches (data.datasets.Batch).
-            description: what is done with them, for the progress bar.
-            training: whether the caller takes an optimizer step with each batch. Then the state is saved when it is
-                time. With several processes, each process takes every step. A process whose batch is too small repeats
-                an earlier batch with weight 0.
-            min_images: number of images that this process needs in a batch. Batch norm needs 2 to be trained where the
-                classifier's last feature map has one value per channel. The images of a smaller batch are left out.
+            loader: iterable of batches (data.datasets.Batch).
+            description: text in front of the progress bar.
+            training: whether the caller takes an optimizer step with each batch. Only in training, the state is saved
+                every --save-minutes.
+            min_images: smallest number of images that a process needs in a batch. It is 2 if batch norm cannot be
+                trained on a single image. Smaller batches are left out.
 
         Yields:
-            The batches that hold at least `min_images` images.
+            the batches that hold at least `min_images` images.
+
+        Raises:
+            UserError: if an image cannot be used, and --skip-bad is not given.
+            Stopped: after a signal.
         """
         if training and self.epoch_began is None:
             self.epoch_began, self.first_step = time.monotonic(), self.progress.step
-        usable = None  # the last batch with enough images
+        usable = None  # the last batch that held enough images
         for batch in console.progress(loader, description):
             self._report_errors(batch.errors)
             if len(batch.x) >= max(min_images, 1):
@@ -198,7 +211,7 @@ class Run(contextlib.AbstractContextManager):
             self._save_if_due(training)
 
     def _report_errors(self, errors: Mapping[int, str]) -> None:
-        """Print each new text on an image that cannot be used, or raise it without --skip-bad."""
+        """Log each new error of an image that cannot be used. Without --skip-bad, raise a UserError instead."""
         for text in errors.values():
             if text in self.reported:
                 continue
@@ -207,7 +220,11 @@ class Run(contextlib.AbstractContextManager):
             self._report(text)
 
     def _leave_out_small_batch(self, batch, min_images: int) -> dict[int, str]:
-        """Print one line for each image of a batch that is too small. Returns the errors of all its images."""
+        """Log one line for each image of a batch that is too small.
+
+        Returns:
+            the errors of all images of the batch, by their number in the dataset.
+        """
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
             size = f"a batch of {len(batch.x)}, and batch norm needs at least {min_images}"
@@ -223,13 +240,16 @@ class Run(contextlib.AbstractContextManager):
     # --- the end of an epoch
 
     def end_epoch(self, values: dict[str, float | None], score: str, numbered: NumberedFiles | None) -> None:
-        """Record a finished epoch, and write what is due: the best state so far, the numbered files, the last state.
+        """Record a finished epoch, and write its checkpoints.
+
+        best.* is written if the epoch has the best score so far. The numbered checkpoints are written if `numbered` is
+        given. last.* is written together with either of them.
 
         Args:
             values: values to record, by name. None and non-finite values are recorded as missing.
-            score: name of the value by which epochs are compared, where higher is better. Without validation it is
-                not among the values. A score that is not finite is never the best.
-            numbered: makes the numbered files of the epoch; None: this epoch has none.
+            score: name of the value by which epochs are compared. A higher score is better. Without validation,
+                `values` does not contain the score. A score that is not finite is never the best.
+            numbered: function from the state to the numbered checkpoints. None: the epoch has no numbered checkpoint.
         """
         self._record(values)
         progress = self.progress
@@ -252,11 +272,12 @@ class Run(contextlib.AbstractContextManager):
             for name, content in numbered(state).items():
                 self.folder.save(name, content)
                 self._delete_older(name)
-        self._save_last(state)  # after the others: whatever a kill interrupts is written again by the resumed run
+        # last.* is written at the end. If the run is killed before, the resumed run writes the other checkpoints again.
+        self._save_last(state)
         self.saved_at = time.monotonic()
 
     def _delete_older(self, name: str) -> None:
-        """Delete numbered files of the kind of `name`, but for the --keep-last newest."""
+        """Delete numbered checkpoints that are named like `name`, except for the --keep-last newest ones."""
         keep = self.settings["keep_last"]
         if not keep:
             return
@@ -276,7 +297,8 @@ class Run(contextlib.AbstractContextManager):
         if self.writer is None:
             return
         if self.folder.replacing:
-            self.save()  # the records of the earlier run go with its checkpoints, and before the first own record
+            # Saving deletes the records and checkpoints of the earlier run, which must not mix with the records below
+            self.save()
         epoch = self.progress.epoch
         finite = {}
         for name, value in {**values, "learning_rate": self.stepper.optimizer.param_groups[0]["lr"]}.items():
@@ -292,10 +314,10 @@ class Run(contextlib.AbstractContextManager):
         logger.info("epoch %d: %s%s", epoch, "  ".join(words), left)
 
     def _minutes_left(self) -> float:
-        """Estimate the minutes that the remaining epochs take, if each is like this one.
+        """Estimate how many minutes the remaining epochs take, from the duration of the current epoch.
 
-        The time counts from the first training step, so that work that is done once, such as filling the residual
-        cache, is left out. The part of a resumed epoch is scaled up to a whole one.
+        The duration is measured from the first training step, because the work before it, such as filling the residual
+        cache, is done once. If the epoch was resumed in the middle, its duration is scaled up to a whole epoch.
         """
         steps = self.progress.step - self.first_step
         if self.epoch_began is None or steps <= 0:
@@ -310,14 +332,16 @@ class Run(contextlib.AbstractContextManager):
 
 
 def _fill(batch, min_images: int):
-    """Repeat the rows of a batch until it has `min_images`, with weight 0: a batch that changes no gradient.
+    """Repeat the images of a batch until there are at least `min_images`, and set their weights to 0.
+
+    Because of the weights, the images contribute nothing to the gradients.
 
     Raises:
-        UserError: if the batch has no rows.
+        UserError: if the batch has no images.
     """
     if not len(batch.x):
         reason = next(iter(batch.errors.values()))
-        raise UserError(f"{reason}; and this process has read no other image with which to take the step")
+        raise UserError(f"{reason}; this process has no other image with which it could take the step")
     times = math.ceil(min_images / len(batch.x))
     return batch._replace(
         x=torch.cat([batch.x] * times),

@@ -1,4 +1,4 @@
-"""The folder of a training run: which files in it the run has written, and what it may replace or delete."""
+"""The output folder of a training run, and the record of the files that a run may replace or delete."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from utils.files import atomic, exclusive_writer, make_folder, remove_unfinished
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# Names of the checkpoints that a trainer writes, by the ending of its last state
+# File ending of a trainer's checkpoints -> regular expression for their names
 CHECKPOINT_NAMES = {
     ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
     ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
@@ -24,13 +24,14 @@ CHECKPOINT_NAMES = {
 
 
 class RunFolder:
-    """The folder of a run, with the record of the files that the run has written there (config.json).
+    """The output folder of a run. The file config.json in it records which files the run has written.
 
-    No file is replaced or deleted unless the record names it. The files of an earlier run, which --overwrite replaces,
-    are deleted when the first state of the new run is on disk: the new run may have started from them, and may fail.
+    No file is replaced or deleted unless config.json records it. With --overwrite, the files of an earlier run are
+    deleted only after the first state of the new run has been saved. Until then, the new run may fail, and the files
+    may hold the weights from which it has started.
 
     Args:
-        last: the file of the last state. Its folder is the folder of the run.
+        last: path of the last state, last.pth or last.pth.tar, in the output folder.
     """
 
     def __init__(self, last: Path):
@@ -38,20 +39,24 @@ class RunFolder:
         self.best = last.with_name(last.name.replace("last", "best"))
         self.pattern = CHECKPOINT_NAMES[".pth.tar" if last.name.endswith(".pth.tar") else ".pth"]
         self.record: dict = {}
-        self.files: set[str] = set()  # names of the files that the record names
-        self.continued = False  # whether the run continues the run in the folder
-        self.replacing = False  # whether the files of an earlier run are still there, until the first save
-        self.replaced: list[Path] = []  # its checkpoints and TensorBoard files
+        self.files: set[str] = set()  # names of the files that config.json records
+        self.continued = False  # whether this run continues the run whose files are in the folder
+        self.replacing = False  # whether the files of an earlier run must be deleted after the first save
+        self.replaced: list[Path] = []  # checkpoints and TensorBoard files of the earlier run that must be deleted
 
     def open(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
-        """Read the record, and find out whether the run may write here.
+        """Read the record of written files, and check whether the run may write into the folder.
+
+        Args:
+            resumed: the state from which the run continues. None: the run is new.
+            overwrite: whether a new run may replace an earlier run.
 
         Returns:
-            One line that says why the run may not write here, or None.
+            None, or one line that says why the run must not write into the folder.
         """
         self.files = self._recorded_files()
         if resumed is not None:
-            state = Path(resumed.name)  # it may be a symbolic link, or be named through one
+            state = Path(resumed.name)  # this path may be a symbolic link or lead through one
             self.continued = self.path.resolve() in (state.parent.resolve(), state.resolve().parent)
         if self.continued:
             self.files.add(Path(resumed.name).name)
@@ -77,7 +82,12 @@ class RunFolder:
         return None
 
     def begin(self, about: Mapping, first_epoch: int) -> None:
-        """Write the record, and bring the other records to the point at which this run starts."""
+        """Write config.json, and remove the records of epochs that this run trains again.
+
+        Args:
+            about: entries of config.json.
+            first_epoch: first epoch that this run trains.
+        """
         remove_unfinished(self.path, self._recorded_names())
         self.record = {**about, "versions": versions(), "format": RECORD_FORMAT}
         self.files |= {RECORD, STATS, EVENTS}
@@ -93,19 +103,19 @@ class RunFolder:
                 path.unlink()
 
     def _keep_stats(self, epochs: int) -> None:
-        """Keep the lines of the first epochs in stats.jsonl."""
+        """Keep the lines of the first `epochs` epochs in stats.jsonl, and delete all later lines."""
         kept = []
         stats = self.path / STATS
         if epochs > 0 and stats.exists():
             for line in stats.read_text().splitlines(keepends=True):
-                complete = line.endswith("}\n")  # the last line is incomplete if the machine lost power
+                complete = line.endswith("}\n")  # the last line may be incomplete after a power failure
                 if complete and json.loads(line)["epoch"] < epochs:
                     kept.append(line)
         with atomic(stats) as file:
             file.write("".join(kept).encode())
 
     def save(self, name: str, content: dict) -> None:
-        """Write a checkpoint whose name goes into the record first."""
+        """Write a checkpoint. Its name is recorded before, so that a later run may replace an unfinished file."""
         if name not in self.files:
             self.files.add(name)
             self._write_record()
@@ -114,7 +124,7 @@ class RunFolder:
             self.replaced.remove(self.path / name)
 
     def delete_replaced(self) -> None:
-        """Delete the files of the earlier run, if there are any, that the new run has not overwritten."""
+        """Delete the files of an earlier run that --overwrite replaces and the new run has not overwritten yet."""
         if self.replacing:
             self._keep_stats(0)
             for path in self.replaced:
@@ -122,7 +132,7 @@ class RunFolder:
             self.replacing = False
 
     def delete(self, path: Path) -> None:
-        """Delete a checkpoint, and its name from the record."""
+        """Delete a checkpoint, and remove its name from the record of written files."""
         path.unlink(missing_ok=True)
         self.files.discard(path.name)
         self._write_record()
@@ -131,7 +141,7 @@ class RunFolder:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
     def _recorded_files(self) -> set[str]:
-        """Read the names in the record. Without a record of this project, there are none."""
+        """Read the names of written files from config.json. Returns an empty set if this project has not written it."""
         try:
             record = json.loads((self.path / RECORD).read_text())
             if record["format"] == RECORD_FORMAT:
@@ -148,23 +158,23 @@ class RunFolder:
         return name in (RECORD, STATS, EVENTS) or re.fullmatch(self.pattern, name) is not None
 
     def _recorded_names(self) -> str:
-        """Return a regular expression of the names in the record."""
+        """Return a regular expression that matches the names of the recorded files."""
         return "|".join(re.escape(name) for name in sorted(self.files)) or r"(?!)"
 
 
 @contextlib.contextmanager
 def run_folder(last: Path, world: World, resumed: Checkpoint | None, overwrite: bool) -> Iterator[RunFolder]:
-    """Make the folder of a run, and keep other runs out of it while the `with` block runs.
+    """Create the output folder of a run, and keep other runs out of the folder while the `with` block runs.
 
     Args:
-        last: the file of the last state, in the folder of the run.
+        last: path of the last state, last.pth or last.pth.tar, in the output folder.
         world: the processes of this run.
-        resumed: the state from which the run continues; None for a new run.
-        overwrite: whether a new run may replace an earlier one.
+        resumed: the state from which the run continues. None: the run is new.
+        overwrite: whether a new run may replace an earlier run.
 
     Raises:
-        UserError: if the folder cannot be written to, another run is writing there, it holds an earlier run that may
-            not be replaced, or it holds files that this run would replace but no run has recorded.
+        UserError: if no file can be written into the folder, if a second run is writing into it, if it holds an earlier
+            run that must not be replaced, or if this run would replace a file that no run has recorded.
     """
     folder = RunFolder(last)
     make_folder(folder.path)

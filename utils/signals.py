@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: finish the current step, save, then stop."""
+"""Handling of SIGINT and SIGTERM, after which a run finishes the current step, saves its state and stops."""
 
 import logging
 import signal
@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop, and the run has saved its state."""
+    """The exception that ends a run after SIGINT or SIGTERM, when the run has saved its state."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -15,9 +15,9 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """A context that remembers SIGINT and SIGTERM, so that the current step can be finished and saved.
+    """A context that remembers SIGINT and SIGTERM, so that a run can finish the current step and save its state.
 
-    A second Ctrl-C stops at once. A second SIGTERM does not, because torchrun may send SIGTERM twice.
+    A second Ctrl-C stops the run at once. A second SIGTERM has no effect, because torchrun may send SIGTERM twice.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""The bookkeeping of a training: how far it is, one optimizer step over all processes, and the learning rate."""
+"""Progress of a training, optimizer steps over all processes, and learning rates."""
 
 import logging
 import math
@@ -17,34 +17,35 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Settings on which no number depends, or whose effect another setting records: a resumed run may change them silently.
+# A resumed run may change these settings without a warning. They do not affect the trained weights, or their effect is
+# recorded elsewhere: for example, the files behind --train-file are recorded as a digest of the images.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
     "fake_roots", "tree", "csv", "val_real_roots", "val_fake_roots", "val_csv",
 }  # fmt: skip
-ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # the order of the images depends on these settings
-VALIDATION_SETTING = "validation_images"  # digest of the validation images
-WARM_UP = 0.03  # fraction of a training with the cosine schedule
+ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # settings on which the order of the images depends
+VALIDATION_SETTING = "validation_images"  # name of the setting that holds the digest of the validation images
+WARM_UP = 0.03  # fraction of the epochs during which the cosine schedule raises the learning rate from 0
 
 
 class NotFinite(UserError):
-    """A loss or a gradient is not finite. The networks still hold the weights of the step before."""
+    """The error of a loss or gradient that is not finite. The networks keep their weights from the last good step."""
 
 
 @dataclass
 class Progress:
-    """How far a training is. It is saved in every state, so that a run resumes at the exact step."""
+    """The progress of a training, which is saved in every state, so that a run can be resumed at the exact step."""
 
-    epoch: int = 0  # the epoch being trained, counted from 0
-    step: int = 0  # batches of this epoch that are done
-    total_steps: int = 0  # optimizer steps since the run began
-    sums: dict[str, float] = field(default_factory=dict)  # this epoch's values, each weighted by its number of images
-    best: float | None = None  # the best validation score so far
-    left_out: int = 0  # images of this epoch that could not be used
+    epoch: int = 0  # number of the current epoch, from 0
+    step: int = 0  # number of batches of the current epoch that are done
+    total_steps: int = 0  # number of optimizer steps since the run began
+    sums: dict[str, float] = field(default_factory=dict)  # sum of each value over the images of the current epoch
+    best: float | None = None  # best validation score of all epochs
+    left_out: int = 0  # number of images in the current epoch that could not be used
 
     def add(self, values: Mapping[str, float], count: float) -> None:
-        """Count one more step, whose `values` are means over `count` images."""
+        """Count an optimizer step. values: means over the `count` images of the step."""
         self.step += 1
         self.total_steps += 1
         for name, value in values.items():
@@ -52,12 +53,19 @@ class Progress:
         self.sums["count"] = self.sums.get("count", 0.0) + count
 
     def skip_step(self, left_out: int) -> None:
-        """Count a batch without an optimizer step, because none of its images could be used."""
+        """Count a batch that was skipped because too few of its images could be used.
+
+        Args:
+            left_out: number of images in the batch.
+        """
         self.step += 1
         self.left_out += left_out
 
     def means(self) -> dict[str, float]:
-        """Return this epoch's values so far, averaged over its images, and the number of images left out, if any."""
+        """Return the values of the current epoch, averaged over its images.
+
+        If images were left out, their number is returned as "left_out".
+        """
         count = self.sums.get("count", 0.0)
         means = {}
         if count:
@@ -67,17 +75,17 @@ class Progress:
         return means
 
     def next_epoch(self) -> None:
-        """Begin the next epoch."""
+        """Go to the next epoch, and reset the counts and sums of the current epoch."""
         self.epoch += 1
         self.step = 0
         self.sums = {}
         self.left_out = 0
 
     def load_state(self, fields: Fields) -> None:
-        """Continue from the progress in a state.
+        """Set the progress to the values in a saved state.
 
         Raises:
-            UserError: if a value has another type or is out of range.
+            UserError: if a value has a wrong type or is out of range.
         """
         self.epoch = fields.integer("epoch")
         self.step = fields.integer("step")
@@ -89,7 +97,10 @@ class Progress:
 
 
 def cosine(epochs_total: int, epochs: float) -> float:
-    """Compute the factor on the learning rate after `epochs` of `epochs_total` epochs: a warm-up, then a cosine to 0."""
+    """Compute the factor on the base learning rate after `epochs` of `epochs_total` epochs, for the cosine schedule.
+
+    The factor rises linearly from 0 to 1 during the warm-up, and then falls to 0 along a cosine.
+    """
     done = epochs / epochs_total
     if done < WARM_UP:
         return done / WARM_UP
@@ -97,20 +108,24 @@ def cosine(epochs_total: int, epochs: float) -> float:
 
 
 def constant_rate(epochs: float) -> float:
-    """Return 1: the factor of a learning rate that stays the same."""
+    """Return the factor 1 on the base learning rate, whatever the epoch."""
     return 1.0
 
 
 class Stepper:
-    """The optimizer of a training. It steps over all processes at once and checks that the numbers are finite.
+    """An optimizer with learning-rate schedule, gradient clipping and progress, for one or several processes.
+
+    Each step sums the gradients over all processes, and checks that loss and gradients are finite.
 
     Args:
-        optimizer: with the base learning rate in each parameter group.
+        optimizer: PyTorch's optimizer. Each parameter group has its base learning rate.
         compute: the device and number format of the networks.
         world: the processes of this run.
-        rate_factor: gives the factor on the learning rates after a number of epochs, which may be fractional.
+        rate_factor: function from a number of finished epochs, which may be fractional, to the factor on the base
+            learning rates.
         steps_per_epoch: number of steps in an epoch.
-        clip_norm: gradients whose norm is larger are scaled down to this norm; None or 0: no clipping.
+        clip_norm: largest norm of the gradients. Gradients with a larger norm are scaled down to this norm. None or 0:
+            gradients are not clipped.
     """
 
     def __init__(
@@ -125,7 +140,7 @@ class Stepper:
         self.optimizer, self.compute, self.world = optimizer, compute, world
         self.rate_factor, self.steps_per_epoch, self.clip_norm = rate_factor, steps_per_epoch, clip_norm
         self.progress = Progress()
-        # What the options ask for. A resumed run uses these values, whatever its state says.
+        # Learning rate, weight decay and momentum from the options, which a resumed run uses instead of the saved ones
         self.configured = []
         for group in optimizer.param_groups:
             self.configured.append({name: value for name, value in group.items() if name != "params"})
@@ -141,18 +156,19 @@ class Stepper:
         """Compute gradients and take one optimizer step.
 
         Args:
-            loss: scalar. This process's part of the loss, so that the sum over the processes is the batch's mean.
-            values: scalars to record, parts of means like the loss.
-            batch: the batch (data.datasets.Batch), for its weights, errors and file names.
+            loss: scalar, this process's part of the loss. The sum of the parts over the processes is the mean loss of
+                the whole batch.
+            values: scalars to record, by name. Each is this process's part of a mean over the whole batch.
+            batch: the batch (data.datasets.Batch), from which weights, errors and file names are used.
 
         Raises:
-            NotFinite: if the loss or a gradient is not finite. No weight is changed then.
+            NotFinite: if the loss or a gradient is not finite. In this case, no weight has been changed.
         """
         self.scaler.scale(loss).backward()
         gradients = self._sum_gradients()
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
-            norm = norm.nan_to_num()  # fp16: the scaler itself skips steps that overflow, and lowers its scale
+            norm = norm.nan_to_num()  # in fp16, GradScaler skips a step that overflows and lowers its scale
         means, count, left_out, norm = self._reduce({"loss": loss, **values}, batch, norm)
         self._require_finite(means["loss"], norm, batch)
         if self.clip_norm and norm > self.clip_norm:
@@ -165,23 +181,25 @@ class Stepper:
         self.progress.add(means, count)
 
     def _sum_gradients(self) -> list[Tensor]:
-        """Sum the gradients over the processes, and undo the scaling of the loss. Returns the gradients."""
+        """Sum the gradients over the processes, and divide them by the scale of GradScaler. Returns the gradients."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         distributed.all_reduce_gradients(parameters, self.world)
         self.scaler.unscale_(self.optimizer)
         return [p.grad for p in parameters if p.grad is not None]
 
     def _reduce(self, parts: Mapping[str, Tensor], batch, norm: Tensor) -> tuple[dict[str, float], float, float, float]:
-        """Sum over the processes, with a single wait for the GPU.
+        """Sum values and numbers of images over the processes, and copy the sums and `norm` to the CPU.
+
+        All numbers are copied together, so that the CPU waits for the GPU only once per step.
 
         Returns:
-            The means of `parts` over the images in use, the number of these images, the number of images left out,
-            and the norm of the gradients.
+            the means of `parts` over the images in use, the number of images in use, the number of images left out, and
+            the norm of the gradients.
         """
         counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
         scalars = [value.detach().float().to(self.compute.device) for value in (*parts.values(), *counts)]
         sums = distributed.all_reduce_sum(torch.stack(scalars), self.world)
-        *sums, weight, count, left_out, norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()  # waits for the GPU
+        *sums, weight, count, left_out, norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()
         means = {}
         for name, value in zip(parts, sums, strict=True):
             means[name] = value / (weight or 1)  # the weights add up to 1 unless images were left out
@@ -197,7 +215,7 @@ class Stepper:
         )
 
     def state_dict(self) -> dict:
-        """Return the state of optimizer and scaler, and the progress."""
+        """Return the state of the optimizer, the state of GradScaler, and the progress."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -205,14 +223,14 @@ class Stepper:
         }
 
     def load_state(self, resumed: Checkpoint | None, settings: Mapping) -> None:
-        """Continue from the state of a run, if there is one, and print a line for each setting that has changed.
+        """Load the optimizer state and the progress of the run to resume, and log each setting that has changed.
 
-        Learning rates, weight decay and momentum come from the present options. If the validation images have
-        changed, the best score so far is forgotten.
+        Learning rates, weight decay and momentum come from the present options, not from the saved state. If the
+        validation images have changed, the saved best score is removed.
 
         Args:
-            resumed: the state; None for a new run.
-            settings: the present settings.
+            resumed: the saved state of the run to resume. None: a new run begins, and nothing is loaded.
+            settings: the present settings of the program.
 
         Raises:
             UserError: if the state does not fit the optimizer or holds impossible values.
@@ -237,7 +255,7 @@ class Stepper:
             self.optimizer.load_state_dict(resumed.content["optimizer"])
             for parameter, buffers in self.optimizer.state.items():
                 _require_shapes(parameter, buffers)
-            if resumed.content["scaler"]:  # empty if the run began in another precision
+            if resumed.content["scaler"]:  # the saved scaler is empty if the run was not in fp16
                 self.scaler.load_state_dict(resumed.content["scaler"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             name = printable(resumed.name)
@@ -245,16 +263,21 @@ class Stepper:
 
 
 def _require_shapes(parameter: Tensor, buffers: Mapping[str, object]) -> None:
-    """Raise ValueError if an optimizer's buffer has another shape than its parameter."""
+    """Raise ValueError if a buffer of the optimizer and its parameter have different shapes."""
     for name, buffer in buffers.items():
         if isinstance(buffer, Tensor) and buffer.dim() > 0 and buffer.shape != parameter.shape:
             raise ValueError(f"expected {name} of shape {tuple(parameter.shape)}, got {tuple(buffer.shape)}")
 
 
 def report_changes(earlier: Mapping, present: Mapping, progress: Progress) -> None:
-    """Print one line for each setting that has changed since the run began, with its effect on the run.
+    """Log one warning for each setting that has changed since the run began.
 
     If the validation images have changed, the best score in `progress` is removed.
+
+    Args:
+        earlier: settings in the saved state.
+        present: settings of the program now.
+        progress: progress of the resumed run.
     """
     for name in sorted(earlier.keys() & present.keys() - FREE_SETTINGS):
         if earlier[name] == present[name]:
