@@ -1,1 +1,1 @@
-"""Images: lists of files, decoding, sizes, perturbations, batches, the residual cache and the leak audit."""
+"""Image data: lists of files, decoding, sizes, perturbations, batches, the residual cache and the leak audit."""

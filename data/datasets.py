@@ -1,8 +1,8 @@
 """Datasets, batches and data loaders.
 
-A sampler (`EpochBatches`) gives lists of keys. A dataset turns each key into a `Sample`. `collate` joins samples to a
-`Batch`. Everything that is random depends only on (seed, epoch, image). The number of workers or processes, and the step
-at which a run was stopped and resumed, have no effect.
+A sampler (`EpochBatches`) yields lists of `Key`s. A dataset turns each key into a `Sample`. `collate` joins samples to
+a `Batch`. Random choices depend only on (seed, epoch, image). They depend neither on the number of workers or
+processes, nor on the step at which a run was stopped and resumed.
 """
 
 import atexit
@@ -36,49 +36,49 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.random_streams import CROP, PERTURB, seeded_generator
 
-UNLABELLED = -1  # in Batch.labels
-GRACE = 10  # seconds for which a worker outlives SIGTERM, so that the current step can be finished and saved
-SHARED_MEMORY = "/dev/shm"  # where Linux keeps the shared memory through which workers send tensors
-PREFETCHED = 2  # batches that a worker prepares in advance
-Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # from and to uint8 (3, H, W)
+UNLABELLED = -1  # value in Batch.labels for an image without a label
+GRACE = 10  # seconds that a worker keeps running after SIGTERM, so that the main process can finish and save a step
+SHARED_MEMORY = "/dev/shm"  # folder of the shared memory through which workers send tensors on Linux
+PREFETCHED = 2  # number of batches that each worker prepares in advance
+Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, generator) -> image; uint8 (3, H, W)
 
 
 class Key(NamedTuple):
-    """A sampler's request for one entry of a dataset."""
+    """A request for one entry of a dataset in one epoch. Samplers yield lists of keys."""
 
     epoch: int
     index: int  # index of the entry in the dataset
-    weight: float = 1.0  # weight in the mean over the batch: 1 / batch size, or 0 for an entry that is ignored
+    weight: float = 1.0  # weight of the entry in the mean loss of the batch: 1 / batch size; 0 ignores the entry
 
 
 class Sample(NamedTuple):
-    """A dataset's answer to a key: K tensors made from one image, or an error of one line."""
+    """The result of reading one entry of a dataset: K tensors made from one image, or an error message."""
 
     key: Key
     item: Item
     x: Tensor | None  # (K, ...): uint8 images or patches, or float residuals
-    error: str | None = None
+    error: str | None = None  # one line: why the image cannot be used
 
 
 class Batch(NamedTuple):
-    """A batch of B rows of equal shape. Images that could not be read appear only in `errors`."""
+    """A batch of B rows of equal shape. An image that could not be read has no row, only an entry in `errors`."""
 
     x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
-    weights: Tensor  # float32 (B,): the weighted sum over all rows and processes is the mean over the batch
-    items: list[Item]  # B items
-    keys: list[tuple[int, int, int]]  # B keys: epoch, index, and position among the K tensors of the sample
-    errors: dict[int, str]  # index -> one line
+    weights: Tensor  # float32 (B,): the sum of weight * loss over the rows of all processes is the mean loss
+    items: list[Item]  # the image of each row
+    keys: list[tuple[int, int, int]]  # per row: epoch, index in the dataset, position among the sample's K tensors
+    errors: dict[int, str]  # index in the dataset -> one-line error message
 
 
 # --- batches ------------------------------------------------------------------------------------------------
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Join samples to a batch. Samples that differ in shape from the first become errors."""
+    """Join samples to a batch. A sample whose shape differs from the first readable sample becomes an error."""
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
-    first = None  # the first sample that could be read
+    first = None  # the first sample without an error
     for sample in samples:
         epoch, index, weight = sample.key
         if sample.error:
@@ -104,21 +104,21 @@ def _different_sizes(first: Sample, other: Sample) -> str:
 
 
 def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
-    """Merge consecutive single-image batches of the same image size and block.
+    """Merge consecutive batches of one image each, if the images have equal size and lie in the same block.
 
-    Which images are computed together then depends neither on the number of processes nor on where a run was stopped,
-    and the scores are equal to the last bit.
+    The list of images is divided into fixed blocks. Therefore the same images are always computed together, whatever
+    the number of processes and wherever a run was stopped and resumed. The scores are equal to the last bit.
 
     Args:
-        block: number of consecutive images of the list that may be merged.
-        pixels: maximum number of pixels in a batch of several images.
+        block: number of consecutive images of the list that form a block.
+        pixels: maximum number of pixels in a batch of two or more images.
     """
     waiting = []
     for batch in batches:
         if waiting and not _can_merge(waiting, batch, block, pixels):
             yield concatenate_batches(waiting)
             waiting = []
-        # A tensor from a worker keeps a file open, and many may wait here: copy it
+        # Copy the tensors: a tensor sent by a worker keeps a file open, and many batches may wait here
         copies = {name: getattr(batch, name).clone() for name in ("x", "labels", "weights")}
         waiting.append(batch._replace(**copies))
     if waiting:
@@ -126,7 +126,7 @@ def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> It
 
 
 def _can_merge(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
-    """Check whether a batch has the size and the block of the batches that wait."""
+    """Check whether a batch may join the waiting batches: same block, same image size, and not too many pixels."""
     if _first_index(batch) // block != _first_index(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
@@ -137,14 +137,14 @@ def _can_merge(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float
 
 
 def _first_index(batch: Batch) -> int:
-    """Return the index of the first image of a batch, or of its first error."""
+    """Return the dataset index of the first image in a batch. Without a readable image, take the first error."""
     if batch.keys:
         return batch.keys[0][1]
     return next(iter(batch.errors))
 
 
 def concatenate_batches(batches: Sequence[Batch]) -> Batch:
-    """Join batches of equal image size. Batches without a readable image add only their errors."""
+    """Concatenate batches of equal image size. A batch without a readable image contributes only its errors."""
     readable = [batch for batch in batches if len(batch.x)] or batches[:1]
     items, keys, errors = [], [], {}
     for batch in readable:
@@ -165,14 +165,14 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 class EpochBatches(Sampler):
     """The batches of one epoch as lists of keys: a `batch_sampler` for DataLoader.
 
-    Process r of n gets the entries r, r + n, ... of each batch. The last, smaller batch is kept. Every process must
-    take every step. In a batch with fewer entries than processes, the remaining processes get its first entry with
-    weight 0.
+    With n processes, process r gets the entries r, r + n, ... of each batch. The last batch of an epoch may be smaller.
+    Every process must take part in every step. If a batch has fewer entries than there are processes, each process
+    without an entry gets the first entry of the batch with weight 0.
 
     Args:
         count: number of entries in the dataset.
-        batch_size: number of entries in a step, over all processes.
-        seed: with the epoch, it determines the order of the entries. None: the order of the dataset.
+        batch_size: number of entries per step, summed over all processes.
+        seed: random seed. Seed and epoch determine the order of the entries. None: the order of the dataset.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
@@ -180,16 +180,16 @@ class EpochBatches(Sampler):
         self.batch_size = batch_size
         self.seed = seed
         self.world = world
-        self.steps = -(-count // batch_size)  # in a whole epoch
+        self.steps = -(-count // batch_size)  # number of steps in a whole epoch
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Choose the epoch, and the step to begin with when a run is resumed within an epoch."""
+        """Set the epoch, and the first step if a run is resumed in the middle of an epoch."""
         self.epoch = epoch
         self.first_step = first_step
 
     def __len__(self) -> int:
-        """Return the number of steps that are left in this epoch."""
+        """Return the number of steps left in the epoch."""
         return max(0, self.steps - self.first_step)
 
     def __iter__(self) -> Iterator[list[Key]]:
@@ -205,7 +205,7 @@ class EpochBatches(Sampler):
                 yield [Key(self.epoch, batch[0], 0.0)]
 
     def smallest_part(self) -> int:
-        """Return the smallest number of entries that a process gets in a step."""
+        """Return the smallest number of entries that one process gets in any step of the epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
@@ -214,9 +214,9 @@ class EpochBatches(Sampler):
 
 
 class ItemDataset(Dataset):
-    """A dataset with `parts` entries for each item. Whatever is wrong with one image becomes the error of its sample.
+    """A dataset with `parts` entries per image. An image that cannot be read gives a `Sample` with an error message.
 
-    An exception in a worker would end the program with a traceback.
+    Errors are returned and not raised, because an exception in a worker would end the program with a traceback.
     """
 
     def __init__(self, items: Sequence[Item], parts: int = 1):
@@ -227,7 +227,7 @@ class ItemDataset(Dataset):
         return len(self.items) * self.parts
 
     def item(self, index: int) -> Item:
-        """Return the item of an entry."""
+        """Look up the image that the dataset entry at `index` is made from."""
         return self.items[index // self.parts]
 
     def __getitem__(self, key: Key) -> Sample:
@@ -237,15 +237,15 @@ class ItemDataset(Dataset):
             return Sample(key, item, self.read(item.path, key))
         except UserError as error:
             text = str(error)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # from Pillow, NumPy and PyTorch
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # raised by Pillow, NumPy and PyTorch
             text = f"cannot be prepared ({type(error).__name__}: {printable(' '.join(str(error).split()))})"
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
     def read(self, path: str, key: Key) -> Tensor:
-        """Read an image. Returns (K, ...).
+        """Read an image file and make K tensors of equal shape, (K, ...). Subclasses implement this method.
 
         Raises:
-            UserError: if the image cannot be used.
+            UserError: if the image cannot be decoded or is too small.
         """
         raise NotImplementedError
 
@@ -254,16 +254,16 @@ class Augmentation(NamedTuple):
     """Random mirroring and cropping of training images."""
 
     seed: int
-    crops: int = 0  # fixed crops of each image, all used in every epoch; 0: one crop, at a new position in each epoch
+    crops: int = 0  # fixed crops per image, all used in every epoch; 0: one crop per image, moved in each epoch
 
 
 class ImageDataset(ItemDataset):
-    """Images of one size policy.
+    """Images that are resized and cropped by one size policy.
 
     Args:
-        augmentation: None: images are not mirrored, and crops are in the centre.
-        transform: called as transform(image, rng) with each image, uint8 (3, H, W), before it is resized and cropped.
-            rng is None without an augmentation.
+        augmentation: random mirroring and cropping. None: images are not mirrored, and crops are in the centre.
+        transform: called as transform(image, rng) on each image, uint8 (3, H, W), before it is resized and cropped.
+            rng is None if `augmentation` is None.
     """
 
     def __init__(
@@ -277,10 +277,10 @@ class ImageDataset(ItemDataset):
         self.policy = policy
         self.augmentation = augmentation
         self.transform = transform
-        self.headers: Sequence[Header] = ()  # one per item, if they are known
+        self.headers: Sequence[Header] = ()  # one header per item; empty if the headers were not read
 
     def read(self, path: str, key: Key) -> Tensor:
-        """Read an image. Returns uint8 (1, 3, H, W)."""
+        """Read, transform, resize, crop and mirror an image. Returns uint8 (1, 3, H, W)."""
         image = load_image(path)  # (3, H, W)
         if self.transform is not None:
             image = self.transform(image, self._generator(key.epoch, key.index, PERTURB))
@@ -297,30 +297,30 @@ class ImageDataset(ItemDataset):
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each item after resizing and cropping. Empty if the headers are not known."""
+        """(height, width) of each image after resizing and cropping. Empty if the headers were not read."""
         return [size_after(*header.size, self.policy) for header in self.headers]
 
     @property
     def crops_change(self) -> bool:
-        """Whether images are cropped at a new position in each epoch."""
+        """Whether each epoch crops the images at new random positions."""
         return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
     def mirrored(self, key: Key) -> bool:
-        """Return whether an image is mirrored. The image is not read."""
+        """Return whether the image of a key is mirrored. The image file is not read."""
         rng = self._generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 
 
 class PatchDataset(ItemDataset):
-    """K random high-resolution patches of each image, with sides of `patch_size * scale` pixels.
+    """K random high-resolution patches per image. Each patch is a square of `patch_size * scale` pixels per side.
 
-    Patches are aligned: downsampling a patch gives the same pixels as downsampling the whole image, centre-cropped to a
-    multiple of `scale`. Horizontal flip, vertical flip and rotation by 90 degrees have probability 0.5 each (He et al.;
-    the same as in yjn870/RDN-pytorch, MIT).
+    Patches are aligned with the low-resolution pixels: the downsampled patch is a part of the downsampled image. (The
+    image is first centre-cropped to multiples of `scale`.) Horizontal flip, vertical flip and rotation by 90 degrees
+    have probability 0.5 each, as in He et al. and in yjn870/RDN-pytorch (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
-        patches_per_image: K.
+        patches_per_image: number of patches cut from an image per epoch, K.
     """
 
     def __init__(self, items: Sequence[Item], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0):
@@ -331,7 +331,7 @@ class PatchDataset(ItemDataset):
         self.seed = seed
 
     def read(self, path: str, key: Key) -> Tensor:
-        """Read an image. Returns uint8 patches (K, 3, P, P)."""
+        """Read an image and cut out K random patches. Returns uint8 (K, 3, P, P), P = patch_size * scale."""
         image = read_rgb(path)
         policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
         problem = size_problem(image.height, image.width, policy)
@@ -343,7 +343,11 @@ class PatchDataset(ItemDataset):
 
 
 def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut out an aligned patch, and flip and rotate it at random. Returns uint8 (3, P, P), P = patch_size * scale."""
+    """Cut out a random patch that is aligned with the low-resolution pixels, and flip and rotate it at random.
+
+    Returns:
+        uint8 (3, P, P), P = patch_size * scale.
+    """
     top, left, height, width = centre_box(image.height, image.width, scale)
     side = patch_size * scale
     top += scale * int(rng.integers((height - side) // scale + 1))
@@ -363,7 +367,7 @@ def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader of `Batch`es. Its workers send batches through pipes if shared memory is short."""
+    """A DataLoader that yields `Batch`es. Its workers send batches through pipes if shared memory is too small."""
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
@@ -373,10 +377,11 @@ class BatchLoader(DataLoader):
 
 
 def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], workers: int, compute: Compute) -> DataLoader:
-    """Create a loader for `batches` (lists of keys) of a dataset.
+    """Create a DataLoader that reads the given batches of a dataset.
 
     Args:
-        workers: number of processes that read images, at most one per processor core. 0: the main process reads.
+        batches: one list of keys per batch.
+        workers: number of processes that read images, limited to the number of CPU cores. 0: the main process reads.
     """
     workers = min(workers, os.cpu_count() or 1)
     if workers:
@@ -395,10 +400,10 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
 
 
 def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
-    """Collate. In a worker, choose how the batch is sent: PyTorch sends tensors through shared memory.
+    """Join samples to a batch. In a worker, convert the batch to NumPy arrays if shared memory is too small.
 
-    Without enough of it (64 MB in a Docker container by default) the worker would lose the batch, and the main process
-    would wait for it forever. NumPy arrays are sent through a pipe.
+    PyTorch sends tensors through shared memory, but NumPy arrays through a pipe. With too little shared memory (64 MB
+    by default in a Docker container) the worker would lose the batch, and the main process would wait for it forever.
     """
     batch = collate(samples)
     worker = get_worker_info()
@@ -408,24 +413,30 @@ def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
 
 
 def _fits_in_shared_memory(size: int, workers: int) -> bool:
-    """Check for room for all batches that workers may hold at a time, if each takes `size` bytes and 1 MB more."""
+    """Check whether shared memory has room for all batches that the workers may hold at the same time.
+
+    Args:
+        size: bytes per batch. The check adds a reserve of 1 MB per batch.
+        workers: number of workers.
+    """
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:  # no such folder
+    except OSError:  # the system has no folder /dev/shm
         return False
     return free > workers * (PREFETCHED + 1) * (size + 2**20)
 
 
 def _convert(batch: Batch, function: Callable) -> Batch:
-    """Apply a function to the tensors or arrays of a batch."""
+    """Apply a function to x, labels and weights of a batch."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 
 def _start_worker(_: int) -> None:
-    """Let the main process decide when to stop. Use one thread, since there are several workers.
+    """Prepare a worker: ignore SIGINT, end GRACE seconds after SIGTERM, and use one thread.
 
-    Signals are often sent to all processes of a program. A worker that ended at once would also end the main process,
-    before its state is saved. A worker that never ended would block the exit of the main process, which sends SIGTERM.
+    Signals are often sent to all processes of a program. If a worker ended at once, the main process would fail before
+    it has saved its state. If a worker ignored SIGTERM, the main process would never exit, because it sends SIGTERM to
+    its workers and waits for them. One thread per worker is enough, because there are several workers.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
@@ -434,7 +445,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_workers() -> None:
-    """End workers that are left when a program fails, at once instead of after GRACE seconds."""
+    """End the remaining workers when a program fails: at once instead of after GRACE seconds."""
     for process in multiprocessing.active_children():
         if process.daemon:
             os.kill(process.pid, signal.SIGALRM)

@@ -1,7 +1,8 @@
-"""How the low-resolution input of the re-synthesizer is degraded, in auxiliary tasks and in patches of train_sr.py.
+"""Degradations of low-resolution images, for the auxiliary tasks of train_detector.py and the patches of train_sr.py.
 
-A re-synthesizer that also denoises or colorizes is to make the residual robust (section 3.3 of the paper). To add an
-auxiliary task, write a function and add a line to TASKS. Images are (3, h, w) in [0, 1]; noise may leave that range.
+In an auxiliary task the re-synthesizer also learns to denoise or colorize its input. This is meant to make the residual
+robust (section 3.3 of the paper). To add an auxiliary task, write a function and add a line to TASKS. Images are
+(3, h, w) with values in [0, 1]. Values may leave this range when noise is added.
 """
 
 import io
@@ -15,45 +16,45 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-TASK_PROBABILITY = 0.5  # that the auxiliary task is applied to a batch; otherwise the loss is computed on the clean batch
+TASK_PROBABILITY = 0.5  # probability that a batch is degraded; otherwise the auxiliary loss uses the clean batch
 TASK_NOISE_STD = 4 / 255
 TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # probability of each degradation: with two of them, half of the patches stay clean
+PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # per degradation: with two degradations, half of the patches stay clean
 PATCH_NOISE_STD = (0, 10 / 255)
-PATCH_JPEG_QUALITY = (25, 74)  # both included
+PATCH_JPEG_QUALITY = (25, 74)  # lowest and highest quality, both included
 PATCH_FRACTION = (0.05, 0.15)  # smallest and largest fraction of pixels that are removed or turned grey
 
-# Degrades one image: (image (3, h, w), generator of that image) -> (3, h, w)
+# A function that degrades one image: (image (3, h, w), random generator) -> degraded image (3, h, w)
 Degradation = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise. image: (3, h, w). std: 1 is the whole range of values."""
+    """Add Gaussian noise to an image (3, h, w). std: standard deviation, for pixel values in [0, 1]."""
     noise = rng.standard_normal(tuple(image.shape), np.float32)
     return image + std * torch.from_numpy(noise).to(image)
 
 
 def turn_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Set about a `fraction` of the pixels to the mean of their channels. image: (3, h, w)."""
+    """Turn about a `fraction` of the pixels grey (the mean of their three channels). image: (3, h, w)."""
     mask = random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.mean(dim=0, keepdim=True), image)
 
 
 def remove_pixels(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Set about a `fraction` of the pixels to 0. image: (3, h, w)."""
+    """Turn about a `fraction` of the pixels black (0). image: (3, h, w)."""
     mask = random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.new_zeros(()), image)
 
 
 def random_mask(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Draw a mask (1, h, w) that is true for about a `fraction` of the pixels of (3, h, w)."""
+    """Draw a random mask, bool (1, h, w), that is True for about a `fraction` of the pixels of an image (3, h, w)."""
     height, width = image.shape[1:]
     return torch.from_numpy(rng.random((1, height, width)) < fraction).to(image.device)
 
 
 def compress_jpeg(image: Tensor, quality: int) -> Tensor:
-    """Compress and decompress as JPEG. image: (3, h, w). Returns (3, h, w) in [0, 1]."""
+    """Compress an image (3, h, w) as JPEG and decode it again. Returns (3, h, w) in [0, 1]."""
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
@@ -65,28 +66,29 @@ def compress_jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def colorization(batch_rng: np.random.Generator) -> Degradation:
-    """Create the input of colorization: grey pixels, whose fraction is drawn once per batch."""
+    """Create the degradation for colorization: some pixels turn grey. Their fraction is drawn once per batch."""
     fraction = batch_rng.uniform(*TASK_GREY_FRACTION)
     return lambda image, rng: turn_grey(image, fraction, rng)
 
 
 def denoising(batch_rng: np.random.Generator) -> Degradation:
-    """Create the input of denoising: Gaussian noise."""
+    """Create the degradation for denoising: Gaussian noise is added."""
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
-# name -> a function of the batch's generator that returns the degradation of its images. None: no degradation.
+# Name of the auxiliary task -> function that takes the random generator of a batch and returns a `Degradation`.
+# "none" has no degradation.
 TASKS = {"none": None, "colorization": colorization, "denoising": denoising}
 
 
 def check_task(name: str) -> None:
-    """Raise a UserError if there is no auxiliary task of this name."""
+    """Raise a UserError if `name` is not the name of an auxiliary task."""
     if name not in TASKS:
         raise UserError(f"--mode-sr must be one of {', '.join(TASKS)}, got {name}")
 
 
 def draw_degradation(task: str, batch_rng: np.random.Generator) -> Degradation | None:
-    """Draw the degradation of a batch. None: the batch stays clean."""
+    """Draw the degradation of a batch at random. Returns None if the batch stays clean."""
     create = TASKS[task]
     if create is None or batch_rng.random() >= TASK_PROBABILITY:
         return None
@@ -94,7 +96,7 @@ def draw_degradation(task: str, batch_rng: np.random.Generator) -> Degradation |
 
 
 def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
-    """Degrade each image of x_lr (B, 3, h, w) with its own generator. Returns (B, 3, h, w)."""
+    """Degrade each image of x_lr (B, 3, h, w) with its own random generator. Returns (B, 3, h, w)."""
     return torch.stack([degradation(image, rng) for image, rng in zip(x_lr, rngs, strict=True)])
 
 
@@ -104,13 +106,13 @@ def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.rand
 def degrade_patch(
     patch: Tensor, rng: np.random.Generator, augment: bool, completion: bool, colorization: bool
 ) -> Tensor:
-    """Degrade a training patch (3, h, w), in each chosen way with probability PATCH_PROBABILITY.
+    """Degrade a training patch (3, h, w). Each chosen degradation is applied with probability PATCH_PROBABILITY.
 
     Args:
-        augment: add noise of std U(0, 10)/255, then compress as JPEG of quality 25..74. (Release: it computes the JPEG
-            image and does not use it.)
-        completion: set a fraction U(0.05, 0.15) of the pixels to 0.
-        colorization: set such a fraction to the mean of their channels.
+        augment: add noise with a standard deviation U(0, 10) / 255, and compress as JPEG with a quality of 25..74.
+            (Release: the released program computes the JPEG image, but does not use it.)
+        completion: turn a fraction U(0.05, 0.15) of the pixels black.
+        colorization: turn a fraction U(0.05, 0.15) of the pixels grey.
     """
     if augment and rng.random() < PATCH_PROBABILITY:
         patch = add_noise(patch, rng.uniform(*PATCH_NOISE_STD), rng)

@@ -1,7 +1,7 @@
-"""Search of folders for images.
+"""Search folders for images.
 
-Files that are not images, and pictures that test.py has written, are left out. One log line per folder
-says how many files were left out and why.
+Files that are not images are left out, and so are pictures written by test.py. One log line per searched folder says
+how many files were left out, and why.
 """
 
 import logging
@@ -16,24 +16,24 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11.3, unless built without it
+HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11.3, unless it was built without AVIF
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 if HAS_AVIF:
     IMAGE_SUFFIXES += (".avif",)
-MOST_REASONS = 9  # shown in one line
+MOST_REASONS = 9  # maximum number of reasons listed in one log line
 
 
 def find_images(root: str) -> list[str]:
     """Find all images in a folder and in the folders below it, and sort them by path.
 
-    Images are recognised by their suffix, in upper or lower case. Hidden files and folders, __MACOSX, and pictures
-    written by test.py are left out. Links to folders are followed, except links to a folder that contains the link. A
-    folder that can be reached in several ways is read once, if possible without a link.
+    Images are recognised by their file suffix, in upper or lower case. Hidden files and folders, __MACOSX, and pictures
+    written by test.py are left out. A link to a folder is followed, unless that folder contains the link. A folder that
+    can be reached on several paths is read once, if possible on a path without links.
     """
     images = []
     left_out = Counter()  # reason -> number of files and folders
     visited = set()
-    pending = [os.fspath(root)]  # the root, then links to folders
+    pending = [os.fspath(root)]  # folders to search: the root, later also links to folders
     while pending:
         for folder, subfolders, names in os.walk(pending.pop(0), onerror=_refuse_folder):
             status = os.stat(folder)
@@ -62,7 +62,7 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _folders_to_visit(folder: str, subfolders: Sequence[str], left_out: Counter) -> list[str]:
-    """Select the subfolders that `find_images` searches, and count the others."""
+    """Select the subfolders that `find_images` searches. Count the subfolders that are left out in `left_out`."""
     selected = []
     for name in sorted(subfolders):
         if name.startswith(".") or name == "__MACOSX":
@@ -75,7 +75,7 @@ def _folders_to_visit(folder: str, subfolders: Sequence[str], left_out: Counter)
 
 
 def _images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> list[str]:
-    """Select the images among the files of a folder, and count the other files."""
+    """Select the images among the files of a folder. Count the files that are left out in `left_out`."""
     images = []
     all_names = set(names)
     for name in names:
@@ -88,7 +88,10 @@ def _images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> l
 
 
 def _leads_upwards(folder: str) -> bool:
-    """Check whether a folder is a link to a folder that contains the link. Otherwise `real/up -> ..` adds the fakes."""
+    """Check whether a folder is a link to a folder that contains the link.
+
+    Following the link `real/up -> ..`, for example, would add the generated images to the real images.
+    """
     if not os.path.islink(folder):
         return False
     target = os.path.realpath(folder)
@@ -96,12 +99,12 @@ def _leads_upwards(folder: str) -> bool:
 
 
 def contains(outer: str, inner: str) -> bool:
-    """Check whether a folder is, or contains, another one. Both are real paths."""
+    """Check whether the folder `outer` is or contains the folder `inner`. Both must be paths without links."""
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
 
 def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
-    """Say why a file is not one of the images of a folder, whose files are `names`. Returns None if it is."""
+    """Say why a file of a folder is not an image. Returns None for an image. names: all files of the folder."""
     if name.startswith("."):
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
@@ -110,7 +113,7 @@ def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
 
 
 def _recognise_output(folder: str, name: str, names: Set[str]) -> str | None:
-    """Recognise a picture that test.py has written. Returns None for other pictures."""
+    """Recognise a picture written by test.py. Returns the kind of picture; None for any other image."""
     if name.endswith(".residual.png"):
         return "residual picture"
     table = f"{name.removesuffix('.png')}.csv"
@@ -120,7 +123,7 @@ def _recognise_output(folder: str, name: str, names: Set[str]) -> str | None:
 
 
 def _is_score_table(path: str) -> bool:
-    """Check whether a file is a CSV table with a column of logits."""
+    """Check whether a file is a CSV table with a column "logit_fake"."""
     if not os.path.isfile(path):  # opening a named pipe would block
         return False
     try:
@@ -131,7 +134,7 @@ def _is_score_table(path: str) -> bool:
 
 
 def format_counts(counts: Counter) -> str:
-    """Format counts such as "3 .heic, 1 hidden"."""
+    """Format counts as text, such as "3 .heic, 1 hidden"."""
     parts = [f"{number} {printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
     if len(counts) > MOST_REASONS:
         parts.append("...")
@@ -139,6 +142,10 @@ def format_counts(counts: Counter) -> str:
 
 
 def recognise_output(path: str) -> str | None:
-    """Recognise a picture that test.py has written. A pattern such as *.png may have matched it."""
+    """Recognise a picture written by test.py, which a pattern such as *.png also matches.
+
+    Returns:
+        The kind of picture, such as "residual picture"; None for any other image.
+    """
     folder, name = os.path.split(path)
     return _recognise_output(folder, name, {f"{name.removesuffix('.png')}.csv"})

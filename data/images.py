@@ -1,6 +1,6 @@
 """Image files: decoding to uint8 (3, H, W) RGB, resizing and cropping, and checks of their headers.
 
-Whatever is wrong with a file is reported as a `UserError` of one line.
+A file that cannot be used raises a `UserError` with a message of one line.
 """
 
 import logging
@@ -26,40 +26,40 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Our own errors say what matters of Pillow's warnings. (warnings.catch_warnings is not safe with threads.)
+# Hide Pillow's warnings: the errors raised here cover them. (warnings.catch_warnings is not safe with threads.)
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no other formats: Pillow runs Ghostscript on EPS, for example
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no unsafe formats: for EPS, Pillow would run Ghostscript
 if HAS_AVIF:
     FORMATS += ("AVIF",)
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: Pillow's limit against decompression bombs
-HEADER_THREADS = 16  # reading headers is limited by the disk or the network, not by the processor
-Tag = ExifTags.Base  # also holds the tags of TIFF
+HEADER_THREADS = 16  # more threads than cores: reading headers waits for the disk or the network, not for the CPU
+Tag = ExifTags.Base  # tags of EXIF and of TIFF
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class SizePolicy(NamedTuple):
-    """A rule for the size of images: resize, then crop, then centre-crop to a multiple of the scale."""
+    """A rule for image sizes: resize, then crop, then centre-crop so that both sides are multiples of `scale`."""
 
-    scale: int = 4
+    scale: int = 4  # factor by which the re-synthesizer enlarges images
     crop_size: int | None = None  # side of the square crop in pixels; None: no crop
-    resize: int | None = None  # length of the shorter side in pixels; None: no resizing
-    min_side: int = 1  # smaller results are refused; the stride of the features
+    resize: int | None = None  # length of the shorter side after resizing, in pixels; None: no resizing
+    min_side: int = 1  # smallest side in pixels that the feature extractor accepts, its stride
 
 
 class Header(NamedTuple):
-    """The facts that the header of an image file gives."""
+    """What the header of an image file says about the image."""
 
-    size: tuple[int, int] | None  # (height, width) of the upright image; None if unreadable
-    problem: str | None = None  # why the file cannot be used
-    jpeg: bool = False
+    size: tuple[int, int] | None  # (height, width) of the upright image; None if the header cannot be read
+    problem: str | None = None  # why the image cannot be used; None if it can
+    jpeg: bool = False  # whether the file is a JPEG file
 
 
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
 def load_image(path: str) -> Tensor:
-    """Decode an image file as `read_rgb` does. Returns uint8 (3, H, W), contiguous."""
+    """Decode an image file with `read_rgb`. Returns a contiguous uint8 tensor (3, H, W)."""
     pixels = np.asarray(read_rgb(path))  # (H, W, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, H, W)
 
@@ -67,9 +67,9 @@ def load_image(path: str) -> Tensor:
 def read_rgb(path: str) -> Image.Image:
     """Decode an image file as an upright 8-bit RGB image.
 
-    Grey becomes three equal channels. Transparent pixels are blended with white. CMYK is converted without colour
-    profiles. 16-bit grey is rounded to 8 bits; for 16-bit colour, Pillow drops the low byte. Floats must be in [0, 1].
-    Only the first frame of an animation is read. Files with more than MAX_PIXELS are refused before decoding.
+    Grey images get three equal channels. Transparent pixels are blended with white. CMYK is converted without colour
+    profiles. 16-bit grey is rounded to 8 bits. Of 16-bit colour, Pillow drops the low byte. Float pixels must be in
+    [0, 1]. Only the first frame of an animation is read. Images of more than MAX_PIXELS are refused before decoding.
     """
     with open_image(path) as image:
         image.load()
@@ -77,7 +77,7 @@ def read_rgb(path: str) -> Image.Image:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded image as `read_rgb` does. The image may be modified."""
+    """Convert a decoded image to upright 8-bit RGB, as `read_rgb` describes. May modify its argument."""
     with suppress(Exception):  # a damaged EXIF block does not affect the pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
@@ -91,7 +91,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey_to_uint8(image: Image.Image) -> np.ndarray:
-    """Convert float or integer grey to uint8 (H, W), rounded. 65535, or 4095 in 12-bit TIFFs, becomes 255."""
+    """Convert a float or integer grey image to uint8 (H, W) by scaling and rounding.
+
+    White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in other integer images.
+    """
     values = np.asarray(image).astype(np.float64)  # (H, W)
     is_12_bit = getattr(image, "tag_v2", {}).get(Tag.BitsPerSample) == (12,)
     if image.mode == "F":
@@ -106,7 +109,7 @@ def _grey_to_uint8(image: Image.Image) -> np.ndarray:
 
 @contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
-    """Open an image file and read its header. Errors inside the `with` block are raised as UserError."""
+    """Open an image file and read its header. Any exception inside the `with` block is raised as a UserError."""
     try:
         _check_file(path)
         with open(path, "rb") as file:
@@ -126,7 +129,7 @@ def _check_file(path: str) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Say in one line why a file could not be read."""
+    """Describe in one line why an image file could not be read. error: the exception."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         return f"is not an image, or its first bytes are damaged (expected {', '.join(FORMATS)})"
@@ -141,11 +144,11 @@ def _reason(error: Exception) -> str:
 
 
 def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator | None = None) -> Tensor:
-    """Resize the shorter side, crop, and centre-crop to a multiple of the scale.
+    """Resize an image, crop it, and centre-crop it so that both sides are multiples of the scale.
 
     Args:
         image: uint8 (3, H, W).
-        rng: generator for the position of the crop, first the row, then the column. None: the crop is in the centre.
+        rng: draws the position of the crop, first the row, then the column. None: the crop is in the centre.
 
     Raises:
         UserError: if the image is too small or too large.
@@ -172,7 +175,7 @@ def _crop_square(image: Tensor, side: int, rng: np.random.Generator | None) -> T
 
 
 def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
-    """Resize uint8 (3, H, W) to (3, height, width), bicubic and rounded, as torchvision does."""
+    """Resize an image, uint8 (3, H, W), to (3, height, width): bicubic and rounded, as torchvision does."""
     if image.shape[-2:] == (height, width):
         return image
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=antialias)[0]
@@ -184,7 +187,7 @@ def centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]
 
 
 def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
-    """Say why an image of this size cannot be used, to follow the name of the image. Returns None if it can."""
+    """Say why images of this size cannot be used, in words that follow a file name. Returns None if they can."""
     text = f"is {width} x {height} pixels"
     height, width = _size_after_resize(height, width, policy)
     if policy.resize is not None:
@@ -201,14 +204,14 @@ def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
         return f"{text}: sides must be at least {policy.scale}, the scale; leave the image out"
     if side - side % policy.scale < policy.min_side:
         return (
-            f"{text}: the features need sides of at least {policy.min_side} (multiples of {policy.scale} are used); leave"
-            " the image out, or use a lower --idx-stages"
+            f"{text}: the features need sides of at least {policy.min_side} (multiples of {policy.scale} are used);"
+            " leave the image out, or use a lower --idx-stages"
         )
     return None
 
 
 def _size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
-    """Compute height and width after resizing. The shorter side becomes `resize`; the longer one is rounded down."""
+    """Compute (height, width) after resizing: the shorter side becomes `resize`, the longer side is rounded down."""
     if policy.resize is None:
         return height, width
     longer = int(policy.resize * max(height, width) / min(height, width))
@@ -217,7 +220,7 @@ def _size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int
 
 @lru_cache(2**16)
 def size_after(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
-    """Compute the height and width that `resize_and_crop` gives an image. Equal sizes share one tuple in memory."""
+    """Compute (height, width) of an image after `resize_and_crop`. The cache lets equal sizes share one tuple."""
     if policy.crop_size is not None:
         height, width = policy.crop_size, policy.crop_size
     else:
@@ -226,7 +229,7 @@ def size_after(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
 
 
 def refuse_mixed_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> None:
-    """Raise a UserError if the images differ in size. sizes: (height, width) of each item."""
+    """Raise a UserError if images differ in size. sizes: (height, width) of each image."""
     for item, size in zip(items, sizes, strict=True):
         if size != sizes[0]:
             (height, width), (other_height, other_width) = sizes[0], size
@@ -241,7 +244,10 @@ def refuse_mixed_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) 
 
 
 def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
-    """Read the headers of files, about 0.05 ms each. Damage behind a header is found only when the file is decoded."""
+    """Read and check the headers of image files, in about 0.05 ms per file.
+
+    Damaged pixels are not noticed here. They are found when the file is decoded.
+    """
     shared = {}  # equal headers share one tuple in memory
     headers = []
     with ThreadPool(HEADER_THREADS) as pool:
@@ -254,15 +260,15 @@ def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
 def read_header(path: str, policy: SizePolicy) -> Header:
     """Read the size of an image without decoding it, and check that the image can be used.
 
-    EXIF data behind the pixels of a PNG is not seen.
+    EXIF data that is stored after the pixels of a PNG file is not read.
     """
     try:
         with open_image(path) as image:
             width, height = image.size
             is_jpeg = image.format in ("JPEG", "MPO")
-            if image.format == "TIFF":  # some versions of Pillow have swapped the sides already
+            if image.format == "TIFF":  # image.size of a rotated TIFF file depends on the version of Pillow
                 width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
-            with suppress(Exception):  # as in `upright_rgb`
+            with suppress(Exception):  # a damaged EXIF block does not affect the size
                 exif = Image.Image.getexif(image)  # PngImageFile.getexif would decode the image
                 if exif.get(Tag.Orientation) in SIDEWAYS:
                     width, height = height, width
@@ -274,13 +280,16 @@ def read_header(path: str, policy: SizePolicy) -> Header:
 def usable_items(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
 ) -> tuple[Sequence[Item], list[Header]]:
-    """Select the items whose headers show no problem. Logs the problem of each other item.
+    """Select the images whose headers show no problem. Log the problem of every image that is not selected.
+
+    Args:
+        skip_bad: leave out images with a problem, instead of raising an error.
 
     Returns:
-        The items and their headers.
+        The selected images and their headers.
 
     Raises:
-        UserError: if an item cannot be used and `skip_bad` is false, or if no item can be used.
+        UserError: if an image has a problem and `skip_bad` is False, or if no image can be used.
     """
     headers = check_headers([item.path for item in items], policy)
     good_items, good_headers, problems = [], [], []

@@ -1,7 +1,8 @@
-"""Audit of image files for leaks: what separates real from generated images besides their content.
+"""Audit image files for leaks: properties besides the content that separate real from generated images.
 
-A detector learns the easiest rule. If every real image is a JPEG and every generated image is a PNG, it learns to
-recognise JPEG. The audit reads file headers and searches for duplicates. `python -m tools.audit` prints the result.
+A detector learns the easiest rule. If every real image is a JPEG file and every generated image is a PNG file, the
+detector learns to recognise JPEG. The audit reads file headers and searches for duplicate files. The command
+`python -m tools.audit` prints the result.
 """
 
 import hashlib
@@ -25,12 +26,12 @@ from utils.labels import FAKE, REAL
 logger = logging.getLogger(__name__)
 
 LEAK, WARNING = SEVERITIES = ("leak", "warning")
-LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2  # between the frequencies of a value in the two classes
-SAMPLE = 2000  # images per class and split in the quick audit
+LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2  # |fraction of the reals - fraction of the fakes| with the same value
+SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
-QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg scales by the quality
-WAYS_OUT = {  # attribute -> how to make the classes alike
+QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg uses at quality 50
+WAYS_OUT = {  # attribute -> advice on how to make it alike in both classes
     "format": "compress both classes as JPEG of one quality, or use sources that were never compressed",
     "JPEG quality": "compress both classes as JPEG of one quality, or train with --augment-perturb",
     "size": "use sources of one size, or cut out pieces of one size (--crop-size N); --resize N leaves traces",
@@ -40,35 +41,35 @@ WAYS_OUT = {  # attribute -> how to make the classes alike
 
 
 class File(NamedTuple):
-    """An image file with its attributes, or with an error of one line."""
+    """An image file with the attributes in its header, or with an error message of one line."""
 
     item: Item
     split: str  # train or validation
-    size: int = 0  # bytes
-    attributes: dict[str, str] = {}
-    error: str | None = None
+    size: int = 0  # length of the file in bytes
+    attributes: dict[str, str] = {}  # attribute -> value
+    error: str | None = None  # why the file cannot be read
 
 
 class Finding(NamedTuple):
     """A reason why the scores of a detector may be meaningless (LEAK) or doubtful (WARNING)."""
 
-    severity: str
-    check: str
+    severity: str  # LEAK or WARNING
+    check: str  # the attribute or kind of duplicates, and the group of images
     message: str
-    way_out: str
-    examples: list[str]  # paths
+    way_out: str  # advice
+    examples: list[str]  # paths of some files concerned
 
 
 class Audit(NamedTuple):
     """The result of an audit."""
 
-    files: dict[str, int]  # "train real" and so on -> number of files
+    files: dict[str, int]  # group, such as "train real" -> number of files
     checked: int  # number of files that were read
     findings: list[Finding]  # leaks first
 
 
 def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> Audit:
-    """Search for leaks and duplicates. quick: read at most SAMPLE headers per class and split."""
+    """Search image files for leaks and duplicates. quick: read at most SAMPLE files per class and split."""
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
         for label, name in CLASSES.items():
@@ -92,7 +93,7 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = 
 
 
 def log_quick_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ()) -> None:
-    """Log the result of a quick audit in a few lines, at the start of a training."""
+    """Run a quick audit at the start of training, and log its result in a few lines."""
     result = audit(train_items, val_items, quick=True)
     summary = f"{len(result.findings)} finding(s), see python -m tools.audit" if result.findings else "nothing found"
     logger.info("leak audit of %d of %d headers: %s", result.checked, len(train_items) + len(val_items), summary)
@@ -101,7 +102,7 @@ def log_quick_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ())
 
 
 def examine(item: Item, split: str) -> File:
-    """Read the header of a file."""
+    """Read the attributes in the header of an image file."""
     try:
         with open_image(item.path) as image:
             return File(item, split, os.path.getsize(item.path), attributes_of(image))
@@ -110,7 +111,7 @@ def examine(item: Item, split: str) -> File:
 
 
 def attributes_of(image: Image.Image) -> dict[str, str]:
-    """Describe the header of an image file."""
+    """List what a detector could learn from the header of an image: format, size, colour mode, JPEG quality."""
     width, height = image.size
     half_octaves = round(2 * math.log2(min(width, height)))
     attributes = {
@@ -122,14 +123,14 @@ def attributes_of(image: Image.Image) -> dict[str, str]:
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO: several JPEGs in one file
         luminance_table = image.quantization[min(image.quantization)]
         scale = sum(luminance_table) / QUALITY_50
-        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # exact for libjpeg's settings 20..99
+        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # inverts libjpeg's formula, exactly for 20..99
         attributes["format"] = "JPEG"
         attributes["JPEG quality"] = f"quality {quality:.0f}"
     return attributes
 
 
 def class_findings(files: Sequence[File]) -> list[Finding]:
-    """Find attributes that separate the classes of a split, over all generators or for one of them."""
+    """Find attributes that separate real from fake images in a split: for all generators, or else for one generator."""
     findings = []
     for split in ("train", "validation"):
         own = [file for file in files if file.split == split]
@@ -139,13 +140,13 @@ def class_findings(files: Sequence[File]) -> list[Finding]:
             findings.append(overall)
             if overall is None and len(generators) > 1:
                 for generator in generators:
-                    some = [file for file in own if file.item.generator in (generator, "")]  # "": reals for all
+                    some = [file for file in own if file.item.generator in (generator, "")]  # "": shared reals
                     findings.append(attribute_finding(some, attribute, f"{split}, {generator}"))
     return [finding for finding in findings if finding is not None]
 
 
 def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Finding | None:
-    """Report an attribute if one of its values is much more frequent in one class than in the other."""
+    """Report an attribute if one of its values is much more frequent in one class than in the other class."""
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
     if not reals or not fakes:
@@ -154,7 +155,7 @@ def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Find
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # three standard deviations of chance
+    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # 3 standard deviations of a random difference
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None
     severity = LEAK if difference >= LEAK_DIFFERENCE else WARNING
@@ -164,7 +165,7 @@ def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Find
 
 
 def duplicate_findings(files: Sequence[File]) -> list[Finding]:
-    """Find files with equal content. Only files of equal size are read."""
+    """Find files with identical content. A file is read only if another file has the same length."""
     by_size, by_content = defaultdict(list), defaultdict(list)
     for file in files:
         by_size[file.size].append(file)

@@ -1,7 +1,7 @@
-"""Lists of image files: from folders, trees of folders, CSV tables and text lists to `Item`s.
+"""Lists of images: make `Item`s from folders, trees of folders, CSV tables and text lists.
 
-No image is opened here. A folder or list that cannot be used is reported as a `UserError`. Every function that searches
-folders logs in one line how many files it left out and why.
+No image is decoded here. A folder or list that cannot be used raises a `UserError`. Every function that searches a
+folder logs one line that says how many files were left out, and why.
 """
 
 import csv
@@ -24,9 +24,9 @@ from utils.labels import FAKE, REAL
 
 logger = logging.getLogger(__name__)
 
-LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # in CSV tables
-# (real, fake) folder names in trees. Sources: Wang et al. (CVPR 2020), "CNN-generated images are surprisingly easy to
-# spot... for now"; Zhu et al. (NeurIPS 2023), "GenImage".
+LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # word in a CSV table -> label
+# Names of the folders of (real, fake) images in two published data sets: Wang et al. (CVPR 2020), "CNN-generated images
+# are surprisingly easy to spot... for now"; Zhu et al. (NeurIPS 2023), "GenImage".
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
@@ -34,21 +34,21 @@ FLAGS = ("--data-root-pos", "--data-root-neg")
 
 
 class Item(NamedTuple):
-    """An image file. `generator` is the name of what generated it, or "" for real images that all generators share."""
+    """An image file with its label and the name of a generator."""
 
     path: str
-    label: int | None  # FAKE, REAL or None
-    generator: str
+    label: int | None  # FAKE, REAL, or None if unknown
+    generator: str  # what generated a fake, or what a real is compared with; "" for reals that all generators share
 
 
 # --- folders ------------------------------------------------------------------------------------------------
 
 
 def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
-    """List the images of folders, which must not contain each other: the sorted reals, then the sorted fakes.
+    """List the images of folders: first the sorted reals, then the sorted fakes. No folder may contain another one.
 
-    Each folder of fakes is one generator. It is named after its folder, with as many parent folders as it takes to
-    distinguish the generators.
+    Each folder of fakes counts as one generator. The generator is named after the folder. If two names would be equal,
+    parent folders are added to all names.
     """
     roots = [*real_roots, *fake_roots]
     if not roots:
@@ -74,7 +74,7 @@ def _refuse_overlap(roots: Sequence[str]) -> None:
 
 
 def _generator_names(roots: Sequence[str]) -> list[str]:
-    """Name folders by the shortest ends of their paths that are all different."""
+    """Name each folder by the end of its path, with as few path components as make all names different."""
     parts = [os.path.abspath(root).split(os.sep) for root in roots]
     length = 1
     while len({tuple(p[-length:]) for p in parts}) < len(parts):
@@ -86,14 +86,14 @@ def _generator_names(roots: Sequence[str]) -> list[str]:
 
 
 def tree_items(root: str, training: bool = False) -> list[Item]:
-    """List the images of a tree with class folders named as in LAYOUTS: the reals, then the fakes.
+    """List the images of a folder tree whose class folders are named as in LAYOUTS: the reals, then the fakes.
 
-    The class folders may be GENERATOR/0_real, GENERATOR/CATEGORY/0_real, GENERATOR/train/nature, or 0_real at the top,
-    where the generator takes the name of `root`. Reals carry the name of the generator that they are compared with.
-    If there are several layouts or image sets, one log line says which ones are used.
+    The class folders may be GENERATOR/0_real, GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. They may also be
+    directly in `root`. The generator then gets the name of `root`. Each real gets the name of the generator that it is
+    compared with. If the tree holds several layouts or image sets, one log line says which of them are used.
 
     Args:
-        training: leave out the images in folders named val, validation or test.
+        training: leave out images in folders for validation or test (HELD_OUT_FOLDERS).
     """
     items = []
     used, left_out = Counter(), Counter()
@@ -116,14 +116,14 @@ def tree_items(root: str, training: bool = False) -> list[Item]:
     if left_out or len(used) > 1:
         text = "image tree %s: using %s; left out: %s"
         logger.info(text, printable(root), format_counts(used), format_counts(left_out) or "none")
-    return sorted(items, key=lambda item: item.label == FAKE)  # the sort is stable
+    return sorted(items, key=lambda item: item.label == FAKE)  # a stable sort keeps the order within each class
 
 
 def _tree_generator(parents: Sequence[str], root: str) -> str:
-    """Name the generator of an image by the folders above its class folder."""
+    """Name the generator of an image by the topmost folder between `root` and its class folder, else by `root`."""
     names = [name for name in parents if name.lower() not in (*TRAIN_FOLDERS, *HELD_OUT_FOLDERS)]
     name = names[0] if names else os.path.basename(os.path.abspath(root))
-    return sys.intern(name)  # one string for all images of a generator
+    return sys.intern(name)  # all images of a generator share one string in memory
 
 
 def _refuse_tree(root: str, left_out: Counter) -> None:
@@ -140,8 +140,8 @@ def _refuse_tree(root: str, left_out: Counter) -> None:
 def csv_items(file: str) -> list[Item]:
     """List the images of a CSV table with the columns path, label and optionally generator.
 
-    Labels are real or fake, or 1 for real and 0 for fake. Paths are relative to the working folder or, if there is no
-    such file, to the folder of the table. Other columns are ignored.
+    A label is one of the words real and fake, or 1 for real and 0 for fake. A relative path is looked up in the working
+    folder, then in the folder of the table. All columns besides path, label and generator are ignored.
     """
     what = f"image table {printable(file)}"
     rows = []
@@ -161,11 +161,11 @@ def csv_items(file: str) -> list[Item]:
 
 
 def _parse_row(row: dict, where: str) -> tuple[str, str, str]:
-    """Read path, label and generator of one row."""
+    """Read path, label and generator from a row of a CSV table. where: file and line, for the error message."""
     path = row["path"] or ""
     label = (row["label"] or "").strip().lower()
     generator = (row.get("generator") or "").strip()
-    has_too_many_cells = None in row  # the key under which DictReader stores further cells
+    has_too_many_cells = None in row  # DictReader stores surplus cells under the key None
     if not path.strip() or label not in LABELS or has_too_many_cells:
         got = printable(", ".join(str(value) for value in row.values())[:100])
         raise UserError(
@@ -176,7 +176,7 @@ def _parse_row(row: dict, where: str) -> tuple[str, str, str]:
 
 
 def list_paths(file: str) -> list[str]:
-    """Read the paths in a text file, one per line. They are found as in `csv_items`."""
+    """Read image paths from a text file, one per line. Relative paths are looked up as in `csv_items`."""
     what = f"image list {printable(file)}"
     with _open_text(file, what, newline="\n") as stream:
         lines = [line.removesuffix("\n") for line in stream]
@@ -185,7 +185,11 @@ def list_paths(file: str) -> list[str]:
 
 @contextmanager
 def _open_text(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
-    """Open a file as UTF-8 text with or without a byte order mark. Bytes that are not UTF-8 are kept, as in paths."""
+    """Open a UTF-8 text file, with or without a byte order mark. Bytes that are not UTF-8 are kept, for paths.
+
+    Args:
+        what: description of the file, for the error message.
+    """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
             yield stream
@@ -194,7 +198,7 @@ def _open_text(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
 
 
 def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
-    """Find the files that a table or list names."""
+    """Find the files named in a table or text list. Raises a UserError if a file does not exist."""
     if not names:
         raise UserError(f"{what} names no images")
     folder = os.path.dirname(file)
@@ -209,7 +213,7 @@ def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
 
 
 def _find_file(name: str, folder: str) -> str | None:
-    """Find a file by its name as it is written, or else without spaces around it."""
+    """Find a file in the working folder or in `folder`, by its name as written or without surrounding spaces."""
     for spelling in (name, name.strip()):
         for path in (spelling, os.path.join(folder, spelling)):
             if os.path.exists(path):
@@ -217,7 +221,7 @@ def _find_file(name: str, folder: str) -> str | None:
     return None
 
 
-# --- what the programs call ---------------------------------------------------------------------------------
+# --- lists for the programs ---------------------------------------------------------------------------------
 
 
 def paths_of(source: str) -> list[str]:
@@ -233,14 +237,14 @@ def labelled_items(
     flags: Sequence[str] = FLAGS,
     training: bool = False,
 ) -> list[Item]:
-    """List labelled images, which must be given in one of three ways: folders, a tree, or a CSV table.
+    """List labelled images. They must be given in exactly one of three ways: folders, a tree, or a CSV table.
 
     Args:
-        flags: the options for real_roots and fake_roots, for error messages.
-        training: see `tree_items`.
+        flags: names of the command-line options for real_roots and fake_roots, used in error messages.
+        training: whether the images are for training, see `tree_items`.
 
     Raises:
-        UserError: also if a file is listed both as real and as generated.
+        UserError: if no images or several sources are given, a class is missing, or a file is listed in both classes.
     """
     ways = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)].count(True)
     if ways != 1:
@@ -263,13 +267,13 @@ def labelled_items(
 
 
 def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
-    """Raise a UserError if a file is listed as real and as generated, by its own name or by links."""
+    """Raise a UserError if a file is listed both as real and as generated, possibly under different names (links)."""
     first_with = {}  # (device, inode) -> item
     conflicts = []
     for item in items:
         try:
             status = os.stat(item.path)
-        except OSError:  # reported when the image is read
+        except OSError:  # a missing file is reported when the image is read
             continue
         first = first_with.setdefault((status.st_dev, status.st_ino), item)
         if first.label != item.label:
@@ -283,10 +287,10 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
 
 
 def require_both_classes(items: Sequence[Item], what: str) -> None:
-    """Raise a UserError unless there are real and generated images.
+    """Raise a UserError unless a list contains both real and generated images.
 
     Args:
-        what: the name of the set, such as "training images".
+        what: description of the list for the error message, such as "training images".
     """
     counts = Counter(item.label for item in items)
     if not counts[REAL] or not counts[FAKE]:
@@ -295,7 +299,7 @@ def require_both_classes(items: Sequence[Item], what: str) -> None:
 
 
 def input_items(paths: Sequence[str]) -> list[Item]:
-    """List images without labels, in the given order: the images of folders, and files with any suffix."""
+    """List images without labels, in the order of `paths`. Folders are searched. A file may have any suffix."""
     found = []
     left_out = Counter()
     for path in map(os.fspath, paths):
@@ -319,9 +323,9 @@ def input_items(paths: Sequence[str]) -> list[Item]:
 
 
 def list_digest(items: Sequence[Item]) -> str:
-    """Describe a list of images by its counts and a hash of paths, labels and generators.
+    """Describe a list of images in one line: the number of images, and a hash of paths, labels and generators.
 
-    The digest does not depend on the working folder.
+    Paths are hashed as absolute paths, so that the text does not depend on the working folder.
     """
     real_folder = functools.cache(os.path.realpath)
     digest = hashlib.sha256()
@@ -334,13 +338,21 @@ def list_digest(items: Sequence[Item]) -> str:
 
 
 def identities(items: Sequence[Item]) -> np.ndarray:
-    """Compute hashes by which trained images are recognised. Returns int64 (N, 2): name and size, content."""
+    """Hash image files, so that training images can be recognised later.
+
+    Returns:
+        int64 (N, 2): per image, a hash of the file's name and size, and a hash of its content.
+    """
     rows = [(_name_hash(item.path), _content_hash(item.path)) for item in items]
     return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def count_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
-    """Count the images whose `identities` are in trained_on. Only files of the same name and size are opened."""
+    """Count the images that are training images. A file is opened only if a training image has its name and size.
+
+    Args:
+        trained_on: `identities` of the training images.
+    """
     names = set(trained_on[:, 0].tolist())
     known = set(map(tuple, trained_on.tolist()))
     candidates = [(_name_hash(item.path), item.path) for item in items]
@@ -353,7 +365,7 @@ def _name_hash(path: str) -> int:
 
 
 def _content_hash(path: str) -> int:
-    """Hash 64 bytes in the middle of a file."""
+    """Hash only 64 bytes in the middle of a file, which takes the same time for files of any size."""
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
         return _hash(file.read(64))

@@ -1,16 +1,16 @@
 """Perturbations of images: blur, crop, JPEG, noise and resizing, as pure functions.
 
-Images are uint8 (3, H, W) RGB tensors. Every function returns an image of the same size. There are two protocols, whose
-numbers cannot be compared with each other:
+Images are uint8 (3, H, W) RGB tensors. Every function returns an image of the size of its input. There are two
+protocols. A metric under one protocol cannot be compared with a metric under the other protocol.
 
     frank2020   Frank et al., "Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020), as the paper
                 describes it: each image is perturbed with probability 0.5, at a random strength
-    sweep       every image is perturbed, at a fixed strength: for curves of accuracy against strength
+    sweep       each image is perturbed at a fixed strength, to plot AUROC against strength
 
 To add a perturbation, write a function and add a line to SWEEP, to FRANK2020, or to both.
 
-The random numbers for an image depend only on its pixels, the protocol, the perturbation and the seed. The batch size,
-the order of the images, the number of workers and the path of the file have no effect.
+The random numbers for an image depend only on its pixels, the protocol, the perturbation and the seed. They do not
+depend on the batch size, the order of the images, the number of workers or the path of the file.
 """
 
 import io
@@ -31,17 +31,17 @@ from utils.random_streams import seeded_generator
 
 # Constants of Frank et al.
 PROBABILITY = 0.5
-BLUR_KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # (size, sigma) in pixels; sigma is OpenCV's for this size
-CROP_FRACTION = (0.05, 0.2)  # fraction of each side that is cut off
-JPEG_QUALITY = (10, 75)  # both inclusive
-NOISE_VARIANCE = (5.0, 20.0)  # for pixel values in 0..255
+BLUR_KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # (size, sigma) in pixels; OpenCV derives sigma from the size
+CROP_FRACTION = (0.05, 0.2)  # smallest and largest fraction of the height and width that is cut off
+JPEG_QUALITY = (10, 75)  # lowest and highest quality, both included
+NOISE_VARIANCE = (5.0, 20.0)  # smallest and largest variance, for pixel values in 0..255
 
 
 def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Blur with a Gaussian kernel and round the result.
 
     The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The kernel is
-    separable and is applied along one axis at a time. A kernel that is too large for the image is cut off.
+    separable and is applied along one axis at a time. A kernel larger than the image is truncated.
     """
     x = image.float()  # (3, H, W)
     for _ in range(2):
@@ -55,10 +55,10 @@ def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
 
 
 def crop(image: Tensor, fraction: float) -> Tensor:
-    """Cut off a fraction of the height and width, half of it at either end, and resize to the original size.
+    """Cut off a fraction of the height and width, half of it at each end, and resize back to the original size.
 
-    The resizing is bicubic. Antialiasing would have no effect when enlarging, except for a different bicubic kernel
-    (a = -0.5 instead of OpenCV's -0.75).
+    The resizing is bicubic without antialiasing. PyTorch then uses the bicubic kernel of OpenCV, a = -0.75. With
+    antialiasing it would use a = -0.5.
     """
     height, width = image.shape[-2:]
     top = int(height * fraction * 0.5)
@@ -68,7 +68,7 @@ def crop(image: Tensor, fraction: float) -> Tensor:
 
 
 def jpeg(image: Tensor, quality: int) -> Tensor:
-    """Compress as baseline JPEG with libjpeg's quality setting (1..100) and 4:2:0 chroma subsampling."""
+    """Compress as baseline JPEG with libjpeg's quality (1..100) and 4:2:0 chroma subsampling, and decode again."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     decoded = np.array(Image.open(file))  # (H, W, 3)
@@ -76,17 +76,17 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise, independent for each pixel and channel, then round and clip.
+    """Add Gaussian noise that is independent for each pixel and channel, then round and clip to 0..255.
 
     Args:
-        std: standard deviation, for pixel values in 0..255.
+        std: standard deviation of the noise, for pixel values in 0..255.
     """
     noise = torch.from_numpy(rng.standard_normal(tuple(image.shape)))
     return _round_to_uint8(image + std * noise)
 
 
 def resize_and_back(image: Tensor, factor: float) -> Tensor:
-    """Shrink by a factor in (0, 1] (bicubic, antialiased) and enlarge to the original size (bicubic)."""
+    """Shrink an image by a factor in (0, 1], and enlarge it back to its original size. Both steps are bicubic."""
     height, width = image.shape[-2:]
     small = resize_bicubic(image, max(1, round(height * factor)), max(1, round(width * factor)))
     return resize_bicubic(small, height, width)
@@ -100,27 +100,27 @@ def _round_to_uint8(x: Tensor) -> Tensor:
 
 
 def random_crop(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Apply `crop` at a random strength."""
+    """Crop a random fraction of the sides (CROP_FRACTION), and resize back to the original size."""
     return crop(image, rng.uniform(*CROP_FRACTION))
 
 
 def random_blur(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Apply `blur` at a random strength."""
+    """Blur with a random kernel of BLUR_KERNELS."""
     kernel_size, sigma = BLUR_KERNELS[rng.integers(len(BLUR_KERNELS))]
     return blur(image, kernel_size, sigma)
 
 
 def random_noise(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Apply `add_noise` at a random strength."""
+    """Add Gaussian noise with a random variance (NOISE_VARIANCE)."""
     return add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng)
 
 
 def random_jpeg(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Apply `jpeg` at a random strength."""
+    """Compress as JPEG with a random quality (JPEG_QUALITY)."""
     return jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
-# "combined" applies them in this order. JPEG is last because compression is the last step when an image is saved.
+# The setting "combined" applies these four in this order. JPEG is last, because saving a file is the last step.
 FRANK2020 = {"crop": random_crop, "blur": random_blur, "noise": random_noise, "jpeg": random_jpeg}
 
 
@@ -128,33 +128,33 @@ FRANK2020 = {"crop": random_crop, "blur": random_blur, "noise": random_noise, "j
 
 
 def blur_at(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
-    """Apply `blur` with a kernel that reaches four sigma to either side."""
+    """Blur with a Gaussian of `sigma` pixels. The kernel reaches four sigma to either side."""
     return blur(image, 2 * math.ceil(4 * sigma) + 1, sigma)
 
 
 def jpeg_at(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
-    """Apply `jpeg`."""
+    """Compress as JPEG with a quality from 1 to 100."""
     return jpeg(image, round(quality))
 
 
 def noise_at(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Apply `add_noise`. Here, std is for pixel values in [0, 1]."""
+    """Add Gaussian noise. std: standard deviation, for pixel values in [0, 1]."""
     return add_noise(image, std * 255, rng)
 
 
 def resize_at(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
-    """Apply `resize_and_back`."""
+    """Shrink by a factor in (0, 1], and enlarge back to the original size."""
     return resize_and_back(image, factor)
 
 
 class Sweep(NamedTuple):
-    """A perturbation with the strengths it is tested at, and how tables and figures show them."""
+    """A perturbation of the sweep protocol: its function, its strengths, and its texts for tables and figures."""
 
     apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # (image, strength, rng) -> image
     strengths: tuple[float, ...] = ()
-    label: str = "{:g}"  # format of a strength
-    axis: str = "strength"  # axis label in figures
-    smaller_is_harder: bool = False  # True if a smaller strength changes the image more
+    label: str = "{:g}"  # format of a strength in tables
+    axis: str = "strength"  # label of the strength axis in figures
+    smaller_is_harder: bool = False  # whether a smaller strength changes the image more
 
 
 SWEEP = {
@@ -169,31 +169,31 @@ SWEEP = {
 
 
 class PerturbationSetting(NamedTuple):
-    """The name of a perturbation and, in the sweep, its strength. "none" leaves images unchanged."""
+    """The name of a perturbation and, in the sweep protocol, its strength. The name "none" leaves images unchanged."""
 
     name: str
-    strength: float | None = None
+    strength: float | None = None  # None if the strength is random
 
     @property
     def sweep(self) -> Sweep:
-        """The entry of SWEEP. For other names, an entry with default values."""
+        """The entry of SWEEP for this name. If SWEEP has none, an entry with default values."""
         return SWEEP.get(self.name, Sweep())
 
     @property
     def label(self) -> str:
-        """A label for tables, such as "jpeg quality 70"."""
+        """The text for this setting in tables, such as "jpeg quality 70"."""
         if self.strength is None:
             return self.name
         return f"{self.name} {self.sweep.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
-        """The label without spaces, for file names."""
+        """The label with underscores instead of spaces, for file names."""
         return self.label.replace(" ", "_")
 
 
 def settings_of(protocol: str) -> list[PerturbationSetting]:
-    """List all settings of a protocol. The first is "none"."""
+    """List all settings of a protocol, beginning with "none"."""
     settings = [PerturbationSetting("none")]
     if protocol == "frank2020":
         settings += [PerturbationSetting(name) for name in sorted(FRANK2020)]
@@ -205,11 +205,11 @@ def settings_of(protocol: str) -> list[PerturbationSetting]:
 
 
 def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | None]]) -> list[PerturbationSetting]:
-    """Find the settings for `--perturb NAME[=STRENGTH] ...`.
+    """Find the settings that the option `--perturb NAME[=STRENGTH] ...` requests.
 
     Args:
         protocol: "frank2020" or "sweep".
-        requested: names and strengths. A strength of None means all strengths. The name "all" means all settings.
+        requested: (name, strength) pairs. A strength of None means all strengths. The name "all" means all settings.
 
     Returns:
         The settings in the requested order, without repetitions.
@@ -227,17 +227,18 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
         found = [s for s in same_name if strength in (s.strength, None)]
         if not found:
             strengths = ", ".join(f"{s.strength:g}" for s in same_name if s.strength is not None)
-            expected = f"expected one of {strengths}" if strengths else "it takes no strength"
+            expected = f"expected one of {strengths}" if strengths else "this perturbation takes no strength"
             raise UserError(f"--perturb {name}={strength:g} is not in --perturb-protocol {protocol}: {expected}")
         selected += found
     return list(dict.fromkeys(selected))
 
 
 class Perturbation(NamedTuple):
-    """A transform for `ImageDataset` that applies one setting of a protocol.
+    """A transform for `ImageDataset` that applies one perturbation setting.
 
-    frank2020 perturbs each image with probability 0.5; "combined" decides so for each of its four parts. The sweep
-    perturbs every image. Noise of different strengths is one noise pattern, scaled.
+    In the protocol frank2020, an image is perturbed with probability 0.5. The setting "combined" makes this random
+    choice separately for each of its four perturbations. In the protocol sweep, every image is perturbed. Noise of
+    different strengths is the same noise pattern, scaled.
     """
 
     setting: PerturbationSetting
@@ -245,7 +246,7 @@ class Perturbation(NamedTuple):
     seed: int
 
     def __call__(self, image: Tensor, _: object = None) -> Tensor:
-        """Perturb an image, uint8 (3, H, W). The result may be the same tensor."""
+        """Perturb an image, uint8 (3, H, W). Returns a new tensor, or the argument if the image stays unchanged."""
         name, strength = self.setting
         if name == "none":
             return image
@@ -266,9 +267,9 @@ class Perturbation(NamedTuple):
 
 
 def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Apply a random perturbation of FRANK2020 with probability 0.5: a transform for training.
+    """Apply one random perturbation of FRANK2020 with probability 0.5. This is a transform for training images.
 
-    Real and generated images must both pass through it. Otherwise the detector would learn the perturbation.
+    Real and generated images must both be augmented. Otherwise the detector would learn to recognise perturbed images.
     """
     if rng.random() >= PROBABILITY:
         return image

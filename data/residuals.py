@@ -1,9 +1,9 @@
 """The residual cache: residuals stored on disk for training with a frozen re-synthesizer.
 
-With a frozen re-synthesizer the residual of an image never changes, so it is computed once. There is one file for each
-image, crop and direction. (A mirrored image has a residual of its own, because networks do not commute with mirroring.)
-The files are in a folder whose name depends on every setting that the numbers depend on. Before each epoch, `fill`
-computes the residuals that are missing. The epoch then reads residuals only.
+With a frozen re-synthesizer, the residual of an image is the same in every epoch. It is therefore computed once and
+stored. There is one file per image, crop and direction (mirrored or not). A mirrored image needs its own residual,
+because networks do not commute with mirroring. The name of the cache folder is a hash of every setting that changes
+residuals. Before each epoch, `ResidualDataset.fill` computes the missing residuals. The epoch then reads no images.
 """
 
 import hashlib
@@ -30,25 +30,25 @@ from utils.files import atomic, make_folder, remove_unfinished
 
 logger = logging.getLogger(__name__)
 
-# Half precision keeps a value v >= 2^-14 to within 2^-11 v (0.05 %), and a smaller one to within 2^-25
+# Rounding to half precision changes a value v >= 2^-14 by at most 2^-11 v (0.05 %), a smaller value by at most 2^-25
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
-ABANDONED_AFTER = 3600  # seconds without a write after which an unfinished file is deleted; other runs may be writing
-FORMAT = 2  # increase it if the code computes or stores residuals differently
+ABANDONED_AFTER = 3600  # delete unfinished files only after this many seconds, because another run may be writing them
+FORMAT = 2  # version of the cache files: increase it if residuals are computed or stored differently
 
 
 def cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
-    """Create the folder for the residuals of some settings. Several runs may use it at a time.
+    """Create the cache folder for residuals with the given settings. Several runs may use the folder at the same time.
 
     Args:
-        folder: the folder of all caches.
-        settings: everything that residuals depend on besides the image, by name: fingerprints of weights, ...
+        folder: the parent folder of all residual caches.
+        settings: everything that changes residuals besides the image, by name, such as fingerprints of weights.
     """
     own = {"cache format": FORMAT, "torch": torch.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
     lines = [f"{name}: {value}\n" for name, value in sorted({**settings, **own}.items())]
     text = "".join(lines)
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
-    (folder / "settings.txt").write_text(text)  # for people
+    (folder / "settings.txt").write_text(text)  # for human readers; no program reads it
     remove_unfinished(folder, ABANDONED_AFTER)
     return folder
 
@@ -57,8 +57,8 @@ def has_room(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
     """Check whether residuals fit into `max_bytes` and onto the disk, and log the result.
 
     Args:
-        folder: of `cache_folder`.
-        sizes: size of each residual in bytes.
+        folder: the cache folder, from `cache_folder`.
+        sizes: size in bytes of each residual that training needs.
     """
     needed = sum(sizes)
     stored = sum(entry.stat().st_size for entry in os.scandir(folder))
@@ -73,12 +73,12 @@ def has_room(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
 
 
 class ResidualDataset(Dataset):
-    """The entries of an `ImageDataset` as cached residuals. Images are not decoded.
+    """A dataset that reads the residual of each entry of an `ImageDataset` from the cache. Images are not decoded.
 
     Args:
-        images: images that are the same in each epoch, except for mirroring.
-        folder: of `cache_folder`.
-        dtype: a value of STORAGE.
+        images: the images. They must be the same in every epoch, except for mirroring.
+        folder: the cache folder, from `cache_folder`.
+        dtype: type of the stored numbers, a value of STORAGE.
     """
 
     def __init__(self, images: ImageDataset, folder: Path, dtype: torch.dtype):
@@ -87,10 +87,12 @@ class ResidualDataset(Dataset):
         self.dtype = dtype
 
     def path(self, key: Key) -> Path:
-        """Return the path of a residual. It depends on the image file, its size and time, the crop and the direction.
+        """Compute the path of the file in which the residual for a key is stored.
+
+        The path depends on the image file (path, size, modification time), the crop and whether the image is mirrored.
 
         Raises:
-            OSError: if there is no such image file.
+            OSError: if the image file does not exist.
         """
         image = self.images.item(key.index).path
         status = os.stat(image)
@@ -102,39 +104,39 @@ class ResidualDataset(Dataset):
         return self.folder / f"{digest[:32]}.npz"
 
     def holds(self, key: Key) -> bool:
-        """Return whether a residual is stored."""
+        """Return whether the residual for a key is in the cache."""
         try:
             return self.path(key).exists()
-        except OSError:  # reading the image will report what is wrong with it
+        except OSError:  # the image file does not exist, which is reported when the image is read
             return False
 
     def write(self, key: Key, residual: Tensor) -> None:
-        """Store a residual (C_l, H_l, W_l).
+        """Store the residual (C_l, H_l, W_l) for a key.
 
         Raises:
-            UserError: if it is not finite, or too large for half precision.
+            UserError: if the residual has values that are not finite, or too large for half precision.
         """
         image = printable(self.images.item(key.index).path)
         if not residual.isfinite().all():
-            raise UserError(f"{image}: its residual has values that are not finite (NaN or infinite)")
+            raise UserError(f"{image}: the residual has values that are not finite (NaN or infinite)")
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():
-            raise UserError(f"{image}: its residual is too large for half precision, use --cache-precision fp32")
-        with atomic(self.path(key)) as file:  # .npz, because it contains a checksum
+            raise UserError(f"{image}: the residual is too large for half precision, use --cache-precision fp32")
+        with atomic(self.path(key)) as file:  # .npz and not .npy, because .npz files contain a checksum
             np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.item(key.index)
         name = printable(item.path)
-        if not self.holds(key):  # `fill` could not read the image: read it again for the error
+        if not self.holds(key):  # `fill` could not read the image: read the image again to get the error message
             error = self.images[key].error
-            return Sample(key, item, None, error or f"{name}: has changed since training began: use --resume auto")
+            return Sample(key, item, None, error or f"{name}: the file has changed during training: use --resume auto")
         path = self.path(key)
         try:
             residual = torch.from_numpy(np.load(path)["residual"])  # (C_l, H_l, W_l)
         except Exception as error:  # for damaged files, zipfile, zlib and NumPy raise many kinds of errors
             path.unlink(missing_ok=True)
-            text = f"its residual {printable(path)} was damaged ({error}) and is deleted; use --resume auto"
+            text = f"the cached residual {printable(path)} was damaged ({error}) and is deleted; use --resume auto"
             return Sample(key, item, None, f"{name}: {text}")
         return Sample(key, item, residual[None])  # (1, C_l, H_l, W_l)
 
@@ -147,13 +149,13 @@ class ResidualDataset(Dataset):
         compute: Compute,
         world: World,
     ) -> None:
-        """Compute the residuals that an epoch needs and that are not stored. Each process computes a part of them.
+        """Compute and store the residuals that an epoch needs and that are missing. The work is divided over processes.
 
-        Images are computed one by one, so that their residuals do not depend on the batch.
+        The network gets one image at a time, so that a residual does not depend on the other images in a batch.
 
         Args:
-            residual_of: computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: yields the batches of a loader that could be read. It takes the loader and a description.
+            residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
+            readable_batches: function of a loader and a description. It yields the batches whose image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.holds(key)]
@@ -168,11 +170,11 @@ class ResidualDataset(Dataset):
 
 
 class CacheOptions(NamedTuple):
-    """Where and how residuals are kept."""
+    """Options of the residual cache."""
 
-    folder: str | Path
+    folder: str | Path  # parent folder of all residual caches
     precision: str  # a key of STORAGE
-    max_gb: float  # no residuals are kept if all of them take more
+    max_gb: float  # limit in GB; if the residuals of all images take more, none are stored
 
 
 def cached_residuals(
@@ -182,23 +184,26 @@ def cached_residuals(
     options: CacheOptions,
     world: World,
 ) -> list[ResidualDataset]:
-    """Create datasets of cached residuals. Empty if images differ between epochs, or there is no room for all.
+    """Create a dataset of cached residuals for each dataset of images.
 
     Args:
-        residual_shape: (height, width) of an image -> (C_l, H_l, W_l) of its residual.
-        key: everything that a residual depends on besides its image.
+        residual_shape: function that maps (height, width) of an image to the shape (C_l, H_l, W_l) of its residual.
+        key: everything that changes a residual besides its image, by name.
+
+    Returns:
+        One dataset per dataset of images; none if images differ between epochs or the residuals take too much space.
     """
     for images in datasets:
         if images.crops_change or images.transform:
             logger.info(
-                "no residual cache: images are cropped (but see --crops-per-image) or perturbed (--augment-perturb)"
-                " differently in each epoch, and so their residuals differ"
+                "no residual cache: in each epoch, images are cropped at new places (but see --crops-per-image) or"
+                " perturbed differently (--augment-perturb), so their residuals change"
             )
             return []
     dtype = STORAGE[options.precision]
     byte_counts = []
     for images in datasets:
-        directions = 2 if images.augmentation else 1  # a mirrored image has a residual of its own
+        directions = 2 if images.augmentation else 1  # the image and its mirror image have different residuals
         for size in images.sizes:
             values = math.prod(residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.parts * directions)
