@@ -1,4 +1,4 @@
-"""For torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar")."""
+"""Entry point for torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar")."""
 
 import contextlib
 import sys
@@ -12,7 +12,7 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 
 def detector(checkpoint: str, **options):
-    """Load a trained detector. See `evaluation.load` for the arguments."""
+    """Load a trained detector. `evaluation.load` describes the arguments."""
     if has_own_packages():
         from evaluation import load
 
@@ -24,14 +24,17 @@ def detector(checkpoint: str, **options):
 
 
 def has_own_packages() -> bool:
-    """Return whether the caller has imported the packages of this checkout."""
+    """Return whether the calling program has already imported packages of this checkout."""
     module = sys.modules.get("models")
     return module is not None and str(getattr(module, "__file__", "")).startswith(CHECKOUT)
 
 
 @contextlib.contextmanager
 def own_packages() -> Iterator[None]:
-    """Import the packages of this checkout, and restore packages of the caller that have the same names afterwards."""
+    """Make `import` find the packages of this checkout inside a `with` block.
+
+    After the block, modules of the calling program that have the same names are restored.
+    """
     callers = take_modules()
     sys.path.insert(0, CHECKOUT)
     try:
@@ -43,6 +46,6 @@ def own_packages() -> Iterator[None]:
 
 
 def take_modules() -> dict:
-    """Remove the modules of PACKAGES from `sys.modules`. Returns them by name."""
+    """Remove the modules of PACKAGES from `sys.modules`. Returns {name: removed module}."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}

@@ -1,11 +1,11 @@
-"""Score images: labelled images with metrics, or any files and folders without labels (--input).
+"""Score images: labelled images with metrics, or files and folders without labels (--input).
 
     python test.py --resume DETECTOR --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --save_path output/mine
     python test.py --resume DETECTOR --input a.png photos/
 
-Scores are written first, and metrics are computed from them. P.csv has one row per image, P.npy has the same logits, float32
-(N, 2) with the columns FAKE, REAL. P.json (metrics, settings, versions) and P.png (ROC curves, histogram) are made from P.csv.
-A run that was killed resumes where it stopped.
+Scores are written first, and metrics are computed from the written scores. With --save_path P, P.csv has one row per
+image, and P.npy has the logits of the images, float32 (N, 2), columns FAKE, REAL. P.json (metrics, settings, versions)
+and P.png (ROC curves, histograms) are made from P.csv. A killed run resumes where it stopped if it is started again.
 """
 
 import contextlib
@@ -41,15 +41,15 @@ from utils.signals import Stopped, StopSignal
 
 logger = logging.getLogger("test")
 
-EXIT_ERRORS = 1  # some images could not be scored
-LONGEST_REASON = 300  # characters of an error message
-UNKNOWN_SIZE = (1024, 1024)  # (height, width), if the first image cannot be read
+EXIT_ERRORS = 1  # exit status if some images could not be scored
+LONGEST_REASON = 300  # maximum number of characters of an exception's text in an error message
+UNKNOWN_SIZE = (1024, 1024)  # (height, width) that is assumed if the first image cannot be read
 
 
 def main(args: Namespace) -> int:
     compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
     with join_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
-        # The images and the detector. Mistakes are found before anything is written
+        # Find the images and load the detector. Mistakes in the arguments are reported before any file is written
         if not args.resume:
             raise UserError("no detector: give its checkpoint with --resume")
         if world.size > 1 and not args.save_path:
@@ -61,7 +61,7 @@ def main(args: Namespace) -> int:
         detector.network.set_tile(args.tile)
         trained_on = count_training_images(items, detector)
 
-        # The places of the results. Files that this program has not written are not replaced
+        # Choose the output files. An existing file is replaced only if test.py wrote it
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
         base = path_without_suffix(save_path)  # P
         places = places_of_tables(base, args.save_residuals, perturbations, items)
@@ -75,7 +75,7 @@ def main(args: Namespace) -> int:
         stamps = file_stamps(items)
         results = {}
         for perturbation, (base_of_table, pictures) in places.items():
-            # The scores under one perturbation
+            # Score all images under one perturbation
             transform = None
             if perturbation.name != "none":
                 transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
@@ -89,7 +89,7 @@ def main(args: Namespace) -> int:
                 score_images(detector, batches, writer, pictures, stop)
                 writer.close()
 
-            # The other files, which are made from the scores
+            # Make P.npy, P.json and P.png from the scores in P.csv
             if world.is_main:
                 record = {"settings": {**vars(args), "precision": compute.precision}, "perturbation": description}
                 record["detector"] = {"file": args.resume, **detector.identity()}
@@ -98,7 +98,7 @@ def main(args: Namespace) -> int:
         if not world.is_main:
             return 0
 
-        # What is shown
+        # Print the verdicts or the metrics
         sys.stdout.write("\n".join(report_lines(results, detector.calibration, bool(args.input))) + "\n")
         if args.input:
             for line in detector.differences_from_training([item.path for item in items]):
@@ -120,27 +120,33 @@ def items_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
 
 
 def count_training_images(items: list[Item], detector: Detector) -> int:
-    """Count the images that the detector was trained on, as far as that is known, and warn if there are any."""
+    """Count the images that the detector was trained on, and warn if there are any.
+
+    The result is 0 if the checkpoint does not list its training images.
+    """
     if detector.trained_on is None:
         return 0
     count = count_trained_on(items, detector.trained_on.numpy())
     if count:
-        text = "warning: the detector was trained on %d of these %d images (same name, size and content), so their scores"
-        logger.warning(text + " say nothing about new images", count, len(items))
+        text = "warning: the detector was trained on %d of these %d images (same name, size and content), so their"
+        logger.warning(text + " scores say nothing about new images", count, len(items))
     return count
 
 
 class Place(NamedTuple):
-    """Where the results of one perturbation are written."""
+    """The output paths for the results under one perturbation."""
 
-    base: Path  # P of P.csv, P.npy, P.json and P.png
+    base: Path  # the path P of P.csv, P.npy, P.json and P.png
     pictures: ResidualPictures
 
 
 def places_of_tables(
     base: Path, residual_folder: str | None, perturbations: list[PerturbationSetting], items: list[Item]
 ) -> dict[PerturbationSetting, Place]:
-    """Choose the place of each perturbation's results: its name is appended to the paths if there are several."""
+    """Choose the output paths for each perturbation.
+
+    If there are several perturbations, the name of the perturbation is appended to the paths.
+    """
     if len(perturbations) == 1:
         return {perturbations[0]: Place(base, ResidualPictures(residual_folder, items))}
     places = {}
@@ -152,7 +158,7 @@ def places_of_tables(
 
 
 def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed: int) -> dict:
-    """Describe a perturbation for the job and for P.json."""
+    """Describe a perturbation as a dict, for the job of the scores and for P.json."""
     description = {"name": perturbation.name, "strength": perturbation.strength, "label": perturbation.label}
     if perturbation.name != "none":
         description.update(protocol=protocol, seed=seed)
@@ -160,10 +166,10 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
 
 
 def describe_job(detector: Detector, items: list[Item]) -> dict:
-    """Describe everything that scores depend on besides the content of the images and their perturbation."""
+    """Describe everything that scores depend on besides the content of the images and the perturbation."""
     identity = detector.identity()
     vgg = identity.get("vgg")
-    identity["vgg"] = vgg and vgg["fingerprint"]  # wherever its file is
+    identity["vgg"] = vgg and vgg["fingerprint"]  # without the path of the weights, which has no effect on scores
     return {
         "detector": identity,
         "crop_size": detector.policy.crop_size,
@@ -180,9 +186,11 @@ def describe_job(detector: Detector, items: list[Item]) -> dict:
 def read_batches(
     images: ImageDataset, detector: Detector, writer: ScoreWriter, batch_size: int | None, workers: int
 ) -> Iterator[Batch]:
-    """Read the images that lack a row, and put consecutive images of one size into batches.
+    """Read the images without a row in the score table, and group consecutive images of equal size into batches.
 
-    batch_size: images per batch; None: as many as have BATCH_PIXELS pixels.
+    Args:
+        batch_size: maximum number of images per batch. None: as many images as BATCH_PIXELS allows.
+        workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
     block, pixels = images_per_batch(*size_after(*size, images.policy)), BATCH_PIXELS
@@ -200,10 +208,10 @@ def read_batches(
 def score_images(
     detector: Detector, batches: Iterable[Batch], writer: ScoreWriter, pictures: ResidualPictures, stop: StopSignal
 ) -> None:
-    """Write a row of the score table for each image in the batches, and its residual picture if there is a place for it.
+    """Write a row of the score table for each image in the batches. Draw residual pictures if they are requested.
 
     Raises:
-        Stopped: after a batch, if the program got a signal.
+        Stopped: after a batch, if the program has received a signal to stop.
     """
     for batch in batches:
         rows = {index: error_row(writer.items[index], problem) for index, problem in batch.errors.items()}
@@ -218,9 +226,9 @@ def score_images(
 
 
 def score_batch(detector: Detector, batch: Batch, pictures: ResidualPictures) -> dict[int, Row]:
-    """Score a batch of images. Returns the rows by the index of their image.
+    """Score a batch of images. Returns {index of the image: row of the score table}.
 
-    If a batch cannot be scored, its images are scored one by one, so that one image does not end the run.
+    If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
     """
     indices = [index for _, index, _ in batch.keys]
     if not pictures.paths:
@@ -234,9 +242,10 @@ def score_batch(detector: Detector, batch: Batch, pictures: ResidualPictures) ->
 
 
 def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: ResidualPictures, index: int) -> Row:
-    """Score one image, uint8 (3, H, W), and draw its residual picture if there is a place for it.
+    """Score one image, uint8 (3, H, W), and draw its residual picture if pictures are requested.
 
-    Whatever goes wrong becomes an error row.
+    Returns:
+        The row of the score table. An exception becomes a row with an error message.
     """
     doing = "be scored"
     try:
@@ -257,28 +266,28 @@ def write_results(base: Path, writer: ScoreWriter, record: dict, seed: int) -> t
     """Write P.npy, P.json and P.png from P.csv, and delete the parts of P.csv.
 
     Args:
-        record: what P.json says besides metrics and versions.
-        seed: of the bootstrap.
+        record: entries of P.json besides job, metrics and versions.
+        seed: random seed of the bootstrap.
 
     Returns:
-        the table and its metrics; None if no image is labelled and scored.
+        The score table, and its metrics. The metrics are None if no image has both a label and a score.
     """
     table = read_table(f"{base}.csv")
     with atomic(f"{base}.npy") as file:
         np.save(file, table.logits)
     metrics = None
     if table.usable.any():
-        from evaluation.metrics import summarize  # here, because importing it takes a second
+        from evaluation.metrics import summarize  # imported here, because scikit-learn takes a second to import
 
         metrics = summarize(table, seed=seed)
     writer.write_record({**record, "metrics": metrics, "versions": versions()})
     figure = Path(f"{base}.png")
     if metrics:
-        from evaluation.figures import roc_and_histogram  # here, because importing it takes a second
+        from evaluation.figures import roc_and_histogram  # imported here, because Matplotlib takes a second to import
 
         roc_and_histogram(table, figure)
     else:
-        figure.unlink(missing_ok=True)  # drawn by an earlier run: `refuse_foreign_outputs` has checked that
+        figure.unlink(missing_ok=True)  # a figure of an earlier run, as `refuse_foreign_outputs` has checked
     writer.remove_parts()
     return table, metrics
 
@@ -286,7 +295,7 @@ def write_results(base: Path, writer: ScoreWriter, record: dict, seed: int) -> t
 def report_lines(
     results: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, is_unlabelled: bool
 ) -> list[str]:
-    """List what is shown on the screen: verdicts of unlabelled images, or the metrics of labelled ones."""
+    """Make the lines that test.py prints: verdicts for unlabelled images, metrics for labelled images."""
     lines = explanation(calibration)
     if is_unlabelled:
         for label, (table, _) in results.items():
@@ -294,7 +303,7 @@ def report_lines(
                 lines += ["", f"== {label}"]
             lines += verdict_lines(table)
         return lines
-    from evaluation.metrics import format_table, perturbation_table  # here, because importing it takes a second
+    from evaluation.metrics import format_table, perturbation_table  # imported here: scikit-learn is slow
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
     for label, metrics in list(summaries.items())[:1]:
@@ -306,10 +315,10 @@ def report_lines(
 
 
 def explanation(calibration: Mapping) -> list[str]:
-    """Explain P(fake) and the verdicts to somebody who sees them for the first time."""
+    """Explain P(fake) and the verdicts to a reader who sees them for the first time."""
     if calibration:
         source = printable(str(calibration.get("source", "another set")))
-        meaning = f"calibrated on {source} (temperature {calibration['temperature']:.3g}), for images like those"
+        meaning = f"calibrated on {source} (temperature {calibration['temperature']:.3g}), valid for similar images"
         thresholds = f"from P(fake) = {calibration['t_fake']:.3g} on, real up to {calibration['t_real']:.3g}"
         rule = f"fake {thresholds}, unsure between"
     else:
@@ -319,7 +328,7 @@ def explanation(calibration: Mapping) -> list[str]:
 
 
 def verdict_lines(table: ScoreTable) -> list[str]:
-    """List P(fake), the verdict and the file of each image, and the number of images per verdict."""
+    """Make a table with P(fake), verdict and file of each image, followed by the number of images per verdict."""
     rows = [["P(fake)", "verdict", "image"]]
     for i, path in enumerate(table.paths):
         if table.errors[i]:
@@ -332,7 +341,7 @@ def verdict_lines(table: ScoreTable) -> list[str]:
 
 
 def log_written_files(base: Path, results: dict[str, tuple[ScoreTable, dict | None]]) -> None:
-    """Log the names of the files that were written."""
+    """Log the names of the output files."""
     several = "_*" if len(results) > 1 else ""
     figure = ",png" if any(metrics for _, metrics in results.values()) else ""
     logger.info("written: %s%s.{csv,npy,json%s}", printable(base), several, figure)

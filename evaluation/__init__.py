@@ -1,4 +1,4 @@
-"""Scoring with a trained detector, score tables, metrics and figures."""
+"""Score images with a trained detector, and turn score tables into metrics and figures."""
 
 from evaluation.detector import Detector
 from evaluation.loading import load

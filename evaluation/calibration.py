@@ -1,4 +1,4 @@
-"""From logits to P(fake) and verdicts, with or without a stored calibration."""
+"""Convert logits to P(fake) and verdicts, with or without a stored calibration."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import printable
 from utils.errors import UserError
 
-ROUNDING = 1e-6  # a threshold above which no image is called fake may be the next number above 1
+ROUNDING = 1e-6  # how far a threshold may be outside [0, 1]: a t_fake that no image reaches is slightly above 1
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -17,9 +17,9 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
 
     Args:
         logits: (N, 2), columns FAKE, REAL.
-        calibration: what `tools.calibrate` stores in a checkpoint. The logits are divided by its "temperature". The
-            verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and unsure between. Without a
-            calibration the temperature is 1 and both thresholds are 0.5.
+        calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by its entry
+            "temperature". The verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and unsure between
+            these thresholds. Without a calibration, the temperature is 1 and both thresholds are 0.5.
 
     Returns:
         P(fake), float64 (N,) in [0, 1], and N verdicts: real, fake or unsure.
@@ -27,7 +27,7 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     rule = {**UNCALIBRATED, **(calibration or {})}
     logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
     margins = logits[:, 0] - logits[:, 1]
-    prob_fake = sigmoid(margins / rule["temperature"])  # the softmax over two classes
+    prob_fake = sigmoid(margins / rule["temperature"])  # equals softmax over two classes
     verdicts = np.full(len(prob_fake), "unsure")
     verdicts[prob_fake <= rule["t_real"]] = "real"
     verdicts[prob_fake >= rule["t_fake"]] = "fake"
@@ -43,11 +43,11 @@ def check_calibration(calibration: object, name: str) -> dict:
     """Check a calibration that was read from a checkpoint.
 
     Args:
-        calibration: the entry "calibration" of the checkpoint; None if it has none.
-        name: the checkpoint's file, for the error message.
+        calibration: the entry "calibration" of the checkpoint; None if the checkpoint has no such entry.
+        name: file name of the checkpoint, for the error message.
 
     Returns:
-        The calibration as a dict; empty if there is none.
+        The calibration as a dict; empty if the checkpoint has none.
 
     Raises:
         UserError: if the temperature or a threshold is missing or impossible.

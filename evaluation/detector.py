@@ -1,10 +1,10 @@
-"""A trained detector that is ready for use: from files, images and arrays to P(fake), verdicts and residuals.
+"""A trained detector that is ready for use. It computes P(fake), verdicts and residuals of files, images and arrays.
 
     from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py uses the same object, so the numbers are the same.
+test.py scores images with this class, too. Its scores are therefore equal to the scores of `Detector.predict`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,60 +26,60 @@ from utils.compute import Compute
 from utils.console import printable
 from utils.errors import UserError
 
-BATCH_PIXELS = 1024 * 1024  # images are scored in batches of at most this many pixels, or one by one
+BATCH_PIXELS = 1024 * 1024  # maximum number of pixels in a batch; a larger image is a batch of its own
 
 
 class Examination(NamedTuple):
-    """What a detector saw of one image, in K crops: float32 on the CPU."""
+    """Everything that a detector computes for one image, in K crops. The tensors are float32 on the CPU."""
 
-    x: Tensor  # (K, 3, h, w) in [0, 1]
-    x_hat: Tensor  # (K, 3, h, w), about [0, 1]
+    x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
+    x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), about [0, 1]
     residual: Tensor  # (K, C_l, h_l, w_l)
     logits: Tensor  # (2,), columns FAKE, REAL: the mean over the crops
-    columns: int  # the crops are in rows of this many
+    columns: int  # number of crops in one row of the image
 
 
 @dataclass(frozen=True)
 class Detector:
-    """A trained network with everything that belongs to its scores.
+    """A trained network with all settings that its scores depend on.
 
-    `predict`, `verdict` and `residual` take one image or several. Images are resized and cropped as in training.
+    `predict`, `verdict` and `residual` take one image or several images. Images are resized and cropped as in training.
     """
 
     network: ResynthesisDetector
     compute: Compute
     policy: SizePolicy
-    calibration: Mapping  # see `probabilities_and_verdicts`; empty: none
+    calibration: Mapping  # see `probabilities_and_verdicts`; empty if the detector is not calibrated
     config: Mapping  # how the network is built, and the fingerprints of its weights
-    trained_on: Tensor | None  # `data.lists.identities` of its training images, if the checkpoint has them
-    crops: int = 1  # crops per image, over which the logits are averaged
+    trained_on: Tensor | None  # `data.lists.identities` of the training images; None if the checkpoint has none
+    crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute P(fake) of each image: float64 (N,) in [0, 1], calibrated if the detector is."""
+        """Compute P(fake) of each image: float64 (N,) in [0, 1]. A calibrated detector gives calibrated values."""
         prob_fake, _ = probabilities_and_verdicts(self._logits_of(images), self.calibration)
         return prob_fake
 
     def verdict(self, images: Iterable[ImageInput] | ImageInput) -> list[str]:
-        """Decide for each image: real, fake or, if the detector is calibrated, unsure."""
+        """Decide whether each image is "real" or "fake". A calibrated detector can also answer "unsure"."""
         _, verdicts = probabilities_and_verdicts(self._logits_of(images), self.calibration)
         return verdicts
 
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
-        """Compute what re-synthesis could not bring back of each image: float32 (C_l, H_l, W_l) on the CPU."""
+        """Compute the residual between each image and its re-synthesis: float32 (C_l, H_l, W_l) on the CPU."""
         residuals = []
         for batch in self._batches(images):
             _, _, residual = self.resynthesize(batch)
             residuals.extend(residual.cpu())
         return residuals
 
-    # --- batches of images that are ready for the network ---
+    # --- for batches of prepared images ---
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Compute the logits of images. With several crops per image they are the mean over the crops.
+        """Compute the logits of images. With several crops per image, the logits are averaged over the crops.
 
         Args:
-            images: uint8 (B, 3, H, W), as `prepare` returns them.
+            images: uint8 (B, 3, H, W), a batch of images returned by `prepare`.
 
         Returns:
             float32 (B, 2) on the CPU, columns FAKE, REAL.
@@ -99,7 +99,7 @@ class Detector:
 
     @torch.inference_mode()
     def resynthesize(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Re-synthesise images and take the residual.
+        """Re-synthesize images and compute the residual.
 
         Args:
             images: uint8 (B, 3, H, W).
@@ -114,7 +114,7 @@ class Detector:
 
     @torch.inference_mode()
     def examine(self, image: Tensor) -> Examination:
-        """Score one image, uint8 (3, H, W), and keep what the network computes on the way."""
+        """Score one image, uint8 (3, H, W), and return its re-synthesis and residual together with the logits."""
         crops, columns = self.crop(image) if self.crops > 1 else (image[None], 1)  # (K, 3, h, w)
         parts = []
         for batch in crops.split(images_per_batch(*crops.shape[2:])):
@@ -125,7 +125,7 @@ class Detector:
         return Examination(x, x_hat, residual, logits.mean(dim=0), columns)
 
     def crop(self, image: Tensor) -> tuple[Tensor, int]:
-        """Cut the crops of an image (3, H, W). Returns (K, 3, h, w) and the number of crops per row of the image."""
+        """Cut an image (3, H, W) into K crops. Returns the crops (K, 3, h, w) and the number of crops in one row."""
         return spread_crops(image, self.crop_side, self.crops)
 
     @property
@@ -137,24 +137,24 @@ class Detector:
 
     @property
     def reading_policy(self) -> SizePolicy:
-        """How images are resized and cropped when they are read. They stay whole if several crops are cut later."""
+        """How images are resized and cropped when they are read. For several crops, whole images are read."""
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
     def prepare(self, image: ImageInput) -> Tensor:
         """Decode, resize and crop an image for the network. Returns uint8 (3, H, W).
 
         Raises:
-            UserError: if it is nothing that is accepted, cannot be decoded, or is too small.
+            UserError: if the image is of no accepted kind, cannot be decoded, or is too small.
         """
         return resize_and_crop(decode(image), self.reading_policy)
 
     def _logits_of(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute the logits of images of any kind: (N, 2)."""
+        """Compute the logits of one or several images of any accepted kind: float32 (N, 2)."""
         logits = [self.logits(batch) for batch in self._batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
     def _batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
-        """Prepare images, and put them into the batches (B, 3, H, W) that test.py would put them into."""
+        """Prepare images and group them into batches (B, 3, H, W), in the same way as test.py."""
         if is_one_image(images):
             images = [images]
         elif not isinstance(images, Iterable):
@@ -170,7 +170,7 @@ class Detector:
     # --- what the scores depend on ---
 
     def identity(self) -> dict:
-        """Return what the scores depend on: how the network is built, the fingerprints of its weights, calibration."""
+        """Return everything that scores depend on: the config, the fingerprint of the classifier, the calibration."""
         return {
             **self.config,
             "classifier_fingerprint": fingerprint(self.network.classifier),
@@ -178,7 +178,10 @@ class Detector:
         }
 
     def differences_from_training(self, paths: Sequence[str]) -> list[str]:
-        """Say in which ways image files are unlike all training images, as far as that is known: one line each."""
+        """Describe how image files differ from all training images, one line per difference.
+
+        The list is empty if the checkpoint does not describe its training images.
+        """
         known = self.config.get("images") or {}
         if "sides" not in known:
             return []
@@ -199,7 +202,7 @@ class Detector:
         if known["jpegs"] == 0:
             groups["are JPEG files, and no training image was one"] = jpegs
         if known["jpegs"] == 1:
-            groups["are no JPEG files, and all training images were"] = other_formats
+            groups["are no JPEG files, and all training images were JPEG files"] = other_formats
         lines = []
         for difference, group in groups.items():
             if group:
@@ -212,8 +215,8 @@ def describe_training_images(images: ImageDataset) -> dict:
     """Describe training images for `Detector.differences_from_training`.
 
     Returns:
-        {"sides": [smallest, largest shorter side in pixels], "jpegs": fraction of JPEG files}. Images that are perturbed
-        in training count as half JPEG, because some of them are compressed.
+        {"sides": [smallest, largest shorter side in pixels], "jpegs": fraction of JPEG files}. The fraction is 0.5 if
+        training perturbs the images, because some of the perturbed images are compressed as JPEG.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))
@@ -224,12 +227,12 @@ def describe_training_images(images: ImageDataset) -> dict:
 
 
 def images_per_batch(height: int, width: int) -> int:
-    """Return how many images of this size are scored in one batch."""
+    """Compute how many images of this size are scored in one batch, which has at most BATCH_PIXELS pixels."""
     return max(1, BATCH_PIXELS // max(1, height * width))
 
 
 def batches_of_one(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Make a batch of each image, uint8 (3, H, W)."""
+    """Make one batch per image, uint8 (3, H, W)."""
     unnamed = Item("", None, "")
     yield collate([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

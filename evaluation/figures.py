@@ -1,7 +1,7 @@
-"""Figures of score tables and residuals, drawn without a display.
+"""Figures of score tables and residuals. No display is needed.
 
-Fake is the positive class. Real images are grey, and each generator has the same colour and dashes in all panels. The colours
-(Okabe and Ito, 2008) are ones that colour-blind readers can tell apart.
+Fake is the positive class. Real images are grey. Each generator has the same colour and dash pattern in all panels of a
+figure. Colour-blind readers can distinguish the colours (Okabe and Ito, 2008).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from utils.files import atomic
 
 REAL_COLOR = "#767676"
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")  # the first for the first len(COLORS) generators, and so on
+DASHES = ("-", "--", "-.", ":")  # generators 0 to 6 get "-", generators 7 to 13 get "--", ...
 INK = "#222222"
 STYLE = {
     "font.size": 9.5,
@@ -41,27 +41,27 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8.5,
     "text.color": INK,
-    "text.parse_math": False,  # the name of a generator may contain $
+    "text.parse_math": False,  # a "$" in the name of a generator does not start a formula
     "xtick.color": INK,
     "ytick.color": INK,
 }
 DPI = 160
-FEWEST_BINS, MOST_BINS = 10, 40  # with few images, many bins show noise
-LONGEST_NAME = 28  # characters in a legend
-LONGEST_LEGEND = 6  # entries of a legend inside a panel
-LEGEND_ENTRY_WIDTH = 2.6  # inches, in a legend below the panels
-MOST_HISTOGRAMS = 4  # generators in one panel of histograms; more cannot be distinguished
-LOWEST_FPR = 0.005  # left end of the logarithmic axis, or lower
+FEWEST_BINS, MOST_BINS = 10, 40  # bins per histogram: with few images, many bins would show noise
+LONGEST_NAME = 28  # maximum number of characters of a name in a legend
+LONGEST_LEGEND = 6  # maximum number of entries of a legend inside a panel; longer legends go below the panels
+LEGEND_ENTRY_WIDTH = 2.6  # inches per entry, in a legend below the panels
+MOST_HISTOGRAMS = 4  # maximum number of generators in one panel of histograms; more could not be distinguished
+LOWEST_FPR = 0.005  # left end of the logarithmic axis; lower if the table has many reals
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-HIGHEST_PICTURE = 34  # inches: a longer image is squeezed
+HIGHEST_PICTURE = 34  # maximum height in inches; a taller image is squeezed
 BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
 def roc_and_histogram(table: ScoreTable, path: str | os.PathLike) -> None:
-    """Draw how well the scores tell fakes from reals: two ROC plots of each generator, and histograms of the scores.
+    """Draw three panels: ROC curves on a linear axis, ROC curves on a logarithmic axis, and histograms of the scores.
 
-    The second ROC plot has a logarithmic axis, which spreads out the low false-positive rates that matter in practice.
+    The logarithmic axis spreads out low false-positive rates, because these rates matter in practice.
     """
     with png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
@@ -72,11 +72,11 @@ def roc_and_histogram(table: ScoreTable, path: str | os.PathLike) -> None:
 def robustness(
     curves: Mapping[str, Sequence[tuple[float, Mapping]]], clean: Mapping[str, float | None], path: str | os.PathLike
 ) -> None:
-    """Draw AUROC against the strength of each perturbation. The strongest perturbation is on the right.
+    """Draw AUROC against strength, one panel per perturbation. The strength that changes images most is on the right.
 
     Args:
         curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
-        clean: {generator: AUROC on the unperturbed images}, drawn as a dotted line if known.
+        clean: {generator: AUROC on the unperturbed images, or None if unknown}, drawn as dotted lines.
     """
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
@@ -106,18 +106,18 @@ def residual_picture(
     title: str = "image",
     description: str = "",
 ) -> None:
-    """Draw image | re-synthesis | residual, with a colour scale of the residual.
+    """Draw three panels, image | re-synthesis | residual, with a colour scale for the residual.
 
     Args:
-        x: (3, H, W), shown clipped to [0, 1].
-        x_hat: (3, H, W), shown clipped to [0, 1].
-        residual: (H_l, W_l), the mean over its channels. The brightest 0.5 % of the values share one colour, because
-            otherwise a few values would leave the rest dark.
-        title: of the first panel.
-        description: a text that is stored in the PNG file.
+        x: the image (3, H, W). Values are clipped to [0, 1].
+        x_hat: the re-synthesis (3, H, W). Values are clipped to [0, 1].
+        residual: (H_l, W_l), the mean over the channels of the residual. The largest 0.5 % of the values share the
+            brightest colour, because otherwise a few large values would make all others dark.
+        title: title of the first panel.
+        description: text that is stored in the PNG file.
     """
     picture_height = min(3.4 * x.shape[1] / x.shape[2], HIGHEST_PICTURE)  # inches
-    height = picture_height + 0.4  # 0.3 for the title and 0.1 below
+    height = picture_height + 0.4  # inches: 0.3 for the title, 0.1 for the lower margin
     grid = {"left": 0, "right": 0.95, "bottom": 0.1 / height, "top": 1 - 0.3 / height, "wspace": 0.04}
     grid["width_ratios"] = (1, 1, 1, 0.04)
     with png_figure(path, (11, height), (1, 4), grid, description) as panels:
@@ -142,7 +142,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
         if metrics.has_both_classes(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
-                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # in place of 0, which a logarithmic axis does not have
+                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # replaces 0, which a logarithmic axis cannot show
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
             label = f"{shorten(name)}  {metrics.auroc(scores, is_fake):.3f}"
@@ -160,10 +160,13 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
 
 
 def draw_histograms(axes: Axes, table: ScoreTable) -> None:
-    """Draw histograms of the scores: of the reals, filled, and of each generator's fakes, as fractions of their images."""
+    """Draw one histogram of the scores per group: real images (filled), and the fakes of each generator.
+
+    The height of a bar is a fraction of the images in the group.
+    """
     table = table.select(table.usable if table.usable.any() else table.scored)
     edges = bin_edges(table.margins)
-    scores = np.clip(table.margins, edges[0], edges[-1])  # outliers are in the outermost bins
+    scores = np.clip(table.margins, edges[0], edges[-1])  # outliers count in the outer bins
     for name, rows, look in histogram_groups(table):
         if rows.any():
             fractions = np.histogram(scores[rows], edges)[0] / rows.sum()
@@ -175,7 +178,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
 
 
 def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
-    """Split a table into the groups of a histogram: (name, (N,) bool, colours)."""
+    """Split a score table into the groups of a histogram. Returns (name, rows as (N,) bool, colours) per group."""
     grey = {"fc": (REAL_COLOR, 0.45), "ec": "none"}
     groups = [("real", table.is_real, grey), ("unlabelled", ~(table.is_real | table.is_fake), grey)]
     generators = np.array([name or metrics.UNNAMED for name in table.generators], dtype=object)
@@ -192,7 +195,7 @@ def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
 def draw_robustness_curve(
     axes: Axes, points: Sequence[tuple[float, Mapping]], generator: str, style: Mapping[str, str]
 ) -> None:
-    """Draw the AUROC of one generator by strength, with its intervals if all are known."""
+    """Draw the AUROC of one generator against strength. Draw the 95 % intervals if every point has one."""
     strengths = [strength for strength, _ in points]
     values = [measured["auroc"] for _, measured in points]
     axes.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten(generator), clip_on=False, **style)
@@ -213,14 +216,14 @@ def png_figure(
     grid: Mapping | None = None,
     description: str = "",
 ) -> Iterator[np.ndarray]:
-    """Make the panels (rows * columns,) of a figure, and write it as a PNG file when the `with` block ends.
+    """Create the panels of a figure, (rows * columns,), and write the figure to a PNG file after the `with` block.
 
     Args:
-        size: width and height in inches.
-        shape: rows and columns of panels.
-        grid: exact places of the panels, as `matplotlib.gridspec` takes them. None makes room for all labels, which
-            takes 0.6 s.
-        description: a text that is stored in the file.
+        size: width and height of the figure in inches.
+        shape: number of rows and columns of panels.
+        grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. None: matplotlib computes positions
+            with room for all labels, in 0.6 s.
+        description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):
         figure = Figure(figsize=size, dpi=DPI, layout="constrained" if grid is None else None)
@@ -232,7 +235,7 @@ def png_figure(
 
 
 def shorten(name: str) -> str:
-    """Shorten a name for a legend."""
+    """Shorten a name for a legend to at most LONGEST_NAME characters."""
     name = printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
 
@@ -243,7 +246,7 @@ def line_style(i: int) -> dict[str, str]:
 
 
 def bin_edges(scores: np.ndarray) -> np.ndarray:
-    """Choose the edges of histogram bins: they cover the middle 99 % of the scores, and one edge is zero."""
+    """Choose the edges of histogram bins. The bins cover the middle 99 % of the scores, and one edge is at zero."""
     low, high = np.percentile(scores, [0.5, 99.5]) if len(scores) else (-1.0, 1.0)
     low, high = min(low, 0.0), max(high, 0.0)
     count = np.clip(1.5 * np.sqrt(len(scores)), FEWEST_BINS, MOST_BINS)
@@ -252,7 +255,10 @@ def bin_edges(scores: np.ndarray) -> np.ndarray:
 
 
 def draw_legend(axes: Axes, title: str | None, place: str) -> None:
-    """Draw a legend in the panel, or below the panels if it is long. Without entries, say which images are needed."""
+    """Draw the legend of a panel: inside the panel, or below all panels if the legend is long.
+
+    A panel without curves gets a text that says which images are needed.
+    """
     entries = len(axes.get_legend_handles_labels()[0])
     if entries > LONGEST_LEGEND:
         draw_legend_below(axes, title)
@@ -264,7 +270,7 @@ def draw_legend(axes: Axes, title: str | None, place: str) -> None:
 
 
 def draw_legend_below(axes: Axes, title: str | None) -> None:
-    """Draw the legend of a panel below all panels. The figure grows by it."""
+    """Draw the legend of a panel below all panels. The figure becomes taller by the height of the legend."""
     handles, labels = axes.get_legend_handles_labels()
     columns = min(len(handles), int(axes.figure.get_figwidth() / LEGEND_ENTRY_WIDTH))
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}

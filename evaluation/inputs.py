@@ -1,4 +1,4 @@
-"""The kinds of images that a detector accepts, and the crops that it scores."""
+"""Decode the kinds of images that a detector accepts, and cut the crops that a detector scores."""
 
 import math
 import os
@@ -15,13 +15,13 @@ from utils.errors import UserError
 
 ImageInput = str | os.PathLike | Image.Image | Tensor | np.ndarray | BinaryIO
 ACCEPTED = (
-    "a path, an open binary file, a PIL image, a NumPy array of uint8 (H, W, 3) or a tensor of uint8 (3, H, W), RGB from"
-    " 0 to 255"
+    "a path, an open binary file, a PIL image, a NumPy array of uint8 (H, W, 3) or a tensor of uint8 (3, H, W), RGB"
+    " from 0 to 255"
 )
 
 
 def is_one_image(images: object) -> bool:
-    """Return whether this is one image rather than several."""
+    """Return whether the argument is one image, and not a batch, list or iterator of images."""
     if isinstance(images, Tensor | np.ndarray):
         return images.ndim == 3
     return isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
@@ -31,7 +31,7 @@ def decode(image: ImageInput) -> Tensor:
     """Convert an image of any accepted kind to uint8 (3, H, W) RGB.
 
     Raises:
-        UserError: if it is of no accepted kind or cannot be decoded.
+        UserError: if the image is of no accepted kind or cannot be decoded.
     """
     if isinstance(image, str | os.PathLike):
         return load_image(os.fspath(image))
@@ -52,12 +52,12 @@ def decode_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
     """Convert a PIL image of any mode, or an open image file, to uint8 (3, H, W) RGB, upright.
 
     Raises:
-        UserError: if it cannot be decoded.
+        UserError: if the image cannot be decoded.
     """
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS)
         pixels = np.array(upright_rgb(opened.copy()))  # (H, W, 3)
-    except Exception as error:  # decoders raise anything
+    except Exception as error:  # decoders raise exceptions of any type
         name = getattr(image, "filename", None) or getattr(image, "name", None) or type(image).__name__
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot decode {printable(str(name))} ({printable(reason)})") from None
@@ -70,19 +70,19 @@ def decode_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
 def spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
     """Cut `count` square crops that are evenly spread over an image, from border to border.
 
-    Their rows and columns suit the shape of the image. Equal crops are cut once. If a side of the image is smaller than
-    a crop, all of that side is taken.
+    The crops form a grid with about the aspect ratio of the image. Crops at the same position are cut only once. If a
+    side of the image is shorter than a crop, each crop covers the whole side.
 
     Args:
         image: (3, H, W).
-        side: of a crop, pixels.
+        side: side of a crop in pixels.
 
     Returns:
-        (K, 3, h, w), row by row, and the number of crops per row.
+        The K <= `count` crops (K, 3, h, w), row by row, and the number of crops per row.
     """
     height, width = image.shape[1:]
     divisors = [n for n in range(1, count + 1) if count % n == 0]
-    # As many rows per column as the image has height per width
+    # Choose the grid whose rows / columns is closest to height / width of the image
     rows = min(divisors, key=lambda n: abs(math.log((n * n / count) / (height / width))))
     tops = crop_starts(height, side, rows)
     lefts = crop_starts(width, side, count // rows)
@@ -91,7 +91,7 @@ def spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
 
 
 def crop_starts(length: int, side: int, count: int) -> list[int]:
-    """Return where `count` crops of `side` pixels start along `length` pixels; one crop is in the centre."""
+    """Compute where `count` crops of `side` pixels start on a line of `length` pixels. A single crop is centred."""
     free = max(length - side, 0)
     if count == 1:
         return [free // 2]

@@ -1,4 +1,4 @@
-"""Load a trained detector from a checkpoint, and check everything that does not belong together."""
+"""Load a trained detector from a checkpoint, and check that all files and settings fit together."""
 
 import logging
 import os
@@ -21,17 +21,17 @@ from utils.options import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CROPS = 9  # per image, for a detector trained on crops. docs/results.md compares 1, 4, 9 and whole images
+DEFAULT_CROPS = 9  # per image, for a detector trained on crops. docs/results.md compares 1, 4, 9 crops and whole images
 IMAGE_OPTIONS = ("crop_size", "resize", "crops")
-ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # names of test.py's flags
+ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of test.py -> name of the option
 
 
 class ImageSettings(NamedTuple):
     """How images are resized and cropped before they are scored."""
 
-    crop_size: int | None  # side of a crop, pixels; None: whole images
-    resize: int | None  # length of the shorter side, pixels; None: as they are
-    crops: int  # crops per image, over which the logits are averaged; 1: the crop in the centre
+    crop_size: int | None  # side of a crop in pixels; None: whole images
+    resize: int | None  # length of the shorter side after resizing, in pixels; None: no resizing
+    crops: int  # number of crops per image; the logits are averaged over the crops. 1: one crop in the centre
 
 
 def load(
@@ -42,21 +42,21 @@ def load(
     vgg_weights: str = "auto",
     options: Mapping | None = None,
 ) -> Detector:
-    """Load a detector from a checkpoint of train_detector.py or a released one.
+    """Load a detector from a checkpoint of train_detector.py, or from a released checkpoint.
 
     Args:
-        checkpoint: the file.
-        device: what `torch.device` accepts, such as "cpu" or "cuda:1"; the number of a GPU; or None for the first GPU
-            if there is one, else the CPU.
+        checkpoint: path of the checkpoint.
+        device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. None: the first GPU, or
+            the CPU if there is no GPU.
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
-        resynthesizer: the file of the re-synthesizer. Only released detectors need it.
-        vgg_weights: "auto", "imagenet", "random" or a file, as `--vgg-weights`.
-        options: what a released checkpoint does not say, named as in `models.build.OPTION_NAMES` ("stage", "dilated",
-            ...; the flags' names "idx_stages" and "no_dilation" are accepted, too), and "crop_size", "resize" (0: none)
-            and "crops" to differ from training.
+        resynthesizer: path of the checkpoint of the re-synthesizer. Only released detectors need it.
+        vgg_weights: "auto", "imagenet", "random" or the path of a file, as for the flag `--vgg-weights`.
+        options: settings that a released checkpoint does not store, named as in `models.build.OPTION_NAMES` ("stage",
+            "dilated", ...). The flag names "idx_stages" and "no_dilation" are accepted as well. The options
+            "crop_size", "resize" (0: none) and "crops" replace the settings used in training.
 
     Raises:
-        UserError: for a device that is not there, an unknown precision or option, and files that do not fit together.
+        UserError: if the device does not exist, a precision or option is unknown, or the files do not fit together.
     """
     for name, path in (("checkpoint", checkpoint), ("vgg_weights", vgg_weights)):
         if not isinstance(path, str | os.PathLike):
@@ -75,7 +75,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector for a device and precision that are chosen already. See `load`."""
+    """Load a detector onto a device whose precision is chosen already. See `load` for the other arguments."""
     source = read_checkpoint(checkpoint)
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -94,7 +94,7 @@ def detector_from_checkpoint(
 
 
 def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
-    """Make the rule for the sizes of images.
+    """Make the rule by which a detector resizes and crops images.
 
     Raises:
         UserError: if crops are too small for the network.
@@ -109,21 +109,21 @@ def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePo
 
 
 def device_name(device: str | int | torch.device | None) -> str | torch.device | None:
-    """Convert the number of a GPU to its name. `choose_compute` refuses a name, but not a number, that is not there."""
+    """Convert the number of a GPU to its name, because `choose_compute` checks only for names that the GPU exists."""
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
 
 
 def select_options(settings: Mapping) -> dict:
-    """Select the options of `load` among the settings of a program."""
+    """Select the options for `load` from all settings of a program."""
     return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
 
 
 def check_options(options: Mapping) -> dict:
-    """Check the options of `load`, and replace the flags' names.
+    """Check the options of `load`, and replace names of flags by names of options.
 
     Raises:
-        UserError: for an unknown name, naming the known ones, or an impossible value.
+        UserError: if an option is unknown or its value is impossible.
     """
     known = (*OPTION_NAMES, *IMAGE_OPTIONS)
     if not isinstance(options, Mapping):
@@ -143,20 +143,24 @@ def check_options(options: Mapping) -> dict:
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
         if value is not None and not is_count(value, lowest=1 if name == "crops" else 0):
-            raise UserError(f"option {name} must be a number of {'crops' if name == 'crops' else 'pixels'}, got {value!r}")
+            unit = "crops" if name == "crops" else "pixels"
+            raise UserError(f"option {name} must be a number of {unit}, got {value!r}")
     return checked
 
 
 def is_count(value: object, lowest: int) -> bool:
-    """Return whether a value is a whole number from `lowest` on."""
+    """Return whether a value is an integer that is not below `lowest`. A bool is not accepted."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
 def check_image_config(config: Mapping, name: str) -> Mapping:
-    """Check what a checkpoint's config says about its training images. Returns it; empty if it says nothing.
+    """Check the entry "images" of a checkpoint's config, which describes the training images.
+
+    Returns:
+        The entry "images"; empty if the config has none.
 
     Raises:
-        UserError: for impossible values.
+        UserError: if a value is impossible.
     """
     images = Fields(config.get("images"), name, "config.images")
     for key in ("crop_size", "resize"):
@@ -170,10 +174,10 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
 
 
 def check_trained_on(trained_on: object, name: str) -> Tensor | None:
-    """Check the `identities` of training images that a checkpoint holds.
+    """Check the `data.lists.identities` of training images that a checkpoint stores. None stays None.
 
     Raises:
-        UserError: if they are something else.
+        UserError: if `trained_on` is not an int64 tensor (N, 2).
     """
     is_table = isinstance(trained_on, Tensor) and trained_on.ndim == 2 and trained_on.shape[1] == 2
     if trained_on is None or (is_table and trained_on.dtype == torch.int64):
@@ -182,14 +186,14 @@ def check_trained_on(trained_on: object, name: str) -> Tensor | None:
 
 
 def image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
-    """Choose how images are resized and cropped: as the options say, else as in training.
+    """Choose how images are resized and cropped. An option that is not given takes the value used in training.
 
     Args:
-        trained: "crop_size" and "resize" of the training, if known.
-        options: "crop_size", "resize" (0: none) and "crops". None or missing: not given.
+        trained: "crop_size" and "resize" used in training; missing if unknown.
+        options: "crop_size", "resize" (0: none) and "crops". None or missing: the option is not given.
 
     Raises:
-        UserError: for several crops without a size.
+        UserError: if several crops are requested, but no crop size is known.
     """
     chosen = {}
     for name in ("crop_size", "resize"):
@@ -200,12 +204,12 @@ def image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
         crops_as_in_training = chosen["crop_size"] is not None and options.get("crop_size") is None
         crops = DEFAULT_CROPS if crops_as_in_training else 1
     if crops > 1 and chosen["crop_size"] is None:
-        raise UserError(f"--crops {crops} needs a size: give --crop-size N (the detector was trained on whole images)")
+        raise UserError(f"--crops {crops} needs a crop size: give --crop-size N (training used whole images)")
     return ImageSettings(chosen["crop_size"], chosen["resize"], crops)
 
 
 def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
-    """Log which sizes are taken from the training, and warn about those that differ from it."""
+    """Log which image sizes are taken from training. Warn about image sizes that differ from training."""
     for name in ("crop_size", "resize"):
         flag = f"--{name.replace('_', '-')}"
         used = getattr(settings, name)
@@ -213,7 +217,7 @@ def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mappi
         if options.get(name) is None and in_training:
             logger.info("%s %d, as in training (%s 0: without)", flag, in_training, flag)
         elif trained and used != in_training:
-            text = "warning: %s %d, and training had %s: the scores may mean less"
+            text = "warning: %s is %d, and training had %s: the scores may be less accurate"
             logger.warning(text, flag, used or 0, in_training or "none")
     if settings.crops > 1:
-        logger.info("an image larger than a crop gets the mean over %d crops (--crops N)", settings.crops)
+        logger.info("the logits of an image larger than a crop are the mean over %d crops (--crops N)", settings.crops)

@@ -1,8 +1,8 @@
-"""Metrics of score tables, their bootstrap intervals, and their tables for the terminal and for documents.
+"""Metrics of score tables, bootstrap intervals of metrics, and tables of metrics for the terminal and for documents.
 
-FAKE IS THE POSITIVE CLASS: a higher score means more likely generated, and a false positive is a real image called fake.
-The only exception are the two numbers that the released program prints (`..._real_positive`). A metric that is not defined,
-because a class is missing for example, is None and never NaN, so that it can be written as JSON.
+FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image called fake. In
+the two metrics `..._real_positive`, which the released program prints, REAL is the positive class. A metric that is not
+defined, for example because a class is missing, is None. It is never NaN, so that metrics can be written as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ from evaluation.score_table import PREDICTIONS, ScoreTable
 from utils.console import printable, text_table
 from utils.random_streams import seeded_generator
 
-ECE_BINS = 15  # as in Guo et al. (ICML 2017)
+ECE_BINS = 15  # number of bins of P(fake), as in Guo et al. (ICML 2017)
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-FEW_REALS = 100  # with fewer, a false-positive rate of 1 % is less than one image
+FEW_REALS = 100  # with fewer real images, a false-positive rate of 1 % is less than one image
 UNNAMED = "(unnamed)"
 RELEASE = "as the released program counts (positive class: REAL)"
 
@@ -33,7 +33,7 @@ def auroc(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
 
 
 def average_precision(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the average precision: the sum of precision times the step in recall."""
+    """Compute the average precision: the sum over all thresholds of precision times the increase in recall."""
     return float(average_precision_score(is_fake, scores)) if has_both_classes(is_fake) else None
 
 
@@ -41,7 +41,7 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
     """Compute the ROC curve.
 
     Returns:
-        (fpr, tpr), each (K,), from (0, 0) to (1, 1) with one point per distinct score; None without both classes.
+        (fpr, tpr), each (K,), from (0, 0) to (1, 1) with one point per distinct score; None if a class is missing.
     """
     if not has_both_classes(is_fake):
         return None
@@ -50,16 +50,16 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
 
 
 def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the error rate at which as large a fraction of the reals as of the fakes is called wrong."""
+    """Compute the equal error rate: the error rate at the threshold where reals and fakes have equal error rates."""
     if not has_both_classes(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     false_negative_rate = 1 - tpr
-    return float(np.interp(0, fpr - false_negative_rate, fpr))  # the difference rises from -1 to 1
+    return float(np.interp(0, fpr - false_negative_rate, fpr))  # where the rising difference is 0
 
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
-    """Compute the largest fraction of fakes found by a threshold that calls at most `highest_fpr` of the reals fake."""
+    """Compute the highest true-positive rate at a false-positive rate of at most `highest_fpr`."""
     if not has_both_classes(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
@@ -67,36 +67,36 @@ def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> f
 
 
 def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the mean of |fraction of fakes - mean P(fake)| over 15 equal bins of P(fake), weighted by their images."""
+    """Compute the mean of |fraction of fakes - mean P(fake)| over 15 bins of P(fake), weighted by images per bin."""
     if len(prob_fake) == 0:
         return None
     bins = np.minimum((prob_fake * ECE_BINS).astype(int), ECE_BINS - 1)
-    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # a sum per bin
+    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # one sum per bin
     return float(np.abs(fakes_minus_expected).sum() / len(prob_fake))
 
 
 def negative_log_likelihood(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the mean of -log P(true class), in nats. Guessing gives 0.693."""
+    """Compute the mean of -log P(true class), in nats. P(fake) = 0.5 for all images gives 0.693."""
     return float(log_loss(is_fake, prob_fake, labels=[False, True])) if len(prob_fake) else None
 
 
 def fraction(values: np.ndarray) -> float | None:
-    """Compute the fraction of True values; None without values."""
+    """Compute the fraction of True values in a bool array (N,). Returns None if N is 0."""
     return float(np.mean(values)) if len(values) else None
 
 
 def has_both_classes(is_fake: np.ndarray) -> bool:
-    """Return whether there is at least one real and one fake."""
+    """Return whether there is at least one real and at least one fake image."""
     return bool(is_fake.any() and not is_fake.all())
 
 
 class Metric(NamedTuple):
-    """A number that is computed from a score table. Every summary and table of metrics is made from METRICS."""
+    """A number that is computed from a score table. All summaries and tables show the metrics listed in METRICS."""
 
     label: str
     description: str
     compute: Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]  # (scores, prob_fake, is_fake), each (N,)
-    is_column: bool = True  # a column of the tables, in %; False: a plain number below the tables
+    is_column: bool = True  # True: shown as a column of tables, in %. False: shown as a plain number below tables
 
 
 METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
@@ -118,17 +118,21 @@ METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
 def bootstrap(
     scores: np.ndarray, is_fake: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float]] | None:
-    """Estimate 95 % intervals by drawing, many times, as many images of each class as there are, with replacement.
+    """Estimate 95 % intervals of metrics by the bootstrap.
 
-    The images are sorted once. A resample is the number of times each image is drawn, from which the ROC curve and the
-    precision follow by cumulative sums.
+    A resample draws, with replacement, as many images of each class as the table has. The images are sorted only once.
+    A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers give the ROC
+    curve and the precision.
 
     Args:
         scores: (N,), higher = more likely fake. An image is called fake if its score is >= 0.
+        is_fake: (N,) bool.
+        resamples: number of resamples.
+        seed: random seed.
 
     Returns:
-        {"accuracy": [low, high], "auroc": [low, high], "average_precision": [low, high]}; None if a class has fewer than
-        two images.
+        {"accuracy": [low, high], "auroc": [low, high], "average_precision": [low, high]}; None if a class has fewer
+        than two images.
     """
     order = np.argsort(-scores, kind="stable")
     scores, is_fake = scores[order], is_fake[order]
@@ -140,7 +144,7 @@ def bootstrap(
     rng = seeded_generator(seed, len(reals), len(fakes))
     values = {"accuracy": [], "auroc": [], "average_precision": []}
     for _ in range(resamples):
-        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,): times each is drawn
+        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,): draws per image
         drawn_fakes = np.bincount(rng.choice(fakes, len(fakes)), minlength=len(scores))  # (N,)
         false_positives = np.cumsum(drawn_reals)[thresholds]  # (K,), from the highest threshold to the lowest
         true_positives = np.cumsum(drawn_fakes)[thresholds]  # (K,)
@@ -150,7 +154,7 @@ def bootstrap(
         values["accuracy"].append((drawn_reals + drawn_fakes)[is_right].sum() / len(scores))
         values["auroc"].append((np.diff(fpr) * (tpr[1:] + tpr[:-1])).sum() / 2)  # sklearn's auc takes 10 times as long
         values["average_precision"].append((precision * np.diff(tpr)).sum())
-    outside = 100 * (1 - CONFIDENCE) / 2  # percent on either side
+    outside = 100 * (1 - CONFIDENCE) / 2  # percent of the resamples below the interval, and above it
     return {name: np.percentile(drawn, [outside, 100 - outside]).tolist() for name, drawn in values.items()}
 
 
@@ -167,15 +171,16 @@ def confusion(predictions: Sequence[str], is_fake: np.ndarray) -> dict[str, dict
 
 
 def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
-    """Compute everything that is reported about a labelled score table, ready for JSON.
+    """Compute everything that is reported about a labelled score table, as a dict that can be written as JSON.
 
     Args:
-        resamples: of the bootstrap. 0 computes no intervals.
+        resamples: number of bootstrap resamples. 0: no intervals are computed.
+        seed: random seed of the bootstrap.
 
     Returns:
         {"positive_class": "fake", "images": counts, "all": metrics of all images, "generators": {name: metrics},
-        "mean": {metric: mean over the generators that have both classes}, "notes": [what to know before trusting
-        the numbers, one line each], ...}
+        "mean": {metric: mean over the generators that have both classes}, "notes": [reasons for caution, one line
+        each], ...}
     """
     all_images = measure(table.select(table.usable), resamples, seed)
     generators = {}
@@ -199,7 +204,7 @@ def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> d
 
 
 def measure(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
-    """Compute all metrics of a table whose rows all have a label and a score."""
+    """Compute all metrics of a score table. Every row must have a label and a score."""
     values = {name: metric.compute(table.margins, table.prob_fake, table.is_fake) for name, metric in METRICS.items()}
     return {
         "n_real": int(table.is_real.sum()),
@@ -211,7 +216,7 @@ def measure(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dic
 
 
 def mean_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float | None]:
-    """Compute the mean of each metric over the generators that have both classes."""
+    """Compute the mean of each metric over the generators with both real and fake images."""
     complete = [measured for measured in generators.values() if measured["auroc"] is not None]
     means = {}
     for name in METRICS:
@@ -221,7 +226,7 @@ def mean_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float |
 
 
 def notes(groups: Mapping[str, Mapping]) -> list[str]:
-    """List what is not defined, and what few images cannot tell. groups: metrics by name."""
+    """List the groups with undefined metrics, and the groups with too few reals. groups: {name: metrics}."""
     lines, few = [], []
     for name, measured in groups.items():
         counts = f"{measured['n_real']} real and {measured['n_fake']} fake images"
@@ -235,9 +240,10 @@ def notes(groups: Mapping[str, Mapping]) -> list[str]:
 
 
 def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
-    """Select the rows of each generator: its fakes, and the reals that they are compared with.
+    """Select the rows of each generator: its fakes, and the reals that its fakes are compared with.
 
-    These are the reals that name this generator, or, if there are none, the reals that name no generator.
+    Fakes are compared with the reals whose column "generator" names the same generator. If there are none, fakes are
+    compared with the reals whose column "generator" is empty.
 
     Returns:
         {generator: (N,) bool}, sorted by name.
@@ -259,7 +265,7 @@ def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
 
 
 def percent(measured: Mapping, name: str) -> str:
-    """Format a metric with its interval, in %: "97.1 [93.0, 99.2]"."""
+    """Format a metric and its bootstrap interval in %, such as "97.1 [93.0, 99.2]". measured: metrics by name."""
     if measured[name] is None:
         return "-"
     text = f"{100 * measured[name]:.1f}"
@@ -271,11 +277,11 @@ def percent(measured: Mapping, name: str) -> str:
 
 
 def metric_rows(summaries: Mapping[str, dict], columns: Sequence[str] = ()) -> list[list[str]]:
-    """Make a table with one row per generator, a row for their mean and a row for all images.
+    """Make a table with one row per generator, one row for the mean over generators and one row for all images.
 
     Args:
-        summaries: {name: summary of a score table}. With several, the first column names the score table.
-        columns: names of metrics; by default those whose `is_column` is True.
+        summaries: {name: summary of a score table}. If there are several, the first column names the score table.
+        columns: names of metrics. Default: the metrics whose `is_column` is True.
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
     heading = ["generator", "real", "fake", *(METRICS[name].label for name in columns)]
@@ -290,18 +296,18 @@ def metric_rows(summaries: Mapping[str, dict], columns: Sequence[str] = ()) -> l
 
 
 def row_groups(summary: Mapping) -> dict[str, Mapping]:
-    """List the groups of images that get a row in `metric_rows`."""
+    """List the groups of images that get a row in `metric_rows`: {name of the group: metrics}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]
     confusions = [measured["confusion"] for measured in summary["generators"].values()]
-    if confusions != [summary["all"]["confusion"]]:  # else the only generator has all the images
+    if confusions != [summary["all"]["confusion"]]:  # otherwise the row would repeat the only generator
         groups["all images"] = summary["all"]
     return groups
 
 
 def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
-    """Make a table of one metric with one row per summary and one column per generator."""
+    """Make a table of one metric, with one row per score table and one column per generator."""
     generators = list(dict.fromkeys(name for summary in summaries.values() for name in summary["generators"]))
     rows = [[METRICS[metric].label, *(printable(name) for name in generators)]]
     for table_name, summary in summaries.items():
@@ -323,7 +329,7 @@ def format_table(summary: Mapping) -> str:
 
 
 def details(summary: Mapping) -> list[str]:
-    """List what is no column of `metric_rows`, one line each: verdicts, plain numbers, errors and notes."""
+    """List the results that `metric_rows` does not show: verdicts, plain numbers, errors and notes, one line each."""
     measured = summary["all"]
     lines = []
     for truth, counts in measured["confusion"].items():
@@ -344,6 +350,6 @@ def details(summary: Mapping) -> list[str]:
 
 
 def perturbation_table(summaries: Mapping[str, dict]) -> str:
-    """Format the AUROC under each perturbation for the terminal. summaries: by perturbation."""
+    """Format a table of AUROC per perturbation for the terminal. summaries: {perturbation: summary}."""
     heading = "AUROC in %, positive class: FAKE, in brackets its 95% interval"
     return f"{heading}\n{text_table(rows_by_generator(summaries))}"

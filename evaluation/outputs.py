@@ -1,7 +1,7 @@
-"""Which files test.py writes, and which it may replace: its own earlier output and nothing else.
+"""The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
-P.csv is recognised by its header, P.json by its entries, P.png and residual pictures by a text in the PNG file, and P.npy by
-the P.json or the unfinished parts beside it.
+P stands for --save_path. P.csv is recognised by its header and P.json by its keys. P.png and residual pictures are
+recognised by a text in the PNG file. P.npy is recognised by the P.json or the unfinished parts beside it.
 """
 
 import hashlib
@@ -21,31 +21,32 @@ from evaluation.score_writer import find_parts, job_of_part
 from utils.console import printable
 from utils.errors import UserError
 
-RECORD_KEYS = {"job", "detector", "metrics", "versions"}  # entries of every P.json
+RECORD_KEYS = {"job", "detector", "metrics", "versions"}  # keys that every P.json has
 
 
 def path_without_suffix(save_path: str) -> Path:
-    """Convert --save_path to the path P of P.csv, P.npy, P.json and P.png. "P.npy" and "P/" mean P, too.
+    """Convert --save_path to the path P of the files P.csv, P.npy, P.json and P.png. "P.npy" and "P/" also mean P.
 
     Raises:
-        UserError: if it has no name.
+        UserError: if --save_path does not end in the name of a file.
     """
     name = save_path.rstrip("/").removesuffix(".npy")
     if os.path.basename(name) in ("", ".", ".."):
-        raise UserError(f"--save_path {printable(save_path)} has no name: expected one such as {printable(name)}/scores")
+        text = f"expected a path such as {printable(name)}/scores"
+        raise UserError(f"--save_path {printable(save_path)} has no name: {text}")
     return Path(name)
 
 
 def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterable[str | os.PathLike]) -> None:
-    """Check that everything that test.py will write is new or its own earlier output.
+    """Check that every file that test.py will write is a new file or an earlier output of test.py.
 
     Args:
         base: the path P of P.csv, P.npy, P.json and P.png.
         pictures: paths of the residual pictures.
-        inputs: files that are read. None of them is replaced, even if it is an earlier output.
+        inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
 
     Raises:
-        UserError: naming a file that would be lost.
+        UserError: if a file would be lost. The message names the file.
     """
     require_possible_path(Path(f"{base}.json"))
     read_files = {file_identity(path) for path in inputs} - {None}
@@ -62,7 +63,7 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
 
 
 def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]) -> None:
-    """Raise a UserError if a file is there that is read by this run or is not recognised by `is_own`."""
+    """Raise a UserError if a file at `path` is read by this run, or is not recognised by `is_own`."""
     identity = file_identity(path)
     if identity is None and not os.path.islink(path):
         return
@@ -77,7 +78,7 @@ def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: 
 
 
 def require_possible_path(path: Path) -> None:
-    """Raise a UserError if there can be no file at this path, because its name is too long for example."""
+    """Raise a UserError if no file can exist at this path, for example because the name is too long."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -88,7 +89,7 @@ def require_possible_path(path: Path) -> None:
 
 
 def file_identity(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Return what tells a file from all others, whatever its names are; None if there is no file that can be read."""
+    """Return device and inode number, which are equal for all names of a file. None if the file cannot be found."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -97,7 +98,7 @@ def file_identity(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def is_part(path: Path) -> bool:
-    """Return whether a file is a part of a score table."""
+    """Return whether a file is a part of an unfinished score table (P.csv.N.part)."""
     return job_of_part(path) is not None
 
 
@@ -123,20 +124,20 @@ def is_own_picture(path: Path) -> bool:
 
 
 def picture_texts(path: Path) -> dict:
-    """Read the texts in the header of a PNG file; empty if it is none."""
+    """Read the texts in the header of a PNG file. Returns {} if the file is not a readable PNG file."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
             return dict(image.info)
-    except Exception:  # Pillow raises anything for damaged files
+    except Exception:  # for damaged files, Pillow raises exceptions of any type
         return {}
 
 
 class ResidualPictures:
-    """The residual pictures of one score table: one file per image, or none.
+    """The residual pictures that belong to one score table: one PNG file per image.
 
     Args:
-        folder: where they are drawn; None draws none.
-        items: the images.
+        folder: folder of the pictures. None: no pictures are drawn.
+        items: the images, in the order of the score table.
     """
 
     def __init__(self, folder: str | os.PathLike | None, items: Sequence[Item]):
@@ -144,11 +145,15 @@ class ResidualPictures:
         self.job_digest = ""
 
     def set_job(self, job: Mapping) -> None:
-        """Set the job of the scores, whose digest is written into each picture."""
+        """Set the job (everything that the scores depend on). A hash of the job is written into each picture."""
         self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
     def missing(self) -> np.ndarray | None:
-        """Find the images whose picture is missing or was drawn for another job: (N,) bool; None if none are drawn."""
+        """Find the images whose picture is missing or belongs to a different job.
+
+        Returns:
+            (N,) bool; None if no pictures are drawn.
+        """
         if not self.paths:
             return None
         missing = np.ones(len(self.paths), bool)
@@ -158,8 +163,8 @@ class ResidualPictures:
         return missing
 
     def draw(self, index: int, examination: Examination) -> None:
-        """Draw the picture of the image at `index` in the list: of all its crops, if it was scored in crops."""
-        from evaluation.figures import residual_picture  # here, because importing it takes a second
+        """Draw the residual picture of the image at `index` in the list. It shows all crops that were scored."""
+        from evaluation.figures import residual_picture  # imported here, because Matplotlib takes a second to import
 
         columns = examination.columns
         x = mosaic(examination.x, columns)  # (3, H, W)
@@ -171,7 +176,7 @@ class ResidualPictures:
 
 
 def mosaic(crops: Tensor, columns: int) -> np.ndarray:
-    """Put crops (K, C, h, w) side by side, `columns` in each row: (C, K / columns * h, columns * w)."""
+    """Arrange crops (K, C, h, w) in a grid with `columns` crops per row. Returns (C, K / columns * h, columns * w)."""
     rows = crops.unflatten(0, (-1, columns))  # (rows, columns, C, h, w)
     picture = rows.permute(2, 0, 3, 1, 4)  # (C, rows, h, columns, w)
     return picture.flatten(3, 4).flatten(1, 2).numpy()

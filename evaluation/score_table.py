@@ -1,8 +1,8 @@
-"""Score tables: CSV files with one row per image, written by test.py and read by everything that computes metrics.
+"""Score tables: CSV files with one row per image. test.py writes them. All programs that compute metrics read them.
 
-The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Reading a table gives exactly what
-was written: numbers have as many digits as they need, names with commas, quotes or line breaks are quoted, and bytes that
-are not UTF-8 survive.
+The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Writing and reading a table loses
+nothing: numbers are written with all digits, names with commas, quotes or line breaks are quoted, and bytes that are
+not UTF-8 are kept.
 """
 
 import csv
@@ -28,7 +28,7 @@ csv.field_size_limit(2**24)  # bytes per cell; Python's default is 131,072
 
 
 class Row(NamedTuple):
-    """One image of a score table. A row with an error has no numbers and no prediction."""
+    """The row of one image in a score table. A row with an error has no numbers and no prediction."""
 
     path: str
     label: str = ""  # real, fake, or empty (no label)
@@ -37,12 +37,12 @@ class Row(NamedTuple):
     logit_real: float | None = None
     prob_fake: float | None = None  # in [0, 1]
     prediction: str = ""  # real, fake or unsure
-    error: str = ""  # one line
+    error: str = ""  # one line: why the image could not be scored
 
 
-SOFTWARE = "Beyond the Spectrum"  # the text "Software" of the PNG files that are made from scores
+SOFTWARE = "Beyond the Spectrum"  # the text "Software" in the PNG files of this project
 COLUMNS = Row._fields
-OPTIONAL_COLUMNS = ("error",)  # tables that others made may lack it
+OPTIONAL_COLUMNS = ("error",)  # a table made by a different program may lack this column
 NUMBERS = ("logit_fake", "logit_real", "prob_fake")
 LABELS = ("real", "fake", "")
 PREDICTIONS = ("real", "fake", "unsure")
@@ -66,7 +66,7 @@ class ScoreTable:
 
     @property
     def margins(self) -> np.ndarray:
-        """(N,) float64: logit_fake - logit_real. It ranks images as prob_fake does, and never saturates."""
+        """(N,) float64: logit_fake - logit_real. Margins rank images like prob_fake, but do not saturate at 0 and 1."""
         logits = self.logits.astype(np.float64)
         return logits[:, 0] - logits[:, 1]
 
@@ -81,7 +81,7 @@ class ScoreTable:
         return self.scored & (self.is_real | self.is_fake)
 
     def select(self, rows: np.ndarray) -> "ScoreTable":
-        """Make the table of some rows. rows: (N,) bool, or integer positions."""
+        """Make a score table of selected rows. rows: (N,) bool, or integer positions."""
         rows = np.arange(len(self))[rows]
         selected = {}
         for name, column in vars(self).items():
@@ -93,7 +93,7 @@ class ScoreTable:
 
 
 def error_row(item: Item, error: str) -> Row:
-    """Make the row of an image that could not be scored. error: why, in any number of lines."""
+    """Make the row of an image that could not be scored. error: the reason, whose line breaks are removed."""
     path, label, generator = item
     return Row(path, label_name(label), generator, error=" ".join(error.split()))
 
@@ -121,19 +121,19 @@ def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | 
 
 
 def label_name(label: int | None) -> str:
-    """Convert FAKE, REAL or None to the word in a score table."""
+    """Convert FAKE, REAL or None to the word in a score table: "fake", "real" or ""."""
     return "" if label is None else LABEL_NAMES[label]
 
 
 def row_cells(row: Row) -> list[str]:
-    """Convert a row to the cells of a CSV file. Numbers get the shortest form that reads back to the same value."""
+    """Convert a row to the cells of a CSV file. A number gets the shortest text that reads back as the same value."""
     logits = ["" if value is None else str(np.float32(value)) for value in (row.logit_fake, row.logit_real)]
     prob_fake = "" if row.prob_fake is None else repr(float(row.prob_fake))
     return [row.path, row.label, row.generator, *logits, prob_fake, row.prediction, row.error]
 
 
 def row_from_cells(cells: Mapping[str, str]) -> Row:
-    """Convert the cells of a CSV file, by column, to a row.
+    """Convert the cells of a line of a CSV file, {column: text}, to a row.
 
     Raises:
         ValueError: if a cell has an impossible value.
@@ -160,14 +160,14 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 def csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
-    # Before Python 3.13 the writer does not quote a lone carriage return, at which the reader ends the line
+    # Before Python 3.13, csv.writer does not quote a lone carriage return, although csv.reader ends the line there
     quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
 
 
 def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Write a score table. The file appears when it is complete."""
+    """Write a score table. The file does not appear at `path` before it is complete."""
     with atomic(path) as file:
         file.write(csv_line(COLUMNS).encode())
         for row in rows:
@@ -180,7 +180,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     The columns may be in any order. Unknown columns are ignored.
 
     Raises:
-        UserError: naming the file, the line and what was expected there.
+        UserError: if the file cannot be read or a row is wrong. The message names file, line and what was expected.
     """
     line = 1
     try:  # utf-8-sig, because Excel writes a byte order mark
@@ -194,7 +194,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
             for cells in reader:
                 if len(cells) not in (0, len(header)):
                     raise ValueError(f"expected {len(header)} cells as in the header, got {len(cells)}")
-                if cells:  # the line is not empty
+                if cells:  # skip empty lines
                     by_column = {"error": "", **dict(zip(header, cells, strict=True))}
                     yield row_from_cells(by_column)
                 line = reader.line_num + 1
@@ -208,7 +208,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
     """Read a whole score table.
 
     Raises:
-        UserError: if a row cannot be read (see `read_rows`) or there are no rows.
+        UserError: if a row cannot be read (see `read_rows`), or the table has no rows.
     """
     rows = list(read_rows(path))
     if not rows:
@@ -231,10 +231,10 @@ def read_record(path: str | os.PathLike) -> dict:
     """Read the record P.json that test.py writes beside a score table P.csv: settings, detector, metrics, versions.
 
     Returns:
-        The record; empty if there is no such file.
+        The record; empty if P.json does not exist.
 
     Raises:
-        UserError: if the file cannot be read.
+        UserError: if P.json cannot be read.
     """
     record_path = Path(path).with_suffix(".json")
     if not record_path.exists():
@@ -246,10 +246,10 @@ def read_record(path: str | os.PathLike) -> dict:
 
 
 def residual_path(folder: str | os.PathLike, image: str) -> Path:
-    """Return the path of an image's residual picture: folder/IMAGE.residual.png.
+    """Return the path of the residual picture of an image: folder/IMAGE.residual.png.
 
-    IMAGE is the image's path without its root, and with "__" in place of "..", so that every picture is inside the
-    folder. It keeps its suffix, so that a.png and a.jpg have two pictures.
+    IMAGE is the path of the image without the root "/" and with "__" instead of "..", so that every picture is inside
+    `folder`. IMAGE keeps its suffix, so that a.png and a.jpg get different pictures.
     """
     path = os.path.splitdrive(os.path.normpath(image))[1]
     parts = []

@@ -1,9 +1,9 @@
-"""The score table of a run while it is written, by one or several processes that may be killed and started again.
+"""Write a score table while images are scored. The writing processes may be killed and started again.
 
-Each process appends its rows to a part of its own, P.csv.N.part. The first line of a part is the job: everything that the
-scores depend on besides the content of the image files. A start with another job is refused. A start with the same job skips
-the images that a part already has, if their files have the same size and time of modification as then. When every image has a
-row, the rows become P.csv, in the order of the list.
+Each process appends its rows to its own file P.csv.N.part, called a part. The first line of a part is the job:
+everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
+different job. A run with the same job skips the images that have a row in a part, unless the size or modification time
+of the image file has changed. When every image has a row, the rows are written to P.csv in the order of the list.
 """
 
 import csv
@@ -38,11 +38,15 @@ from utils.files import atomic, write_json
 logger = logging.getLogger(__name__)
 
 PART_MARK = "# part of a score table by test.py: "
-PART_COLUMNS = (*COLUMNS, "size", "mtime_ns")  # the last two: of the image file, in bytes and nanoseconds
+PART_COLUMNS = (*COLUMNS, "size", "mtime_ns")  # size in bytes and modification time of the image file
 
 
 def file_stamps(items: Sequence[Item]) -> np.ndarray:
-    """Read the size in bytes and the time of modification in ns of each image file: int64 (N, 2), -1 without a file."""
+    """Read the size in bytes and the modification time in ns of each image file.
+
+    Returns:
+        int64 (N, 2); -1 for a file that does not exist.
+    """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
         with suppress(OSError):
@@ -52,14 +56,14 @@ def file_stamps(items: Sequence[Item]) -> np.ndarray:
 
 
 class ScoreWriter:
-    """The rows of one score table that is being written.
+    """Writes the rows of one score table.
 
     Args:
-        table: the path of P.csv.
+        table: path of P.csv.
         items: the images, in the order of the table.
         stamps: `file_stamps` of the images.
-        job: everything that the scores depend on besides the content of the image files. It must be ready for JSON.
-        world: the processes that write the table.
+        job: everything that the scores depend on besides the content of the image files, as a dict for JSON.
+        world: the processes that write the table together.
     """
 
     def __init__(self, table: Path, items: Sequence[Item], stamps: np.ndarray, job: dict, world: World):
@@ -67,26 +71,26 @@ class ScoreWriter:
         self.items = items
         self.stamps = stamps
         self.world = world
-        self.job = json.loads(json.dumps(job))  # as it is read back
+        self.job = json.loads(json.dumps(job))  # the same types as a job read from a file
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
-        self.done = np.zeros(len(items), bool)  # (N,): the images that have a row
-        self.indices: dict[str, list[int]] = {}  # where each path is in the list
+        self.done = np.zeros(len(items), bool)  # (N,): whether each image has a row
+        self.indices: dict[str, list[int]] = {}  # path -> positions in the list of images
         for i, item in enumerate(items):
             self.indices.setdefault(os.path.abspath(item.path), []).append(i)
 
     def open(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
-        """Find out which images have a row, and start this process's part.
+        """Find out which images have a row already, and start a new part for this process.
 
         Args:
-            overwrite: score all images again, whatever there is.
-            required: (N,) bool, the images that must be scored again unless they have an error; None: no image. test.py
-                gives the images that lack a picture.
+            overwrite: score all images again, even images that have a row.
+            required: (N,) bool, the images that must be scored again unless their row is an error. None: no image.
+                test.py passes the images whose residual picture is missing.
 
         Returns:
-            False if the table is finished.
+            True if there are images to score; False if the table is finished already.
 
         Raises:
-            UserError: if there are parts of another job.
+            UserError: if there are parts of a different job.
         """
         parts = find_parts(self.table)
         rows = {} if overwrite else self._known_rows(parts)
@@ -100,29 +104,34 @@ class ScoreWriter:
         if rows:
             logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
         elif self.table.exists():
-            logger.info("%s was made with other settings or from other files, and will be replaced", printable(self.table))
-        barrier(self.world)  # before any process writes
+            text = "%s was made with different settings or from different image files, and will be replaced"
+            logger.info(text, printable(self.table))
+        barrier(self.world)  # every process has read the existing parts before any process writes
         if overwrite and self.world.is_main:
             remove_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        with atomic(part) as file:  # a part without its job would be nobody's file
+        with atomic(part) as file:  # a part without its first line, the job, could not be continued
             file.write((PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
         if not parts and self.world.is_main:
-            self.write(rows)  # a finished table that lacks pictures
+            self.write(rows)  # rows of a finished table: only its pictures are missing
         return True
 
     def missing(self, block: int) -> np.ndarray:
-        """Return the indices of the images that this process scores: those without a row in each n-th block of the list.
+        """Return the indices of the images that this process scores.
 
-        block: number of images.
+        The list is divided into blocks. With n processes, process r scores the images without a row in the blocks
+        r, r + n, ...
+
+        Args:
+            block: number of images per block.
         """
         missing = np.flatnonzero(~self.done)
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write(self, rows: Mapping[int, Row]) -> None:
-        """Append rows, by the index of their image. They are in the file when this returns."""
+        """Append rows, {index of the image: row}, to the part of this process. They are in the file on return."""
         lines = []
         for i, row in rows.items():
             path, *cells = row_cells(row)
@@ -131,7 +140,7 @@ class ScoreWriter:
         self._append("".join(lines))
 
     def close(self) -> None:
-        """Wait for all processes, and write the table from all parts.
+        """Close the part of this process, wait for all processes, and write the table from the rows of all parts.
 
         Raises:
             UserError: if an image has no row.
@@ -147,20 +156,20 @@ class ScoreWriter:
         write_table(self.table, (rows[i] for i in range(len(self.items))))
 
     def write_record(self, record: Mapping) -> None:
-        """Write P.json with what is given and the job. The table is finished when there are no parts beside it."""
+        """Write the given record and the job to P.json. The table is finished only after `remove_parts`."""
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
     def remove_parts(self) -> None:
-        """Delete the parts: the table is finished."""
+        """Delete the parts of the table. A table without parts is finished."""
         remove_files(find_parts(self.table).values())
 
     def _append(self, text: str) -> None:
-        """Write text in one piece, so that a killed process leaves all or nothing of a batch."""
+        """Append text in one write, so that a killed process leaves either all rows of a batch or none."""
         self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
     def _known_rows(self, parts: Mapping[int, Path]) -> dict[int, Row]:
-        """Read the rows that there are, by the index of their image: of unfinished parts, else of the finished table."""
+        """Read the existing rows, {index of the image: row}: from the parts, or else from the finished table."""
         if parts:
             for part in parts.values():
                 self._require_own_job(part)
@@ -172,7 +181,7 @@ class ScoreWriter:
         return {i: row._replace(path=self.items[i].path) for i, row in rows}
 
     def _require_own_job(self, part: Path) -> None:
-        """Raise a UserError if a part is of another job."""
+        """Raise a UserError if a part belongs to a different job."""
         job = job_of_part(part)
         if job is None:
             raise UserError(f"{printable(part)} is no part of a score table: move it, or choose another --save_path")
@@ -180,12 +189,12 @@ class ScoreWriter:
         if differences:
             raise UserError(
                 f"{printable(self.table)} is unfinished, and was begun with different settings"
-                f" ({', '.join(differences)}): finish it with those settings, choose another --save_path, or delete"
+                f" ({', '.join(differences)}): finish it with its old settings, choose another --save_path, or delete"
                 " its rows with --overwrite"
             )
 
     def _rows_of_parts(self, parts: Mapping[int, Path]) -> dict[int, Row]:
-        """Read the rows of all parts that count, by the index of their image. The first row of an image is taken."""
+        """Read the valid rows of all parts, {index of the image: row}. The first row of an image is taken."""
         rows = {}
         for _, part in sorted(parts.items()):
             for i, row in self._rows_of_part(part):
@@ -193,15 +202,15 @@ class ScoreWriter:
         return rows
 
     def _rows_of_part(self, part: Path) -> list[tuple[int, Row]]:
-        """Read the rows of a part that count, with the index of their image.
+        """Read the valid rows of one part, as pairs (index of the image, row).
 
-        A row counts if its image file has not changed. A row that was torn when the machine lost power does not count,
-        because its last cell, the time of modification, is incomplete.
+        A row is valid if its image file has not changed. A row that was cut off by a power failure is not valid,
+        because its last cell, the modification time, is incomplete.
         """
         rows = []
         with part.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
-            # csv.Error: the part ends within quotes, or in the zeros of a disk that lost power
+            # csv.Error: the end of the part is damaged. It is within quotes, or has zeros after a power failure
             with suppress(csv.Error):
                 for cells in reader:
                     if len(cells) == len(PART_COLUMNS):
@@ -209,7 +218,10 @@ class ScoreWriter:
         return rows
 
     def _current_rows(self, cells: Mapping[str, str]) -> list[tuple[int, Row]]:
-        """Convert the cells of a part's row: to nothing, if its image file has changed or is not in the list."""
+        """Convert the cells of a row in a part to pairs (index of the image, row).
+
+        The list is empty if the image file has changed or is not in the list of images.
+        """
         rows = []
         for i in self.indices.get(cells["path"], ()):
             size, mtime_ns = self.stamps[i]
@@ -222,7 +234,7 @@ class ScoreWriter:
 
 
 def find_parts(table: Path) -> dict[int, Path]:
-    """Find the parts of a table, by their numbers."""
+    """Find the parts of a score table: {number of the part: path}."""
     pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
     parts = {}
     for path in table.parent.iterdir() if table.parent.is_dir() else ():
@@ -233,7 +245,7 @@ def find_parts(table: Path) -> dict[int, Path]:
 
 
 def job_of_part(part: Path) -> dict | None:
-    """Read the job of a part; None if the file is no part of a score table."""
+    """Read the job from the first line of a part. Returns None if the file is not a part of a score table."""
     try:
         with part.open(encoding="utf-8") as file:
             first_line = file.readline(2**20)

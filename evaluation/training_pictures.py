@@ -14,12 +14,16 @@ from utils.labels import LABEL_NAMES
 from utils.random_streams import seeded_generator
 from utils.run import Run
 
-PICTURE_SIDE = 256  # pixels, at most
-PICTURE_GAIN = 4  # differences are faint: they are shown brighter by this factor
+PICTURE_SIDE = 256  # maximum side of a picture in pixels
+PICTURE_GAIN = 4  # factor by which the faint differences are brightened
 
 
 def example_images(images: ImageDataset) -> dict[str, Tensor]:
-    """Read the first readable real and generated image, at most PICTURE_SIDE pixels: uint8 (1, 3, H, W) by label."""
+    """Read the first readable real image and the first readable fake image, cropped to at most PICTURE_SIDE pixels.
+
+    Returns:
+        {"real" or "fake": uint8 (1, 3, H, W)}.
+    """
     examples = {}
     scale = images.policy.scale
     for item in images.items:
@@ -29,7 +33,7 @@ def example_images(images: ImageDataset) -> dict[str, Tensor]:
         try:
             x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
         except UserError:
-            continue  # training reports what is wrong with it
+            continue  # training reports unreadable images
         side = min(PICTURE_SIDE, *x.shape[-2:])
         examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
         if len(examples) == len(LABEL_NAMES):
@@ -46,9 +50,10 @@ def record_pictures(
     images: dict[str, Tensor],
     epochs_done: int,
 ) -> None:
-    """Write to TensorBoard: image | re-synthesis | difference, and the same for the degraded input of the task.
+    """Write pictures to TensorBoard: image | re-synthesis | difference.
 
-    Images and degradation are the same in every epoch, so that before and after training can be compared.
+    With an auxiliary task, write a second picture per image: degraded image | its re-synthesis | difference. Images and
+    degradation are the same in every epoch, so that pictures of different epochs can be compared.
     """
     if run.writer is None:
         return

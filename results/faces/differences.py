@@ -1,9 +1,10 @@
-"""Print how much higher AUROC is with RDN than with each control, on the same images, as a markdown table.
+"""Print AUROC with RDN minus AUROC with each control network, on the same test images, as a markdown table.
 
     python results/faces/differences.py [--cells pixel stage4 stage5]
 
-Reads results/faces/scores/CELL_NETWORK_seedN.csv. Each number is the mean over the seeds. The 95 % interval is from 1,000
-bootstrap resamples of the images; a resample takes the same images for all seeds and both networks.
+The score tables are results/faces/scores/CELL_NETWORK_seedN.csv, where a cell is one setting of the study, such as
+"stage5". Each number is the mean over the seeds. The 95 % interval comes from 1,000 bootstrap resamples of the images.
+One resample takes the same images for all seeds and for both networks.
 """
 
 import argparse
@@ -20,15 +21,15 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 from evaluation.metrics import generator_rows  # noqa: E402
 from evaluation.score_table import read_table  # noqa: E402
 
-NETWORKS = ("rdn", "bicubic", "none")
+NETWORKS = ("rdn", "bicubic", "none")  # re-synthesizers; "bicubic" and "none" are the controls
 RESAMPLES = 1000
 
 
 def read_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
-    """Read the score tables of a cell.
+    """Read the score tables of a cell of the study, for all networks and seeds.
 
     Returns:
-        {network: scores (seeds, N)}, is_fake (N,), {generator: (N,) bool, its fakes and the reals}.
+        {network: scores (seeds, N)}, is_fake (N,) bool, {generator: (N,) bool, true for its fakes and all reals}.
     """
     scores = {}
     for network in NETWORKS:
@@ -37,18 +38,18 @@ def read_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str,
         if not tables:
             raise SystemExit(f"no score tables {cell}_{network}_seedN.csv: run results/faces/run.sh")
         if any(table.paths != tables[0].paths for table in tables):
-            raise SystemExit(f"the score tables of {cell} {network} are not of the same images")
+            raise SystemExit(f"the score tables of {cell} {network} must contain the same images for all seeds")
         scores[network] = np.stack([table.margins for table in tables])
     return scores, tables[0].is_fake, generator_rows(tables[0])
 
 
 def mean_auroc(scores: np.ndarray, is_fake: np.ndarray) -> float:
-    """Average AUROC over the seeds. scores: (seeds, N). is_fake: (N,) bool."""
+    """Compute the mean AUROC over the seeds. scores: (seeds, N). is_fake: (N,) bool."""
     return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
 
 
 def difference(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarray) -> tuple[float, float, float]:
-    """Compute AUROC with RDN minus AUROC with the control: (difference, low, high)."""
+    """Compute AUROC with RDN minus AUROC with a control. Returns the difference and the ends of its 95 % interval."""
     rng = np.random.default_rng(0)
     reals = np.flatnonzero(~is_fake)
     fakes = np.flatnonzero(is_fake)
@@ -77,5 +78,5 @@ def main(cells: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", default=["pixel", "stage4", "stage5"], help="cells of run.sh")
+    parser.add_argument("--cells", nargs="+", default=["pixel", "stage4", "stage5"], help="settings in run.sh")
     main(parser.parse_args().cells)
