@@ -1,8 +1,8 @@
-"""Search image sets for leaks: what separates real from generated images besides their content.
+"""Search image sets for leaks: properties besides the content that separate real from generated images.
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
 
-Exit status: 0 no leak, 1 a leak, 2 a mistake in the call.
+The exit status is 0 if no leak was found, 1 if a leak was found, and 2 if the arguments are wrong.
 """
 
 import sys
@@ -30,15 +30,15 @@ def report(result: Audit) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the audit and print what it found. Returns the exit status."""
+    """Run the audit and print its findings. Returns the exit status."""
     parser = options.Parser("python -m tools.audit", __doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
     parser.add_argument("--data-root-pos", **folders, help="folders of REAL images")
     parser.add_argument("--data-root-neg", **folders, help="folders of GENERATED images")
     parser.add_argument("--val-root-pos", **folders, help="folders of REAL images for validation")
     parser.add_argument("--val-root-neg", **folders, help="folders of GENERATED images for validation")
-    parser.add_argument("--data-root", dest="tree", metavar="TREE", help="a tree instead: GENERATOR/0_real, .../1_fake")
-    parser.add_argument("--csv", metavar="FILE", help="a table instead: path,label[,generator], label real or fake")
+    parser.add_argument("--data-root", dest="tree", metavar="TREE", help="a folder tree, GENERATOR/0_real, .../1_fake")
+    parser.add_argument("--csv", metavar="FILE", help="a CSV table, path,label[,generator], with labels real and fake")
     args = parser.parse_args(arguments)
     train = labelled_items(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
     validation = []

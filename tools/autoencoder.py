@@ -1,8 +1,8 @@
-"""TAEF2: a small autoencoder of photographs, whose decoder leaves the traces of a modern image generator.
+"""TAEF2: a small image autoencoder, whose decoder leaves the traces of a modern image generator.
 
 The architecture and the weights are by Ollin Boer Bohan, https://github.com/madebyollin/taesd, commit 5cccb12, MIT
-licence. It was distilled from the autoencoder of FLUX.2. The weights are not part of this project: download the files of the
-encoder and the decoder from that repository. The names of the modules are the names in those files.
+licence. TAEF2 was distilled from the autoencoder of FLUX.2. This project does not contain the weights. Download the
+weight files of the encoder and the decoder from Bohan's repository. Modules have the same names as in the weight files.
 """
 
 import torch
@@ -12,13 +12,13 @@ from utils import checkpoints
 from utils.console import printable
 from utils.errors import UserError
 
-WIDTH = 64  # channels of the hidden maps
+WIDTH = 64  # channels of the hidden feature maps
 LATENT_CHANNELS = 32
-FACTOR = 8  # the latent maps are this many times smaller than the picture
+FACTOR = 8  # side of the image / side of the latent map
 
 
 class Pool(nn.Sequential):
-    """Channel mixing with normalisation over the whole map. x: (B, 64, H, W) -> same shape."""
+    """1 x 1 convolutions with group norm over the whole feature map. x: (B, 64, H, W) -> (B, 64, H, W)."""
 
     def __init__(self) -> None:
         wide = 4 * WIDTH
@@ -31,7 +31,7 @@ class Pool(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Three convolutions with a skip connection. x: (B, 64, H, W) -> same shape."""
+    """Three 3 x 3 convolutions with a skip connection. x: (B, 64, H, W) -> (B, 64, H, W)."""
 
     def __init__(self, pool: bool = False) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Encoder(nn.Sequential):
     def __init__(self) -> None:
         layers = [nn.Conv2d(3, WIDTH, 3, padding=1), Block()]  # (B, 64, H, W)
         for pool in (False, False, True):
-            layers.append(nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False))  # half the height and width
+            layers.append(nn.Conv2d(WIDTH, WIDTH, 3, stride=2, padding=1, bias=False))  # halves height and width
             layers.extend([Block(pool), Block(pool), Block(pool)])
         layers.append(nn.Conv2d(WIDTH, LATENT_CHANNELS, 3, padding=1))  # (B, 32, H / 8, W / 8)
         super().__init__(*layers)
@@ -76,7 +76,7 @@ class Decoder(nn.Sequential):
         layers = [SoftClamp(), nn.Conv2d(LATENT_CHANNELS, WIDTH, 3, padding=1), nn.ReLU()]  # (B, 64, h, w)
         for blocks, pool in ((3, True), (3, False), (3, False)):
             layers.extend([Block(pool) for _ in range(blocks)])
-            layers.append(nn.Upsample(scale_factor=2))  # nearest: twice the height and width
+            layers.append(nn.Upsample(scale_factor=2))  # nearest-neighbour: doubles height and width
             layers.append(nn.Conv2d(WIDTH, WIDTH, 3, padding=1, bias=False))
         layers.append(Block())
         layers.append(nn.Conv2d(WIDTH, 3, 3, padding=1))  # (B, 3, 8 h, 8 w)
@@ -84,7 +84,7 @@ class Decoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> same shape, in [0, 1]."""
+    """Encoder and decoder. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> (B, 3, H, W) in [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,10 +96,10 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(encoder_file: str, decoder_file: str) -> Autoencoder:
-    """Load the weights of TAEF2 in float32, ready for use.
+    """Create TAEF2 in evaluation mode, with float32 weights from two files.
 
     Raises:
-        UserError: if a file cannot be read or does not fit.
+        UserError: if a file cannot be read or does not hold the weights of TAEF2.
     """
     model = Autoencoder()
     for part, file in ((model.encoder, encoder_file), (model.decoder, decoder_file)):

@@ -1,16 +1,17 @@
-"""Calibrate a detector: make P(fake) mean what it says, and choose when it says real, fake or unsure.
+"""Calibrate a detector: make P(fake) a probability, and choose the thresholds of the verdicts real, fake and unsure.
 
     python -m tools.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 --fnr 0.01]
 
-SCORES.csv is a labelled score table of this detector, written by test.py, of images that neither training nor the final test
-uses. The program fits a temperature (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), then two thresholds.
-It stores them in the detector's file under "calibration", and test.py uses them from then on:
+SCORES.csv is a labelled score table that test.py wrote with this detector. Neither training nor the final test may use
+the images in the table. The program fits a temperature (Guo et al., "On Calibration of Modern Neural Networks", ICML
+2017), then two thresholds. They are stored in the checkpoint of the detector under "calibration", where test.py finds
+them:
 
-    temperature          the logits are divided by it
+    temperature          number by which the logits are divided
     t_fake, t_real       an image is called fake if P(fake) >= t_fake, real if P(fake) <= t_real, else unsure
-    fpr, fnr             the error rates that were asked for
-    n_real, n_fake       number of images it was fitted to
-    source               name of the score table
+    fpr, fnr             the error rates requested with --fpr and --fnr
+    n_real, n_fake       number of real and fake images in the score table
+    source               file name of the score table
 """
 
 import argparse
@@ -34,9 +35,9 @@ from utils.errors import UserError, run_program
 
 logger = logging.getLogger("tools.calibrate")
 
-TEMPERATURES = (0.05, 20.0)  # range of the search
-BISECTIONS = 60  # more than float32 can resolve
-ROUNDING = 1e-9  # 0.07 * 100 is 7.000000000000001
+TEMPERATURES = (0.05, 20.0)  # range in which the temperature is searched
+BISECTIONS = 60  # halvings of the range, more than float32 can resolve
+ROUNDING = 1e-9  # tolerance for products such as 0.07 * 100 = 7.000000000000001
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,14 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibration, warnings = calibrate(table, args.fpr, args.fnr)
     if record.get("trained_on"):
         warnings.append(
-            f"the detector was trained on {record['trained_on']} of these images, which makes it look too good: score others"
+            f"the detector was trained on {record['trained_on']} of these images, which makes it look too good: score"
+            " other images"
         )
     lines = report_lines(table, calibration)
     lines += [f"warning: {text}" for text in warnings]
     if content is not None:
         content["calibration"] = {**calibration, "source": Path(args.scores).name}
-        checkpoints.save(content, os.path.realpath(args.into))  # a symbolic link stays one
-        lines.append(f"stored in {printable(args.into)}; test.py uses it from now on")
+        checkpoints.save(content, os.path.realpath(args.into))  # keeps a symbolic link
+        lines.append(f"stored in {printable(args.into)}; test.py uses the calibration from now on")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -68,10 +70,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.Parser("python -m tools.calibrate", text)
     add = parser.add_argument
     add("scores", metavar="SCORES.csv", help="labelled score table of the detector, written by test.py")
-    add("--into", metavar="FILE", help="the detector's checkpoint to store it in (default: only print it)")
+    add("--into", metavar="FILE", help="checkpoint of the detector that stores the calibration (default: only print)")
     text = "fraction of real images that may be called fake (default: %(default)s)"
     add("--fpr", type=float, default=0.01, metavar="X", help=text)
-    add("--fnr", type=float, metavar="X", help="fraction of fake images that may be called real (default: as --fpr)")
+    text = "fraction of fake images that may be called real (default: the value of --fpr)"
+    add("--fnr", type=float, metavar="X", help=text)
     args = parser.parse_args(arguments)
     if args.fnr is None:
         args.fnr = args.fpr
@@ -81,16 +84,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-# --- do the scores belong to the detector ---
+# --- checks that the scores belong to the detector ---
 
 
 def require_same_detector(content: Mapping, record: Mapping, name: str) -> None:
-    """Check that a score table is from a detector, and from unchanged images.
+    """Check that a score table was made with a given detector, and from unperturbed images.
 
     Args:
-        content: of the detector's checkpoint.
-        record: of SCORES.json; empty if there is none, which only gives a warning.
-        name: of the checkpoint, for messages.
+        content: content of the checkpoint of the detector.
+        record: content of SCORES.json. If it is empty, the function only logs a warning.
+        name: file name of the checkpoint, for messages.
     Raises:
         UserError: if the weights differ, the images were perturbed, or the checkpoint holds no detector.
     """
@@ -100,10 +103,10 @@ def require_same_detector(content: Mapping, record: Mapping, name: str) -> None:
     if not is_released_detector and not config.get("classifier"):
         raise UserError(f"{printable(name)} holds no detector (no classifier): give the file that made the scores")
     if not record:
-        logger.warning("warning: there is no SCORES.json, so nobody checks that the scores are from this detector")
+        logger.warning("warning: there is no SCORES.json, so it is not checked that the scores are from this detector")
         return
     scored = record.get("detector") or {}
-    fingerprints = {  # checkpoint, scores
+    fingerprints = {  # part -> (fingerprint in the checkpoint, fingerprint in SCORES.json)
         "classifier": (checkpoints.fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
@@ -111,19 +114,19 @@ def require_same_detector(content: Mapping, record: Mapping, name: str) -> None:
     for part, (expected, got) in fingerprints.items():
         if None not in (expected, got) and expected != got:
             raise UserError(
-                f"the scores are from another detector: the fingerprint of the {part} is {got}, and {printable(name)} has"
-                f" {expected}; score the images with this file first (test.py --resume)"
+                f"the scores are from another detector: the fingerprint of the {part} is {got}, and {printable(name)}"
+                f" has {expected}; score the images with this file first (test.py --resume)"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
-        raise UserError(f"the scores are from images changed by {perturbation}: use scores of unchanged images")
+        raise UserError(f"the scores are from images perturbed by {perturbation}: use scores of unperturbed images")
 
 
 def require_same_image_settings(content: Mapping, record: Mapping, name: str) -> None:
-    """Check that test.py will resize and crop images for this detector as it did for the score table.
+    """Check that the images of the score table were resized and cropped as test.py does it by default.
 
     Raises:
-        UserError: if it will not.
+        UserError: if the crop size, the resizing or the number of crops differs.
     """
     job = record.get("job") or {}
     trained = (content.get("config") or {}).get("images") or {}
@@ -132,8 +135,8 @@ def require_same_image_settings(content: Mapping, record: Mapping, name: str) ->
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
             raise UserError(
-                f"the scores were made with {flag} {got or 0}, and test.py uses {expected or 0} for {printable(name)}: score"
-                f" the images again without {flag}"
+                f"the scores were made with {flag} {got or 0}, and test.py uses {expected or 0} for {printable(name)}:"
+                f" score the images again without {flag}"
             )
 
 
@@ -147,9 +150,9 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
         fpr: fraction of the real images that may be called fake.
         fnr: fraction of the fake images that may be called real.
     Returns:
-        The calibration without its source, as plain numbers; and warnings, one line each.
+        The calibration without the entry "source", as plain numbers; and warnings, one line each.
     Raises:
-        UserError: if a class is missing.
+        UserError: if the table has no real or no fake images.
     """
     table = table.select(table.usable)
     n_real, n_fake = int(table.is_real.sum()), int(table.is_fake.sum())
@@ -161,8 +164,8 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
     for rate, count, kind in ((fpr, n_real, "real"), (fnr, n_fake, "fake")):
         if rate * count < 1 - ROUNDING:
             warnings.append(
-                f"{100 * rate:g} % of {count} {kind} images is less than one image: none of them is called wrong, but the"
-                " error rate on other images is not known"
+                f"{100 * rate:g} % of {count} {kind} images is less than one image: none of them is called wrong, but"
+                " the error rate on other images is not known"
             )
     fitted = {"temperature": temperature, "t_real": t_real, "t_fake": t_fake}
     return {**fitted, "fpr": fpr, "fnr": fnr, "n_real": n_real, "n_fake": n_fake}, warnings
@@ -171,14 +174,14 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
 def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, list[str]]:
     """Find the temperature T that minimises the mean negative log-likelihood of P(fake) = sigmoid(margin / T).
 
-    The likelihood is convex in 1 / T, so its slope changes sign once, and bisection finds the place. If every image is on the
-    right side, no T is best: the smaller, the better. Then T is 1.
+    The negative log-likelihood is convex in 1 / T. Its slope changes sign once, and bisection finds this point. If the
+    larger logit is right for every image, the likelihood grows without end as T becomes smaller. T is then set to 1.
 
     Args:
         margins: (N,), logit_fake - logit_real.
         is_fake: (N,) bool.
     Returns:
-        The temperature, and warnings.
+        The temperature, and warnings, one line each.
     """
     agreement = np.where(is_fake, margins, -margins)  # > 0 if the larger logit is right
     if agreement.min() >= 0:
@@ -186,7 +189,7 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     low, high = np.log(TEMPERATURES)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))  # derivative of the likelihood by 1 / T
+        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))  # derivative by 1 / T
         if slope < 0:
             high = middle
         else:
@@ -199,10 +202,10 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 
 
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> tuple[float, float]:
-    """Find the thresholds t_real <= t_fake that leave as few images unsure as the error rates allow.
+    """Find the thresholds t_real <= t_fake that call as few images unsure as the error rates allow.
 
-    At most a fraction `fpr` of the real images has P(fake) >= t_fake, at most `fnr` of the fake images has P(fake) <= t_real.
-    If both rates can be kept without calling any image unsure, the thresholds are equal.
+    At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
+    P(fake) <= t_real. If both error rates can be kept without calling any image unsure, both thresholds are equal.
 
     Args:
         prob_fake: (N,) in [0, 1], calibrated.
@@ -218,7 +221,10 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """Find the lowest t with at most a fraction `rate` of `negatives` >= t. It is halfway to the next higher score."""
+    """Find the lowest threshold t such that at most a fraction `rate` of `negatives` is >= t.
+
+    The result is halfway between the highest score that must stay below t and the next higher score.
+    """
     allowed = min(math.floor(rate * len(negatives) + ROUNDING), len(negatives) - 1)
     highest_below = np.sort(negatives)[::-1][allowed]  # the highest score that must stay below t
     above = scores[scores > highest_below]
@@ -232,13 +238,13 @@ def lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> 
 
 
 def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
-    """Describe a calibration and its effect on the images it was fitted to."""
+    """Describe a calibration, and its effect on the images of the score table."""
     table = table.select(table.usable)
     before, _ = probabilities_and_verdicts(table.logits)
     after, verdicts = probabilities_and_verdicts(table.logits, calibration)
     lines = [
-        "fitted to {n_real} real and {n_fake} fake images: temperature {temperature:.4g}; fake if P(fake) >= {t_fake:.4g},"
-        " real if P(fake) <= {t_real:.4g}, else unsure".format_map(calibration)
+        "fitted to {n_real} real and {n_fake} fake images: temperature {temperature:.4g}; fake if P(fake) >="
+        " {t_fake:.4g}, real if P(fake) <= {t_real:.4g}, else unsure".format_map(calibration)
     ]
     for name, metric in (("calibration error (ECE)", expected_calibration_error), ("NLL", negative_log_likelihood)):
         old, new = metric(before, table.is_fake), metric(after, table.is_fake)

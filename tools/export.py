@@ -1,11 +1,12 @@
-"""Export a trained detector for use elsewhere: as one graph, or as one safe file to share.
+"""Export a trained detector: as a graph for other runtimes (ONNX, torch.export), or as one safetensors file to share.
 
     python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
     python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
-A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or whole image. It is written only
-if it gives the detector's own numbers. --check compares a graph that exists. A bundle holds everything that scoring needs,
-with a model card; --resume and `evaluation.load` accept it. docs/integrations.md says how to use both.
+A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. A graph
+is written only if it computes the same logits and P(fake) as the detector. --check compares an existing graph with the
+detector. A bundle (.safetensors) holds everything that scoring needs, and a model card. The option --resume and the
+function `evaluation.load` accept a bundle. docs/integrations.md says how to use graphs and bundles.
 """
 
 import argparse
@@ -34,7 +35,7 @@ logger = logging.getLogger("tools.export")
 
 GRAPH_SUFFIXES = (".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-COPIED = ("arch", "epoch", "calibration", "trained_on")  # parts of the checkpoint that a bundle takes over
+COPIED = ("arch", "epoch", "calibration", "trained_on")  # entries of the checkpoint that are copied to a bundle
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,9 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with atomic(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
-            logger.info(
-                "the graph scores one crop; test.py takes the mean over %d: see docs/integrations.md", detector.crops
-            )
+            text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md"
+            logger.info(text, detector.crops)
     if args.bundle:
         content = bundle_content(detector, checkpoints.load(args.resume), args.scores)
         checkpoints.save(content, os.path.realpath(args.bundle))
@@ -80,7 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def require_onnx(args: argparse.Namespace) -> None:
-    """Raise UserError if an ONNX file is asked for and a package for it is missing."""
+    """Raise a UserError if an ONNX file is requested and a Python package for ONNX is missing."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     for path in (args.out, args.check):
         if path and path.suffix == ".onnx" and missing:
@@ -88,13 +88,13 @@ def require_onnx(args: argparse.Namespace) -> None:
 
 
 def require_own_file(path: Path, mark: bytes) -> None:
-    """Raise UserError if the file exists and this program did not write it."""
+    """Raise a UserError if the file exists and does not contain `mark`, which this program writes into its files."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
-        raise UserError(f"{printable(path)} was not written by this program: give another name, or remove it")
+        raise UserError(f"{printable(path)} was not written by this program: give another name, or remove the file")
 
 
 def read_graph(path: Path) -> bytes:
-    """Read the file of --check."""
+    """Read the graph that --check names. Raises a UserError if the file cannot be read."""
     try:
         if not path.is_file():
             raise FileNotFoundError(0, "no such file")
@@ -104,13 +104,13 @@ def read_graph(path: Path) -> bytes:
 
 
 def bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
-    """Collect what a bundle holds. VGG-19 is named by its fingerprint only: it has 50 MB, and all detectors share it.
+    """Collect the entries of a bundle. It holds only a fingerprint of VGG-19: all detectors share these 50 MB.
 
     Args:
-        found: content of the detector's checkpoint.
-        scores: the P.json of test.py, for the model card.
+        found: content of the checkpoint of the detector.
+        scores: path of the P.json of test.py, whose metrics the model card shows. None: no metrics.
     Raises:
-        UserError: if the scores are from another detector, or have no labels.
+        UserError: if the scores are from a different detector, or from images without labels.
     """
     network = detector.network
     content = {name: found[name] for name in COPIED if name in found}

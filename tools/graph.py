@@ -1,7 +1,8 @@
-"""A detector as one graph, from pixels to P(fake), in ONNX or in the format of torch.export.
+"""Export a detector as one graph from pixels to P(fake), in ONNX or in the format of torch.export.
 
-The graph covers one image as the network gets it: whole, or one crop for a detector that was trained on crops. What comes
-before and after it (resizing, cropping, the mean over crops, the thresholds) is described by its metadata.
+The input of the graph is a batch of images as the network gets them: whole images, or crops if the detector was trained
+on crops. The graph does not resize, crop, average over crops or apply thresholds. Its metadata hold the settings for
+these steps.
 """
 
 import copy
@@ -28,10 +29,10 @@ from utils.random_streams import seeded_generator
 logger = logging.getLogger("tools.export")
 
 FORMAT = "beyond-the-spectrum graph, version 2"
-MARK = b"beyond-the-spectrum graph"  # in every version: tells this program's graphs from other files
-FACTS = "facts.json"  # where a .pt2 file stores what ONNX calls metadata
-SMALLEST_EXAMPLE = 96  # pixels, unless the detector was trained on smaller crops
-TOLERANCE = 1e-4  # of P(fake), and of logits: relative if they exceed 1
+MARK = b"beyond-the-spectrum graph"  # text in every graph of this program, of any version
+FACTS = "facts.json"  # name of the metadata in a .pt2 file
+SMALLEST_EXAMPLE = 96  # side of the example image in pixels, unless the detector was trained on crops
+TOLERANCE = 1e-4  # for differences of P(fake) and logits; relative for values above 1
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # 2.6 fails with onnxscript 0.7
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
@@ -50,11 +51,11 @@ class Graph(nn.Module):
         x = image.to(torch.float32) / 255  # (B, 3, H, W) in [0, 1]
         logits = self.network(x)  # (B, 2)
         margin = (logits[:, 0] - logits[:, 1]) / self.temperature  # (B,)
-        return logits, margin.sigmoid()  # the softmax of two logits
+        return logits, margin.sigmoid()  # equals softmax over two classes
 
 
 class PlainBatchNorm(nn.Module):
-    """A batch norm with fixed statistics, as one multiplication and one addition. x: (B, C, H, W) -> same shape."""
+    """A batch norm with fixed statistics, as one multiplication and one addition. x: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
@@ -68,7 +69,7 @@ class PlainBatchNorm(nn.Module):
 
 
 def with_plain_batch_norms(network: nn.Module) -> nn.Module:
-    """Copy a network, with its batch norms in a form that every version of PyTorch converts to ONNX."""
+    """Copy a network, and replace each batch norm by a module that every version of PyTorch converts to ONNX."""
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
@@ -77,10 +78,10 @@ def with_plain_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def make_graph(detector: Detector, suffix: str) -> bytes:
-    """Export a detector.
+    """Export a detector as a graph.
 
     Args:
-        suffix: ".onnx" or ".pt2".
+        suffix: format of the graph, ".onnx" or ".pt2".
     Returns:
         The content of the file.
     Raises:
@@ -88,7 +89,7 @@ def make_graph(detector: Detector, suffix: str) -> bytes:
     """
     warnings.filterwarnings("ignore", "No complete tensor found", module="torch.export")
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # they report every step
+        logging.getLogger(name).setLevel(logging.ERROR)  # these loggers report every step
     program, is_dynamic = export_program(detector)
     facts = facts_of(detector)
     if suffix == ".pt2":
@@ -100,11 +101,11 @@ def make_graph(detector: Detector, suffix: str) -> bytes:
 
 
 def onnx_of(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
-    """Convert a program to ONNX.
+    """Convert an exported program to ONNX.
 
     Args:
-        axes: names of the image's dimensions that are free.
-        facts: metadata.
+        axes: dimensions of the input that may have any size, {dimension: name}.
+        facts: metadata of the graph.
     Returns:
         The content of the file.
     Raises:
@@ -130,10 +131,10 @@ def onnx_of(program: torch.export.ExportedProgram, axes: Mapping[int, str], fact
 
 
 def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bool]:
-    """Export the network for images of any size or, if it allows only one, for crops of its size.
+    """Export the network for images of any size. If that fails, export it for images of the size of one crop.
 
     Returns:
-        The program, and whether height and width are free.
+        The exported program, and whether it accepts images of any size.
     """
     scale = detector.policy.scale
     _, height, width = example_sizes(detector)[0]
@@ -146,7 +147,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
     for shapes, rows, columns in choices:
         example = torch.zeros(2, 3, rows, columns, dtype=torch.uint8)
         try:
-            with torch.enable_grad():  # networks in their plain form: whole maps, no tiles
+            with torch.enable_grad():  # with gradients enabled, networks compute whole maps instead of tiles
                 program = torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(shapes,))
             return program, len(shapes) > 1
         except Exception as error:  # torch.export raises errors of many kinds
@@ -155,7 +156,10 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
 
 
 def example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
-    """Choose sizes to check a graph with: (batch, height, width), multiples of the scale. The first is a crop."""
+    """Choose sizes of images to check a graph with, (batch, height, width). The first size is the size of one crop.
+
+    Height and width are multiples of the scale of the re-synthesizer.
+    """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
     side -= side % scale
@@ -163,7 +167,7 @@ def example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
 
 
 def facts_of(detector: Detector) -> dict[str, str]:
-    """Collect what users of a graph must know, by name. Each value is JSON."""
+    """Collect the metadata of a graph, {name: value as JSON}: sizes, crops, thresholds and the config."""
     facts = {"format": FORMAT, "labels": LABEL_NAMES, "crops": detector.crops}
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
@@ -173,7 +177,7 @@ def facts_of(detector: Detector) -> dict[str, str]:
 
 
 def public_config(detector: Detector) -> dict:
-    """Copy the config, with the fingerprints of all networks and without folders of this machine."""
+    """Copy the config of a detector. Fingerprints of all networks are added; names of local folders are removed."""
     config = dict(detector.config)
     config["classifier_fingerprint"] = fingerprint(detector.network.classifier)
     if config.get("vgg"):
@@ -185,32 +189,37 @@ def public_config(detector: Detector) -> dict:
 
 
 def open_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], Mapping[str, str]]:
-    """Open the content of a graph file. Returns a function from images to (logits, P(fake)), and the facts."""
+    """Load a graph from the content of its file. Returns a function images -> (logits, P(fake)), and the metadata."""
     if data.startswith(b"PK"):  # a .pt2 file is a zip file
         extra = {FACTS: ""}
         module = runnable(torch.export.load(io.BytesIO(data), extra_files=extra))
         return lambda image: [output.detach().numpy() for output in module(image)], json.loads(extra[FACTS])
-    import onnxruntime  # here, because .pt2 files do not need it
+    import onnxruntime  # imported here, because .pt2 files do not need it
 
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
     return lambda image: session.run(None, {"image": image.numpy()}), session.get_modelmeta().custom_metadata_map
 
 
 def runnable(program: torch.export.ExportedProgram) -> nn.Module:
-    """Make a module of a program. Newer versions of PyTorch compare sizes with the example's, which is left out."""
+    """Make a module from an exported program.
+
+    Newer versions of PyTorch check that input sizes match the example input. This check is turned off.
+    """
     if "check_guards" in inspect.signature(program.module).parameters:
         return program.module(check_guards=False)
     return program.module()
 
 
 def check_graph(path: Path, detector: Detector, data: bytes) -> None:
-    """Compare a graph with the detector, on random images of one crop's size and, if it accepts them, of others.
+    """Compare the outputs of a graph and of the detector on random images.
+
+    The first image has the size of one crop. The graph is also checked on images of two more sizes, if it accepts them.
 
     Args:
-        path: of the file, for messages.
-        data: its content.
+        path: path of the graph file, for messages.
+        data: content of the graph file.
     Raises:
-        UserError: if it is no graph, or belongs to another version or detector, or its numbers differ.
+        UserError: if `data` is not a graph, belongs to a different detector, or gives different logits or P(fake).
     """
     name = printable(path)
     rng = seeded_generator(0)
@@ -220,7 +229,7 @@ def check_graph(path: Path, detector: Detector, data: bytes) -> None:
     try:
         run, found = open_graph(data)
         results = [run(images[0])]
-    except Exception as error:  # each runtime raises errors of its own
+    except Exception as error:  # each runtime raises exceptions of its own types
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{name} is no graph of a detector, or it is damaged ({reason}): export it again") from None
     for fact, expected in facts_of(detector).items():
@@ -233,7 +242,7 @@ def check_graph(path: Path, detector: Detector, data: bytes) -> None:
             logger.info("%s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
     difference = max(difference_from(detector, x, result) for x, result in zip(images, results, strict=False))
-    if not difference <= TOLERANCE:  # NaN is refused, too
+    if not difference <= TOLERANCE:  # also true for NaN
         raise UserError(
             f"{name} differs from the detector's numbers by {difference:.2g}, expected at most {TOLERANCE:g}"
         )
@@ -243,10 +252,15 @@ def check_graph(path: Path, detector: Detector, data: bytes) -> None:
 
 
 def difference_from(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
-    """Compute the largest difference of logits and P(fake) from the detector's; relative where these exceed 1."""
+    """Compute the largest difference between outputs of a graph and of the detector; relative for values above 1.
+
+    Args:
+        image: uint8 (B, 3, H, W).
+        result: logits (B, 2) and P(fake) (B,) of the graph.
+    """
     logits, prob_fake = result
     with torch.inference_mode():
-        expected = detector.network(image.to(torch.float32) / 255).numpy()  # (B, 2), as one crop
+        expected = detector.network(image.to(torch.float32) / 255).numpy()  # (B, 2), without crops
     expected_prob, _ = probabilities_and_verdicts(expected, detector.calibration)
     expected = np.column_stack([expected, expected_prob])  # (B, 3)
     found = np.column_stack([logits, prob_fake])
