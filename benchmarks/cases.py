@@ -1,8 +1,8 @@
-"""One measurement in a process of its own:  python -m benchmarks.cases JSON, where JSON holds the fields of `Case`.
+"""Make one measurement in its own process: python -m benchmarks.cases JSON, where JSON holds the fields of `Case`.
 
-Three forms of the same networks are compared. "plain" is what the papers draw: whole maps, torch.cat, PyTorch's default
-memory order. "channels-last" adds the two lines that everybody adds: channels-last memory order, and autocast for bf16.
-"here" is what the programs of this checkout run.
+Three implementations (forms) of the same networks are compared. "plain" follows the figures of the papers: whole
+feature maps, torch.cat, and PyTorch's default memory format. "channels-last" is the plain form with channels-last
+memory format, and with autocast for bf16. "here" is the code that the programs of this checkout run.
 """
 
 import json
@@ -32,27 +32,27 @@ from utils.compute import Compute, choose_compute
 from utils.distributed import World
 from utils.training import Stepper
 
-TASKS = {0: "colorization", 5: "denoising"}  # the auxiliary tasks of the two fine-tuning scripts, by stage
-VGG_LAMBDA = 0.2  # weight of the perceptual loss of train_super_resolution_celeba.sh
-GPU_WARM_UPS = 3  # cuDNN measures its algorithms in the first runs
-GPU_RUNS = 5
+TASKS = {0: "colorization", 5: "denoising"}  # feature stage -> auxiliary task, as in the two fine-tuning scripts
+VGG_LAMBDA = 0.2  # weight of the perceptual loss, as in train_super_resolution_celeba.sh
+GPU_WARM_UPS = 3  # runs that are not timed, because cuDNN chooses its algorithms in the first runs
+GPU_RUNS = 5  # runs that are timed
 
 
 class Case(NamedTuple):
-    """What is measured. Images have side x side pixels."""
+    """The settings of one measurement."""
 
-    kind: str  # a key of KINDS
-    form: str  # plain, channels-last or here
+    kind: str  # what is measured, a key of KINDS
+    form: str  # implementation: plain, channels-last or here
     precision: str  # fp32, tf32 or bf16
-    stage: int
-    side: int
-    images: int
-    gpu: str  # as --gpu
-    quick: bool  # toy networks
+    stage: int  # feature stage: 0 = pixels, 5 = stage 5 of VGG-19
+    side: int  # height and width of the images in pixels
+    images: int  # number of images
+    gpu: str  # number of the GPU, or "cpu"
+    quick: bool  # whether to use toy networks
 
 
 class PlainRDN(nn.Module):
-    """RDN as in figure 2 of Zhang et al. (CVPR 2018), with the parameters of an `RDN`."""
+    """RDN as drawn in figure 2 of Zhang et al. (CVPR 2018). The parameters are shared with an `RDN` of this code."""
 
     def __init__(self, rdn: RDN):
         super().__init__()
@@ -60,7 +60,7 @@ class PlainRDN(nn.Module):
         self.scale = rdn.scale
 
     def forward(self, x_lr: Tensor) -> Tensor:
-        """(B, 3, h, w) -> (B, 3, scale * h, scale * w)."""
+        """Enlarge images: (B, 3, h, w) -> (B, 3, scale * h, scale * w)."""
         sfe1 = self.rdn.sfe1(x_lr)  # (B, G0, h, w)
         x = self.rdn.sfe2(sfe1)  # (B, G0, h, w)
         block_outputs = []
@@ -78,7 +78,7 @@ class PlainRDN(nn.Module):
 
 
 def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
-    """Create a detector with random weights, which are the same in all forms."""
+    """Create a detector with random weights. The seed is fixed, so that all forms have equal weights."""
     compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
     rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
@@ -98,7 +98,7 @@ def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
 
 
 def noise_batch(case: Case) -> Batch:
-    """Create images of noise. Every second one is labelled real."""
+    """Create a batch of noise images. Every second image is labelled real."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (case.images, 3, case.side, case.side), dtype=np.uint8)
     labels = torch.arange(case.images) % 2
@@ -108,11 +108,11 @@ def noise_batch(case: Case) -> Batch:
     return Batch(torch.from_numpy(pixels), labels, weights, items, keys, {})
 
 
-# --- what is measured: functions of a case that return a function without arguments -------------------------------
+# --- kinds of measurements: each function takes a case, and returns a function without arguments to be timed ------
 
 
 def scoring(case: Case) -> Callable[[], Tensor]:
-    """From pixels to logits (B, 2)."""
+    """Prepare scoring a batch: from uint8 images (B, 3, H, W) to logits (B, 2)."""
     detector, compute = build(case)
     x = noise_batch(case).x
 
@@ -128,7 +128,7 @@ def scoring(case: Case) -> Callable[[], Tensor]:
 
 
 def frozen_step(case: Case) -> Callable[[], object]:
-    """A step of train_detector.py --fixed-sr without cached residuals."""
+    """Prepare a training step of train_detector.py --fixed-sr without cached residuals."""
     detector, compute = build(case)
     detector.train().freeze_resynthesizer(True)
     stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
@@ -143,7 +143,7 @@ def frozen_step(case: Case) -> Callable[[], object]:
 
 
 def fine_tuning_step(case: Case) -> Callable[[], object]:
-    """A step of train_detector.py with an auxiliary task and --micro-batch 1."""
+    """Prepare a training step of train_detector.py with an auxiliary task and --micro-batch 1."""
     detector, compute = build(case)
     detector.train().freeze_resynthesizer(False)
     detector.resynthesizer.checkpoint_blocks = True
@@ -160,7 +160,7 @@ def fine_tuning_step(case: Case) -> Callable[[], object]:
 
 
 def sr_step(case: Case) -> Callable[[], object]:
-    """A step of train_sr.py on patches, with the perceptual loss."""
+    """Prepare a training step of train_sr.py on patches, with the perceptual loss."""
     detector, compute = build(case)
     model = detector.resynthesizer.train()
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
@@ -176,7 +176,7 @@ def sr_step(case: Case) -> Callable[[], object]:
 
 
 def rdn_alone(case: Case) -> Callable[[], Tensor]:
-    """RDN without gradients."""
+    """Prepare a forward pass of RDN without gradients."""
     detector, compute = build(case)
     x_lr = torch.rand(case.images, 3, case.side // 4, case.side // 4, device=compute.device)
     x_lr = x_lr.contiguous(memory_format=torch.channels_last)
@@ -190,7 +190,7 @@ def rdn_alone(case: Case) -> Callable[[], Tensor]:
 
 
 def matrix_product(case: Case) -> Callable[[], Tensor]:
-    """A product of two square matrices with `side` rows: 2 * side^3 operations."""
+    """Prepare a product of two square matrices with `side` rows, which takes 2 * side^3 operations."""
     compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     a = torch.randn(case.side, case.side, device=compute.device, dtype=dtype)
@@ -211,7 +211,10 @@ KINDS = {
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Run a case in this process. Returns the seconds of one run, and the peak memory of the process or GPU in GiB."""
+    """Measure a case in this process. Returns the time of one run ("seconds") and the peak memory ("gib").
+
+    The peak memory is the reserved GPU memory, or on the CPU the resident memory of this process.
+    """
     run = KINDS[case.kind](case)
     on_gpu = case.gpu != "cpu"
     times = []
@@ -232,7 +235,7 @@ def peak_memory() -> float:
     if status.exists():
         words = status.read_text().split()
         return int(words[words.index("VmHWM:") + 1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS: in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS gives bytes
 
 
 if __name__ == "__main__":

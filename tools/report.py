@@ -1,17 +1,18 @@
-"""Tables and a page from the score tables of test.py.
+"""Make a web page or markdown tables from the score tables of test.py.
 
     python -m tools.report SCORES.csv [SCORES.csv ...] --out DIR [--residuals DIR]
     python -m tools.report SCORES.csv [SCORES.csv ...] --markdown [METRIC]
     python -m tools.report --study STUDY.csv --table NAME --markdown METRIC [--intervals]
     python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
-The first form writes DIR/report.html with curves, intervals, robustness and the worst mistakes (tools/report_page.py). The
-second prints a markdown table with a row per score table or generator. The third prints a table with the row and column
-names of a study file (tools/study.py). The fourth updates the tables of documents: the lines starting with "|" below
+The first command writes DIR/report.html with ROC curves, intervals, robustness curves and the worst mistakes
+(tools/report_page.py). The second command prints a markdown table with one row per score table or generator. The third
+command prints a markdown table whose rows and columns are listed in a study file (tools/study.py). The fourth command
+updates the tables in markdown documents. In a document, the lines that start with "|" directly below the comment
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
-are replaced by what this command prints. Only score tables are needed; SCORES.json is used where it exists.
+are replaced by the output of the command in the comment. SCORES.json beside a score table is optional.
 """
 
 import argparse
@@ -32,8 +33,8 @@ from utils.errors import UserError, run_program
 from utils.files import atomic
 
 PROGRAM = "python -m tools.report"
-MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # (comment (command)), table
-COMPARED = ("accuracy", "auroc", "average_precision")  # metrics that have intervals
+MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # groups: 1 comment, 2 command
+COMPARED = ("accuracy", "auroc", "average_precision")  # metrics that have bootstrap intervals
 ALL_METRICS = "all"
 
 
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(markdown(args) + "\n")
         return 0
     if args.residuals and not os.path.isdir(args.residuals):
-        raise UserError(f"--residuals {printable(args.residuals)} does not exist; test.py --save-residuals makes it")
+        text = "test.py --save-residuals makes this folder"
+        raise UserError(f"--residuals {printable(args.residuals)} does not exist; {text}")
     tables = load_tables(args.scores)
     page = write_page(tables, args.out, args.residuals)
     rows = metrics.metric_rows({table.name: table.summary for table in tables}, COMPARED)
@@ -58,21 +60,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line. Exactly one form of the program must be used."""
-    parser = options.Parser(PROGRAM, "Make tables and a page from score tables.")
+    """Parse the command line, and check that it is one of the four commands of this program."""
+    parser = options.Parser(PROGRAM, "Make a web page or markdown tables from score tables.")
     parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables of test.py")
-    parser.add_argument("--study", metavar="STUDY.csv", help="a study file, which names rows and columns")
-    parser.add_argument("--table", metavar="NAME", help="with --study: which of its tables")
-    parser.add_argument("--intervals", action="store_true", help="with --study: add intervals, or ranges over seeds")
+    parser.add_argument("--study", metavar="STUDY.csv", help="study file, which lists rows and columns of tables")
+    parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in the study file")
+    text = "with --study: add the bootstrap interval or, with several seeds, the range over the seeds"
+    parser.add_argument("--intervals", action="store_true", help=text)
     names = [name for name, metric in metrics.METRICS.items() if metric.is_column]
     output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--out", metavar="DIR", help="write DIR/report.html")
-    text = f"print a markdown table of one metric ({', '.join(names)}), or of several (default)"
+    output.add_argument("--out", metavar="DIR", help="write the page DIR/report.html")
+    text = f"print a markdown table of one metric ({', '.join(names)}); without METRIC: accuracy, AUROC and AP"
     output.add_argument("--markdown", nargs="?", const=ALL_METRICS, metavar="METRIC", help=text)
-    text = "update the tables below 'made by' comments in these documents"
+    text = "markdown documents in which the tables below 'made by' comments are updated"
     output.add_argument("--refresh", nargs="+", metavar="FILE.md", help=text)
-    parser.add_argument("--check", action="store_true", help="with --refresh: change nothing, fail if a table differs")
-    parser.add_argument("--residuals", metavar="DIR", help="with --out: the folder of test.py --save-residuals")
+    text = "with --refresh: change no document, and fail if a table is not up to date"
+    parser.add_argument("--check", action="store_true", help=text)
+    text = "with --out: folder of residual pictures, made by test.py --save-residuals"
+    parser.add_argument("--residuals", metavar="DIR", help=text)
     args = parser.parse_args(arguments)
     sources = [bool(args.scores), bool(args.study), bool(args.refresh)]
     if sum(sources) != 1 or bool(args.study) != bool(args.table):
@@ -85,12 +90,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def left_columns(tables: Sequence) -> int:
-    """Give the number of columns with names in `metrics.metric_rows`, which are aligned to the left."""
+    """Return how many columns of `metrics.metric_rows` hold names. Columns of names are aligned to the left."""
     return 1 if len(tables) == 1 else 2
 
 
 def markdown(args: argparse.Namespace) -> str:
-    """Make the markdown table that the arguments ask for."""
+    """Make the markdown table that the arguments request."""
     left = 1
     if args.study:
         rows = study_rows(args.study, args.table, args.markdown, args.intervals)
@@ -108,10 +113,14 @@ def markdown(args: argparse.Namespace) -> str:
 
 
 def refresh(path: str, check: bool) -> None:
-    """Update the tables of a markdown document.
+    """Update the tables below "made by" comments in a markdown document.
+
+    Args:
+        path: the document.
+        check: do not write the document, but raise an error if a table is not up to date.
 
     Raises:
-        UserError: if a table cannot be made, or if `check` is set and the document would change.
+        UserError: if a table cannot be made, or if `check` is True and a table is not up to date.
     """
     try:
         before = Path(path).read_text(encoding="utf-8")
@@ -121,13 +130,13 @@ def refresh(path: str, check: bool) -> None:
     if after == before:
         return
     if check:
-        raise UserError(f"{printable(path)} differs from what its commands print: run --refresh without --check")
+        raise UserError(f"{printable(path)} has tables that are not up to date: run --refresh without --check")
     with atomic(os.path.realpath(path)) as file:
         file.write(after.encode())
 
 
 def updated_table(match: re.Match) -> str:
-    """Give a "made by" comment with the table that its command prints. match: of MADE_BY."""
+    """Make the text that replaces a match of MADE_BY: the comment, followed by the output of its command."""
     comment, command = match[1], match[2]
     try:
         words = shlex.split(command)

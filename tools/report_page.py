@@ -1,6 +1,6 @@
-"""A page that shows what a detector does on a test: curves, intervals, robustness, and its worst mistakes.
+"""Write a web page with the test results of a detector: ROC curves, intervals, robustness and the worst mistakes.
 
-The page is one HTML file that contains everything it shows. It runs no scripts and fetches nothing.
+The page is one HTML file that contains all figures and thumbnails. It runs no scripts and loads no other files.
 """
 
 import base64
@@ -22,23 +22,23 @@ from utils.console import printable
 from utils.errors import UserError
 from utils.files import atomic, make_folder
 
-WORST = 10  # number of images shown
-THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # pixels, the longer side
-MARK = '<meta name="generator" content="beyond-the-spectrum report">'  # tells this program's pages from other files
+WORST = 10  # number of images shown per score table
+THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # length of the longer side in pixels
+MARK = '<meta name="generator" content="beyond-the-spectrum report">'  # text in every page of this program
 
 
 class Scores(NamedTuple):
-    """A score table with what is known about it."""
+    """A score table with its metrics and its JSON record."""
 
     name: str
     path: Path
     table: ScoreTable
-    record: dict  # the JSON file beside the table: settings, versions, ...; may be empty
-    summary: dict  # its metrics, see metrics.summarize
+    record: dict  # content of the JSON file beside the table: settings, versions, ...; may be empty
+    summary: dict  # metrics of the table, from `metrics.summarize`
 
     @property
     def perturbation(self) -> PerturbationSetting:
-        """The perturbation of the images; its name is "none" for unchanged images."""
+        """The perturbation of the images. The name of the perturbation is "none" for unperturbed images."""
         recorded = self.record.get("perturbation")
         if not isinstance(recorded, dict):
             recorded = {}
@@ -49,19 +49,19 @@ def load_tables(files: Sequence[str | os.PathLike], resamples: int = metrics.RES
     """Read score tables and compute their metrics.
 
     Raises:
-        UserError: if a table cannot be read, or is given twice.
+        UserError: if a score table cannot be read, or a file is given twice.
     """
     tables = []
     for file, name in zip(files, unique_names(files), strict=True):
         table, record = read_table(file), read_record(file)
         settings = record.get("settings")
-        seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # gives the intervals that test.py printed
+        seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
         tables.append(Scores(name, Path(file), table, record, metrics.summarize(table, resamples, seed)))
     return tables
 
 
 def unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
-    """Name each file by its stem, with as many parent folders as are needed to make the names different."""
+    """Name each file by its stem. Parent folders are added to all names until no two names are equal."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
     for depth in range(1, longest + 1):
@@ -75,11 +75,11 @@ def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str 
     """Write OUT/report.html.
 
     Args:
-        residuals: the folder of `test.py --save-residuals`, if there is one.
+        residuals: folder of residual pictures, from `test.py --save-residuals`. None: images are shown instead.
     Returns:
         The path of the page.
     Raises:
-        UserError: if it cannot be written, or another program's report.html is there.
+        UserError: if the page cannot be written, or a report.html exists that this program did not write.
     """
     page = Path(out, "report.html")
     require_own_page(page)
@@ -105,7 +105,7 @@ def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str 
 
 
 def require_own_page(page: Path) -> None:
-    """Raise UserError if the page exists and this program did not write it."""
+    """Raise a UserError if the page exists and does not contain MARK, which this program writes into its pages."""
     if not os.path.lexists(page):
         return
     try:
@@ -117,27 +117,27 @@ def require_own_page(page: Path) -> None:
 
 
 def template() -> jinja2.Template:
-    """Load report.html. Every text is escaped and made printable; what is missing in a record is shown as nothing."""
+    """Load the template report.html. Texts are escaped and made printable. Missing entries of a record stay empty."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # not Markup: it is escaped already
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is escaped already
     )
     return environment.get_template("report.html")
 
 
 def draw_scores(scores: Scores) -> str | None:
-    """Draw ROC curves and histograms of a table, as a data URI; None if no image has a score."""
+    """Draw ROC curves and histograms of a score table. Returns a data URI; None if no image has a score."""
     if not scores.table.scored.any():
         return None
     return draw(figures.roc_and_histogram, scores.table)
 
 
 def draw_robustness(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
-    """Draw AUROC over the strength of each perturbation, as a data URI; None if there is no curve."""
+    """Draw AUROC against the strength of each perturbation. Returns a data URI; None if there is no curve."""
     curves = robustness_curves(perturbed)
     if not curves:
         return None
@@ -148,7 +148,7 @@ def draw_robustness(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str
 
 
 def draw(figure: Callable, *content) -> str:
-    """Draw a figure of evaluation.figures. Returns a data URI."""
+    """Call a function of `evaluation.figures` that writes a PNG file. Returns the file as a data URI."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         figure(*content, path)
@@ -160,7 +160,7 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 def difficulty(scores: Scores) -> tuple[str, float]:
-    """Give the place of a perturbed table: by the name of the perturbation, the hardest strength last."""
+    """Return the sorting key of a perturbed score table: name of the perturbation, then strength, the hardest last."""
     strength = scores.perturbation.strength or 0
     if scores.perturbation.sweep.smaller_is_harder:
         strength = -strength
@@ -168,7 +168,7 @@ def difficulty(scores: Scores) -> tuple[str, float]:
 
 
 def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float, dict]]]:
-    """Collect {perturbation: [(strength, {generator: metrics}), ...]} of perturbations with two strengths or more."""
+    """Collect {perturbation: [(strength, {generator: metrics}), ...]} for perturbations with at least two strengths."""
     curves = {}
     for scores in perturbed:
         generators = scores.summary["generators"]
@@ -180,16 +180,19 @@ def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float
 
 
 def most_wrong(table: ScoreTable, count: int = WORST) -> np.ndarray:
-    """Find the images whose scores lie furthest on the wrong side. Returns row numbers, (<= count,), worst first."""
+    """Find the images with the worst scores: fakes that look real, reals that look fake. Returns row numbers.
+
+    At most `count` row numbers are returned, the worst image first.
+    """
     rows = np.flatnonzero(table.usable)
     wrongness = np.where(table.is_fake, -table.margins, table.margins)[rows]
     return rows[np.argsort(-wrongness, kind="stable")[:count]]
 
 
 def card(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
-    """Describe an image for the page: its row, a picture, and whether its score is on the right side.
+    """Describe an image for the page: its row number, a thumbnail, and whether the larger logit is right.
 
-    A relative path is looked up in the working folder, then in the folder of the table.
+    A relative path is looked up in the working folder, then in the folder of the score table.
     """
     table = scores.table
     path = table.paths[row]
@@ -197,14 +200,14 @@ def card(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and residual_path(residuals, path).is_file():
-        picture, kind = residual_path(residuals, path), "residual"  # it shows the image, too
+        picture, kind = residual_path(residuals, path), "residual"  # shows the image and the residual
     right = (table.margins[row] >= 0) == table.is_fake[row]
     source = thumbnail(picture, THUMBNAIL_SIDES[kind])
     return {"i": row, "kind": kind, "side": "right" if right else "wrong", "source": source}
 
 
 def thumbnail(path: Path, side: int) -> str:
-    """Make a small JPEG of an image file. Returns a data URI; empty if the file cannot be read."""
+    """Make a small JPEG image of an image file. Returns a data URI, or "" if the file cannot be read."""
     try:
         image = read_rgb(str(path))
     except UserError:

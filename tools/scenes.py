@@ -1,7 +1,7 @@
-"""Random pictures of overlapping shapes, which share some statistics with photographs.
+"""Draw random scenes of overlapping shapes, which share some statistics with photographs.
 
-Shapes hide one another like fallen leaves, and their sizes follow the power law r^-3. This gives the pictures the edges,
-the scale invariance and the spectrum of photographs (Lee, Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
+Shapes cover one another like fallen leaves. Radii r have the density r^-3. Such scenes have edges, scale invariance and
+a spectrum like photographs (Lee, Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import gaussian_blur
 
 SUPERSAMPLING = 2  # shapes are painted at twice the size and averaged, which smooths their edges
-SMALLEST_RADIUS = (1.0, 4.0)  # range in pixels, drawn per scene: how far away the scene is
-LARGEST_RADIUS = 0.45  # fraction of the side
-COVERAGE = 4.0  # mean number of shapes over a pixel: the background shows through at e^-4 = 2 % of the pixels
-POINTS = 24  # per outline, divisible by each number of corners
-CORNERS = (3, 4, 6, 24, 24)  # polygons, equally likely; 24 looks like an ellipse
-LENS_BLUR = (0.4, 1.2)  # range of the standard deviation in pixels: some photographs are sharper than others
+SMALLEST_RADIUS = (1.0, 4.0)  # range in pixels from which the smallest radius of a scene is drawn
+LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the side of the image
+COVERAGE = 4.0  # mean number of shapes that cover a pixel: e^-4 = 2 % of the pixels show the background
+POINTS = 24  # points per outline, divisible by each number in CORNERS
+CORNERS = (3, 4, 6, 24, 24)  # number of corners of a shape, drawn at random; 24 corners look like an ellipse
+LENS_BLUR = (0.4, 1.2)  # range in pixels of the standard deviation of the blur, drawn per scene
 # Luminance, blue-yellow and red-green vary nearly independently in photographs (Ruderman, Cronin, Chiao, JOSA A 1998)
 OPPONENT_TO_RGB = np.array([[1, 1, 1], [1, 0.3, -1.1], [1, -0.9, 0.2]])
 
@@ -39,27 +39,27 @@ def paint_shapes(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Paint random polygons over one another.
 
     Returns:
-        The number of the shape that each pixel shows, (side, side), 0 = background; and how many shapes there are.
+        The number of the shape that each pixel shows, (side, side), 0 = background; and the number of shapes.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))
     largest = LARGEST_RADIUS * side
-    mean_square = 2 * np.log(largest / smallest) / (smallest**-2 - largest**-2)  # of radii with density r^-3
+    mean_square = 2 * np.log(largest / smallest) / (smallest**-2 - largest**-2)  # mean of r^2 for the density r^-3
     count = round(COVERAGE * side**2 / (np.pi * mean_square))
-    # Inverse of the cumulative distribution of r^-3 between the smallest and the largest radius
+    # Draw radii with density r^-3 by inverting the cumulative distribution
     radii = (largest**-2 + rng.random((count, 1)) * (smallest**-2 - largest**-2)) ** -0.5  # (count, 1)
     centres = rng.uniform(-0.1 * side, 1.1 * side, (count, 2))
     corners = rng.choice(CORNERS, (count, 1))
     stretches = np.exp(rng.uniform(0, 0.6, (count, 1)))
     turns = rng.uniform(0, 2 * np.pi, (count, 1))
 
-    # Regular polygons with POINTS points each: a triangle names each of its corners several times
+    # Compute outlines of regular polygons. All have POINTS points: a triangle has each of its corners eight times
     angles = np.floor(np.arange(POINTS) * corners / POINTS) * 2 * np.pi / corners  # (count, POINTS)
     along = radii * stretches * np.cos(angles)
     across = radii / stretches * np.sin(angles)
     x = centres[:, :1] + along * np.cos(turns) - across * np.sin(turns)
     y = centres[:, 1:] + along * np.sin(turns) + across * np.cos(turns)
-    outlines = np.stack([x, y], axis=-1).reshape(count, 2 * POINTS)  # x and y in turn
+    outlines = np.stack([x, y], axis=-1).reshape(count, 2 * POINTS)  # x, y, x, y, ...
 
     canvas = Image.new("I", (side, side), 0)
     draw = ImageDraw.Draw(canvas)
@@ -69,7 +69,14 @@ def paint_shapes(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
 
 
 def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Give each shape a colour and a texture. shapes: (S, S). Returns float32 (S, S, 3), about 0 to 1."""
+    """Give each shape a random colour and texture.
+
+    Args:
+        shapes: number of the shape that each pixel shows, (S, S).
+        count: number of shapes.
+    Returns:
+        float32 (S, S, 3), about [0, 1].
+    """
     luminance = rng.uniform(0.3, 0.6) + rng.normal(0, 0.2, count + 1)
     blue_yellow = rng.normal(0, 0.06, count + 1)
     red_green = rng.normal(0, 0.03, count + 1)
@@ -82,7 +89,7 @@ def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> n
 
 
 def fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw noise with the amplitude spectrum 1 / f. Returns float32 (side, side), standard deviation 1."""
+    """Draw noise with the amplitude spectrum 1 / frequency. Returns float32 (side, side), standard deviation 1."""
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
     frequency[0, 0] = torch.inf  # the mean becomes 0
     white = torch.from_numpy(rng.standard_normal((side, side), dtype=np.float32))
@@ -91,13 +98,19 @@ def fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def photograph(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Add light from one side, lens blur and sensor noise. x: float32 (H, W, 3), about 0 to 1. Returns uint8 (H, W, 3)."""
+    """Simulate a camera: light from one side, lens blur and sensor noise.
+
+    Args:
+        x: float32 (H, W, 3), about [0, 1].
+    Returns:
+        uint8 (H, W, 3).
+    """
     slope_y, slope_x = rng.normal(0, 0.08, 2)
     light = 1 + slope_y * np.linspace(-1, 1, x.shape[0])[:, None] + slope_x * np.linspace(-1, 1, x.shape[1])  # (H, W)
     lit = torch.from_numpy(x * light[..., None].astype(np.float32)).permute(2, 0, 1)  # (3, H, W)
     blurred = gaussian_blur(lit, [5, 5], [rng.uniform(*LENS_BLUR)]).clamp(0, 1)
     x = blurred.permute(1, 2, 0).numpy()  # (H, W, 3)
     shot, read = rng.uniform(0.0001, 0.0006), rng.uniform(0.3, 1.2) / 255
-    deviation = np.sqrt(shot * x + read**2)  # of photon noise and of the electronics
+    deviation = np.sqrt(shot * x + read**2)  # standard deviation of shot noise and read noise together
     x = x + deviation * rng.standard_normal(x.shape, dtype=np.float32)
     return np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)

@@ -2,9 +2,10 @@
 
     python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
-Writes DIR/train.csv and DIR/held_out.csv (path,label,generator: for --csv and --val-csv of train_detector.py) and the real
-images of both as DIR/train_real.txt and DIR/held_out_real.txt (for train_sr.py). Which images are held out depends only on
-their file names, so it does not change when images are added. DIR/split.json records how the lists were made.
+The program writes DIR/train.csv and DIR/held_out.csv with the columns path,label,generator, for --csv and --val-csv of
+train_detector.py. It also writes the real images of both sets to DIR/train_real.txt and DIR/held_out_real.txt, for
+train_sr.py. A checksum of the file name decides whether an image is held out, so adding images moves no image to the
+other set. DIR/split.json records --hold-out and checksums of the lists.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="DIR", help="folder for the lists")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace lists of this program that were made with another --hold-out")
+    add("--overwrite", action="store_true", help="replace lists that this program made with a different --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out must be between 0 and 1, got {args.hold_out:g}")
@@ -73,10 +74,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def require_own_lists(out: Path, hold_out: float, overwrite: bool) -> None:
-    """Check that the lists in the output folder, if there are any, may be replaced.
+    """Check that existing lists in the output folder may be replaced.
+
+    Args:
+        hold_out: fraction of the images to hold out now.
+        overwrite: also replace lists that were made with a different fraction.
 
     Raises:
-        UserError: if this program did not write them, if they were changed since, or if other images were held out.
+        UserError: if an existing list was not written by this program, was changed since, or has a different fraction.
     """
     names = [f"{name}{ending}" for name in SETS for ending in (".csv", "_real.txt")]
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
@@ -87,16 +92,16 @@ def require_own_lists(out: Path, hold_out: float, overwrite: bool) -> None:
     for name in present:
         if not own or (name != RECORD and digest_of(out / name) not in record["files"].get(name, [])):
             reason = "was not written by this program, or was changed since"
-            raise UserError(f"{printable(out / name)} {reason}: give another --out, or remove it")
+            raise UserError(f"{printable(out / name)} {reason}: give another --out, or remove the file")
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
-            f"{printable(out)} holds lists that were made with --hold-out {record['hold_out']:g}, and --hold-out {hold_out:g}"
-            " holds out other images: give another --out, or --overwrite"
+            f"{printable(out)} holds lists that were made with --hold-out {record['hold_out']:g}, and --hold-out"
+            f" {hold_out:g} holds out different images: give another --out, or --overwrite"
         )
 
 
 def read_record(path: Path) -> dict:
-    """Read the record of an earlier call; {} if there is none or it is not from this program."""
+    """Read the record split.json of an earlier call. Returns {} if the file cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -105,7 +110,7 @@ def read_record(path: Path) -> dict:
 
 
 def digest_of(path: Path) -> str:
-    """Hash a file; empty if it cannot be read."""
+    """Compute the SHA-256 hash of a file. Returns "" if the file cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
@@ -113,16 +118,16 @@ def digest_of(path: Path) -> str:
 
 
 def split_items(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]:
-    """Divide images by a checksum of their file names.
+    """Divide images into {"train": images, "held_out": images}, by a checksum of the file names.
 
     Raises:
-        UserError: if a path contains a line break, which lists cannot hold.
+        UserError: if a path contains a line break, because lists have one path per line.
     """
     sets = {name: [] for name in SETS}
     for item in items:
         if "\n" in os.path.abspath(item.path) or "\r" in os.path.abspath(item.path):
             raise UserError(
-                f"the path {printable(item.path)} contains a line break, which lists cannot hold: rename it"
+                f"the path {printable(item.path)} contains a line break, which lists cannot hold: rename the file"
             )
         checksum = zlib.crc32(os.fsencode(os.path.basename(item.path)))  # 0 to 2^32 - 1
         name = "held_out" if checksum < hold_out * 2**32 else "train"
@@ -131,7 +136,7 @@ def split_items(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]
 
 
 def require_both_classes(name: str, items: Sequence[Item]) -> None:
-    """Raise UserError unless a set has real and generated images."""
+    """Raise a UserError unless the set `name` has both real and generated images."""
     reals = sum(item.label == REAL for item in items)
     fakes = len(items) - reals
     if not reals or not fakes:
@@ -141,23 +146,27 @@ def require_both_classes(name: str, items: Sequence[Item]) -> None:
 
 
 def table_of(items: Sequence[Item]) -> bytes:
-    """Make the CSV table of images, with absolute paths."""
+    """Make the content of a CSV table of images, with absolute paths."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "label", "generator"))
     for item in items:
         writer.writerow((os.path.abspath(item.path), LABEL_NAMES[item.label], item.generator))
-    return text.getvalue().encode(errors="surrogateescape")  # names need not be UTF-8
+    return text.getvalue().encode(errors="surrogateescape")  # paths may not be UTF-8
 
 
 def list_of_reals(items: Sequence[Item]) -> bytes:
-    """Make the text list of the real images, one absolute path per line."""
+    """Make the content of a text list of the real images, with one absolute path per line."""
     lines = [os.path.abspath(item.path) + "\n" for item in items if item.label == REAL]
     return "".join(lines).encode(errors="surrogateescape")
 
 
 def write_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
-    """Write the lists and their record. After an interruption the record knows the old and the new lists."""
+    """Write the lists and split.json. If the program is interrupted, split.json has the hashes of old and new lists.
+
+    Args:
+        files: {file name: content}.
+    """
     old = read_record(out / RECORD).get("files", {})
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: new[name] + old.get(name, []) for name in new}

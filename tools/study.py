@@ -1,13 +1,14 @@
-"""Tables of a study: named rows and columns, each number computed from score tables.
+"""Make the tables of a study. A study file lists rows, columns, and the score tables from which numbers are computed.
 
-A study file is a CSV file beside its score tables, one line per number and score table:
+A study file is a CSV file with one line per number and score table:
 
     table,row,column,scores,generators
     generators,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
     generators,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
 
-`scores` is relative to the folder of the study file. `generators` are names separated by semicolons; empty means all. The
-number is the mean over these generators. Several lines with the same table, row and column (several seeds) are averaged.
+`scores` is the path of a score table, relative to the folder of the study file. `generators` are names of generators,
+separated by semicolons. Empty means all generators. The number is the mean over the named generators. If several lines
+have the same table, row and column, for example one line per seed, the number is the mean over these lines.
 """
 
 import csv
@@ -32,14 +33,14 @@ class Entry(NamedTuple):
     row: str
     column: str
     scores: Path
-    generators: tuple[str, ...]  # empty: all
+    generators: tuple[str, ...]  # names of generators; empty: all generators
 
 
 def read_study(path: str | os.PathLike) -> list[Entry]:
     """Read a study file.
 
     Raises:
-        UserError: if it cannot be read or a line is not as documented above.
+        UserError: if the file cannot be read, or is not a study file as described in this module.
     """
     name = printable(path)
     entries = []
@@ -62,13 +63,13 @@ def read_study(path: str | os.PathLike) -> list[Entry]:
 
 
 def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
-    """Make a table of a study: rows of cells, the heading first.
+    """Make one table of a study: a list of rows of cells, beginning with the heading.
 
     Args:
-        path: the study file.
-        table: which of its tables.
-        metric: a name in `metrics.METRICS`. Numbers are in %.
-        intervals: whether to add a bootstrap interval, or the range over several score tables.
+        path: path of the study file.
+        table: name of the table.
+        metric: a key of `metrics.METRICS`. Numbers are in %.
+        intervals: whether to add the bootstrap interval or, for several score tables per cell, the range over them.
     Raises:
         UserError: if the study has no such table, or a score table cannot be read.
     """
@@ -77,7 +78,7 @@ def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list
     if not chosen:
         names = ", ".join(dict.fromkeys(entry.table for entry in entries))
         raise UserError(f"{printable(path)} has no table {table!r}: expected one of {printable(names)}")
-    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # in the order of first mention
+    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # without repetitions, in file order
     column_names = list(dict.fromkeys(entry.column for entry in chosen))
     rows = [[metrics.METRICS[metric].label, *map(printable, column_names)]]
     for row in row_names:
@@ -90,7 +91,7 @@ def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list
 
 
 def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
-    """Format the number of one cell: the mean over its entries, in %; "-" if there is none."""
+    """Format one cell: the mean of the metric over the entries of the cell, in %; "-" if it is not defined."""
     values = [value for value in (measure(entry, metric) for entry in entries) if value is not None]
     if not values:
         return "-"
@@ -106,7 +107,7 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
 
 
 def measure(entry: Entry, metric: str) -> float | None:
-    """Compute a metric of one score table, in [0, 1]: the mean over the entry's generators; None if not defined."""
+    """Compute the mean of a metric over the generators of one entry, in [0, 1]. Returns None if it is not defined."""
     values = [measured[metric] for measured in generators_of(entry, intervals=False).values()]
     if not values or None in values:
         return None
@@ -114,7 +115,7 @@ def measure(entry: Entry, metric: str) -> float | None:
 
 
 def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
-    """Look up the metrics of the entry's generators. Raises UserError if the score table has no such generator."""
+    """Return {generator: metrics} for the generators of an entry. Raises a UserError if a generator is unknown."""
     summary = summarize_file(entry.scores, intervals)
     names = entry.generators or tuple(summary["generators"])
     for name in names:
@@ -126,5 +127,5 @@ def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
 
 @functools.cache
 def summarize_file(path: Path, intervals: bool) -> dict:
-    """Compute all metrics of a score table. Bootstrap intervals take most of the time."""
+    """Compute all metrics of a score table. intervals: also compute bootstrap intervals, which are slow."""
     return metrics.summarize(read_table(path), metrics.RESAMPLES if intervals else 0)

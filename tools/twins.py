@@ -1,7 +1,7 @@
-"""Generated twins of photographs: the same pictures, in the same format and size, with the traces of a generator.
+"""Make generated twins of photographs. A twin has the content, format and size of its photograph, and generator traces.
 
-A detector that is trained on images and their twins cannot use what the images show. The recipe is from B-Free (Guillaro et
-al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
+If a detector is trained on photographs and their twins, the content of the images does not separate the classes. The
+method follows B-Free (Guillaro et al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
 """
 
 import logging
@@ -26,16 +26,19 @@ from utils.random_streams import seeded_generator
 
 logger = logging.getLogger("tools.example")
 
-TILE, MARGIN = 512, 64  # pixels; multiples of FACTOR. Larger pictures are imitated in tiles that overlap by the margin
+TILE, MARGIN = 512, 64  # side and overlap of the tiles in which large images are computed; pixels, multiples of FACTOR
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
-Imitate = Callable[[Tensor], Tensor]  # (1, 3, H, W) in [0, 1], sides multiples of FACTOR -> the same shape and range
+Imitate = Callable[[Tensor], Tensor]  # image -> twin, both (1, 3, H, W) in [0, 1], with sides multiples of FACTOR
 
 
 def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
-    """Write OUT/PATH for each image PHOTOGRAPHS/PATH. An image that cannot be read is reported and left out.
+    """Write the twin OUT/PATH of each image PHOTOGRAPHS/PATH. An image without a twin is reported and left out.
+
+    Args:
+        imitate: function that makes the twin of an image.
 
     Raises:
-        UserError: if no image can be read.
+        UserError: if no twin could be made.
     """
     paths = find_images(photographs)
     left_out = 0
@@ -44,7 +47,7 @@ def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_twin(path, target, imitate)
-        except Exception as error:  # decoders of files from anywhere raise errors of any kind
+        except Exception as error:  # decoders raise exceptions of any type
             reason = " ".join(str(error).split()) or type(error).__name__
             logger.warning("no twin of %s: %s", printable(path), printable(reason))
             target.unlink(missing_ok=True)
@@ -55,7 +58,7 @@ def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
 
 
 def write_twin(path: str, target: Path, imitate: Imitate) -> None:
-    """Write the twin of one image, with its format, stored size, compression, orientation and colour profile."""
+    """Write the twin of one image, with the format, size, compression, EXIF data and colour profile of the image."""
     if not os.path.isfile(path):
         raise UserError("it is not a file")
     with Image.open(path, formats=FORMATS) as image:
@@ -65,7 +68,7 @@ def write_twin(path: str, target: Path, imitate: Imitate) -> None:
         if image.mode[0] in "IF":
             raise UserError(f"images of 8 bits per channel are expected, got mode {image.mode}")
         grey = image.mode == "L"
-        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), as stored: EXIF turns original and twin alike
+        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), not rotated by EXIF
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     with torch.inference_mode():
         y = imitate_padded(x, imitate)
@@ -76,12 +79,12 @@ def write_twin(path: str, target: Path, imitate: Imitate) -> None:
 
 
 def saving_options(image: Image.Image, path: str) -> dict:
-    """Give the arguments of `Image.save` that store a twin as the original is stored."""
+    """Choose the arguments of `Image.save` so that the twin is stored like the original image."""
     options = {"format": image.format}
     for name in ("exif", "icc_profile"):
         if image.format in ("JPEG", "MPO", "PNG", "WEBP") and image.info.get(name):
             options[name] = image.info[name]
-    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG file with further pictures, which twins do not have
+    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG file with several images; the twin has one
         options["format"] = "JPEG"
         options["qtables"] = image.quantization
         if image.mode == "RGB":
@@ -90,7 +93,8 @@ def saving_options(image: Image.Image, path: str) -> dict:
     elif image.format == "WEBP":
         options["lossless"] = is_lossless_webp(path)
         if not options["lossless"]:
-            logger.warning("%s: the quality of a lossy WebP file is unknown, its twin has 80", printable(path))
+            text = "%s: the quality of a lossy WebP file is unknown, so the twin has quality 80"
+            logger.warning(text, printable(path))
     elif image.format == "TIFF":
         options["compression"] = image.info.get("compression")
     elif image.format == "GIF":
@@ -99,7 +103,7 @@ def saving_options(image: Image.Image, path: str) -> dict:
 
 
 def is_lossless_webp(path: str) -> bool:
-    """Read whether a WebP file is compressed without loss: its first picture chunk is VP8L."""
+    """Check whether a WebP file is lossless, which means that the first image chunk is of type VP8L."""
     with open(path, "rb") as file:
         header = file.read(1 << 16)
     lossless, lossy = header.find(b"VP8L"), header.find(b"VP8 ")
@@ -107,9 +111,13 @@ def is_lossless_webp(path: str) -> bool:
 
 
 def imitate_padded(x: Tensor, imitate: Imitate) -> Tensor:
-    """Imitate a picture of any size: pad its sides by reflection to multiples of FACTOR, and crop again.
+    """Make the twin of an image of any size: pad its sides by reflection to multiples of FACTOR, and crop the twin.
 
-    x: (1, 3, H, W) in [0, 1]. Returns the same shape.
+    Args:
+        x: (1, 3, H, W) in [0, 1].
+        imitate: function that makes the twin of a padded image.
+    Returns:
+        (1, 3, H, W) in [0, 1].
     """
     height, width = x.shape[2:]
     padding = (0, -width % FACTOR, 0, -height % FACTOR)
@@ -119,7 +127,11 @@ def imitate_padded(x: Tensor, imitate: Imitate) -> Tensor:
 
 
 def up_sampling(seed: int) -> Imitate:
-    """Make a function that simulates a generator by nearest up-sampling, with random convolutions of this seed."""
+    """Make a function that simulates a generator: nearest-neighbour up-sampling and a random convolution.
+
+    Args:
+        seed: random seed of the convolutions.
+    """
     rng = seeded_generator(seed)
 
     def imitate(x: Tensor) -> Tensor:
@@ -129,9 +141,9 @@ def up_sampling(seed: int) -> Imitate:
 
 
 def autoencoding(model: Autoencoder) -> Imitate:
-    """Make a function that passes a picture through the autoencoder, large ones in overlapping tiles.
+    """Make a function that passes an image through the autoencoder. Large images are computed in overlapping tiles.
 
-    The tiles do not meet exactly, because the autoencoder normalises over the whole map that it gets.
+    Tiles do not match exactly at their borders, because the group norms of the autoencoder are computed per tile.
     """
 
     def imitate(x: Tensor) -> Tensor:

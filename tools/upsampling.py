@@ -1,7 +1,7 @@
-"""Simulated generators: halve pictures and bring them back to their size, as the last layers of a generator do.
+"""Simulate the traces of generators: halve images, and up-sample them as the last layers of a generator do.
 
-Up-sampling leaves periodic traces, whatever the picture shows (Zhang, Karaman, Chang: Detecting and simulating artifacts in
-GAN fake images, WIFS 2019). `nearest` is the up-sampling of ProGAN, `bilinear` the up-sampling of StyleGAN.
+Up-sampling leaves periodic traces in images of any content (Zhang, Karaman, Chang: Detecting and simulating artifacts
+in GAN fake images, WIFS 2019). ProGAN uses `nearest` up-sampling, and StyleGAN uses `bilinear` up-sampling.
 """
 
 import numpy as np
@@ -10,21 +10,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KINDS = ("nearest", "bilinear")
-FILTER_WEIGHT = (0.05, 0.25)  # range of the outer weights of the convolution after up-sampling; its centre weight is 1
+FILTER_WEIGHT = (0.05, 0.25)  # range of the two outer weights of the random convolution, whose centre weight is 1
 NOISE = 0.4  # standard deviation of the noise after up-sampling, as a fraction of the strength of fine detail
-BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # what this filter removes is fine detail
-STRONGEST_GAIN = 3.0  # limit of the factor that restores fine detail
+BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # low-pass filter; fine detail = image - filtered image
+STRONGEST_GAIN = 3.0  # upper limit of the factor by which fine detail is amplified
 
 
 def upsample_again(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
-    """Halve pictures, up-sample them, and convolve them.
+    """Halve images, up-sample them, add noise, and convolve them with a random filter.
 
-    Fine detail is then amplified until it is as strong as before: sharpness alone should not give a fake away.
+    Fine detail is then amplified to its strength in `x`, so that a detector cannot recognise fakes by sharpness alone.
 
     Args:
         x: (B, 3, H, W) in [0, 1], H and W even and at least 4.
-        kind: "nearest" or "bilinear".
-        rng: draws the convolution.
+        kind: kind of up-sampling, "nearest" or "bilinear".
+        rng: random generator for noise and filter.
     Returns:
         (B, 3, H, W) in [0, 1].
     """
@@ -41,7 +41,14 @@ def upsample_again(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
 
 
 def convolve(x: Tensor, line: Tensor) -> Tensor:
-    """Convolve each channel with the same three weights along rows and columns. x: (B, 3, H, W). Returns (B, 3, H, W)."""
+    """Convolve each channel with three weights along the rows, and with the same weights along the columns.
+
+    Args:
+        x: (B, 3, H, W).
+        line: the three weights.
+    Returns:
+        (B, 3, H, W).
+    """
     kernel = torch.outer(line, line).expand(3, 1, 3, 3)
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
     return F.conv2d(padded, kernel, groups=3)
