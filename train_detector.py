@@ -166,7 +166,7 @@ def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> 
     """Raise a UserError if the options contradict each other."""
     check_task(task)
     if task != "none" and fixed:
-        raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr does not: leave one of them out")
+        raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr freezes it: give only one of them")
     if crops and not crop_size:
         raise UserError(f"--crops-per-image {crops} needs the size of the crops: give --crop-size N")
 
@@ -247,7 +247,7 @@ def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     resumed = same_training(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
     resynthesizer = read_checkpoint(options["resynthesizer_file"])
     if resumed and resynthesizer:
-        logger.info("the re-synthesizer comes from %s, not from %s", resumed.name, resynthesizer.name)
+        logger.info("the re-synthesizer is loaded from %s, not from %s", resumed.name, resynthesizer.name)
         resynthesizer = None
     if origin:
         detector, config = load_detector(origin, resynthesizer, options, options["vgg_weights"])
@@ -312,7 +312,7 @@ def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: flo
         UserError: if `scale` is 0, because weight decay would then be the only change of the classifier's weights.
     """
     if scale == 0:
-        raise UserError("--lr-sr must be above 0, because 0 leaves the classifier untrained (default: 0.02)")
+        raise UserError("--lr-sr must be above 0, because with 0 the classifier is not trained (default: 0.02)")
     classifier = list(detector.classifier.parameters())
     resynthesizer = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
     groups = [{"params": classifier, "lr": lr * scale, "weight_decay": weight_decay / scale}]
@@ -392,12 +392,12 @@ def frozen_loss(
 
 
 class AuxiliaryTask(NamedTuple):
-    """The auxiliary task of end-to-end training."""
+    """The auxiliary task of end-to-end training, in which the re-synthesizer restores real images."""
 
     name: str  # a key of data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
     vgg: VGG19 | None  # VGG-19 of the auxiliary loss. None: there is no auxiliary loss
-    seed: int
+    seed: int  # seed of the random degradations
     micro_batch: int | None  # number of images that pass through the networks at a time. None: the whole batch
 
 
@@ -413,8 +413,8 @@ def end_to_end_loss(
 
     The auxiliary loss is computed on the real images. It is 0 if the batch has fewer than two real images.
 
-    Release: the released code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none` it
-    computes the auxiliary loss on clean images in every step.
+    Release: the released code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none`,
+    the released code computes the auxiliary loss on clean images in every step.
     """
     x = compute.input(batch.x)  # (B, 3, H, W)
     counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
@@ -479,7 +479,7 @@ def in_micro_batches(
 
 
 def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute) -> dict[str, object]:
-    """Return all settings and weights on which a cached residual depends, apart from the image."""
+    """Return the settings and weights on which cached residuals depend. They identify a residual cache."""
     return {
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
@@ -500,7 +500,8 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
     for batch in batches:
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
-    # Without SyncBatchNorm, each process has its own batch-norm statistics: all processes use the main process's ones
+    # Without SyncBatchNorm, the batch-norm statistics of the processes differ. All processes take over the main
+    # process's statistics, because these are saved.
     broadcast_buffers(detector.classifier, stepper.world)
 
 

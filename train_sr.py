@@ -47,7 +47,7 @@ from utils.training import Stepper
 logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
-SHOWN_PATCHES = 4  # number of patches shown in TensorBoard
+SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoard
 # Mean squared error of rounding to 8 bits. A smaller error is replaced by this one, so that PSNR is at most 58.9 dB.
 SMALLEST_MSE = 1 / (12 * 255**2)
 
@@ -81,7 +81,7 @@ def main(args: Namespace) -> None:
         # 3. Create the optimizer
         parameters = list(model.parameters())
         if not parameters:
-            raise UserError(f"--sr-arch {config['name']} has no parameters to train")
+            raise UserError(f"--sr-arch {config['name']} has no parameters to train: choose another --sr-arch")
         batches = EpochBatches(len(items), args.batch_size, args.seed, world)
         schedule = Schedule(args.schedule, args.num_epochs, args.lr_decay, args.lr_decay_epoch)
         optimizer = torch.optim.Adam(parameters, lr=args.lr)
@@ -175,10 +175,10 @@ class Schedule(NamedTuple):
     "cosine" is `utils.training.cosine`.
     """
 
-    name: str
-    epochs_total: int
-    decay: float
-    decay_epochs: int
+    name: str  # "steps" or "cosine"
+    epochs_total: int  # number of epochs of the training
+    decay: float  # factor on the learning rate, for "steps"
+    decay_epochs: int  # number of epochs between two decays of the learning rate, for "steps"
 
     def rate(self, epochs_done: float) -> float:
         """Return the factor on the base learning rate after `epochs_done` epochs, which may be fractional."""
@@ -203,9 +203,9 @@ class PatchDegradations(NamedTuple):
     """The degradations of low-resolution training patches, which `data.degradations.degrade_patch` applies."""
 
     seed: int
-    augment: bool
-    completion: bool
-    colorization: bool
+    augment: bool  # add noise and JPEG compression
+    completion: bool  # remove pixels
+    colorization: bool  # make pixels grey
 
     def apply(self, x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
         """Degrade each patch of x_lr (B, 3, p, p) by random draws that depend only on the seed and the patch's key."""
@@ -266,7 +266,7 @@ def evaluate(model: nn.Module, batches: Iterable[Batch], compute: Compute, world
 
 
 def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
-    """Compute PSNR (dB, at most 58.9) and SSIM of y against x. Before that, y is clipped to [0, 1].
+    """Clip y to [0, 1], and compute its PSNR (dB, at most 58.9) and its SSIM against x.
 
     Args:
         y, x: (1, 3, H, W).

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 class Resynthesizer(Protocol):
     """The interface of a re-synthesizer, an nn.Module: x_lr (B, 3, h, w) -> x_hat (B, 3, scale * h, scale * w).
 
-    Both x_lr and x_hat have values in [0, 1]; x_hat may exceed this range a little.
+    The values of x_lr are in [0, 1]. The values of x_hat may exceed [0, 1] a little.
 
     A re-synthesizer is created as RESYNTHESIZERS[name](scale=4, **args). The methods `set_tile(side)` and
     `initialize_as_interpolation()` are optional.
@@ -107,7 +107,7 @@ def create(kind: str, entries: Mapping, name: str, /, *required, **arguments) ->
     try:
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
-        raise UserError(f"{kind} {name}: {error}; it takes {inspect.signature(entry)}") from None
+        raise UserError(f"{kind} {name}: {error}; {name} takes {inspect.signature(entry)}") from None
     try:
         return entry(*required, **arguments)
     except UserError:
@@ -496,7 +496,7 @@ def features_from_options(options: Mapping) -> dict:
     name = options.get("features")
     stage = options.get("stage")
     if name is not None and stage is not None:
-        raise UserError(f"--idx-stages {stage} and --features {name} both name the features: give one of them")
+        raise UserError(f"--idx-stages {stage} and --features {name} both choose the features: give only one of them")
     if name is not None:
         return {"name": name, "args": given_args}
     name, arguments = features_of_stage(PAPER["stage"] if stage is None else stage)
@@ -527,7 +527,8 @@ def assemble(
     features = create("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
-        raise UserError(f"--input-channel must be {features.channels} for these features, got {in_channels}")
+        chosen = config["features"]["name"]
+        raise UserError(f"--input-channel must be {features.channels} for the features {chosen}, got {in_channels}")
     vgg_record = None
     if hasattr(features, "load_pretrained"):
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)

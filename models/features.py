@@ -3,7 +3,7 @@
 Stage 0 means the pixels. Stage k = 1..5 means the output of layer relu{k}_1 of VGG-19. Features are never trained.
 
 VGG-19 is from Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR 2015).
-Its parameters have torchvision's names, so that torchvision's ImageNet weights can be loaded.
+The parameters of VGG-19 have torchvision's names, so that torchvision's ImageNet weights can be loaded.
 """
 
 import hashlib
@@ -192,7 +192,7 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         source: value of `--vgg-weights`. "imagenet" takes torchvision's weights from torch hub's cache or downloads
             them. "random" draws fixed-seed random weights. "auto" takes the source in `trained_with`. For a new
             training, "auto" means imagenet or, if the ImageNet weights cannot be downloaded, random. Any other value is
-            the path of a torchvision vgg19 state dict with float values. Only its `features.*` entries are needed.
+            the path of a torchvision vgg19 state dict with float values. Only entries named `features.*` are needed.
         trained_with: record of the VGG-19 weights in a trained checkpoint. None: a new training begins.
         name: name of the trained checkpoint, for error messages.
 

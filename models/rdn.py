@@ -50,7 +50,7 @@ class ResidualDenseBlock(nn.Module):
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
         # Release: the released code gives this convolution growth_rate outputs, which fails unless growth_rate equals
-        # num_features. Here it has num_features outputs, as in the RDN article.
+        # num_features. In this project, the convolution has num_features outputs, as in the RDN article.
         self.lff = conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class RDN(nn.Module):
         num_blocks: D, number of residual dense blocks.
         num_layers: C, number of dense layers in each block.
 
-    The default arguments are the paper's. RDN then has 22,271,107 parameters.
+    With the default arguments, which are the paper's, RDN has 22,271,107 parameters.
 
     Raises:
         UserError: if the scale is not 2, 3 or 4, or if a number of channels, blocks or layers is not 1 to 1024.
@@ -149,13 +149,13 @@ class RDN(nn.Module):
 
         Channels 0, 1 and 2 carry red, green and blue. The layer sfe1 copies the colours into these channels, each
         up-sampling step interpolates them, and the output layer copies them out. The dense blocks keep their random
-        weights. They have no effect at first, because the last layer of the global feature fusion is zero.
+        weights. The blocks have no effect at first, because the last layer of the global feature fusion is zero.
 
         Raises:
             UserError: if the scale is 3, because INTERPOLATION is a kernel for up-sampling by 2.
         """
         if self.scale == 3:
-            raise UserError("interpolation as a start is defined for scales 2 and 4: use --start random for scale 3")
+            raise UserError("--start interpolation is defined for scales 2 and 4: use --start random for scale 3")
         nn.init.zeros_(self.gff[1].weight)
         nn.init.zeros_(self.gff[1].bias)
         identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)

@@ -12,7 +12,7 @@ from torch import Tensor
 from models.resnet import BOTTLENECKS, LAYOUTS
 from utils.errors import UserError
 
-SHOWN_KEYS = 3  # number of keys that an error names
+SHOWN_KEYS = 3  # largest number of keys that an error message names
 PREFIX = "module."  # prefix of the keys of a network that was saved inside DataParallel
 
 
@@ -47,8 +47,8 @@ def rdn_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} holds no RDN: expected the key {error}, got {len(state)} keys, the first is {first}; give a file"
-            " written by train_sr.py or a released one"
+            f"{name} holds no RDN: expected the key {error}, got {len(state)} keys, the first of which is {first}; give"
+            " a checkpoint of train_sr.py or a released checkpoint of RDN"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:
@@ -85,8 +85,8 @@ def resnet_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[str, in
             if layout == tuple(counts) and (arch in BOTTLENECKS) == bottleneck:
                 return arch, channels
     raise UserError(
-        f"{name} holds no detector: its first key is {next(iter(state), 'none')}; give a file written by"
-        f" train_detector.py or a released one ({', '.join(LAYOUTS)}, each with the deep stem conv1.0)"
+        f"{name} holds no detector: its first key is {next(iter(state), 'none')}; give a checkpoint of"
+        f" train_detector.py or a released detector ({', '.join(LAYOUTS)}, each with the deep stem conv1.0)"
     )
 
 

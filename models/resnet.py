@@ -66,7 +66,7 @@ class Block(nn.Module):
 
 
 class BasicBlock(Block):
-    """The residual block of ResNet-18 and ResNet-34, with two 3x3 convolutions. It ignores `dilation`."""
+    """The residual block of ResNet-18 and ResNet-34, with two 3x3 convolutions and without dilation."""
 
     expansion = 1
 
@@ -84,7 +84,7 @@ class BasicBlock(Block):
 
 
 class Bottleneck(Block):
-    """The residual block of ResNet-50 and deeper ones: convolutions of 1x1, 3x3 (with the stride) and 1x1."""
+    """The residual block of ResNet-50, ResNet-101 and ResNet-152, with convolutions of 1x1, 3x3 and 1x1."""
 
     expansion = 4
 
@@ -110,7 +110,7 @@ class DeepStemResNet(nn.Module):
     Args:
         channels: number of channels of the residual.
         arch: a key of LAYOUTS.
-        dilated: use dilation 2 in layer3 and dilation 4 in layer4. Release: the released code does so unless
+        dilated: use dilation 2 in layer3 and dilation 4 in layer4. Release: the released code uses dilation unless
             `--no_dilation` is given.
 
     Raises:

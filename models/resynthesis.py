@@ -56,8 +56,8 @@ class ResynthesisDetector(nn.Module):
     def classify(self, residual: Tensor) -> Tensor:
         """Classify residuals (B, C_l, H_l, W_l). Returns logits (B, 2).
 
-        The classifier computes in float32 under autocast. It does only a hundredth of the work, and its batch norms on
-        maps of a few values need this precision.
+        The classifier computes in float32 under autocast, because its batch norms work on maps of a few values. This
+        costs little time, because the classifier does only a hundredth of the detector's computations.
         """
         with torch.autocast(residual.device.type, enabled=False):
             return self.classifier(residual.float())
@@ -70,8 +70,8 @@ class ResynthesisDetector(nn.Module):
     def freeze_resynthesizer(self, frozen: bool) -> None:
         """Choose between a frozen re-synthesizer (`--fixed-sr`) and end-to-end training.
 
-        Release: the released code freezes the re-synthesizer even in end-to-end training. Here, end-to-end training
-        trains it.
+        Release: the released code freezes the re-synthesizer even in end-to-end training. In this project, end-to-end
+        training changes the weights of the re-synthesizer.
         """
         self.resynthesizer.requires_grad_(not frozen)
 

@@ -2,18 +2,18 @@
 
 A ResNet memorises a few hundred training images. The classifiers in this file first reduce a residual to few numbers.
 
-`SpectrumClassifier` is for pixel residuals. It compares the power of each frequency with neighbouring frequencies.
+`SpectrumClassifier` is for pixel residuals, and compares the power of each frequency with neighbouring frequencies.
 Averaging a spectrum over overlapping windows is Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
 
-`ChannelPowerClassifier` is for residuals of VGG-19 features. It uses the power of each channel, which separates real
-from generated images better than the spectrum of VGG-19 features.
+`ChannelPowerClassifier` is for residuals of VGG-19 features, and uses the power of each channel. The channel powers
+separate real from generated images better than the spectrum of VGG-19 features.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Added to each power before the logarithm. It is far below the noise power of rounding an image in [0, 1] to 8 bits.
+# This power is added before each logarithm. It is far below the noise power of rounding an image in [0, 1] to 8 bits.
 SMALLEST_POWER = 1e-7
 
 
@@ -22,7 +22,7 @@ class SpectrumClassifier(nn.Module):
 
     The power spectrum is averaged over overlapping windows, channels, mirror images and quarter turns. Then each log
     power is reduced by the mean log power of neighbouring frequencies. The differences show the peaks and edges that
-    up-sampling leaves in a spectrum. They do not depend on brightness and sharpness, and little on the image content.
+    up-sampling leaves in a spectrum. The differences depend little on brightness, sharpness and image content.
 
     Use this classifier with `--residual signed`, because the absolute value mixes the frequencies. Images may have any
     size.
@@ -48,7 +48,7 @@ class SpectrumClassifier(nn.Module):
         self.neighbourhood = neighbourhood
         taper = torch.hann_window(window, periodic=False)
         taper = torch.outer(taper, taper) / taper.square().sum()
-        self.register_buffer("taper", taper, persistent=False)  # (n, n)
+        self.register_buffer("taper", taper, persistent=False)  # (window, window)
         half = window // 2 + 1  # frequencies 0 .. n / 2
         # After averaging over quarter turns, the spectrum is a symmetric matrix: its upper triangle is enough
         self.register_buffer("triangle", torch.triu_indices(half, half), persistent=False)  # (2, half * (half + 1) / 2)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 120  # seconds between two progress lines in the log of a run without a terminal
-MISTAKE_DELAY = 10  # seconds that processes of a run may start apart on a busy machine
+MISTAKE_DELAY = 10  # seconds for which a process waits until it prints an error that the main process may print first
 
 
 def is_main_process() -> bool:

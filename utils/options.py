@@ -228,16 +228,16 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     add("--lr", "--learning-rate", type=float_from_0, default=lr, metavar="X",
         help="base learning rate (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=(schedule, "cosine"), default=schedule,
-        help=f"learning-rate schedule: {schedule} = as released; cosine = a short warm-up, then a cosine down to 0,"
-        " which suits short trainings (default: %(default)s)")  # fmt: skip
+        help=f"learning-rate schedule: {schedule} = as in the release; cosine = a short warm-up, then a cosine down to"
+        " 0, which suits short trainings (default: %(default)s)")  # fmt: skip
     add("--clip-norm", type=float_from_0, metavar="X",
         help="scale gradients whose norm is larger than X down to X (default: no clipping)")  # fmt: skip
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--resume", metavar="FILE|auto",
-        help=f"continue the run whose state is in FILE. auto: continue the run in {output} and, where it holds none,"
-        " start a new run. A FILE without a training state, such as a released checkpoint, starts a new run with its"
-        " weights")  # fmt: skip
+        help=f"continue the run whose state is in FILE. auto: continue the run in {output}, or start a new run if"
+        f" {output} holds no run. If FILE holds weights but no training state, as released checkpoints do, a new run"
+        " starts with the weights")  # fmt: skip
     add("--overwrite", action="store_true",
         help=f"start a new run in {output}, and delete checkpoints and records of an earlier run")  # fmt: skip
     add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
@@ -274,7 +274,7 @@ def train_sr_parser() -> Parser:
     add("--evaluate", action="store_true", help="do not train; compute PSNR and SSIM of --weights-file on --eval-file")
     add("--outputs-dir", default="output_hr", metavar="DIR",
         help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
-    add("--weights-file", dest="init", metavar="FILE", help="start a new run with these weights")
+    add("--weights-file", dest="init", metavar="FILE", help="weights of a re-synthesizer, with which a new run starts")
     add("--patch-size", type=integer_from_1, default=24, metavar="N",
         help="side of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
     add("--patches-per-image", type=integer_from_1, default=1, metavar="N",
@@ -283,7 +283,7 @@ def train_sr_parser() -> Parser:
         help="initialisation of a new RDN: random = PyTorch's default (as released); interpolation = starts as plain"
         " interpolation (default: %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
-        help="multiply the learning rate by X, 0 to 1, each --lr-decay-epoch epochs (default: %(default)s)")  # fmt: skip
+        help="factor on the learning rate every --lr-decay-epoch epochs, 0 to 1 (default: %(default)s)")  # fmt: skip
     add("--lr-decay-epoch", type=integer_from_1, default=225, metavar="N",
         help="epochs between two decays of the learning rate (default: %(default)s)")  # fmt: skip
     add("--num-epochs", type=integer_from_1, default=750, metavar="N", help="number of epochs (default: %(default)s)")
@@ -310,7 +310,7 @@ def train_detector_parser() -> Parser:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--output-path", default="output", metavar="DIR", help="output folder (default: %(default)s)")
-    add("--init", metavar="FILE", help="start a new run with the weights of this detector")
+    add("--init", metavar="FILE", help="checkpoint of a detector, with whose weights a new run starts")
     add("--epochs", type=integer_from_1, default=100, metavar="N", help="number of epochs (default: %(default)s)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd",
         help="optimizer; sgd = as in the release (default: %(default)s)")  # fmt: skip
@@ -375,9 +375,10 @@ def test_parser() -> Parser:
     group = parser.add_argument_group("test")
     add = group.add_argument
     add("--resume", metavar="FILE", help="checkpoint of the detector")
-    add("--input", nargs="+", metavar="PATH", help="score these images and folders, without labels")
-    add("--save_path", "--save-path", dest="save_path", metavar="P", help="write P.csv, P.npy, P.json and P.png")
-    add("--save-residuals", metavar="DIR", help="write a picture per image: image | re-synthesis | residual")
+    add("--input", nargs="+", metavar="PATH", help="images, or folders of images, to score without labels")
+    add("--save_path", "--save-path", dest="save_path", metavar="P",
+        help="write scores and metrics to P.csv, P.npy, P.json and P.png")  # fmt: skip
+    add("--save-residuals", metavar="DIR", help="write a picture of image, re-synthesis and residual for each image")
     add("--perturb", type=perturbation, nargs="+", metavar="NAME[=STRENGTH]",
         help="score the images once with each of these perturbations: none, blur, crop, jpeg, noise, resize, combined,"
         " or all. In a sweep, a name without a strength means all its strengths (default: none)")  # fmt: skip
@@ -410,8 +411,9 @@ def export_parser() -> Parser:
     add_detector_options(parser)
     add = parser.add_argument_group("export").add_argument
     add("--resume", required=True, metavar="FILE", help="checkpoint of the detector, or a bundle")
-    add("--out", type=Path, metavar="FILE", help="write a graph: FILE.onnx, or FILE.pt2 for torch.export.load")
-    add("--check", type=Path, metavar="FILE", help="check that this graph gives the detector's numbers")
-    add("--bundle", type=Path, metavar="FILE", help="write one file to share: FILE.safetensors")
-    add("--scores", metavar="P.json", help="results of test.py for the model card of the bundle")
+    add("--out", type=Path, metavar="FILE",
+        help="write the detector as a graph: FILE.onnx, or FILE.pt2 for torch.export.load")  # fmt: skip
+    add("--check", type=Path, metavar="FILE", help="check that the graph in FILE gives the logits of the detector")
+    add("--bundle", type=Path, metavar="FILE", help="write the detector as one file for sharing, FILE.safetensors")
+    add("--scores", metavar="P.json", help="results of test.py, which the model card of the bundle quotes")
     return parser

@@ -18,6 +18,6 @@ def seeded_generator(*key: int) -> np.random.Generator:
 
 # The last number of a key names the purpose of the draws. Two purposes with one (seed, epoch, image) therefore get
 # independent random numbers.
-PERTURB, CROP, DEGRADE_IMAGE = 1, 2, 5  # after (seed, epoch, image)
-DEGRADE_BATCH = 4  # after (seed, epoch, step)
-DEGRADE_PATCH = 1  # after (seed, epoch, image, patch)
+PERTURB, CROP, DEGRADE_IMAGE = 1, 2, 5  # purposes of keys that begin with (seed, epoch, image)
+DEGRADE_BATCH = 4  # purpose of keys that begin with (seed, epoch, step)
+DEGRADE_PATCH = 1  # purpose of keys that begin with (seed, epoch, image, patch)

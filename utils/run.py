@@ -37,7 +37,7 @@ def starting_point(
     Args:
         resume: value of `--resume`: a file, "auto", or None.
         init: value of `--init`: a file with weights, which is used if there is no run to resume.
-        states: state files. `--resume auto` resumes the file of these that exists.
+        states: paths at which `--resume auto` looks for a state. At most one of the files may exist.
 
     Returns:
         origin: the checkpoint whose weights are used. None: the weights are new.
@@ -67,7 +67,8 @@ def _find_state(states: Sequence[Path]) -> str | None:
     """
     found = [str(path) for path in states if path.exists()]
     if len(found) > 1:
-        raise UserError(f"--resume auto found {len(found)} runs ({', '.join(map(printable, found))}): name one of them")
+        runs = ", ".join(map(printable, found))
+        raise UserError(f"--resume auto found {len(found)} runs ({runs}): give the file to resume with --resume FILE")
     if not found:
         logger.info("nothing to resume: a new run starts")
         return None
@@ -156,8 +157,8 @@ class Run(contextlib.AbstractContextManager):
     def _save_if_due(self, training: bool) -> None:
         """Save the state after a signal or after --save-minutes. After a signal, stop the run by raising `Stopped`.
 
-        In training, the processes decide together. All of them stop after one batch, so that no process waits forever
-        for a process that has stopped.
+        In training, all processes save and stop after the same batch. Otherwise, a process could wait forever for a
+        process that has stopped.
         """
         due = training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60
         signal_number = self.stop.received or 0
@@ -242,8 +243,8 @@ class Run(contextlib.AbstractContextManager):
     def end_epoch(self, values: dict[str, float | None], score: str, numbered: NumberedFiles | None) -> None:
         """Record a finished epoch, and write its checkpoints.
 
-        best.* is written if the epoch has the best score so far. The numbered checkpoints are written if `numbered` is
-        given. last.* is written together with either of them.
+        The checkpoint best.* is written if the epoch has the best score so far. The numbered checkpoints are written if
+        `numbered` is given. The last state is saved whenever best.* or numbered checkpoints are written.
 
         Args:
             values: values to record, by name. None and non-finite values are recorded as missing.
@@ -272,7 +273,7 @@ class Run(contextlib.AbstractContextManager):
             for name, content in numbered(state).items():
                 self.folder.save(name, content)
                 self._delete_older(name)
-        # last.* is written at the end. If the run is killed before, the resumed run writes the other checkpoints again.
+        # The last state is saved at the end, so that a run that is killed before writes all checkpoints again
         self._save_last(state)
         self.saved_at = time.monotonic()
 

@@ -243,7 +243,7 @@ class Stepper:
         if optimizer != present:
             raise UserError(
                 f"{printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give --optimizer"
-                f" {optimizer}, or start a new run from its weights with --init"
+                f" {optimizer}, or start a new run with --init, which loads the weights alone"
             )
         self._load_optimizer(resumed)
         self.set_rates(1.0)
@@ -259,7 +259,8 @@ class Stepper:
                 self.scaler.load_state_dict(resumed.content["scaler"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             name = printable(resumed.name)
-            raise UserError(f"{name}: its optimizer state does not fit the networks ({error}); use --init") from None
+            text = f"the optimizer state in {name} does not fit the networks ({error}): start a new run with --init"
+            raise UserError(text) from None
 
 
 def _require_shapes(parameter: Tensor, buffers: Mapping[str, object]) -> None:
