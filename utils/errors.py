@@ -15,8 +15,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_MISTAKE = 2
 FILE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # the disk is full, or the user has no permission
-    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # the path cannot be the path of a file
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # a full disk, or a missing permission
+    *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path at which no file can be written
 }
 # Words in the error messages of torch.distributed after another process of the run has ended
 PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
