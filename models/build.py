@@ -472,7 +472,8 @@ def chosen_classifier(source: Checkpoint, state: Mapping[str, Tensor], options: 
 def released_features(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return {"name", "args"} of the features with which a released detector was trained.
 
-    The classifier's number of input channels decides, together with --idx-stages where two stages have this number.
+    The features follow from the number of input channels of the classifier. If two stages have this number of channels,
+    --idx-stages decides between them.
     """
     if options.get("features") is not None:
         return {"name": options["features"], "args": dict(options.get("feature_args") or {})}

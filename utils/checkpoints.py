@@ -3,8 +3,9 @@
 A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. Each value is
 checked when the program uses it.
 
-A checkpoint whose name ends in .safetensors is a bundle for sharing, which contains no pickle. Its tensors are named
-KEY or KEY/NAME. Its plain values (numbers, texts, lists, dictionaries) are a JSON text in the metadata of the file.
+A checkpoint whose name ends in .safetensors is a bundle for sharing, which contains no pickle. The tensors in a bundle
+are named KEY or KEY/NAME. The plain values in a bundle (numbers, texts, lists, dictionaries) are a JSON text in the
+metadata of the file.
 """
 
 import hashlib
@@ -69,7 +70,7 @@ def save(content: dict, path: str | os.PathLike) -> None:
 
 
 class _ErrorRecorder(io.RawIOBase):
-    """A file object that remembers its first error, because torch.save hides it."""
+    """A file object that remembers the first error in writing, because torch.save hides this error."""
 
     def __init__(self, file: BinaryIO):
         self.file = file

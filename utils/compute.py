@@ -80,9 +80,9 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     (`--gpu`).
 
     Args:
-        gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means this GPU. On a machine
-            without any GPU, a number means the CPU, with a warning, so that scripts run on every machine. Other values
-            are "cpu", "cuda", "cuda:1", or a torch.device.
+        gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means the GPU of this number or,
+            with a warning, the CPU on a machine without a GPU, so that scripts run on every machine. Other values are
+            "cpu", "cuda", "cuda:1", or a torch.device.
 
     Raises:
         UserError: if the name of the device is unknown, or if the machine lacks this GPU.
