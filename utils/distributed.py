@@ -101,7 +101,7 @@ def join_processes(device_type: str) -> Iterator[World]:
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Replace each gradient by its sum over all processes, in one collective call. A missing gradient counts as zero."""
+    """Replace each gradient by its sum over all processes, in one collective call. A missing gradient counts as 0."""
     if world.size == 1:
         return
     parameters = [p for p in parameters if p.requires_grad]
