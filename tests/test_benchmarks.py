@@ -10,7 +10,7 @@ from benchmarks.cases import Case
 from utils.errors import UserError
 
 TOY = Case("scoring", "here", "fp32", 0, 64, 2, "cpu", True)
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # relative to the difference between the logits of two images
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # maximum of `relative_error`
 
 
 def score(form: str, precision: str = "fp32") -> torch.Tensor:

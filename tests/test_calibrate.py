@@ -22,7 +22,7 @@ IMAGES = {"crop_size": 128, "resize": None}
 JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py for a detector trained on crops of 128
 
 
-def scores_csv(path, reals, fakes):
+def write_scores(path, reals, fakes):
     """Write a score table whose logits are (margin, 0). Return its path."""
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
@@ -30,7 +30,7 @@ def scores_csv(path, reals, fakes):
     return path
 
 
-def overlapping(n_real=300, n_fake=250):
+def overconfident_margins(n_real=300, n_fake=250):
     """Return margins of real and of fake images for a detector whose margins are four times too large.
 
     x is normally distributed with variance 1, and its mean is -1 for real and +1 for fake images. The true log odds of
@@ -58,7 +58,7 @@ def detector(tmp_path):
 
 @pytest.fixture
 def scores(tmp_path):
-    return scores_csv(tmp_path / "val.csv", *overlapping())
+    return write_scores(tmp_path / "val.csv", *overconfident_margins())
 
 
 # --- fitted numbers
@@ -111,7 +111,7 @@ def test_fitted_thresholds_of_small_examples_equal_the_values_computed_by_hand()
     assert calibrate.fit_thresholds(prob, is_fake, 0.25, 0) == pytest.approx((0.35, 0.35))
     separated = calibrate.fit_thresholds(np.array([0.1, 0.2, 0.8, 0.9]), np.arange(4) >= 2, 0.01, 0.01)
     assert separated == pytest.approx((0.5, 0.5))
-    certain = np.array([1.0, 0.1, 1.0, 0.9])  # a real image with P(fake) = 1
+    certain = np.array([1.0, 0.1, 1.0, 0.9])  # the first image is real and has P(fake) = 1
     t_real, t_fake = calibrate.fit_thresholds(certain, np.arange(4) >= 2, 0.0, 0.0)
     assert t_fake > 1 and t_real == pytest.approx(0.5)
     check_calibration({"temperature": 1.0, "t_real": t_real, "t_fake": t_fake}, "a file")
@@ -136,8 +136,8 @@ def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_en
     assert [name for name, old, new in printed if float(new) < float(old) / 2] == ["ECE", "NLL"]
     table = read_table(scores)
     verdicts = np.array(probabilities_and_verdicts(table.logits, calibration)[1])
-    assert np.sum(verdicts[table.is_real] == "fake") <= 15  # 5 % of 300
-    assert np.sum(verdicts[table.is_fake] == "real") <= 25  # 10 % of 250
+    assert np.sum(verdicts[table.is_real] == "fake") <= 15  # 5 % of the 300 real images
+    assert np.sum(verdicts[table.is_fake] == "real") <= 25  # 10 % of the 250 fake images
     assert np.sum(verdicts == "unsure") > 0
 
     before = detector.read_bytes()
@@ -176,7 +176,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_calibrate_refuses_scores_of_another_detector_or_with_other_image_settings(scores, detector, name):
+def test_calibrate_accepts_only_scores_of_the_given_detector_with_its_image_settings(scores, detector, name):
     record, refused = CASES[name]
     (scores.parent / "val.json").write_text(json.dumps(record))
     before = detector.read_bytes()
@@ -202,7 +202,7 @@ def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scor
 
 
 def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, detector, caplog, capsys):
-    scores = scores_csv(tmp_path / "val.csv", *overlapping(n_real=99, n_fake=100))
+    scores = write_scores(tmp_path / "val.csv", *overconfident_margins(n_real=99, n_fake=100))
     assert calibrate.main([str(scores), "--into", str(detector), "--fpr", "0.01"]) == 0
     assert "no SCORES.json" in caplog.text
     (tmp_path / "val.json").write_text(json.dumps({"trained_on": 7}))
@@ -213,7 +213,7 @@ def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, d
 
 
 def test_calibrate_reports_a_wrong_argument_in_one_line_with_exit_status_2(tmp_path, detector):
-    one_class = str(scores_csv(tmp_path / "s.csv", np.array([-1.0, 1]), np.array([])))
+    one_class = str(write_scores(tmp_path / "s.csv", np.array([-1.0, 1]), np.array([])))
     before = detector.read_bytes()
     for arguments, text in (
         ([one_class], "got 2 real and 0 fake images"),

@@ -260,7 +260,7 @@ def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
+def vgg_cache_file(tmp_path, monkeypatch):
     """Make torch.hub's folder empty, and all network connections fail.
 
     Returns the path at which torch.hub would store the VGG-19 weights.
@@ -275,34 +275,34 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth"
 
 
-def test_vgg_weights_whose_hash_is_wrong_are_refused(hub, monkeypatch):
+def test_vgg_weights_whose_hash_is_wrong_are_refused(vgg_cache_file, monkeypatch):
     def download(url, to, hash_prefix, **_):
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
     with monkeypatch.context() as patch, user_error("invalid hash value", "dcbb9e9d"):
         patch.setattr(torch.hub, "download_url_to_file", download)
         load_vgg("imagenet")
-    hub.parent.mkdir(exist_ok=True)
-    torch.save(VGG19().state_dict(), hub)  # the file name and the shapes are correct, but the values are not
+    vgg_cache_file.parent.mkdir(exist_ok=True)
+    torch.save(VGG19().state_dict(), vgg_cache_file)  # the file name and the shapes are correct, but the values are not
     for source in ("imagenet", "auto"):
         with user_error("damaged", "dcbb9e9d"):
             load_vgg(source)
 
 
-def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scratch(hub, caplog):
+def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scratch(vgg_cache_file, caplog):
     _, record = load_vgg("auto")
     assert record["source"] == "random" and caplog.text.count("RANDOM VGG-19 weights") == 1
     with user_error("--vgg-weights"):
         load_vgg("auto", {"source": "imagenet"}, "released.pth.tar")
     assert load_vgg("auto", record, "mine.pth.tar")[1] == record
-    assert not hub.exists()
+    assert not vgg_cache_file.exists()
 
 
 # --- files and flags that must match ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory, small_classifier):
+def mismatched_files(tmp_path_factory, small_classifier):
     """Return a folder with re-synthesizers, detectors and VGG weights that do not match, and with two images."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
@@ -356,9 +356,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES, ids=[flags for flags, _ in CASES])
-def test_files_and_flags_that_contradict_each_other_are_refused(mixture, tmp_path, monkeypatch, capfd, flags, words):
+def test_files_and_flags_that_contradict_each_other_are_refused(
+    mismatched_files, tmp_path, monkeypatch, capfd, flags, words
+):
     """The trainers refuse every case. test.py (--resume) also refuses each case that loads a detector (--init)."""
-    monkeypatch.chdir(mixture)
+    monkeypatch.chdir(mismatched_files)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:
         calls["test"] = flags.replace("--init", "--resume").replace("--fixed-sr", "")
@@ -368,26 +370,30 @@ def test_files_and_flags_that_contradict_each_other_are_refused(mixture, tmp_pat
         assert not (tmp_path / "out").exists()
 
 
-def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(mixture, tmp_path, capfd):
-    state = read(mixture / "pixel.pth.tar")
+def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(mismatched_files, tmp_path, capfd):
+    state = read(mismatched_files / "pixel.pth.tar")
     state["state_dict"]["fc.weight"].view(torch.int32)[0, 0] ^= 1 << 10
     torch.save(state, tmp_path / "flipped.pth.tar")
-    line = refusal("test", f"--resume {tmp_path}/flipped.pth.tar --input {mixture}/real", capfd)
+    line = refusal("test", f"--resume {tmp_path}/flipped.pth.tar --input {mismatched_files}/real", capfd)
     assert "classifier" in line and "damaged" in line
 
 
-def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(mixture, tmp_path):
+def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(mismatched_files, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
-    train(detector_arguments(mixture, tmp_path / "out", f"{flags} 1"))
+    train(detector_arguments(mismatched_files, tmp_path / "out", f"{flags} 1"))
     with user_error("--vgg-weights"):
-        train(detector_arguments(mixture, tmp_path / "out", f"{flags} 2 --vgg-weights {mixture}/other_vgg.pth"))
+        train(
+            detector_arguments(
+                mismatched_files, tmp_path / "out", f"{flags} 2 --vgg-weights {mismatched_files}/other_vgg.pth"
+            )
+        )
 
 
-def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(mixture):
-    config = read(mixture / "stage2.pth.tar")["config"]
+def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(mismatched_files):
+    config = read(mismatched_files / "stage2.pth.tar")["config"]
     assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
     assert config["classifier"] == {"name": "resnet18", "args": {}}
     assert config["resynthesizer"] == {"name": "rdn", "scale": 4, "args": TINY}
-    assert config["resynthesizer_fingerprint"] == fingerprint(read(mixture / "rdn.pth"))
+    assert config["resynthesizer_fingerprint"] == fingerprint(read(mismatched_files / "rdn.pth"))
     assert config["images"]["crop_size"] == 64
-    assert read(mixture / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True
+    assert read(mismatched_files / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True

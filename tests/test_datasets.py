@@ -68,7 +68,7 @@ def test_the_order_of_images_depends_only_on_seed_and_epoch():
     assert sum(indices(EpochBatches(50, 5, seed=1), epoch=3), []) == sum(one, [])
 
 
-def test_an_epoch_can_be_resumed_at_any_step():
+def test_an_epoch_resumed_at_any_step_gives_the_remaining_batches():
     batches = EpochBatches(23, 4, seed=2)
     whole = indices(batches, epoch=1)
     for step in range(7):
@@ -155,7 +155,7 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         samples = {key.index: data[key] for key in keys}
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
-        assert max(len({data.item(key.index).path for key in batch}) for batch in batches) > 1  # batches mix images
+        assert max(len({data.item(key.index).path for key in batch}) for batch in batches) > 1  # a batch mixes images
         corners.append([corner(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
@@ -251,7 +251,7 @@ def merged_batches(dataset, keys, **limits):
     return list(merge_equal_sizes(loader, **limits))
 
 
-def test_consecutive_images_of_equal_size_are_merged(squares):
+def test_consecutive_images_of_equal_size_are_merged_into_one_batch(squares):
     batches = merged_batches(squares, range(7), block=100, pixels=256)
     assert [[index for _, index, _ in batch.keys] for batch in batches if batch.keys] == [[0, 1, 2], [3], [5], [6]]
     assert all(len(b.x) == len(b.labels) == len(b.weights) == len(b.items) == len(b.keys) for b in batches)

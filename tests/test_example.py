@@ -39,7 +39,7 @@ def contents(root):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def example_folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("example") / "images"
     assert example.main(flags(out)) == 0
     return out
@@ -78,25 +78,27 @@ def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(ki
     assert difference_of_phases(fake) > 2 * difference_of_phases(x)
 
 
-def test_the_folder_of_example_images_has_the_documented_files(made):
-    names = [name for name in contents(made) if name.endswith(".png")]
+def test_the_folder_of_example_images_has_the_documented_files(example_folder):
+    names = [name for name in contents(example_folder) if name.endswith(".png")]
     expected = []
     for split, count in (("train", 2), ("val", 1), ("test", 1)):
         for folder in ("real", "nearest", "bilinear"):
             expected += [f"{split}/{folder}/{index:05d}.png" for index in range(count)]
     assert sorted(names) == sorted(expected)
     for name in names:
-        with Image.open(made / name) as image:
+        with Image.open(example_folder / name) as image:
             assert (image.mode, image.size) == ("RGB", (32, 32))
     for split in ("train", "val"):
-        assert [Path(p) for p in list_paths(str(made / f"{split}.txt"))] == sorted((made / split / "real").iterdir())
-    assert "CC0" in (made / "README.txt").read_text()
-    assert json.loads((made / "settings.json").read_text())["seed"] == 123
+        assert [Path(p) for p in list_paths(str(example_folder / f"{split}.txt"))] == sorted(
+            (example_folder / split / "real").iterdir()
+        )
+    assert "CC0" in (example_folder / "README.txt").read_text()
+    assert json.loads((example_folder / "settings.json").read_text())["seed"] == 123
 
 
-def test_an_example_image_does_not_depend_on_the_number_of_images_and_occurs_once(made, tmp_path):
+def test_an_example_image_does_not_depend_on_the_number_of_images_and_occurs_once(example_folder, tmp_path):
     assert example.main(flags(tmp_path / "more", "--train", 3, "--val", 0)) == 0
-    few, more = contents(made), contents(tmp_path / "more")
+    few, more = contents(example_folder), contents(tmp_path / "more")
     common = [name for name in few if name in more and name.endswith(".png")]
     assert len(common) == 9
     assert all(few[name] == more[name] for name in common)
@@ -105,31 +107,33 @@ def test_an_example_image_does_not_depend_on_the_number_of_images_and_occurs_onc
     assert not (tmp_path / "more" / "val.txt").exists()
 
 
-def test_another_seed_gives_different_example_images(made, tmp_path):
+def test_another_seed_gives_different_example_images(example_folder, tmp_path):
     assert example.main(flags(tmp_path / "other", "--seed", 5)) == 0
-    assert not set(contents(made).values()) & {v for k, v in contents(tmp_path / "other").items() if k.endswith("png")}
+    assert not set(contents(example_folder).values()) & {
+        v for k, v in contents(tmp_path / "other").items() if k.endswith("png")
+    }
 
 
-def test_a_second_call_does_not_change_a_complete_folder(made):
-    times = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    assert example.main(flags(made)) == 0
-    assert times == {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+def test_a_second_call_does_not_change_a_complete_folder(example_folder):
+    times = {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
+    assert example.main(flags(example_folder)) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
 
 
-def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(made, tmp_path):
+def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(example_folder, tmp_path):
     foreign = {"thesis.tex": b"mine", "settings.json": b"not JSON", "train.txt": b"mine"}
     for name, content in foreign.items():
         (tmp_path / name).write_bytes(content)
-    before = contents(made)
+    before = contents(example_folder)
     for out, more in (
-        (made, ["--seed", 5]),
+        (example_folder, ["--seed", 5]),
         (tmp_path, []),
         (tmp_path / "thesis.tex", []),
-        (tmp_path, ["--from", made]),
+        (tmp_path, ["--from", example_folder]),
     ):
         with user_error("--out"):
             example.main(flags(out, *more))
-    assert contents(made) == before
+    assert contents(example_folder) == before
     assert contents(tmp_path) == foreign
 
 
@@ -282,14 +286,14 @@ def test_files_that_get_no_twin_are_reported(photographs, tmp_path, caplog):
     save(photographs / "alpha.png", alpha)
     with caplog.at_level("INFO"):
         assert example.main(["--from", str(photographs), "--out", str(tmp_path / "twins")]) == 0
-    made = contents(tmp_path / "twins")
-    assert "alpha.png" in made and "broken.png" not in made and "pipe.png" not in made
-    assert Image.open(io.BytesIO(made["alpha.png"])).mode == "RGB"
+    twins_by_name = contents(tmp_path / "twins")
+    assert "alpha.png" in twins_by_name and "broken.png" not in twins_by_name and "pipe.png" not in twins_by_name
+    assert Image.open(io.BytesIO(twins_by_name["alpha.png"])).mode == "RGB"
     for words in ("broken.png", "alpha.png: the twin has no alpha channel"):
         assert words in caplog.text
 
 
-def test_a_folder_without_readable_images_is_refused(tmp_path):
+def test_making_twins_of_a_folder_without_readable_images_is_refused(tmp_path):
     (tmp_path / "photographs").mkdir()
     (tmp_path / "photographs" / "a.png").write_bytes(b"not an image")
     with user_error("none of the 1 images"):

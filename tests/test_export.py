@@ -205,7 +205,7 @@ def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(
     assert b"/home/me" not in (files / "mine.onnx").read_bytes()
 
 
-def test_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_graph(files, tmp_path):
+def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_graph(files, tmp_path):
     def check(content, detector=files / "mine.pth.tar"):
         (tmp_path / "a.onnx").write_bytes(content)
         export.main(["--resume", str(detector), "--check", f"{tmp_path}/a.onnx"])
@@ -339,6 +339,6 @@ def test_tools_export_reports_a_wrong_command_line_with_exit_status_2(files, fla
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_check_refuses_a_graph_that_does_not_exist(files):
+def test_tools_export_with_check_refuses_a_graph_that_does_not_exist(files):
     with user_error("none.onnx"):
         export.main(["--resume", f"{files}/mine.pth.tar", "--check", "none.onnx"])

@@ -30,7 +30,7 @@ def example_module(name):
 
 
 @pytest.fixture
-def extended(monkeypatch):
+def documented_networks(monkeypatch):
     """Add the re-synthesizer, features and classifier of docs/extending.md to the dicts of models/build.py."""
     monkeypatch.setitem(build.RESYNTHESIZERS, "small_sr", example_module("small_sr").SmallSR)
     monkeypatch.setitem(build.FEATURES, "gradients", example_module("gradients").Gradients)
@@ -53,7 +53,7 @@ PARTS = "--features gradients --feature-args gain=2 --arch small_cnn --arch-args
 
 
 def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_and_fine_tuned(
-    files, tmp_path, extended
+    files, tmp_path, documented_networks
 ):
     weights = train_small_sr(files, tmp_path / "sr")
     out = tmp_path / "detector"
@@ -78,7 +78,7 @@ def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_a
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_network_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, extended):
+def test_network_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, documented_networks):
     weights = train_small_sr(files, tmp_path / "sr")
     with user_error("--sr-args", "width=7", "width=5"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-args width=7 --arch small_cnn --epochs 1"
@@ -89,7 +89,7 @@ def test_network_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_p
 
 
 def test_loading_a_checkpoint_whose_features_are_not_in_the_dict_gives_an_error_with_their_name(
-    files, tmp_path, extended, monkeypatch
+    files, tmp_path, documented_networks, monkeypatch
 ):
     train(arguments(files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1"))
     monkeypatch.delitem(build.FEATURES, "gradients")
@@ -99,7 +99,7 @@ def test_loading_a_checkpoint_whose_features_are_not_in_the_dict_gives_an_error_
 
 @pytest.mark.parametrize("control", ["bicubic", "none"])
 def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expected_residual(
-    files, tmp_path, extended, control
+    files, tmp_path, documented_networks, control
 ):
     train(arguments(files, tmp_path, f"--fixed-sr --sr-arch {control} --arch small_cnn --epochs 1"))
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")

@@ -17,7 +17,7 @@ def log_everything(caplog):
     caplog.set_level(logging.INFO)
 
 
-def below(root, paths):
+def relative_paths(root, paths):
     return [os.path.relpath(path, root) for path in paths]
 
 
@@ -32,13 +32,13 @@ def test_images_are_found_by_suffix_and_sorted_by_path(tmp_path):
 
 def test_avif_images_are_found_if_pillow_can_read_avif(tmp_path):
     root = touch(tmp_path / "r", "a.avif", "b.png")
-    assert below(root, find_images(root)) == (["a.avif", "b.png"] if HAS_AVIF else ["b.png"])
+    assert relative_paths(root, find_images(root)) == (["a.avif", "b.png"] if HAS_AVIF else ["b.png"])
 
 
 def test_one_log_line_says_how_many_files_are_left_out_and_why(tmp_path, caplog):
     others = ["1.HEIC", "2.heic", "no_suffix", ".hidden.png", "._a.jpg", "__MACOSX/a.png", ".git/a.png"]
     root = touch(tmp_path / "r", "a.png", "sub/b.png", "sub/notes.txt", *others)
-    assert below(root, find_images(root)) == ["a.png", "sub/b.png"]
+    assert relative_paths(root, find_images(root)) == ["a.png", "sub/b.png"]
     (message,) = caplog.messages
     words = ["found 2 images", "left out 8 other", "2 .heic", "1 .txt", "1 without suffix", "4 hidden"]
     assert all(word in message for word in words)
@@ -58,7 +58,7 @@ def test_two_links_to_one_folder_are_followed_once(tmp_path, caplog):
     (tmp_path / "r/b").symlink_to(elsewhere)
     (tmp_path / "r/c").symlink_to(elsewhere)
     (tmp_path / "r/broken.png").symlink_to(tmp_path / "nothing")
-    assert below(root, find_images(root)) == ["a/1.png", "b/2.png", "broken.png"]
+    assert relative_paths(root, find_images(root)) == ["a/1.png", "b/2.png", "broken.png"]
     assert "1 repeated folder" in caplog.text
 
 
@@ -68,8 +68,8 @@ def test_a_link_to_a_folder_that_contains_it_is_not_followed(tmp_path, caplog, p
     touch(tmp_path / "fake", "3.png")
     (tmp_path / "real" / place).symlink_to(target)
     (tmp_path / "link").symlink_to(root)
-    assert below(root, find_images(root)) == ["1.png", "a/b/2.png"]
-    assert below(tmp_path / "link", find_images(str(tmp_path / "link"))) == ["1.png", "a/b/2.png"]
+    assert relative_paths(root, find_images(root)) == ["1.png", "a/b/2.png"]
+    assert relative_paths(tmp_path / "link", find_images(str(tmp_path / "link"))) == ["1.png", "a/b/2.png"]
     assert all("1 link to a folder that contains it" in message for message in caplog.messages)
 
 
@@ -78,7 +78,7 @@ def test_a_link_to_a_parent_folder_is_not_followed_inside_a_linked_folder(tmp_pa
     touch(tmp_path / "storage", "part/2.png", "other/3.png")
     (tmp_path / "r/part").symlink_to(tmp_path / "storage/part")
     (tmp_path / "storage/part/up").symlink_to("..")
-    assert below(root, find_images(root)) == ["1.png", "part/2.png"]
+    assert relative_paths(root, find_images(root)) == ["1.png", "part/2.png"]
 
 
 # --- pictures that test.py writes -----------------------------------------------------------------------------
@@ -94,7 +94,7 @@ def folder_with_outputs(tmp_path):
 
 
 def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_folder(folder_with_outputs, caplog):
-    assert below(folder_with_outputs, find_images(folder_with_outputs)) == ["cat.png", "photo.png"]
+    assert relative_paths(folder_with_outputs, find_images(folder_with_outputs)) == ["cat.png", "photo.png"]
     for words in ("1 figure of a score table", "1 residual picture"):
         assert words in caplog.text
 
@@ -103,7 +103,7 @@ def test_images_whose_names_resemble_outputs_of_test_py_are_kept(tmp_path):
     names = ["scores.png", "residual.png", "alone.png"]
     root = touch(tmp_path / "r", *names)
     os.mkfifo(tmp_path / "r/scores.csv")  # opening a named pipe would block the program
-    assert below(root, find_images(root)) == sorted(names)
+    assert relative_paths(root, find_images(root)) == sorted(names)
 
 
 def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_list_of_files(folder_with_outputs, caplog):

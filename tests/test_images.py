@@ -405,7 +405,7 @@ def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_
 @pytest.fixture
 def mixed_items(tmp_path):
     """Return the items of three good images, one image that is too small, and one empty file."""
-    sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # height, width
+    sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # (height, width) in pixels
     paths = [save(tmp_path / f"{height}x{width}.png", random_rgb(height, width)) for height, width in sizes]
     (tmp_path / "zero.png").touch()
     return [Item(path, REAL, "") for path in [*paths, str(tmp_path / "zero.png")]]
@@ -431,7 +431,7 @@ def test_with_skip_bad_unusable_images_are_left_out_and_named(mixed_items, caplo
         assert all(word in message for word in words)
 
 
-def test_images_smaller_than_the_stride_of_the_features_are_left_out(mixed_items):
+def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(mixed_items):
     items, _ = usable_items(mixed_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
     assert items == mixed_items[:3]
     with user_error("3 of 3", "at least 32"):

@@ -25,7 +25,7 @@ def picture(seed, size=(96, 96)):
     return Image.fromarray(np.clip(np.asarray(smooth) + noise, 0, 255).astype(np.uint8))
 
 
-def fill(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
+def write_pictures(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
     """Write different images into a folder. Their seeds and file names count up from `start`. Returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -44,13 +44,13 @@ def audit_folders(real, fake, **options):
     return audit(folder_items([str(real)], [str(fake)]), **options)
 
 
-def checks(result):
+def finding_names(result):
     return [finding.check for finding in result.findings]
 
 
 LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # no two sizes are equal
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
-LEAKS = {  # name -> (options of `fill` for the reals, for the fakes, attributes that must be found)
+LEAKS = {  # name -> (options of `write_pictures` for the reals, for the fakes, attributes that must be found)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
     "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
     "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
@@ -64,17 +64,17 @@ LEAKS = {  # name -> (options of `fill` for the reals, for the fakes, attributes
 @pytest.mark.parametrize("name", LEAKS)
 def test_the_audit_finds_each_kind_of_leak_and_reports_nothing_else(roots, name, quick):
     real_options, fake_options, attributes = LEAKS[name]
-    fill(roots[0], 0, **real_options)
-    fill(roots[1], 100, **fake_options)
+    write_pictures(roots[0], 0, **real_options)
+    write_pictures(roots[1], 100, **fake_options)
     result = audit_folders(*roots, quick=quick)
-    assert checks(result) == [f"{attribute} (train)" for attribute in attributes]
+    assert finding_names(result) == [f"{attribute} (train)" for attribute in attributes]
     (finding,) = result.findings
     assert finding.severity == LEAK and finding.way_out and "of the real" in finding.message
 
 
 def test_the_audit_reports_nothing_for_images_without_leaks(roots):
-    fill(roots[0], 0)
-    fill(roots[1], 100)
+    write_pictures(roots[0], 0)
+    write_pictures(roots[1], 100)
     result = audit_folders(*roots)
     assert result.findings == [] and result.checked == 2 * COUNT
     assert result.files == {"train real": COUNT, "train fake": COUNT}
@@ -89,18 +89,20 @@ def test_the_jpeg_quality_is_read_from_the_file(tmp_path):
 
 def test_a_leak_of_one_of_four_generators_is_found(tmp_path):
     for i, (generator, suffix) in enumerate((("a", ".png"), ("b", ".png"), ("c", ".png"), ("d", ".jpg"))):
-        fill(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
-        fill(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
+        write_pictures(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
+        write_pictures(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
     (finding,) = audit(tree_items(str(tmp_path))).findings
     assert finding.check == "format (train, d)" and finding.severity == LEAK
 
 
 def test_a_leak_in_the_validation_images_is_found(roots, tmp_path):
-    fill(roots[0], 0)
-    fill(roots[1], 100)
-    validation = folder_items([str(fill(tmp_path / "a", 200))], [str(fill(tmp_path / "b", 300, ".jpg"))])
+    write_pictures(roots[0], 0)
+    write_pictures(roots[1], 100)
+    validation = folder_items(
+        [str(write_pictures(tmp_path / "a", 200))], [str(write_pictures(tmp_path / "b", 300, ".jpg"))]
+    )
     result = audit(folder_items([str(roots[0])], [str(roots[1])]), validation)
-    assert checks(result) == ["format (validation)"]
+    assert finding_names(result) == ["format (validation)"]
 
 
 # --- differences --------------------------------------------------------------------------------------------
@@ -118,7 +120,7 @@ def severity_of(reals, fakes):
 
 
 @pytest.mark.parametrize("real, fake, severity", [(85, 15, LEAK), (80, 35, WARNING), (55, 45, None)])
-def test_a_large_difference_is_a_leak_a_medium_one_a_warning_and_a_small_one_nothing(real, fake, severity):
+def test_a_difference_between_real_and_fake_files_is_a_leak_a_warning_or_ignored_by_its_size(real, fake, severity):
     reals, fakes = ("a" * n + "b" * (100 - n) for n in (real, fake))
     assert severity_of(reals, fakes) == severity
 
@@ -128,7 +130,7 @@ def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images(
     assert finding.message == "a in 90% of the real and 0% of the fake images"
 
 
-def test_a_difference_between_three_real_and_three_fake_files_is_not_reported():
+def test_a_difference_is_reported_for_five_files_per_class_and_not_for_three():
     assert severity_of("aaaaa", "bbbbb") == LEAK
     assert severity_of("aaa", "bbb") is None
     assert severity_of("a", "b") is severity_of("", "aaaaa") is None
@@ -145,9 +147,9 @@ def test_random_differences_are_not_reported(count, values):
 
 
 def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(roots, tmp_path):
-    fill(roots[0], 0)
-    fill(roots[1], 100)
-    validation = fill(tmp_path / "validation", 200, count=4)
+    write_pictures(roots[0], 0)
+    write_pictures(roots[1], 100)
+    validation = write_pictures(tmp_path / "validation", 200, count=4)
     shutil.copy(roots[0] / "0003.png", validation / "another name.png")
     shutil.copy(roots[0] / "0005.png", roots[1] / "real.png")
     shutil.copy(roots[1] / "0107.png", roots[1] / "again.png")
@@ -163,14 +165,14 @@ def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(ro
 
 
 def test_different_images_with_equal_file_sizes_are_not_reported_as_duplicates(roots):
-    fill(roots[0], 0, ".bmp")
-    fill(roots[1], 100, ".bmp")
+    write_pictures(roots[0], 0, ".bmp")
+    write_pictures(roots[1], 100, ".bmp")
     assert audit_folders(*roots).findings == []
 
 
 def test_unreadable_files_and_named_pipes_are_reported_in_one_warning(roots):
-    fill(roots[0], 0)
-    fill(roots[1], 100)
+    write_pictures(roots[0], 0)
+    write_pictures(roots[1], 100)
     (roots[0] / "0000.png").write_bytes(b"not an image")
     os.mkfifo(roots[1] / "pipe.png")
     result = audit_folders(*roots)
@@ -184,10 +186,10 @@ def test_unreadable_files_and_named_pipes_are_reported_in_one_warning(roots):
 
 
 @pytest.mark.parametrize("labelled, leaks", [(True, ["exact duplicates", "format"]), (False, ["exact duplicates"])])
-def test_a_quick_audit_logs_one_line_per_leak(roots, tmp_path, caplog, labelled, leaks):
-    fill(roots[0], 0, ".jpg")
-    fill(roots[1], 100)
-    validation = fill(tmp_path / "validation", 50, ".jpg", count=8)
+def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(roots, tmp_path, caplog, labelled, leaks):
+    write_pictures(roots[0], 0, ".jpg")
+    write_pictures(roots[1], 100)
+    validation = write_pictures(tmp_path / "validation", 50, ".jpg", count=8)
     shutil.copy(roots[0] / "0003.jpg", validation / "other.jpg")
     sets = [folder_items([str(roots[0])], [str(roots[1])]), folder_items([str(validation)], [])]
     if not labelled:
@@ -200,6 +202,6 @@ def test_a_quick_audit_logs_one_line_per_leak(roots, tmp_path, caplog, labelled,
 
 
 def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(roots):
-    (item,) = folder_items([str(fill(roots[0], 0, count=1))], [])
+    (item,) = folder_items([str(write_pictures(roots[0], 0, count=1))], [])
     items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
     assert SAMPLE / 2 < audit(items, quick=True).checked <= SAMPLE

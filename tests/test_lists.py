@@ -28,7 +28,7 @@ from data.lists import (
 from utils.labels import FAKE, REAL
 
 
-def below(root, items):
+def with_relative_paths(root, items):
     return [(os.path.relpath(item.path, root), item.label, item.generator) for item in items]
 
 
@@ -38,7 +38,7 @@ def below(root, items):
 def test_real_images_are_listed_before_fakes_and_each_fake_folder_is_one_generator(tmp_path):
     real = touch(tmp_path / "real", "2.png", "1.png")
     fakes = [touch(tmp_path / name, "b.png", "a.png") for name in ("StyleGAN", "ProGAN")]
-    assert below(tmp_path, folder_items([real], fakes)) == [
+    assert with_relative_paths(tmp_path, folder_items([real], fakes)) == [
         ("real/1.png", REAL, ""),
         ("real/2.png", REAL, ""),
         ("StyleGAN/a.png", FAKE, "StyleGAN"),
@@ -76,7 +76,7 @@ def test_the_folders_real_and_real2_are_accepted_together(tmp_path):
 def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage_are_listed(tmp_path, real, fake):
     names = [f"progan/cat/{real}/1.png", f"progan/cat/{fake}/2.png", f"sd/{real}/3.png", f"sd/{fake}/a/4.png"]
     root = touch(tmp_path / "t", *names)
-    assert below(root, tree_items(root)) == [
+    assert with_relative_paths(root, tree_items(root)) == [
         (names[0], REAL, "progan"),
         (names[2], REAL, "sd"),
         (names[1], FAKE, "progan"),
@@ -90,7 +90,7 @@ def test_a_tree_may_mix_layouts_and_the_log_names_each_layout(tmp_path, caplog):
     names = ["a/0_real/1.png", "a/1_fake/2.png", "b/nature/3.png", "b/ai/4.png", "b/ai/5.png", "readme/6.png"]
     root = touch(tmp_path / "t", *names)
     items = tree_items(root)
-    assert {path for path, _, _ in below(root, items)} == set(names[:5])
+    assert {path for path, _, _ in with_relative_paths(root, items)} == set(names[:5])
     assert [item.label for item in items] == [REAL, REAL, FAKE, FAKE, FAKE]
     for words in ("2 0_real/1_fake", "3 nature/ai", "1 in no class folder"):
         assert words in caplog.messages[-1]
@@ -102,7 +102,7 @@ def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
     val = [f"sd/val/{kind}/9.png" for kind in ("nature", "ai")]
     root = touch(tmp_path / "t", *train, *val)
     items = tree_items(root, training=True)
-    assert {path for path, _, _ in below(root, items)} == set(train)
+    assert {path for path, _, _ in with_relative_paths(root, items)} == set(train)
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(tree_items(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
@@ -246,7 +246,7 @@ def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path)
 
 
 @pytest.mark.parametrize("link", ["real/2.png", "real/more"])
-def test_a_file_in_both_classes_is_refused(tmp_path, link):
+def test_an_image_file_listed_as_real_and_as_fake_is_refused(tmp_path, link):
     real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "fake", "2.png")
     (tmp_path / link).symlink_to(f"{fake}/2.png" if link.endswith(".png") else fake)
     with user_error("1 files are listed both as real and as generated", link, "fake/2.png"):
@@ -263,7 +263,10 @@ def test_a_csv_table_that_labels_one_file_as_real_and_as_fake_is_refused(tmp_pat
 def test_a_link_to_the_parent_folder_adds_no_images(tmp_path):
     real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "fake", "2.png")
     (tmp_path / "real/up").symlink_to("..")
-    assert below(tmp_path, labelled_items([real], [fake])) == [("real/1.png", REAL, ""), ("fake/2.png", FAKE, "fake")]
+    assert with_relative_paths(tmp_path, labelled_items([real], [fake])) == [
+        ("real/1.png", REAL, ""),
+        ("fake/2.png", FAKE, "fake"),
+    ]
 
 
 @pytest.mark.parametrize("target", ["..", "../1_fake", "../../other/1_fake"])
@@ -271,7 +274,7 @@ def test_a_link_inside_a_tree_does_not_change_the_class_of_an_image(tmp_path, ta
     names = ["gan/0_real/1.png", "gan/1_fake/2.png", "other/1_fake/3.png"]
     root = touch(tmp_path / "t", *names)
     (tmp_path / "t/gan/0_real/link").symlink_to(target)
-    labels = {path: label for path, label, _ in below(root, tree_items(root))}
+    labels = {path: label for path, label, _ in with_relative_paths(root, tree_items(root))}
     assert labels == {names[0]: REAL, names[1]: FAKE, names[2]: FAKE}
 
 

@@ -27,7 +27,7 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
     return scores, is_fake
 
 
-def table_of(tmp_path, rows):
+def write_and_read_table(tmp_path, rows):
     write_table(tmp_path / "t.csv", rows)
     return read_table(tmp_path / "t.csv")
 
@@ -82,7 +82,9 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
-    measured = metrics.measure(table_of(tmp_path, rows_of([-1, 1, -1], REAL) + rows_of([1, -1], FAKE)), resamples=0)
+    measured = metrics.measure(
+        write_and_read_table(tmp_path, rows_of([-1, 1, -1], REAL) + rows_of([1, -1], FAKE)), resamples=0
+    )
     assert measured["accuracy"] == pytest.approx(3 / 5)
     assert measured["accuracy_real"] == pytest.approx(2 / 3)
     assert measured["accuracy_fake"] == pytest.approx(1 / 2)
@@ -93,7 +95,7 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
         "real": {"real": 2, "fake": 1, "unsure": 0},
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
-    all_called_fake = metrics.measure(table_of(tmp_path, rows_of([1, 1], REAL)), resamples=0)
+    all_called_fake = metrics.measure(write_and_read_table(tmp_path, rows_of([1, 1], REAL)), resamples=0)
     assert all_called_fake["precision_real_positive"] is None
     assert all_called_fake["recall_real_positive"] == 0
 
@@ -107,7 +109,7 @@ def test_calibration_error_and_nll_equal_the_values_computed_by_hand():
     nll = -(3 * np.log(0.9) + np.log(0.1) + 2 * np.log(0.9)) / 6
     assert metrics.negative_log_likelihood(prob_fake, is_fake) == pytest.approx(nll)
     wrong_and_certain = metrics.negative_log_likelihood(np.array([1.0, 0.0]), np.array([False, True]))
-    assert 30 < wrong_and_certain < 40  # large, but not infinite
+    assert 30 < wrong_and_certain < 40  # the loss is finite
     assert metrics.expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
 
 
@@ -160,7 +162,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
     rows = [*rows_of([-1, -2], REAL), *rows_of([-3], REAL, "own"), *rows_of([1, 2, 3], FAKE, "own")]
     rows += rows_of([-4, 5], FAKE, "other") + rows_of([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
-    summary = metrics.summarize(table_of(tmp_path, rows), resamples=50)
+    summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=50)
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
@@ -177,7 +179,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
     rows = [Row("a.png", "fake", "g", error="broken"), *rows_of([1, -1, 2], label)]
-    summary = metrics.summarize(table_of(tmp_path, rows))
+    summary = metrics.summarize(write_and_read_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
     assert any("AUROC" in note for note in summary["notes"])
@@ -189,7 +191,7 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
     rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a") + rows_of([2, 3], FAKE, "b")
-    summary = metrics.summarize(table_of(tmp_path, rows), resamples=0)
+    summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
     assert metrics.metric_rows({"": summary})[0][-1] == "max"
@@ -197,8 +199,10 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
     rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a")
-    blurred = metrics.summarize(table_of(tmp_path, rows), resamples=0)
-    clean = metrics.summarize(table_of(tmp_path, rows + rows_of([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0)
+    blurred = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
+    clean = metrics.summarize(
+        write_and_read_table(tmp_path, rows + rows_of([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
+    )
     assert metrics.rows_by_generator({"none": clean, "blur sigma 2": blurred}) == [
         ["AUROC", "a", "evil\\x1b[31m\\nname"],
         ["none", "75.0", "100.0"],

@@ -55,7 +55,7 @@ def stage5(tmp_path_factory, small_classifier):
 # --- files that test.py has not written are neither replaced nor deleted --------------------------------------
 
 
-def foreign_files(folder: Path) -> None:
+def write_user_files(folder: Path) -> None:
     """Write files of a user whose names equal the names of the outputs of `test.py --save_path p`."""
     write_image(folder / "p.png", 0)
     (folder / "p.csv").write_text("path,label\np.png,real\n")
@@ -69,7 +69,7 @@ def foreign_files(folder: Path) -> None:
 def test_a_file_of_the_user_at_the_save_path_is_refused_and_unchanged(
     detector_file, image_folder, tmp_path, capfd, name, overwrite
 ):
-    foreign_files(tmp_path)
+    write_user_files(tmp_path)
     for path in tmp_path.iterdir():
         if path.name != name:
             path.unlink()

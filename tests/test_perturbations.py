@@ -144,7 +144,7 @@ def test_jpeg_compression_of_the_sweep_has_the_given_quality():
 
 
 @pytest.mark.parametrize("name", ["blur", "jpeg", "noise"])
-def test_frank2020_perturbs_half_of_the_images(name):
+def test_the_frank2020_protocol_perturbs_half_of_the_images(name):
     recognised = [recognise(image, perturb(image, name, "frank2020", 3)) for image in random_images(300)]
     counts = Counter(n for n, _ in recognised)
     assert set(counts) == {name, "none"}
@@ -157,14 +157,14 @@ def test_frank2020_perturbs_half_of_the_images(name):
         assert np.mean(strengths) == pytest.approx(42.5, abs=5)
 
 
-def test_frank2020_noise_has_a_variance_from_5_to_20():
+def test_noise_of_the_frank2020_protocol_has_a_variance_from_5_to_20():
     results = [perturb(grey_image(64), "noise", "frank2020", seed).double() for seed in range(80)]
     variances = [float(r.var()) - 1 / 12 for r in results if (r != 128).any()]  # rounding adds a variance of 1/12
     assert 25 < len(variances) < 55
     assert 4.8 < min(variances) < 7 and 18 < max(variances) < 20.6
 
 
-def test_frank2020_crop_cuts_5_to_20_percent():
+def test_crop_of_the_frank2020_protocol_cuts_5_to_20_percent_of_the_image():
     results = [perturb(gradient_image(), "crop", "frank2020", seed) for seed in range(80)]
     fractions = [fractions_cut(result, 0)[0] for result in results]
     fractions = [fraction for fraction in fractions if fraction > 0.02]
@@ -172,7 +172,7 @@ def test_frank2020_crop_cuts_5_to_20_percent():
     assert 0.03 < min(fractions) < 0.09 and 0.16 < max(fractions) < 0.21
 
 
-def test_frank2020_combined_decides_for_each_perturbation_independently():
+def test_combined_of_the_frank2020_protocol_applies_each_perturbation_independently():
     untouched = sum(torch.equal(i, perturb(i, "combined", "frank2020", 0)) for i in random_images(480, 40, 40))
     assert untouched == pytest.approx(480 / 2**4, abs=16)
     counts = Counter()
@@ -251,7 +251,7 @@ def test_perturbed_images_do_not_depend_on_the_order_of_images_or_on_other_rando
         forward = [transform(image) for image in images]
         backward = [transform(image.clone(), np.random.default_rng()) for image in reversed(images)]
         assert torch.equal(torch.stack(forward), torch.stack(backward[::-1]))
-        assert torch.equal(torch.stack(images), torch.stack(random_images(8, 32, 32)))  # the input is not changed
+        assert torch.equal(torch.stack(images), torch.stack(random_images(8, 32, 32)))  # the input is kept
         is_changed = [not torch.equal(a, b) for a, b in zip(images, forward, strict=True)]
         if protocol == "sweep" and setting.name != "none":
             assert all(is_changed)

@@ -25,7 +25,7 @@ EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 
 
-def rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
+def score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
     """Return rows of a score table with n real images and n fakes per generator.
 
     A larger shift separates the scores of real and fake images better.
@@ -39,7 +39,7 @@ def rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
     return result
 
 
-def write(folder, name, table_rows, **record):
+def write_score_table(folder, name, table_rows, **record):
     """Write a score table and, if `record` has entries, the JSON file beside it. Return the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table_rows)
@@ -77,16 +77,18 @@ def page_of(tables, out, residuals=None, resamples=0):
 # --- the page
 
 
-def test_the_page_shows_metrics_robustness_mistakes_and_settings(tmp_path):
+def test_the_report_page_shows_metrics_robustness_misclassified_images_and_settings(tmp_path):
     record = {
         "settings": {"stage": 5, "arch": "resnet50", "seed": 3},
         "detector": {"calibration": {"temperature": 2.0, "t_real": 0.25, "t_fake": 0.75}},
         "versions": {"torch": "2.15.0"},
     }
-    tables = [write(tmp_path, "clean", [*rows(), BROKEN], **record)]
+    tables = [write_score_table(tmp_path, "clean", [*score_rows(), BROKEN], **record)]
     for name, strength in (("jpeg", 30), ("jpeg", 90), ("blur", 3), ("jpeg", 60)):
         perturbation = {"name": name, "strength": strength}
-        tables.append(write(tmp_path, f"{name}{strength}", rows(1.0), **record, perturbation=perturbation))
+        tables.append(
+            write_score_table(tmp_path, f"{name}{strength}", score_rows(1.0), **record, perturbation=perturbation)
+        )
     page = page_of(tables, tmp_path / "new" / "out", resamples=20)
     for text in (
         "positive class is fake", "ProGAN", "StyleGAN", "mean over generators", "all images", "AUROC", "Robustness",
@@ -100,11 +102,11 @@ def test_the_page_shows_metrics_robustness_mistakes_and_settings(tmp_path):
     assert page_of(tables, tmp_path / "again", resamples=20).source == page.source
 
 
-def test_the_page_shows_html_in_names_as_text_and_loads_nothing_from_the_internet(tmp_path):
-    table_rows = [*rows(generators=(f"{EVIL}\x1b[31m\nname",)), BROKEN]
+def test_the_report_page_shows_html_in_names_as_text_and_loads_nothing_from_the_internet(tmp_path):
+    table_rows = [*score_rows(generators=(f"{EVIL}\x1b[31m\nname",)), BROKEN]
     record = {"settings": {EVIL: EVIL, "nested": {"list": [EVIL]}}, "versions": {EVIL: EVIL}}
     record["perturbation"] = {"name": EVIL, "strength": 1}
-    page = page_of([write(tmp_path, "s", table_rows, **record)], tmp_path / "out")
+    page = page_of([write_score_table(tmp_path, "s", table_rows, **record)], tmp_path / "out")
     assert not {"script", "link", "iframe", "object", "form", "base"} & set(page.tags)
     for _, name, _ in page.attributes:
         assert not name.startswith("on") and name not in ("href", "srcset", "action")
@@ -114,7 +116,7 @@ def test_the_page_shows_html_in_names_as_text_and_loads_nothing_from_the_interne
     assert ("meta", "content", policy) in page.attributes
 
 
-def test_the_page_shows_images_found_beside_the_score_table_and_residual_pictures(tmp_path):
+def test_the_report_page_shows_images_found_beside_the_score_table_and_residual_pictures(tmp_path):
     (tmp_path / "real").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / f"{name}.png")
@@ -123,17 +125,17 @@ def test_the_page_shows_images_found_beside_the_score_table_and_residual_picture
     Image.new("RGB", (900, 300), (0, 0, 250)).save(residual)
     (tmp_path / "text.png").write_text("no picture")
     items = [(name, REAL, "") for name in ("real/a.png", "real/b.png", "text.png", "missing.png")]
-    table = write(tmp_path, "s", make_rows(items, [[4, 0], [3, 0], [2, 0], [1, 0]]))
+    table = write_score_table(tmp_path, "s", make_rows(items, [[4, 0], [3, 0], [2, 0], [1, 0]]))
     page = page_of([table], tmp_path / "out", tmp_path / "residuals")
     cards = [picture.size for picture in page.pictures if picture.format == "JPEG"]
     assert cards == [(720, 240), (320, 213)]
     assert page.text.count("not available") == 2
 
 
-def test_the_most_wrong_images_are_listed_first(tmp_path):
+def test_the_report_lists_images_by_how_wrong_their_scores_are(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # error margins: 1, 5, -9, -3, none, 2
-    table = read_table(write(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
+    table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.most_wrong(table)] == ["b", "f", "a", "d", "c"]
     assert len(report_page.most_wrong(table, 2)) == 2
 
@@ -143,18 +145,18 @@ ODD_TABLES = {
     "no labels": make_rows([("a", None, "")], [[1, 2]]),
     "one class": make_rows([("a", FAKE, "g"), ("b", FAKE, "h")], [[1, 2], [1, 2]]),
     "one tied pair": make_rows([("a", REAL, ""), ("b", FAKE, "")], [[1, 1], [1, 1]]),
-    "many generators": rows(generators=[f"generator {i} $x_{{" for i in range(12)], n=5),
+    "many generators": score_rows(generators=[f"generator {i} $x_{{" for i in range(12)], n=5),
 }
 
 
 @pytest.mark.parametrize("name", ODD_TABLES)
-def test_a_page_is_written_for_a_score_table_of_unusual_content(tmp_path, name):
-    table = write(tmp_path, "s", ODD_TABLES[name], detector="from another program", settings=[1])
+def test_a_report_page_is_written_for_a_score_table_with_unusual_content(tmp_path, name):
+    table = write_score_table(tmp_path, "s", ODD_TABLES[name], detector="from another program", settings=[1])
     assert page_of([table], tmp_path / "out").tags[:2] == ["html", "head"]
 
 
-def test_the_page_replaces_an_earlier_page_and_no_other_file(tmp_path):
-    table = write(tmp_path, "s", rows())
+def test_the_report_page_replaces_an_earlier_report_page_and_no_other_file(tmp_path):
+    table = write_score_table(tmp_path, "s", score_rows())
     out = tmp_path / "out"
     out.mkdir()
     foreign = {"report.html": b"<html>my thesis</html>", "s_scores.png": b"mine", "robustness.png": b"mine"}
@@ -170,7 +172,7 @@ def test_the_page_replaces_an_earlier_page_and_no_other_file(tmp_path):
 
 
 def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
-    good, broken = write(tmp_path, "s", rows()), write(tmp_path, "broken", rows())
+    good, broken = write_score_table(tmp_path, "s", score_rows()), write_score_table(tmp_path, "broken", score_rows())
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "file").write_text("")
     out = ["--out", f"{tmp_path}/o"]
@@ -197,7 +199,7 @@ def cells_of(markdown):
 
 
 def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
-    table = write(tmp_path, "s", rows(), settings={"seed": 5})
+    table = write_score_table(tmp_path, "s", score_rows(), settings={"seed": 5})
     command = [sys.executable, "-m", "tools.report", table, "--markdown"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -208,7 +210,10 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
 
 
 def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_column_per_generator(tmp_path, capsys):
-    tables = [write(tmp_path, "b", rows(generators=("StyleGAN",))), write(tmp_path, "a", rows(1.0))]
+    tables = [
+        write_score_table(tmp_path, "b", score_rows(generators=("StyleGAN",))),
+        write_score_table(tmp_path, "a", score_rows(1.0)),
+    ]
     b, a = (table.summary["generators"] for table in report_page.load_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
     assert cells_of(capsys.readouterr().out) == [
@@ -234,7 +239,7 @@ def auroc(table, *generators):
 def study(tmp_path):
     """Return a study file of two detectors. The first detector was trained with two seeds."""
     for name, shift in (("one", 0.5), ("two", 1.0), ("control", 0.0)):
-        write(tmp_path / "scores", name, rows(shift))
+        write_score_table(tmp_path / "scores", name, score_rows(shift))
     lines = [
         "main,residual | pixels,seen,scores/one.csv,ProGAN",
         "main,residual | pixels,seen,scores/two.csv,ProGAN",
@@ -289,7 +294,7 @@ def test_a_wrong_study_file_is_refused_in_one_line(study, content, text):
 # --- documents
 
 
-def test_refresh_updates_the_tables_of_a_document(study, monkeypatch, capsys):
+def test_tools_report_with_refresh_updates_the_tables_of_a_document(study, monkeypatch, capsys):
     monkeypatch.chdir(study.parent)
     command = "python -m tools.report --study tables.csv --table main --markdown auroc"
     document = "# Head\n\n<!-- made by: {} -->{}\nText below the table stays.\n"
@@ -317,7 +322,7 @@ def test_refresh_updates_the_tables_of_a_document(study, monkeypatch, capsys):
         "python -m tools.audit scores/one.csv --markdown",
     ],
 )
-def test_refresh_refuses_a_document_with_a_command_that_it_does_not_accept(study, monkeypatch, command):
+def test_tools_report_with_refresh_refuses_a_document_with_an_unsuitable_command(study, monkeypatch, command):
     monkeypatch.chdir(study.parent)
     document = study.parent / "d.md"
     document.write_text(f"<!-- made by: {command} -->\n| old |\n")

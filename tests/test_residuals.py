@@ -122,7 +122,7 @@ CONFIG = {
 }
 
 
-def folder_of(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
+def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
     key = cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
     return cache_folder(root, key)
 
@@ -142,20 +142,20 @@ def folder_of(root, policy=SizePolicy(4), precision="fp32", features_fingerprint
     ],
 )
 def test_changing_a_setting_of_the_residual_changes_the_folder_of_the_cache(tmp_path, change):
-    assert folder_of(tmp_path) == folder_of(tmp_path) != folder_of(tmp_path, **change)
+    assert cache_folder_for(tmp_path) == cache_folder_for(tmp_path) != cache_folder_for(tmp_path, **change)
 
 
 @pytest.mark.parametrize("module", ["torch", "PIL", "numpy"])
 def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_path, monkeypatch, module):
-    before = folder_of(tmp_path)
+    before = cache_folder_for(tmp_path)
     monkeypatch.setattr(f"{module}.__version__", "0")
-    assert folder_of(tmp_path) != before
+    assert cache_folder_for(tmp_path) != before
 
 
 # --- which images are cached, and filling the cache ---------------------------------------------------------
 
 
-def cached(folder, images, max_gb=1.0):
+def cached_datasets(folder, images, max_gb=1.0):
     options = CacheOptions(folder, "fp16", max_gb)
     key = cache_key(CONFIG, "b", images.policy, ON_CPU)
     return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
@@ -163,13 +163,13 @@ def cached(folder, images, max_gb=1.0):
 
 def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cached(files, tmp_path):
     path = files / "real/0.png"
-    assert len(cached(tmp_path, image_dataset(path))) == 1
-    assert cached(tmp_path, image_dataset(path), max_gb=0) == []
-    assert cached(tmp_path, image_dataset(path, transform=str)) == []
+    assert len(cached_datasets(tmp_path, image_dataset(path))) == 1
+    assert cached_datasets(tmp_path, image_dataset(path), max_gb=0) == []
+    assert cached_datasets(tmp_path, image_dataset(path, transform=str)) == []
     changing = image_dataset(path, augmentation=Augmentation(1), policy=SizePolicy(4, 32))
-    assert cached(tmp_path, changing) == []
+    assert cached_datasets(tmp_path, changing) == []
     fixed = image_dataset(path, augmentation=Augmentation(1, crops=2), policy=SizePolicy(4, 32))
-    assert len(cached(tmp_path, fixed)) == 1
+    assert len(cached_datasets(tmp_path, fixed)) == 1
 
 
 def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_detector(files, tmp_path):

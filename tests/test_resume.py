@@ -244,7 +244,7 @@ def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused
 # --- options and images that have changed since the run began -----------------------------------------------
 
 
-def changes(caplog):
+def changed_setting_lines(caplog):
     """Return a dict from the name of each changed setting to the log line about it."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
     return {line.split()[1]: line for line in lines}
@@ -259,7 +259,13 @@ def test_a_resumed_training_uses_changed_options_and_reports_them(files, tmp_pat
     assert (classifier["weight_decay"], resynthesizer["weight_decay"]) == (0.5 / 0.25, 0.5)
     assert classifier["momentum"] == resynthesizer["momentum"] == 0.3
     assert classifier["lr"] == pytest.approx(0.25e-6) and resynthesizer["lr"] == pytest.approx(1e-6)
-    assert changes(caplog).keys() == {"weight_decay", "momentum", "classifier_grad_scale", "epochs", "batch_size"}
+    assert changed_setting_lines(caplog).keys() == {
+        "weight_decay",
+        "momentum",
+        "classifier_grad_scale",
+        "epochs",
+        "batch_size",
+    }
 
 
 def test_a_resumed_training_reports_that_changed_images_are_read_in_another_order(files, tmp_path, caplog):
@@ -269,7 +275,7 @@ def test_a_resumed_training_reports_that_changed_images_are_read_in_another_orde
     assert finish(start("train_detector.py", flags, log, partial(signal_in, "epoch", 2, signal.SIGTERM))) == 143
     (tmp_path / "files/fake/0.png").unlink()
     train([*flags, *AUTO])
-    (line,) = changes(caplog).values()
+    (line,) = changed_setting_lines(caplog).values()
     assert "10 images" in line and "9 images" in line and "step 2" in line and "order" in line
 
 
@@ -288,9 +294,9 @@ def test_changed_evaluation_images_of_train_sr_reset_the_best_score(files, tmp_p
     train(sr_arguments(files, tmp_path / "out", f"{flags} {lists['easy']} --num-epochs 1"))
     assert read(tmp_path / "out/x2/best.pth")["epoch"] == 1
     train(sr_arguments(files, tmp_path / "out", f"{flags} {lists['hard']} --num-epochs 3"))
-    line = changes(caplog)["validation_images"]
+    line = changed_setting_lines(caplog)["validation_images"]
     assert "3 images" in line and "5 images" in line and "best score" in line
-    assert changes(caplog).keys() == {"validation_images", "num_epochs"}
+    assert changed_setting_lines(caplog).keys() == {"validation_images", "num_epochs"}
     scores = {record["epoch"]: record["psnr"] for record in stats(tmp_path / "out/x2")}
     assert scores[0] > max(scores[1], scores[2]) + 3
     state = read(tmp_path / "out/x2/best.pth")
@@ -304,7 +310,7 @@ def test_changed_validation_images_of_a_detector_reset_the_best_score(files, tmp
     shutil.copy(files / "real/0.png", tmp_path / "one")
     changed = f"--epochs 2 --val-root-pos {tmp_path}/one --val-root-neg FAKE --resume auto"
     train(detector_arguments(files, tmp_path / "out", f"{flags} {changed}"))
-    assert "validation_images" in changes(caplog)
+    assert "validation_images" in changed_setting_lines(caplog)
     assert read(tmp_path / "out/best.pth.tar")["epoch"] == 2
 
 
@@ -547,7 +553,7 @@ def test_a_process_with_one_usable_image_takes_part_in_the_training_step(tmp_pat
     assert read(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 3
 
 
-def test_both_processes_stop_if_one_training_gets_sigterm(files, tmp_path):
+def test_both_processes_of_a_training_stop_on_sigterm_without_a_traceback(files, tmp_path):
     flags = detector_arguments(files, tmp_path / "out", "--mode-sr none --epochs 3 --batch-size 5 --lr 1e-6 VALIDATE")
     for description in ("epoch", "validation"):
         log = tmp_path / description

@@ -26,7 +26,7 @@ FLAGS = "--fixed-sr --epochs 1 --no-cache"
 
 
 @pytest.fixture(scope="module")
-def trained(files, tmp_path_factory, small_classifier):
+def finished_run(files, tmp_path_factory, small_classifier):
     """Return the output folder of a finished run of train_detector.py with one epoch."""
     folder = tmp_path_factory.mktemp("trained")
     train(detector_arguments(files, folder, f"{FLAGS} VALIDATE"))
@@ -35,15 +35,15 @@ def trained(files, tmp_path_factory, small_classifier):
 
 
 @pytest.fixture
-def copy(trained, tmp_path):
+def copy(finished_run, tmp_path):
     """Return a copy of the output folder of a finished run."""
-    return Path(shutil.copytree(trained, tmp_path / "out"))
+    return Path(shutil.copytree(finished_run, tmp_path / "out"))
 
 
 # --- files that no training has written ---------------------------------------------------------------------
 
 
-def write_foreign_files(folder):
+def write_user_files(folder):
     """Write files of a user into a folder. No training writes files with these names, but some look temporary."""
     folder.mkdir(exist_ok=True)
     (folder / ".notes.tmp").write_text("mine")
@@ -72,7 +72,7 @@ def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_reco
     """The output folder is the current folder. The file is refused even with --overwrite."""
     if name == "last.pth.tar" and "auto" in flags:
         pytest.skip("this is the file to resume")
-    write_foreign_files(tmp_path)
+    write_user_files(tmp_path)
     if name == "tensorboard":
         (tmp_path / name).mkdir()
         (tmp_path / name / "events.out.tfevents.1").write_bytes(b"events")
@@ -87,7 +87,7 @@ def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_reco
 
 @pytest.mark.parametrize("name", ["epoch_2.pth", "best.pth", "config.json", "stats.jsonl"])
 def test_train_sr_refuses_and_keeps_an_output_file_that_is_not_in_the_record(files, tmp_path, name):
-    write_foreign_files(tmp_path / "x2")
+    write_user_files(tmp_path / "x2")
     torch.save(RDN(2).state_dict(), tmp_path / "x2" / name)
     before = contents(tmp_path)
     with user_error(name, "not recorded"):
@@ -105,8 +105,8 @@ def test_an_output_folder_whose_record_has_another_format_is_refused_and_unchang
     assert contents(tmp_path) == before
 
 
-def test_files_of_the_user_with_other_names_are_not_changed(files, tmp_path):
-    write_foreign_files(tmp_path)
+def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder(files, tmp_path):
+    write_user_files(tmp_path)
     before = contents(tmp_path)
     for flags in ("", "--overwrite", "--resume auto --epochs 2"):
         train(detector_arguments(files, tmp_path, f"{FLAGS} {flags}"))
@@ -235,7 +235,7 @@ def test_an_output_folder_with_a_run_is_refused_without_resume_or_overwrite(file
     assert contents(copy) == before
 
 
-def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed(files, copy, tmp_path):
+def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed_and_the_link_is_kept(files, copy, tmp_path):
     (copy / "last.pth.tar").rename(tmp_path / "elsewhere.pth.tar")
     (copy / "last.pth.tar").symlink_to(tmp_path / "elsewhere.pth.tar")
     train(detector_arguments(files, copy, "--fixed-sr --epochs 2 --no-cache --resume auto VALIDATE"))

@@ -22,9 +22,8 @@ from utils.labels import FAKE, REAL
 HEADER = ",".join(COLUMNS)
 NAMES = [
     "plain.png", "with space .png", " leading and trailing ", "a,b;c.png", 'quo"te.png', '"', "new\nline.png", "\n",
-    "carriage\rreturn", "\r\n", "=1+1.png", "@a", "'quoted'", "naïve/é/雪.png", "\udcff\udcfe.png", "\ufeffmark", "real",
-    ",",
-    "C:\\new\\table", "x" * 200_000,
+    "carriage\rreturn", "\r\n", "=1+1.png", "@a", "'quoted'", "naïve/é/雪.png", "\udcff\udcfe.png", "\ufeffmark",
+    "real", ",", "C:\\new\\table", "x" * 200_000,
 ]  # fmt: skip
 
 

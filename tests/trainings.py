@@ -12,7 +12,7 @@ from utils.options import train_detector_parser, train_sr_parser
 CPU = torch.device("cpu")
 TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
 SHAPE = "--num-features 4 --growth-rate 4 --num-blocks 1 --num-layers 2"
-SIDE = 64  # pixels
+SIDE = 64  # width and height of the test images in pixels
 COMMON = "--gpu cpu --workers 0 --vgg-weights random --lr 1e-3"
 SR = f"{COMMON} --batch-size 2 --patch-size 8 --scale 2 {SHAPE}"
 DETECTOR = f"{COMMON} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
