@@ -53,7 +53,7 @@ def main(args: Namespace) -> int:
         if not args.resume:
             raise UserError("no detector: give its checkpoint with --resume")
         if world.size > 1 and not args.save_path:
-            raise UserError("several processes need a place that all of them write to: give --save_path")
+            raise UserError("several processes need a common output path: give --save_path")
         items = items_to_score(args.input, (args.real_roots, args.fake_roots, args.tree, args.csv))
         perturbations = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
         options = select_options(vars(args))
@@ -63,7 +63,7 @@ def main(args: Namespace) -> int:
 
         # Choose the output files. An existing file is replaced only if test.py wrote it
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
-        base = path_without_suffix(save_path)  # P
+        base = path_without_suffix(save_path)  # the path P in P.csv
         places = places_of_tables(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         for place in places.values():
@@ -115,7 +115,7 @@ def main(args: Namespace) -> int:
 def items_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
     """List the images of --input, or the labelled images of `labelled_items(*labelled)`."""
     if inputs and any(labelled):
-        raise UserError("both --input and labelled images: score them in two runs, or leave one out")
+        raise UserError("got both --input and labelled images: score them in two runs of test.py")
     return input_items(inputs) if inputs else labelled_items(*labelled)
 
 

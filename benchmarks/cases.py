@@ -230,7 +230,7 @@ def measure(case: Case) -> dict[str, float]:
 
 
 def peak_memory() -> float:
-    """Return the peak resident memory of this process in GiB, PyTorch included."""
+    """Return the peak resident memory of this process in GiB. It includes the code of PyTorch."""
     status = Path("/proc/self/status")
     if status.exists():
         words = status.read_text().split()

@@ -198,9 +198,9 @@ class EpochBatches(Sampler):
             order = seeded_generator(self.seed, self.epoch).permutation(self.count)
         for step in range(self.first_step, self.steps):
             batch = order[step * self.batch_size : (step + 1) * self.batch_size].tolist()
-            own = batch[self.world.rank :: self.world.size]
-            if own:
-                yield [Key(self.epoch, index, 1 / len(batch)) for index in own]
+            own_entries = batch[self.world.rank :: self.world.size]
+            if own_entries:
+                yield [Key(self.epoch, index, 1 / len(batch)) for index in own_entries]
             else:
                 yield [Key(self.epoch, batch[0], 0.0)]
 

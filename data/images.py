@@ -26,7 +26,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Hide Pillow's warnings: the errors raised here cover them. (warnings.catch_warnings is not safe with threads.)
+# Hide Pillow's warnings, because this module raises errors for the same problems. The warnings are hidden for the whole
+# program, because warnings.catch_warnings is not safe with threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no unsafe formats: for EPS, Pillow would run Ghostscript
@@ -51,7 +52,7 @@ class Header(NamedTuple):
     """What the header of an image file says about the image."""
 
     size: tuple[int, int] | None  # (height, width) of the upright image; None if the header cannot be read
-    problem: str | None = None  # why the image cannot be used; None if it can
+    problem: str | None = None  # why the image cannot be used; None if it is usable
     jpeg: bool = False  # whether the file is a JPEG file
 
 
@@ -114,7 +115,7 @@ def open_image(path: str) -> Iterator[Image.Image]:
         _check_file(path)
         with open(path, "rb") as file:
             yield Image.open(file, formats=FORMATS)
-    except Exception as error:  # decoders raise struct.error, IndexError, MemoryError and others
+    except Exception as error:  # decoders raise struct.error, IndexError, MemoryError, ...
         raise UserError(f"{printable(path)}: {_reason(error)}") from None
 
 
@@ -187,7 +188,7 @@ def centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]
 
 
 def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
-    """Say why images of this size cannot be used, in words that follow a file name. Returns None if they can."""
+    """Say why images of this size cannot be used, in words that follow a file name. Else returns None."""
     text = f"is {width} x {height} pixels"
     height, width = _size_after_resize(height, width, policy)
     if policy.resize is not None:

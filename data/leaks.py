@@ -31,12 +31,12 @@ SAMPLE = 2000  # maximum number of images per class and split that the quick aud
 THREADS = 8
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
 QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg uses at quality 50
-WAYS_OUT = {  # attribute -> advice on how to make it alike in both classes
-    "format": "compress both classes as JPEG of one quality, or use sources that were never compressed",
-    "JPEG quality": "compress both classes as JPEG of one quality, or train with --augment-perturb",
-    "size": "use sources of one size, or cut out pieces of one size (--crop-size N); --resize N leaves traces",
-    "shorter side": "use sources of one size; crops and resizing leave traces of different sizes in fine detail",
-    "colour mode": "convert both classes alike, from the same kind of source",
+WAYS_OUT = {  # attribute -> advice on how to make the attribute equal in both classes
+    "format": "compress both classes as JPEG with the same quality, or use images that were never compressed",
+    "JPEG quality": "compress both classes as JPEG with the same quality, or train with --augment-perturb",
+    "size": "use images of one size, or crops of one size (--crop-size N); --resize N leaves traces of the old size",
+    "shorter side": "use images of one size; after cropping or resizing, fine detail still shows the old size",
+    "colour mode": "convert the images of both classes to the same colour mode",
 }
 
 
@@ -61,7 +61,7 @@ class Finding(NamedTuple):
 
 
 class Audit(NamedTuple):
-    """The result of an audit."""
+    """The result of a leak audit."""
 
     files: dict[str, int]  # group, such as "train real" -> number of files
     checked: int  # number of files that were read
@@ -87,7 +87,7 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = 
     if unreadable:
         text = f"{len(unreadable)}, the first: {unreadable[0].error}"
         examples = [file.item.path for file in unreadable[:2]]
-        findings.append(Finding(WARNING, "unreadable files", text, "repair or remove them", examples))
+        findings.append(Finding(WARNING, "unreadable files", text, "repair or remove these files", examples))
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return Audit(counts, len(readable), findings)
 
@@ -133,15 +133,15 @@ def class_findings(files: Sequence[File]) -> list[Finding]:
     """Find attributes that separate real from fake images in a split: for all generators, or else for one generator."""
     findings = []
     for split in ("train", "validation"):
-        own = [file for file in files if file.split == split]
-        generators = sorted({file.item.generator for file in own if file.item.label == FAKE})
+        in_split = [file for file in files if file.split == split]
+        generators = sorted({file.item.generator for file in in_split if file.item.label == FAKE})
         for attribute in WAYS_OUT:
-            overall = attribute_finding(own, attribute, split)
+            overall = attribute_finding(in_split, attribute, split)
             findings.append(overall)
             if overall is None and len(generators) > 1:
                 for generator in generators:
-                    some = [file for file in own if file.item.generator in (generator, "")]  # "": shared reals
-                    findings.append(attribute_finding(some, attribute, f"{split}, {generator}"))
+                    compared = [file for file in in_split if file.item.generator in (generator, "")]  # "": shared reals
+                    findings.append(attribute_finding(compared, attribute, f"{split}, {generator}"))
     return [finding for finding in findings if finding is not None]
 
 
@@ -178,9 +178,9 @@ def duplicate_findings(files: Sequence[File]) -> list[Finding]:
     within = [group for group in copies if group not in across_splits and group not in across_classes]
     findings = []
     for severity, sets, groups, way_out in (
-        (LEAK, "train and validation", across_splits, "remove them from one of the two sets"),
-        (LEAK, "real and generated", across_classes, "at least one label is wrong: correct or remove them"),
-        (WARNING, "one class", within, "keep one of each, or a split puts copies on both sides"),
+        (LEAK, "train and validation", across_splits, "remove the duplicates from one of the two sets"),
+        (LEAK, "real and generated", across_classes, "one label is wrong: correct it, or remove the duplicates"),
+        (WARNING, "one class", within, "keep one copy per image, because a random split puts copies into both sets"),
     ):
         if groups:
             examples = [file.item.path for file in groups[0]][:2]

@@ -63,13 +63,13 @@ def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[I
 
 
 def _refuse_overlap(roots: Sequence[str]) -> None:
-    places = [os.path.realpath(root) for root in roots]
-    for i, inner in enumerate(places):
-        for j, outer in enumerate(places):
+    real_paths = [os.path.realpath(root) for root in roots]
+    for i, inner in enumerate(real_paths):
+        for j, outer in enumerate(real_paths):
             if i != j and contains(outer, inner):
                 raise UserError(
-                    f"image folder {printable(roots[i])} is or lies in {printable(roots[j])}: its images would count"
-                    " twice; give folders that do not contain each other"
+                    f"image folder {printable(roots[i])} is or lies in {printable(roots[j])}, so images would count"
+                    " twice: give folders that do not contain each other"
                 )
 
 
@@ -268,7 +268,7 @@ def labelled_items(
 
 def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
     """Raise a UserError if a file is listed both as real and as generated, possibly under different names (links)."""
-    first_with = {}  # (device, inode) -> item
+    first_with = {}  # (device, inode) of a file -> first item with this file
     conflicts = []
     for item in items:
         try:

@@ -120,7 +120,7 @@ def random_jpeg(image: Tensor, rng: np.random.Generator) -> Tensor:
     return jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
-# The setting "combined" applies these four in this order. JPEG is last, because saving a file is the last step.
+# The setting "combined" applies the four perturbations in this order. JPEG is last, as when an image is saved.
 FRANK2020 = {"crop": random_crop, "blur": random_blur, "noise": random_noise, "jpeg": random_jpeg}
 
 
@@ -261,9 +261,9 @@ class Perturbation(NamedTuple):
 
     def _generator(self, image: Tensor) -> np.random.Generator:
         shape = repr(tuple(image.shape)).encode()
-        pixels = zlib.crc32(image.contiguous().numpy(), zlib.crc32(shape))
-        what = zlib.crc32(f"{self.protocol}/{self.setting.name}".encode())
-        return seeded_generator(self.seed, pixels, what)
+        image_hash = zlib.crc32(image.contiguous().numpy(), zlib.crc32(shape))
+        setting_hash = zlib.crc32(f"{self.protocol}/{self.setting.name}".encode())
+        return seeded_generator(self.seed, image_hash, setting_hash)
 
 
 def augment(image: Tensor, rng: np.random.Generator) -> Tensor:

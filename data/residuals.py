@@ -43,8 +43,8 @@ def cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
         folder: the parent folder of all residual caches.
         settings: everything that changes residuals besides the image, by name, such as fingerprints of weights.
     """
-    own = {"cache format": FORMAT, "torch": torch.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
-    lines = [f"{name}: {value}\n" for name, value in sorted({**settings, **own}.items())]
+    versions = {"cache format": FORMAT, "torch": torch.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
+    lines = [f"{name}: {value}\n" for name, value in sorted({**settings, **versions}.items())]
     text = "".join(lines)
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
@@ -160,9 +160,9 @@ class ResidualDataset(Dataset):
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.holds(key)]
         barrier(world)  # every process lists the missing residuals before any process writes
-        own = missing[world.rank :: world.size]
-        if own:
-            loader = make_loader(self.images, [[key] for key in own], workers, compute)
+        own_keys = missing[world.rank :: world.size]
+        if own_keys:
+            loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
             for batch in readable_batches(loader, "residuals"):
                 key_epoch, index, _ = batch.keys[0]
                 self.write(Key(key_epoch, index), residual_of(batch)[0])

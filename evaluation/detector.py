@@ -4,7 +4,7 @@
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py scores images with this class, too. Its scores are therefore equal to the scores of `Detector.predict`.
+test.py scores images with the same class, so `Detector.predict` and test.py give equal scores.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -207,7 +207,7 @@ class Detector:
         for difference, group in groups.items():
             if group:
                 count = f"{len(group)} of {len(paths)} {difference} (first: {printable(group[0])})"
-                lines.append(f"unlike the training images: {count}. Take these verdicts with care")
+                lines.append(f"unlike the training images: {count}. The verdicts for such images may be wrong")
         return lines
 
 

@@ -75,7 +75,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector onto a device whose precision is chosen already. See `load` for the other arguments."""
+    """Load a detector for a given device and precision (`compute`). `load` describes the remaining arguments."""
     source = read_checkpoint(checkpoint)
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -109,7 +109,10 @@ def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePo
 
 
 def device_name(device: str | int | torch.device | None) -> str | torch.device | None:
-    """Convert the number of a GPU to its name, because `choose_compute` checks only for names that the GPU exists."""
+    """Convert the number of a GPU to a device name, such as "cuda:1".
+
+    Given a name, `choose_compute` raises an error if the GPU does not exist. Given a number, it does not.
+    """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
 
@@ -167,7 +170,8 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
         images.integer(key, default=None)
     if images.has("sides"):
         sides = images.values["sides"]
-        if not (isinstance(sides, list | tuple) and len(sides) == 2 and all(is_count(side, lowest=1) for side in sides)):
+        is_pair = isinstance(sides, list | tuple) and len(sides) == 2
+        if not (is_pair and all(is_count(side, lowest=1) for side in sides)):
             raise UserError(f"{printable(name)}: config.images.sides must be two numbers of pixels, got {sides!r}")
         images.number("jpegs", 0, 1)
     return images.values
@@ -215,7 +219,7 @@ def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mappi
         used = getattr(settings, name)
         in_training = trained.get(name) or None
         if options.get(name) is None and in_training:
-            logger.info("%s %d, as in training (%s 0: without)", flag, in_training, flag)
+            logger.info("%s %d, as in training (%s 0 turns it off)", flag, in_training, flag)
         elif trained and used != in_training:
             text = "warning: %s is %d, and training had %s: the scores may be less accurate"
             logger.warning(text, flag, used or 0, in_training or "none")

@@ -21,14 +21,17 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 FEW_REALS = 100  # with fewer real images, a false-positive rate of 1 % is less than one image
 UNNAMED = "(unnamed)"
-RELEASE = "as the released program counts (positive class: REAL)"
+RELEASE = "as in the released program (positive class: REAL)"
 
 
 # --- metrics. scores: (N,), higher = more likely fake. prob_fake: (N,) in [0, 1]. is_fake: (N,) bool ------------
 
 
 def auroc(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the area under the ROC curve: the probability that a fake scores higher than a real, ties count half."""
+    """Compute the area under the ROC curve: the probability that a fake scores higher than a real.
+
+    A tie between a fake and a real counts half.
+    """
     return float(roc_auc_score(is_fake, scores)) if has_both_classes(is_fake) else None
 
 
@@ -159,7 +162,7 @@ def bootstrap(
 
 
 def confusion(predictions: Sequence[str], is_fake: np.ndarray) -> dict[str, dict[str, int]]:
-    """Count images by truth and verdict: {"real": {"real": n, "fake": n, "unsure": n}, "fake": {...}}."""
+    """Count images by true class and verdict: {"real": {"real": n, "fake": n, "unsure": n}, "fake": {...}}."""
     predictions = np.asarray(predictions, dtype=str)
     counts = {}
     for truth, rows in (("real", ~is_fake), ("fake", is_fake)):
@@ -254,10 +257,10 @@ def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
     named = fakes | (reals & (generators != ""))
     groups = {}
     for name in sorted(set(generators[named])):
-        own = generators == name
-        own_reals = reals & own
+        has_name = generators == name
+        own_reals = reals & has_name
         compared_with = own_reals if own_reals.any() else reals & (generators == "")
-        groups[name or UNNAMED] = (fakes & own) | compared_with
+        groups[name or UNNAMED] = (fakes & has_name) | compared_with
     return groups
 
 
@@ -320,7 +323,7 @@ def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> l
 
 
 def format_table(summary: Mapping) -> str:
-    """Format the summary of a score table for the terminal."""
+    """Format the metrics of a score table as text for the terminal. summary: result of `summarize`."""
     lines = ["positive class: FAKE; acc: the larger logit decides; numbers except counts are in %"]
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")

@@ -110,7 +110,7 @@ def is_score_table(path: Path) -> bool:
 
 
 def is_record(path: Path) -> bool:
-    """Return whether a file is the P.json of a score table."""
+    """Return whether a file is a P.json that test.py wrote for a score table."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):

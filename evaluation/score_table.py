@@ -242,7 +242,8 @@ def read_record(path: str | os.PathLike) -> dict:
     try:
         return dict(json.loads(record_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"cannot read {printable(record_path)} ({error}); delete it to continue without it") from None
+        text = "delete the file to continue without it"
+        raise UserError(f"cannot read {printable(record_path)} ({error}); {text}") from None
 
 
 def residual_path(folder: str | os.PathLike, image: str) -> Path:
@@ -256,6 +257,6 @@ def residual_path(folder: str | os.PathLike, image: str) -> Path:
     for part in Path(path).parts:
         if part == os.pardir:
             parts.append("__")
-        elif part.strip("\\/"):  # not the root
+        elif part.strip("\\/"):  # leave out the root "/"
             parts.append(part)
     return Path(folder, *parts[:-1], f"{parts[-1]}.residual.png")

@@ -131,7 +131,7 @@ class ScoreWriter:
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write(self, rows: Mapping[int, Row]) -> None:
-        """Append rows, {index of the image: row}, to the part of this process. They are in the file on return."""
+        """Append rows, {index of the image: row}, to the part of this process, and flush the file."""
         lines = []
         for i, row in rows.items():
             path, *cells = row_cells(row)
@@ -152,7 +152,7 @@ class ScoreWriter:
         rows = self._rows_of_parts(find_parts(self.table))
         for i, item in enumerate(self.items):
             if i not in rows:
-                raise UserError(f"{printable(item.path)} has no row (was a part deleted?): start again to score it")
+                raise UserError(f"{printable(item.path)} has no row (was a part deleted?): start test.py again")
         write_table(self.table, (rows[i] for i in range(len(self.items))))
 
     def write_record(self, record: Mapping) -> None:
@@ -189,8 +189,8 @@ class ScoreWriter:
         if differences:
             raise UserError(
                 f"{printable(self.table)} is unfinished, and was begun with different settings"
-                f" ({', '.join(differences)}): finish it with its old settings, choose another --save_path, or delete"
-                " its rows with --overwrite"
+                f" ({', '.join(differences)}): finish the table with its old settings, choose another --save_path,"
+                " or delete its rows with --overwrite"
             )
 
     def _rows_of_parts(self, parts: Mapping[int, Path]) -> dict[int, Row]:
@@ -255,6 +255,6 @@ def job_of_part(part: Path) -> dict | None:
 
 
 def remove_files(paths: Iterable[Path]) -> None:
-    """Delete files."""
+    """Delete files, which must exist."""
     for path in paths:
         path.unlink()

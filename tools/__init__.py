@@ -1,1 +1,1 @@
-"""Programs around the method, run as `python -m tools.NAME`. The other packages do not import this one."""
+"""Programs around the method, run as `python -m tools.NAME`. No other package imports `tools`."""

@@ -51,14 +51,14 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """Limits latent values smoothly to [-3, 3]."""
+    """A smooth limit of latent values to the range [-3, 3]."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
 
 
 class Encoder(nn.Sequential):
-    """x (B, 3, H, W) in [0, 1], sides multiples of 8 -> z (B, 32, H / 8, W / 8)."""
+    """The encoder of TAEF2. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> z (B, 32, H / 8, W / 8)."""
 
     def __init__(self) -> None:
         layers = [nn.Conv2d(3, WIDTH, 3, padding=1), Block()]  # (B, 64, H, W)
@@ -70,7 +70,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """z (B, 32, h, w) -> x (B, 3, 8 h, 8 w), about [0, 1]."""
+    """The decoder of TAEF2. z (B, 32, h, w) -> x (B, 3, 8 h, 8 w), about [0, 1]."""
 
     def __init__(self) -> None:
         layers = [SoftClamp(), nn.Conv2d(LATENT_CHANNELS, WIDTH, 3, padding=1), nn.ReLU()]  # (B, 64, h, w)
@@ -84,7 +84,7 @@ class Decoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """Encoder and decoder. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> (B, 3, H, W) in [0, 1]."""
+    """TAEF2: encoder and decoder. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> (B, 3, H, W) in [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()

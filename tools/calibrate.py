@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     calibration, warnings = calibrate(table, args.fpr, args.fnr)
     if record.get("trained_on"):
         warnings.append(
-            f"the detector was trained on {record['trained_on']} of these images, which makes it look too good: score"
-            " other images"
+            f"the detector was trained on {record['trained_on']} of these images, so its errors are underestimated:"
+            " score other images"
         )
     lines = report_lines(table, calibration)
     lines += [f"warning: {text}" for text in warnings]

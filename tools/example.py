@@ -110,7 +110,7 @@ def require_nothing_at(out: Path, name: str) -> None:
         return
     if os.path.lexists(out):
         what = "other files or images made with other settings" if out.is_dir() else "a file"
-        raise UserError(f"--out {printable(name)} is or holds {what}: give another folder, or remove this one")
+        raise UserError(f"--out {printable(name)} is or holds {what}: give another folder, or remove {printable(name)}")
 
 
 @contextmanager

@@ -104,7 +104,7 @@ def read_graph(path: Path) -> bytes:
 
 
 def bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
-    """Collect the entries of a bundle. It holds only a fingerprint of VGG-19: all detectors share these 50 MB.
+    """Collect the entries of a bundle. Of VGG-19 it has only a fingerprint, because all detectors share its 50 MB.
 
     Args:
         found: content of the checkpoint of the detector.

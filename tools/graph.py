@@ -33,12 +33,16 @@ MARK = b"beyond-the-spectrum graph"  # text in every graph of this program, of a
 FACTS = "facts.json"  # name of the metadata in a .pt2 file
 SMALLEST_EXAMPLE = 96  # side of the example image in pixels, unless the detector was trained on crops
 TOLERANCE = 1e-4  # for differences of P(fake) and logits; relative for values above 1
-TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)  # 2.6 fails with onnxscript 0.7
+# PyTorch 2.6 cannot convert batch norms to ONNX with onnxscript 0.7
+TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
 class Graph(nn.Module):
-    """image, uint8 (B, 3, H, W) RGB -> logits (B, 2), columns FAKE, REAL, and P(fake) (B,), float32."""
+    """A detector as one module.
+
+    image, uint8 (B, 3, H, W) RGB -> logits (B, 2), columns FAKE, REAL, and P(fake) (B,), both float32.
+    """
 
     def __init__(self, detector: Detector):
         super().__init__()
@@ -117,7 +121,7 @@ def onnx_of(program: torch.export.ExportedProgram, axes: Mapping[int, str], fact
             input_names=["image"],
             output_names=["logits", "prob_fake"],
             dynamic_shapes=(axes,),
-            opset_version=18,  # read by all runtimes since 2023
+            opset_version=18,  # all runtimes since 2023 read this version of ONNX
             dynamo=True,
             verbose=False,
         )
@@ -231,7 +235,7 @@ def check_graph(path: Path, detector: Detector, data: bytes) -> None:
         results = [run(images[0])]
     except Exception as error:  # each runtime raises exceptions of its own types
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{name} is no graph of a detector, or it is damaged ({reason}): export it again") from None
+        raise UserError(f"{name} is not a graph of a detector, or is damaged ({reason}): export it again") from None
     for fact, expected in facts_of(detector).items():
         if found.get(fact) != expected:
             raise UserError(f"{name} is not from this detector: {fact} is {found.get(fact)}, expected {expected}")

@@ -150,7 +150,7 @@ def updated_table(match: re.Match) -> str:
         arguments += sorted(glob.glob(word)) or [word]
     try:
         args = parse_arguments(arguments)
-    except SystemExit:  # the parser has printed the reason
+    except SystemExit:  # argparse has printed the reason
         raise UserError(f"cannot run {command!r}") from None
     if not args.markdown:
         raise UserError(f"cannot run {command!r}: expected {PROGRAM} ... --markdown")

@@ -91,7 +91,7 @@ def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> n
 def fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
     """Draw noise with the amplitude spectrum 1 / frequency. Returns float32 (side, side), standard deviation 1."""
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
-    frequency[0, 0] = torch.inf  # the mean becomes 0
+    frequency[0, 0] = torch.inf  # division by infinity makes the mean of the noise 0
     white = torch.from_numpy(rng.standard_normal((side, side), dtype=np.float32))
     noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(side, side))
     return (noise / noise.std()).numpy()

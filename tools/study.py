@@ -27,7 +27,7 @@ COLUMNS = ("table", "row", "column", "scores", "generators")
 
 
 class Entry(NamedTuple):
-    """One line of a study file."""
+    """One line of a study file: a cell of a table, and a score table from which its number is computed."""
 
     table: str
     row: str
