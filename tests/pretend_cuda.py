@@ -18,6 +18,7 @@ ACROSS_DEVICES = {"copy_", "__set__", "__repr__", "__format__", "__deepcopy__", 
 
 
 def is_marked(value) -> bool:
+    """Return whether a value is a tensor that is marked as on CUDA."""
     return isinstance(value, Tensor) and getattr(value, "_on_cuda", False)
 
 
@@ -30,6 +31,7 @@ def mark(value, on_cuda: bool = True):
 
 
 def names_cuda(device) -> bool:
+    """Return whether a device argument names CUDA."""
     return device is not None and torch.device(device).type == "cuda"
 
 

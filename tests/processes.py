@@ -47,6 +47,7 @@ def start(
 
 
 def _run(program, arguments, log, prepare, environment):
+    """Run a program in the new process. `start` describes the arguments."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -99,6 +100,7 @@ def killed_exclusive_writer(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _hold_lock(lock, connection):
+    """Hold a lock file for 60 s in this process and a worker process. Send the worker's process id."""
     with exclusive_writer(lock, World()):
         worker = os.fork()
         if worker:

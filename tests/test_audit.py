@@ -18,6 +18,7 @@ def folders(tmp_path):
 
 
 def arguments(folders):
+    """Return arguments for tools.audit with the folders of real and of fake images."""
     return ["--data-root-pos", str(folders / "real"), "--data-root-neg", str(folders / "fake")]
 
 

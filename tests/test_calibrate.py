@@ -41,11 +41,13 @@ def overconfident_margins(n_real=300, n_fake=250):
 
 
 def weights(value):
+    """Return weights of a classifier's last layer that all have one value."""
     return {"fc.weight": torch.full((2, 3), value), "fc.bias": torch.zeros(2)}
 
 
 @pytest.fixture
 def detector(tmp_path):
+    """Write a checkpoint with the entries that tools.calibrate reads. Returns the path."""
     config = {
         "classifier": {"name": "resnet18", "args": {}},
         "resynthesizer_fingerprint": "aaaa",
@@ -58,6 +60,7 @@ def detector(tmp_path):
 
 @pytest.fixture
 def scores(tmp_path):
+    """Write a score table of a detector whose margins are too large. Returns the path."""
     return write_scores(tmp_path / "val.csv", *overconfident_margins())
 
 

@@ -40,10 +40,12 @@ def coordinates(height, width):
 
 
 def items(*paths, label=REAL):
+    """Return one item per path, all with one label."""
     return [Item(path, label, "") for path in paths]
 
 
 def random_image(path, height, width, seed=0):
+    """Write an image with random pixels. Returns the path."""
     return save(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 

@@ -12,10 +12,12 @@ TRIALS = 800
 
 
 def generator(*key):
+    """Return a random generator for a key of integers."""
     return np.random.default_rng(key)
 
 
 def random_image(*shape, seed=9):
+    """Return random pixels in [0.1, 0.9], float (shape)."""
     values = generator(seed).random(shape, np.float32)
     return torch.from_numpy(values) * 0.8 + 0.1
 

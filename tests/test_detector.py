@@ -23,16 +23,19 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def detector_file(tmp_path_factory, small_classifier):
+    """Return the path of a small detector on pixel residuals."""
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
+    """Return a folder with IMAGES images of two sizes."""
     return write_images(tmp_path_factory.mktemp("some"))
 
 
 @pytest.fixture(scope="module")
 def detector(detector_file):
+    """Return the small detector, loaded on the CPU."""
     return load(str(detector_file), device="cpu")
 
 

@@ -32,6 +32,7 @@ def on_gpu(arguments):
 
 @pytest.fixture(scope="module")
 def detector_file(files, tmp_path_factory, small_classifier):
+    """Train a small detector on stage 1 for one epoch on the CPU. Returns the path of the checkpoint."""
     folder = tmp_path_factory.mktemp("detector")
     train(detector_arguments(files, folder, "--fixed-sr --idx-stages 1 --epochs 1"))
     return folder / "last.pth.tar"

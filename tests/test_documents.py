@@ -25,6 +25,7 @@ PARSED_ELSEWHERE = {"--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-en
 
 
 def read(document: str) -> str:
+    """Return the text of a document, given its path in the project."""
     return (ROOT / document).read_text(encoding="utf-8")
 
 

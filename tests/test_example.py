@@ -30,6 +30,7 @@ SMALL = ["--size", "32", "--train", "2", "--val", "1", "--test", "1"]
 
 
 def flags(out, *more):
+    """Return arguments for tools.example that make a small number of small images."""
     return ["--out", str(out), *SMALL, *map(str, more)]
 
 
@@ -40,6 +41,7 @@ def contents(root):
 
 @pytest.fixture(scope="module")
 def example_folder(tmp_path_factory):
+    """Return a folder of example images that tools.example has made."""
     out = tmp_path_factory.mktemp("example") / "images"
     assert example.main(flags(out)) == 0
     return out
@@ -208,6 +210,7 @@ def test_the_autoencoder_has_the_weight_names_and_shapes_of_taef2():
 
 
 def write_weights(folder):
+    """Write random weights of the autoencoder. Returns the paths of encoder and decoder."""
     torch.manual_seed(0)
     model = Autoencoder()
     for name in ("encoder", "decoder"):

@@ -56,6 +56,7 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
 
 
 def images(*size):
+    """Return random images, uint8, of the given size."""
     return torch.from_numpy(seeded_generator(1).integers(0, 256, size, np.uint8))
 
 

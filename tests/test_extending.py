@@ -38,6 +38,7 @@ def documented_networks(monkeypatch):
 
 
 def train_small_sr(files, out):
+    """Train the super-resolution network of docs/extending.md. Returns the path of the weights."""
     flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
     train(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
     return out / "x4/last.pth"

@@ -14,10 +14,12 @@ SCORE_TABLE = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,e
 
 @pytest.fixture(autouse=True)
 def log_everything(caplog):
+    """Let caplog record messages from level INFO."""
     caplog.set_level(logging.INFO)
 
 
 def relative_paths(root, paths):
+    """Return the paths relative to a folder."""
     return [os.path.relpath(path, root) for path in paths]
 
 

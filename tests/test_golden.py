@@ -25,26 +25,31 @@ TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 3, "num_layers": 2}
 
 @pytest.fixture(scope="module")
 def golden():
+    """Return the outputs of the released networks, by name."""
     arrays = np.load(GOLDEN / "reference_outputs.npz")
     return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="module")
 def x(golden):
+    """Return the input images of the released networks, float in [0, 1]."""
     return golden["image"].float() / 255
 
 
 @pytest.fixture(scope="module")
 def rdn():
+    """Return a full-size RDN with the weights of the golden rule."""
     return fill(RDN())
 
 
 @pytest.fixture(scope="module")
 def vgg():
+    """Return VGG-19 with the weights of the golden rule."""
     return fill(VGG19())
 
 
 def features_of(stage, vgg):
+    """Return pixels for stage 0, and the features of a VGG-19 stage otherwise."""
     if stage == 0:
         return Pixels()
     features = VGG19Stage(stage)

@@ -40,6 +40,7 @@ def pixels_of(path):
 
 
 def exif_of(orientation):
+    """Return EXIF data with the given orientation (1 to 8)."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     return exif
@@ -52,10 +53,12 @@ def png(*chunks):
 
 
 def png_header(width, height, depth, colour, interlaced=0):
+    """Return the header chunk of a PNG file."""
     return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
 
 
 def png_data(content):
+    """Return a PNG chunk with the compressed pixels."""
     return b"IDAT", zlib.compress(content)
 
 

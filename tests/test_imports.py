@@ -43,6 +43,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def package_of(module: str) -> str:
+    """Return the package of a module, or "programs" for a program."""
     return "programs" if module in PROGRAMS else module.split(".")[0]
 
 

@@ -41,10 +41,12 @@ def roots(tmp_path):
 
 
 def audit_folders(real, fake, **options):
+    """Audit a folder of real and a folder of fake images."""
     return audit(folder_items([str(real)], [str(fake)]), **options)
 
 
 def finding_names(result):
+    """Return the names of the checks that found something."""
     return [finding.check for finding in result.findings]
 
 
@@ -115,6 +117,7 @@ def files_with_sizes(reals, fakes):
 
 
 def severity_of(reals, fakes):
+    """Return the severity of the finding about the attribute size, or None if there is no finding."""
     finding = attribute_finding(files_with_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 

@@ -29,6 +29,7 @@ from utils.labels import FAKE, REAL
 
 
 def with_relative_paths(root, items):
+    """Return (path relative to root, label, generator) of each item."""
     return [(os.path.relpath(item.path, root), item.label, item.generator) for item in items]
 
 

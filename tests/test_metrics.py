@@ -28,16 +28,19 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
 
 
 def write_and_read_table(tmp_path, rows):
+    """Write rows as a score table, and read the table."""
     write_table(tmp_path / "t.csv", rows)
     return read_table(tmp_path / "t.csv")
 
 
 def rows_of(margins, label, generator=""):
+    """Return rows of a score table with logits (margin, 0) and one label."""
     items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
     return make_rows(items, [(margin, 0) for margin in margins])
 
 
 def auroc_by_pairs(scores, is_fake):
+    """Compute the AUROC by comparing each fake with each real image."""
     difference = scores[is_fake][:, None] - scores[~is_fake][None, :]
     return ((difference > 0) + 0.5 * (difference == 0)).mean()
 
@@ -52,6 +55,7 @@ def points_by_thresholds(scores, is_fake):
 
 
 def average_precision_by_thresholds(scores, is_fake):
+    """Compute the average precision from all thresholds."""
     _, tpr, precision = points_by_thresholds(scores, is_fake)
     return (np.diff(tpr, prepend=0) * precision).sum()
 

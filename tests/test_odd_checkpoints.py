@@ -37,10 +37,12 @@ def run(main, parser, flags, capfd):
 
 
 def score(checkpoint, files, capfd):
+    """Score an image with test.py. Returns the exit status and the last line."""
     return run(tester.main, options.test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd)
 
 
 def resume(checkpoint, files, capfd):
+    """Resume a checkpoint with train_detector.py. Returns the exit status and the last line."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
     return run(train_detector.main, options.train_detector_parser, flags, capfd)

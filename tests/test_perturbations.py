@@ -17,6 +17,7 @@ FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # size -> sigma, in pixels
 
 
 def perturb(image, name, protocol, seed, strength=None):
+    """Apply a perturbation of a protocol to an image."""
     return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 
@@ -27,6 +28,7 @@ def random_images(count, height=16, width=16):
 
 
 def grey_image(side=128):
+    """Return a square image of one grey value, 128."""
     return torch.full((3, side, side), 128, dtype=torch.uint8)
 
 
@@ -49,6 +51,7 @@ def blurred_by_numpy(image, kernel_size, sigma):
 
 
 def compressed_by_pillow(image, quality):
+    """Return the image after JPEG compression by Pillow."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     return np.asarray(Image.open(file)).transpose(2, 0, 1)

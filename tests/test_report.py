@@ -71,6 +71,7 @@ class Page(HTMLParser):
 
 
 def page_of(tables, out, residuals=None, resamples=0):
+    """Write the report page of score tables. Returns the parsed page."""
     return Page(report_page.write_page(report_page.load_tables(tables, resamples), out, residuals))
 
 

@@ -30,21 +30,25 @@ FIRST = Key(0, 0)
 
 
 def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=None):  # noqa: B008
+    """Return a dataset of fake images of 64 x 64 pixels."""
     dataset = ImageDataset([Item(str(path), FAKE, "") for path in paths], policy, augmentation, transform)
     dataset.headers = [Header((64, 64)) for _ in paths]
     return dataset
 
 
 def residual_dataset(folder, *paths, storage="fp16", **options):
+    """Return a dataset of cached residuals of images."""
     return ResidualDataset(image_dataset(*paths, **options), folder, STORAGE[storage])
 
 
 def tiny_detector():
+    """Return a small detector with random weights."""
     torch.manual_seed(0)
     return ResynthesisDetector(RDN(**TINY).eval(), Pixels(), DeepStemResNet(3, "resnet18")).eval()
 
 
 def stored_names(folder):
+    """Return the sorted names of all files in the residual cache."""
     return sorted(path.name for path in folder.glob("*/*.npz"))
 
 
@@ -123,6 +127,7 @@ CONFIG = {
 
 
 def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
+    """Return the cache folder for CONFIG and other settings."""
     key = cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
     return cache_folder(root, key)
 
@@ -156,6 +161,7 @@ def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_p
 
 
 def cached_datasets(folder, images, max_gb=1.0):
+    """Return the residual datasets that replace an image dataset, or [] if it is not cached."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = cache_key(CONFIG, "b", images.policy, ON_CPU)
     return cached_residuals([images], tiny_detector().residual_shape, key, options, World())

@@ -199,6 +199,7 @@ def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_st
 
 
 def fail_to_save(content, file):
+    """Raise the error of a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

@@ -21,6 +21,7 @@ JOB = {"seed": 1}
 
 @pytest.fixture
 def items(tmp_path):
+    """Write COUNT empty image files. Returns their items."""
     touch(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
     return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(COUNT)]
 
@@ -32,22 +33,26 @@ def rows_of(items, indices, add=0.0):
 
 
 def new_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
+    """Return a ScoreWriter for the table p.csv that is not opened yet."""
     return ScoreWriter(folder / "p.csv", items, file_stamps(items), job, world)
 
 
 def open_writer(folder, items, job=JOB) -> ScoreWriter:
+    """Return an opened ScoreWriter for the table p.csv."""
     writer = new_writer(folder, items, job)
     assert writer.open(overwrite=False)
     return writer
 
 
 def finish(writer: ScoreWriter) -> None:
+    """Join all part files into the score table, write the record, and remove the part files."""
     writer.close()
     writer.write_record({"metrics": None})
     writer.remove_parts()
 
 
 def logits_in(folder) -> list[float]:
+    """Return the column logit_fake of the table p.csv."""
     return read_table(folder / "p.csv").logits[:, 0].tolist()
 
 

@@ -37,16 +37,19 @@ from evaluation.score_table import COLUMNS, read_table
 
 @pytest.fixture(scope="module")
 def release(tmp_path_factory):
+    """Return a folder with checkpoints in the released formats and the golden images."""
     return write_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")
 def detector_file(tmp_path_factory, small_classifier):
+    """Return the path of a small detector on pixel residuals."""
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
+    """Return a folder with IMAGES images of two sizes."""
     return write_images(tmp_path_factory.mktemp("some"))
 
 

@@ -49,6 +49,7 @@ esac
 
 
 def write_executable(path: Path, text: str) -> None:
+    """Write an executable file."""
     path.write_text(text)
     path.chmod(0o755)
 
@@ -85,6 +86,7 @@ def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment)
 
 
 def recorded_words(checkout: Path) -> list[str]:
+    """Return the command line that STUB has recorded."""
     return (checkout / "recorded").read_text().splitlines()
 
 

@@ -26,11 +26,13 @@ def images(tmp_path):
 
 
 def arguments(images, out, *more):
+    """Return arguments for tools.split with all images and an output folder."""
     roots = ["--data-root-pos", images / "real", "--data-root-neg", images / "gan", images / "diffusion"]
     return [str(a) for a in (*roots, "--out", out, *more)]
 
 
 def contents(folder):
+    """Return a dict from file name to content for the files in a folder."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 

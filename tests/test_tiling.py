@@ -23,16 +23,19 @@ def assert_close(got, expected):
 
 @pytest.fixture(scope="module")
 def vgg():
+    """Return VGG-19 with random weights."""
     return load_vgg("random")[0]
 
 
 @pytest.fixture
 def rdn(request):
+    """Return a tiny RDN. The parameter of the fixture is the scale (default: 4)."""
     torch.manual_seed(0)
     return RDN(scale=getattr(request, "param", 4), **TINY)
 
 
 def toy_detector(rdn, stage, vgg):
+    """Return a detector with random weights and batch-norm statistics, in evaluation mode."""
     torch.manual_seed(1)
     features = Pixels()
     if stage:

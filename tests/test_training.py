@@ -29,6 +29,7 @@ STAGE_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 
 @pytest.fixture(scope="module")
 def vgg():
+    """Return VGG-19 with random weights."""
     return load_vgg("random")[0]
 
 
@@ -106,6 +107,7 @@ def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
 
 
 def toy_detector(stage=0):
+    """Return a small detector with random weights, in training mode."""
     torch.manual_seed(0)
     features = Pixels()
     if stage:
@@ -116,6 +118,7 @@ def toy_detector(stage=0):
 
 
 def toy_batch(labels=LABELS, seed=1, side=SIDE):
+    """Return a batch of random images with the given labels."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randint(0, 256, (len(labels), 3, side, side), generator=generator).to(torch.uint8)
     keys = [(0, i, 0) for i in range(len(labels))]

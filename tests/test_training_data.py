@@ -15,6 +15,7 @@ FLAGS = "--fixed-sr --epochs 1 --no-cache"
 
 @pytest.fixture(autouse=True)
 def log_everything(caplog):
+    """Let caplog record messages from level INFO."""
     caplog.set_level("INFO")
 
 
