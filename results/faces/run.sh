@@ -7,9 +7,10 @@
 #   2. Make twins: the real faces, passed through a small autoencoder.
 #   3. Train detectors with RDN, bicubic interpolation and no re-synthesis: on the signed pixel residual (spectrum
 #      classifier), and on the stage-4 and stage-5 residuals (channel-power classifier). Three seeds each.
+#      For comparison: without twins ("single"), the absolute residual ("absolute"), a ResNet-18 ("resnet").
 #   4. Score the validation faces with each detector: StyleGAN2 and twins, clean and perturbed.
 #
-# Environment: CELLS (default: all), SEEDS (default: 1 2 3), PERTURB_SEEDS (seeds that are scored on perturbed faces, too;
+# Environment: CELLS (default: all), NETWORKS (default: rdn bicubic none), SEEDS (default: 1 2 3), PERTURB_SEEDS (seeds that are scored on perturbed faces, too;
 # default: 1), GPU (default: cpu). Writes ./output/faces. To refresh the tables, copy output/faces/scores/*.csv to
 # results/faces/scores.
 source "$(dirname "$0")/../../script/common.sh"
@@ -64,12 +65,13 @@ detector() {
 
 # 3 and 4. About 400 steps each. The seed fixes crops, order and initial weights.
 pixels=(--residual signed --arch spectrum --crop-size 128 --crops-per-image 4)
+resnet=(--arch resnet18 --no_dilation --lr 1e-3 --batch-size 16 --crop-size 128 --crops-per-image 2)
 stage4=(--idx-stages 4 --arch channel_power)
 stage5=(--idx-stages 5 --arch channel_power)
 both="$faces/train/stylegan2 $twins/train"
 for seed in ${SEEDS:-1 2 3}; do
-    for cell in ${CELLS:-pixel stage4 stage5 single}; do
-        for network in rdn bicubic none; do
+    for cell in ${CELLS:-pixel stage4 stage5 single absolute resnet}; do
+        for network in ${NETWORKS:-rdn bicubic none}; do
             resynthesis=(--sr-arch "$network")
             [[ "$network" != rdn ]] || resynthesis=(--sr-weights-file "$rdn")
             name=${cell}_${network}_seed$seed
@@ -77,9 +79,10 @@ for seed in ${SEEDS:-1 2 3}; do
                 pixel) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" ;;
                 stage4) detector "$name" 100 "$seed" "$both" "${resynthesis[@]}" "${stage4[@]}" ;;
                 stage5) detector "$name" 100 "$seed" "$both" "${resynthesis[@]}" "${stage5[@]}" ;;
-                # pixels again, without twins: what does a detector of one generator read?
-                single) detector "$name" 28 "$seed" "$faces/train/stylegan2" "${resynthesis[@]}" "${pixels[@]}" ;;
-                *) fail "CELLS: expected pixel, stage4, stage5 or single, got $cell" ;;
+                single) detector "$name" 37 "$seed" "$faces/train/stylegan2" "${resynthesis[@]}" "${pixels[@]}" ;;
+                absolute) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --residual absolute ;;
+                resnet) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" ;;
+                *) fail "CELLS: expected pixel, stage4, stage5, single, absolute or resnet, got $cell" ;;
             esac
         done
     done
