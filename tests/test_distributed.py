@@ -87,6 +87,7 @@ def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_n
 
 def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
     command = [*TORCHRUN, str(ROOT / "test.py"), "--gpu", "cpu", "--resume", "absent.pth.tar", "--input", "x.png"]
+    command += ["--save_path", "scores"]
     (tmp_path / "x.png").touch()
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=180)
     lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]

@@ -1,6 +1,6 @@
 """Print AUROC with RDN minus AUROC with each control network, on the same test images, as a markdown table.
 
-    python results/faces/differences.py [--cells pixel stage4 stage5]
+    python results/faces/differences.py [--cells pixel stage4 ...]
 
 The score tables are results/faces/scores/CELL_NETWORK_seedN.csv, where a cell is one setting of the study, such as
 "stage5". Each number is the mean over the seeds. The 95 % interval comes from 1,000 bootstrap resamples of the images.
@@ -78,5 +78,5 @@ def main(cells: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", default=["pixel", "stage4", "stage5"], help="settings in run.sh")
+    parser.add_argument("--cells", nargs="+", default=["pixel"], help="settings in run.sh")
     main(parser.parse_args().cells)
