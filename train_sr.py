@@ -309,7 +309,7 @@ def evaluate_only(
     values = evaluate(model, readable(batches, skip_bad), compute, world)
     if values["psnr"] != values["psnr"]:
         raise UserError("--evaluate needs images: give a list or folder of images with --eval-file")
-    logger.info("re-synthesis by a factor of %d from box-downsampled RGB images, %s", model.scale, compute)
+    logger.info("x%d super-resolution of RGB images that were reduced by averaging blocks of pixels, %s", model.scale, compute)
     logger.info("%s: PSNR %.2f dB, SSIM %.4f", origin.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
     warn_if_poor(values)
@@ -327,7 +327,7 @@ def readable(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
         for error in batch.errors.values():
             if not skip_bad:
                 raise UserError(f"{error}; repair or remove it, or pass --skip-bad")
-            logger.warning("left out: %s", error)
+            logger.warning("image left out: %s", error)
         if len(batch.x):
             yield batch
 

@@ -235,7 +235,7 @@ class Run(contextlib.AbstractContextManager):
 
     def _report(self, text: str) -> None:
         if text not in self.reported:
-            logger.warning("left out: %s", text)
+            logger.warning("image left out: %s", text)
             self.reported.add(text)
 
     # --- the end of an epoch
