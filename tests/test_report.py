@@ -302,7 +302,7 @@ def test_tools_report_with_refresh_updates_the_tables_of_a_document(study, monke
     path = study.parent / "d.md"
     path.write_text(document.format(command, "\n| old |\n| --- |"))
     (study.parent / "link.md").symlink_to("d.md")
-    with user_error("link.md differs"):
+    with user_error("link.md has tables that are not up to date"):
         report.main(["--refresh", "link.md", "--check"])
     assert "| old |" in path.read_text()
     report.main(command.split()[3:])
