@@ -11,7 +11,7 @@ trained start from random weights.
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -108,13 +108,25 @@ def create(kind: str, entries: Mapping, name: str, /, *required, **arguments) ->
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
         raise UserError(f"{kind} {name}: {error}; {name} takes {inspect.signature(entry)}") from None
+    return construct(f"{kind} {name}", entry, *required, **arguments)
+
+
+def construct(what: str, entry: Callable[..., nn.Module], /, *required, **arguments) -> nn.Module:
+    """Call the constructor of a network, and turn its exceptions into a UserError.
+
+    The constructor is the first to check values from options and checkpoints, and each constructor raises exceptions of
+    its own for wrong values.
+
+    Args:
+        what: the network, for the error message.
+    """
     try:
         return entry(*required, **arguments)
     except UserError:
         raise
-    except Exception as error:  # the constructor is the first to check values from options and checkpoints
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{kind} {name} cannot be created with {arguments}: {reason}") from None
+        raise UserError(f"{what} cannot be created with {arguments}: {reason}") from None
 
 
 def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
@@ -136,11 +148,8 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
 
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"torchvision.models has no classifier called {name!r}")
-    try:
-        model = torchvision.models.get_model(name, weights=None, num_classes=2, **arguments)
-    except Exception as error:  # torchvision's classifiers raise different exceptions for wrong arguments
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"torchvision's {name} cannot be created with {dict(arguments)}: {reason}") from None
+    entry = partial(torchvision.models.get_model, name, weights=None, num_classes=2)
+    model = construct(f"torchvision's {name}", entry, **arguments)
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             owner, _, attribute = path.rpartition(".")
@@ -165,6 +174,11 @@ def with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
 # --- options and records of checkpoints ---------------------------------------------------------------------
 
 
+def config_of(source: Checkpoint) -> Fields:
+    """Return the values of a checkpoint's config, which are checked when they are read. Released files have none."""
+    return Fields(source.content.get("config"), source.name, "config")
+
+
 def part_of_config(source: Checkpoint, key: str) -> dict | None:
     """Return the record of one part of the detector in the config of a checkpoint.
 
@@ -177,7 +191,7 @@ def part_of_config(source: Checkpoint, key: str) -> dict | None:
     Raises:
         UserError: if the record is not a dictionary, or if one of its values has a wrong type.
     """
-    config = Fields(source.content.get("config"), source.name, "config")
+    config = config_of(source)
     if not config.has(key):
         return None
     part = config.fields(key)
@@ -186,12 +200,12 @@ def part_of_config(source: Checkpoint, key: str) -> dict | None:
 
 def fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
     """Return the fingerprint under `key` in the config of a checkpoint, or None if there is none."""
-    return Fields(source.content.get("config"), source.name, "config").text(key, default=None)
+    return config_of(source).text(key, default=None)
 
 
 def vgg_of_config(source: Checkpoint, key: str) -> dict | None:
     """Return the record {"source", "fingerprint"} of VGG-19 weights in the config of a checkpoint, or None."""
-    config = Fields(source.content.get("config"), source.name, "config")
+    config = config_of(source)
     if not config.has(key):
         return None
     record = config.fields(key)
@@ -241,17 +255,6 @@ def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str
 
 
 # --- the re-synthesizer -------------------------------------------------------------------------------------
-
-
-def load_resynthesizer(source: Checkpoint | None, options: Mapping) -> nn.Module:
-    """Create a re-synthesizer with the weights in a checkpoint, or with random weights.
-
-    Args:
-        source: checkpoint written by train_sr.py, or released checkpoint. None: the weights are random.
-        options: values of the options in OPTION_NAMES.
-    """
-    model, _ = resynthesizer_and_config(source, options)
-    return model
 
 
 def resynthesizer_and_config(source: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
@@ -439,10 +442,8 @@ def chosen_residual(source: Checkpoint, options: Mapping) -> str:
     Raises:
         UserError: if `--residual` contradicts the checkpoint.
     """
-    recorded = Fields(source.content.get("config"), source.name, "config").text("residual", RESIDUALS, default=None)
-    if part_of_config(source, "features") is None:
-        recorded = recorded or PAPER["residual"]
-    return choose("--residual", options.get("residual"), recorded, PAPER["residual"], source.name)
+    recorded = config_of(source).text("residual", RESIDUALS, default=PAPER["residual"])
+    return choose("--residual", options.get("residual"), recorded, None, source.name)
 
 
 def chosen_classifier(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
