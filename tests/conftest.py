@@ -9,6 +9,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from processes import SMALL  # noqa: E402
+from scorings import write_detector, write_images  # noqa: E402
 from trainings import SIDE, TINY  # noqa: E402
 
 from models.rdn import RDN  # noqa: E402
@@ -51,3 +52,15 @@ def files(tmp_path_factory, write_real_and_fake):
     torch.manual_seed(0)
     torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
     return root
+
+
+@pytest.fixture(scope="module")
+def detector_file(tmp_path_factory, small_classifier):
+    """Return the path of a small detector on pixel residuals."""
+    return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """Return a folder with `scorings.IMAGES` images of two sizes."""
+    return write_images(tmp_path_factory.mktemp("some"))

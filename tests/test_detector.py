@@ -10,7 +10,7 @@ import pytest
 import torch
 from files import user_error
 from PIL import Image
-from scorings import CONFIG, score, write_detector, write_image, write_images, write_release
+from scorings import CONFIG, score, write_detector, write_image, write_release
 
 from evaluation import load
 from evaluation.inputs import crop_starts, spread_crops
@@ -19,18 +19,6 @@ from evaluation.score_table import read_table
 from utils.compute import choose_device
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def detector_file(tmp_path_factory, small_classifier):
-    """Return the path of a small detector on pixel residuals."""
-    return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Return a folder with IMAGES images of two sizes."""
-    return write_images(tmp_path_factory.mktemp("some"))
 
 
 @pytest.fixture(scope="module")

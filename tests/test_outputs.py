@@ -21,7 +21,6 @@ from scorings import (
     score,
     write_detector,
     write_image,
-    write_images,
 )
 
 from evaluation import load
@@ -29,18 +28,6 @@ from evaluation.score_table import read_table
 from models.features import VGG19
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
-
-
-@pytest.fixture(scope="module")
-def detector_file(tmp_path_factory, small_classifier):
-    """Return the path of a small detector on pixel residuals."""
-    return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Return a folder with IMAGES images of two sizes."""
-    return write_images(tmp_path_factory.mktemp("some"))
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,6 @@ from scorings import (
     score,
     write_detector,
     write_image,
-    write_images,
     write_release,
 )
 from trainings import detector_arguments, read, train
@@ -39,18 +38,6 @@ from evaluation.score_table import COLUMNS, read_table
 def release(tmp_path_factory):
     """Return a folder with checkpoints in the released formats and the golden images."""
     return write_release(tmp_path_factory.mktemp("release"))
-
-
-@pytest.fixture(scope="module")
-def detector_file(tmp_path_factory, small_classifier):
-    """Return the path of a small detector on pixel residuals."""
-    return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
-
-
-@pytest.fixture(scope="module")
-def image_folder(tmp_path_factory):
-    """Return a folder with IMAGES images of two sizes."""
-    return write_images(tmp_path_factory.mktemp("some"))
 
 
 @pytest.fixture(scope="module")
