@@ -1,6 +1,6 @@
-"""Train the detector: stage 2 with a frozen re-synthesizer, stage 3 end to end.
+"""Train the detector: step 2 with a frozen re-synthesizer, step 3 end to end.
 
-Stage 2 trains the classifier on the residuals of a frozen re-synthesizer. Stage 3 fine-tunes the classifier and the
+Step 2 trains the classifier on the residuals of a frozen re-synthesizer. Step 3 fine-tunes the classifier and the
 re-synthesizer together.
 
     python train_detector.py --fixed-sr --sr-weights-file output_hr/x4/best.pth --no_dilation \\

@@ -1,4 +1,4 @@
-"""Stage 1: train the re-synthesizer, a super-resolution network (by default RDN), on REAL images only.
+"""Step 1: train the re-synthesizer, a super-resolution network (by default RDN), on REAL images only.
 
     python train_sr.py --train-file data/celeba_example_train.txt --eval-file data/celeba_example_val.txt
 

@@ -23,14 +23,14 @@ if [[ ! -f $images/settings.json ]]; then
     tool example --out "$images" --size 128
 fi
 
-# Stage 1: the re-synthesizer. The perceptual loss is off (--vgg-lambda 0): VGG-19 costs a hundred times this RDN.
+# Step 1: the re-synthesizer. The perceptual loss is off (--vgg-lambda 0): VGG-19 costs a hundred times this RDN.
 train_once "$out/sr/x4/epoch_11.pth" train_sr.py \
     --train-file "$images/train.txt" --eval-file "$images/val.txt" --outputs-dir "$out/sr" \
     --num-features 16 --growth-rate 16 --num-blocks 3 --num-layers 3 --vgg-lambda 0 \
     --start interpolation --schedule cosine --clip-norm 0.5 --lr 2e-3 \
     --patch-size 16 --batch-size 2 --patches-per-image 2 --num-epochs 12 --num-save 12
 
-# Stage 2: detectors on the residuals, RDN frozen. (Stage 5 of such small images has 8 x 8 values, which are too few.)
+# Step 2: detectors on the residuals, RDN frozen. (Stage 5 of such small images has 8 x 8 values, which are too few.)
 vgg_in_cache=${TORCH_HOME:-${XDG_CACHE_HOME:-$HOME/.cache}/torch}/hub/checkpoints/vgg19-dcbb9e9d.pth
 if [[ -z "${VGG_WEIGHTS:-}" && -f $vgg_in_cache ]]; then
     VGG_WEIGHTS=$vgg_in_cache
@@ -56,7 +56,7 @@ if [[ -n "${VGG_WEIGHTS:-}" ]]; then
     tables+=("$out/scores/stage4.csv")
 fi
 
-# Stage 3: pictures of residuals, and a report.
+# Step 3: pictures of residuals, and a report.
 "$PYTHON" "$root/test.py" --gpu "$gpu" --resume "$out/pixel/last.pth.tar" --save_path "$out/some" \
     --input "$images"/test/{real,nearest,bilinear}/0000[01].png --save-residuals "$out/residuals"
 echo
