@@ -49,7 +49,7 @@ detector() {
     "$PYTHON" "$root/test.py" --gpu "$gpu" --resume "$out/$name/last.pth.tar" --save_path "$out/scores/$name" \
         --data-root-pos "$images/test/real" --data-root-neg "$images/test/nearest" "$images/test/bilinear" >/dev/null
 }
-detector pixel 24 --lr 5e-3 --batch-size 16
+detector pixel 12 --lr 5e-3 --batch-size 16
 tables=("$out/scores/pixel.csv")
 if [[ -n "${VGG_WEIGHTS:-}" ]]; then
     detector stage4 40 --idx-stages 4 --lr 0.01 --schedule cosine --batch-size 32
