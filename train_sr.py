@@ -12,6 +12,7 @@ The program writes these files into OUTPUTS_DIR/xSCALE:
 
 import contextlib
 import logging
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -307,9 +308,10 @@ def evaluate_only(
     if origin is None:
         raise UserError("--evaluate needs weights: give a file of weights with --weights-file")
     values = evaluate(model, readable(batches, skip_bad), compute, world)
-    if values["psnr"] != values["psnr"]:
+    if math.isnan(values["psnr"]):
         raise UserError("--evaluate needs images: give a list or folder of images with --eval-file")
-    logger.info("x%d super-resolution of RGB images that were reduced by averaging blocks of pixels, %s", model.scale, compute)
+    text = "x%d super-resolution of RGB images that were reduced by averaging blocks of pixels, %s"
+    logger.info(text, model.scale, compute)
     logger.info("%s: PSNR %.2f dB, SSIM %.4f", origin.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
     warn_if_poor(values)

@@ -76,7 +76,8 @@ class ResidualDataset(Dataset):
     """A dataset that reads the residual of each entry of an `ImageDataset` from the cache. Images are not decoded.
 
     Args:
-        images: dataset of the images whose residuals are kept. They must be the same in every epoch, except for mirroring.
+        images: dataset of the images whose residuals are kept. Except for mirroring, the images must be the same in
+            every epoch.
         folder: the cache folder, from `cache_folder`.
         dtype: type of the stored numbers, a value of STORAGE.
     """

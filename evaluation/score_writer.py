@@ -152,7 +152,10 @@ class ScoreWriter:
         rows = self._rows_of_parts(find_parts(self.table))
         for i, item in enumerate(self.items):
             if i not in rows:
-                raise UserError(f"{printable(item.path)} has no row in the score table (was a .part file of the table deleted?): run test.py again")
+                raise UserError(
+                    f"{printable(item.path)} has no row in the score table (was a .part file of the table deleted?):"
+                    " run test.py again"
+                )
         write_table(self.table, (rows[i] for i in range(len(self.items))))
 
     def write_record(self, record: Mapping) -> None:
