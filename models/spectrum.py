@@ -16,6 +16,9 @@ from torch import Tensor, nn
 # This power is added before each logarithm. It is far below the noise power of rounding an image in [0, 1] to 8 bits.
 SMALLEST_POWER = 1e-7
 
+# This value is added before the logarithm of a distance, which is about 1 for an average training image.
+SMALLEST_DISTANCE = 1e-4
+
 
 class SpectrumClassifier(nn.Module):
     """A classifier on the power spectrum: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
@@ -24,6 +27,10 @@ class SpectrumClassifier(nn.Module):
     power is reduced by the mean log power of neighbouring frequencies. The differences show the peaks and edges that
     up-sampling leaves in a spectrum. The differences depend little on brightness, sharpness and image content.
 
+    Each logit is the sum of two parts. A network with one hidden layer finds the traces of the generators in the training
+    images. The other part is the log distance from a learned centre. Training moves real images towards the centre, so
+    an image that is unlike real images counts as fake, even if its generator was not among the training images.
+
     Use this classifier with `--residual signed`, because the absolute value mixes the frequencies. Images may have any
     size.
 
@@ -31,8 +38,8 @@ class SpectrumClassifier(nn.Module):
         channels: number of channels of the residual. The log spectra of the channels are averaged.
         window: side of the windows in pixels, an even number. Windows overlap by half their side.
         neighbourhood: side of the square of neighbouring frequencies, an odd number.
-        hidden: number of units of the hidden layer.
-        dropout: probability of dropout, which is applied before and after the hidden layer.
+        hidden: number of units of the hidden layer, and number of dimensions in which the distance is measured.
+        dropout: probability of dropout, which is applied to the inputs of both parts and after the hidden layer.
     """
 
     def __init__(
@@ -57,11 +64,15 @@ class SpectrumClassifier(nn.Module):
         self.layers = nn.Sequential(
             nn.Dropout(dropout), nn.Linear(count, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 2)
         )
+        self.projection = nn.Sequential(nn.Dropout(dropout), nn.Linear(count, hidden))
+        self.distance_weight = nn.Parameter(torch.tensor([2.0]))
 
     def forward(self, residual: Tensor) -> Tensor:
         """Classify residuals (B, channels, H, W). Returns logits (B, 2)."""
-        values = self.spectrum(residual)  # (B, half * (half + 1) / 2)
-        return self.layers(self.standardise(values))
+        values = self.standardise(self.spectrum(residual))  # (B, half * (half + 1) / 2)
+        distance = self.projection(values).square().mean(dim=1, keepdim=True)  # (B, 1)
+        log_distance = self.distance_weight * (distance + SMALLEST_DISTANCE).log()
+        return self.layers(values) + torch.cat([log_distance, -log_distance], dim=1)
 
     def spectrum(self, x: Tensor) -> Tensor:
         """Compute the log power of each frequency minus the mean log power of its neighbours.
