@@ -8,11 +8,13 @@
 #   3. Train detectors with RDN, bicubic interpolation and no re-synthesis: on the signed pixel residual (spectrum
 #      classifier), and on the stage-4 and stage-5 residuals (channel-power classifier). Three seeds each.
 #      For comparison: without twins ("single"), the absolute residual ("absolute"), a ResNet-18 ("resnet").
-#   4. Score the validation faces with each detector: StyleGAN2 and twins, clean and perturbed.
+#   4. Score the validation faces with each detector: StyleGAN2, twins and up-sampled copies, clean and perturbed.
+#   5. Fine-tune the pixel detectors with RDN, with half of the images perturbed ("fine_tuning"). "frozen" keeps RDN
+#      fixed. "no_task", "colorization" and "denoising" train RDN, too, without and with an auxiliary task.
 #
-# Environment: CELLS (default: all), NETWORKS (default: rdn bicubic none), SEEDS (default: 1 2 3), PERTURB_SEEDS (seeds that are scored on perturbed faces, too;
-# default: 1), GPU (default: cpu). Writes ./output/faces. To refresh the tables, copy output/faces/scores/*.csv to
-# results/faces/scores.
+# Environment: CELLS (default: all), NETWORKS (default: rdn bicubic none), SEEDS (default: 1 2 3), PERTURB_SEEDS (seeds of
+# steps 3 and 4 that are scored on perturbed faces, too; default: 1), GPU (default: cpu).
+# Writes ./output/faces. To refresh the tables, copy output/faces/scores/*.csv to results/faces/scores.
 source "$(dirname "$0")/../../script/common.sh"
 faces=${1:?usage: bash results/faces/run.sh FACES}
 find_python
@@ -63,6 +65,28 @@ detector() {
     fi
 }
 
+# fine_tune NAME SEED FLAG ...: fine-tune the pixel detector with RDN for one epoch of 28 steps, and score it.
+fine_tune() {
+    local name=$1_seed$2 seed=$2
+    shift 2
+    train_once "$out/$name/0001.pth.tar" train_detector.py --seed "$seed" --init "$out/pixel_rdn_seed$seed/last.pth.tar" \
+        --optimizer adamw --wd 0.05 --schedule cosine --batch-size 16 --crop-size 128 --crops-per-image 2 \
+        --augment-perturb --epochs 1 --save-every-epoch 1 \
+        --data-root-pos "$faces/train/real" --data-root-neg $both --output-path "$out/$name" "$@"
+    if [[ ! -f "$out/scores/${name}_noise_std_0.05.csv" ]]; then
+        score "$name" --perturb none jpeg=70 blur=1 noise=0.05
+    fi
+}
+
+# 5. The classifier learns at lr * lr-sr = 5e-4 in each of these. RDN learns at lr = 1e-4 where it is trained.
+fine_tuning() {
+    local seed=$1
+    fine_tune frozen "$seed" --fixed-sr --lr 5e-4 --lr-sr 1
+    fine_tune no_task "$seed" --mode-sr none --lw-sr 0 --lr 1e-4 --lr-sr 5
+    fine_tune colorization "$seed" --mode-sr colorization --lr 1e-4 --lr-sr 5
+    fine_tune denoising "$seed" --mode-sr denoising --lr 1e-4 --lr-sr 5
+}
+
 # 3 and 4. About 400 steps each. The seed fixes crops, order and initial weights.
 pixels=(--residual signed --arch spectrum --crop-size 128 --crops-per-image 4)
 resnet=(--arch resnet18 --no_dilation --lr 1e-3 --batch-size 16 --crop-size 128 --crops-per-image 2)
@@ -70,7 +94,7 @@ stage4=(--idx-stages 4 --arch channel_power)
 stage5=(--idx-stages 5 --arch channel_power)
 both="$faces/train/stylegan2 $twins/train"
 for seed in ${SEEDS:-1 2 3}; do
-    for cell in ${CELLS:-pixel stage4 stage5 single absolute resnet}; do
+    for cell in ${CELLS:-pixel stage4 stage5 single absolute resnet fine_tuning}; do
         for network in ${NETWORKS:-rdn bicubic none}; do
             resynthesis=(--sr-arch "$network")
             [[ "$network" != rdn ]] || resynthesis=(--sr-weights-file "$rdn")
@@ -82,7 +106,8 @@ for seed in ${SEEDS:-1 2 3}; do
                 single) detector "$name" 37 "$seed" "$faces/train/stylegan2" "${resynthesis[@]}" "${pixels[@]}" ;;
                 absolute) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --residual absolute ;;
                 resnet) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" ;;
-                *) fail "CELLS: expected pixel, stage4, stage5, single, absolute or resnet, got $cell" ;;
+                fine_tuning) [[ "$network" != rdn ]] || fine_tuning "$seed" ;;
+                *) fail "CELLS: expected pixel, stage4, stage5, single, absolute, resnet or fine_tuning, got $cell" ;;
             esac
         done
     done

@@ -4,12 +4,12 @@
 #
 # PICTURES holds train/real, train/GENERATOR ..., val/real, val/GENERATOR ... (256 x 256 pixels or larger).
 #   1. Train a small RDN on the real training pictures.
-#   2. Train detectors on the pixel, stage-4 and stage-5 residuals, and two controls without re-synthesis
-#      (--sr-arch none). Each is trained once on all generators together and once on each generator alone.
+#   2. Train detectors on the pixel, stage-4 and stage-5 residuals, and three controls: two without re-synthesis
+#      (--sr-arch none), and one with bicubic interpolation instead of RDN. Each is trained once on all generators together and once on each generator alone.
 #   3. Score the validation pictures of every generator with each detector.
 #   4. Score them again after JPEG, noise, blur and resizing, with the detectors trained on all generators.
 #
-# Environment: INPUTS (default: pixel control stage4 stage5 control_stage5), EVAL (images for PSNR), GPU (default: cpu).
+# Environment: INPUTS (default: pixel control bicubic stage4 stage5 control_stage5), EVAL (images for PSNR), GPU (default: cpu).
 # Writes ./output/real_pictures. To refresh the tables, copy output/real_pictures/scores/*.csv to results/real_pictures/scores.
 source "$(dirname "$0")/../../script/common.sh"
 pictures=${1:?usage: bash results/real_pictures/run.sh PICTURES}
@@ -56,7 +56,7 @@ train_once "$out/sr/x4/epoch_14.pth" train_sr.py --train-file "$pictures/train/r
 # 2 and 3. Detectors. A residual and its control are trained alike: pixels with AdamW on crops, stages 4 and 5 with SGD.
 pixels=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05 --batch-size 16 --crop-size 128 --crops-per-image 2)
 stages=(--lr 0.01 --batch-size 32)
-inputs=${INPUTS:-pixel control ${VGG_WEIGHTS:+stage4 stage5 control_stage5}}
+inputs=${INPUTS:-pixel control bicubic ${VGG_WEIGHTS:+stage4 stage5 control_stage5}}
 for input in $inputs; do
     for seen in all "${generators[@]}"; do
         name=${input}_on_$seen
@@ -64,10 +64,11 @@ for input in $inputs; do
         case $input in
             pixel) detector "$name" 5 "$seen" --sr-weights-file "$rdn" "${pixels[@]}" ;;
             control) detector "$name" 5 "$seen" --sr-arch none "${pixels[@]}" ;;
+            bicubic) detector "$name" 5 "$seen" --sr-arch bicubic "${pixels[@]}" ;;
             stage4) detector "$name" 10 "$seen" --sr-weights-file "$rdn" --idx-stages 4 "${stages[@]}" ;;
             stage5) detector "$name" 10 "$seen" --sr-weights-file "$rdn" --idx-stages 5 "${stages[@]}" ;;
             control_stage5) detector "$name" 10 "$seen" --sr-arch none --idx-stages 5 "${stages[@]}" ;;
-            *) fail "INPUTS: expected pixel, control, stage4, stage5 or control_stage5, got $input" ;;
+            *) fail "INPUTS: expected pixel, control, bicubic, stage4, stage5 or control_stage5, got $input" ;;
         esac
     done
 done
