@@ -5,7 +5,8 @@
 # PICTURES holds train/real, train/GENERATOR ..., val/real, val/GENERATOR ... (256 x 256 pixels or larger).
 #   1. Train a small RDN on the real training pictures.
 #   2. Train detectors on the pixel, stage-4 and stage-5 residuals, and three controls: two without re-synthesis
-#      (--sr-arch none), and one with bicubic interpolation instead of RDN. Each is trained once on all generators together and once on each generator alone.
+#      (--sr-arch none), and one with bicubic interpolation instead of RDN. Each detector is trained once on all
+#      generators together and once on each generator alone.
 #   3. Score the validation pictures of every generator with each detector.
 #   4. Score them again after JPEG, noise, blur and resizing, with the detectors trained on all generators.
 #
