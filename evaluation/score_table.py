@@ -10,6 +10,8 @@ import io
 import json
 import math
 import os
+import sys
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,20 +140,22 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
     Raises:
         ValueError: if a cell has an impossible value.
     """
-    path, label, generator, error = (cells[name] for name in ("path", "label", "generator", "error"))
+    path, error = cells["path"], cells["error"]
+    # Millions of rows repeat few words: `intern` keeps each word in memory once
+    label, generator, prediction = (sys.intern(cells[name]) for name in ("label", "generator", "prediction"))
     if not path:
         raise ValueError("the path is empty")
     if label not in LABELS:
         raise ValueError(f"expected the label real, fake or nothing, got {label!r}")
     if error:
         return Row(path, label, generator, error=error)
-    if cells["prediction"] not in PREDICTIONS:
-        raise ValueError(f"expected the prediction {', '.join(PREDICTIONS)}, got {cells['prediction']!r}")
+    if prediction not in PREDICTIONS:
+        raise ValueError(f"expected the prediction {', '.join(PREDICTIONS)}, got {prediction!r}")
     logit_fake, logit_real, prob_fake = (float(cells[name]) for name in NUMBERS)
     if not (math.isfinite(logit_fake) and math.isfinite(logit_real) and 0 <= prob_fake <= 1):
         got = f"{cells['logit_fake']}, {cells['logit_real']} and {cells['prob_fake']}"
         raise ValueError(f"expected two finite logits and prob_fake between 0 and 1, got {got}")
-    return Row(path, label, generator, logit_fake, logit_real, prob_fake, cells["prediction"])
+    return Row(path, label, generator, logit_fake, logit_real, prob_fake, prediction)
 
 
 # --- files ----------------------------------------------------------------------------------------------------
@@ -210,20 +214,27 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
     Raises:
         UserError: if a row cannot be read (see `read_rows`), or the table has no rows.
     """
-    rows = list(read_rows(path))
-    if not rows:
+    paths, labels, generators, predictions, errors = [], [], [], [], []
+    numbers = array("d")  # an array takes 8 bytes per number, a list of numbers 32
+    for row in read_rows(path):
+        paths.append(row.path)
+        labels.append(row.label)
+        generators.append(row.generator)
+        predictions.append(row.prediction)
+        errors.append(row.error)
+        numbers.extend(3 * [math.nan] if row.error else [row.logit_fake, row.logit_real, row.prob_fake])
+    if not paths:
         raise UserError(f"{printable(path)} has no rows below its header: score some images with test.py first")
-    labels = np.array([row.label for row in rows])
-    logits = [(math.nan, math.nan) if row.error else (row.logit_fake, row.logit_real) for row in rows]
+    values = np.array(numbers).reshape(-1, 3)
     return ScoreTable(
-        paths=[row.path for row in rows],
-        is_real=labels == "real",
-        is_fake=labels == "fake",
-        generators=[row.generator for row in rows],
-        logits=np.array(logits, dtype=np.float32),
-        prob_fake=np.array([math.nan if row.error else row.prob_fake for row in rows], dtype=np.float64),
-        predictions=[row.prediction for row in rows],
-        errors=[row.error for row in rows],
+        paths=paths,
+        is_real=np.array([label == "real" for label in labels]),
+        is_fake=np.array([label == "fake" for label in labels]),
+        generators=generators,
+        logits=values[:, :2].astype(np.float32),
+        prob_fake=values[:, 2].copy(),
+        predictions=predictions,
+        errors=errors,
     )
 
 

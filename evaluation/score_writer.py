@@ -4,6 +4,9 @@ Each process appends its rows to its own file P.csv.N.part, called a part. The f
 everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
 different job. A run with the same job skips the images that have a row in a part, unless the size or modification time
 of the image file has changed. When every image has a row, the rows are written to P.csv in the order of the list.
+
+A row of a part is one line. It names its image by the index in the list of images, which belongs to the job. Only the
+positions of the rows are kept in memory, because a list may hold ten million images.
 """
 
 import csv
@@ -12,8 +15,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +41,8 @@ from utils.files import atomic, write_json
 logger = logging.getLogger(__name__)
 
 PART_MARK = "# part of a score table by test.py: "
-PART_COLUMNS = (*COLUMNS, "size", "mtime_ns")  # size in bytes and modification time of the image file
+# index: position in the list of images. size, mtime_ns: size in bytes and modification time of the image file
+PART_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
 
 
 def file_stamps(items: Sequence[Item]) -> np.ndarray:
@@ -62,7 +66,8 @@ class ScoreWriter:
         table: path of P.csv.
         items: the images, in the order of the table.
         stamps: `file_stamps` of the images.
-        job: everything that the scores depend on besides the content of the image files, as a dict for JSON.
+        job: everything that the scores depend on besides the content of the image files, as a dict for JSON. It
+            must describe the list of images, for example by `list_digest`.
         world: the processes that write the table together.
     """
 
@@ -74,9 +79,6 @@ class ScoreWriter:
         self.job = json.loads(json.dumps(job))  # the same types as a job read from a file
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
         self.done = np.zeros(len(items), bool)  # (N,): whether each image has a row
-        self.indices: dict[str, list[int]] = {}  # path -> positions in the list of images
-        for i, item in enumerate(items):
-            self.indices.setdefault(os.path.abspath(item.path), []).append(i)
 
     def open(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
         """Find out which images have a row already, and start a new part for this process.
@@ -93,17 +95,21 @@ class ScoreWriter:
             UserError: if there are parts of a different job.
         """
         parts = find_parts(self.table)
-        rows = {} if overwrite else self._known_rows(parts)
-        for i, row in rows.items():
+        has_table_of_this_job = not overwrite and not parts and self._is_table_of_this_job()
+        known_rows = ()
+        if has_table_of_this_job:
+            known_rows = self._rows_of_table()
+        elif not overwrite:
+            known_rows = self._rows_of_parts(parts)
+        for i, row in known_rows:
             must_be_scored_again = required is not None and required[i] and not row.error
             self.done[i] = not must_be_scored_again
-        is_finished = not parts and len(rows) == len(self.items) and self.done.all()
-        if broadcast_from_main(bool(is_finished), self.world):
+        if broadcast_from_main(bool(has_table_of_this_job and self.done.all()), self.world):
             logger.info("%s is finished already (--overwrite scores the images again)", printable(self.table))
             return False
-        if rows:
+        if self.done.any():
             logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
-        elif self.table.exists():
+        elif self.table.exists() and not overwrite and not has_table_of_this_job:
             text = "%s was made with different settings or from different image files, and will be replaced"
             logger.info(text, printable(self.table))
         barrier(self.world)  # every process has read the existing parts before any process writes
@@ -114,8 +120,9 @@ class ScoreWriter:
         with atomic(part) as file:  # a part without its first line, the job, could not be continued
             file.write((PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
-        if not parts and self.world.is_main:
-            self.write(rows)  # rows of a finished table: only its pictures are missing
+        if has_table_of_this_job and self.world.is_main:  # only residual pictures are missing: keep the rows
+            for i, row in self._rows_of_table():
+                self.write({i: row})
         return True
 
     def missing(self, block: int) -> np.ndarray:
@@ -134,9 +141,9 @@ class ScoreWriter:
         """Append rows, {index of the image: row}, to the part of this process, and flush the file."""
         lines = []
         for i, row in rows.items():
-            path, *cells = row_cells(row)
+            cells = row_cells(row)[len(Item._fields) :]
             size, mtime_ns = self.stamps[i]
-            lines.append(csv_line([os.path.abspath(path), *cells, str(size), str(mtime_ns)]))
+            lines.append(csv_line([str(i), *cells, str(size), str(mtime_ns)]))
         self._append("".join(lines))
 
     def close(self) -> None:
@@ -149,14 +156,14 @@ class ScoreWriter:
         barrier(self.world)
         if not self.world.is_main:
             return
-        rows = self._rows_of_parts(find_parts(self.table))
-        for i, item in enumerate(self.items):
-            if i not in rows:
-                raise UserError(
-                    f"{printable(item.path)} has no row in the score table (was a .part file of the table deleted?):"
-                    " run test.py again"
-                )
-        write_table(self.table, (rows[i] for i in range(len(self.items))))
+        parts = find_parts(self.table)
+        numbers, offsets = self._places_of_rows(parts)
+        for i in np.flatnonzero(numbers < 0)[:1]:
+            raise UserError(
+                f"{printable(self.items[i].path)} has no row in the score table (was a .part file of the table deleted?):"
+                " run test.py again"
+            )
+        write_table(self.table, self._rows_at(parts, numbers, offsets))
 
     def write_record(self, record: Mapping) -> None:
         """Write the given record and the job to P.json. The table is finished only after `remove_parts`."""
@@ -171,17 +178,15 @@ class ScoreWriter:
         self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
-    def _known_rows(self, parts: Mapping[int, Path]) -> dict[int, Row]:
-        """Read the existing rows, {index of the image: row}: from the parts, or else from the finished table."""
-        if parts:
-            for part in parts.values():
-                self._require_own_job(part)
-            return self._rows_of_parts(parts)
+    def _is_table_of_this_job(self) -> bool:
+        """Find out whether P.csv was made from the same job and image files."""
         record = read_record(self.table)
-        if not self.table.exists() or any(record.get(key) != value for key, value in self.identity.items()):
-            return {}
-        rows = enumerate(read_rows(self.table))
-        return {i: row._replace(path=self.items[i].path) for i, row in rows}
+        return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
+
+    def _rows_of_table(self) -> Iterator[tuple[int, Row]]:
+        """Read the rows of P.csv, as pairs (index of the image, row)."""
+        for i, row in zip(range(len(self.items)), read_rows(self.table), strict=False):
+            yield i, row._replace(path=self.items[i].path)
 
     def _require_own_job(self, part: Path) -> None:
         """Raise a UserError if a part belongs to a different job."""
@@ -196,44 +201,68 @@ class ScoreWriter:
                 " or delete its rows with --overwrite"
             )
 
-    def _rows_of_parts(self, parts: Mapping[int, Path]) -> dict[int, Row]:
-        """Read the valid rows of all parts, {index of the image: row}. The first row of an image is taken."""
-        rows = {}
-        for _, part in sorted(parts.items()):
-            for i, row in self._rows_of_part(part):
-                rows.setdefault(i, row)
-        return rows
+    def _rows_of_parts(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
+        """Read the valid rows of all parts, as pairs (index of the image, row).
 
-    def _rows_of_part(self, part: Path) -> list[tuple[int, Row]]:
-        """Read the valid rows of one part, as pairs (index of the image, row).
+        Raises:
+            UserError: if a part belongs to a different job.
+        """
+        for part in parts.values():
+            self._require_own_job(part)
+        for part in parts.values():
+            for _, i, row in self._rows_of_part(part):
+                yield i, row
+
+    def _places_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
+        """Find the first valid row of each image.
+
+        Returns:
+            numbers: (N,), the number of the part that holds the row, or -1 if an image has no row.
+            offsets: (N,), the position of the row in the part, in bytes.
+        """
+        numbers = np.full(len(self.items), -1)
+        offsets = np.zeros(len(self.items), np.int64)
+        for number, part in sorted(parts.items()):
+            for offset, i, _ in self._rows_of_part(part):
+                if numbers[i] < 0:
+                    numbers[i] = number
+                    offsets[i] = offset
+        return numbers, offsets
+
+    def _rows_at(self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray) -> Iterator[Row]:
+        """Read the rows of all images in the order of the list, at the places of `_places_of_rows`."""
+        with ExitStack() as stack:
+            files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
+            for number, offset in zip(numbers.tolist(), offsets.tolist(), strict=True):
+                files[number].seek(offset)
+                _, row = self._parse(files[number].readline())
+                yield row
+
+    def _rows_of_part(self, part: Path) -> Iterator[tuple[int, int, Row]]:
+        """Read the valid rows of one part, as triples (position of the row in bytes, index of the image, row)."""
+        offset = 0
+        with part.open("rb") as file:
+            for line in file:
+                parsed = self._parse(line)
+                if parsed is not None:
+                    yield offset, *parsed
+                offset += len(line)
+
+    def _parse(self, line: bytes) -> tuple[int, Row] | None:
+        """Convert a line of a part to the index of its image and the row. Returns None if the row is not valid.
 
         A row is valid if its image file has not changed. A row that was cut off by a power failure is not valid,
         because its last cell, the modification time, is incomplete.
         """
-        rows = []
-        with part.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            # csv.Error: the end of the part is damaged. It is within quotes, or has zeros after a power failure
-            with suppress(csv.Error):
-                for cells in reader:
-                    if len(cells) == len(PART_COLUMNS):
-                        rows.extend(self._current_rows(dict(zip(PART_COLUMNS, cells, strict=True))))
-        return rows
-
-    def _current_rows(self, cells: Mapping[str, str]) -> list[tuple[int, Row]]:
-        """Convert the cells of a row in a part to pairs (index of the image, row).
-
-        The list is empty if the image file has changed or is not in the list of images.
-        """
-        rows = []
-        for i in self.indices.get(cells["path"], ()):
-            size, mtime_ns = self.stamps[i]
-            with suppress(ValueError):
-                if (cells["size"], cells["mtime_ns"]) == (str(size), str(mtime_ns)):
-                    path, label, generator = self.items[i]
-                    row = row_from_cells({**cells, "label": label_name(label), "generator": generator})
-                    rows.append((i, row._replace(path=path)))
-        return rows
+        with suppress(csv.Error, ValueError):
+            texts = next(csv.reader([line.decode("utf-8", "surrogateescape")], strict=True))
+            cells = dict(zip(PART_COLUMNS, texts, strict=True))
+            i = int(cells["index"])
+            if 0 <= i < len(self.items) and [cells["size"], cells["mtime_ns"]] == [*map(str, self.stamps[i])]:
+                path, label, generator = self.items[i]
+                row = row_from_cells({**cells, "path": path, "label": label_name(label), "generator": generator})
+                return i, row
+        return None
 
 
 def find_parts(table: Path) -> dict[int, Path]:
