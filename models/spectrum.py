@@ -65,7 +65,7 @@ class SpectrumClassifier(nn.Module):
             nn.Dropout(dropout), nn.Linear(count, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, 2)
         )
         self.projection = nn.Sequential(nn.Dropout(dropout), nn.Linear(count, hidden))
-        self.distance_weight = nn.Parameter(torch.tensor([2.0]))
+        self.distance_weight = nn.Parameter(torch.ones(1))
 
     def forward(self, residual: Tensor) -> Tensor:
         """Classify residuals (B, channels, H, W). Returns logits (B, 2)."""
