@@ -7,7 +7,9 @@
 #   2. Make twins: the real faces, passed through a small autoencoder.
 #   3. Train detectors with RDN, bicubic interpolation and no re-synthesis: on the signed pixel residual (spectrum
 #      classifier), and on the stage-4 and stage-5 residuals (channel-power classifier). Three seeds each.
-#      For comparison: without twins ("single"), the absolute residual ("absolute"), a ResNet-18 ("resnet").
+#      For comparison: no twins ("single"), twins alone ("twins"), up-sampled copies instead of twins ("upsampled"), the
+#      absolute residual ("absolute"), smaller windows ("window16"), a ResNet-18 on the absolute ("resnet") and on the
+#      signed residual ("resnet_signed").
 #   4. Score the validation faces with each detector: StyleGAN2, twins and up-sampled copies, clean and perturbed.
 #   5. Fine-tune the pixel detectors with RDN, with half of the images perturbed ("fine_tuning"). "frozen" keeps RDN
 #      fixed. "no_task", "colorization" and "denoising" train RDN, too, without and with an auxiliary task.
@@ -92,9 +94,11 @@ pixels=(--residual signed --arch spectrum --crop-size 128 --crops-per-image 4)
 resnet=(--arch resnet18 --no_dilation --lr 1e-3 --batch-size 16 --crop-size 128 --crops-per-image 2)
 stage4=(--idx-stages 4 --arch channel_power)
 stage5=(--idx-stages 5 --arch channel_power)
-both="$faces/train/stylegan2 $twins/train"
+generator=$faces/train/stylegan2
+both="$generator $twins/train"
+all_cells="pixel stage4 stage5 single twins upsampled absolute window16 resnet resnet_signed fine_tuning"
 for seed in ${SEEDS:-1 2 3}; do
-    for cell in ${CELLS:-pixel stage4 stage5 single absolute resnet fine_tuning}; do
+    for cell in ${CELLS:-$all_cells}; do
         for network in ${NETWORKS:-rdn bicubic none}; do
             resynthesis=(--sr-arch "$network")
             [[ "$network" != rdn ]] || resynthesis=(--sr-weights-file "$rdn")
@@ -103,11 +107,19 @@ for seed in ${SEEDS:-1 2 3}; do
                 pixel) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" ;;
                 stage4) detector "$name" 100 "$seed" "$both" "${resynthesis[@]}" "${stage4[@]}" ;;
                 stage5) detector "$name" 100 "$seed" "$both" "${resynthesis[@]}" "${stage5[@]}" ;;
-                single) detector "$name" 37 "$seed" "$faces/train/stylegan2" "${resynthesis[@]}" "${pixels[@]}" ;;
+                single) detector "$name" 37 "$seed" "$generator" "${resynthesis[@]}" "${pixels[@]}" ;;
+                twins) detector "$name" 56 "$seed" "$twins/train" "${resynthesis[@]}" "${pixels[@]}" ;;
+                upsampled)
+                    detector "$name" 28 "$seed" "$generator $out/upsampled/train" "${resynthesis[@]}" "${pixels[@]}"
+                    ;;
                 absolute) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --residual absolute ;;
-                resnet) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" ;;
+                window16) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --arch-args window=16 ;;
+                resnet) detector "$name" 14 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" ;;
+                resnet_signed)
+                    detector "$name" 14 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" --residual signed
+                    ;;
                 fine_tuning) [[ "$network" != rdn ]] || fine_tuning "$seed" ;;
-                *) fail "CELLS: expected pixel, stage4, stage5, single, absolute, resnet or fine_tuning, got $cell" ;;
+                *) fail "CELLS: expected some of $all_cells, got $cell" ;;
             esac
         done
     done
