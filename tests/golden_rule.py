@@ -25,7 +25,7 @@ def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(n.astype(np.float32))
 
 
-def fill(module: torch.nn.Module) -> torch.nn.Module:
+def fill_with_golden_weights(module: torch.nn.Module) -> torch.nn.Module:
     """Fill a module with `golden_tensor` weights, and set it to evaluation mode. Return the module."""
     state = {k: golden_tensor(k, tuple(v.shape)) for k, v in module.state_dict().items()}
     module.load_state_dict(state)

@@ -17,12 +17,12 @@ CUDA = torch.device("cuda", 0)
 ACROSS_DEVICES = {"copy_", "__set__", "__repr__", "__format__", "__deepcopy__", "_has_compatible_shallow_copy_type"}
 
 
-def is_marked(value) -> bool:
+def is_marked_as_cuda(value) -> bool:
     """Return whether a value is a tensor that is marked as on CUDA."""
     return isinstance(value, Tensor) and getattr(value, "_on_cuda", False)
 
 
-def mark(value, on_cuda: bool = True):
+def mark_tensors(value, on_cuda: bool = True):
     """Mark every tensor in `value` (a tensor, list, tuple or dict) as on CUDA or on the CPU. Return `value`."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
@@ -30,7 +30,7 @@ def mark(value, on_cuda: bool = True):
     return value
 
 
-def names_cuda(device) -> bool:
+def is_cuda_device(device) -> bool:
     """Return whether a device argument names CUDA."""
     return device is not None and torch.device(device).type == "cuda"
 
@@ -42,34 +42,34 @@ class PretendCuda(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if func == Tensor.device.__get__:
-            return CUDA if is_marked(args[0]) else func(*args)
+            return CUDA if is_marked_as_cuda(args[0]) else func(*args)
         if func == Tensor.is_cuda.__get__:
-            return is_marked(args[0])
+            return is_marked_as_cuda(args[0])
         if func == Tensor.data.__set__:
             func(*args)
-            mark(args[0], is_marked(args[1]))
+            mark_tensors(args[0], is_marked_as_cuda(args[1]))
             return None
         if func in (Tensor.grad.__get__, Tensor.data.__get__):
             value = func(*args)
-            return value if value is None else mark(value, is_marked(args[0]))
-        if name in ("numpy", "__array__") and is_marked(args[0]):
+            return value if value is None else mark_tensors(value, is_marked_as_cuda(args[0]))
+        if name in ("numpy", "__array__") and is_marked_as_cuda(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if func is Tensor.cpu:
-            return mark(args[0].clone(), False) if is_marked(args[0]) else args[0]
+            return mark_tensors(args[0].clone(), False) if is_marked_as_cuda(args[0]) else args[0]
         if func is Tensor.to:
-            return self.move(*args, **kwargs)
-        self.check_devices(name, args, kwargs)
-        created_on_cuda = names_cuda(kwargs.get("device"))
+            return self.move_or_cast(*args, **kwargs)
+        self.raise_if_devices_differ(name, args, kwargs)
+        created_on_cuda = is_cuda_device(kwargs.get("device"))
         if created_on_cuda:
             kwargs["device"] = CPU
         result = func(*args, **kwargs)
         sources = args[:1] if name == "__getitem__" else tree_leaves((args, kwargs))
-        if created_on_cuda or any(is_marked(source) for source in sources):
-            mark(result)
+        if created_on_cuda or any(is_marked_as_cuda(source) for source in sources):
+            mark_tensors(result)
         return result
 
     @staticmethod
-    def check_devices(name, args, kwargs):
+    def raise_if_devices_differ(name, args, kwargs):
         """Raise the error of CUDA if an operation combines CPU and CUDA tensors.
 
         As in PyTorch, a CPU tensor without dimensions may be combined with CUDA tensors.
@@ -77,33 +77,33 @@ class PretendCuda(TorchFunctionMode):
         if name in ACROSS_DEVICES:
             return
         if name in ("__getitem__", "__setitem__"):
-            if not is_marked(args[0]) and any(is_marked(index) for index in tree_leaves(args[1])):
+            if not is_marked_as_cuda(args[0]) and any(is_marked_as_cuda(index) for index in tree_leaves(args[1])):
                 raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
             return
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        on_cuda = [tensor for tensor in tensors if is_marked(tensor)]
-        on_cpu = [tensor for tensor in tensors if not is_marked(tensor) and tensor.dim() > 0]
+        on_cuda = [tensor for tensor in tensors if is_marked_as_cuda(tensor)]
+        on_cpu = [tensor for tensor in tensors if not is_marked_as_cuda(tensor) and tensor.dim() > 0]
         if on_cuda and on_cpu:
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got cuda:0 and cpu")
 
     @staticmethod
-    def move(tensor, *args, **kwargs):
+    def move_or_cast(tensor, *args, **kwargs):
         """Do what Tensor.to does. A device, a dtype or another tensor may be any of the positional arguments."""
-        on_cuda = is_marked(tensor)
+        on_cuda = is_marked_as_cuda(tensor)
         kwargs.pop("non_blocking", None)
         remaining = []
         for value in (*args, kwargs.pop("device", None)):
             if isinstance(value, Tensor):
-                on_cuda = is_marked(value)
+                on_cuda = is_marked_as_cuda(value)
                 remaining.append(value.dtype)
             elif isinstance(value, str | torch.device):
-                on_cuda = names_cuda(value)
+                on_cuda = is_cuda_device(value)
             elif isinstance(value, torch.dtype):
                 remaining.append(value)
         moved = tensor.to(*remaining, **kwargs) if remaining or kwargs else tensor
-        if moved is tensor and on_cuda != is_marked(tensor):
+        if moved is tensor and on_cuda != is_marked_as_cuda(tensor):
             moved = tensor.detach().clone() if isinstance(tensor, torch.nn.Parameter) else tensor.clone()
-        return mark(moved, on_cuda)
+        return mark_tensors(moved, on_cuda)
 
 
 @contextlib.contextmanager

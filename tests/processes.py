@@ -29,7 +29,7 @@ SERVER = multiprocessing.get_context("forkserver")  # processes of a fork server
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
 
-def start(
+def start_program(
     program: str, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, **environment: str
 ) -> multiprocessing.Process:
     """Start `python PROGRAM ARGUMENTS >> LOG 2>&1` with one thread.
@@ -41,12 +41,12 @@ def start(
         prepare: picklable function that the new process calls before the program starts.
         environment: additional environment variables of the new process.
     """
-    process = SERVER.Process(target=_run, args=(program, arguments, log, prepare, environment))
+    process = SERVER.Process(target=_run_program, args=(program, arguments, log, prepare, environment))
     process.start()
     return process
 
 
-def _run(program, arguments, log, prepare, environment):
+def _run_program(program, arguments, log, prepare, environment):
     """Run a program in the new process. `start` describes the arguments."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -60,7 +60,7 @@ def _run(program, arguments, log, prepare, environment):
     runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
-def finish(process: multiprocessing.Process, seconds: float = 120) -> int:
+def wait_for_exit(process: multiprocessing.Process, seconds: float = 120) -> int:
     """Wait for a process. Returns its exit status, which is -N if signal N killed it."""
     process.join(seconds)
     if process.is_alive():
@@ -69,7 +69,7 @@ def finish(process: multiprocessing.Process, seconds: float = 120) -> int:
     return process.exitcode
 
 
-def two_ranks() -> list[dict[str, str]]:
+def torchrun_environments() -> list[dict[str, str]]:
     """Return two dicts: the environment variables that torchrun sets in each of two processes."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
@@ -78,28 +78,28 @@ def two_ranks() -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def killed_exclusive_writer(lock: Path) -> Iterator[Callable[[], None]]:
+def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
     """Run a process that holds a lock file and has a worker process.
 
     Yields a function that kills the process, but not the worker.
     """
     ours, theirs = SERVER.Pipe()
-    process = SERVER.Process(target=_hold_lock, args=(lock, theirs))
+    process = SERVER.Process(target=_hold_lock_with_worker, args=(lock, theirs))
     process.start()
     worker = ours.recv()
 
-    def kill():
+    def kill_lock_holder():
         process.kill()
         process.join()
 
     try:
-        yield kill
+        yield kill_lock_holder
     finally:
-        kill()
+        kill_lock_holder()
         os.kill(worker, signal.SIGKILL)
 
 
-def _hold_lock(lock, connection):
+def _hold_lock_with_worker(lock, connection):
     """Hold a lock file for 60 s in this process and a worker process. Send the worker's process id."""
     with exclusive_writer(lock, World()):
         worker = os.fork()
@@ -111,7 +111,7 @@ def _hold_lock(lock, connection):
 # --- functions for the `prepare` argument of `start` ---------------------------------------------------------
 
 
-def signal_in(description: str, at: int, number: int, all_processes: bool = False) -> None:
+def send_signal_in_loop(description: str, at: int, number: int, all_processes: bool = False) -> None:
     """Send a signal to the program while a loop with a progress bar processes item `at`.
 
     Args:
@@ -123,7 +123,7 @@ def signal_in(description: str, at: int, number: int, all_processes: bool = Fals
     original, count = console.progress, itertools.count(1)
     os.setpgid(0, 0)
 
-    def progress(items, text, *more):
+    def progress_with_signal(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -133,44 +133,44 @@ def signal_in(description: str, at: int, number: int, all_processes: bool = Fals
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress = progress
+    console.progress = progress_with_signal
 
 
-def slow_down(description: str, seconds: float) -> None:
+def delay_loops(description: str, seconds: float) -> None:
     """Make each loop whose progress bar text begins with `description` wait before the first item."""
     original = console.progress
 
-    def progress(items, text, *more):
+    def progress_with_delay(items, text, *more):
         if text.startswith(description):
             time.sleep(seconds)
         return original(items, text, *more)
 
-    console.progress = progress
+    console.progress = progress_with_delay
 
 
-def kill_in_save(save: int) -> None:
+def kill_during_save(save: int) -> None:
     """Kill the program when half of checkpoint number `save` (from 1) is written."""
     original, count = torch.save, itertools.count(1)
 
-    def kill(file):
+    def truncate_and_kill(file):
         os.ftruncate(file, os.fstat(file).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_and_kill(content, file):
+    def save_and_prepare_kill(content, file):
         original(content, file)
         if next(count) == save:
-            os.fsync = kill
+            os.fsync = truncate_and_kill
 
-    torch.save = save_and_kill
+    torch.save = save_and_prepare_kill
 
 
-def signal_in_batch(batch: int, number: int) -> None:
+def send_signal_in_batch(batch: int, number: int) -> None:
     """Send signal `number` to test.py when batch `batch` (from 1) is computed, before its rows are written."""
     original, count = scoring.Detector.logits, itertools.count(1)
 
-    def logits(self, *arguments):
+    def send_signal_and_compute_logits(self, *arguments):
         if next(count) == batch:
             os.kill(os.getpid(), number)
         return original(self, *arguments)
 
-    scoring.Detector.logits = logits
+    scoring.Detector.logits = send_signal_and_compute_logits

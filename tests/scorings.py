@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_rule import fill
+from golden_rule import fill_with_golden_weights
 from PIL import Image
 
 import test as program
@@ -26,7 +26,7 @@ CONFIG = {
 IMAGES = 9  # number of images that `write_images` writes into a folder
 
 
-def score(*argv) -> int:
+def run_test_py(*argv) -> int:
     """Do what `python test.py ARGV` does, in this process. Returns the exit status."""
     try:
         return run_program(lambda: program.main(parser_of_test().parse_args([str(a) for a in argv])))
@@ -34,13 +34,13 @@ def score(*argv) -> int:
         return stopped.code
 
 
-def error_line(capfd, *argv) -> str:
+def error_line_of_test_py(capfd, *argv) -> str:
     """Run test.py with a user's mistake, and return the error line.
 
     The exit status must be 2, stdout must be empty, and stderr must contain exactly one error line.
     """
     capfd.readouterr()
-    assert score(*argv) == 2
+    assert run_test_py(*argv) == 2
     out, err = capfd.readouterr()
     *before, line = err.splitlines()
     assert line.startswith("error: ") and out == "", err
@@ -48,12 +48,12 @@ def error_line(capfd, *argv) -> str:
     return line
 
 
-def arguments(detector, images, path, *more) -> list:
+def scoring_arguments(detector, images, path, *more) -> list:
     """Return arguments for test.py that score unlabelled images. Without labels, test.py draws no figure."""
     return ["--gpu", "cpu", "-j", 0, "-b", 2, "--resume", detector, "--input", images, "--save_path", path, *more]
 
 
-def write_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
+def write_noise_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
     """Write a noise image of the given (height, width). Return its path.
 
     The noise has a coarse component (4 x 4 cells) and a fine component (single pixels).
@@ -67,10 +67,10 @@ def write_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
     return path
 
 
-def write_images(folder: Path) -> Path:
+def write_noise_images(folder: Path) -> Path:
     """Write IMAGES images of two sizes into a folder. Return the folder."""
     for key in range(IMAGES):
-        write_image(folder / f"{key}.png", key, (32, 32) if key % 4 else (36, 40))
+        write_noise_image(folder / f"{key}.png", key, (32, 32) if key % 4 else (36, 40))
     return folder
 
 
@@ -81,24 +81,24 @@ def write_detector(path: Path, **content) -> Path:
         path: file to write.
         content: additional entries of the checkpoint.
     """
-    state = {"state_dict": fill(DeepStemResNet(3, "resnet18")).state_dict()}
-    state["sr_state_dict"] = fill(RDN(**TINY)).state_dict()
+    state = {"state_dict": fill_with_golden_weights(DeepStemResNet(3, "resnet18")).state_dict()}
+    state["sr_state_dict"] = fill_with_golden_weights(RDN(**TINY)).state_dict()
     torch.save({**state, "config": CONFIG, **content}, path)
     return path
 
 
-def write_release(folder: Path) -> Path:
+def write_released_files(folder: Path) -> Path:
     """Write checkpoints in the released formats, with `golden_rule` weights, and the two golden images.
 
     Returns the folder.
     """
-    rdn = fill(RDN()).state_dict()
+    rdn = fill_with_golden_weights(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")
-    torch.save(fill(VGG19()).state_dict(), folder / "vgg19.pth")
+    torch.save(fill_with_golden_weights(VGG19()).state_dict(), folder / "vgg19.pth")
     for name, channels in (("pixel", 3), ("stage5", 512)):
         content = {"epoch": 100, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}}
-        content["state_dict"] = fill(DeepStemResNet(channels)).state_dict()
+        content["state_dict"] = fill_with_golden_weights(DeepStemResNet(channels)).state_dict()
         torch.save(content, folder / f"{name}.pth.tar")
     for name, pixels in zip(("real", "fake"), np.load(GOLDEN)["image"], strict=True):
         (folder / name).mkdir()
@@ -106,17 +106,17 @@ def write_release(folder: Path) -> Path:
     return folder
 
 
-def rows_of(path) -> list[dict]:
+def read_csv_rows(path) -> list[dict]:
     """Return the rows of a CSV file as dicts."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def files_in(folder: Path) -> list[str]:
+def sorted_names(folder: Path) -> list[str]:
     """Return the sorted names in a folder."""
     return sorted(os.listdir(folder))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_all_files(folder: Path) -> dict[str, bytes]:
     """Return a dict from the relative path of each file below a folder to its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

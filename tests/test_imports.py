@@ -31,7 +31,7 @@ def module_files() -> dict[str, Path]:
     return dict(zip(names, files, strict=True))
 
 
-def imports_of(file: Path) -> set[str]:
+def imported_modules(file: Path) -> set[str]:
     """Return the names of all modules that a file imports at any place."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -50,7 +50,7 @@ def package_of(module: str) -> str:
 def project_imports() -> dict[str, set[str]]:
     """Return a dict from module name to the modules of the project that the module imports."""
     files = module_files()
-    return {name: imports_of(file) & files.keys() - {name} for name, file in files.items()}
+    return {name: imported_modules(file) & files.keys() - {name} for name, file in files.items()}
 
 
 @pytest.mark.parametrize("module", sorted(module_files()))

@@ -33,7 +33,7 @@ def write_and_read_table(tmp_path, rows):
     return read_table(tmp_path / "t.csv")
 
 
-def rows_of(margins, label, generator=""):
+def score_rows(margins, label, generator=""):
     """Return rows of a score table with logits (margin, 0) and one label."""
     items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
     return make_rows(items, [(margin, 0) for margin in margins])
@@ -45,7 +45,7 @@ def auroc_by_pairs(scores, is_fake):
     return ((difference > 0) + 0.5 * (difference == 0)).mean()
 
 
-def points_by_thresholds(scores, is_fake):
+def rates_by_threshold(scores, is_fake):
     """Compute fpr, tpr and precision at every threshold that is a score, from the highest to the lowest."""
     points = []
     for threshold in np.unique(scores)[::-1]:
@@ -54,9 +54,9 @@ def points_by_thresholds(scores, is_fake):
     return np.array(points).T
 
 
-def average_precision_by_thresholds(scores, is_fake):
+def average_precision_by_threshold(scores, is_fake):
     """Compute the average precision from all thresholds."""
-    _, tpr, precision = points_by_thresholds(scores, is_fake)
+    _, tpr, precision = rates_by_threshold(scores, is_fake)
     return (np.diff(tpr, prepend=0) * precision).sum()
 
 
@@ -65,9 +65,9 @@ def average_precision_by_thresholds(scores, is_fake):
 def test_ranking_metrics_equal_brute_force_over_all_pairs_and_thresholds(seed, levels):
     scores, is_fake = random_scores(seed, levels=levels)
     scores *= 100  # metrics must not apply a sigmoid first, because it would make most of these scores equal
-    fpr, tpr, _ = points_by_thresholds(scores, is_fake)
+    fpr, tpr, _ = rates_by_threshold(scores, is_fake)
     assert metrics.auroc(scores, is_fake) == pytest.approx(auroc_by_pairs(scores, is_fake), abs=1e-12)
-    by_thresholds = average_precision_by_thresholds(scores, is_fake)
+    by_thresholds = average_precision_by_threshold(scores, is_fake)
     assert metrics.average_precision(scores, is_fake) == pytest.approx(by_thresholds, abs=1e-12)
     np.testing.assert_allclose(metrics.roc_curve(scores, is_fake), [[0, *fpr], [0, *tpr]], atol=1e-12)
     for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # one of 40 real images is a false positive rate of 0.025
@@ -87,7 +87,7 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
     measured = metrics.measure(
-        write_and_read_table(tmp_path, rows_of([-1, 1, -1], REAL) + rows_of([1, -1], FAKE)), resamples=0
+        write_and_read_table(tmp_path, score_rows([-1, 1, -1], REAL) + score_rows([1, -1], FAKE)), resamples=0
     )
     assert measured["accuracy"] == pytest.approx(3 / 5)
     assert measured["accuracy_real"] == pytest.approx(2 / 3)
@@ -99,7 +99,7 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
         "real": {"real": 2, "fake": 1, "unsure": 0},
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
-    all_called_fake = metrics.measure(write_and_read_table(tmp_path, rows_of([1, 1], REAL)), resamples=0)
+    all_called_fake = metrics.measure(write_and_read_table(tmp_path, score_rows([1, 1], REAL)), resamples=0)
     assert all_called_fake["precision_real_positive"] is None
     assert all_called_fake["recall_real_positive"] == 0
 
@@ -130,7 +130,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
 
 
 @pytest.mark.parametrize("levels", [None, 2])
-def test_bootstrap_intervals_equal_those_of_resampling_images_one_by_one(levels):
+def test_bootstrap_intervals_equal_the_intervals_from_resampling_images_one_by_one(levels):
     scores, is_fake = random_scores(5, n_real=50, n_fake=25, levels=levels)
     intervals = metrics.bootstrap(scores, is_fake, resamples=2000, seed=1)
     rng = np.random.default_rng(2)
@@ -140,7 +140,7 @@ def test_bootstrap_intervals_equal_those_of_resampling_images_one_by_one(levels)
         drawn = np.concatenate([rng.choice(scores[~is_fake], 50), rng.choice(scores[is_fake], 25)])
         values["accuracy"].append(((drawn >= 0) == labels).mean())
         values["auroc"].append(auroc_by_pairs(drawn, labels))
-        values["average_precision"].append(average_precision_by_thresholds(drawn, labels))
+        values["average_precision"].append(average_precision_by_threshold(drawn, labels))
     for name, drawn in values.items():
         np.testing.assert_allclose(intervals[name], np.percentile(drawn, [2.5, 97.5]), atol=0.03)
 
@@ -163,8 +163,8 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
 
 
 def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shared_real_images(tmp_path):
-    rows = [*rows_of([-1, -2], REAL), *rows_of([-3], REAL, "own"), *rows_of([1, 2, 3], FAKE, "own")]
-    rows += rows_of([-4, 5], FAKE, "other") + rows_of([0], None)
+    rows = [*score_rows([-1, -2], REAL), *score_rows([-3], REAL, "own"), *score_rows([1, 2, 3], FAKE, "own")]
+    rows += score_rows([-4, 5], FAKE, "other") + score_rows([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
     summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=50)
     own, other = summary["generators"]["own"], summary["generators"]["other"]
@@ -182,7 +182,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
 
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
-    rows = [Row("a.png", "fake", "g", error="broken"), *rows_of([1, -1, 2], label)]
+    rows = [Row("a.png", "fake", "g", error="broken"), *score_rows([1, -1, 2], label)]
     summary = metrics.summarize(write_and_read_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
@@ -194,7 +194,7 @@ def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tm
 def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
-    rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a") + rows_of([2, 3], FAKE, "b")
+    rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a") + score_rows([2, 3], FAKE, "b")
     summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
@@ -202,10 +202,10 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
 
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
-    rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a")
+    rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a")
     blurred = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
     clean = metrics.summarize(
-        write_and_read_table(tmp_path, rows + rows_of([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
+        write_and_read_table(tmp_path, rows + score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
     assert metrics.rows_by_generator({"none": clean, "blur sigma 2": blurred}) == [
         ["AUROC", "a", "evil\\x1b[31m\\nname"],

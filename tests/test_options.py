@@ -31,13 +31,13 @@ NETWORK_OPTIONS = {
 SIZE_OPTIONS = {"crop_size", "resize"}
 
 
-def options_of(program):
+def effective_options(program):
     """Return the options of a program that have an effect."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
 
 
-def refused(program, arguments, capsys):
+def error_line_of_parser(program, arguments, capsys):
     """Parse arguments that the program must refuse with exit status 2. Return the error line."""
     with pytest.raises(SystemExit) as stopped:
         PARSERS[program]().parse_args(arguments)
@@ -119,7 +119,7 @@ def test_every_option_has_a_help_text_and_is_used(program):
     files = [ROOT / program, *(ROOT / "utils").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
     source = "".join(file.read_text() for file in files if file.name != "options.py")
     used = {name for pair in re.findall(r"\bargs\.(\w+)|\"(\w+)\"", source) for name in pair}
-    for option in options_of(program):
+    for option in effective_options(program):
         assert option.help
         assert option.dest in used | NETWORK_OPTIONS | SIZE_OPTIONS, f"{option.dest} is not used"
 
@@ -127,7 +127,7 @@ def test_every_option_has_a_help_text_and_is_used(program):
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_parser_accepts_any_name_of_a_network(program):
     """Users can add networks to the dicts of models/build.py, so the parser does not check names."""
-    flags = [word for option in options_of(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
+    flags = [word for option in effective_options(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
              for word in (option.option_strings[-1], "my-own")]  # fmt: skip
     args = vars(PARSERS[program]().parse_args(flags))
     assert len(flags) >= 2 and list(args.values()).count("my-own") == len(flags) // 2
@@ -143,7 +143,7 @@ def test_network_arguments_are_parsed_as_int_float_bool_or_text():
 
 @pytest.mark.parametrize("words", [["depth"], ["=3"], ["a b=3"], ["depth=3", "depth=4"]])
 def test_network_arguments_that_are_not_key_value_pairs_with_distinct_keys_are_refused(words, capsys):
-    assert "--arch-args" in refused("train_detector.py", ["--arch-args", *words], capsys)
+    assert "--arch-args" in error_line_of_parser("train_detector.py", ["--arch-args", *words], capsys)
 
 
 @pytest.mark.parametrize("program", PARSERS)
@@ -151,7 +151,7 @@ def test_network_arguments_that_are_not_key_value_pairs_with_distinct_keys_are_r
     "wrong", [["--seed", "-1"], ["--batch-size", "0"], ["--workers", "x"], ["--precision", "fp8"], ["--see", "1"]]
 )
 def test_a_wrong_option_gives_one_error_line_and_exit_status_2(program, wrong, capsys):
-    assert wrong[0] in refused(program, wrong, capsys)
+    assert wrong[0] in error_line_of_parser(program, wrong, capsys)
 
 
 def test_a_number_outside_the_limits_of_its_option_is_refused():

@@ -18,19 +18,19 @@ SR = f"{COMMON} --batch-size 2 --patch-size 8 --scale 2 {SHAPE}"
 DETECTOR = f"{COMMON} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
 
 
-def sr_arguments(files, out, flags=""):
+def train_sr_arguments(files, out, flags=""):
     """Return arguments for a toy run of train_sr.py that writes into OUT/x2. `words` describes `flags`."""
-    return ["--train-file", str(files / "real"), "--outputs-dir", str(out), *SR.split(), *words(files, flags)]
+    return ["--train-file", str(files / "real"), "--outputs-dir", str(out), *SR.split(), *split_flags(files, flags)]
 
 
-def detector_arguments(files, out, flags=""):
+def train_detector_arguments(files, out, flags=""):
     """Return arguments for a toy run of train_detector.py that writes into OUT. `words` describes `flags`."""
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]
-    return [*roots, *resynthesizer, "--output-path", str(out), *DETECTOR.split(), *words(files, flags)]
+    return [*roots, *resynthesizer, "--output-path", str(out), *DETECTOR.split(), *split_flags(files, flags)]
 
 
-def words(files, flags):
+def split_flags(files, flags):
     """Split a string of flags into words, and replace placeholders.
 
     REAL becomes the folder of real images, and FAKE the folder of fake images. VALIDATE becomes the flags that use both
@@ -40,7 +40,7 @@ def words(files, flags):
     return flags.replace("REAL", str(files / "real")).replace("FAKE", str(files / "fake")).split()
 
 
-def train(arguments):
+def run_training(arguments):
     """Run train_sr.py or train_detector.py in this process, chosen by the arguments. A UserError is not caught."""
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
@@ -49,18 +49,18 @@ def train(arguments):
         train_sr.main(train_sr_parser().parse_args(arguments))
 
 
-def status(arguments, capfd):
+def status_and_last_line(arguments, capfd):
     """Run train_sr.py or train_detector.py as `train` does. Return the exit status and the last line on stderr."""
-    code = run_program(lambda: train(arguments))
+    code = run_program(lambda: run_training(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 
 
-def read(path):
+def read_checkpoint(path):
     """Return the content of a checkpoint file."""
     return torch.load(path, weights_only=True)
 
 
-def stats(folder):
+def read_stats(folder):
     """Return the content of stats.jsonl in a folder, one dict per epoch."""
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
@@ -79,8 +79,8 @@ def differences(a, b, place=""):
     return [] if a == b else [f"{place}: {a} != {b}"]
 
 
-def without_settings(path):
+def checkpoint_without_settings(path):
     """Return the content of a checkpoint without its settings, because they contain the name of the output folder."""
-    state = read(path)
+    state = read_checkpoint(path)
     state.pop("settings", None)  # numbered checkpoints of a re-synthesizer contain no settings
     return state
