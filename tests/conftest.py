@@ -1,4 +1,4 @@
-"""Fixtures for all tests."""
+"""Fixtures that several test files use."""
 
 import os
 
@@ -20,7 +20,10 @@ torch.set_num_threads(1)  # OMP_NUM_THREADS has no effect if PyTorch was importe
 
 @pytest.fixture(scope="module")
 def shrink_resnet18():
-    """Halve the depth of `--arch resnet18` in this process. `processes.start` does so in started processes."""
+    """Build `--arch resnet18` with half of its blocks in this process.
+
+    `processes.start_program` does the same in the processes that it starts.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])
         yield
@@ -30,7 +33,7 @@ def shrink_resnet18():
 def write_real_and_fake_images():
     """Return a function that writes `count` square images of `side` pixels into each of ROOT/real and ROOT/fake.
 
-    Each pixel of a real image is random. The fake images have random squares of 4 x 4 pixels.
+    Each pixel of a real image is random. A fake image consists of squares of 4 x 4 pixels with random colours.
     """
 
     def write_both_folders(root, count, side):
@@ -56,11 +59,11 @@ def training_files(tmp_path_factory, write_real_and_fake_images):
 
 @pytest.fixture(scope="module")
 def detector_file(tmp_path_factory, shrink_resnet18):
-    """Return the path of a small detector on pixel residuals."""
+    """Return the path of a checkpoint with a small detector that classifies residuals of pixels."""
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
-    """Return a folder with `scorings.IMAGES` images of two sizes."""
+    """Return a folder with nine images of two sizes."""
     return write_noise_images(tmp_path_factory.mktemp("some"))

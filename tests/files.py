@@ -1,4 +1,4 @@
-"""Helpers that write image files, damage files, read folders, and check the error of a bad file."""
+"""Helpers that write image files, damage image files, read folders, and check error messages."""
 
 from contextlib import contextmanager
 
@@ -18,8 +18,8 @@ def save_image(path, pixels=None, **options):
     """Write an image file, and return the path of the file as text.
 
     Args:
-        path: where to write.
-        pixels: an array or a Pillow image; None for random pixels.
+        path: path of the image file.
+        pixels: an array, a Pillow image, or None for random pixels.
         options: further arguments of Pillow's `save`.
     """
     if pixels is None:
@@ -38,14 +38,18 @@ def write_empty_files(root, *names):
 
 
 def cut_file_in_half(path):
-    """Cut off the second half of an image file, and return the original content. The header stays valid."""
+    """Remove the second half of an image file, and keep its header.
+
+    Returns:
+        the bytes of the file before the cut.
+    """
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     return content
 
 
 def read_files_and_folders(folder):
-    """Return a dict from the relative path of each file below a folder to its bytes. Subfolders map to None."""
+    """Return a dict from each relative path below a folder to the bytes of the file, or to None for a subfolder."""
     found = {}
     for path in folder.rglob("*"):
         found[path.relative_to(folder).as_posix()] = path.read_bytes() if path.is_file() else None

@@ -1,7 +1,8 @@
-"""Check device placement without a GPU: tensors moved to "cuda" are marked, but stay in CPU memory.
+"""Check on a CPU whether a program keeps its tensors on one device.
 
-An operation that combines a marked and an unmarked tensor raises the error that CUDA would raise. Calling `.numpy()` on
-a marked tensor also raises the error of CUDA. Operations inside the backward pass are not checked.
+Tensors that the program moves to "cuda" get a mark, but stay in CPU memory. An operation that combines a marked
+and an unmarked tensor raises an error, as on a GPU. Calling `.numpy()` on a marked tensor also raises an error.
+Operations inside the backward pass are not checked.
 """
 
 import contextlib
@@ -18,12 +19,15 @@ ACROSS_DEVICES = {"copy_", "__set__", "__repr__", "__format__", "__deepcopy__", 
 
 
 def is_marked_as_cuda(value) -> bool:
-    """Return whether a value is a tensor that is marked as on CUDA."""
+    """Return whether a value is a tensor with the mark "on CUDA"."""
     return isinstance(value, Tensor) and getattr(value, "_on_cuda", False)
 
 
 def mark_tensors(value, on_cuda: bool = True):
-    """Mark every tensor in `value` (a tensor, list, tuple or dict) as on CUDA or on the CPU. Return `value`."""
+    """Mark every tensor in `value` as a CUDA tensor or as a CPU tensor. Return `value`.
+
+    `value` is a tensor, or a list, tuple or dict of tensors.
+    """
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             leaf._on_cuda = on_cuda
@@ -31,12 +35,12 @@ def mark_tensors(value, on_cuda: bool = True):
 
 
 def is_cuda_device(device) -> bool:
-    """Return whether a device argument names CUDA."""
+    """Return whether a device argument, such as "cuda:0", is a CUDA device."""
     return device is not None and torch.device(device).type == "cuda"
 
 
 class PretendCuda(TorchFunctionMode):
-    """A torch function mode in which "cuda" is accepted as a device, and tensors on it are marked."""
+    """A torch function mode that accepts "cuda" as a device, and marks the tensors on this device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -70,9 +74,9 @@ class PretendCuda(TorchFunctionMode):
 
     @staticmethod
     def raise_if_devices_differ(name, args, kwargs):
-        """Raise the error of CUDA if an operation combines CPU and CUDA tensors.
+        """Raise an error if an operation combines CPU tensors with CUDA tensors.
 
-        As in PyTorch, a CPU tensor without dimensions may be combined with CUDA tensors.
+        As on a GPU, an operation may combine a zero-dimensional CPU tensor with CUDA tensors.
         """
         if name in ACROSS_DEVICES:
             return
@@ -88,7 +92,10 @@ class PretendCuda(TorchFunctionMode):
 
     @staticmethod
     def move_or_cast(tensor, *args, **kwargs):
-        """Do what Tensor.to does. A device, a dtype or another tensor may be any of the positional arguments."""
+        """Replace `Tensor.to`: move a tensor to a device, or convert its dtype.
+
+        Each positional argument is a device, a dtype, or a tensor whose device and dtype are used.
+        """
         on_cuda = is_marked_as_cuda(tensor)
         kwargs.pop("non_blocking", None)
         remaining = []
@@ -108,12 +115,12 @@ class PretendCuda(TorchFunctionMode):
 
 @contextlib.contextmanager
 def pretend_cuda():
-    """Make PyTorch report one GPU, and check that no operation combines CPU and CUDA tensors."""
+    """Make PyTorch report one GPU, and raise an error if an operation combines CPU and CUDA tensors."""
     with pytest.MonkeyPatch.context() as patch, PretendCuda():
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.accelerator, "is_available", lambda: False)  # optimizers would call the CUDA driver
+        patch.setattr(torch.accelerator, "is_available", lambda: False)  # prevents calls of the CUDA driver
         patch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
         yield

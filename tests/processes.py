@@ -1,4 +1,4 @@
-"""Start the programs in separate processes, and interrupt, slow down or kill them at chosen moments.
+"""Start train_sr.py, train_detector.py or test.py in new processes, and interrupt or kill them at chosen moments.
 
 The processes are forked from a server process that has already imported PyTorch.
 """
@@ -24,15 +24,15 @@ from utils.distributed import World
 from utils.files import exclusive_writer
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"resnet18": (1, 1, 1, 1)}  # half the depth, because writing weights takes most of the time of a tiny training
-SERVER = multiprocessing.get_context("forkserver")  # processes of a fork server inherit no threads
+SMALL = {"resnet18": (1, 1, 1, 1)}  # blocks per stage: 1, not 2; a tiny training mostly writes weights
+SERVER = multiprocessing.get_context("forkserver")  # forking the test process would be unsafe, because it has threads
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
 
 def start_program(
     program: str, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, **environment: str
 ) -> multiprocessing.Process:
-    """Start `python PROGRAM ARGUMENTS >> LOG 2>&1` with one thread.
+    """Start a program in a new process, with one thread. The process appends its output to a log file.
 
     Args:
         program: file name of the program, such as "train_sr.py".
@@ -47,7 +47,7 @@ def start_program(
 
 
 def _run_program(program, arguments, log, prepare, environment):
-    """Run a program in the new process. `start` describes the arguments."""
+    """Run a program in this new process. The arguments are those of `start_program`."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -61,7 +61,10 @@ def _run_program(program, arguments, log, prepare, environment):
 
 
 def wait_for_exit(process: multiprocessing.Process, seconds: float = 120) -> int:
-    """Wait for a process. Returns its exit status, which is -N if signal N killed it."""
+    """Wait until a process ends, and return its exit status.
+
+    The exit status is -N if signal N killed the process.
+    """
     process.join(seconds)
     if process.is_alive():
         process.kill()
@@ -70,7 +73,7 @@ def wait_for_exit(process: multiprocessing.Process, seconds: float = 120) -> int
 
 
 def torchrun_environments() -> list[dict[str, str]]:
-    """Return two dicts: the environment variables that torchrun sets in each of two processes."""
+    """Return two dicts with the environment variables that torchrun sets in two processes, one dict per process."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
@@ -79,9 +82,9 @@ def torchrun_environments() -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
-    """Run a process that holds a lock file and has a worker process.
+    """Start a process that holds a lock file. The process starts a worker process.
 
-    Yields a function that kills the process, but not the worker.
+    Yields a function that kills the process that holds the lock, but not its worker process.
     """
     ours, theirs = SERVER.Pipe()
     process = SERVER.Process(target=_hold_lock_with_worker, args=(lock, theirs))
@@ -100,7 +103,10 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _hold_lock_with_worker(lock, connection):
-    """Hold a lock file for 60 s in this process and a worker process. Send the worker's process id."""
+    """Hold a lock file for 60 s, in this process and in a worker process.
+
+    The process id of the worker is sent through `connection`.
+    """
     with exclusive_writer(lock, World()):
         worker = os.fork()
         if worker:
@@ -108,17 +114,17 @@ def _hold_lock_with_worker(lock, connection):
         time.sleep(60)
 
 
-# --- functions for the `prepare` argument of `start` ---------------------------------------------------------
+# --- functions for the `prepare` argument of `start_program` ------------------------------------------------------
 
 
 def send_signal_in_loop(description: str, at: int, number: int, all_processes: bool = False) -> None:
-    """Send a signal to the program while a loop with a progress bar processes item `at`.
+    """Let the program send itself a signal when a loop with a progress bar reaches item number `at`.
 
     Args:
-        description: first word of the text of the loop's progress bar, such as "epoch".
-        at: number of the item, from 1, counted over all loops with this description.
+        description: first word of the text beside the progress bar, such as "epoch".
+        at: number of the item. The first item is 1. The items of all loops with this description are counted together.
         number: number of the signal.
-        all_processes: also send the signal to the worker processes, and give them time to end.
+        all_processes: whether the worker processes also get the signal. The program then waits 0.3 s.
     """
     original, count = console.progress, itertools.count(1)
     os.setpgid(0, 0)
@@ -137,7 +143,7 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
 
 
 def delay_loops(description: str, seconds: float) -> None:
-    """Make each loop whose progress bar text begins with `description` wait before the first item."""
+    """Make each loop wait before its first item, if the text beside its progress bar begins with `description`."""
     original = console.progress
 
     def progress_with_delay(items, text, *more):
@@ -149,7 +155,11 @@ def delay_loops(description: str, seconds: float) -> None:
 
 
 def kill_during_save(save: int) -> None:
-    """Kill the program when half of checkpoint number `save` (from 1) is written."""
+    """Let the program kill itself when half of a checkpoint file is written.
+
+    Args:
+        save: number of the checkpoint. The first checkpoint is 1.
+    """
     original, count = torch.save, itertools.count(1)
 
     def truncate_and_kill(file):
@@ -165,7 +175,12 @@ def kill_during_save(save: int) -> None:
 
 
 def send_signal_in_batch(batch: int, number: int) -> None:
-    """Send signal `number` to test.py when batch `batch` (from 1) is computed, before its rows are written."""
+    """Let test.py send itself a signal before it computes the logits of a batch.
+
+    Args:
+        batch: number of the batch. The first batch is 1.
+        number: number of the signal.
+    """
     original, count = scoring.Detector.logits, itertools.count(1)
 
     def send_signal_and_compute_logits(self, *arguments):

@@ -1,4 +1,4 @@
-"""Tests of the program tools.audit: the report that it prints, and its exit status."""
+"""Tests of the program tools.audit: the printed report and the exit status."""
 
 import pytest
 from files import expect_user_error
@@ -9,7 +9,10 @@ from tools import audit
 
 @pytest.fixture
 def image_folders(tmp_path):
-    """Return a folder with six PNG images in real/ and six in fake/. All twelve images have different colours."""
+    """Return a folder with six PNG images in real/ and six PNG images in fake/.
+
+    Each of the twelve images has another colour.
+    """
     for number, kind in enumerate(("real", "fake")):
         (tmp_path / kind).mkdir()
         for i in range(6):
@@ -18,7 +21,7 @@ def image_folders(tmp_path):
 
 
 def audit_arguments(folders):
-    """Return arguments for tools.audit with the folders of real and of fake images."""
+    """Return the arguments of tools.audit that name the folder of real images and the folder of fake images."""
     return ["--data-root-pos", str(folders / "real"), "--data-root-neg", str(folders / "fake")]
 
 

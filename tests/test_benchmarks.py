@@ -1,4 +1,4 @@
-"""Tests of the benchmark: all forms of the networks give the same logits, and each row is printed once measured."""
+"""Tests of the benchmark, which compares three implementations ("forms") of the networks."""
 
 import pytest
 import torch
@@ -10,16 +10,19 @@ from benchmarks.cases import Case
 from utils.errors import UserError
 
 TOY = Case("scoring", "here", "fp32", 0, 64, 2, "cpu", True)
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # maximum of `relative_error`
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value of `relative_error`
 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Return the logits of two images, (2, 2), computed with the networks in one form."""
+    """Return the logits (2, 2) of two images, computed with one implementation (form) of the networks."""
     return cases.scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error, divided by the largest difference between the expected logits of the two images."""
+    """Return the largest absolute error of the logits of two images, relative to the difference between the images.
+
+    The difference is the largest absolute difference between the expected logits of the two images.
+    """
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 

@@ -19,11 +19,11 @@ from utils import checkpoints
 from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
-JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py for a detector trained on crops of 128
+JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py after training on crops of 128 pixels
 
 
 def write_score_table(path, reals, fakes):
-    """Write a score table whose logits are (margin, 0). Return its path."""
+    """Write a score table with the logits (margin, 0) for each image. Return the path of the table."""
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
     write_table(path, make_rows(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
@@ -31,23 +31,24 @@ def write_score_table(path, reals, fakes):
 
 
 def overconfident_margins(n_real=300, n_fake=250):
-    """Return margins of real and of fake images for a detector whose margins are four times too large.
+    """Return margins of real images and margins of fake images, for an overconfident detector.
 
-    x is normally distributed with variance 1, and its mean is -1 for real and +1 for fake images. The true log odds of
-    x are then 2 x. The returned margins are 8 x.
+    A margin is logit_fake - logit_real. Let x be a random number from N(-1, 1) for a real image and from N(1, 1) for a
+    fake image. The log odds that an image with the number x is fake are 2 x. The detector returns the margin 8 x. This
+    margin is four times too large.
     """
     rng = np.random.default_rng(0)
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
 
 
 def last_layer_weights(value):
-    """Return weights of a classifier's last layer that all have one value."""
+    """Return the weights of the last layer of a classifier. All weights have the given value, and all biases are 0."""
     return {"fc.weight": torch.full((2, 3), value), "fc.bias": torch.zeros(2)}
 
 
 @pytest.fixture
 def checkpoint_path(tmp_path):
-    """Write a checkpoint with the entries that tools.calibrate reads. Returns the path."""
+    """Write a checkpoint with the entries that tools.calibrate reads. Return the path of the checkpoint."""
     config = {
         "classifier": {"name": "resnet18", "args": {}},
         "resynthesizer_fingerprint": "aaaa",
@@ -62,7 +63,7 @@ def checkpoint_path(tmp_path):
 
 @pytest.fixture
 def score_table_path(tmp_path):
-    """Write a score table of a detector whose margins are too large. Returns the path."""
+    """Write a score table of an overconfident detector. Return the path of the table."""
     return write_score_table(tmp_path / "val.csv", *overconfident_margins())
 
 
@@ -78,7 +79,7 @@ def test_the_fitted_temperature_has_the_smallest_nll_of_2001_candidates(score_ta
         prob_fake, _ = probabilities_and_verdicts(table.logits, {"temperature": candidate})
         losses.append(negative_log_likelihood(prob_fake, table.is_fake))
     assert temperature == pytest.approx(candidates[int(np.argmin(losses))], rel=4e-3)
-    assert 3 < temperature < 5.5  # the margins are four times too large
+    assert 3 < temperature < 5.5  # the correct temperature is 4, because the margins are four times too large
     assert warnings == []
 
 
@@ -104,7 +105,7 @@ def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_
     assert t_real <= t_fake
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
-    if t_real < t_fake:  # moving a threshold by one score would exceed an error rate
+    if t_real < t_fake:  # a narrower range of unsure images would exceed one of the allowed error rates
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 

@@ -1,5 +1,4 @@
-"""Checkpoint files are written completely or not at all, are read without running code, and are refused if they do not
-match each other or the flags."""
+"""Tests of checkpoint files: complete writing, safe reading, and errors if files and flags do not match."""
 
 import copy
 import os
@@ -24,7 +23,7 @@ from utils.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
-PROGRAMS = {  # main function, parser, flag of the output
+PROGRAMS = {  # name of the program -> (main function, function that returns the parser, flag for the output path)
     "train_sr": (train_sr.main, options.train_sr_parser, "--outputs-dir"),
     "train_detector": (train_detector.main, options.train_detector_parser, "--output-path"),
     "test": (tester.main, options.test_parser, "--save_path"),
@@ -32,7 +31,7 @@ PROGRAMS = {  # main function, parser, flag of the output
 
 
 def status_and_last_line(program, flags, capfd):
-    """Run a program. Returns its exit status and the last line that it prints."""
+    """Run a program in this process. Return the exit status and the last line on stderr."""
     main, parser, _ = PROGRAMS[program]
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
@@ -40,7 +39,7 @@ def status_and_last_line(program, flags, capfd):
 
 
 def error_line_of_program(program, flags, capfd):
-    """Run a program that must end with exit status 2 and one error line. Returns the error line."""
+    """Run a program with flags that the program must refuse with exit status 2. Return the error line."""
     code, line = status_and_last_line(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
@@ -71,7 +70,7 @@ def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path)
 
 @pytest.fixture
 def limit_file_size():
-    """Make every write beyond 10 kB of a file fail, as on a full disk."""
+    """Make writing fail for every file that grows beyond 10 kB, to imitate a full disk."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     yield
@@ -102,7 +101,7 @@ def test_an_interrupted_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch
 
 
 class Malicious:
-    """An object that makes a folder when it is unpickled."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -114,7 +113,7 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`checkpoints.load` and the three programs refuse the file."""
+    """`checkpoints.load`, test.py, train_sr.py and train_detector.py all refuse the file."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -131,7 +130,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # without weights_only=True, loading the file does run its code
+    assert folder.exists()  # without the refusal, loading the file would run its code
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -250,7 +249,7 @@ def test_a_fingerprint_depends_only_on_the_names_types_shapes_and_values_of_weig
 
 
 def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
-    """An optimizer state in a checkpoint refers to each parameter by its position in this order."""
+    """An optimizer state refers to a parameter by its position in the list of parameters."""
     from torchvision.models import resnet50
 
     ours = [name for name, _ in DeepStemResNet(3).named_parameters() if name.startswith("layer")]
@@ -263,9 +262,9 @@ def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
 
 @pytest.fixture
 def empty_vgg_cache_path(tmp_path, monkeypatch):
-    """Make torch.hub's folder empty, and all network connections fail.
+    """Give torch.hub an empty folder, and make all network connections fail.
 
-    Returns the path at which torch.hub would store the VGG-19 weights.
+    Returns the path at which torch.hub would store downloaded VGG-19 weights.
     """
 
     def raise_network_error(*_, **__):
@@ -287,7 +286,7 @@ def test_vgg_weights_whose_hash_is_wrong_are_refused(empty_vgg_cache_path, monke
     empty_vgg_cache_path.parent.mkdir(exist_ok=True)
     torch.save(
         VGG19().state_dict(), empty_vgg_cache_path
-    )  # the file name and the shapes are correct, but the values are not
+    )  # the file name and the shapes are correct, but the weights are random
     for source in ("imagenet", "auto"):
         with expect_user_error("damaged", "dcbb9e9d"):
             load_vgg(source)
@@ -307,7 +306,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 @pytest.fixture(scope="module")
 def mismatched_files(tmp_path_factory, shrink_resnet18):
-    """Return a folder with re-synthesizers, detectors and VGG weights that do not match, and with two images."""
+    """Return a folder with two images, and with weights of networks that do not belong together."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -334,14 +333,14 @@ NEW = f"{IMAGES} --fixed-sr --no_dilation --arch resnet18 --vgg-weights random"
 LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
-    # a flag is given a file of the wrong kind
+    # The file is of a kind that the flag does not accept
     (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
     (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
-    # a flag contradicts a file
+    # The value of a flag differs from the value in a file
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
     (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages 2", "pixel.pth.tar"]),
@@ -350,9 +349,9 @@ CASES = [
     (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "64", "3"]),
     (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth", "4"]),
     (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
-    # a flag contradicts another flag
+    # The values of two flags contradict each other
     (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel", "128", "3"]),
-    # a file contradicts another file
+    # The weights in two files do not belong together
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["--sr-weights-file", "other_rdn.pth"]),
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["--sr-weights-file", "rdn_x2.pth"]),
     (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["VGG-19", "other_vgg.pth"]),
@@ -363,7 +362,10 @@ CASES = [
 def test_files_and_flags_that_contradict_each_other_are_refused(
     mismatched_files, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """The trainers refuse every case. test.py (--resume) also refuses each case that loads a detector (--init)."""
+    """train_sr.py or train_detector.py refuses each list of flags.
+
+    If the flags load a detector with --init, test.py with --resume must refuse the detector, too.
+    """
     monkeypatch.chdir(mismatched_files)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:

@@ -1,4 +1,7 @@
-"""The programs give the same results on a GPU as on the CPU. All tests of this file are skipped without a GPU."""
+"""Tests that the programs give the same results on a GPU as on a CPU.
+
+On a machine without a GPU, all tests of this file are skipped.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from trainings import read_checkpoint, read_stats, run_training, train_detector_
 import test as program
 from utils.options import test_parser as parser_of_test
 
-LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # networks with random weights amplify rounding errors
+LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # precision -> tolerance; random weights amplify rounding errors
 ON = {"cpu": "--gpu cpu", "gpu": "--gpu 0"}
 MODES = """
 --fixed-sr --no-cache

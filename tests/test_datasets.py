@@ -1,6 +1,6 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-The test images contain their own pixel coordinates, so each patch and crop shows where it was cut out.
+The value of a pixel of `coordinate_pixels` is its row and column, so a patch or crop shows its own position.
 """
 
 import math
@@ -26,7 +26,7 @@ ON_CPU = Compute(CPU, "fp32")
 
 
 def indices_of_batches(batches, epoch=0, first_step=0):
-    """Return a list with the image indices of each batch of an epoch."""
+    """Return one list per batch of an epoch, with the indices of the images in the batch."""
     batches.set_epoch(epoch, first_step)
     listed = list(batches)
     assert len(batches) == len(listed) and all(key.epoch == epoch for batch in listed for key in batch)
@@ -34,18 +34,18 @@ def indices_of_batches(batches, epoch=0, first_step=0):
 
 
 def coordinate_pixels(height, width):
-    """Return pixels, uint8 (H, W, 3), whose channels are the row, the column and 0."""
+    """Return pixels, uint8 (H, W, 3). The three channels of a pixel are its row, its column and 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
 
 
 def make_items(*paths, label=REAL):
-    """Return one item per path, all with one label."""
+    """Return one `Item` per path. All items have the same label."""
     return [Item(path, label, "") for path in paths]
 
 
 def write_random_image(path, height, width, seed=0):
-    """Write an image with random pixels. Returns the path."""
+    """Write an image with random pixels. Return the path of the image."""
     return save_image(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -87,7 +87,7 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        ignored = [key.index for key in keys if not key.weight]  # fill the parts of processes without an image
+        ignored = [key.index for key in keys if not key.weight]  # a process without images gets an image of weight 0
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
 
@@ -96,7 +96,10 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 
 
 def locate_patch(patch):
-    """Return (top, left, orientation 0..7) of a patch of `coordinates`. Fails if the pixels are no such patch."""
+    """Return the top row, the left column and the orientation (0 to 7) of a patch of `coordinate_pixels`.
+
+    Raises an error if the pixels were not cut out of `coordinate_pixels`.
+    """
     rows, columns = patch[0].astype(int), patch[1].astype(int)
     top, left, side = rows.min(), columns.min(), rows.shape[0]
     upright = coordinate_pixels(256, 256).transpose(2, 0, 1)[:2, top : top + side, left : left + side]
@@ -108,14 +111,14 @@ def locate_patch(patch):
 def test_patches_start_at_multiples_of_the_scale_and_have_all_positions_and_orientations(tmp_path):
     path = save_image(
         tmp_path / "a.png", coordinate_pixels(19, 26)
-    )  # centre-cropped to 16 x 24, from row 1 and column 1
+    )  # the central crop of 16 x 24 pixels starts at row 1 and column 1
     sample = PatchDataset(make_items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
     assert sample.x.shape == (600, 3, 8, 8) and sample.x.dtype == torch.uint8 and sample.error is None
     places = [locate_patch(patch) for patch in sample.x.numpy()]
     assert {top for top, _, _ in places} == {1, 5, 9}
     assert {left for _, left, _ in places} == {1, 5, 9, 13, 17}
     counts = np.bincount([orientation for _, _, orientation in places], minlength=8)
-    assert counts.min() >= 45 and counts.max() <= 105  # expected 600 / 8 = 75, within 3.7 standard deviations
+    assert counts.min() >= 45 and counts.max() <= 105  # expected: 75, with a standard deviation of 8
 
 
 def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
@@ -143,7 +146,7 @@ def test_a_patch_depends_only_on_seed_epoch_and_index(tmp_path):
 
 
 def locate_crop(sample):
-    """Return (top, left, is mirrored) of a crop of `coordinates`."""
+    """Return the top row and the left column of a crop of `coordinate_pixels`, and whether the crop is mirrored."""
     rows, columns = sample.x[0, 0].int(), sample.x[0, 1].int()
     return rows.min().item(), columns.min().item(), bool(columns[0, 0] > columns[0, -1])
 
@@ -159,7 +162,7 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         samples = {key.index: data[key] for key in keys}
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
-        assert max(len({data.item(key.index).path for key in batch}) for batch in batches) > 1  # a batch mixes images
+        assert max(len({data.item(key.index).path for key in batch}) for batch in batches) > 1  # several images
         corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
@@ -212,7 +215,10 @@ def test_a_programming_error_in_a_transform_is_raised(tmp_path):
 
 @pytest.fixture
 def patch_dataset(tmp_path):
-    """Return a dataset of two random patches of each of seven images. Images 1 and 3 cannot be used."""
+    """Return a dataset with two random patches of each of seven images.
+
+    Image 1 is too small, and the file of image 3 is empty.
+    """
     paths = [write_random_image(tmp_path / f"{i}.png", 40, 48, seed=i) for i in range(5)]
     paths.insert(1, save_image(tmp_path / "small.png", coordinate_pixels(15, 48)))
     paths.insert(3, str(tmp_path / "zero.png"))
@@ -223,7 +229,7 @@ def patch_dataset(tmp_path):
 def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_images(patch_dataset):
     first, _ = make_loader(patch_dataset, EpochBatches(7, 4), 0, ON_CPU)
     assert first.keys == [(0, 0, 0), (0, 0, 1), (0, 2, 0), (0, 2, 1)] and first.x.shape == (4, 3, 16, 16)
-    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # 2 of the 4 images could be read
+    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # weight of a patch: 1 / (4 images x 2 patches)
     assert "small.png: is 48 x 15" in first.errors[1] and "zero.png" in first.errors[3]
 
 
@@ -231,7 +237,10 @@ def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_image
 def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(
     patch_dataset, monkeypatch, free_bytes
 ):
-    """If shared memory is full, a worker that used it would crash, and the main process would wait forever."""
+    """Without free shared memory, workers must send batches in another way.
+
+    A worker that used full shared memory would crash, and the main process would wait forever.
+    """
     alone = list(make_loader(patch_dataset, EpochBatches(7, 4), 0, ON_CPU))
     if free_bytes is not None:
         usage = namedtuple("usage", "total used free")(10**8, 10**8 - free_bytes, free_bytes)
@@ -245,7 +254,10 @@ def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_witho
 
 @pytest.fixture
 def square_dataset(tmp_path):
-    """Return a dataset of seven square images with sides of 8, 8, 8, 16, (unreadable), 16 and 8 pixels."""
+    """Return a dataset of seven images. Image 4 is unreadable.
+
+    The other images are squares with sides of 8, 8, 8, 16, 16 and 8 pixels.
+    """
     paths = [
         save_image(tmp_path / f"{i}.png", coordinate_pixels(side, side)) for i, side in enumerate([8, 8, 8, 16, 16, 8])
     ]
@@ -254,7 +266,7 @@ def square_dataset(tmp_path):
 
 
 def merged_batches(dataset, keys, **limits):
-    """Load the images of a dataset one by one, and return the batches into which merge_equal_sizes merges them."""
+    """Load the images of a dataset one by one, and return the batches that merge_equal_sizes makes of these images."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
     return list(merge_equal_sizes(loader, **limits))
 
@@ -269,5 +281,5 @@ def test_consecutive_images_of_equal_size_are_merged_into_one_batch(square_datas
 def test_merged_batches_keep_the_pixel_limit_and_contain_images_of_one_block_only(square_dataset):
     assert [len(b.keys) for b in merged_batches(square_dataset, range(3), block=100, pixels=128)] == [2, 1]
     assert [len(b.keys) for b in merged_batches(square_dataset, range(3), block=2, pixels=math.inf)] == [2, 1]
-    # A resumed run starts in the middle of the list, and must use the blocks of the whole list
+    # A resumed run starts at image 1, but the first block still consists of images 0 and 1
     assert [len(b.keys) for b in merged_batches(square_dataset, range(1, 3), block=2, pixels=math.inf)] == [1, 1]

@@ -1,4 +1,4 @@
-"""Degradations of low-resolution inputs: auxiliary tasks of train_detector.py, and patches of train_sr.py."""
+"""Tests of data.degradations: auxiliary tasks of train_detector.py, and degraded patches of train_sr.py."""
 
 import numpy as np
 import pytest
@@ -12,12 +12,12 @@ TRIALS = 800
 
 
 def random_generator(*key):
-    """Return a random generator for a key of integers."""
+    """Return a NumPy random generator that is seeded with integers."""
     return np.random.default_rng(key)
 
 
 def random_image(*shape, seed=9):
-    """Return random pixels in [0.1, 0.9], float (shape)."""
+    """Return a float tensor of the given shape with random pixels in [0.1, 0.9]."""
     values = random_generator(seed).random(shape, np.float32)
     return torch.from_numpy(values) * 0.8 + 0.1
 
@@ -32,10 +32,10 @@ def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
         changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
         torch.testing.assert_close(y[changed], grey[changed])
         per_image = changed[:, 0].float().mean(dim=(1, 2))
-        assert per_image.max() - per_image.min() < 0.05  # 4 standard deviations of a mask's fraction of pixels
+        assert per_image.max() - per_image.min() < 0.05  # each mask has a standard deviation below 0.007
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
-    # The released code draws the fraction from U(0.1, 0.25)
+    # The released code draws the fraction of grey pixels from the range 0.1 to 0.25
     assert 0.09 < min(fractions) < 0.125
     assert 0.225 < max(fractions) < 0.26
     assert np.mean(fractions) == pytest.approx(0.175, abs=0.02)
@@ -63,7 +63,7 @@ def test_the_degradation_of_an_image_does_not_depend_on_the_other_images_of_the_
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
 def test_an_auxiliary_task_degrades_half_of_the_batches(task):
     drawn = [draw_degradation(task, random_generator(seed)) is not None for seed in range(600)]
-    assert 250 <= sum(drawn) <= 350  # expected 300 of 600, with a standard deviation of 12
+    assert 250 <= sum(drawn) <= 350  # expected: 300 of 600 batches, with a standard deviation of 12
 
 
 def test_the_auxiliary_task_none_degrades_no_batch():
@@ -88,8 +88,8 @@ def test_completion_and_colorization_replace_a_random_fraction_of_the_pixels_of_
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
             fractions.append(changed.float().mean().item())
-    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # the probability in the released code
-    # The released code draws the fraction from U(0.05, 0.15)
+    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # probability in the released code
+    # The released code draws the fraction of changed pixels from the range 0.05 to 0.15
     assert 0.02 < min(fractions) < 0.065
     assert 0.135 < max(fractions) < 0.19
 
@@ -98,10 +98,10 @@ def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses_patches
     ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)
     results = [degrade_patch(ramp, random_generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)]
     changed = [result for result in results if not torch.equal(result, ramp)]
-    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # noise and JPEG each have probability 1 - sqrt(1/2)
-    # JPEG gives whole grey levels, and noise does not
+    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # 1 - P(no noise) x P(no JPEG) = 0.5
+    # Pixel values times 255 are whole numbers after JPEG compression, but not after adding noise
     compressed = [torch.allclose(result * 255, (result * 255).round(), atol=1e-3) for result in changed]
-    assert 0.5 < np.mean(compressed) < 0.68  # p / (1 - (1 - p)^2) = 0.586 with p = 1 - sqrt(1/2)
+    assert 0.5 < np.mean(compressed) < 0.68  # fraction of JPEG among changed patches: p / (1 - (1 - p)^2) = 0.586
     stds = [(y - ramp).std().item() * 255 for y, jpeg in zip(changed, compressed, strict=True) if not jpeg]
     assert min(stds) < 1
     assert 9 < max(stds) < 10.6

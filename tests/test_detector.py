@@ -1,4 +1,4 @@
-"""Tests of the Python functions `load`, `predict`, `verdict` and `residual`: arguments, errors, and equal scores."""
+"""Tests of the Python function `load`, and of the methods `predict`, `verdict` and `residual` of a detector."""
 
 import io
 import re
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def detector(detector_file):
-    """Return the small detector, loaded on the CPU."""
+    """Return a small detector on the CPU."""
     return load(str(detector_file), device="cpu")
 
 
@@ -72,7 +72,7 @@ def test_predict_verdict_and_residual_of_an_empty_list_are_empty(detector):
 
 def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, image_folder, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # EXIF orientation: display the image after a quarter turn clockwise
+    exif[0x0112] = 6  # EXIF orientation 6: turn the image by 90 degrees clockwise for display
     Image.open(image_folder / "0.png").save(tmp_path / "turned.png", exif=exif)
     path = str(tmp_path / "turned.png")
     with open(path, "rb") as file:
@@ -197,9 +197,9 @@ def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(detector_file, arg
 
 
 def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
-    """The flags idx_stages and no_dilation equal the options stage and dilated.
+    """`idx_stages` is another name for the option `stage`, and `no_dilation=True` means `dilated=False`.
 
-    A released checkpoint stores neither the stage nor the dilation, and dilation changes every score.
+    A released checkpoint stores neither the stage nor the dilation. Dilation changes the scores.
     """
     folder = write_released_files(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}

@@ -1,4 +1,4 @@
-"""Every program keeps its tensors on one device. pretend_cuda.py makes this check possible on a CPU."""
+"""Tests that each program keeps its tensors on one device. pretend_cuda.py simulates a GPU on a CPU."""
 
 import pytest
 import torch
@@ -26,13 +26,16 @@ DETECTOR_MODES = """
 
 
 def replace_cpu_by_gpu(arguments):
-    """Return the arguments with `--gpu 0` in place of `--gpu cpu`."""
+    """Replace the argument "cpu" by "0" in a command line, so that `--gpu cpu` becomes `--gpu 0`."""
     return ["0" if word == "cpu" else word for word in arguments]
 
 
 @pytest.fixture(scope="module")
 def detector_file(training_files, tmp_path_factory, shrink_resnet18):
-    """Train a small detector on stage 1 for one epoch on the CPU. Returns the path of the checkpoint."""
+    """Train a small detector on the CPU for one epoch. Return the path of the checkpoint.
+
+    The detector classifies residuals of VGG-19 features of stage 1.
+    """
     folder = tmp_path_factory.mktemp("detector")
     run_training(train_detector_arguments(training_files, folder, "--fixed-sr --idx-stages 1 --epochs 1"))
     return folder / "last.pth.tar"

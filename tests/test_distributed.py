@@ -1,4 +1,4 @@
-"""Runs in several processes: environment variables of torchrun, errors, and two processes against one process."""
+"""Tests of programs that run in several processes, such as with torchrun."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_torchrun_variables(monkeypatch, text):
-    """Set the environment variables of torchrun to NAME=VALUE words, and delete all others of torchrun."""
+    """Delete all environment variables of torchrun, and set those that `text` lists as NAME=VALUE words."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():
@@ -70,7 +70,10 @@ def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(program):
 
 
 def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_not(monkeypatch, capfd):
-    """If both processes find a mistake, torchrun ends the waiting process, and the error is printed once."""
+    """torchrun ends the waiting process with rank 1 as soon as the process with rank 0 has exited.
+
+    An error in both processes is therefore printed only once.
+    """
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
 
@@ -95,7 +98,10 @@ def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
 
 
 def test_torchrun_trains_until_sigterm_and_scores_as_one_process(training_files, tmp_path):
-    """Two processes train a detector until SIGTERM. Two processes then write the score table of one process."""
+    """Two processes train a detector until torchrun gets SIGTERM.
+
+    The score table that two processes write for this detector equals the score table of one process.
+    """
     train = [str(ROOT / "train_detector.py"), *COMMON.split(), "--arch", "resnet18", "--no_dilation", "--fixed-sr"]
     train += [
         "--data-root-pos",

@@ -1,4 +1,4 @@
-"""Tests of the documents: links, commands and flags exist, and tables follow from the committed score tables."""
+"""Tests of the Markdown documents: linked files, commands, flags, and tables of results."""
 
 import csv
 import re
@@ -25,12 +25,12 @@ PARSED_ELSEWHERE = {"--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-en
 
 
 def read_document(document: str) -> str:
-    """Return the text of a document, given its path in the project."""
+    """Return the text of a document. The path is relative to the project folder."""
     return (ROOT / document).read_text(encoding="utf-8")
 
 
 def commands_in(document: str) -> list[list[str]]:
-    """Return the words of each command in the bash blocks of a document."""
+    """Return one list of words per command in the bash code blocks of a document."""
     commands = []
     for block in re.findall(r"```bash\n(.*?)```", read_document(document), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
@@ -41,7 +41,7 @@ def commands_in(document: str) -> list[list[str]]:
 
 
 def known_flags() -> set[str]:
-    """Return every flag of the three programs, and every flag that occurs in the source of tools and benchmarks."""
+    """Return every flag that a program accepts or that the source of tools, benchmarks or utils contains."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)

@@ -30,18 +30,18 @@ SMALL = ["--size", "32", "--train", "2", "--val", "1", "--test", "1"]
 
 
 def example_arguments(out, *more):
-    """Return arguments for tools.example that make a small number of small images."""
+    """Return arguments with which tools.example makes a few images of 32 x 32 pixels."""
     return ["--out", str(out), *SMALL, *map(str, more)]
 
 
 def read_all_files(root):
-    """Return the bytes of every file in a folder, by relative path."""
+    """Return a dict from the relative path of each file below a folder to the bytes of the file."""
     return {str(path.relative_to(root)): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def example_folder(tmp_path_factory):
-    """Return a folder of example images that tools.example has made."""
+    """Return a folder of example images made by tools.example."""
     out = tmp_path_factory.mktemp("example") / "images"
     assert example.main(example_arguments(out)) == 0
     return out
@@ -51,7 +51,7 @@ def example_folder(tmp_path_factory):
 
 
 def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
-    """The power of photographs falls with frequency as about f^-2 to f^-3."""
+    """The power spectrum of photographs falls with the frequency f as f^-2 to f^-3."""
     size, total = 128, 0
     window = np.outer(np.hanning(size), np.hanning(size))
     for seed in range(12):
@@ -65,7 +65,7 @@ def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(kind):
-    """Differences between neighbouring pixels depend on the column's parity in the fake, and not in the scene."""
+    """In an up-sampled image, differences between neighbouring pixels depend on whether the column is even or odd."""
     x = torch.stack([torch.from_numpy(draw_scene(64, seeded_generator(i))) for i in range(8)]).permute(0, 3, 1, 2) / 255
 
     def column_parity_difference(images):
@@ -210,7 +210,7 @@ def test_the_autoencoder_has_the_weight_names_and_shapes_of_taef2():
 
 
 def write_autoencoder_weights(folder):
-    """Write random weights of the autoencoder. Returns the paths of encoder and decoder."""
+    """Write files with random weights for the encoder and the decoder. Return the paths of the two files."""
     torch.manual_seed(0)
     model = Autoencoder()
     for name in ("encoder", "decoder"):
@@ -240,12 +240,15 @@ def test_the_tiles_of_the_autoencoder_cover_the_image_without_gaps():
 
 @pytest.fixture
 def photograph_folder(tmp_path):
-    """Return a folder of photographs in several formats. Some have sides that are not multiples of 8."""
+    """Return a folder of simulated photographs in several file formats.
+
+    The sides of some photographs are not multiples of 8 pixels.
+    """
     folder = tmp_path / "photographs"
     (folder / "below").mkdir(parents=True)
     scene = Image.fromarray(draw_scene(64, seeded_generator(1)))
     turned = Image.Exif()
-    turned[0x0112] = 6  # EXIF orientation: display the image after a quarter turn clockwise
+    turned[0x0112] = 6  # EXIF orientation 6: turn the image by 90 degrees clockwise for display
     save_image(folder / "a.jpg", scene.crop((0, 0, 61, 45)), quality=83, subsampling="4:2:2", exif=turned)
     save_image(folder / "grey.jpeg", scene.convert("L"), quality=60)
     save_image(folder / "below" / "a.png", scene.crop((0, 0, 33, 64)))

@@ -1,6 +1,6 @@
-"""Tests of tools.export: exported graphs, bundles, and files of the user at the output path.
+"""Tests of tools.export, which writes a detector as a graph or as a bundle.
 
-A graph is a detector as an ONNX or PyTorch export file. A bundle is a detector as one safetensors file.
+A graph is an ONNX file or a file of torch.export. A bundle is one safetensors file with the weights of all networks.
 """
 
 import json
@@ -35,7 +35,7 @@ NO_DILATION = {"dilated": False}
 
 
 def write_rdn_weights(path, scale=4):
-    """Write the weights of a small RDN in the format of the release. Return the path."""
+    """Write the weights of a small RDN in the file format of the released weights. Return the path of the file."""
     torch.manual_seed(scale)
     rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=1, num_layers=2)
     torch.save(rdn.state_dict(), path)
@@ -43,10 +43,10 @@ def write_rdn_weights(path, scale=4):
 
 
 def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **options):
-    """Write a detector in the format of train_detector.py. Return the path."""
+    """Write a detector in the checkpoint format of train_detector.py. Return the path of the checkpoint."""
     torch.manual_seed(0)
     detector, config = build.new_detector(checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random")
-    for module in detector.modules():  # random batch-norm weights make the logits differ between images
+    for module in detector.modules():  # without random batch-norm weights, all images would have similar logits
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
     content = network_state(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
@@ -56,12 +56,12 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
 
 
 def random_images(*size):
-    """Return random images, uint8, of the given size."""
+    """Return a uint8 tensor of the given shape with random pixels."""
     return torch.from_numpy(seeded_generator(1).integers(0, 256, size, np.uint8))
 
 
 def network_logits(detector, x):
-    """Compute logits (B, 2) with the network in PyTorch, from whole images x, uint8 (B, 3, H, W)."""
+    """Compute the logits (B, 2) of whole images x, uint8 (B, 3, H, W), with the PyTorch network of a detector."""
     with torch.inference_mode():
         return detector.network(x.float() / 255).numpy()
 
@@ -81,7 +81,11 @@ def exported_files(shrink_resnet18, tmp_path_factory):
 
 
 def require_detector_results(path, detector, *sizes):
-    """Require that a graph gives the logits and P(fake) of a detector for random images of each size (B, 3, H, W)."""
+    """Require that a graph and a detector give the same logits and the same P(fake).
+
+    Args:
+        sizes: shapes (B, 3, H, W) of the random images that are scored.
+    """
     run, _ = graph.open_graph(path.read_bytes())
     for size in sizes:
         x = random_images(*size)
@@ -108,7 +112,7 @@ def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(exported_fil
 
 @pytest.fixture(scope="module")
 def crop_detector_folder(exported_files):
-    """Return a folder with a detector trained on crops of 128 pixels, and its graph detector.onnx."""
+    """Return a folder with a detector for crops of 128 x 128 pixels. The graph of the detector is detector.onnx."""
     folder = exported_files / "crops"
     folder.mkdir()
     path = write_detector(folder / "mine.pth.tar", str(exported_files / "rdn.pth"), {"crop_size": 128}, **NO_DILATION)
@@ -139,7 +143,7 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(crop_de
 
 
 def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_files):
-    """PyTorch 2.6 cannot convert the usual batch norms to ONNX, and converts plain ones."""
+    """PyTorch 2.6 can convert a plain batch norm to ONNX, but not a `BatchNorm2d`."""
     network = load(exported_files / "mine.pth.tar", device="cpu").network
     plain = graph.with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -150,7 +154,7 @@ def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(e
 
 
 class Halves(nn.Module):
-    """Features that a user could add: means of blocks of 2 x 2 pixels, and the squares of the means."""
+    """A module that returns the means of blocks of 2 x 2 pixels, and the squares of the means."""
 
     channels, stride = 6, 2
 
@@ -160,7 +164,7 @@ class Halves(nn.Module):
 
 
 class FixedSize(nn.Module):
-    """A classifier for residuals of 32 x 32 values only."""
+    """A classifier that accepts only residuals of 32 x 32 values per channel."""
 
     def __init__(self, channels):
         super().__init__()
@@ -320,7 +324,7 @@ def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkey
         seeded_generator(0),
     )
     contents = [whole[:-1], b"", (exported_files / "mine.pth.tar").read_bytes(), safetensors.save({})]
-    for place in (3, 9, *rng.integers(0, len(whole), 20)):  # bytes 3 and 9 are in the header
+    for place in (3, 9, *rng.integers(0, len(whole), 20)):  # bytes 3 and 9 belong to the header of the file
         flipped = bytearray(whole)
         flipped[place] ^= 1 << int(rng.integers(8))
         contents.append(bytes(flipped))

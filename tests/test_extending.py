@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work: their networks are trained, resumed, loaded, scored and fine-tuned."""
+"""Tests that the example networks of docs/extending.md can be trained, resumed, loaded, scored and fine-tuned."""
 
 import re
 import types
@@ -20,7 +20,7 @@ BASE = "--gpu cpu --workers 0 --vgg-weights random"
 
 
 def load_example_module(name):
-    """Run the example of docs/extending.md whose first line is "# models/NAME.py". Returns a module."""
+    """Run the code block of docs/extending.md whose first line is "# models/NAME.py". Return the code as a module."""
     for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
         if code.startswith(f"# models/{name}.py"):
             module = types.ModuleType(name)
@@ -38,14 +38,14 @@ def add_documented_networks(monkeypatch):
 
 
 def train_small_sr(files, out):
-    """Train the super-resolution network of docs/extending.md. Returns the path of the weights."""
+    """Train the super-resolution network of docs/extending.md. Return the path of the file with its weights."""
     flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
     run_training(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
     return out / "x4/last.pth"
 
 
 def arguments_without_resynthesizer(files, out, flags):
-    """Return arguments for train_detector.py that name no re-synthesizer."""
+    """Return a command line for train_detector.py. Only `flags` can choose a re-synthesizer."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 

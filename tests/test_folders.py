@@ -1,4 +1,4 @@
-"""Tests of data.folders: the images that are found in a folder, and the log line about all other files."""
+"""Tests of data.folders, which lists the images in a folder and logs one line about all other files."""
 
 import logging
 import os
@@ -14,12 +14,12 @@ SCORE_TABLE = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,e
 
 @pytest.fixture(autouse=True)
 def record_info_messages(caplog):
-    """Let caplog record messages from level INFO."""
+    """Let the fixture caplog record log messages of level INFO and above."""
     caplog.set_level(logging.INFO)
 
 
 def relative_paths(root, paths):
-    """Return the paths relative to a folder."""
+    """Convert paths to paths relative to the folder `root`."""
     return [os.path.relpath(path, root) for path in paths]
 
 
@@ -88,12 +88,12 @@ def test_a_link_to_a_parent_folder_is_not_followed_inside_a_linked_folder(tmp_pa
 
 @pytest.fixture
 def folder_with_outputs(tmp_path):
-    """Return a folder with two images, a score table with its figure, and a residual picture."""
+    """Return a folder with two images, and with a score table, a figure and a residual picture of test.py."""
     root = write_empty_files(
         tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png"
     )
     (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
-    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # not a score table
+    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # this CSV file is not a score table, so photo.png is an image
     return root
 
 
@@ -106,7 +106,7 @@ def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_folder(folde
 def test_images_whose_names_resemble_outputs_of_test_py_are_kept(tmp_path):
     names = ["scores.png", "residual.png", "alone.png"]
     root = write_empty_files(tmp_path / "r", *names)
-    os.mkfifo(tmp_path / "r/scores.csv")  # opening a named pipe would block the program
+    os.mkfifo(tmp_path / "r/scores.csv")  # the search must not open a named pipe, because opening a pipe blocks
     assert relative_paths(root, find_images(root)) == sorted(names)
 
 
@@ -136,7 +136,7 @@ def test_missing_folders_and_folders_without_images_are_refused_in_one_line(tmp_
 def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     write_empty_files(tmp_path, "a.png")
     monkeypatch.chdir(tmp_path)
-    for _ in range(17):  # make a path of more than 4096 characters, which system calls refuse
+    for _ in range(17):  # system calls refuse the path, because its length exceeds 4096 characters
         os.mkdir("d" * 250)
         os.chdir("d" * 250)
     with expect_user_error("cannot be read", "too long"):

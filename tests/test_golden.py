@@ -1,6 +1,6 @@
-"""The networks have the weight names, weight shapes and outputs of the released networks.
+"""Tests that the networks have the weight names, weight shapes and outputs of the released networks.
 
-The expected values in tests/golden/ were computed with the released code.
+The expected values in the folder tests/golden/ were computed with the released code.
 """
 
 import json
@@ -25,31 +25,31 @@ TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 3, "num_layers": 2}
 
 @pytest.fixture(scope="module")
 def released_outputs():
-    """Return the outputs of the released networks, by name."""
+    """Return a dict from the name of an array in reference_outputs.npz to the array as a tensor."""
     arrays = np.load(GOLDEN / "reference_outputs.npz")
     return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="module")
 def input_images(released_outputs):
-    """Return the input images of the released networks, float in [0, 1]."""
+    """Return the images for which the expected outputs were computed, float with values in [0, 1]."""
     return released_outputs["image"].float() / 255
 
 
 @pytest.fixture(scope="module")
 def golden_rdn():
-    """Return a full-size RDN with the weights of the golden rule."""
+    """Return a full-size RDN with the weights of `golden_tensor`."""
     return fill_with_golden_weights(RDN())
 
 
 @pytest.fixture(scope="module")
 def golden_vgg():
-    """Return VGG-19 with the weights of the golden rule."""
+    """Return VGG-19 with the weights of `golden_tensor`."""
     return fill_with_golden_weights(VGG19())
 
 
 def features_of_stage(stage, vgg):
-    """Return pixels for stage 0, and the features of a VGG-19 stage otherwise."""
+    """Return the features module of a stage: `Pixels` for stage 0, and `VGG19Stage` for stages 1 to 5."""
     if stage == 0:
         return Pixels()
     features = VGG19Stage(stage)

@@ -1,4 +1,4 @@
-"""torch.hub loads a detector in a program that has its own packages `models`, `utils` and `data`."""
+"""Test that torch.hub loads a detector in a program with its own packages `models`, `utils` and `data`."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Tests of data.images: decoding of image files, errors of bad files, resizing and cropping, and usable images."""
+"""Tests of data.images: decoding of image files, errors for bad files, resizing, cropping, and usable images."""
 
 import io
 import logging
@@ -29,7 +29,7 @@ from utils.console import printable
 from utils.errors import UserError
 from utils.labels import REAL
 
-ORIENTATION = 0x0112  # tag of the orientation in EXIF 2.3
+ORIENTATION = 0x0112  # EXIF tag of the orientation
 
 
 def load_pixels(path):
@@ -53,17 +53,20 @@ def png_bytes(*chunks):
 
 
 def png_header_chunk(width, height, depth, colour, interlaced=0):
-    """Return the header chunk of a PNG file."""
+    """Return the name and the content of the IHDR chunk, which is the header of a PNG file."""
     return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
 
 
 def png_pixel_chunk(content):
-    """Return a PNG chunk with the compressed pixels."""
+    """Return the name and the content of the IDAT chunk, which contains the compressed pixels of a PNG file."""
     return b"IDAT", zlib.compress(content)
 
 
 def encode_image(form, image=None, **options):
-    """Return an image file in the given format as bytes. The default image is random and has 64 x 64 pixels."""
+    """Return the bytes of an image file in the given format.
+
+    The default image has 64 x 64 random pixels.
+    """
     stream = io.BytesIO()
     if image is None:
         image = Image.fromarray(random_rgb_pixels(64, 64))
@@ -83,7 +86,7 @@ RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3
 PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
 PALETTE.putpalette(RED + GREEN + BLUE)
 ALPHA = np.array([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]], np.uint8)
-ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # alpha 51 of 255 mixes 1/5 of the colour with 4/5 white
+ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # an alpha of 51/255 mixes 1/5 colour with 4/5 white
 GREY_ALPHA = Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA")
 CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
 
@@ -126,7 +129,7 @@ def test_an_avif_image_is_decoded(tmp_path):
 
 
 def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
-    data = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])  # rows of two 12-bit pixels: 4095, 0 and 2048, 0
+    data = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])  # two rows of two 12-bit pixels: (4095, 0) and (2048, 0)
     tags = [(256, 2), (257, 2), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, len(data))]
     directory = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
     header = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
@@ -137,18 +140,18 @@ def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
 @pytest.mark.parametrize(
     "chunks, expected",
     [
-        (  # colour image with 16 bits per channel
+        (  # a colour image with 16 bits per channel
             [
                 png_header_chunk(2, 1, 16, 2),
                 png_pixel_chunk(b"\0" + struct.pack(">6H", 0, 257 * 100, 65535, 257 * 7, 257, 0)),
             ],
             [[[0, 100, 255], [7, 1, 0]]],
         ),
-        (  # interlaced image: first pixel, second pixel of the first row, second row
+        (  # an interlaced image of 2 x 2 pixels; its three passes are pixel 0, pixel 1, and row 1
             [png_header_chunk(2, 2, 8, 0, 1), png_pixel_chunk(b"\0\x0a" + b"\0\x14" + b"\0\x1e\x28")],
             [[[10] * 3, [20] * 3], [[30] * 3, [40] * 3]],
         ),
-        (  # the EXIF chunk follows the pixels
+        (  # an image whose EXIF chunk follows the pixel chunk
             [
                 png_header_chunk(2, 1, 8, 0),
                 png_pixel_chunk(b"\0\x0a\x14"),
@@ -175,7 +178,7 @@ def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value
         load_image(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
-# An upright image, and the pixels that are stored for each EXIF orientation
+# An image, and the pixels that a file stores for this image with each EXIF orientation
 UPRIGHT = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, 3, axis=-1)
 STORED = {
     1: UPRIGHT,
@@ -183,7 +186,7 @@ STORED = {
     3: UPRIGHT[::-1, ::-1],
     4: UPRIGHT[::-1],
     5: UPRIGHT.transpose(1, 0, 2),
-    6: np.rot90(UPRIGHT, 1),  # displayed after a quarter turn clockwise
+    6: np.rot90(UPRIGHT, 1),  # a viewer turns these pixels by 90 degrees clockwise
     7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
     8: np.rot90(UPRIGHT, -1),
 }
@@ -194,7 +197,7 @@ STORED = {
 def test_the_exif_orientation_is_applied_to_the_pixels_and_to_the_size_in_the_header(
     tmp_path, orientation, suffix, options
 ):
-    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # 16 x 24 pixels when upright
+    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # the decoded image has 16 rows and 24 columns
     path = save_image(tmp_path / f"a.{suffix}", stored, exif=exif_with_orientation(orientation), **options)
     centres = load_pixels(path)[4::8, 4::8].astype(int)
     assert np.abs(centres - UPRIGHT).max() <= (3 if suffix == "jpg" else 0)
@@ -215,7 +218,7 @@ def test_an_image_with_damaged_exif_is_decoded_without_turning(tmp_path):
 
 # --- bad files ----------------------------------------------------------------------------------------------
 
-BAD_FILES = {  # name -> part of the error
+BAD_FILES = {  # file name -> words in the expected error message
     "text.png": "is not an image",
     "script.png": "is not an image",
     "folder.png": "is a folder",
@@ -231,7 +234,7 @@ BAD_FILES = {  # name -> part of the error
 
 @pytest.fixture
 def folder_of_bad_files(tmp_path):
-    """Return a folder of unreadable files: the files of BAD_FILES, and truncated images in six formats."""
+    """Return a folder of unreadable files: the files in BAD_FILES, and two truncated images in each of six formats."""
     folder = tmp_path / "bad"
     folder.mkdir()
     for form in ("png", "jpeg", "webp", "bmp", "tiff", "gif"):
@@ -250,7 +253,7 @@ def folder_of_bad_files(tmp_path):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore")  # pytest shows the warnings that data.images silences
+@pytest.mark.filterwarnings("ignore")  # pytest would show warnings of Pillow that users do not see
 def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(folder_of_bad_files):
     open_files = len(os.listdir("/dev/fd"))
     names = os.listdir(folder_of_bad_files)
@@ -281,7 +284,7 @@ def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_p
 
 
 def encoded_images():
-    """Return small image files as bytes: each format, and variants that Pillow decodes with different code."""
+    """Return the bytes of twelve small image files: several formats, each in one or more encodings."""
     rgb, exif = Image.fromarray(random_rgb_pixels()), exif_with_orientation(6)
     deep = Image.fromarray(random_rgb_pixels()[..., 0].astype(np.uint16) * 257)
     return [
@@ -301,9 +304,10 @@ def encoded_images():
 
 
 def damage_random_bytes(data, rng):
-    """Return image bytes with 1 to 5 random bytes changed.
+    """Change 1 to 5 random bytes of an image file, and return the changed bytes.
 
-    Half of the time, all changes are in the first 64 bytes. Sometimes bytes are inserted or the end is cut off.
+    With probability 1/2, only the first 64 bytes are changed. With probability 0.1, 20 bytes are inserted. With
+    probability 0.2, the end of the file is removed.
     """
     data = np.frombuffer(data, np.uint8).copy()
     positions = rng.integers(len(data) if rng.random() < 0.5 else 64, size=rng.integers(1, 6))
@@ -328,7 +332,7 @@ def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(t
             try:
                 resize_and_crop(load_image(path), SizePolicy())
                 readable += 1
-                assert header.problem is None  # no readable file is refused by its header
+                assert header.problem is None  # check_headers must not refuse a file that can be decoded
             except UserError as error:
                 unreadable += 1
                 assert str(error).isprintable()
@@ -360,7 +364,7 @@ def test_images_are_cropped_in_the_centre_to_multiples_of_the_scale():
 def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given():
     image = coordinate_image(20, 30)
     assert locate_crop(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
-    assert locate_crop(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # crop to 10 x 10, then to 8 x 8
+    assert locate_crop(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # 8 x 8 pixels of a 10 x 10 crop
     rng = np.random.default_rng(0)
     corners = [locate_crop(resize_and_crop(image, SizePolicy(4, 8), rng)) for _ in range(400)]
     assert {row for row, _ in corners} == set(range(13))
@@ -372,7 +376,7 @@ def test_resizing_keeps_the_aspect_ratio_and_antialiases():
     assert resize_and_crop(coordinate_image(40, 70), policy).shape == (3, 20, 35)
     assert resize_and_crop(coordinate_image(10, 15), policy).shape == (3, 20, 30)
     assert torch.equal(resize_and_crop(coordinate_image(20, 24), policy), coordinate_image(20, 24))
-    checkers = coordinate_image(80, 80).sum(dim=0) % 2 * 255  # without antialiasing, all pixels become equal
+    checkers = coordinate_image(60, 60).sum(dim=0) % 2 * 255  # without antialiasing, all pixels would be 0 or 255
     small = resize_and_crop(checkers.to(torch.uint8).expand(3, -1, -1).contiguous(), policy)
     assert small.dtype == torch.uint8 and (small[:, 4:-4, 4:-4].int() - 127).abs().max() <= 2
 
@@ -392,7 +396,7 @@ def test_size_after_predicts_the_size_after_resizing_and_cropping(size, policy):
         ((63, 100), SizePolicy(4, 64, 32), ["100 x 63 pixels", "50 x 32 when resized"]),
         ((63, 100), SizePolicy(4, 3), ["at least 4"]),
         ((12, 12), SizePolicy(4, min_side=16), ["12 x 12 pixels", "at least 16", "--idx-stages"]),
-        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # cropped to 15 x 15
+        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # cropped to 15 x 15 pixels
         ((1, 100_000), SizePolicy(4, None, 256), ["25600000 x 256", "more than 178956970", "--resize"]),
     ],
 )
@@ -417,7 +421,7 @@ def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_
 
 @pytest.fixture
 def good_and_bad_items(tmp_path):
-    """Return the items of three good images, one image that is too small, and one empty file."""
+    """Return the items of three usable images, one image that is too small, and one empty file."""
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # (height, width) in pixels
     paths = [
         save_image(tmp_path / f"{height}x{width}.png", random_rgb_pixels(height, width)) for height, width in sizes

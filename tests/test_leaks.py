@@ -1,4 +1,4 @@
-"""Tests of the leak audit in data.leaks, with image sets that contain one kind of leak or no leak.
+"""Tests of data.leaks, which searches a set of real and fake images for leaks.
 
 A leak is a difference between real and fake images that is not caused by the generator, such as the file format.
 """
@@ -18,7 +18,7 @@ COUNT = 20  # images per class
 
 
 def random_picture(seed, size=(96, 96)):
-    """Return a smooth random image with some noise. Each seed gives a different image."""
+    """Return a random image that is smooth except for some noise. Each seed gives another image."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noise = rng.normal(0, 3, (size[1], size[0], 3))
@@ -26,7 +26,10 @@ def random_picture(seed, size=(96, 96)):
 
 
 def write_pictures(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
-    """Write different images into a folder. Their seeds and file names count up from `start`. Returns the folder."""
+    """Write `count` different images into a folder, and return the folder.
+
+    The first image has the seed and the file name `start`. Each next image has the next number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         image = random_picture(start + i, sizes[i % len(sizes)]).convert(mode)
@@ -36,23 +39,23 @@ def write_pictures(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),),
 
 @pytest.fixture
 def real_and_fake_paths(tmp_path):
-    """Return the paths of a folder for real and a folder for fake images. The folders do not exist yet."""
+    """Return the paths of two folders that do not exist yet: one for real images and one for fake images."""
     return tmp_path / "real", tmp_path / "fake"
 
 
 def audit_folders(real, fake, **options):
-    """Audit a folder of real and a folder of fake images."""
+    """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit`."""
     return audit(folder_items([str(real)], [str(fake)]), **options)
 
 
 def finding_names(result):
-    """Return the names of the checks that found something."""
+    """Return the names of the leak checks that have reported a finding."""
     return [finding.check for finding in result.findings]
 
 
-LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # no two sizes are equal
+LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all sizes are different
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
-LEAKS = {  # name -> (options of `write_pictures` for the reals, for the fakes, attributes that must be found)
+LEAKS = {  # name of the leak -> (`write_pictures` options for reals, for fakes, attributes to be found)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
     "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
     "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
@@ -111,13 +114,13 @@ def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path)
 
 
 def files_with_sizes(reals, fakes):
-    """Return files whose only attribute is a size, one file per value."""
+    """Return one `File` per size in `reals` and `fakes`. The size is the only attribute of a `File`."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
 def severity_of_sizes(reals, fakes):
-    """Return the severity of the finding about the attribute size, or None if there is no finding."""
+    """Return the severity with which `attribute_finding` reports the sizes, or None if nothing is reported."""
     finding = attribute_finding(files_with_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 

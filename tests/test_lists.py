@@ -1,6 +1,6 @@
-"""Tests of data.lists: images listed from folders, trees, CSV tables and text lists, and errors of bad lists.
+"""Tests of data.lists, which lists images from folders, folder trees, CSV tables and text files.
 
-A tree is a folder with class folders such as 0_real and 1_fake at any depth.
+A folder tree contains class folders, such as 0_real and 1_fake, at any depth.
 """
 
 import csv
@@ -29,7 +29,7 @@ from utils.labels import FAKE, REAL
 
 
 def items_with_relative_paths(root, items):
-    """Return (path relative to root, label, generator) of each item."""
+    """Return one tuple (path relative to `root`, label, generator) per item."""
     return [(os.path.relpath(item.path, root), item.label, item.generator) for item in items]
 
 
@@ -107,14 +107,14 @@ def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(tree_items(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    assert len(tree_items(f"{root}/sd/val", training=True)) == 2  # the user may choose the folder val explicitly
+    assert len(tree_items(f"{root}/sd/val", training=True)) == 2  # a user can choose the folder val as the root
     shutil.rmtree(tmp_path / "t/sd/train")
     with expect_user_error("no images to use", "2 in val"):
         tree_items(root, training=True)
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
-    """In a tree of 0_real and 1_fake folders, a folder named nature is a category and no class."""
+    """In a tree with the class folders 0_real and 1_fake, a folder named "nature" is not a class folder."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [item.label for item in tree_items(root, training=True)] == [REAL, REAL, FAKE, FAKE]
@@ -135,7 +135,7 @@ def test_csv_tables_with_any_column_order_and_relative_paths_are_read(tmp_path, 
     file.write_bytes("\r\n".join(["\ufeffPath,label,generator,note", *rows]).encode())
     monkeypatch.chdir(tmp_path / "cwd")
     assert csv_items(str(file)) == [
-        Item("a.png", REAL, ""),  # the working folder is searched before the folder of the table
+        Item("a.png", REAL, ""),  # a.png in the working folder, not a.png beside the table
         Item(f"{tmp_path}/t/with, comma.png", FAKE, "gan"),
         Item("b.png", REAL, ""),
         Item(f"{tmp_path}/t/a.png", FAKE, ""),

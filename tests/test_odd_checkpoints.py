@@ -1,4 +1,4 @@
-"""For any value in a checkpoint, a program accepts the checkpoint or refuses it in one line, without a traceback."""
+"""Tests that a checkpoint with a wrong value never causes a traceback in test.py or train_detector.py."""
 
 import copy
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 @pytest.fixture(scope="module")
 def detector_and_images(tmp_path_factory, shrink_resnet18):
-    """Return a folder with one real image, one fake image, and a detector in pixel.pth.tar."""
+    """Return a folder with one real image, one fake image, and the checkpoint pixel.pth.tar of a detector."""
     root = tmp_path_factory.mktemp("odd")
     torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
     for kind in ("real", "fake"):
@@ -30,21 +30,21 @@ def detector_and_images(tmp_path_factory, shrink_resnet18):
 
 
 def status_and_last_line(main, parser, flags, capfd):
-    """Run a program. Returns its exit status and the last line that it prints."""
+    """Run a program in this process. Return the exit status and the last line on stderr."""
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
     return code, (capfd.readouterr().err.splitlines() or [""])[-1]
 
 
 def score_checkpoint(checkpoint, files, capfd):
-    """Score an image with test.py. Returns the exit status and the last line."""
+    """Score an image with test.py and the given checkpoint. Return the exit status and the last line on stderr."""
     return status_and_last_line(
         tester.main, options.test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
     )
 
 
 def resume_checkpoint(checkpoint, files, capfd):
-    """Resume a checkpoint with train_detector.py. Returns the exit status and the last line."""
+    """Resume a checkpoint with train_detector.py. Return the exit status and the last line on stderr."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
     return status_and_last_line(train_detector.main, options.train_detector_parser, flags, capfd)
@@ -64,7 +64,7 @@ CALIBRATION = {"temperature": 2.0, "t_fake": 0.6, "t_real": 0.4, "source": "a li
 
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
 def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(detector_and_images, tmp_path, capfd, place):
-    """test.py and train_detector.py either accept the checkpoint or refuse it in one line."""
+    """The program either accepts the checkpoint or prints one error line with exit status 2."""
     state = read_checkpoint(detector_and_images / "pixel.pth.tar") | {"calibration": CALIBRATION}
     path = tmp_path / "odd.pth.tar"
     for value in ODD:

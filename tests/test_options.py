@@ -1,4 +1,4 @@
-"""Tests of the command lines: released flags are accepted, every option is used, wrong options give one-line errors."""
+"""Tests of the command line parsers of train_sr.py, train_detector.py and test.py."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from utils.options import train_detector_parser, train_sr_parser
 ROOT = Path(__file__).parents[1]
 PARSERS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": parser_of_test}
 
-# Command lines with all flags of the released programs. `-a` and `--arch` set one option, and the last value counts.
+# Command lines with all flags of the released programs. `-a` and `--arch` set the same option to the last value.
 RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
  --num-blocks 2 --num-layers 2 --scale 3 --patch-size 12 --lr 1e-3 --lr-decay 0.5 --lr-decay-epoch 10 --batch-size 4
  --num-epochs 5 --num-save 2 --num-workers 1 --gpu-id 0 --seed 1 --vgg-lambda 0.1 --augment --completion
@@ -23,7 +23,7 @@ RELEASED_DETECTOR = """-a resnet18 --arch resnet50 --gpu 0 -b 2 --batch-size 4 -
  --output-path o --save-every-epoch 3 --seed 4 --no_dilation --sr-scale 4 --sr-num-features 64 --sr-growth-rate 64
  --sr-num-blocks 16 --sr-num-layers 8 --idx-stages 0 --fixed-sr --mode-sr none --lr-sr 0.1 --lw-sr 2"""
 
-# Options that describe the networks. Their default is None, which means that a checkpoint may set the value.
+# Options that describe the networks. The default of each option is None, so that a checkpoint can set the value.
 NETWORK_OPTIONS = {
     "sr_arch", "sr_args", "scale", "num_features", "growth_rate", "num_blocks", "num_layers", "features",
     "feature_args", "stage", "residual", "arch", "arch_args", "in_channels", "dilated",
@@ -32,13 +32,13 @@ SIZE_OPTIONS = {"crop_size", "resize"}
 
 
 def effective_options(program):
-    """Return the options of a program that have an effect."""
+    """Return the options of a program, without --help and without flags that have no effect."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
 
 
 def error_line_of_parser(program, arguments, capsys):
-    """Parse arguments that the program must refuse with exit status 2. Return the error line."""
+    """Parse arguments that the parser must refuse with exit status 2. Return the error line."""
     with pytest.raises(SystemExit) as stopped:
         PARSERS[program]().parse_args(arguments)
     assert stopped.value.code == 2
@@ -126,7 +126,7 @@ def test_every_option_has_a_help_text_and_is_used(program):
 
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_parser_accepts_any_name_of_a_network(program):
-    """Users can add networks to the dicts of models/build.py, so the parser does not check names."""
+    """The parser does not check the names of networks, because users can add networks to models/build.py."""
     flags = [word for option in effective_options(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
              for word in (option.option_strings[-1], "my-own")]  # fmt: skip
     args = vars(PARSERS[program]().parse_args(flags))

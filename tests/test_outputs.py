@@ -1,4 +1,4 @@
-"""Tests of test.py with files: files it must not replace, its own outputs among the images, and unusable images."""
+"""Tests of the files that test.py reads and writes: files of the user, earlier outputs, and unusable images."""
 
 import json
 import os
@@ -32,7 +32,10 @@ from models.resnet import DeepStemResNet
 
 @pytest.fixture(scope="module")
 def stage5_flags(tmp_path_factory, shrink_resnet18):
-    """Write a detector on stage 5 of VGG-19 with all weights. Returns the flags that load the detector."""
+    """Write all weights of a detector that classifies VGG-19 features of stage 5.
+
+    Returns the flags with which test.py loads the detector.
+    """
     folder = tmp_path_factory.mktemp("stage5")
     torch.save(fill_with_golden_weights(VGG19()).state_dict(), folder / "vgg19.pth")
     torch.save(
@@ -50,7 +53,7 @@ def stage5_flags(tmp_path_factory, shrink_resnet18):
 
 
 def write_user_files(folder: Path) -> None:
-    """Write files of a user whose names equal the names of the outputs of `test.py --save_path p`."""
+    """Write files that test.py has not written, with the names of the files that `test.py --save_path p` writes."""
     write_noise_image(folder / "p.png", 0)
     (folder / "p.csv").write_text("path,label\np.png,real\n")
     (folder / "p.json").write_text('{"epochs": 3}')
@@ -126,7 +129,7 @@ def test_a_file_of_the_user_at_the_path_of_a_later_perturbation_is_refused_befor
 
 
 def test_a_killed_run_that_has_not_written_its_record_is_resumed(detector_file, image_folder, tmp_path):
-    """A run can be killed when P.npy is written and its record P.json is not yet written."""
+    """A run that is killed between writing p.npy and p.json leaves p.npy without a record."""
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
     assert wait_for_exit(start_program("test.py", words, tmp_path / "log", partial(send_signal_in_batch, 3, 9))) == -9
     np.save(tmp_path / "p.npy", np.zeros((3, 2), np.float32))
@@ -219,7 +222,7 @@ def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_
     for name, size in (("a.png", (32, 32)), ("b.png", (12, 12)), ("c.png", (32, 32)), ("d.png", (64, 12))):
         write_noise_image(tmp_path / "images" / name, 0, size)
     words = ["--gpu", "cpu", "-j", 0, *stage5_flags, "--input", tmp_path / "images", "--save_path", tmp_path / "p"]
-    for _ in range(2):  # the second call finds the finished table of the first call
+    for _ in range(2):  # the second call reads the finished score table of the first call
         assert run_test_py(*words) == 1
         errors = [row["error"] for row in read_csv_rows(tmp_path / "p.csv")]
         assert [bool(error) for error in errors] == [False, True, False, True]
@@ -239,7 +242,7 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
     detector_file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # with ".residual.png", the third name would be too long
+    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # ".residual.png" makes the third file name too long
         write_noise_image(f"images/{name}", 0)
     assert run_test_py(*scoring_arguments(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
     assert [bool(row["error"]) for row in read_csv_rows("p.csv")] == [False, False, True]
@@ -248,7 +251,7 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
 
 def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(detector_file, tmp_path):
     write_noise_image(tmp_path / "images" / "a.png", 0)
-    write_noise_image(tmp_path / "images" / "b.png", 1, (4, 4))  # smaller than the kernel of the blur
+    write_noise_image(tmp_path / "images" / "b.png", 1, (4, 4))  # the image is smaller than the blur kernel
     words = scoring_arguments(detector_file, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
     status = run_test_py(*words)
     errors = [bool(row["error"]) for row in read_csv_rows(tmp_path / "p.csv")]
@@ -328,7 +331,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)  # the figure has 160 dots per inch
+    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)  # heights in inches times 160 dots per inch
     assert abs(height - expected) <= 2
     assert width == 11 * 160
 

@@ -1,4 +1,4 @@
-"""Tests of data.perturbations. The test images are chosen so that the strength can be measured in the result."""
+"""Tests of data.perturbations. The strength of a perturbation is measured in the perturbed image."""
 
 import io
 from collections import Counter
@@ -13,11 +13,11 @@ from data import perturbations
 from data.perturbations import Perturbation, PerturbationSetting, augment, select_perturbations, settings_of
 from utils.random_streams import seeded_generator
 
-FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # size -> sigma, in pixels
+FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # kernel size -> standard deviation, both in pixels
 
 
 def perturb_image(image, name, protocol, seed, strength=None):
-    """Apply a perturbation of a protocol to an image."""
+    """Apply the perturbation `name` to an image, as defined in the given protocol."""
     return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 
@@ -28,12 +28,12 @@ def random_images(count, height=16, width=16):
 
 
 def grey_image(side=128):
-    """Return a square image of one grey value, 128."""
+    """Return a square grey image. All pixel values are 128."""
     return torch.full((3, side, side), 128, dtype=torch.uint8)
 
 
 def gradient_image(height=256, width=256):
-    """Return an image whose red value is the column and whose green value is the row, scaled to 0..255."""
+    """Return an image with a horizontal ramp from 0 to 255 in red and a vertical ramp from 0 to 255 in green."""
     x = torch.zeros(3, height, width)
     x[0] = torch.arange(width) * 256 / width
     x[1] = torch.arange(height)[:, None] * 256 / height
@@ -41,7 +41,10 @@ def gradient_image(height=256, width=256):
 
 
 def blur_by_numpy(image, kernel_size, sigma):
-    """Blur in two dimensions with reflect-101 borders. Returns float (3, H, W)."""
+    """Blur an image with a two-dimensional Gaussian kernel, and return float (3, H, W).
+
+    The image is padded by reflection without repeating the border pixels.
+    """
     radius = kernel_size // 2
     kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
@@ -51,16 +54,16 @@ def blur_by_numpy(image, kernel_size, sigma):
 
 
 def compress_by_pillow(image, quality):
-    """Return the image after JPEG compression by Pillow."""
+    """Compress an image as JPEG with Pillow, and return the decoded image."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     return np.asarray(Image.open(file)).transpose(2, 0, 1)
 
 
 def measure_cut_fractions(result, channel):
-    """Measure which fractions of an axis were cut off a `gradient_image`. Channel 0: columns, channel 1: rows.
+    """Measure which fraction of the columns (channel 0) or rows (channel 1) of a `gradient_image` was cut off.
 
-    Returns three fractions: in total, at the beginning, and at the end.
+    Returns three fractions: both sides together, the left or top side, and the right or bottom side.
     """
     line = result[channel].double().mean(channel)
     inner = line[16:-16]
@@ -69,7 +72,10 @@ def measure_cut_fractions(result, channel):
 
 
 def recognise_perturbation(image, result):
-    """Find the perturbation of Frank et al. that turned a random image into `result`. Returns its name and strength."""
+    """Find the perturbation of Frank et al. that has turned a random image into `result`.
+
+    Returns the name and the strength of the perturbation. The strength is None if it is not measured.
+    """
     if torch.equal(image, result):
         return "none", None
     if (image.double() - result.double()).std() < 6:
@@ -104,7 +110,7 @@ def test_images_smaller_than_the_kernel_can_be_blurred():
 def test_noise_of_the_sweep_has_the_given_standard_deviation(std):
     noisy = perturb_image(grey_image(), "noise", "sweep", 0, std).double()
     expected = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
-    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # values are clipped to 0..255
+    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # pixel values are clipped
     assert noisy.mean() == pytest.approx(128, abs=1)
 
 
@@ -129,7 +135,7 @@ def test_resize_removes_fine_detail_and_keeps_the_image_size():
     columns = torch.arange(64)
     fine, coarse = (
         (128 + 100 * torch.cos(torch.pi * columns * frequency)).expand(3, 64, 64).to(torch.uint8)
-        for frequency in (0.9, 0.1)  # fractions of the Nyquist frequency
+        for frequency in (0.9, 0.1)  # frequencies as fractions of the Nyquist frequency
     )
     fine_result, coarse_result = (perturb_image(x, "resize", "sweep", 0, 0.5).float() for x in (fine, coarse))
     assert fine_result[:, 8:-8, 8:-8].std() < 0.1 * fine.float().std()
@@ -186,7 +192,7 @@ def test_combined_of_the_frank2020_protocol_applies_each_perturbation_independen
     for seed in range(120):
         result = perturb_image(gradient_image(128, 128), "combined", "frank2020", seed)
         is_cropped = measure_cut_fractions(result, 0)[0] > 0.035
-        has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel of the original is 0
+        has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel is 0 before the perturbation
         counts[is_cropped, has_noise_or_jpeg] += 1
     assert counts[True, True] == pytest.approx(45, abs=14) and counts[False, True] == pytest.approx(45, abs=14)
     assert counts[True, False] == pytest.approx(15, abs=14) and counts[False, False] == pytest.approx(15, abs=14)
@@ -258,7 +264,7 @@ def test_perturbed_images_do_not_depend_on_the_order_of_images_or_on_other_rando
         forward = [transform(image) for image in images]
         backward = [transform(image.clone(), np.random.default_rng()) for image in reversed(images)]
         assert torch.equal(torch.stack(forward), torch.stack(backward[::-1]))
-        assert torch.equal(torch.stack(images), torch.stack(random_images(8, 32, 32)))  # the input is kept
+        assert torch.equal(torch.stack(images), torch.stack(random_images(8, 32, 32)))  # the input images are unchanged
         is_changed = [not torch.equal(a, b) for a, b in zip(images, forward, strict=True)]
         if protocol == "sweep" and setting.name != "none":
             assert all(is_changed)

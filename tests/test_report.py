@@ -1,6 +1,6 @@
-"""Tests of tools.report: the HTML page, markdown tables, study files, and tables in documents.
+"""Tests of tools.report, which writes HTML pages and Markdown tables from score tables.
 
-A study file is a CSV file that lists the score tables of each cell of a results table.
+A study file is a CSV file that describes a results table: each cell is computed from the listed score tables.
 """
 
 import base64
@@ -26,9 +26,9 @@ BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 
 
 def score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
-    """Return rows of a score table with n real images and n fakes per generator.
+    """Return rows of a score table with n real images, and n fake images of each generator.
 
-    A larger shift separates the scores of real and fake images better.
+    The difference between the mean scores of real and fake images grows with `shift`.
     """
     rng = np.random.default_rng(0)
     result = []
@@ -40,7 +40,11 @@ def score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
 
 
 def write_score_table(folder, name, table_rows, **record):
-    """Write a score table and, if `record` has entries, the JSON file beside it. Return the path of the table."""
+    """Write a score table, and return the path of the table.
+
+    Args:
+        record: entries of the JSON file beside the table. Without entries, no JSON file is written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table_rows)
     if record:
@@ -49,7 +53,10 @@ def write_score_table(folder, name, table_rows, **record):
 
 
 class Page(HTMLParser):
-    """A parsed HTML page with its tags, attributes, text and pictures. All pictures must be embedded in the page."""
+    """A parsed HTML page with its tags, attributes, text and pictures.
+
+    A picture that is not embedded in the page raises an error.
+    """
 
     def __init__(self, path):
         super().__init__()
@@ -71,7 +78,7 @@ class Page(HTMLParser):
 
 
 def write_and_parse_page(tables, out, residuals=None, resamples=0):
-    """Write the report page of score tables. Returns the parsed page."""
+    """Write an HTML report page about score tables. Return the parsed page."""
     return Page(report_page.write_page(report_page.load_tables(tables, resamples), out, residuals))
 
 
@@ -97,9 +104,9 @@ def test_the_report_page_shows_metrics_robustness_misclassified_images_and_setti
     ):  # fmt: skip
         assert text in page.text, text
     places = [page.text.index(f"jpeg quality {quality}") for quality in (90, 60, 30)]
-    assert places == sorted(places)  # the hardest perturbation comes last
+    assert places == sorted(places)  # the strongest perturbation, JPEG quality 30, comes last
     assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["report.html"]
-    assert len(page.pictures) == 2  # the figures of scores and of robustness
+    assert len(page.pictures) == 2  # one figure of scores and one figure of robustness
     assert write_and_parse_page(tables, tmp_path / "again", resamples=20).source == page.source
 
 
@@ -135,7 +142,7 @@ def test_the_report_page_shows_images_found_beside_the_score_table_and_residual_
 
 def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
-    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # error margins: 1, 5, -9, -3, none, 2
+    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # errors: 1, 5, -9, -3, no label, 2
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.most_wrong(table)] == ["b", "f", "a", "d", "c"]
     assert len(report_page.most_wrong(table, 2)) == 2
@@ -193,7 +200,7 @@ def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
 
 
 def split_markdown_table(markdown):
-    """Split a markdown table into rows of cells. The first row is the heading."""
+    """Split a Markdown table into a list of rows. Each row is a list of cells. The first row is the heading."""
     heading, line, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
     assert len(line) == len(heading) and set("".join(line)) == set("-:")
     return [heading, *body]
@@ -230,7 +237,7 @@ HEADER = "table,row,column,scores,generators\n"
 
 
 def mean_auroc_percent(table, *generators):
-    """Compute the mean AUROC in % from a score table, independently of tools.study."""
+    """Compute the mean AUROC over generators, in percent, from a score table, without tools.study."""
     measured = metrics.summarize(read_table(table), 0)["generators"]
     values = [measured[name]["auroc"] for name in generators or measured]
     return 100 * sum(values) / len(values)
@@ -238,7 +245,7 @@ def mean_auroc_percent(table, *generators):
 
 @pytest.fixture
 def study_file(tmp_path):
-    """Return a study file of two detectors. The first detector was trained with two seeds."""
+    """Return the path of a study file with two results tables, "main" and "other"."""
     for name, shift in (("one", 0.5), ("two", 1.0), ("control", 0.0)):
         write_score_table(tmp_path / "scores", name, score_rows(shift))
     lines = [

@@ -1,4 +1,4 @@
-"""Tests of the residual cache: no outdated or damaged residual is used, and the losses of a training do not change."""
+"""Tests of the residual cache, which stores the residuals of images in files during a training."""
 
 import os
 import shutil
@@ -30,14 +30,14 @@ FIRST = Key(0, 0)
 
 
 def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=None):  # noqa: B008
-    """Return a dataset of fake images of 64 x 64 pixels."""
+    """Return a dataset of images of 64 x 64 pixels with the label fake."""
     dataset = ImageDataset([Item(str(path), FAKE, "") for path in paths], policy, augmentation, transform)
     dataset.headers = [Header((64, 64)) for _ in paths]
     return dataset
 
 
 def residual_dataset(folder, *paths, storage="fp16", **options):
-    """Return a dataset of cached residuals of images."""
+    """Return a dataset that stores the residuals of images in a folder and reads them from there."""
     return ResidualDataset(image_dataset(*paths, **options), folder, STORAGE[storage])
 
 
@@ -48,7 +48,7 @@ def tiny_detector():
 
 
 def cached_file_names(folder):
-    """Return the sorted names of all files in the residual cache."""
+    """Return the sorted names of all files in the cache folder."""
     return sorted(path.name for path in folder.glob("*/*.npz"))
 
 
@@ -88,7 +88,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # the changed byte has no effect, such as a time stamp in the archive
+        if sample.error is None:  # the damage has no effect, such as a change of a time stamp in the .npz file
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -127,7 +127,7 @@ CONFIG = {
 
 
 def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
-    """Return the cache folder for CONFIG and other settings."""
+    """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
     key = cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
     return cache_folder(root, key)
 
@@ -161,7 +161,7 @@ def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_p
 
 
 def cached_datasets(folder, images, max_gb=1.0):
-    """Return the residual datasets that replace an image dataset, or [] if it is not cached."""
+    """Return a list with the dataset of cached residuals for a dataset of images, or [] if caching is impossible."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = cache_key(CONFIG, "b", images.policy, ON_CPU)
     return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
@@ -203,7 +203,10 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
-    """The losses agree bit for bit in float32, because --micro-batch 1 also computes residuals one by one."""
+    """The training without the cache computes residuals one by one, because of --micro-batch 1.
+
+    The cache also computes residuals one by one, so the losses are equal bit for bit.
+    """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     run_training(train_detector_arguments(training_files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
     run_training(train_detector_arguments(training_files, tmp_path / "with", f"{flags} --cache-precision fp32"))
@@ -212,7 +215,7 @@ def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cach
 
 
 def test_a_cache_in_half_precision_changes_the_loss_by_at_most_3_percent(training_files, tmp_path):
-    # Use one batch of ten images. In a last batch of two images, batch norm would amplify rounding errors.
+    # All ten images form one batch, because batch norm on a batch of two images would amplify rounding errors.
     flags = "--fixed-sr --epochs 1 --batch-size 10"
     run_training(train_detector_arguments(training_files, tmp_path / "full", f"{flags} --cache-precision fp32"))
     run_training(

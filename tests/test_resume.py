@@ -1,4 +1,4 @@
-"""A training that is killed, stopped or fails, and is then resumed, gives the files of an uninterrupted training."""
+"""Tests of trainings that are interrupted and resumed. They must write the files of an uninterrupted training."""
 
 import errno
 import functools
@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 SAVE_EVERY_STEP = ["--save-minutes", "0"]
 AUTO = ["--resume", "auto"]
-# name of the training: (program, function that returns its arguments, file name of its last state, flags)
+# name of the training -> (program, function that returns the command line, file of the last state, flags)
 TRAININGS = {
     "super-resolution": (
         "train_sr.py",
@@ -77,7 +77,7 @@ TRAININGS = {
 
 @pytest.fixture(scope="module")
 def training_arguments(training_files):
-    """Return a function that returns the command line of one of TRAININGS for an output folder and more flags."""
+    """Return a function that makes the command line of a training in TRAININGS."""
 
     def arguments_of_training(name, out, *flags):
         _, make_arguments, _, own_flags = TRAININGS[name]
@@ -88,7 +88,7 @@ def training_arguments(training_files):
 
 @pytest.fixture(scope="module")
 def run_uninterrupted(training_arguments, tmp_path_factory):
-    """Return a function that runs one of TRAININGS without interruption and returns the output folder."""
+    """Return a function that runs a training of TRAININGS without interruption, and returns the output folder."""
 
     @functools.cache
     def run_training_once(name):
@@ -101,7 +101,10 @@ def run_uninterrupted(training_arguments, tmp_path_factory):
 
 @pytest.fixture
 def resume_and_compare(training_arguments, run_uninterrupted):
-    """Return a function that resumes a run, and requires bit for bit the files of the uninterrupted run."""
+    """Return a function that resumes an interrupted training.
+
+    The function requires that the resumed training writes the same states as the uninterrupted training, bit for bit.
+    """
 
     def resume_and_require_equal_files(name, out, *flags):
         run_training(training_arguments(name, out, *AUTO, *flags))
@@ -127,7 +130,7 @@ def resume_and_compare(training_arguments, run_uninterrupted):
     [
         ("super-resolution", 0, partial(kill_during_save, 4)),
         ("super-resolution", 2, partial(send_signal_in_loop, "epoch", 4, signal.SIGKILL)),
-        ("frozen", 0, partial(kill_during_save, 5)),  # save number 5 writes best.pth.tar
+        ("frozen", 0, partial(kill_during_save, 5)),  # the fifth saved file is best.pth.tar
         ("frozen", 2, partial(send_signal_in_loop, "epoch", 3, signal.SIGKILL)),
         ("cached", 0, partial(send_signal_in_loop, "residuals", 22, signal.SIGKILL)),
         ("cached", 2, partial(send_signal_in_loop, "epoch", 6, signal.SIGKILL)),
@@ -138,7 +141,7 @@ def resume_and_compare(training_arguments, run_uninterrupted):
 def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_training(
     training_arguments, resume_and_compare, tmp_path, name, workers, accident
 ):
-    """The run is killed by SIGKILL in a training step, during a save, or while residuals are computed."""
+    """SIGKILL ends the training in a training step, while a checkpoint is written, or while residuals are computed."""
     program, _, last, _ = TRAININGS[name]
     out, log, flags = tmp_path / "out", tmp_path / "log", ["--workers", str(workers)]
     process = start_program(program, training_arguments(name, out, *flags, *SAVE_EVERY_STEP), log, accident)
@@ -161,7 +164,10 @@ def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_t
 def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
     training_arguments, resume_and_compare, tmp_path, name, workers, description, number
 ):
-    """The run is stopped twice. Worker processes also get the signal."""
+    """The training is stopped by a signal, resumed, stopped again, and resumed again.
+
+    The worker processes of the data loader also get the signal.
+    """
     program, _, last, _ = TRAININGS[name]
     out = tmp_path / "out"
     for at in (1, 2):
@@ -183,7 +189,10 @@ def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
 
 
 def test_a_training_with_resume_auto_and_init_starts_from_init_if_there_is_no_run_to_resume(training_files, tmp_path):
-    """The fine-tuning scripts pass --init and --resume auto. If there is a run to resume, --init has no effect."""
+    """If the output folder contains a run to resume, --resume auto has priority over --init.
+
+    The fine-tuning scripts use both flags.
+    """
     run_training(train_detector_arguments(training_files, tmp_path / "first", "--fixed-sr --epochs 1 --lr 0"))
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --resume auto --epochs"
     for epochs in (1, 2):
@@ -224,7 +233,7 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
 
 @pytest.mark.parametrize("flags", ["--resume auto", "--resume auto --overwrite"])
 def test_resuming_a_training_without_its_flag_fixed_sr_is_refused(training_files, run_uninterrupted, tmp_path, flags):
-    """The run was started with --fixed-sr and is resumed without --fixed-sr."""
+    """The training was started with --fixed-sr, and the command line to resume it lacks --fixed-sr."""
     out = tmp_path / "out"
     shutil.copytree(run_uninterrupted("cached"), out)
     before = (out / "last.pth.tar").read_bytes()
@@ -256,7 +265,7 @@ def test_the_error_for_a_truncated_last_state_names_the_newest_numbered_state(
 def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused(
     training_arguments, tmp_path, capfd, name
 ):
-    """While another run holds the lock file, nothing is written. The lock of a killed run does not block a new run."""
+    """The refused training writes no file. After the running training is killed, a new training can start."""
     folder = (tmp_path / TRAININGS[name][2]).parent
     folder.mkdir(exist_ok=True)
     with hold_lock_in_process(folder / ".lock") as kill:
@@ -272,7 +281,7 @@ def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused
 
 
 def changed_setting_lines(caplog):
-    """Return a dict from the name of each changed setting to the log line about it."""
+    """Return a dict from the name of each changed setting to the log line about this setting."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
     return {line.split()[1]: line for line in lines}
 
@@ -312,7 +321,7 @@ def test_a_resumed_training_reports_that_changed_images_are_read_in_another_orde
 
 
 def validation_folders(folder, files):
-    """Return two folders for --eval-file: "easy" with images of one colour, and "hard" with random images."""
+    """Return two folders for --eval-file: "easy" with plain grey images, and "hard" with fake images."""
     (folder / "easy").mkdir()
     for i in range(3):
         save_image(folder / f"easy/{i}.png", torch.full((64, 64, 3), 60 * i, dtype=torch.uint8).numpy())
@@ -320,7 +329,10 @@ def validation_folders(folder, files):
 
 
 def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_files, tmp_path, caplog):
-    """Without a reset, no epoch on hard images could exceed the score of the first epoch on easy images."""
+    """The first epoch is scored on easy images, and all later epochs are scored on hard images.
+
+    Without a reset of the best score, no later epoch could be the best epoch.
+    """
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
     run_training(train_sr_arguments(training_files, tmp_path / "out", f"{flags} {lists['easy']} --num-epochs 1"))
@@ -369,9 +381,9 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
-    """The error of the black image is 0 in every epoch, so an unlimited PSNR would be infinite.
+    """The error of a black image is 0 in every epoch, so its PSNR must be limited to a finite value.
 
-    With the learning rate of this test, a later epoch is the best.
+    With the learning rate of this test, the first epoch does not have the best PSNR.
     """
     images = Path(shutil.copytree(training_files / "real", tmp_path / "real"))
     save_image(images / "black.png", torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
@@ -390,18 +402,21 @@ def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(trainin
 def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_state(
     training_files, tmp_path, capfd, flags, workers
 ):
-    """The error names the image. After the image is repaired, the resumed run gives the state of an undisturbed run."""
+    """The error line names the damaged image.
+
+    After the image is repaired, the resumed training ends with the state of an undisturbed training.
+    """
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
     run_training(train_detector_arguments(images, tmp_path / "expected", flags))
-    last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # an image of the second step
+    last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # in the second step
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
     code, line = status_and_last_line(
         train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
-    if "--no-cache" in flags or "--mode-sr" in flags:  # with a cache, the damage is found before the first step
+    if "--no-cache" in flags or "--mode-sr" in flags:  # the cache would find the damage before the first step
         assert read_checkpoint(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -429,9 +444,10 @@ def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_ea
 
 @pytest.fixture
 def files_with_batch_of_one(tmp_path, write_real_and_fake_images, training_files):
-    """Return ten images of 32 x 32 pixels. In the last batch of two images, one image is damaged.
+    """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
 
-    Residuals of 32 x 32 pixels become one value per channel, so batch norm cannot be trained on one image.
+    The classifier reduces an image of 32 x 32 pixels to one value per channel. Batch norm cannot be trained on these
+    values of a single image.
     """
     root = tmp_path / "small"
     root.mkdir()
@@ -476,7 +492,9 @@ def test_a_training_on_a_full_disk_ends_with_one_line_and_can_be_resumed(
 
 
 def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(training_files, tmp_path):
-    """Filling the cache takes 12 s more than an epoch. The first estimate must not include these 12 s."""
+    """Filling the residual cache is made 12 s slower. The first estimate of the remaining time must not include
+    these 12 s.
+    """
     log, epochs = tmp_path / "log", 1_000_000
     flags = train_detector_arguments(
         training_files, tmp_path / "out", f"--fixed-sr --save-every-epoch 1000000 --epochs {epochs}"
@@ -489,7 +507,7 @@ def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(t
 
 
 def delay_cache_and_send_sigterm():
-    """Make filling the cache 12 s slower, and send SIGTERM in step 9."""
+    """Make filling the residual cache 12 s slower, and send SIGTERM in training step 9."""
     delay_loops("residuals", 12)
     send_signal_in_loop("epoch", 9, signal.SIGTERM)
 
@@ -533,15 +551,15 @@ def test_resuming_a_state_with_an_impossible_value_is_refused_in_one_line(
 
 
 def run_in_two_processes(program, flags, log, prepare=None):
-    """Run a program in two processes. Returns the two exit statuses."""
+    """Run a program in two processes as torchrun does. Return the exit statuses of the two processes."""
     processes = [start_program(program, flags, log, prepare, **rank) for rank in torchrun_environments()]
     return [wait_for_exit(process) for process in processes]
 
 
 def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(training_files, tmp_path):
-    """The two processes are killed and resumed.
+    """The two processes are killed in their third step, and are then resumed.
 
-    Five images form batches of four and one, so the second process gets no image of the last batch.
+    The last batch has only one of the five images, so the second process gets no image of this batch.
     """
     flags = "--num-epochs 2 --batch-size 4 --augment --eval-file FAKE"
     run_training(train_sr_arguments(training_files, tmp_path / "one", flags))
@@ -560,7 +578,7 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
 
 
 def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_detector(training_files, tmp_path):
-    """Batch-norm statistics differ between processes. The statistics of the main process are validated and saved."""
+    """Each process has its own batch-norm statistics. The main process validates and saves its own statistics."""
     flags = train_detector_arguments(
         training_files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE"
     )
@@ -575,7 +593,10 @@ def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_de
 
 @pytest.mark.parametrize("flags", ["--fixed-sr --no-cache", "--mode-sr none --lr 1e-6"])
 def test_a_process_without_a_usable_image_takes_part_in_the_training_step(training_files, tmp_path, flags):
-    """In batches of two, each process gets one image. One process gets only the damaged image in the second step."""
+    """Each process gets one image per batch of two images.
+
+    In the second step, the image of one process is damaged.
+    """
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     second = [key.index for key in [*EpochBatches(10, 2, seed=123)][1]]
     cut_file_in_half(images / ("real" if second[1] < 5 else "fake") / f"{second[1] % 5}.png")
@@ -590,7 +611,10 @@ def test_a_process_without_a_usable_image_takes_part_in_the_training_step(traini
 def test_a_process_with_one_usable_image_takes_part_in_the_training_step(
     tmp_path, write_real_and_fake_images, training_files
 ):
-    """In batches of four, each process gets two images. One process has one usable image in the first step."""
+    """Each process gets two images per batch of four images.
+
+    In the first step, one of the two images of one process is damaged.
+    """
     images = tmp_path / "images"
     images.mkdir()
     write_real_and_fake_images(images, 6, 32)

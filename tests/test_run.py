@@ -1,4 +1,4 @@
-"""Tests of utils: exit status, signals, complete files, terminal text, random streams, devices and number formats."""
+"""Tests of the package utils: exit status, signals, files, terminal text, random numbers and devices."""
 
 import itertools
 import logging
@@ -24,7 +24,7 @@ from utils.signals import Stopped, StopSignal
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (UserError("got\nthis\x1b"), "got this\\x1b"),
+        (UserError("bad\nvalue\x1b"), "bad value\\x1b"),
         (OSError(28, "No space left on device", "here"), "here"),
         (PermissionError(13, "Permission denied", "there"), "there"),
         (OSError(36, "File name too long", "xxx"), "File name too long"),
@@ -173,7 +173,7 @@ def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_
 
 @pytest.fixture
 def restore_pytorch_settings():
-    """Set the global settings of PyTorch back to the defaults after the test."""
+    """After the test, set the global settings of PyTorch to the defaults of the programs."""
     yield
     choose_compute("cpu", "auto", deterministic=False, seed=0)
 

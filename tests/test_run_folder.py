@@ -1,6 +1,7 @@
-"""Tests of the output folder of a training. A training replaces and deletes only files that its record names.
+"""Tests of the output folder of a training.
 
-The record is a JSON file in the output folder that names every file which a training has written there.
+The record is a JSON file in the output folder. It names every file that a training has written into the folder. A
+training replaces and deletes only files that the record names.
 """
 
 import errno
@@ -27,7 +28,7 @@ FLAGS = "--fixed-sr --epochs 1 --no-cache"
 
 @pytest.fixture(scope="module")
 def finished_run_folder(training_files, tmp_path_factory, shrink_resnet18):
-    """Return the output folder of a finished run of train_detector.py with one epoch."""
+    """Return the output folder of a finished training of one epoch with train_detector.py."""
     folder = tmp_path_factory.mktemp("trained")
     run_training(train_detector_arguments(training_files, folder, f"{FLAGS} VALIDATE"))
     assert {"best.pth.tar", "last.pth.tar", "0001.pth.tar", "0001_sr.pth.tar"} <= set(os.listdir(folder))
@@ -36,7 +37,7 @@ def finished_run_folder(training_files, tmp_path_factory, shrink_resnet18):
 
 @pytest.fixture
 def copied_run_folder(finished_run_folder, tmp_path):
-    """Return a copy of the output folder of a finished run."""
+    """Return a copy of the output folder of a finished training."""
     return Path(shutil.copytree(finished_run_folder, tmp_path / "out"))
 
 
@@ -44,7 +45,10 @@ def copied_run_folder(finished_run_folder, tmp_path):
 
 
 def write_user_files(folder):
-    """Write files of a user into a folder. No training writes files with these names, but some look temporary."""
+    """Write files with names that no training uses into a folder.
+
+    Some of the names look like names of temporary files.
+    """
     folder.mkdir(exist_ok=True)
     (folder / ".notes.tmp").write_text("mine")
     (folder / ".notes.12.tmp").write_text("mine, too")
@@ -69,7 +73,7 @@ FOREIGN = [
 def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_record(
     training_files, tmp_path, monkeypatch, name, flags
 ):
-    """The output folder is the current folder. The file is refused even with --overwrite."""
+    """The training refuses the output folder even with --overwrite."""
     if name == "last.pth.tar" and "auto" in flags:
         pytest.skip("this is the file to resume")
     write_user_files(tmp_path)
@@ -115,7 +119,7 @@ def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder
 
 
 def test_a_resumed_run_does_not_replace_a_file_of_the_user(training_files, copied_run_folder):
-    """The resumed run would write 0003.pth.tar after the third epoch."""
+    """The resumed training would write 0003.pth.tar after the third epoch, but a file with this name exists."""
     (copied_run_folder / "0003.pth.tar").write_text("mine")
     before = read_files_and_folders(copied_run_folder)
     with expect_user_error("0003.pth.tar", "not recorded"):
@@ -151,7 +155,7 @@ def test_the_record_names_every_file_that_a_training_has_written(training_files,
 
 
 def copy_files_with_damaged_images(files, tmp_path):
-    """Return a copy of the images in which no real image can be decoded."""
+    """Copy the training files, and damage all real images of the copy. Return the folder of the copy."""
     images = Path(shutil.copytree(files, tmp_path / "images"))
     for path in (images / "real").iterdir():
         cut_file_in_half(path)
@@ -163,7 +167,10 @@ def copy_files_with_damaged_images(files, tmp_path):
 def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_state(
     training_files, copied_run_folder, tmp_path, monkeypatch, accident, init
 ):
-    """The new run starts from a file of the earlier run with --init and --overwrite, and fails in its first step."""
+    """The new training has the flags --init and --overwrite. It fails before it has saved a state.
+
+    The flag --init names a checkpoint of the earlier training.
+    """
     before = {name: data for name, data in read_files_and_folders(copied_run_folder).items() if name != RECORD}
     arguments = train_detector_arguments(
         training_files,
@@ -201,12 +208,12 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
         )
     )
     assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 1
-    assert "val_auroc" not in read_stats(copied_run_folder)[0]  # only the earlier run has validation images
+    assert "val_auroc" not in read_stats(copied_run_folder)[0]  # the new training has no validation images
     assert not set(before) & {name for name in read_files_and_folders(copied_run_folder) if "tfevents" in name}
 
 
 def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_state(training_files, tmp_path):
-    """The new run starts from best.pth of the earlier run with --overwrite, and fails because no image can be read."""
+    """The new training starts from best.pth of the earlier training, and fails because no image can be decoded."""
     out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
     run_training(train_sr_arguments(training_files, out, f"{flags} 2"))
     before = {name: data for name, data in read_files_and_folders(out / "x2").items() if name.endswith(".pth")}
@@ -221,14 +228,17 @@ def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_st
 
 
 def raise_disk_full(content, file):
-    """Raise the error of a full disk."""
+    """Replace torch.save: raise the OSError of a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_state(
     training_files, copied_run_folder, tmp_path
 ):
-    """The new run is killed in its second save. Its first save has removed the files of the earlier run."""
+    """The new training is killed while it writes its second checkpoint.
+
+    After the first checkpoint, the new training has deleted the files of the earlier training.
+    """
     arguments = train_detector_arguments(
         training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0"
     )
@@ -244,7 +254,7 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
 
 
 def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
-    """The checkpoint is kept with and without --overwrite, and if the run starts from it."""
+    """The training refuses the folder with and without --overwrite, and also if it starts from the checkpoint."""
     released = {
         key: value
         for key, value in read_checkpoint(copied_run_folder / "0001.pth.tar").items()

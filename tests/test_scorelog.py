@@ -1,6 +1,6 @@
 """Tests of ScoreWriter, which appends rows to part files and joins the part files into a score table.
 
-A program that is started again keeps the rows of earlier starts.
+If a program is started again, it keeps the rows that earlier starts have written.
 """
 
 import shutil
@@ -21,24 +21,24 @@ JOB = {"seed": 1}
 
 @pytest.fixture
 def image_items(tmp_path):
-    """Write COUNT empty image files. Returns their items."""
+    """Write seven empty image files. Return the items of the files."""
     write_empty_files(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
     return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(COUNT)]
 
 
 def rows_by_index(items, indices, add=0.0):
-    """Return a dict from image index to a row whose logit_fake is the index plus `add`."""
+    """Return a dict from the index of an image to its row. The logit_fake of a row is the index plus `add`."""
     rows = make_rows([items[i] for i in indices], [[i + add, 0] for i in indices])
     return dict(zip(indices, rows, strict=True))
 
 
 def make_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
-    """Return a ScoreWriter for the table p.csv that is not opened yet."""
+    """Return a ScoreWriter for the score table p.csv. The writer is not opened yet."""
     return ScoreWriter(folder / "p.csv", items, file_stamps(items), job, world)
 
 
 def open_writer(folder, items, job=JOB) -> ScoreWriter:
-    """Return an opened ScoreWriter for the table p.csv."""
+    """Return an opened ScoreWriter for the score table p.csv."""
     writer = make_writer(folder, items, job)
     assert writer.open(overwrite=False)
     return writer
@@ -52,12 +52,12 @@ def finish_table(writer: ScoreWriter) -> None:
 
 
 def read_fake_logits(folder) -> list[float]:
-    """Return the column logit_fake of the table p.csv."""
+    """Return the column logit_fake of the score table p.csv."""
     return read_table(folder / "p.csv").logits[:, 0].tolist()
 
 
 def test_rows_written_in_three_starts_are_joined_into_one_table(tmp_path, image_items):
-    write_empty_files(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # part files of other tables
+    write_empty_files(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # part files of other score tables
     first = open_writer(tmp_path, image_items)
     assert first.missing(1).tolist() == list(range(COUNT))
     first.write(rows_by_index(image_items, [0, 3]))
@@ -69,7 +69,7 @@ def test_rows_written_in_three_starts_are_joined_into_one_table(tmp_path, image_
     third.write(rows_by_index(image_items, [5, 6]))
     third.close()
     assert read_fake_logits(tmp_path) == list(range(COUNT))
-    open_writer(tmp_path, image_items).close()  # the table is kept if a program is killed before it writes P.json
+    open_writer(tmp_path, image_items).close()  # a start without p.json, as after a kill, keeps the table
     finish_table(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]
@@ -98,7 +98,7 @@ def test_scored_images_without_a_required_picture_are_scored_again(tmp_path, ima
     lacks_picture = np.isin(np.arange(COUNT), [2, 5, COUNT - 1])
     again = make_writer(tmp_path, image_items)
     assert again.open(overwrite=False, required=lacks_picture)
-    assert again.missing(1).tolist() == [2, 5]  # the unreadable last image cannot get a picture
+    assert again.missing(1).tolist() == [2, 5]  # no picture can be drawn for the last image, because it is unreadable
     again.write(rows_by_index(image_items, [2, 5]))
     finish_table(again)
     assert not make_writer(tmp_path, image_items).open(overwrite=False)
@@ -112,8 +112,8 @@ def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, image_items
     part = tmp_path / "p.csv.0.part"
     content = part.read_bytes()
     if lost == 10_000:
-        lost = len(content) - content.index(b"\n") - 1  # remove everything after the first line
-    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure may leave zeros in a file
+        lost = len(content) - content.index(b"\n") - 1  # keep only the first line
+    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # after a power failure, the end of a file may be zero
     again = open_writer(tmp_path, image_items)
     missing = again.missing(1).tolist()
     assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))

@@ -1,4 +1,4 @@
-"""Tests of test.py: the released logits, the written files, stopped runs, several processes, and wrong arguments."""
+"""Tests of test.py: released logits, written files, stopped runs, several processes, and wrong arguments."""
 
 import json
 import os
@@ -36,13 +36,13 @@ from evaluation.score_table import COLUMNS, read_table
 
 @pytest.fixture(scope="module")
 def release_folder(tmp_path_factory):
-    """Return a folder with checkpoints in the released formats and the golden images."""
+    """Return a folder with checkpoints in the file formats of the released checkpoints, and with two images."""
     return write_released_files(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted_save_path(detector_file, image_folder, tmp_path_factory):
-    """Score the images in one process without interruption. Returns the value of --save_path."""
+    """Score nine images in one process without interruption. Return the value of --save_path."""
     path = tmp_path_factory.mktemp("whole") / "p"
     assert run_test_py(*scoring_arguments(detector_file, image_folder, path)) == 0
     return path
@@ -144,7 +144,7 @@ def test_a_new_run_of_test_py_replaces_the_results_of_an_earlier_run(detector_fi
     assert run_test_py(*start_of, *labelled) == 0
     assert sorted_names(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
     assert run_test_py(*start_of, "--input", image_folder) == 0
-    assert sorted_names(tmp_path / "out") == ["p.csv", "p.json", "p.npy"]  # unlabelled images have no figure
+    assert sorted_names(tmp_path / "out") == ["p.csv", "p.json", "p.npy"]  # no figure is drawn for unlabelled images
     assert run_test_py(*start_of, *labelled) == 0
     assert len(read_csv_rows(tmp_path / "out" / "p.csv")) == 2
 
@@ -182,7 +182,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
         write_noise_image(names[key], key, size)
-    status = 1 if count == 1 else 0  # a single crop does not fit into 12 x 60 pixels
+    status = 1 if count == 1 else 0  # a crop of 16 x 16 pixels does not fit into 12 x 60 pixels
     assert run_test_py(*scoring_arguments(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")
     x = torch.from_numpy(np.array(Image.open(names[1]))).permute(2, 0, 1)[None]  # (1, 3, 40, 48)
@@ -216,7 +216,7 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
     for detector, images, *expected in (
         (trained, tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
         (all_jpeg, image_folder, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
-        (detector_file, image_folder),  # this checkpoint stores no information about training images
+        (detector_file, image_folder),  # this checkpoint does not describe its training images
     ):
         capfd.readouterr()
         assert run_test_py("--gpu", "cpu", "-j", 0, "--resume", detector, "--input", images) == 0
@@ -239,7 +239,7 @@ def test_scored_images_that_are_training_images_are_counted(image_folder, tmp_pa
 
 
 def has_equal_results(path, uninterrupted_results) -> bool:
-    """Return whether the CSV and NPY files at two save paths are equal."""
+    """Return whether the CSV files and the NPY files at two save paths are equal byte by byte."""
     return all(
         Path(f"{path}{end}").read_bytes() == Path(f"{uninterrupted_results}{end}").read_bytes()
         for end in (".csv", ".npy")
@@ -293,7 +293,7 @@ def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder,
     assert np.allclose(read_table(tmp_path / "p.csv").logits, expected, atol=1e-6)
 
 
-# A program for torchrun that runs test.py. In the first start, the second process is killed in its second batch.
+# A program that runs test.py. When torchrun starts it for the first time, process 1 kills itself in its second batch.
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}
@@ -441,7 +441,7 @@ def test_wrong_checkpoint_arguments_are_refused_in_one_line(
         ([flipped], "flipped", "damaged"),
         ([pixel, "--idx-stages", 0], "--sr-weights-file"),
         ([pixel, *rdn, "--idx-stages", 5], "--idx-stages"),
-        (stage5, "--idx-stages"),  # the weights fit both stage 4 and stage 5
+        (stage5, "--idx-stages"),  # the weights fit stage 4 and stage 5, so the flag is needed
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "random"], "VGG-19"),
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "absent.pth"], "absent.pth"),
     ):

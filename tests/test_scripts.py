@@ -1,4 +1,4 @@
-"""Tests of the scripts in script/: chosen inputs, flags of the release, installation of packages, and real runs."""
+"""Tests of the shell scripts in the folder script/: input files, released flags, and installation of packages."""
 
 import os
 import shutil
@@ -30,8 +30,8 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# A program that replaces Python in the tests. Every import succeeds, example images are empty files, and each other
-# command line is written to the file `recorded`.
+# A shell script that replaces Python. It does nothing for `-c`, and makes empty example images for tools/example.py. It
+# writes every other command line to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -56,7 +56,10 @@ def write_executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def project_copy(tmp_path):
-    """Return a copy of the project without images, tests and results. The file `python` in it is STUB."""
+    """Return a copy of the project folder without images, tests and results.
+
+    The folder contains the script STUB as an executable file with the name python.
+    """
     folder = tmp_path / "checkout"
     folder.mkdir()
     for file in ROOT.glob("*.py"):
@@ -86,12 +89,12 @@ def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment)
 
 
 def recorded_command(checkout: Path) -> list[str]:
-    """Return the command line that STUB has recorded."""
+    """Return the words of the command line that the script STUB has recorded."""
     return (checkout / "recorded").read_text().splitlines()
 
 
 def recorded_options(checkout: Path) -> dict:
-    """Return the options that the script passed to the program, parsed by the parser of the program."""
+    """Return the options that a shell script has passed to a Python program."""
     words = recorded_command(checkout)
     position = 0
     while Path(words[position]).name not in PARSERS:
@@ -189,7 +192,7 @@ INPUTS = ("real_roots", "fake_roots", "resume", "init", "resynthesizer_file", "t
 
 
 def write_empty_released_files(checkout: Path) -> None:
-    """Make empty files at all input paths of the released scripts, and at the output paths of the training scripts."""
+    """Write empty files at the default input paths of the scripts, and at two output paths of the training scripts."""
     write_empty_files(
         checkout,
         "data/CelebA/a.png",
@@ -253,7 +256,7 @@ def test_a_script_without_images_makes_example_images_once(project_copy):
 
 
 CHAIN = [
-    # script, input file that an earlier script writes, name of the earlier script, expected options
+    # script, input file that another script has written, name of this other script, expected options
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",
@@ -381,8 +384,8 @@ def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy)
     assert not (project_copy / ".venv").exists()
 
 
-# A program that replaces python3 of a machine without packages. `-m venv` copies the program. `-m pip` replaces the
-# copy by STUB.
+# A shell script that replaces python3 on a machine without packages. `-m venv` copies the script. `-m pip` replaces the
+# copy by the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
@@ -394,7 +397,7 @@ esac
 
 
 def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
-    """Run test_pixel_celeba.sh with BARE_PYTHON as python3."""
+    """Run test_pixel_celeba.sh with the script BARE_PYTHON in place of python3."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
     write_executable(tmp_path / "bin" / "python3", text)
@@ -430,7 +433,7 @@ def test_a_script_reports_a_failed_installation_in_its_last_line(project_copy, t
 
 
 def write_block_images(folder: Path, count: int, cell: int) -> None:
-    """Write random images of 64 x 64 pixels that consist of squares of cell x cell pixels."""
+    """Write images of 64 x 64 pixels. Each square of `cell` x `cell` pixels has one random colour."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(cell)
     for i in range(count):

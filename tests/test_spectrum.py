@@ -1,4 +1,4 @@
-"""Tests of the classifiers in models.spectrum, and of signed residuals."""
+"""Tests of the classifiers in models.spectrum, and of detectors that use signed residuals."""
 
 import math
 

@@ -17,7 +17,7 @@ LISTS = ("train.csv", "held_out.csv", "train_real.txt", "held_out_real.txt")
 
 @pytest.fixture
 def image_root(tmp_path):
-    """Return a folder with 30 real images and 20 images of each of two generators."""
+    """Return a folder with 30 real images, and with 20 fake images of each of two generators."""
     for folder, count in (("real", 30), ("gan", 20), ("diffusion", 20)):
         (tmp_path / folder).mkdir()
         for index in range(count):
@@ -26,13 +26,13 @@ def image_root(tmp_path):
 
 
 def split_arguments(images, out, *more):
-    """Return arguments for tools.split with all images and an output folder."""
+    """Return a command line for tools.split that names all image folders and an output folder."""
     roots = ["--data-root-pos", images / "real", "--data-root-neg", images / "gan", images / "diffusion"]
     return [str(a) for a in (*roots, "--out", out, *more)]
 
 
 def read_all_files(folder):
-    """Return a dict from file name to content for the files in a folder."""
+    """Return a dict from the name of each file in a folder to the bytes of the file."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
@@ -41,7 +41,7 @@ def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(imag
     sets = [csv_items(str(image_root / "lists" / name)) for name in ("train.csv", "held_out.csv")]
     expected = folder_items([str(image_root / "real")], [str(image_root / "gan"), str(image_root / "diffusion")])
     assert sorted(sets[0] + sets[1]) == sorted(expected)
-    assert 5 < len(sets[1]) < 25  # 20 % of 70 images are 14
+    assert 5 < len(sets[1]) < 25  # by default, 20 % of the 70 images (about 14) are held out
     lines = []
     for items, name in zip(sets, ("train_real.txt", "held_out_real.txt"), strict=True):
         reals = [item.path for item in items if item.label == REAL]

@@ -1,4 +1,4 @@
-"""Networks computed in tiles, in strips and with Winograd's convolution give the outputs of the plain networks."""
+"""Tests that networks computed in tiles or with Winograd convolutions give the outputs of ordinary computation."""
 
 from fractions import Fraction
 
@@ -29,13 +29,13 @@ def random_vgg():
 
 @pytest.fixture
 def tiny_rdn(request):
-    """Return a tiny RDN. The parameter of the fixture is the scale (default: 4)."""
+    """Return a tiny RDN. The fixture parameter sets the scale of the RDN (default: 4)."""
     torch.manual_seed(0)
     return RDN(scale=getattr(request, "param", 4), **TINY)
 
 
 def toy_detector(rdn, stage, vgg):
-    """Return a detector with random weights and batch-norm statistics, in evaluation mode."""
+    """Return a detector in evaluation mode. The weights and the batch-norm statistics are random."""
     torch.manual_seed(1)
     features = Pixels()
     if stage:
@@ -67,12 +67,12 @@ def test_tiles_with_a_too_small_halo_give_errors_at_their_borders(tiny_rdn):
         assert_close(in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=2), expected)
         error = (in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
     assert error.max() > 1e-3 * expected.abs().max()
-    assert error[:15, :15].max() <= 2e-5  # there is no error inside a tile
+    assert error[:15, :15].max() <= 2e-5  # the interior of the first tile has no error
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 130), (70, 31)])
 def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(size, monkeypatch):
-    monkeypatch.setattr("models.winograd.TILES", 40)  # the maps are computed in several strips
+    monkeypatch.setattr("models.winograd.TILES", 40)  # forces several strips per feature map
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     used = []
 
@@ -90,7 +90,7 @@ def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
     assert used == [True, False]
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN casts its last layer with .float()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN calls .float(), which must keep float64 here
     expected = rdn.double()(x_lr.double()).detach()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -109,7 +109,7 @@ def test_rdn_with_gradient_checkpointing_has_the_gradients_of_rdn_without_checkp
     tiny_rdn.checkpoint_blocks = True
     for got, wanted in zip(rdn_gradients(), expected, strict=True):
         assert_close(got, wanted)
-    assert len(calls) == 3  # with checkpointing, the forward and the backward pass both compute the block
+    assert len(calls) == 3  # checkpointing adds two calls: one in the forward and one in the backward pass
 
 
 @pytest.mark.parametrize("size", [(144, 80), (150, 91)])
@@ -134,7 +134,7 @@ def test_the_receptive_field_of_vgg_rounded_up_to_its_stride_of_16_is_80_pixels(
 def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(tiny_rdn, random_vgg, stage):
     detector = toy_detector(tiny_rdn, stage, random_vgg)
     x = torch.rand(1, 3, 148, 132)
-    expected = detector(x).detach()  # with gradients enabled, the networks do not use tiles
+    expected = detector(x).detach()  # networks use tiles only if gradients are disabled
     detector.set_tile(79)
     assert (detector.classifier.tile, detector.resynthesizer.tile) == (64, 16)
     with torch.inference_mode():

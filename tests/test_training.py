@@ -1,4 +1,4 @@
-"""Tests of the trainers: parameter update, schedules, losses of a step, trained weights, and written files."""
+"""Tests of train_detector.py and train_sr.py: weight updates, schedules, losses, and written files."""
 
 import functools
 
@@ -47,7 +47,7 @@ def random_vgg():
 
 
 class TwoParts(torch.nn.Module):
-    """A toy detector that consists of a linear re-synthesizer and a linear classifier in float64."""
+    """A float64 detector that consists of a linear re-synthesizer and a linear classifier."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(sc
     sgd = torch.optim.SGD(train_detector.parameter_groups(model, lr, decay, scale), lr=lr, momentum=momentum)
     for _ in range(6):
         gradients = model.loss_gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
-        # Update of the released code in plain tensors: scale the gradients of the classifier, then apply SGD
+        # Compute the update of the released code by hand: scale the gradients of the classifier, then apply SGD
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]
@@ -137,7 +137,7 @@ def toy_batch(labels=LABELS, seed=1, side=SIDE):
 
 
 def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
-    """Take one training step on a batch. Returns the recorded losses by name."""
+    """Take one training step on a batch. Return a dict from the name of each recorded loss to its value."""
     compute = Compute(CPU, "fp32")
     groups = train_detector.parameter_groups(detector, 0.1, 1e-4, 0.02)
     stepper = Stepper(torch.optim.SGD(groups, momentum=0.9), compute, World())
@@ -150,7 +150,11 @@ def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.
 
 @functools.cache
 def find_step(degraded):
-    """Return the number of a step in which the auxiliary task degrades the batch, or does not."""
+    """Return the number of a training step.
+
+    Args:
+        degraded: whether the auxiliary task must degrade the batch in this step.
+    """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
     clean = take_one_step(toy_detector(), batch, vgg, "none")["auxiliary"]
@@ -229,7 +233,7 @@ def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, 
 def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_whole_batch(
     monkeypatch, stage, degraded, micro_batch
 ):
-    """The test uses float64, because batch norm over maps of one value amplifies rounding errors of float32."""
+    """Batch norm over feature maps of one value amplifies rounding errors, so the test computes in float64."""
     step = find_step(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.input
@@ -251,7 +255,7 @@ def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_who
 
 
 def test_the_classifier_computes_in_float32_even_if_the_precision_is_bf16():
-    """In bfloat16 on a CPU, strided convolutions to maps of one value have infinite gradients."""
+    """In bfloat16 on a CPU, a strided convolution whose output has one value per channel has infinite gradients."""
     residual = 10 * torch.rand(4, 512, 16, 16, generator=torch.Generator().manual_seed(0))
     gradients = []
     for precision in ("fp32", "bf16"):
@@ -348,7 +352,10 @@ def test_a_tiny_evaluation_image_has_a_psnr_and_a_network_worse_than_bicubic_giv
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
-    """The error of a black image is 0. If its PSNR were infinite, no later epoch could be better."""
+    """The error of a black image is 0, so its PSNR must be limited to a finite value.
+
+    With an infinite mean PSNR in the first epoch, no later epoch could be the best epoch.
+    """
     images = tmp_path / "images"
     images.mkdir()
     save_image(images / "black.png", random_rgb_pixels(32, 32) * 0)

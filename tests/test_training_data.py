@@ -1,4 +1,4 @@
-"""Tests of the images that train_detector.py and train_sr.py train on, and of image sets that they refuse."""
+"""Tests of the image sets that train_detector.py and train_sr.py use, and of image sets that they refuse."""
 
 import os
 import shutil
@@ -15,12 +15,12 @@ FLAGS = "--fixed-sr --epochs 1 --no-cache"
 
 @pytest.fixture(autouse=True)
 def record_info_messages(caplog):
-    """Let caplog record messages from level INFO."""
+    """Let the fixture caplog record log messages of level INFO and above."""
     caplog.set_level("INFO")
 
 
 def arguments_without_roots(files, out, flags):
-    """Return arguments for train_detector.py without --data-root-pos and --data-root-neg."""
+    """Return a command line for train_detector.py that lacks the flags --data-root-pos and --data-root-neg."""
     arguments = train_detector_arguments(files, out, f"{FLAGS} {flags}")
     for flag in ("--data-root-pos", "--data-root-neg"):
         position = arguments.index(flag)
@@ -29,7 +29,7 @@ def arguments_without_roots(files, out, flags):
 
 
 def write_csv_table(path, files, labels):
-    """Write a CSV table with one image per label. Returns the path of the table."""
+    """Write a CSV table with one row per entry of `labels`, for different images. Return the path of the table."""
     counts = {"real": 0, "fake": 0}
     lines = ["path,label"]
     for label in labels:
