@@ -130,7 +130,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # without the refusal, loading the file would run its code
+    assert folder.exists()  # weights_only=False runs the code in the file
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -29,7 +29,7 @@ def read_document(document: str) -> str:
     return (ROOT / document).read_text(encoding="utf-8")
 
 
-def commands_in(document: str) -> list[list[str]]:
+def commands_of_document(document: str) -> list[list[str]]:
     """Return one list of words per command in the bash code blocks of a document."""
     commands = []
     for block in re.findall(r"```bash\n(.*?)```", read_document(document), re.DOTALL):
@@ -59,7 +59,7 @@ def test_every_file_that_a_document_links_to_exists(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_program_and_script_in_the_commands_of_a_document_exists(document):
-    for words in commands_in(document):
+    for words in commands_of_document(document):
         for word in words:
             if (
                 re.fullmatch(r"(script|results)/[\w/]+\.sh|\w+\.py", word)
@@ -76,7 +76,7 @@ def test_every_program_and_script_in_the_commands_of_a_document_exists(document)
 @pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
 def test_the_programs_accept_the_commands_of_a_document(document):
     checked = 0
-    for words in commands_in(document):
+    for words in commands_of_document(document):
         if words[0] == "python" and words[1] in PROGRAMS:
             PROGRAMS[words[1]]().parse_args(words[2:])
             checked += 1

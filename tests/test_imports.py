@@ -1,6 +1,7 @@
-"""Tests that a package imports only packages below it. From top to bottom: programs and tools, evaluation, data, utils.
+"""Tests that a package imports only packages of lower levels.
 
-The package models is on the same level as data. The tests read the import statements in the source files.
+The levels from top to bottom are: programs and tools; evaluation; data and models; utils. The tests read the import
+statements in the source files.
 """
 
 import ast

@@ -28,7 +28,7 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
 
 
 def write_and_read_table(tmp_path, rows):
-    """Write rows to a score table, read the table from the file, and return it."""
+    """Write rows to the file of a score table, and return the table read from this file."""
     write_table(tmp_path / "t.csv", rows)
     return read_table(tmp_path / "t.csv")
 

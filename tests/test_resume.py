@@ -381,7 +381,7 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
-    """The error of a black image is 0 in every epoch, so its PSNR must be limited to a finite value.
+    """The error of a black image is 0 in every epoch, so the PSNR must be limited to a finite value.
 
     With the learning rate of this test, the first epoch does not have the best PSNR.
     """

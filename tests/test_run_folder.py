@@ -167,7 +167,7 @@ def copy_files_with_damaged_images(files, tmp_path):
 def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_state(
     training_files, copied_run_folder, tmp_path, monkeypatch, accident, init
 ):
-    """The new training has the flags --init and --overwrite. It fails before it has saved a state.
+    """The new training has the flags --init and --overwrite. The training fails before it has saved a state.
 
     The flag --init names a checkpoint of the earlier training.
     """

@@ -293,7 +293,7 @@ def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder,
     assert np.allclose(read_table(tmp_path / "p.csv").logits, expected, atol=1e-6)
 
 
-# A program that runs test.py. When torchrun starts it for the first time, process 1 kills itself in its second batch.
+# A program that runs test.py. When torchrun first starts the program, process 1 kills itself in the second batch.
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}

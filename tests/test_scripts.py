@@ -30,8 +30,8 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# A shell script that replaces Python. It does nothing for `-c`, and makes empty example images for tools/example.py. It
-# writes every other command line to the file `recorded`.
+# A shell script that replaces Python. For `-c`, the script does nothing. For tools/example.py, the script makes
+# empty folders and lists. Every other command line is written to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in

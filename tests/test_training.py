@@ -149,7 +149,7 @@ def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.
 
 
 @functools.cache
-def find_step(degraded):
+def find_step_by_degradation(degraded):
     """Return the number of a training step.
 
     Args:
@@ -215,7 +215,7 @@ def test_a_batch_with_one_real_image_has_an_auxiliary_loss_of_0(random_vgg):
 @pytest.mark.parametrize("degraded", [False, True])
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, degraded, micro_batch):
-    step = find_step(degraded)
+    step = find_step_by_degradation(degraded)
     losses = {}
     for changed in ("nothing", "a fake", "a real"):
         batch = toy_batch()
@@ -234,7 +234,7 @@ def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_who
     monkeypatch, stage, degraded, micro_batch
 ):
     """Batch norm over feature maps of one value amplifies rounding errors, so the test computes in float64."""
-    step = find_step(degraded)
+    step = find_step_by_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.input
     monkeypatch.setattr(Compute, "input", lambda self, images: original(self, images).double())
@@ -352,7 +352,7 @@ def test_a_tiny_evaluation_image_has_a_psnr_and_a_network_worse_than_bicubic_giv
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
-    """The error of a black image is 0, so its PSNR must be limited to a finite value.
+    """The error of a black image is 0, so the PSNR must be limited to a finite value.
 
     With an infinite mean PSNR in the first epoch, no later epoch could be the best epoch.
     """
