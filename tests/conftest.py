@@ -1,4 +1,4 @@
-"""Fixtures for all tests."""
+"""Fixtures that several test files use."""
 
 import os
 
@@ -9,7 +9,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from processes import SMALL  # noqa: E402
-from scorings import write_detector, write_images  # noqa: E402
+from scorings import write_detector, write_noise_images  # noqa: E402
 from trainings import SIDE, TINY  # noqa: E402
 
 from models.rdn import RDN  # noqa: E402
@@ -19,21 +19,24 @@ torch.set_num_threads(1)  # OMP_NUM_THREADS has no effect if PyTorch was importe
 
 
 @pytest.fixture(scope="module")
-def small_classifier():
-    """Halve the depth of `--arch resnet18` in this process. `processes.start` does so in started processes."""
+def shrink_resnet18():
+    """Build `--arch resnet18` with half of its blocks in this process.
+
+    `processes.start_program` does the same in the processes that it starts.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])
         yield
 
 
 @pytest.fixture(scope="session")
-def write_real_and_fake():
+def write_real_and_fake_images():
     """Return a function that writes `count` square images of `side` pixels into each of ROOT/real and ROOT/fake.
 
-    Each pixel of a real image is random. The fake images have random squares of 4 x 4 pixels.
+    Each pixel of a real image is random. A fake image consists of squares of 4 x 4 pixels with random colours.
     """
 
-    def write(root, count, side):
+    def write_both_folders(root, count, side):
         rng = np.random.default_rng(0)
         for kind, cell in (("real", 1), ("fake", 4)):
             (root / kind).mkdir()
@@ -42,25 +45,25 @@ def write_real_and_fake():
                 Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(root / kind / f"{i}.png")
         return root
 
-    return write
+    return write_both_folders
 
 
 @pytest.fixture(scope="session")
-def files(tmp_path_factory, write_real_and_fake):
+def training_files(tmp_path_factory, write_real_and_fake_images):
     """Return a folder with five images in real/, five images in fake/, and the weights of a tiny RDN in rdn.pth."""
-    root = write_real_and_fake(tmp_path_factory.mktemp("files"), 5, SIDE)
+    root = write_real_and_fake_images(tmp_path_factory.mktemp("files"), 5, SIDE)
     torch.manual_seed(0)
     torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
     return root
 
 
 @pytest.fixture(scope="module")
-def detector_file(tmp_path_factory, small_classifier):
-    """Return the path of a small detector on pixel residuals."""
+def detector_file(tmp_path_factory, shrink_resnet18):
+    """Return the path of a checkpoint with a small detector that classifies residuals of pixels."""
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
-    """Return a folder with `scorings.IMAGES` images of two sizes."""
-    return write_images(tmp_path_factory.mktemp("some"))
+    """Return a folder with nine images of two sizes."""
+    return write_noise_images(tmp_path_factory.mktemp("some"))

@@ -1,4 +1,4 @@
-"""Helpers that write image files, damage files, read folders, and check the error of a bad file."""
+"""Helpers that write image files, damage image files, read folders, and check error messages."""
 
 from contextlib import contextmanager
 
@@ -9,27 +9,27 @@ from PIL import Image
 from utils.errors import UserError
 
 
-def random_rgb(height=16, width=16, seed=0):
+def random_rgb_pixels(height=16, width=16, seed=0):
     """Return random pixels: uint8 (height, width, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def save(path, pixels=None, **options):
+def save_image(path, pixels=None, **options):
     """Write an image file, and return the path of the file as text.
 
     Args:
-        path: where to write.
-        pixels: an array or a Pillow image; None for random pixels.
+        path: path of the image file.
+        pixels: an array, a Pillow image, or None for random pixels.
         options: further arguments of Pillow's `save`.
     """
     if pixels is None:
-        pixels = random_rgb()
+        pixels = random_rgb_pixels()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
     image.save(path, **options)
     return str(path)
 
 
-def touch(root, *names):
+def write_empty_files(root, *names):
     """Make empty files with the given names in a folder, and return the path of the folder as text."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -37,15 +37,19 @@ def touch(root, *names):
     return str(root)
 
 
-def damage(path):
-    """Cut off the second half of an image file, and return the original content. The header stays valid."""
+def cut_file_in_half(path):
+    """Remove the second half of an image file, and keep its header.
+
+    Returns:
+        the bytes of the file before the cut.
+    """
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     return content
 
 
-def contents(folder):
-    """Return a dict from the relative path of each file below a folder to its bytes. Subfolders map to None."""
+def read_files_and_folders(folder):
+    """Return a dict from each relative path below a folder to the bytes of the file, or to None for a subfolder."""
     found = {}
     for path in folder.rglob("*"):
         found[path.relative_to(folder).as_posix()] = path.read_bytes() if path.is_file() else None
@@ -53,7 +57,7 @@ def contents(folder):
 
 
 @contextmanager
-def user_error(*words):
+def expect_user_error(*words):
     """Expect the `with` block to raise a UserError whose message is one line and contains all the given words."""
     with pytest.raises(UserError) as caught:
         yield

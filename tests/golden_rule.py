@@ -7,9 +7,12 @@ import numpy as np
 import torch
 
 
-@functools.cache  # the cache grows to about half a gigabyte, and saves drawing the weights again in each test file
+@functools.cache  # drawing the weights is slow; the cache needs about 0.5 GB of memory
 def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the weight tensor for a parameter or buffer, which depends on its name and shape only."""
+    """Return the weight tensor of a parameter or buffer.
+
+    The tensor depends only on the name and the shape of the parameter or buffer.
+    """
     if name.endswith("num_batches_tracked"):
         return torch.tensor(0)
     legacy = np.random.RandomState  # noqa: NPY002 - the published rule names this generator
@@ -25,8 +28,8 @@ def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(n.astype(np.float32))
 
 
-def fill(module: torch.nn.Module) -> torch.nn.Module:
-    """Fill a module with `golden_tensor` weights, and set it to evaluation mode. Return the module."""
+def fill_with_golden_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """Load weights from `golden_tensor` into a module, and set the module to evaluation mode. Return the module."""
     state = {k: golden_tensor(k, tuple(v.shape)) for k, v in module.state_dict().items()}
     module.load_state_dict(state)
     return module.eval()

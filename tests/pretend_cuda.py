@@ -1,7 +1,8 @@
-"""Check device placement without a GPU: tensors moved to "cuda" are marked, but stay in CPU memory.
+"""Check on a CPU whether a program keeps its tensors on one device.
 
-An operation that combines a marked and an unmarked tensor raises the error that CUDA would raise. Calling `.numpy()` on
-a marked tensor also raises the error of CUDA. Operations inside the backward pass are not checked.
+Tensors that the program moves to "cuda" get a mark, but stay in CPU memory. An operation that combines a marked
+and an unmarked tensor raises an error, as on a GPU. Calling `.numpy()` on a marked tensor also raises an error.
+Operations inside the backward pass are not checked.
 """
 
 import contextlib
@@ -17,103 +18,109 @@ CUDA = torch.device("cuda", 0)
 ACROSS_DEVICES = {"copy_", "__set__", "__repr__", "__format__", "__deepcopy__", "_has_compatible_shallow_copy_type"}
 
 
-def is_marked(value) -> bool:
-    """Return whether a value is a tensor that is marked as on CUDA."""
+def is_marked_as_cuda(value) -> bool:
+    """Return whether a value is a tensor with the mark "on CUDA"."""
     return isinstance(value, Tensor) and getattr(value, "_on_cuda", False)
 
 
-def mark(value, on_cuda: bool = True):
-    """Mark every tensor in `value` (a tensor, list, tuple or dict) as on CUDA or on the CPU. Return `value`."""
+def mark_tensors(value, on_cuda: bool = True):
+    """Mark every tensor in `value` as a CUDA tensor or as a CPU tensor. Return `value`.
+
+    `value` is a tensor, or a list, tuple or dict of tensors.
+    """
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             leaf._on_cuda = on_cuda
     return value
 
 
-def names_cuda(device) -> bool:
-    """Return whether a device argument names CUDA."""
+def is_cuda_device(device) -> bool:
+    """Return whether a device argument, such as "cuda:0", is a CUDA device."""
     return device is not None and torch.device(device).type == "cuda"
 
 
 class PretendCuda(TorchFunctionMode):
-    """A torch function mode in which "cuda" is accepted as a device, and tensors on it are marked."""
+    """A torch function mode that accepts "cuda" as a device, and marks the tensors on this device."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if func == Tensor.device.__get__:
-            return CUDA if is_marked(args[0]) else func(*args)
+            return CUDA if is_marked_as_cuda(args[0]) else func(*args)
         if func == Tensor.is_cuda.__get__:
-            return is_marked(args[0])
+            return is_marked_as_cuda(args[0])
         if func == Tensor.data.__set__:
             func(*args)
-            mark(args[0], is_marked(args[1]))
+            mark_tensors(args[0], is_marked_as_cuda(args[1]))
             return None
         if func in (Tensor.grad.__get__, Tensor.data.__get__):
             value = func(*args)
-            return value if value is None else mark(value, is_marked(args[0]))
-        if name in ("numpy", "__array__") and is_marked(args[0]):
+            return value if value is None else mark_tensors(value, is_marked_as_cuda(args[0]))
+        if name in ("numpy", "__array__") and is_marked_as_cuda(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if func is Tensor.cpu:
-            return mark(args[0].clone(), False) if is_marked(args[0]) else args[0]
+            return mark_tensors(args[0].clone(), False) if is_marked_as_cuda(args[0]) else args[0]
         if func is Tensor.to:
-            return self.move(*args, **kwargs)
-        self.check_devices(name, args, kwargs)
-        created_on_cuda = names_cuda(kwargs.get("device"))
+            return self.move_or_cast(*args, **kwargs)
+        self.raise_if_devices_differ(name, args, kwargs)
+        created_on_cuda = is_cuda_device(kwargs.get("device"))
         if created_on_cuda:
             kwargs["device"] = CPU
         result = func(*args, **kwargs)
         sources = args[:1] if name == "__getitem__" else tree_leaves((args, kwargs))
-        if created_on_cuda or any(is_marked(source) for source in sources):
-            mark(result)
+        if created_on_cuda or any(is_marked_as_cuda(source) for source in sources):
+            mark_tensors(result)
         return result
 
     @staticmethod
-    def check_devices(name, args, kwargs):
-        """Raise the error of CUDA if an operation combines CPU and CUDA tensors.
+    def raise_if_devices_differ(name, args, kwargs):
+        """Raise an error if an operation combines CPU tensors with CUDA tensors.
 
-        As in PyTorch, a CPU tensor without dimensions may be combined with CUDA tensors.
+        As on a GPU, an operation may combine a zero-dimensional CPU tensor with CUDA tensors.
         """
         if name in ACROSS_DEVICES:
             return
         if name in ("__getitem__", "__setitem__"):
-            if not is_marked(args[0]) and any(is_marked(index) for index in tree_leaves(args[1])):
+            if not is_marked_as_cuda(args[0]) and any(is_marked_as_cuda(index) for index in tree_leaves(args[1])):
                 raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
             return
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        on_cuda = [tensor for tensor in tensors if is_marked(tensor)]
-        on_cpu = [tensor for tensor in tensors if not is_marked(tensor) and tensor.dim() > 0]
+        on_cuda = [tensor for tensor in tensors if is_marked_as_cuda(tensor)]
+        on_cpu = [tensor for tensor in tensors if not is_marked_as_cuda(tensor) and tensor.dim() > 0]
         if on_cuda and on_cpu:
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got cuda:0 and cpu")
 
     @staticmethod
-    def move(tensor, *args, **kwargs):
-        """Do what Tensor.to does. A device, a dtype or another tensor may be any of the positional arguments."""
-        on_cuda = is_marked(tensor)
+    def move_or_cast(tensor, *args, **kwargs):
+        """Replace `Tensor.to`: move a tensor to a device, or convert its dtype.
+
+        Each positional argument is a device, a dtype, or a tensor whose device and dtype are used.
+        """
+        on_cuda = is_marked_as_cuda(tensor)
         kwargs.pop("non_blocking", None)
         remaining = []
         for value in (*args, kwargs.pop("device", None)):
             if isinstance(value, Tensor):
-                on_cuda = is_marked(value)
+                on_cuda = is_marked_as_cuda(value)
                 remaining.append(value.dtype)
             elif isinstance(value, str | torch.device):
-                on_cuda = names_cuda(value)
+                on_cuda = is_cuda_device(value)
             elif isinstance(value, torch.dtype):
                 remaining.append(value)
         moved = tensor.to(*remaining, **kwargs) if remaining or kwargs else tensor
-        if moved is tensor and on_cuda != is_marked(tensor):
+        if moved is tensor and on_cuda != is_marked_as_cuda(tensor):
             moved = tensor.detach().clone() if isinstance(tensor, torch.nn.Parameter) else tensor.clone()
-        return mark(moved, on_cuda)
+        return mark_tensors(moved, on_cuda)
 
 
 @contextlib.contextmanager
 def pretend_cuda():
-    """Make PyTorch report one GPU, and check that no operation combines CPU and CUDA tensors."""
+    """Make PyTorch report one GPU, and raise an error if an operation combines CPU and CUDA tensors."""
     with pytest.MonkeyPatch.context() as patch, PretendCuda():
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.accelerator, "is_available", lambda: False)  # optimizers would call the CUDA driver
+        patch.setattr(torch.accelerator, "is_available", lambda: False)  # prevents calls of the CUDA driver
         patch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
         yield

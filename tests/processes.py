@@ -1,4 +1,4 @@
-"""Start the programs in separate processes, and interrupt, slow down or kill them at chosen moments.
+"""Start train_sr.py, train_detector.py or test.py in new processes, and interrupt or kill them at chosen moments.
 
 The processes are forked from a server process that has already imported PyTorch.
 """
@@ -24,15 +24,15 @@ from utils.distributed import World
 from utils.files import exclusive_writer
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"resnet18": (1, 1, 1, 1)}  # half the depth, because writing weights takes most of the time of a tiny training
-SERVER = multiprocessing.get_context("forkserver")  # processes of a fork server inherit no threads
+SMALL = {"resnet18": (1, 1, 1, 1)}  # blocks per stage: 1, not 2; a tiny training mostly writes weights
+SERVER = multiprocessing.get_context("forkserver")  # forking the test process would be unsafe, because it has threads
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
 
-def start(
+def start_program(
     program: str, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, **environment: str
 ) -> multiprocessing.Process:
-    """Start `python PROGRAM ARGUMENTS >> LOG 2>&1` with one thread.
+    """Start a program in a new process, with one thread. The process appends its output to a log file.
 
     Args:
         program: file name of the program, such as "train_sr.py".
@@ -41,13 +41,13 @@ def start(
         prepare: picklable function that the new process calls before the program starts.
         environment: additional environment variables of the new process.
     """
-    process = SERVER.Process(target=_run, args=(program, arguments, log, prepare, environment))
+    process = SERVER.Process(target=_run_program, args=(program, arguments, log, prepare, environment))
     process.start()
     return process
 
 
-def _run(program, arguments, log, prepare, environment):
-    """Run a program in the new process. `start` describes the arguments."""
+def _run_program(program, arguments, log, prepare, environment):
+    """Run a program in this new process. The arguments are those of `start_program`."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -60,8 +60,11 @@ def _run(program, arguments, log, prepare, environment):
     runpy.run_path(str(ROOT / program), run_name="__main__")
 
 
-def finish(process: multiprocessing.Process, seconds: float = 120) -> int:
-    """Wait for a process. Returns its exit status, which is -N if signal N killed it."""
+def wait_for_exit(process: multiprocessing.Process, seconds: float = 120) -> int:
+    """Wait until a process ends, and return its exit status.
+
+    The exit status is -N if signal N killed the process.
+    """
     process.join(seconds)
     if process.is_alive():
         process.kill()
@@ -69,8 +72,8 @@ def finish(process: multiprocessing.Process, seconds: float = 120) -> int:
     return process.exitcode
 
 
-def two_ranks() -> list[dict[str, str]]:
-    """Return two dicts: the environment variables that torchrun sets in each of two processes."""
+def torchrun_environments() -> list[dict[str, str]]:
+    """Return two dicts with the environment variables that torchrun sets in two processes, one dict per process."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
@@ -78,29 +81,32 @@ def two_ranks() -> list[dict[str, str]]:
 
 
 @contextlib.contextmanager
-def killed_exclusive_writer(lock: Path) -> Iterator[Callable[[], None]]:
-    """Run a process that holds a lock file and has a worker process.
+def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
+    """Start a process that holds a lock file. The process starts a worker process.
 
-    Yields a function that kills the process, but not the worker.
+    Yields a function that kills the process that holds the lock, but not its worker process.
     """
     ours, theirs = SERVER.Pipe()
-    process = SERVER.Process(target=_hold_lock, args=(lock, theirs))
+    process = SERVER.Process(target=_hold_lock_with_worker, args=(lock, theirs))
     process.start()
     worker = ours.recv()
 
-    def kill():
+    def kill_lock_holder():
         process.kill()
         process.join()
 
     try:
-        yield kill
+        yield kill_lock_holder
     finally:
-        kill()
+        kill_lock_holder()
         os.kill(worker, signal.SIGKILL)
 
 
-def _hold_lock(lock, connection):
-    """Hold a lock file for 60 s in this process and a worker process. Send the worker's process id."""
+def _hold_lock_with_worker(lock, connection):
+    """Hold a lock file for 60 s, in this process and in a worker process.
+
+    The process id of the worker is sent through `connection`.
+    """
     with exclusive_writer(lock, World()):
         worker = os.fork()
         if worker:
@@ -108,22 +114,22 @@ def _hold_lock(lock, connection):
         time.sleep(60)
 
 
-# --- functions for the `prepare` argument of `start` ---------------------------------------------------------
+# --- functions for the `prepare` argument of `start_program` ------------------------------------------------------
 
 
-def signal_in(description: str, at: int, number: int, all_processes: bool = False) -> None:
-    """Send a signal to the program while a loop with a progress bar processes item `at`.
+def send_signal_in_loop(description: str, at: int, number: int, all_processes: bool = False) -> None:
+    """Let the program send itself a signal when a loop with a progress bar reaches item number `at`.
 
     Args:
-        description: first word of the text of the loop's progress bar, such as "epoch".
-        at: number of the item, from 1, counted over all loops with this description.
+        description: first word of the text beside the progress bar, such as "epoch".
+        at: number of the item. The first item is 1. The items of all loops with this description are counted together.
         number: number of the signal.
-        all_processes: also send the signal to the worker processes, and give them time to end.
+        all_processes: whether the worker processes also get the signal. The program then waits 0.3 s.
     """
     original, count = console.progress, itertools.count(1)
     os.setpgid(0, 0)
 
-    def progress(items, text, *more):
+    def progress_with_signal(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -133,44 +139,53 @@ def signal_in(description: str, at: int, number: int, all_processes: bool = Fals
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress = progress
+    console.progress = progress_with_signal
 
 
-def slow_down(description: str, seconds: float) -> None:
-    """Make each loop whose progress bar text begins with `description` wait before the first item."""
+def delay_loops(description: str, seconds: float) -> None:
+    """Make each loop wait before its first item, if the text beside its progress bar begins with `description`."""
     original = console.progress
 
-    def progress(items, text, *more):
+    def progress_with_delay(items, text, *more):
         if text.startswith(description):
             time.sleep(seconds)
         return original(items, text, *more)
 
-    console.progress = progress
+    console.progress = progress_with_delay
 
 
-def kill_in_save(save: int) -> None:
-    """Kill the program when half of checkpoint number `save` (from 1) is written."""
+def kill_during_save(save: int) -> None:
+    """Let the program kill itself when half of a checkpoint file is written.
+
+    Args:
+        save: number of the checkpoint. The first checkpoint is 1.
+    """
     original, count = torch.save, itertools.count(1)
 
-    def kill(file):
+    def truncate_and_kill(file):
         os.ftruncate(file, os.fstat(file).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_and_kill(content, file):
+    def save_and_prepare_kill(content, file):
         original(content, file)
         if next(count) == save:
-            os.fsync = kill
+            os.fsync = truncate_and_kill
 
-    torch.save = save_and_kill
+    torch.save = save_and_prepare_kill
 
 
-def signal_in_batch(batch: int, number: int) -> None:
-    """Send signal `number` to test.py when batch `batch` (from 1) is computed, before its rows are written."""
+def send_signal_in_batch(batch: int, number: int) -> None:
+    """Let test.py send itself a signal before it computes the logits of a batch.
+
+    Args:
+        batch: number of the batch. The first batch is 1.
+        number: number of the signal.
+    """
     original, count = scoring.Detector.logits, itertools.count(1)
 
-    def logits(self, *arguments):
+    def send_signal_and_compute_logits(self, *arguments):
         if next(count) == batch:
             os.kill(os.getpid(), number)
         return original(self, *arguments)
 
-    scoring.Detector.logits = logits
+    scoring.Detector.logits = send_signal_and_compute_logits

@@ -1,4 +1,4 @@
-"""Helpers that run test.py, write tiny detectors and images for it, and read the files that it writes."""
+"""Helpers that run test.py, write tiny detectors and images for test.py, and read the files that test.py writes."""
 
 import csv
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_rule import fill
+from golden_rule import fill_with_golden_weights
 from PIL import Image
 
 import test as program
@@ -23,24 +23,24 @@ CONFIG = {
     "features": {"name": "pixels", "args": {}},
     "classifier": {"name": "resnet18", "args": {}},
 }
-IMAGES = 9  # number of images that `write_images` writes into a folder
+IMAGES = 9  # number of images that `write_noise_images` writes into a folder
 
 
-def score(*argv) -> int:
-    """Do what `python test.py ARGV` does, in this process. Returns the exit status."""
+def run_test_py(*argv) -> int:
+    """Run test.py with the given command line in this process, and return the exit status."""
     try:
         return run_program(lambda: program.main(parser_of_test().parse_args([str(a) for a in argv])))
-    except SystemExit as stopped:  # argparse exits at a command line that it cannot parse
-        return stopped.code
+    except SystemExit as exit_request:  # argparse exits if it cannot parse the command line
+        return exit_request.code
 
 
-def error_line(capfd, *argv) -> str:
-    """Run test.py with a user's mistake, and return the error line.
+def error_line_of_test_py(capfd, *argv) -> str:
+    """Run test.py with a command line that test.py must refuse, and return the error line.
 
-    The exit status must be 2, stdout must be empty, and stderr must contain exactly one error line.
+    The exit status must be 2, stdout must be empty, and stderr must end with its only error line.
     """
     capfd.readouterr()
-    assert score(*argv) == 2
+    assert run_test_py(*argv) == 2
     out, err = capfd.readouterr()
     *before, line = err.splitlines()
     assert line.startswith("error: ") and out == "", err
@@ -48,15 +48,18 @@ def error_line(capfd, *argv) -> str:
     return line
 
 
-def arguments(detector, images, path, *more) -> list:
-    """Return arguments for test.py that score unlabelled images. Without labels, test.py draws no figure."""
+def scoring_arguments(detector, images, path, *more) -> list:
+    """Return a command line for test.py that scores images without labels.
+
+    Without labels, test.py draws no figure.
+    """
     return ["--gpu", "cpu", "-j", 0, "-b", 2, "--resume", detector, "--input", images, "--save_path", path, *more]
 
 
-def write_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
-    """Write a noise image of the given (height, width). Return its path.
+def write_noise_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
+    """Write a noise image of the given size (height, width) in pixels. Return the path of the image.
 
-    The noise has a coarse component (4 x 4 cells) and a fine component (single pixels).
+    The image is the sum of a smooth random pattern, enlarged from 4 x 4 pixels, and of noise in single pixels.
     """
     rng = np.random.default_rng(key)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size[::-1])
@@ -67,38 +70,39 @@ def write_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
     return path
 
 
-def write_images(folder: Path) -> Path:
-    """Write IMAGES images of two sizes into a folder. Return the folder."""
+def write_noise_images(folder: Path) -> Path:
+    """Write nine noise images of two sizes into a folder. Return the folder."""
     for key in range(IMAGES):
-        write_image(folder / f"{key}.png", key, (32, 32) if key % 4 else (36, 40))
+        write_noise_image(folder / f"{key}.png", key, (32, 32) if key % 4 else (36, 40))
     return folder
 
 
 def write_detector(path: Path, **content) -> Path:
-    """Write a small detector on pixel residuals whose verdicts differ from image to image. Return its path.
+    """Write a checkpoint with a small detector that classifies residuals of pixels. Return the path.
 
     Args:
-        path: file to write.
-        content: additional entries of the checkpoint.
+        path: path of the checkpoint.
+        content: entries of the checkpoint dict that replace or extend the default entries.
     """
-    state = {"state_dict": fill(DeepStemResNet(3, "resnet18")).state_dict()}
-    state["sr_state_dict"] = fill(RDN(**TINY)).state_dict()
+    state = {"state_dict": fill_with_golden_weights(DeepStemResNet(3, "resnet18")).state_dict()}
+    state["sr_state_dict"] = fill_with_golden_weights(RDN(**TINY)).state_dict()
     torch.save({**state, "config": CONFIG, **content}, path)
     return path
 
 
-def write_release(folder: Path) -> Path:
-    """Write checkpoints in the released formats, with `golden_rule` weights, and the two golden images.
+def write_released_files(folder: Path) -> Path:
+    """Write a real image, a fake image, and checkpoints in the file formats of the released checkpoints into a folder.
 
+    The weights come from `fill_with_golden_weights`. The images come from tests/golden/reference_outputs.npz.
     Returns the folder.
     """
-    rdn = fill(RDN()).state_dict()
+    rdn = fill_with_golden_weights(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")
-    torch.save(fill(VGG19()).state_dict(), folder / "vgg19.pth")
+    torch.save(fill_with_golden_weights(VGG19()).state_dict(), folder / "vgg19.pth")
     for name, channels in (("pixel", 3), ("stage5", 512)):
         content = {"epoch": 100, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}}
-        content["state_dict"] = fill(DeepStemResNet(channels)).state_dict()
+        content["state_dict"] = fill_with_golden_weights(DeepStemResNet(channels)).state_dict()
         torch.save(content, folder / f"{name}.pth.tar")
     for name, pixels in zip(("real", "fake"), np.load(GOLDEN)["image"], strict=True):
         (folder / name).mkdir()
@@ -106,17 +110,17 @@ def write_release(folder: Path) -> Path:
     return folder
 
 
-def rows_of(path) -> list[dict]:
+def read_csv_rows(path) -> list[dict]:
     """Return the rows of a CSV file as dicts."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
-def files_in(folder: Path) -> list[str]:
-    """Return the sorted names in a folder."""
+def sorted_names(folder: Path) -> list[str]:
+    """Return the sorted names of the files and subfolders in a folder."""
     return sorted(os.listdir(folder))
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return a dict from the relative path of each file below a folder to its bytes."""
+def read_all_files(folder: Path) -> dict[str, bytes]:
+    """Return a dict from the relative path of each file below a folder to the bytes of the file."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,4 +1,4 @@
-"""Tests of the benchmark: all forms of the networks give the same logits, and each row is printed once measured."""
+"""Tests of the benchmark, which compares three implementations ("forms") of the networks."""
 
 import pytest
 import torch
@@ -10,16 +10,19 @@ from benchmarks.cases import Case
 from utils.errors import UserError
 
 TOY = Case("scoring", "here", "fp32", 0, 64, 2, "cpu", True)
-TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # maximum of `relative_error`
+TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value of `relative_error`
 
 
-def score(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Return the logits of two images, (2, 2), computed with the networks in one form."""
+def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
+    """Return the logits (2, 2) of two images, computed with one implementation (form) of the networks."""
     return cases.scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error, divided by the largest difference between the expected logits of the two images."""
+    """Return the largest absolute error of the logits of two images, relative to the difference between the images.
+
+    The difference is the largest absolute difference between the expected logits of the two images.
+    """
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 
@@ -27,14 +30,14 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("form", ["channels-last", "here"])
 def test_each_form_of_the_networks_gives_the_logits_of_the_plain_form(form, precision):
-    assert relative_error(score(form, precision), score("plain")) < TOLERANCES[precision]
+    assert relative_error(compute_logits(form, precision), compute_logits("plain")) < TOLERANCES[precision]
 
 
 def test_the_comparison_of_forms_fails_if_one_form_resynthesizes_brighter_images(monkeypatch):
-    expected = score("plain")
+    expected = compute_logits("plain")
     forward = cases.PlainRDN.forward
     monkeypatch.setattr(cases.PlainRDN, "forward", lambda model, x_lr: 1.01 * forward(model, x_lr) + 0.01)
-    assert relative_error(score("channels-last"), expected) > max(TOLERANCES.values())
+    assert relative_error(compute_logits("channels-last"), expected) > max(TOLERANCES.values())
 
 
 @pytest.mark.parametrize("kind", ["step, RDN frozen", "step, fine-tuning", "step, train_sr.py", "RDN alone"])
@@ -48,11 +51,11 @@ def test_the_fine_tuning_step_changes_the_resynthesizer_and_the_frozen_step_does
     built = []
     build = cases.build
 
-    def build_and_remember(case):
+    def build_and_append(case):
         built.append(build(case))
         return built[-1]
 
-    monkeypatch.setattr(cases, "build", build_and_remember)
+    monkeypatch.setattr(cases, "build", build_and_append)
     for kind, moves in (("step, RDN frozen", False), ("step, fine-tuning", True)):
         run = cases.KINDS[kind](TOY._replace(kind=kind, images=4))
         weight = built[-1][0].resynthesizer.output.weight
@@ -72,11 +75,11 @@ def test_the_flag_quick_makes_the_benchmark_print_one_complete_row(capsys):
 def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys):
     printed = []
 
-    def measure_row(case, rounds):
+    def count_printed_lines(case, rounds):
         printed.append(len(capsys.readouterr().out.splitlines()))
         return ("1",) * len(program.HEADER)
 
-    monkeypatch.setattr(program, "measure_row", measure_row)
+    monkeypatch.setattr(program, "measure_row", count_printed_lines)
     monkeypatch.setattr(program, "print_start", lambda folder: None)
     program.main([])
     assert printed == [3] + [1] * (len(printed) - 1)  # 3 lines before the first row, then 1 line per row

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from files import user_error
+from files import expect_user_error
 from processes import ROOT
 
 from evaluation.calibration import check_calibration, probabilities_and_verdicts
@@ -19,11 +19,11 @@ from utils import checkpoints
 from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
-JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py for a detector trained on crops of 128
+JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py after training on crops of 128 pixels
 
 
-def write_scores(path, reals, fakes):
-    """Write a score table whose logits are (margin, 0). Return its path."""
+def write_score_table(path, reals, fakes):
+    """Write a score table with the logits (margin, 0) for each image. Return the path of the table."""
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
     write_table(path, make_rows(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
@@ -31,44 +31,47 @@ def write_scores(path, reals, fakes):
 
 
 def overconfident_margins(n_real=300, n_fake=250):
-    """Return margins of real and of fake images for a detector whose margins are four times too large.
+    """Return margins of real images and margins of fake images, for an overconfident detector.
 
-    x is normally distributed with variance 1, and its mean is -1 for real and +1 for fake images. The true log odds of
-    x are then 2 x. The returned margins are 8 x.
+    A margin is logit_fake - logit_real. Let x be a random number from N(-1, 1) for a real image and from N(1, 1) for a
+    fake image. The log odds that an image with the number x is fake are 2 x. The detector returns the margin 8 x. This
+    margin is four times too large.
     """
     rng = np.random.default_rng(0)
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
 
 
-def weights(value):
-    """Return weights of a classifier's last layer that all have one value."""
+def last_layer_weights(value):
+    """Return the weights of the last layer of a classifier. All weights have the given value, and all biases are 0."""
     return {"fc.weight": torch.full((2, 3), value), "fc.bias": torch.zeros(2)}
 
 
 @pytest.fixture
-def detector(tmp_path):
-    """Write a checkpoint with the entries that tools.calibrate reads. Returns the path."""
+def checkpoint_path(tmp_path):
+    """Write a checkpoint with the entries that tools.calibrate reads. Return the path of the checkpoint."""
     config = {
         "classifier": {"name": "resnet18", "args": {}},
         "resynthesizer_fingerprint": "aaaa",
         "vgg": {"fingerprint": "bbbb"},
         "images": IMAGES,
     }
-    checkpoints.save({"epoch": 3, "state_dict": weights(0.5), "config": config}, tmp_path / "detector.pth.tar")
+    checkpoints.save(
+        {"epoch": 3, "state_dict": last_layer_weights(0.5), "config": config}, tmp_path / "detector.pth.tar"
+    )
     return tmp_path / "detector.pth.tar"
 
 
 @pytest.fixture
-def scores(tmp_path):
-    """Write a score table of a detector whose margins are too large. Returns the path."""
-    return write_scores(tmp_path / "val.csv", *overconfident_margins())
+def score_table_path(tmp_path):
+    """Write a score table of an overconfident detector. Return the path of the table."""
+    return write_score_table(tmp_path / "val.csv", *overconfident_margins())
 
 
 # --- fitted numbers
 
 
-def test_the_fitted_temperature_has_the_smallest_nll_of_2001_candidates(scores):
-    table = read_table(scores)
+def test_the_fitted_temperature_has_the_smallest_nll_of_2001_candidates(score_table_path):
+    table = read_table(score_table_path)
     temperature, warnings = calibrate.fit_temperature(table.margins, table.is_fake)
     candidates = np.exp(np.linspace(np.log(0.05), np.log(20), 2001))
     losses = []
@@ -76,7 +79,7 @@ def test_the_fitted_temperature_has_the_smallest_nll_of_2001_candidates(scores):
         prob_fake, _ = probabilities_and_verdicts(table.logits, {"temperature": candidate})
         losses.append(negative_log_likelihood(prob_fake, table.is_fake))
     assert temperature == pytest.approx(candidates[int(np.argmin(losses))], rel=4e-3)
-    assert 3 < temperature < 5.5  # the margins are four times too large
+    assert 3 < temperature < 5.5  # the correct temperature is 4, because the margins are four times too large
     assert warnings == []
 
 
@@ -102,7 +105,7 @@ def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_
     assert t_real <= t_fake
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
-    if t_real < t_fake:  # moving a threshold by one score would exceed an error rate
+    if t_real < t_fake:  # a narrower range of unsure images would exceed one of the allowed error rates
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 
@@ -123,11 +126,13 @@ def test_fitted_thresholds_of_small_examples_equal_the_values_computed_by_hand()
 # --- the stored calibration
 
 
-def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_entries(scores, detector, capsys):
-    (scores.parent / "val.json").write_text(json.dumps({"job": JOB}))
-    arguments = [str(scores), "--into", str(detector), "--fpr", "0.05", "--fnr", "0.1"]
+def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_entries(
+    score_table_path, checkpoint_path, capsys
+):
+    (score_table_path.parent / "val.json").write_text(json.dumps({"job": JOB}))
+    arguments = [str(score_table_path), "--into", str(checkpoint_path), "--fpr", "0.05", "--fnr", "0.1"]
     assert calibrate.main(arguments) == 0
-    content = checkpoints.load(detector)
+    content = checkpoints.load(checkpoint_path)
     calibration = content.pop("calibration")
     assert set(content) == {"epoch", "config", "state_dict"}
     assert torch.equal(content["state_dict"]["fc.weight"], torch.full((2, 3), 0.5))
@@ -137,33 +142,33 @@ def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_en
 
     printed = re.findall(r"(ECE|NLL).* ([\d.]+) before, ([\d.]+) after", capsys.readouterr().out)
     assert [name for name, old, new in printed if float(new) < float(old) / 2] == ["ECE", "NLL"]
-    table = read_table(scores)
+    table = read_table(score_table_path)
     verdicts = np.array(probabilities_and_verdicts(table.logits, calibration)[1])
     assert np.sum(verdicts[table.is_real] == "fake") <= 15  # 5 % of the 300 real images
     assert np.sum(verdicts[table.is_fake] == "real") <= 25  # 10 % of the 250 fake images
     assert np.sum(verdicts == "unsure") > 0
 
-    before = detector.read_bytes()
+    before = checkpoint_path.read_bytes()
     assert calibrate.main(arguments) == 0
-    assert detector.read_bytes() == before
+    assert checkpoint_path.read_bytes() == before
 
 
-def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(scores, detector):
-    link = detector.parent / "link.pth.tar"
-    link.symlink_to(detector.name)
-    assert calibrate.main([str(scores), "--into", str(link)]) == 0
+def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(score_table_path, checkpoint_path):
+    link = checkpoint_path.parent / "link.pth.tar"
+    link.symlink_to(checkpoint_path.name)
+    assert calibrate.main([str(score_table_path), "--into", str(link)]) == 0
     assert link.is_symlink()
-    assert "calibration" in checkpoints.load(detector)
+    assert "calibration" in checkpoints.load(checkpoint_path)
 
 
 # --- refused score tables and detectors
 
 OWN = {
-    "classifier_fingerprint": checkpoints.fingerprint(weights(0.5)),
+    "classifier_fingerprint": checkpoints.fingerprint(last_layer_weights(0.5)),
     "resynthesizer_fingerprint": "aaaa",
     "vgg": {"fingerprint": "bbbb"},
 }
-OTHER_WEIGHTS = checkpoints.fingerprint(weights(0.25))
+OTHER_WEIGHTS = checkpoints.fingerprint(last_layer_weights(0.25))
 CASES = {
     "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "job": JOB}, None),
     "a released detector": ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),
@@ -179,34 +184,36 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_calibrate_accepts_only_scores_of_the_given_detector_with_its_image_settings(scores, detector, name):
+def test_calibrate_accepts_only_scores_of_the_given_detector_with_its_image_settings(
+    score_table_path, checkpoint_path, name
+):
     record, refused = CASES[name]
-    (scores.parent / "val.json").write_text(json.dumps(record))
-    before = detector.read_bytes()
+    (score_table_path.parent / "val.json").write_text(json.dumps(record))
+    before = checkpoint_path.read_bytes()
     if refused:
-        with user_error(refused):
-            calibrate.main([str(scores), "--into", str(detector)])
-        assert detector.read_bytes() == before
+        with expect_user_error(refused):
+            calibrate.main([str(score_table_path), "--into", str(checkpoint_path)])
+        assert checkpoint_path.read_bytes() == before
     else:
-        assert calibrate.main([str(scores), "--into", str(detector)]) == 0
-        assert detector.read_bytes() != before
+        assert calibrate.main([str(score_table_path), "--into", str(checkpoint_path)]) == 0
+        assert checkpoint_path.read_bytes() != before
 
 
 @pytest.mark.parametrize(
     "content", [{"sfe1.weight": torch.zeros(1)}, {"state_dict": {"sfe1.weight": torch.zeros(1)}}, {"epoch": 3}]
 )
-def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scores, tmp_path, content):
+def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(score_table_path, tmp_path, content):
     path = tmp_path / "other.pth"
     checkpoints.save(content, path)
     before = path.read_bytes()
-    with user_error("other.pth"):
-        calibrate.main([str(scores), "--into", str(path)])
+    with expect_user_error("other.pth"):
+        calibrate.main([str(score_table_path), "--into", str(path)])
     assert path.read_bytes() == before
 
 
-def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, detector, caplog, capsys):
-    scores = write_scores(tmp_path / "val.csv", *overconfident_margins(n_real=99, n_fake=100))
-    assert calibrate.main([str(scores), "--into", str(detector), "--fpr", "0.01"]) == 0
+def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, checkpoint_path, caplog, capsys):
+    scores = write_score_table(tmp_path / "val.csv", *overconfident_margins(n_real=99, n_fake=100))
+    assert calibrate.main([str(scores), "--into", str(checkpoint_path), "--fpr", "0.01"]) == 0
     assert "no SCORES.json" in caplog.text
     (tmp_path / "val.json").write_text(json.dumps({"trained_on": 7}))
     assert calibrate.main([str(scores)]) == 0
@@ -215,9 +222,9 @@ def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, d
     assert "99 real images" in warnings[0] and "99 real images" in warnings[1] and "trained on 7" in warnings[2]
 
 
-def test_calibrate_reports_a_wrong_argument_in_one_line_with_exit_status_2(tmp_path, detector):
-    one_class = str(write_scores(tmp_path / "s.csv", np.array([-1.0, 1]), np.array([])))
-    before = detector.read_bytes()
+def test_calibrate_reports_a_wrong_argument_in_one_line_with_exit_status_2(tmp_path, checkpoint_path):
+    one_class = str(write_score_table(tmp_path / "s.csv", np.array([-1.0, 1]), np.array([])))
+    before = checkpoint_path.read_bytes()
     for arguments, text in (
         ([one_class], "got 2 real and 0 fake images"),
         (["none.csv"], "none.csv"),
@@ -225,8 +232,8 @@ def test_calibrate_reports_a_wrong_argument_in_one_line_with_exit_status_2(tmp_p
         ([one_class, "--fpr=-0.1"], "--fpr must be"),
         ([one_class, "--fnr=nan"], "--fnr must be"),
     ):
-        command = [sys.executable, "-m", "tools.calibrate", *arguments, "--into", str(detector)]
+        command = [sys.executable, "-m", "tools.calibrate", *arguments, "--into", str(checkpoint_path)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2
         assert text in done.stderr.splitlines()[-1]
-    assert detector.read_bytes() == before
+    assert checkpoint_path.read_bytes() == before

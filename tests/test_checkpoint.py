@@ -1,5 +1,4 @@
-"""Checkpoint files are written completely or not at all, are read without running code, and are refused if they do not
-match each other or the flags."""
+"""Tests of checkpoint files: complete writing, safe reading, and errors if files and flags do not match."""
 
 import copy
 import os
@@ -8,8 +7,8 @@ import resource
 
 import pytest
 import torch
-from files import random_rgb, save, user_error
-from trainings import TINY, detector_arguments, read, train
+from files import expect_user_error, random_rgb_pixels, save_image
+from trainings import TINY, read_checkpoint, run_training, train_detector_arguments
 
 import test as tester
 import train_detector
@@ -22,26 +21,26 @@ from utils import checkpoints, options
 from utils.checkpoints import Fields, fingerprint, load_weights
 from utils.errors import run_program
 
-pytestmark = pytest.mark.usefixtures("small_classifier")
+pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
-PROGRAMS = {  # main function, parser, flag of the output
+PROGRAMS = {  # name of the program -> (main function, function that returns the parser, flag for the output path)
     "train_sr": (train_sr.main, options.train_sr_parser, "--outputs-dir"),
     "train_detector": (train_detector.main, options.train_detector_parser, "--output-path"),
     "test": (tester.main, options.test_parser, "--save_path"),
 }
 
 
-def run(program, flags, capfd):
-    """Run a program. Returns its exit status and the last line that it prints."""
+def status_and_last_line(program, flags, capfd):
+    """Run a program in this process. Return the exit status and the last line on stderr."""
     main, parser, _ = PROGRAMS[program]
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
     return code, (capfd.readouterr().err.splitlines() or [""])[-1]
 
 
-def refusal(program, flags, capfd):
-    """Run a program that must end with exit status 2 and one error line. Returns the error line."""
-    code, line = run(program, flags, capfd)
+def error_line_of_program(program, flags, capfd):
+    """Run a program with flags that the program must refuse with exit status 2. Return the error line."""
+    code, line = status_and_last_line(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
 
@@ -49,7 +48,7 @@ def refusal(program, flags, capfd):
 # --- writing and reading ------------------------------------------------------------------------------------
 
 
-def test_a_loaded_checkpoint_equals_the_saved_one(tmp_path):
+def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
     state = {"state_dict": {"a": torch.arange(3.0)}, "progress": {"epoch": 3, "best": None, "sums": {"loss": 0.5}}}
     checkpoints.save(state, tmp_path / "last.pth")
     loaded = checkpoints.load(tmp_path / "last.pth")
@@ -65,13 +64,13 @@ def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path
 
 
 def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path):
-    with user_error("cannot write", "last.pth"):
+    with expect_user_error("cannot write", "last.pth"):
         checkpoints.save({}, tmp_path / "nowhere" / "last.pth")
 
 
 @pytest.fixture
 def limit_file_size():
-    """Make every write beyond 10 kB of a file fail, as on a full disk."""
+    """Make writing fail for every file that grows beyond 10 kB, to imitate a full disk."""
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     yield
@@ -82,7 +81,7 @@ def test_a_failed_save_on_a_full_disk_keeps_the_previous_checkpoint(tmp_path, li
     path = tmp_path / "last.pth"
     checkpoints.save({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
-    with user_error("last.pth"):
+    with expect_user_error("last.pth"):
         checkpoints.save({"a": torch.ones(10_000)}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
 
@@ -92,17 +91,17 @@ def test_an_interrupted_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch
     checkpoints.save({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
 
-    def interrupt(_):
+    def raise_interrupt(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "fsync", interrupt)
+    monkeypatch.setattr(os, "fsync", raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save({"a": torch.ones(10_000)}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
 
 
 class Malicious:
-    """An object that makes a folder when it is unpickled."""
+    """An object whose unpickling creates a folder."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -114,13 +113,13 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`checkpoints.load` and the three programs refuse the file."""
+    """`checkpoints.load`, test.py, train_sr.py and train_detector.py all refuse the file."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
-    with user_error("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
+    with expect_user_error("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
         checkpoints.load(path)
-    image, other = (save(tmp_path / f"{seed}.png", random_rgb(64, 64, seed)) for seed in (0, 1))
+    image, other = (save_image(tmp_path / f"{seed}.png", random_rgb_pixels(64, 64, seed)) for seed in (0, 1))
     (tmp_path / "list.txt").write_text(image)
     (tmp_path / "list.csv").write_text(f"path,label\n{image},real\n{other},fake\n")
     for program, flags in (
@@ -128,10 +127,10 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         ("train_sr", f"--train-file {tmp_path}/list.txt --weights-file"),
         ("train_detector", f"--csv {tmp_path}/list.csv --sr-weights-file"),
     ):
-        assert "evil.pth.tar" in refusal(program, f"{flags} {path}", capfd)
+        assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # without weights_only=True, loading the file does run its code
+    assert folder.exists()  # weights_only=False runs the code in the file
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -140,14 +139,14 @@ def test_the_error_for_a_truncated_checkpoint_says_that_it_is_truncated(tmp_path
     path = tmp_path / "last.pth"
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
-    with user_error("truncated", f"{path.stat().st_size} bytes"):
+    with expect_user_error("truncated", f"{path.stat().st_size} bytes"):
         checkpoints.load(path)
 
 
 @pytest.mark.parametrize(("name", "word"), [(".", "folder"), ("absent.pth", "absent.pth"), ("list.pth", "list")])
 def test_a_folder_a_missing_path_and_a_saved_list_are_refused_as_checkpoints(tmp_path, name, word):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
-    with user_error(word):
+    with expect_user_error(word):
         checkpoints.load(tmp_path / name)
 
 
@@ -178,7 +177,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
     for key in ("nothing", "absent"):
         assert fields.integer(key, default=7) == 7 and fields.number(key, default=None) is None
         assert fields.fields(key).values == {} and fields.arguments(key) == {}
-        with user_error("some.pth", f"config.{key}", "missing"):
+        with expect_user_error("some.pth", f"config.{key}", "missing"):
             fields.integer(key)
     assert Fields(None, "some.pth").text("name", default="rdn") == "rdn"
 
@@ -195,12 +194,12 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
 )  # fmt: skip
 def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):
     fields = Fields({"key": value}, "some.pth", "config")
-    with user_error("some.pth", "config.key", "must"):
+    with expect_user_error("some.pth", "config.key", "must"):
         getattr(fields, method)("key", *limits)
 
 
 def test_fields_refuses_a_config_that_is_not_a_dictionary_in_one_line():
-    with user_error("some.pth", "config", "dictionary", "list"):
+    with expect_user_error("some.pth", "config", "dictionary", "list"):
         Fields([1], "some.pth", "config")
 
 
@@ -219,7 +218,7 @@ def test_weights_are_loaded_from_a_bare_state_dict_and_from_a_checkpoint(prefix,
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, {"state_dict": [1]}, {"state_dict": 3}, {"a": 1, "b": 2}])
 def test_a_checkpoint_without_weights_is_refused(content):
-    with user_error("some.pth"):
+    with expect_user_error("some.pth"):
         state_dict_of(content, "some.pth")
 
 
@@ -229,7 +228,9 @@ def test_load_weights_names_weights_that_do_not_fit_and_loads_nothing():
     state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     del state["sfe1.weight"]
     state |= {"classifier.fc": torch.zeros(1), "sfe2.weight": torch.zeros(5, 4, 3, 3)}
-    with user_error("some.pth", "1 missing: sfe1.weight", "1 unknown: classifier.fc", "(5, 4, 3, 3)", "(4, 4, 3, 3)"):
+    with expect_user_error(
+        "some.pth", "1 missing: sfe1.weight", "1 unknown: classifier.fc", "(5, 4, 3, 3)", "(4, 4, 3, 3)"
+    ):
         load_weights(model, state, "some.pth")
     assert fingerprint(model) == before
 
@@ -248,7 +249,7 @@ def test_a_fingerprint_depends_only_on_the_names_types_shapes_and_values_of_weig
 
 
 def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
-    """An optimizer state in a checkpoint refers to each parameter by its position in this order."""
+    """An optimizer state refers to a parameter by its position in the list of parameters."""
     from torchvision.models import resnet50
 
     ours = [name for name, _ in DeepStemResNet(3).named_parameters() if name.startswith("layer")]
@@ -260,50 +261,52 @@ def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
 
 
 @pytest.fixture
-def vgg_cache_file(tmp_path, monkeypatch):
-    """Make torch.hub's folder empty, and all network connections fail.
+def empty_vgg_cache_path(tmp_path, monkeypatch):
+    """Give torch.hub an empty folder, and make all network connections fail.
 
-    Returns the path at which torch.hub would store the VGG-19 weights.
+    Returns the path at which torch.hub would store downloaded VGG-19 weights.
     """
 
-    def refuse(*_, **__):
+    def raise_network_error(*_, **__):
         raise OSError(101, "Network is unreachable")
 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr("socket.getaddrinfo", refuse)
+    monkeypatch.setattr("socket.socket.connect", raise_network_error)
+    monkeypatch.setattr("socket.getaddrinfo", raise_network_error)
     return tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth"
 
 
-def test_vgg_weights_whose_hash_is_wrong_are_refused(vgg_cache_file, monkeypatch):
-    def download(url, to, hash_prefix, **_):
+def test_vgg_weights_whose_hash_is_wrong_are_refused(empty_vgg_cache_path, monkeypatch):
+    def raise_wrong_hash(url, to, hash_prefix, **_):
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
-    with monkeypatch.context() as patch, user_error("invalid hash value", "dcbb9e9d"):
-        patch.setattr(torch.hub, "download_url_to_file", download)
+    with monkeypatch.context() as patch, expect_user_error("invalid hash value", "dcbb9e9d"):
+        patch.setattr(torch.hub, "download_url_to_file", raise_wrong_hash)
         load_vgg("imagenet")
-    vgg_cache_file.parent.mkdir(exist_ok=True)
-    torch.save(VGG19().state_dict(), vgg_cache_file)  # the file name and the shapes are correct, but the values are not
+    empty_vgg_cache_path.parent.mkdir(exist_ok=True)
+    torch.save(
+        VGG19().state_dict(), empty_vgg_cache_path
+    )  # the file name and the shapes are correct, but the weights are random
     for source in ("imagenet", "auto"):
-        with user_error("damaged", "dcbb9e9d"):
+        with expect_user_error("damaged", "dcbb9e9d"):
             load_vgg(source)
 
 
-def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scratch(vgg_cache_file, caplog):
+def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scratch(empty_vgg_cache_path, caplog):
     _, record = load_vgg("auto")
     assert record["source"] == "random" and caplog.text.count("RANDOM VGG-19 weights") == 1
-    with user_error("--vgg-weights"):
+    with expect_user_error("--vgg-weights"):
         load_vgg("auto", {"source": "imagenet"}, "released.pth.tar")
     assert load_vgg("auto", record, "mine.pth.tar")[1] == record
-    assert not vgg_cache_file.exists()
+    assert not empty_vgg_cache_path.exists()
 
 
 # --- files and flags that must match ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def mismatched_files(tmp_path_factory, small_classifier):
-    """Return a folder with re-synthesizers, detectors and VGG weights that do not match, and with two images."""
+def mismatched_files(tmp_path_factory, shrink_resnet18):
+    """Return a folder with two images, and with weights of networks that do not belong together."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -313,12 +316,12 @@ def mismatched_files(tmp_path_factory, small_classifier):
     torch.save(renamed, root / "renamed_rdn.pth")
     for kind in ("real", "fake"):
         (root / kind).mkdir()
-        save(root / kind / "a.png", random_rgb(64, 64, len(kind)))
+        save_image(root / kind / "a.png", random_rgb_pixels(64, 64, len(kind)))
     for name, flags in (("pixel", ""), ("stage2", "--idx-stages 2 --crop-size 64"), ("dilated", "--arch resnet50")):
-        arguments = detector_arguments(root, root / name, f"--fixed-sr --epochs 1 --batch-size 2 {flags}")
+        arguments = train_detector_arguments(root, root / name, f"--fixed-sr --epochs 1 --batch-size 2 {flags}")
         if name == "dilated":
             arguments.remove("--no_dilation")
-        train(arguments)
+        run_training(arguments)
         os.link(root / name / "last.pth.tar", root / f"{name}.pth.tar")
     other = {f"features.{key}": value for key, value in VGG19().features.state_dict().items()}
     torch.save(other, root / "other_vgg.pth")
@@ -330,14 +333,14 @@ NEW = f"{IMAGES} --fixed-sr --no_dilation --arch resnet18 --vgg-weights random"
 LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
-    # a flag is given a file of the wrong kind
+    # The file is of a kind that the flag does not accept
     (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
     (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
-    # a flag contradicts a file
+    # The value of a flag differs from the value in a file
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
     (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages 2", "pixel.pth.tar"]),
@@ -346,9 +349,9 @@ CASES = [
     (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "64", "3"]),
     (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth", "4"]),
     (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
-    # a flag contradicts another flag
+    # The values of two flags contradict each other
     (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel", "128", "3"]),
-    # a file contradicts another file
+    # The weights in two files do not belong together
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["--sr-weights-file", "other_rdn.pth"]),
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["--sr-weights-file", "rdn_x2.pth"]),
     (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["VGG-19", "other_vgg.pth"]),
@@ -359,41 +362,44 @@ CASES = [
 def test_files_and_flags_that_contradict_each_other_are_refused(
     mismatched_files, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """The trainers refuse every case. test.py (--resume) also refuses each case that loads a detector (--init)."""
+    """train_sr.py or train_detector.py refuses each list of flags.
+
+    If the flags load a detector with --init, test.py with --resume must refuse the detector, too.
+    """
     monkeypatch.chdir(mismatched_files)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:
         calls["test"] = flags.replace("--init", "--resume").replace("--fixed-sr", "")
     for program, its_flags in calls.items():
-        line = refusal(program, f"{its_flags} {PROGRAMS[program][2]} {tmp_path}/out", capfd)
+        line = error_line_of_program(program, f"{its_flags} {PROGRAMS[program][2]} {tmp_path}/out", capfd)
         assert [word for word in words if word not in line] == [], line
         assert not (tmp_path / "out").exists()
 
 
 def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(mismatched_files, tmp_path, capfd):
-    state = read(mismatched_files / "pixel.pth.tar")
+    state = read_checkpoint(mismatched_files / "pixel.pth.tar")
     state["state_dict"]["fc.weight"].view(torch.int32)[0, 0] ^= 1 << 10
     torch.save(state, tmp_path / "flipped.pth.tar")
-    line = refusal("test", f"--resume {tmp_path}/flipped.pth.tar --input {mismatched_files}/real", capfd)
+    line = error_line_of_program("test", f"--resume {tmp_path}/flipped.pth.tar --input {mismatched_files}/real", capfd)
     assert "classifier" in line and "damaged" in line
 
 
 def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(mismatched_files, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
-    train(detector_arguments(mismatched_files, tmp_path / "out", f"{flags} 1"))
-    with user_error("--vgg-weights"):
-        train(
-            detector_arguments(
+    run_training(train_detector_arguments(mismatched_files, tmp_path / "out", f"{flags} 1"))
+    with expect_user_error("--vgg-weights"):
+        run_training(
+            train_detector_arguments(
                 mismatched_files, tmp_path / "out", f"{flags} 2 --vgg-weights {mismatched_files}/other_vgg.pth"
             )
         )
 
 
 def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(mismatched_files):
-    config = read(mismatched_files / "stage2.pth.tar")["config"]
+    config = read_checkpoint(mismatched_files / "stage2.pth.tar")["config"]
     assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
     assert config["classifier"] == {"name": "resnet18", "args": {}}
     assert config["resynthesizer"] == {"name": "rdn", "scale": 4, "args": TINY}
-    assert config["resynthesizer_fingerprint"] == fingerprint(read(mismatched_files / "rdn.pth"))
+    assert config["resynthesizer_fingerprint"] == fingerprint(read_checkpoint(mismatched_files / "rdn.pth"))
     assert config["images"]["crop_size"] == 64
-    assert read(mismatched_files / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True
+    assert read_checkpoint(mismatched_files / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True

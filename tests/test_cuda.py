@@ -1,14 +1,17 @@
-"""The programs give the same results on a GPU as on the CPU. All tests of this file are skipped without a GPU."""
+"""Tests that the programs give the same results on a GPU as on a CPU.
+
+On a machine without a GPU, all tests of this file are skipped.
+"""
 
 import numpy as np
 import pytest
 import torch
-from trainings import detector_arguments, read, sr_arguments, stats, train
+from trainings import read_checkpoint, read_stats, run_training, train_detector_arguments, train_sr_arguments
 
 import test as program
 from utils.options import test_parser as parser_of_test
 
-LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # networks with random weights amplify rounding errors
+LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # precision -> tolerance; random weights amplify rounding errors
 ON = {"cpu": "--gpu cpu", "gpu": "--gpu 0"}
 MODES = """
 --fixed-sr --no-cache
@@ -22,27 +25,29 @@ MODES = """
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
-    pytest.mark.usefixtures("small_classifier"),
+    pytest.mark.usefixtures("shrink_resnet18"),
     pytest.mark.parametrize("precision", LOOSE),
 ]
 
 
 @pytest.mark.parametrize("mode", MODES.strip().splitlines())
-def test_a_detector_is_trained_on_the_gpu_with_the_loss_of_the_cpu_and_resumed(files, tmp_path, mode, precision):
+def test_train_detector_on_the_gpu_has_the_loss_of_the_cpu_and_can_be_resumed(
+    training_files, tmp_path, mode, precision
+):
     flags = {"cpu": f"{mode} {ON['cpu']}", "gpu": f"{mode} {ON['gpu']} --precision {precision}"}
     for name in flags:
-        train(detector_arguments(files, tmp_path / name, f"{flags[name]} --epochs 1"))
-    (on_gpu,), (on_cpu,) = stats(tmp_path / "gpu"), stats(tmp_path / "cpu")
+        run_training(train_detector_arguments(training_files, tmp_path / name, f"{flags[name]} --epochs 1"))
+    (on_gpu,), (on_cpu,) = read_stats(tmp_path / "gpu"), read_stats(tmp_path / "cpu")
     assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], rel=LOOSE[precision], abs=LOOSE[precision])
-    train(detector_arguments(files, tmp_path / "gpu", f"{flags['gpu']} --epochs 2 --resume auto"))
-    state = read(tmp_path / "gpu" / "last.pth.tar")
+    run_training(train_detector_arguments(training_files, tmp_path / "gpu", f"{flags['gpu']} --epochs 2 --resume auto"))
+    state = read_checkpoint(tmp_path / "gpu" / "last.pth.tar")
     assert all(torch.isfinite(p).all() for p in state["state_dict"].values()) and state["progress"]["epoch"] == 2
 
 
 @pytest.mark.parametrize("more", ["", "--tile 64", "--crops 4 --crop-size 32"])
-def test_the_logits_of_test_py_on_the_gpu_equal_the_logits_on_the_cpu(files, tmp_path, precision, more):
-    train(detector_arguments(files, tmp_path / "run", "--fixed-sr --idx-stages 1 --epochs 1"))
-    flags = f"--resume {tmp_path}/run/last.pth.tar --input {files}/real {files}/fake -b 2 --workers 0"
+def test_the_logits_of_test_py_on_the_gpu_equal_the_logits_on_the_cpu(training_files, tmp_path, precision, more):
+    run_training(train_detector_arguments(training_files, tmp_path / "run", "--fixed-sr --idx-stages 1 --epochs 1"))
+    flags = f"--resume {tmp_path}/run/last.pth.tar --input {training_files}/real {training_files}/fake -b 2 --workers 0"
     logits = {}
     for name, how in (("cpu", more.replace("--tile 64", "")), ("gpu", f"{more} --precision {precision}")):
         words = f"{flags} {ON[name]} {how} --save_path {tmp_path}/{name}"
@@ -52,9 +57,9 @@ def test_the_logits_of_test_py_on_the_gpu_equal_the_logits_on_the_cpu(files, tmp
     np.testing.assert_allclose(logits["gpu"], logits["cpu"], atol=LOOSE[precision] * scale)
 
 
-def test_train_sr_on_the_gpu_has_the_loss_of_the_cpu(files, tmp_path, precision):
+def test_train_sr_on_the_gpu_has_the_loss_of_the_cpu(training_files, tmp_path, precision):
     flags = "--num-epochs 1 --vgg-weights random --augment --completion --colorization"
     for name, how in (("cpu", ON["cpu"]), ("gpu", f"{ON['gpu']} --precision {precision}")):
-        train(sr_arguments(files, tmp_path / name, f"{flags} --eval-file REAL {how}"))
-    (on_gpu,), (on_cpu,) = (stats(tmp_path / name / "x2") for name in ("gpu", "cpu"))
+        run_training(train_sr_arguments(training_files, tmp_path / name, f"{flags} --eval-file REAL {how}"))
+    (on_gpu,), (on_cpu,) = (read_stats(tmp_path / name / "x2") for name in ("gpu", "cpu"))
     assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], rel=LOOSE[precision])

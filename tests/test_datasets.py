@@ -1,6 +1,6 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-The test images contain their own pixel coordinates, so each patch and crop shows where it was cut out.
+The value of a pixel of `coordinate_pixels` is its row and column, so a patch or crop shows its own position.
 """
 
 import math
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from files import save
+from files import save_image
 from trainings import CPU
 
 from data.datasets import Augmentation, EpochBatches, ImageDataset, Key, PatchDataset, make_loader, merge_equal_sizes
@@ -25,69 +25,69 @@ from utils.labels import FAKE, REAL
 ON_CPU = Compute(CPU, "fp32")
 
 
-def indices(batches, epoch=0, first_step=0):
-    """Return a list with the image indices of each batch of an epoch."""
+def indices_of_batches(batches, epoch=0, first_step=0):
+    """Return one list per batch of an epoch, with the indices of the images in the batch."""
     batches.set_epoch(epoch, first_step)
     listed = list(batches)
     assert len(batches) == len(listed) and all(key.epoch == epoch for batch in listed for key in batch)
     return [[key.index for key in batch] for batch in listed]
 
 
-def coordinates(height, width):
-    """Return pixels, uint8 (H, W, 3), whose channels are the row, the column and 0."""
+def coordinate_pixels(height, width):
+    """Return pixels, uint8 (H, W, 3). The three channels of a pixel are its row, its column and 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
 
 
-def items(*paths, label=REAL):
-    """Return one item per path, all with one label."""
+def make_items(*paths, label=REAL):
+    """Return one `Item` per path. All items have the same label."""
     return [Item(path, label, "") for path in paths]
 
 
-def random_image(path, height, width, seed=0):
-    """Write an image with random pixels. Returns the path."""
-    return save(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+def write_random_image(path, height, width, seed=0):
+    """Write an image with random pixels. Return the path of the image."""
+    return save_image(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 # --- order --------------------------------------------------------------------------------------------------
 
 
 def test_each_image_occurs_once_in_an_epoch():
-    batches = indices(EpochBatches(10, 4, seed=1))
+    batches = indices_of_batches(EpochBatches(10, 4, seed=1))
     assert [len(batch) for batch in batches] == [4, 4, 2] and sorted(sum(batches, [])) == list(range(10))
-    assert indices(EpochBatches(5, 2)) == [[0, 1], [2, 3], [4]]
-    assert indices(EpochBatches(0, 2)) == []
+    assert indices_of_batches(EpochBatches(5, 2)) == [[0, 1], [2, 3], [4]]
+    assert indices_of_batches(EpochBatches(0, 2)) == []
 
 
 def test_the_order_of_images_depends_only_on_seed_and_epoch():
-    one = indices(EpochBatches(50, 8, seed=1), epoch=3)
+    one = indices_of_batches(EpochBatches(50, 8, seed=1), epoch=3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert indices(EpochBatches(50, 8, seed=1), epoch=3) == one
+    assert indices_of_batches(EpochBatches(50, 8, seed=1), epoch=3) == one
     assert torch.equal(torch.get_rng_state(), state)
-    assert indices(EpochBatches(50, 8, seed=1), epoch=4) != one
-    assert indices(EpochBatches(50, 8, seed=2), epoch=3) != one
-    assert sum(indices(EpochBatches(50, 5, seed=1), epoch=3), []) == sum(one, [])
+    assert indices_of_batches(EpochBatches(50, 8, seed=1), epoch=4) != one
+    assert indices_of_batches(EpochBatches(50, 8, seed=2), epoch=3) != one
+    assert sum(indices_of_batches(EpochBatches(50, 5, seed=1), epoch=3), []) == sum(one, [])
 
 
 def test_an_epoch_resumed_at_any_step_gives_the_remaining_batches():
     batches = EpochBatches(23, 4, seed=2)
-    whole = indices(batches, epoch=1)
+    whole = indices_of_batches(batches, epoch=1)
     for step in range(7):
-        assert indices(batches, epoch=1, first_step=step) == whole[step:]
+        assert indices_of_batches(batches, epoch=1, first_step=step) == whole[step:]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("count", [4, 16, 17, 19])
 def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
-    whole = indices(EpochBatches(count, 4, seed=3))
+    whole = indices_of_batches(EpochBatches(count, 4, seed=3))
     parts = [list(EpochBatches(count, 4, 3, World(rank, size))) for rank in range(size)]
     smallest = EpochBatches(count, 4, 3, World(0, size)).smallest_part()
     for step, batch in enumerate(whole):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        ignored = [key.index for key in keys if not key.weight]  # fill the parts of processes without an image
+        ignored = [key.index for key in keys if not key.weight]  # a process without images gets an image of weight 0
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
 
@@ -95,32 +95,37 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 # --- patches ------------------------------------------------------------------------------------------------
 
 
-def locate(patch):
-    """Return (top, left, orientation 0..7) of a patch of `coordinates`. Fails if the pixels are no such patch."""
+def locate_patch(patch):
+    """Return the top row, the left column and the orientation (0 to 7) of a patch of `coordinate_pixels`.
+
+    Raises an error if the pixels were not cut out of `coordinate_pixels`.
+    """
     rows, columns = patch[0].astype(int), patch[1].astype(int)
     top, left, side = rows.min(), columns.min(), rows.shape[0]
-    upright = coordinates(256, 256).transpose(2, 0, 1)[:2, top : top + side, left : left + side]
+    upright = coordinate_pixels(256, 256).transpose(2, 0, 1)[:2, top : top + side, left : left + side]
     variants = [np.rot90(flipped, k, (1, 2)) for flipped in (upright, upright[:, :, ::-1]) for k in range(4)]
     (orientation,) = [i for i, variant in enumerate(variants) if np.array_equal(variant, patch[:2])]
     return top, left, orientation
 
 
 def test_patches_start_at_multiples_of_the_scale_and_have_all_positions_and_orientations(tmp_path):
-    path = save(tmp_path / "a.png", coordinates(19, 26))  # centre-cropped to 16 x 24, from row 1 and column 1
-    sample = PatchDataset(items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
+    path = save_image(
+        tmp_path / "a.png", coordinate_pixels(19, 26)
+    )  # the central crop of 16 x 24 pixels starts at row 1 and column 1
+    sample = PatchDataset(make_items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
     assert sample.x.shape == (600, 3, 8, 8) and sample.x.dtype == torch.uint8 and sample.error is None
-    places = [locate(patch) for patch in sample.x.numpy()]
+    places = [locate_patch(patch) for patch in sample.x.numpy()]
     assert {top for top, _, _ in places} == {1, 5, 9}
     assert {left for _, left, _ in places} == {1, 5, 9, 13, 17}
     counts = np.bincount([orientation for _, _, orientation in places], minlength=8)
-    assert counts.min() >= 45 and counts.max() <= 105  # expected 600 / 8 = 75, within 3.7 standard deviations
+    assert counts.min() >= 45 and counts.max() <= 105  # expected: 75, with a standard deviation of 8
 
 
 def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
-    path = random_image(tmp_path / "a.png", 18, 21)
-    data = PatchDataset(items(path), patch_size=3, scale=3)
+    path = write_random_image(tmp_path / "a.png", 18, 21)
+    data = PatchDataset(make_items(path), patch_size=3, scale=3)
     patch = F.avg_pool2d(data[Key(0, 0)].x.float(), 3)[0]  # (3, 3, 3)
-    whole = ImageDataset(items(path), SizePolicy(3))[Key(0, 0)].x[0].float()
+    whole = ImageDataset(make_items(path), SizePolicy(3))[Key(0, 0)].x[0].float()
     whole = F.avg_pool2d(whole, 3)  # (3, 6, 7)
     squares = [whole[:, row : row + 3, column : column + 3] for row in range(4) for column in range(5)]
     variants = [torch.rot90(f, k, (1, 2)) for s in squares for f in (s, s.flip(2)) for k in range(4)]
@@ -128,27 +133,27 @@ def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
 
 
 def test_a_patch_depends_only_on_seed_epoch_and_index(tmp_path):
-    path = random_image(tmp_path / "a.png", 64, 64)
-    data = PatchDataset(items(path, path, path), 4, 4, seed=1)
+    path = write_random_image(tmp_path / "a.png", 64, 64)
+    data = PatchDataset(make_items(path, path, path), 4, 4, seed=1)
     patch = data[Key(2, 1)].x
-    assert torch.equal(PatchDataset(items(path, path), 4, 4, 5, seed=1)[Key(2, 1)].x[:1], patch)
+    assert torch.equal(PatchDataset(make_items(path, path), 4, 4, 5, seed=1)[Key(2, 1)].x[:1], patch)
     assert not torch.equal(data[Key(2, 0)].x, patch)
     assert not torch.equal(data[Key(1, 1)].x, patch)
-    assert not torch.equal(PatchDataset(items(path, path), 4, 4, seed=2)[Key(2, 1)].x, patch)
+    assert not torch.equal(PatchDataset(make_items(path, path), 4, 4, seed=2)[Key(2, 1)].x, patch)
 
 
 # --- images -------------------------------------------------------------------------------------------------
 
 
-def corner(sample):
-    """Return (top, left, is mirrored) of a crop of `coordinates`."""
+def locate_crop(sample):
+    """Return the top row and the left column of a crop of `coordinate_pixels`, and whether the crop is mirrored."""
     rows, columns = sample.x[0, 0].int(), sample.x[0, 1].int()
     return rows.min().item(), columns.min().item(), bool(columns[0, 0] > columns[0, -1])
 
 
 def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
-    paths = [save(tmp_path / f"{i}.png", coordinates(40 + i, 60)) for i in range(3)]
-    data = ImageDataset(items(*paths), SizePolicy(4, 16), Augmentation(seed=1, crops=4))
+    paths = [save_image(tmp_path / f"{i}.png", coordinate_pixels(40 + i, 60)) for i in range(3)]
+    data = ImageDataset(make_items(*paths), SizePolicy(4, 16), Augmentation(seed=1, crops=4))
     batches = EpochBatches(len(data), 4, seed=1)
     corners = []
     for epoch in range(2):
@@ -157,48 +162,50 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         samples = {key.index: data[key] for key in keys}
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
-        assert max(len({data.item(key.index).path for key in batch}) for batch in batches) > 1  # a batch mixes images
-        corners.append([corner(samples[index]) for index in range(12)])
+        assert max(len({data.item(key.index).path for key in batch}) for batch in batches) > 1  # several images
+        corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
     assert corners[0] != corners[1]  # crops are mirrored at random in each epoch
 
 
 def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_path):
-    path = save(tmp_path / "a.png", coordinates(80, 90))
-    data = ImageDataset(items(path), SizePolicy(4, 16), Augmentation(seed=1))
-    corners = [corner(data[Key(epoch, 0)]) for epoch in range(40)]
+    path = save_image(tmp_path / "a.png", coordinate_pixels(80, 90))
+    data = ImageDataset(make_items(path), SizePolicy(4, 16), Augmentation(seed=1))
+    corners = [locate_crop(data[Key(epoch, 0)]) for epoch in range(40)]
     assert len({c[:2] for c in corners}) > 35
     assert 8 < sum(mirrored for _, _, mirrored in corners) < 32
     assert [data.mirrored(Key(epoch, 0)) for epoch in range(40)] == [mirrored for _, _, mirrored in corners]
 
 
 def test_without_augmentation_an_image_is_cropped_in_the_centre(tmp_path):
-    data = ImageDataset(items(save(tmp_path / "a.png", coordinates(80, 90))), SizePolicy(4, 16))
-    assert {corner(data[Key(epoch, 0)]) for epoch in range(5)} == {(32, 37, False)}
+    data = ImageDataset(make_items(save_image(tmp_path / "a.png", coordinate_pixels(80, 90))), SizePolicy(4, 16))
+    assert {locate_crop(data[Key(epoch, 0)]) for epoch in range(5)} == {(32, 37, False)}
 
 
 # --- errors of single images --------------------------------------------------------------------------------
 
 
-def test_an_image_that_a_perturbation_cannot_process_gets_an_error_and_other_images_do_not(tmp_path):
-    long = save(tmp_path / "long.png", np.zeros((4, 70_000, 3), np.uint8))  # JPEG images have at most 65,535 columns
-    good = save(tmp_path / "good.png")
+def test_only_an_image_that_a_perturbation_cannot_process_gets_an_error(tmp_path):
+    long = save_image(
+        tmp_path / "long.png", np.zeros((4, 70_000, 3), np.uint8)
+    )  # JPEG images have at most 65,535 columns
+    good = save_image(tmp_path / "good.png")
     transform = Perturbation(PerturbationSetting("jpeg", 90.0), "sweep", 0)
-    data = ImageDataset(items(long, good), SizePolicy(4), transform=transform)
+    data = ImageDataset(make_items(long, good), SizePolicy(4), transform=transform)
     assert data[Key(0, 0)].error.startswith(f"{long}: cannot be prepared") and data[Key(0, 0)].error.isprintable()
     assert data[Key(0, 1)].error is None
 
 
-def test_an_image_smaller_than_the_stride_of_the_features_gets_an_error_and_other_images_do_not(tmp_path):
-    paths = [random_image(tmp_path / f"{side}.png", side, side) for side in (12, 16)]
-    data = ImageDataset(items(*paths), SizePolicy(4, min_side=16))
+def test_only_an_image_smaller_than_the_stride_of_the_features_gets_an_error(tmp_path):
+    paths = [write_random_image(tmp_path / f"{side}.png", side, side) for side in (12, 16)]
+    data = ImageDataset(make_items(*paths), SizePolicy(4, min_side=16))
     assert "12.png: image is 12 x 12 pixels" in data[Key(0, 0)].error
     assert data[Key(0, 1)].x.shape == (1, 3, 16, 16)
 
 
 def test_a_programming_error_in_a_transform_is_raised(tmp_path):
-    data = ImageDataset(items(save(tmp_path / "a.png")), SizePolicy(4), transform=lambda image: image)
+    data = ImageDataset(make_items(save_image(tmp_path / "a.png")), SizePolicy(4), transform=lambda image: image)
     with pytest.raises(TypeError):
         data[Key(0, 0)]
 
@@ -207,32 +214,38 @@ def test_a_programming_error_in_a_transform_is_raised(tmp_path):
 
 
 @pytest.fixture
-def patches(tmp_path):
-    """Return a dataset of two random patches of each of seven images. Images 1 and 3 cannot be used."""
-    paths = [random_image(tmp_path / f"{i}.png", 40, 48, seed=i) for i in range(5)]
-    paths.insert(1, save(tmp_path / "small.png", coordinates(15, 48)))
+def patch_dataset(tmp_path):
+    """Return a dataset with two random patches of each of seven images.
+
+    Image 1 is too small, and the file of image 3 is empty.
+    """
+    paths = [write_random_image(tmp_path / f"{i}.png", 40, 48, seed=i) for i in range(5)]
+    paths.insert(1, save_image(tmp_path / "small.png", coordinate_pixels(15, 48)))
     paths.insert(3, str(tmp_path / "zero.png"))
     (tmp_path / "zero.png").touch()
-    return PatchDataset(items(*paths), 4, 4, patches_per_image=2, seed=1)
+    return PatchDataset(make_items(*paths), 4, 4, patches_per_image=2, seed=1)
 
 
-def test_a_batch_contains_the_readable_images_and_the_errors_of_the_others(patches):
-    first, _ = make_loader(patches, EpochBatches(7, 4), 0, ON_CPU)
+def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_images(patch_dataset):
+    first, _ = make_loader(patch_dataset, EpochBatches(7, 4), 0, ON_CPU)
     assert first.keys == [(0, 0, 0), (0, 0, 1), (0, 2, 0), (0, 2, 1)] and first.x.shape == (4, 3, 16, 16)
-    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # 2 of the 4 images could be read
+    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # weight of a patch: 1 / (4 images x 2 patches)
     assert "small.png: is 48 x 15" in first.errors[1] and "zero.png" in first.errors[3]
 
 
 @pytest.mark.parametrize("free_bytes", [None, 0, 10**7])
 def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(
-    patches, monkeypatch, free_bytes
+    patch_dataset, monkeypatch, free_bytes
 ):
-    """If shared memory is full, a worker that used it would crash, and the main process would wait forever."""
-    alone = list(make_loader(patches, EpochBatches(7, 4), 0, ON_CPU))
+    """Without free shared memory, workers must send batches in another way.
+
+    A worker that used full shared memory would crash, and the main process would wait forever.
+    """
+    alone = list(make_loader(patch_dataset, EpochBatches(7, 4), 0, ON_CPU))
     if free_bytes is not None:
         usage = namedtuple("usage", "total used free")(10**8, 10**8 - free_bytes, free_bytes)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    helped = list(make_loader(patches, EpochBatches(7, 4), 2, ON_CPU))
+    helped = list(make_loader(patch_dataset, EpochBatches(7, 4), 2, ON_CPU))
     assert [(b.keys, b.errors) for b in alone] == [(b.keys, b.errors) for b in helped]
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a.x, b.x) and torch.equal(a.labels, b.labels) and torch.equal(a.weights, b.weights)
@@ -240,28 +253,33 @@ def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_witho
 
 
 @pytest.fixture
-def squares(tmp_path):
-    """Return a dataset of seven square images with sides of 8, 8, 8, 16, (unreadable), 16 and 8 pixels."""
-    paths = [save(tmp_path / f"{i}.png", coordinates(side, side)) for i, side in enumerate([8, 8, 8, 16, 16, 8])]
+def square_dataset(tmp_path):
+    """Return a dataset of seven images. Image 4 is unreadable.
+
+    The other images are squares with sides of 8, 8, 8, 16, 16 and 8 pixels.
+    """
+    paths = [
+        save_image(tmp_path / f"{i}.png", coordinate_pixels(side, side)) for i, side in enumerate([8, 8, 8, 16, 16, 8])
+    ]
     paths.insert(4, str(tmp_path))
-    return ImageDataset(items(*paths, label=FAKE), SizePolicy(4))
+    return ImageDataset(make_items(*paths, label=FAKE), SizePolicy(4))
 
 
 def merged_batches(dataset, keys, **limits):
-    """Load the images of a dataset one by one, and return the batches into which merge_equal_sizes merges them."""
+    """Load the images of a dataset one by one, and return the batches that merge_equal_sizes makes of these images."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
     return list(merge_equal_sizes(loader, **limits))
 
 
-def test_consecutive_images_of_equal_size_are_merged_into_one_batch(squares):
-    batches = merged_batches(squares, range(7), block=100, pixels=256)
+def test_consecutive_images_of_equal_size_are_merged_into_one_batch(square_dataset):
+    batches = merged_batches(square_dataset, range(7), block=100, pixels=256)
     assert [[index for _, index, _ in batch.keys] for batch in batches if batch.keys] == [[0, 1, 2], [3], [5], [6]]
     assert all(len(b.x) == len(b.labels) == len(b.weights) == len(b.items) == len(b.keys) for b in batches)
     assert [index for batch in batches for index in batch.errors] == [4]
 
 
-def test_merged_batches_keep_the_pixel_limit_and_do_not_cross_blocks(squares):
-    assert [len(b.keys) for b in merged_batches(squares, range(3), block=100, pixels=128)] == [2, 1]
-    assert [len(b.keys) for b in merged_batches(squares, range(3), block=2, pixels=math.inf)] == [2, 1]
-    # A resumed run starts in the middle of the list, and must use the blocks of the whole list
-    assert [len(b.keys) for b in merged_batches(squares, range(1, 3), block=2, pixels=math.inf)] == [1, 1]
+def test_merged_batches_keep_the_pixel_limit_and_contain_images_of_one_block_only(square_dataset):
+    assert [len(b.keys) for b in merged_batches(square_dataset, range(3), block=100, pixels=128)] == [2, 1]
+    assert [len(b.keys) for b in merged_batches(square_dataset, range(3), block=2, pixels=math.inf)] == [2, 1]
+    # A resumed run starts at image 1, but the first block still consists of images 0 and 1
+    assert [len(b.keys) for b in merged_batches(square_dataset, range(1, 3), block=2, pixels=math.inf)] == [1, 1]

@@ -1,9 +1,9 @@
-"""Degradations of low-resolution inputs: auxiliary tasks of train_detector.py, and patches of train_sr.py."""
+"""Tests of data.degradations: auxiliary tasks of train_detector.py, and degraded patches of train_sr.py."""
 
 import numpy as np
 import pytest
 import torch
-from files import user_error
+from files import expect_user_error
 
 from data.degradations import TASKS, check_task, compress_jpeg, degrade_batch, degrade_patch, draw_degradation
 
@@ -11,14 +11,14 @@ NONE = {"augment": False, "completion": False, "colorization": False}
 TRIALS = 800
 
 
-def generator(*key):
-    """Return a random generator for a key of integers."""
+def random_generator(*key):
+    """Return a NumPy random generator that is seeded with integers."""
     return np.random.default_rng(key)
 
 
 def random_image(*shape, seed=9):
-    """Return random pixels in [0.1, 0.9], float (shape)."""
-    values = generator(seed).random(shape, np.float32)
+    """Return a float tensor of the given shape with random pixels in [0.1, 0.9]."""
+    values = random_generator(seed).random(shape, np.float32)
     return torch.from_numpy(values) * 0.8 + 0.1
 
 
@@ -27,15 +27,15 @@ def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
     grey = x.mean(dim=1, keepdim=True).expand_as(x)
     fractions = []
     for seed in range(60):
-        rngs = [generator(seed, i) for i in range(3)]
-        y = degrade_batch(TASKS["colorization"](generator(seed)), x, rngs)
+        rngs = [random_generator(seed, i) for i in range(3)]
+        y = degrade_batch(TASKS["colorization"](random_generator(seed)), x, rngs)
         changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
         torch.testing.assert_close(y[changed], grey[changed])
         per_image = changed[:, 0].float().mean(dim=(1, 2))
-        assert per_image.max() - per_image.min() < 0.05  # 4 standard deviations of a mask's fraction of pixels
+        assert per_image.max() - per_image.min() < 0.05  # each mask has a standard deviation below 0.007
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
-    # The released code draws the fraction from U(0.1, 0.25)
+    # The released code draws the fraction of grey pixels from the range 0.1 to 0.25
     assert 0.09 < min(fractions) < 0.125
     assert 0.225 < max(fractions) < 0.26
     assert np.mean(fractions) == pytest.approx(0.175, abs=0.02)
@@ -43,7 +43,7 @@ def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
 
 def test_denoising_adds_gaussian_noise_of_four_grey_levels():
     x = torch.full((2, 3, 64, 64), 0.5)
-    noise = degrade_batch(TASKS["denoising"](generator(0)), x, [generator(1), generator(2)]) - x
+    noise = degrade_batch(TASKS["denoising"](random_generator(0)), x, [random_generator(1), random_generator(2)]) - x
     assert noise.std().item() == pytest.approx(4 / 255, rel=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=4e-4)
     beyond_two_std = (noise.abs() > 2 * 4 / 255).float().mean().item()
@@ -55,23 +55,23 @@ def test_denoising_adds_gaussian_noise_of_four_grey_levels():
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
 def test_the_degradation_of_an_image_does_not_depend_on_the_other_images_of_the_batch(task):
     x = random_image(3, 3, 4, 4)
-    whole = degrade_batch(TASKS[task](generator(5)), x, [generator(i) for i in range(3)])
-    alone = degrade_batch(TASKS[task](generator(5)), x[1:2], [generator(1)])
+    whole = degrade_batch(TASKS[task](random_generator(5)), x, [random_generator(i) for i in range(3)])
+    alone = degrade_batch(TASKS[task](random_generator(5)), x[1:2], [random_generator(1)])
     assert torch.equal(alone, whole[1:2])
 
 
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
 def test_an_auxiliary_task_degrades_half_of_the_batches(task):
-    drawn = [draw_degradation(task, generator(seed)) is not None for seed in range(600)]
-    assert 250 <= sum(drawn) <= 350  # expected 300 of 600, with a standard deviation of 12
+    drawn = [draw_degradation(task, random_generator(seed)) is not None for seed in range(600)]
+    assert 250 <= sum(drawn) <= 350  # expected: 300 of 600 batches, with a standard deviation of 12
 
 
 def test_the_auxiliary_task_none_degrades_no_batch():
-    assert draw_degradation("none", generator(0)) is None
+    assert draw_degradation("none", random_generator(0)) is None
 
 
 def test_an_unknown_auxiliary_task_is_refused_with_the_names_of_the_known_tasks():
-    with user_error("--mode-sr", "colorization", "inpainting"):
+    with expect_user_error("--mode-sr", "colorization", "inpainting"):
         check_task("inpainting")
 
 
@@ -83,25 +83,25 @@ def test_completion_and_colorization_replace_a_random_fraction_of_the_pixels_of_
         replaced = patch.mean(dim=0, keepdim=True).expand_as(patch)
     fractions = []
     for seed in range(TRIALS):
-        result = degrade_patch(patch, generator(seed), **{**NONE, way: True})
+        result = degrade_patch(patch, random_generator(seed), **{**NONE, way: True})
         changed = (result != patch).any(dim=0)
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
             fractions.append(changed.float().mean().item())
-    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # the probability in the released code
-    # The released code draws the fraction from U(0.05, 0.15)
+    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # probability in the released code
+    # The released code draws the fraction of changed pixels from the range 0.05 to 0.15
     assert 0.02 < min(fractions) < 0.065
     assert 0.135 < max(fractions) < 0.19
 
 
 def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses_patches_as_jpeg():
     ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)
-    results = [degrade_patch(ramp, generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)]
+    results = [degrade_patch(ramp, random_generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)]
     changed = [result for result in results if not torch.equal(result, ramp)]
-    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # noise and JPEG each have probability 1 - sqrt(1/2)
-    # JPEG gives whole grey levels, and noise does not
+    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # 1 - P(no noise) x P(no JPEG) = 0.5
+    # Pixel values times 255 are whole numbers after JPEG compression, but not after adding noise
     compressed = [torch.allclose(result * 255, (result * 255).round(), atol=1e-3) for result in changed]
-    assert 0.5 < np.mean(compressed) < 0.68  # p / (1 - (1 - p)^2) = 0.586 with p = 1 - sqrt(1/2)
+    assert 0.5 < np.mean(compressed) < 0.68  # fraction of JPEG among changed patches: p / (1 - (1 - p)^2) = 0.586
     stds = [(y - ramp).std().item() * 255 for y, jpeg in zip(changed, compressed, strict=True) if not jpeg]
     assert min(stds) < 1
     assert 9 < max(stds) < 10.6
@@ -116,4 +116,4 @@ def test_jpeg_compression_changes_an_image_more_at_lower_quality():
 
 def test_degrade_patch_returns_the_patch_unchanged_if_all_degradations_are_off():
     patch = random_image(3, 8, 8)
-    assert torch.equal(degrade_patch(patch, generator(7), **NONE), patch)
+    assert torch.equal(degrade_patch(patch, random_generator(7), **NONE), patch)

@@ -1,4 +1,4 @@
-"""Tests of the Python functions `load`, `predict`, `verdict` and `residual`: arguments, errors, and equal scores."""
+"""Tests of the Python function `load`, and of the methods `predict`, `verdict` and `residual` of a detector."""
 
 import io
 import re
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import user_error
+from files import expect_user_error
 from PIL import Image
-from scorings import CONFIG, score, write_detector, write_image, write_release
+from scorings import CONFIG, run_test_py, write_detector, write_noise_image, write_released_files
 
 from evaluation import load
 from evaluation.inputs import crop_starts, spread_crops
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def detector(detector_file):
-    """Return the small detector, loaded on the CPU."""
+    """Return a small detector on the CPU."""
     return load(str(detector_file), device="cpu")
 
 
@@ -32,7 +32,7 @@ def detector(detector_file):
 
 def test_predict_and_verdict_give_bit_for_bit_the_results_of_test_py(detector, detector_file, image_folder, tmp_path):
     assert (
-        score(
+        run_test_py(
             "--gpu", "cpu", "-j", 0, "--resume", detector_file, "--input", image_folder, "--save_path", tmp_path / "p"
         )
         == 0
@@ -72,7 +72,7 @@ def test_predict_verdict_and_residual_of_an_empty_list_are_empty(detector):
 
 def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, image_folder, tmp_path):
     exif = Image.Exif()
-    exif[0x0112] = 6  # EXIF orientation: display the image after a quarter turn clockwise
+    exif[0x0112] = 6  # EXIF orientation 6: turn the image by 90 degrees clockwise for display
     Image.open(image_folder / "0.png").save(tmp_path / "turned.png", exif=exif)
     path = str(tmp_path / "turned.png")
     with open(path, "rb") as file:
@@ -89,7 +89,7 @@ def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, image_
 )  # fmt: skip
 def test_an_argument_that_is_not_an_image_is_refused_in_one_line(detector, image):
     for method in (detector.predict, detector.verdict, detector.residual):
-        with user_error("a path" if not hasattr(image, "read") else "cannot decode"):
+        with expect_user_error("a path" if not hasattr(image, "read") else "cannot decode"):
             method(image)
 
 
@@ -98,15 +98,15 @@ def test_a_truncated_image_is_refused_in_one_line_as_a_path_a_file_and_a_pil_ima
     path.write_bytes((image_folder / "0.png").read_bytes()[:2000])
     with open(path, "rb") as file:
         for image in (path, file, Image.open(path)):
-            with user_error("half.png"):
+            with expect_user_error("half.png"):
                 detector.predict(image)
 
 
 def test_a_missing_image_and_a_too_small_image_are_refused_in_one_line(detector, tmp_path):
-    with user_error("absent.png"):
+    with expect_user_error("absent.png"):
         detector.predict("absent.png")
-    with user_error("3 x 9"):
-        detector.predict(write_image(tmp_path / "a.png", 0, (9, 3)))
+    with expect_user_error("3 x 9"):
+        detector.predict(write_noise_image(tmp_path / "a.png", 0, (9, 3)))
 
 
 # --- crops ----------------------------------------------------------------------------------------------------
@@ -119,7 +119,7 @@ def test_a_missing_image_and_a_too_small_image_are_refused_in_one_line(detector,
         (18, 16, 4, [0, 1, 2]),
     ],
 )  # fmt: skip
-def test_crops_are_evenly_spread_from_border_to_border(length, side, count, starts):
+def test_crop_starts_are_evenly_spaced_from_border_to_border(length, side, count, starts):
     assert crop_starts(length, side, count) == starts
 
 
@@ -147,36 +147,36 @@ def test_load_accepts_the_cpu_as_a_string_a_torch_device_and_none(detector_file,
 )
 def test_load_refuses_a_gpu_in_one_line_on_a_machine_without_a_gpu(detector_file, device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with user_error("no GPU"):
+    with expect_user_error("no GPU"):
         load(str(detector_file), device=device)
 
 
-def test_a_gpu_is_chosen_by_its_number(monkeypatch):
+def test_load_chooses_a_gpu_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for device in ("cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda:0")):
         assert choose_device(device_name(device)) == torch.device("cuda:0")
     assert choose_device(device_name("cuda:1")) == choose_device(device_name(1)) == torch.device("cuda:1")
-    with user_error("GPUs 0 to 1"):
+    with expect_user_error("GPUs 0 to 1"):
         choose_device(device_name(2))
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])
 def test_load_refuses_a_value_that_does_not_name_a_device_in_one_line(detector_file, device):
-    with user_error("expected"):
+    with expect_user_error("expected"):
         load(str(detector_file), device=device)
 
 
 @pytest.mark.parametrize("precision", ["float16", "half", "", None, 16])
 def test_load_refuses_an_unknown_precision_in_one_line(detector_file, precision):
-    with user_error("fp32", "bf16", "precision"):
+    with expect_user_error("fp32", "bf16", "precision"):
         load(str(detector_file), device="cpu", precision=precision)
 
 
 @pytest.mark.parametrize("name", ["no_dilated", "stages", "Crops", "crop-size", "dilation"])
 def test_load_refuses_an_unknown_option_and_names_the_known_options(detector_file, name):
-    with user_error(name, "stage", "dilated", "crop_size", "no_dilation"):
+    with expect_user_error(name, "stage", "dilated", "crop_size", "no_dilation"):
         load(str(detector_file), device="cpu", options={name: 1})
 
 
@@ -184,7 +184,7 @@ def test_load_refuses_an_unknown_option_and_names_the_known_options(detector_fil
     "options", [{"crops": 0}, {"crops": "many"}, {"crop_size": -1}, {"resize": 1.5}, {"no_dilation": 1}]
 )
 def test_load_refuses_an_option_with_an_impossible_value_in_one_line(detector_file, options):
-    with user_error(*options):
+    with expect_user_error(*options):
         load(str(detector_file), device="cpu", options=options)
 
 
@@ -192,22 +192,22 @@ def test_load_refuses_an_option_with_an_impossible_value_in_one_line(detector_fi
     "arguments", [{"checkpoint": None}, {"vgg_weights": None}, {"options": ["stage"]}, {"options": 5}]
 )
 def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(detector_file, arguments):
-    with user_error(*arguments, "must be"):
+    with expect_user_error(*arguments, "must be"):
         load(**{"checkpoint": str(detector_file), "device": "cpu", **arguments})
 
 
 def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
-    """The flags idx_stages and no_dilation equal the options stage and dilated.
+    """`idx_stages` is another name for the option `stage`, and `no_dilation=True` means `dilated=False`.
 
-    A released checkpoint stores neither the stage nor the dilation, and dilation changes every score.
+    A released checkpoint stores neither the stage nor the dilation. Dilation changes the scores.
     """
-    folder = write_release(tmp_path)
+    folder = write_released_files(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
     image = str(folder / "real" / "0.png")
     plain = load(**files, options={"dilated": False, "stage": 0}).predict(image)
     assert load(**files, options={"no_dilation": True, "idx_stages": 0}).predict(image) == plain
     assert load(**files, options={"no_dilation": False}).predict(image) == load(**files).predict(image) != plain
-    with user_error("twice"):
+    with expect_user_error("twice"):
         load(**files, options={"no_dilation": True, "dilated": True})
 
 
@@ -218,7 +218,7 @@ def test_image_settings_are_taken_from_the_training_unless_an_option_overrides_t
     assert image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
     assert image_settings(trained, {"crop_size": 0}) == (None, None, 1)
     assert image_settings({}, {"resize": 256}) == (None, 256, 1)
-    with user_error("--crop-size"):
+    with expect_user_error("--crop-size"):
         image_settings({}, {"crops": 4})
 
 
@@ -228,7 +228,7 @@ def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
     monkeypatch.chdir(tmp_path)
     shutil.copy(detector_file, "DETECTOR.pth.tar")
     for name in ("a.png", "b.jpg"):
-        write_image(name, 1)
+        write_noise_image(name, 1)
     example = re.search(r"```python\n(from evaluation import load.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     found = {}
     exec(example[1], found)
@@ -239,7 +239,7 @@ def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
 
 
 def test_the_identity_of_a_detector_changes_with_its_calibration_and_not_with_its_file_name(
-    detector, tmp_path, small_classifier
+    detector, tmp_path, shrink_resnet18
 ):
     assert len(detector.identity()["classifier_fingerprint"]) == 16
     calibrated = write_detector(tmp_path / "c", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})

@@ -1,16 +1,16 @@
-"""Every program keeps its tensors on one device. pretend_cuda.py makes this check possible on a CPU."""
+"""Tests that each program keeps its tensors on one device. pretend_cuda.py simulates a GPU on a CPU."""
 
 import pytest
 import torch
 from PIL import Image
-from pretend_cuda import PretendCuda, is_marked, mark, pretend_cuda
-from trainings import detector_arguments, sr_arguments, train
+from pretend_cuda import PretendCuda, is_marked_as_cuda, mark_tensors, pretend_cuda
+from trainings import run_training, train_detector_arguments, train_sr_arguments
 
 import test as test_program
 from evaluation import load
 from utils.options import test_parser as parser_of_test
 
-pytestmark = pytest.mark.usefixtures("small_classifier")
+pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 DETECTOR_MODES = """
 --fixed-sr --no-cache
@@ -25,16 +25,19 @@ DETECTOR_MODES = """
 """
 
 
-def on_gpu(arguments):
-    """Return the arguments with `--gpu 0` in place of `--gpu cpu`."""
+def replace_cpu_by_gpu(arguments):
+    """Replace the argument "cpu" by "0" in a command line, so that `--gpu cpu` becomes `--gpu 0`."""
     return ["0" if word == "cpu" else word for word in arguments]
 
 
 @pytest.fixture(scope="module")
-def detector_file(files, tmp_path_factory, small_classifier):
-    """Train a small detector on stage 1 for one epoch on the CPU. Returns the path of the checkpoint."""
+def detector_file(training_files, tmp_path_factory, shrink_resnet18):
+    """Train a small detector on the CPU for one epoch. Return the path of the checkpoint.
+
+    The detector classifies residuals of VGG-19 features of stage 1.
+    """
     folder = tmp_path_factory.mktemp("detector")
-    train(detector_arguments(files, folder, "--fixed-sr --idx-stages 1 --epochs 1"))
+    run_training(train_detector_arguments(training_files, folder, "--fixed-sr --idx-stages 1 --epochs 1"))
     return folder / "last.pth.tar"
 
 
@@ -48,49 +51,61 @@ def test_pretend_cuda_raises_an_error_if_an_operation_combines_cpu_and_gpu_tenso
         with pytest.raises(RuntimeError, match="indices"):
             torch.zeros(2)[a > 0]
         assert a.device.type == "cuda" and a.cpu().device.type == "cpu"
-        assert is_marked(a * torch.tensor(2.0))
+        assert is_marked_as_cuda(a * torch.tensor(2.0))
 
 
 def test_pretend_cuda_keeps_weights_and_gradients_on_the_gpu_in_a_training_step():
     with PretendCuda():
         layer = torch.nn.Linear(2, 2).to("cuda")
         optimizer = torch.optim.Adam(layer.parameters())
-        layer(mark(torch.ones(1, 2))).sum().backward()
+        layer(mark_tensors(torch.ones(1, 2))).sum().backward()
         optimizer.step()
         assert layer.weight.device.type == layer.weight.grad.device.type == "cuda"
 
 
 @pytest.mark.parametrize("mode", DETECTOR_MODES.strip().splitlines())
-def test_train_detector_trains_and_validates_on_one_device(files, tmp_path, mode):
+def test_train_detector_trains_and_validates_on_one_device(training_files, tmp_path, mode):
     with pretend_cuda():
-        train(on_gpu(detector_arguments(files, tmp_path, f"{mode} VALIDATE --epochs 1")))
-        train(on_gpu(detector_arguments(files, tmp_path, f"{mode} VALIDATE --epochs 2 --resume auto")))
+        run_training(
+            replace_cpu_by_gpu(train_detector_arguments(training_files, tmp_path, f"{mode} VALIDATE --epochs 1"))
+        )
+        run_training(
+            replace_cpu_by_gpu(
+                train_detector_arguments(training_files, tmp_path, f"{mode} VALIDATE --epochs 2 --resume auto")
+            )
+        )
     assert (tmp_path / "best.pth.tar").exists()
 
 
 @pytest.mark.parametrize("mode", ["--vgg-lambda 0.2", "--vgg-lambda 0 --augment --completion --colorization"])
-def test_train_sr_trains_and_evaluates_on_one_device(files, tmp_path, mode):
+def test_train_sr_trains_and_evaluates_on_one_device(training_files, tmp_path, mode):
     with pretend_cuda():
-        train(on_gpu(sr_arguments(files, tmp_path, f"{mode} --eval-file REAL --num-epochs 1")))
+        run_training(
+            replace_cpu_by_gpu(train_sr_arguments(training_files, tmp_path, f"{mode} --eval-file REAL --num-epochs 1"))
+        )
         weights = tmp_path / "x2/best.pth"
-        train(on_gpu(sr_arguments(files, tmp_path, f"--evaluate --eval-file REAL --weights-file {weights}")))
+        run_training(
+            replace_cpu_by_gpu(
+                train_sr_arguments(training_files, tmp_path, f"--evaluate --eval-file REAL --weights-file {weights}")
+            )
+        )
 
 
 @pytest.mark.parametrize(
     "flags",
     ["", "--tile 64", "--crop-size 32 --crops 4", "--save-residuals RESIDUALS", "--perturb jpeg=70 resize"],
 )
-def test_test_py_scores_images_on_one_device(files, tmp_path, detector_file, flags):
+def test_test_py_scores_images_on_one_device(training_files, tmp_path, detector_file, flags):
     words = f"--gpu 0 --workers 0 --vgg-weights random --resume {detector_file} --save_path {tmp_path}/scores"
-    words += f" --data-root-pos {files}/real --data-root-neg {files}/fake {flags}"
+    words += f" --data-root-pos {training_files}/real --data-root-neg {training_files}/fake {flags}"
     args = parser_of_test().parse_args(words.replace("RESIDUALS", f"{tmp_path}/residuals").split())
     with pretend_cuda():
         assert test_program.main(args) in (0, None)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda", 0), None])
-def test_load_accepts_every_way_to_name_a_gpu(files, detector_file, device):
-    path = str(files / "real/0.png")
+def test_load_accepts_every_way_to_name_a_gpu(training_files, detector_file, device):
+    path = str(training_files / "real/0.png")
     with pretend_cuda():
         detector = load(str(detector_file), device=device, vgg_weights="random")
         assert detector.predict([path, Image.open(path)]).shape == (2,)

@@ -1,4 +1,4 @@
-"""Runs in several processes: environment variables of torchrun, errors, and two processes against one process."""
+"""Tests of programs that run in several processes, such as with torchrun."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from files import user_error
+from files import expect_user_error
 from processes import ROOT
 from trainings import COMMON
 
@@ -20,8 +20,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
-def set_launcher(monkeypatch, text):
-    """Set the environment variables of torchrun to NAME=VALUE words, and delete all others of torchrun."""
+def set_torchrun_variables(monkeypatch, text):
+    """Delete all environment variables of torchrun, and set those that `text` lists as NAME=VALUE words."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():
@@ -43,8 +43,8 @@ def set_launcher(monkeypatch, text):
     ],
 )
 def test_inconsistent_environment_variables_of_torchrun_are_refused(monkeypatch, text):
-    set_launcher(monkeypatch, text)
-    with user_error("RANK", "WORLD_SIZE", *text.split()):
+    set_torchrun_variables(monkeypatch, text)
+    with expect_user_error("RANK", "WORLD_SIZE", *text.split()):
         world_from_environment()
 
 
@@ -57,7 +57,7 @@ def test_inconsistent_environment_variables_of_torchrun_are_refused(monkeypatch,
     ],
 )
 def test_rank_and_world_size_are_read_from_the_environment_variables_of_torchrun(monkeypatch, text, world):
-    set_launcher(monkeypatch, text)
+    set_torchrun_variables(monkeypatch, text)
     assert world_from_environment() == world
 
 
@@ -70,17 +70,20 @@ def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(program):
 
 
 def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_not(monkeypatch, capfd):
-    """If both processes find a mistake, torchrun ends the waiting process, and the error is printed once."""
+    """torchrun ends the waiting process with rank 1 as soon as the process with rank 0 has exited.
+
+    An error in both processes is therefore printed only once.
+    """
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
 
-    def main():
+    def raise_mistake():
         raise UserError("a mistake")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        assert run_program(main) == 2
+        assert run_program(raise_mistake) == 2
     assert waits == [console.MISTAKE_DELAY]
     assert capfd.readouterr().err.splitlines() == ["error: a mistake"] * 2
 
@@ -94,11 +97,20 @@ def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
     assert run.returncode != 0 and len(lines) == 1 and "absent.pth.tar" in lines[0]
 
 
-def test_torchrun_trains_until_sigterm_and_scores_as_one_process(files, tmp_path):
-    """Two processes train a detector until SIGTERM. Two processes then write the score table of one process."""
+def test_torchrun_trains_until_sigterm_and_scores_as_one_process(training_files, tmp_path):
+    """Two processes train a detector until torchrun gets SIGTERM.
+
+    The score table that two processes write for this detector equals the score table of one process.
+    """
     train = [str(ROOT / "train_detector.py"), *COMMON.split(), "--arch", "resnet18", "--no_dilation", "--fixed-sr"]
-    train += ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake"), "--no-cache"]
-    train += ["--sr-weights-file", str(files / "rdn.pth"), "--output-path", str(tmp_path), "--batch-size", "4"]
+    train += [
+        "--data-root-pos",
+        str(training_files / "real"),
+        "--data-root-neg",
+        str(training_files / "fake"),
+        "--no-cache",
+    ]
+    train += ["--sr-weights-file", str(training_files / "rdn.pth"), "--output-path", str(tmp_path), "--batch-size", "4"]
     process = subprocess.Popen([*TORCHRUN, *train, "--epochs", "10000"], stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("0001.pth.tar")):
         assert process.poll() is None, process.stderr.read()
@@ -109,7 +121,13 @@ def test_torchrun_trains_until_sigterm_and_scores_as_one_process(files, tmp_path
     state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     assert state["progress"]["total_steps"] >= 3
     score = [str(ROOT / "test.py"), "--gpu", "cpu", "--workers", "0", "--resume", str(tmp_path / "last.pth.tar")]
-    score += ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake"), "--save_path"]
+    score += [
+        "--data-root-pos",
+        str(training_files / "real"),
+        "--data-root-neg",
+        str(training_files / "fake"),
+        "--save_path",
+    ]
     for launcher, name in (([sys.executable], "one"), (TORCHRUN, "two")):
         run = subprocess.run([*launcher, *score, str(tmp_path / name)], capture_output=True, text=True, timeout=180)
         assert run.returncode == 0, run.stderr

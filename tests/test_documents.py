@@ -1,4 +1,4 @@
-"""Tests of the documents: links, commands and flags exist, and tables follow from the committed score tables."""
+"""Tests of the Markdown documents: linked files, commands, flags, and tables of results."""
 
 import csv
 import re
@@ -24,15 +24,15 @@ PROGRAMS = {
 PARSED_ELSEWHERE = {"--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}  # flags of torchrun
 
 
-def read(document: str) -> str:
-    """Return the text of a document, given its path in the project."""
+def read_document(document: str) -> str:
+    """Return the text of a document. The path is relative to the project folder."""
     return (ROOT / document).read_text(encoding="utf-8")
 
 
-def commands_in(document: str) -> list[list[str]]:
-    """Return the words of each command in the bash blocks of a document."""
+def commands_of_document(document: str) -> list[list[str]]:
+    """Return one list of words per command in the bash code blocks of a document."""
     commands = []
-    for block in re.findall(r"```bash\n(.*?)```", read(document), re.DOTALL):
+    for block in re.findall(r"```bash\n(.*?)```", read_document(document), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             if words:
@@ -41,7 +41,7 @@ def commands_in(document: str) -> list[list[str]]:
 
 
 def known_flags() -> set[str]:
-    """Return every flag of the three programs, and every flag that occurs in the source of tools and benchmarks."""
+    """Return every flag that a program accepts or that the source of tools, benchmarks or utils contains."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)
@@ -52,14 +52,14 @@ def known_flags() -> set[str]:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_a_document_links_to_exists(document):
-    for target in re.findall(r"\]\(([^)\s]+)\)", read(document)):
+    for target in re.findall(r"\]\(([^)\s]+)\)", read_document(document)):
         if not target.startswith("http"):
             assert (ROOT / document).parent.joinpath(target.split("#")[0]).exists(), target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_program_and_script_in_the_commands_of_a_document_exists(document):
-    for words in commands_in(document):
+    for words in commands_of_document(document):
         for word in words:
             if (
                 re.fullmatch(r"(script|results)/[\w/]+\.sh|\w+\.py", word)
@@ -76,7 +76,7 @@ def test_every_program_and_script_in_the_commands_of_a_document_exists(document)
 @pytest.mark.parametrize("document", ["README.md", "docs/results.md"])
 def test_the_programs_accept_the_commands_of_a_document(document):
     checked = 0
-    for words in commands_in(document):
+    for words in commands_of_document(document):
         if words[0] == "python" and words[1] in PROGRAMS:
             PROGRAMS[words[1]]().parse_args(words[2:])
             checked += 1
@@ -85,9 +85,9 @@ def test_the_programs_accept_the_commands_of_a_document(document):
 
 @pytest.mark.parametrize("document", ["README.md", "docs/safety.md", "docs/integrations.md", "docs/results.md"])
 def test_every_flag_that_a_document_mentions_exists(document):
-    mentioned = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(document)))
+    mentioned = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read_document(document)))
     foreign = set()
-    for line in read(document).splitlines():
+    for line in read_document(document).splitlines():
         if line.startswith(("pip ", "npm ")):
             foreign.update(re.findall(r"--[\w-]+", line))
         if "deepsafe eval" in line:
@@ -96,7 +96,7 @@ def test_every_flag_that_a_document_mentions_exists(document):
 
 
 def test_the_readme_has_at_most_170_lines():
-    assert len(read("README.md").splitlines()) <= 170
+    assert len(read_document("README.md").splitlines()) <= 170
 
 
 def test_the_tables_of_the_documents_follow_from_the_committed_scores(monkeypatch):
@@ -125,11 +125,11 @@ def test_the_results_folder_contains_no_json_files():
 
 
 def test_the_performance_document_says_at_its_beginning_that_no_gpu_was_used():
-    assert "never run on a GPU" in " ".join(read("docs/performance.md").split())[:400]
+    assert "never run on a GPU" in " ".join(read_document("docs/performance.md").split())[:400]
 
 
 def test_the_project_cannot_be_installed_as_packages_named_models_data_or_utils():
-    text = read("pyproject.toml")
+    text = read_document("pyproject.toml")
     assert "[project]" not in text
     assert "packages" not in text
     assert not (ROOT / "setup.py").exists()

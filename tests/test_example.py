@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import save, user_error
+from files import expect_user_error, save_image
 from PIL import Image, JpegImagePlugin
 
 from data.images import load_image
@@ -29,21 +29,21 @@ from utils.random_streams import seeded_generator
 SMALL = ["--size", "32", "--train", "2", "--val", "1", "--test", "1"]
 
 
-def flags(out, *more):
-    """Return arguments for tools.example that make a small number of small images."""
+def example_arguments(out, *more):
+    """Return arguments with which tools.example makes a few images of 32 x 32 pixels."""
     return ["--out", str(out), *SMALL, *map(str, more)]
 
 
-def contents(root):
-    """Return the bytes of every file in a folder, by relative path."""
+def read_all_files(root):
+    """Return a dict from the relative path of each file below a folder to the bytes of the file."""
     return {str(path.relative_to(root)): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def example_folder(tmp_path_factory):
-    """Return a folder of example images that tools.example has made."""
+    """Return a folder of example images made by tools.example."""
     out = tmp_path_factory.mktemp("example") / "images"
-    assert example.main(flags(out)) == 0
+    assert example.main(example_arguments(out)) == 0
     return out
 
 
@@ -51,7 +51,7 @@ def example_folder(tmp_path_factory):
 
 
 def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
-    """The power of photographs falls with frequency as about f^-2 to f^-3."""
+    """The power spectrum of photographs falls with the frequency f as f^-2 to f^-3."""
     size, total = 128, 0
     window = np.outer(np.hanning(size), np.hanning(size))
     for seed in range(12):
@@ -65,10 +65,10 @@ def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(kind):
-    """Differences between neighbouring pixels depend on the column's parity in the fake, and not in the scene."""
+    """In an up-sampled image, differences between neighbouring pixels depend on whether the column is even or odd."""
     x = torch.stack([torch.from_numpy(draw_scene(64, seeded_generator(i))) for i in range(8)]).permute(0, 3, 1, 2) / 255
 
-    def difference_of_phases(images):
+    def column_parity_difference(images):
         curvature = (images[..., 2:] - 2 * images[..., 1:-1] + images[..., :-2]).abs().mean(dim=(0, 1, 2))
         steps = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(0, 1, 2))
         ratios = [values[0::2].mean() / values[1::2].mean() for values in (curvature, steps[:-1])]
@@ -77,11 +77,11 @@ def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(ki
     fake = upsample_again(x, kind, seeded_generator(0))
     assert fake.shape == x.shape and 0 <= fake.min() and fake.max() <= 1
     assert np.corrcoef(fake.flatten(), x.flatten())[0, 1] > 0.9
-    assert difference_of_phases(fake) > 2 * difference_of_phases(x)
+    assert column_parity_difference(fake) > 2 * column_parity_difference(x)
 
 
 def test_the_folder_of_example_images_has_the_documented_files(example_folder):
-    names = [name for name in contents(example_folder) if name.endswith(".png")]
+    names = [name for name in read_all_files(example_folder) if name.endswith(".png")]
     expected = []
     for split, count in (("train", 2), ("val", 1), ("test", 1)):
         for folder in ("real", "nearest", "bilinear"):
@@ -99,8 +99,8 @@ def test_the_folder_of_example_images_has_the_documented_files(example_folder):
 
 
 def test_an_example_image_does_not_depend_on_the_number_of_images_and_occurs_once(example_folder, tmp_path):
-    assert example.main(flags(tmp_path / "more", "--train", 3, "--val", 0)) == 0
-    few, more = contents(example_folder), contents(tmp_path / "more")
+    assert example.main(example_arguments(tmp_path / "more", "--train", 3, "--val", 0)) == 0
+    few, more = read_all_files(example_folder), read_all_files(tmp_path / "more")
     common = [name for name in few if name in more and name.endswith(".png")]
     assert len(common) == 9
     assert all(few[name] == more[name] for name in common)
@@ -110,15 +110,15 @@ def test_an_example_image_does_not_depend_on_the_number_of_images_and_occurs_onc
 
 
 def test_another_seed_gives_different_example_images(example_folder, tmp_path):
-    assert example.main(flags(tmp_path / "other", "--seed", 5)) == 0
-    assert not set(contents(example_folder).values()) & {
-        v for k, v in contents(tmp_path / "other").items() if k.endswith("png")
+    assert example.main(example_arguments(tmp_path / "other", "--seed", 5)) == 0
+    assert not set(read_all_files(example_folder).values()) & {
+        v for k, v in read_all_files(tmp_path / "other").items() if k.endswith("png")
     }
 
 
-def test_a_second_call_does_not_change_a_complete_folder(example_folder):
+def test_a_second_call_of_tools_example_does_not_change_a_complete_folder(example_folder):
     times = {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
-    assert example.main(flags(example_folder)) == 0
+    assert example.main(example_arguments(example_folder)) == 0
     assert times == {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
 
 
@@ -126,38 +126,38 @@ def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(exampl
     foreign = {"thesis.tex": b"mine", "settings.json": b"not JSON", "train.txt": b"mine"}
     for name, content in foreign.items():
         (tmp_path / name).write_bytes(content)
-    before = contents(example_folder)
+    before = read_all_files(example_folder)
     for out, more in (
         (example_folder, ["--seed", 5]),
         (tmp_path, []),
         (tmp_path / "thesis.tex", []),
         (tmp_path, ["--from", example_folder]),
     ):
-        with user_error("--out"):
-            example.main(flags(out, *more))
-    assert contents(example_folder) == before
-    assert contents(tmp_path) == foreign
+        with expect_user_error("--out"):
+            example.main(example_arguments(out, *more))
+    assert read_all_files(example_folder) == before
+    assert read_all_files(tmp_path) == foreign
 
 
 def test_the_lists_can_be_read_if_the_folder_name_is_not_utf8(tmp_path):
     out = os.path.join(os.fsencode(tmp_path), b"\xff \xe9")
-    example.main(flags(os.fsdecode(out)))
+    example.main(example_arguments(os.fsdecode(out)))
     assert len(list_paths(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
-    with user_error("line break"):
-        example.main(flags(tmp_path / "a\nb"))
+    with expect_user_error("line break"):
+        example.main(example_arguments(tmp_path / "a\nb"))
 
 
 def test_an_output_folder_that_is_a_symbolic_link_remains_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
-    assert example.main(flags(tmp_path / "link")) == 0
+    assert example.main(example_arguments(tmp_path / "link")) == 0
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "settings.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_call_stopped_by_a_signal_leaves_no_files(tmp_path, number):
-    command = [sys.executable, "-m", "tools.example", *flags(tmp_path / "out", "--train", 100000)]
+def test_a_call_of_tools_example_that_a_signal_stops_leaves_no_files(tmp_path, number):
+    command = [sys.executable, "-m", "tools.example", *example_arguments(tmp_path / "out", "--train", 100000)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
     try:
         deadline = time.time() + 60
@@ -176,7 +176,7 @@ def test_a_call_stopped_by_a_signal_leaves_no_files(tmp_path, number):
 )
 def test_tools_example_reports_a_wrong_argument_in_one_line(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as caught:
-        example.main(flags(tmp_path / "out", *wrong.split()))
+        example.main(example_arguments(tmp_path / "out", *wrong.split()))
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -209,8 +209,8 @@ def test_the_autoencoder_has_the_weight_names_and_shapes_of_taef2():
     assert y.shape == x.shape and 0 <= y.min() and y.max() <= 1
 
 
-def write_weights(folder):
-    """Write random weights of the autoencoder. Returns the paths of encoder and decoder."""
+def write_autoencoder_weights(folder):
+    """Write files with random weights for the encoder and the decoder. Return the paths of the two files."""
     torch.manual_seed(0)
     model = Autoencoder()
     for name in ("encoder", "decoder"):
@@ -219,9 +219,9 @@ def write_weights(folder):
 
 
 def test_autoencoder_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
-    encoder, decoder = write_weights(tmp_path)
+    encoder, decoder = write_autoencoder_weights(tmp_path)
     load_autoencoder(encoder, decoder)
-    with user_error("encoder.pth", "decoder"):
+    with expect_user_error("encoder.pth", "decoder"):
         load_autoencoder(decoder.replace("decoder", "encoder"), encoder)
 
 
@@ -239,57 +239,60 @@ def test_the_tiles_of_the_autoencoder_cover_the_image_without_gaps():
 
 
 @pytest.fixture
-def photographs(tmp_path):
-    """Return a folder of photographs in several formats. Some have sides that are not multiples of 8."""
+def photograph_folder(tmp_path):
+    """Return a folder of simulated photographs in several file formats.
+
+    The sides of some photographs are not multiples of 8 pixels.
+    """
     folder = tmp_path / "photographs"
     (folder / "below").mkdir(parents=True)
     scene = Image.fromarray(draw_scene(64, seeded_generator(1)))
     turned = Image.Exif()
-    turned[0x0112] = 6  # EXIF orientation: display the image after a quarter turn clockwise
-    save(folder / "a.jpg", scene.crop((0, 0, 61, 45)), quality=83, subsampling="4:2:2", exif=turned)
-    save(folder / "grey.jpeg", scene.convert("L"), quality=60)
-    save(folder / "below" / "a.png", scene.crop((0, 0, 33, 64)))
-    save(folder / "below" / "b.webp", scene, lossless=True)
-    save(folder / "tiny.png", scene.crop((0, 0, 5, 5)))
+    turned[0x0112] = 6  # EXIF orientation 6: turn the image by 90 degrees clockwise for display
+    save_image(folder / "a.jpg", scene.crop((0, 0, 61, 45)), quality=83, subsampling="4:2:2", exif=turned)
+    save_image(folder / "grey.jpeg", scene.convert("L"), quality=60)
+    save_image(folder / "below" / "a.png", scene.crop((0, 0, 33, 64)))
+    save_image(folder / "below" / "b.webp", scene, lossless=True)
+    save_image(folder / "tiny.png", scene.crop((0, 0, 5, 5)))
     return folder
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_twins_have_the_format_and_size_of_their_originals(photographs, tmp_path, trained):
+def test_twins_have_the_format_and_size_of_their_originals(photograph_folder, tmp_path, trained):
     out = tmp_path / "twins"
-    more = ["--autoencoder", *write_weights(tmp_path)] if trained else []
-    before = contents(photographs)
-    assert example.main(["--from", str(photographs), "--out", str(out), *more]) == 0
-    assert contents(photographs) == before
-    assert contents(out).keys() == before.keys()
+    more = ["--autoencoder", *write_autoencoder_weights(tmp_path)] if trained else []
+    before = read_all_files(photograph_folder)
+    assert example.main(["--from", str(photograph_folder), "--out", str(out), *more]) == 0
+    assert read_all_files(photograph_folder) == before
+    assert read_all_files(out).keys() == before.keys()
     for name in before:
-        with Image.open(photographs / name) as original, Image.open(out / name) as twin:
+        with Image.open(photograph_folder / name) as original, Image.open(out / name) as twin:
             assert (twin.format, twin.size, twin.mode) == (original.format, original.size, original.mode)
             assert twin.info.get("exif") == original.info.get("exif")
             assert getattr(twin, "quantization", None) == getattr(original, "quantization", None)
             if original.format == "JPEG":
                 assert JpegImagePlugin.get_sampling(twin) == JpegImagePlugin.get_sampling(original)
-        assert load_image(str(out / name)).shape == load_image(str(photographs / name)).shape
+        assert load_image(str(out / name)).shape == load_image(str(photograph_folder / name)).shape
     assert b"VP8L" in (out / "below" / "b.webp").read_bytes()[:64]
 
 
-def test_simulated_twins_resemble_their_originals(photographs, tmp_path):
+def test_simulated_twins_resemble_their_originals(photograph_folder, tmp_path):
     out = tmp_path / "twins"
-    example.main(["--from", str(photographs), "--out", str(out)])
+    example.main(["--from", str(photograph_folder), "--out", str(out)])
     for name in ("a.jpg", "below/a.png", "below/b.webp"):
-        difference = load_image(str(out / name)).double() - load_image(str(photographs / name)).double()
+        difference = load_image(str(out / name)).double() - load_image(str(photograph_folder / name)).double()
         psnr = -10 * torch.log10((difference / 255).square().mean())
         assert 18 < psnr < 40
 
 
-def test_files_that_get_no_twin_are_reported(photographs, tmp_path, caplog):
-    (photographs / "broken.png").write_bytes(b"not an image")
-    os.mkfifo(photographs / "pipe.png")
+def test_tools_example_reports_photographs_for_which_it_makes_no_twin(photograph_folder, tmp_path, caplog):
+    (photograph_folder / "broken.png").write_bytes(b"not an image")
+    os.mkfifo(photograph_folder / "pipe.png")
     alpha = Image.new("RGBA", (16, 16), (10, 20, 30, 40))
-    save(photographs / "alpha.png", alpha)
+    save_image(photograph_folder / "alpha.png", alpha)
     with caplog.at_level("INFO"):
-        assert example.main(["--from", str(photographs), "--out", str(tmp_path / "twins")]) == 0
-    twins_by_name = contents(tmp_path / "twins")
+        assert example.main(["--from", str(photograph_folder), "--out", str(tmp_path / "twins")]) == 0
+    twins_by_name = read_all_files(tmp_path / "twins")
     assert "alpha.png" in twins_by_name and "broken.png" not in twins_by_name and "pipe.png" not in twins_by_name
     assert Image.open(io.BytesIO(twins_by_name["alpha.png"])).mode == "RGB"
     for words in ("broken.png", "alpha.png: the twin has no alpha channel"):
@@ -299,6 +302,6 @@ def test_files_that_get_no_twin_are_reported(photographs, tmp_path, caplog):
 def test_making_twins_of_a_folder_without_readable_images_is_refused(tmp_path):
     (tmp_path / "photographs").mkdir()
     (tmp_path / "photographs" / "a.png").write_bytes(b"not an image")
-    with user_error("none of the 1 images"):
+    with expect_user_error("none of the 1 images"):
         example.main(["--from", str(tmp_path / "photographs"), "--out", str(tmp_path / "twins")])
     assert not (tmp_path / "twins").exists()

@@ -1,6 +1,6 @@
-"""Tests of tools.export: exported graphs, bundles, and files of the user at the output path.
+"""Tests of tools.export, which writes a detector as a graph or as a bundle.
 
-A graph is a detector as an ONNX or PyTorch export file. A bundle is a detector as one safetensors file.
+A graph is an ONNX file or a file of torch.export. A bundle is one safetensors file with the weights of all networks.
 """
 
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from files import user_error
+from files import expect_user_error
 from PIL import Image
 from processes import ROOT
 from torch import nn
@@ -28,14 +28,14 @@ from utils.random_streams import seeded_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
 safetensors = pytest.importorskip("safetensors.torch")
-pytestmark = pytest.mark.usefixtures("small_classifier")
+pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 CALIBRATION = {"temperature": 1.7, "t_real": 0.3, "t_fake": 0.5}
 NO_DILATION = {"dilated": False}
 
 
-def write_rdn(path, scale=4):
-    """Write the weights of a small RDN in the format of the release. Return the path."""
+def write_rdn_weights(path, scale=4):
+    """Write the weights of a small RDN in the file format of the released weights. Return the path of the file."""
     torch.manual_seed(scale)
     rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=1, num_layers=2)
     torch.save(rdn.state_dict(), path)
@@ -43,10 +43,10 @@ def write_rdn(path, scale=4):
 
 
 def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **options):
-    """Write a detector in the format of train_detector.py. Return the path."""
+    """Write a detector in the checkpoint format of train_detector.py. Return the path of the checkpoint."""
     torch.manual_seed(0)
     detector, config = build.new_detector(checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random")
-    for module in detector.modules():  # random batch-norm weights make the logits differ between images
+    for module in detector.modules():  # without random batch-norm weights, all images would have similar logits
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
     content = network_state(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
@@ -55,22 +55,22 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
     return str(path)
 
 
-def images(*size):
-    """Return random images, uint8, of the given size."""
+def random_images(*size):
+    """Return a uint8 tensor of the given shape with random pixels."""
     return torch.from_numpy(seeded_generator(1).integers(0, 256, size, np.uint8))
 
 
-def logits_of_one_crop(detector, x):
-    """Compute logits (B, 2) with the network in PyTorch, from whole images x, uint8 (B, 3, H, W)."""
+def network_logits(detector, x):
+    """Compute the logits (B, 2) of whole images x, uint8 (B, 3, H, W), with the PyTorch network of a detector."""
     with torch.inference_mode():
         return detector.network(x.float() / 255).numpy()
 
 
 @pytest.fixture(scope="module")
-def files(small_classifier, tmp_path_factory):
+def exported_files(shrink_resnet18, tmp_path_factory):
     """Return a folder with one detector in three formats: mine.pth.tar, mine.onnx and mine.safetensors."""
     folder = tmp_path_factory.mktemp("export")
-    rdn = write_rdn(folder / "rdn.pth")
+    rdn = write_rdn_weights(folder / "rdn.pth")
     write_detector(folder / "mine.pth.tar", rdn, {"resize": 100}, **NO_DILATION)
     flags = f"--resume {folder}/mine.pth.tar --out {folder}/mine.onnx --bundle {folder}/mine.safetensors"
     export.main(flags.split())
@@ -80,77 +80,81 @@ def files(small_classifier, tmp_path_factory):
 # --- graphs
 
 
-def require_results_of_detector(path, detector, *sizes):
-    """Require that a graph gives the logits and P(fake) of a detector for random images of each size (B, 3, H, W)."""
+def require_detector_results(path, detector, *sizes):
+    """Require that a graph and a detector give the same logits and the same P(fake).
+
+    Args:
+        sizes: shapes (B, 3, H, W) of the random images that are scored.
+    """
     run, _ = graph.open_graph(path.read_bytes())
     for size in sizes:
-        x = images(*size)
+        x = random_images(*size)
         logits, prob_fake = run(x)
-        expected = logits_of_one_crop(detector, x)
+        expected = network_logits(detector, x)
         assert logits == pytest.approx(expected, abs=1e-4)
         margin = (expected[:, 0] - expected[:, 1]) / CALIBRATION["temperature"]
         assert prob_fake == pytest.approx(1 / (1 + np.exp(-margin)), abs=1e-5)
         assert np.ptp(logits) > 1e-3
 
 
-def test_an_onnx_graph_gives_the_logits_of_the_detector_at_several_image_sizes(files):
-    detector = load(files / "mine.pth.tar", device="cpu")
-    require_results_of_detector(files / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552))
+def test_an_onnx_graph_gives_the_logits_of_the_detector_at_several_image_sizes(exported_files):
+    detector = load(exported_files / "mine.pth.tar", device="cpu")
+    require_detector_results(exported_files / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552))
 
 
-def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(files, tmp_path):
-    rdn = write_rdn(tmp_path / "rdn.pth", scale=3)
+def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(exported_files, tmp_path):
+    rdn = write_rdn_weights(tmp_path / "rdn.pth", scale=3)
     path = write_detector(tmp_path / "mine.pth.tar", rdn, stage=5, **NO_DILATION)
     export.main(["--resume", path, "--vgg-weights", "random", "--out", f"{tmp_path}/new/mine.pt2"])
     detector = load(path, device="cpu", vgg_weights="random")
-    require_results_of_detector(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
+    require_detector_results(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
 
 
 @pytest.fixture(scope="module")
-def trained_on_crops(files):
-    """Return a folder with a detector trained on crops of 128 pixels, and its graph detector.onnx."""
-    folder = files / "crops"
+def crop_detector_folder(exported_files):
+    """Return a folder with a detector for crops of 128 x 128 pixels. The graph of the detector is detector.onnx."""
+    folder = exported_files / "crops"
     folder.mkdir()
-    path = write_detector(folder / "mine.pth.tar", str(files / "rdn.pth"), {"crop_size": 128}, **NO_DILATION)
+    path = write_detector(folder / "mine.pth.tar", str(exported_files / "rdn.pth"), {"crop_size": 128}, **NO_DILATION)
     export.main(["--resume", path, "--out", f"{folder}/detector.onnx"])
     return folder
 
 
-def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(trained_on_crops):
-    path = trained_on_crops / "detector.onnx"
+def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(crop_detector_folder):
+    path = crop_detector_folder / "detector.onnx"
     _, facts = graph.open_graph(path.read_bytes())
     assert (json.loads(facts["crops"]), json.loads(facts["crop_size"])) == (9, 128)
-    detector = load(trained_on_crops / "mine.pth.tar", device="cpu")
-    require_results_of_detector(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
+    detector = load(crop_detector_folder / "mine.pth.tar", device="cpu")
+    require_detector_results(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
 
 
-def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(trained_on_crops, monkeypatch):
+def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(crop_detector_folder, monkeypatch):
     document = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     (code,) = [
         block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "# mean over crops" in block
     ]
-    monkeypatch.chdir(trained_on_crops)
+    monkeypatch.chdir(crop_detector_folder)
     detector = load("mine.pth.tar", device="cpu")
     for index, (height, width) in enumerate([(150, 281), (128, 128), (130, 400)]):
-        Image.fromarray(images(height, width, 3).numpy()).save(f"{index}.png")
+        Image.fromarray(random_images(height, width, 3).numpy()).save(f"{index}.png")
         names = {}
         exec(code.replace("photo.jpg", f"{index}.png"), names)
         assert names["prob_fake"] == pytest.approx(detector.predict(f"{index}.png")[0], abs=1e-5)
 
 
-def test_a_network_with_plain_batch_norms_gives_the_logits_of_the_network(files):
-    """PyTorch 2.6 cannot convert the usual batch norms to ONNX, and converts plain ones."""
-    network = load(files / "mine.pth.tar", device="cpu").network
+def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_files):
+    """PyTorch 2.6 can convert a plain batch norm to ONNX, but not a `BatchNorm2d`."""
+    network = load(exported_files / "mine.pth.tar", device="cpu").network
     plain = graph.with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
     assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    x = images(2, 3, 64, 96).float() / 255
+    x = random_images(2, 3, 64, 96).float() / 255
     with torch.inference_mode():
         assert plain(x).numpy() == pytest.approx(network(x).numpy(), abs=1e-5)
 
 
 class Halves(nn.Module):
-    """Features that a user could add: means of blocks of 2 x 2 pixels, and the squares of the means."""
+    """A module that returns the means of blocks of 2 x 2 pixels, and the squares of the means."""
 
     channels, stride = 6, 2
 
@@ -160,7 +164,7 @@ class Halves(nn.Module):
 
 
 class FixedSize(nn.Module):
-    """A classifier for residuals of 32 x 32 values only."""
+    """A classifier that accepts only residuals of 32 x 32 values per channel."""
 
     def __init__(self, channels):
         super().__init__()
@@ -174,7 +178,7 @@ def test_features_that_a_user_adds_are_exported(tmp_path, monkeypatch):
     monkeypatch.setitem(build.FEATURES, "halves", Halves)
     path = write_detector(tmp_path / "mine.pth.tar", sr_arch="bicubic", features="halves", **NO_DILATION)
     export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
-    require_results_of_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
+    require_detector_results(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
 
 
 def test_a_classifier_that_accepts_one_image_size_is_exported_for_crops_of_that_size(tmp_path, monkeypatch, caplog):
@@ -185,94 +189,98 @@ def test_a_classifier_that_accepts_one_image_size_is_exported_for_crops_of_that_
     with caplog.at_level("INFO"):
         export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
     assert "accepts only images of 64 x 64 pixels" in caplog.text
-    require_results_of_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
+    require_detector_results(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
     path = write_detector(tmp_path / "whole.pth.tar", **options)
-    with user_error("cannot export"):
+    with expect_user_error("cannot export"):
         export.main(["--resume", path, "--out", f"{tmp_path}/whole.pt2"])
     assert not (tmp_path / "whole.pt2").exists()
 
 
-def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(files):
-    session = onnxruntime.InferenceSession(files / "mine.onnx")
+def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(exported_files):
+    session = onnxruntime.InferenceSession(exported_files / "mine.onnx")
     inputs = [(value.name, value.type, value.shape) for value in session.get_inputs()]
     assert inputs == [("image", "tensor(uint8)", ["batch", 3, "height", "width"])]
-    logits, prob_fake = session.run(["logits", "prob_fake"], {"image": images(2, 3, 36, 40).numpy()})
+    logits, prob_fake = session.run(["logits", "prob_fake"], {"image": random_images(2, 3, 36, 40).numpy()})
     assert (logits.shape, prob_fake.shape) == ((2, 2), (2,))
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
     expected = {"labels": ["fake", "real"], "scale": 4, "resize": 100, "crop_size": None, "crops": 1, **CALIBRATION}
     assert {name: facts[name] for name in expected} == expected
-    config = checkpoints.load(files / "mine.pth.tar")["config"]
+    config = checkpoints.load(exported_files / "mine.pth.tar")["config"]
     assert facts["detector"].items() >= config.items()
-    assert b"/home/me" not in (files / "mine.onnx").read_bytes()
+    assert b"/home/me" not in (exported_files / "mine.onnx").read_bytes()
 
 
-def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_graph(files, tmp_path):
-    def check(content, detector=files / "mine.pth.tar"):
+def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_graph(
+    exported_files, tmp_path
+):
+    def check_graph(content, detector=exported_files / "mine.pth.tar"):
         (tmp_path / "a.onnx").write_bytes(content)
         export.main(["--resume", str(detector), "--check", f"{tmp_path}/a.onnx"])
 
-    data = (files / "mine.onnx").read_bytes()
+    data = (exported_files / "mine.onnx").read_bytes()
     version = graph.FORMAT.encode()
-    weight = checkpoints.load(files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
-    check(data)
+    weight = checkpoints.load(exported_files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
+    check_graph(data)
     other = {**CALIBRATION, "temperature": 1.8}
-    other = write_detector(tmp_path / "other.pth.tar", str(files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION)
-    with user_error("a.onnx is not from this detector: temperature is 1.7, expected 1.8"):
-        check(data, other)
+    other = write_detector(
+        tmp_path / "other.pth.tar", str(exported_files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION
+    )
+    with expect_user_error("a.onnx is not from this detector: temperature is 1.7, expected 1.8"):
+        check_graph(data, other)
     for text, content in (
         ("format is", data.replace(version, version[:-1] + b"0")),
         ("differs from the detector's numbers", data.replace(weight, bytes(len(weight)))),
         ("damaged", data[:-9]),
         ("damaged", b""),
     ):
-        with user_error("a.onnx", text):
-            check(content)
+        with expect_user_error("a.onnx", text):
+            check_graph(content)
 
 
 # --- files that already exist
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--out", "a.onnx"), ("--out", "a.pt2"), ("--bundle", "a.safetensors")])
-def test_an_output_path_with_a_file_of_the_user_is_refused_before_any_work(files, tmp_path, flag, name):
+def test_an_output_path_with_a_file_of_the_user_is_refused_before_any_work(exported_files, tmp_path, flag, name):
     (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "folder.onnx").mkdir()
-    with user_error(name, "not written by this program"):
+    with expect_user_error(name, "not written by this program"):
         export.main(["--resume", "no such detector", flag, str(tmp_path / name)])
     assert (tmp_path / name).read_bytes() == b"mine"
-    with user_error("folder.onnx"):
+    with expect_user_error("folder.onnx"):
         export.main(["--resume", "no such detector", "--out", str(tmp_path / "folder.onnx")])
 
 
-def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(files, tmp_path):
+def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(exported_files, tmp_path):
     target = tmp_path / "a.safetensors"
-    target.write_bytes((files / "mine.safetensors").read_bytes())
+    target.write_bytes((exported_files / "mine.safetensors").read_bytes())
     (tmp_path / "link.safetensors").symlink_to(target.name)
     path = write_detector(tmp_path / "other.pth.tar", sr_arch="none", **NO_DILATION)
     export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
     assert (tmp_path / "link.safetensors").is_symlink()
     assert checkpoints.load(target)["config"]["resynthesizer"]["name"] == "none"
-    export.require_own_file(files / "mine.onnx", graph.MARK)
+    export.require_own_file(exported_files / "mine.onnx", graph.MARK)
 
 
 # --- bundles
 
 
-def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(files, tmp_path):
-    mine = checkpoints.load(files / "mine.pth.tar")
-    shared = checkpoints.load(files / "mine.safetensors")
+def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(exported_files, tmp_path):
+    mine = checkpoints.load(exported_files / "mine.pth.tar")
+    shared = checkpoints.load(exported_files / "mine.safetensors")
     assert shared.keys() == mine.keys() - {"settings", "progress"} | {"card"}
     for name in ("state_dict", "sr_state_dict"):
         assert checkpoints.fingerprint(shared[name]) == checkpoints.fingerprint(mine[name])
-    one, other = (load(files / f"mine.{ending}", device="cpu") for ending in ("pth.tar", "safetensors"))
-    assert torch.equal(one.logits(images(2, 3, 36, 36)), other.logits(images(2, 3, 36, 36)))
+    one, other = (load(exported_files / f"mine.{ending}", device="cpu") for ending in ("pth.tar", "safetensors"))
+    assert torch.equal(one.logits(random_images(2, 3, 36, 36)), other.logits(random_images(2, 3, 36, 36)))
     assert one.identity() == other.identity()
     assert torch.equal(one.trained_on, other.trained_on)
     assert "12 images" in shared["card"]
-    assert b"/home/me" not in (files / "mine.safetensors").read_bytes()
+    assert b"/home/me" not in (exported_files / "mine.safetensors").read_bytes()
 
 
 def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
-    rdn = write_rdn(tmp_path / "sr.pth.tar")
+    rdn = write_rdn_weights(tmp_path / "sr.pth.tar")
     content = checkpoints.load(write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION))
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "cls.pth.tar")
     other = {key: tensor + 0.01 for key, tensor in load_vgg("random")[0].state_dict().items()}
@@ -281,25 +289,27 @@ def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     flags = f"--no_dilation --resume {cls} --sr-weights-file {rdn} --vgg-weights {vgg} --bundle {shared}"
     export.main(flags.split())
     released = load(cls, device="cpu", resynthesizer=rdn, vgg_weights=vgg, options=NO_DILATION)
-    x = images(1, 3, 36, 36)
+    x = random_images(1, 3, 36, 36)
     assert torch.equal(released.logits(x), load(shared, device="cpu", vgg_weights=vgg).logits(x))
     assert str(tmp_path) not in json.dumps(checkpoints.load(shared)["config"])
-    with user_error("a.safetensors", "VGG"):
+    with expect_user_error("a.safetensors", "VGG"):
         load(shared, device="cpu", vgg_weights="random")
 
 
-def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused(files, tmp_path):
+def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused(exported_files, tmp_path):
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
-    detector = load(files / "mine.pth.tar", device="cpu").identity()
+    detector = load(exported_files / "mine.pth.tar", device="cpu").identity()
     metrics = summarize(read_table(tmp_path / "p.csv"))
-    flags = f"--resume {files}/mine.pth.tar --bundle {tmp_path}/a.safetensors --scores {tmp_path}/p.json".split()
+    flags = (
+        f"--resume {exported_files}/mine.pth.tar --bundle {tmp_path}/a.safetensors --scores {tmp_path}/p.json".split()
+    )
     for text, record in (
         ("another detector", {"detector": {"classifier_fingerprint": "0123"}, "metrics": metrics}),
         ("no metrics", {"detector": detector}),
     ):
         (tmp_path / "p.json").write_text(json.dumps(record))
-        with user_error(text):
+        with expect_user_error(text):
             export.main(flags)
         assert not (tmp_path / "a.safetensors").exists()
     (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
@@ -307,39 +317,43 @@ def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused
     assert format_table(metrics) in checkpoints.load(tmp_path / "a.safetensors")["card"]
 
 
-def test_damaged_and_edited_bundles_are_refused(files, tmp_path, monkeypatch):
-    whole, path, rng = (files / "mine.safetensors").read_bytes(), tmp_path / "bad.safetensors", seeded_generator(0)
-    contents = [whole[:-1], b"", (files / "mine.pth.tar").read_bytes(), safetensors.save({})]
-    for place in (3, 9, *rng.integers(0, len(whole), 20)):  # bytes 3 and 9 are in the header
+def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkeypatch):
+    whole, path, rng = (
+        (exported_files / "mine.safetensors").read_bytes(),
+        tmp_path / "bad.safetensors",
+        seeded_generator(0),
+    )
+    contents = [whole[:-1], b"", (exported_files / "mine.pth.tar").read_bytes(), safetensors.save({})]
+    for place in (3, 9, *rng.integers(0, len(whole), 20)):  # bytes 3 and 9 belong to the header of the file
         flipped = bytearray(whole)
         flipped[place] ^= 1 << int(rng.integers(8))
         contents.append(bytes(flipped))
     for content in contents:
         path.write_bytes(content)
-        with user_error("bad.safetensors"):
+        with expect_user_error("bad.safetensors"):
             checkpoints.load(path)
-    content = checkpoints.load(files / "mine.safetensors")
+    content = checkpoints.load(exported_files / "mine.safetensors")
     for part in ("state_dict", "sr_state_dict"):
         changed = {key: tensor + 1 for key, tensor in content[part].items()}
         checkpoints.save({**content, part: changed}, path)
-        with user_error("bad.safetensors"):
+        with expect_user_error("bad.safetensors"):
             load(path, device="cpu")
     monkeypatch.setattr(checkpoints, "BUNDLE", "version 2")
-    with user_error("mine.safetensors", "version 1", "version 2"):
-        checkpoints.load(files / "mine.safetensors")
+    with expect_user_error("mine.safetensors", "version 1", "version 2"):
+        checkpoints.load(exported_files / "mine.safetensors")
 
 
 @pytest.mark.parametrize(
     "flags", ["", "--out a.txt", "--check a.txt", "--bundle a.pth", "--out a.onnx --scores p.json"]
 )
-def test_tools_export_reports_a_wrong_command_line_with_exit_status_2(files, flags, capsys):
-    command = ["--resume", f"{files}/mine.pth.tar", *flags.split()]
+def test_tools_export_reports_a_wrong_command_line_with_exit_status_2(exported_files, flags, capsys):
+    command = ["--resume", f"{exported_files}/mine.pth.tar", *flags.split()]
     with pytest.raises(SystemExit) as caught:
         export.main(command)
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_tools_export_with_check_refuses_a_graph_that_does_not_exist(files):
-    with user_error("none.onnx"):
-        export.main(["--resume", f"{files}/mine.pth.tar", "--check", "none.onnx"])
+def test_tools_export_with_check_refuses_a_graph_that_does_not_exist(exported_files):
+    with expect_user_error("none.onnx"):
+        export.main(["--resume", f"{exported_files}/mine.pth.tar", "--check", "none.onnx"])

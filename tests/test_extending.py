@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md work: their networks are trained, resumed, loaded, scored and fine-tuned."""
+"""Tests that the example networks of docs/extending.md can be trained, resumed, loaded, scored and fine-tuned."""
 
 import re
 import types
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import user_error
+from files import expect_user_error
 from processes import ROOT
-from trainings import detector_arguments, read, train
+from trainings import read_checkpoint, run_training, train_detector_arguments
 
 from data import degradations, perturbations
 from evaluation import load, metrics
@@ -19,8 +19,8 @@ DOCUMENT = (ROOT / "docs/extending.md").read_text()
 BASE = "--gpu cpu --workers 0 --vgg-weights random"
 
 
-def example_module(name):
-    """Run the example of docs/extending.md whose first line is "# models/NAME.py". Returns a module."""
+def load_example_module(name):
+    """Run the code block of docs/extending.md whose first line is "# models/NAME.py". Return the code as a module."""
     for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
         if code.startswith(f"# models/{name}.py"):
             module = types.ModuleType(name)
@@ -30,22 +30,22 @@ def example_module(name):
 
 
 @pytest.fixture
-def documented_networks(monkeypatch):
+def add_documented_networks(monkeypatch):
     """Add the re-synthesizer, features and classifier of docs/extending.md to the dicts of models/build.py."""
-    monkeypatch.setitem(build.RESYNTHESIZERS, "small_sr", example_module("small_sr").SmallSR)
-    monkeypatch.setitem(build.FEATURES, "gradients", example_module("gradients").Gradients)
-    monkeypatch.setitem(build.CLASSIFIERS, "small_cnn", example_module("small_cnn").SmallCNN)
+    monkeypatch.setitem(build.RESYNTHESIZERS, "small_sr", load_example_module("small_sr").SmallSR)
+    monkeypatch.setitem(build.FEATURES, "gradients", load_example_module("gradients").Gradients)
+    monkeypatch.setitem(build.CLASSIFIERS, "small_cnn", load_example_module("small_cnn").SmallCNN)
 
 
 def train_small_sr(files, out):
-    """Train the super-resolution network of docs/extending.md. Returns the path of the weights."""
+    """Train the super-resolution network of docs/extending.md. Return the path of the file with its weights."""
     flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
-    train(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
+    run_training(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
     return out / "x4/last.pth"
 
 
-def arguments(files, out, flags):
-    """Return arguments for train_detector.py that name no re-synthesizer."""
+def arguments_without_resynthesizer(files, out, flags):
+    """Return a command line for train_detector.py. Only `flags` can choose a re-synthesizer."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 
@@ -54,13 +54,17 @@ PARTS = "--features gradients --feature-args gain=2 --arch small_cnn --arch-args
 
 
 def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_and_fine_tuned(
-    files, tmp_path, documented_networks
+    training_files, tmp_path, add_documented_networks
 ):
-    weights = train_small_sr(files, tmp_path / "sr")
+    weights = train_small_sr(training_files, tmp_path / "sr")
     out = tmp_path / "detector"
-    train(arguments(files, out, f"{PARTS} --fixed-sr --sr-weights-file {weights} --epochs 1"))
-    train(arguments(files, out, f"{PARTS} --fixed-sr --epochs 2 --resume auto"))
-    state = read(out / "last.pth.tar")
+    run_training(
+        arguments_without_resynthesizer(
+            training_files, out, f"{PARTS} --fixed-sr --sr-weights-file {weights} --epochs 1"
+        )
+    )
+    run_training(arguments_without_resynthesizer(training_files, out, f"{PARTS} --fixed-sr --epochs 2 --resume auto"))
+    state = read_checkpoint(out / "last.pth.tar")
     assert state["progress"]["epoch"] == 2
     config = state["config"]
     assert config["resynthesizer"] == {"name": "small_sr", "scale": 4, "args": {"width": 5}}
@@ -69,40 +73,50 @@ def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_a
 
     detector = load(str(out / "last.pth.tar"), device="cpu")
     assert detector.network.features.gain == 2
-    assert detector.residual(f"{files}/real/0.png")[0].shape == (6, 64, 64)
-    assert np.isfinite(detector.predict([f"{files}/real/0.png", f"{files}/fake/0.png"])).all()
+    assert detector.residual(f"{training_files}/real/0.png")[0].shape == (6, 64, 64)
+    assert np.isfinite(detector.predict([f"{training_files}/real/0.png", f"{training_files}/fake/0.png"])).all()
 
     tuned = tmp_path / "tuned"
-    train(arguments(files, tuned, f"--mode-sr denoising --init {out}/last.pth.tar --epochs 1"))
+    run_training(
+        arguments_without_resynthesizer(
+            training_files, tuned, f"--mode-sr denoising --init {out}/last.pth.tar --epochs 1"
+        )
+    )
     before = state["sr_state_dict"]
-    after = read(tuned / "last.pth.tar")["sr_state_dict"]
+    after = read_checkpoint(tuned / "last.pth.tar")["sr_state_dict"]
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_network_arguments_that_contradict_a_checkpoint_are_refused(files, tmp_path, documented_networks):
-    weights = train_small_sr(files, tmp_path / "sr")
-    with user_error("--sr-args", "width=7", "width=5"):
+def test_network_arguments_that_contradict_a_checkpoint_are_refused(training_files, tmp_path, add_documented_networks):
+    weights = train_small_sr(training_files, tmp_path / "sr")
+    with expect_user_error("--sr-args", "width=7", "width=5"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-args width=7 --arch small_cnn --epochs 1"
-        train(arguments(files, tmp_path / "detector", flags))
-    with user_error("--sr-arch", "rdn", "small_sr"):
+        run_training(arguments_without_resynthesizer(training_files, tmp_path / "detector", flags))
+    with expect_user_error("--sr-arch", "rdn", "small_sr"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-arch rdn --arch small_cnn --epochs 1"
-        train(arguments(files, tmp_path / "detector", flags))
+        run_training(arguments_without_resynthesizer(training_files, tmp_path / "detector", flags))
 
 
 def test_loading_a_checkpoint_whose_features_are_not_in_the_dict_gives_an_error_with_their_name(
-    files, tmp_path, documented_networks, monkeypatch
+    training_files, tmp_path, add_documented_networks, monkeypatch
 ):
-    train(arguments(files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1"))
+    run_training(
+        arguments_without_resynthesizer(training_files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1")
+    )
     monkeypatch.delitem(build.FEATURES, "gradients")
-    with user_error("gradients", "pixels"):
+    with expect_user_error("gradients", "pixels"):
         load(str(tmp_path / "last.pth.tar"), device="cpu")
 
 
 @pytest.mark.parametrize("control", ["bicubic", "none"])
 def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expected_residual(
-    files, tmp_path, documented_networks, control
+    training_files, tmp_path, add_documented_networks, control
 ):
-    train(arguments(files, tmp_path, f"--fixed-sr --sr-arch {control} --arch small_cnn --epochs 1"))
+    run_training(
+        arguments_without_resynthesizer(
+            training_files, tmp_path, f"--fixed-sr --sr-arch {control} --arch small_cnn --epochs 1"
+        )
+    )
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
     x = torch.rand(1, 3, 16, 16)
     x_hat = detector.network.resynthesize(x)
@@ -115,19 +129,19 @@ def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expect
         torch.testing.assert_close(x_hat, expected)
 
 
-def test_training_a_resynthesizer_without_parameters_is_refused(files, tmp_path):
-    with user_error("--fixed-sr", "no parameters"):
-        train(arguments(files, tmp_path, "--sr-arch bicubic --arch resnet18 --epochs 1"))
-    with user_error("bicubic", "no parameters"):
-        flags = (
-            f"--train-file {files}/real --outputs-dir {tmp_path} {BASE} --sr-arch bicubic --num-epochs 1 --patch-size 8"
+def test_training_a_resynthesizer_without_parameters_is_refused(training_files, tmp_path):
+    with expect_user_error("--fixed-sr", "no parameters"):
+        run_training(
+            arguments_without_resynthesizer(training_files, tmp_path, "--sr-arch bicubic --arch resnet18 --epochs 1")
         )
-        train(flags.split())
+    with expect_user_error("bicubic", "no parameters"):
+        flags = f"--train-file {training_files}/real --outputs-dir {tmp_path} {BASE} --sr-arch bicubic --num-epochs 1"
+        run_training([*flags.split(), "--patch-size", "8"])
 
 
-def test_training_with_an_rdn_but_without_its_weights_file_is_refused(files, tmp_path):
-    with user_error("--sr-weights-file", "rdn"):
-        train(arguments(files, tmp_path, "--fixed-sr --arch resnet18 --epochs 1"))
+def test_training_with_an_rdn_but_without_its_weights_file_is_refused(training_files, tmp_path):
+    with expect_user_error("--sr-weights-file", "rdn"):
+        run_training(arguments_without_resynthesizer(training_files, tmp_path, "--fixed-sr --arch resnet18 --epochs 1"))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16"])
@@ -137,15 +151,15 @@ def test_a_torchvision_classifier_reads_the_channels_of_the_residual(name):
     assert classifier(torch.rand(2, 6, 32, 32)).shape == (2, 2)
 
 
-def test_a_torchvision_classifier_is_trained_and_loaded(files, tmp_path):
+def test_a_torchvision_classifier_is_trained_and_loaded(training_files, tmp_path):
     flags = "--fixed-sr --arch torchvision:mobilenet_v3_small --epochs 1"
-    train(detector_arguments(files, tmp_path, flags))
+    run_training(train_detector_arguments(training_files, tmp_path, flags))
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
-    assert np.isfinite(detector.predict([f"{files}/real/0.png"])).all()
+    assert np.isfinite(detector.predict([f"{training_files}/real/0.png"])).all()
 
 
 def test_an_unknown_torchvision_classifier_is_refused():
-    with user_error("resnet19"):
+    with expect_user_error("resnet19"):
         build.create_classifier("torchvision:resnet19", 3, {})
 
 

@@ -1,10 +1,10 @@
-"""Tests of data.folders: the images that are found in a folder, and the log line about all other files."""
+"""Tests of data.folders, which lists the images in a folder and logs one line about all other files."""
 
 import logging
 import os
 
 import pytest
-from files import save, touch, user_error
+from files import expect_user_error, save_image, write_empty_files
 
 from data.folders import HAS_AVIF, find_images
 from data.lists import Item, input_items
@@ -13,13 +13,13 @@ SCORE_TABLE = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,e
 
 
 @pytest.fixture(autouse=True)
-def log_everything(caplog):
-    """Let caplog record messages from level INFO."""
+def record_info_messages(caplog):
+    """Let the fixture caplog record log messages of level INFO and above."""
     caplog.set_level(logging.INFO)
 
 
 def relative_paths(root, paths):
-    """Return the paths relative to a folder."""
+    """Convert paths to paths relative to the folder `root`."""
     return [os.path.relpath(path, root) for path in paths]
 
 
@@ -27,19 +27,19 @@ def test_images_are_found_by_suffix_and_sorted_by_path(tmp_path):
     names = [
         "B.PNG", "a-b/1.png", "a.jpg", "a/z.TiF", "b.webp", "c.jfif", "d.gif", "dir.png/x.JPEG", "é.bmp", "z.tiff"
     ]  # fmt: skip
-    root = touch(tmp_path / "r", *names)
+    root = write_empty_files(tmp_path / "r", *names)
     for spelling in (root, root + "/"):
         assert find_images(spelling) == [f"{root}/{name}" for name in sorted(names)]
 
 
 def test_avif_images_are_found_if_pillow_can_read_avif(tmp_path):
-    root = touch(tmp_path / "r", "a.avif", "b.png")
+    root = write_empty_files(tmp_path / "r", "a.avif", "b.png")
     assert relative_paths(root, find_images(root)) == (["a.avif", "b.png"] if HAS_AVIF else ["b.png"])
 
 
 def test_one_log_line_says_how_many_files_are_left_out_and_why(tmp_path, caplog):
     others = ["1.HEIC", "2.heic", "no_suffix", ".hidden.png", "._a.jpg", "__MACOSX/a.png", ".git/a.png"]
-    root = touch(tmp_path / "r", "a.png", "sub/b.png", "sub/notes.txt", *others)
+    root = write_empty_files(tmp_path / "r", "a.png", "sub/b.png", "sub/notes.txt", *others)
     assert relative_paths(root, find_images(root)) == ["a.png", "sub/b.png"]
     (message,) = caplog.messages
     words = ["found 2 images", "left out 8 other", "2 .heic", "1 .txt", "1 without suffix", "4 hidden"]
@@ -47,7 +47,7 @@ def test_one_log_line_says_how_many_files_are_left_out_and_why(tmp_path, caplog)
 
 
 def test_nothing_is_logged_if_every_file_of_a_folder_is_an_image(tmp_path, caplog):
-    find_images(touch(tmp_path / "r", "a.png"))
+    find_images(write_empty_files(tmp_path / "r", "a.png"))
     assert not caplog.messages
 
 
@@ -55,8 +55,8 @@ def test_nothing_is_logged_if_every_file_of_a_folder_is_an_image(tmp_path, caplo
 
 
 def test_two_links_to_one_folder_are_followed_once(tmp_path, caplog):
-    root = touch(tmp_path / "r", "a/1.png")
-    elsewhere = touch(tmp_path / "elsewhere", "2.png")
+    root = write_empty_files(tmp_path / "r", "a/1.png")
+    elsewhere = write_empty_files(tmp_path / "elsewhere", "2.png")
     (tmp_path / "r/b").symlink_to(elsewhere)
     (tmp_path / "r/c").symlink_to(elsewhere)
     (tmp_path / "r/broken.png").symlink_to(tmp_path / "nothing")
@@ -66,8 +66,8 @@ def test_two_links_to_one_folder_are_followed_once(tmp_path, caplog):
 
 @pytest.mark.parametrize("place, target", [("up", ".."), ("a/loop", ".."), ("a/b/up", "../../.."), ("self", ".")])
 def test_a_link_to_a_folder_that_contains_it_is_not_followed(tmp_path, caplog, place, target):
-    root = touch(tmp_path / "real", "1.png", "a/b/2.png")
-    touch(tmp_path / "fake", "3.png")
+    root = write_empty_files(tmp_path / "real", "1.png", "a/b/2.png")
+    write_empty_files(tmp_path / "fake", "3.png")
     (tmp_path / "real" / place).symlink_to(target)
     (tmp_path / "link").symlink_to(root)
     assert relative_paths(root, find_images(root)) == ["1.png", "a/b/2.png"]
@@ -76,8 +76,8 @@ def test_a_link_to_a_folder_that_contains_it_is_not_followed(tmp_path, caplog, p
 
 
 def test_a_link_to_a_parent_folder_is_not_followed_inside_a_linked_folder(tmp_path):
-    root = touch(tmp_path / "r", "1.png")
-    touch(tmp_path / "storage", "part/2.png", "other/3.png")
+    root = write_empty_files(tmp_path / "r", "1.png")
+    write_empty_files(tmp_path / "storage", "part/2.png", "other/3.png")
     (tmp_path / "r/part").symlink_to(tmp_path / "storage/part")
     (tmp_path / "storage/part/up").symlink_to("..")
     assert relative_paths(root, find_images(root)) == ["1.png", "part/2.png"]
@@ -88,10 +88,12 @@ def test_a_link_to_a_parent_folder_is_not_followed_inside_a_linked_folder(tmp_pa
 
 @pytest.fixture
 def folder_with_outputs(tmp_path):
-    """Return a folder with two images, a score table with its figure, and a residual picture."""
-    root = touch(tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png")
+    """Return a folder with two images, and with a score table, a figure and a residual picture of test.py."""
+    root = write_empty_files(
+        tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png"
+    )
     (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
-    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # not a score table
+    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # this CSV file is not a score table, so photo.png is an image
     return root
 
 
@@ -103,8 +105,8 @@ def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_folder(folde
 
 def test_images_whose_names_resemble_outputs_of_test_py_are_kept(tmp_path):
     names = ["scores.png", "residual.png", "alone.png"]
-    root = touch(tmp_path / "r", *names)
-    os.mkfifo(tmp_path / "r/scores.csv")  # opening a named pipe would block the program
+    root = write_empty_files(tmp_path / "r", *names)
+    os.mkfifo(tmp_path / "r/scores.csv")  # the search must not open a named pipe, because opening a pipe blocks
     assert relative_paths(root, find_images(root)) == sorted(names)
 
 
@@ -112,7 +114,7 @@ def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_list_of_file
     paths = [f"{folder_with_outputs}/{name}" for name in ("cat.png", "scores.png", "sub/cat.png.residual.png")]
     assert input_items(paths) == [Item(paths[0], None, "")]
     assert "left out 2 pictures" in caplog.text
-    with user_error("no images", "1 figure of a score table"):
+    with expect_user_error("no images", "1 figure of a score table"):
         input_items(paths[1:2])
 
 
@@ -120,22 +122,22 @@ def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_list_of_file
 
 
 def test_missing_folders_and_folders_without_images_are_refused_in_one_line(tmp_path):
-    with user_error("No such file", r"new\nline"):
+    with expect_user_error("No such file", r"new\nline"):
         find_images(str(tmp_path / "new\nline"))
-    with user_error("Not a directory"):
-        find_images(save(tmp_path / "f.png"))
+    with expect_user_error("Not a directory"):
+        find_images(save_image(tmp_path / "f.png"))
     (tmp_path / "empty").mkdir()
-    with user_error("no images", "no files"):
+    with expect_user_error("no images", "no files"):
         find_images(str(tmp_path / "empty"))
-    with user_error("no images", ".jpg", "2 .heic", "1 .txt"):
-        find_images(touch(tmp_path / "q", "a.heic", "b.heic", "c.txt"))
+    with expect_user_error("no images", ".jpg", "2 .heic", "1 .txt"):
+        find_images(write_empty_files(tmp_path / "q", "a.heic", "b.heic", "c.txt"))
 
 
 def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
-    touch(tmp_path, "a.png")
+    write_empty_files(tmp_path, "a.png")
     monkeypatch.chdir(tmp_path)
-    for _ in range(17):  # make a path of more than 4096 characters, which system calls refuse
+    for _ in range(17):  # system calls refuse the path, because its length exceeds 4096 characters
         os.mkdir("d" * 250)
         os.chdir("d" * 250)
-    with user_error("cannot be read", "too long"):
+    with expect_user_error("cannot be read", "too long"):
         find_images(str(tmp_path))

@@ -1,6 +1,6 @@
-"""The networks have the weight names, weight shapes and outputs of the released networks.
+"""Tests that the networks have the weight names, weight shapes and outputs of the released networks.
 
-The expected values in tests/golden/ were computed with the released code.
+The expected values in the folder tests/golden/ were computed with the released code.
 """
 
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_rule import fill
+from golden_rule import fill_with_golden_weights
 
 from models.features import STAGES, VGG19, Pixels, VGG19Stage
 from models.losses import perceptual_distance, reconstruction_loss
@@ -24,32 +24,32 @@ TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 3, "num_layers": 2}
 
 
 @pytest.fixture(scope="module")
-def golden():
-    """Return the outputs of the released networks, by name."""
+def released_outputs():
+    """Return a dict from the name of an array in reference_outputs.npz to the array as a tensor."""
     arrays = np.load(GOLDEN / "reference_outputs.npz")
     return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="module")
-def x(golden):
-    """Return the input images of the released networks, float in [0, 1]."""
-    return golden["image"].float() / 255
+def input_images(released_outputs):
+    """Return the images for which the expected outputs were computed, float with values in [0, 1]."""
+    return released_outputs["image"].float() / 255
 
 
 @pytest.fixture(scope="module")
-def rdn():
-    """Return a full-size RDN with the weights of the golden rule."""
-    return fill(RDN())
+def golden_rdn():
+    """Return a full-size RDN with the weights of `golden_tensor`."""
+    return fill_with_golden_weights(RDN())
 
 
 @pytest.fixture(scope="module")
-def vgg():
-    """Return VGG-19 with the weights of the golden rule."""
-    return fill(VGG19())
+def golden_vgg():
+    """Return VGG-19 with the weights of `golden_tensor`."""
+    return fill_with_golden_weights(VGG19())
 
 
-def features_of(stage, vgg):
-    """Return pixels for stage 0, and the features of a VGG-19 stage otherwise."""
+def features_of_stage(stage, vgg):
+    """Return the features module of a stage: `Pixels` for stage 0, and `VGG19Stage` for stages 1 to 5."""
     if stage == 0:
         return Pixels()
     features = VGG19Stage(stage)
@@ -77,38 +77,38 @@ def test_network_weights_have_the_released_names_and_shapes(name, build):
     assert {key: list(value.shape) for key, value in build().state_dict().items()} == expected
 
 
-def test_rdn_and_the_pixel_residual_have_the_released_values(golden, rdn, x):
-    detector = ResynthesisDetector(rdn, Pixels(), torch.nn.Identity())
+def test_rdn_and_the_pixel_residual_have_the_released_values(released_outputs, golden_rdn, input_images):
+    detector = ResynthesisDetector(golden_rdn, Pixels(), torch.nn.Identity())
     with torch.inference_mode():
-        x_hat = detector.resynthesize(x)
-        residual = detector.residual(x, x_hat)
-    assert_close(downsample(x, 4), golden["lr"])
-    assert_close(x_hat, golden["rdn"])
-    assert_close(residual[:, :, ::2, ::2], golden["pixel_res"])
+        x_hat = detector.resynthesize(input_images)
+        residual = detector.residual(input_images, x_hat)
+    assert_close(downsample(input_images, 4), released_outputs["lr"])
+    assert_close(x_hat, released_outputs["rdn"])
+    assert_close(residual[:, :, ::2, ::2], released_outputs["pixel_res"])
 
 
-def test_rdn_with_gradients_has_the_released_output(golden, rdn, x):
-    assert_close(rdn(downsample(x, 4)).detach(), golden["rdn"])
+def test_rdn_with_gradients_has_the_released_output(released_outputs, golden_rdn, input_images):
+    assert_close(golden_rdn(downsample(input_images, 4)).detach(), released_outputs["rdn"])
 
 
-def test_rdn_has_22_271_107_parameters_as_in_the_paper(rdn):
-    assert sum(p.numel() for p in rdn.parameters()) == 22_271_107
+def test_rdn_has_22_271_107_parameters_as_in_the_paper(golden_rdn):
+    assert sum(p.numel() for p in golden_rdn.parameters()) == 22_271_107
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_a_small_rdn_has_the_released_output_at_each_scale(golden, scale):
-    small = fill(RDN(scale=scale, **TINY))
+def test_a_small_rdn_has_the_released_output_at_each_scale(released_outputs, scale):
+    small = fill_with_golden_weights(RDN(scale=scale, **TINY))
     with torch.inference_mode():
-        assert_close(small(golden["tiny_in"]), golden[f"rdn_small_x{scale}"])
+        assert_close(small(released_outputs["tiny_in"]), released_outputs[f"rdn_small_x{scale}"])
     assert rdn_from_weights(small.state_dict(), "file") == (scale, TINY)
 
 
-def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(golden, vgg, x):
+def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(released_outputs, golden_vgg, input_images):
     with torch.inference_mode():
-        together = vgg(x, STAGES)
+        together = golden_vgg(input_images, STAGES)
         for k in STAGES:
-            alone = vgg(x, [k])[k]
-            assert_close(alone[:, ::8], golden[f"vgg_stage{k}"])
+            alone = golden_vgg(input_images, [k])[k]
+            assert_close(alone[:, ::8], released_outputs[f"vgg_stage{k}"])
             assert torch.equal(together[k], alone)
 
 
@@ -128,17 +128,19 @@ def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(golden
         ("logits_pixel_resnet101", "resnet101", 0, False),
     ],
 )
-def test_detectors_have_the_released_logits(golden, rdn, vgg, x, key, arch, stage, dilated):
-    features = features_of(stage, vgg)
-    classifier = fill(DeepStemResNet(features.channels, arch, dilated))
-    detector = ResynthesisDetector(rdn, features, classifier).eval()
+def test_detectors_have_the_released_logits(
+    released_outputs, golden_rdn, golden_vgg, input_images, key, arch, stage, dilated
+):
+    features = features_of_stage(stage, golden_vgg)
+    classifier = fill_with_golden_weights(DeepStemResNet(features.channels, arch, dilated))
+    detector = ResynthesisDetector(golden_rdn, features, classifier).eval()
     with torch.inference_mode():
-        assert_close(detector(x), golden[key])
+        assert_close(detector(input_images), released_outputs[key])
     assert resnet_from_weights(classifier.state_dict(), "file") == (arch, features.channels)
 
 
-def test_the_losses_have_the_released_values(golden, rdn, vgg, x):
+def test_the_losses_have_the_released_values(released_outputs, golden_rdn, golden_vgg, input_images):
     with torch.inference_mode():
-        x_hat = rdn(downsample(x, 4))
-        assert_close(perceptual_distance(x_hat, x, vgg, F.mse_loss), golden["vgg_loss_mse"])
-        assert_close(reconstruction_loss(x_hat, x, vgg).mean(), golden["aux_loss_l1"])
+        x_hat = golden_rdn(downsample(input_images, 4))
+        assert_close(perceptual_distance(x_hat, input_images, golden_vgg, F.mse_loss), released_outputs["vgg_loss_mse"])
+        assert_close(reconstruction_loss(x_hat, input_images, golden_vgg).mean(), released_outputs["aux_loss_l1"])

@@ -1,10 +1,10 @@
-"""torch.hub loads a detector in a program that has its own packages `models`, `utils` and `data`."""
+"""Test that torch.hub loads a detector in a program with its own packages `models`, `utils` and `data`."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from scorings import write_detector, write_image
+from scorings import write_detector, write_noise_image
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -28,7 +28,7 @@ def test_torch_hub_loads_a_detector_beside_other_packages_named_models_utils_and
         (tmp_path / package / "__init__.py").write_text("NAME = 'mine'\nmine = 1\n")
     (tmp_path / "models" / "mine.py").write_text("NAME = 'mine, too'\n")
     write_detector(tmp_path / "DETECTOR")
-    write_image(str(tmp_path / "a.png"), 1)
+    write_noise_image(str(tmp_path / "a.png"), 1)
     (tmp_path / "program.py").write_text(PROGRAM.format(root=str(ROOT)))
     result = subprocess.run([sys.executable, "program.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

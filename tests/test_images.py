@@ -1,4 +1,4 @@
-"""Tests of data.images: decoding of image files, errors of bad files, resizing and cropping, and usable images."""
+"""Tests of data.images: decoding of image files, errors for bad files, resizing, cropping, and usable images."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from files import random_rgb, save, user_error
+from files import expect_user_error, random_rgb_pixels, save_image
 from PIL import Image
 
 from data.folders import HAS_AVIF
@@ -29,44 +29,47 @@ from utils.console import printable
 from utils.errors import UserError
 from utils.labels import REAL
 
-ORIENTATION = 0x0112  # tag of the orientation in EXIF 2.3
+ORIENTATION = 0x0112  # EXIF tag of the orientation
 
 
-def pixels_of(path):
+def load_pixels(path):
     """Return the pixels that load_image reads from a file, as a NumPy array (H, W, 3)."""
     image = load_image(path)
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[0] == 3
     return image.permute(1, 2, 0).numpy()
 
 
-def exif_of(orientation):
+def exif_with_orientation(orientation):
     """Return EXIF data with the given orientation (1 to 8)."""
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     return exif
 
 
-def png(*chunks):
+def png_bytes(*chunks):
     """Return the bytes of a PNG file with the given (name, content) chunks."""
     parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + bytes(4) + b"IEND\xaeB`\x82"
 
 
-def png_header(width, height, depth, colour, interlaced=0):
-    """Return the header chunk of a PNG file."""
+def png_header_chunk(width, height, depth, colour, interlaced=0):
+    """Return the name and the content of the IHDR chunk, which is the header of a PNG file."""
     return b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
 
 
-def png_data(content):
-    """Return a PNG chunk with the compressed pixels."""
+def png_pixel_chunk(content):
+    """Return the name and the content of the IDAT chunk, which contains the compressed pixels of a PNG file."""
     return b"IDAT", zlib.compress(content)
 
 
-def encoded(form, image=None, **options):
-    """Return an image file in the given format as bytes. The default image is random and has 64 x 64 pixels."""
+def encode_image(form, image=None, **options):
+    """Return the bytes of an image file in the given format.
+
+    The default image has 64 x 64 random pixels.
+    """
     stream = io.BytesIO()
     if image is None:
-        image = Image.fromarray(random_rgb(64, 64))
+        image = Image.fromarray(random_rgb_pixels(64, 64))
     image.save(stream, form, **options)
     return stream.getvalue()
 
@@ -83,7 +86,7 @@ RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3
 PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
 PALETTE.putpalette(RED + GREEN + BLUE)
 ALPHA = np.array([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]], np.uint8)
-ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # alpha 51 of 255 mixes 1/5 of the colour with 4/5 white
+ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # an alpha of 51/255 mixes 1/5 colour with 4/5 white
 GREY_ALPHA = Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA")
 CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
 
@@ -91,10 +94,10 @@ CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
 @pytest.mark.parametrize(
     "name, image, options, expected, tolerance",
     [
-        ("rgb.png", random_rgb(5, 7), {}, random_rgb(5, 7), 0),
-        ("rgb.bmp", random_rgb(5, 7), {}, random_rgb(5, 7), 0),
-        ("rgb.tif", random_rgb(5, 7), {}, random_rgb(5, 7), 0),
-        ("rgb.webp", random_rgb(5, 7), {"lossless": True}, random_rgb(5, 7), 0),
+        ("rgb.png", random_rgb_pixels(5, 7), {}, random_rgb_pixels(5, 7), 0),
+        ("rgb.bmp", random_rgb_pixels(5, 7), {}, random_rgb_pixels(5, 7), 0),
+        ("rgb.tif", random_rgb_pixels(5, 7), {}, random_rgb_pixels(5, 7), 0),
+        ("rgb.webp", random_rgb_pixels(5, 7), {"lossless": True}, random_rgb_pixels(5, 7), 0),
         ("jpeg.jfif", np.full((8, 8, 3), 100, np.uint8), {"format": "JPEG"}, np.full((8, 8, 3), 100), 1),
         ("palette.gif", PALETTE, {}, [[RED, GREEN, BLUE]], 0),
         ("grey.png", RAMP, {}, RAMP[..., None], 0),
@@ -114,61 +117,68 @@ CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
     ],
 )
 def test_images_of_every_colour_mode_are_decoded_to_rgb(tmp_path, name, image, options, expected, tolerance):
-    pixels = pixels_of(save(tmp_path / name, image, **options))
+    pixels = load_pixels(save_image(tmp_path / name, image, **options))
     assert np.abs(pixels.astype(int) - expected).max() <= tolerance
 
 
 @pytest.mark.skipif(not HAS_AVIF, reason="this Pillow reads no AVIF")
 def test_an_avif_image_is_decoded(tmp_path):
-    path = save(tmp_path / "a.avif", np.full((16, 16, 3), 100, np.uint8))
-    assert np.abs(pixels_of(path).astype(int) - 100).max() <= 2
+    path = save_image(tmp_path / "a.avif", np.full((16, 16, 3), 100, np.uint8))
+    assert np.abs(load_pixels(path).astype(int) - 100).max() <= 2
     assert check_headers([path], SizePolicy()) == [Header((16, 16))]
 
 
 def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
-    data = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])  # rows of two 12-bit pixels: 4095, 0 and 2048, 0
+    data = bytes([0xFF, 0xF0, 0x00, 0x80, 0x00, 0x00])  # two rows of two 12-bit pixels: (4095, 0) and (2048, 0)
     tags = [(256, 2), (257, 2), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 2), (279, len(data))]
     directory = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
     header = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
     (tmp_path / "a.tif").write_bytes(header + struct.pack("<H", len(tags)) + directory + bytes(4))
-    assert pixels_of(tmp_path / "a.tif").tolist() == [[[255] * 3, [0] * 3], [[128] * 3, [0] * 3]]
+    assert load_pixels(tmp_path / "a.tif").tolist() == [[[255] * 3, [0] * 3], [[128] * 3, [0] * 3]]
 
 
 @pytest.mark.parametrize(
     "chunks, expected",
     [
-        (  # colour image with 16 bits per channel
-            [png_header(2, 1, 16, 2), png_data(b"\0" + struct.pack(">6H", 0, 257 * 100, 65535, 257 * 7, 257, 0))],
+        (  # a colour image with 16 bits per channel
+            [
+                png_header_chunk(2, 1, 16, 2),
+                png_pixel_chunk(b"\0" + struct.pack(">6H", 0, 257 * 100, 65535, 257 * 7, 257, 0)),
+            ],
             [[[0, 100, 255], [7, 1, 0]]],
         ),
-        (  # interlaced image: first pixel, second pixel of the first row, second row
-            [png_header(2, 2, 8, 0, 1), png_data(b"\0\x0a" + b"\0\x14" + b"\0\x1e\x28")],
+        (  # an interlaced image of 2 x 2 pixels; its three passes are pixel 0, pixel 1, and row 1
+            [png_header_chunk(2, 2, 8, 0, 1), png_pixel_chunk(b"\0\x0a" + b"\0\x14" + b"\0\x1e\x28")],
             [[[10] * 3, [20] * 3], [[30] * 3, [40] * 3]],
         ),
-        (  # the EXIF chunk follows the pixels
-            [png_header(2, 1, 8, 0), png_data(b"\0\x0a\x14"), (b"eXIf", exif_of(6).tobytes()[6:])],
+        (  # an image whose EXIF chunk follows the pixel chunk
+            [
+                png_header_chunk(2, 1, 8, 0),
+                png_pixel_chunk(b"\0\x0a\x14"),
+                (b"eXIf", exif_with_orientation(6).tobytes()[6:]),
+            ],
             [[[10] * 3], [[20] * 3]],
         ),
     ],
 )
 def test_png_files_that_pillow_cannot_write_are_decoded(tmp_path, chunks, expected):
-    (tmp_path / "a.png").write_bytes(png(*chunks))
-    assert pixels_of(tmp_path / "a.png").tolist() == expected
+    (tmp_path / "a.png").write_bytes(png_bytes(*chunks))
+    assert load_pixels(tmp_path / "a.png").tolist() == expected
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, np.nan])
 def test_an_image_with_float_values_outside_0_to_1_is_refused(tmp_path, value):
-    with user_error("b.tif: has values", "expected 0 to 1"):
-        load_image(save(tmp_path / "b.tif", np.array([[0.0, value]], np.float32)))
+    with expect_user_error("b.tif: has values", "expected 0 to 1"):
+        load_image(save_image(tmp_path / "b.tif", np.array([[0.0, value]], np.float32)))
 
 
 @pytest.mark.parametrize("value", [-3, 70000])
 def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value):
-    with user_error("b.tif: has values", "expected 0 to 65535"):
-        load_image(save(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
+    with expect_user_error("b.tif: has values", "expected 0 to 65535"):
+        load_image(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
-# An upright image, and the pixels that are stored for each EXIF orientation
+# An image, and the pixels that a file stores for this image with each EXIF orientation
 UPRIGHT = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, 3, axis=-1)
 STORED = {
     1: UPRIGHT,
@@ -176,7 +186,7 @@ STORED = {
     3: UPRIGHT[::-1, ::-1],
     4: UPRIGHT[::-1],
     5: UPRIGHT.transpose(1, 0, 2),
-    6: np.rot90(UPRIGHT, 1),  # displayed after a quarter turn clockwise
+    6: np.rot90(UPRIGHT, 1),  # a viewer turns these pixels by 90 degrees clockwise
     7: UPRIGHT[::-1, ::-1].transpose(1, 0, 2),
     8: np.rot90(UPRIGHT, -1),
 }
@@ -187,9 +197,9 @@ STORED = {
 def test_the_exif_orientation_is_applied_to_the_pixels_and_to_the_size_in_the_header(
     tmp_path, orientation, suffix, options
 ):
-    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # 16 x 24 pixels when upright
-    path = save(tmp_path / f"a.{suffix}", stored, exif=exif_of(orientation), **options)
-    centres = pixels_of(path)[4::8, 4::8].astype(int)
+    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # the decoded image has 16 rows and 24 columns
+    path = save_image(tmp_path / f"a.{suffix}", stored, exif=exif_with_orientation(orientation), **options)
+    centres = load_pixels(path)[4::8, 4::8].astype(int)
     assert np.abs(centres - UPRIGHT).max() <= (3 if suffix == "jpg" else 0)
     assert check_headers([path], SizePolicy()) == [Header((16, 24), jpeg=suffix == "jpg")]
 
@@ -197,18 +207,18 @@ def test_the_exif_orientation_is_applied_to_the_pixels_and_to_the_size_in_the_he
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
 def test_the_exif_orientation_is_applied_to_16_bit_images(tmp_path, name):
     deep = STORED[6][..., 0].astype(np.uint16) * 257
-    assert np.array_equal(pixels_of(save(tmp_path / name, deep, exif=exif_of(6))), UPRIGHT)
+    assert np.array_equal(load_pixels(save_image(tmp_path / name, deep, exif=exif_with_orientation(6))), UPRIGHT)
 
 
 def test_an_image_with_damaged_exif_is_decoded_without_turning(tmp_path):
-    path = save(tmp_path / "c.png", random_rgb(), exif=b"Exif\0\0nonsense")
-    assert np.array_equal(pixels_of(path), random_rgb())
+    path = save_image(tmp_path / "c.png", random_rgb_pixels(), exif=b"Exif\0\0nonsense")
+    assert np.array_equal(load_pixels(path), random_rgb_pixels())
     assert check_headers([path], SizePolicy()) == [Header((16, 16))]
 
 
 # --- bad files ----------------------------------------------------------------------------------------------
 
-BAD_FILES = {  # name -> part of the error
+BAD_FILES = {  # file name -> words in the expected error message
     "text.png": "is not an image",
     "script.png": "is not an image",
     "folder.png": "is a folder",
@@ -223,12 +233,12 @@ BAD_FILES = {  # name -> part of the error
 
 
 @pytest.fixture
-def bad_folder(tmp_path):
-    """Return a folder of unreadable files: the files of BAD_FILES, and truncated images in six formats."""
+def folder_of_bad_files(tmp_path):
+    """Return a folder of unreadable files: the files in BAD_FILES, and two truncated images in each of six formats."""
     folder = tmp_path / "bad"
     folder.mkdir()
     for form in ("png", "jpeg", "webp", "bmp", "tiff", "gif"):
-        data = encoded(form)
+        data = encode_image(form)
         (folder / f"half.{form}").write_bytes(data[: len(data) // 2])
         (folder / f"start.{form}").write_bytes(data[:6])
     (folder / "text.png").write_text("not an image\n")
@@ -237,28 +247,31 @@ def bad_folder(tmp_path):
     (folder / "link.png").symlink_to(folder / "nothing")
     (folder / "loop.png").symlink_to(folder / "loop.png")
     os.mkfifo(folder / "pipe.png")
-    (folder / "bomb.png").write_bytes(png(png_header(20000, 20000, 8, 0), (b"IDAT", b"")))  # 400 megapixels
+    (folder / "bomb.png").write_bytes(png_bytes(png_header_chunk(20000, 20000, 8, 0), (b"IDAT", b"")))  # 400 megapixels
     for name in ("zero.png", "new\nline.png", "grüße.png"):
         (folder / name).touch()
     return folder
 
 
-@pytest.mark.filterwarnings("ignore")  # pytest shows the warnings that data.images silences
-def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(bad_folder):
+@pytest.mark.filterwarnings("ignore")  # pytest would show warnings of Pillow that users do not see
+def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(folder_of_bad_files):
     open_files = len(os.listdir("/dev/fd"))
-    names = os.listdir(bad_folder)
+    names = os.listdir(folder_of_bad_files)
     assert len(names) == 22
     for name in names:
-        path = str(bad_folder / name)
-        with user_error(printable(path) + ": ", BAD_FILES.get(name, "")):
+        path = str(folder_of_bad_files / name)
+        with expect_user_error(printable(path) + ": ", BAD_FILES.get(name, "")):
             load_image(path)
     assert len(os.listdir("/dev/fd")) == open_files
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_path, bad_folder):
-    bad = [str(bad_folder / name) for name in os.listdir(bad_folder)]
-    good = [save(tmp_path / f"good.{s}", random_rgb(8, 12)) for s in ("png", "jpg", "webp", "bmp", "tif", "gif")]
+def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_path, folder_of_bad_files):
+    bad = [str(folder_of_bad_files / name) for name in os.listdir(folder_of_bad_files)]
+    good = [
+        save_image(tmp_path / f"good.{s}", random_rgb_pixels(8, 12))
+        for s in ("png", "jpg", "webp", "bmp", "tif", "gif")
+    ]
     headers = dict(zip([*bad, *good], check_headers([*bad, *good], SizePolicy()), strict=True))
     for path in bad:
         name, problem = os.path.basename(path), headers[path].problem
@@ -270,30 +283,31 @@ def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_p
     assert check_headers([], SizePolicy()) == []
 
 
-def encodings():
-    """Return small image files as bytes: each format, and variants that Pillow decodes with different code."""
-    rgb, exif = Image.fromarray(random_rgb()), exif_of(6)
-    deep = Image.fromarray(random_rgb()[..., 0].astype(np.uint16) * 257)
+def encoded_images():
+    """Return the bytes of twelve small image files: several formats, each in one or more encodings."""
+    rgb, exif = Image.fromarray(random_rgb_pixels()), exif_with_orientation(6)
+    deep = Image.fromarray(random_rgb_pixels()[..., 0].astype(np.uint16) * 257)
     return [
-        encoded("png", rgb, exif=exif),
-        encoded("png", rgb.convert("P"), transparency=3),
-        encoded("png", deep, exif=exif),
-        encoded("jpeg", rgb, exif=exif),
-        encoded("jpeg", rgb.convert("CMYK")),
-        encoded("jpeg", rgb, progressive=True),
-        encoded("webp", rgb),
-        encoded("webp", rgb, lossless=True),
-        encoded("bmp", rgb),
-        encoded("tiff", rgb, exif=exif),
-        encoded("tiff", rgb, compression="tiff_lzw"),
-        encoded("gif", rgb, save_all=True, append_images=[rgb.rotate(90)]),
+        encode_image("png", rgb, exif=exif),
+        encode_image("png", rgb.convert("P"), transparency=3),
+        encode_image("png", deep, exif=exif),
+        encode_image("jpeg", rgb, exif=exif),
+        encode_image("jpeg", rgb.convert("CMYK")),
+        encode_image("jpeg", rgb, progressive=True),
+        encode_image("webp", rgb),
+        encode_image("webp", rgb, lossless=True),
+        encode_image("bmp", rgb),
+        encode_image("tiff", rgb, exif=exif),
+        encode_image("tiff", rgb, compression="tiff_lzw"),
+        encode_image("gif", rgb, save_all=True, append_images=[rgb.rotate(90)]),
     ]
 
 
-def with_random_damage(data, rng):
-    """Return image bytes with 1 to 5 random bytes changed.
+def damage_random_bytes(data, rng):
+    """Change 1 to 5 random bytes of an image file, and return the changed bytes.
 
-    Half of the time, all changes are in the first 64 bytes. Sometimes bytes are inserted or the end is cut off.
+    With probability 1/2, only the first 64 bytes are changed. With probability 0.1, 20 bytes are inserted. With
+    probability 0.2, the end of the file is removed.
     """
     data = np.frombuffer(data, np.uint8).copy()
     positions = rng.integers(len(data) if rng.random() < 0.5 else 64, size=rng.integers(1, 6))
@@ -308,17 +322,17 @@ def with_random_damage(data, rng):
 @pytest.mark.filterwarnings("ignore")
 def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(tmp_path):
     rng, slowest, readable, unreadable = np.random.default_rng(0), 0.0, 0, 0
-    for form, data in enumerate(encodings()):
+    for form, data in enumerate(encoded_images()):
         paths = [str(tmp_path / f"{form} {i}.png") for i in range(250)]
         for path in paths:
             with open(path, "wb") as file:
-                file.write(with_random_damage(data, rng))
+                file.write(damage_random_bytes(data, rng))
         for path, header in zip(paths, check_headers(paths, SizePolicy()), strict=True):
             start = time.monotonic()
             try:
                 resize_and_crop(load_image(path), SizePolicy())
                 readable += 1
-                assert header.problem is None  # no readable file is refused by its header
+                assert header.problem is None  # check_headers must not refuse a file that can be decoded
             except UserError as error:
                 unreadable += 1
                 assert str(error).isprintable()
@@ -336,23 +350,23 @@ def coordinate_image(height, width):
     return torch.stack([rows, columns, rows * 0]).to(torch.uint8)
 
 
-def corner(image):
+def locate_crop(image):
     """Return the row and column at which a crop of a `coordinate_image` starts."""
     return image[:2, 0, 0].tolist()
 
 
 def test_images_are_cropped_in_the_centre_to_multiples_of_the_scale():
     image = resize_and_crop(coordinate_image(11, 16), SizePolicy(scale=4))
-    assert image.shape == (3, 8, 16) and corner(image) == [1, 0] and image.is_contiguous()
+    assert image.shape == (3, 8, 16) and locate_crop(image) == [1, 0] and image.is_contiguous()
     assert torch.equal(resize_and_crop(coordinate_image(8, 12), SizePolicy(scale=4)), coordinate_image(8, 12))
 
 
 def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given():
     image = coordinate_image(20, 30)
-    assert corner(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
-    assert corner(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # crop to 10 x 10, then to 8 x 8
+    assert locate_crop(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
+    assert locate_crop(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # 8 x 8 pixels of a 10 x 10 crop
     rng = np.random.default_rng(0)
-    corners = [corner(resize_and_crop(image, SizePolicy(4, 8), rng)) for _ in range(400)]
+    corners = [locate_crop(resize_and_crop(image, SizePolicy(4, 8), rng)) for _ in range(400)]
     assert {row for row, _ in corners} == set(range(13))
     assert {column for _, column in corners} == set(range(23))
 
@@ -362,7 +376,7 @@ def test_resizing_keeps_the_aspect_ratio_and_antialiases():
     assert resize_and_crop(coordinate_image(40, 70), policy).shape == (3, 20, 35)
     assert resize_and_crop(coordinate_image(10, 15), policy).shape == (3, 20, 30)
     assert torch.equal(resize_and_crop(coordinate_image(20, 24), policy), coordinate_image(20, 24))
-    checkers = coordinate_image(80, 80).sum(dim=0) % 2 * 255  # without antialiasing, all pixels become equal
+    checkers = coordinate_image(60, 60).sum(dim=0) % 2 * 255  # without antialiasing, all pixels would be 0 or 255
     small = resize_and_crop(checkers.to(torch.uint8).expand(3, -1, -1).contiguous(), policy)
     assert small.dtype == torch.uint8 and (small[:, 4:-4, 4:-4].int() - 127).abs().max() <= 2
 
@@ -382,12 +396,12 @@ def test_size_after_predicts_the_size_after_resizing_and_cropping(size, policy):
         ((63, 100), SizePolicy(4, 64, 32), ["100 x 63 pixels", "50 x 32 when resized"]),
         ((63, 100), SizePolicy(4, 3), ["at least 4"]),
         ((12, 12), SizePolicy(4, min_side=16), ["12 x 12 pixels", "at least 16", "--idx-stages"]),
-        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # cropped to 15 x 15
+        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # cropped to 15 x 15 pixels
         ((1, 100_000), SizePolicy(4, None, 256), ["25600000 x 256", "more than 178956970", "--resize"]),
     ],
 )
 def test_images_that_are_too_small_or_too_large_are_refused(size, policy, words):
-    with user_error(*words):
+    with expect_user_error(*words):
         resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
 
 
@@ -398,7 +412,7 @@ def test_images_of_the_smallest_allowed_size_are_accepted():
 def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_path):
     items = [Item(name, REAL, "") for name in ("a.png", "b.png", "c.png")]
     refuse_mixed_sizes(items[:2], [(16, 16), (16, 16)])
-    with user_error("a.png is 16 x 16", "c.png is 18 x 16", "--crop-size", "--batch-size 1"):
+    with expect_user_error("a.png is 16 x 16", "c.png is 18 x 16", "--crop-size", "--batch-size 1"):
         refuse_mixed_sizes(items, [(16, 16), (16, 16), (16, 18)])
 
 
@@ -406,26 +420,28 @@ def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_
 
 
 @pytest.fixture
-def mixed_items(tmp_path):
-    """Return the items of three good images, one image that is too small, and one empty file."""
+def good_and_bad_items(tmp_path):
+    """Return the items of three usable images, one image that is too small, and one empty file."""
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # (height, width) in pixels
-    paths = [save(tmp_path / f"{height}x{width}.png", random_rgb(height, width)) for height, width in sizes]
+    paths = [
+        save_image(tmp_path / f"{height}x{width}.png", random_rgb_pixels(height, width)) for height, width in sizes
+    ]
     (tmp_path / "zero.png").touch()
     return [Item(path, REAL, "") for path in [*paths, str(tmp_path / "zero.png")]]
 
 
-def test_without_skip_bad_a_list_with_unusable_images_is_refused(mixed_items):
-    with user_error("2 of 5", "--skip-bad", "2x16.png: is 16 x 2"):
-        usable_items(mixed_items, SizePolicy(4))
+def test_without_skip_bad_a_list_with_unusable_images_is_refused(good_and_bad_items):
+    with expect_user_error("2 of 5", "--skip-bad", "2x16.png: is 16 x 2"):
+        usable_items(good_and_bad_items, SizePolicy(4))
 
 
-def test_with_skip_bad_unusable_images_are_left_out_and_named(mixed_items, caplog):
+def test_with_skip_bad_unusable_images_are_left_out_and_named(good_and_bad_items, caplog):
     caplog.set_level(logging.INFO)
-    items, headers = usable_items(mixed_items, SizePolicy(4), skip_bad=True)
-    assert items == mixed_items[:3] and headers == [Header((16, 16)), Header((17, 16)), Header((16, 18))]
+    items, headers = usable_items(good_and_bad_items, SizePolicy(4), skip_bad=True)
+    assert items == good_and_bad_items[:3] and headers == [Header((16, 16)), Header((17, 16)), Header((16, 18))]
     expected = [
-        ["left out", mixed_items[3].path, "16 x 2"],
-        ["left out", mixed_items[4].path, "is empty"],
+        ["left out", good_and_bad_items[3].path, "16 x 2"],
+        ["left out", good_and_bad_items[4].path, "is empty"],
         ["2 of 5 images are left out"],
         ["2 of 3", "not multiples of 4"],
     ]
@@ -434,14 +450,14 @@ def test_with_skip_bad_unusable_images_are_left_out_and_named(mixed_items, caplo
         assert all(word in message for word in words)
 
 
-def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(mixed_items):
-    items, _ = usable_items(mixed_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
-    assert items == mixed_items[:3]
-    with user_error("3 of 3", "at least 32"):
-        usable_items(mixed_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
+def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(good_and_bad_items):
+    items, _ = usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
+    assert items == good_and_bad_items[:3]
+    with expect_user_error("3 of 3", "at least 32"):
+        usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
 
 
-def test_with_skip_bad_a_list_without_usable_images_is_refused(mixed_items):
-    with user_error("2 of 2"):
-        usable_items(mixed_items[3:], SizePolicy(4), skip_bad=True)
+def test_with_skip_bad_a_list_without_usable_images_is_refused(good_and_bad_items):
+    with expect_user_error("2 of 2"):
+        usable_items(good_and_bad_items[3:], SizePolicy(4), skip_bad=True)
     assert usable_items([], SizePolicy()) == ([], [])

@@ -1,6 +1,7 @@
-"""Imports between packages go one way: utils <- data, models <- evaluation <- programs and tools.
+"""Tests that a package imports only packages of lower levels.
 
-The tests read the import statements in the source files.
+The levels from top to bottom are: programs and tools; evaluation; data and models; utils. The tests read the import
+statements in the source files.
 """
 
 import ast
@@ -23,7 +24,7 @@ MAY_IMPORT = {
 
 
 def module_files() -> dict[str, Path]:
-    """Return a dict from module name to file for all modules of the project except tests and benchmarks."""
+    """Return a dict from module name to source file. Tests and benchmarks are left out."""
     files = [ROOT / f"{name}.py" for name in PROGRAMS]
     for package in PACKAGES:
         files += sorted((ROOT / package).glob("*.py"))
@@ -31,8 +32,8 @@ def module_files() -> dict[str, Path]:
     return dict(zip(names, files, strict=True))
 
 
-def imports_of(file: Path) -> set[str]:
-    """Return the names of all modules that a file imports at any place."""
+def imported_modules(file: Path) -> set[str]:
+    """Return the names of all modules that a source file imports, also inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -43,14 +44,14 @@ def imports_of(file: Path) -> set[str]:
 
 
 def package_of(module: str) -> str:
-    """Return the package of a module, or "programs" for a program."""
+    """Return the name of the package of a module, or "programs" if the module is a program such as test.py."""
     return "programs" if module in PROGRAMS else module.split(".")[0]
 
 
 def project_imports() -> dict[str, set[str]]:
-    """Return a dict from module name to the modules of the project that the module imports."""
+    """Return a dict from the name of a module to the names of the project's modules that this module imports."""
     files = module_files()
-    return {name: imports_of(file) & files.keys() - {name} for name, file in files.items()}
+    return {name: imported_modules(file) & files.keys() - {name} for name, file in files.items()}
 
 
 @pytest.mark.parametrize("module", sorted(module_files()))
@@ -61,7 +62,7 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    for package in PACKAGES:  # the __init__ of a package imports modules of the package that import each other
+    for package in PACKAGES:  # the __init__ imports modules, so an import of the package looks like a cycle
         for others in imports.values():
             others.discard(package)
     graphlib.TopologicalSorter(imports).prepare()

@@ -1,4 +1,4 @@
-"""Tests of the leak audit in data.leaks, with image sets that contain one kind of leak or no leak.
+"""Tests of data.leaks, which searches a set of real and fake images for leaks.
 
 A leak is a difference between real and fake images that is not caused by the generator, such as the file format.
 """
@@ -17,8 +17,8 @@ from utils.labels import FAKE, REAL
 COUNT = 20  # images per class
 
 
-def picture(seed, size=(96, 96)):
-    """Return a smooth random image with some noise. Each seed gives a different image."""
+def random_picture(seed, size=(96, 96)):
+    """Return a random image that is smooth except for some noise. Each seed gives another image."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noise = rng.normal(0, 3, (size[1], size[0], 3))
@@ -26,33 +26,36 @@ def picture(seed, size=(96, 96)):
 
 
 def write_pictures(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
-    """Write different images into a folder. Their seeds and file names count up from `start`. Returns the folder."""
+    """Write `count` different images into a folder, and return the folder.
+
+    The first image has the seed and the file name `start`. Each next image has the next number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
-        image = picture(start + i, sizes[i % len(sizes)]).convert(mode)
+        image = random_picture(start + i, sizes[i % len(sizes)]).convert(mode)
         image.save(folder / f"{start + i:04}{suffix}", **options)
     return folder
 
 
 @pytest.fixture
-def roots(tmp_path):
-    """Return the paths of a folder for real and a folder for fake images. The folders do not exist yet."""
+def real_and_fake_paths(tmp_path):
+    """Return the paths of two folders that do not exist yet: one for real images and one for fake images."""
     return tmp_path / "real", tmp_path / "fake"
 
 
 def audit_folders(real, fake, **options):
-    """Audit a folder of real and a folder of fake images."""
+    """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit`."""
     return audit(folder_items([str(real)], [str(fake)]), **options)
 
 
 def finding_names(result):
-    """Return the names of the checks that found something."""
+    """Return the names of the leak checks that have reported a finding."""
     return [finding.check for finding in result.findings]
 
 
-LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # no two sizes are equal
+LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all sizes are different
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
-LEAKS = {  # name -> (options of `write_pictures` for the reals, for the fakes, attributes that must be found)
+LEAKS = {  # name of the leak -> (`write_pictures` options for reals, for fakes, attributes to be found)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
     "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
     "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
@@ -64,20 +67,20 @@ LEAKS = {  # name -> (options of `write_pictures` for the reals, for the fakes, 
 
 @pytest.mark.parametrize("quick", [False, True])
 @pytest.mark.parametrize("name", LEAKS)
-def test_the_audit_finds_each_kind_of_leak_and_reports_nothing_else(roots, name, quick):
+def test_the_audit_finds_each_kind_of_leak_and_reports_nothing_else(real_and_fake_paths, name, quick):
     real_options, fake_options, attributes = LEAKS[name]
-    write_pictures(roots[0], 0, **real_options)
-    write_pictures(roots[1], 100, **fake_options)
-    result = audit_folders(*roots, quick=quick)
+    write_pictures(real_and_fake_paths[0], 0, **real_options)
+    write_pictures(real_and_fake_paths[1], 100, **fake_options)
+    result = audit_folders(*real_and_fake_paths, quick=quick)
     assert finding_names(result) == [f"{attribute} (train)" for attribute in attributes]
     (finding,) = result.findings
     assert finding.severity == LEAK and finding.way_out and "of the real" in finding.message
 
 
-def test_the_audit_reports_nothing_for_images_without_leaks(roots):
-    write_pictures(roots[0], 0)
-    write_pictures(roots[1], 100)
-    result = audit_folders(*roots)
+def test_the_audit_reports_nothing_for_images_without_leaks(real_and_fake_paths):
+    write_pictures(real_and_fake_paths[0], 0)
+    write_pictures(real_and_fake_paths[1], 100)
+    result = audit_folders(*real_and_fake_paths)
     assert result.findings == [] and result.checked == 2 * COUNT
     assert result.files == {"train real": COUNT, "train fake": COUNT}
 
@@ -97,13 +100,13 @@ def test_a_leak_of_one_of_four_generators_is_found(tmp_path):
     assert finding.check == "format (train, d)" and finding.severity == LEAK
 
 
-def test_a_leak_in_the_validation_images_is_found(roots, tmp_path):
-    write_pictures(roots[0], 0)
-    write_pictures(roots[1], 100)
+def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path):
+    write_pictures(real_and_fake_paths[0], 0)
+    write_pictures(real_and_fake_paths[1], 100)
     validation = folder_items(
         [str(write_pictures(tmp_path / "a", 200))], [str(write_pictures(tmp_path / "b", 300, ".jpg"))]
     )
-    result = audit(folder_items([str(roots[0])], [str(roots[1])]), validation)
+    result = audit(folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]), validation)
     assert finding_names(result) == ["format (validation)"]
 
 
@@ -111,13 +114,13 @@ def test_a_leak_in_the_validation_images_is_found(roots, tmp_path):
 
 
 def files_with_sizes(reals, fakes):
-    """Return files whose only attribute is a size, one file per value."""
+    """Return one `File` per size in `reals` and `fakes`. The size is the only attribute of a `File`."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
-def severity_of(reals, fakes):
-    """Return the severity of the finding about the attribute size, or None if there is no finding."""
+def severity_of_sizes(reals, fakes):
+    """Return the severity with which `attribute_finding` reports the sizes, or None if nothing is reported."""
     finding = attribute_finding(files_with_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 
@@ -125,7 +128,7 @@ def severity_of(reals, fakes):
 @pytest.mark.parametrize("real, fake, severity", [(85, 15, LEAK), (80, 35, WARNING), (55, 45, None)])
 def test_a_difference_between_real_and_fake_files_is_a_leak_a_warning_or_ignored_by_its_size(real, fake, severity):
     reals, fakes = ("a" * n + "b" * (100 - n) for n in (real, fake))
-    assert severity_of(reals, fakes) == severity
+    assert severity_of_sizes(reals, fakes) == severity
 
 
 def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images():
@@ -134,29 +137,29 @@ def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images(
 
 
 def test_a_difference_is_reported_for_five_files_per_class_and_not_for_three():
-    assert severity_of("aaaaa", "bbbbb") == LEAK
-    assert severity_of("aaa", "bbb") is None
-    assert severity_of("a", "b") is severity_of("", "aaaaa") is None
+    assert severity_of_sizes("aaaaa", "bbbbb") == LEAK
+    assert severity_of_sizes("aaa", "bbb") is None
+    assert severity_of_sizes("a", "b") is severity_of_sizes("", "aaaaa") is None
 
 
 @pytest.mark.parametrize("count, values", [(5, 2), (30, 2), (30, 200), (300, 5), (300, 1000)])
-def test_random_differences_are_not_reported(count, values):
+def test_random_differences_between_real_and_fake_files_are_not_reported(count, values):
     rng = np.random.default_rng(2)
-    findings = [severity_of(*rng.integers(0, values, (2, count))) for _ in range(40)]
+    findings = [severity_of_sizes(*rng.integers(0, values, (2, count))) for _ in range(40)]
     assert sum(finding is not None for finding in findings) <= 1
 
 
 # --- duplicates and bad files -------------------------------------------------------------------------------
 
 
-def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(roots, tmp_path):
-    write_pictures(roots[0], 0)
-    write_pictures(roots[1], 100)
+def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(real_and_fake_paths, tmp_path):
+    write_pictures(real_and_fake_paths[0], 0)
+    write_pictures(real_and_fake_paths[1], 100)
     validation = write_pictures(tmp_path / "validation", 200, count=4)
-    shutil.copy(roots[0] / "0003.png", validation / "another name.png")
-    shutil.copy(roots[0] / "0005.png", roots[1] / "real.png")
-    shutil.copy(roots[1] / "0107.png", roots[1] / "again.png")
-    train = folder_items([str(roots[0])], [str(roots[1])])
+    shutil.copy(real_and_fake_paths[0] / "0003.png", validation / "another name.png")
+    shutil.copy(real_and_fake_paths[0] / "0005.png", real_and_fake_paths[1] / "real.png")
+    shutil.copy(real_and_fake_paths[1] / "0107.png", real_and_fake_paths[1] / "again.png")
+    train = folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])])
     result = audit(train, folder_items([str(validation)], []))
     found = {f.check: (f.severity, [os.path.basename(path) for path in f.examples]) for f in result.findings}
     assert found == {
@@ -167,18 +170,18 @@ def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(ro
     assert all("1 images occur more than once" in finding.message for finding in result.findings)
 
 
-def test_different_images_with_equal_file_sizes_are_not_reported_as_duplicates(roots):
-    write_pictures(roots[0], 0, ".bmp")
-    write_pictures(roots[1], 100, ".bmp")
-    assert audit_folders(*roots).findings == []
+def test_different_images_with_equal_file_sizes_are_not_reported_as_duplicates(real_and_fake_paths):
+    write_pictures(real_and_fake_paths[0], 0, ".bmp")
+    write_pictures(real_and_fake_paths[1], 100, ".bmp")
+    assert audit_folders(*real_and_fake_paths).findings == []
 
 
-def test_unreadable_files_and_named_pipes_are_reported_in_one_warning(roots):
-    write_pictures(roots[0], 0)
-    write_pictures(roots[1], 100)
-    (roots[0] / "0000.png").write_bytes(b"not an image")
-    os.mkfifo(roots[1] / "pipe.png")
-    result = audit_folders(*roots)
+def test_unreadable_files_and_named_pipes_are_reported_in_one_warning(real_and_fake_paths):
+    write_pictures(real_and_fake_paths[0], 0)
+    write_pictures(real_and_fake_paths[1], 100)
+    (real_and_fake_paths[0] / "0000.png").write_bytes(b"not an image")
+    os.mkfifo(real_and_fake_paths[1] / "pipe.png")
+    result = audit_folders(*real_and_fake_paths)
     (finding,) = result.findings
     assert (finding.severity, finding.check) == (WARNING, "unreadable files") and "2, the first:" in finding.message
     assert [os.path.basename(path) for path in finding.examples] == ["0000.png", "pipe.png"]
@@ -189,12 +192,17 @@ def test_unreadable_files_and_named_pipes_are_reported_in_one_warning(roots):
 
 
 @pytest.mark.parametrize("labelled, leaks", [(True, ["exact duplicates", "format"]), (False, ["exact duplicates"])])
-def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(roots, tmp_path, caplog, labelled, leaks):
-    write_pictures(roots[0], 0, ".jpg")
-    write_pictures(roots[1], 100)
+def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
+    real_and_fake_paths, tmp_path, caplog, labelled, leaks
+):
+    write_pictures(real_and_fake_paths[0], 0, ".jpg")
+    write_pictures(real_and_fake_paths[1], 100)
     validation = write_pictures(tmp_path / "validation", 50, ".jpg", count=8)
-    shutil.copy(roots[0] / "0003.jpg", validation / "other.jpg")
-    sets = [folder_items([str(roots[0])], [str(roots[1])]), folder_items([str(validation)], [])]
+    shutil.copy(real_and_fake_paths[0] / "0003.jpg", validation / "other.jpg")
+    sets = [
+        folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]),
+        folder_items([str(validation)], []),
+    ]
     if not labelled:
         sets = [[item._replace(label=None) for item in items] for items in sets]
     with caplog.at_level("INFO"):
@@ -204,7 +212,7 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(roots, tmp
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
-def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(roots):
-    (item,) = folder_items([str(write_pictures(roots[0], 0, count=1))], [])
+def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(real_and_fake_paths):
+    (item,) = folder_items([str(write_pictures(real_and_fake_paths[0], 0, count=1))], [])
     items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
     assert SAMPLE / 2 < audit(items, quick=True).checked <= SAMPLE

@@ -1,6 +1,6 @@
-"""Tests of data.lists: images listed from folders, trees, CSV tables and text lists, and errors of bad lists.
+"""Tests of data.lists, which lists images from folders, folder trees, CSV tables and text files.
 
-A tree is a folder with class folders such as 0_real and 1_fake at any depth.
+A folder tree contains class folders, such as 0_real and 1_fake, at any depth.
 """
 
 import csv
@@ -9,7 +9,7 @@ import os
 import shutil
 
 import pytest
-from files import random_rgb, save, touch, user_error
+from files import expect_user_error, random_rgb_pixels, save_image, write_empty_files
 
 from data.lists import (
     Item,
@@ -28,8 +28,8 @@ from data.lists import (
 from utils.labels import FAKE, REAL
 
 
-def with_relative_paths(root, items):
-    """Return (path relative to root, label, generator) of each item."""
+def items_with_relative_paths(root, items):
+    """Return one tuple (path relative to `root`, label, generator) per item."""
     return [(os.path.relpath(item.path, root), item.label, item.generator) for item in items]
 
 
@@ -37,9 +37,9 @@ def with_relative_paths(root, items):
 
 
 def test_real_images_are_listed_before_fakes_and_each_fake_folder_is_one_generator(tmp_path):
-    real = touch(tmp_path / "real", "2.png", "1.png")
-    fakes = [touch(tmp_path / name, "b.png", "a.png") for name in ("StyleGAN", "ProGAN")]
-    assert with_relative_paths(tmp_path, folder_items([real], fakes)) == [
+    real = write_empty_files(tmp_path / "real", "2.png", "1.png")
+    fakes = [write_empty_files(tmp_path / name, "b.png", "a.png") for name in ("StyleGAN", "ProGAN")]
+    assert items_with_relative_paths(tmp_path, folder_items([real], fakes)) == [
         ("real/1.png", REAL, ""),
         ("real/2.png", REAL, ""),
         ("StyleGAN/a.png", FAKE, "StyleGAN"),
@@ -51,22 +51,22 @@ def test_real_images_are_listed_before_fakes_and_each_fake_folder_is_one_generat
 
 
 def test_generators_with_equal_folder_names_are_named_by_their_parent_folders(tmp_path):
-    roots = [touch(tmp_path / name / "images", "a.png") for name in ("x", "y")]
+    roots = [write_empty_files(tmp_path / name / "images", "a.png") for name in ("x", "y")]
     assert [item.generator for item in folder_items([], [roots[0], roots[1] + "/"])] == ["x/images", "y/images"]
 
 
 def test_an_image_folder_inside_another_image_folder_is_refused(tmp_path):
-    real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "real/fake", "1.png")
+    real, fake = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "real/fake", "1.png")
     (tmp_path / "link").symlink_to(real)
     for roots in ([real], [fake]), ([fake], [real]), ([real, real + "/"], []), ([real], [str(tmp_path / "link")]):
-        with user_error("lies in", "twice"):
+        with expect_user_error("lies in", "twice"):
             folder_items(*roots)
-    with user_error("no image folders"):
+    with expect_user_error("no image folders"):
         folder_items([], [])
 
 
 def test_the_folders_real_and_real2_are_accepted_together(tmp_path):
-    one, other = touch(tmp_path / "real", "1.png"), touch(tmp_path / "real2", "1.png")
+    one, other = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "real2", "1.png")
     assert len(folder_items([one], [other])) == 2
 
 
@@ -76,8 +76,8 @@ def test_the_folders_real_and_real2_are_accepted_together(tmp_path):
 @pytest.mark.parametrize("real, fake", [("0_real", "1_fake"), ("nature", "ai")])
 def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage_are_listed(tmp_path, real, fake):
     names = [f"progan/cat/{real}/1.png", f"progan/cat/{fake}/2.png", f"sd/{real}/3.png", f"sd/{fake}/a/4.png"]
-    root = touch(tmp_path / "t", *names)
-    assert with_relative_paths(root, tree_items(root)) == [
+    root = write_empty_files(tmp_path / "t", *names)
+    assert items_with_relative_paths(root, tree_items(root)) == [
         (names[0], REAL, "progan"),
         (names[2], REAL, "sd"),
         (names[1], FAKE, "progan"),
@@ -89,9 +89,9 @@ def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage_are_listed(tmp_path,
 def test_a_tree_may_mix_layouts_and_the_log_names_each_layout(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     names = ["a/0_real/1.png", "a/1_fake/2.png", "b/nature/3.png", "b/ai/4.png", "b/ai/5.png", "readme/6.png"]
-    root = touch(tmp_path / "t", *names)
+    root = write_empty_files(tmp_path / "t", *names)
     items = tree_items(root)
-    assert {path for path, _, _ in with_relative_paths(root, items)} == set(names[:5])
+    assert {path for path, _, _ in items_with_relative_paths(root, items)} == set(names[:5])
     assert [item.label for item in items] == [REAL, REAL, FAKE, FAKE, FAKE]
     for words in ("2 0_real/1_fake", "3 nature/ai", "1 in no class folder"):
         assert words in caplog.messages[-1]
@@ -101,41 +101,41 @@ def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     train = [f"sd/train/{kind}/{i}.png" for kind in ("nature", "ai") for i in range(2)]
     val = [f"sd/val/{kind}/9.png" for kind in ("nature", "ai")]
-    root = touch(tmp_path / "t", *train, *val)
+    root = write_empty_files(tmp_path / "t", *train, *val)
     items = tree_items(root, training=True)
-    assert {path for path, _, _ in with_relative_paths(root, items)} == set(train)
+    assert {path for path, _, _ in items_with_relative_paths(root, items)} == set(train)
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(tree_items(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    assert len(tree_items(f"{root}/sd/val", training=True)) == 2  # the user may choose the folder val explicitly
+    assert len(tree_items(f"{root}/sd/val", training=True)) == 2  # a user can choose the folder val as the root
     shutil.rmtree(tmp_path / "t/sd/train")
-    with user_error("no images to use", "2 in val"):
+    with expect_user_error("no images to use", "2 in val"):
         tree_items(root, training=True)
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
-    """In a tree of 0_real and 1_fake folders, a folder named nature is a category and no class."""
+    """In a tree with the class folders 0_real and 1_fake, a folder named "nature" is not a class folder."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
-    root = touch(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
+    root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [item.label for item in tree_items(root, training=True)] == [REAL, REAL, FAKE, FAKE]
 
 
 def test_a_tree_without_class_folders_is_refused(tmp_path):
-    with user_error("0_real", "nature", "--data-root-pos", "1 in no class folder"):
-        tree_items(touch(tmp_path / "plain", "a.png"))
+    with expect_user_error("0_real", "nature", "--data-root-pos", "1 in no class folder"):
+        tree_items(write_empty_files(tmp_path / "plain", "a.png"))
 
 
 # --- tables -------------------------------------------------------------------------------------------------
 
 
 def test_csv_tables_with_any_column_order_and_relative_paths_are_read(tmp_path, monkeypatch):
-    touch(tmp_path, "t/a.png", "t/with, comma.png", "cwd/a.png", "cwd/b.png")
+    write_empty_files(tmp_path, "t/a.png", "t/with, comma.png", "cwd/a.png", "cwd/b.png")
     file = tmp_path / "t/list.csv"
     rows = ["a.png,REAL,,x", '"with, comma.png",fake,gan,', "b.png, Real ,,", f"{tmp_path}/t/a.png,fake,,", ""]
     file.write_bytes("\r\n".join(["\ufeffPath,label,generator,note", *rows]).encode())
     monkeypatch.chdir(tmp_path / "cwd")
     assert csv_items(str(file)) == [
-        Item("a.png", REAL, ""),  # the working folder is searched before the folder of the table
+        Item("a.png", REAL, ""),  # a.png in the working folder, not a.png beside the table
         Item(f"{tmp_path}/t/with, comma.png", FAKE, "gan"),
         Item("b.png", REAL, ""),
         Item(f"{tmp_path}/t/a.png", FAKE, ""),
@@ -146,7 +146,7 @@ def test_csv_tables_with_any_column_order_and_relative_paths_are_read(tmp_path, 
 
 @pytest.mark.parametrize("real, fake, lines", [("1", "0", 1), ("real", "fake", 0), ("real", "0", 1)])
 def test_numeric_labels_in_a_csv_table_give_one_warning_that_1_means_real(tmp_path, caplog, real, fake, lines):
-    touch(tmp_path, "a.png", "b.png")
+    write_empty_files(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text(f"path,label\na.png,{real}\nb.png,{fake}\n")
     assert [item.label for item in csv_items(str(tmp_path / "list.csv"))] == [REAL, FAKE]
     assert len(caplog.messages) == lines and all("1 = real" in text for text in caplog.messages)
@@ -168,27 +168,27 @@ def test_numeric_labels_in_a_csv_table_give_one_warning_that_1_means_real(tmp_pa
     ],
 )
 def test_a_wrong_csv_table_is_refused_in_one_line(tmp_path, text, words):
-    touch(tmp_path, "a.png")
+    write_empty_files(tmp_path, "a.png")
     (tmp_path / "list.csv").write_text(text)
-    with user_error("list.csv", *words):
+    with expect_user_error("list.csv", *words):
         csv_items(str(tmp_path / "list.csv"))
 
 
 @pytest.mark.parametrize("read", [csv_items, list_paths])
 def test_a_folder_a_missing_file_and_an_image_are_refused_as_lists(tmp_path, read):
-    with user_error("directory"):
+    with expect_user_error("directory"):
         read(str(tmp_path))
-    with user_error("No such file"):
+    with expect_user_error("No such file"):
         read("missing")
-    with user_error("a.png"):
-        read(save(tmp_path / "a.png"))
+    with expect_user_error("a.png"):
+        read(save_image(tmp_path / "a.png"))
 
 
 # --- text lists ---------------------------------------------------------------------------------------------
 
 
 def test_text_lists_with_relative_and_absolute_paths_are_read(tmp_path, monkeypatch):
-    touch(tmp_path, "lists/a.png", "cwd/sub/b.png")
+    write_empty_files(tmp_path, "lists/a.png", "cwd/sub/b.png")
     file = tmp_path / "lists/train.txt"
     file.write_bytes(f"a.png\r\n\nsub/b.png \n{tmp_path}/lists/a.png".encode())
     monkeypatch.chdir(tmp_path / "cwd")
@@ -200,9 +200,9 @@ def test_text_lists_with_relative_and_absolute_paths_are_read(tmp_path, monkeypa
     "text, words", [("a.png\nx.png\ny.png\n", ["2 of its 3 files", "x.png"]), ("\n", ["names no images"])]
 )
 def test_a_wrong_text_list_is_refused_in_one_line(tmp_path, text, words):
-    touch(tmp_path, "a.png")
+    write_empty_files(tmp_path, "a.png")
     (tmp_path / "list.txt").write_text(text)
-    with user_error("list.txt", *words):
+    with expect_user_error("list.txt", *words):
         list_paths(str(tmp_path / "list.txt"))
 
 
@@ -230,41 +230,41 @@ def test_a_text_list_can_contain_any_file_name_without_newlines(tmp_path, name):
 
 
 def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path):
-    root = touch(tmp_path / "t", "0_real/1.png", "1_fake/2.png")
+    root = write_empty_files(tmp_path / "t", "0_real/1.png", "1_fake/2.png")
     (tmp_path / "list.csv").write_text("path,label\nt/0_real/1.png,real\n")
     real, fake, table = f"{root}/0_real", f"{root}/1_fake", str(tmp_path / "list.csv")
     assert labelled_items([real], [fake]) == folder_items([real], [fake])
     assert labelled_items(None, None, root) == tree_items(root)
     assert labelled_items(None, None, None, table) == csv_items(table)
-    with user_error("no images", "--data-root-pos", "--data-root", "--csv", "--input"):
+    with expect_user_error("no images", "--data-root-pos", "--data-root", "--csv", "--input"):
         labelled_items(None, None)
-    with user_error("more than one way"):
+    with expect_user_error("more than one way"):
         labelled_items([real], [fake], root)
-    with user_error("one class", "--data-root-neg is missing"):
+    with expect_user_error("one class", "--data-root-neg is missing"):
         labelled_items([real], None)
-    with user_error("one class", "--val-root-pos is missing"):
+    with expect_user_error("one class", "--val-root-pos is missing"):
         labelled_items([], [fake], flags=("--val-root-pos", "--val-root-neg"))
 
 
 @pytest.mark.parametrize("link", ["real/2.png", "real/more"])
 def test_an_image_file_listed_as_real_and_as_fake_is_refused(tmp_path, link):
-    real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "fake", "2.png")
+    real, fake = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "fake", "2.png")
     (tmp_path / link).symlink_to(f"{fake}/2.png" if link.endswith(".png") else fake)
-    with user_error("1 files are listed both as real and as generated", link, "fake/2.png"):
+    with expect_user_error("1 files are listed both as real and as generated", link, "fake/2.png"):
         labelled_items([real], [fake])
 
 
 def test_a_csv_table_that_labels_one_file_as_real_and_as_fake_is_refused(tmp_path):
-    touch(tmp_path, "a.png", "b.png")
+    write_empty_files(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text("path,label\na.png,real\nb.png,fake\n./a.png,fake\n")
-    with user_error("1 files are listed both as real and as generated", "a.png"):
+    with expect_user_error("1 files are listed both as real and as generated", "a.png"):
         labelled_items(None, None, None, str(tmp_path / "list.csv"))
 
 
 def test_a_link_to_the_parent_folder_adds_no_images(tmp_path):
-    real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "fake", "2.png")
+    real, fake = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "fake", "2.png")
     (tmp_path / "real/up").symlink_to("..")
-    assert with_relative_paths(tmp_path, labelled_items([real], [fake])) == [
+    assert items_with_relative_paths(tmp_path, labelled_items([real], [fake])) == [
         ("real/1.png", REAL, ""),
         ("fake/2.png", FAKE, "fake"),
     ]
@@ -273,26 +273,26 @@ def test_a_link_to_the_parent_folder_adds_no_images(tmp_path):
 @pytest.mark.parametrize("target", ["..", "../1_fake", "../../other/1_fake"])
 def test_a_link_inside_a_tree_does_not_change_the_class_of_an_image(tmp_path, target):
     names = ["gan/0_real/1.png", "gan/1_fake/2.png", "other/1_fake/3.png"]
-    root = touch(tmp_path / "t", *names)
+    root = write_empty_files(tmp_path / "t", *names)
     (tmp_path / "t/gan/0_real/link").symlink_to(target)
-    labels = {path: label for path, label, _ in with_relative_paths(root, tree_items(root))}
+    labels = {path: label for path, label, _ in items_with_relative_paths(root, tree_items(root))}
     assert labels == {names[0]: REAL, names[1]: FAKE, names[2]: FAKE}
 
 
 @pytest.mark.parametrize("labels", [[REAL, REAL], [FAKE], []])
 def test_a_list_with_images_of_one_class_is_refused(labels):
     counts = f"{labels.count(REAL)} real and {labels.count(FAKE)} generated"
-    with user_error("validation images must contain both", counts):
+    with expect_user_error("validation images must contain both", counts):
         require_both_classes([Item("a.png", label, "") for label in labels], "validation images")
     require_both_classes([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
 
 
 def test_input_paths_may_be_files_with_any_suffix_and_folders(tmp_path, caplog):
-    root = touch(tmp_path / "r", "b.png", "a.png")
-    file = touch(tmp_path / "q", "odd.name") + "/odd.name"
+    root = write_empty_files(tmp_path / "r", "b.png", "a.png")
+    file = write_empty_files(tmp_path / "q", "odd.name") + "/odd.name"
     assert input_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]
     assert not caplog.messages
-    with user_error("does not exist"):
+    with expect_user_error("does not exist"):
         input_items([str(tmp_path / "x")])
 
 
@@ -300,7 +300,7 @@ def test_input_paths_may_be_files_with_any_suffix_and_folders(tmp_path, caplog):
 
 
 def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_working_folder(tmp_path, monkeypatch):
-    touch(tmp_path, "a.png", "b.png")
+    write_empty_files(tmp_path, "a.png", "b.png")
     one, two = Item(f"{tmp_path}/a.png", REAL, ""), Item(f"{tmp_path}/b.png", FAKE, "gan")
     digest = list_digest([one, two])
     assert digest.startswith("2 images (1 real, 1 generated), ")
@@ -311,12 +311,12 @@ def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_w
 
 
 def test_training_images_are_recognised_by_name_size_and_content(tmp_path):
-    items = [Item(save(tmp_path / f"{i}.bmp"), REAL, "") for i in range(3)]
+    items = [Item(save_image(tmp_path / f"{i}.bmp"), REAL, "") for i in range(3)]
     trained_on = identities(items[:2])
     assert trained_on.shape == (2, 2) and count_trained_on(items, trained_on) == 2
     (tmp_path / "copy").mkdir()
     copy = shutil.copy(items[0].path, tmp_path / "copy")
-    changed = save(tmp_path / "copy/1.bmp", random_rgb(seed=1))
+    changed = save_image(tmp_path / "copy/1.bmp", random_rgb_pixels(seed=1))
     assert count_trained_on([Item(copy, REAL, ""), Item(changed, REAL, "")], trained_on) == 1
     os.mkfifo(tmp_path / "pipe.bmp")
     missing = [Item(str(tmp_path / name), REAL, "") for name in ("pipe.bmp", "missing.bmp")]

@@ -1,4 +1,4 @@
-"""Tests of evaluation.metrics against values computed by hand, by brute force, and by closed forms."""
+"""Tests that compare evaluation.metrics with hand computation, brute force and closed formulas."""
 
 import json
 
@@ -11,13 +11,13 @@ from utils.labels import FAKE, REAL
 
 
 def random_scores(seed, n_real=40, n_fake=30, levels=None):
-    """Draw scores of two overlapping classes. Returns the scores, and a bool array that is true for fakes.
+    """Draw random scores of real and fake images. Return the scores, and a bool array that is True for fake images.
 
     Args:
         seed: seed of the random numbers.
         n_real: number of real images.
         n_fake: number of fake images.
-        levels: round scores to multiples of 1 / levels, which makes many scores equal. None for no rounding.
+        levels: the scores are rounded to multiples of 1 / levels, so that many scores are equal. None: no rounding.
     """
     rng = np.random.default_rng(seed)
     is_fake = rng.permutation(n_real + n_fake) >= n_real
@@ -28,25 +28,28 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
 
 
 def write_and_read_table(tmp_path, rows):
-    """Write rows as a score table, and read the table."""
+    """Write rows to the file of a score table, and return the table read from this file."""
     write_table(tmp_path / "t.csv", rows)
     return read_table(tmp_path / "t.csv")
 
 
-def rows_of(margins, label, generator=""):
-    """Return rows of a score table with logits (margin, 0) and one label."""
+def score_rows(margins, label, generator=""):
+    """Return one row of a score table per margin. A row has the logits (margin, 0) and the given label."""
     items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
     return make_rows(items, [(margin, 0) for margin in margins])
 
 
 def auroc_by_pairs(scores, is_fake):
-    """Compute the AUROC by comparing each fake with each real image."""
+    """Compute the AUROC by comparing the score of each fake image with the score of each real image."""
     difference = scores[is_fake][:, None] - scores[~is_fake][None, :]
     return ((difference > 0) + 0.5 * (difference == 0)).mean()
 
 
-def points_by_thresholds(scores, is_fake):
-    """Compute fpr, tpr and precision at every threshold that is a score, from the highest to the lowest."""
+def rates_by_threshold(scores, is_fake):
+    """Compute the false positive rate, the true positive rate and the precision at each threshold.
+
+    The thresholds are the scores in descending order.
+    """
     points = []
     for threshold in np.unique(scores)[::-1]:
         called_fake = scores >= threshold
@@ -54,9 +57,9 @@ def points_by_thresholds(scores, is_fake):
     return np.array(points).T
 
 
-def average_precision_by_thresholds(scores, is_fake):
-    """Compute the average precision from all thresholds."""
-    _, tpr, precision = points_by_thresholds(scores, is_fake)
+def average_precision_by_threshold(scores, is_fake):
+    """Compute the average precision: the sum of precision times increase of the true positive rate."""
+    _, tpr, precision = rates_by_threshold(scores, is_fake)
     return (np.diff(tpr, prepend=0) * precision).sum()
 
 
@@ -64,19 +67,19 @@ def average_precision_by_thresholds(scores, is_fake):
 @pytest.mark.parametrize("seed", range(3))
 def test_ranking_metrics_equal_brute_force_over_all_pairs_and_thresholds(seed, levels):
     scores, is_fake = random_scores(seed, levels=levels)
-    scores *= 100  # metrics must not apply a sigmoid first, because it would make most of these scores equal
-    fpr, tpr, _ = points_by_thresholds(scores, is_fake)
+    scores *= 100  # a sigmoid would round all scores above 37 to 1, so the metrics must not apply a sigmoid
+    fpr, tpr, _ = rates_by_threshold(scores, is_fake)
     assert metrics.auroc(scores, is_fake) == pytest.approx(auroc_by_pairs(scores, is_fake), abs=1e-12)
-    by_thresholds = average_precision_by_thresholds(scores, is_fake)
+    by_thresholds = average_precision_by_threshold(scores, is_fake)
     assert metrics.average_precision(scores, is_fake) == pytest.approx(by_thresholds, abs=1e-12)
     np.testing.assert_allclose(metrics.roc_curve(scores, is_fake), [[0, *fpr], [0, *tpr]], atol=1e-12)
-    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # one of 40 real images is a false positive rate of 0.025
+    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # 1 of 40 real images gives a rate of 0.025
         expected = tpr[fpr <= highest_fpr].max(initial=0)
         assert metrics.tpr_at_fpr(scores, is_fake, highest_fpr) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_equal_error_rate_equals_the_value_computed_by_hand():
-    # At a threshold of 5, one of four real and one of four fake images are classified wrongly
+    # At a threshold of 5, one of four real images and one of four fake images are classified incorrectly
     scores = np.array([1, 2, 3, 6, 4, 7, 8, 9.0])
     is_fake = np.array([False] * 4 + [True] * 4)
     assert metrics.equal_error_rate(scores, is_fake) == pytest.approx(0.25)
@@ -87,25 +90,25 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
     measured = metrics.measure(
-        write_and_read_table(tmp_path, rows_of([-1, 1, -1], REAL) + rows_of([1, -1], FAKE)), resamples=0
+        write_and_read_table(tmp_path, score_rows([-1, 1, -1], REAL) + score_rows([1, -1], FAKE)), resamples=0
     )
     assert measured["accuracy"] == pytest.approx(3 / 5)
     assert measured["accuracy_real"] == pytest.approx(2 / 3)
     assert measured["accuracy_fake"] == pytest.approx(1 / 2)
-    # With real as the positive class: 2 true positives, 1 false positive, 1 false negative
+    # If real is the positive class: 2 true positives, 1 false positive, 1 false negative
     assert measured["precision_real_positive"] == pytest.approx(2 / 3)
     assert measured["recall_real_positive"] == pytest.approx(2 / 3)
     assert measured["confusion"] == {
         "real": {"real": 2, "fake": 1, "unsure": 0},
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
-    all_called_fake = metrics.measure(write_and_read_table(tmp_path, rows_of([1, 1], REAL)), resamples=0)
+    all_called_fake = metrics.measure(write_and_read_table(tmp_path, score_rows([1, 1], REAL)), resamples=0)
     assert all_called_fake["precision_real_positive"] is None
     assert all_called_fake["recall_real_positive"] == 0
 
 
 def test_calibration_error_and_nll_equal_the_values_computed_by_hand():
-    # Two bins: one of the four images at 0.1 is fake, and both images at 0.9 are fake
+    # Four images have P(fake) = 0.1, and one of them is fake. Two images have P(fake) = 0.9, and both are fake.
     prob_fake = np.array([0.1, 0.1, 0.1, 0.1, 0.9, 0.9])
     is_fake = np.array([False, False, False, True, True, True])
     expected = 4 / 6 * abs(0.25 - 0.1) + 2 / 6 * abs(1 - 0.9)
@@ -113,7 +116,7 @@ def test_calibration_error_and_nll_equal_the_values_computed_by_hand():
     nll = -(3 * np.log(0.9) + np.log(0.1) + 2 * np.log(0.9)) / 6
     assert metrics.negative_log_likelihood(prob_fake, is_fake) == pytest.approx(nll)
     wrong_and_certain = metrics.negative_log_likelihood(np.array([1.0, 0.0]), np.array([False, True]))
-    assert 30 < wrong_and_certain < 40  # the loss is finite
+    assert 30 < wrong_and_certain < 40  # finite, because probabilities are clipped to 2e-16
     assert metrics.expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
 
 
@@ -130,7 +133,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
 
 
 @pytest.mark.parametrize("levels", [None, 2])
-def test_bootstrap_intervals_equal_those_of_resampling_images_one_by_one(levels):
+def test_bootstrap_intervals_equal_the_intervals_from_resampling_images_one_by_one(levels):
     scores, is_fake = random_scores(5, n_real=50, n_fake=25, levels=levels)
     intervals = metrics.bootstrap(scores, is_fake, resamples=2000, seed=1)
     rng = np.random.default_rng(2)
@@ -140,7 +143,7 @@ def test_bootstrap_intervals_equal_those_of_resampling_images_one_by_one(levels)
         drawn = np.concatenate([rng.choice(scores[~is_fake], 50), rng.choice(scores[is_fake], 25)])
         values["accuracy"].append(((drawn >= 0) == labels).mean())
         values["auroc"].append(auroc_by_pairs(drawn, labels))
-        values["average_precision"].append(average_precision_by_thresholds(drawn, labels))
+        values["average_precision"].append(average_precision_by_threshold(drawn, labels))
     for name, drawn in values.items():
         np.testing.assert_allclose(intervals[name], np.percentile(drawn, [2.5, 97.5]), atol=0.03)
 
@@ -163,14 +166,14 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
 
 
 def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shared_real_images(tmp_path):
-    rows = [*rows_of([-1, -2], REAL), *rows_of([-3], REAL, "own"), *rows_of([1, 2, 3], FAKE, "own")]
-    rows += rows_of([-4, 5], FAKE, "other") + rows_of([0], None)
+    rows = [*score_rows([-1, -2], REAL), *score_rows([-3], REAL, "own"), *score_rows([1, 2, 3], FAKE, "own")]
+    rows += score_rows([-4, 5], FAKE, "other") + score_rows([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
     summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=50)
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
-    assert own["intervals"] is None  # one real image is too few for an interval
+    assert own["intervals"] is None  # an interval needs more than one real image
     assert other["intervals"]["auroc"] is not None
     assert summary["images"] == {"real": 3, "fake": 5, "unlabelled": 1, "errors": 1}
     assert summary["mean"]["auroc"] == 0.75
@@ -182,7 +185,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
 
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
-    rows = [Row("a.png", "fake", "g", error="broken"), *rows_of([1, -1, 2], label)]
+    rows = [Row("a.png", "fake", "g", error="broken"), *score_rows([1, -1, 2], label)]
     summary = metrics.summarize(write_and_read_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
@@ -194,7 +197,7 @@ def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tm
 def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
-    rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a") + rows_of([2, 3], FAKE, "b")
+    rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a") + score_rows([2, 3], FAKE, "b")
     summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
@@ -202,10 +205,10 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
 
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
-    rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a")
+    rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a")
     blurred = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
     clean = metrics.summarize(
-        write_and_read_table(tmp_path, rows + rows_of([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
+        write_and_read_table(tmp_path, rows + score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
     assert metrics.rows_by_generator({"none": clean, "blur sigma 2": blurred}) == [
         ["AUROC", "a", "evil\\x1b[31m\\nname"],

@@ -1,11 +1,11 @@
-"""For any value in a checkpoint, a program accepts the checkpoint or refuses it in one line, without a traceback."""
+"""Tests that a checkpoint with a wrong value never causes a traceback in test.py or train_detector.py."""
 
 import copy
 
 import pytest
 import torch
-from files import random_rgb, save
-from trainings import TINY, detector_arguments, read, train
+from files import random_rgb_pixels, save_image
+from trainings import TINY, read_checkpoint, run_training, train_detector_arguments
 
 import test as tester
 import train_detector
@@ -13,39 +13,41 @@ from models.rdn import RDN
 from utils import options
 from utils.errors import run_program
 
-pytestmark = pytest.mark.usefixtures("small_classifier")
+pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory, small_classifier):
-    """Return a folder with one real image, one fake image, and a detector in pixel.pth.tar."""
+def detector_and_images(tmp_path_factory, shrink_resnet18):
+    """Return a folder with one real image, one fake image, and the checkpoint pixel.pth.tar of a detector."""
     root = tmp_path_factory.mktemp("odd")
     torch.save(RDN(**TINY).state_dict(), root / "rdn.pth")
     for kind in ("real", "fake"):
         (root / kind).mkdir()
-        save(root / kind / "a.png", random_rgb(64, 64, len(kind)))
-    train(detector_arguments(root, root / "out", "--fixed-sr --epochs 1 --batch-size 2"))
+        save_image(root / kind / "a.png", random_rgb_pixels(64, 64, len(kind)))
+    run_training(train_detector_arguments(root, root / "out", "--fixed-sr --epochs 1 --batch-size 2"))
     (root / "out/last.pth.tar").rename(root / "pixel.pth.tar")
     return root
 
 
-def run(main, parser, flags, capfd):
-    """Run a program. Returns its exit status and the last line that it prints."""
+def status_and_last_line(main, parser, flags, capfd):
+    """Run a program in this process. Return the exit status and the last line on stderr."""
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
     return code, (capfd.readouterr().err.splitlines() or [""])[-1]
 
 
-def score(checkpoint, files, capfd):
-    """Score an image with test.py. Returns the exit status and the last line."""
-    return run(tester.main, options.test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd)
+def score_checkpoint(checkpoint, files, capfd):
+    """Score an image with test.py and the given checkpoint. Return the exit status and the last line on stderr."""
+    return status_and_last_line(
+        tester.main, options.test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
+    )
 
 
-def resume(checkpoint, files, capfd):
-    """Resume a checkpoint with train_detector.py. Returns the exit status and the last line."""
+def resume_checkpoint(checkpoint, files, capfd):
+    """Resume a checkpoint with train_detector.py. Return the exit status and the last line on stderr."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
-    return run(train_detector.main, options.train_detector_parser, flags, capfd)
+    return status_and_last_line(train_detector.main, options.train_detector_parser, flags, capfd)
 
 
 ODD = [-1, float("nan"), "x", [1], {"name": 3}, torch.ones(2)]
@@ -61,9 +63,9 @@ CALIBRATION = {"temperature": 2.0, "t_fake": 0.6, "t_real": 0.4, "source": "a li
 
 
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
-def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(files, tmp_path, capfd, place):
-    """test.py and train_detector.py either accept the checkpoint or refuse it in one line."""
-    state = read(files / "pixel.pth.tar") | {"calibration": CALIBRATION}
+def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(detector_and_images, tmp_path, capfd, place):
+    """The program either accepts the checkpoint or prints one error line with exit status 2."""
+    state = read_checkpoint(detector_and_images / "pixel.pth.tar") | {"calibration": CALIBRATION}
     path = tmp_path / "odd.pth.tar"
     for value in ODD:
         changed = copy.deepcopy(state)
@@ -72,14 +74,18 @@ def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(files, tmp_pat
             parent = parent[key]
         parent[place[-1]] = value
         torch.save(changed, path)
-        program = resume if place[0] in ("settings", "progress", "optimizer") else score
-        code, line = program(path, files, capfd)
+        program = resume_checkpoint if place[0] in ("settings", "progress", "optimizer") else score_checkpoint
+        code, line = program(path, detector_and_images, capfd)
         assert code == 0 or (code == 2 and line.startswith("error: ")), f"{value!r}: {line}"
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 0.0, float("nan"), float("inf"), "1", True])
-def test_a_calibration_temperature_that_is_not_positive_and_finite_is_refused(files, tmp_path, capfd, temperature):
-    state = read(files / "pixel.pth.tar") | {"calibration": {**CALIBRATION, "temperature": temperature}}
+def test_a_calibration_temperature_that_is_not_positive_and_finite_is_refused(
+    detector_and_images, tmp_path, capfd, temperature
+):
+    state = read_checkpoint(detector_and_images / "pixel.pth.tar") | {
+        "calibration": {**CALIBRATION, "temperature": temperature}
+    }
     torch.save(state, tmp_path / "odd.pth.tar")
-    code, line = score(tmp_path / "odd.pth.tar", files, capfd)
+    code, line = score_checkpoint(tmp_path / "odd.pth.tar", detector_and_images, capfd)
     assert code == 2 and "odd.pth.tar" in line and "temperature" in line

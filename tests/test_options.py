@@ -1,4 +1,4 @@
-"""Tests of the command lines: released flags are accepted, every option is used, wrong options give one-line errors."""
+"""Tests of the command line parsers of train_sr.py, train_detector.py and test.py."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ from utils.options import train_detector_parser, train_sr_parser
 ROOT = Path(__file__).parents[1]
 PARSERS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": parser_of_test}
 
-# Command lines with all flags of the released programs. `-a` and `--arch` set one option, and the last value counts.
+# Command lines with all flags of the released programs. `-a` and `--arch` set the same option to the last value.
 RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
  --num-blocks 2 --num-layers 2 --scale 3 --patch-size 12 --lr 1e-3 --lr-decay 0.5 --lr-decay-epoch 10 --batch-size 4
  --num-epochs 5 --num-save 2 --num-workers 1 --gpu-id 0 --seed 1 --vgg-lambda 0.1 --augment --completion
@@ -23,7 +23,7 @@ RELEASED_DETECTOR = """-a resnet18 --arch resnet50 --gpu 0 -b 2 --batch-size 4 -
  --output-path o --save-every-epoch 3 --seed 4 --no_dilation --sr-scale 4 --sr-num-features 64 --sr-growth-rate 64
  --sr-num-blocks 16 --sr-num-layers 8 --idx-stages 0 --fixed-sr --mode-sr none --lr-sr 0.1 --lw-sr 2"""
 
-# Options that describe the networks. Their default is None, which means that a checkpoint may set the value.
+# Options that describe the networks. The default of each option is None, so that a checkpoint can set the value.
 NETWORK_OPTIONS = {
     "sr_arch", "sr_args", "scale", "num_features", "growth_rate", "num_blocks", "num_layers", "features",
     "feature_args", "stage", "residual", "arch", "arch_args", "in_channels", "dilated",
@@ -31,14 +31,14 @@ NETWORK_OPTIONS = {
 SIZE_OPTIONS = {"crop_size", "resize"}
 
 
-def options_of(program):
-    """Return the options of a program that have an effect."""
+def effective_options(program):
+    """Return the options of a program, without --help and without flags that have no effect."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
 
 
-def refused(program, arguments, capsys):
-    """Parse arguments that the program must refuse with exit status 2. Return the error line."""
+def error_line_of_parser(program, arguments, capsys):
+    """Parse arguments that the parser must refuse with exit status 2. Return the error line."""
     with pytest.raises(SystemExit) as stopped:
         PARSERS[program]().parse_args(arguments)
     assert stopped.value.code == 2
@@ -119,15 +119,15 @@ def test_every_option_has_a_help_text_and_is_used(program):
     files = [ROOT / program, *(ROOT / "utils").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
     source = "".join(file.read_text() for file in files if file.name != "options.py")
     used = {name for pair in re.findall(r"\bargs\.(\w+)|\"(\w+)\"", source) for name in pair}
-    for option in options_of(program):
+    for option in effective_options(program):
         assert option.help
         assert option.dest in used | NETWORK_OPTIONS | SIZE_OPTIONS, f"{option.dest} is not used"
 
 
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_parser_accepts_any_name_of_a_network(program):
-    """Users can add networks to the dicts of models/build.py, so the parser does not check names."""
-    flags = [word for option in options_of(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
+    """The parser does not check the names of networks, because users can add networks to models/build.py."""
+    flags = [word for option in effective_options(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
              for word in (option.option_strings[-1], "my-own")]  # fmt: skip
     args = vars(PARSERS[program]().parse_args(flags))
     assert len(flags) >= 2 and list(args.values()).count("my-own") == len(flags) // 2
@@ -143,7 +143,7 @@ def test_network_arguments_are_parsed_as_int_float_bool_or_text():
 
 @pytest.mark.parametrize("words", [["depth"], ["=3"], ["a b=3"], ["depth=3", "depth=4"]])
 def test_network_arguments_that_are_not_key_value_pairs_with_distinct_keys_are_refused(words, capsys):
-    assert "--arch-args" in refused("train_detector.py", ["--arch-args", *words], capsys)
+    assert "--arch-args" in error_line_of_parser("train_detector.py", ["--arch-args", *words], capsys)
 
 
 @pytest.mark.parametrize("program", PARSERS)
@@ -151,7 +151,7 @@ def test_network_arguments_that_are_not_key_value_pairs_with_distinct_keys_are_r
     "wrong", [["--seed", "-1"], ["--batch-size", "0"], ["--workers", "x"], ["--precision", "fp8"], ["--see", "1"]]
 )
 def test_a_wrong_option_gives_one_error_line_and_exit_status_2(program, wrong, capsys):
-    assert wrong[0] in refused(program, wrong, capsys)
+    assert wrong[0] in error_line_of_parser(program, wrong, capsys)
 
 
 def test_a_number_outside_the_limits_of_its_option_is_refused():

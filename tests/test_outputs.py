@@ -1,4 +1,4 @@
-"""Tests of test.py with files: files it must not replace, its own outputs among the images, and unusable images."""
+"""Tests of the files that test.py reads and writes: files of the user, earlier outputs, and unusable images."""
 
 import json
 import os
@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_rule import fill
+from golden_rule import fill_with_golden_weights
 from PIL import Image
-from processes import finish, signal_in_batch, start
+from processes import send_signal_in_batch, start_program, wait_for_exit
 from scorings import (
     CONFIG,
-    arguments,
-    contents,
-    error_line,
-    files_in,
-    rows_of,
-    score,
+    error_line_of_test_py,
+    read_all_files,
+    read_csv_rows,
+    run_test_py,
+    scoring_arguments,
+    sorted_names,
     write_detector,
-    write_image,
+    write_noise_image,
 )
 
 from evaluation import load
@@ -31,12 +31,20 @@ from models.resnet import DeepStemResNet
 
 
 @pytest.fixture(scope="module")
-def stage5(tmp_path_factory, small_classifier):
-    """Write a detector on stage 5 of VGG-19 with all weights. Returns the flags that load the detector."""
+def stage5_flags(tmp_path_factory, shrink_resnet18):
+    """Write all weights of a detector that classifies VGG-19 features of stage 5.
+
+    Returns the flags with which test.py loads the detector.
+    """
     folder = tmp_path_factory.mktemp("stage5")
-    torch.save(fill(VGG19()).state_dict(), folder / "vgg19.pth")
-    torch.save(fill(RDN(num_features=8, growth_rate=8, num_blocks=1, num_layers=2)).state_dict(), folder / "rdn.pth")
-    torch.save({"state_dict": fill(DeepStemResNet(512, "resnet18")).state_dict()}, folder / "detector.pth")
+    torch.save(fill_with_golden_weights(VGG19()).state_dict(), folder / "vgg19.pth")
+    torch.save(
+        fill_with_golden_weights(RDN(num_features=8, growth_rate=8, num_blocks=1, num_layers=2)).state_dict(),
+        folder / "rdn.pth",
+    )
+    torch.save(
+        {"state_dict": fill_with_golden_weights(DeepStemResNet(512, "resnet18")).state_dict()}, folder / "detector.pth"
+    )
     files = ["--resume", folder / "detector.pth", "--sr-weights-file", folder / "rdn.pth"]
     return [*files, "--vgg-weights", folder / "vgg19.pth", "--idx-stages", 5, "--no_dilation"]
 
@@ -45,8 +53,8 @@ def stage5(tmp_path_factory, small_classifier):
 
 
 def write_user_files(folder: Path) -> None:
-    """Write files of a user whose names equal the names of the outputs of `test.py --save_path p`."""
-    write_image(folder / "p.png", 0)
+    """Write files that test.py has not written, with the names of the files that `test.py --save_path p` writes."""
+    write_noise_image(folder / "p.png", 0)
     (folder / "p.csv").write_text("path,label\np.png,real\n")
     (folder / "p.json").write_text('{"epochs": 3}')
     np.save(folder / "p.npy", np.zeros((3, 2), np.float32))
@@ -62,70 +70,70 @@ def test_a_file_of_the_user_at_the_save_path_is_refused_and_unchanged(
     for path in tmp_path.iterdir():
         if path.name != name:
             path.unlink()
-    before = contents(tmp_path)
-    line = error_line(
-        capfd, *arguments(detector_file, image_folder, tmp_path / "p", *(["--overwrite"] if overwrite else []))
+    before = read_all_files(tmp_path)
+    line = error_line_of_test_py(
+        capfd, *scoring_arguments(detector_file, image_folder, tmp_path / "p", *(["--overwrite"] if overwrite else []))
     )
     assert name in line
-    assert contents(tmp_path) == before
+    assert read_all_files(tmp_path) == before
 
 
-def test_an_input_image_whose_name_is_that_of_the_figure_is_refused_and_unchanged(detector_file, tmp_path, capfd):
-    cat = write_image(tmp_path / "cat.png", 0)
-    before = contents(tmp_path)
-    assert "cat.png" in error_line(capfd, *arguments(detector_file, cat, tmp_path / "cat"))
-    assert contents(tmp_path) == before
+def test_an_input_image_with_the_file_name_of_the_figure_is_refused_and_unchanged(detector_file, tmp_path, capfd):
+    cat = write_noise_image(tmp_path / "cat.png", 0)
+    before = read_all_files(tmp_path)
+    assert "cat.png" in error_line_of_test_py(capfd, *scoring_arguments(detector_file, cat, tmp_path / "cat"))
+    assert read_all_files(tmp_path) == before
 
 
 def test_test_py_does_not_replace_the_csv_list_of_its_images(detector_file, tmp_path, capfd):
-    write_image(tmp_path / "r.png", 0), write_image(tmp_path / "f.png", 1)
+    write_noise_image(tmp_path / "r.png", 0), write_noise_image(tmp_path / "f.png", 1)
     (tmp_path / "data.csv").write_text("path,label\nr.png,real\nf.png,fake\n")
     words = ["--gpu", "cpu", "-j", 0, "--resume", detector_file, "--csv", tmp_path / "data.csv", "--save_path"]
-    before = contents(tmp_path)
-    assert "data.csv" in error_line(capfd, *words, tmp_path / "data")
-    assert contents(tmp_path) == before
-    assert score(*words, tmp_path / "p") == 0
-    before = contents(tmp_path)
+    before = read_all_files(tmp_path)
+    assert "data.csv" in error_line_of_test_py(capfd, *words, tmp_path / "data")
+    assert read_all_files(tmp_path) == before
+    assert run_test_py(*words, tmp_path / "p") == 0
+    before = read_all_files(tmp_path)
     again = [tmp_path / "p.csv" if word == tmp_path / "data.csv" else word for word in words]
-    assert "p.csv" in error_line(capfd, *again, tmp_path / "p")
-    assert contents(tmp_path) == before
+    assert "p.csv" in error_line_of_test_py(capfd, *again, tmp_path / "p")
+    assert read_all_files(tmp_path) == before
 
 
-def test_test_py_does_not_replace_the_checkpoint_of_the_detector(tmp_path, image_folder, small_classifier, capfd):
+def test_test_py_does_not_replace_the_checkpoint_of_the_detector(tmp_path, image_folder, shrink_resnet18, capfd):
     detector = write_detector(tmp_path / "p.csv")
-    before = contents(tmp_path)
-    assert "p.csv" in error_line(capfd, *arguments(detector, image_folder, tmp_path / "p"))
-    assert contents(tmp_path) == before
+    before = read_all_files(tmp_path)
+    assert "p.csv" in error_line_of_test_py(capfd, *scoring_arguments(detector, image_folder, tmp_path / "p"))
+    assert read_all_files(tmp_path) == before
 
 
 def test_a_file_of_the_user_at_the_path_of_a_residual_picture_is_refused_and_unchanged(
     detector_file, image_folder, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.chdir(image_folder)
-    write_image(tmp_path / "pictures" / "3.png.residual.png", 0)
-    before = contents(tmp_path)
-    line = error_line(
-        capfd, *arguments(detector_file, ".", tmp_path / "out" / "p", "--save-residuals", tmp_path / "pictures")
+    write_noise_image(tmp_path / "pictures" / "3.png.residual.png", 0)
+    before = read_all_files(tmp_path)
+    line = error_line_of_test_py(
+        capfd, *scoring_arguments(detector_file, ".", tmp_path / "out" / "p", "--save-residuals", tmp_path / "pictures")
     )
     assert "3.png.residual.png" in line
-    assert contents(tmp_path) == before
+    assert read_all_files(tmp_path) == before
 
 
 def test_a_file_of_the_user_at_the_path_of_a_later_perturbation_is_refused_before_any_work(
     detector_file, image_folder, tmp_path, capfd
 ):
     (tmp_path / "p_blur_sigma_2.csv").write_text("mine")
-    words = arguments(detector_file, image_folder, tmp_path / "p", "--perturb", "none", "blur=2")
-    assert "p_blur_sigma_2.csv" in error_line(capfd, *words)
-    assert files_in(tmp_path) == ["p_blur_sigma_2.csv"]
+    words = scoring_arguments(detector_file, image_folder, tmp_path / "p", "--perturb", "none", "blur=2")
+    assert "p_blur_sigma_2.csv" in error_line_of_test_py(capfd, *words)
+    assert sorted_names(tmp_path) == ["p_blur_sigma_2.csv"]
 
 
 def test_a_killed_run_that_has_not_written_its_record_is_resumed(detector_file, image_folder, tmp_path):
-    """A run can be killed when P.npy is written and its record P.json is not yet written."""
-    words = [str(a) for a in arguments(detector_file, image_folder, tmp_path / "p")]
-    assert finish(start("test.py", words, tmp_path / "log", partial(signal_in_batch, 3, 9))) == -9
+    """A run that is killed between writing p.npy and p.json leaves p.npy without a record."""
+    words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
+    assert wait_for_exit(start_program("test.py", words, tmp_path / "log", partial(send_signal_in_batch, 3, 9))) == -9
     np.save(tmp_path / "p.npy", np.zeros((3, 2), np.float32))
-    assert score(*words) == 0
+    assert run_test_py(*words) == 0
     assert np.load(tmp_path / "p.npy").shape == (9, 2)
 
 
@@ -134,15 +142,17 @@ def test_a_save_path_without_a_usable_file_name_is_refused_in_one_line(
     detector_file, image_folder, tmp_path, monkeypatch, capfd, save_path
 ):
     monkeypatch.chdir(tmp_path)
-    error_line(capfd, *arguments(detector_file, image_folder, save_path))
-    assert files_in(tmp_path) == []
+    error_line_of_test_py(capfd, *scoring_arguments(detector_file, image_folder, save_path))
+    assert sorted_names(tmp_path) == []
 
 
 def test_an_output_folder_that_is_a_file_is_refused_in_one_line(detector_file, image_folder, tmp_path, capfd):
     (tmp_path / "file").write_text("mine")
     for place in ([tmp_path / "file" / "p"], [tmp_path / "p", "--save-residuals", tmp_path / "file"]):
-        assert str(tmp_path / "file") in error_line(capfd, *arguments(detector_file, image_folder, *place))
-    assert contents(tmp_path) == {"file": b"mine"}
+        assert str(tmp_path / "file") in error_line_of_test_py(
+            capfd, *scoring_arguments(detector_file, image_folder, *place)
+        )
+    assert read_all_files(tmp_path) == {"file": b"mine"}
 
 
 # --- outputs are not counted as images ------------------------------------------------------------------------
@@ -150,7 +160,7 @@ def test_an_output_folder_that_is_a_file_is_refused_in_one_line(detector_file, i
 
 def test_results_written_into_the_scored_folders_are_not_scored(detector_file, tmp_path):
     for key in range(3):
-        write_image(tmp_path / f"r/{key}.png", key), write_image(tmp_path / f"f/{key}.png", key + 9)
+        write_noise_image(tmp_path / f"r/{key}.png", key), write_noise_image(tmp_path / f"f/{key}.png", key + 9)
     roots = ["--data-root-pos", tmp_path / "r", "--data-root-neg", tmp_path / "f"]
     words = [
         "--gpu",
@@ -164,18 +174,21 @@ def test_results_written_into_the_scored_folders_are_not_scored(detector_file, t
         tmp_path / "r" / "residuals",
     ]
     for _ in range(2):
-        assert score(*words, "--save_path", tmp_path / "f" / "p", "--overwrite") == 0
-        assert len(rows_of(tmp_path / "f" / "p.csv")) == 6
+        assert run_test_py(*words, "--save_path", tmp_path / "f" / "p", "--overwrite") == 0
+        assert len(read_csv_rows(tmp_path / "f" / "p.csv")) == 6
     assert (tmp_path / "f" / "p.png").exists()
     assert len(list((tmp_path / "r" / "residuals").rglob("*.residual.png"))) == 6
 
 
 def test_residual_pictures_in_the_scored_working_folder_are_not_scored(detector_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_image("a.png", 0)
+    write_noise_image("a.png", 0)
     for _ in range(2):
-        assert score(*arguments(detector_file, ".", "p", "--save-residuals", "residuals", "--overwrite")) == 0
-        assert len(rows_of("p.csv")) == 1
+        assert (
+            run_test_py(*scoring_arguments(detector_file, ".", "p", "--save-residuals", "residuals", "--overwrite"))
+            == 0
+        )
+        assert len(read_csv_rows("p.csv")) == 1
 
 
 # --- an unusable image becomes an error row and does not end the run ------------------------------------------
@@ -183,16 +196,21 @@ def test_residual_pictures_in_the_scored_working_folder_are_not_scored(detector_
 
 def test_unreadable_images_become_rows_with_an_error(detector_file, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    write_image("good.png", 0), write_image("small.png", 0, (3, 9))
+    write_noise_image("good.png", 0), write_noise_image("small.png", 0, (3, 9))
     Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     assert (
-        score(
-            *arguments(detector_file, "good.png", "s")[:-3], "good.png", "broken.png", "small.png", "--save_path", "s"
+        run_test_py(
+            *scoring_arguments(detector_file, "good.png", "s")[:-3],
+            "good.png",
+            "broken.png",
+            "small.png",
+            "--save_path",
+            "s",
         )
         == 1
     )
     out, err = capfd.readouterr()
-    rows = rows_of("s.csv")
+    rows = read_csv_rows("s.csv")
     assert [bool(row["error"]) for row in rows] == [False, True, True]
     assert rows[1]["logit_fake"] == rows[1]["prob_fake"] == rows[1]["prediction"] == ""
     assert np.isnan(np.load("s.npy")).any(axis=1).tolist() == [False, True, True]
@@ -200,43 +218,43 @@ def test_unreadable_images_become_rows_with_an_error(detector_file, tmp_path, mo
     assert "2 could not be scored" in out
 
 
-def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_error(stage5, tmp_path, capfd):
+def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_error(stage5_flags, tmp_path, capfd):
     for name, size in (("a.png", (32, 32)), ("b.png", (12, 12)), ("c.png", (32, 32)), ("d.png", (64, 12))):
-        write_image(tmp_path / "images" / name, 0, size)
-    words = ["--gpu", "cpu", "-j", 0, *stage5, "--input", tmp_path / "images", "--save_path", tmp_path / "p"]
-    for _ in range(2):  # the second call finds the finished table of the first call
-        assert score(*words) == 1
-        errors = [row["error"] for row in rows_of(tmp_path / "p.csv")]
+        write_noise_image(tmp_path / "images" / name, 0, size)
+    words = ["--gpu", "cpu", "-j", 0, *stage5_flags, "--input", tmp_path / "images", "--save_path", tmp_path / "p"]
+    for _ in range(2):  # the second call reads the finished score table of the first call
+        assert run_test_py(*words) == 1
+        errors = [row["error"] for row in read_csv_rows(tmp_path / "p.csv")]
         assert [bool(error) for error in errors] == [False, True, False, True]
         assert "12 x 12" in errors[1] and "16" in errors[1]
         assert "Traceback" not in capfd.readouterr().err
 
 
-def test_crops_smaller_than_the_stride_of_the_features_are_refused_in_one_line(stage5, tmp_path, capfd):
-    write_image(tmp_path / "a.png", 0, (64, 64))
-    words = ["--gpu", "cpu", "-j", 0, *stage5, "--input", tmp_path / "a.png", "--save_path", tmp_path / "p"]
+def test_crops_smaller_than_the_stride_of_the_features_are_refused_in_one_line(stage5_flags, tmp_path, capfd):
+    write_noise_image(tmp_path / "a.png", 0, (64, 64))
+    words = ["--gpu", "cpu", "-j", 0, *stage5_flags, "--input", tmp_path / "a.png", "--save_path", tmp_path / "p"]
     for crops in (1, 4):
-        assert "--crop-size 12" in error_line(capfd, *words, "--crop-size", 12, "--crops", crops)
-    assert files_in(tmp_path) == ["a.png"]
+        assert "--crop-size 12" in error_line_of_test_py(capfd, *words, "--crop-size", 12, "--crops", crops)
+    assert sorted_names(tmp_path) == ["a.png"]
 
 
 def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an_error(
     detector_file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # with ".residual.png", the third name would be too long
-        write_image(f"images/{name}", 0)
-    assert score(*arguments(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
-    assert [bool(row["error"]) for row in rows_of("p.csv")] == [False, False, True]
-    assert files_in(tmp_path / "pictures" / "images") == ["a.png.residual.png", "b.png.residual.png"]
+    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # ".residual.png" makes the third file name too long
+        write_noise_image(f"images/{name}", 0)
+    assert run_test_py(*scoring_arguments(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
+    assert [bool(row["error"]) for row in read_csv_rows("p.csv")] == [False, False, True]
+    assert sorted_names(tmp_path / "pictures" / "images") == ["a.png.residual.png", "b.png.residual.png"]
 
 
 def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(detector_file, tmp_path):
-    write_image(tmp_path / "images" / "a.png", 0)
-    write_image(tmp_path / "images" / "b.png", 1, (4, 4))  # smaller than the kernel of the blur
-    words = arguments(detector_file, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
-    status = score(*words)
-    errors = [bool(row["error"]) for row in rows_of(tmp_path / "p.csv")]
+    write_noise_image(tmp_path / "images" / "a.png", 0)
+    write_noise_image(tmp_path / "images" / "b.png", 1, (4, 4))  # the image is smaller than the blur kernel
+    words = scoring_arguments(detector_file, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
+    status = run_test_py(*words)
+    errors = [bool(row["error"]) for row in read_csv_rows(tmp_path / "p.csv")]
     assert errors in ([False, True], [False, False])
     assert status == any(errors)
 
@@ -249,15 +267,15 @@ def test_a_network_error_for_one_image_of_a_batch_gives_one_row_with_an_error(
     images = [np.asarray(Image.open(image_folder / f"{key}.png")) for key in range(9)]
     bad = torch.from_numpy(images[2].transpose(2, 0, 1).copy()) / 255  # (3, 32, 32)
 
-    def fails_on_one(method, self, x):
+    def raise_for_one_image(method, self, x):
         if any(image.shape == bad.shape and torch.equal(image, bad) for image in x):
             raise RuntimeError("no such kernel")
         return method(self, x)
 
-    monkeypatch.setattr(network, "forward", lambda self, x: fails_on_one(forward, self, x))
-    monkeypatch.setattr(network, "resynthesize", lambda self, x: fails_on_one(resynthesize, self, x))
-    assert score(*arguments(detector_file, image_folder, tmp_path / "p")) == 1
-    errors = [row["error"] for row in rows_of(tmp_path / "p.csv")]
+    monkeypatch.setattr(network, "forward", lambda self, x: raise_for_one_image(forward, self, x))
+    monkeypatch.setattr(network, "resynthesize", lambda self, x: raise_for_one_image(resynthesize, self, x))
+    assert run_test_py(*scoring_arguments(detector_file, image_folder, tmp_path / "p")) == 1
+    errors = [row["error"] for row in read_csv_rows(tmp_path / "p.csv")]
     assert [bool(error) for error in errors] == [key == 2 for key in range(9)]
     assert "2.png" in errors[2] and "no such kernel" in errors[2]
 
@@ -269,18 +287,18 @@ def test_residual_pictures_can_be_drawn_after_the_score_table_is_finished(
     detector_file, image_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(image_folder)
-    words = arguments(detector_file, ".", tmp_path / "p")
-    assert score(*words) == 0
+    words = scoring_arguments(detector_file, ".", tmp_path / "p")
+    assert run_test_py(*words) == 0
     logits = np.load(tmp_path / "p.npy")
     pictures = tmp_path / "pictures"
     words += ["--save-residuals", pictures]
-    assert score(*words) == 0
-    assert files_in(pictures) == [f"{key}.png.residual.png" for key in range(9)]
+    assert run_test_py(*words) == 0
+    assert sorted_names(pictures) == [f"{key}.png.residual.png" for key in range(9)]
     assert np.array_equal(np.load(tmp_path / "p.npy"), logits)
     (pictures / "4.png.residual.png").unlink()
     others = {path: path.stat().st_mtime_ns for path in pictures.iterdir()}
-    assert score(*words) == 0
-    assert len(files_in(pictures)) == 9
+    assert run_test_py(*words) == 0
+    assert len(sorted_names(pictures)) == 9
     assert others == {path: path.stat().st_mtime_ns for path in others}
 
 
@@ -288,32 +306,32 @@ def test_residual_pictures_are_drawn_again_if_the_image_size_has_changed(
     detector_file, image_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(image_folder)
-    words = arguments(detector_file, "3.png", tmp_path / "p", "--save-residuals", tmp_path / "pictures")
-    assert score(*words) == 0
+    words = scoring_arguments(detector_file, "3.png", tmp_path / "p", "--save-residuals", tmp_path / "pictures")
+    assert run_test_py(*words) == 0
     picture = tmp_path / "pictures" / "3.png.residual.png"
     before = picture.read_bytes()
-    assert score(*words, "--resize", 64) == 0
+    assert run_test_py(*words, "--resize", 64) == 0
     assert picture.read_bytes() != before
 
 
 @pytest.mark.parametrize(("count", "rows", "columns"), [(1, 1, 1), (4, 2, 2), (9, 3, 3)])
-def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, small_classifier, count, rows, columns):
+def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resnet18, count, rows, columns):
     crops_of_16 = {**CONFIG, "images": {"crop_size": 16, "resize": None}}
     detector = load(str(write_detector(tmp_path / "d", config=crops_of_16)), "cpu", options={"crops": count})
-    image = write_image(tmp_path / "a.png", 3, (48, 52))
+    image = write_noise_image(tmp_path / "a.png", 3, (48, 52))
     prepared = detector.prepare(image)
     examination = detector.examine(prepared)
     assert examination.x.shape == (count, 3, 16, 16)
     assert examination.columns == columns
     assert torch.allclose(examination.logits, detector.logits(prepared[None])[0], atol=1e-5)
-    words = arguments(
+    words = scoring_arguments(
         tmp_path / "d", image, tmp_path / "p", "--crops", count, "--save-residuals", tmp_path / "pictures"
     )
-    assert score(*words) == 0
+    assert run_test_py(*words) == 0
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)  # the figure has 160 dots per inch
+    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)  # heights in inches times 160 dots per inch
     assert abs(height - expected) <= 2
     assert width == 11 * 160
 
@@ -322,10 +340,10 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, small_class
 
 
 def test_test_py_refuses_a_rank_without_a_world_size_in_one_line(detector_file, image_folder, tmp_path):
-    words = [str(a) for a in arguments(detector_file, image_folder, tmp_path / "p")]
+    words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
     for incomplete in ({"RANK": "1"}, {"WORLD_SIZE": "2"}):
-        process = start("test.py", words, tmp_path / "log", **incomplete)
-        assert finish(process) == 2
+        process = start_program("test.py", words, tmp_path / "log", **incomplete)
+        assert wait_for_exit(process) == 2
         lines = (tmp_path / "log").read_text().splitlines()
         assert "RANK" in lines[-1] and "WORLD_SIZE" in lines[-1]
     assert not (tmp_path / "p.csv").exists()
@@ -333,7 +351,11 @@ def test_test_py_refuses_a_rank_without_a_world_size_in_one_line(detector_file, 
 
 def test_the_record_contains_crop_size_number_of_crops_and_resizing(detector_file, image_folder, tmp_path):
     assert (
-        score(*arguments(detector_file, image_folder, tmp_path / "p", "--crop-size", 16, "--crops", 2, "--resize", 32))
+        run_test_py(
+            *scoring_arguments(
+                detector_file, image_folder, tmp_path / "p", "--crop-size", 16, "--crops", 2, "--resize", 32
+            )
+        )
         == 0
     )
     job = json.loads((tmp_path / "p.json").read_text())["job"]

@@ -1,4 +1,4 @@
-"""Tests of data.perturbations. The test images are chosen so that the strength can be measured in the result."""
+"""Tests of data.perturbations. The strength of a perturbation is measured in the perturbed image."""
 
 import io
 from collections import Counter
@@ -6,18 +6,18 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from files import user_error
+from files import expect_user_error
 from PIL import Image
 
 from data import perturbations
 from data.perturbations import Perturbation, PerturbationSetting, augment, select_perturbations, settings_of
 from utils.random_streams import seeded_generator
 
-FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # size -> sigma, in pixels
+FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # kernel size -> standard deviation, both in pixels
 
 
-def perturb(image, name, protocol, seed, strength=None):
-    """Apply a perturbation of a protocol to an image."""
+def perturb_image(image, name, protocol, seed, strength=None):
+    """Apply the perturbation `name` to an image, as defined in the given protocol."""
     return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 
@@ -28,20 +28,23 @@ def random_images(count, height=16, width=16):
 
 
 def grey_image(side=128):
-    """Return a square image of one grey value, 128."""
+    """Return a square grey image. All pixel values are 128."""
     return torch.full((3, side, side), 128, dtype=torch.uint8)
 
 
 def gradient_image(height=256, width=256):
-    """Return an image whose red value is the column and whose green value is the row, scaled to 0..255."""
+    """Return an image with a horizontal ramp from 0 to 255 in red and a vertical ramp from 0 to 255 in green."""
     x = torch.zeros(3, height, width)
     x[0] = torch.arange(width) * 256 / width
     x[1] = torch.arange(height)[:, None] * 256 / height
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def blurred_by_numpy(image, kernel_size, sigma):
-    """Blur in two dimensions with reflect-101 borders. Returns float (3, H, W)."""
+def blur_by_numpy(image, kernel_size, sigma):
+    """Blur an image with a two-dimensional Gaussian kernel, and return float (3, H, W).
+
+    The image is padded by reflection without repeating the border pixels.
+    """
     radius = kernel_size // 2
     kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
@@ -50,17 +53,17 @@ def blurred_by_numpy(image, kernel_size, sigma):
     return np.einsum("chwij,i,j->chw", windows, kernel, kernel)
 
 
-def compressed_by_pillow(image, quality):
-    """Return the image after JPEG compression by Pillow."""
+def compress_by_pillow(image, quality):
+    """Compress an image as JPEG with Pillow, and return the decoded image."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     return np.asarray(Image.open(file)).transpose(2, 0, 1)
 
 
-def fractions_cut(result, channel):
-    """Measure which fractions of an axis were cut off a `gradient_image`. Channel 0: columns, channel 1: rows.
+def measure_cut_fractions(result, channel):
+    """Measure which fraction of the columns (channel 0) or rows (channel 1) of a `gradient_image` was cut off.
 
-    Returns three fractions: in total, at the beginning, and at the end.
+    Returns three fractions: both sides together, the left or top side, and the right or bottom side.
     """
     line = result[channel].double().mean(channel)
     inner = line[16:-16]
@@ -68,17 +71,20 @@ def fractions_cut(result, channel):
     return 1 - slope, float(line[0]) / 256, 1 - float(line[-1] + 1) / 256
 
 
-def recognise(image, result):
-    """Find the perturbation of Frank et al. that turned a random image into `result`. Returns its name and strength."""
+def recognise_perturbation(image, result):
+    """Find the perturbation of Frank et al. that has turned a random image into `result`.
+
+    Returns the name and the strength of the perturbation. The strength is None if it is not measured.
+    """
     if torch.equal(image, result):
         return "none", None
     if (image.double() - result.double()).std() < 6:
         return "noise", None
     for kernel_size, sigma in FRANK_KERNELS.items():
-        if np.abs(blurred_by_numpy(image, kernel_size, sigma) - result.numpy()).max() < 0.51:
+        if np.abs(blur_by_numpy(image, kernel_size, sigma) - result.numpy()).max() < 0.51:
             return "blur", kernel_size
     for quality in range(1, 101):
-        if np.array_equal(compressed_by_pillow(image, quality), result):
+        if np.array_equal(compress_by_pillow(image, quality), result):
             return "jpeg", quality
     return "crop", None
 
@@ -90,26 +96,26 @@ def recognise(image, result):
 def test_blur_equals_a_gaussian_in_two_dimensions(kernel_size, sigma):
     (image,) = random_images(1, 40, 48)
     result = perturbations.blur(image, kernel_size, sigma).numpy()
-    assert np.abs(result - blurred_by_numpy(image, kernel_size, sigma)).max() < 0.501
-    swept = perturb(image, "blur", "sweep", 0, sigma).numpy()
-    assert np.abs(swept - blurred_by_numpy(image, 51, sigma)).max() < 0.51
+    assert np.abs(result - blur_by_numpy(image, kernel_size, sigma)).max() < 0.501
+    swept = perturb_image(image, "blur", "sweep", 0, sigma).numpy()
+    assert np.abs(swept - blur_by_numpy(image, 51, sigma)).max() < 0.51
 
 
 def test_images_smaller_than_the_kernel_can_be_blurred():
     for height, width in ((3, 7), (1, 1)):
-        assert perturb(random_images(1, height, width)[0], "blur", "sweep", 0, 4.0).shape == (3, height, width)
+        assert perturb_image(random_images(1, height, width)[0], "blur", "sweep", 0, 4.0).shape == (3, height, width)
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.15, 0.2, 0.25])
 def test_noise_of_the_sweep_has_the_given_standard_deviation(std):
-    noisy = perturb(grey_image(), "noise", "sweep", 0, std).double()
+    noisy = perturb_image(grey_image(), "noise", "sweep", 0, std).double()
     expected = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
-    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # values are clipped to 0..255
+    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # pixel values are clipped
     assert noisy.mean() == pytest.approx(128, abs=1)
 
 
 def test_noise_of_different_strengths_is_one_pattern_with_different_amplitudes():
-    weak, strong = (perturb(grey_image(), "noise", "sweep", 0, std).double() for std in (0.05, 0.2))
+    weak, strong = (perturb_image(grey_image(), "noise", "sweep", 0, std).double() for std in (0.05, 0.2))
     assert torch.corrcoef(torch.stack([weak.flatten(), strong.flatten()]))[0, 1] > 0.97
 
 
@@ -119,7 +125,7 @@ def test_crop_cuts_half_of_the_fraction_at_each_border_and_keeps_the_image_size(
     result = perturbations.crop(gradient_image(*size), fraction)
     assert result.shape == (3, *size)
     for channel in (0, 1):
-        total, begin, end = fractions_cut(result, channel)
+        total, begin, end = measure_cut_fractions(result, channel)
         assert total == pytest.approx(fraction, abs=0.02)
         assert begin == pytest.approx(fraction / 2, abs=0.01)
         assert end == pytest.approx(fraction / 2, abs=0.015)
@@ -129,18 +135,20 @@ def test_resize_removes_fine_detail_and_keeps_the_image_size():
     columns = torch.arange(64)
     fine, coarse = (
         (128 + 100 * torch.cos(torch.pi * columns * frequency)).expand(3, 64, 64).to(torch.uint8)
-        for frequency in (0.9, 0.1)  # fractions of the Nyquist frequency
+        for frequency in (0.9, 0.1)  # frequencies as fractions of the Nyquist frequency
     )
-    fine_result, coarse_result = (perturb(x, "resize", "sweep", 0, 0.5).float() for x in (fine, coarse))
+    fine_result, coarse_result = (perturb_image(x, "resize", "sweep", 0, 0.5).float() for x in (fine, coarse))
     assert fine_result[:, 8:-8, 8:-8].std() < 0.1 * fine.float().std()
     assert coarse_result.std() == pytest.approx(float(coarse.float().std()), rel=0.1)
-    assert perturb(random_images(1, 5, 9)[0], "resize", "sweep", 0, 0.5).shape == (3, 5, 9)
+    assert perturb_image(random_images(1, 5, 9)[0], "resize", "sweep", 0, 0.5).shape == (3, 5, 9)
 
 
 def test_jpeg_compression_of_the_sweep_has_the_given_quality():
     (image,) = random_images(1, 24, 40)
     for _, quality in select_perturbations("sweep", [("jpeg", None)]):
-        assert np.array_equal(perturb(image, "jpeg", "sweep", 0, quality), compressed_by_pillow(image, int(quality)))
+        assert np.array_equal(
+            perturb_image(image, "jpeg", "sweep", 0, quality), compress_by_pillow(image, int(quality))
+        )
 
 
 # --- the protocol of Frank et al. ---------------------------------------------------------------------------
@@ -148,7 +156,9 @@ def test_jpeg_compression_of_the_sweep_has_the_given_quality():
 
 @pytest.mark.parametrize("name", ["blur", "jpeg", "noise"])
 def test_the_frank2020_protocol_perturbs_half_of_the_images(name):
-    recognised = [recognise(image, perturb(image, name, "frank2020", 3)) for image in random_images(300)]
+    recognised = [
+        recognise_perturbation(image, perturb_image(image, name, "frank2020", 3)) for image in random_images(300)
+    ]
     counts = Counter(n for n, _ in recognised)
     assert set(counts) == {name, "none"}
     assert counts[name] == pytest.approx(150, abs=30)
@@ -161,28 +171,28 @@ def test_the_frank2020_protocol_perturbs_half_of_the_images(name):
 
 
 def test_noise_of_the_frank2020_protocol_has_a_variance_from_5_to_20():
-    results = [perturb(grey_image(64), "noise", "frank2020", seed).double() for seed in range(80)]
+    results = [perturb_image(grey_image(64), "noise", "frank2020", seed).double() for seed in range(80)]
     variances = [float(r.var()) - 1 / 12 for r in results if (r != 128).any()]  # rounding adds a variance of 1/12
     assert 25 < len(variances) < 55
     assert 4.8 < min(variances) < 7 and 18 < max(variances) < 20.6
 
 
 def test_crop_of_the_frank2020_protocol_cuts_5_to_20_percent_of_the_image():
-    results = [perturb(gradient_image(), "crop", "frank2020", seed) for seed in range(80)]
-    fractions = [fractions_cut(result, 0)[0] for result in results]
+    results = [perturb_image(gradient_image(), "crop", "frank2020", seed) for seed in range(80)]
+    fractions = [measure_cut_fractions(result, 0)[0] for result in results]
     fractions = [fraction for fraction in fractions if fraction > 0.02]
     assert 25 < len(fractions) < 55
     assert 0.03 < min(fractions) < 0.09 and 0.16 < max(fractions) < 0.21
 
 
 def test_combined_of_the_frank2020_protocol_applies_each_perturbation_independently():
-    untouched = sum(torch.equal(i, perturb(i, "combined", "frank2020", 0)) for i in random_images(480, 40, 40))
+    untouched = sum(torch.equal(i, perturb_image(i, "combined", "frank2020", 0)) for i in random_images(480, 40, 40))
     assert untouched == pytest.approx(480 / 2**4, abs=16)
     counts = Counter()
     for seed in range(120):
-        result = perturb(gradient_image(128, 128), "combined", "frank2020", seed)
-        is_cropped = fractions_cut(result, 0)[0] > 0.035
-        has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel of the original is 0
+        result = perturb_image(gradient_image(128, 128), "combined", "frank2020", seed)
+        is_cropped = measure_cut_fractions(result, 0)[0] > 0.035
+        has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel is 0 before the perturbation
         counts[is_cropped, has_noise_or_jpeg] += 1
     assert counts[True, True] == pytest.approx(45, abs=14) and counts[False, True] == pytest.approx(45, abs=14)
     assert counts[True, False] == pytest.approx(15, abs=14) and counts[False, False] == pytest.approx(15, abs=14)
@@ -192,7 +202,7 @@ def test_augment_applies_one_of_four_perturbations_to_half_of_the_images():
     counts = Counter()
     for n, image in enumerate(random_images(400, 40, 40)):
         result = augment(image, seeded_generator(1, n))
-        counts[recognise(image, result)[0]] += 1
+        counts[recognise_perturbation(image, result)[0]] += 1
         assert torch.equal(result, augment(image, seeded_generator(1, n)))
     assert counts.pop("none") == pytest.approx(200, abs=35)
     assert set(counts) == {"blur", "crop", "jpeg", "noise"} and min(counts.values()) > 25
@@ -231,7 +241,7 @@ def test_a_perturbation_setting_has_a_label_and_a_file_name():
     ],
 )
 def test_an_unknown_perturbation_or_strength_is_refused(protocol, name, strength, words):
-    with user_error(*words):
+    with expect_user_error(*words):
         select_perturbations(protocol, [(name, strength)])
 
 
@@ -254,7 +264,7 @@ def test_perturbed_images_do_not_depend_on_the_order_of_images_or_on_other_rando
         forward = [transform(image) for image in images]
         backward = [transform(image.clone(), np.random.default_rng()) for image in reversed(images)]
         assert torch.equal(torch.stack(forward), torch.stack(backward[::-1]))
-        assert torch.equal(torch.stack(images), torch.stack(random_images(8, 32, 32)))  # the input is kept
+        assert torch.equal(torch.stack(images), torch.stack(random_images(8, 32, 32)))  # the input images are unchanged
         is_changed = [not torch.equal(a, b) for a, b in zip(images, forward, strict=True)]
         if protocol == "sweep" and setting.name != "none":
             assert all(is_changed)
@@ -263,5 +273,5 @@ def test_perturbed_images_do_not_depend_on_the_order_of_images_or_on_other_rando
 
 
 def test_perturbed_images_depend_on_the_seed_and_on_the_pixels():
-    noise = [perturb(i, "noise", "sweep", seed, 0.1).sub(i) for i in random_images(2, 32, 32) for seed in (0, 1)]
+    noise = [perturb_image(i, "noise", "sweep", seed, 0.1).sub(i) for i in random_images(2, 32, 32) for seed in (0, 1)]
     assert len({n.numpy().tobytes() for n in noise}) == 4

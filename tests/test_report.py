@@ -1,6 +1,6 @@
-"""Tests of tools.report: the HTML page, markdown tables, study files, and tables in documents.
+"""Tests of tools.report, which writes HTML pages and Markdown tables from score tables.
 
-A study file is a CSV file that lists the score tables of each cell of a results table.
+A study file is a CSV file that describes a results table: each cell is computed from the listed score tables.
 """
 
 import base64
@@ -12,7 +12,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from files import user_error
+from files import expect_user_error
 from PIL import Image
 from processes import ROOT
 
@@ -26,9 +26,9 @@ BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 
 
 def score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
-    """Return rows of a score table with n real images and n fakes per generator.
+    """Return rows of a score table with n real images, and n fake images of each generator.
 
-    A larger shift separates the scores of real and fake images better.
+    The difference between the mean scores of real and fake images grows with `shift`.
     """
     rng = np.random.default_rng(0)
     result = []
@@ -40,7 +40,11 @@ def score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
 
 
 def write_score_table(folder, name, table_rows, **record):
-    """Write a score table and, if `record` has entries, the JSON file beside it. Return the path of the table."""
+    """Write a score table, and return the path of the table.
+
+    Args:
+        record: entries of the JSON file beside the table. Without entries, no JSON file is written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table_rows)
     if record:
@@ -49,7 +53,10 @@ def write_score_table(folder, name, table_rows, **record):
 
 
 class Page(HTMLParser):
-    """A parsed HTML page with its tags, attributes, text and pictures. All pictures must be embedded in the page."""
+    """A parsed HTML page with its tags, attributes, text and pictures.
+
+    A picture that is not embedded in the page raises an error.
+    """
 
     def __init__(self, path):
         super().__init__()
@@ -70,8 +77,8 @@ class Page(HTMLParser):
         self.text += data
 
 
-def page_of(tables, out, residuals=None, resamples=0):
-    """Write the report page of score tables. Returns the parsed page."""
+def write_and_parse_page(tables, out, residuals=None, resamples=0):
+    """Write an HTML report page about score tables. Return the parsed page."""
     return Page(report_page.write_page(report_page.load_tables(tables, resamples), out, residuals))
 
 
@@ -90,24 +97,24 @@ def test_the_report_page_shows_metrics_robustness_misclassified_images_and_setti
         tables.append(
             write_score_table(tmp_path, f"{name}{strength}", score_rows(1.0), **record, perturbation=perturbation)
         )
-    page = page_of(tables, tmp_path / "new" / "out", resamples=20)
+    page = write_and_parse_page(tables, tmp_path / "new" / "out", resamples=20)
     for text in (
         "positive class is fake", "ProGAN", "StyleGAN", "mean over generators", "all images", "AUROC", "Robustness",
         "Most wrong", "Not scored", "resnet50", "2.15.0", "clean.csv", "P(fake) is at least 0.75",
     ):  # fmt: skip
         assert text in page.text, text
     places = [page.text.index(f"jpeg quality {quality}") for quality in (90, 60, 30)]
-    assert places == sorted(places)  # the hardest perturbation comes last
+    assert places == sorted(places)  # the strongest perturbation, JPEG quality 30, comes last
     assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["report.html"]
-    assert len(page.pictures) == 2  # the figures of scores and of robustness
-    assert page_of(tables, tmp_path / "again", resamples=20).source == page.source
+    assert len(page.pictures) == 2  # one figure of scores and one figure of robustness
+    assert write_and_parse_page(tables, tmp_path / "again", resamples=20).source == page.source
 
 
 def test_the_report_page_shows_html_in_names_as_text_and_loads_nothing_from_the_internet(tmp_path):
     table_rows = [*score_rows(generators=(f"{EVIL}\x1b[31m\nname",)), BROKEN]
     record = {"settings": {EVIL: EVIL, "nested": {"list": [EVIL]}}, "versions": {EVIL: EVIL}}
     record["perturbation"] = {"name": EVIL, "strength": 1}
-    page = page_of([write_score_table(tmp_path, "s", table_rows, **record)], tmp_path / "out")
+    page = write_and_parse_page([write_score_table(tmp_path, "s", table_rows, **record)], tmp_path / "out")
     assert not {"script", "link", "iframe", "object", "form", "base"} & set(page.tags)
     for _, name, _ in page.attributes:
         assert not name.startswith("on") and name not in ("href", "srcset", "action")
@@ -127,15 +134,15 @@ def test_the_report_page_shows_images_found_beside_the_score_table_and_residual_
     (tmp_path / "text.png").write_text("no picture")
     items = [(name, REAL, "") for name in ("real/a.png", "real/b.png", "text.png", "missing.png")]
     table = write_score_table(tmp_path, "s", make_rows(items, [[4, 0], [3, 0], [2, 0], [1, 0]]))
-    page = page_of([table], tmp_path / "out", tmp_path / "residuals")
+    page = write_and_parse_page([table], tmp_path / "out", tmp_path / "residuals")
     cards = [picture.size for picture in page.pictures if picture.format == "JPEG"]
     assert cards == [(720, 240), (320, 213)]
     assert page.text.count("not available") == 2
 
 
-def test_the_report_lists_images_by_how_wrong_their_scores_are(tmp_path):
+def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
-    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # error margins: 1, 5, -9, -3, none, 2
+    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # errors: 1, 5, -9, -3, no label, 2
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.most_wrong(table)] == ["b", "f", "a", "d", "c"]
     assert len(report_page.most_wrong(table, 2)) == 2
@@ -153,7 +160,7 @@ ODD_TABLES = {
 @pytest.mark.parametrize("name", ODD_TABLES)
 def test_a_report_page_is_written_for_a_score_table_with_unusual_content(tmp_path, name):
     table = write_score_table(tmp_path, "s", ODD_TABLES[name], detector="from another program", settings=[1])
-    assert page_of([table], tmp_path / "out").tags[:2] == ["html", "head"]
+    assert write_and_parse_page([table], tmp_path / "out").tags[:2] == ["html", "head"]
 
 
 def test_the_report_page_replaces_an_earlier_report_page_and_no_other_file(tmp_path):
@@ -163,7 +170,7 @@ def test_the_report_page_replaces_an_earlier_report_page_and_no_other_file(tmp_p
     foreign = {"report.html": b"<html>my thesis</html>", "s_scores.png": b"mine", "robustness.png": b"mine"}
     for name, content in foreign.items():
         (out / name).write_bytes(content)
-    with user_error("report.html was not written by this program"):
+    with expect_user_error("report.html was not written by this program"):
         report.main([table, "--out", str(out)])
     (out / "report.html").unlink()
     for _ in range(2):
@@ -184,7 +191,7 @@ def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
         ("broken.json", broken, *out),
         ("twice", good, good, *out),
     ):
-        with user_error(text):
+        with expect_user_error(text):
             report.main(arguments)
     assert not (tmp_path / "o" / "report.html").exists()
 
@@ -192,8 +199,8 @@ def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
 # --- markdown
 
 
-def cells_of(markdown):
-    """Split a markdown table into rows of cells. The first row is the heading."""
+def split_markdown_table(markdown):
+    """Split a Markdown table into a list of rows. Each row is a list of cells. The first row is the heading."""
     heading, line, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
     assert len(line) == len(heading) and set("".join(line)) == set("-:")
     return [heading, *body]
@@ -204,7 +211,7 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
     command = [sys.executable, "-m", "tools.report", table, "--markdown"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    heading, first, *_ = cells_of(done.stdout)
+    heading, first, *_ = split_markdown_table(done.stdout)
     measured = metrics.summarize(read_table(table), seed=5)["generators"]["ProGAN"]
     assert first[heading.index("AUROC")] == metrics.percent(measured, "auroc")
     assert first[0] == "ProGAN"
@@ -217,7 +224,7 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
     ]
     b, a = (table.summary["generators"] for table in report_page.load_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
-    assert cells_of(capsys.readouterr().out) == [
+    assert split_markdown_table(capsys.readouterr().out) == [
         ["acc", "StyleGAN", "ProGAN"],
         ["b", metrics.percent(b["StyleGAN"], "accuracy"), "-"],
         ["a", metrics.percent(a["StyleGAN"], "accuracy"), metrics.percent(a["ProGAN"], "accuracy")],
@@ -229,16 +236,16 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
 HEADER = "table,row,column,scores,generators\n"
 
 
-def auroc(table, *generators):
-    """Compute the mean AUROC in % from a score table, independently of tools.study."""
+def mean_auroc_percent(table, *generators):
+    """Compute the mean AUROC over generators, in percent, from a score table, without tools.study."""
     measured = metrics.summarize(read_table(table), 0)["generators"]
     values = [measured[name]["auroc"] for name in generators or measured]
     return 100 * sum(values) / len(values)
 
 
 @pytest.fixture
-def study(tmp_path):
-    """Return a study file of two detectors. The first detector was trained with two seeds."""
+def study_file(tmp_path):
+    """Return the path of a study file with two results tables, "main" and "other"."""
     for name, shift in (("one", 0.5), ("two", 1.0), ("control", 0.0)):
         write_score_table(tmp_path / "scores", name, score_rows(shift))
     lines = [
@@ -253,25 +260,25 @@ def study(tmp_path):
     return path
 
 
-def test_the_table_of_a_study_shows_means_over_seeds(study, capsys):
-    one, two, control = (str(study.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
-    seen = (auroc(one, "ProGAN") + auroc(two, "ProGAN")) / 2
-    report.main(["--study", str(study), "--table", "main", "--markdown", "auroc"])
+def test_the_table_of_a_study_shows_means_over_seeds(study_file, capsys):
+    one, two, control = (str(study_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
+    seen = (mean_auroc_percent(one, "ProGAN") + mean_auroc_percent(two, "ProGAN")) / 2
+    report.main(["--study", str(study_file), "--table", "main", "--markdown", "auroc"])
     assert capsys.readouterr().out.splitlines() == [
         "| AUROC | seen | both |",
         "| --- | --: | --: |",
-        f"| residual \\| pixels | {seen:.1f} | {auroc(one):.1f} |",
-        f"| control | {auroc(control, 'ProGAN'):.1f} | - |",
+        f"| residual \\| pixels | {seen:.1f} | {mean_auroc_percent(one):.1f} |",
+        f"| control | {mean_auroc_percent(control, 'ProGAN'):.1f} | - |",
     ]
 
 
-def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(study, capsys):
-    one, two, control = (str(study.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
-    values = [auroc(one, "ProGAN"), auroc(two, "ProGAN")]
-    report.main(["--study", str(study), "--table", "main", "--markdown", "auroc", "--intervals"])
-    _, first, second = cells_of(capsys.readouterr().out.replace("\\|", ""))
+def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(study_file, capsys):
+    one, two, control = (str(study_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
+    values = [mean_auroc_percent(one, "ProGAN"), mean_auroc_percent(two, "ProGAN")]
+    report.main(["--study", str(study_file), "--table", "main", "--markdown", "auroc", "--intervals"])
+    _, first, second = split_markdown_table(capsys.readouterr().out.replace("\\|", ""))
     assert first[1] == f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})"
-    assert first[2] == f"{auroc(one):.1f}"
+    assert first[2] == f"{mean_auroc_percent(one):.1f}"
     assert second[1] == metrics.percent(metrics.summarize(read_table(control))["generators"]["ProGAN"], "auroc")
 
 
@@ -286,23 +293,23 @@ def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(s
         (HEADER + "main,a,b,scores/none.csv,\n", "none.csv"),
     ],
 )
-def test_a_wrong_study_file_is_refused_in_one_line(study, content, text):
-    study.write_text(content)
-    with user_error(text):
-        report.main(["--study", str(study), "--table", "main", "--markdown", "auroc"])
+def test_a_wrong_study_file_is_refused_in_one_line(study_file, content, text):
+    study_file.write_text(content)
+    with expect_user_error(text):
+        report.main(["--study", str(study_file), "--table", "main", "--markdown", "auroc"])
 
 
 # --- documents
 
 
-def test_tools_report_with_refresh_updates_the_tables_of_a_document(study, monkeypatch, capsys):
-    monkeypatch.chdir(study.parent)
+def test_tools_report_with_refresh_updates_the_tables_of_a_document(study_file, monkeypatch, capsys):
+    monkeypatch.chdir(study_file.parent)
     command = "python -m tools.report --study tables.csv --table main --markdown auroc"
     document = "# Head\n\n<!-- made by: {} -->{}\nText below the table stays.\n"
-    path = study.parent / "d.md"
+    path = study_file.parent / "d.md"
     path.write_text(document.format(command, "\n| old |\n| --- |"))
-    (study.parent / "link.md").symlink_to("d.md")
-    with user_error("link.md has tables that are not up to date"):
+    (study_file.parent / "link.md").symlink_to("d.md")
+    with expect_user_error("link.md has tables that are not up to date"):
         report.main(["--refresh", "link.md", "--check"])
     assert "| old |" in path.read_text()
     report.main(command.split()[3:])
@@ -310,7 +317,7 @@ def test_tools_report_with_refresh_updates_the_tables_of_a_document(study, monke
     for check in ([], ["--check"]):
         assert report.main(["--refresh", "link.md", *check]) == 0
         assert path.read_text() == expected
-    assert (study.parent / "link.md").is_symlink()
+    assert (study_file.parent / "link.md").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -323,14 +330,14 @@ def test_tools_report_with_refresh_updates_the_tables_of_a_document(study, monke
         "python -m tools.audit scores/one.csv --markdown",
     ],
 )
-def test_tools_report_with_refresh_refuses_a_document_with_an_unsuitable_command(study, monkeypatch, command):
-    monkeypatch.chdir(study.parent)
-    document = study.parent / "d.md"
+def test_tools_report_with_refresh_refuses_a_document_with_an_unsuitable_command(study_file, monkeypatch, command):
+    monkeypatch.chdir(study_file.parent)
+    document = study_file.parent / "d.md"
     document.write_text(f"<!-- made by: {command} -->\n| old |\n")
-    with user_error():
+    with expect_user_error():
         report.main(["--refresh", "d.md"])
     assert document.read_text() == f"<!-- made by: {command} -->\n| old |\n"
-    assert not (study.parent / "o").exists()
+    assert not (study_file.parent / "o").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests of the residual cache: no outdated or damaged residual is used, and the losses of a training do not change."""
+"""Tests of the residual cache, which stores the residuals of images in files during a training."""
 
 import os
 import shutil
@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from files import user_error
+from files import expect_user_error
 from PIL import Image
-from trainings import CPU, TINY, detector_arguments, stats, train, without_settings
+from trainings import CPU, TINY, checkpoint_without_settings, read_stats, run_training, train_detector_arguments
 
 from data.datasets import Augmentation, ImageDataset, Key
 from data.images import Header, SizePolicy
@@ -23,21 +23,21 @@ from utils.compute import Compute
 from utils.distributed import World
 from utils.labels import FAKE
 
-pytestmark = pytest.mark.usefixtures("small_classifier")
+pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 ON_CPU = Compute(CPU, "fp32")
 FIRST = Key(0, 0)
 
 
 def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=None):  # noqa: B008
-    """Return a dataset of fake images of 64 x 64 pixels."""
+    """Return a dataset of images of 64 x 64 pixels with the label fake."""
     dataset = ImageDataset([Item(str(path), FAKE, "") for path in paths], policy, augmentation, transform)
     dataset.headers = [Header((64, 64)) for _ in paths]
     return dataset
 
 
 def residual_dataset(folder, *paths, storage="fp16", **options):
-    """Return a dataset of cached residuals of images."""
+    """Return a dataset that stores the residuals of images in a folder and reads them from there."""
     return ResidualDataset(image_dataset(*paths, **options), folder, STORAGE[storage])
 
 
@@ -47,8 +47,8 @@ def tiny_detector():
     return ResynthesisDetector(RDN(**TINY).eval(), Pixels(), DeepStemResNet(3, "resnet18")).eval()
 
 
-def stored_names(folder):
-    """Return the sorted names of all files in the residual cache."""
+def cached_file_names(folder):
+    """Return the sorted names of all files in the cache folder."""
     return sorted(path.name for path in folder.glob("*/*.npz"))
 
 
@@ -56,10 +56,10 @@ def stored_names(folder):
 
 
 @pytest.mark.parametrize("storage", ["fp16", "fp32"])
-def test_residuals_read_from_the_cache_have_the_documented_precision(files, tmp_path, storage):
+def test_residuals_read_from_the_cache_have_the_documented_precision(training_files, tmp_path, storage):
     values = torch.logspace(-12, 4.8, 10_000, dtype=torch.float64).float().reshape(1, 100, 100)
-    residual_dataset(tmp_path, files / "real/0.png", storage=storage).write(FIRST, values)
-    sample = residual_dataset(tmp_path, files / "real/0.png", storage=storage)[FIRST]
+    residual_dataset(tmp_path, training_files / "real/0.png", storage=storage).write(FIRST, values)
+    sample = residual_dataset(tmp_path, training_files / "real/0.png", storage=storage)[FIRST]
     assert sample.error is None and sample.x.shape == (1, 1, 100, 100)
     error = (sample.x[0].float() - values).abs()
     is_normal = values >= 2**-14
@@ -70,14 +70,14 @@ def test_residuals_read_from_the_cache_have_the_documented_precision(files, tmp_
 
 
 @pytest.mark.parametrize("value, words", [(70_000.0, "--cache-precision fp32"), (float("nan"), "not finite")])
-def test_a_residual_that_cannot_be_stored_is_refused_with_the_reason(files, tmp_path, value, words):
-    with user_error("0.png", words):
-        residual_dataset(tmp_path, files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
+def test_a_residual_that_cannot_be_stored_is_refused_with_the_reason(training_files, tmp_path, value, words):
+    with expect_user_error("0.png", words):
+        residual_dataset(tmp_path, training_files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_file_of_the_cache_is_never_used(files, tmp_path):
-    dataset = residual_dataset(tmp_path, files / "real/0.png")
+def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
+    dataset = residual_dataset(tmp_path, training_files / "real/0.png")
     dataset.write(FIRST, torch.rand(3, 5, 7))
     path, expected = dataset.path(FIRST), dataset[FIRST].x
     whole = path.read_bytes()
@@ -88,7 +88,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # the changed byte has no effect, such as a time stamp in the archive
+        if sample.error is None:  # the damage has no effect, such as a change of a time stamp in the .npz file
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -97,8 +97,8 @@ def test_a_damaged_file_of_the_cache_is_never_used(files, tmp_path):
 # --- one file per image, crop, direction and setting --------------------------------------------------------
 
 
-def test_the_cache_has_one_file_per_image_crop_and_mirroring(files, tmp_path):
-    path = shutil.copy(files / "real/0.png", tmp_path)
+def test_the_cache_has_one_file_per_image_crop_and_mirroring(training_files, tmp_path):
+    path = shutil.copy(training_files / "real/0.png", tmp_path)
     plain = residual_dataset(tmp_path, path)
     augmented = residual_dataset(tmp_path, path, augmentation=Augmentation(1))
     keys = [Key(epoch, 0) for epoch in range(50)]
@@ -110,8 +110,8 @@ def test_the_cache_has_one_file_per_image_crop_and_mirroring(files, tmp_path):
     assert len(names | {plain.path(FIRST), augmented.path(mirrored)}) == 2 * 3 + 2
 
 
-def test_an_image_that_has_changed_gets_a_new_file_in_the_cache(files, tmp_path):
-    path = shutil.copy(files / "real/0.png", tmp_path)
+def test_an_image_that_has_changed_gets_a_new_file_in_the_cache(training_files, tmp_path):
+    path = shutil.copy(training_files / "real/0.png", tmp_path)
     dataset = residual_dataset(tmp_path, path)
     before = dataset.path(FIRST)
     os.utime(path, ns=(1, 1))
@@ -127,7 +127,7 @@ CONFIG = {
 
 
 def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
-    """Return the cache folder for CONFIG and other settings."""
+    """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
     key = cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
     return cache_folder(root, key)
 
@@ -161,14 +161,14 @@ def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_p
 
 
 def cached_datasets(folder, images, max_gb=1.0):
-    """Return the residual datasets that replace an image dataset, or [] if it is not cached."""
+    """Return a list with the dataset of cached residuals for a dataset of images, or [] if caching is impossible."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = cache_key(CONFIG, "b", images.policy, ON_CPU)
     return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
 
 
-def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cached(files, tmp_path):
-    path = files / "real/0.png"
+def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cached(training_files, tmp_path):
+    path = training_files / "real/0.png"
     assert len(cached_datasets(tmp_path, image_dataset(path))) == 1
     assert cached_datasets(tmp_path, image_dataset(path), max_gb=0) == []
     assert cached_datasets(tmp_path, image_dataset(path, transform=str)) == []
@@ -178,18 +178,18 @@ def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cache
     assert len(cached_datasets(tmp_path, fixed)) == 1
 
 
-def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_detector(files, tmp_path):
-    paths = sorted((files / "real").iterdir())
+def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_detector(training_files, tmp_path):
+    paths = sorted((training_files / "real").iterdir())
     options = {"augmentation": Augmentation(1, crops=2), "policy": SizePolicy(4, 16), "storage": "fp32"}
     dataset = residual_dataset(tmp_path, *paths, **options)
     detector, computed = tiny_detector(), []
 
-    def residual_of(batch):
+    def compute_and_record(batch):
         computed.extend(batch.keys)
         return frozen_residual(detector, ON_CPU, None, batch)
 
     for _ in range(2):
-        dataset.fill(0, residual_of, lambda loader, _: loader, 0, ON_CPU, World())
+        dataset.fill(0, compute_and_record, lambda loader, _: loader, 0, ON_CPU, World())
         assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
         x = dataset.images[Key(0, index)].x / 255
@@ -202,45 +202,52 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
-def test_a_training_with_the_cache_has_the_losses_of_a_training_without_it(files, tmp_path, flags):
-    """The losses agree bit for bit in float32, because --micro-batch 1 also computes residuals one by one."""
+def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
+    """The training without the cache computes residuals one by one, because of --micro-batch 1.
+
+    The cache also computes residuals one by one, so the losses are equal bit for bit.
+    """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
-    train(detector_arguments(files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
-    train(detector_arguments(files, tmp_path / "with", f"{flags} --cache-precision fp32"))
-    assert not (tmp_path / "without/residual_cache").exists() and stored_names(tmp_path / "with/residual_cache")
-    assert stats(tmp_path / "with") == stats(tmp_path / "without")
+    run_training(train_detector_arguments(training_files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
+    run_training(train_detector_arguments(training_files, tmp_path / "with", f"{flags} --cache-precision fp32"))
+    assert not (tmp_path / "without/residual_cache").exists() and cached_file_names(tmp_path / "with/residual_cache")
+    assert read_stats(tmp_path / "with") == read_stats(tmp_path / "without")
 
 
-def test_a_cache_in_half_precision_changes_the_loss_by_at_most_3_percent(files, tmp_path):
-    # Use one batch of ten images. In a last batch of two images, batch norm would amplify rounding errors.
+def test_a_cache_in_half_precision_changes_the_loss_by_at_most_3_percent(training_files, tmp_path):
+    # All ten images form one batch, because batch norm on a batch of two images would amplify rounding errors.
     flags = "--fixed-sr --epochs 1 --batch-size 10"
-    train(detector_arguments(files, tmp_path / "full", f"{flags} --cache-precision fp32"))
-    train(detector_arguments(files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache"))
-    assert stored_names(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
-    assert stats(tmp_path / "half")[0]["loss"] == pytest.approx(stats(tmp_path / "full")[0]["loss"], rel=3e-2)
+    run_training(train_detector_arguments(training_files, tmp_path / "full", f"{flags} --cache-precision fp32"))
+    run_training(
+        train_detector_arguments(training_files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache")
+    )
+    assert cached_file_names(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
+    assert read_stats(tmp_path / "half")[0]["loss"] == pytest.approx(read_stats(tmp_path / "full")[0]["loss"], rel=3e-2)
 
 
-def test_a_training_with_a_filled_cache_decodes_no_images(files, tmp_path, monkeypatch):
+def test_a_training_with_a_filled_cache_decodes_no_images(training_files, tmp_path, monkeypatch):
     flags = "--fixed-sr --epochs 2 VALIDATE --crop-size 40 --crops-per-image 2 --cache-dir"
-    train([*detector_arguments(files, tmp_path / "a", flags), tmp_path / "cache"])
-    before = stored_names(tmp_path / "cache")
+    run_training([*train_detector_arguments(training_files, tmp_path / "a", flags), tmp_path / "cache"])
+    before = cached_file_names(tmp_path / "cache")
     monkeypatch.setattr("data.datasets.load_image", None)
-    train([*detector_arguments(files, tmp_path / "b", flags), tmp_path / "cache"])
-    assert stored_names(tmp_path / "cache") == before
-    one, two = (without_settings(tmp_path / name / "last.pth.tar") for name in "ab")
+    run_training([*train_detector_arguments(training_files, tmp_path / "b", flags), tmp_path / "cache"])
+    assert cached_file_names(tmp_path / "cache") == before
+    one, two = (checkpoint_without_settings(tmp_path / name / "last.pth.tar") for name in "ab")
     assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
-def test_images_of_different_sizes_are_refused_without_crops_and_cached_as_crops(files, tmp_path):
-    mixed = shutil.copytree(files, tmp_path / "files")
+def test_images_of_different_sizes_are_refused_without_crops_and_cached_as_crops(training_files, tmp_path):
+    mixed = shutil.copytree(training_files, tmp_path / "files")
     Image.fromarray(np.zeros((72, 100, 3), np.uint8)).save(mixed / "real/9.png")
-    with user_error("9.png", "100 x 72", "--crop-size"):
-        train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr"))
-    with user_error("9.png", "100 x 72", "--crop-size"):
+    with expect_user_error("9.png", "100 x 72", "--crop-size"):
+        run_training(train_detector_arguments(mixed, tmp_path / "out", "--fixed-sr"))
+    with expect_user_error("9.png", "100 x 72", "--crop-size"):
         flags = f"--fixed-sr --val-root-pos {mixed}/real --val-root-neg FAKE"
-        train(detector_arguments(files, tmp_path / "out", flags))
+        run_training(train_detector_arguments(training_files, tmp_path / "out", flags))
     assert not (tmp_path / "out").exists()
-    train(detector_arguments(mixed, tmp_path / "out", "--fixed-sr --epochs 2 --crop-size 48 --crops-per-image 2"))
-    assert 22 <= len(stored_names(tmp_path / "out/residual_cache")) <= 44
-    with user_error("--crop-size"):
-        train(detector_arguments(files, tmp_path / "none", "--fixed-sr --crops-per-image 2"))
+    run_training(
+        train_detector_arguments(mixed, tmp_path / "out", "--fixed-sr --epochs 2 --crop-size 48 --crops-per-image 2")
+    )
+    assert 22 <= len(cached_file_names(tmp_path / "out/residual_cache")) <= 44
+    with expect_user_error("--crop-size"):
+        run_training(train_detector_arguments(training_files, tmp_path / "none", "--fixed-sr --crops-per-image 2"))

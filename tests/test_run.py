@@ -1,4 +1,4 @@
-"""Tests of utils: exit status, signals, complete files, terminal text, random streams, devices and number formats."""
+"""Tests of the package utils: exit status, signals, files, terminal text, random numbers and devices."""
 
 import itertools
 import logging
@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from files import contents, user_error
+from files import expect_user_error, read_files_and_folders
 
 from utils.compute import choose_compute, choose_device
 from utils.console import printable, progress, text_table
@@ -24,7 +24,7 @@ from utils.signals import Stopped, StopSignal
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (UserError("got\nthis\x1b"), "got this\\x1b"),
+        (UserError("bad\nvalue\x1b"), "bad value\\x1b"),
         (OSError(28, "No space left on device", "here"), "here"),
         (PermissionError(13, "Permission denied", "there"), "there"),
         (OSError(36, "File name too long", "xxx"), "File name too long"),
@@ -34,10 +34,10 @@ from utils.signals import Stopped, StopSignal
     ],
 )
 def test_a_user_error_gives_one_error_line_and_exit_status_2(error, words, capfd):
-    def main():
+    def raise_error():
         raise error
 
-    assert run_program(main) == 2
+    assert run_program(raise_error) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
 
@@ -49,12 +49,12 @@ def test_a_programming_error_is_raised_by_run_program():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_program_stopped_by_a_signal_exits_with_128_plus_the_signal_number(number, capfd):
-    def main():
+    def stop_by_signal():
         with StopSignal() as stop:
             os.kill(os.getpid(), number)
             raise Stopped(stop.received)
 
-    assert run_program(main) == 128 + number
+    assert run_program(stop_by_signal) == 128 + number
     assert "saved" in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -86,7 +86,7 @@ def test_an_atomic_file_is_written_completely_or_not_at_all(tmp_path):
     with pytest.raises(KeyError), atomic(path) as file:
         file.write(b"half")
         raise KeyError
-    assert contents(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
+    assert read_files_and_folders(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
 
 
 def test_an_atomic_file_has_the_permissions_of_the_umask(tmp_path):
@@ -119,7 +119,7 @@ def test_remove_unfinished_deletes_only_temporary_files_of_the_given_names(tmp_p
 
 def test_the_error_for_a_folder_that_cannot_be_created_names_the_folder(tmp_path):
     (tmp_path / "file").touch()
-    with user_error("cannot write", "below"):
+    with expect_user_error("cannot write", "below"):
         make_folder(tmp_path / "file" / "below")
 
 
@@ -127,10 +127,10 @@ def test_the_error_for_a_folder_that_cannot_be_created_names_the_folder(tmp_path
 def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_path, content):
     path = tmp_path / ".lock"
     path.mkdir() if content is None else path.write_bytes(content)
-    before = contents(tmp_path)
-    with user_error(".lock", "not a lock file"), exclusive_writer(path, World()):
+    before = read_files_and_folders(tmp_path)
+    with expect_user_error(".lock", "not a lock file"), exclusive_writer(path, World()):
         pass
-    assert contents(tmp_path) == before
+    assert read_files_and_folders(tmp_path) == before
 
 
 def test_a_lock_file_exists_only_during_its_block(tmp_path):
@@ -164,7 +164,7 @@ def test_control_characters_are_escaped_and_text_tables_are_aligned():
 # --- random streams, device and number format ---------------------------------------------------------------
 
 
-def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_ones():
+def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_numbers():
     draws = {seeded_generator(*key).random() for key in itertools.product(range(3), repeat=3)}
     assert len(draws) == 27
     assert seeded_generator(1, 2).random() == seeded_generator(1, 2).random()
@@ -172,13 +172,13 @@ def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_
 
 
 @pytest.fixture
-def restore_switches():
-    """Set the global settings of PyTorch back to the defaults after the test."""
+def restore_pytorch_settings():
+    """After the test, set the global settings of PyTorch to the defaults of the programs."""
     yield
     choose_compute("cpu", "auto", deterministic=False, seed=0)
 
 
-@pytest.mark.usefixtures("restore_switches")
+@pytest.mark.usefixtures("restore_pytorch_settings")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_choose_compute_sets_the_deterministic_settings_of_pytorch(deterministic):
     compute = choose_compute("cpu", "auto", deterministic, seed=1)
@@ -202,7 +202,7 @@ def test_autocast_computes_matrix_products_in_bfloat16_if_bf16_is_chosen():
 
 @pytest.mark.parametrize("precision", ["tf32", "float16"])
 def test_a_precision_that_the_cpu_does_not_support_is_refused(precision):
-    with user_error(precision):
+    with expect_user_error(precision):
         choose_compute("cpu", precision, False)
 
 
@@ -216,7 +216,7 @@ def test_without_a_gpu_a_gpu_number_means_the_cpu_and_gives_one_warning(caplog):
 
 @pytest.mark.parametrize("name", ["cuda:99", torch.device("cuda", 99), "gpu", "1.5"])
 def test_a_device_that_does_not_exist_is_refused_in_one_line(name):
-    with user_error("GPU"):
+    with expect_user_error("GPU"):
         choose_device(name)
 
 
@@ -238,5 +238,5 @@ def test_a_process_uses_the_gpu_of_its_local_rank_unless_a_gpu_number_is_given(m
 def test_a_gpu_number_larger_than_the_number_of_gpus_is_refused(monkeypatch, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    with user_error("GPU"):
+    with expect_user_error("GPU"):
         choose_device(gpu)

@@ -1,6 +1,7 @@
-"""Tests of the output folder of a training. A training replaces and deletes only files that its record names.
+"""Tests of the output folder of a training.
 
-The record is a JSON file in the output folder that names every file which a training has written there.
+The record is a JSON file in the output folder. It names every file that a training has written into the folder. A
+training replaces and deletes only files that the record names.
 """
 
 import errno
@@ -13,38 +14,41 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import contents, damage, user_error
-from processes import finish, kill_in_save, signal_in, start
-from trainings import detector_arguments, read, sr_arguments, stats, train
+from files import cut_file_in_half, expect_user_error, read_files_and_folders
+from processes import kill_during_save, send_signal_in_loop, start_program, wait_for_exit
+from trainings import read_checkpoint, read_stats, run_training, train_detector_arguments, train_sr_arguments
 
 from models.rdn import RDN
 from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS
 
-pytestmark = pytest.mark.usefixtures("small_classifier")
+pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 FLAGS = "--fixed-sr --epochs 1 --no-cache"
 
 
 @pytest.fixture(scope="module")
-def finished_run(files, tmp_path_factory, small_classifier):
-    """Return the output folder of a finished run of train_detector.py with one epoch."""
+def finished_run_folder(training_files, tmp_path_factory, shrink_resnet18):
+    """Return the output folder of a finished training of one epoch with train_detector.py."""
     folder = tmp_path_factory.mktemp("trained")
-    train(detector_arguments(files, folder, f"{FLAGS} VALIDATE"))
+    run_training(train_detector_arguments(training_files, folder, f"{FLAGS} VALIDATE"))
     assert {"best.pth.tar", "last.pth.tar", "0001.pth.tar", "0001_sr.pth.tar"} <= set(os.listdir(folder))
     return folder
 
 
 @pytest.fixture
-def copy(finished_run, tmp_path):
-    """Return a copy of the output folder of a finished run."""
-    return Path(shutil.copytree(finished_run, tmp_path / "out"))
+def copied_run_folder(finished_run_folder, tmp_path):
+    """Return a copy of the output folder of a finished training."""
+    return Path(shutil.copytree(finished_run_folder, tmp_path / "out"))
 
 
 # --- files that no training has written ---------------------------------------------------------------------
 
 
 def write_user_files(folder):
-    """Write files of a user into a folder. No training writes files with these names, but some look temporary."""
+    """Write files with names that no training uses into a folder.
+
+    Some of the names look like names of temporary files.
+    """
     folder.mkdir(exist_ok=True)
     (folder / ".notes.tmp").write_text("mine")
     (folder / ".notes.12.tmp").write_text("mine, too")
@@ -67,9 +71,9 @@ FOREIGN = [
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("flags", ["", "--overwrite", "--resume auto"])
 def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_record(
-    files, tmp_path, monkeypatch, name, flags
+    training_files, tmp_path, monkeypatch, name, flags
 ):
-    """The output folder is the current folder. The file is refused even with --overwrite."""
+    """The training refuses the output folder even with --overwrite."""
     if name == "last.pth.tar" and "auto" in flags:
         pytest.skip("this is the file to resume")
     write_user_files(tmp_path)
@@ -78,61 +82,69 @@ def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_reco
         (tmp_path / name / "events.out.tfevents.1").write_bytes(b"events")
     else:
         (tmp_path / name).write_text("{}")
-    before = contents(tmp_path)
+    before = read_files_and_folders(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with user_error(name, "not recorded"):
-        train(detector_arguments(files, ".", f"{FLAGS} {flags}"))
-    assert contents(tmp_path) == before
+    with expect_user_error(name, "not recorded"):
+        run_training(train_detector_arguments(training_files, ".", f"{FLAGS} {flags}"))
+    assert read_files_and_folders(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["epoch_2.pth", "best.pth", "config.json", "stats.jsonl"])
-def test_train_sr_refuses_and_keeps_an_output_file_that_is_not_in_the_record(files, tmp_path, name):
+def test_train_sr_refuses_and_keeps_an_output_file_that_is_not_in_the_record(training_files, tmp_path, name):
     write_user_files(tmp_path / "x2")
     torch.save(RDN(2).state_dict(), tmp_path / "x2" / name)
-    before = contents(tmp_path)
-    with user_error(name, "not recorded"):
-        train(sr_arguments(files, tmp_path, "--num-epochs 1 --vgg-lambda 0 --overwrite"))
-    assert contents(tmp_path) == before
+    before = read_files_and_folders(tmp_path)
+    with expect_user_error(name, "not recorded"):
+        run_training(train_sr_arguments(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0 --overwrite"))
+    assert read_files_and_folders(tmp_path) == before
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", "not JSON", '{"format": "another", "files": ["stats.jsonl"]}'])
-def test_an_output_folder_whose_record_has_another_format_is_refused_and_unchanged(files, tmp_path, record):
+def test_an_output_folder_whose_record_has_another_format_is_refused_and_unchanged(training_files, tmp_path, record):
     (tmp_path / RECORD).write_text(record)
     (tmp_path / STATS).write_text("1\n")
-    before = contents(tmp_path)
-    with user_error(RECORD, "not recorded"):
-        train(detector_arguments(files, tmp_path, f"{FLAGS} --overwrite"))
-    assert contents(tmp_path) == before
+    before = read_files_and_folders(tmp_path)
+    with expect_user_error(RECORD, "not recorded"):
+        run_training(train_detector_arguments(training_files, tmp_path, f"{FLAGS} --overwrite"))
+    assert read_files_and_folders(tmp_path) == before
 
 
-def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder(files, tmp_path):
+def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder(training_files, tmp_path):
     write_user_files(tmp_path)
-    before = contents(tmp_path)
+    before = read_files_and_folders(tmp_path)
     for flags in ("", "--overwrite", "--resume auto --epochs 2"):
-        train(detector_arguments(files, tmp_path, f"{FLAGS} {flags}"))
-        after = contents(tmp_path)
+        run_training(train_detector_arguments(training_files, tmp_path, f"{FLAGS} {flags}"))
+        after = read_files_and_folders(tmp_path)
         assert {name: after.get(name) for name in before} == before
 
 
-def test_a_resumed_run_does_not_replace_a_file_of_the_user(files, copy):
-    """The resumed run would write 0003.pth.tar after the third epoch."""
-    (copy / "0003.pth.tar").write_text("mine")
-    before = contents(copy)
-    with user_error("0003.pth.tar", "not recorded"):
-        train(detector_arguments(files, copy, "--fixed-sr --epochs 3 --no-cache --resume auto"))
-    assert contents(copy) == before
+def test_a_resumed_run_does_not_replace_a_file_of_the_user(training_files, copied_run_folder):
+    """The resumed training would write 0003.pth.tar after the third epoch, but a file with this name exists."""
+    (copied_run_folder / "0003.pth.tar").write_text("mine")
+    before = read_files_and_folders(copied_run_folder)
+    with expect_user_error("0003.pth.tar", "not recorded"):
+        run_training(
+            train_detector_arguments(
+                training_files, copied_run_folder, "--fixed-sr --epochs 3 --no-cache --resume auto"
+            )
+        )
+    assert read_files_and_folders(copied_run_folder) == before
 
 
-def test_train_detector_does_not_replace_a_run_of_train_sr(files, tmp_path):
-    train(sr_arguments(files, tmp_path, "--num-epochs 1 --vgg-lambda 0"))
-    before = contents(tmp_path)
-    with user_error("another program"):
-        train(detector_arguments(files, tmp_path / "x2", f"{FLAGS} --overwrite"))
-    assert contents(tmp_path) == before
+def test_train_detector_does_not_replace_a_run_of_train_sr(training_files, tmp_path):
+    run_training(train_sr_arguments(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0"))
+    before = read_files_and_folders(tmp_path)
+    with expect_user_error("another program"):
+        run_training(train_detector_arguments(training_files, tmp_path / "x2", f"{FLAGS} --overwrite"))
+    assert read_files_and_folders(tmp_path) == before
 
 
-def test_the_record_names_every_file_that_a_training_has_written(files, tmp_path):
-    train(detector_arguments(files, tmp_path, "--fixed-sr --epochs 3 --save-every-epoch 1 --keep-last 1 VALIDATE"))
+def test_the_record_names_every_file_that_a_training_has_written(training_files, tmp_path):
+    run_training(
+        train_detector_arguments(
+            training_files, tmp_path, "--fixed-sr --epochs 3 --save-every-epoch 1 --keep-last 1 VALIDATE"
+        )
+    )
     record = json.loads((tmp_path / RECORD).read_text())
     assert record["format"] == RECORD_FORMAT and record["settings"]["epochs"] == 3
     assert {*record["files"]} == {*os.listdir(tmp_path)} - {"residual_cache"}
@@ -142,103 +154,140 @@ def test_the_record_names_every_file_that_a_training_has_written(files, tmp_path
 # --- files of an earlier run in the output folder -----------------------------------------------------------
 
 
-def copy_with_damaged_images(files, tmp_path):
-    """Return a copy of the images in which no real image can be decoded."""
+def copy_files_with_damaged_images(files, tmp_path):
+    """Copy the training files, and damage all real images of the copy. Return the folder of the copy."""
     images = Path(shutil.copytree(files, tmp_path / "images"))
     for path in (images / "real").iterdir():
-        damage(path)
+        cut_file_in_half(path)
     return images
 
 
 @pytest.mark.parametrize("accident", ["unreadable image", "infinite loss", "kill -9", "full disk"])
 @pytest.mark.parametrize("init", ["best.pth.tar", "0001.pth.tar"])
 def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_state(
-    files, copy, tmp_path, monkeypatch, accident, init
+    training_files, copied_run_folder, tmp_path, monkeypatch, accident, init
 ):
-    """The new run starts from a file of the earlier run with --init and --overwrite, and fails in its first step."""
-    before = {name: data for name, data in contents(copy).items() if name != RECORD}
-    arguments = detector_arguments(files, copy, f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copy / init}")
+    """The new training has the flags --init and --overwrite. The training fails before it has saved a state.
+
+    The flag --init names a checkpoint of the earlier training.
+    """
+    before = {name: data for name, data in read_files_and_folders(copied_run_folder).items() if name != RECORD}
+    arguments = train_detector_arguments(
+        training_files,
+        copied_run_folder,
+        f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copied_run_folder / init}",
+    )
     if accident == "kill -9":
         log = tmp_path / "log"
-        process = start("train_detector.py", arguments, log, partial(signal_in, "epoch", 1, signal.SIGKILL))
-        assert finish(process) == -signal.SIGKILL, log.read_text()
-    elif accident == "infinite loss":
-        with user_error("not finite"):
-            train([*arguments, "--lr", "1e30", "--epochs", "9"])
-    elif accident == "unreadable image":
-        arguments = detector_arguments(
-            copy_with_damaged_images(files, tmp_path), copy, f"{FLAGS} --overwrite --init {copy / init}"
+        process = start_program(
+            "train_detector.py", arguments, log, partial(send_signal_in_loop, "epoch", 1, signal.SIGKILL)
         )
-        with user_error("--skip-bad"):
-            train(arguments)
+        assert wait_for_exit(process) == -signal.SIGKILL, log.read_text()
+    elif accident == "infinite loss":
+        with expect_user_error("not finite"):
+            run_training([*arguments, "--lr", "1e30", "--epochs", "9"])
+    elif accident == "unreadable image":
+        arguments = train_detector_arguments(
+            copy_files_with_damaged_images(training_files, tmp_path),
+            copied_run_folder,
+            f"{FLAGS} --overwrite --init {copied_run_folder / init}",
+        )
+        with expect_user_error("--skip-bad"):
+            run_training(arguments)
     else:
         with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space"):
-            patch.setattr(torch, "save", fail_to_save)
-            train(arguments)
-    after = contents(copy)
+            patch.setattr(torch, "save", raise_disk_full)
+            run_training(arguments)
+    after = read_files_and_folders(copied_run_folder)
     assert {name: after.get(name) for name in before} == before
-    train(detector_arguments(files, copy, f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copy / init}"))
-    assert read(copy / "last.pth.tar")["progress"]["epoch"] == 1
-    assert "val_auroc" not in stats(copy)[0]  # only the earlier run has validation images
-    assert not set(before) & {name for name in contents(copy) if "tfevents" in name}
+    run_training(
+        train_detector_arguments(
+            training_files,
+            copied_run_folder,
+            f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copied_run_folder / init}",
+        )
+    )
+    assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 1
+    assert "val_auroc" not in read_stats(copied_run_folder)[0]  # the new training has no validation images
+    assert not set(before) & {name for name in read_files_and_folders(copied_run_folder) if "tfevents" in name}
 
 
-def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_state(files, tmp_path):
-    """The new run starts from best.pth of the earlier run with --overwrite, and fails because no image can be read."""
+def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_state(training_files, tmp_path):
+    """The new training starts from best.pth of the earlier training, and fails because no image can be decoded."""
     out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
-    train(sr_arguments(files, out, f"{flags} 2"))
-    before = {name: data for name, data in contents(out / "x2").items() if name.endswith(".pth")}
+    run_training(train_sr_arguments(training_files, out, f"{flags} 2"))
+    before = {name: data for name, data in read_files_and_folders(out / "x2").items() if name.endswith(".pth")}
     assert {"best.pth", "last.pth", "epoch_1.pth"} <= before.keys()
     again = f"{flags} 1 --overwrite --weights-file {out}/x2/best.pth"
-    with user_error("--skip-bad"):
-        train(sr_arguments(copy_with_damaged_images(files, tmp_path), out, again))
-    after = contents(out / "x2")
+    with expect_user_error("--skip-bad"):
+        run_training(train_sr_arguments(copy_files_with_damaged_images(training_files, tmp_path), out, again))
+    after = read_files_and_folders(out / "x2")
     assert {name: after.get(name) for name in before} == before
-    train(sr_arguments(files, out, again))
-    assert read(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
+    run_training(train_sr_arguments(training_files, out, again))
+    assert read_checkpoint(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
 
 
-def fail_to_save(content, file):
-    """Raise the error of a full disk."""
+def raise_disk_full(content, file):
+    """Replace torch.save: raise the OSError of a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_state(files, copy, tmp_path):
-    """The new run is killed in its second save. Its first save has removed the files of the earlier run."""
-    arguments = detector_arguments(files, copy, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0")
+def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_state(
+    training_files, copied_run_folder, tmp_path
+):
+    """The new training is killed while it writes its second checkpoint.
+
+    After the first checkpoint, the new training has deleted the files of the earlier training.
+    """
+    arguments = train_detector_arguments(
+        training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0"
+    )
     log = tmp_path / "log"
-    assert finish(start("train_detector.py", arguments, log, partial(kill_in_save, 2))) == -signal.SIGKILL
-    states = {name for name in os.listdir(copy) if name.endswith(".pth.tar") and not name.startswith(".")}
+    assert (
+        wait_for_exit(start_program("train_detector.py", arguments, log, partial(kill_during_save, 2)))
+        == -signal.SIGKILL
+    )
+    states = {name for name in os.listdir(copied_run_folder) if name.endswith(".pth.tar") and not name.startswith(".")}
     assert states == {"last.pth.tar"}
-    assert read(copy / "last.pth.tar")["progress"]["total_steps"] == 1
-    assert stats(copy) == []
+    assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["total_steps"] == 1
+    assert read_stats(copied_run_folder) == []
 
 
-def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(files, copy, tmp_path):
-    """The checkpoint is kept with and without --overwrite, and if the run starts from it."""
-    released = {key: value for key, value in read(copy / "0001.pth.tar").items() if key in ("arch", "state_dict")}
+def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
+    """The training refuses the folder with and without --overwrite, and also if it starts from the checkpoint."""
+    released = {
+        key: value
+        for key, value in read_checkpoint(copied_run_folder / "0001.pth.tar").items()
+        if key in ("arch", "state_dict")
+    }
     folder = tmp_path / "downloaded"
     folder.mkdir()
     torch.save(released, folder / "0020.pth.tar")
-    shutil.copy(copy / "0001_sr.pth.tar", folder / "0020_sr.pth.tar")
-    before = contents(folder)
+    shutil.copy(copied_run_folder / "0001_sr.pth.tar", folder / "0020_sr.pth.tar")
+    before = read_files_and_folders(folder)
     weights = f"--init {folder}/0020.pth.tar --sr-weights-file {folder}/0020_sr.pth.tar"
     for flags in ("", "--overwrite", f"--overwrite {weights}", f"{weights} --resume auto"):
-        with user_error("0020", "not recorded"):
-            train(detector_arguments(files, folder, f"{FLAGS} {flags}"))
-        assert contents(folder) == before
+        with expect_user_error("0020", "not recorded"):
+            run_training(train_detector_arguments(training_files, folder, f"{FLAGS} {flags}"))
+        assert read_files_and_folders(folder) == before
 
 
-def test_an_output_folder_with_a_run_is_refused_without_resume_or_overwrite(files, copy):
-    before = contents(copy)
-    with user_error("holds a run already", "--resume auto", "--overwrite"):
-        train(detector_arguments(files, copy, FLAGS))
-    assert contents(copy) == before
+def test_an_output_folder_with_a_run_is_refused_without_resume_or_overwrite(training_files, copied_run_folder):
+    before = read_files_and_folders(copied_run_folder)
+    with expect_user_error("holds a run already", "--resume auto", "--overwrite"):
+        run_training(train_detector_arguments(training_files, copied_run_folder, FLAGS))
+    assert read_files_and_folders(copied_run_folder) == before
 
 
-def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed_and_the_link_is_kept(files, copy, tmp_path):
-    (copy / "last.pth.tar").rename(tmp_path / "elsewhere.pth.tar")
-    (copy / "last.pth.tar").symlink_to(tmp_path / "elsewhere.pth.tar")
-    train(detector_arguments(files, copy, "--fixed-sr --epochs 2 --no-cache --resume auto VALIDATE"))
-    assert read(copy / "last.pth.tar")["progress"]["epoch"] == 2
-    assert (copy / "last.pth.tar").is_symlink()
+def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed_and_the_link_is_kept(
+    training_files, copied_run_folder, tmp_path
+):
+    (copied_run_folder / "last.pth.tar").rename(tmp_path / "elsewhere.pth.tar")
+    (copied_run_folder / "last.pth.tar").symlink_to(tmp_path / "elsewhere.pth.tar")
+    run_training(
+        train_detector_arguments(
+            training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --resume auto VALIDATE"
+        )
+    )
+    assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 2
+    assert (copied_run_folder / "last.pth.tar").is_symlink()

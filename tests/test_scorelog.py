@@ -1,6 +1,6 @@
 """Tests of ScoreWriter, which appends rows to part files and joins the part files into a score table.
 
-A program that is started again keeps the rows of earlier starts.
+If a program is started again, it keeps the rows that earlier starts have written.
 """
 
 import shutil
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from files import touch, user_error
+from files import expect_user_error, write_empty_files
 
 from data.lists import Item
 from evaluation.score_table import Row, make_rows, read_table
@@ -20,154 +20,156 @@ JOB = {"seed": 1}
 
 
 @pytest.fixture
-def items(tmp_path):
-    """Write COUNT empty image files. Returns their items."""
-    touch(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
+def image_items(tmp_path):
+    """Write seven empty image files. Return the items of the files."""
+    write_empty_files(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
     return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(COUNT)]
 
 
-def rows_of(items, indices, add=0.0):
-    """Return a dict from image index to a row whose logit_fake is the index plus `add`."""
+def rows_by_index(items, indices, add=0.0):
+    """Return a dict from the index of an image to its row. The logit_fake of a row is the index plus `add`."""
     rows = make_rows([items[i] for i in indices], [[i + add, 0] for i in indices])
     return dict(zip(indices, rows, strict=True))
 
 
-def new_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
-    """Return a ScoreWriter for the table p.csv that is not opened yet."""
+def make_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
+    """Return a ScoreWriter for the score table p.csv. The writer is not opened yet."""
     return ScoreWriter(folder / "p.csv", items, file_stamps(items), job, world)
 
 
 def open_writer(folder, items, job=JOB) -> ScoreWriter:
-    """Return an opened ScoreWriter for the table p.csv."""
-    writer = new_writer(folder, items, job)
+    """Return an opened ScoreWriter for the score table p.csv."""
+    writer = make_writer(folder, items, job)
     assert writer.open(overwrite=False)
     return writer
 
 
-def finish(writer: ScoreWriter) -> None:
+def finish_table(writer: ScoreWriter) -> None:
     """Join all part files into the score table, write the record, and remove the part files."""
     writer.close()
     writer.write_record({"metrics": None})
     writer.remove_parts()
 
 
-def logits_in(folder) -> list[float]:
-    """Return the column logit_fake of the table p.csv."""
+def read_fake_logits(folder) -> list[float]:
+    """Return the column logit_fake of the score table p.csv."""
     return read_table(folder / "p.csv").logits[:, 0].tolist()
 
 
-def test_rows_written_in_three_starts_are_joined_into_one_table(tmp_path, items):
-    touch(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # part files of other tables
-    first = open_writer(tmp_path, items)
+def test_rows_written_in_three_starts_are_joined_into_one_table(tmp_path, image_items):
+    write_empty_files(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # part files of other score tables
+    first = open_writer(tmp_path, image_items)
     assert first.missing(1).tolist() == list(range(COUNT))
-    first.write(rows_of(items, [0, 3]))
-    second = open_writer(tmp_path, items)
+    first.write(rows_by_index(image_items, [0, 3]))
+    second = open_writer(tmp_path, image_items)
     assert second.missing(1).tolist() == [1, 2, 4, 5, 6]
-    second.write(rows_of(items, [1, 2]))
-    second.write(rows_of(items, [4]))
-    third = open_writer(tmp_path, items)
-    third.write(rows_of(items, [5, 6]))
+    second.write(rows_by_index(image_items, [1, 2]))
+    second.write(rows_by_index(image_items, [4]))
+    third = open_writer(tmp_path, image_items)
+    third.write(rows_by_index(image_items, [5, 6]))
     third.close()
-    assert logits_in(tmp_path) == list(range(COUNT))
-    open_writer(tmp_path, items).close()  # the table is kept if a program is killed before it writes P.json
-    finish(third)
+    assert read_fake_logits(tmp_path) == list(range(COUNT))
+    open_writer(tmp_path, image_items).close()  # a start without p.json, as after a kill, keeps the table
+    finish_table(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]
 
 
-def test_a_finished_table_is_kept_without_overwrite_and_scored_again_with_overwrite(tmp_path, items):
-    writer = open_writer(tmp_path, items)
-    writer.write(rows_of(items, range(COUNT)))
-    finish(writer)
-    assert not new_writer(tmp_path, items).open(overwrite=False)
-    again = new_writer(tmp_path, items)
+def test_a_finished_table_is_kept_without_overwrite_and_scored_again_with_overwrite(tmp_path, image_items):
+    writer = open_writer(tmp_path, image_items)
+    writer.write(rows_by_index(image_items, range(COUNT)))
+    finish_table(writer)
+    assert not make_writer(tmp_path, image_items).open(overwrite=False)
+    again = make_writer(tmp_path, image_items)
     assert again.open(overwrite=True)
     assert len(again.missing(1)) == COUNT
-    other_job = new_writer(tmp_path, items, {"seed": 2})
+    other_job = make_writer(tmp_path, image_items, {"seed": 2})
     shutil.rmtree(tmp_path / "images")
-    assert new_writer(tmp_path, items).identity != again.identity
+    assert make_writer(tmp_path, image_items).identity != again.identity
     assert other_job.identity != again.identity
 
 
-def test_scored_images_without_a_required_picture_are_scored_again(tmp_path, items):
-    writer = open_writer(tmp_path, items)
-    writer.write(rows_of(items, range(COUNT - 1)) | {COUNT - 1: Row(items[-1].path, error="unreadable")})
-    finish(writer)
+def test_scored_images_without_a_required_picture_are_scored_again(tmp_path, image_items):
+    writer = open_writer(tmp_path, image_items)
+    writer.write(
+        rows_by_index(image_items, range(COUNT - 1)) | {COUNT - 1: Row(image_items[-1].path, error="unreadable")}
+    )
+    finish_table(writer)
     lacks_picture = np.isin(np.arange(COUNT), [2, 5, COUNT - 1])
-    again = new_writer(tmp_path, items)
+    again = make_writer(tmp_path, image_items)
     assert again.open(overwrite=False, required=lacks_picture)
-    assert again.missing(1).tolist() == [2, 5]  # the unreadable last image cannot get a picture
-    again.write(rows_of(items, [2, 5]))
-    finish(again)
-    assert not new_writer(tmp_path, items).open(overwrite=False)
+    assert again.missing(1).tolist() == [2, 5]  # no picture can be drawn for the last image, because it is unreadable
+    again.write(rows_by_index(image_items, [2, 5]))
+    finish_table(again)
+    assert not make_writer(tmp_path, image_items).open(overwrite=False)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, 10_000])
-def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, items, lost):
-    writer = open_writer(tmp_path, items)
-    writer.write(rows_of(items, [0, 1]))
-    writer.write(rows_of(items, [2, 3]))
+def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, image_items, lost):
+    writer = open_writer(tmp_path, image_items)
+    writer.write(rows_by_index(image_items, [0, 1]))
+    writer.write(rows_by_index(image_items, [2, 3]))
     part = tmp_path / "p.csv.0.part"
     content = part.read_bytes()
     if lost == 10_000:
-        lost = len(content) - content.index(b"\n") - 1  # remove everything after the first line
-    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure may leave zeros in a file
-    again = open_writer(tmp_path, items)
+        lost = len(content) - content.index(b"\n") - 1  # keep only the first line
+    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # after a power failure, the end of a file may be zero
+    again = open_writer(tmp_path, image_items)
     missing = again.missing(1).tolist()
     assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))
-    again.write(rows_of(items, missing))
+    again.write(rows_by_index(image_items, missing))
     again.close()
-    assert logits_in(tmp_path) == list(range(COUNT))
+    assert read_fake_logits(tmp_path) == list(range(COUNT))
 
 
-def test_images_that_have_changed_are_scored_again(tmp_path, items):
-    writer = open_writer(tmp_path, items)
-    writer.write(rows_of(items, range(COUNT)))
-    Path(items[2].path).write_bytes(b"other")
-    Path(items[5].path).unlink()
-    again = open_writer(tmp_path, items)
+def test_images_that_have_changed_are_scored_again(tmp_path, image_items):
+    writer = open_writer(tmp_path, image_items)
+    writer.write(rows_by_index(image_items, range(COUNT)))
+    Path(image_items[2].path).write_bytes(b"other")
+    Path(image_items[5].path).unlink()
+    again = open_writer(tmp_path, image_items)
     assert again.missing(1).tolist() == [2, 5]
-    again.write(rows_of(items, [2], add=0.5))
-    with user_error("5.png has no row"):
+    again.write(rows_by_index(image_items, [2], add=0.5))
+    with expect_user_error("5.png has no row"):
         again.close()
-    last = open_writer(tmp_path, items)
-    last.write(rows_of(items, [5], add=0.5))
+    last = open_writer(tmp_path, image_items)
+    last.write(rows_by_index(image_items, [5], add=0.5))
     last.close()
-    assert logits_in(tmp_path) == [0, 1, 2.5, 3, 4, 5.5, 6]
+    assert read_fake_logits(tmp_path) == [0, 1, 2.5, 3, 4, 5.5, 6]
 
 
-def test_part_files_of_a_run_with_other_settings_are_refused_and_kept(tmp_path, items):
-    open_writer(tmp_path, items, {"seed": 1, "crops": 9}).write(rows_of(items, [0]))
+def test_part_files_of_a_run_with_other_settings_are_refused_and_kept(tmp_path, image_items):
+    open_writer(tmp_path, image_items, {"seed": 1, "crops": 9}).write(rows_by_index(image_items, [0]))
     before = (tmp_path / "p.csv.0.part").read_bytes()
     other = {"seed": 2, "crops": 9}
-    with user_error("seed", "--overwrite"):
-        new_writer(tmp_path, items, other).open(overwrite=False)
+    with expect_user_error("seed", "--overwrite"):
+        make_writer(tmp_path, image_items, other).open(overwrite=False)
     assert (tmp_path / "p.csv.0.part").read_bytes() == before
-    writer = new_writer(tmp_path, items, other)
+    writer = make_writer(tmp_path, image_items, other)
     assert writer.open(overwrite=True)
     assert len(writer.missing(1)) == COUNT
     assert [path.name for path in tmp_path.glob("p.csv.*")] == ["p.csv.1.part"]
 
 
-def test_a_file_of_the_user_with_the_name_of_a_part_file_is_refused_and_kept(tmp_path, items):
+def test_a_file_of_the_user_with_the_name_of_a_part_file_is_refused_and_kept(tmp_path, image_items):
     (tmp_path / "p.csv.0.part").write_text("mine")
-    with user_error("p.csv.0.part"):
-        new_writer(tmp_path, items).open(overwrite=False)
+    with expect_user_error("p.csv.0.part"):
+        make_writer(tmp_path, image_items).open(overwrite=False)
     assert (tmp_path / "p.csv.0.part").read_text() == "mine"
 
 
-def test_two_processes_score_alternate_blocks_of_the_image_list(tmp_path, items):
-    writers = [new_writer(tmp_path, items, world=World(rank, 2)) for rank in range(2)]
+def test_two_processes_score_alternate_blocks_of_the_image_list(tmp_path, image_items):
+    writers = [make_writer(tmp_path, image_items, world=World(rank, 2)) for rank in range(2)]
     assert [writer.missing(2).tolist() for writer in writers] == [[0, 1, 4, 5], [2, 3, 6]]
     writers[1].done[2] = True
     assert writers[1].missing(2).tolist() == [3, 6]
 
 
-def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, items):
-    items = [*items, items[0]._replace(label=None, generator="other")]
-    writer = open_writer(tmp_path, items)
-    writer.write(rows_of(items, range(len(items))))
+def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, image_items):
+    image_items = [*image_items, image_items[0]._replace(label=None, generator="other")]
+    writer = open_writer(tmp_path, image_items)
+    writer.write(rows_by_index(image_items, range(len(image_items))))
     writer.close()
-    table = read_table(tmp_path / "p.csv")
-    assert logits_in(tmp_path) == list(range(len(items)))
-    assert (table.generators[0], table.generators[-1]) == ("g", "other")
+    generators = read_table(tmp_path / "p.csv").generators
+    assert read_fake_logits(tmp_path) == list(range(len(image_items)))
+    assert (generators[0], generators[-1]) == ("g", "other")

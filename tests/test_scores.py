@@ -1,10 +1,10 @@
-"""Tests of score tables: reading returns the written values, and errors name the file and the line."""
+"""Tests of writing and reading score tables, which are CSV files with one row per image."""
 
 import csv
 
 import numpy as np
 import pytest
-from files import user_error
+from files import expect_user_error
 
 from evaluation.calibration import check_calibration, probabilities_and_verdicts
 from evaluation.score_table import (
@@ -65,7 +65,7 @@ def test_a_calibration_divides_the_logits_by_the_temperature_and_adds_the_verdic
     logits = np.log([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.4, 0.6]])
     calibration = {"temperature": 1.0, "t_real": 0.2 + 1e-9, "t_fake": 0.9 - 1e-9, "source": "val.csv"}
     assert probabilities_and_verdicts(logits, calibration)[1] == ["fake", "real", "unsure", "unsure"]
-    # A temperature of 2 replaces the odds by their square roots: 9 becomes 3, and 1/4 becomes 1/2
+    # A temperature of 2 halves the log odds. The odds 9 become 3, and the odds 1/4 become 1/2.
     prob_fake, _ = probabilities_and_verdicts(logits[:2], {"temperature": 2.0})
     np.testing.assert_allclose(prob_fake, [3 / 4, 1 / 3])
 
@@ -82,11 +82,11 @@ def test_a_calibration_with_an_impossible_value_is_refused(damage):
     valid = {"temperature": 1.5, "t_real": 0.4, "t_fake": 0.6, "source": "val.csv"}
     assert check_calibration(valid, "d.pth") == valid
     assert check_calibration(None, "d.pth") == {}
-    with user_error("d.pth", "calibration"):
+    with expect_user_error("d.pth", "calibration"):
         check_calibration({**valid, **damage}, "d.pth")
-    with user_error("d.pth", "calibration"):
+    with expect_user_error("d.pth", "calibration"):
         check_calibration({"temperature": 1.0}, "d.pth")
-    with user_error("d.pth", "calibration"):
+    with expect_user_error("d.pth", "calibration"):
         check_calibration([1.0, 0.4, 0.6], "d.pth")
 
 
@@ -144,7 +144,7 @@ def test_the_columns_of_a_score_table_may_have_any_order_and_unknown_columns_are
 )
 def test_the_error_for_a_wrong_score_table_names_the_file_the_line_and_the_wrong_value(tmp_path, text, line, reason):
     (tmp_path / "s.csv").write_text(text)
-    with user_error(f"{tmp_path}/s.csv, line {line}: ", reason):
+    with expect_user_error(f"{tmp_path}/s.csv, line {line}: ", reason):
         read_table(tmp_path / "s.csv")
 
 
@@ -152,15 +152,15 @@ def test_the_error_for_a_wrong_score_table_names_the_file_the_line_and_the_wrong
 def test_a_file_that_is_not_a_score_table_is_refused_in_one_line(tmp_path, name):
     (tmp_path / "empty.csv").write_text(HEADER + "\n")
     (tmp_path / "binary.csv").write_bytes(bytes(range(256)) * 10)
-    with user_error(str(tmp_path / name)):
+    with expect_user_error(str(tmp_path / name)):
         read_table(tmp_path / name)
 
 
-def test_read_record_returns_an_empty_dict_for_a_missing_file_and_refuses_a_broken_one(tmp_path):
+def test_read_record_returns_an_empty_dict_for_a_missing_file_and_refuses_a_broken_file(tmp_path):
     assert read_record(tmp_path / "s.csv") == {}
     for broken in ("{", "[1]", "\xff"):
         (tmp_path / "s.json").write_text(broken, encoding="latin-1")
-        with user_error("s.json"):
+        with expect_user_error("s.json"):
             read_record(tmp_path / "s.csv")
 
 

@@ -1,4 +1,4 @@
-"""Tests of the scripts in script/: chosen inputs, flags of the release, installation of packages, and real runs."""
+"""Tests of the shell scripts in the folder script/: input files, released flags, and installation of packages."""
 
 import os
 import shutil
@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from files import touch
-from golden_rule import fill
+from files import write_empty_files
+from golden_rule import fill_with_golden_weights
 from PIL import Image
 
 from evaluation.score_table import read_table
@@ -30,8 +30,8 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# A program that replaces Python in the tests. Every import succeeds, example images are empty files, and each other
-# command line is written to the file `recorded`.
+# A shell script that replaces Python. For `-c`, the script does nothing. For tools/example.py, the script makes
+# empty folders and lists. Every other command line is written to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -55,8 +55,11 @@ def write_executable(path: Path, text: str) -> None:
 
 
 @pytest.fixture
-def checkout(tmp_path):
-    """Return a copy of the project without images, tests and results. The file `python` in it is STUB."""
+def project_copy(tmp_path):
+    """Return a copy of the project folder without images, tests and results.
+
+    The folder contains the script STUB as an executable file with the name python.
+    """
     folder = tmp_path / "checkout"
     folder.mkdir()
     for file in ROOT.glob("*.py"):
@@ -85,14 +88,14 @@ def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment)
     )
 
 
-def recorded_words(checkout: Path) -> list[str]:
-    """Return the command line that STUB has recorded."""
+def recorded_command(checkout: Path) -> list[str]:
+    """Return the words of the command line that the script STUB has recorded."""
     return (checkout / "recorded").read_text().splitlines()
 
 
 def recorded_options(checkout: Path) -> dict:
-    """Return the options that the script passed to the program, parsed by the parser of the program."""
-    words = recorded_words(checkout)
+    """Return the options that a shell script has passed to a Python program."""
+    words = recorded_command(checkout)
     position = 0
     while Path(words[position]).name not in PARSERS:
         position += 1
@@ -188,9 +191,9 @@ SETTINGS = {
 INPUTS = ("real_roots", "fake_roots", "resume", "init", "resynthesizer_file", "train_file", "eval_file")
 
 
-def write_released_files(checkout: Path) -> None:
-    """Make empty files at all input paths of the released scripts, and at the output paths of the training scripts."""
-    touch(
+def write_empty_released_files(checkout: Path) -> None:
+    """Write empty files at the default input paths of the scripts, and at two output paths of the training scripts."""
+    write_empty_files(
         checkout,
         "data/CelebA/a.png",
         "data/CelebA_ProGAN/a.png",
@@ -207,21 +210,21 @@ def write_released_files(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SETTINGS)
-def test_each_script_passes_the_flags_of_the_release(checkout, script):
-    write_released_files(checkout)
-    assert run_script(checkout, script, 0, "--seed", 123).returncode == 0
-    options_of_run = recorded_options(checkout)
+def test_each_script_passes_the_flags_of_the_release(project_copy, script):
+    write_empty_released_files(project_copy)
+    assert run_script(project_copy, script, 0, "--seed", 123).returncode == 0
+    options_of_run = recorded_options(project_copy)
     for name, value in SETTINGS[script].items():
         assert options_of_run[name] == value, name
     assert options_of_run["gpu"] == "0"
-    assert recorded_words(checkout)[-2:] == ["--seed", "123"]  # later flags override earlier flags
+    assert recorded_command(project_copy)[-2:] == ["--seed", "123"]  # later flags override earlier flags
 
 
 @pytest.mark.parametrize("script", SETTINGS)
-def test_each_script_prints_one_line_per_input_file_or_folder(checkout, script):
-    write_released_files(checkout)
-    lines = run_script(checkout, script, 0).stderr.splitlines()
-    options_of_run = recorded_options(checkout)
+def test_each_script_prints_one_line_per_input_file_or_folder(project_copy, script):
+    write_empty_released_files(project_copy)
+    lines = run_script(project_copy, script, 0).stderr.splitlines()
+    options_of_run = recorded_options(project_copy)
     expected = []
     for name in INPUTS:
         value = options_of_run.get(name)
@@ -233,8 +236,8 @@ def test_each_script_prints_one_line_per_input_file_or_folder(checkout, script):
 
 @pytest.mark.parametrize("script", SETTINGS)
 @pytest.mark.parametrize("arguments", [[], ["gpu0"], ["--epochs", "1"]])
-def test_each_script_is_refused_without_a_gpu_number_or_cpu_as_first_argument(checkout, script, arguments):
-    result = run_script(checkout, script, *arguments)
+def test_each_script_is_refused_without_a_gpu_number_or_cpu_as_first_argument(project_copy, script, arguments):
+    result = run_script(project_copy, script, *arguments)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert f"usage: bash script/{script} GPU_ID" in result.stderr
@@ -243,17 +246,17 @@ def test_each_script_is_refused_without_a_gpu_number_or_cpu_as_first_argument(ch
 # --- choice of inputs ---------------------------------------------------------------------------------------
 
 
-def test_a_script_without_images_makes_example_images_once(checkout):
-    first = run_script(checkout, "train_super_resolution_celeba.sh", "cpu")
+def test_a_script_without_images_makes_example_images_once(project_copy):
+    first = run_script(project_copy, "train_super_resolution_celeba.sh", "cpu")
     assert first.stderr.count("making example images") == 1
-    assert recorded_options(checkout)["train_file"] == "./data/example/train.txt"
-    assert recorded_options(checkout)["eval_file"] == "./data/example/val.txt"
-    second = run_script(checkout, "train_super_resolution_celeba.sh", "cpu")
+    assert recorded_options(project_copy)["train_file"] == "./data/example/train.txt"
+    assert recorded_options(project_copy)["eval_file"] == "./data/example/val.txt"
+    second = run_script(project_copy, "train_super_resolution_celeba.sh", "cpu")
     assert "making example images" not in second.stderr
 
 
 CHAIN = [
-    # script, input file that an earlier script writes, name of the earlier script, expected options
+    # script, input file that another script has written, name of this other script, expected options
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",
@@ -283,20 +286,20 @@ CHAIN = [
 
 @pytest.mark.parametrize(("script", "needed", "earlier_script", "expected"), CHAIN)
 def test_a_script_uses_the_output_of_an_earlier_script_and_names_the_script_if_it_is_missing(
-    checkout, script, needed, earlier_script, expected
+    project_copy, script, needed, earlier_script, expected
 ):
-    missing = run_script(checkout, script, "cpu")
+    missing = run_script(project_copy, script, "cpu")
     assert missing.returncode == 2
     assert earlier_script in missing.stderr.splitlines()[-1]
-    touch(checkout, needed)
-    assert run_script(checkout, script, "cpu").returncode == 0
-    options_of_run = recorded_options(checkout)
+    write_empty_files(project_copy, needed)
+    assert run_script(project_copy, script, "cpu").returncode == 0
+    options_of_run = recorded_options(project_copy)
     for name, value in expected.items():
         assert options_of_run[name] == value, name
 
 
-def test_environment_variables_override_the_default_inputs_of_a_script(checkout):
-    write_released_files(checkout)
+def test_environment_variables_override_the_default_inputs_of_a_script(project_copy):
+    write_empty_released_files(project_copy)
     environment = {
         "DATA_ROOT_POS": "my reals",
         "DATA_ROOT_NEG": "my fakes",
@@ -304,14 +307,14 @@ def test_environment_variables_override_the_default_inputs_of_a_script(checkout)
         "SR_RESUME": "rdn.pth",
     }
     result = run_script(
-        checkout,
+        project_copy,
         "test_pixel_celeba.sh",
         1,
         OUTPUT_PATH="my/out",
         VGG_WEIGHTS="my vgg.pth",
         **environment,
     )
-    options_of_run = recorded_options(checkout)
+    options_of_run = recorded_options(project_copy)
     assert options_of_run["real_roots"] == ["my reals"]
     assert options_of_run["fake_roots"] == ["my fakes"]
     assert options_of_run["resume"] == "detector.tar"
@@ -322,19 +325,19 @@ def test_environment_variables_override_the_default_inputs_of_a_script(checkout)
         assert f"{value} (from {name})" in result.stderr
 
 
-def test_the_variable_nproc_makes_a_script_start_torchrun(checkout):
-    write_released_files(checkout)
-    run_script(checkout, "test_pixel_celeba.sh", 0, NPROC="2")
-    words = recorded_words(checkout)
+def test_the_variable_nproc_makes_a_script_start_torchrun(project_copy):
+    write_empty_released_files(project_copy)
+    run_script(project_copy, "test_pixel_celeba.sh", 0, NPROC="2")
+    words = recorded_command(project_copy)
     assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert words[5] == "./test.py"
 
 
-def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to_that_folder(checkout, tmp_path):
-    write_released_files(checkout)
-    touch(tmp_path, "elsewhere/reals/a.png")
+def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to_that_folder(project_copy, tmp_path):
+    write_empty_released_files(project_copy)
+    write_empty_files(tmp_path, "elsewhere/reals/a.png")
     result = run_script(
-        checkout,
+        project_copy,
         "train_pixel_pggan.sh",
         0,
         "--val-root-pos",
@@ -343,46 +346,46 @@ def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to
         DATA_ROOT_POS="reals",
     )
     assert result.returncode == 0
-    assert Path((checkout / "folder").read_text().strip()) == tmp_path / "elsewhere"
-    options_of_run = recorded_options(checkout)
+    assert Path((project_copy / "folder").read_text().strip()) == tmp_path / "elsewhere"
+    options_of_run = recorded_options(project_copy)
     assert options_of_run["real_roots"] == ["reals"]
     assert options_of_run["val_real_roots"] == ["reals"]
-    assert options_of_run["fake_roots"] == [f"{checkout}/data/CelebA_ProGAN"]
-    assert options_of_run["output_path"] == f"{checkout}/output_end2end/pixel_pggan"
+    assert options_of_run["fake_roots"] == [f"{project_copy}/data/CelebA_ProGAN"]
+    assert options_of_run["output_path"] == f"{project_copy}/output_end2end/pixel_pggan"
 
 
 @pytest.mark.parametrize(("given", "missing"), [("DATA_ROOT_POS", "DATA_ROOT_NEG"), ("DATA_ROOT_NEG", "DATA_ROOT_POS")])
-def test_a_script_with_one_of_two_image_variables_is_refused_and_makes_no_example_images(checkout, given, missing):
-    touch(checkout, PIXEL_DETECTOR, RDN_FILE)
-    result = run_script(checkout, "test_pixel_celeba.sh", 0, **{given: "mine"})
+def test_a_script_with_one_of_two_image_variables_is_refused_and_makes_no_example_images(project_copy, given, missing):
+    write_empty_files(project_copy, PIXEL_DETECTOR, RDN_FILE)
+    result = run_script(project_copy, "test_pixel_celeba.sh", 0, **{given: "mine"})
     assert result.returncode == 2
     assert f"set {missing}" in result.stderr.splitlines()[-1]
-    assert not (checkout / "data" / "example").exists()
+    assert not (project_copy / "data" / "example").exists()
 
 
 @pytest.mark.parametrize(("stored", "missing"), [("CelebA", "DATA_ROOT_NEG"), ("CelebA_StyleGAN", "DATA_ROOT_POS")])
-def test_a_script_with_one_of_two_image_folders_is_refused_and_makes_no_example_images(checkout, stored, missing):
-    touch(checkout, PIXEL_DETECTOR, RDN_FILE, f"data/{stored}/a.png")
-    result = run_script(checkout, "test_pixel_celeba.sh", 0)
+def test_a_script_with_one_of_two_image_folders_is_refused_and_makes_no_example_images(project_copy, stored, missing):
+    write_empty_files(project_copy, PIXEL_DETECTOR, RDN_FILE, f"data/{stored}/a.png")
+    result = run_script(project_copy, "test_pixel_celeba.sh", 0)
     assert result.returncode == 2
     assert f"set {missing}" in result.stderr.splitlines()[-1]
-    assert not (checkout / "data" / "example").exists()
+    assert not (project_copy / "data" / "example").exists()
 
 
 # --- installation -------------------------------------------------------------------------------------------
 
 
-def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(checkout):
-    write_executable(checkout / "python", "#!/usr/bin/env bash\nexit 1\n")
-    result = run_script(checkout, "test_pixel_celeba.sh", 0)
+def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy):
+    write_executable(project_copy / "python", "#!/usr/bin/env bash\nexit 1\n")
+    result = run_script(project_copy, "test_pixel_celeba.sh", 0)
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert "requirements.txt" in result.stderr
-    assert not (checkout / ".venv").exists()
+    assert not (project_copy / ".venv").exists()
 
 
-# A program that replaces python3 of a machine without packages. `-m venv` copies the program. `-m pip` replaces the
-# copy by STUB.
+# A shell script that replaces python3 on a machine without packages. `-m venv` copies the script. `-m pip` replaces the
+# copy by the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
@@ -393,35 +396,35 @@ esac
 """
 
 
-def run_on_a_bare_machine(checkout, tmp_path, too_old=0, offline=0):
-    """Run test_pixel_celeba.sh with BARE_PYTHON as python3."""
+def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
+    """Run test_pixel_celeba.sh with the script BARE_PYTHON in place of python3."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
     write_executable(tmp_path / "bin" / "python3", text)
-    write_released_files(checkout)
+    write_empty_released_files(checkout)
     return run_script(checkout, "test_pixel_celeba.sh", 0, PYTHON="", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
 
 
-def test_a_script_installs_missing_packages_once(checkout, tmp_path):
-    first = run_on_a_bare_machine(checkout, tmp_path)
+def test_a_script_installs_missing_packages_once(project_copy, tmp_path):
+    first = run_script_on_bare_machine(project_copy, tmp_path)
     assert first.returncode == 0
     assert "installing" in first.stderr
-    assert "requirements.txt" in (checkout / "pip").read_text()
-    (checkout / "pip").unlink()
-    second = run_on_a_bare_machine(checkout, tmp_path)
+    assert "requirements.txt" in (project_copy / "pip").read_text()
+    (project_copy / "pip").unlink()
+    second = run_script_on_bare_machine(project_copy, tmp_path)
     assert second.returncode == 0
     assert "installing" not in second.stderr
-    assert not (checkout / "pip").exists()
+    assert not (project_copy / "pip").exists()
 
 
-def test_a_script_refuses_a_python_that_is_too_old(checkout, tmp_path):
-    result = run_on_a_bare_machine(checkout, tmp_path, too_old=1)
+def test_a_script_refuses_a_python_that_is_too_old(project_copy, tmp_path):
+    result = run_script_on_bare_machine(project_copy, tmp_path, too_old=1)
     assert result.returncode == 2
     assert "Python 3.10 or newer" in result.stderr.splitlines()[-1]
 
 
-def test_a_script_reports_a_failed_installation_in_its_last_line(checkout, tmp_path):
-    result = run_on_a_bare_machine(checkout, tmp_path, offline=1)
+def test_a_script_reports_a_failed_installation_in_its_last_line(project_copy, tmp_path):
+    result = run_script_on_bare_machine(project_copy, tmp_path, offline=1)
     assert result.returncode == 2
     assert "pip failed on" in result.stderr.splitlines()[-1]
 
@@ -429,8 +432,8 @@ def test_a_script_reports_a_failed_installation_in_its_last_line(checkout, tmp_p
 # --- with the real Python -----------------------------------------------------------------------------------
 
 
-def write_images(folder: Path, count: int, cell: int) -> None:
-    """Write random images of 64 x 64 pixels that consist of squares of cell x cell pixels."""
+def write_block_images(folder: Path, count: int, cell: int) -> None:
+    """Write images of 64 x 64 pixels. Each square of `cell` x `cell` pixels has one random colour."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(cell)
     for i in range(count):
@@ -438,25 +441,25 @@ def write_images(folder: Path, count: int, cell: int) -> None:
         Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(folder / f"{i}.png")
 
 
-def test_the_test_script_gives_the_logits_of_the_released_network(checkout):
+def test_the_test_script_gives_the_logits_of_the_released_network(project_copy):
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
-    (checkout / "pretrained_models").mkdir()
-    classifier = fill(DeepStemResNet(3)).state_dict()
-    torch.save({"arch": "resnet50", "state_dict": classifier}, checkout / PIXEL_DETECTOR)
-    torch.save(fill(RDN()).state_dict(), checkout / RDN_FILE)
+    (project_copy / "pretrained_models").mkdir()
+    classifier = fill_with_golden_weights(DeepStemResNet(3)).state_dict()
+    torch.save({"arch": "resnet50", "state_dict": classifier}, project_copy / PIXEL_DETECTOR)
+    torch.save(fill_with_golden_weights(RDN()).state_dict(), project_copy / RDN_FILE)
     for folder, pixels in zip(("CelebA", "CelebA_StyleGAN"), golden["image"], strict=True):
-        (checkout / "data" / folder).mkdir(parents=True)
-        Image.fromarray(pixels.transpose(1, 2, 0)).save(checkout / "data" / folder / "a.png")
-    result = run_script(checkout, "test_pixel_celeba.sh", "cpu", "-j", 0, PYTHON=sys.executable)
+        (project_copy / "data" / folder).mkdir(parents=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(project_copy / "data" / folder / "a.png")
+    result = run_script(project_copy, "test_pixel_celeba.sh", "cpu", "-j", 0, PYTHON=sys.executable)
     assert result.returncode == 0, result.stderr
-    logits = np.load(checkout / "output/train_pggan_pixel_test_stylegan.npy")
+    logits = np.load(project_copy / "output/train_pggan_pixel_test_stylegan.npy")
     np.testing.assert_allclose(logits, golden["logits_pixel_dil0"], rtol=0, atol=1e-4)
 
 
-def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(checkout):
-    write_images(checkout / "data/CelebA", 4, cell=1)
-    write_images(checkout / "data/CelebA_ProGAN", 4, cell=4)
-    write_images(checkout / "data/CelebA_StyleGAN", 4, cell=2)
+def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(project_copy):
+    write_block_images(project_copy / "data/CelebA", 4, cell=1)
+    write_block_images(project_copy / "data/CelebA_ProGAN", 4, cell=4)
+    write_block_images(project_copy / "data/CelebA_StyleGAN", 4, cell=2)
     tiny_rdn = ["--num-features", 8, "--growth-rate", 8, "--num-blocks", 1, "--num-layers", 2]
     common = {"PYTHON": sys.executable, "VGG_WEIGHTS": "random"}
     steps = [
@@ -466,27 +469,27 @@ def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(checkout
     ]
     steps[1][1].extend(["--arch", "resnet18", "--epochs", 1, "--batch-size", 4])
     for script, flags in steps:
-        result = run_script(checkout, script, "cpu", *flags, "-j", 0, **common)
+        result = run_script(project_copy, script, "cpu", *flags, "-j", 0, **common)
         assert result.returncode == 0, result.stderr
         assert "making example images" not in result.stderr
-    table = read_table(checkout / "output/train_pggan_pixel_test_stylegan.csv")
+    table = read_table(project_copy / "output/train_pggan_pixel_test_stylegan.csv")
     assert table.is_real.sum() == 4
     assert table.is_fake.sum() == 4
     assert table.scored.all()
     assert "AUROC" in result.stdout
 
 
-def test_the_test_script_gives_equal_logits_with_one_and_two_processes(checkout):
-    write_images(checkout / "data/CelebA", 3, cell=1)
-    write_images(checkout / "data/CelebA_StyleGAN", 3, cell=2)
-    (checkout / "pretrained_models").mkdir()
+def test_the_test_script_gives_equal_logits_with_one_and_two_processes(project_copy):
+    write_block_images(project_copy / "data/CelebA", 3, cell=1)
+    write_block_images(project_copy / "data/CelebA_StyleGAN", 3, cell=2)
+    (project_copy / "pretrained_models").mkdir()
     torch.manual_seed(0)
     classifier = DeepStemResNet(3, "resnet18").state_dict()
-    torch.save({"arch": "resnet18", "state_dict": classifier}, checkout / PIXEL_DETECTOR)
-    torch.save(RDN(num_features=4, growth_rate=4, num_blocks=1, num_layers=2).state_dict(), checkout / RDN_FILE)
+    torch.save({"arch": "resnet18", "state_dict": classifier}, project_copy / PIXEL_DETECTOR)
+    torch.save(RDN(num_features=4, growth_rate=4, num_blocks=1, num_layers=2).state_dict(), project_copy / RDN_FILE)
     flags = ["--arch", "resnet18", "-j", 0]
     for name, environment in (("one", {}), ("two", {"NPROC": "2"})):
         environment = {**environment, "PYTHON": sys.executable, "OUTPUT_PATH": name}
-        result = run_script(checkout, "test_pixel_celeba.sh", "cpu", *flags, **environment)
+        result = run_script(project_copy, "test_pixel_celeba.sh", "cpu", *flags, **environment)
         assert result.returncode == 0, result.stderr
-    np.testing.assert_array_equal(np.load(checkout / "one.npy"), np.load(checkout / "two.npy"))
+    np.testing.assert_array_equal(np.load(project_copy / "one.npy"), np.load(project_copy / "two.npy"))

@@ -1,11 +1,11 @@
-"""Tests of the classifiers in models.spectrum, and of signed residuals."""
+"""Tests of the classifiers in models.spectrum, and of detectors that use signed residuals."""
 
 import math
 
 import pytest
 import torch
-from files import user_error
-from trainings import detector_arguments, read, train
+from files import expect_user_error
+from trainings import read_checkpoint, run_training, train_detector_arguments
 
 from evaluation import load
 from models.features import Pixels
@@ -70,17 +70,17 @@ def test_the_signed_residual_is_the_difference_and_the_absolute_residual_is_its_
     assert torch.equal(absolute.residual(x, x_hat), (x_hat - x).abs())
 
 
-def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(files, tmp_path):
+def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(training_files, tmp_path):
     flags = "--fixed-sr --residual signed --arch spectrum --arch-args hidden=4"
-    train(detector_arguments(files, tmp_path, f"{flags} --epochs 1 VALIDATE"))
-    train(detector_arguments(files, tmp_path, f"{flags} --epochs 2 VALIDATE --resume auto"))
-    assert read(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
+    run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 1 VALIDATE"))
+    run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 2 VALIDATE --resume auto"))
+    assert read_checkpoint(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
-    residual = detector.residual(f"{files}/real/0.png")[0]
+    residual = detector.residual(f"{training_files}/real/0.png")[0]
     assert residual.min() < 0 < residual.max()
 
 
-def test_an_option_residual_that_contradicts_the_checkpoint_is_refused(files, tmp_path):
-    train(detector_arguments(files, tmp_path, "--fixed-sr --epochs 1"))
-    with user_error("--residual", "signed", "absolute"):
+def test_an_option_residual_that_contradicts_the_checkpoint_is_refused(training_files, tmp_path):
+    run_training(train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 1"))
+    with expect_user_error("--residual", "signed", "absolute"):
         load(str(tmp_path / "last.pth.tar"), device="cpu", options={"residual": "signed"})

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from files import save, user_error
+from files import expect_user_error, save_image
 
 from data.lists import csv_items, folder_items, list_paths
 from tools import split
@@ -16,144 +16,149 @@ LISTS = ("train.csv", "held_out.csv", "train_real.txt", "held_out_real.txt")
 
 
 @pytest.fixture
-def images(tmp_path):
-    """Return a folder with 30 real images and 20 images of each of two generators."""
+def image_root(tmp_path):
+    """Return a folder with 30 real images, and with 20 fake images of each of two generators."""
     for folder, count in (("real", 30), ("gan", 20), ("diffusion", 20)):
         (tmp_path / folder).mkdir()
         for index in range(count):
-            save(tmp_path / folder / f"{folder} {index}, a.png")
+            save_image(tmp_path / folder / f"{folder} {index}, a.png")
     return tmp_path
 
 
-def arguments(images, out, *more):
-    """Return arguments for tools.split with all images and an output folder."""
+def split_arguments(images, out, *more):
+    """Return a command line for tools.split that names all image folders and an output folder."""
     roots = ["--data-root-pos", images / "real", "--data-root-neg", images / "gan", images / "diffusion"]
     return [str(a) for a in (*roots, "--out", out, *more)]
 
 
-def contents(folder):
-    """Return a dict from file name to content for the files in a folder."""
+def read_all_files(folder):
+    """Return a dict from the name of each file in a folder to the bytes of the file."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(images, capsys):
-    assert split.main(arguments(images, images / "lists")) == 0
-    sets = [csv_items(str(images / "lists" / name)) for name in ("train.csv", "held_out.csv")]
-    expected = folder_items([str(images / "real")], [str(images / "gan"), str(images / "diffusion")])
+def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(image_root, capsys):
+    assert split.main(split_arguments(image_root, image_root / "lists")) == 0
+    sets = [csv_items(str(image_root / "lists" / name)) for name in ("train.csv", "held_out.csv")]
+    expected = folder_items([str(image_root / "real")], [str(image_root / "gan"), str(image_root / "diffusion")])
     assert sorted(sets[0] + sets[1]) == sorted(expected)
-    assert 5 < len(sets[1]) < 25  # 20 % of 70 images are 14
+    assert 5 < len(sets[1]) < 25  # by default, 20 % of the 70 images (about 14) are held out
     lines = []
     for items, name in zip(sets, ("train_real.txt", "held_out_real.txt"), strict=True):
         reals = [item.path for item in items if item.label == REAL]
-        assert list_paths(str(images / "lists" / name)) == reals
+        assert list_paths(str(image_root / "lists" / name)) == reals
         lines.append(f"{name.removesuffix('_real.txt')}: {len(reals)} real, {len(items) - len(reals)} generated")
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_adding_images_does_not_move_other_images_between_the_lists(images):
-    split.main(arguments(images, images / "lists"))
-    before = {item.path for item in csv_items(str(images / "lists" / "held_out.csv"))}
+def test_adding_images_does_not_move_other_images_between_the_lists(image_root):
+    split.main(split_arguments(image_root, image_root / "lists"))
+    before = {item.path for item in csv_items(str(image_root / "lists" / "held_out.csv"))}
     for index in range(30, 60):
-        save(images / "real" / f"real {index}, a.png")
-    split.main(arguments(images, images / "lists"))
-    after = {item.path for item in csv_items(str(images / "lists" / "held_out.csv"))}
+        save_image(image_root / "real" / f"real {index}, a.png")
+    split.main(split_arguments(image_root, image_root / "lists"))
+    after = {item.path for item in csv_items(str(image_root / "lists" / "held_out.csv"))}
     assert before < after
-    assert not before & {item.path for item in csv_items(str(images / "lists" / "train.csv"))}
+    assert not before & {item.path for item in csv_items(str(image_root / "lists" / "train.csv"))}
 
 
-def test_lists_with_another_fraction_are_replaced_only_with_overwrite(images):
-    out = images / "lists"
-    split.main(arguments(images, out, "--hold-out", 0.3))
-    before = contents(out)
-    with user_error("--hold-out 0.3", "--overwrite"):
-        split.main(arguments(images, out, "--hold-out", 0.5))
-    assert contents(out) == before
-    assert split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite")) == 0
-    assert contents(out)["held_out.csv"] != before["held_out.csv"]
-    assert split.main(arguments(images, out, "--hold-out", 0.5)) == 0
+def test_lists_with_another_fraction_are_replaced_only_with_overwrite(image_root):
+    out = image_root / "lists"
+    split.main(split_arguments(image_root, out, "--hold-out", 0.3))
+    before = read_all_files(out)
+    with expect_user_error("--hold-out 0.3", "--overwrite"):
+        split.main(split_arguments(image_root, out, "--hold-out", 0.5))
+    assert read_all_files(out) == before
+    assert split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite")) == 0
+    assert read_all_files(out)["held_out.csv"] != before["held_out.csv"]
+    assert split.main(split_arguments(image_root, out, "--hold-out", 0.5)) == 0
 
 
 @pytest.mark.parametrize("name", [*LISTS, "split.json"])
-def test_a_file_of_the_user_with_the_name_of_a_list_is_refused_and_unchanged(images, name):
-    out = images / "lists"
+def test_a_file_of_the_user_with_the_name_of_a_list_is_refused_and_unchanged(image_root, name):
+    out = image_root / "lists"
     out.mkdir()
     (out / name).write_bytes(b"my own list\n")
     for more in ((), ("--overwrite",)):
-        with user_error(name, "not written by this program"):
-            split.main(arguments(images, out, *more))
-        assert contents(out) == {name: b"my own list\n"}
+        with expect_user_error(name, "not written by this program"):
+            split.main(split_arguments(image_root, out, *more))
+        assert read_all_files(out) == {name: b"my own list\n"}
 
 
-def test_a_list_that_the_user_has_edited_is_not_replaced(images):
-    out = images / "lists"
-    split.main(arguments(images, out))
+def test_a_list_that_the_user_has_edited_is_not_replaced(image_root):
+    out = image_root / "lists"
+    split.main(split_arguments(image_root, out))
     with (out / "held_out.csv").open("a") as file:
         file.write("more.png,real,\n")
-    before = contents(out)
-    with user_error("held_out.csv"):
-        split.main(arguments(images, out, "--overwrite"))
-    assert contents(out) == before
+    before = read_all_files(out)
+    with expect_user_error("held_out.csv"):
+        split.main(split_arguments(image_root, out, "--overwrite"))
+    assert read_all_files(out) == before
 
 
-def test_an_interrupted_call_of_tools_split_can_be_repeated(images, monkeypatch):
-    out = images / "lists"
-    split.main(arguments(images, out))
+def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, monkeypatch):
+    out = image_root / "lists"
+    split.main(split_arguments(image_root, out))
     real_atomic, calls = split.atomic, []
 
-    def atomic(path):
+    def interrupt_third_call(path):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(path)
         return real_atomic(path)
 
-    monkeypatch.setattr(split, "atomic", atomic)
+    monkeypatch.setattr(split, "atomic", interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
-        split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite"))
+        split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite"))
     monkeypatch.undo()
-    assert split.main(arguments(images, out, "--hold-out", 0.5)) == 0
+    assert split.main(split_arguments(image_root, out, "--hold-out", 0.5)) == 0
     assert 25 < len(csv_items(str(out / "held_out.csv"))) < 45
 
 
-def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(images):
-    out = images / "lists"
-    split.main(arguments(images, out))
-    (out / "train.csv").rename(images / "elsewhere.csv")
+def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(image_root):
+    out = image_root / "lists"
+    split.main(split_arguments(image_root, out))
+    (out / "train.csv").rename(image_root / "elsewhere.csv")
     (out / "train.csv").symlink_to("../elsewhere.csv")
-    split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite"))
+    split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite"))
     assert (out / "train.csv").is_symlink()
-    assert len(csv_items(str(images / "elsewhere.csv"))) < 50
+    assert len(csv_items(str(image_root / "elsewhere.csv"))) < 50
 
 
-def test_lists_with_file_names_that_are_not_utf8_can_be_read(images):
+def test_lists_with_file_names_that_are_not_utf8_can_be_read(image_root):
     for index in range(10):
         name = b"\xff\xe9 %d.png" % index
-        os.rename(images / "real" / f"real {index}, a.png", os.path.join(os.fsencode(images / "real"), name))
-    split.main(arguments(images, images / "lists"))
+        os.rename(image_root / "real" / f"real {index}, a.png", os.path.join(os.fsencode(image_root / "real"), name))
+    split.main(split_arguments(image_root, image_root / "lists"))
     found = []
     for name in ("train_real.txt", "held_out_real.txt"):
-        found += list_paths(str(images / "lists" / name))
-    assert sorted(found) == sorted(str(path) for path in (images / "real").iterdir())
+        found += list_paths(str(image_root / "lists" / name))
+    assert sorted(found) == sorted(str(path) for path in (image_root / "real").iterdir())
     items = []
     for name in ("train.csv", "held_out.csv"):
-        items += csv_items(str(images / "lists" / name))
+        items += csv_items(str(image_root / "lists" / name))
     assert len(items) == 70 and all(os.path.exists(item.path) for item in items)
 
 
 @pytest.mark.parametrize("character", ["\n", "\r"])
-def test_a_file_name_with_a_line_break_is_refused_before_a_list_is_written(images, character):
-    save(images / "real" / f"a{character}b.png")
-    with user_error("line break"):
-        split.main(arguments(images, images / "lists"))
-    assert not (images / "lists").exists()
+def test_a_file_name_with_a_line_break_is_refused_before_a_list_is_written(image_root, character):
+    save_image(image_root / "real" / f"a{character}b.png")
+    with expect_user_error("line break"):
+        split.main(split_arguments(image_root, image_root / "lists"))
+    assert not (image_root / "lists").exists()
 
 
-def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(images):
+def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(image_root):
     for more in (["--hold-out", "0"], ["--hold-out", "1.5"], ["--hold-out", "nan"]):
         with pytest.raises(SystemExit) as caught:
-            split.main(arguments(images, images / "lists", *more))
+            split.main(split_arguments(image_root, image_root / "lists", *more))
         assert caught.value.code == 2
-    command = [sys.executable, "-m", "tools.split", *arguments(images, images / "lists", "--hold-out", "0.0001")]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.split",
+        *split_arguments(image_root, image_root / "lists", "--hold-out", "0.0001"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert "held_out would have 0 real and 0 generated images" in done.stderr.splitlines()[-1]
-    assert not (images / "lists").exists()
+    assert not (image_root / "lists").exists()

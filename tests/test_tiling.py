@@ -1,4 +1,4 @@
-"""Networks computed in tiles, in strips and with Winograd's convolution give the outputs of the plain networks."""
+"""Tests that networks computed in tiles or with Winograd convolutions give the outputs of ordinary computation."""
 
 from fractions import Fraction
 
@@ -22,20 +22,20 @@ def assert_close(got, expected):
 
 
 @pytest.fixture(scope="module")
-def vgg():
+def random_vgg():
     """Return VGG-19 with random weights."""
     return load_vgg("random")[0]
 
 
 @pytest.fixture
-def rdn(request):
-    """Return a tiny RDN. The parameter of the fixture is the scale (default: 4)."""
+def tiny_rdn(request):
+    """Return a tiny RDN. The fixture parameter sets the scale of the RDN (default: 4)."""
     torch.manual_seed(0)
     return RDN(scale=getattr(request, "param", 4), **TINY)
 
 
 def toy_detector(rdn, stage, vgg):
-    """Return a detector with random weights and batch-norm statistics, in evaluation mode."""
+    """Return a detector in evaluation mode. The weights and the batch-norm statistics are random."""
     torch.manual_seed(1)
     features = Pixels()
     if stage:
@@ -49,38 +49,38 @@ def toy_detector(rdn, stage, vgg):
     return ResynthesisDetector(rdn, features, classifier).eval()
 
 
-@pytest.mark.parametrize(("rdn", "side"), [(2, 90), (3, 120), (4, 132)], indirect=["rdn"])
-def test_rdn_in_small_tiles_gives_the_output_of_rdn_on_whole_images(rdn, side, monkeypatch):
-    x_lr = torch.rand(2, 3, side // rdn.scale, 90 // rdn.scale)
-    expected = rdn(x_lr).detach()
-    rdn.tile = 9
+@pytest.mark.parametrize(("tiny_rdn", "side"), [(2, 90), (3, 120), (4, 132)], indirect=["tiny_rdn"])
+def test_rdn_in_small_tiles_gives_the_output_of_rdn_on_whole_images(tiny_rdn, side, monkeypatch):
+    x_lr = torch.rand(2, 3, side // tiny_rdn.scale, 90 // tiny_rdn.scale)
+    expected = tiny_rdn(x_lr).detach()
+    tiny_rdn.tile = 9
     monkeypatch.setattr("models.rdn_inference.STRIP_BYTES", 400)
     monkeypatch.setattr("models.rdn_inference.UPSCALE_TILE", 8)
     with torch.inference_mode():
-        assert_close(rdn(x_lr), expected)
+        assert_close(tiny_rdn(x_lr), expected)
 
 
-def test_tiles_with_a_too_small_halo_give_errors_at_their_borders(rdn):
+def test_tiles_with_a_too_small_halo_give_errors_at_their_borders(tiny_rdn):
     x = torch.rand(1, 6, 40, 40)
     with torch.inference_mode():
-        expected = rdn.rdbs[0](x)
-        assert_close(in_tiles(rdn.rdbs[0], x, side=16, halo=2), expected)
-        error = (in_tiles(rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
+        expected = tiny_rdn.rdbs[0](x)
+        assert_close(in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=2), expected)
+        error = (in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
     assert error.max() > 1e-3 * expected.abs().max()
-    assert error[:15, :15].max() <= 2e-5  # there is no error inside a tile
+    assert error[:15, :15].max() <= 2e-5  # the interior of the first tile has no error
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 130), (70, 31)])
 def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(size, monkeypatch):
-    monkeypatch.setattr("models.winograd.TILES", 40)  # the maps are computed in several strips
+    monkeypatch.setattr("models.winograd.TILES", 40)  # forces several strips per feature map
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     used = []
 
-    def recorded(*arguments):
+    def record_is_faster(*arguments):
         used.append(is_faster(*arguments))
         return used[-1]
 
-    monkeypatch.setattr("models.rdn_inference.is_faster", recorded)
+    monkeypatch.setattr("models.rdn_inference.is_faster", record_is_faster)
     torch.manual_seed(0)
     rdn = RDN(num_features=64, growth_rate=64, num_blocks=2, num_layers=3)
     rdn.tile = 48
@@ -90,34 +90,34 @@ def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
     assert used == [True, False]
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN casts its last layer with .float()
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN calls .float(), which must keep float64 here
     expected = rdn.double()(x_lr.double()).detach()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("rdn", [2, 3, 4], indirect=True)
-def test_rdn_with_gradient_checkpointing_has_the_gradients_of_rdn_without_it(rdn):
+@pytest.mark.parametrize("tiny_rdn", [2, 3, 4], indirect=True)
+def test_rdn_with_gradient_checkpointing_has_the_gradients_of_rdn_without_checkpointing(tiny_rdn):
     x_lr = torch.rand(1, 3, 20, 20)
     calls = []
-    rdn.rdbs[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    tiny_rdn.rdbs[0].register_forward_pre_hook(lambda *_: calls.append(1))
 
-    def gradients():
-        return torch.autograd.grad(rdn(x_lr).square().mean(), list(rdn.parameters()))
+    def rdn_gradients():
+        return torch.autograd.grad(tiny_rdn(x_lr).square().mean(), list(tiny_rdn.parameters()))
 
-    expected = gradients()
+    expected = rdn_gradients()
     assert len(calls) == 1
-    rdn.checkpoint_blocks = True
-    for got, wanted in zip(gradients(), expected, strict=True):
+    tiny_rdn.checkpoint_blocks = True
+    for got, wanted in zip(rdn_gradients(), expected, strict=True):
         assert_close(got, wanted)
-    assert len(calls) == 3  # with checkpointing, the forward and the backward pass both compute the block
+    assert len(calls) == 3  # checkpointing adds two calls: one in the forward and one in the backward pass
 
 
 @pytest.mark.parametrize("size", [(144, 80), (150, 91)])
-def test_vgg_in_tiles_gives_the_output_of_vgg_on_the_whole_image(vgg, size):
+def test_vgg_in_tiles_gives_the_output_of_vgg_on_the_whole_image(random_vgg, size):
     x = torch.rand(1, 3, *size)
-    whole = vgg(x, STAGES)
+    whole = random_vgg(x, STAGES)
     tiled = VGG19()
-    tiled.load_state_dict(vgg.state_dict())
+    tiled.load_state_dict(random_vgg.state_dict())
     tiled.tile = 16
     with torch.inference_mode():
         together = tiled(x, STAGES)
@@ -126,15 +126,15 @@ def test_vgg_in_tiles_gives_the_output_of_vgg_on_the_whole_image(vgg, size):
             assert_close(together[k], whole[k])
 
 
-def test_the_receptive_field_of_vgg_rounded_up_to_its_stride_of_16_is_80_pixels(vgg):
-    assert receptive_field(vgg.features) == (80, 16)
+def test_the_receptive_field_of_vgg_rounded_up_to_its_stride_of_16_is_80_pixels(random_vgg):
+    assert receptive_field(random_vgg.features) == (80, 16)
 
 
 @pytest.mark.parametrize("stage", [0, 5])
-def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(rdn, vgg, stage):
-    detector = toy_detector(rdn, stage, vgg)
+def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(tiny_rdn, random_vgg, stage):
+    detector = toy_detector(tiny_rdn, stage, random_vgg)
     x = torch.rand(1, 3, 148, 132)
-    expected = detector(x).detach()  # with gradients enabled, the networks do not use tiles
+    expected = detector(x).detach()  # networks use tiles only if gradients are disabled
     detector.set_tile(79)
     assert (detector.classifier.tile, detector.resynthesizer.tile) == (64, 16)
     with torch.inference_mode():

@@ -1,12 +1,22 @@
-"""Tests of the trainers: parameter update, schedules, losses of a step, trained weights, and written files."""
+"""Tests of train_detector.py and train_sr.py: weight updates, schedules, losses, and written files."""
 
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from files import random_rgb, save, user_error
-from trainings import CPU, SIDE, TINY, detector_arguments, read, sr_arguments, stats, status, train
+from files import expect_user_error, random_rgb_pixels, save_image
+from trainings import (
+    CPU,
+    SIDE,
+    TINY,
+    read_checkpoint,
+    read_stats,
+    run_training,
+    status_and_last_line,
+    train_detector_arguments,
+    train_sr_arguments,
+)
 
 import train_detector
 import train_sr
@@ -21,14 +31,14 @@ from utils.distributed import World
 from utils.labels import FAKE, REAL
 from utils.training import NotFinite, Progress, Stepper
 
-pytestmark = pytest.mark.usefixtures("small_classifier")
+pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 LABELS = [REAL, FAKE, REAL, REAL, FAKE]
 STAGE_WEIGHTS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1.0)
 
 
 @pytest.fixture(scope="module")
-def vgg():
+def random_vgg():
     """Return VGG-19 with random weights."""
     return load_vgg("random")[0]
 
@@ -37,14 +47,14 @@ def vgg():
 
 
 class TwoParts(torch.nn.Module):
-    """A toy detector that consists of a linear re-synthesizer and a linear classifier in float64."""
+    """A float64 detector that consists of a linear re-synthesizer and a linear classifier."""
 
     def __init__(self):
         super().__init__()
         self.resynthesizer = torch.nn.Linear(3, 4).double()
         self.classifier = torch.nn.Linear(4, 2).double()
 
-    def gradients(self, x, y):
+    def loss_gradients(self, x, y):
         loss = F.cross_entropy(self.classifier(self.resynthesizer(x).relu()), y)
         return torch.autograd.grad(loss, list(self.parameters()))
 
@@ -58,8 +68,8 @@ def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(sc
     velocity = [torch.zeros_like(p) for p in expected]
     sgd = torch.optim.SGD(train_detector.parameter_groups(model, lr, decay, scale), lr=lr, momentum=momentum)
     for _ in range(6):
-        gradients = model.gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
-        # Update of the released code in plain tensors: scale the gradients of the classifier, then apply SGD
+        gradients = model.loss_gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
+        # Compute the update of the released code by hand: scale the gradients of the classifier, then apply SGD
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]
@@ -78,7 +88,7 @@ def test_the_parameter_groups_do_not_contain_a_frozen_resynthesizer():
 
 
 def test_a_gradient_scale_of_zero_is_refused():
-    with user_error("--lr-sr"):
+    with expect_user_error("--lr-sr"):
         train_detector.parameter_groups(TwoParts(), 1e-2, 1e-4, 0.0)
 
 
@@ -89,7 +99,7 @@ def test_adamw_uses_the_given_weight_decay_for_all_parameters():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4, 1e-2])
 
 
-def test_the_cosine_schedule_of_the_release_runs_epochs_0_and_1_at_the_full_rate():
+def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epochs_0_and_1():
     factors = [train_detector.released_rate(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
@@ -126,8 +136,8 @@ def toy_batch(labels=LABELS, seed=1, side=SIDE):
     return Batch(x, torch.tensor(labels), weights, [], keys, {})
 
 
-def one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
-    """Take one training step on a batch. Returns the recorded losses by name."""
+def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
+    """Take one training step on a batch. Return a dict from the name of each recorded loss to its value."""
     compute = Compute(CPU, "fp32")
     groups = train_detector.parameter_groups(detector, 0.1, 1e-4, 0.02)
     stepper = Stepper(torch.optim.SGD(groups, momentum=0.9), compute, World())
@@ -139,19 +149,23 @@ def one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, st
 
 
 @functools.cache
-def step_with_degradation(degraded):
-    """Return the number of a step in which the auxiliary task degrades the batch, or does not."""
+def find_step_by_degradation(degraded):
+    """Return the number of a training step.
+
+    Args:
+        degraded: whether the auxiliary task must degrade the batch in this step.
+    """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
-    clean = one_step(toy_detector(), batch, vgg, "none")["auxiliary"]
+    clean = take_one_step(toy_detector(), batch, vgg, "none")["auxiliary"]
     for step in range(64):
-        loss = one_step(toy_detector(), batch, vgg, "denoising", step=step)["auxiliary"]
+        loss = take_one_step(toy_detector(), batch, vgg, "denoising", step=step)["auxiliary"]
         if (loss != clean) == degraded:
             return step
     raise AssertionError("never drawn")
 
 
-def reconstruction_by_hand(x_hat, x, vgg):
+def reconstruction_loss_by_hand(x_hat, x, vgg):
     """Compute the reconstruction loss L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)), averaged over images."""
     maps_hat, maps = vgg(x_hat, STAGES), vgg(x, STAGES)
     loss = (x_hat - x).abs().mean()
@@ -162,63 +176,65 @@ def reconstruction_by_hand(x_hat, x, vgg):
 
 @pytest.mark.parametrize("degraded", [False, True])
 @pytest.mark.parametrize("stage", [0, 2])
-def test_residual_and_auxiliary_loss_equal_the_formulas_of_the_paper(vgg, stage, degraded):
+def test_residual_and_auxiliary_loss_equal_the_formulas_of_the_paper(random_vgg, stage, degraded):
     detector = toy_detector(stage)
     x = torch.rand(3, 3, 32, 32)
     real = torch.tensor([True, False, True])
     low = downsample(x, 4) + 0.1 * torch.rand(3, 3, 8, 8) if degraded else None
-    residual, loss = residual_and_reconstruction_loss(detector, vgg, x, low, real)
+    residual, loss = residual_and_reconstruction_loss(detector, random_vgg, x, low, real)
     x_hat = detector.resynthesizer(downsample(x, 4))
     expected_residual = (detector.features(x_hat) - detector.features(x)).abs()
     torch.testing.assert_close(residual, expected_residual)
     used = detector.resynthesizer(low[real]) if degraded else x_hat[real]
-    torch.testing.assert_close(loss[real].mean(), reconstruction_by_hand(used, x[real], vgg))
+    torch.testing.assert_close(loss[real].mean(), reconstruction_loss_by_hand(used, x[real], random_vgg))
     assert loss[1] == 0
 
 
-def test_without_an_auxiliary_task_the_auxiliary_loss_is_the_reconstruction_loss_of_clean_reals(vgg):
+def test_without_an_auxiliary_task_the_auxiliary_loss_is_the_reconstruction_loss_of_clean_reals(random_vgg):
     batch = toy_batch()
     x = batch.x[batch.labels == REAL] / 255
-    expected = reconstruction_by_hand(toy_detector().resynthesizer(downsample(x, 4)), x, vgg).item()
-    losses = [one_step(toy_detector(), batch, vgg, "none", step=step)["auxiliary"] for step in range(4)]
-    losses.append(one_step(toy_detector(), batch, vgg, "none", weight=3.0)["auxiliary"] / 3)
+    expected = reconstruction_loss_by_hand(toy_detector().resynthesizer(downsample(x, 4)), x, random_vgg).item()
+    losses = [take_one_step(toy_detector(), batch, random_vgg, "none", step=step)["auxiliary"] for step in range(4)]
+    losses.append(take_one_step(toy_detector(), batch, random_vgg, "none", weight=3.0)["auxiliary"] / 3)
     assert losses == pytest.approx([expected] * 5, rel=1e-5)
 
 
 def test_without_vgg_weights_the_auxiliary_loss_is_0():
-    values = one_step(toy_detector(), toy_batch(), None, "none", weight=0.0)
+    values = take_one_step(toy_detector(), toy_batch(), None, "none", weight=0.0)
     assert values["auxiliary"] == 0
     assert values["loss"] == pytest.approx(values["cross_entropy"])
 
 
-def test_a_batch_with_one_real_image_has_an_auxiliary_loss_of_0(vgg):
+def test_a_batch_with_one_real_image_has_an_auxiliary_loss_of_0(random_vgg):
     for step in range(4):
-        values = one_step(toy_detector(), toy_batch([REAL, FAKE, FAKE, FAKE]), vgg, "denoising", step=step)
+        values = take_one_step(toy_detector(), toy_batch([REAL, FAKE, FAKE, FAKE]), random_vgg, "denoising", step=step)
         assert values["auxiliary"] == 0
-    assert one_step(toy_detector(), toy_batch([REAL, REAL, FAKE, FAKE]), vgg, "denoising")["auxiliary"] > 0
+    assert take_one_step(toy_detector(), toy_batch([REAL, REAL, FAKE, FAKE]), random_vgg, "denoising")["auxiliary"] > 0
 
 
 @pytest.mark.parametrize("degraded", [False, True])
 @pytest.mark.parametrize("micro_batch", [None, 2])
-def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(vgg, degraded, micro_batch):
-    step = step_with_degradation(degraded)
+def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, degraded, micro_batch):
+    step = find_step_by_degradation(degraded)
     losses = {}
     for changed in ("nothing", "a fake", "a real"):
         batch = toy_batch()
         index = {"nothing": None, "a fake": 1, "a real": 2}[changed]
         if index is not None:
             batch.x[index] = 255 - batch.x[index] // 2
-        losses[changed] = one_step(toy_detector(), batch, vgg, "denoising", micro_batch, step=step)["auxiliary"]
+        losses[changed] = take_one_step(toy_detector(), batch, random_vgg, "denoising", micro_batch, step=step)[
+            "auxiliary"
+        ]
     assert losses["a fake"] == pytest.approx(losses["nothing"], rel=1e-6)
     assert losses["a real"] != pytest.approx(losses["nothing"], rel=1e-4)
 
 
 @pytest.mark.parametrize(("stage", "degraded", "micro_batch"), [(0, True, 1), (2, False, 2)])
-def test_a_step_in_micro_batches_gives_the_update_of_a_step_with_the_whole_batch(
+def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_whole_batch(
     monkeypatch, stage, degraded, micro_batch
 ):
-    """The test uses float64, because batch norm over maps of one value amplifies rounding errors of float32."""
-    step = step_with_degradation(degraded)
+    """Batch norm over feature maps of one value amplifies rounding errors, so the test computes in float64."""
+    step = find_step_by_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.input
     monkeypatch.setattr(Compute, "input", lambda self, images: original(self, images).double())
@@ -229,7 +245,7 @@ def test_a_step_in_micro_batches_gives_the_update_of_a_step_with_the_whole_batch
         detector = toy_detector(stage).double()
         batch = toy_batch(side=32)
         batch = batch._replace(weights=batch.weights.double())
-        values.append(one_step(detector, batch, vgg, "denoising", size, step=step))
+        values.append(take_one_step(detector, batch, vgg, "denoising", size, step=step))
         states.append(detector.state_dict())
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     for key, tensor in states[0].items():
@@ -238,8 +254,8 @@ def test_a_step_in_micro_batches_gives_the_update_of_a_step_with_the_whole_batch
         torch.testing.assert_close(states[1][key], tensor, rtol=1e-6, atol=1e-7)
 
 
-def test_the_classifier_computes_in_float32_also_if_the_precision_is_bf16():
-    """In bfloat16 on a CPU, strided convolutions to maps of one value have infinite gradients."""
+def test_the_classifier_computes_in_float32_even_if_the_precision_is_bf16():
+    """In bfloat16 on a CPU, a strided convolution whose output has one value per channel has infinite gradients."""
     residual = 10 * torch.rand(4, 512, 16, 16, generator=torch.Generator().manual_seed(0))
     gradients = []
     for precision in ("fp32", "bf16"):
@@ -253,10 +269,10 @@ def test_the_classifier_computes_in_float32_also_if_the_precision_is_bf16():
         assert torch.equal(in_fp32, in_bf16)
 
 
-def test_a_training_whose_loss_is_not_finite_ends_and_keeps_a_finite_checkpoint(files, tmp_path, capfd):
-    flags = detector_arguments(files, tmp_path, "--fixed-sr --epochs 3 --lr 1e38 --save-minutes 0")
-    code, line = status(flags, capfd)
-    saved = read(tmp_path / "last.pth.tar")
+def test_a_training_whose_loss_is_not_finite_ends_and_keeps_a_finite_checkpoint(training_files, tmp_path, capfd):
+    flags = train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 3 --lr 1e38 --save-minutes 0")
+    code, line = status_and_last_line(flags, capfd)
+    saved = read_checkpoint(tmp_path / "last.pth.tar")
     assert code == 2
     for word in ("epoch 0, step", ".png", "last.pth.tar"):
         assert word in line
@@ -296,51 +312,60 @@ def test_mean_losses_are_weighted_by_the_number_of_images():
         ("--mode-sr denoising --idx-stages 1", True),
     ],
 )
-def test_the_resynthesizer_is_trained_if_and_only_if_fixed_sr_is_not_given(files, tmp_path, flags, moves):
-    train(detector_arguments(files, tmp_path / "still", f"{flags} --epochs 1 --lr 0 --wd 0"))
-    train(detector_arguments(files, tmp_path / "moved", f"{flags} --epochs 1"))
-    before = read(files / "rdn.pth")
-    after = read(tmp_path / "moved/0001_sr.pth.tar")["state_dict"]
+def test_the_resynthesizer_is_trained_if_and_only_if_fixed_sr_is_not_given(training_files, tmp_path, flags, moves):
+    run_training(train_detector_arguments(training_files, tmp_path / "still", f"{flags} --epochs 1 --lr 0 --wd 0"))
+    run_training(train_detector_arguments(training_files, tmp_path / "moved", f"{flags} --epochs 1"))
+    before = read_checkpoint(training_files / "rdn.pth")
+    after = read_checkpoint(tmp_path / "moved/0001_sr.pth.tar")["state_dict"]
     assert before.keys() == after.keys()
     changed = [key for key in before if not torch.equal(before[key], after[key])]
     assert len(changed) == (len(before) if moves else 0)
-    still = read(tmp_path / "still/0001.pth.tar")["state_dict"]
-    moved = read(tmp_path / "moved/0001.pth.tar")["state_dict"]
+    still = read_checkpoint(tmp_path / "still/0001.pth.tar")["state_dict"]
+    moved = read_checkpoint(tmp_path / "moved/0001.pth.tar")["state_dict"]
     learned = [name for name, _ in DeepStemResNet(3, "resnet18").named_parameters()]
     assert [name for name in learned if torch.equal(still[name], moved[name])] == []
-    (line,) = stats(tmp_path / "moved")
+    (line,) = read_stats(tmp_path / "moved")
     assert (line.get("auxiliary", 0) > 0) == (moves and "--lw-sr 0" not in flags)
 
 
-def test_numbered_checkpoints_are_written_after_the_epochs_of_the_release(files, tmp_path):
-    train(detector_arguments(files, tmp_path / "d", "--fixed-sr --epochs 4 --save-every-epoch 2"))
+def test_numbered_checkpoints_are_written_after_the_epochs_of_the_release(training_files, tmp_path):
+    run_training(train_detector_arguments(training_files, tmp_path / "d", "--fixed-sr --epochs 4 --save-every-epoch 2"))
     names = sorted(path.name for path in (tmp_path / "d").glob("0*"))
     assert names == sorted(f"{n:04d}{kind}.pth.tar" for n in (1, 3, 4) for kind in ("", "_sr"))
-    written = read(tmp_path / "d/0001.pth.tar")
+    written = read_checkpoint(tmp_path / "d/0001.pth.tar")
     assert (written["arch"], written["epoch"]) == ("resnet18", 1)
-    train(sr_arguments(files, tmp_path / "s", "--num-epochs 4 --num-save 2 --vgg-lambda 0"))
+    run_training(train_sr_arguments(training_files, tmp_path / "s", "--num-epochs 4 --num-save 2 --vgg-lambda 0"))
     assert sorted(path.name for path in (tmp_path / "s/x2").glob("epoch*")) == ["epoch_1.pth", "epoch_3.pth"]
-    assert read(tmp_path / "s/x2/epoch_3.pth").keys() == RDN(scale=2, **TINY).state_dict().keys()
+    assert read_checkpoint(tmp_path / "s/x2/epoch_3.pth").keys() == RDN(scale=2, **TINY).state_dict().keys()
 
 
-def test_a_tiny_evaluation_image_has_a_psnr_and_a_network_worse_than_bicubic_gives_a_warning(files, tmp_path, caplog):
+def test_a_tiny_evaluation_image_has_a_psnr_and_a_network_worse_than_bicubic_gives_a_warning(
+    training_files, tmp_path, caplog
+):
     (tmp_path / "images").mkdir()
-    save(tmp_path / "images/tiny.png", random_rgb(4, 4))
-    train(sr_arguments(files, tmp_path, f"--num-epochs 1 --vgg-lambda 0 --eval-file {tmp_path}/images"))
+    save_image(tmp_path / "images/tiny.png", random_rgb_pixels(4, 4))
+    run_training(
+        train_sr_arguments(training_files, tmp_path, f"--num-epochs 1 --vgg-lambda 0 --eval-file {tmp_path}/images")
+    )
     assert "bicubic" in caplog.text
-    assert "psnr" in stats(tmp_path / "x2")[0]
+    assert "psnr" in read_stats(tmp_path / "x2")[0]
 
 
-def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(files, tmp_path):
-    """The error of a black image is 0. If its PSNR were infinite, no later epoch could be better."""
+def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
+    """The error of a black image is 0, so the PSNR must be limited to a finite value.
+
+    With an infinite mean PSNR in the first epoch, no later epoch could be the best epoch.
+    """
     images = tmp_path / "images"
     images.mkdir()
-    save(images / "black.png", random_rgb(32, 32) * 0)
-    save(images / "other.png", random_rgb(32, 32))
-    train(sr_arguments(files, tmp_path, f"--num-epochs 3 --lr 1e-3 --vgg-lambda 0 --eval-file {images}"))
-    values = [line["psnr"] for line in stats(tmp_path / "x2")]
+    save_image(images / "black.png", random_rgb_pixels(32, 32) * 0)
+    save_image(images / "other.png", random_rgb_pixels(32, 32))
+    run_training(
+        train_sr_arguments(training_files, tmp_path, f"--num-epochs 3 --lr 1e-3 --vgg-lambda 0 --eval-file {images}")
+    )
+    values = [line["psnr"] for line in read_stats(tmp_path / "x2")]
     assert all(0 < value < 60 for value in values)
-    assert read(tmp_path / "x2/best.pth")["epoch"] == 1 + values.index(max(values))
+    assert read_checkpoint(tmp_path / "x2/best.pth")["epoch"] == 1 + values.index(max(values))
 
 
 @pytest.mark.parametrize(
@@ -359,15 +384,19 @@ def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(files, tmp
         ("--arch-args depth=3", ["resnet18", "depth"]),
     ],
 )
-def test_options_with_which_training_is_impossible_are_refused_before_training_begins(files, tmp_path, flags, words):
-    with user_error(*words):
-        train(detector_arguments(files, tmp_path / "out", f"--fixed-sr {flags}"))
+def test_options_with_which_training_is_impossible_are_refused_before_training_begins(
+    training_files, tmp_path, flags, words
+):
+    with expect_user_error(*words):
+        run_training(train_detector_arguments(training_files, tmp_path / "out", f"--fixed-sr {flags}"))
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("flags", "warned"), [("--idx-stages 3", True), ("", False)])
-def test_residuals_no_larger_than_the_stride_of_the_classifier_give_a_warning(files, tmp_path, caplog, flags, warned):
-    train(detector_arguments(files, tmp_path, f"--fixed-sr --epochs 1 --batch-size 5 {flags}"))
+def test_residuals_no_larger_than_the_stride_of_the_classifier_give_a_warning(
+    training_files, tmp_path, caplog, flags, warned
+):
+    run_training(train_detector_arguments(training_files, tmp_path, f"--fixed-sr --epochs 1 --batch-size 5 {flags}"))
     assert ("stride" in caplog.text) == warned
 
 

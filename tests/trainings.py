@@ -1,4 +1,4 @@
-"""Helpers that run toy trainings with train_sr.py and train_detector.py, and read the files that they write."""
+"""Helpers that run small trainings with train_sr.py and train_detector.py, and read the files of a training."""
 
 import json
 
@@ -18,30 +18,41 @@ SR = f"{COMMON} --batch-size 2 --patch-size 8 --scale 2 {SHAPE}"
 DETECTOR = f"{COMMON} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
 
 
-def sr_arguments(files, out, flags=""):
-    """Return arguments for a toy run of train_sr.py that writes into OUT/x2. `words` describes `flags`."""
-    return ["--train-file", str(files / "real"), "--outputs-dir", str(out), *SR.split(), *words(files, flags)]
+def train_sr_arguments(files, out, flags=""):
+    """Return a command line for a small training with train_sr.py that writes into the folder OUT/x2.
+
+    Args:
+        flags: additional flags for `split_flags`.
+    """
+    return ["--train-file", str(files / "real"), "--outputs-dir", str(out), *SR.split(), *split_flags(files, flags)]
 
 
-def detector_arguments(files, out, flags=""):
-    """Return arguments for a toy run of train_detector.py that writes into OUT. `words` describes `flags`."""
+def train_detector_arguments(files, out, flags=""):
+    """Return a command line for a small training with train_detector.py that writes into the folder OUT.
+
+    Args:
+        flags: additional flags for `split_flags`.
+    """
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]
-    return [*roots, *resynthesizer, "--output-path", str(out), *DETECTOR.split(), *words(files, flags)]
+    return [*roots, *resynthesizer, "--output-path", str(out), *DETECTOR.split(), *split_flags(files, flags)]
 
 
-def words(files, flags):
-    """Split a string of flags into words, and replace placeholders.
+def split_flags(files, flags):
+    """Split a string of flags into words, and replace the placeholders REAL, FAKE and VALIDATE.
 
-    REAL becomes the folder of real images, and FAKE the folder of fake images. VALIDATE becomes the flags that use both
-    folders for validation.
+    REAL becomes the path of the folder of real images. FAKE becomes the path of the folder of fake images. VALIDATE
+    becomes the flags that choose both folders for validation.
     """
     flags = flags.replace("VALIDATE", "--val-root-pos REAL --val-root-neg FAKE")
     return flags.replace("REAL", str(files / "real")).replace("FAKE", str(files / "fake")).split()
 
 
-def train(arguments):
-    """Run train_sr.py or train_detector.py in this process, chosen by the arguments. A UserError is not caught."""
+def run_training(arguments):
+    """Run train_detector.py in this process if the arguments contain --output-path, and train_sr.py otherwise.
+
+    A `UserError` is not caught.
+    """
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
         train_detector.main(train_detector_parser().parse_args(arguments))
@@ -49,24 +60,24 @@ def train(arguments):
         train_sr.main(train_sr_parser().parse_args(arguments))
 
 
-def status(arguments, capfd):
-    """Run train_sr.py or train_detector.py as `train` does. Return the exit status and the last line on stderr."""
-    code = run_program(lambda: train(arguments))
+def status_and_last_line(arguments, capfd):
+    """Run a training with the given command line. Return the exit status and the last line on stderr."""
+    code = run_program(lambda: run_training(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 
 
-def read(path):
+def read_checkpoint(path):
     """Return the content of a checkpoint file."""
     return torch.load(path, weights_only=True)
 
 
-def stats(folder):
-    """Return the content of stats.jsonl in a folder, one dict per epoch."""
+def read_stats(folder):
+    """Return the content of the file stats.jsonl in a folder as a list with one dict per epoch."""
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
 def differences(a, b, place=""):
-    """Compare two nested states bit for bit. Returns one line per entry that differs."""
+    """Compare two nested dicts or lists of tensors bit for bit. Return one line of text per entry that differs."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
@@ -79,8 +90,11 @@ def differences(a, b, place=""):
     return [] if a == b else [f"{place}: {a} != {b}"]
 
 
-def without_settings(path):
-    """Return the content of a checkpoint without its settings, because they contain the name of the output folder."""
-    state = read(path)
+def checkpoint_without_settings(path):
+    """Return the content of a checkpoint without the entry "settings".
+
+    The settings contain the name of the output folder, which differs between runs.
+    """
+    state = read_checkpoint(path)
     state.pop("settings", None)  # numbered checkpoints of a re-synthesizer contain no settings
     return state
