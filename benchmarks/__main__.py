@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import Case, measure
+from benchmarks.cases import Case, measure_case
 from models.build import new_detector
 from utils.errors import UserError, run_program
 
@@ -37,7 +37,7 @@ LARGEST_PLAIN_SIDE = 512  # pixels: with larger images, fine-tuning in plain for
 GPU_SIDES = (256, 512, 1024)  # sides of the images in pixels
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
+def list_rows(args: argparse.Namespace) -> list[Case]:
     """List the rows to measure, as cases in the form "here"."""
     gpu = args.gpu or "cpu"
     if args.quick:
@@ -59,7 +59,7 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return rows
 
 
-def forms_of(case: Case) -> list[str]:
+def list_forms(case: Case) -> list[str]:
     """List the forms (implementations) in which a row is measured."""
     if case.kind == "scoring" and case.precision != "bf16":
         return ["plain", "channels-last", "here"]
@@ -68,7 +68,7 @@ def forms_of(case: Case) -> list[str]:
     return ["channels-last", "here"]
 
 
-def tflop(case: Case) -> float:
+def estimate_tflop(case: Case) -> float:
     """Estimate the number of operations of a case, in units of 10^12."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
@@ -82,7 +82,7 @@ def tflop(case: Case) -> float:
     return megapixels * (resynthesis + TFLOP["resnet"])
 
 
-def in_own_process(case: Case) -> dict[str, float] | None:
+def measure_in_new_process(case: Case) -> dict[str, float] | None:
     """Measure a case in a new process. Returns None if the process fails, for example because memory is short."""
     words = [sys.executable, "-m", "benchmarks.cases", json.dumps(case._asdict())]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -97,8 +97,8 @@ def measure_row(case: Case, rounds: int) -> tuple[str, ...]:
     """Measure a row in all of its forms, `rounds` times each. Returns the cells of the row."""
     best = {}
     for _ in range(rounds):
-        for form in forms_of(case):
-            result = in_own_process(case._replace(form=form))
+        for form in list_forms(case):
+            result = measure_in_new_process(case._replace(form=form))
             if result and (form not in best or result["seconds"] < best[form]["seconds"]):
                 best[form] = result
     cells = [f"{case.kind}, stage {case.stage}, {case.images} x {case.side}^2", case.precision]
@@ -112,16 +112,16 @@ def measure_row(case: Case, rounds: int) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def print_row(cells: tuple[str, ...]) -> None:
+def print_table_row(cells: tuple[str, ...]) -> None:
     padded = [cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)]
     sys.stdout.write(f"| {' | '.join(padded)} |\n")
     sys.stdout.flush()
 
 
-def print_rdn_rate(gpu: str) -> None:
+def print_rdn_speed(gpu: str) -> None:
     """Print the speed of RDN in bf16 as a fraction of the measured speed of a matrix product in bf16."""
-    rdn = in_own_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
-    product = in_own_process(Case("matrix product", "here", "bf16", 0, 2 * MATRIX_SIDE, 1, gpu, False))
+    rdn = measure_in_new_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
+    product = measure_in_new_process(Case("matrix product", "here", "bf16", 0, 2 * MATRIX_SIDE, 1, gpu, False))
     if rdn and product:
         rdn_rate = 2 * TFLOP["rdn"] / rdn["seconds"]
         matrix_rate = 2 * (2 * MATRIX_SIDE) ** 3 / 1e12 / product["seconds"]
@@ -130,7 +130,7 @@ def print_rdn_rate(gpu: str) -> None:
         sys.stdout.write(f"RDN in bf16: {rdn_rate:.0f} TFLOP/s, {text}\n")
 
 
-def print_start(folder: Path) -> None:
+def print_start_times(folder: Path) -> None:
     """Print how long it takes to import PyTorch, to show a help text, and to score one image."""
     options = {"sr_arch": "bicubic", "arch": "resnet18", "dilated": False}
     detector, config = new_detector(None, options, "random")
@@ -167,30 +167,32 @@ def main(argv: list[str] | None = None) -> int:
     args.rounds = 1 if args.quick else args.rounds
 
     # Estimate the total time from the speed of a matrix product, and print it
-    rows = cases_of(args)
-    product = measure(Case("matrix product", "here", "fp32", 0, MATRIX_SIDE // 4, 1, args.gpu or "cpu", False))
+    rows = list_rows(args)
+    product = measure_case(Case("matrix product", "here", "fp32", 0, MATRIX_SIDE // 4, 1, args.gpu or "cpu", False))
     rate = 2 * (MATRIX_SIDE // 4) ** 3 / 1e12 / product["seconds"]  # TFLOP/s
     runs_per_process = 1 if args.gpu is None else 8
     seconds = 0.0
     for case in rows:
         if not args.quick:  # toy networks take seconds
-            seconds += args.rounds * len(forms_of(case)) * (START_SECONDS + runs_per_process * tflop(case) / rate)
+            seconds += (
+                args.rounds * len(list_forms(case)) * (START_SECONDS + runs_per_process * estimate_tflop(case) / rate)
+            )
     sys.stdout.write(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} threads, ")
     sys.stdout.write(f"load {os.getloadavg()[0]:.1f}; {len(rows)} rows, about {seconds / 60:.0f} minutes\n")
 
     # Measure and print each row
-    print_row(HEADER)
+    print_table_row(HEADER)
     sys.stdout.write(f"|{'|'.join('-' * (width + 2) for width in WIDTHS)}|\n")
     failed = False
     for case in rows:
         cells = measure_row(case, args.rounds)
-        print_row(cells)
+        print_table_row(cells)
         failed = failed or cells[HEADER.index("here s")] == "-"
     if args.gpu is not None:
-        print_rdn_rate(args.gpu)
+        print_rdn_speed(args.gpu)
     if not args.quick:
         with tempfile.TemporaryDirectory() as folder:
-            print_start(Path(folder))
+            print_start_times(Path(folder))
     return 1 if failed else 0
 
 

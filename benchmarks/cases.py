@@ -77,7 +77,7 @@ class PlainRDN(nn.Module):
 # --- networks and images ------------------------------------------------------------------------------------
 
 
-def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
+def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
     """Create a detector with random weights. The seed is fixed, so that all forms have equal weights."""
     compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
@@ -97,7 +97,7 @@ def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
     return detector.to(compute.device, memory_format=order), compute
 
 
-def noise_batch(case: Case) -> Batch:
+def make_noise_batch(case: Case) -> Batch:
     """Create a batch of noise images. Every second image is labelled real."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (case.images, 3, case.side, case.side), dtype=np.uint8)
@@ -111,85 +111,85 @@ def noise_batch(case: Case) -> Batch:
 # --- kinds of measurements: each function takes a case, and returns a function without arguments to be timed ------
 
 
-def scoring(case: Case) -> Callable[[], Tensor]:
+def prepare_scoring(case: Case) -> Callable[[], Tensor]:
     """Prepare scoring a batch: from uint8 images (B, 3, H, W) to logits (B, 2)."""
-    detector, compute = build(case)
-    x = noise_batch(case).x
+    detector, compute = build_detector(case)
+    x = make_noise_batch(case).x
 
     @torch.inference_mode()
-    def run() -> Tensor:
+    def score_batch() -> Tensor:
         images = compute.input(x)
         if case.form == "plain":
             images = images.contiguous()
         with compute.autocast():
             return detector(images).float().cpu()
 
-    return run
+    return score_batch
 
 
-def frozen_step(case: Case) -> Callable[[], object]:
+def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
     """Prepare a training step of train_detector.py --fixed-sr without cached residuals."""
-    detector, compute = build(case)
+    detector, compute = build_detector(case)
     detector.train().freeze_resynthesizer(True)
     stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
     residual_of = partial(frozen_residual, detector, compute, None)
-    batch = noise_batch(case)
+    batch = make_noise_batch(case)
 
-    def run() -> None:
+    def train_classifier() -> None:
         loss, values = frozen_loss(detector, residual_of, batch)
         stepper.step(loss, values, batch)
 
-    return run
+    return train_classifier
 
 
-def fine_tuning_step(case: Case) -> Callable[[], object]:
+def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
     """Prepare a training step of train_detector.py with an auxiliary task and --micro-batch 1."""
-    detector, compute = build(case)
+    detector, compute = build_detector(case)
     detector.train().freeze_resynthesizer(False)
     detector.resynthesizer.checkpoint_blocks = True
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
     stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
-    batch = noise_batch(case)
+    batch = make_noise_batch(case)
 
-    def run() -> None:
+    def train_all_networks() -> None:
         loss, values = end_to_end_loss(detector, compute, World(), task, stepper.progress, batch)
         stepper.step(loss, values, batch)
 
-    return run
+    return train_all_networks
 
 
-def sr_step(case: Case) -> Callable[[], object]:
+def prepare_rdn_training_step(case: Case) -> Callable[[], object]:
     """Prepare a training step of train_sr.py on patches, with the perceptual loss."""
-    detector, compute = build(case)
+    detector, compute = build_detector(case)
     model = detector.resynthesizer.train()
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     degradations = train_sr.PatchDegradations(0, False, False, False)
     stepper = Stepper(torch.optim.Adam(model.parameters(), lr=1e-6), compute, World())
-    batch = noise_batch(case)
+    batch = make_noise_batch(case)
 
-    def run() -> None:
+    def train_rdn() -> None:
         loss, l1, _ = train_sr.patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
         stepper.step(loss, {"l1": l1}, batch)
 
-    return run
+    return train_rdn
 
 
-def rdn_alone(case: Case) -> Callable[[], Tensor]:
+def prepare_rdn_forward(case: Case) -> Callable[[], Tensor]:
     """Prepare a forward pass of RDN without gradients."""
-    detector, compute = build(case)
+    detector, compute = build_detector(case)
     x_lr = torch.rand(case.images, 3, case.side // 4, case.side // 4, device=compute.device)
     x_lr = x_lr.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def run() -> Tensor:
+    def resynthesize() -> Tensor:
         with compute.autocast():
             return detector.resynthesizer(x_lr)
 
-    return run
+    return resynthesize
 
 
-def matrix_product(case: Case) -> Callable[[], Tensor]:
+def prepare_matrix_product(case: Case) -> Callable[[], Tensor]:
     """Prepare a product of two square matrices with `side` rows, which takes 2 * side^3 operations."""
     compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
@@ -198,19 +198,19 @@ def matrix_product(case: Case) -> Callable[[], Tensor]:
 
 
 KINDS = {
-    "scoring": scoring,
-    "step, RDN frozen": frozen_step,
-    "step, fine-tuning": fine_tuning_step,
-    "step, train_sr.py": sr_step,
-    "RDN alone": rdn_alone,
-    "matrix product": matrix_product,
+    "scoring": prepare_scoring,
+    "step, RDN frozen": prepare_classifier_training_step,
+    "step, fine-tuning": prepare_fine_tuning_step,
+    "step, train_sr.py": prepare_rdn_training_step,
+    "RDN alone": prepare_rdn_forward,
+    "matrix product": prepare_matrix_product,
 }
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measure(case: Case) -> dict[str, float]:
+def measure_case(case: Case) -> dict[str, float]:
     """Measure a case in this process. Returns the time of one run ("seconds") and the peak memory ("gib").
 
     The peak memory is the reserved GPU memory, or on the CPU the resident memory of this process.
@@ -225,11 +225,11 @@ def measure(case: Case) -> dict[str, float]:
             torch.cuda.synchronize()
         if not on_gpu or i >= GPU_WARM_UPS:
             times.append(time.perf_counter() - started)
-    gib = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else peak_memory()
+    gib = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else peak_memory_gib()
     return {"seconds": statistics.median(times), "gib": gib}
 
 
-def peak_memory() -> float:
+def peak_memory_gib() -> float:
     """Return the peak resident memory of this process in GiB. It includes the code of PyTorch."""
     status = Path("/proc/self/status")
     if status.exists():
@@ -239,4 +239,4 @@ def peak_memory() -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(Case(**json.loads(sys.argv[1])))) + "\n")
+    sys.stdout.write(json.dumps(measure_case(Case(**json.loads(sys.argv[1])))) + "\n")

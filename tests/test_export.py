@@ -82,7 +82,7 @@ def files(small_classifier, tmp_path_factory):
 
 def require_results_of_detector(path, detector, *sizes):
     """Require that a graph gives the logits and P(fake) of a detector for random images of each size (B, 3, H, W)."""
-    run, _ = graph.open_graph(path.read_bytes())
+    run, _ = graph.load_graph(path.read_bytes())
     for size in sizes:
         x = images(*size)
         logits, prob_fake = run(x)
@@ -118,7 +118,7 @@ def trained_on_crops(files):
 
 def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(trained_on_crops):
     path = trained_on_crops / "detector.onnx"
-    _, facts = graph.open_graph(path.read_bytes())
+    _, facts = graph.load_graph(path.read_bytes())
     assert (json.loads(facts["crops"]), json.loads(facts["crop_size"])) == (9, 128)
     detector = load(trained_on_crops / "mine.pth.tar", device="cpu")
     require_results_of_detector(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
@@ -141,7 +141,7 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(trained
 def test_a_network_with_plain_batch_norms_gives_the_logits_of_the_network(files):
     """PyTorch 2.6 cannot convert the usual batch norms to ONNX, and converts plain ones."""
     network = load(files / "mine.pth.tar", device="cpu").network
-    plain = graph.with_plain_batch_norms(network)
+    plain = graph.copy_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
     assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     x = images(2, 3, 64, 96).float() / 255
@@ -251,7 +251,7 @@ def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(files, t
     export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
     assert (tmp_path / "link.safetensors").is_symlink()
     assert checkpoints.load(target)["config"]["resynthesizer"]["name"] == "none"
-    export.require_own_file(files / "mine.onnx", graph.MARK)
+    export.require_replaceable_file(files / "mine.onnx", graph.MARK)
 
 
 # --- bundles

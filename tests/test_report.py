@@ -72,7 +72,7 @@ class Page(HTMLParser):
 
 def page_of(tables, out, residuals=None, resamples=0):
     """Write the report page of score tables. Returns the parsed page."""
-    return Page(report_page.write_page(report_page.load_tables(tables, resamples), out, residuals))
+    return Page(report_page.write_report_page(report_page.load_score_tables(tables, resamples), out, residuals))
 
 
 # --- the page
@@ -137,8 +137,8 @@ def test_the_report_lists_images_by_how_wrong_their_scores_are(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # error margins: 1, 5, -9, -3, none, 2
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
-    assert [table.paths[i] for i in report_page.most_wrong(table)] == ["b", "f", "a", "d", "c"]
-    assert len(report_page.most_wrong(table, 2)) == 2
+    assert [table.paths[i] for i in report_page.find_worst_images(table)] == ["b", "f", "a", "d", "c"]
+    assert len(report_page.find_worst_images(table, 2)) == 2
 
 
 ODD_TABLES = {
@@ -215,7 +215,7 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
         write_score_table(tmp_path, "b", score_rows(generators=("StyleGAN",))),
         write_score_table(tmp_path, "a", score_rows(1.0)),
     ]
-    b, a = (table.summary["generators"] for table in report_page.load_tables(tables))
+    b, a = (table.summary["generators"] for table in report_page.load_score_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
     assert cells_of(capsys.readouterr().out) == [
         ["acc", "StyleGAN", "ProGAN"],

@@ -16,7 +16,7 @@ from utils.console import printable
 from utils.errors import run_program
 
 
-def report(result: Audit) -> str:
+def format_audit_result(result: Audit) -> str:
     """Format the result of an audit for the terminal."""
     lines = ["leak audit of " + ", ".join(f"{number} {group}" for group, number in result.files.items())]
     for finding in result.findings:
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.val_root_pos or args.val_root_neg:
         validation = folder_items(args.val_root_pos, args.val_root_neg)
     result = audit(train, validation)
-    sys.stdout.write(report(result) + "\n")
+    sys.stdout.write(format_audit_result(result) + "\n")
     return int(any(finding.severity == LEAK for finding in result.findings))
 
 

@@ -46,16 +46,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content = None
     if args.into:
         content = checkpoints.load(args.into)
-        require_same_detector(content, record, args.into)
-        require_same_image_settings(content, record, args.into)
+        require_scores_of_detector(content, record, args.into)
+        require_default_image_settings(content, record, args.into)
     table = read_table(args.scores)
-    calibration, warnings = calibrate(table, args.fpr, args.fnr)
+    calibration, warnings = fit_calibration(table, args.fpr, args.fnr)
     if record.get("trained_on"):
         warnings.append(
             f"the detector was trained on {record['trained_on']} of these images, so its errors are underestimated:"
             " score other images"
         )
-    lines = report_lines(table, calibration)
+    lines = describe_calibration(table, calibration)
     lines += [f"warning: {text}" for text in warnings]
     if content is not None:
         content["calibration"] = {**calibration, "source": Path(args.scores).name}
@@ -87,7 +87,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 # --- checks that the scores belong to the detector ---
 
 
-def require_same_detector(content: Mapping, record: Mapping, name: str) -> None:
+def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> None:
     """Check that a score table was made with a given detector, and from unperturbed images.
 
     Args:
@@ -122,7 +122,7 @@ def require_same_detector(content: Mapping, record: Mapping, name: str) -> None:
         raise UserError(f"the scores are from images perturbed by {perturbation}: use scores of unperturbed images")
 
 
-def require_same_image_settings(content: Mapping, record: Mapping, name: str) -> None:
+def require_default_image_settings(content: Mapping, record: Mapping, name: str) -> None:
     """Check that the images of the score table were resized and cropped as test.py does it by default.
 
     Raises:
@@ -143,7 +143,7 @@ def require_same_image_settings(content: Mapping, record: Mapping, name: str) ->
 # --- fitting ---
 
 
-def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[dict, list[str]]:
+def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[dict, list[str]]:
     """Fit the temperature and both thresholds to the labelled rows of a score table.
 
     Args:
@@ -213,14 +213,14 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
     Returns:
         (t_real, t_fake)
     """
-    t_fake = lowest_threshold(prob_fake[~is_fake], prob_fake, fpr)
-    t_real = -lowest_threshold(-prob_fake[is_fake], -prob_fake, fnr)
+    t_fake = find_lowest_threshold(prob_fake[~is_fake], prob_fake, fpr)
+    t_real = -find_lowest_threshold(-prob_fake[is_fake], -prob_fake, fnr)
     if t_real >= t_fake:
         t_real = t_fake = (t_real + t_fake) / 2
     return float(t_real), float(t_fake)
 
 
-def lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
+def find_lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
     """Find the lowest threshold t such that at most a fraction `rate` of `negatives` is >= t.
 
     The result is halfway between the highest score that must stay below t and the next higher score.
@@ -237,7 +237,7 @@ def lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> 
 # --- what is printed ---
 
 
-def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
+def describe_calibration(table: ScoreTable, calibration: Mapping) -> list[str]:
     """Describe a calibration, and its effect on the images of the score table."""
     table = table.select(table.usable)
     before, _ = probabilities_and_verdicts(table.logits)

@@ -34,7 +34,7 @@ from torch import Tensor
 from tools import twins
 from tools.autoencoder import load_autoencoder
 from tools.scenes import draw_scene
-from tools.upsampling import KINDS, upsample_again
+from tools.upsampling import KINDS, halve_and_upsample
 from utils import options
 from utils.console import printable, progress
 from utils.errors import UserError, run_program
@@ -56,19 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends `with` blocks
     out = Path(os.path.realpath(args.out))  # if --out is a symbolic link, write to its target
     if args.photographs:
-        require_nothing_at(out, args.out)
-        make_twins(args.photographs, out, args.autoencoder, args.seed)
+        require_missing_or_empty_folder(out, args.out)
+        write_twin_folder(args.photographs, out, args.autoencoder, args.seed)
         return 0
     settings = {"format": FORMAT, "size": args.size, "seed": args.seed}
     settings["counts"] = {"train": args.train, "val": args.val, "test": args.test}
-    if read_settings(out) == settings:
+    if read_earlier_settings(out) == settings:
         logger.info("%s holds these images already", printable(args.out))
         return 0
-    require_nothing_at(out, args.out)
+    require_missing_or_empty_folder(out, args.out)
     logger.info("making images of %d x %d pixels in %s", args.size, args.size, printable(args.out))
-    with unfinished_folder(out) as folder:
-        make_images(settings, folder)
-        write_lists(settings["counts"], folder, os.path.abspath(args.out))
+    with temporary_output_folder(out) as folder:
+        write_example_images(settings, folder)
+        write_lists_of_real_images(settings["counts"], folder, os.path.abspath(args.out))
         (folder / "README.txt").write_text(__doc__)
         write_json(folder / "settings.json", settings)
     return 0
@@ -96,7 +96,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_settings(out: Path) -> dict | None:
+def read_earlier_settings(out: Path) -> dict | None:
     """Read settings.json of an earlier call in the output folder. Returns None if it cannot be read."""
     try:
         return json.loads((out / "settings.json").read_text())
@@ -104,7 +104,7 @@ def read_settings(out: Path) -> dict | None:
         return None
 
 
-def require_nothing_at(out: Path, name: str) -> None:
+def require_missing_or_empty_folder(out: Path, name: str) -> None:
     """Raise a UserError if the output folder is a file or is not empty."""
     if out.is_dir() and not any(out.iterdir()):
         return
@@ -114,7 +114,7 @@ def require_nothing_at(out: Path, name: str) -> None:
 
 
 @contextmanager
-def unfinished_folder(out: Path) -> Iterator[Path]:
+def temporary_output_folder(out: Path) -> Iterator[Path]:
     """Create a temporary folder for a `with` block. The folder is renamed to `out` when the block ends.
 
     If an exception or a signal ends the block, the folder is deleted.
@@ -126,7 +126,7 @@ def unfinished_folder(out: Path) -> Iterator[Path]:
         folder.replace(out)
 
 
-def make_images(settings: dict, out: Path) -> None:
+def write_example_images(settings: dict, out: Path) -> None:
     """Write OUT/SPLIT/CLASS/INDEX.png for all splits. The image at INDEX does not depend on the number of images."""
     jobs = []
     for split, count in settings["counts"].items():
@@ -142,17 +142,17 @@ def make_images(settings: dict, out: Path) -> None:
         images = {"real": scene}
         if label == "fake":
             x = torch.from_numpy(scene).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
-            images = {kind: to_pixels(upsample_again(x, kind, rng)) for kind in KINDS}
+            images = {kind: convert_to_uint8(halve_and_upsample(x, kind, rng)) for kind in KINDS}
         for folder, pixels in images.items():
             Image.fromarray(pixels).save(out / split / folder / f"{index:05d}.png", compress_level=1)
 
 
-def to_pixels(x: Tensor) -> np.ndarray:
+def convert_to_uint8(x: Tensor) -> np.ndarray:
     """Round an image, (1, 3, H, W) in [0, 1], to 8 bits. Returns uint8 (H, W, 3)."""
     return (x[0] * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def write_lists(counts: dict[str, int], folder: Path, listed: str) -> None:
+def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str) -> None:
     """Write train.txt and val.txt, the lists of real images for train_sr.py.
 
     Args:
@@ -166,12 +166,12 @@ def write_lists(counts: dict[str, int], folder: Path, listed: str) -> None:
             (folder / f"{split}.txt").write_bytes(content)
 
 
-def make_twins(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:
+def write_twin_folder(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:
     """Write a generated twin of each image below `photographs`. Raises a UserError if no twin could be made."""
-    imitate = twins.up_sampling(seed)
+    imitate = twins.create_upsampling_function(seed)
     if autoencoder:
-        imitate = twins.autoencoding(load_autoencoder(*autoencoder))
-    with unfinished_folder(out) as folder:
+        imitate = twins.create_autoencoder_function(load_autoencoder(*autoencoder))
+    with temporary_output_folder(out) as folder:
         twins.write_twins(photographs, folder, imitate)
 
 

@@ -23,8 +23,8 @@ from evaluation.detector import Detector
 from evaluation.loading import load, select_options
 from evaluation.metrics import format_table
 from evaluation.score_table import read_record
-from tools.calibrate import require_same_detector
-from tools.graph import MARK, check_graph, make_graph, public_config
+from tools.calibrate import require_scores_of_detector
+from tools.graph import MARK, compare_graph_with_detector, copy_public_config, export_graph
 from utils import checkpoints
 from utils.console import printable
 from utils.errors import UserError, run_program
@@ -40,26 +40,26 @@ COPIED = ("arch", "epoch", "calibration", "trained_on")  # entries of the checkp
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    require_onnx(args)
+    require_onnx_packages(args)
     for path, mark in ((args.out, MARK), (args.bundle, checkpoints.BUNDLE.encode())):
         if path:
-            require_own_file(path, mark)
+            require_replaceable_file(path, mark)
     detector = load(args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_options(vars(args)))
     if args.check:
-        check_graph(args.check, detector, read_graph(args.check))
+        compare_graph_with_detector(args.check, detector, read_graph_file(args.check))
     for path in (args.out, args.bundle):
         if path:
             make_folder(path.parent)
     if args.out:
-        data = make_graph(detector, args.out.suffix)
-        check_graph(args.out, detector, data)
+        data = export_graph(detector, args.out.suffix)
+        compare_graph_with_detector(args.out, detector, data)
         with atomic(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
             text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md"
             logger.info(text, detector.crops)
     if args.bundle:
-        content = bundle_content(detector, checkpoints.load(args.resume), args.scores)
+        content = collect_bundle_content(detector, checkpoints.load(args.resume), args.scores)
         checkpoints.save(content, os.path.realpath(args.bundle))
     return 0
 
@@ -79,7 +79,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def require_onnx(args: argparse.Namespace) -> None:
+def require_onnx_packages(args: argparse.Namespace) -> None:
     """Raise a UserError if an ONNX file is requested and a Python package for ONNX is missing."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     for path in (args.out, args.check):
@@ -87,13 +87,13 @@ def require_onnx(args: argparse.Namespace) -> None:
             raise UserError(f"ONNX files need more packages: pip install {' '.join(missing)}")
 
 
-def require_own_file(path: Path, mark: bytes) -> None:
+def require_replaceable_file(path: Path, mark: bytes) -> None:
     """Raise a UserError if the file exists and does not contain `mark`, which this program writes into its files."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(f"{printable(path)} was not written by this program: give another name, or remove the file")
 
 
-def read_graph(path: Path) -> bytes:
+def read_graph_file(path: Path) -> bytes:
     """Read the graph that --check names. Raises a UserError if the file cannot be read."""
     try:
         if not path.is_file():
@@ -103,7 +103,7 @@ def read_graph(path: Path) -> bytes:
         raise UserError(f"cannot read {printable(path)} ({error.strerror})") from None
 
 
-def bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
+def collect_bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
     """Collect the entries of a bundle. Of VGG-19 it has only a fingerprint, because all detectors share its 50 MB.
 
     Args:
@@ -114,7 +114,7 @@ def bundle_content(detector: Detector, found: Mapping, scores: str | None) -> di
     """
     network = detector.network
     content = {name: found[name] for name in COPIED if name in found}
-    content["config"] = public_config(detector)
+    content["config"] = copy_public_config(detector)
     content["state_dict"] = network.classifier.state_dict()
     content["sr_state_dict"] = network.resynthesizer.state_dict()
     record = {}
@@ -122,7 +122,7 @@ def bundle_content(detector: Detector, found: Mapping, scores: str | None) -> di
         record = read_record(scores)
         if not record.get("metrics"):
             raise UserError(f"no metrics in {printable(scores)}: expected the P.json of test.py on labelled images")
-        require_same_detector(content, record, "--resume")
+        require_scores_of_detector(content, record, "--resume")
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})
     content["card"] = template.render(**content, settings=settings, record=record, format_table=format_table)

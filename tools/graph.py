@@ -48,7 +48,7 @@ class Graph(nn.Module):
         super().__init__()
         self.network = detector.network
         if not TORCH_CONVERTS_BATCH_NORM:
-            self.network = with_plain_batch_norms(self.network)
+            self.network = copy_with_plain_batch_norms(self.network)
         self.temperature = detector.calibration.get("temperature", 1.0)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ class PlainBatchNorm(nn.Module):
         return x * self.scale + self.shift
 
 
-def with_plain_batch_norms(network: nn.Module) -> nn.Module:
+def copy_with_plain_batch_norms(network: nn.Module) -> nn.Module:
     """Copy a network, and replace each batch norm by a module that every version of PyTorch converts to ONNX."""
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
@@ -81,7 +81,7 @@ def with_plain_batch_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-def make_graph(detector: Detector, suffix: str) -> bytes:
+def export_graph(detector: Detector, suffix: str) -> bytes:
     """Export a detector as a graph.
 
     Args:
@@ -95,16 +95,16 @@ def make_graph(detector: Detector, suffix: str) -> bytes:
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):
         logging.getLogger(name).setLevel(logging.ERROR)  # these loggers report every step
     program, is_dynamic = export_program(detector)
-    facts = facts_of(detector)
+    facts = collect_metadata(detector)
     if suffix == ".pt2":
         file = io.BytesIO()
         torch.export.save(program.run_decompositions({}), file, extra_files={FACTS: json.dumps(facts)})
         return file.getvalue()
     axes = {0: "batch", 2: "height", 3: "width"} if is_dynamic else {0: "batch"}
-    return onnx_of(program, axes, facts)
+    return convert_to_onnx(program, axes, facts)
 
 
-def onnx_of(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
+def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
     """Convert an exported program to ONNX.
 
     Args:
@@ -141,7 +141,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
         The exported program, and whether it accepts images of any size.
     """
     scale = detector.policy.scale
-    _, height, width = example_sizes(detector)[0]
+    _, height, width = choose_example_sizes(detector)[0]
     sizes = {0: torch.export.Dim.AUTO}
     free = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
     choices = [({**sizes, **free}, height, width + 16 * scale)]
@@ -159,7 +159,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
     raise UserError(f"PyTorch {torch.__version__} cannot export this detector ({reason})")
 
 
-def example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
+def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
     """Choose sizes of images to check a graph with, (batch, height, width). The first size is the size of one crop.
 
     Height and width are multiples of the scale of the re-synthesizer.
@@ -170,17 +170,17 @@ def example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
     return [(1, side, side), (3, side + 2 * scale, side), (2, side, side + 7 * scale)]
 
 
-def facts_of(detector: Detector) -> dict[str, str]:
+def collect_metadata(detector: Detector) -> dict[str, str]:
     """Collect the metadata of a graph, {name: value as JSON}: sizes, crops, thresholds and the config."""
     facts = {"format": FORMAT, "labels": LABEL_NAMES, "crops": detector.crops}
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
         facts[name] = detector.calibration.get(name, default)
-    facts["detector"] = public_config(detector)
+    facts["detector"] = copy_public_config(detector)
     return {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
 
 
-def public_config(detector: Detector) -> dict:
+def copy_public_config(detector: Detector) -> dict:
     """Copy the config of a detector. Fingerprints of all networks are added; names of local folders are removed."""
     config = dict(detector.config)
     config["classifier_fingerprint"] = fingerprint(detector.network.classifier)
@@ -192,11 +192,11 @@ def public_config(detector: Detector) -> dict:
 # --- checking ---
 
 
-def open_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], Mapping[str, str]]:
+def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], Mapping[str, str]]:
     """Load a graph from the content of its file. Returns a function images -> (logits, P(fake)), and the metadata."""
     if data.startswith(b"PK"):  # a .pt2 file is a zip file
         extra = {FACTS: ""}
-        module = runnable(torch.export.load(io.BytesIO(data), extra_files=extra))
+        module = module_without_size_checks(torch.export.load(io.BytesIO(data), extra_files=extra))
         return lambda image: [output.detach().numpy() for output in module(image)], json.loads(extra[FACTS])
     import onnxruntime  # imported here, because .pt2 files do not need it
 
@@ -204,7 +204,7 @@ def open_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
     return lambda image: session.run(None, {"image": image.numpy()}), session.get_modelmeta().custom_metadata_map
 
 
-def runnable(program: torch.export.ExportedProgram) -> nn.Module:
+def module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
     """Make a module from an exported program.
 
     Newer versions of PyTorch check that input sizes match the example input. This check is turned off.
@@ -214,7 +214,7 @@ def runnable(program: torch.export.ExportedProgram) -> nn.Module:
     return program.module()
 
 
-def check_graph(path: Path, detector: Detector, data: bytes) -> None:
+def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> None:
     """Compare the outputs of a graph and of the detector on random images.
 
     The first image has the size of one crop. The graph is also checked on images of two more sizes, if it accepts them.
@@ -228,15 +228,15 @@ def check_graph(path: Path, detector: Detector, data: bytes) -> None:
     name = printable(path)
     rng = seeded_generator(0)
     images = []
-    for batch, height, width in example_sizes(detector):
+    for batch, height, width in choose_example_sizes(detector):
         images.append(torch.from_numpy(rng.integers(0, 256, (batch, 3, height, width), np.uint8)))
     try:
-        run, found = open_graph(data)
+        run, found = load_graph(data)
         results = [run(images[0])]
     except Exception as error:  # each runtime raises exceptions of its own types
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{name} is not a graph of a detector, or is damaged ({reason}): export it again") from None
-    for fact, expected in facts_of(detector).items():
+    for fact, expected in collect_metadata(detector).items():
         if found.get(fact) != expected:
             raise UserError(f"{name} is not from this detector: {fact} is {found.get(fact)}, expected {expected}")
     for image in images[1:]:
@@ -245,7 +245,9 @@ def check_graph(path: Path, detector: Detector, data: bytes) -> None:
         except Exception:
             logger.info("%s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
-    difference = max(difference_from(detector, x, result) for x, result in zip(images, results, strict=False))
+    difference = max(
+        largest_difference_from_detector(detector, x, result) for x, result in zip(images, results, strict=False)
+    )
     if not difference <= TOLERANCE:  # also true for NaN
         raise UserError(
             f"{name} differs from the detector's numbers by {difference:.2g}, expected at most {TOLERANCE:g}"
@@ -255,7 +257,7 @@ def check_graph(path: Path, detector: Detector, data: bytes) -> None:
     )
 
 
-def difference_from(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
+def largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
     """Compute the largest difference between outputs of a graph and of the detector; relative for values above 1.
 
     Args:

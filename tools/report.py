@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation import metrics
-from tools.report_page import load_tables, write_page
-from tools.study import study_rows
+from tools.report_page import load_score_tables, write_report_page
+from tools.study import make_study_table
 from utils import options
 from utils.console import printable, text_table
 from utils.errors import UserError, run_program
@@ -41,19 +41,19 @@ ALL_METRICS = "all"
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     for document in args.refresh or ():
-        refresh(document, args.check)
+        update_document(document, args.check)
     if args.refresh:
         return 0
     if args.markdown:
-        sys.stdout.write(markdown(args) + "\n")
+        sys.stdout.write(make_markdown_table(args) + "\n")
         return 0
     if args.residuals and not os.path.isdir(args.residuals):
         text = "test.py --save-residuals makes this folder"
         raise UserError(f"--residuals {printable(args.residuals)} does not exist; {text}")
-    tables = load_tables(args.scores)
-    page = write_page(tables, args.out, args.residuals)
+    tables = load_score_tables(args.scores)
+    page = write_report_page(tables, args.out, args.residuals)
     rows = metrics.metric_rows({table.name: table.summary for table in tables}, COMPARED)
-    text = text_table(rows, left_columns(tables))
+    text = text_table(rows, count_name_columns(tables))
     sys.stdout.write("in %, with 95 % bootstrap intervals; fake is the positive class\n")
     sys.stdout.write(f"{text}\nreport: {printable(page)}\n")
     return 0
@@ -89,22 +89,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def left_columns(tables: Sequence) -> int:
+def count_name_columns(tables: Sequence) -> int:
     """Return how many columns of `metrics.metric_rows` hold names. Columns of names are aligned to the left."""
     return 1 if len(tables) == 1 else 2
 
 
-def markdown(args: argparse.Namespace) -> str:
+def make_markdown_table(args: argparse.Namespace) -> str:
     """Make the markdown table that the arguments request."""
     left = 1
     if args.study:
-        rows = study_rows(args.study, args.table, args.markdown, args.intervals)
+        rows = make_study_table(args.study, args.table, args.markdown, args.intervals)
     else:
-        tables = load_tables(args.scores)
+        tables = load_score_tables(args.scores)
         summaries = {table.name: table.summary for table in tables}
         if args.markdown == ALL_METRICS:
             rows = metrics.metric_rows(summaries, COMPARED)
-            left = left_columns(tables)
+            left = count_name_columns(tables)
         else:
             rows = metrics.rows_by_generator(summaries, args.markdown)
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -112,7 +112,7 @@ def markdown(args: argparse.Namespace) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))
 
 
-def refresh(path: str, check: bool) -> None:
+def update_document(path: str, check: bool) -> None:
     """Update the tables below "made by" comments in a markdown document.
 
     Args:
@@ -126,7 +126,7 @@ def refresh(path: str, check: bool) -> None:
         before = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {printable(path)} ({error})") from None
-    after = MADE_BY.sub(updated_table, before)
+    after = MADE_BY.sub(make_updated_table, before)
     if after == before:
         return
     if check:
@@ -135,7 +135,7 @@ def refresh(path: str, check: bool) -> None:
         file.write(after.encode())
 
 
-def updated_table(match: re.Match) -> str:
+def make_updated_table(match: re.Match) -> str:
     """Make the text that replaces a match of MADE_BY: the comment, followed by the output of its command."""
     comment, command = match[1], match[2]
     try:
@@ -154,7 +154,7 @@ def updated_table(match: re.Match) -> str:
         raise UserError(f"cannot run {command!r}") from None
     if not args.markdown:
         raise UserError(f"cannot run {command!r}: expected {PROGRAM} ... --markdown")
-    return f"{comment}\n{markdown(args)}"
+    return f"{comment}\n{make_markdown_table(args)}"
 
 
 if __name__ == "__main__":

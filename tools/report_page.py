@@ -45,14 +45,14 @@ class Scores(NamedTuple):
         return PerturbationSetting(recorded.get("name") or "none", recorded.get("strength"))
 
 
-def load_tables(files: Sequence[str | os.PathLike], resamples: int = metrics.RESAMPLES) -> list[Scores]:
+def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metrics.RESAMPLES) -> list[Scores]:
     """Read score tables and compute their metrics.
 
     Raises:
         UserError: if a score table cannot be read, or a file is given twice.
     """
     tables = []
-    for file, name in zip(files, unique_names(files), strict=True):
+    for file, name in zip(files, choose_unique_names(files), strict=True):
         table, record = read_table(file), read_record(file)
         settings = record.get("settings")
         seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
@@ -60,7 +60,7 @@ def load_tables(files: Sequence[str | os.PathLike], resamples: int = metrics.RES
     return tables
 
 
-def unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
+def choose_unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
     """Name each file by its stem. Parent folders are added to all names until no two names are equal."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
@@ -71,7 +71,9 @@ def unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
     raise UserError("the same score table is given twice")
 
 
-def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str | os.PathLike | None = None) -> Path:
+def write_report_page(
+    tables: Sequence[Scores], out: str | os.PathLike, residuals: str | os.PathLike | None = None
+) -> Path:
     """Write OUT/report.html.
 
     Args:
@@ -82,21 +84,21 @@ def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str 
         UserError: if the page cannot be written, or a report.html exists that this program did not write.
     """
     page = Path(out, "report.html")
-    require_own_page(page)
+    require_replaceable_page(page)
     make_folder(out)
     clean = [t for t in tables if t.perturbation.name == "none"]
-    perturbed = sorted((t for t in tables if t.perturbation.name != "none"), key=difficulty)
+    perturbed = sorted((t for t in tables if t.perturbation.name != "none"), key=perturbation_sorting_key)
     sections = []
     for scores in clean or perturbed:
-        worst = [card(scores, row, residuals) for row in most_wrong(scores.table)]
-        sections.append((scores, draw_scores(scores), worst))
+        worst = [describe_image(scores, row, residuals) for row in find_worst_images(scores.table)]
+        sections.append((scores, draw_roc_and_histogram(scores), worst))
     summaries = {f"{t.perturbation.label} ({t.name})": t.summary for t in clean + perturbed}
-    text = template().render(
+    text = load_page_template().render(
         mark=MARK,
         tables=tables,
         sections=sections,
         perturbed=metrics.rows_by_generator(summaries) if perturbed else [],
-        curves=draw_robustness(clean, perturbed),
+        curves=draw_robustness_curves(clean, perturbed),
         metrics=metrics,
     )
     with atomic(os.path.realpath(page)) as file:
@@ -104,7 +106,7 @@ def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str 
     return page
 
 
-def require_own_page(page: Path) -> None:
+def require_replaceable_page(page: Path) -> None:
     """Raise a UserError if the page exists and does not contain MARK, which this program writes into its pages."""
     if not os.path.lexists(page):
         return
@@ -116,7 +118,7 @@ def require_own_page(page: Path) -> None:
         raise UserError(f"{printable(page)} was not written by this program: give another --out")
 
 
-def template() -> jinja2.Template:
+def load_page_template() -> jinja2.Template:
     """Load the template report.html. Texts are escaped and made printable. Missing entries of a record stay empty."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -129,37 +131,37 @@ def template() -> jinja2.Template:
     return environment.get_template("report.html")
 
 
-def draw_scores(scores: Scores) -> str | None:
+def draw_roc_and_histogram(scores: Scores) -> str | None:
     """Draw ROC curves and histograms of a score table. Returns a data URI; None if no image has a score."""
     if not scores.table.scored.any():
         return None
-    return draw(figures.roc_and_histogram, scores.table)
+    return draw_as_data_uri(figures.roc_and_histogram, scores.table)
 
 
-def draw_robustness(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
+def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
     """Draw AUROC against the strength of each perturbation. Returns a data URI; None if there is no curve."""
-    curves = robustness_curves(perturbed)
+    curves = collect_robustness_curves(perturbed)
     if not curves:
         return None
     baseline = {}
     if clean:
         baseline = {name: measured["auroc"] for name, measured in clean[0].summary["generators"].items()}
-    return draw(figures.robustness, curves, baseline)
+    return draw_as_data_uri(figures.robustness, curves, baseline)
 
 
-def draw(figure: Callable, *content) -> str:
+def draw_as_data_uri(figure: Callable, *content) -> str:
     """Call a function of `evaluation.figures` that writes a PNG file. Returns the file as a data URI."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         figure(*content, path)
-        return data_uri(path.read_bytes(), "image/png")
+        return encode_as_data_uri(path.read_bytes(), "image/png")
 
 
-def data_uri(content: bytes, kind: str) -> str:
+def encode_as_data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def difficulty(scores: Scores) -> tuple[str, float]:
+def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
     """Return the sorting key of a perturbed score table: name of the perturbation, then strength, the hardest last."""
     strength = scores.perturbation.strength or 0
     if scores.perturbation.sweep.smaller_is_harder:
@@ -167,7 +169,7 @@ def difficulty(scores: Scores) -> tuple[str, float]:
     return scores.perturbation.name, strength
 
 
-def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float, dict]]]:
+def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float, dict]]]:
     """Collect {perturbation: [(strength, {generator: metrics}), ...]} for perturbations with at least two strengths."""
     curves = {}
     for scores in perturbed:
@@ -179,7 +181,7 @@ def robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float
     return {name: points for name, points in curves.items() if len(points) > 1}
 
 
-def most_wrong(table: ScoreTable, count: int = WORST) -> np.ndarray:
+def find_worst_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
     """Find the images with the worst scores: fakes that look real, reals that look fake. Returns row numbers.
 
     At most `count` row numbers are returned, the worst image first.
@@ -189,7 +191,7 @@ def most_wrong(table: ScoreTable, count: int = WORST) -> np.ndarray:
     return rows[np.argsort(-wrongness, kind="stable")[:count]]
 
 
-def card(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
+def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
     """Describe an image for the page: its row number, a thumbnail, and whether the larger logit is right.
 
     A relative path is looked up in the working folder, then in the folder of the score table.
@@ -202,11 +204,11 @@ def card(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
     if residuals is not None and residual_path(residuals, path).is_file():
         picture, kind = residual_path(residuals, path), "residual"  # shows the image and the residual
     right = (table.margins[row] >= 0) == table.is_fake[row]
-    source = thumbnail(picture, THUMBNAIL_SIDES[kind])
+    source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])
     return {"i": row, "kind": kind, "side": "right" if right else "wrong", "source": source}
 
 
-def thumbnail(path: Path, side: int) -> str:
+def make_thumbnail(path: Path, side: int) -> str:
     """Make a small JPEG image of an image file. Returns a data URI, or "" if the file cannot be read."""
     try:
         image = read_rgb(str(path))
@@ -215,4 +217,4 @@ def thumbnail(path: Path, side: int) -> str:
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
-    return data_uri(file.getvalue(), "image/jpeg")
+    return encode_as_data_uri(file.getvalue(), "image/jpeg")

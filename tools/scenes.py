@@ -32,7 +32,7 @@ def draw_scene(size: int, rng: np.random.Generator) -> np.ndarray:
     shapes, count = paint_shapes(side, rng)  # (side, side)
     x = colour_shapes(shapes, count, rng)  # (side, side, 3)
     x = x.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean(axis=(1, 3))  # (size, size, 3)
-    return photograph(x, rng)
+    return simulate_camera(x, rng)
 
 
 def paint_shapes(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
@@ -83,12 +83,12 @@ def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> n
     colours = np.stack([luminance, blue_yellow, red_green], axis=1) @ OPPONENT_TO_RGB  # (count + 1, 3)
     colours = np.clip(colours, 0.02, 0.97).astype(np.float32)
     strengths = rng.uniform(-0.16, 0.16, count + 1).astype(np.float32)
-    texture = fractal_noise(len(shapes), rng)  # (S, S)
+    texture = draw_fractal_noise(len(shapes), rng)  # (S, S)
     light = 1 + strengths[shapes] * texture  # (S, S)
     return colours[shapes] * light[..., None]  # (S, S, 3)
 
 
-def fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
+def draw_fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
     """Draw noise with the amplitude spectrum 1 / frequency. Returns float32 (side, side), standard deviation 1."""
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
     frequency[0, 0] = torch.inf  # division by infinity makes the mean of the noise 0
@@ -97,7 +97,7 @@ def fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
     return (noise / noise.std()).numpy()
 
 
-def photograph(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def simulate_camera(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Simulate a camera: light from one side, lens blur and sensor noise.
 
     Args:

@@ -37,15 +37,15 @@ FORMAT = "beyond-the-spectrum split, version 1"
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     out = Path(args.out)
-    require_own_lists(out, args.hold_out, args.overwrite)
-    sets = split_items(labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
+    require_replaceable_lists(out, args.hold_out, args.overwrite)
+    sets = split_by_file_name(labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
     files = {}
     for name, items in sets.items():
         require_both_classes(name, items)
-        files[f"{name}.csv"] = table_of(items)
-        files[f"{name}_real.txt"] = list_of_reals(items)
+        files[f"{name}.csv"] = make_csv_table(items)
+        files[f"{name}_real.txt"] = make_list_of_real_images(items)
     make_folder(out)
-    write_lists(out, files, args.hold_out)
+    write_split_lists(out, files, args.hold_out)
     for name, items in sets.items():
         reals = sum(item.label == REAL for item in items)
         sys.stdout.write(f"{name}: {reals} real, {len(items) - reals} generated\n")
@@ -73,7 +73,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def require_own_lists(out: Path, hold_out: float, overwrite: bool) -> None:
+def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> None:
     """Check that existing lists in the output folder may be replaced.
 
     Args:
@@ -87,10 +87,10 @@ def require_own_lists(out: Path, hold_out: float, overwrite: bool) -> None:
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
     if not present:
         return
-    record = read_record(out / RECORD)
+    record = read_split_record(out / RECORD)
     own = record.get("format") == FORMAT
     for name in present:
-        if not own or (name != RECORD and digest_of(out / name) not in record["files"].get(name, [])):
+        if not own or (name != RECORD and hash_file(out / name) not in record["files"].get(name, [])):
             reason = "was not written by this program, or was changed since"
             raise UserError(f"{printable(out / name)} {reason}: give another --out, or remove the file")
     if record["hold_out"] != hold_out and not overwrite:
@@ -100,7 +100,7 @@ def require_own_lists(out: Path, hold_out: float, overwrite: bool) -> None:
         )
 
 
-def read_record(path: Path) -> dict:
+def read_split_record(path: Path) -> dict:
     """Read the record split.json of an earlier call. Returns {} if the file cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def read_record(path: Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def digest_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Compute the SHA-256 hash of a file. Returns "" if the file cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -117,7 +117,7 @@ def digest_of(path: Path) -> str:
         return ""
 
 
-def split_items(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]:
+def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]:
     """Divide images into {"train": images, "held_out": images}, by a checksum of the file names.
 
     Raises:
@@ -145,7 +145,7 @@ def require_both_classes(name: str, items: Sequence[Item]) -> None:
         )
 
 
-def table_of(items: Sequence[Item]) -> bytes:
+def make_csv_table(items: Sequence[Item]) -> bytes:
     """Make the content of a CSV table of images, with absolute paths."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -155,19 +155,19 @@ def table_of(items: Sequence[Item]) -> bytes:
     return text.getvalue().encode(errors="surrogateescape")  # paths may not be UTF-8
 
 
-def list_of_reals(items: Sequence[Item]) -> bytes:
+def make_list_of_real_images(items: Sequence[Item]) -> bytes:
     """Make the content of a text list of the real images, with one absolute path per line."""
     lines = [os.path.abspath(item.path) + "\n" for item in items if item.label == REAL]
     return "".join(lines).encode(errors="surrogateescape")
 
 
-def write_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
+def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     """Write the lists and split.json. If the program is interrupted, split.json has the hashes of old and new lists.
 
     Args:
         files: {file name: content}.
     """
-    old = read_record(out / RECORD).get("files", {})
+    old = read_split_record(out / RECORD).get("files", {})
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}

@@ -62,7 +62,7 @@ def read_study(path: str | os.PathLike) -> list[Entry]:
     return entries
 
 
-def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
+def make_study_table(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
     """Make one table of a study: a list of rows of cells, beginning with the heading.
 
     Args:
@@ -92,7 +92,7 @@ def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list
 
 def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
     """Format one cell: the mean of the metric over the entries of the cell, in %; "-" if it is not defined."""
-    values = [value for value in (measure(entry, metric) for entry in entries) if value is not None]
+    values = [value for value in (compute_mean_metric(entry, metric) for entry in entries) if value is not None]
     if not values:
         return "-"
     text = f"{100 * sum(values) / len(values):.1f}"
@@ -100,23 +100,23 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
         return text
     if len(values) > 1:
         return f"{text} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-    measured = list(generators_of(entries[0], intervals=True).values())
+    measured = list(metrics_by_generator(entries[0], intervals=True).values())
     if len(measured) == 1:
         return metrics.percent(measured[0], metric)
     return text
 
 
-def measure(entry: Entry, metric: str) -> float | None:
+def compute_mean_metric(entry: Entry, metric: str) -> float | None:
     """Compute the mean of a metric over the generators of one entry, in [0, 1]. Returns None if it is not defined."""
-    values = [measured[metric] for measured in generators_of(entry, intervals=False).values()]
+    values = [measured[metric] for measured in metrics_by_generator(entry, intervals=False).values()]
     if not values or None in values:
         return None
     return sum(values) / len(values)
 
 
-def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
+def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
     """Return {generator: metrics} for the generators of an entry. Raises a UserError if a generator is unknown."""
-    summary = summarize_file(entry.scores, intervals)
+    summary = compute_file_metrics(entry.scores, intervals)
     names = entry.generators or tuple(summary["generators"])
     for name in names:
         if name not in summary["generators"]:
@@ -126,6 +126,6 @@ def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
 
 
 @functools.cache
-def summarize_file(path: Path, intervals: bool) -> dict:
+def compute_file_metrics(path: Path, intervals: bool) -> dict:
     """Compute all metrics of a score table. intervals: also compute bootstrap intervals, which are slow."""
     return metrics.summarize(read_table(path), metrics.RESAMPLES if intervals else 0)

@@ -19,7 +19,7 @@ from data.images import FORMATS
 from data.lists import find_images
 from models.tiling import in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
-from tools.upsampling import upsample_again
+from tools.upsampling import halve_and_upsample
 from utils.console import printable, progress
 from utils.errors import UserError
 from utils.random_streams import seeded_generator
@@ -62,7 +62,7 @@ def write_twin(path: str, target: Path, imitate: Imitate) -> None:
     if not os.path.isfile(path):
         raise UserError("it is not a file")
     with Image.open(path, formats=FORMATS) as image:
-        settings = saving_options(image, path)
+        settings = choose_saving_options(image, path)
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             logger.warning("%s: the twin has no alpha channel", printable(path))
         if image.mode[0] in "IF":
@@ -71,14 +71,14 @@ def write_twin(path: str, target: Path, imitate: Imitate) -> None:
         pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), not rotated by EXIF
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     with torch.inference_mode():
-        y = imitate_padded(x, imitate)
+        y = make_twin_of_any_size(x, imitate)
     twin = Image.fromarray((y[0] * 255).round().byte().permute(1, 2, 0).numpy())
     if grey:
         twin = twin.convert("L")
     twin.save(target, **settings)
 
 
-def saving_options(image: Image.Image, path: str) -> dict:
+def choose_saving_options(image: Image.Image, path: str) -> dict:
     """Choose the arguments of `Image.save` so that the twin is stored like the original image."""
     options = {"format": image.format}
     for name in ("exif", "icc_profile"):
@@ -110,7 +110,7 @@ def is_lossless_webp(path: str) -> bool:
     return lossless >= 0 and (lossy < 0 or lossless < lossy)
 
 
-def imitate_padded(x: Tensor, imitate: Imitate) -> Tensor:
+def make_twin_of_any_size(x: Tensor, imitate: Imitate) -> Tensor:
     """Make the twin of an image of any size: pad its sides by reflection to multiples of FACTOR, and crop the twin.
 
     Args:
@@ -126,7 +126,7 @@ def imitate_padded(x: Tensor, imitate: Imitate) -> Tensor:
     return imitate(padded)[:, :, :height, :width].clamp(0, 1)
 
 
-def up_sampling(seed: int) -> Imitate:
+def create_upsampling_function(seed: int) -> Imitate:
     """Make a function that simulates a generator: nearest-neighbour up-sampling and a random convolution.
 
     Args:
@@ -134,19 +134,19 @@ def up_sampling(seed: int) -> Imitate:
     """
     rng = seeded_generator(seed)
 
-    def imitate(x: Tensor) -> Tensor:
-        return upsample_again(x, "nearest", rng)
+    def halve_and_upsample_image(x: Tensor) -> Tensor:
+        return halve_and_upsample(x, "nearest", rng)
 
-    return imitate
+    return halve_and_upsample_image
 
 
-def autoencoding(model: Autoencoder) -> Imitate:
+def create_autoencoder_function(model: Autoencoder) -> Imitate:
     """Make a function that passes an image through the autoencoder. Large images are computed in overlapping tiles.
 
     Tiles do not match exactly at their borders, because the group norms of the autoencoder are computed per tile.
     """
 
-    def imitate(x: Tensor) -> Tensor:
+    def encode_and_decode(x: Tensor) -> Tensor:
         return in_tiles(model, x, side=TILE, halo=MARGIN)
 
-    return imitate
+    return encode_and_decode

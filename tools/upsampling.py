@@ -16,7 +16,7 @@ BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # low-pass filter; fine detail = ima
 STRONGEST_GAIN = 3.0  # upper limit of the factor by which fine detail is amplified
 
 
-def upsample_again(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
+def halve_and_upsample(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     """Halve images, up-sample them, add noise, and convolve them with a random filter.
 
     Fine detail is then amplified to its strength in `x`, so that a detector cannot recognise fakes by sharpness alone.
@@ -30,17 +30,17 @@ def upsample_again(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     """
     half = F.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True)  # (B, 3, H / 2, W / 2)
     fake = F.interpolate(half, scale_factor=2, mode=kind)  # (B, 3, H, W)
-    strength = (x - convolve(x, BINOMIAL)).abs().mean(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    strength = (x - convolve_rows_and_columns(x, BINOMIAL)).abs().mean(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
     noise = torch.from_numpy(rng.standard_normal(x.shape, dtype=np.float32))
     fake = fake + NOISE * strength * noise
     outer = rng.uniform(*FILTER_WEIGHT)
-    fake = convolve(fake, torch.tensor([outer, 1.0, outer]) / (1 + 2 * outer))
-    detail = fake - convolve(fake, BINOMIAL)
+    fake = convolve_rows_and_columns(fake, torch.tensor([outer, 1.0, outer]) / (1 + 2 * outer))
+    detail = fake - convolve_rows_and_columns(fake, BINOMIAL)
     gain = strength / detail.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6)
     return (fake + (gain.clamp(1, STRONGEST_GAIN) - 1) * detail).clamp(0, 1)
 
 
-def convolve(x: Tensor, line: Tensor) -> Tensor:
+def convolve_rows_and_columns(x: Tensor, line: Tensor) -> Tensor:
     """Convolve each channel with three weights along the rows, and with the same weights along the columns.
 
     Args:

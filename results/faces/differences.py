@@ -25,7 +25,7 @@ NETWORKS = ("rdn", "bicubic", "none")  # re-synthesizers; "bicubic" and "none" a
 RESAMPLES = 1000
 
 
-def read_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+def read_cell_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
     """Read the score tables of a cell of the study, for all networks and seeds.
 
     Returns:
@@ -43,12 +43,12 @@ def read_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str,
     return scores, tables[0].is_fake, generator_rows(tables[0])
 
 
-def mean_auroc(scores: np.ndarray, is_fake: np.ndarray) -> float:
+def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
     """Compute the mean AUROC over the seeds. scores: (seeds, N). is_fake: (N,) bool."""
     return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
 
 
-def difference(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarray) -> tuple[float, float, float]:
+def compare_auroc(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarray) -> tuple[float, float, float]:
     """Compute AUROC with RDN minus AUROC with a control. Returns the difference and the ends of its 95 % interval."""
     rng = np.random.default_rng(0)
     reals = np.flatnonzero(~is_fake)
@@ -56,22 +56,22 @@ def difference(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarray)
     values = []
     for _ in range(RESAMPLES):
         drawn = np.concatenate([rng.choice(reals, len(reals)), rng.choice(fakes, len(fakes))])
-        with_rdn = mean_auroc(scores["rdn"][:, drawn], is_fake[drawn])
-        with_control = mean_auroc(scores[control][:, drawn], is_fake[drawn])
+        with_rdn = mean_auroc_over_seeds(scores["rdn"][:, drawn], is_fake[drawn])
+        with_control = mean_auroc_over_seeds(scores[control][:, drawn], is_fake[drawn])
         values.append(with_rdn - with_control)
     low, high = np.percentile(values, [2.5, 97.5])
-    return mean_auroc(scores["rdn"], is_fake) - mean_auroc(scores[control], is_fake), low, high
+    return mean_auroc_over_seeds(scores["rdn"], is_fake) - mean_auroc_over_seeds(scores[control], is_fake), low, high
 
 
 def main(cells: Sequence[str]) -> None:
     sys.stdout.write("| AUROC, points | test images | RDN - bicubic | RDN - none |\n| --- | --- | --: | --: |\n")
     for cell in cells:
-        scores, is_fake, generators = read_scores(cell)
+        scores, is_fake, generators = read_cell_scores(cell)
         for generator, rows in generators.items():
             subset = {network: values[:, rows] for network, values in scores.items()}
             cells_of_row = []
             for control in ("bicubic", "none"):
-                value, low, high = difference(subset, control, is_fake[rows])
+                value, low, high = compare_auroc(subset, control, is_fake[rows])
                 cells_of_row.append(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
             sys.stdout.write(f"| {cell} | {generator} | {' | '.join(cells_of_row)} |\n")
 
