@@ -217,11 +217,11 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
     check(data)
     other = {**CALIBRATION, "temperature": 1.8}
     other = write_detector(tmp_path / "other.pth.tar", str(files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION)
-    with user_error("a.onnx is not from this detector: temperature is 1.7, expected 1.8"):
+    with user_error("a.onnx is not from this detector: expected temperature = 1.8, got 1.7"):
         check(data, other)
     for text, content in (
-        ("format is", data.replace(version, version[:-1] + b"0")),
-        ("differs from the detector's numbers", data.replace(weight, bytes(len(weight)))),
+        ("expected format", data.replace(version, version[:-1] + b"0")),
+        ("expected outputs", data.replace(weight, bytes(len(weight)))),
         ("damaged", data[:-9]),
         ("damaged", b""),
     ):

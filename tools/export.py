@@ -1,12 +1,13 @@
-"""Export a trained detector: as a graph for other runtimes (ONNX, torch.export), or as one safetensors file to share.
+"""Export a trained detector as a graph for other runtimes (ONNX, torch.export), or as one safetensors file.
 
     python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
     python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
 A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. A graph
-is written only if it computes the same logits and P(fake) as the detector. --check compares an existing graph with the
-detector. A bundle (.safetensors) holds everything that scoring needs, and a model card. The option --resume and the
-function `evaluation.load` accept a bundle. docs/integrations.md says how to use graphs and bundles.
+is written only if its logits and P(fake) agree with the detector up to rounding. The option --check compares an
+existing graph with the detector. A bundle (.safetensors) contains the detector in one file and a model card, but not
+the weights of VGG-19. The option --resume and the function `evaluation.load` accept a bundle. docs/integrations.md
+explains how to use graphs and bundles.
 """
 
 import argparse
@@ -35,7 +36,7 @@ logger = logging.getLogger("tools.export")
 
 GRAPH_SUFFIXES = (".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-COPIED = ("arch", "epoch", "calibration", "trained_on")  # entries of the checkpoint that are copied to a bundle
+COPIED = ("arch", "epoch", "calibration", "trained_on")  # entries of the checkpoint that a bundle also contains
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with atomic(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
-            text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md"
+            text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md for the average"
             logger.info(text, detector.crops)
     if args.bundle:
         content = collect_bundle_content(detector, checkpoints.load(args.resume), args.scores)
@@ -68,33 +69,35 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = export_parser()
     args = parser.parse_args(arguments)
     if not (args.out or args.check or args.bundle):
-        parser.error("expected --out or --check FILE.onnx or FILE.pt2, or --bundle FILE.safetensors")
+        parser.error("expected at least one of --out FILE, --check FILE and --bundle FILE")
     for flag, path in (("--out", args.out), ("--check", args.check)):
         if path and path.suffix not in GRAPH_SUFFIXES:
-            parser.error(f"{flag} {path}: expected a name that ends in {' or '.join(GRAPH_SUFFIXES)}")
+            parser.error(f"{flag}: expected a file name that ends in {' or '.join(GRAPH_SUFFIXES)}, got {path}")
     if args.bundle and not checkpoints.is_bundle(args.bundle):
-        parser.error(f"--bundle {args.bundle}: expected a name that ends in .safetensors")
+        parser.error(f"--bundle: expected a file name that ends in .safetensors, got {args.bundle}")
     if args.scores and not args.bundle:
-        parser.error("--scores needs --bundle")
+        parser.error("--scores needs --bundle FILE.safetensors, because only bundles contain a model card")
     return args
 
 
 def require_onnx_packages(args: argparse.Namespace) -> None:
-    """Raise a UserError if an ONNX file is requested and a Python package for ONNX is missing."""
+    """Raise a UserError if --out or --check names an ONNX file and a Python package for ONNX is missing."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     for path in (args.out, args.check):
         if path and path.suffix == ".onnx" and missing:
-            raise UserError(f"ONNX files need more packages: pip install {' '.join(missing)}")
+            raise UserError(f"packages for ONNX files are missing: run pip install {' '.join(missing)}")
 
 
 def require_replaceable_file(path: Path, mark: bytes) -> None:
-    """Raise a UserError if the file exists and does not contain `mark`, which this program writes into its files."""
+    """Raise a UserError if the file exists and does not contain the bytes `mark`, so another program wrote the file."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
-        raise UserError(f"{printable(path)} was not written by this program: give another name, or remove the file")
+        raise UserError(
+            f"{printable(path)} was not written by this program: give another file name, or remove the file"
+        )
 
 
 def read_graph_file(path: Path) -> bytes:
-    """Read the graph that --check names. Raises a UserError if the file cannot be read."""
+    """Read the bytes of a graph file. Raises a UserError if the file cannot be read."""
     try:
         if not path.is_file():
             raise FileNotFoundError(0, "no such file")
@@ -104,11 +107,13 @@ def read_graph_file(path: Path) -> bytes:
 
 
 def collect_bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
-    """Collect the entries of a bundle. Of VGG-19 it has only a fingerprint, because all detectors share its 50 MB.
+    """Collect the entries of a bundle.
+
+    A bundle contains only a fingerprint of the VGG-19 weights. The weights take 50 MB, and many detectors share them.
 
     Args:
         found: content of the checkpoint of the detector.
-        scores: path of the P.json of test.py, whose metrics the model card shows. None: no metrics.
+        scores: path of the file P.json of test.py. The model card shows its metrics. None: no metrics.
     Raises:
         UserError: if the scores are from a different detector, or from images without labels.
     """
@@ -121,7 +126,9 @@ def collect_bundle_content(detector: Detector, found: Mapping, scores: str | Non
     if scores:
         record = read_record(scores)
         if not record.get("metrics"):
-            raise UserError(f"no metrics in {printable(scores)}: expected the P.json of test.py on labelled images")
+            raise UserError(
+                f"expected P.json of test.py for images with labels, but there are no metrics in {printable(scores)}"
+            )
         require_scores_of_detector(content, record, "--resume")
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})

@@ -1,6 +1,7 @@
-"""Write a web page with the test results of a detector: ROC curves, intervals, robustness and the worst mistakes.
+"""Write a web page that shows the test results of a detector.
 
-The page is one HTML file that contains all figures and thumbnails. It runs no scripts and loads no other files.
+The page shows metrics with bootstrap intervals, ROC curves, robustness curves and the images with the worst scores. The
+page is one HTML file that contains all figures and thumbnails. The page runs no scripts and loads no other files.
 """
 
 import base64
@@ -22,9 +23,9 @@ from utils.console import printable
 from utils.errors import UserError
 from utils.files import atomic, make_folder
 
-WORST = 10  # number of images shown per score table
-THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # length of the longer side in pixels
-MARK = '<meta name="generator" content="beyond-the-spectrum report">'  # text in every page of this program
+WORST = 10  # number of images with the worst scores that are shown per score table
+THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> largest side in pixels
+MARK = '<meta name="generator" content="beyond-the-spectrum report">'  # text that every page of this program contains
 
 
 class Scores(NamedTuple):
@@ -33,12 +34,12 @@ class Scores(NamedTuple):
     name: str
     path: Path
     table: ScoreTable
-    record: dict  # content of the JSON file beside the table: settings, versions, ...; may be empty
-    summary: dict  # metrics of the table, from `metrics.summarize`
+    record: dict  # content of the JSON file that test.py wrote beside the score table; {} without the file
+    summary: dict  # metrics of the score table, from `metrics.summarize`
 
     @property
     def perturbation(self) -> PerturbationSetting:
-        """The perturbation of the images. The name of the perturbation is "none" for unperturbed images."""
+        """The perturbation of the scored images. Its name is "none" for unperturbed images."""
         recorded = self.record.get("perturbation")
         if not isinstance(recorded, dict):
             recorded = {}
@@ -49,7 +50,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
     """Read score tables and compute their metrics.
 
     Raises:
-        UserError: if a score table cannot be read, or a file is given twice.
+        UserError: if a score table cannot be read, or is given twice.
     """
     tables = []
     for file, name in zip(files, choose_unique_names(files), strict=True):
@@ -61,27 +62,27 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 
 def choose_unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
-    """Name each file by its stem. Parent folders are added to all names until no two names are equal."""
+    """Name each file by its stem. If two names are equal, parent folders are added to all names."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
     for depth in range(1, longest + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError("the same score table is given twice")
+    raise UserError("a score table is given twice: give each score table once")
 
 
 def write_report_page(
     tables: Sequence[Scores], out: str | os.PathLike, residuals: str | os.PathLike | None = None
 ) -> Path:
-    """Write OUT/report.html.
+    """Write the web page OUT/report.html.
 
     Args:
-        residuals: folder of residual pictures, from `test.py --save-residuals`. None: images are shown instead.
+        residuals: folder of pictures of residuals, from `test.py --save-residuals`. None: the images are shown.
     Returns:
         The path of the page.
     Raises:
-        UserError: if the page cannot be written, or a report.html exists that this program did not write.
+        UserError: if the page cannot be written, or report.html exists and was not written by this program.
     """
     page = Path(out, "report.html")
     require_replaceable_page(page)
@@ -107,7 +108,7 @@ def write_report_page(
 
 
 def require_replaceable_page(page: Path) -> None:
-    """Raise a UserError if the page exists and does not contain MARK, which this program writes into its pages."""
+    """Raise a UserError if the page exists and does not contain MARK, so another program wrote the page."""
     if not os.path.lexists(page):
         return
     try:
@@ -115,31 +116,34 @@ def require_replaceable_page(page: Path) -> None:
     except (OSError, UnicodeDecodeError):
         own = False
     if not own:
-        raise UserError(f"{printable(page)} was not written by this program: give another --out")
+        raise UserError(f"{printable(page)} was not written by this program: give another --out folder")
 
 
 def load_page_template() -> jinja2.Template:
-    """Load the template report.html. Texts are escaped and made printable. Missing entries of a record stay empty."""
+    """Load the jinja2 template report.html.
+
+    The template escapes texts and replaces unprintable characters. Missing entries of a record are shown as empty text.
+    """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is escaped already
+        finalize=lambda value: printable(value) if type(value) is str else value,  # type Markup is escaped
     )
     return environment.get_template("report.html")
 
 
 def draw_roc_and_histogram(scores: Scores) -> str | None:
-    """Draw ROC curves and histograms of a score table. Returns a data URI; None if no image has a score."""
+    """Draw ROC curves and histograms of a score table. Returns a PNG data URI, or None if no image has a score."""
     if not scores.table.scored.any():
         return None
     return draw_as_data_uri(figures.roc_and_histogram, scores.table)
 
 
 def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
-    """Draw AUROC against the strength of each perturbation. Returns a data URI; None if there is no curve."""
+    """Draw AUROC against the strength of each perturbation. Returns a PNG data URI, or None without any curve."""
     curves = collect_robustness_curves(perturbed)
     if not curves:
         return None
@@ -150,7 +154,7 @@ def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores])
 
 
 def draw_as_data_uri(figure: Callable, *content) -> str:
-    """Call a function of `evaluation.figures` that writes a PNG file. Returns the file as a data URI."""
+    """Draw a figure by a function of `evaluation.figures`. Returns the PNG file as a data URI."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         figure(*content, path)
@@ -162,7 +166,7 @@ def encode_as_data_uri(content: bytes, kind: str) -> str:
 
 
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
-    """Return the sorting key of a perturbed score table: name of the perturbation, then strength, the hardest last."""
+    """Return a key that sorts score tables by perturbation, and then from the weakest to the strongest perturbation."""
     strength = scores.perturbation.strength or 0
     if scores.perturbation.sweep.smaller_is_harder:
         strength = -strength
@@ -170,7 +174,11 @@ def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
 
 
 def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tuple[float, dict]]]:
-    """Collect {perturbation: [(strength, {generator: metrics}), ...]} for perturbations with at least two strengths."""
+    """Collect the metrics of each perturbation that was tested at two or more strengths.
+
+    Returns:
+        {perturbation: [(strength, {generator: metrics}), ...]}
+    """
     curves = {}
     for scores in perturbed:
         generators = scores.summary["generators"]
@@ -182,9 +190,10 @@ def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tup
 
 
 def find_worst_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
-    """Find the images with the worst scores: fakes that look real, reals that look fake. Returns row numbers.
+    """Find fake images with low scores and real images with high scores.
 
-    At most `count` row numbers are returned, the worst image first.
+    Returns:
+        At most `count` row numbers of the score table, the worst image first.
     """
     rows = np.flatnonzero(table.usable)
     wrongness = np.where(table.is_fake, -table.margins, table.margins)[rows]
@@ -192,9 +201,9 @@ def find_worst_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
 
 
 def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
-    """Describe an image for the page: its row number, a thumbnail, and whether the larger logit is right.
+    """Collect what the page shows of an image: row number, thumbnail, and whether the larger logit is correct.
 
-    A relative path is looked up in the working folder, then in the folder of the score table.
+    A relative path in the score table is tried in the working folder first, and then in the folder of the score table.
     """
     table = scores.table
     path = table.paths[row]
@@ -202,14 +211,14 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and residual_path(residuals, path).is_file():
-        picture, kind = residual_path(residuals, path), "residual"  # shows the image and the residual
+        picture, kind = residual_path(residuals, path), "residual"  # this picture shows the image beside its residual
     right = (table.margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])
     return {"i": row, "kind": kind, "side": "right" if right else "wrong", "source": source}
 
 
 def make_thumbnail(path: Path, side: int) -> str:
-    """Make a small JPEG image of an image file. Returns a data URI, or "" if the file cannot be read."""
+    """Make a small JPEG copy of an image file. Returns a data URI, or "" if the file cannot be read."""
     try:
         image = read_rgb(str(path))
     except UserError:
