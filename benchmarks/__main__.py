@@ -1,13 +1,13 @@
-"""Measure time and memory of this code, and of plain PyTorch implementations of the same networks.
+"""Measure time and memory of this code and of plain PyTorch implementations of the same networks.
 
     python -m benchmarks [--side 512] [--rounds 2] [--stages 0 5]      on the CPU
     python -m benchmarks --gpu 0                                       on a GPU, with all image sizes
     python -m benchmarks --quick                                       one row with a toy network, in seconds
 
-Each row of the table is one case, such as scoring with float32. Rows are printed as soon as they are measured. A row is
-measured in up to three implementations, called forms (benchmarks/cases.py). Each measurement runs in its own process.
-In every round, each form of a row is measured once. The row shows the fastest round of each form. "-" means that a form
-is not measured for this row, or that the process of the measurement failed, for example because memory was short.
+Each row of the table is one task, such as scoring with float32. A row compares up to three implementations of the
+networks, which are called forms (benchmarks/cases.py). Each measurement runs in a separate process. In every round,
+each form of a row is measured once. The row shows the fastest round of each form. A row is printed as soon as it has
+been measured. "-" means that the form is not measured for this row, or that the measurement failed.
 """
 
 import argparse
@@ -23,22 +23,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import Case, measure
+from benchmarks.cases import Case, measure_case
 from models.build import new_detector
 from utils.errors import UserError, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels-last / here", "plain GiB", "here GiB")
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
-TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass per 1024 x 1024 pixels
-START_SECONDS = 5  # time to start a process, for estimating the total time
-MATRIX_SIDE = 4096
-LARGEST_PLAIN_SIDE = 512  # pixels: with larger images, fine-tuning in plain form takes more than 22 GiB
-GPU_SIDES = (256, 512, 1024)  # sides of the images in pixels
+TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # 10^12 operations of a forward pass per 1024 x 1024 pixels
+START_SECONDS = 5  # estimated time to start a process
+MATRIX_SIDE = 4096  # rows and columns of the matrices in the measurement of a matrix product
+LARGEST_PLAIN_SIDE = 512  # in pixels; on larger images, fine-tuning in a form other than "here" needs more than 22 GiB
+GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 
 
-def cases_of(args: argparse.Namespace) -> list[Case]:
-    """List the rows to measure, as cases in the form "here"."""
+def list_rows(args: argparse.Namespace) -> list[Case]:
+    """List the rows of the table. Each row is given by its measurement in the form "here"."""
     gpu = args.gpu or "cpu"
     if args.quick:
         return [Case("scoring", "here", "fp32", 0, 64, 1, gpu, True)]
@@ -59,8 +59,8 @@ def cases_of(args: argparse.Namespace) -> list[Case]:
     return rows
 
 
-def forms_of(case: Case) -> list[str]:
-    """List the forms (implementations) in which a row is measured."""
+def list_forms(case: Case) -> list[str]:
+    """List the forms (implementations of the networks) in which a row is measured."""
     if case.kind == "scoring" and case.precision != "bf16":
         return ["plain", "channels-last", "here"]
     if case.kind == "step, fine-tuning" and case.side > LARGEST_PLAIN_SIDE and case.gpu == "cpu":
@@ -68,12 +68,12 @@ def forms_of(case: Case) -> list[str]:
     return ["channels-last", "here"]
 
 
-def tflop(case: Case) -> float:
-    """Estimate the number of operations of a case, in units of 10^12."""
+def estimate_tflop(case: Case) -> float:
+    """Estimate the number of operations of one run of a case, in units of 10^12."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
-    if case.kind == "step, fine-tuning":  # forward twice and backward; auxiliary loss for half of the images
-        auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2
+    if case.kind == "step, fine-tuning":  # 2 forward passes + 1 backward pass = 4 forward passes
+        auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2  # the auxiliary loss is computed on half of the images
         return 4 * megapixels * (resynthesis + auxiliary)
     if case.kind == "step, train_sr.py":
         return 3 * megapixels * (TFLOP["rdn"] + 2 * TFLOP["vgg"])
@@ -82,8 +82,12 @@ def tflop(case: Case) -> float:
     return megapixels * (resynthesis + TFLOP["resnet"])
 
 
-def in_own_process(case: Case) -> dict[str, float] | None:
-    """Measure a case in a new process. Returns None if the process fails, for example because memory is short."""
+def measure_in_new_process(case: Case) -> dict[str, float] | None:
+    """Measure a case in a new process.
+
+    Returns:
+        The result of `measure_case`, or None if the process fails, for example because of too little memory.
+    """
     words = [sys.executable, "-m", "benchmarks.cases", json.dumps(case._asdict())]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
@@ -94,11 +98,11 @@ def in_own_process(case: Case) -> dict[str, float] | None:
 
 
 def measure_row(case: Case, rounds: int) -> tuple[str, ...]:
-    """Measure a row in all of its forms, `rounds` times each. Returns the cells of the row."""
+    """Measure all forms of a row, each `rounds` times. Returns the cells of the row as texts."""
     best = {}
     for _ in range(rounds):
-        for form in forms_of(case):
-            result = in_own_process(case._replace(form=form))
+        for form in list_forms(case):
+            result = measure_in_new_process(case._replace(form=form))
             if result and (form not in best or result["seconds"] < best[form]["seconds"]):
                 best[form] = result
     cells = [f"{case.kind}, stage {case.stage}, {case.images} x {case.side}^2", case.precision]
@@ -112,26 +116,26 @@ def measure_row(case: Case, rounds: int) -> tuple[str, ...]:
     return tuple(cells)
 
 
-def print_row(cells: tuple[str, ...]) -> None:
+def print_table_row(cells: tuple[str, ...]) -> None:
     padded = [cell.ljust(width) for cell, width in zip(cells, WIDTHS, strict=True)]
     sys.stdout.write(f"| {' | '.join(padded)} |\n")
     sys.stdout.flush()
 
 
-def print_rdn_rate(gpu: str) -> None:
-    """Print the speed of RDN in bf16 as a fraction of the measured speed of a matrix product in bf16."""
-    rdn = in_own_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
-    product = in_own_process(Case("matrix product", "here", "bf16", 0, 2 * MATRIX_SIDE, 1, gpu, False))
+def print_rdn_speed(gpu: str) -> None:
+    """Print the speed of RDN in bf16, and compare it with the measured speed of a matrix product in bf16."""
+    rdn = measure_in_new_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
+    product = measure_in_new_process(Case("matrix product", "here", "bf16", 0, 2 * MATRIX_SIDE, 1, gpu, False))
     if rdn and product:
         rdn_rate = 2 * TFLOP["rdn"] / rdn["seconds"]
         matrix_rate = 2 * (2 * MATRIX_SIDE) ** 3 / 1e12 / product["seconds"]
         fraction = rdn_rate / matrix_rate
-        text = f"{fraction:.2f} of a matrix product's {matrix_rate:.0f}"
+        text = f"{fraction:.2f} times the {matrix_rate:.0f} TFLOP/s of a matrix product"
         sys.stdout.write(f"RDN in bf16: {rdn_rate:.0f} TFLOP/s, {text}\n")
 
 
-def print_start(folder: Path) -> None:
-    """Print how long it takes to import PyTorch, to show a help text, and to score one image."""
+def print_start_times(folder: Path) -> None:
+    """Print the time to import PyTorch, to show the help text of test.py, and to score one image with test.py."""
     options = {"sr_arch": "bicubic", "arch": "resnet18", "dilated": False}
     detector, config = new_detector(None, options, "random")
     content = {"arch": "resnet18", "config": config, "state_dict": detector.classifier.state_dict()}
@@ -152,45 +156,50 @@ def print_start(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=512, metavar="N", help="side of images in pixels (default: 512)")
-    text = "how often each row is measured (default: 2)"
+    parser.add_argument(
+        "--side", type=int, default=512, metavar="N", help="side of the images on a CPU, in pixels (default: 512)"
+    )
+    text = "number of measurements of each row (default: 2)"
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help=text)
-    text = "feature stages: 0 = pixels, 5 = stage 5 of VGG-19 (default: 0 5)"
+    text = "features to measure: 0 = pixels, 5 = stage 5 of VGG-19 (default: 0 5)"
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 5], choices=(0, 5), help=text)
-    text = "number of the GPU to measure, with images of 256, 512 and 1024 pixels (default: the CPU)"
+    text = "measure on the GPU with this number instead of on the CPU"
     parser.add_argument("--gpu", metavar="N", help=text)
-    text = "measure one row with a toy network, to check that the program works"
+    text = "only measure one row with a toy network, to check that the program works"
     parser.add_argument("--quick", action="store_true", help=text)
     args = parser.parse_args(argv)
     if args.gpu is not None and not torch.cuda.is_available():
-        raise UserError(f"--gpu {args.gpu}: this machine has no GPU that PyTorch can use")
+        raise UserError(
+            f"--gpu {args.gpu}: this machine has no GPU that PyTorch can use; omit --gpu to measure on the CPU"
+        )
     args.rounds = 1 if args.quick else args.rounds
 
-    # Estimate the total time from the speed of a matrix product, and print it
-    rows = cases_of(args)
-    product = measure(Case("matrix product", "here", "fp32", 0, MATRIX_SIDE // 4, 1, args.gpu or "cpu", False))
+    # Estimate the total time from the measured speed of a matrix product
+    rows = list_rows(args)
+    product = measure_case(Case("matrix product", "here", "fp32", 0, MATRIX_SIDE // 4, 1, args.gpu or "cpu", False))
     rate = 2 * (MATRIX_SIDE // 4) ** 3 / 1e12 / product["seconds"]  # TFLOP/s
     runs_per_process = 1 if args.gpu is None else 8
     seconds = 0.0
     for case in rows:
-        if not args.quick:  # toy networks take seconds
-            seconds += args.rounds * len(forms_of(case)) * (START_SECONDS + runs_per_process * tflop(case) / rate)
+        if not args.quick:  # with --quick, the total time is only seconds
+            seconds += (
+                args.rounds * len(list_forms(case)) * (START_SECONDS + runs_per_process * estimate_tflop(case) / rate)
+            )
     sys.stdout.write(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} threads, ")
     sys.stdout.write(f"load {os.getloadavg()[0]:.1f}; {len(rows)} rows, about {seconds / 60:.0f} minutes\n")
 
-    # Measure and print each row
-    print_row(HEADER)
+    print_table_row(HEADER)
     sys.stdout.write(f"|{'|'.join('-' * (width + 2) for width in WIDTHS)}|\n")
     failed = False
     for case in rows:
         cells = measure_row(case, args.rounds)
-        print_row(cells)
+        print_table_row(cells)
         failed = failed or cells[HEADER.index("here s")] == "-"
     if args.gpu is not None:
-        print_rdn_rate(args.gpu)
+        print_rdn_speed(args.gpu)
     if not args.quick:
         with tempfile.TemporaryDirectory() as folder:
-            print_start(Path(folder))
+            print_start_times(Path(folder))
     return 1 if failed else 0
 
 

@@ -1,8 +1,11 @@
-"""Make one measurement in its own process: python -m benchmarks.cases JSON, where JSON holds the fields of `Case`.
+"""Measure one case in this process.
 
-Three implementations (forms) of the same networks are compared. "plain" follows the figures of the papers: whole
-feature maps, torch.cat, and PyTorch's default memory format. "channels-last" is the plain form with channels-last
-memory format, and with autocast for bf16. "here" is the code that the programs of this checkout run.
+    python -m benchmarks.cases JSON
+
+JSON contains the fields of `Case`. The benchmark compares three implementations of the same networks, which are called
+forms. The form "plain" follows the figures of the papers: it computes whole feature maps, uses torch.cat, and keeps
+PyTorch's default memory format. The form "channels-last" is the plain form in channels-last memory format, with
+autocast for bf16. The form "here" is the code that the programs of this project run.
 """
 
 import json
@@ -32,27 +35,27 @@ from utils.compute import Compute, choose_compute
 from utils.distributed import World
 from utils.training import Stepper
 
-TASKS = {0: "colorization", 5: "denoising"}  # feature stage -> auxiliary task, as in the two fine-tuning scripts
+TASKS = {0: "colorization", 5: "denoising"}  # feature stage -> auxiliary task, as in the fine-tuning scripts
 VGG_LAMBDA = 0.2  # weight of the perceptual loss, as in train_super_resolution_celeba.sh
-GPU_WARM_UPS = 3  # runs that are not timed, because cuDNN chooses its algorithms in the first runs
-GPU_RUNS = 5  # runs that are timed
+GPU_WARM_UPS = 3  # number of untimed runs, in which cuDNN chooses its algorithms
+GPU_RUNS = 5  # number of timed runs
 
 
 class Case(NamedTuple):
     """The settings of one measurement."""
 
-    kind: str  # what is measured, a key of KINDS
-    form: str  # implementation: plain, channels-last or here
+    kind: str  # task to measure, a key of KINDS
+    form: str  # implementation of the networks: plain, channels-last or here
     precision: str  # fp32, tf32 or bf16
     stage: int  # feature stage: 0 = pixels, 5 = stage 5 of VGG-19
     side: int  # height and width of the images in pixels
-    images: int  # number of images
+    images: int  # number of images in the batch
     gpu: str  # number of the GPU, or "cpu"
     quick: bool  # whether to use toy networks
 
 
 class PlainRDN(nn.Module):
-    """RDN as drawn in figure 2 of Zhang et al. (CVPR 2018). The parameters are shared with an `RDN` of this code."""
+    """An RDN that computes whole maps, as in figure 2 of Zhang et al. (CVPR 2018), with the parameters of `rdn`."""
 
     def __init__(self, rdn: RDN):
         super().__init__()
@@ -77,8 +80,8 @@ class PlainRDN(nn.Module):
 # --- networks and images ------------------------------------------------------------------------------------
 
 
-def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
-    """Create a detector with random weights. The seed is fixed, so that all forms have equal weights."""
+def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
+    """Create a detector with random weights. The random seed is fixed, so all forms have the same weights."""
     compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
     rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
@@ -97,8 +100,8 @@ def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
     return detector.to(compute.device, memory_format=order), compute
 
 
-def noise_batch(case: Case) -> Batch:
-    """Create a batch of noise images. Every second image is labelled real."""
+def make_noise_batch(case: Case) -> Batch:
+    """Create a batch of noise images. Every second image has the label real."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (case.images, 3, case.side, case.side), dtype=np.uint8)
     labels = torch.arange(case.images) % 2
@@ -108,89 +111,89 @@ def noise_batch(case: Case) -> Batch:
     return Batch(torch.from_numpy(pixels), labels, weights, items, keys, {})
 
 
-# --- kinds of measurements: each function takes a case, and returns a function without arguments to be timed ------
+# --- tasks to measure: each function returns a function without arguments, whose run is timed ---------------------
 
 
-def scoring(case: Case) -> Callable[[], Tensor]:
-    """Prepare scoring a batch: from uint8 images (B, 3, H, W) to logits (B, 2)."""
-    detector, compute = build(case)
-    x = noise_batch(case).x
+def prepare_scoring(case: Case) -> Callable[[], Tensor]:
+    """Return a function that scores a batch: uint8 images (B, 3, H, W) -> logits (B, 2)."""
+    detector, compute = build_detector(case)
+    x = make_noise_batch(case).x
 
     @torch.inference_mode()
-    def run() -> Tensor:
+    def score_batch() -> Tensor:
         images = compute.input(x)
         if case.form == "plain":
             images = images.contiguous()
         with compute.autocast():
             return detector(images).float().cpu()
 
-    return run
+    return score_batch
 
 
-def frozen_step(case: Case) -> Callable[[], object]:
-    """Prepare a training step of train_detector.py --fixed-sr without cached residuals."""
-    detector, compute = build(case)
+def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
+    """Return a function that runs a training step of train_detector.py --fixed-sr, without cached residuals."""
+    detector, compute = build_detector(case)
     detector.train().freeze_resynthesizer(True)
     stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
     residual_of = partial(frozen_residual, detector, compute, None)
-    batch = noise_batch(case)
+    batch = make_noise_batch(case)
 
-    def run() -> None:
+    def train_classifier() -> None:
         loss, values = frozen_loss(detector, residual_of, batch)
         stepper.step(loss, values, batch)
 
-    return run
+    return train_classifier
 
 
-def fine_tuning_step(case: Case) -> Callable[[], object]:
-    """Prepare a training step of train_detector.py with an auxiliary task and --micro-batch 1."""
-    detector, compute = build(case)
+def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
+    """Return a function that runs a step of train_detector.py with an auxiliary task and --micro-batch 1."""
+    detector, compute = build_detector(case)
     detector.train().freeze_resynthesizer(False)
     detector.resynthesizer.checkpoint_blocks = True
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
     stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
-    batch = noise_batch(case)
+    batch = make_noise_batch(case)
 
-    def run() -> None:
+    def train_all_networks() -> None:
         loss, values = end_to_end_loss(detector, compute, World(), task, stepper.progress, batch)
         stepper.step(loss, values, batch)
 
-    return run
+    return train_all_networks
 
 
-def sr_step(case: Case) -> Callable[[], object]:
-    """Prepare a training step of train_sr.py on patches, with the perceptual loss."""
-    detector, compute = build(case)
+def prepare_rdn_training_step(case: Case) -> Callable[[], object]:
+    """Return a function that runs a training step of train_sr.py on patches, with the perceptual loss."""
+    detector, compute = build_detector(case)
     model = detector.resynthesizer.train()
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     degradations = train_sr.PatchDegradations(0, False, False, False)
     stepper = Stepper(torch.optim.Adam(model.parameters(), lr=1e-6), compute, World())
-    batch = noise_batch(case)
+    batch = make_noise_batch(case)
 
-    def run() -> None:
+    def train_rdn() -> None:
         loss, l1, _ = train_sr.patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
         stepper.step(loss, {"l1": l1}, batch)
 
-    return run
+    return train_rdn
 
 
-def rdn_alone(case: Case) -> Callable[[], Tensor]:
-    """Prepare a forward pass of RDN without gradients."""
-    detector, compute = build(case)
+def prepare_rdn_forward(case: Case) -> Callable[[], Tensor]:
+    """Return a function that runs a forward pass of RDN without gradients."""
+    detector, compute = build_detector(case)
     x_lr = torch.rand(case.images, 3, case.side // 4, case.side // 4, device=compute.device)
     x_lr = x_lr.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def run() -> Tensor:
+    def resynthesize() -> Tensor:
         with compute.autocast():
             return detector.resynthesizer(x_lr)
 
-    return run
+    return resynthesize
 
 
-def matrix_product(case: Case) -> Callable[[], Tensor]:
-    """Prepare a product of two square matrices with `side` rows, which takes 2 * side^3 operations."""
+def prepare_matrix_product(case: Case) -> Callable[[], Tensor]:
+    """Return a function that multiplies two matrices of side x side values, in 2 * side^3 operations."""
     compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     a = torch.randn(case.side, case.side, device=compute.device, dtype=dtype)
@@ -198,22 +201,23 @@ def matrix_product(case: Case) -> Callable[[], Tensor]:
 
 
 KINDS = {
-    "scoring": scoring,
-    "step, RDN frozen": frozen_step,
-    "step, fine-tuning": fine_tuning_step,
-    "step, train_sr.py": sr_step,
-    "RDN alone": rdn_alone,
-    "matrix product": matrix_product,
+    "scoring": prepare_scoring,
+    "step, RDN frozen": prepare_classifier_training_step,
+    "step, fine-tuning": prepare_fine_tuning_step,
+    "step, train_sr.py": prepare_rdn_training_step,
+    "RDN alone": prepare_rdn_forward,
+    "matrix product": prepare_matrix_product,
 }
 
 
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measure(case: Case) -> dict[str, float]:
-    """Measure a case in this process. Returns the time of one run ("seconds") and the peak memory ("gib").
+def measure_case(case: Case) -> dict[str, float]:
+    """Measure a case in this process.
 
-    The peak memory is the reserved GPU memory, or on the CPU the resident memory of this process.
+    Returns:
+        "seconds": median time of one run; "gib": peak of the reserved GPU memory or, on a CPU, of the resident memory.
     """
     run = KINDS[case.kind](case)
     on_gpu = case.gpu != "cpu"
@@ -225,18 +229,18 @@ def measure(case: Case) -> dict[str, float]:
             torch.cuda.synchronize()
         if not on_gpu or i >= GPU_WARM_UPS:
             times.append(time.perf_counter() - started)
-    gib = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else peak_memory()
+    gib = torch.cuda.max_memory_reserved() / 2**30 if on_gpu else peak_memory_gib()
     return {"seconds": statistics.median(times), "gib": gib}
 
 
-def peak_memory() -> float:
-    """Return the peak resident memory of this process in GiB. It includes the code of PyTorch."""
+def peak_memory_gib() -> float:
+    """Return the peak resident memory of this process in GiB, including the PyTorch library."""
     status = Path("/proc/self/status")
     if status.exists():
         words = status.read_text().split()
         return int(words[words.index("VmHWM:") + 1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS gives bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # in bytes on macOS
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure(Case(**json.loads(sys.argv[1])))) + "\n")
+    sys.stdout.write(json.dumps(measure_case(Case(**json.loads(sys.argv[1])))) + "\n")

@@ -1,17 +1,17 @@
-# Functions that the scripts share: find Python, choose and print default paths, start a program.
-# Every script does `source common.sh`, then chooses its inputs, then runs a program.
+# Functions that all scripts use: find Python, choose and print default paths, start a program.
+# Every script runs `source common.sh`, chooses its inputs, and then starts a program.
 #
-# Paths: what the user gives is relative to the folder the script was called from; the script's own defaults are under $root.
+# Paths from the user are relative to the working folder. Default paths of a script are in $root, the checkout.
 
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-[[ ! "$root" -ef . ]] || root=. # called from the checkout: print short paths
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # for tool, which runs files in tools/
+[[ ! "$root" -ef . ]] || root=. # if the checkout is the working folder, print short paths
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" # for the imports of programs in tools/
 
-# say MESSAGE: print one line to standard error, with the script's name in front.
+# say MESSAGE: print the name of the script and MESSAGE as one line to standard error.
 say() { echo "[$(basename "$0")] $*" >&2; }
 
-# fail MESSAGE: print one line and exit with status 2, the status of a user's mistake.
+# fail MESSAGE: print MESSAGE as one error line, and exit with status 2.
 fail() { say "error: $*"; exit 2; }
 
 # check_gpu_argument GPU_ID ...: exit with a usage line unless the first argument is a GPU number or cpu.
@@ -20,7 +20,7 @@ check_gpu_argument() {
         fail "usage: bash script/$(basename "$0") GPU_ID [flags]; GPU_ID must be a number or cpu"
 }
 
-# can_import PYTHON MODULE ...: return 0 if this Python imports all modules.
+# can_import PYTHON MODULE ...: return 0 if the Python interpreter can import all modules.
 can_import() {
     local python=$1 modules
     shift
@@ -28,16 +28,17 @@ can_import() {
     "$python" -c "import $modules" >/dev/null 2>&1
 }
 
-# find_python [REQUIREMENTS [MODULE ...]]: set PYTHON to an interpreter that imports everything the programs need.
-# $PYTHON is used if it is set. Otherwise .venv, then the python3 on the PATH. If neither imports everything, create
-# .venv and install REQUIREMENTS (default: requirements.txt) into it. MODULE ... are needed besides the programs' own.
+# find_python [REQUIREMENTS [MODULE ...]]: set PYTHON to an interpreter that can import all modules of the programs.
+# If PYTHON is set already, it is used. Otherwise, .venv is tried, and then the python3 on the PATH. If a module is
+# missing in both, .venv is created, and REQUIREMENTS (default: requirements.txt) is installed into .venv.
+# MODULE ... are modules that are needed besides those of the programs.
 find_python() {
     local requirements=$root/${1:-requirements.txt}
     shift || true
     local modules=(torch torchvision torchmetrics sklearn numpy PIL tqdm tensorboard matplotlib jinja2 "$@")
     if [[ -n "${PYTHON:-}" ]]; then
         can_import "$PYTHON" "${modules[@]}" ||
-            fail "$PYTHON cannot import all of ${modules[*]}: $PYTHON -m pip install -r $requirements"
+            fail "$PYTHON cannot import all of ${modules[*]}: run $PYTHON -m pip install -r $requirements"
         return
     fi
     for PYTHON in "$root/.venv/bin/python" python3; do
@@ -57,19 +58,20 @@ find_python() {
         fail "the installed packages cannot be imported: delete $root/.venv and run this script again"
 }
 
-# tool NAME FLAG ...: run tools/NAME.py.
+# tool NAME FLAG ...: run the program tools/NAME.py.
 tool() { "$PYTHON" "$root/tools/$1.py" "${@:2}"; }
 
 # make_example_images: create $root/data/example unless it exists.
 make_example_images() {
     if [[ ! -f $root/data/example/settings.json ]]; then
-        say "no images given: making example images in $root/data/example (once)"
+        say "no images were given: making example images in $root/data/example"
         tool example --out "$root/data/example"
     fi
 }
 
-# choose VARIABLE DESCRIPTION CANDIDATE ...: keep the variable if the environment sets it. Otherwise set it to the first
-# candidate that exists, or to "" if none exists. Print the choice.
+# choose VARIABLE DESCRIPTION CANDIDATE ...: choose a path for a variable, and print the path.
+# If the environment sets VARIABLE, its value is kept. Otherwise, VARIABLE is set to the first candidate that exists, or to
+# "" if no candidate exists.
 choose() {
     local variable=$1 description=$2 candidate
     shift 2
@@ -88,8 +90,9 @@ choose() {
 }
 
 # choose_images SPLIT KIND REAL FAKE: set DATA_ROOT_POS and DATA_ROOT_NEG.
-# The environment comes first, then the folders REAL and FAKE under data/, then the example images of that split and
-# kind. Example images never complete a pair of which the user has given or stored one half.
+# If the environment sets a variable, its value is kept. Otherwise, the folders data/REAL and data/FAKE are used. If neither
+# the variables nor the folders exist, the example images of SPLIT and KIND are used. Example images are never combined
+# with images of the user.
 choose_images() {
     local split=$1 kind=$2 real=$root/data/$3 fake=$root/data/$4
     if [[ -z "${DATA_ROOT_POS:-}${DATA_ROOT_NEG:-}" && ! -e "$real" && ! -e "$fake" ]]; then
@@ -103,15 +106,15 @@ choose_images() {
     [[ -n "$DATA_ROOT_NEG" ]] || fail "found real images in $DATA_ROOT_POS but no generated images in $fake: set DATA_ROOT_NEG"
 }
 
-# choose_resynthesizer RELEASED: set SR_RESUME to the released file, or to what train_super_resolution_celeba.sh wrote.
+# choose_resynthesizer RELEASED: set SR_RESUME to the released file or to the output of train_super_resolution_celeba.sh.
 choose_resynthesizer() {
     choose SR_RESUME "re-synthesizer" "$1" "$root/output_hr/x4/best.pth" "$root/output_hr/x4/last.pth"
-    [[ -n "$SR_RESUME" ]] || fail "no re-synthesizer at $1 or in $root/output_hr/x4:" \
+    [[ -n "$SR_RESUME" ]] || fail "found no re-synthesizer at $1 or in $root/output_hr/x4:" \
         "run script/train_super_resolution_celeba.sh first, or set SR_RESUME"
 }
 
-# choose_detector RELEASED RELEASED_RDN SCRIPT FOLDER ...: set RESUME to the released file or to what SCRIPT wrote into
-# one of the folders. A released detector has its RDN in a file of its own, so SR_RESUME is chosen for it, too.
+# choose_detector RELEASED RELEASED_RDN SCRIPT FOLDER ...: set RESUME to the released file, or to a checkpoint in one of the
+# folders, into which SCRIPT writes. The RDN of a released detector is in a separate file, so SR_RESUME is also chosen.
 choose_detector() {
     local released=$1 released_rdn=$2 script=$3 folder candidates=()
     shift 3
@@ -119,7 +122,7 @@ choose_detector() {
         candidates+=("$folder/best.pth.tar" "$folder/last.pth.tar")
     done
     choose RESUME "detector" "$released" "${candidates[@]}"
-    [[ -n "$RESUME" ]] || fail "no detector at $released or in $*: run script/$script first, or set RESUME"
+    [[ -n "$RESUME" ]] || fail "found no detector at $released or in $*: run script/$script first, or set RESUME"
     if [[ "$RESUME" == "$released" ]]; then
         choose_resynthesizer "$released_rdn"
     elif [[ -n "${SR_RESUME:-}" ]]; then
@@ -129,26 +132,26 @@ choose_detector() {
     fi
 }
 
-# train_once FILE PROGRAM FLAG ...: run a training program on $gpu unless FILE, the last file it writes, exists.
-# An earlier run that was stopped is resumed.
+# train_once FILE PROGRAM FLAG ...: run a training program on $gpu, unless FILE exists. FILE is the last file that the
+# program writes. If an earlier training was stopped, the training is resumed.
 train_once() {
     local file=$1 program=$2
     shift 2
     if [[ -f "$file" ]]; then
-        say "$file exists already"
+        say "$file exists already, so $program is not started"
         return
     fi
     say "$program $*"
     "$PYTHON" "$root/$program" --gpu "$gpu" --resume auto "$@" ${VGG_WEIGHTS:+--vgg-weights "$VGG_WEIGHTS"}
 }
 
-# run PROGRAM FLAG ...: replace this shell by the program, or by torchrun with $NPROC processes of it.
+# run PROGRAM FLAG ...: replace this shell by PROGRAM, or by torchrun with $NPROC processes of PROGRAM.
 run() {
     local launcher=("$PYTHON") program=$1
     shift
     if [[ "${NPROC:-1}" -gt 1 ]]; then
         launcher+=(-m torch.distributed.run --standalone --nproc_per_node "$NPROC")
-        if [[ -z "${OMP_NUM_THREADS:-}" ]]; then # torchrun's own default is one thread per process
+        if [[ -z "${OMP_NUM_THREADS:-}" ]]; then # without this variable, torchrun uses one thread per process
             export OMP_NUM_THREADS=$("$PYTHON" -c "import os; print(max(1, (os.cpu_count() or 1) // $NPROC))")
         fi
         say "starting $NPROC processes with torchrun"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Test the pixel detector that was trained on ProGAN, on StyleGAN images.
+# Test a pixel detector on StyleGAN images. The detector was trained on ProGAN images.
 #   bash script/test_pixel_celeba.sh GPU_ID [any flag of test.py]
-# Reads ./data/CelebA and ./data/CelebA_StyleGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the detector
-# (pixel_pggan_celeba.pth.tar and sr_vgg_epoch_last.pth under ./pretrained_models; RESUME, SR_RESUME;
-# or what train_pixel_pggan.sh wrote).
-# Writes ./output/train_pggan_pixel_test_stylegan.{csv,npy,json,png} (or OUTPUT_PATH.*).
+# Images: DATA_ROOT_POS and DATA_ROOT_NEG, or ./data/CelebA and ./data/CelebA_StyleGAN, or example images
+# Detector: RESUME and SR_RESUME, or pixel_pggan_celeba.pth.tar and sr_vgg_epoch_last.pth in ./pretrained_models, or the
+#   output of train_pixel_pggan.sh
+# Output: OUTPUT_PATH.{csv,npy,json,png} (default of OUTPUT_PATH: ./output/train_pggan_pixel_test_stylegan)
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
 find_python

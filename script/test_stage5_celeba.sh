@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Test the stage-5 detector that was trained on StyleGAN, on ProGAN images.
+# Test a stage-5 detector on ProGAN images. The detector was trained on StyleGAN images.
 #   bash script/test_stage5_celeba.sh GPU_ID [any flag of test.py]
-# Reads ./data/CelebA and ./data/CelebA_ProGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the detector
-# (stylegan_celeba_stage5_noising/{cls,sr}.pth.tar under ./pretrained_models; RESUME, SR_RESUME;
-# or what train_stage5_stylegan_denoising.sh or train_stage5_stylegan.sh wrote).
-# Writes ./output/train_stylegan_stage5_noising_test_pggan.{csv,npy,json,png} (or OUTPUT_PATH.*).
+# Images: DATA_ROOT_POS and DATA_ROOT_NEG, or ./data/CelebA and ./data/CelebA_ProGAN, or example images
+# Detector: RESUME and SR_RESUME, or stylegan_celeba_stage5_noising/{cls,sr}.pth.tar in ./pretrained_models, or the output
+#   of train_stage5_stylegan_denoising.sh, or the output of train_stage5_stylegan.sh
+# Output: OUTPUT_PATH.{csv,npy,json,png} (default of OUTPUT_PATH: ./output/train_stylegan_stage5_noising_test_pggan)
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
 find_python

@@ -2,18 +2,20 @@
 # Train a calibrated detector on folders of your own pictures, on two CPU cores, and write a report.
 #   bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [any flag of train_detector.py]
 #
-# For pictures of any sizes from 128 x 128 pixels. Holds out a fifth of them, trains a small RDN on the other real pictures
-# and a detector on crops of SIDE x SIDE pixels, and calibrates the detector on the held-out pictures.
+# The pictures may have any sizes of at least 128 x 128 pixels. The script holds out a fifth of the pictures. It trains a
+# small RDN on the other real pictures, and a detector on crops of SIDE x SIDE pixels. Then it calibrates the detector on
+# the held-out pictures.
 #
-# Fewer than 600 pictures: a ResNet would memorise them. The detector is a spectrum classifier on the signed pixel residual.
-#   Twins of the real pictures are added to the generated ones, so that the detector does not learn one generator only:
-#   AUTOENCODER="ENCODER DECODER" makes them by an autoencoder, else they are made by simulated up-sampling.
-# From 600 pictures: a ResNet-18 on the pixel residual. With VGG_WEIGHTS it uses stage 4 of VGG-19, which survives
-#   compression and carries over to some other generators.
-# docs/results.md has the numbers of both. A second call resumes a call that was stopped.
+# With fewer than 600 pictures, the detector is a spectrum classifier on the signed pixel residual, because a ResNet would
+#   memorise so few pictures. Twins of the real pictures (copies with generator traces) are added to the generated pictures,
+#   so that the detector does not learn a single generator only. The twins are made by an autoencoder if
+#   AUTOENCODER="ENCODER DECODER" is set, and by simulated up-sampling otherwise.
+# With 600 pictures or more, the detector is a ResNet-18 on the pixel residual or, if VGG_WEIGHTS is set, on the stage-4
+#   residual of VGG-19. The stage-4 residual is robust to compression, and generalises to some other generators.
+# docs/results.md contains the test results of both detectors. A second call resumes a call that was stopped.
 #
-# Environment: OUT (default: output/folders), GPU (cpu), SIDE (128; stage 4: 256), CROPS of each picture (4, 2; stage 4: 1),
-# AUTOENCODER, VGG_WEIGHTS.
+# Environment variables and defaults: OUT=output/folders, GPU=cpu, SIDE=128 (stage 4: 256), CROPS=4 for each picture
+# (ResNet-18: 2, stage 4: 1), AUTOENCODER="", VGG_WEIGHTS="".
 source "$(dirname "$0")/common.sh"
 folders=()
 while [[ $# -gt 0 && "$1" != -* ]]; do
@@ -31,7 +33,7 @@ if [[ $pictures -lt 600 ]]; then
     learning=(--residual signed --arch spectrum --optimizer adamw --lr 2e-3 --wd 0.05)
     side=${SIDE:-128} crops=${CROPS:-4}
     steps=400 batch=64
-    step_ms=1300 prepare_ms=500 # on 256 x 256 pixels: a training step; the residual of one crop
+    step_ms=1300 prepare_ms=500 # time of a training step and of the residual of one crop, on 256 x 256 pixels
     if [[ ! -d "$out/twins" ]]; then
         tool example --from "${folders[0]}" --out "$out/twins" ${AUTOENCODER:+--autoencoder $AUTOENCODER}
     fi
@@ -48,9 +50,9 @@ else
     step_ms=200 prepare_ms=1500
 fi
 
-# Hold out a fifth. It depends on the file names, so a picture and its twin are on the same side.
+# Hold out a fifth of the pictures. The file name decides, so a picture and its twin are in the same set.
 if [[ -f "$out/train.csv" ]]; then
-    say "using the pictures of $out/train.csv and $out/held_out.csv (for other pictures: OUT=ANOTHER_FOLDER)"
+    say "using the pictures of $out/train.csv and $out/held_out.csv (to use other pictures, set OUT=ANOTHER_FOLDER)"
 else
     tool split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"
 fi
@@ -59,7 +61,7 @@ train=$(($(wc -l <"$out/train.csv") - 1))
 rdn_epochs=$((10400 / reals + 1)) # about 2,600 steps of 4 patches, for any number of pictures
 epochs=$((steps * batch / (train * crops) + 1))
 minutes=$(((steps * step_ms + train * crops * prepare_ms) * side / 256 * side / 256 / 60000))
-say "about $((6 + minutes)) minutes on two cores without a GPU"
+say "the training takes about $((6 + minutes)) minutes on two cores without a GPU"
 
 # Train the re-synthesizer and the detector
 train_once "$out/sr/x4/epoch_$((rdn_epochs - 1)).pth" train_sr.py \
@@ -74,12 +76,12 @@ train_once "$out/detector/$(printf %04d "$epochs").pth.tar" train_detector.py --
     --crop-size "$side" --crops-per-image "$crops" --skip-bad \
     --csv "$out/train.csv" --val-csv "$out/held_out.csv" --output-path "$out/detector" "$@"
 
-# Score the held-out pictures, fit the thresholds on these scores, and score again for verdicts with these thresholds
+# Score the held-out pictures, fit the thresholds to these scores, and score again to get verdicts with these thresholds
 score_held_out() {
     local status=0
     "$PYTHON" "$root/test.py" --gpu "$gpu" --resume "$detector" --csv "$out/held_out.csv" --save_path "$out/scores" \
         >/dev/null || status=$?
-    [[ $status -le 1 ]] || exit "$status" # 1: some pictures could not be scored, and test.py has said which
+    [[ $status -le 1 ]] || exit "$status" # status 1: test.py has named pictures that it could not score
 }
 score_held_out
 tool calibrate "$out/scores.csv" --into "$detector" --fpr 0.05

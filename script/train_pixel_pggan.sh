@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Train a detector on the pixel residuals of real and ProGAN images. The re-synthesizer stays frozen.
 #   bash script/train_pixel_pggan.sh GPU_ID [any flag of train_detector.py]
-# Reads ./data/CelebA and ./data/CelebA_ProGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the
-# re-synthesizer (./pretrained_models/sr_vgg_epoch_last.pth, SR_RESUME, or what train_super_resolution_celeba.sh wrote).
-# Writes ./output_end2end/pixel_pggan (or OUTPUT_PATH).
+# Images: DATA_ROOT_POS and DATA_ROOT_NEG, or ./data/CelebA and ./data/CelebA_ProGAN, or example images
+# Re-synthesizer: SR_RESUME, or ./pretrained_models/sr_vgg_epoch_last.pth, or the output of
+#   train_super_resolution_celeba.sh
+# Output: OUTPUT_PATH (default: ./output_end2end/pixel_pggan)
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
 find_python

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Fine-tune RDN and the pixel detector end to end, with colorization as the auxiliary task.
 #   bash script/train_pixel_pggan_colorization.sh GPU_ID [any flag of train_detector.py]
-# Reads ./data/CelebA and ./data/CelebA_ProGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the detector
-# to start from (pixel_pggan_celeba.pth.tar and sr_vgg_epoch_last.pth under ./pretrained_models; RESUME, SR_RESUME;
-# or what train_pixel_pggan.sh wrote).
-# Writes ./output_end2end/pixel_pggan_colorization (or OUTPUT_PATH).
-# --micro-batch 1 passes one image at a time through RDN and VGG. It takes less memory and makes the same update.
+# Images: DATA_ROOT_POS and DATA_ROOT_NEG, or ./data/CelebA and ./data/CelebA_ProGAN, or example images
+# Detector to fine-tune: RESUME and SR_RESUME, or pixel_pggan_celeba.pth.tar and sr_vgg_epoch_last.pth in
+#   ./pretrained_models, or the output of train_pixel_pggan.sh
+# Output: OUTPUT_PATH (default: ./output_end2end/pixel_pggan_colorization)
+# --micro-batch 1 passes one image at a time through RDN and VGG-19. This needs less memory and gives the same update.
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
 find_python

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Train a detector on the stage-5 residuals of real and StyleGAN images. The re-synthesizer stays frozen.
 #   bash script/train_stage5_stylegan.sh GPU_ID [any flag of train_detector.py]
-# Reads ./data/CelebA and ./data/CelebA_StyleGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the
-# re-synthesizer (./pretrained_models/sr_vgg_epoch_last.pth, SR_RESUME, or what train_super_resolution_celeba.sh wrote).
-# Writes ./output_end2end/stage5_stylegan (or OUTPUT_PATH).
-# The denoising fine-tuning starts from this detector. The release has no such script; the settings are those of
-# train_pixel_pggan.sh.
+# Images: DATA_ROOT_POS and DATA_ROOT_NEG, or ./data/CelebA and ./data/CelebA_StyleGAN, or example images
+# Re-synthesizer: SR_RESUME, or ./pretrained_models/sr_vgg_epoch_last.pth, or the output of
+#   train_super_resolution_celeba.sh
+# Output: OUTPUT_PATH (default: ./output_end2end/stage5_stylegan)
+# train_stage5_stylegan_denoising.sh fine-tunes this detector. The released code does not contain this script. The settings
+# are those of train_pixel_pggan.sh.
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
 find_python

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Fine-tune RDN and the stage-5 detector end to end, with denoising as the auxiliary task.
 #   bash script/train_stage5_stylegan_denoising.sh GPU_ID [any flag of train_detector.py]
-# Reads ./data/CelebA and ./data/CelebA_StyleGAN (or DATA_ROOT_POS, DATA_ROOT_NEG; otherwise example images) and the detector
-# to start from (stylegan_celeba_stage5_noising/{cls,sr}.pth.tar under ./pretrained_models; RESUME, SR_RESUME;
-# or what train_stage5_stylegan.sh wrote).
-# Writes ./output_end2end/stage5_stylegan_noising (or OUTPUT_PATH).
-# --micro-batch 1 passes one image at a time through RDN and VGG. It takes less memory and makes the same update.
+# Images: DATA_ROOT_POS and DATA_ROOT_NEG, or ./data/CelebA and ./data/CelebA_StyleGAN, or example images
+# Detector to fine-tune: RESUME and SR_RESUME, or stylegan_celeba_stage5_noising/{cls,sr}.pth.tar in ./pretrained_models,
+#   or the output of train_stage5_stylegan.sh
+# Output: OUTPUT_PATH (default: ./output_end2end/stage5_stylegan_noising)
+# --micro-batch 1 passes one image at a time through RDN and VGG-19. This needs less memory and gives the same update.
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
 find_python

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Train the re-synthesizer: RDN (residual dense network), a 4x super-resolution network, on real images only.
 #   bash script/train_super_resolution_celeba.sh GPU_ID [any flag of train_sr.py]
-# Reads data/celeba_example_train.txt and data/celeba_example_val.txt (lists of images), or the folder data/CelebA, or
-# DATA_ROOT_POS (a list or folder). Without any of these, example images are made.
-# Writes ./output_hr/x4 (or OUTPUT_PATH/x4).
+# Training images: DATA_ROOT_POS (a list or a folder), or the list ./data/celeba_example_train.txt, or the folder
+#   ./data/CelebA, or example images
+# Images for PSNR and SSIM: EVAL or ./data/celeba_example_val.txt with that list, EVAL or data/example/val.txt with example
+#   images, otherwise none
+# Output: OUTPUT_PATH/x4 (default of OUTPUT_PATH: ./output_hr)
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
 find_python
@@ -18,7 +20,7 @@ case "$DATA_ROOT_POS" in
     "$root/data/example/train.txt") choose EVAL "images to evaluate on" "$root/data/example/val.txt" ;;
     *)
         EVAL=""
-        say "no images to evaluate on: --eval-file LIST_OR_FOLDER adds PSNR and SSIM"
+        say "PSNR and SSIM are not computed: to compute them, add --eval-file LIST_OR_FOLDER"
         ;;
 esac
 

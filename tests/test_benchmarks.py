@@ -15,7 +15,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
     """Return the logits (2, 2) of two images, computed with one implementation (form) of the networks."""
-    return cases.scoring(TOY._replace(form=form, precision=precision))()
+    return cases.prepare_scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
@@ -42,20 +42,20 @@ def test_the_comparison_of_forms_fails_if_one_form_resynthesizes_brighter_images
 
 @pytest.mark.parametrize("kind", ["step, RDN frozen", "step, fine-tuning", "step, train_sr.py", "RDN alone"])
 def test_the_benchmark_measures_time_and_memory_of_each_kind_of_row(kind):
-    result = cases.measure(TOY._replace(kind=kind, images=4))
+    result = cases.measure_case(TOY._replace(kind=kind, images=4))
     assert result["seconds"] > 0
     assert result["gib"] > 0.1  # the PyTorch library alone needs more than 0.1 GiB
 
 
 def test_the_fine_tuning_step_changes_the_resynthesizer_and_the_frozen_step_does_not(monkeypatch):
     built = []
-    build = cases.build
+    build = cases.build_detector
 
     def build_and_append(case):
         built.append(build(case))
         return built[-1]
 
-    monkeypatch.setattr(cases, "build", build_and_append)
+    monkeypatch.setattr(cases, "build_detector", build_and_append)
     for kind, moves in (("step, RDN frozen", False), ("step, fine-tuning", True)):
         run = cases.KINDS[kind](TOY._replace(kind=kind, images=4))
         weight = built[-1][0].resynthesizer.output.weight
@@ -80,20 +80,20 @@ def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys
         return ("1",) * len(program.HEADER)
 
     monkeypatch.setattr(program, "measure_row", count_printed_lines)
-    monkeypatch.setattr(program, "print_start", lambda folder: None)
+    monkeypatch.setattr(program, "print_start_times", lambda folder: None)
     program.main([])
     assert printed == [3] + [1] * (len(printed) - 1)  # 3 lines before the first row, then 1 line per row
 
 
 def test_the_benchmark_prints_a_dash_and_exits_with_status_1_if_a_measurement_fails(monkeypatch, capsys):
-    monkeypatch.setattr(program, "in_own_process", lambda case: None)
+    monkeypatch.setattr(program, "measure_in_new_process", lambda case: None)
     assert program.main(["--quick"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].count(" - ") == 6
 
 
 def test_the_benchmark_on_a_gpu_has_one_row_per_stage_size_and_precision():
     parsed = program.argparse.Namespace(quick=False, gpu="0", stages=[0, 5], side=512)
-    rows = program.cases_of(parsed)
+    rows = program.list_rows(parsed)
     scoring = {(row.stage, row.side, row.precision) for row in rows if row.kind == "scoring"}
     assert scoring == {(s, side, p) for s in (0, 5) for side in (256, 512, 1024) for p in ("fp32", "tf32", "bf16")}
     fine_tuning = [row for row in rows if row.kind == "step, fine-tuning"]

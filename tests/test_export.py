@@ -86,7 +86,7 @@ def require_detector_results(path, detector, *sizes):
     Args:
         sizes: shapes (B, 3, H, W) of the random images that are scored.
     """
-    run, _ = graph.open_graph(path.read_bytes())
+    run, _ = graph.load_graph(path.read_bytes())
     for size in sizes:
         x = random_images(*size)
         logits, prob_fake = run(x)
@@ -122,7 +122,7 @@ def crop_detector_folder(exported_files):
 
 def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(crop_detector_folder):
     path = crop_detector_folder / "detector.onnx"
-    _, facts = graph.open_graph(path.read_bytes())
+    _, facts = graph.load_graph(path.read_bytes())
     assert (json.loads(facts["crops"]), json.loads(facts["crop_size"])) == (9, 128)
     detector = load(crop_detector_folder / "mine.pth.tar", device="cpu")
     require_detector_results(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
@@ -145,7 +145,7 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(crop_de
 def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_files):
     """PyTorch 2.6 can convert a plain batch norm to ONNX, but not a `BatchNorm2d`."""
     network = load(exported_files / "mine.pth.tar", device="cpu").network
-    plain = graph.with_plain_batch_norms(network)
+    plain = graph.copy_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
     assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     x = random_images(2, 3, 64, 96).float() / 255
@@ -225,11 +225,11 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
     other = write_detector(
         tmp_path / "other.pth.tar", str(exported_files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION
     )
-    with expect_user_error("a.onnx is not from this detector: temperature is 1.7, expected 1.8"):
+    with expect_user_error("a.onnx is not from this detector: expected temperature = 1.8, got 1.7"):
         check_graph(data, other)
     for text, content in (
-        ("format is", data.replace(version, version[:-1] + b"0")),
-        ("differs from the detector's numbers", data.replace(weight, bytes(len(weight)))),
+        ("expected format", data.replace(version, version[:-1] + b"0")),
+        ("expected outputs", data.replace(weight, bytes(len(weight)))),
         ("damaged", data[:-9]),
         ("damaged", b""),
     ):
@@ -259,7 +259,7 @@ def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(exported
     export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
     assert (tmp_path / "link.safetensors").is_symlink()
     assert checkpoints.load(target)["config"]["resynthesizer"]["name"] == "none"
-    export.require_own_file(exported_files / "mine.onnx", graph.MARK)
+    export.require_replaceable_file(exported_files / "mine.onnx", graph.MARK)
 
 
 # --- bundles

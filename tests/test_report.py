@@ -79,7 +79,7 @@ class Page(HTMLParser):
 
 def write_and_parse_page(tables, out, residuals=None, resamples=0):
     """Write an HTML report page about score tables. Return the parsed page."""
-    return Page(report_page.write_page(report_page.load_tables(tables, resamples), out, residuals))
+    return Page(report_page.write_report_page(report_page.load_score_tables(tables, resamples), out, residuals))
 
 
 # --- the page
@@ -144,8 +144,8 @@ def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # errors: 1, 5, -9, -3, no label, 2
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
-    assert [table.paths[i] for i in report_page.most_wrong(table)] == ["b", "f", "a", "d", "c"]
-    assert len(report_page.most_wrong(table, 2)) == 2
+    assert [table.paths[i] for i in report_page.find_worst_images(table)] == ["b", "f", "a", "d", "c"]
+    assert len(report_page.find_worst_images(table, 2)) == 2
 
 
 ODD_TABLES = {
@@ -222,7 +222,7 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
         write_score_table(tmp_path, "b", score_rows(generators=("StyleGAN",))),
         write_score_table(tmp_path, "a", score_rows(1.0)),
     ]
-    b, a = (table.summary["generators"] for table in report_page.load_tables(tables))
+    b, a = (table.summary["generators"] for table in report_page.load_score_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
     assert split_markdown_table(capsys.readouterr().out) == [
         ["acc", "StyleGAN", "ProGAN"],

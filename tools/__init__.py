@@ -1,1 +1,4 @@
-"""Programs around the method, run as `python -m tools.NAME`. No other package imports `tools`."""
+"""Command-line programs besides training and testing. Start a program with `python -m tools.NAME`.
+
+No other package imports `tools`.
+"""

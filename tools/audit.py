@@ -16,8 +16,8 @@ from utils.console import printable
 from utils.errors import run_program
 
 
-def report(result: Audit) -> str:
-    """Format the result of an audit for the terminal."""
+def format_audit_result(result: Audit) -> str:
+    """Format the findings of a leak audit as lines of text for the terminal."""
     lines = ["leak audit of " + ", ".join(f"{number} {group}" for group, number in result.files.items())]
     for finding in result.findings:
         lines.append(f"{finding.severity.upper()}: {finding.check}: {finding.message}")
@@ -30,22 +30,26 @@ def report(result: Audit) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the audit and print its findings. Returns the exit status."""
+    """Search the image sets of the command line for leaks, and print the findings. Returns the exit status."""
     parser = options.Parser("python -m tools.audit", __doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
-    parser.add_argument("--data-root-pos", **folders, help="folders of REAL images")
-    parser.add_argument("--data-root-neg", **folders, help="folders of GENERATED images")
-    parser.add_argument("--val-root-pos", **folders, help="folders of REAL images for validation")
-    parser.add_argument("--val-root-neg", **folders, help="folders of GENERATED images for validation")
-    parser.add_argument("--data-root", dest="tree", metavar="TREE", help="a folder tree, GENERATOR/0_real, .../1_fake")
-    parser.add_argument("--csv", metavar="FILE", help="a CSV table, path,label[,generator], with labels real and fake")
+    parser.add_argument("--data-root-pos", **folders, help="folders of real images for training")
+    parser.add_argument("--data-root-neg", **folders, help="folders of generated images for training")
+    parser.add_argument("--val-root-pos", **folders, help="folders of real images for validation")
+    parser.add_argument("--val-root-neg", **folders, help="folders of generated images for validation")
+    parser.add_argument(
+        "--data-root", dest="tree", metavar="TREE", help="folder that contains GENERATOR/0_real and GENERATOR/1_fake"
+    )
+    parser.add_argument(
+        "--csv", metavar="FILE", help="CSV file with columns path,label[,generator] and labels real, fake"
+    )
     args = parser.parse_args(arguments)
     train = labelled_items(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
     validation = []
     if args.val_root_pos or args.val_root_neg:
         validation = folder_items(args.val_root_pos, args.val_root_neg)
     result = audit(train, validation)
-    sys.stdout.write(report(result) + "\n")
+    sys.stdout.write(format_audit_result(result) + "\n")
     return int(any(finding.severity == LEAK for finding in result.findings))
 
 

@@ -1,8 +1,9 @@
-"""TAEF2: a small image autoencoder, whose decoder leaves the traces of a modern image generator.
+"""The small image autoencoder TAEF2, whose decoder leaves traces like those of a modern image generator.
 
 The architecture and the weights are by Ollin Boer Bohan, https://github.com/madebyollin/taesd, commit 5cccb12, MIT
 licence. TAEF2 was distilled from the autoencoder of FLUX.2. This project does not contain the weights. Download the
-weight files of the encoder and the decoder from Bohan's repository. Modules have the same names as in the weight files.
+weight files of the encoder and the decoder from Bohan's repository. The state_dict keys of the modules in this file are
+the keys of the weight files.
 """
 
 import torch
@@ -12,13 +13,13 @@ from utils import checkpoints
 from utils.console import printable
 from utils.errors import UserError
 
-WIDTH = 64  # channels of the hidden feature maps
+WIDTH = 64  # number of channels of the hidden feature maps
 LATENT_CHANNELS = 32
-FACTOR = 8  # side of the image / side of the latent map
+FACTOR = 8  # side of the image in pixels, divided by the side of the latent map
 
 
 class Pool(nn.Sequential):
-    """1 x 1 convolutions with group norm over the whole feature map. x: (B, 64, H, W) -> (B, 64, H, W)."""
+    """Two 1 x 1 convolutions with a group norm and a ReLU between them. x: (B, 64, H, W) -> (B, 64, H, W)."""
 
     def __init__(self) -> None:
         wide = 4 * WIDTH
@@ -51,7 +52,7 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """A smooth limit of latent values to the range [-3, 3]."""
+    """A layer that limits latent values smoothly to the range from -3 to 3. z: any shape."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
@@ -84,7 +85,7 @@ class Decoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """TAEF2: encoder and decoder. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> (B, 3, H, W) in [0, 1]."""
+    """The encoder and the decoder of TAEF2. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> (B, 3, H, W) in [0, 1]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ def load_autoencoder(encoder_file: str, decoder_file: str) -> Autoencoder:
     """Create TAEF2 in evaluation mode, with float32 weights from two files.
 
     Raises:
-        UserError: if a file cannot be read or does not hold the weights of TAEF2.
+        UserError: if a file cannot be read or does not contain the weights of TAEF2.
     """
     model = Autoencoder()
     for part, file in ((model.encoder, encoder_file), (model.decoder, decoder_file)):
@@ -109,5 +110,5 @@ def load_autoencoder(encoder_file: str, decoder_file: str) -> Autoencoder:
         except RuntimeError as error:
             kind = type(part).__name__.lower()
             reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{printable(file)} does not hold the weights of the TAEF2 {kind} ({reason})") from None
+            raise UserError(f"{printable(file)} does not contain the weights of the TAEF2 {kind} ({reason})") from None
     return model.eval()

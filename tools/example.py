@@ -1,18 +1,18 @@
-"""Make example images for trying out the programs, or generated twins of your own photographs.
+"""Make example images to try the programs with, or make generated twins of photographs.
 
     python -m tools.example --out data/example --size 128 --train 128 --val 32 --test 64
     python -m tools.example --from PHOTOGRAPHS --out TWINS [--autoencoder ENCODER.pth DECODER.pth]
 
-The first command writes OUT/{train,val,test}/{real,nearest,bilinear}/00000.png, settings.json, README.txt, and the
-lists of real images train.txt and val.txt for train_sr.py. Real images are random scenes of overlapping shapes
-(tools/scenes.py). Fake images are different scenes that are halved and up-sampled again (tools/upsampling.py). No
-generator made these images. Metrics on them show that the programs work, but say nothing about images from the
-internet. Licence of the images: CC0 1.0.
+The first command writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. The program
+train_sr.py can read the lists train.txt and val.txt, which name the real images. Real images are random drawings of
+overlapping shapes (tools/scenes.py). Fake images are other random drawings, which are reduced to half their size and
+up-sampled to the full size (tools/upsampling.py). No image generator was used. High accuracy on these images shows that
+the programs work, but says nothing about images from the internet. Licence of the images: CC0 1.0.
 
-The second command writes a generated twin of each image below PHOTOGRAPHS. The twin gets the same relative path below
-OUT (tools/twins.py).
+The second command writes a twin of each image in the folder PHOTOGRAPHS and in its subfolders. A twin is a copy with
+the traces of a generator (tools/twins.py). The path of the twin in OUT is the path of the image in PHOTOGRAPHS.
 
-The output folder appears only when all of its images are made.
+The program creates the output folder after all images have been written.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch import Tensor
 from tools import twins
 from tools.autoencoder import load_autoencoder
 from tools.scenes import draw_scene
-from tools.upsampling import KINDS, upsample_again
+from tools.upsampling import KINDS, halve_and_upsample
 from utils import options
 from utils.console import printable, progress
 from utils.errors import UserError, run_program
@@ -45,79 +45,81 @@ logger = logging.getLogger("tools.example")
 
 SPLITS = ("train", "val", "test")
 LABELS = ("real", "fake")
-FORMAT = 3  # version of the images: increase it when the same settings give different images
+FORMAT = 3  # version of the example images; increase it if the same settings begin to give different images
 SMALLEST_SIDE = 32  # pixels
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if "\n" in args.out or "\r" in args.out:
-        raise UserError(f"--out {printable(args.out)} contains a line break, which lists cannot hold")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends `with` blocks
+        raise UserError(f"--out {printable(args.out)} contains a line break: give a folder name without line breaks")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # SystemExit deletes the temporary folder
     out = Path(os.path.realpath(args.out))  # if --out is a symbolic link, write to its target
     if args.photographs:
-        require_nothing_at(out, args.out)
-        make_twins(args.photographs, out, args.autoencoder, args.seed)
+        require_missing_or_empty_folder(out, args.out)
+        write_twin_folder(args.photographs, out, args.autoencoder, args.seed)
         return 0
     settings = {"format": FORMAT, "size": args.size, "seed": args.seed}
     settings["counts"] = {"train": args.train, "val": args.val, "test": args.test}
-    if read_settings(out) == settings:
-        logger.info("%s holds these images already", printable(args.out))
+    if read_earlier_settings(out) == settings:
+        logger.info("%s already contains the images with these settings, so no image is written", printable(args.out))
         return 0
-    require_nothing_at(out, args.out)
-    logger.info("making images of %d x %d pixels in %s", args.size, args.size, printable(args.out))
-    with unfinished_folder(out) as folder:
-        make_images(settings, folder)
-        write_lists(settings["counts"], folder, os.path.abspath(args.out))
+    require_missing_or_empty_folder(out, args.out)
+    logger.info("making example images of %d x %d pixels in %s", args.size, args.size, printable(args.out))
+    with temporary_output_folder(out) as folder:
+        write_example_images(settings, folder)
+        write_lists_of_real_images(settings["counts"], folder, os.path.abspath(args.out))
         (folder / "README.txt").write_text(__doc__)
         write_json(folder / "settings.json", settings)
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = options.Parser("python -m tools.example", "Make example images, or generated twins of photographs.")
+    parser = options.Parser("python -m tools.example", "Make example images, or make generated twins of photographs.")
     add = parser.add_argument
     add("--out", default="data/example", metavar="DIR", help="output folder (default: %(default)s)")
-    add("--size", type=int, default=256, metavar="N", help="side of the images in pixels, even (default: %(default)s)")
+    add("--size", type=int, default=256, metavar="N", help="height and width in pixels, even (default: %(default)s)")
     for split, count in zip(SPLITS, (128, 32, 64), strict=True):
-        add(f"--{split}", type=int, default=count, metavar="N", help=f"{split} images per class (default: %(default)s)")
+        add(
+            f"--{split}", type=int, default=count, metavar="N", help=f"{split} images per folder (default: %(default)s)"
+        )
     add("--seed", type=int, default=123, metavar="N", help="random seed (default: %(default)s)")
-    add("--from", dest="photographs", metavar="DIR", help="make a generated twin of each image in this folder")
-    text = "with --from: weight files of TAEF2, which makes the twins in about 1 GB (default: simulated up-sampling)"
+    add("--from", dest="photographs", metavar="DIR", help="make a copy with generator traces of each image in DIR")
+    text = "with --from: make twins with TAEF2, whose two weight files are given (default: simulate up-sampling)"
     add("--autoencoder", nargs=2, metavar=("ENCODER", "DECODER"), help=text)
     args = parser.parse_args(arguments)
     counts = [args.train, args.val, args.test]
     if args.size < SMALLEST_SIDE or args.size % 2:
         parser.error(f"--size must be an even number of at least {SMALLEST_SIDE}, got {args.size}")
     if min(counts) < 0 or not any(counts) or args.seed < 0:
-        parser.error("--train, --val, --test and --seed must not be negative, and at least one image is needed")
+        parser.error("expected --seed, --train, --val and --test of at least 0, and at least one image to make")
     if args.autoencoder and not args.photographs:
-        parser.error("--autoencoder needs --from DIR")
+        parser.error("--autoencoder needs --from DIR: give the folder of the photographs")
     return args
 
 
-def read_settings(out: Path) -> dict | None:
-    """Read settings.json of an earlier call in the output folder. Returns None if it cannot be read."""
+def read_earlier_settings(out: Path) -> dict | None:
+    """Read settings.json, which an earlier call wrote. Returns None if the file cannot be read."""
     try:
         return json.loads((out / "settings.json").read_text())
     except (OSError, ValueError):
         return None
 
 
-def require_nothing_at(out: Path, name: str) -> None:
-    """Raise a UserError if the output folder is a file or is not empty."""
+def require_missing_or_empty_folder(out: Path, name: str) -> None:
+    """Raise a UserError unless the output folder is empty or does not exist. name: value of --out, for messages."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if os.path.lexists(out):
-        what = "other files or images made with other settings" if out.is_dir() else "a file"
-        raise UserError(f"--out {printable(name)} is or holds {what}: give another folder, or remove {printable(name)}")
+        what = "a folder with other files or with images of other settings" if out.is_dir() else "a file"
+        raise UserError(f"--out {printable(name)} is {what}: give another folder, or remove {printable(name)}")
 
 
 @contextmanager
-def unfinished_folder(out: Path) -> Iterator[Path]:
-    """Create a temporary folder for a `with` block. The folder is renamed to `out` when the block ends.
+def temporary_output_folder(out: Path) -> Iterator[Path]:
+    """Create a temporary folder for a `with` block, and rename the folder to `out` when the block ends.
 
-    If an exception or a signal ends the block, the folder is deleted.
+    If the block ends with an exception, the temporary folder is deleted.
     """
     with TemporaryDirectory(prefix=".example", dir=make_folder(out.parent)) as temporary:
         folder = Path(temporary, "images")
@@ -126,8 +128,8 @@ def unfinished_folder(out: Path) -> Iterator[Path]:
         folder.replace(out)
 
 
-def make_images(settings: dict, out: Path) -> None:
-    """Write OUT/SPLIT/CLASS/INDEX.png for all splits. The image at INDEX does not depend on the number of images."""
+def write_example_images(settings: dict, out: Path) -> None:
+    """Write the images OUT/SPLIT/FOLDER/INDEX.png. An image does not depend on the number of images."""
     jobs = []
     for split, count in settings["counts"].items():
         for label in LABELS:
@@ -136,28 +138,29 @@ def make_images(settings: dict, out: Path) -> None:
             for folder in ("real", *KINDS):
                 (out / split / folder).mkdir(parents=True)
     for split, label, index in progress(jobs, "images", len(jobs)):
-        key = (settings["seed"], SPLITS.index(split), LABELS.index(label), index)  # a different scene per image
+        key = (settings["seed"], SPLITS.index(split), LABELS.index(label), index)  # random seed of this image
         rng = seeded_generator(*key)
         scene = draw_scene(settings["size"], rng)  # (H, W, 3)
         images = {"real": scene}
         if label == "fake":
             x = torch.from_numpy(scene).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
-            images = {kind: to_pixels(upsample_again(x, kind, rng)) for kind in KINDS}
+            images = {kind: convert_to_uint8(halve_and_upsample(x, kind, rng)) for kind in KINDS}
         for folder, pixels in images.items():
             Image.fromarray(pixels).save(out / split / folder / f"{index:05d}.png", compress_level=1)
 
 
-def to_pixels(x: Tensor) -> np.ndarray:
-    """Round an image, (1, 3, H, W) in [0, 1], to 8 bits. Returns uint8 (H, W, 3)."""
+def convert_to_uint8(x: Tensor) -> np.ndarray:
+    """Convert an image tensor (1, 3, H, W) in [0, 1] to a uint8 array (H, W, 3)."""
     return (x[0] * 255).round().byte().permute(1, 2, 0).numpy()
 
 
-def write_lists(counts: dict[str, int], folder: Path, listed: str) -> None:
-    """Write train.txt and val.txt, the lists of real images for train_sr.py.
+def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str) -> None:
+    """Write the lists train.txt and val.txt, which name the real images for train_sr.py.
 
     Args:
-        folder: temporary folder to write the lists to.
-        listed: final output folder, which the listed paths begin with.
+        counts: number of real images in each split.
+        folder: temporary folder into which the lists are written.
+        listed: final output folder. The paths in the lists begin with this folder.
     """
     for split in ("train", "val"):
         if counts[split]:
@@ -166,12 +169,12 @@ def write_lists(counts: dict[str, int], folder: Path, listed: str) -> None:
             (folder / f"{split}.txt").write_bytes(content)
 
 
-def make_twins(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:
-    """Write a generated twin of each image below `photographs`. Raises a UserError if no twin could be made."""
-    imitate = twins.up_sampling(seed)
+def write_twin_folder(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:
+    """Write a twin of each image in the folder `photographs`. Raises a UserError if no twin could be made."""
+    imitate = twins.create_upsampling_function(seed)
     if autoencoder:
-        imitate = twins.autoencoding(load_autoencoder(*autoencoder))
-    with unfinished_folder(out) as folder:
+        imitate = twins.create_autoencoder_function(load_autoencoder(*autoencoder))
+    with temporary_output_folder(out) as folder:
         twins.write_twins(photographs, folder, imitate)
 
 

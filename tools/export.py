@@ -1,12 +1,13 @@
-"""Export a trained detector: as a graph for other runtimes (ONNX, torch.export), or as one safetensors file to share.
+"""Export a trained detector as a graph for other runtimes (ONNX, torch.export), or as one safetensors file.
 
     python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
     python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
 A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. A graph
-is written only if it computes the same logits and P(fake) as the detector. --check compares an existing graph with the
-detector. A bundle (.safetensors) holds everything that scoring needs, and a model card. The option --resume and the
-function `evaluation.load` accept a bundle. docs/integrations.md says how to use graphs and bundles.
+is written only if its logits and P(fake) agree with the detector up to rounding. The option --check compares an
+existing graph with the detector. A bundle (.safetensors) contains the detector in one file and a model card, but not
+the weights of VGG-19. The option --resume and the function `evaluation.load` accept a bundle. docs/integrations.md
+explains how to use graphs and bundles.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from evaluation.detector import Detector
 from evaluation.loading import load, select_options
 from evaluation.metrics import format_table
 from evaluation.score_table import read_record
-from tools.calibrate import require_same_detector
-from tools.graph import MARK, check_graph, make_graph, public_config
+from tools.calibrate import require_scores_of_detector
+from tools.graph import MARK, compare_graph_with_detector, copy_public_config, export_graph
 from utils import checkpoints
 from utils.console import printable
 from utils.errors import UserError, run_program
@@ -35,31 +36,31 @@ logger = logging.getLogger("tools.export")
 
 GRAPH_SUFFIXES = (".onnx", ".pt2")
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-COPIED = ("arch", "epoch", "calibration", "trained_on")  # entries of the checkpoint that are copied to a bundle
+COPIED = ("arch", "epoch", "calibration", "trained_on")  # entries of the checkpoint that a bundle also contains
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    require_onnx(args)
+    require_onnx_packages(args)
     for path, mark in ((args.out, MARK), (args.bundle, checkpoints.BUNDLE.encode())):
         if path:
-            require_own_file(path, mark)
+            require_replaceable_file(path, mark)
     detector = load(args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_options(vars(args)))
     if args.check:
-        check_graph(args.check, detector, read_graph(args.check))
+        compare_graph_with_detector(args.check, detector, read_graph_file(args.check))
     for path in (args.out, args.bundle):
         if path:
             make_folder(path.parent)
     if args.out:
-        data = make_graph(detector, args.out.suffix)
-        check_graph(args.out, detector, data)
+        data = export_graph(detector, args.out.suffix)
+        compare_graph_with_detector(args.out, detector, data)
         with atomic(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
-            text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md"
+            text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md for the average"
             logger.info(text, detector.crops)
     if args.bundle:
-        content = bundle_content(detector, checkpoints.load(args.resume), args.scores)
+        content = collect_bundle_content(detector, checkpoints.load(args.resume), args.scores)
         checkpoints.save(content, os.path.realpath(args.bundle))
     return 0
 
@@ -68,33 +69,35 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = export_parser()
     args = parser.parse_args(arguments)
     if not (args.out or args.check or args.bundle):
-        parser.error("expected --out or --check FILE.onnx or FILE.pt2, or --bundle FILE.safetensors")
+        parser.error("expected at least one of --out FILE, --check FILE and --bundle FILE")
     for flag, path in (("--out", args.out), ("--check", args.check)):
         if path and path.suffix not in GRAPH_SUFFIXES:
-            parser.error(f"{flag} {path}: expected a name that ends in {' or '.join(GRAPH_SUFFIXES)}")
+            parser.error(f"{flag}: expected a file name that ends in {' or '.join(GRAPH_SUFFIXES)}, got {path}")
     if args.bundle and not checkpoints.is_bundle(args.bundle):
-        parser.error(f"--bundle {args.bundle}: expected a name that ends in .safetensors")
+        parser.error(f"--bundle: expected a file name that ends in .safetensors, got {args.bundle}")
     if args.scores and not args.bundle:
-        parser.error("--scores needs --bundle")
+        parser.error("--scores needs --bundle FILE.safetensors, because only bundles contain a model card")
     return args
 
 
-def require_onnx(args: argparse.Namespace) -> None:
-    """Raise a UserError if an ONNX file is requested and a Python package for ONNX is missing."""
+def require_onnx_packages(args: argparse.Namespace) -> None:
+    """Raise a UserError if --out or --check names an ONNX file and a Python package for ONNX is missing."""
     missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
     for path in (args.out, args.check):
         if path and path.suffix == ".onnx" and missing:
-            raise UserError(f"ONNX files need more packages: pip install {' '.join(missing)}")
+            raise UserError(f"packages for ONNX files are missing: run pip install {' '.join(missing)}")
 
 
-def require_own_file(path: Path, mark: bytes) -> None:
-    """Raise a UserError if the file exists and does not contain `mark`, which this program writes into its files."""
+def require_replaceable_file(path: Path, mark: bytes) -> None:
+    """Raise a UserError if the file exists and does not contain the bytes `mark`, so another program wrote the file."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
-        raise UserError(f"{printable(path)} was not written by this program: give another name, or remove the file")
+        raise UserError(
+            f"{printable(path)} was not written by this program: give another file name, or remove the file"
+        )
 
 
-def read_graph(path: Path) -> bytes:
-    """Read the graph that --check names. Raises a UserError if the file cannot be read."""
+def read_graph_file(path: Path) -> bytes:
+    """Read the bytes of a graph file. Raises a UserError if the file cannot be read."""
     try:
         if not path.is_file():
             raise FileNotFoundError(0, "no such file")
@@ -103,26 +106,30 @@ def read_graph(path: Path) -> bytes:
         raise UserError(f"cannot read {printable(path)} ({error.strerror})") from None
 
 
-def bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
-    """Collect the entries of a bundle. Of VGG-19 it has only a fingerprint, because all detectors share its 50 MB.
+def collect_bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
+    """Collect the entries of a bundle.
+
+    A bundle contains only a fingerprint of the VGG-19 weights. The weights take 50 MB, and many detectors share them.
 
     Args:
         found: content of the checkpoint of the detector.
-        scores: path of the P.json of test.py, whose metrics the model card shows. None: no metrics.
+        scores: path of the file P.json of test.py. The model card shows its metrics. None: no metrics.
     Raises:
         UserError: if the scores are from a different detector, or from images without labels.
     """
     network = detector.network
     content = {name: found[name] for name in COPIED if name in found}
-    content["config"] = public_config(detector)
+    content["config"] = copy_public_config(detector)
     content["state_dict"] = network.classifier.state_dict()
     content["sr_state_dict"] = network.resynthesizer.state_dict()
     record = {}
     if scores:
         record = read_record(scores)
         if not record.get("metrics"):
-            raise UserError(f"no metrics in {printable(scores)}: expected the P.json of test.py on labelled images")
-        require_same_detector(content, record, "--resume")
+            raise UserError(
+                f"expected P.json of test.py for images with labels, but there are no metrics in {printable(scores)}"
+            )
+        require_scores_of_detector(content, record, "--resume")
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})
     content["card"] = template.render(**content, settings=settings, record=record, format_table=format_table)

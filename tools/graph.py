@@ -1,8 +1,8 @@
-"""Export a detector as one graph from pixels to P(fake), in ONNX or in the format of torch.export.
+"""Export a detector as one graph, in ONNX or in the format of torch.export. The graph computes P(fake) from pixels.
 
-The input of the graph is a batch of images as the network gets them: whole images, or crops if the detector was trained
-on crops. The graph does not resize, crop, average over crops or apply thresholds. Its metadata hold the settings for
-these steps.
+The input of the graph is a batch of whole images, or a batch of crops if the detector was trained on crops. The graph
+does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of the graph
+contain the settings for these steps.
 """
 
 import copy
@@ -29,37 +29,37 @@ from utils.random_streams import seeded_generator
 logger = logging.getLogger("tools.export")
 
 FORMAT = "beyond-the-spectrum graph, version 2"
-MARK = b"beyond-the-spectrum graph"  # text in every graph of this program, of any version
+MARK = b"beyond-the-spectrum graph"  # bytes that every exported graph contains, whatever its version
 FACTS = "facts.json"  # name of the metadata in a .pt2 file
-SMALLEST_EXAMPLE = 96  # side of the example image in pixels, unless the detector was trained on crops
-TOLERANCE = 1e-4  # for differences of P(fake) and logits; relative for values above 1
-# PyTorch 2.6 cannot convert batch norms to ONNX with onnxscript 0.7
+SMALLEST_EXAMPLE = 96  # smallest side in pixels of the example image of a detector for whole images
+TOLERANCE = 1e-4  # largest difference of a logit or P(fake), relative to the value if the value is above 1
+# With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
 class Graph(nn.Module):
-    """A detector as one module.
+    """A module that computes logits and P(fake) from pixels, as a detector does.
 
-    image, uint8 (B, 3, H, W) RGB -> logits (B, 2), columns FAKE, REAL, and P(fake) (B,), both float32.
+    image: uint8 (B, 3, H, W), RGB -> logits: float32 (B, 2), columns FAKE, REAL; P(fake): float32 (B,).
     """
 
     def __init__(self, detector: Detector):
         super().__init__()
         self.network = detector.network
         if not TORCH_CONVERTS_BATCH_NORM:
-            self.network = with_plain_batch_norms(self.network)
+            self.network = copy_with_plain_batch_norms(self.network)
         self.temperature = detector.calibration.get("temperature", 1.0)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         x = image.to(torch.float32) / 255  # (B, 3, H, W) in [0, 1]
         logits = self.network(x)  # (B, 2)
         margin = (logits[:, 0] - logits[:, 1]) / self.temperature  # (B,)
-        return logits, margin.sigmoid()  # equals softmax over two classes
+        return logits, margin.sigmoid()  # sigmoid of the difference of two logits = softmax
 
 
 class PlainBatchNorm(nn.Module):
-    """A batch norm with fixed statistics, as one multiplication and one addition. x: (B, C, H, W) -> (B, C, H, W)."""
+    """A batch norm in evaluation mode, written as x * scale + shift. x: (B, C, H, W) -> (B, C, H, W)."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
@@ -72,8 +72,8 @@ class PlainBatchNorm(nn.Module):
         return x * self.scale + self.shift
 
 
-def with_plain_batch_norms(network: nn.Module) -> nn.Module:
-    """Copy a network, and replace each batch norm by a module that every version of PyTorch converts to ONNX."""
+def copy_with_plain_batch_norms(network: nn.Module) -> nn.Module:
+    """Copy a network, and replace each batch norm in the copy by a `PlainBatchNorm`."""
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.BatchNorm2d) and module.affine and module.track_running_stats:
@@ -81,7 +81,7 @@ def with_plain_batch_norms(network: nn.Module) -> nn.Module:
     return network
 
 
-def make_graph(detector: Detector, suffix: str) -> bytes:
+def export_graph(detector: Detector, suffix: str) -> bytes:
     """Export a detector as a graph.
 
     Args:
@@ -93,23 +93,23 @@ def make_graph(detector: Detector, suffix: str) -> bytes:
     """
     warnings.filterwarnings("ignore", "No complete tensor found", module="torch.export")
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # these loggers report every step
+        logging.getLogger(name).setLevel(logging.ERROR)  # at lower levels, these loggers print every step of the export
     program, is_dynamic = export_program(detector)
-    facts = facts_of(detector)
+    facts = collect_metadata(detector)
     if suffix == ".pt2":
         file = io.BytesIO()
         torch.export.save(program.run_decompositions({}), file, extra_files={FACTS: json.dumps(facts)})
         return file.getvalue()
     axes = {0: "batch", 2: "height", 3: "width"} if is_dynamic else {0: "batch"}
-    return onnx_of(program, axes, facts)
+    return convert_to_onnx(program, axes, facts)
 
 
-def onnx_of(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
+def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
     """Convert an exported program to ONNX.
 
     Args:
-        axes: dimensions of the input that may have any size, {dimension: name}.
-        facts: metadata of the graph.
+        axes: {dimension: name} of the input dimensions that may have any size.
+        facts: metadata of the graph, {name: value as JSON}.
     Returns:
         The content of the file.
     Raises:
@@ -121,27 +121,29 @@ def onnx_of(program: torch.export.ExportedProgram, axes: Mapping[int, str], fact
             input_names=["image"],
             output_names=["logits", "prob_fake"],
             dynamic_shapes=(axes,),
-            opset_version=18,  # all runtimes since 2023 read this version of ONNX
+            opset_version=18,  # version of the ONNX operators; all runtimes since 2023 read opset 18
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # the converter raises errors of many kinds
+    except Exception as error:  # the converter raises exceptions of many types
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise UserError(
-            f"PyTorch {torch.__version__} cannot convert this detector to ONNX ({reason}): use .pt2"
+            f"PyTorch {torch.__version__} cannot convert this detector to ONNX ({reason}): use --out FILE.pt2"
         ) from None
     onnx.model.metadata_props.update(facts)
     return onnx.model_proto.SerializeToString()
 
 
 def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bool]:
-    """Export the network for images of any size. If that fails, export it for images of the size of one crop.
+    """Export the network of a detector for images of any size.
+
+    If this export fails and the detector was trained on crops, the network is exported for images of the crop size.
 
     Returns:
         The exported program, and whether it accepts images of any size.
     """
     scale = detector.policy.scale
-    _, height, width = example_sizes(detector)[0]
+    _, height, width = choose_example_sizes(detector)[0]
     sizes = {0: torch.export.Dim.AUTO}
     free = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
     choices = [({**sizes, **free}, height, width + 16 * scale)]
@@ -151,18 +153,19 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
     for shapes, rows, columns in choices:
         example = torch.zeros(2, 3, rows, columns, dtype=torch.uint8)
         try:
-            with torch.enable_grad():  # with gradients enabled, networks compute whole maps instead of tiles
+            with torch.enable_grad():  # with gradients enabled, networks process whole maps, not tiles
                 program = torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(shapes,))
             return program, len(shapes) > 1
-        except Exception as error:  # torch.export raises errors of many kinds
+        except Exception as error:  # torch.export raises exceptions of many types
             reason = str(error).strip().partition("\n")[0]
     raise UserError(f"PyTorch {torch.__version__} cannot export this detector ({reason})")
 
 
-def example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
-    """Choose sizes of images to check a graph with, (batch, height, width). The first size is the size of one crop.
+def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
+    """Choose three sizes (batch, height, width) of images for the comparison of a graph with the detector.
 
-    Height and width are multiples of the scale of the re-synthesizer.
+    If the detector was trained on crops, the first size is the crop size. Heights and widths are multiples of the scale
+    of the re-synthesizer.
     """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
@@ -170,18 +173,21 @@ def example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
     return [(1, side, side), (3, side + 2 * scale, side), (2, side, side + 7 * scale)]
 
 
-def facts_of(detector: Detector) -> dict[str, str]:
-    """Collect the metadata of a graph, {name: value as JSON}: sizes, crops, thresholds and the config."""
+def collect_metadata(detector: Detector) -> dict[str, str]:
+    """Collect the metadata of a graph, {name: value as JSON}, such as the image size, the thresholds and the config."""
     facts = {"format": FORMAT, "labels": LABEL_NAMES, "crops": detector.crops}
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
         facts[name] = detector.calibration.get(name, default)
-    facts["detector"] = public_config(detector)
+    facts["detector"] = copy_public_config(detector)
     return {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
 
 
-def public_config(detector: Detector) -> dict:
-    """Copy the config of a detector. Fingerprints of all networks are added; names of local folders are removed."""
+def copy_public_config(detector: Detector) -> dict:
+    """Copy the config of a detector for publication.
+
+    The fingerprint of the classifier is added. The folder of the VGG-19 weight file is removed.
+    """
     config = dict(detector.config)
     config["classifier_fingerprint"] = fingerprint(detector.network.classifier)
     if config.get("vgg"):
@@ -192,11 +198,15 @@ def public_config(detector: Detector) -> dict:
 # --- checking ---
 
 
-def open_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], Mapping[str, str]]:
-    """Load a graph from the content of its file. Returns a function images -> (logits, P(fake)), and the metadata."""
+def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], Mapping[str, str]]:
+    """Load a graph from the bytes of its file.
+
+    Returns:
+        A function that computes (logits, P(fake)) from images, and the metadata of the graph.
+    """
     if data.startswith(b"PK"):  # a .pt2 file is a zip file
         extra = {FACTS: ""}
-        module = runnable(torch.export.load(io.BytesIO(data), extra_files=extra))
+        module = module_without_size_checks(torch.export.load(io.BytesIO(data), extra_files=extra))
         return lambda image: [output.detach().numpy() for output in module(image)], json.loads(extra[FACTS])
     import onnxruntime  # imported here, because .pt2 files do not need it
 
@@ -204,63 +214,71 @@ def open_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
     return lambda image: session.run(None, {"image": image.numpy()}), session.get_modelmeta().custom_metadata_map
 
 
-def runnable(program: torch.export.ExportedProgram) -> nn.Module:
-    """Make a module from an exported program.
+def module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
+    """Create a module from an exported program, without checks of the input size.
 
-    Newer versions of PyTorch check that input sizes match the example input. This check is turned off.
+    Since version 2.9, PyTorch would otherwise refuse inputs whose size does not fit the example input of the export.
     """
     if "check_guards" in inspect.signature(program.module).parameters:
         return program.module(check_guards=False)
     return program.module()
 
 
-def check_graph(path: Path, detector: Detector, data: bytes) -> None:
-    """Compare the outputs of a graph and of the detector on random images.
+def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> None:
+    """Check that a graph and a detector give the same logits and P(fake) on random images of three sizes.
 
-    The first image has the size of one crop. The graph is also checked on images of two more sizes, if it accepts them.
+    If the graph accepts only images of the first size, the other two sizes are left out.
 
     Args:
-        path: path of the graph file, for messages.
-        data: content of the graph file.
+        path: path of the graph file, for error messages.
+        data: bytes of the graph file.
     Raises:
         UserError: if `data` is not a graph, belongs to a different detector, or gives different logits or P(fake).
     """
     name = printable(path)
     rng = seeded_generator(0)
     images = []
-    for batch, height, width in example_sizes(detector):
+    for batch, height, width in choose_example_sizes(detector):
         images.append(torch.from_numpy(rng.integers(0, 256, (batch, 3, height, width), np.uint8)))
     try:
-        run, found = open_graph(data)
+        run, found = load_graph(data)
         results = [run(images[0])]
     except Exception as error:  # each runtime raises exceptions of its own types
         reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{name} is not a graph of a detector, or is damaged ({reason}): export it again") from None
-    for fact, expected in facts_of(detector).items():
+        raise UserError(
+            f"{name} is damaged or is not the graph of a detector ({reason}): export the graph again"
+        ) from None
+    for fact, expected in collect_metadata(detector).items():
         if found.get(fact) != expected:
-            raise UserError(f"{name} is not from this detector: {fact} is {found.get(fact)}, expected {expected}")
+            raise UserError(f"{name} is not from this detector: expected {fact} = {expected}, got {found.get(fact)}")
     for image in images[1:]:
         try:
             results.append(run(image))
         except Exception:
-            logger.info("%s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
+            logger.info("the graph %s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
-    difference = max(difference_from(detector, x, result) for x, result in zip(images, results, strict=False))
-    if not difference <= TOLERANCE:  # also true for NaN
+    difference = max(
+        largest_difference_from_detector(detector, x, result) for x, result in zip(images, results, strict=False)
+    )
+    if not difference <= TOLERANCE:  # unlike `difference > TOLERANCE`, this is also true for NaN
         raise UserError(
-            f"{name} differs from the detector's numbers by {difference:.2g}, expected at most {TOLERANCE:g}"
+            f"{name}: expected outputs that differ from the detector by at most {TOLERANCE:g}, got {difference:.2g}"
         )
     logger.info(
-        "%s gives the detector's numbers for one crop or image; the largest difference is %.2g", name, difference
+        "%s gives the logits and P(fake) of the detector for one crop or image, with differences of at most %.2g",
+        name,
+        difference,
     )
 
 
-def difference_from(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
-    """Compute the largest difference between outputs of a graph and of the detector; relative for values above 1.
+def largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
+    """Compute the largest difference between the outputs of a graph and of the detector.
+
+    The difference of values above 1 is divided by the value of the detector.
 
     Args:
         image: uint8 (B, 3, H, W).
-        result: logits (B, 2) and P(fake) (B,) of the graph.
+        result: outputs of the graph, logits (B, 2) and P(fake) (B,).
     """
     logits, prob_fake = result
     with torch.inference_mode():

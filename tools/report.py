@@ -5,14 +5,15 @@
     python -m tools.report --study STUDY.csv --table NAME --markdown METRIC [--intervals]
     python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
-The first command writes DIR/report.html with ROC curves, intervals, robustness curves and the worst mistakes
-(tools/report_page.py). The second command prints a markdown table with one row per score table or generator. The third
-command prints a markdown table whose rows and columns are listed in a study file (tools/study.py). The fourth command
-updates the tables in markdown documents. In a document, the lines that start with "|" directly below the comment
+The first command writes the web page DIR/report.html with figures and metrics (tools/report_page.py). The second
+command prints a markdown table with one row per score table or generator. The third command prints a markdown table
+whose rows and columns are listed in a study file (tools/study.py). The fourth command updates the tables in markdown
+documents. In a document, the lines that start with "|" directly below the comment
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
-are replaced by the output of the command in the comment. SCORES.json beside a score table is optional.
+are replaced by the output of the command in the comment. The file SCORES.json, which test.py writes beside SCORES.csv,
+is optional.
 """
 
 import argparse
@@ -25,86 +26,86 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evaluation import metrics
-from tools.report_page import load_tables, write_page
-from tools.study import study_rows
+from tools.report_page import load_score_tables, write_report_page
+from tools.study import make_study_table
 from utils import options
 from utils.console import printable, text_table
 from utils.errors import UserError, run_program
 from utils.files import atomic
 
 PROGRAM = "python -m tools.report"
-MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # groups: 1 comment, 2 command
-COMPARED = ("accuracy", "auroc", "average_precision")  # metrics that have bootstrap intervals
+MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # group 1: comment; group 2: command
+COMPARED = ("accuracy", "auroc", "average_precision")  # metrics in the tables with bootstrap intervals
 ALL_METRICS = "all"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     for document in args.refresh or ():
-        refresh(document, args.check)
+        update_document(document, args.check)
     if args.refresh:
         return 0
     if args.markdown:
-        sys.stdout.write(markdown(args) + "\n")
+        sys.stdout.write(make_markdown_table(args) + "\n")
         return 0
     if args.residuals and not os.path.isdir(args.residuals):
-        text = "test.py --save-residuals makes this folder"
-        raise UserError(f"--residuals {printable(args.residuals)} does not exist; {text}")
-    tables = load_tables(args.scores)
-    page = write_page(tables, args.out, args.residuals)
+        text = "expected the folder that test.py --save-residuals wrote"
+        raise UserError(f"--residuals: {text}, got {printable(args.residuals)}, which is not a folder")
+    tables = load_score_tables(args.scores)
+    page = write_report_page(tables, args.out, args.residuals)
     rows = metrics.metric_rows({table.name: table.summary for table in tables}, COMPARED)
-    text = text_table(rows, left_columns(tables))
-    sys.stdout.write("in %, with 95 % bootstrap intervals; fake is the positive class\n")
+    text = text_table(rows, count_name_columns(tables))
+    sys.stdout.write("numbers are in %, with 95 % bootstrap intervals; fake is the positive class\n")
     sys.stdout.write(f"{text}\nreport: {printable(page)}\n")
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and check that it is one of the four commands of this program."""
+    """Parse the command line, and exit with an error unless it is one of the four commands of this program."""
     parser = options.Parser(PROGRAM, "Make a web page or markdown tables from score tables.")
-    parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables of test.py")
-    parser.add_argument("--study", metavar="STUDY.csv", help="study file, which lists rows and columns of tables")
-    parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in the study file")
-    text = "with --study: add the bootstrap interval or, with several seeds, the range over the seeds"
+    parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables that test.py wrote")
+    parser.add_argument("--study", metavar="STUDY.csv", help="file that lists the rows and columns of tables")
+    parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
+    text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
     parser.add_argument("--intervals", action="store_true", help=text)
     names = [name for name, metric in metrics.METRICS.items() if metric.is_column]
     output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--out", metavar="DIR", help="write the page DIR/report.html")
-    text = f"print a markdown table of one metric ({', '.join(names)}); without METRIC: accuracy, AUROC and AP"
+    output.add_argument("--out", metavar="DIR", help="write the web page DIR/report.html")
+    text = f"print a markdown table of METRIC ({', '.join(names)}; default: accuracy, AUROC and AP)"
     output.add_argument("--markdown", nargs="?", const=ALL_METRICS, metavar="METRIC", help=text)
     text = "markdown documents in which the tables below 'made by' comments are updated"
     output.add_argument("--refresh", nargs="+", metavar="FILE.md", help=text)
-    text = "with --refresh: change no document, and fail if a table is not up to date"
+    text = "with --refresh: change no document, but exit with an error if a table is not up to date"
     parser.add_argument("--check", action="store_true", help=text)
-    text = "with --out: folder of residual pictures, made by test.py --save-residuals"
+    text = "with --out: folder of pictures of residuals that test.py --save-residuals wrote"
     parser.add_argument("--residuals", metavar="DIR", help=text)
     args = parser.parse_args(arguments)
     sources = [bool(args.scores), bool(args.study), bool(args.refresh)]
     if sum(sources) != 1 or bool(args.study) != bool(args.table):
-        parser.error("expected SCORES.csv, or --study with --table, or --refresh")
+        parser.error("expected one of: SCORES.csv, --study STUDY.csv with --table NAME, --refresh FILE.md")
     if args.markdown and args.markdown not in (ALL_METRICS, *names):
-        parser.error(f"--markdown {args.markdown}: expected one of {', '.join(names)}")
+        parser.error(f"--markdown: expected one of {', '.join(names)}, got {args.markdown}")
     if args.study and args.markdown in (None, ALL_METRICS):
-        parser.error("--study needs --markdown METRIC")
+        parser.error("expected --markdown METRIC with --study")
     return args
 
 
-def left_columns(tables: Sequence) -> int:
-    """Return how many columns of `metrics.metric_rows` hold names. Columns of names are aligned to the left."""
+def count_name_columns(tables: Sequence) -> int:
+    """Return the number of columns with names in `metrics.metric_rows`. These columns are aligned to the left."""
     return 1 if len(tables) == 1 else 2
 
 
-def markdown(args: argparse.Namespace) -> str:
-    """Make the markdown table that the arguments request."""
+def make_markdown_table(args: argparse.Namespace) -> str:
+    """Make the markdown table that the command line requests."""
     left = 1
     if args.study:
-        rows = study_rows(args.study, args.table, args.markdown, args.intervals)
+        rows = make_study_table(args.study, args.table, args.markdown, args.intervals)
     else:
-        tables = load_tables(args.scores)
+        tables = load_score_tables(args.scores)
         summaries = {table.name: table.summary for table in tables}
         if args.markdown == ALL_METRICS:
             rows = metrics.metric_rows(summaries, COMPARED)
-            left = left_columns(tables)
+            left = count_name_columns(tables)
         else:
             rows = metrics.rows_by_generator(summaries, args.markdown)
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -112,12 +113,12 @@ def markdown(args: argparse.Namespace) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))
 
 
-def refresh(path: str, check: bool) -> None:
+def update_document(path: str, check: bool) -> None:
     """Update the tables below "made by" comments in a markdown document.
 
     Args:
-        path: the document.
-        check: do not write the document, but raise an error if a table is not up to date.
+        path: path of the document.
+        check: if True, the document is not written, and a table that is not up to date raises an error.
 
     Raises:
         UserError: if a table cannot be made, or if `check` is True and a table is not up to date.
@@ -126,35 +127,37 @@ def refresh(path: str, check: bool) -> None:
         before = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {printable(path)} ({error})") from None
-    after = MADE_BY.sub(updated_table, before)
+    after = MADE_BY.sub(make_updated_table, before)
     if after == before:
         return
     if check:
-        raise UserError(f"{printable(path)} has tables that are not up to date: run --refresh without --check")
+        raise UserError(
+            f"{printable(path)} has tables that are not up to date: run tools.report --refresh without --check"
+        )
     with atomic(os.path.realpath(path)) as file:
         file.write(after.encode())
 
 
-def updated_table(match: re.Match) -> str:
-    """Make the text that replaces a match of MADE_BY: the comment, followed by the output of its command."""
+def make_updated_table(match: re.Match) -> str:
+    """Return the comment that MADE_BY has matched, followed by the output of the command in the comment."""
     comment, command = match[1], match[2]
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UserError(f"cannot run {command!r} ({error})") from None
+        raise UserError(f"cannot run the command of a 'made by' comment, {command!r} ({error})") from None
     program = PROGRAM.split()
     if words[: len(program)] != program:
-        raise UserError(f"cannot run {command!r}: expected {PROGRAM} ... --markdown")
+        raise UserError(f"'made by' comment: expected {PROGRAM} ... --markdown, got {command!r}")
     arguments = []
     for word in words[len(program) :]:
         arguments += sorted(glob.glob(word)) or [word]
     try:
         args = parse_arguments(arguments)
-    except SystemExit:  # argparse has printed the reason
-        raise UserError(f"cannot run {command!r}") from None
+    except SystemExit:  # argparse has already printed the reason
+        raise UserError(f"cannot run the command of a 'made by' comment, {command!r}") from None
     if not args.markdown:
-        raise UserError(f"cannot run {command!r}: expected {PROGRAM} ... --markdown")
-    return f"{comment}\n{markdown(args)}"
+        raise UserError(f"'made by' comment: expected {PROGRAM} ... --markdown, got {command!r}")
+    return f"{comment}\n{make_markdown_table(args)}"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Draw random scenes of overlapping shapes, which share some statistics with photographs.
+"""Draw random images of overlapping shapes (scenes), which share some statistics with photographs.
 
-Shapes cover one another like fallen leaves. Radii r have the density r^-3. Such scenes have edges, scale invariance and
-a spectrum like photographs (Lee, Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
+Later shapes cover earlier shapes (dead leaves model). The probability density of the radius r is proportional to r^-3.
+Such images resemble photographs in their edges, their scale invariance and their spectrum (Lee, Mumford, Huang, IJCV
+2001; Achddou, Gousseau, Ladjal, SSVM 2021).
 """
 
 import numpy as np
@@ -9,22 +10,22 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import gaussian_blur
 
-SUPERSAMPLING = 2  # shapes are painted at twice the size and averaged, which smooths their edges
-SMALLEST_RADIUS = (1.0, 4.0)  # range in pixels from which the smallest radius of a scene is drawn
-LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the side of the image
-COVERAGE = 4.0  # mean number of shapes that cover a pixel: e^-4 = 2 % of the pixels show the background
-POINTS = 24  # points per outline, divisible by each number in CORNERS
-CORNERS = (3, 4, 6, 24, 24)  # number of corners of a shape, drawn at random; 24 corners look like an ellipse
-LENS_BLUR = (0.4, 1.2)  # range in pixels of the standard deviation of the blur, drawn per scene
+SUPERSAMPLING = 2  # shapes are drawn at twice the image size, and averaged over 2 x 2 pixels for smooth edges
+SMALLEST_RADIUS = (1.0, 4.0)  # range of the smallest radius of a scene, in pixels
+LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the image side
+COVERAGE = 4.0  # area of all shapes / area of the image; about 10 % of the pixels show the background
+POINTS = 24  # number of points per outline; a multiple of each number in CORNERS
+CORNERS = (3, 4, 6, 24, 24)  # possible numbers of corners of a shape; 24 corners look like an ellipse
+LENS_BLUR = (0.4, 1.2)  # range of the standard deviation of the blur of a scene, in pixels
 # Luminance, blue-yellow and red-green vary nearly independently in photographs (Ruderman, Cronin, Chiao, JOSA A 1998)
 OPPONENT_TO_RGB = np.array([[1, 1, 1], [1, 0.3, -1.1], [1, -0.9, 0.2]])
 
 
 def draw_scene(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw a random scene.
+    """Draw a random image of overlapping shapes.
 
     Args:
-        size: side of the picture in pixels.
+        size: height and width of the image in pixels.
     Returns:
         uint8 (size, size, 3), RGB.
     """
@@ -32,28 +33,28 @@ def draw_scene(size: int, rng: np.random.Generator) -> np.ndarray:
     shapes, count = paint_shapes(side, rng)  # (side, side)
     x = colour_shapes(shapes, count, rng)  # (side, side, 3)
     x = x.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean(axis=(1, 3))  # (size, size, 3)
-    return photograph(x, rng)
+    return simulate_camera(x, rng)
 
 
 def paint_shapes(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Paint random polygons over one another.
 
     Returns:
-        The number of the shape that each pixel shows, (side, side), 0 = background; and the number of shapes.
+        For each pixel the number of the visible shape, (side, side), 0 = background; and the number of shapes.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))
     largest = LARGEST_RADIUS * side
-    mean_square = 2 * np.log(largest / smallest) / (smallest**-2 - largest**-2)  # mean of r^2 for the density r^-3
+    mean_square = 2 * np.log(largest / smallest) / (smallest**-2 - largest**-2)  # mean of r^2
     count = round(COVERAGE * side**2 / (np.pi * mean_square))
-    # Draw radii with density r^-3 by inverting the cumulative distribution
+    # Draw radii with the density r^-3 by inverse transform sampling
     radii = (largest**-2 + rng.random((count, 1)) * (smallest**-2 - largest**-2)) ** -0.5  # (count, 1)
     centres = rng.uniform(-0.1 * side, 1.1 * side, (count, 2))
     corners = rng.choice(CORNERS, (count, 1))
     stretches = np.exp(rng.uniform(0, 0.6, (count, 1)))
     turns = rng.uniform(0, 2 * np.pi, (count, 1))
 
-    # Compute outlines of regular polygons. All have POINTS points: a triangle has each of its corners eight times
+    # Compute the outlines of polygons. Each outline has POINTS points, so a triangle repeats each corner eight times
     angles = np.floor(np.arange(POINTS) * corners / POINTS) * 2 * np.pi / corners  # (count, POINTS)
     along = radii * stretches * np.cos(angles)
     across = radii / stretches * np.sin(angles)
@@ -72,7 +73,7 @@ def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> n
     """Give each shape a random colour and texture.
 
     Args:
-        shapes: number of the shape that each pixel shows, (S, S).
+        shapes: for each pixel the number of the visible shape, (S, S).
         count: number of shapes.
     Returns:
         float32 (S, S, 3), about [0, 1].
@@ -83,22 +84,26 @@ def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> n
     colours = np.stack([luminance, blue_yellow, red_green], axis=1) @ OPPONENT_TO_RGB  # (count + 1, 3)
     colours = np.clip(colours, 0.02, 0.97).astype(np.float32)
     strengths = rng.uniform(-0.16, 0.16, count + 1).astype(np.float32)
-    texture = fractal_noise(len(shapes), rng)  # (S, S)
+    texture = draw_fractal_noise(len(shapes), rng)  # (S, S)
     light = 1 + strengths[shapes] * texture  # (S, S)
     return colours[shapes] * light[..., None]  # (S, S, 3)
 
 
-def fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw noise with the amplitude spectrum 1 / frequency. Returns float32 (side, side), standard deviation 1."""
+def draw_fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw noise with the amplitude spectrum 1 / frequency.
+
+    Returns:
+        float32 (side, side), mean 0, standard deviation 1.
+    """
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
-    frequency[0, 0] = torch.inf  # division by infinity makes the mean of the noise 0
+    frequency[0, 0] = torch.inf  # makes the mean of the noise 0
     white = torch.from_numpy(rng.standard_normal((side, side), dtype=np.float32))
     noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(side, side))
     return (noise / noise.std()).numpy()
 
 
-def photograph(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Simulate a camera: light from one side, lens blur and sensor noise.
+def simulate_camera(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Simulate light from one side, the blur of a lens, and the noise of a camera sensor.
 
     Args:
         x: float32 (H, W, 3), about [0, 1].
@@ -111,6 +116,6 @@ def photograph(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     blurred = gaussian_blur(lit, [5, 5], [rng.uniform(*LENS_BLUR)]).clamp(0, 1)
     x = blurred.permute(1, 2, 0).numpy()  # (H, W, 3)
     shot, read = rng.uniform(0.0001, 0.0006), rng.uniform(0.3, 1.2) / 255
-    deviation = np.sqrt(shot * x + read**2)  # standard deviation of shot noise and read noise together
+    deviation = np.sqrt(shot * x + read**2)  # standard deviation of the sum of shot noise and read noise
     x = x + deviation * rng.standard_normal(x.shape, dtype=np.float32)
     return np.clip(np.rint(x * 255), 0, 255).astype(np.uint8)

@@ -1,11 +1,12 @@
-"""Hold out some images for validation and calibration.
+"""Divide images into a training set and a held-out set for validation and calibration.
 
     python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
-The program writes DIR/train.csv and DIR/held_out.csv with the columns path,label,generator, for --csv and --val-csv of
-train_detector.py. It also writes the real images of both sets to DIR/train_real.txt and DIR/held_out_real.txt, for
-train_sr.py. A checksum of the file name decides whether an image is held out, so adding images moves no image to the
-other set. DIR/split.json records --hold-out and checksums of the lists.
+The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. The options --csv
+and --val-csv of train_detector.py read these lists. The program also writes DIR/train_real.txt and
+DIR/held_out_real.txt, which name the real images of both sets for train_sr.py. A checksum of the file name decides
+whether an image is held out. If images are added later, no image moves to the other set. DIR/split.json records
+--hold-out and the hashes of the lists.
 """
 
 import argparse
@@ -37,15 +38,15 @@ FORMAT = "beyond-the-spectrum split, version 1"
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     out = Path(args.out)
-    require_own_lists(out, args.hold_out, args.overwrite)
-    sets = split_items(labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
+    require_replaceable_lists(out, args.hold_out, args.overwrite)
+    sets = split_by_file_name(labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
     files = {}
     for name, items in sets.items():
         require_both_classes(name, items)
-        files[f"{name}.csv"] = table_of(items)
-        files[f"{name}_real.txt"] = list_of_reals(items)
+        files[f"{name}.csv"] = make_csv_table(items)
+        files[f"{name}_real.txt"] = make_list_of_real_images(items)
     make_folder(out)
-    write_lists(out, files, args.hold_out)
+    write_split_lists(out, files, args.hold_out)
     for name, items in sets.items():
         reals = sum(item.label == REAL for item in items)
         sys.stdout.write(f"{name}: {reals} real, {len(items) - reals} generated\n")
@@ -53,55 +54,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = options.Parser("python -m tools.split", "Hold out some images for validation and calibration.")
+    parser = options.Parser(
+        "python -m tools.split", "Divide images into a training set and a held-out set for validation and calibration."
+    )
     add = parser.add_argument
-    add("--data-root-pos", nargs="+", required=True, metavar="DIR", help="folders of REAL images")
+    add("--data-root-pos", nargs="+", required=True, metavar="DIR", help="folders of real images")
     add(
         "--data-root-neg",
         nargs="+",
         required=True,
         metavar="DIR",
-        help="folders of GENERATED images, one per generator",
+        help="folders of generated images, one folder per generator",
     )
-    add("--out", required=True, metavar="DIR", help="folder for the lists")
+    add("--out", required=True, metavar="DIR", help="folder to write the lists into")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace lists that this program made with a different --hold-out")
+    add("--overwrite", action="store_true", help="replace lists of this program that have a different --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
-        parser.error(f"--hold-out must be between 0 and 1, got {args.hold_out:g}")
+        parser.error(f"--hold-out must be above 0 and below 1, got {args.hold_out:g}")
     return args
 
 
-def require_own_lists(out: Path, hold_out: float, overwrite: bool) -> None:
+def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> None:
     """Check that existing lists in the output folder may be replaced.
 
     Args:
-        hold_out: fraction of the images to hold out now.
-        overwrite: also replace lists that were made with a different fraction.
+        hold_out: fraction of the images that the new lists hold out.
+        overwrite: whether lists that hold out a different fraction may be replaced.
 
     Raises:
-        UserError: if an existing list was not written by this program, was changed since, or has a different fraction.
+        UserError: if a list was not written by this program, was edited, or holds out a different fraction.
     """
     names = [f"{name}{ending}" for name in SETS for ending in (".csv", "_real.txt")]
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
     if not present:
         return
-    record = read_record(out / RECORD)
+    record = read_split_record(out / RECORD)
     own = record.get("format") == FORMAT
     for name in present:
-        if not own or (name != RECORD and digest_of(out / name) not in record["files"].get(name, [])):
-            reason = "was not written by this program, or was changed since"
-            raise UserError(f"{printable(out / name)} {reason}: give another --out, or remove the file")
+        if not own or (name != RECORD and hash_file(out / name) not in record["files"].get(name, [])):
+            reason = "was not written by this program, or was edited"
+            raise UserError(f"{printable(out / name)} {reason}: give another --out folder, or remove the file")
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
-            f"{printable(out)} holds lists that were made with --hold-out {record['hold_out']:g}, and --hold-out"
-            f" {hold_out:g} holds out different images: give another --out, or --overwrite"
+            f"{printable(out)} contains lists with --hold-out {record['hold_out']:g}, but --hold-out {hold_out:g} was"
+            " given: give another --out folder, or replace the lists with --overwrite"
         )
 
 
-def read_record(path: Path) -> dict:
-    """Read the record split.json of an earlier call. Returns {} if the file cannot be read."""
+def read_split_record(path: Path) -> dict:
+    """Read split.json, which an earlier call wrote. Returns {} if the file cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -109,7 +112,7 @@ def read_record(path: Path) -> dict:
     return record if isinstance(record, dict) else {}
 
 
-def digest_of(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Compute the SHA-256 hash of a file. Returns "" if the file cannot be read."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest()
@@ -117,18 +120,16 @@ def digest_of(path: Path) -> str:
         return ""
 
 
-def split_items(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]:
-    """Divide images into {"train": images, "held_out": images}, by a checksum of the file names.
+def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]:
+    """Divide images into {"train": images, "held_out": images} by a checksum of their file names.
 
     Raises:
-        UserError: if a path contains a line break, because lists have one path per line.
+        UserError: if a path contains a line break, because a list has one path per line.
     """
     sets = {name: [] for name in SETS}
     for item in items:
         if "\n" in os.path.abspath(item.path) or "\r" in os.path.abspath(item.path):
-            raise UserError(
-                f"the path {printable(item.path)} contains a line break, which lists cannot hold: rename the file"
-            )
+            raise UserError(f"the path {printable(item.path)} contains a line break: rename the file")
         checksum = zlib.crc32(os.fsencode(os.path.basename(item.path)))  # 0 to 2^32 - 1
         name = "held_out" if checksum < hold_out * 2**32 else "train"
         sets[name].append(item)
@@ -136,43 +137,46 @@ def split_items(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]
 
 
 def require_both_classes(name: str, items: Sequence[Item]) -> None:
-    """Raise a UserError unless the set `name` has both real and generated images."""
+    """Raise a UserError unless `items` contains real and generated images. name: name of the set, for messages."""
     reals = sum(item.label == REAL for item in items)
     fakes = len(items) - reals
     if not reals or not fakes:
         raise UserError(
-            f"{name} would have {reals} real and {fakes} generated images: change --hold-out, or add images"
+            f"{name} would have {reals} real and {fakes} generated images, expected both: change --hold-out, or add images"
         )
 
 
-def table_of(items: Sequence[Item]) -> bytes:
-    """Make the content of a CSV table of images, with absolute paths."""
+def make_csv_table(items: Sequence[Item]) -> bytes:
+    """Make the content of a CSV file that lists images with absolute paths, labels and generators."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("path", "label", "generator"))
     for item in items:
         writer.writerow((os.path.abspath(item.path), LABEL_NAMES[item.label], item.generator))
-    return text.getvalue().encode(errors="surrogateescape")  # paths may not be UTF-8
+    return text.getvalue().encode(errors="surrogateescape")  # a path may contain bytes that are not UTF-8
 
 
-def list_of_reals(items: Sequence[Item]) -> bytes:
-    """Make the content of a text list of the real images, with one absolute path per line."""
+def make_list_of_real_images(items: Sequence[Item]) -> bytes:
+    """Make the content of a text file that lists the real images, with one absolute path per line."""
     lines = [os.path.abspath(item.path) + "\n" for item in items if item.label == REAL]
     return "".join(lines).encode(errors="surrogateescape")
 
 
-def write_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
-    """Write the lists and split.json. If the program is interrupted, split.json has the hashes of old and new lists.
+def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
+    """Write the lists and split.json.
+
+    While the lists are written, split.json contains the hashes of the old and the new lists. A later call therefore
+    recognises both if this call is interrupted.
 
     Args:
-        files: {file name: content}.
+        files: {file name: content} of the lists.
     """
-    old = read_record(out / RECORD).get("files", {})
+    old = read_split_record(out / RECORD).get("files", {})
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
-    for name in sorted(files, reverse=True):  # train.csv comes last: if it exists, all lists exist
+    for name in sorted(files, reverse=True):
         with atomic(os.path.realpath(out / name)) as file:
             file.write(files[name])
     write_json(out / RECORD, {**record, "files": new})

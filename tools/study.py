@@ -1,14 +1,15 @@
-"""Make the tables of a study. A study file lists rows, columns, and the score tables from which numbers are computed.
+"""Make the tables of a study, which compares detectors.
 
-A study file is a CSV file with one line per number and score table:
+A study file is a CSV file. Each line names one cell of a table, and a score table from which the cell is computed:
 
     table,row,column,scores,generators
     generators,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
     generators,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
 
-`scores` is the path of a score table, relative to the folder of the study file. `generators` are names of generators,
-separated by semicolons. Empty means all generators. The number is the mean over the named generators. If several lines
-have the same table, row and column, for example one line per seed, the number is the mean over these lines.
+The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
+generators, separated by semicolons. If the entry is empty, all generators of the score table are used. The number in
+the cell is the mean of a metric over these generators. If several lines name the same cell, for example one line per
+seed, the number is the mean over these lines.
 """
 
 import csv
@@ -27,20 +28,20 @@ COLUMNS = ("table", "row", "column", "scores", "generators")
 
 
 class Entry(NamedTuple):
-    """One line of a study file: a cell of a table, and a score table from which its number is computed."""
+    """One line of a study file: a cell of a table, and a score table from which the cell is computed."""
 
     table: str
     row: str
     column: str
     scores: Path
-    generators: tuple[str, ...]  # names of generators; empty: all generators
+    generators: tuple[str, ...]  # names of generators; () means all generators of the score table
 
 
 def read_study(path: str | os.PathLike) -> list[Entry]:
     """Read a study file.
 
     Raises:
-        UserError: if the file cannot be read, or is not a study file as described in this module.
+        UserError: if the file cannot be read, or does not have the format in the docstring of this module.
     """
     name = printable(path)
     entries = []
@@ -51,7 +52,9 @@ def read_study(path: str | os.PathLike) -> list[Entry]:
                 raise UserError(f"{name} is not a study file: expected the header {','.join(COLUMNS)}")
             for line in lines:
                 if None in line or None in line.values() or not all(line[column] for column in COLUMNS[:4]):
-                    raise UserError(f"{name}, line {lines.line_num}: expected five cells, only the last may be empty")
+                    raise UserError(
+                        f"{name}, line {lines.line_num}: expected five cells, of which only the fifth may be empty"
+                    )
                 generators = tuple(filter(None, line["generators"].split(";")))
                 scores = Path(path).parent / line["scores"]
                 entries.append(Entry(line["table"], line["row"], line["column"], scores, generators))
@@ -62,23 +65,26 @@ def read_study(path: str | os.PathLike) -> list[Entry]:
     return entries
 
 
-def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
-    """Make one table of a study: a list of rows of cells, beginning with the heading.
+def make_study_table(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
+    """Make one table of a study, in which numbers are in %.
 
     Args:
         path: path of the study file.
         table: name of the table.
-        metric: a key of `metrics.METRICS`. Numbers are in %.
-        intervals: whether to add the bootstrap interval or, for several score tables per cell, the range over them.
+        metric: name of the metric, a key of `metrics.METRICS`.
+        intervals: whether to add the range over the lines of a cell or, if the cell has one line with one generator,
+            the bootstrap interval.
+    Returns:
+        A list of rows, each a list of cells. The first row is the heading.
     Raises:
-        UserError: if the study has no such table, or a score table cannot be read.
+        UserError: if the study does not have the table, or a score table cannot be read.
     """
     entries = read_study(path)
     chosen = [entry for entry in entries if entry.table == table]
     if not chosen:
         names = ", ".join(dict.fromkeys(entry.table for entry in entries))
         raise UserError(f"{printable(path)} has no table {table!r}: expected one of {printable(names)}")
-    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # without repetitions, in file order
+    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # each name once, in the order of the file
     column_names = list(dict.fromkeys(entry.column for entry in chosen))
     rows = [[metrics.METRICS[metric].label, *map(printable, column_names)]]
     for row in row_names:
@@ -91,8 +97,8 @@ def study_rows(path: str, table: str, metric: str, intervals: bool) -> list[list
 
 
 def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
-    """Format one cell: the mean of the metric over the entries of the cell, in %; "-" if it is not defined."""
-    values = [value for value in (measure(entry, metric) for entry in entries) if value is not None]
+    """Format the mean of a metric over the entries of one cell, in %. Returns "-" if the metric is not defined."""
+    values = [value for value in (compute_mean_metric(entry, metric) for entry in entries) if value is not None]
     if not values:
         return "-"
     text = f"{100 * sum(values) / len(values):.1f}"
@@ -100,23 +106,31 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
         return text
     if len(values) > 1:
         return f"{text} ({100 * min(values):.1f} to {100 * max(values):.1f})"
-    measured = list(generators_of(entries[0], intervals=True).values())
+    measured = list(metrics_by_generator(entries[0], intervals=True).values())
     if len(measured) == 1:
         return metrics.percent(measured[0], metric)
     return text
 
 
-def measure(entry: Entry, metric: str) -> float | None:
-    """Compute the mean of a metric over the generators of one entry, in [0, 1]. Returns None if it is not defined."""
-    values = [measured[metric] for measured in generators_of(entry, intervals=False).values()]
+def compute_mean_metric(entry: Entry, metric: str) -> float | None:
+    """Compute the mean of a metric over the generators of one entry.
+
+    Returns:
+        The mean in [0, 1], or None if the metric is not defined for a generator.
+    """
+    values = [measured[metric] for measured in metrics_by_generator(entry, intervals=False).values()]
     if not values or None in values:
         return None
     return sum(values) / len(values)
 
 
-def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
-    """Return {generator: metrics} for the generators of an entry. Raises a UserError if a generator is unknown."""
-    summary = summarize_file(entry.scores, intervals)
+def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
+    """Return {generator: metrics} for the generators of an entry.
+
+    Raises:
+        UserError: if the score table does not contain one of the generators.
+    """
+    summary = compute_file_metrics(entry.scores, intervals)
     names = entry.generators or tuple(summary["generators"])
     for name in names:
         if name not in summary["generators"]:
@@ -126,6 +140,6 @@ def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
 
 
 @functools.cache
-def summarize_file(path: Path, intervals: bool) -> dict:
-    """Compute all metrics of a score table. intervals: also compute bootstrap intervals, which are slow."""
+def compute_file_metrics(path: Path, intervals: bool) -> dict:
+    """Compute all metrics of a score table. intervals: whether to compute bootstrap intervals, which takes long."""
     return metrics.summarize(read_table(path), metrics.RESAMPLES if intervals else 0)

@@ -1,7 +1,8 @@
-"""Make generated twins of photographs. A twin has the content, format and size of its photograph, and generator traces.
+"""Make twins of photographs. A twin is a copy of a photograph that contains the traces of a generator.
 
-If a detector is trained on photographs and their twins, the content of the images does not separate the classes. The
-method follows B-Free (Guillaro et al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
+A twin has the content, the file format and the size of the photograph. If a detector is trained on photographs and
+their twins, it cannot separate the two classes by the content of the images. The method follows B-Free (Guillaro et
+al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
 """
 
 import logging
@@ -19,26 +20,28 @@ from data.images import FORMATS
 from data.lists import find_images
 from models.tiling import in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
-from tools.upsampling import upsample_again
+from tools.upsampling import halve_and_upsample
 from utils.console import printable, progress
 from utils.errors import UserError
 from utils.random_streams import seeded_generator
 
 logger = logging.getLogger("tools.example")
 
-TILE, MARGIN = 512, 64  # side and overlap of the tiles in which large images are computed; pixels, multiples of FACTOR
+TILE, MARGIN = 512, 64  # side of a tile, and margin around a tile; in pixels, multiples of FACTOR
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
-Imitate = Callable[[Tensor], Tensor]  # image -> twin, both (1, 3, H, W) in [0, 1], with sides multiples of FACTOR
+Imitate = Callable[[Tensor], Tensor]  # image -> twin; both are (1, 3, H, W) in [0, 1]; H and W are multiples of FACTOR
 
 
 def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
-    """Write the twin OUT/PATH of each image PHOTOGRAPHS/PATH. An image without a twin is reported and left out.
+    """Write the twin out/PATH of each image photographs/PATH.
+
+    If an image cannot be read or its twin cannot be written, a warning names the image.
 
     Args:
-        imitate: function that makes the twin of an image.
+        imitate: function that computes the twin of an image.
 
     Raises:
-        UserError: if no twin could be made.
+        UserError: if not a single twin could be written.
     """
     paths = find_images(photographs)
     left_out = 0
@@ -47,44 +50,46 @@ def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_twin(path, target, imitate)
-        except Exception as error:  # decoders raise exceptions of any type
+        except Exception as error:  # image decoders raise exceptions of many types
             reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("no twin of %s: %s", printable(path), printable(reason))
+            logger.warning("no twin of %s was written: %s", printable(path), printable(reason))
             target.unlink(missing_ok=True)
             left_out += 1
     if left_out == len(paths):
-        raise UserError(f"none of the {len(paths)} images in {printable(photographs)} has a twin")
-    logger.info("%d twins written, %d images left out", len(paths) - left_out, left_out)
+        raise UserError(
+            f"none of the {len(paths)} images in {printable(photographs)} has a twin: see the reasons above"
+        )
+    logger.info("%d twins were written; %d images have no twin", len(paths) - left_out, left_out)
 
 
 def write_twin(path: str, target: Path, imitate: Imitate) -> None:
-    """Write the twin of one image, with the format, size, compression, EXIF data and colour profile of the image."""
+    """Write the twin of one image, with the size, the file format and the EXIF data of the image."""
     if not os.path.isfile(path):
-        raise UserError("it is not a file")
+        raise UserError("expected a file, got a folder or a special file")
     with Image.open(path, formats=FORMATS) as image:
-        settings = saving_options(image, path)
+        settings = choose_saving_options(image, path)
         if image.mode in ALPHA_MODES or "transparency" in image.info:
-            logger.warning("%s: the twin has no alpha channel", printable(path))
+            logger.warning("the twin of %s has no alpha channel", printable(path))
         if image.mode[0] in "IF":
-            raise UserError(f"images of 8 bits per channel are expected, got mode {image.mode}")
+            raise UserError(f"expected an image with 8 bits per channel, got an image of mode {image.mode}")
         grey = image.mode == "L"
-        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), not rotated by EXIF
+        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3); the EXIF rotation is not applied
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     with torch.inference_mode():
-        y = imitate_padded(x, imitate)
+        y = make_twin_of_any_size(x, imitate)
     twin = Image.fromarray((y[0] * 255).round().byte().permute(1, 2, 0).numpy())
     if grey:
         twin = twin.convert("L")
     twin.save(target, **settings)
 
 
-def saving_options(image: Image.Image, path: str) -> dict:
-    """Choose the arguments of `Image.save` so that the twin is stored like the original image."""
+def choose_saving_options(image: Image.Image, path: str) -> dict:
+    """Choose arguments of `Image.save` that store a twin with the compression of the original image."""
     options = {"format": image.format}
     for name in ("exif", "icc_profile"):
         if image.format in ("JPEG", "MPO", "PNG", "WEBP") and image.info.get(name):
             options[name] = image.info[name]
-    if image.format in ("JPEG", "MPO"):  # MPO: a JPEG file with several images; the twin has one
+    if image.format in ("JPEG", "MPO"):  # an MPO file is a JPEG file with several images
         options["format"] = "JPEG"
         options["qtables"] = image.quantization
         if image.mode == "RGB":
@@ -93,29 +98,31 @@ def saving_options(image: Image.Image, path: str) -> dict:
     elif image.format == "WEBP":
         options["lossless"] = is_lossless_webp(path)
         if not options["lossless"]:
-            text = "%s: the quality of a lossy WebP file is unknown, so the twin has quality 80"
+            text = "the quality of the lossy WebP file %s is unknown, so its twin is saved with quality 80"
             logger.warning(text, printable(path))
     elif image.format == "TIFF":
         options["compression"] = image.info.get("compression")
     elif image.format == "GIF":
-        raise UserError("GIF files have too few colours for a twin")
+        raise UserError("a GIF file has too few colours to store a twin")
     return options
 
 
 def is_lossless_webp(path: str) -> bool:
-    """Check whether a WebP file is lossless, which means that the first image chunk is of type VP8L."""
+    """Check whether a WebP file is lossless. Its first image chunk then has the type VP8L."""
     with open(path, "rb") as file:
         header = file.read(1 << 16)
     lossless, lossy = header.find(b"VP8L"), header.find(b"VP8 ")
     return lossless >= 0 and (lossy < 0 or lossless < lossy)
 
 
-def imitate_padded(x: Tensor, imitate: Imitate) -> Tensor:
-    """Make the twin of an image of any size: pad its sides by reflection to multiples of FACTOR, and crop the twin.
+def make_twin_of_any_size(x: Tensor, imitate: Imitate) -> Tensor:
+    """Compute the twin of an image of any size.
+
+    The image is padded until its sides are multiples of FACTOR. The twin is cropped to the size of the image.
 
     Args:
         x: (1, 3, H, W) in [0, 1].
-        imitate: function that makes the twin of a padded image.
+        imitate: function that computes the twin of the padded image.
     Returns:
         (1, 3, H, W) in [0, 1].
     """
@@ -126,27 +133,27 @@ def imitate_padded(x: Tensor, imitate: Imitate) -> Tensor:
     return imitate(padded)[:, :, :height, :width].clamp(0, 1)
 
 
-def up_sampling(seed: int) -> Imitate:
-    """Make a function that simulates a generator: nearest-neighbour up-sampling and a random convolution.
+def create_upsampling_function(seed: int) -> Imitate:
+    """Create a function that imitates a generator by nearest-neighbour up-sampling and a random convolution.
 
     Args:
-        seed: random seed of the convolutions.
+        seed: random seed of the noise and of the convolutions.
     """
     rng = seeded_generator(seed)
 
-    def imitate(x: Tensor) -> Tensor:
-        return upsample_again(x, "nearest", rng)
+    def halve_and_upsample_image(x: Tensor) -> Tensor:
+        return halve_and_upsample(x, "nearest", rng)
 
-    return imitate
+    return halve_and_upsample_image
 
 
-def autoencoding(model: Autoencoder) -> Imitate:
-    """Make a function that passes an image through the autoencoder. Large images are computed in overlapping tiles.
+def create_autoencoder_function(model: Autoencoder) -> Imitate:
+    """Create a function that passes an image through an autoencoder, tile by tile.
 
-    Tiles do not match exactly at their borders, because the group norms of the autoencoder are computed per tile.
+    Neighbouring tiles do not fit exactly, because each tile has its own group-norm statistics.
     """
 
-    def imitate(x: Tensor) -> Tensor:
+    def encode_and_decode(x: Tensor) -> Tensor:
         return in_tiles(model, x, side=TILE, halo=MARGIN)
 
-    return imitate
+    return encode_and_decode

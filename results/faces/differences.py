@@ -1,10 +1,10 @@
-"""Print AUROC with RDN minus AUROC with each control network, on the same test images, as a markdown table.
+"""Print the AUROC with RDN minus the AUROC with each control network, as a markdown table.
 
     python results/faces/differences.py [--cells pixel stage4 ...]
 
-The score tables are results/faces/scores/CELL_NETWORK_seedN.csv, where a cell is one setting of the study, such as
-"stage5". Each number is the mean over the seeds. The 95 % interval comes from 1,000 bootstrap resamples of the images.
-One resample takes the same images for all seeds and for both networks.
+Both AUROCs are computed on the same test images. The score tables are results/faces/scores/CELL_NETWORK_seedN.csv. CELL
+is one setting of the study, such as "stage5". Each difference is the mean over the seeds. The 95 % interval is computed
+from 1,000 bootstrap resamples of the images. Each resample has the same images for all seeds and for both networks.
 """
 
 import argparse
@@ -21,12 +21,12 @@ sys.path.insert(0, str(FOLDER.parents[1]))
 from evaluation.metrics import generator_rows  # noqa: E402
 from evaluation.score_table import read_table  # noqa: E402
 
-NETWORKS = ("rdn", "bicubic", "none")  # re-synthesizers; "bicubic" and "none" are the controls
+NETWORKS = ("rdn", "bicubic", "none")  # re-synthesizers; "bicubic" and "none" are controls
 RESAMPLES = 1000
 
 
-def read_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
-    """Read the score tables of a cell of the study, for all networks and seeds.
+def read_cell_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+    """Read the score tables of one setting (cell) of the study, for all networks and seeds.
 
     Returns:
         {network: scores (seeds, N)}, is_fake (N,) bool, {generator: (N,) bool, true for its fakes and all reals}.
@@ -36,47 +36,55 @@ def read_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str,
         files = sorted((FOLDER / "scores").glob(f"{cell}_{network}_seed?.csv"))
         tables = [read_table(file) for file in files]
         if not tables:
-            raise SystemExit(f"no score tables {cell}_{network}_seedN.csv: run results/faces/run.sh")
+            raise SystemExit(f"found no score table {cell}_{network}_seedN.csv: run results/faces/run.sh")
         if any(table.paths != tables[0].paths for table in tables):
-            raise SystemExit(f"the score tables of {cell} {network} must contain the same images for all seeds")
+            raise SystemExit(
+                f"expected the same images in all score tables {cell}_{network}_seedN.csv, got different images"
+            )
         scores[network] = np.stack([table.margins for table in tables])
     return scores, tables[0].is_fake, generator_rows(tables[0])
 
 
-def mean_auroc(scores: np.ndarray, is_fake: np.ndarray) -> float:
-    """Compute the mean AUROC over the seeds. scores: (seeds, N). is_fake: (N,) bool."""
+def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
+    """Compute the AUROC of each seed, and return the mean. scores: (seeds, N). is_fake: (N,) bool."""
     return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
 
 
-def difference(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarray) -> tuple[float, float, float]:
-    """Compute AUROC with RDN minus AUROC with a control. Returns the difference and the ends of its 95 % interval."""
+def compare_auroc(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarray) -> tuple[float, float, float]:
+    """Compute the AUROC with RDN minus the AUROC with a control network.
+
+    Returns:
+        The difference, and the lower and the upper end of its 95 % interval.
+    """
     rng = np.random.default_rng(0)
     reals = np.flatnonzero(~is_fake)
     fakes = np.flatnonzero(is_fake)
     values = []
     for _ in range(RESAMPLES):
         drawn = np.concatenate([rng.choice(reals, len(reals)), rng.choice(fakes, len(fakes))])
-        with_rdn = mean_auroc(scores["rdn"][:, drawn], is_fake[drawn])
-        with_control = mean_auroc(scores[control][:, drawn], is_fake[drawn])
+        with_rdn = mean_auroc_over_seeds(scores["rdn"][:, drawn], is_fake[drawn])
+        with_control = mean_auroc_over_seeds(scores[control][:, drawn], is_fake[drawn])
         values.append(with_rdn - with_control)
     low, high = np.percentile(values, [2.5, 97.5])
-    return mean_auroc(scores["rdn"], is_fake) - mean_auroc(scores[control], is_fake), low, high
+    return mean_auroc_over_seeds(scores["rdn"], is_fake) - mean_auroc_over_seeds(scores[control], is_fake), low, high
 
 
 def main(cells: Sequence[str]) -> None:
     sys.stdout.write("| AUROC, points | test images | RDN - bicubic | RDN - none |\n| --- | --- | --: | --: |\n")
     for cell in cells:
-        scores, is_fake, generators = read_scores(cell)
+        scores, is_fake, generators = read_cell_scores(cell)
         for generator, rows in generators.items():
             subset = {network: values[:, rows] for network, values in scores.items()}
             cells_of_row = []
             for control in ("bicubic", "none"):
-                value, low, high = difference(subset, control, is_fake[rows])
+                value, low, high = compare_auroc(subset, control, is_fake[rows])
                 cells_of_row.append(f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]")
             sys.stdout.write(f"| {cell} | {generator} | {' | '.join(cells_of_row)} |\n")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", nargs="+", default=["pixel"], help="settings in run.sh")
+    parser.add_argument(
+        "--cells", nargs="+", default=["pixel"], help="settings (cells) of results/faces/run.sh (default: pixel)"
+    )
     main(parser.parse_args().cells)
