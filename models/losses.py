@@ -15,9 +15,7 @@ from models.resynthesis import ResynthesisDetector
 STAGE_WEIGHTS = {1: 1 / 32, 2: 1 / 16, 3: 1 / 8, 4: 1 / 4, 5: 1.0}
 
 
-def perceptual_distance(
-    x_hat: Tensor, x: Tensor, vgg: VGG19, distance: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
+def perceptual_distance(x_hat: Tensor, x: Tensor, vgg: VGG19, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Compute sum_k w_k distance(VGG_k(x_hat), VGG_k(x)) over the five stages k of VGG-19, in float32.
 
     Gradients flow through x_hat only.
