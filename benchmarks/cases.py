@@ -27,8 +27,14 @@ from models.build import CLASSIFIERS
 from models.features import Pixels, VGG19Stage, load_vgg
 from models.rdn import RDN
 from models.resynthesis import ResynthesisDetector
-from train_detector import AuxiliaryTask, end_to_end_loss, frozen_loss, frozen_residual, parameter_groups
-from utils.compute import Compute, choose_compute
+from train_detector import (
+    AuxiliaryTask,
+    create_parameter_groups,
+    end_to_end_loss,
+    loss_with_frozen_resynthesizer,
+    residual_without_gradients,
+)
+from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import World
 from utils.training import Stepper
 
@@ -79,7 +85,7 @@ class PlainRDN(nn.Module):
 
 def build(case: Case) -> tuple[ResynthesisDetector, Compute]:
     """Create a detector with random weights. The seed is fixed, so that all forms have equal weights."""
-    compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
+    compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
     rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
     features = Pixels()
@@ -118,7 +124,7 @@ def scoring(case: Case) -> Callable[[], Tensor]:
 
     @torch.inference_mode()
     def run() -> Tensor:
-        images = compute.input(x)
+        images = compute.images_to_float(x)
         if case.form == "plain":
             images = images.contiguous()
         with compute.autocast():
@@ -131,12 +137,14 @@ def frozen_step(case: Case) -> Callable[[], object]:
     """Prepare a training step of train_detector.py --fixed-sr without cached residuals."""
     detector, compute = build(case)
     detector.train().freeze_resynthesizer(True)
-    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
-    residual_of = partial(frozen_residual, detector, compute, None)
+    stepper = Stepper(
+        torch.optim.SGD(create_parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World()
+    )
+    residual_of = partial(residual_without_gradients, detector, compute, None)
     batch = noise_batch(case)
 
     def run() -> None:
-        loss, values = frozen_loss(detector, residual_of, batch)
+        loss, values = loss_with_frozen_resynthesizer(detector, residual_of, batch)
         stepper.step(loss, values, batch)
 
     return run
@@ -149,7 +157,9 @@ def fine_tuning_step(case: Case) -> Callable[[], object]:
     detector.resynthesizer.checkpoint_blocks = True
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
-    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
+    stepper = Stepper(
+        torch.optim.SGD(create_parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World()
+    )
     batch = noise_batch(case)
 
     def run() -> None:
@@ -191,7 +201,7 @@ def rdn_alone(case: Case) -> Callable[[], Tensor]:
 
 def matrix_product(case: Case) -> Callable[[], Tensor]:
     """Prepare a product of two square matrices with `side` rows, which takes 2 * side^3 operations."""
-    compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
+    compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     a = torch.randn(case.side, case.side, device=compute.device, dtype=dtype)
     return lambda: a @ a

@@ -55,9 +55,9 @@ def check_calibration(calibration: object, name: str) -> dict:
     fields = Fields(calibration, name, "calibration")
     if not fields.values:
         return {}
-    fields.positive("temperature")
-    t_real = fields.number("t_real", -ROUNDING, 1 + ROUNDING)
-    t_fake = fields.number("t_fake", -ROUNDING, 1 + ROUNDING)
+    fields.get_positive_number("temperature")
+    t_real = fields.get_number("t_real", -ROUNDING, 1 + ROUNDING)
+    t_fake = fields.get_number("t_fake", -ROUNDING, 1 + ROUNDING)
     if t_real > t_fake:
         raise UserError(f"{printable(name)}: calibration.t_real {t_real:g} must not exceed t_fake {t_fake:g}")
     return dict(fields.values)

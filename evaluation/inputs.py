@@ -27,7 +27,7 @@ def is_one_image(images: object) -> bool:
     return isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
 
 
-def decode(image: ImageInput) -> Tensor:
+def decode_image(image: ImageInput) -> Tensor:
     """Convert an image of any accepted kind to uint8 (3, H, W) RGB.
 
     Raises:
@@ -36,7 +36,7 @@ def decode(image: ImageInput) -> Tensor:
     if isinstance(image, str | os.PathLike):
         return load_image(os.fspath(image))
     if isinstance(image, Image.Image) or hasattr(image, "read"):
-        return decode_with_pillow(image)
+        return decode_image_with_pillow(image)
     if isinstance(image, Tensor):
         if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
             return image.cpu()
@@ -48,7 +48,7 @@ def decode(image: ImageInput) -> Tensor:
     raise UserError(f"expected {ACCEPTED}; got {type(image).__name__}")
 
 
-def decode_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
+def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
     """Convert a PIL image of any mode, or an open image file, to uint8 (3, H, W) RGB, upright.
 
     Raises:
@@ -67,7 +67,7 @@ def decode_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
 # --- crops ---------------------------------------------------------------------------------------------------
 
 
-def spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
+def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
     """Cut `count` square crops that are evenly spread over an image, from border to border.
 
     The crops form a grid with about the aspect ratio of the image. Crops at the same position are cut only once. If a

@@ -14,7 +14,7 @@ from evaluation.detector import Detector
 from models.build import OPTION_NAMES, load_detector
 from models.resynthesis import ResynthesisDetector
 from utils.checkpoints import Fields, read_checkpoint
-from utils.compute import Compute, choose_compute
+from utils.compute import Compute, choose_device_and_precision
 from utils.console import printable
 from utils.errors import UserError
 from utils.options import PRECISIONS
@@ -63,8 +63,8 @@ def load(
             raise UserError(f"{name} must be a path, got {path!r}")
     if precision not in PRECISIONS:
         raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
-    compute = choose_compute(device_name(device), precision, deterministic=False)
-    options = check_options({} if options is None else options)
+    compute = choose_device_and_precision(name_of_device(device), precision, deterministic=False)
+    options = check_load_options({} if options is None else options)
     return detector_from_checkpoint(compute, checkpoint, resynthesizer, str(vgg_weights), options)
 
 
@@ -80,12 +80,12 @@ def detector_from_checkpoint(
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
     trained = check_image_config(config, source.name)
-    settings = image_settings(trained, options)
+    settings = choose_image_settings(trained, options)
     log_image_settings(settings, trained, options)
     return Detector(
         network=network,
         compute=compute,
-        policy=size_policy(network, settings),
+        policy=create_size_policy(network, settings),
         calibration=check_calibration(source.content.get("calibration"), source.name),
         config=config,
         trained_on=check_trained_on(source.content.get("trained_on"), source.name),
@@ -93,7 +93,7 @@ def detector_from_checkpoint(
     )
 
 
-def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
+def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
     """Make the rule by which a detector resizes and crops images.
 
     Raises:
@@ -108,21 +108,21 @@ def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePo
     return SizePolicy(scale, crop_size, settings.resize, min_side=smallest)
 
 
-def device_name(device: str | int | torch.device | None) -> str | torch.device | None:
+def name_of_device(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    Given a name, `choose_compute` raises an error if the GPU does not exist. Given a number, it does not.
+    Given a name, `choose_device_and_precision` raises an error if the GPU does not exist. Given a number, it does not.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
 
 
-def select_options(settings: Mapping) -> dict:
+def select_load_options(settings: Mapping) -> dict:
     """Select the options for `load` from all settings of a program."""
     return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
 
 
-def check_options(options: Mapping) -> dict:
+def check_load_options(options: Mapping) -> dict:
     """Check the options of `load`, and replace names of flags by names of options.
 
     Raises:
@@ -145,13 +145,13 @@ def check_options(options: Mapping) -> dict:
         checked[target] = value
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
-        if value is not None and not is_count(value, lowest=1 if name == "crops" else 0):
+        if value is not None and not is_integer_at_least(value, lowest=1 if name == "crops" else 0):
             unit = "crops" if name == "crops" else "pixels"
             raise UserError(f"option {name} must be a number of {unit}, got {value!r}")
     return checked
 
 
-def is_count(value: object, lowest: int) -> bool:
+def is_integer_at_least(value: object, lowest: int) -> bool:
     """Return whether a value is an integer that is not below `lowest`. A bool is not accepted."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
@@ -167,13 +167,13 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
     """
     images = Fields(config.get("images"), name, "config.images")
     for key in ("crop_size", "resize"):
-        images.integer(key, default=None)
-    if images.has("sides"):
+        images.get_integer(key, default=None)
+    if images.has_value("sides"):
         sides = images.values["sides"]
         is_pair = isinstance(sides, list | tuple) and len(sides) == 2
-        if not (is_pair and all(is_count(side, lowest=1) for side in sides)):
+        if not (is_pair and all(is_integer_at_least(side, lowest=1) for side in sides)):
             raise UserError(f"{printable(name)}: config.images.sides must be two numbers of pixels, got {sides!r}")
-        images.number("jpegs", 0, 1)
+        images.get_number("jpegs", 0, 1)
     return images.values
 
 
@@ -189,7 +189,7 @@ def check_trained_on(trained_on: object, name: str) -> Tensor | None:
     raise UserError(f"{printable(name)} is damaged: trained_on must be a tensor of int64 (N, 2)")
 
 
-def image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
+def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
     """Choose how images are resized and cropped. An option that is not given takes the value used in training.
 
     Args:

@@ -21,7 +21,7 @@ from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
 from utils.console import printable
 from utils.errors import UserError
-from utils.files import atomic
+from utils.files import write_atomically
 from utils.labels import LABEL_NAMES
 
 csv.field_size_limit(2**24)  # bytes per cell; Python's default is 131,072
@@ -71,16 +71,16 @@ class ScoreTable:
         return logits[:, 0] - logits[:, 1]
 
     @property
-    def scored(self) -> np.ndarray:
+    def is_scored(self) -> np.ndarray:
         """(N,) bool: the rows without an error."""
         return ~np.isnan(self.prob_fake)
 
     @property
-    def usable(self) -> np.ndarray:
+    def is_usable(self) -> np.ndarray:
         """(N,) bool: the rows that metrics are computed from, which have a label and no error."""
-        return self.scored & (self.is_real | self.is_fake)
+        return self.is_scored & (self.is_real | self.is_fake)
 
-    def select(self, rows: np.ndarray) -> "ScoreTable":
+    def select_rows(self, rows: np.ndarray) -> "ScoreTable":
         """Make a score table of selected rows. rows: (N,) bool, or integer positions."""
         rows = np.arange(len(self))[rows]
         selected = {}
@@ -92,10 +92,10 @@ class ScoreTable:
 # --- rows -----------------------------------------------------------------------------------------------------
 
 
-def error_row(item: Item, error: str) -> Row:
+def make_error_row(item: Item, error: str) -> Row:
     """Make the row of an image that could not be scored. error: the reason, whose line breaks are removed."""
     path, label, generator = item
-    return Row(path, label_name(label), generator, error=" ".join(error.split()))
+    return Row(path, label_word(label), generator, error=" ".join(error.split()))
 
 
 def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
@@ -113,19 +113,19 @@ def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | 
         logit_fake, logit_real = logits[i].tolist()
         if finite[i]:
             numbers = logit_fake, logit_real, float(prob_fake[i])
-            rows.append(Row(path, label_name(label), generator, *numbers, verdicts[i]))
+            rows.append(Row(path, label_word(label), generator, *numbers, verdicts[i]))
         else:
             problem = f"the logits of the network are not finite: {logit_fake}, {logit_real}"
-            rows.append(error_row(items[i], problem))
+            rows.append(make_error_row(items[i], problem))
     return rows
 
 
-def label_name(label: int | None) -> str:
+def label_word(label: int | None) -> str:
     """Convert FAKE, REAL or None to the word in a score table: "fake", "real" or ""."""
     return "" if label is None else LABEL_NAMES[label]
 
 
-def row_cells(row: Row) -> list[str]:
+def cells_from_row(row: Row) -> list[str]:
     """Convert a row to the cells of a CSV file. A number gets the shortest text that reads back as the same value."""
     logits = ["" if value is None else str(np.float32(value)) for value in (row.logit_fake, row.logit_real)]
     prob_fake = "" if row.prob_fake is None else repr(float(row.prob_fake))
@@ -157,7 +157,7 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-def csv_line(cells: Sequence[str]) -> str:
+def format_csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
     # Before Python 3.13, csv.writer does not quote a lone carriage return, although csv.reader ends the line there
@@ -168,10 +168,10 @@ def csv_line(cells: Sequence[str]) -> str:
 
 def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
     """Write a score table. The file does not appear at `path` before it is complete."""
-    with atomic(path) as file:
-        file.write(csv_line(COLUMNS).encode())
+    with write_atomically(path) as file:
+        file.write(format_csv_line(COLUMNS).encode())
         for row in rows:
-            file.write(csv_line(row_cells(row)).encode("utf-8", "surrogateescape"))
+            file.write(format_csv_line(cells_from_row(row)).encode("utf-8", "surrogateescape"))
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
@@ -246,7 +246,7 @@ def read_record(path: str | os.PathLike) -> dict:
         raise UserError(f"cannot read {printable(record_path)} ({error}); {text}") from None
 
 
-def residual_path(folder: str | os.PathLike, image: str) -> Path:
+def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
     """Return the path of the residual picture of an image: folder/IMAGE.residual.png.
 
     IMAGE is the path of the image without the root "/" and with "__" instead of "..", so that every picture is inside

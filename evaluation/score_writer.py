@@ -22,18 +22,18 @@ from data.lists import Item
 from evaluation.score_table import (
     COLUMNS,
     Row,
-    csv_line,
-    label_name,
+    cells_from_row,
+    format_csv_line,
+    label_word,
     read_record,
     read_rows,
-    row_cells,
     row_from_cells,
     write_table,
 )
 from utils.console import printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import atomic, write_json
+from utils.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ PART_MARK = "# part of a score table by test.py: "
 PART_COLUMNS = (*COLUMNS, "size", "mtime_ns")  # size in bytes and modification time of the image file
 
 
-def file_stamps(items: Sequence[Item]) -> np.ndarray:
+def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
@@ -61,7 +61,7 @@ class ScoreWriter:
     Args:
         table: path of P.csv.
         items: the images, in the order of the table.
-        stamps: `file_stamps` of the images.
+        stamps: `read_file_sizes_and_times` of the images.
         job: everything that the scores depend on besides the content of the image files, as a dict for JSON.
         world: the processes that write the table together.
     """
@@ -78,7 +78,7 @@ class ScoreWriter:
         for i, item in enumerate(items):
             self.indices.setdefault(os.path.abspath(item.path), []).append(i)
 
-    def open(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
+    def start_part(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
         """Find out which images have a row already, and start a new part for this process.
 
         Args:
@@ -93,7 +93,7 @@ class ScoreWriter:
             UserError: if there are parts of a different job.
         """
         parts = find_parts(self.table)
-        rows = {} if overwrite else self._known_rows(parts)
+        rows = {} if overwrite else self._read_existing_rows(parts)
         for i, row in rows.items():
             must_be_scored_again = required is not None and required[i] and not row.error
             self.done[i] = not must_be_scored_again
@@ -108,17 +108,17 @@ class ScoreWriter:
             logger.info(text, printable(self.table))
         barrier(self.world)  # every process has read the existing parts before any process writes
         if overwrite and self.world.is_main:
-            remove_files(parts.values())
+            delete_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        with atomic(part) as file:  # a part without its first line, the job, could not be continued
-            file.write((PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS)).encode())
+        with write_atomically(part) as file:  # a part without its first line, the job, could not be continued
+            file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
         if not parts and self.world.is_main:
-            self.write(rows)  # rows of a finished table: only its pictures are missing
+            self.write_rows(rows)  # rows of a finished table: only its pictures are missing
         return True
 
-    def missing(self, block: int) -> np.ndarray:
+    def list_unscored_images(self, block: int) -> np.ndarray:
         """Return the indices of the images that this process scores.
 
         The list is divided into blocks. With n processes, process r scores the images without a row in the blocks
@@ -130,16 +130,16 @@ class ScoreWriter:
         missing = np.flatnonzero(~self.done)
         return missing[missing // block % self.world.size == self.world.rank]
 
-    def write(self, rows: Mapping[int, Row]) -> None:
+    def write_rows(self, rows: Mapping[int, Row]) -> None:
         """Append rows, {index of the image: row}, to the part of this process, and flush the file."""
         lines = []
         for i, row in rows.items():
-            path, *cells = row_cells(row)
+            path, *cells = cells_from_row(row)
             size, mtime_ns = self.stamps[i]
-            lines.append(csv_line([os.path.abspath(path), *cells, str(size), str(mtime_ns)]))
-        self._append("".join(lines))
+            lines.append(format_csv_line([os.path.abspath(path), *cells, str(size), str(mtime_ns)]))
+        self._append_text("".join(lines))
 
-    def close(self) -> None:
+    def finish_table(self) -> None:
         """Close the part of this process, wait for all processes, and write the table from the rows of all parts.
 
         Raises:
@@ -149,7 +149,7 @@ class ScoreWriter:
         barrier(self.world)
         if not self.world.is_main:
             return
-        rows = self._rows_of_parts(find_parts(self.table))
+        rows = self._read_rows_of_parts(find_parts(self.table))
         for i, item in enumerate(self.items):
             if i not in rows:
                 raise UserError(
@@ -159,33 +159,33 @@ class ScoreWriter:
         write_table(self.table, (rows[i] for i in range(len(self.items))))
 
     def write_record(self, record: Mapping) -> None:
-        """Write the given record and the job to P.json. The table is finished only after `remove_parts`."""
+        """Write the given record and the job to P.json. The table is finished only after `delete_parts`."""
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
-    def remove_parts(self) -> None:
+    def delete_parts(self) -> None:
         """Delete the parts of the table. A table without parts is finished."""
-        remove_files(find_parts(self.table).values())
+        delete_files(find_parts(self.table).values())
 
-    def _append(self, text: str) -> None:
+    def _append_text(self, text: str) -> None:
         """Append text in one write, so that a killed process leaves either all rows of a batch or none."""
         self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
-    def _known_rows(self, parts: Mapping[int, Path]) -> dict[int, Row]:
+    def _read_existing_rows(self, parts: Mapping[int, Path]) -> dict[int, Row]:
         """Read the existing rows, {index of the image: row}: from the parts, or else from the finished table."""
         if parts:
             for part in parts.values():
-                self._require_own_job(part)
-            return self._rows_of_parts(parts)
+                self._require_same_job(part)
+            return self._read_rows_of_parts(parts)
         record = read_record(self.table)
         if not self.table.exists() or any(record.get(key) != value for key, value in self.identity.items()):
             return {}
         rows = enumerate(read_rows(self.table))
         return {i: row._replace(path=self.items[i].path) for i, row in rows}
 
-    def _require_own_job(self, part: Path) -> None:
+    def _require_same_job(self, part: Path) -> None:
         """Raise a UserError if a part belongs to a different job."""
-        job = job_of_part(part)
+        job = read_job_of_part(part)
         if job is None:
             raise UserError(f"{printable(part)} is no part of a score table: move it, or choose another --save_path")
         differences = sorted(key for key in {*job, *self.job} if job.get(key) != self.job.get(key))
@@ -196,15 +196,15 @@ class ScoreWriter:
                 " or delete its rows with --overwrite"
             )
 
-    def _rows_of_parts(self, parts: Mapping[int, Path]) -> dict[int, Row]:
+    def _read_rows_of_parts(self, parts: Mapping[int, Path]) -> dict[int, Row]:
         """Read the valid rows of all parts, {index of the image: row}. The first row of an image is taken."""
         rows = {}
         for _, part in sorted(parts.items()):
-            for i, row in self._rows_of_part(part):
+            for i, row in self._read_rows_of_part(part):
                 rows.setdefault(i, row)
         return rows
 
-    def _rows_of_part(self, part: Path) -> list[tuple[int, Row]]:
+    def _read_rows_of_part(self, part: Path) -> list[tuple[int, Row]]:
         """Read the valid rows of one part, as pairs (index of the image, row).
 
         A row is valid if its image file has not changed. A row that was cut off by a power failure is not valid,
@@ -217,10 +217,10 @@ class ScoreWriter:
             with suppress(csv.Error):
                 for cells in reader:
                     if len(cells) == len(PART_COLUMNS):
-                        rows.extend(self._current_rows(dict(zip(PART_COLUMNS, cells, strict=True))))
+                        rows.extend(self._rows_of_unchanged_image(dict(zip(PART_COLUMNS, cells, strict=True))))
         return rows
 
-    def _current_rows(self, cells: Mapping[str, str]) -> list[tuple[int, Row]]:
+    def _rows_of_unchanged_image(self, cells: Mapping[str, str]) -> list[tuple[int, Row]]:
         """Convert the cells of a row in a part to pairs (index of the image, row).
 
         The list is empty if the image file has changed or is not in the list of images.
@@ -231,7 +231,7 @@ class ScoreWriter:
             with suppress(ValueError):
                 if (cells["size"], cells["mtime_ns"]) == (str(size), str(mtime_ns)):
                     path, label, generator = self.items[i]
-                    row = row_from_cells({**cells, "label": label_name(label), "generator": generator})
+                    row = row_from_cells({**cells, "label": label_word(label), "generator": generator})
                     rows.append((i, row._replace(path=path)))
         return rows
 
@@ -247,7 +247,7 @@ def find_parts(table: Path) -> dict[int, Path]:
     return parts
 
 
-def job_of_part(part: Path) -> dict | None:
+def read_job_of_part(part: Path) -> dict | None:
     """Read the job from the first line of a part. Returns None if the file is not a part of a score table."""
     try:
         with part.open(encoding="utf-8") as file:
@@ -257,7 +257,7 @@ def job_of_part(part: Path) -> dict | None:
         return None
 
 
-def remove_files(paths: Iterable[Path]) -> None:
+def delete_files(paths: Iterable[Path]) -> None:
     """Delete files, which must exist."""
     for path in paths:
         path.unlink()

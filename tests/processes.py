@@ -21,7 +21,7 @@ from evaluation import detector as scoring
 from models.resnet import LAYOUTS
 from utils import console
 from utils.distributed import World
-from utils.files import exclusive_writer
+from utils.files import hold_lock_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"resnet18": (1, 1, 1, 1)}  # half the depth, because writing weights takes most of the time of a tiny training
@@ -101,7 +101,7 @@ def killed_exclusive_writer(lock: Path) -> Iterator[Callable[[], None]]:
 
 def _hold_lock(lock, connection):
     """Hold a lock file for 60 s in this process and a worker process. Send the worker's process id."""
-    with exclusive_writer(lock, World()):
+    with hold_lock_file(lock, World()):
         worker = os.fork()
         if worker:
             connection.send(worker)
@@ -120,10 +120,10 @@ def signal_in(description: str, at: int, number: int, all_processes: bool = Fals
         number: number of the signal.
         all_processes: also send the signal to the worker processes, and give them time to end.
     """
-    original, count = console.progress, itertools.count(1)
+    original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
 
-    def progress(items, text, *more):
+    def progress_bar(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -133,19 +133,19 @@ def signal_in(description: str, at: int, number: int, all_processes: bool = Fals
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress = progress
+    console.progress_bar = progress_bar
 
 
 def slow_down(description: str, seconds: float) -> None:
     """Make each loop whose progress bar text begins with `description` wait before the first item."""
-    original = console.progress
+    original = console.progress_bar
 
-    def progress(items, text, *more):
+    def progress_bar(items, text, *more):
         if text.startswith(description):
             time.sleep(seconds)
         return original(items, text, *more)
 
-    console.progress = progress
+    console.progress_bar = progress_bar
 
 
 def kill_in_save(save: int) -> None:

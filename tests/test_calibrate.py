@@ -54,7 +54,9 @@ def detector(tmp_path):
         "vgg": {"fingerprint": "bbbb"},
         "images": IMAGES,
     }
-    checkpoints.save({"epoch": 3, "state_dict": weights(0.5), "config": config}, tmp_path / "detector.pth.tar")
+    checkpoints.save_checkpoint(
+        {"epoch": 3, "state_dict": weights(0.5), "config": config}, tmp_path / "detector.pth.tar"
+    )
     return tmp_path / "detector.pth.tar"
 
 
@@ -127,7 +129,7 @@ def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_en
     (scores.parent / "val.json").write_text(json.dumps({"job": JOB}))
     arguments = [str(scores), "--into", str(detector), "--fpr", "0.05", "--fnr", "0.1"]
     assert calibrate.main(arguments) == 0
-    content = checkpoints.load(detector)
+    content = checkpoints.load_checkpoint(detector)
     calibration = content.pop("calibration")
     assert set(content) == {"epoch", "config", "state_dict"}
     assert torch.equal(content["state_dict"]["fc.weight"], torch.full((2, 3), 0.5))
@@ -153,17 +155,17 @@ def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(
     link.symlink_to(detector.name)
     assert calibrate.main([str(scores), "--into", str(link)]) == 0
     assert link.is_symlink()
-    assert "calibration" in checkpoints.load(detector)
+    assert "calibration" in checkpoints.load_checkpoint(detector)
 
 
 # --- refused score tables and detectors
 
 OWN = {
-    "classifier_fingerprint": checkpoints.fingerprint(weights(0.5)),
+    "classifier_fingerprint": checkpoints.compute_fingerprint(weights(0.5)),
     "resynthesizer_fingerprint": "aaaa",
     "vgg": {"fingerprint": "bbbb"},
 }
-OTHER_WEIGHTS = checkpoints.fingerprint(weights(0.25))
+OTHER_WEIGHTS = checkpoints.compute_fingerprint(weights(0.25))
 CASES = {
     "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "job": JOB}, None),
     "a released detector": ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),
@@ -197,7 +199,7 @@ def test_calibrate_accepts_only_scores_of_the_given_detector_with_its_image_sett
 )
 def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scores, tmp_path, content):
     path = tmp_path / "other.pth"
-    checkpoints.save(content, path)
+    checkpoints.save_checkpoint(content, path)
     before = path.read_bytes()
     with user_error("other.pth"):
         calibrate.main([str(scores), "--into", str(path)])

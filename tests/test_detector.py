@@ -13,8 +13,8 @@ from PIL import Image
 from scorings import CONFIG, score, write_detector, write_image, write_release
 
 from evaluation import load
-from evaluation.inputs import crop_starts, spread_crops
-from evaluation.loading import device_name, image_settings
+from evaluation.inputs import crop_starts, cut_spread_crops
+from evaluation.loading import choose_image_settings, name_of_device
 from evaluation.score_table import read_table
 from utils.compute import choose_device
 
@@ -61,7 +61,7 @@ def test_residual_returns_the_absolute_difference_between_an_image_and_its_resyn
     path = str(image_folder / "1.png")
     (residual,) = detector.residual(path)
     assert residual.shape == (3, 32, 32) and residual.dtype == torch.float32
-    x, x_hat, _ = detector.resynthesize(detector.prepare(path)[None])
+    x, x_hat, _ = detector.resynthesize(detector.prepare_image(path)[None])
     assert torch.equal(residual, (x_hat - x).abs()[0])
 
 
@@ -126,7 +126,7 @@ def test_crops_are_evenly_spread_from_border_to_border(length, side, count, star
 @pytest.mark.parametrize(("height", "width", "rows", "columns"), [(64, 64, 3, 3), (32, 600, 1, 9), (600, 32, 9, 1)])
 def test_the_numbers_of_rows_and_columns_of_crops_follow_the_shape_of_the_image(height, width, rows, columns):
     image = torch.arange(height * width).reshape(1, height, width).expand(3, -1, -1)
-    crops, per_row = spread_crops(image, 32, 9)
+    crops, per_row = cut_spread_crops(image, 32, 9)
     assert per_row == columns and len(crops) == rows * columns
     assert crops.shape[1:] == (3, 32, 32)
     assert torch.equal(crops[0], image[:, :32, :32]) and torch.equal(crops[-1], image[:, -32:, -32:])
@@ -156,10 +156,10 @@ def test_a_gpu_is_chosen_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for device in ("cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda:0")):
-        assert choose_device(device_name(device)) == torch.device("cuda:0")
-    assert choose_device(device_name("cuda:1")) == choose_device(device_name(1)) == torch.device("cuda:1")
+        assert choose_device(name_of_device(device)) == torch.device("cuda:0")
+    assert choose_device(name_of_device("cuda:1")) == choose_device(name_of_device(1)) == torch.device("cuda:1")
     with user_error("GPUs 0 to 1"):
-        choose_device(device_name(2))
+        choose_device(name_of_device(2))
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])
@@ -213,13 +213,13 @@ def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
 
 def test_image_settings_are_taken_from_the_training_unless_an_option_overrides_them():
     trained = {"crop_size": 128, "resize": None}
-    assert image_settings(trained, {}) == (128, None, 9)
-    assert image_settings(trained, {"crop_size": 64}) == (64, None, 1)
-    assert image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
-    assert image_settings(trained, {"crop_size": 0}) == (None, None, 1)
-    assert image_settings({}, {"resize": 256}) == (None, 256, 1)
+    assert choose_image_settings(trained, {}) == (128, None, 9)
+    assert choose_image_settings(trained, {"crop_size": 64}) == (64, None, 1)
+    assert choose_image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
+    assert choose_image_settings(trained, {"crop_size": 0}) == (None, None, 1)
+    assert choose_image_settings({}, {"resize": 256}) == (None, 256, 1)
     with user_error("--crop-size"):
-        image_settings({}, {"crops": 4})
+        choose_image_settings({}, {"crops": 4})
 
 
 def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
@@ -241,7 +241,7 @@ def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
 def test_the_identity_of_a_detector_changes_with_its_calibration_and_not_with_its_file_name(
     detector, tmp_path, small_classifier
 ):
-    assert len(detector.identity()["classifier_fingerprint"]) == 16
+    assert len(detector.describe_model()["classifier_fingerprint"]) == 16
     calibrated = write_detector(tmp_path / "c", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
-    assert load(str(calibrated), "cpu").identity() != detector.identity()
-    assert load(str(write_detector(tmp_path / "d", config=CONFIG)), "cpu").identity() == detector.identity()
+    assert load(str(calibrated), "cpu").describe_model() != detector.describe_model()
+    assert load(str(write_detector(tmp_path / "d", config=CONFIG)), "cpu").describe_model() == detector.describe_model()

@@ -16,7 +16,7 @@ from processes import ROOT
 from torch import nn
 
 from evaluation import load
-from evaluation.metrics import format_table, summarize
+from evaluation.metrics import format_metrics, summarize_scores
 from evaluation.score_table import read_table
 from models import build
 from models.features import load_vgg
@@ -51,7 +51,7 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
             nn.init.uniform_(module.weight, 0.5, 1.5)
     content = network_state(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
     content |= {"settings": {"images": "12 images, 0123", "real_roots": ["/home/me"]}, "progress": {}}
-    checkpoints.save(content | {"calibration": calibration}, path)
+    checkpoints.save_checkpoint(content | {"calibration": calibration}, path)
     return str(path)
 
 
@@ -201,7 +201,7 @@ def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
     expected = {"labels": ["fake", "real"], "scale": 4, "resize": 100, "crop_size": None, "crops": 1, **CALIBRATION}
     assert {name: facts[name] for name in expected} == expected
-    config = checkpoints.load(files / "mine.pth.tar")["config"]
+    config = checkpoints.load_checkpoint(files / "mine.pth.tar")["config"]
     assert facts["detector"].items() >= config.items()
     assert b"/home/me" not in (files / "mine.onnx").read_bytes()
 
@@ -213,7 +213,7 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
 
     data = (files / "mine.onnx").read_bytes()
     version = graph.FORMAT.encode()
-    weight = checkpoints.load(files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
+    weight = checkpoints.load_checkpoint(files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
     check(data)
     other = {**CALIBRATION, "temperature": 1.8}
     other = write_detector(tmp_path / "other.pth.tar", str(files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION)
@@ -250,7 +250,7 @@ def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(files, t
     path = write_detector(tmp_path / "other.pth.tar", sr_arch="none", **NO_DILATION)
     export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
     assert (tmp_path / "link.safetensors").is_symlink()
-    assert checkpoints.load(target)["config"]["resynthesizer"]["name"] == "none"
+    assert checkpoints.load_checkpoint(target)["config"]["resynthesizer"]["name"] == "none"
     export.require_own_file(files / "mine.onnx", graph.MARK)
 
 
@@ -258,14 +258,14 @@ def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(files, t
 
 
 def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(files, tmp_path):
-    mine = checkpoints.load(files / "mine.pth.tar")
-    shared = checkpoints.load(files / "mine.safetensors")
+    mine = checkpoints.load_checkpoint(files / "mine.pth.tar")
+    shared = checkpoints.load_checkpoint(files / "mine.safetensors")
     assert shared.keys() == mine.keys() - {"settings", "progress"} | {"card"}
     for name in ("state_dict", "sr_state_dict"):
-        assert checkpoints.fingerprint(shared[name]) == checkpoints.fingerprint(mine[name])
+        assert checkpoints.compute_fingerprint(shared[name]) == checkpoints.compute_fingerprint(mine[name])
     one, other = (load(files / f"mine.{ending}", device="cpu") for ending in ("pth.tar", "safetensors"))
     assert torch.equal(one.logits(images(2, 3, 36, 36)), other.logits(images(2, 3, 36, 36)))
-    assert one.identity() == other.identity()
+    assert one.describe_model() == other.describe_model()
     assert torch.equal(one.trained_on, other.trained_on)
     assert "12 images" in shared["card"]
     assert b"/home/me" not in (files / "mine.safetensors").read_bytes()
@@ -273,7 +273,7 @@ def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(files, tmp_path
 
 def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     rdn = write_rdn(tmp_path / "sr.pth.tar")
-    content = checkpoints.load(write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION))
+    content = checkpoints.load_checkpoint(write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION))
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "cls.pth.tar")
     other = {key: tensor + 0.01 for key, tensor in load_vgg("random")[0].state_dict().items()}
     torch.save(other, tmp_path / "vgg.pth")
@@ -283,7 +283,7 @@ def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     released = load(cls, device="cpu", resynthesizer=rdn, vgg_weights=vgg, options=NO_DILATION)
     x = images(1, 3, 36, 36)
     assert torch.equal(released.logits(x), load(shared, device="cpu", vgg_weights=vgg).logits(x))
-    assert str(tmp_path) not in json.dumps(checkpoints.load(shared)["config"])
+    assert str(tmp_path) not in json.dumps(checkpoints.load_checkpoint(shared)["config"])
     with user_error("a.safetensors", "VGG"):
         load(shared, device="cpu", vgg_weights="random")
 
@@ -291,8 +291,8 @@ def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
 def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused(files, tmp_path):
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
-    detector = load(files / "mine.pth.tar", device="cpu").identity()
-    metrics = summarize(read_table(tmp_path / "p.csv"))
+    detector = load(files / "mine.pth.tar", device="cpu").describe_model()
+    metrics = summarize_scores(read_table(tmp_path / "p.csv"))
     flags = f"--resume {files}/mine.pth.tar --bundle {tmp_path}/a.safetensors --scores {tmp_path}/p.json".split()
     for text, record in (
         ("another detector", {"detector": {"classifier_fingerprint": "0123"}, "metrics": metrics}),
@@ -304,7 +304,7 @@ def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused
         assert not (tmp_path / "a.safetensors").exists()
     (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
     export.main(flags)
-    assert format_table(metrics) in checkpoints.load(tmp_path / "a.safetensors")["card"]
+    assert format_metrics(metrics) in checkpoints.load_checkpoint(tmp_path / "a.safetensors")["card"]
 
 
 def test_damaged_and_edited_bundles_are_refused(files, tmp_path, monkeypatch):
@@ -317,16 +317,16 @@ def test_damaged_and_edited_bundles_are_refused(files, tmp_path, monkeypatch):
     for content in contents:
         path.write_bytes(content)
         with user_error("bad.safetensors"):
-            checkpoints.load(path)
-    content = checkpoints.load(files / "mine.safetensors")
+            checkpoints.load_checkpoint(path)
+    content = checkpoints.load_checkpoint(files / "mine.safetensors")
     for part in ("state_dict", "sr_state_dict"):
         changed = {key: tensor + 1 for key, tensor in content[part].items()}
-        checkpoints.save({**content, part: changed}, path)
+        checkpoints.save_checkpoint({**content, part: changed}, path)
         with user_error("bad.safetensors"):
             load(path, device="cpu")
     monkeypatch.setattr(checkpoints, "BUNDLE", "version 2")
     with user_error("mine.safetensors", "version 1", "version 2"):
-        checkpoints.load(files / "mine.safetensors")
+        checkpoints.load_checkpoint(files / "mine.safetensors")
 
 
 @pytest.mark.parametrize(

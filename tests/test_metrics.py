@@ -86,7 +86,7 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
-    measured = metrics.measure(
+    measured = metrics.compute_metrics(
         write_and_read_table(tmp_path, rows_of([-1, 1, -1], REAL) + rows_of([1, -1], FAKE)), resamples=0
     )
     assert measured["accuracy"] == pytest.approx(3 / 5)
@@ -99,7 +99,7 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
         "real": {"real": 2, "fake": 1, "unsure": 0},
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
-    all_called_fake = metrics.measure(write_and_read_table(tmp_path, rows_of([1, 1], REAL)), resamples=0)
+    all_called_fake = metrics.compute_metrics(write_and_read_table(tmp_path, rows_of([1, 1], REAL)), resamples=0)
     assert all_called_fake["precision_real_positive"] is None
     assert all_called_fake["recall_real_positive"] == 0
 
@@ -123,7 +123,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
     scores = np.zeros(len(is_fake))
     for metric in (metrics.auroc, metrics.average_precision, metrics.roc_curve, metrics.equal_error_rate):
         assert metric(scores, is_fake) is None
-    assert metrics.bootstrap(scores, is_fake) is None
+    assert metrics.bootstrap_intervals(scores, is_fake) is None
     assert metrics.tpr_at_fpr(scores, is_fake, 0.05) is None
     for metric in (metrics.expected_calibration_error, metrics.negative_log_likelihood):
         assert (metric(scores, is_fake) is None) == (len(is_fake) == 0)
@@ -132,7 +132,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
 @pytest.mark.parametrize("levels", [None, 2])
 def test_bootstrap_intervals_equal_those_of_resampling_images_one_by_one(levels):
     scores, is_fake = random_scores(5, n_real=50, n_fake=25, levels=levels)
-    intervals = metrics.bootstrap(scores, is_fake, resamples=2000, seed=1)
+    intervals = metrics.bootstrap_intervals(scores, is_fake, resamples=2000, seed=1)
     rng = np.random.default_rng(2)
     labels = np.arange(75) >= 50
     values = {"accuracy": [], "auroc": [], "average_precision": []}
@@ -147,9 +147,9 @@ def test_bootstrap_intervals_equal_those_of_resampling_images_one_by_one(levels)
 
 def test_bootstrap_intervals_depend_only_on_scores_and_seed():
     scores, is_fake = random_scores(5)
-    intervals = metrics.bootstrap(scores, is_fake, resamples=50, seed=1)
-    assert intervals == metrics.bootstrap(scores, is_fake, resamples=50, seed=1)
-    assert intervals != metrics.bootstrap(scores, is_fake, resamples=50, seed=2)
+    intervals = metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
+    assert intervals == metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
+    assert intervals != metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=2)
 
 
 def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcneil():
@@ -158,7 +158,7 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
     area = metrics.auroc(scores, is_fake)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     error = np.sqrt((area * (1 - area) + 9_999 * (q1 - area**2) + 9_999 * (q2 - area**2)) / 1e8)
-    interval = metrics.bootstrap(scores, is_fake, resamples=400, seed=3)["auroc"]
+    interval = metrics.bootstrap_intervals(scores, is_fake, resamples=400, seed=3)["auroc"]
     np.testing.assert_allclose(interval, [area - 1.96 * error, area + 1.96 * error], atol=1e-3)
 
 
@@ -166,7 +166,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
     rows = [*rows_of([-1, -2], REAL), *rows_of([-3], REAL, "own"), *rows_of([1, 2, 3], FAKE, "own")]
     rows += rows_of([-4, 5], FAKE, "other") + rows_of([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
-    summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=50)
+    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=50)
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
@@ -175,7 +175,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
     assert summary["images"] == {"real": 3, "fake": 5, "unlabelled": 1, "errors": 1}
     assert summary["mean"]["auroc"] == 0.75
     json.dumps(summary, allow_nan=False)
-    text = metrics.format_table(summary)
+    text = metrics.format_metrics(summary)
     assert "FAKE" in text and "REAL" in text and "called 3 real, 0 fake" in text
     assert [line.split()[0] for line in text.splitlines()[2:7]] == ["generator", "other", "own", "mean", "all"]
 
@@ -183,33 +183,33 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
     rows = [Row("a.png", "fake", "g", error="broken"), *rows_of([1, -1, 2], label)]
-    summary = metrics.summarize(write_and_read_table(tmp_path, rows))
+    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
     assert any("AUROC" in note for note in summary["notes"])
     json.dumps(summary, allow_nan=False)
-    assert "AUROC" in metrics.format_table(summary)
+    assert "AUROC" in metrics.format_metrics(summary)
 
 
 def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
     rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a") + rows_of([2, 3], FAKE, "b")
-    summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
+    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
-    assert metrics.metric_rows({"": summary})[0][-1] == "max"
+    assert metrics.make_metric_table({"": summary})[0][-1] == "max"
 
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
     rows = rows_of([-1, 1], REAL) + rows_of([0, 2], FAKE, "a")
-    blurred = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
-    clean = metrics.summarize(
+    blurred = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
+    clean = metrics.summarize_scores(
         write_and_read_table(tmp_path, rows + rows_of([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
-    assert metrics.rows_by_generator({"none": clean, "blur sigma 2": blurred}) == [
+    assert metrics.make_generator_table({"none": clean, "blur sigma 2": blurred}) == [
         ["AUROC", "a", "evil\\x1b[31m\\nname"],
         ["none", "75.0", "100.0"],
         ["blur sigma 2", "75.0", "-"],
     ]
-    assert "\x1b" not in metrics.format_table(clean) + metrics.perturbation_table({"none": clean})
+    assert "\x1b" not in metrics.format_metrics(clean) + metrics.format_perturbation_table({"none": clean})

@@ -17,7 +17,7 @@ from PIL import Image
 from processes import ROOT
 
 from evaluation import metrics
-from evaluation.score_table import Row, make_rows, read_table, residual_path, write_table
+from evaluation.score_table import Row, make_rows, path_of_residual_picture, read_table, write_table
 from tools import report, report_page
 from utils.labels import FAKE, REAL
 
@@ -121,7 +121,7 @@ def test_the_report_page_shows_images_found_beside_the_score_table_and_residual_
     (tmp_path / "real").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / f"{name}.png")
-    residual = residual_path(tmp_path / "residuals", "real/a.png")
+    residual = path_of_residual_picture(tmp_path / "residuals", "real/a.png")
     residual.parent.mkdir(parents=True)
     Image.new("RGB", (900, 300), (0, 0, 250)).save(residual)
     (tmp_path / "text.png").write_text("no picture")
@@ -205,8 +205,8 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     heading, first, *_ = cells_of(done.stdout)
-    measured = metrics.summarize(read_table(table), seed=5)["generators"]["ProGAN"]
-    assert first[heading.index("AUROC")] == metrics.percent(measured, "auroc")
+    measured = metrics.summarize_scores(read_table(table), seed=5)["generators"]["ProGAN"]
+    assert first[heading.index("AUROC")] == metrics.format_percent(measured, "auroc")
     assert first[0] == "ProGAN"
 
 
@@ -219,8 +219,8 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
     report.main([*tables, "--markdown", "accuracy"])
     assert cells_of(capsys.readouterr().out) == [
         ["acc", "StyleGAN", "ProGAN"],
-        ["b", metrics.percent(b["StyleGAN"], "accuracy"), "-"],
-        ["a", metrics.percent(a["StyleGAN"], "accuracy"), metrics.percent(a["ProGAN"], "accuracy")],
+        ["b", metrics.format_percent(b["StyleGAN"], "accuracy"), "-"],
+        ["a", metrics.format_percent(a["StyleGAN"], "accuracy"), metrics.format_percent(a["ProGAN"], "accuracy")],
     ]
 
 
@@ -231,7 +231,7 @@ HEADER = "table,row,column,scores,generators\n"
 
 def auroc(table, *generators):
     """Compute the mean AUROC in % from a score table, independently of tools.study."""
-    measured = metrics.summarize(read_table(table), 0)["generators"]
+    measured = metrics.summarize_scores(read_table(table), 0)["generators"]
     values = [measured[name]["auroc"] for name in generators or measured]
     return 100 * sum(values) / len(values)
 
@@ -272,7 +272,9 @@ def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(s
     _, first, second = cells_of(capsys.readouterr().out.replace("\\|", ""))
     assert first[1] == f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})"
     assert first[2] == f"{auroc(one):.1f}"
-    assert second[1] == metrics.percent(metrics.summarize(read_table(control))["generators"]["ProGAN"], "auroc")
+    assert second[1] == metrics.format_percent(
+        metrics.summarize_scores(read_table(control))["generators"]["ProGAN"], "auroc"
+    )
 
 
 @pytest.mark.parametrize(

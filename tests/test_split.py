@@ -98,15 +98,15 @@ def test_a_list_that_the_user_has_edited_is_not_replaced(images):
 def test_an_interrupted_call_of_tools_split_can_be_repeated(images, monkeypatch):
     out = images / "lists"
     split.main(arguments(images, out))
-    real_atomic, calls = split.atomic, []
+    real_atomic, calls = split.write_atomically, []
 
-    def atomic(path):
+    def write_atomically(path):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(path)
         return real_atomic(path)
 
-    monkeypatch.setattr(split, "atomic", atomic)
+    monkeypatch.setattr(split, "write_atomically", write_atomically)
     with pytest.raises(KeyboardInterrupt):
         split.main(arguments(images, out, "--hold-out", 0.5, "--overwrite"))
     monkeypatch.undo()

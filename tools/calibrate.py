@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.calibration import probabilities_and_verdicts, sigmoid
-from evaluation.loading import image_settings
-from evaluation.metrics import confusion, expected_calibration_error, negative_log_likelihood
+from evaluation.loading import choose_image_settings
+from evaluation.metrics import count_verdicts_by_class, expected_calibration_error, negative_log_likelihood
 from evaluation.score_table import ScoreTable, read_record, read_table
 from models.released import state_dict_of
 from utils import checkpoints, options
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = read_record(args.scores)
     content = None
     if args.into:
-        content = checkpoints.load(args.into)
+        content = checkpoints.load_checkpoint(args.into)
         require_same_detector(content, record, args.into)
         require_same_image_settings(content, record, args.into)
     table = read_table(args.scores)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines += [f"warning: {text}" for text in warnings]
     if content is not None:
         content["calibration"] = {**calibration, "source": Path(args.scores).name}
-        checkpoints.save(content, os.path.realpath(args.into))  # keeps a symbolic link
+        checkpoints.save_checkpoint(content, os.path.realpath(args.into))  # keeps a symbolic link
         lines.append(f"stored in {printable(args.into)}; test.py uses the calibration from now on")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
@@ -107,7 +107,7 @@ def require_same_detector(content: Mapping, record: Mapping, name: str) -> None:
         return
     scored = record.get("detector") or {}
     fingerprints = {  # part -> (fingerprint in the checkpoint, fingerprint in SCORES.json)
-        "classifier": (checkpoints.fingerprint(state), scored.get("classifier_fingerprint")),
+        "classifier": (checkpoints.compute_fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
     }
@@ -130,7 +130,7 @@ def require_same_image_settings(content: Mapping, record: Mapping, name: str) ->
     """
     job = record.get("job") or {}
     trained = (content.get("config") or {}).get("images") or {}
-    for setting, expected in image_settings(trained, {})._asdict().items():
+    for setting, expected in choose_image_settings(trained, {})._asdict().items():
         got = job.get(setting, expected)
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
@@ -154,7 +154,7 @@ def calibrate(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[
     Raises:
         UserError: if the table has no real or no fake images.
     """
-    table = table.select(table.usable)
+    table = table.select_rows(table.is_usable)
     n_real, n_fake = int(table.is_real.sum()), int(table.is_fake.sum())
     if not n_real or not n_fake:
         raise UserError(f"expected scores of real and of fake images, got {n_real} real and {n_fake} fake images")
@@ -239,7 +239,7 @@ def lowest_threshold(negatives: np.ndarray, scores: np.ndarray, rate: float) -> 
 
 def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
     """Describe a calibration, and its effect on the images of the score table."""
-    table = table.select(table.usable)
+    table = table.select_rows(table.is_usable)
     before, _ = probabilities_and_verdicts(table.logits)
     after, verdicts = probabilities_and_verdicts(table.logits, calibration)
     lines = [
@@ -249,7 +249,7 @@ def report_lines(table: ScoreTable, calibration: Mapping) -> list[str]:
     for name, metric in (("calibration error (ECE)", expected_calibration_error), ("NLL", negative_log_likelihood)):
         old, new = metric(before, table.is_fake), metric(after, table.is_fake)
         lines.append(f"{name} of P(fake) on these images: {old:.4f} before, {new:.4f} after")
-    for truth, counts in confusion(verdicts, table.is_fake).items():
+    for truth, counts in count_verdicts_by_class(verdicts, table.is_fake).items():
         total = sum(counts.values())
         fractions = [f"{100 * count / total:.1f} % {verdict}" for verdict, count in counts.items()]
         lines.append(f"{truth} images are called: {', '.join(fractions)}")

@@ -36,7 +36,7 @@ from tools.autoencoder import load_autoencoder
 from tools.scenes import draw_scene
 from tools.upsampling import KINDS, upsample_again
 from utils import options
-from utils.console import printable, progress
+from utils.console import printable, progress_bar
 from utils.errors import UserError, run_program
 from utils.files import make_folder, write_json
 from utils.random_streams import seeded_generator
@@ -135,7 +135,7 @@ def make_images(settings: dict, out: Path) -> None:
         if count:
             for folder in ("real", *KINDS):
                 (out / split / folder).mkdir(parents=True)
-    for split, label, index in progress(jobs, "images", len(jobs)):
+    for split, label, index in progress_bar(jobs, "images", len(jobs)):
         key = (settings["seed"], SPLITS.index(split), LABELS.index(label), index)  # a different scene per image
         rng = seeded_generator(*key)
         scene = draw_scene(settings["size"], rng)  # (H, W, 3)

@@ -20,15 +20,15 @@ from pathlib import Path
 import jinja2
 
 from evaluation.detector import Detector
-from evaluation.loading import load, select_options
-from evaluation.metrics import format_table
+from evaluation.loading import load, select_load_options
+from evaluation.metrics import format_metrics
 from evaluation.score_table import read_record
 from tools.calibrate import require_same_detector
 from tools.graph import MARK, check_graph, make_graph, public_config
 from utils import checkpoints
 from utils.console import printable
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder
+from utils.files import make_folder, write_atomically
 from utils.options import export_parser
 
 logger = logging.getLogger("tools.export")
@@ -44,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, mark in ((args.out, MARK), (args.bundle, checkpoints.BUNDLE.encode())):
         if path:
             require_own_file(path, mark)
-    detector = load(args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_options(vars(args)))
+    detector = load(
+        args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_load_options(vars(args))
+    )
     if args.check:
         check_graph(args.check, detector, read_graph(args.check))
     for path in (args.out, args.bundle):
@@ -53,14 +55,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out:
         data = make_graph(detector, args.out.suffix)
         check_graph(args.out, detector, data)
-        with atomic(os.path.realpath(args.out)) as file:
+        with write_atomically(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
             text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md"
             logger.info(text, detector.crops)
     if args.bundle:
-        content = bundle_content(detector, checkpoints.load(args.resume), args.scores)
-        checkpoints.save(content, os.path.realpath(args.bundle))
+        content = bundle_content(detector, checkpoints.load_checkpoint(args.resume), args.scores)
+        checkpoints.save_checkpoint(content, os.path.realpath(args.bundle))
     return 0
 
 
@@ -125,7 +127,7 @@ def bundle_content(detector: Detector, found: Mapping, scores: str | None) -> di
         require_same_detector(content, record, "--resume")
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})
-    content["card"] = template.render(**content, settings=settings, record=record, format_table=format_table)
+    content["card"] = template.render(**content, settings=settings, record=record, format_metrics=format_metrics)
     return content
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evaluation.calibration import probabilities_and_verdicts
 from evaluation.detector import Detector
-from utils.checkpoints import fingerprint
+from utils.checkpoints import compute_fingerprint
 from utils.console import printable
 from utils.errors import UserError
 from utils.labels import LABEL_NAMES
@@ -183,7 +183,7 @@ def facts_of(detector: Detector) -> dict[str, str]:
 def public_config(detector: Detector) -> dict:
     """Copy the config of a detector. Fingerprints of all networks are added; names of local folders are removed."""
     config = dict(detector.config)
-    config["classifier_fingerprint"] = fingerprint(detector.network.classifier)
+    config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
     if config.get("vgg"):
         config["vgg"] = {**config["vgg"], "source": Path(config["vgg"]["source"]).name}
     return config

@@ -28,9 +28,9 @@ from evaluation import metrics
 from tools.report_page import load_tables, write_page
 from tools.study import study_rows
 from utils import options
-from utils.console import printable, text_table
+from utils.console import format_text_table, printable
 from utils.errors import UserError, run_program
-from utils.files import atomic
+from utils.files import write_atomically
 
 PROGRAM = "python -m tools.report"
 MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # groups: 1 comment, 2 command
@@ -52,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--residuals {printable(args.residuals)} does not exist; {text}")
     tables = load_tables(args.scores)
     page = write_page(tables, args.out, args.residuals)
-    rows = metrics.metric_rows({table.name: table.summary for table in tables}, COMPARED)
-    text = text_table(rows, left_columns(tables))
+    rows = metrics.make_metric_table({table.name: table.summary for table in tables}, COMPARED)
+    text = format_text_table(rows, left_columns(tables))
     sys.stdout.write("in %, with 95 % bootstrap intervals; fake is the positive class\n")
     sys.stdout.write(f"{text}\nreport: {printable(page)}\n")
     return 0
@@ -90,7 +90,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def left_columns(tables: Sequence) -> int:
-    """Return how many columns of `metrics.metric_rows` hold names. Columns of names are aligned to the left."""
+    """Return how many columns of `metrics.make_metric_table` hold names. Columns of names are aligned to the left."""
     return 1 if len(tables) == 1 else 2
 
 
@@ -103,10 +103,10 @@ def markdown(args: argparse.Namespace) -> str:
         tables = load_tables(args.scores)
         summaries = {table.name: table.summary for table in tables}
         if args.markdown == ALL_METRICS:
-            rows = metrics.metric_rows(summaries, COMPARED)
+            rows = metrics.make_metric_table(summaries, COMPARED)
             left = left_columns(tables)
         else:
-            rows = metrics.rows_by_generator(summaries, args.markdown)
+            rows = metrics.make_generator_table(summaries, args.markdown)
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     line = ["---"] * left + ["--:"] * (len(heading) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))
@@ -131,7 +131,7 @@ def refresh(path: str, check: bool) -> None:
         return
     if check:
         raise UserError(f"{printable(path)} has tables that are not up to date: run --refresh without --check")
-    with atomic(os.path.realpath(path)) as file:
+    with write_atomically(os.path.realpath(path)) as file:
         file.write(after.encode())
 
 

@@ -17,10 +17,10 @@ import numpy as np
 from data.images import read_rgb
 from data.perturbations import PerturbationSetting
 from evaluation import figures, metrics
-from evaluation.score_table import ScoreTable, read_record, read_table, residual_path
+from evaluation.score_table import ScoreTable, path_of_residual_picture, read_record, read_table
 from utils.console import printable
 from utils.errors import UserError
-from utils.files import atomic, make_folder
+from utils.files import make_folder, write_atomically
 
 WORST = 10  # number of images shown per score table
 THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # length of the longer side in pixels
@@ -34,7 +34,7 @@ class Scores(NamedTuple):
     path: Path
     table: ScoreTable
     record: dict  # content of the JSON file beside the table: settings, versions, ...; may be empty
-    summary: dict  # metrics of the table, from `metrics.summarize`
+    summary: dict  # metrics of the table, from `metrics.summarize_scores`
 
     @property
     def perturbation(self) -> PerturbationSetting:
@@ -56,7 +56,7 @@ def load_tables(files: Sequence[str | os.PathLike], resamples: int = metrics.RES
         table, record = read_table(file), read_record(file)
         settings = record.get("settings")
         seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
-        tables.append(Scores(name, Path(file), table, record, metrics.summarize(table, resamples, seed)))
+        tables.append(Scores(name, Path(file), table, record, metrics.summarize_scores(table, resamples, seed)))
     return tables
 
 
@@ -95,11 +95,11 @@ def write_page(tables: Sequence[Scores], out: str | os.PathLike, residuals: str 
         mark=MARK,
         tables=tables,
         sections=sections,
-        perturbed=metrics.rows_by_generator(summaries) if perturbed else [],
+        perturbed=metrics.make_generator_table(summaries) if perturbed else [],
         curves=draw_robustness(clean, perturbed),
         metrics=metrics,
     )
-    with atomic(os.path.realpath(page)) as file:
+    with write_atomically(os.path.realpath(page)) as file:
         file.write(text.encode())
     return page
 
@@ -131,9 +131,9 @@ def template() -> jinja2.Template:
 
 def draw_scores(scores: Scores) -> str | None:
     """Draw ROC curves and histograms of a score table. Returns a data URI; None if no image has a score."""
-    if not scores.table.scored.any():
+    if not scores.table.is_scored.any():
         return None
-    return draw(figures.roc_and_histogram, scores.table)
+    return draw(figures.draw_roc_and_histograms, scores.table)
 
 
 def draw_robustness(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
@@ -144,7 +144,7 @@ def draw_robustness(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str
     baseline = {}
     if clean:
         baseline = {name: measured["auroc"] for name, measured in clean[0].summary["generators"].items()}
-    return draw(figures.robustness, curves, baseline)
+    return draw(figures.draw_robustness, curves, baseline)
 
 
 def draw(figure: Callable, *content) -> str:
@@ -184,7 +184,7 @@ def most_wrong(table: ScoreTable, count: int = WORST) -> np.ndarray:
 
     At most `count` row numbers are returned, the worst image first.
     """
-    rows = np.flatnonzero(table.usable)
+    rows = np.flatnonzero(table.is_usable)
     wrongness = np.where(table.is_fake, -table.margins, table.margins)[rows]
     return rows[np.argsort(-wrongness, kind="stable")[:count]]
 
@@ -199,8 +199,8 @@ def card(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
     picture, kind = Path(path), "image"
     if not picture.is_file():
         picture = scores.path.parent / path
-    if residuals is not None and residual_path(residuals, path).is_file():
-        picture, kind = residual_path(residuals, path), "residual"  # shows the image and the residual
+    if residuals is not None and path_of_residual_picture(residuals, path).is_file():
+        picture, kind = path_of_residual_picture(residuals, path), "residual"  # shows the image and the residual
     right = (table.margins[row] >= 0) == table.is_fake[row]
     source = thumbnail(picture, THUMBNAIL_SIDES[kind])
     return {"i": row, "kind": kind, "side": "right" if right else "wrong", "source": source}

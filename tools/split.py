@@ -24,7 +24,7 @@ from data.lists import Item, labelled_items
 from utils import options
 from utils.console import printable
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder, write_json
+from utils.files import make_folder, write_atomically, write_json
 from utils.labels import LABEL_NAMES, REAL
 
 logger = logging.getLogger("tools.split")
@@ -173,7 +173,7 @@ def write_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
     for name in sorted(files, reverse=True):  # train.csv comes last: if it exists, all lists exist
-        with atomic(os.path.realpath(out / name)) as file:
+        with write_atomically(os.path.realpath(out / name)) as file:
             file.write(files[name])
     write_json(out / RECORD, {**record, "files": new})
 

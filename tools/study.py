@@ -102,7 +102,7 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
         return f"{text} ({100 * min(values):.1f} to {100 * max(values):.1f})"
     measured = list(generators_of(entries[0], intervals=True).values())
     if len(measured) == 1:
-        return metrics.percent(measured[0], metric)
+        return metrics.format_percent(measured[0], metric)
     return text
 
 
@@ -128,4 +128,4 @@ def generators_of(entry: Entry, intervals: bool) -> dict[str, dict]:
 @functools.cache
 def summarize_file(path: Path, intervals: bool) -> dict:
     """Compute all metrics of a score table. intervals: also compute bootstrap intervals, which are slow."""
-    return metrics.summarize(read_table(path), metrics.RESAMPLES if intervals else 0)
+    return metrics.summarize_scores(read_table(path), metrics.RESAMPLES if intervals else 0)

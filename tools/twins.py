@@ -20,7 +20,7 @@ from data.lists import find_images
 from models.tiling import in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
 from tools.upsampling import upsample_again
-from utils.console import printable, progress
+from utils.console import printable, progress_bar
 from utils.errors import UserError
 from utils.random_streams import seeded_generator
 
@@ -42,7 +42,7 @@ def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
     """
     paths = find_images(photographs)
     left_out = 0
-    for path in progress(paths, "twins", len(paths)):
+    for path in progress_bar(paths, "twins", len(paths)):
         target = out / os.path.relpath(path, photographs)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.console import is_main_process, let_main_process_report
+from utils.console import is_main_process, wait_for_report_of_main_process
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str):
-        let_main_process_report()
+        wait_for_report_of_main_process()
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
@@ -80,29 +80,29 @@ def parse_value(text: str) -> int | float | bool | str:
     return text
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+def number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """Create an argparse type for finite numbers from `low` to `high`. kind: int or float."""
 
-    def parse(text: str):
+    def parse_number(text: str):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
             raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse prints this name if the text is not a number
-    return parse
+    parse_number.__name__ = kind.__name__  # argparse prints this name if the text is not a number
+    return parse_number
 
 
-def perturbation(text: str) -> tuple[str, float | None]:
+def parse_perturbation(text: str) -> tuple[str, float | None]:
     """Parse the text NAME or NAME=STRENGTH of a perturbation. data.perturbations checks the name later."""
     name, equals, strength = text.partition("=")
-    return name, number(float)(strength) if equals else None
+    return name, number_type(float)(strength) if equals else None
 
 
-integer_from_0 = number(int, 0)
-integer_from_1 = number(int, 1)
-float_from_0 = number(float, 0)
-fraction = number(float, 0, 1)
+integer_from_0 = number_type(int, 0)
+integer_from_1 = number_type(int, 1)
+float_from_0 = number_type(float, 0)
+fraction = number_type(float, 0, 1)
 
 
 def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
@@ -172,7 +172,7 @@ def add_detector_options(parser: Parser) -> None:
         " (default: as in the checkpoint, else pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the features that --features names, such as stage=3 for vgg19")  # fmt: skip
-    add("--idx-stages", dest="stage", type=number(int, 0, 5), metavar="0..5",
+    add("--idx-stages", dest="stage", type=number_type(int, 0, 5), metavar="0..5",
         help="released flag for the features: 0 = --features pixels; 1 to 5 = --features vgg19, layers relu1_1 to"
         " relu5_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
@@ -335,11 +335,11 @@ def train_detector_parser() -> Parser:
     add("--val-csv", metavar="FILE",
         help="instead of folders: a CSV file of validation images, with the columns of --csv")  # fmt: skip
     add_flags_without_effect(group, "--save_path")
-    _add_cost_options(parser)
+    _add_memory_and_time_options(parser)
     return parser
 
 
-def _add_cost_options(parser: Parser) -> None:
+def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
@@ -379,7 +379,7 @@ def test_parser() -> Parser:
     add("--save_path", "--save-path", dest="save_path", metavar="P",
         help="write scores and metrics to P.csv, P.npy, P.json and P.png")  # fmt: skip
     add("--save-residuals", metavar="DIR", help="write a picture of image, re-synthesis and residual for each image")
-    add("--perturb", type=perturbation, nargs="+", metavar="NAME[=STRENGTH]",
+    add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
         help="score the images once with each of these perturbations: none, blur, crop, jpeg, noise, resize, combined,"
         " or all. In a sweep, a name without a strength means all its strengths (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
@@ -389,7 +389,7 @@ def test_parser() -> Parser:
         help="images per batch (default: as many images as have 1024 x 1024 pixels together)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if P.csv or an unfinished run holds scores")  # fmt: skip
-    add("--tile", type=number(int, 64), default=1024, metavar="N",
+    add("--tile", type=number_type(int, 64), default=1024, metavar="N",
         help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
         " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
