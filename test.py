@@ -82,7 +82,7 @@ def main(args: Namespace) -> int:
                 transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
             description = describe_perturbation(perturbation, args.perturb_protocol, args.seed)
             job = {**describe_scoring_job(detector, items), "perturbation": description}
-            pictures.set_job(job)
+            pictures.store_job_hash(job)
             writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, job, world)
             if writer.start_part(args.overwrite, pictures.find_missing_pictures()):
                 images = ImageDataset(items, detector.policy_for_reading, transform=transform)

@@ -8,7 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import printable
 from utils.errors import UserError
 
-ROUNDING = 1e-6  # how far a threshold may be outside [0, 1]: a t_fake that no image reaches is slightly above 1
+ROUNDING = 1e-6  # thresholds may exceed [0, 1] by this value: t_fake is slightly above 1 if no image can be called fake
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 

@@ -1,4 +1,4 @@
-"""A trained detector that is ready for use. It computes P(fake), verdicts and residuals of files, images and arrays.
+"""A trained detector, which computes P(fake), verdicts and residuals of image files, PIL images and arrays.
 
     from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
@@ -30,7 +30,7 @@ BATCH_PIXELS = 1024 * 1024  # maximum number of pixels in a batch; a larger imag
 
 
 class Examination(NamedTuple):
-    """Everything that a detector computes for one image, in K crops. The tensors are float32 on the CPU."""
+    """All results of a detector for one image, which is cut into K crops. The tensors are float32 on the CPU."""
 
     x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
     x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), about [0, 1]
@@ -55,7 +55,7 @@ class Detector:
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute P(fake) of each image: float64 (N,) in [0, 1]. A calibrated detector gives calibrated values."""
+        """Compute P(fake) of each image: float64 (N,) in [0, 1]. A calibrated detector gives calibrated probabilities."""
         prob_fake, _ = probabilities_and_verdicts(self._compute_logits(images), self.calibration)
         return prob_fake
 
@@ -130,26 +130,29 @@ class Detector:
 
     @property
     def crop_side(self) -> int:
-        """Side of a crop in pixels: the crop size, rounded down to a multiple of the scale."""
+        """Return the side of a crop in pixels: the crop size, rounded down to a multiple of the scale."""
         return self.policy.crop_size - self.policy.crop_size % self.policy.scale
 
     # --- preparing images ---
 
     @property
     def policy_for_reading(self) -> SizePolicy:
-        """How images are resized and cropped when they are read. For several crops, whole images are read."""
+        """Return the rule by which images are resized and cropped when they are read.
+
+        With several crops per image, images are not cropped when they are read.
+        """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
     def prepare_image(self, image: ImageInput) -> Tensor:
         """Decode, resize and crop an image for the network. Returns uint8 (3, H, W).
 
         Raises:
-            UserError: if the image is of no accepted kind, cannot be decoded, or is too small.
+            UserError: if the type of the image is not accepted, or if the image cannot be decoded or is too small.
         """
         return resize_and_crop(decode_image(image), self.policy_for_reading)
 
     def _compute_logits(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute the logits of one or several images of any accepted kind: float32 (N, 2)."""
+        """Compute the logits of one image or several images of any accepted type: float32 (N, 2)."""
         logits = [self.logits(batch) for batch in self._prepared_batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
@@ -227,12 +230,12 @@ def describe_training_images(images: ImageDataset) -> dict:
 
 
 def images_per_batch(height: int, width: int) -> int:
-    """Compute how many images of this size are scored in one batch, which has at most BATCH_PIXELS pixels."""
+    """Compute how many images (3, height, width) fit into a batch of at most BATCH_PIXELS pixels."""
     return max(1, BATCH_PIXELS // max(1, height * width))
 
 
 def batches_of_one_image(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Make one batch per image, uint8 (3, H, W)."""
+    """Yield one batch for each image, uint8 (3, H, W)."""
     unnamed = Item("", None, "")
     yield collate([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

@@ -46,15 +46,15 @@ STYLE = {
     "ytick.color": INK,
 }
 DPI = 160
-FEWEST_BINS, MOST_BINS = 10, 40  # bins per histogram: with few images, many bins would show noise
+FEWEST_BINS, MOST_BINS = 10, 40  # smallest and largest number of bins of a histogram
 LONGEST_NAME = 28  # maximum number of characters of a name in a legend
 LONGEST_LEGEND = 6  # maximum number of entries of a legend inside a panel; longer legends go below the panels
 LEGEND_ENTRY_WIDTH = 2.6  # inches per entry, in a legend below the panels
 MOST_HISTOGRAMS = 4  # maximum number of generators in one panel of histograms; more could not be distinguished
-LOWEST_FPR = 0.005  # left end of the logarithmic axis; lower if the table has many reals
+LOWEST_FPR = 0.005  # left end of the logarithmic axis; with more than 100 real images, the axis begins further left
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-HIGHEST_PICTURE = 34  # maximum height in inches; a taller image is squeezed
+HIGHEST_PICTURE = 34  # maximum height of a residual picture in inches; a taller image is reduced in height
 BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
@@ -111,8 +111,8 @@ def draw_residual_picture(
     Args:
         x: the image (3, H, W). Values are clipped to [0, 1].
         x_hat: the re-synthesis (3, H, W). Values are clipped to [0, 1].
-        residual: (H_l, W_l), the mean over the channels of the residual. The largest 0.5 % of the values share the
-            brightest colour, because otherwise a few large values would make all others dark.
+        residual: (H_l, W_l), the mean over the channels of the residual. The largest 0.5 % of the values
+            share the brightest colour. Otherwise, a few large values would make all other values dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -222,7 +222,7 @@ def write_png_figure(
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
         grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. None: matplotlib computes positions
-            with room for all labels, in 0.6 s.
+            with room for all labels, which takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):

@@ -27,7 +27,7 @@ ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of
 
 
 class ImageSettings(NamedTuple):
-    """How images are resized and cropped before they are scored."""
+    """The sizes to which images are resized and cropped before they are scored."""
 
     crop_size: int | None  # side of a crop in pixels; None: whole images
     resize: int | None  # length of the shorter side after resizing, in pixels; None: no resizing
@@ -49,7 +49,7 @@ def load(
         device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. None: the first GPU, or
             the CPU if there is no GPU.
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
-        resynthesizer: path of the checkpoint of the re-synthesizer. Only released detectors need it.
+        resynthesizer: path of the checkpoint of the re-synthesizer. Only released detectors need this argument.
         vgg_weights: "auto", "imagenet", "random" or the path of a file, as for the flag `--vgg-weights`.
         options: settings that a released checkpoint does not store, named as in `models.build.OPTION_NAMES` ("stage",
             "dilated", ...). The flag names "idx_stages" and "no_dilation" are accepted as well. The options
@@ -94,7 +94,7 @@ def detector_from_checkpoint(
 
 
 def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
-    """Make the rule by which a detector resizes and crops images.
+    """Create the rule by which a detector resizes and crops images.
 
     Raises:
         UserError: if crops are too small for the network.
@@ -111,14 +111,14 @@ def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) ->
 def name_of_device(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    Given a name, `choose_device_and_precision` raises an error if the GPU does not exist. Given a number, it does not.
+    On a machine without a GPU, `choose_device_and_precision` raises an error for a name but uses the CPU for a number.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
 
 
 def select_load_options(settings: Mapping) -> dict:
-    """Select the options for `load` from all settings of a program."""
+    """Select the options that `load` accepts from all settings of a program."""
     return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
 
 
@@ -178,7 +178,10 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
 
 
 def check_trained_on(trained_on: object, name: str) -> Tensor | None:
-    """Check the `data.lists.identities` of training images that a checkpoint stores. None stays None.
+    """Check the identities of the training images in a checkpoint, which are made by `data.lists.identities`.
+
+    Returns:
+        `trained_on`, which is None if the checkpoint stores no identities.
 
     Raises:
         UserError: if `trained_on` is not an int64 tensor (N, 2).
@@ -186,14 +189,14 @@ def check_trained_on(trained_on: object, name: str) -> Tensor | None:
     is_table = isinstance(trained_on, Tensor) and trained_on.ndim == 2 and trained_on.shape[1] == 2
     if trained_on is None or (is_table and trained_on.dtype == torch.int64):
         return trained_on
-    raise UserError(f"{printable(name)} is damaged: trained_on must be a tensor of int64 (N, 2)")
+    raise UserError(f"{printable(name)} is damaged: trained_on must be an int64 tensor (N, 2); use an undamaged copy")
 
 
 def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
-    """Choose how images are resized and cropped. An option that is not given takes the value used in training.
+    """Choose how images are resized and cropped. For an option that is not given, the value from training is used.
 
     Args:
-        trained: "crop_size" and "resize" used in training; missing if unknown.
+        trained: "crop_size" and "resize" used in training. A key is missing if the value is unknown.
         options: "crop_size", "resize" (0: none) and "crops". None or missing: the option is not given.
 
     Raises:
@@ -219,9 +222,10 @@ def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mappi
         used = getattr(settings, name)
         in_training = trained.get(name) or None
         if options.get(name) is None and in_training:
-            logger.info("%s %d, as in training (%s 0 turns it off)", flag, in_training, flag)
+            logger.info("%s is %d, as in training; pass %s 0 to disable %s", flag, in_training, flag, flag)
         elif trained and used != in_training:
             text = "warning: %s is %d, and training had %s: the scores may be less accurate"
             logger.warning(text, flag, used or 0, in_training or "none")
     if settings.crops > 1:
-        logger.info("the logits of an image larger than a crop are the mean over %d crops (--crops N)", settings.crops)
+        text = "the logits of an image larger than a crop are the mean over %d crops; --crops N changes the number"
+        logger.info(text, settings.crops)

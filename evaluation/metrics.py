@@ -2,7 +2,7 @@
 
 FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image called fake. In
 the two metrics `..._real_positive`, which the released program prints, REAL is the positive class. A metric that is not
-defined, for example because a class is missing, is None. It is never NaN, so that metrics can be written as JSON.
+defined, for example because a class is missing, is None. No metric is NaN, so that metrics can be written as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -58,7 +58,7 @@ def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     false_negative_rate = 1 - tpr
-    return float(np.interp(0, fpr - false_negative_rate, fpr))  # where the rising difference is 0
+    return float(np.interp(0, fpr - false_negative_rate, fpr))  # the false-positive rate at which the difference is 0
 
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
@@ -74,7 +74,7 @@ def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> fl
     if len(prob_fake) == 0:
         return None
     bins = np.minimum((prob_fake * ECE_BINS).astype(int), ECE_BINS - 1)
-    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # one sum per bin
+    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # sum of is_fake - prob_fake per bin
     return float(np.abs(fakes_minus_expected).sum() / len(prob_fake))
 
 
@@ -233,7 +233,11 @@ def mean_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float |
 
 
 def list_cautions(groups: Mapping[str, Mapping]) -> list[str]:
-    """List the groups with undefined metrics, and the groups with too few reals. groups: {name: metrics}."""
+    """List the groups with undefined metrics, and the groups with too few real images, in one line each.
+
+    Args:
+        groups: {name of the group: metrics}.
+    """
     lines, few = [], []
     for name, measured in groups.items():
         counts = f"{measured['n_real']} real and {measured['n_fake']} fake images"
@@ -242,15 +246,16 @@ def list_cautions(groups: Mapping[str, Mapping]) -> list[str]:
         elif measured["n_real"] < FEW_REALS:
             few.append(f"{name} ({measured['n_real']})")
     if few:
-        lines.append(f"with fewer than {FEW_REALS} reals TPR at 1 % FPR allows no false alarm: {', '.join(few)}")
+        names = ", ".join(few)
+        lines.append(f"with fewer than {FEW_REALS} real images, TPR at 1 % FPR allows no false positive: {names}")
     return lines
 
 
 def select_rows_of_generators(table: ScoreTable) -> dict[str, np.ndarray]:
     """Select the rows of each generator: its fakes, and the reals that its fakes are compared with.
 
-    Fakes are compared with the reals whose column "generator" names the same generator. If there are none, fakes are
-    compared with the reals whose column "generator" is empty.
+    Fakes are compared with the reals whose column "generator" names the same generator. If no reals name the generator,
+    its fakes are compared with the reals whose column "generator" is empty.
 
     Returns:
         {generator: (N,) bool}, sorted by name.
@@ -272,7 +277,12 @@ def select_rows_of_generators(table: ScoreTable) -> dict[str, np.ndarray]:
 
 
 def format_percent(measured: Mapping, name: str) -> str:
-    """Format a metric and its bootstrap interval in %, such as "97.1 [93.0, 99.2]". measured: metrics by name."""
+    """Format a metric and its bootstrap interval in %, such as "97.1 [93.0, 99.2]".
+
+    Args:
+        measured: {name of a metric: value}, and the bootstrap intervals.
+        name: name of the metric.
+    """
     if measured[name] is None:
         return "-"
     text = f"{100 * measured[name]:.1f}"
@@ -287,7 +297,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
     """Make a table with one row per generator, one row for the mean over generators and one row for all images.
 
     Args:
-        summaries: {name: summary of a score table}. If there are several, the first column names the score table.
+        summaries: {name: summary of a score table}. With several summaries, the first column names the score table.
         columns: names of metrics. Default: the metrics whose `is_column` is True.
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
@@ -308,7 +318,7 @@ def groups_with_rows(summary: Mapping) -> dict[str, Mapping]:
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]
     confusions = [measured["confusion"] for measured in summary["generators"].values()]
-    if confusions != [summary["all"]["confusion"]]:  # otherwise the row would repeat the only generator
+    if confusions != [summary["all"]["confusion"]]:  # with a single generator, the row would repeat the generator's row
         groups["all images"] = summary["all"]
     return groups
 
@@ -327,7 +337,11 @@ def make_generator_table(summaries: Mapping[str, dict], metric: str = "auroc") -
 
 
 def format_metrics(summary: Mapping) -> str:
-    """Format the metrics of a score table as text for the terminal. summary: result of `summarize_scores`."""
+    """Format the metrics of a score table as text for the terminal.
+
+    Args:
+        summary: result of `summarize_scores`.
+    """
     lines = ["positive class: FAKE; acc: the larger logit decides; numbers except counts are in %"]
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
@@ -336,7 +350,10 @@ def format_metrics(summary: Mapping) -> str:
 
 
 def list_details(summary: Mapping) -> list[str]:
-    """List the results that `make_metric_table` does not show: verdicts, plain numbers, errors and notes, one line each."""
+    """List the results that the table of metrics does not show: verdicts, plain numbers, errors and notes.
+
+    Each result is one line of text.
+    """
     measured = summary["all"]
     lines = []
     for truth, counts in measured["confusion"].items():
@@ -350,13 +367,18 @@ def list_details(summary: Mapping) -> list[str]:
     for description, numbers in plain.items():
         lines.append(f"{description}: {', '.join(numbers)}")
     if summary["images"]["errors"]:
-        lines.append(f"errors: {summary['images']['errors']} images have no score; the column error says why")
+        errors = summary["images"]["errors"]
+        lines.append(f"errors: {errors} images have no score; the column error of the score table gives the reason")
     for note in summary["notes"]:
         lines.append(f"note: {printable(note)}")
     return lines
 
 
 def format_perturbation_table(summaries: Mapping[str, dict]) -> str:
-    """Format a table of AUROC per perturbation for the terminal. summaries: {perturbation: summary}."""
+    """Format a table of AUROC per perturbation for the terminal.
+
+    Args:
+        summaries: {perturbation: result of `summarize_scores`}.
+    """
     heading = "AUROC in %, positive class: FAKE, in brackets its 95% interval"
     return f"{heading}\n{format_text_table(make_generator_table(summaries))}"

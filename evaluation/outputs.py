@@ -33,7 +33,7 @@ def path_without_suffix(save_path: str) -> Path:
     name = save_path.rstrip("/").removesuffix(".npy")
     if os.path.basename(name) in ("", ".", ".."):
         text = f"expected a path such as {printable(name)}/scores"
-        raise UserError(f"--save_path {printable(save_path)} has no name: {text}")
+        raise UserError(f"--save_path {printable(save_path)} does not end in a file name: {text}")
     return Path(name)
 
 
@@ -46,7 +46,7 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
         inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
 
     Raises:
-        UserError: if a file would be lost. The message names the file.
+        UserError: if a file that must be kept would be replaced. The message names the file.
     """
     refuse_impossible_path(Path(f"{base}.json"))
     read_files = {device_and_inode(path) for path in inputs} - {None}
@@ -78,7 +78,7 @@ def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: 
 
 
 def refuse_impossible_path(path: Path) -> None:
-    """Raise a UserError if no file can exist at this path, for example because the name is too long."""
+    """Raise a UserError if no file can exist at `path`, for example because the name is too long."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -89,7 +89,10 @@ def refuse_impossible_path(path: Path) -> None:
 
 
 def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Return device and inode number, which are equal for all names of a file. None if the file cannot be found."""
+    """Return the device number and the inode number of a file, which are equal for all names of the file.
+
+    Returns None if the file cannot be found.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -144,12 +147,12 @@ class ResidualPictures:
         self.paths = [path_of_residual_picture(folder, item.path) for item in items] if folder else []
         self.job_digest = ""
 
-    def set_job(self, job: Mapping) -> None:
-        """Set the job (everything that the scores depend on). A hash of the job is written into each picture."""
+    def store_job_hash(self, job: Mapping) -> None:
+        """Store a hash of the job, which is everything that the scores depend on, for the headers of the pictures."""
         self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_missing_pictures(self) -> np.ndarray | None:
-        """Find the images whose picture is missing or belongs to a different job.
+        """Find the images whose residual picture is missing or was drawn for scores with other settings.
 
         Returns:
             (N,) bool; None if no pictures are drawn.
@@ -163,7 +166,7 @@ class ResidualPictures:
         return missing
 
     def draw_picture(self, index: int, examination: Examination) -> None:
-        """Draw the residual picture of the image at `index` in the list. It shows all crops that were scored."""
+        """Draw the residual picture of the image at `index` in the list. The picture shows all scored crops."""
         from evaluation.figures import (
             draw_residual_picture,  # imported here, because Matplotlib takes a second to import
         )

@@ -1,4 +1,4 @@
-"""Score tables: CSV files with one row per image. test.py writes them. All programs that compute metrics read them.
+"""Score tables: CSV files with one row per image. test.py writes score tables. tools.report and others read them.
 
 The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Writing and reading a table loses
 nothing: numbers are written with all digits, names with commas, quotes or line breaks are quoted, and bytes that are
@@ -40,7 +40,7 @@ class Row(NamedTuple):
     error: str = ""  # one line: why the image could not be scored
 
 
-SOFTWARE = "Beyond the Spectrum"  # the text "Software" in the PNG files of this project
+SOFTWARE = "Beyond the Spectrum"  # value of the entry "Software" in the headers of this project's PNG files
 COLUMNS = Row._fields
 OPTIONAL_COLUMNS = ("error",)  # a table made by a different program may lack this column
 NUMBERS = ("logit_fake", "logit_real", "prob_fake")
@@ -66,22 +66,29 @@ class ScoreTable:
 
     @property
     def margins(self) -> np.ndarray:
-        """(N,) float64: logit_fake - logit_real. Margins rank images like prob_fake, but do not saturate at 0 and 1."""
+        """Compute logit_fake - logit_real, float64 (N,).
+
+        Margins rank images like prob_fake, but do not saturate at 0 and 1.
+        """
         logits = self.logits.astype(np.float64)
         return logits[:, 0] - logits[:, 1]
 
     @property
     def is_scored(self) -> np.ndarray:
-        """(N,) bool: the rows without an error."""
+        """Return a mask of the rows without an error, (N,) bool."""
         return ~np.isnan(self.prob_fake)
 
     @property
     def is_usable(self) -> np.ndarray:
-        """(N,) bool: the rows that metrics are computed from, which have a label and no error."""
+        """Return a mask of the rows from which metrics are computed: rows with a label and without an error, (N,) bool."""
         return self.is_scored & (self.is_real | self.is_fake)
 
     def select_rows(self, rows: np.ndarray) -> "ScoreTable":
-        """Make a score table of selected rows. rows: (N,) bool, or integer positions."""
+        """Make a score table of selected rows.
+
+        Args:
+            rows: a mask (N,) bool, or integer positions.
+        """
         rows = np.arange(len(self))[rows]
         selected = {}
         for name, column in vars(self).items():
@@ -93,7 +100,11 @@ class ScoreTable:
 
 
 def make_error_row(item: Item, error: str) -> Row:
-    """Make the row of an image that could not be scored. error: the reason, whose line breaks are removed."""
+    """Make the row of an image that could not be scored.
+
+    Args:
+        error: the reason. Line breaks are removed.
+    """
     path, label, generator = item
     return Row(path, label_word(label), generator, error=" ".join(error.split()))
 
@@ -126,7 +137,7 @@ def label_word(label: int | None) -> str:
 
 
 def cells_from_row(row: Row) -> list[str]:
-    """Convert a row to the cells of a CSV file. A number gets the shortest text that reads back as the same value."""
+    """Convert a row to the cells of a CSV file. A number becomes the shortest text that is read as the same number."""
     logits = ["" if value is None else str(np.float32(value)) for value in (row.logit_fake, row.logit_real)]
     prob_fake = "" if row.prob_fake is None else repr(float(row.prob_fake))
     return [row.path, row.label, row.generator, *logits, prob_fake, row.prediction, row.error]
@@ -180,7 +191,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     The columns may be in any order. Unknown columns are ignored.
 
     Raises:
-        UserError: if the file cannot be read or a row is wrong. The message names file, line and what was expected.
+        UserError: if the file cannot be read or a row is wrong. The message names the file, the line and the mistake.
     """
     line = 1
     try:  # utf-8-sig, because Excel writes a byte order mark
@@ -242,7 +253,7 @@ def read_record(path: str | os.PathLike) -> dict:
     try:
         return dict(json.loads(record_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        text = "delete the file to continue without it"
+        text = "delete the file to continue without the record"
         raise UserError(f"cannot read {printable(record_path)} ({error}); {text}") from None
 
 

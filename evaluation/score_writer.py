@@ -1,4 +1,4 @@
-"""Write a score table while images are scored. The writing processes may be killed and started again.
+"""Write a score table while images are scored. If the processes are killed, a new run continues the table.
 
 Each process appends its rows to its own file P.csv.N.part, called a part. The first line of a part is the job:
 everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
@@ -56,7 +56,7 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
 
 
 class ScoreWriter:
-    """Writes the rows of one score table.
+    """A writer of the rows of one score table, which several processes may write together.
 
     Args:
         table: path of P.csv.
@@ -71,7 +71,7 @@ class ScoreWriter:
         self.items = items
         self.stamps = stamps
         self.world = world
-        self.job = json.loads(json.dumps(job))  # the same types as a job read from a file
+        self.job = json.loads(json.dumps(job))  # converts tuples to lists, as in a job that is read from a file
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
         self.done = np.zeros(len(items), bool)  # (N,): whether each image has a row
         self.indices: dict[str, list[int]] = {}  # path -> positions in the list of images
@@ -79,12 +79,12 @@ class ScoreWriter:
             self.indices.setdefault(os.path.abspath(item.path), []).append(i)
 
     def start_part(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
-        """Find out which images have a row already, and start a new part for this process.
+        """Read which images have a row already, and start a new part for this process.
 
         Args:
             overwrite: score all images again, even images that have a row.
-            required: (N,) bool, the images that must be scored again unless their row is an error. None: no image.
-                test.py passes the images whose residual picture is missing.
+            required: (N,) bool, the images that must be scored again unless their row holds an error. None: no image
+                must be scored again. test.py passes the images whose residual picture is missing.
 
         Returns:
             True if there are images to score; False if the table is finished already.
@@ -111,17 +111,17 @@ class ScoreWriter:
             delete_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        with write_atomically(part) as file:  # a part without its first line, the job, could not be continued
+        with write_atomically(part) as file:  # a part without its first line (the job) could not be continued
             file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
         if not parts and self.world.is_main:
-            self.write_rows(rows)  # rows of a finished table: only its pictures are missing
+            self.write_rows(rows)  # keeps the rows of a finished table whose residual pictures are missing
         return True
 
     def list_unscored_images(self, block: int) -> np.ndarray:
-        """Return the indices of the images that this process scores.
+        """Return the indices of the images that this process must score.
 
-        The list is divided into blocks. With n processes, process r scores the images without a row in the blocks
+        The list of images is divided into blocks. With n processes, process r scores the images without a row in the blocks
         r, r + n, ...
 
         Args:
@@ -167,7 +167,7 @@ class ScoreWriter:
         delete_files(find_parts(self.table).values())
 
     def _append_text(self, text: str) -> None:
-        """Append text in one write, so that a killed process leaves either all rows of a batch or none."""
+        """Append text in a single write, so that a killed process leaves all rows of a batch or no row of the batch."""
         self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
@@ -187,7 +187,8 @@ class ScoreWriter:
         """Raise a UserError if a part belongs to a different job."""
         job = read_job_of_part(part)
         if job is None:
-            raise UserError(f"{printable(part)} is no part of a score table: move it, or choose another --save_path")
+            text = "is not a part of a score table: move the file, or choose another --save_path"
+            raise UserError(f"{printable(part)} {text}")
         differences = sorted(key for key in {*job, *self.job} if job.get(key) != self.job.get(key))
         if differences:
             raise UserError(
@@ -197,7 +198,7 @@ class ScoreWriter:
             )
 
     def _read_rows_of_parts(self, parts: Mapping[int, Path]) -> dict[int, Row]:
-        """Read the valid rows of all parts, {index of the image: row}. The first row of an image is taken."""
+        """Read the valid rows of all parts, {index of the image: row}. If an image has several rows, the first is used."""
         rows = {}
         for _, part in sorted(parts.items()):
             for i, row in self._read_rows_of_part(part):
@@ -213,7 +214,7 @@ class ScoreWriter:
         rows = []
         with part.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
-            # csv.Error: the end of the part is damaged. It is within quotes, or has zeros after a power failure
+            # csv.Error is raised if the end of the part is damaged, for example by a power failure
             with suppress(csv.Error):
                 for cells in reader:
                     if len(cells) == len(PART_COLUMNS):
@@ -258,6 +259,6 @@ def read_job_of_part(part: Path) -> dict | None:
 
 
 def delete_files(paths: Iterable[Path]) -> None:
-    """Delete files, which must exist."""
+    """Delete files. All files must exist."""
     for path in paths:
         path.unlink()

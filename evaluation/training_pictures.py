@@ -33,7 +33,7 @@ def read_example_images(images: ImageDataset) -> dict[str, Tensor]:
         try:
             x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
         except UserError:
-            continue  # training reports unreadable images
+            continue  # the training reports unreadable images
         side = min(PICTURE_SIDE, *x.shape[-2:])
         examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
         if len(examples) == len(LABEL_NAMES):

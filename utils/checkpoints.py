@@ -214,71 +214,73 @@ class Fields:
 
     def get_integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
         """Return the integer under `key`, which must be from `low` to `high`."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default and not (_is_integer(value) and low <= value <= high):
-            raise self._error(key, f"must be an integer{_describe_range(low, high)}")
+            raise self._make_error(key, f"must be an integer{_describe_range(low, high)}")
         return value
 
     def get_number(
         self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED
     ) -> float:
         """Return the finite number under `key`, which must be from `low` to `high`."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default:
             is_number = _is_integer(value) or isinstance(value, float)
             if not (is_number and math.isfinite(value) and low <= value <= high):
-                raise self._error(key, f"must be a finite number{_describe_range(low, high)}")
+                raise self._make_error(key, f"must be a finite number{_describe_range(low, high)}")
         return value
 
     def get_positive_number(self, key: str, default: object = _REQUIRED) -> float:
         """Return the finite number under `key`, which must be above 0."""
         value = self.get_number(key, 0, default=default)
         if value is not default and value == 0:
-            raise self._error(key, "must be a finite number above 0")
+            raise self._make_error(key, "must be a finite number above 0")
         return value
 
     def get_boolean(self, key: str, default: object = _REQUIRED) -> bool:
         """Return the boolean under `key`."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default and not isinstance(value, bool):
-            raise self._error(key, "must be true or false")
+            raise self._make_error(key, "must be true or false")
         return value
 
     def get_text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
         """Return the text under `key`, which must be one of `choices` unless `choices` is empty."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default:
             if not isinstance(value, str):
-                raise self._error(key, "must be a text")
+                raise self._make_error(key, "must be a text")
             if choices and value not in choices:
-                raise self._error(key, f"must be one of {', '.join(choices)}")
+                raise self._make_error(key, f"must be one of {', '.join(choices)}")
         return value
 
     def get_fields(self, key: str) -> "Fields":
         """Return the dictionary under `key`. A missing dictionary counts as empty."""
-        return Fields(self.values.get(key), self.file, self._place(key))
+        return Fields(self.values.get(key), self.file, self._full_key(key))
 
     def get_arguments(self, key: str) -> dict[str, object]:
         """Return the keyword arguments of a network under `key`: a dictionary whose keys must be identifiers."""
         values = self.get_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
-                raise self._error(key, "must have identifiers as keys")
+                raise self._make_error(key, "must have identifiers as keys")
         return dict(values)
 
-    def _value(self, key: str, default: object) -> object:
+    def _get_value(self, key: str, default: object) -> object:
         value = self.values.get(key)
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise UserError(f"{printable(self.file)}: {self._place(key)} is missing")
+            raise UserError(f"{printable(self.file)}: {self._full_key(key)} is missing")
         return default
 
-    def _place(self, key: str) -> str:
+    def _full_key(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
 
-    def _error(self, key: str, rule: str) -> UserError:
-        return UserError(f"{printable(self.file)}: {self._place(key)} {rule}, got {_describe_value(self.values[key])}")
+    def _make_error(self, key: str, rule: str) -> UserError:
+        return UserError(
+            f"{printable(self.file)}: {self._full_key(key)} {rule}, got {_describe_value(self.values[key])}"
+        )
 
 
 def _is_integer(value: object) -> bool:

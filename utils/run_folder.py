@@ -44,7 +44,7 @@ class RunFolder:
         self.replacing = False  # whether the files of an earlier run must be deleted after the first save
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files of the earlier run that must be deleted
 
-    def open(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
+    def check_and_open(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
         """Read the list of written files, and check whether the run may write into the folder.
 
         Args:
@@ -182,7 +182,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
     folder = RunFolder(last)
     make_folder(folder.path)
     with hold_lock_file(folder.path / ".lock", world):
-        refusal = folder.open(resumed, overwrite) if world.is_main else None
+        refusal = folder.check_and_open(resumed, overwrite) if world.is_main else None
         refusal = broadcast_from_main(refusal, world)
         if refusal:
             raise UserError(refusal)
