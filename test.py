@@ -198,7 +198,7 @@ def read_unscored_batches(
     """Read the images that have no row in the score table yet, and yield batches of images of equal size.
 
     Args:
-        batch_size: maximum number of images per batch. None: a batch has at most BATCH_PIXELS pixels.
+        batch_size: maximum number of images per batch. If None, a batch has at most BATCH_PIXELS pixels.
         workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE

@@ -194,7 +194,7 @@ def create_dataset(
     """Read the file headers of the images, and create a dataset of the images that can be used.
 
     Args:
-        skip_bad: True: leave out an image that cannot be used. False: raise a UserError for the image.
+        skip_bad: whether an image that cannot be used is left out. If False, the image raises a UserError.
     """
     items, headers = usable_items(items, policy, skip_bad)
     images = ImageDataset(items, policy, augmentation, transform)
@@ -375,7 +375,7 @@ def residual_without_gradients(
     """Compute the residuals of a batch of images without gradients. Cached residuals are only moved to the device.
 
     Args:
-        micro_batch: number of images that pass through re-synthesizer and features at a time. None: the whole batch.
+        micro_batch: number of images that pass through re-synthesizer and features at a time. None means all images.
         batch: images, or residuals that a `data.residuals.ResidualDataset` has read from the cache.
 
     Returns:
@@ -405,9 +405,9 @@ class AuxiliaryTask(NamedTuple):
 
     name: str  # a key of data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
-    vgg: VGG19 | None  # VGG-19 of the auxiliary loss. None: there is no auxiliary loss
+    vgg: VGG19 | None  # VGG-19 of the auxiliary loss; None if there is no auxiliary loss
     seed: int  # seed of the random degradations
-    micro_batch: int | None  # number of images that pass through the networks at a time. None: the whole batch
+    micro_batch: int | None  # number of images that pass through the networks at a time; None means all images
 
 
 def end_to_end_loss(
@@ -474,7 +474,7 @@ def compute_in_micro_batches(
     Args:
         function: function from a slice of image numbers to two tensors with one row per image.
         count: number of images in the batch.
-        micro_batch: number of images per slice. None: a single slice.
+        micro_batch: number of images per slice. None means a single slice with all images.
     """
     if micro_batch is None or micro_batch >= count:
         return function(slice(0, count))

@@ -29,9 +29,9 @@ ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of
 class ImageSettings(NamedTuple):
     """The sizes to which images are resized and cropped before they are scored."""
 
-    crop_size: int | None  # side of a crop in pixels; None: whole images
-    resize: int | None  # length of the shorter side after resizing, in pixels; None: no resizing
-    crops: int  # number of crops per image; the logits are averaged over the crops. 1: one crop in the centre
+    crop_size: int | None  # side of a crop in pixels; None if images are not cropped
+    resize: int | None  # length of the shorter side after resizing, in pixels; None if images are not resized
+    crops: int  # number of crops per image, over which the logits are averaged; a single crop is in the centre
 
 
 def load(
@@ -46,14 +46,15 @@ def load(
 
     Args:
         checkpoint: path of the checkpoint.
-        device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. None: the first GPU, or
-            the CPU if there is no GPU.
+        device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. If `device` is None, the
+            first GPU is used or, without a GPU, the CPU.
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
         resynthesizer: path of the checkpoint of the re-synthesizer. Only released detectors need this argument.
         vgg_weights: "auto", "imagenet", "random" or the path of a file, as for the flag `--vgg-weights`.
-        options: settings that a released checkpoint does not store, named as in `models.build.OPTION_NAMES` ("stage",
-            "dilated", ...). The flag names "idx_stages" and "no_dilation" are accepted as well. The options
-            "crop_size", "resize" (0: none) and "crops" replace the settings used in training.
+        options: {name: value} of settings that a released checkpoint does not store. The names are listed in
+            `models.build.OPTION_NAMES` ("stage", "dilated", ...). The flag names "idx_stages" and "no_dilation" are
+            accepted as well. The options "crop_size", "resize" (0 disables resizing) and "crops" replace the settings
+            used in training.
 
     Raises:
         UserError: if the device does not exist, a precision or option is unknown, or the files do not fit together.
@@ -197,7 +198,7 @@ def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
 
     Args:
         trained: "crop_size" and "resize" used in training. A key is missing if the value is unknown.
-        options: "crop_size", "resize" (0: none) and "crops". None or missing: the option is not given.
+        options: "crop_size", "resize" (0 disables resizing) and "crops". An option that is not given is None or missing.
 
     Raises:
         UserError: if several crops are requested, but no crop size is known.
@@ -216,7 +217,7 @@ def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
 
 
 def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
-    """Log which image sizes are taken from training. Warn about image sizes that differ from training."""
+    """Log each image size that is taken from training, and warn about each image size that differs from training."""
     for name in ("crop_size", "resize"):
         flag = f"--{name.replace('_', '-')}"
         used = getattr(settings, name)

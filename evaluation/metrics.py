@@ -94,12 +94,12 @@ def has_both_classes(is_fake: np.ndarray) -> bool:
 
 
 class Metric(NamedTuple):
-    """A number that is computed from a score table. All summaries and tables show the metrics listed in METRICS."""
+    """A number that is computed from a score table, such as AUROC. All summaries show the metrics listed in METRICS."""
 
     label: str
     description: str
     compute: Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]  # (scores, prob_fake, is_fake), each (N,)
-    is_column: bool = True  # True: shown as a column of tables, in %. False: shown as a plain number below tables
+    is_column: bool = True  # whether the metric is a column of tables, in %, or else a plain number below tables
 
 
 METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
@@ -127,9 +127,9 @@ def bootstrap_intervals(
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
 
-    A resample draws, with replacement, as many images of each class as the table has. The images are sorted only once.
-    A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers give the ROC
-    curve and the precision.
+    A resample consists of as many images of each class as the table has, drawn with replacement. The images are sorted
+    only once. A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers
+    give the ROC curve and the precision.
 
     Args:
         scores: (N,), higher = more likely fake. An image is called fake if its score is >= 0.
@@ -181,7 +181,7 @@ def summarize_scores(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 
     """Compute everything that is reported about a labelled score table, as a dict that can be written as JSON.
 
     Args:
-        resamples: number of bootstrap resamples. 0: no intervals are computed.
+        resamples: number of bootstrap resamples. If 0, no intervals are computed.
         seed: random seed of the bootstrap.
 
     Returns:
@@ -252,7 +252,7 @@ def list_cautions(groups: Mapping[str, Mapping]) -> list[str]:
 
 
 def select_rows_of_generators(table: ScoreTable) -> dict[str, np.ndarray]:
-    """Select the rows of each generator: its fakes, and the reals that its fakes are compared with.
+    """Select the rows of each generator: the fakes of the generator, and the real images for comparison.
 
     Fakes are compared with the reals whose column "generator" names the same generator. If no reals name the generator,
     its fakes are compared with the reals whose column "generator" is empty.
@@ -298,7 +298,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
     Args:
         summaries: {name: summary of a score table}. With several summaries, the first column names the score table.
-        columns: names of metrics. Default: the metrics whose `is_column` is True.
+        columns: names of metrics. If empty, all metrics whose `is_column` is True are columns.
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
     heading = ["generator", "real", "fake", *(METRICS[name].label for name in columns)]

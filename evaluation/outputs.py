@@ -69,11 +69,11 @@ def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: 
         return
     name = printable(path)
     if identity in read_files:
-        raise UserError(f"{name} is read by this run and would be replaced: choose another --save_path")
+        raise UserError(f"{name} is an input of this run and would be replaced: choose another --save_path")
     if not path.is_file() or not is_own(path):
         raise UserError(
-            f"{name} exists and is no earlier output of test.py, so it is not replaced: move it, or choose another"
-            " --save_path or --save-residuals"
+            f"{name} exists and is not an earlier output of test.py, and would be replaced: move the file, or choose"
+            " another --save_path or --save-residuals"
         )
 
 
@@ -139,7 +139,7 @@ class ResidualPictures:
     """The residual pictures that belong to one score table: one PNG file per image.
 
     Args:
-        folder: folder of the pictures. None: no pictures are drawn.
+        folder: folder of the pictures. If `folder` is None, no pictures are drawn.
         items: the images, in the order of the score table.
     """
 

@@ -1,4 +1,4 @@
-"""Score tables: CSV files with one row per image. test.py writes score tables. tools.report and others read them.
+"""Read and write score tables, which are CSV files with one row per image, written by test.py.
 
 The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Writing and reading a table loses
 nothing: numbers are written with all digits, names with commas, quotes or line breaks are quoted, and bytes that are
@@ -186,7 +186,7 @@ def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
-    """Read the rows of a score table one by one.
+    """Yield the rows of a score table.
 
     The columns may be in any order. Unknown columns are ignored.
 

@@ -33,7 +33,7 @@ FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function"
 
 
 class Checkpoint(NamedTuple):
-    """The content of a checkpoint file, and the name of the file for error messages."""
+    """The content of a checkpoint file, together with the name of the file for error messages."""
 
     content: Mapping
     name: str
@@ -96,7 +96,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     path, name = Path(path), printable(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        raise UserError(f"expected a checkpoint at {name}, found {found}: train one first, or give another path")
+        raise UserError(f"expected a checkpoint at {name}, found {found}: train a network first, or give another path")
     try:
         content = _read_bundle(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, PermissionError):
@@ -344,7 +344,9 @@ def _read_bundle(path: Path) -> dict:
         found = printable(str(metadata.get("format")))
         raise UserError(f"{name}: expected the format {BUNDLE}, got {found}; write a new bundle with tools.export")
     if written_digest != compute_sha256(tensors, metadata):
-        raise UserError(f"{name} is damaged: its content has changed since it was written; download it again")
+        raise UserError(
+            f"{name} is damaged, because its content has changed since it was written: download the file again"
+        )
     content = {"card": metadata["card"], **json.loads(metadata["content"])}
     for key, tensor in tensors.items():
         outer, _, inner = key.partition("/")

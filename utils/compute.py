@@ -48,7 +48,7 @@ def choose_device_and_precision(
         precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, which is PyTorch's default for
             convolutions and was used by the released code. On a CPU, auto means fp32. fp32 computes in full float32.
         deterministic: use reproducible algorithms. Otherwise, cuDNN chooses the fastest algorithm for each shape.
-        seed: seed of PyTorch's random numbers. None: PyTorch's random numbers are not seeded.
+        seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
         UserError: if the machine lacks the device, or if the device lacks the number format.
@@ -91,9 +91,9 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())
     if not available and (gpu is None or is_number):
         if gpu is None:
-            logger.info("no GPU on this machine: using the CPU")
+            logger.info("this machine has no GPU: the CPU is used")
         elif is_main_process():
-            logger.warning("warning: GPU %s is not available: this machine has no GPU, using the CPU", gpu)
+            logger.warning("warning: GPU %s is not available: this machine has no GPU, the CPU is used", gpu)
         return torch.device("cpu")
     if gpu is None:
         device = torch.device("cuda")

@@ -45,7 +45,7 @@ def progress_bar(items: Iterable | None, description: str, total: int | None = N
     """Show the progress of an iteration by a progress bar or, without a terminal, by a log line every LOG_SECONDS.
 
     Args:
-        items: the items over which the caller iterates. None: the caller reports progress by `.update(n)`.
+        items: the items over which the caller iterates. If `items` is None, the caller reports progress by `.update(n)`.
         description: text in front of the numbers.
         total: number of items. Required if `items` has no length.
         unit: name of one item.
@@ -60,7 +60,7 @@ def progress_bar(items: Iterable | None, description: str, total: int | None = N
 
 
 def printable(text: str | os.PathLike) -> str:
-    """Escape control characters and lone surrogates in a path or text, so that it prints as one line."""
+    """Escape control characters and lone surrogates in a path or text, so that the result can be printed as one line."""
     characters = []
     for character in os.fspath(text):
         if not character.isprintable():

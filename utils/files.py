@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and folders that only one run writes to."""
+"""Functions that write files completely or not at all, and that let only one run write into a folder."""
 
 import contextlib
 import fcntl

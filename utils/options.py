@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """The argparse action of a released flag that is accepted but has no effect except for one printed line."""
+    """The argparse action of a flag of the released code that has no effect here. Using the flag prints one line."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -117,7 +117,7 @@ def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs:
 
     Args:
         flags: spellings of each flag, separated by spaces.
-        nargs: 0 for flags without a value. None: each flag takes one value.
+        nargs: 0 for flags without a value, and None for flags with one value.
     """
     for spellings in flags:
         group.add_argument(*spellings.split(), action=NoEffect, nargs=nargs)
@@ -359,7 +359,7 @@ def _add_memory_and_time_options(parser: Parser) -> None:
         " change the update of the weights; end-to-end training needs one more forward pass (default: the whole"
         " batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
-        help="with --crop-size: train on N fixed crops of each image; 0: train on one new random crop of each image per"
+        help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
         " epoch (default: %(default)s)")  # fmt: skip
     add("--augment-perturb", action="store_true",
         help="in each epoch, blur, crop or compress (JPEG) a random half of the training images, or add noise to them,"

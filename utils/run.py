@@ -40,8 +40,8 @@ def read_starting_checkpoint(
         states: paths at which `--resume auto` looks for a state. At most one of the files may exist.
 
     Returns:
-        origin: the checkpoint whose weights are used. None: the initial weights are random.
-        resumed: the checkpoint whose run is continued, equal to `origin`. None: a new run begins.
+        origin: the checkpoint whose weights are used, or None if the initial weights are new.
+        resumed: the checkpoint whose run is continued, or None if a new run begins.
 
     Raises:
         UserError: if several state files exist for `--resume auto`, or if a file cannot be read.
@@ -250,8 +250,8 @@ class Run(contextlib.AbstractContextManager):
             values: values to record, by name. None and non-finite values are recorded as missing.
             score: name of the value by which epochs are compared. A higher score is better. Without validation,
                 `values` does not contain the score. A score that is not finite is never the best.
-            numbered: function that converts the state to the numbered checkpoints. None: no numbered checkpoint is
-                written.
+            numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
+                checkpoint is written.
         """
         self._record_epoch(values)
         progress = self.progress
@@ -319,8 +319,8 @@ class Run(contextlib.AbstractContextManager):
     def _minutes_left(self) -> float:
         """Estimate how many minutes the remaining epochs take, from the duration of the current epoch.
 
-        The duration is measured from the first training step, because the work before it, such as filling the residual
-        cache, is done once. If the epoch was resumed in the middle, its duration is scaled up to a whole epoch.
+        The duration is measured from the first training step, because earlier work, such as filling the residual cache,
+        is done only once. If the epoch was resumed in the middle, its duration is scaled up to a whole epoch.
         """
         steps = self.progress.step - self.first_step
         if self.epoch_began is None or steps <= 0:

@@ -48,7 +48,7 @@ class RunFolder:
         """Read the list of written files, and check whether the run may write into the folder.
 
         Args:
-            resumed: the state from which the run continues. None: the run is new.
+            resumed: the state from which the run continues. If `resumed` is None, the run is new.
             overwrite: whether a new run may replace an earlier run.
 
         Returns:
@@ -117,7 +117,7 @@ class RunFolder:
     def save_checkpoint(self, name: str, content: dict) -> None:
         """Add the name of a checkpoint to config.json, and then write the checkpoint.
 
-        The order lets a later run replace the file if this run is killed before the file is complete.
+        Because of this order, config.json lists the file even if the run is killed before the file is complete.
         """
         if name not in self.files:
             self.files.add(name)
@@ -172,12 +172,12 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
         world: the processes of this run.
-        resumed: the state from which the run continues. None: the run is new.
+        resumed: the state from which the run continues. If `resumed` is None, the run is new.
         overwrite: whether a new run may replace an earlier run.
 
     Raises:
-        UserError: if no file can be written into the folder, if a second run is writing into it, if it holds an earlier
-            run that must not be replaced, or if this run would replace a file that no run has recorded.
+        UserError: if no file can be written into the folder, if a second run is writing into the folder, if the folder
+            holds an earlier run that must not be replaced, or if this run would replace a file that no run has recorded.
     """
     folder = RunFolder(last)
     make_folder(folder.path)

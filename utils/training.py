@@ -58,7 +58,7 @@ class Progress:
         self.sums["count"] = self.sums.get("count", 0.0) + count
 
     def count_skipped_batch(self, left_out: int) -> None:
-        """Count a batch that was skipped because too few of its images could be used.
+        """Count a batch that was skipped because too few images of the batch could be used.
 
         Args:
             left_out: number of images in the batch.
@@ -129,8 +129,8 @@ class Stepper:
         rate_factor: function from a number of finished epochs, which may be fractional, to the factor on the base
             learning rates.
         steps_per_epoch: number of steps in an epoch.
-        clip_norm: largest norm of the gradients. Gradients with a larger norm are scaled down to this norm. None or 0:
-            gradients are not clipped.
+        clip_norm: largest norm of the gradients. Gradients with a larger norm are scaled down to this norm. If
+            `clip_norm` is None or 0, gradients are not clipped.
     """
 
     def __init__(
@@ -236,7 +236,7 @@ class Stepper:
         validation images have changed, the saved best score is removed.
 
         Args:
-            resumed: the saved state of the run to resume. None: a new run begins, and nothing is loaded.
+            resumed: the saved state of the run to resume. If `resumed` is None, nothing is loaded.
             settings: the present settings of the program.
 
         Raises:
