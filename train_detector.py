@@ -151,13 +151,13 @@ def main(args: Namespace) -> None:
             write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, 0)
         for epoch in range(progress.epoch, args.epochs):
             for dataset in cached:
-                dataset.fill(epoch, residual_of, run.batches, args.workers, compute, world)
+                dataset.fill(epoch, residual_of, run.iterate_batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
-            train_one_epoch(detector, run.batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
+            train_one_epoch(detector, run.iterate_batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
             values = progress.means_of_epoch()
             if val_items:
                 values |= compute_validation_metrics(
-                    detector, run.batches(val_loader, "validation"), residual_of, world
+                    detector, run.iterate_batches(val_loader, "validation"), residual_of, world
                 )
             if not args.fixed_resynthesizer:
                 write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, epoch + 1)
@@ -432,13 +432,13 @@ def end_to_end_loss(
     used = (real & (real_count > 1)).to(x.device)  # (B,)
     degraded = degrade_input(detector.resynthesizer.scale, task, progress, batch, x)  # (B, 3, h, w) or None
 
-    def residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
+    def compute_residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
         low = None if degraded is None else degraded[rows]
         with compute.autocast():
             return residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
 
     residual, auxiliary = compute_in_micro_batches(
-        residual_and_losses, len(x), task.micro_batch
+        compute_residual_and_losses, len(x), task.micro_batch
     )  # (B, C_l, H_l, W_l), (B,)
     cross_entropy, accuracy = cross_entropy_and_accuracy(detector, residual, batch)
     auxiliary = task.weight * (auxiliary * counted.to(auxiliary)).sum() / max(real_count, 1)

@@ -104,15 +104,15 @@ def main(args: Namespace) -> None:
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         loader = make_loader(patches, batches, args.workers, compute)
         degradations = PatchDegradations(args.seed, args.augment, args.completion, args.colorization)
-        loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, degradations, compute)
+        loss_of = partial(compute_patch_loss, model, vgg, args.vgg_lambda, degradations, compute)
         text = "%d training images; the training starts at epoch %d, step %d"
         logger.info(text, len(items), progress.epoch, progress.step)
         for epoch in range(progress.epoch, args.num_epochs):
             batches.set_epoch(epoch, progress.step)
-            pictures = train_one_epoch(run.batches(loader, f"epoch {epoch}", training=True), loss_of, stepper)
+            pictures = train_one_epoch(run.iterate_batches(loader, f"epoch {epoch}", training=True), loss_of, stepper)
             values = progress.means_of_epoch()
             if eval_images.items:
-                values |= compute_psnr_and_ssim(model, run.batches(eval_loader, "evaluation"), compute, world)
+                values |= compute_psnr_and_ssim(model, run.iterate_batches(eval_loader, "evaluation"), compute, world)
             is_last = epoch + 1 == args.num_epochs
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
@@ -230,7 +230,7 @@ class PatchDegradations(NamedTuple):
         return torch.stack(patches)
 
 
-def patch_loss(
+def compute_patch_loss(
     model: nn.Module,
     vgg: VGG19 | None,
     vgg_weight: float,

@@ -179,7 +179,7 @@ def sr_step(case: Case) -> Callable[[], object]:
     batch = noise_batch(case)
 
     def run() -> None:
-        loss, l1, _ = train_sr.patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
+        loss, l1, _ = train_sr.compute_patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
         stepper.step(loss, {"l1": l1}, batch)
 
     return run

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.console import is_main_process
-from utils.distributed import local_rank
+from utils.distributed import read_local_rank
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     number = device.index or 0
     is_explicit = device.index is not None and not (isinstance(gpu, str) and gpu.isdecimal())
     if not is_explicit:
-        own_number = local_rank()
+        own_number = read_local_rank()
         number = number if own_number is None else own_number
     if not 0 <= number < available:
         raise UserError(

@@ -59,7 +59,7 @@ def world_from_environment() -> World:
     return world
 
 
-def local_rank() -> int | None:
+def read_local_rank() -> int | None:
     """Read LOCAL_RANK, the number of this process on its machine. Returns None if LOCAL_RANK is not set.
 
     Raises:

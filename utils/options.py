@@ -285,7 +285,7 @@ def train_sr_parser() -> Parser:
     add("--outputs-dir", default="output_hr", metavar="DIR",
         help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
     add("--weights-file", dest="init", metavar="FILE",
-        help="start a new run from the weights of a re-synthesizer in FILE")  # fmt: skip
+        help="weights of a re-synthesizer, for a new run or for --evaluate")  # fmt: skip
     add("--patch-size", type=integer_from_1, default=24, metavar="N",
         help="side of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
     add("--patches-per-image", type=integer_from_1, default=1, metavar="N",

@@ -172,7 +172,9 @@ class Run(contextlib.AbstractContextManager):
 
     # --- batches
 
-    def batches(self, loader: Iterable, description: str, training: bool = False, min_images: int = 1) -> Iterator:
+    def iterate_batches(
+        self, loader: Iterable, description: str, training: bool = False, min_images: int = 1
+    ) -> Iterator:
         """Iterate over the batches of a loader. After each batch, save the state if it is due, and stop after a signal.
 
         With --skip-bad, each image that cannot be used is left out with one log line.
@@ -204,7 +206,7 @@ class Run(contextlib.AbstractContextManager):
                 usable = batch
                 yield batch
             else:
-                errors = self._leave_out_small_batch(batch, min_images)
+                errors = self._log_images_of_small_batch(batch, min_images)
                 if training and self.world.size > 1:
                     yield _repeat_images(usable or batch, min_images)._replace(errors=errors)
                 elif training:
@@ -220,7 +222,7 @@ class Run(contextlib.AbstractContextManager):
                 raise UserError(f"{text}; repair or remove the image, or leave out such images with --skip-bad")
             self._log_left_out_image(text)
 
-    def _leave_out_small_batch(self, batch, min_images: int) -> dict[int, str]:
+    def _log_images_of_small_batch(self, batch, min_images: int) -> dict[int, str]:
         """Log one line for each image of a batch that is too small.
 
         Returns:
@@ -295,7 +297,7 @@ class Run(contextlib.AbstractContextManager):
 
     def _record_epoch(self, values: Mapping[str, float | None]) -> None:
         """Write the values of an epoch to stats.jsonl, TensorBoard and the log."""
-        minutes = self._minutes_left()
+        minutes = self._estimate_minutes_left()
         self.epoch_began = None
         if self.writer is None:
             return
@@ -316,7 +318,7 @@ class Run(contextlib.AbstractContextManager):
         left = f"  (about {minutes:.0f} min left)" if minutes >= 1 else ""
         logger.info("epoch %d: %s%s", epoch, "  ".join(words), left)
 
-    def _minutes_left(self) -> float:
+    def _estimate_minutes_left(self) -> float:
         """Estimate how many minutes the remaining epochs take, from the duration of the current epoch.
 
         The duration is measured from the first training step, because earlier work, such as filling the residual cache,

@@ -175,7 +175,7 @@ class Stepper:
         if self.scaler.is_enabled():
             norm = norm.nan_to_num()  # in fp16, GradScaler skips a step that overflows and lowers its scale
         means, count, left_out, norm = self._reduce_over_processes({"loss": loss, **values}, batch, norm)
-        self._require_finite(means["loss"], norm, batch)
+        self._require_finite_loss_and_gradients(means["loss"], norm, batch)
         if self.clip_norm and norm > self.clip_norm:
             torch._foreach_mul_(gradients, self.clip_norm / norm)
         self.set_learning_rates(self.rate_factor(self.progress.epoch + self.progress.step / self.steps_per_epoch))
@@ -212,7 +212,7 @@ class Stepper:
             means[name] = value / (weight or 1)  # the weights add up to 1 unless images were left out
         return means, count, left_out, norm
 
-    def _require_finite(self, loss: float, norm: float, batch) -> None:
+    def _require_finite_loss_and_gradients(self, loss: float, norm: float, batch) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         files = ", ".join(sorted({printable(item.path) for item in batch.items}))
@@ -252,12 +252,12 @@ class Stepper:
                 f"{printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give --optimizer"
                 f" {optimizer}, or start a new run with --init, which loads only the weights"
             )
-        self._load_optimizer(resumed)
+        self._load_optimizer_state(resumed)
         self.set_learning_rates(1.0)
         self.progress.load_state(content.get_fields("progress"))
         warn_about_changed_settings(earlier.values, settings, self.progress)
 
-    def _load_optimizer(self, resumed: Checkpoint) -> None:
+    def _load_optimizer_state(self, resumed: Checkpoint) -> None:
         try:
             self.optimizer.load_state_dict(resumed.content["optimizer"])
             for parameter, buffers in self.optimizer.state.items():
