@@ -128,7 +128,7 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
 def count_training_images(items: list[Item], detector: Detector) -> int:
     """Count the images that the detector was trained on, and warn if there are any.
 
-    The result is 0 if the checkpoint does not list its training images.
+    Returns 0 if the checkpoint does not list its training images.
     """
     if detector.trained_on is None:
         return 0
@@ -143,7 +143,7 @@ def count_training_images(items: list[Item], detector: Detector) -> int:
 
 
 class OutputPaths(NamedTuple):
-    """The output paths for the results under one perturbation."""
+    """The paths of the output files for one perturbation."""
 
     base: Path  # the path P of P.csv, P.npy, P.json and P.png
     pictures: ResidualPictures

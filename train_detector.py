@@ -9,7 +9,7 @@ re-synthesizer together.
 
 The program writes these files into OUTPUT_PATH:
 
-    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the released formats
+    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the released code's formats
     best.pth.tar                              the state with the highest AUROC on the validation images
     last.pth.tar                              the newest state, from which --resume continues
     config.json, stats.jsonl, tensorboard/    records of the run
@@ -420,7 +420,8 @@ def end_to_end_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss of a batch for end-to-end training: cross-entropy + weight * auxiliary loss.
 
-    The auxiliary loss is computed on the real images. It is 0 if the batch has fewer than two real images.
+    The auxiliary loss is computed on the real images. The auxiliary loss is 0 if the batch has fewer than two real
+    images.
 
     Release: the released code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none`,
     the released code computes the auxiliary loss on clean images in every step.
@@ -565,7 +566,7 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
 
 
 def numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return the two numbered files of an epoch, {name: content}, in the released formats.
+    """Return the two numbered checkpoints of an epoch, {file name: content}, in the formats of the released code.
 
     Release: the released code counts the epochs in these file names from 1.
     """

@@ -262,7 +262,7 @@ def compute_patch_loss(
 def compute_psnr_and_ssim(
     model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World
 ) -> dict[str, float]:
-    """Compute PSNR (dB) and SSIM on RGB, averaged over whole images, of the network and of bicubic interpolation."""
+    """Compute the PSNR (dB) and SSIM of the network and of bicubic interpolation, averaged over RGB images."""
     sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
     for batch in batches:
         if not batch.weights.any():
@@ -356,7 +356,7 @@ def network_state(model: nn.Module) -> dict:
 
 
 def numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return the numbered file of an epoch, {name: weights}.
+    """Return the numbered checkpoint of an epoch, {file name: weights}.
 
     Release: the released code writes bare weights, and the number in the file name counts epochs from 0.
     """

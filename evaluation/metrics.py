@@ -178,7 +178,7 @@ def count_verdicts_by_class(predictions: Sequence[str], is_fake: np.ndarray) -> 
 
 
 def summarize_scores(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
-    """Compute everything that is reported about a labelled score table, as a dict that can be written as JSON.
+    """Compute all reported metrics and counts of a labelled score table, as a dict that can be written as JSON.
 
     Args:
         resamples: number of bootstrap resamples. If 0, no intervals are computed.
@@ -313,7 +313,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
 
 def groups_with_rows(summary: Mapping) -> dict[str, Mapping]:
-    """List the groups of images that get a row in `make_metric_table`: {name of the group: metrics}."""
+    """Select the groups of images that get a row in `make_metric_table`: {name of the group: metrics}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]

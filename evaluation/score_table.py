@@ -110,11 +110,11 @@ def make_error_row(item: Item, error: str) -> Row:
 
 
 def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
-    """Make the rows of N images from their logits. An image whose logits are not finite gets an error row.
+    """Convert the logits of N images to rows. The row of an image whose logits are not finite holds an error message.
 
     Args:
         logits: (N, 2), columns FAKE, REAL.
-        calibration: see `probabilities_and_verdicts`.
+        calibration: the calibration of the detector, as in `probabilities_and_verdicts`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
     finite = np.isfinite(logits).all(axis=1)
@@ -132,7 +132,7 @@ def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | 
 
 
 def label_word(label: int | None) -> str:
-    """Convert FAKE, REAL or None to the word in a score table: "fake", "real" or ""."""
+    """Convert the label FAKE, REAL or None to a word for a score table: "fake", "real" or ""."""
     return "" if label is None else LABEL_NAMES[label]
 
 

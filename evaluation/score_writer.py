@@ -45,7 +45,7 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        int64 (N, 2); -1 for a file that does not exist.
+        int64 (N, 2). The values of a file that does not exist are -1.
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -79,12 +79,13 @@ class ScoreWriter:
             self.indices.setdefault(os.path.abspath(item.path), []).append(i)
 
     def start_part(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
-        """Read which images have a row already, and start a new part for this process.
+        """Find the images that have a row already, and start a new part for this process.
 
         Args:
             overwrite: score all images again, even images that have a row.
-            required: (N,) bool, the images that must be scored again unless their row holds an error. None: no image
-                must be scored again. test.py passes the images whose residual picture is missing.
+            required: (N,) bool, the images that must be scored again unless their row holds an error. test.py passes
+                the images whose residual picture is missing. If `required` is None, no image with a row is scored
+                again.
 
         Returns:
             True if there are images to score; False if the table is finished already.
@@ -172,7 +173,7 @@ class ScoreWriter:
         self.part.flush()
 
     def _read_existing_rows(self, parts: Mapping[int, Path]) -> dict[int, Row]:
-        """Read the existing rows, {index of the image: row}: from the parts, or else from the finished table."""
+        """Read the existing rows from the parts or, without parts, from the finished table: {image index: row}."""
         if parts:
             for part in parts.values():
                 self._require_same_job(part)

@@ -45,7 +45,7 @@ def run_program(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except Stopped as stopped:
-        logger.warning("stopped by %s; the state so far is saved", stopped)
+        logger.warning("the program was stopped by %s; all progress so far is saved", stopped)
         return stopped.exit_status
     except KeyboardInterrupt:
         logger.warning("the program was interrupted")
