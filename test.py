@@ -178,7 +178,9 @@ def describe_scoring_job(detector: Detector, items: list[Item]) -> dict:
     """Return everything that the scores depend on, except for the content of the image files and the perturbation."""
     identity = detector.describe_model()
     vgg = identity.get("vgg")
-    identity["vgg"] = vgg and vgg["fingerprint"]  # without the path of the weights, which has no effect on scores
+    identity["vgg"] = (
+        vgg and vgg["fingerprint"]
+    )  # the path of the weights is left out, because scores do not depend on it
     return {
         "detector": identity,
         "crop_size": detector.policy.crop_size,

@@ -181,7 +181,7 @@ class Detector:
         }
 
     def differences_from_training(self, paths: Sequence[str]) -> list[str]:
-        """Describe how image files differ from all training images, one line per difference.
+        """Describe how image files differ from all training images, in one line of text per difference.
 
         The list is empty if the checkpoint does not describe its training images.
         """

@@ -72,7 +72,9 @@ def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
 def draw_robustness(
     curves: Mapping[str, Sequence[tuple[float, Mapping]]], clean: Mapping[str, float | None], path: str | os.PathLike
 ) -> None:
-    """Draw AUROC against strength, one panel per perturbation. The strength that changes images most is on the right.
+    """Draw AUROC against the strength of a perturbation, in one panel per perturbation.
+
+    The strength that changes images most is on the right.
 
     Args:
         curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
@@ -195,7 +197,10 @@ def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
 def draw_robustness_curve(
     axes: Axes, points: Sequence[tuple[float, Mapping]], generator: str, style: Mapping[str, str]
 ) -> None:
-    """Draw the AUROC of one generator against strength. Draw the 95 % intervals if every point has one."""
+    """Draw the AUROC of one generator against the strength of a perturbation.
+
+    The 95 % intervals are drawn if every point has an interval.
+    """
     strengths = [strength for strength, _ in points]
     values = [measured["auroc"] for _, measured in points]
     axes.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten_name(generator), clip_on=False, **style)
@@ -216,13 +221,13 @@ def write_png_figure(
     grid: Mapping | None = None,
     description: str = "",
 ) -> Iterator[np.ndarray]:
-    """Create the panels of a figure, (rows * columns,), and write the figure to a PNG file after the `with` block.
+    """Yield the panels of a new figure, (rows * columns,), and write the figure to a PNG file after the `with` block.
 
     Args:
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
-        grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. None: matplotlib computes positions
-            with room for all labels, which takes 0.6 s.
+        grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. If `grid` is None,
+            matplotlib computes positions with room for all labels, which takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):

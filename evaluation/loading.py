@@ -76,7 +76,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector for a given device and precision (`compute`). `load` describes the remaining arguments."""
+    """Load a detector for the device and precision in `compute`. The docstring of `load` explains the other arguments."""
     source = read_checkpoint(checkpoint)
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -153,7 +153,7 @@ def check_load_options(options: Mapping) -> dict:
 
 
 def is_integer_at_least(value: object, lowest: int) -> bool:
-    """Return whether a value is an integer that is not below `lowest`. A bool is not accepted."""
+    """Return whether a value is an integer, but not a bool, and at least `lowest`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 

@@ -186,8 +186,8 @@ class Fields:
     """A dictionary of plain values that was read from a file.
 
     Each method checks the type and the range of the value that it returns. A value of a wrong type or outside its range
-    raises a UserError that names the file and the key in one line. If a value is missing or None, the methods return
-    the default. Without a default, a missing value raises a UserError.
+    raises a UserError that names the file and the key in one line. If a value is missing or None, the default is
+    returned. If no default is given, most methods raise a UserError for a missing value.
 
     Args:
         values: dictionary of the values. None counts as an empty dictionary.

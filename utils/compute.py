@@ -1,4 +1,4 @@
-"""Choice of the device on which networks run, and of the number format in which they compute."""
+"""Functions that choose the device on which networks run, and the number format of their arithmetic."""
 
 import importlib.metadata
 import logging

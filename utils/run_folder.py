@@ -16,7 +16,7 @@ from utils.files import hold_lock_file, make_folder, remove_unfinished_files, wr
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# File ending of a trainer's checkpoints -> regular expression for their names
+# {file ending of a trainer's checkpoints: regular expression for the names of the checkpoints}
 CHECKPOINT_NAMES = {
     ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
     ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
@@ -144,7 +144,7 @@ class RunFolder:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
     def _read_recorded_files(self) -> set[str]:
-        """Read the names of written files from config.json. Returns an empty set for a config.json of other software."""
+        """Read the names of written files from config.json. Returns an empty set if this project wrote no config.json."""
         try:
             record = json.loads((self.path / RECORD).read_text())
             if record["format"] == RECORD_FORMAT:

@@ -145,7 +145,7 @@ class Stepper:
         self.optimizer, self.compute, self.world = optimizer, compute, world
         self.rate_factor, self.steps_per_epoch, self.clip_norm = rate_factor, steps_per_epoch, clip_norm
         self.progress = Progress()
-        # A resumed run uses learning rate, weight decay and momentum from the options instead of the saved values
+        # A resumed run uses the learning rate, weight decay and momentum of the options instead of the saved values
         self.configured = []
         for group in optimizer.param_groups:
             self.configured.append({name: value for name, value in group.items() if name != "params"})
