@@ -12,7 +12,7 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 
 def detector(checkpoint: str, **options):
-    """Load a trained detector. `evaluation.load` describes the arguments."""
+    """Load a trained detector. The docstring of `evaluation.load` explains the arguments."""
     if has_own_packages():
         from evaluation import load
 
@@ -33,7 +33,7 @@ def has_own_packages() -> bool:
 def own_packages() -> Iterator[None]:
     """Make `import` find the packages of this checkout inside a `with` block.
 
-    After the block, modules of the calling program that have the same names are restored.
+    After the block, the modules of the calling program that have the same names are restored.
     """
     callers = take_modules()
     sys.path.insert(0, CHECKOUT)

@@ -1,11 +1,12 @@
-"""Score images: labelled images with metrics, or files and folders without labels (--input).
+"""Score labelled images and compute metrics, or score unlabelled files and folders (--input).
 
     python test.py --resume DETECTOR --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --save_path output/mine
     python test.py --resume DETECTOR --input a.png photos/
 
-Scores are written first, and metrics are computed from the written scores. With --save_path P, P.csv has one row per
-image, and P.npy has the logits of the images, float32 (N, 2), columns FAKE, REAL. P.json (metrics, settings, versions)
-and P.png (ROC curves, histograms) are made from P.csv. A killed run resumes where it stopped if it is started again.
+Scores are written first, and metrics are computed from the written scores. --save_path P sets the names of the output
+files: P.csv has one row per image. P.npy holds the logits of the images, float32 (N, 2), with the columns FAKE and
+REAL. P.json (metrics, settings, versions) and P.png (ROC curves, histograms) are made from P.csv. If a run is killed,
+the same command continues the run.
 """
 
 import contextlib
@@ -27,15 +28,15 @@ from data.images import read_header, size_after
 from data.lists import Item, count_trained_on, input_items, labelled_items, list_digest
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
-from evaluation.loading import detector_from_checkpoint, select_options
+from evaluation.loading import detector_from_checkpoint, select_load_options
 from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_foreign_outputs
-from evaluation.score_table import Row, ScoreTable, error_row, make_rows, read_table
-from evaluation.score_writer import ScoreWriter, file_stamps
-from utils.compute import choose_compute, versions
-from utils.console import printable, progress, text_table
-from utils.distributed import join_processes
+from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows, read_table
+from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
+from utils.compute import choose_device_and_precision, package_versions
+from utils.console import format_text_table, printable, progress_bar
+from utils.distributed import connect_processes
 from utils.errors import UserError, run_program
-from utils.files import atomic, exclusive_writer, make_folder
+from utils.files import hold_lock_file, make_folder, write_atomically
 from utils.options import test_parser
 from utils.signals import Stopped, StopSignal
 
@@ -47,32 +48,32 @@ UNKNOWN_SIZE = (1024, 1024)  # (height, width) that is assumed if the first imag
 
 
 def main(args: Namespace) -> int:
-    compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with join_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
-        # Find the images and load the detector. Mistakes in the arguments are reported before any file is written
+    compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
+    with connect_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
+        # Find the images and load the detector. Mistakes in the arguments are reported before any file is written.
         if not args.resume:
-            raise UserError("no detector: give its checkpoint with --resume")
+            raise UserError("no detector is given: give the checkpoint of a detector with --resume")
         if world.size > 1 and not args.save_path:
             raise UserError("several processes need a common output path: give --save_path")
-        items = items_to_score(args.input, (args.real_roots, args.fake_roots, args.tree, args.csv))
+        items = list_images_to_score(args.input, (args.real_roots, args.fake_roots, args.tree, args.csv))
         perturbations = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
-        options = select_options(vars(args))
+        options = select_load_options(vars(args))
         detector = detector_from_checkpoint(compute, args.resume, args.resynthesizer_file, args.vgg_weights, options)
         detector.network.set_tile(args.tile)
         trained_on = count_training_images(items, detector)
 
         # Choose the output files. An existing file is replaced only if test.py wrote it
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
-        base = path_without_suffix(save_path)  # the path P in P.csv
-        places = places_of_tables(base, args.save_residuals, perturbations, items)
+        base = path_without_suffix(save_path)  # the path P of P.csv, P.npy, P.json and P.png
+        places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         for place in places.values():
             refuse_foreign_outputs(place.base, place.pictures.paths, filter(None, inputs))
         for folder in filter(None, (base.parent, args.save_residuals)):
             make_folder(folder)
-        stack.enter_context(exclusive_writer(base.with_name(f".{base.name}.lock"), world))
+        stack.enter_context(hold_lock_file(base.with_name(f".{base.name}.lock"), world))
 
-        stamps = file_stamps(items)
+        stamps = read_file_sizes_and_times(items)
         results = {}
         for perturbation, (base_of_table, pictures) in places.items():
             # Score all images under one perturbation
@@ -80,96 +81,106 @@ def main(args: Namespace) -> int:
             if perturbation.name != "none":
                 transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
             description = describe_perturbation(perturbation, args.perturb_protocol, args.seed)
-            job = {**describe_job(detector, items), "perturbation": description}
-            pictures.set_job(job)
+            job = {**describe_scoring_job(detector, items), "perturbation": description}
+            pictures.store_job_hash(job)
             writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, job, world)
-            if writer.open(args.overwrite, pictures.missing()):
-                images = ImageDataset(items, detector.reading_policy, transform=transform)
-                batches = read_batches(images, detector, writer, args.batch_size, args.workers)
+            if writer.start_part(args.overwrite, pictures.find_missing_pictures()):
+                images = ImageDataset(items, detector.policy_for_reading, transform=transform)
+                batches = read_unscored_batches(images, detector, writer, args.batch_size, args.workers)
                 score_images(detector, batches, writer, pictures, stop)
-                writer.close()
+                writer.finish_table()
 
             # Make P.npy, P.json and P.png from the scores in P.csv
             if world.is_main:
                 record = {"settings": {**vars(args), "precision": compute.precision}, "perturbation": description}
-                record["detector"] = {"file": args.resume, **detector.identity()}
+                record["detector"] = {"file": args.resume, **detector.describe_model()}
                 record["trained_on"] = trained_on
-                results[perturbation.label] = write_results(base_of_table, writer, record, args.seed)
+                results[perturbation.label] = write_result_files(base_of_table, writer, record, args.seed)
         if not world.is_main:
             return 0
 
         # Print the verdicts or the metrics
-        sys.stdout.write("\n".join(report_lines(results, detector.calibration, bool(args.input))) + "\n")
+        sys.stdout.write("\n".join(format_report(results, detector.calibration, bool(args.input))) + "\n")
         if args.input:
             for line in detector.differences_from_training([item.path for item in items]):
                 logger.warning("warning: %s", line)
         if args.save_path:
             log_written_files(base, results)
-        is_complete = all(table.scored.all() for table, _ in results.values())
+        is_complete = all(table.is_scored.all() for table, _ in results.values())
         return 0 if is_complete else EXIT_ERRORS
 
 
 # --- before the first score -----------------------------------------------------------------------------------
 
 
-def items_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
-    """List the images of --input, or the labelled images of `labelled_items(*labelled)`."""
+def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
+    """List the images of --input or, without --input, the labelled images.
+
+    Args:
+        inputs: value of --input.
+        labelled: arguments for `data.lists.labelled_items`.
+    """
     if inputs and any(labelled):
-        raise UserError("got both --input and labelled images: score them in two runs of test.py")
+        raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
     return input_items(inputs) if inputs else labelled_items(*labelled)
 
 
 def count_training_images(items: list[Item], detector: Detector) -> int:
     """Count the images that the detector was trained on, and warn if there are any.
 
-    The result is 0 if the checkpoint does not list its training images.
+    Returns 0 if the checkpoint does not list its training images.
     """
     if detector.trained_on is None:
         return 0
     count = count_trained_on(items, detector.trained_on.numpy())
     if count:
-        text = "warning: the detector was trained on %d of these %d images (same name, size and content), so their"
-        logger.warning(text + " scores say nothing about new images", count, len(items))
+        logger.warning(
+            "warning: the detector was trained on %d of these %d images (same name, size and content): the scores of"
+            " training images do not show how well the detector works on new images",
+            *(count, len(items)),
+        )
     return count
 
 
-class Place(NamedTuple):
-    """The output paths for the results under one perturbation."""
+class OutputPaths(NamedTuple):
+    """The paths of the output files for one perturbation."""
 
     base: Path  # the path P of P.csv, P.npy, P.json and P.png
     pictures: ResidualPictures
 
 
-def places_of_tables(
+def choose_output_paths(
     base: Path, residual_folder: str | None, perturbations: list[PerturbationSetting], items: list[Item]
-) -> dict[PerturbationSetting, Place]:
+) -> dict[PerturbationSetting, OutputPaths]:
     """Choose the output paths for each perturbation.
 
-    If there are several perturbations, the name of the perturbation is appended to the paths.
+    With several perturbations, the name of each perturbation is appended to its paths.
     """
     if len(perturbations) == 1:
-        return {perturbations[0]: Place(base, ResidualPictures(residual_folder, items))}
+        return {perturbations[0]: OutputPaths(base, ResidualPictures(residual_folder, items))}
     places = {}
     for perturbation in perturbations:
         own_base = base.with_name(f"{base.name}_{perturbation.file_name}")
         own_folder = Path(residual_folder, perturbation.file_name) if residual_folder else None
-        places[perturbation] = Place(own_base, ResidualPictures(own_folder, items))
+        places[perturbation] = OutputPaths(own_base, ResidualPictures(own_folder, items))
     return places
 
 
 def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed: int) -> dict:
-    """Describe a perturbation as a dict, for the job of the scores and for P.json."""
+    """Return a dict that describes a perturbation. The dict is stored in the output files."""
     description = {"name": perturbation.name, "strength": perturbation.strength, "label": perturbation.label}
     if perturbation.name != "none":
         description.update(protocol=protocol, seed=seed)
     return description
 
 
-def describe_job(detector: Detector, items: list[Item]) -> dict:
-    """Describe everything that scores depend on besides the content of the images and the perturbation."""
-    identity = detector.identity()
+def describe_scoring_job(detector: Detector, items: list[Item]) -> dict:
+    """Return everything that the scores depend on, except for the content of the image files and the perturbation."""
+    identity = detector.describe_model()
     vgg = identity.get("vgg")
-    identity["vgg"] = vgg and vgg["fingerprint"]  # without the path of the weights, which has no effect on scores
+    identity["vgg"] = (
+        vgg and vgg["fingerprint"]
+    )  # the path of the weights is left out, because scores do not depend on it
     return {
         "detector": identity,
         "crop_size": detector.policy.crop_size,
@@ -183,23 +194,23 @@ def describe_job(detector: Detector, items: list[Item]) -> dict:
 # --- scores ---------------------------------------------------------------------------------------------------
 
 
-def read_batches(
+def read_unscored_batches(
     images: ImageDataset, detector: Detector, writer: ScoreWriter, batch_size: int | None, workers: int
 ) -> Iterator[Batch]:
-    """Read the images without a row in the score table, and group consecutive images of equal size into batches.
+    """Read the images that have no row in the score table yet, and yield batches of images of equal size.
 
     Args:
-        batch_size: maximum number of images per batch. None: as many images as BATCH_PIXELS allows.
+        batch_size: maximum number of images per batch. If None, a batch has at most BATCH_PIXELS pixels.
         workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
     block, pixels = images_per_batch(*size_after(*size, images.policy)), BATCH_PIXELS
     if batch_size:
         block, pixels = batch_size, math.inf
-    missing = writer.missing(block)
+    missing = writer.list_unscored_images(block)
     one_by_one = [[Key(0, int(index))] for index in missing]
     loader = make_loader(images, one_by_one, workers if len(missing) > 1 else 0, detector.compute)
-    with progress(None, "scoring", total=len(missing), unit="images") as bar:
+    with progress_bar(None, "scoring", total=len(missing), unit="images") as bar:
         for batch in merge_equal_sizes(loader, block, pixels):
             yield batch
             bar.update(len(batch.items) + len(batch.errors))
@@ -208,19 +219,19 @@ def read_batches(
 def score_images(
     detector: Detector, batches: Iterable[Batch], writer: ScoreWriter, pictures: ResidualPictures, stop: StopSignal
 ) -> None:
-    """Write a row of the score table for each image in the batches. Draw residual pictures if they are requested.
+    """Write a row of the score table for each image in the batches, and draw the requested residual pictures.
 
     Raises:
         Stopped: after a batch, if the program has received a signal to stop.
     """
     for batch in batches:
-        rows = {index: error_row(writer.items[index], problem) for index, problem in batch.errors.items()}
+        rows = {index: make_error_row(writer.items[index], problem) for index, problem in batch.errors.items()}
         if len(batch.x):
             rows.update(score_batch(detector, batch, pictures))
-        writer.write(dict(sorted(rows.items())))
+        writer.write_rows(dict(sorted(rows.items())))
         for row in rows.values():
             if row.error:
-                logger.warning("not scored: %s", row.error)
+                logger.warning("image not scored: %s", row.error)
         if stop.received:
             raise Stopped(stop.received)
 
@@ -245,77 +256,80 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
     """Score one image, uint8 (3, H, W), and draw its residual picture if pictures are requested.
 
     Returns:
-        The row of the score table. An exception becomes a row with an error message.
+        The row of the score table. If an exception occurs, the row holds an error message instead of a score.
     """
     doing = "be scored"
     try:
-        examination = detector.examine(image)
+        examination = detector.score_and_keep_residual(image)
         doing = "be drawn"
         if pictures.paths:
-            pictures.draw(index, examination)
+            pictures.draw_picture(index, examination)
     except Exception as error:
         reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        return error_row(item, f"{printable(item.path)}: cannot {doing} ({reason})")
+        return make_error_row(item, f"{printable(item.path)}: cannot {doing} ({reason})")
     return make_rows([item], examination.logits.numpy(), detector.calibration)[0]
 
 
 # --- results --------------------------------------------------------------------------------------------------
 
 
-def write_results(base: Path, writer: ScoreWriter, record: dict, seed: int) -> tuple[ScoreTable, dict | None]:
-    """Write P.npy, P.json and P.png from P.csv, and delete the parts of P.csv.
+def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int) -> tuple[ScoreTable, dict | None]:
+    """Write P.npy, P.json and P.png from P.csv, and delete the temporary parts of P.csv.
 
     Args:
-        record: entries of P.json besides job, metrics and versions.
+        record: the entries of P.json that are known before the metrics are computed.
         seed: random seed of the bootstrap.
 
     Returns:
         The score table, and its metrics. The metrics are None if no image has both a label and a score.
     """
     table = read_table(f"{base}.csv")
-    with atomic(f"{base}.npy") as file:
+    with write_atomically(f"{base}.npy") as file:
         np.save(file, table.logits)
     metrics = None
-    if table.usable.any():
-        from evaluation.metrics import summarize  # imported here, because scikit-learn takes a second to import
+    if table.is_usable.any():
+        from evaluation.metrics import summarize_scores  # imported here, because scikit-learn takes a second to import
 
-        metrics = summarize(table, seed=seed)
-    writer.write_record({**record, "metrics": metrics, "versions": versions()})
+        metrics = summarize_scores(table, seed=seed)
+    writer.write_record({**record, "metrics": metrics, "versions": package_versions()})
     figure = Path(f"{base}.png")
     if metrics:
-        from evaluation.figures import roc_and_histogram  # imported here, because Matplotlib takes a second to import
+        from evaluation.figures import (
+            draw_roc_and_histograms,  # imported here, because Matplotlib takes a second to import
+        )
 
-        roc_and_histogram(table, figure)
+        draw_roc_and_histograms(table, figure)
     else:
-        figure.unlink(missing_ok=True)  # a figure of an earlier run, as `refuse_foreign_outputs` has checked
-    writer.remove_parts()
+        figure.unlink(missing_ok=True)  # `refuse_foreign_outputs` has checked that test.py wrote this figure
+    writer.delete_parts()
     return table, metrics
 
 
-def report_lines(
+def format_report(
     results: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, is_unlabelled: bool
 ) -> list[str]:
-    """Make the lines that test.py prints: verdicts for unlabelled images, metrics for labelled images."""
-    lines = explanation(calibration)
+    """Format the results as lines to print: the verdicts of unlabelled images, or the metrics of labelled images."""
+    lines = explain_verdicts(calibration)
     if is_unlabelled:
         for label, (table, _) in results.items():
             if len(results) > 1:
                 lines += ["", f"== {label}"]
-            lines += verdict_lines(table)
+            lines += format_verdicts(table)
         return lines
-    from evaluation.metrics import format_table, perturbation_table  # imported here: scikit-learn is slow
+    # imported here, because scikit-learn takes a second to import
+    from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
     for label, metrics in list(summaries.items())[:1]:
         lines += ["", f"== {label}"] if len(results) > 1 else []
-        lines.append(format_table(metrics))
+        lines.append(format_metrics(metrics))
     if len(results) > 1:
-        lines += ["", perturbation_table(summaries)]
+        lines += ["", format_perturbation_table(summaries)]
     return lines
 
 
-def explanation(calibration: Mapping) -> list[str]:
-    """Explain P(fake) and the verdicts to a reader who sees them for the first time."""
+def explain_verdicts(calibration: Mapping) -> list[str]:
+    """Explain P(fake) and the verdicts in two lines of text."""
     if calibration:
         source = printable(str(calibration.get("source", "another set")))
         meaning = f"calibrated on {source} (temperature {calibration['temperature']:.3g}), valid for similar images"
@@ -327,7 +341,7 @@ def explanation(calibration: Mapping) -> list[str]:
     return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {meaning}", f"verdict: {rule}"]
 
 
-def verdict_lines(table: ScoreTable) -> list[str]:
+def format_verdicts(table: ScoreTable) -> list[str]:
     """Make a table with P(fake), verdict and file of each image, followed by the number of images per verdict."""
     rows = [["P(fake)", "verdict", "image"]]
     for i, path in enumerate(table.paths):
@@ -337,14 +351,14 @@ def verdict_lines(table: ScoreTable) -> list[str]:
             rows.append([f"{table.prob_fake[i]:.4f}", table.predictions[i], printable(path)])
     counts = Counter(table.predictions)
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("fake", "real", "unsure"))
-    return [text_table(rows, left=3), f"{verdicts}, {counts['']} could not be scored"]
+    return [format_text_table(rows, left=3), f"{verdicts}, {counts['']} could not be scored"]
 
 
 def log_written_files(base: Path, results: dict[str, tuple[ScoreTable, dict | None]]) -> None:
     """Log the names of the output files."""
     several = "_*" if len(results) > 1 else ""
     figure = ",png" if any(metrics for _, metrics in results.values()) else ""
-    logger.info("written: %s%s.{csv,npy,json%s}", printable(base), several, figure)
+    logger.info("the results are written to %s%s.{csv,npy,json%s}", printable(base), several, figure)
 
 
 if __name__ == "__main__":

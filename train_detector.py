@@ -1,4 +1,4 @@
-"""Train the detector: step 2 with a frozen re-synthesizer, step 3 end to end.
+"""Train the detector, with a frozen re-synthesizer (step 2) or end to end (step 3).
 
 Step 2 trains the classifier on the residuals of a frozen re-synthesizer. Step 3 fine-tunes the classifier and the
 re-synthesizer together.
@@ -9,7 +9,7 @@ re-synthesizer together.
 
 The program writes these files into OUTPUT_PATH:
 
-    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the released formats
+    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the released code's formats
     best.pth.tar                              the state with the highest AUROC on the validation images
     last.pth.tar                              the newest state, from which --resume continues
     config.json, stats.jsonl, tensorboard/    records of the run
@@ -39,27 +39,27 @@ from data.perturbations import augment
 from data.residuals import CacheOptions, cached_residuals
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
-from evaluation.training_pictures import example_images, record_pictures
+from evaluation.training_pictures import read_example_images, write_resynthesis_pictures
 from models.build import load_detector, new_detector
 from models.features import VGG19, load_vgg
 from models.losses import classification_loss, residual_and_reconstruction_loss
 from models.resynthesis import ResynthesisDetector, downsample
 from utils import training
-from utils.checkpoints import Checkpoint, Fields, fingerprint, read_checkpoint
-from utils.compute import Compute, choose_compute
+from utils.checkpoints import Checkpoint, Fields, compute_fingerprint, read_checkpoint
+from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import (
     World,
     all_gather_rows,
     all_reduce_sum,
     broadcast_buffers,
-    join_processes,
+    connect_processes,
 )
 from utils.errors import UserError, run_program
 from utils.labels import FAKE, REAL
 from utils.options import train_detector_parser
 from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
-from utils.run import Run, starting_point
-from utils.run_folder import run_folder
+from utils.run import Run, read_starting_checkpoint
+from utils.run_folder import open_run_folder
 from utils.training import Progress, Stepper
 
 logger = logging.getLogger("train_detector")
@@ -67,22 +67,22 @@ logger = logging.getLogger("train_detector")
 LAST = "last.pth.tar"
 FINAL_RATE = 1e-4  # the released schedule ends at this fraction of the base learning rate
 
-# A function from a batch to (loss, further values to record). With several processes, each process returns its part:
-# the sum of the parts over the processes is the mean over the whole batch.
+# A function that computes (loss, {name: further value to record}) of a batch.
+# With several processes, each process returns a part of each value. The sum of the parts is the mean over the batch.
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def main(args: Namespace) -> None:
-    compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
+    compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
+    with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. List the images. No file is written before the images, the networks and the sizes have been checked.
         check_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
         items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
-        val_items = validation_items(args.val_real_roots, args.val_fake_roots, args.val_csv)
+        val_items = list_validation_images(args.val_real_roots, args.val_fake_roots, args.val_csv)
 
         # 2. Build the networks
         output = Path(args.output_path)
-        detector, config, resumed = build_networks(vars(args), output / LAST)
+        detector, config, resumed = build_detector(vars(args), output / LAST)
         detector.freeze_resynthesizer(args.fixed_resynthesizer)
         # Without checkpointing, end-to-end training of RDN keeps 12 GB of maps per image of 1024 x 1024 pixels
         detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer
@@ -92,8 +92,8 @@ def main(args: Namespace) -> None:
         scale, stride = detector.resynthesizer.scale, detector.features.stride
         policy = SizePolicy(scale, args.crop_size or None, args.resize or None, min_side=stride)
         transform = augment if args.augment_perturb else None
-        images = usable_images(items, policy, args.skip_bad, Augmentation(args.seed, args.crops), transform)
-        val_images = usable_images(val_items, policy, args.skip_bad)
+        images = create_dataset(items, policy, args.skip_bad, Augmentation(args.seed, args.crops), transform)
+        val_images = create_dataset(val_items, policy, args.skip_bad)
         require_both_classes(images.items, "training images")
         if val_items:
             require_both_classes(val_images.items, "validation images")
@@ -103,63 +103,66 @@ def main(args: Namespace) -> None:
         if args.batch_size > 1:
             refuse_mixed_sizes(images.items, images.sizes)
             refuse_mixed_sizes(val_images.items, val_images.sizes)
-        min_images = smallest_batch(detector, images.sizes, batches, compute)
+        min_images = smallest_trainable_batch(detector, images.sizes, batches, compute)
         if world.is_main:
             log_quick_audit(images.items, val_images.items)
 
         # 4. Create the optimizer
         if world.size > 1 and compute.device.type == "cuda":
             detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
-        groups = parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
+        groups = create_parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
         optimizer = create_optimizer(args.optimizer, groups, args.momentum, args.weight_decay)
-        schedule = training.cosine if args.schedule == "cosine" else released_rate
+        schedule = training.cosine_rate_factor if args.schedule == "cosine" else released_rate_factor
         stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), batches.steps, args.clip_norm)
         progress = stepper.progress
 
         # 5. Open the output folder, and load the training state of the run to resume
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
         settings["validation_images"] = list_digest(val_images.items)
-        run_files = stack.enter_context(run_folder(output / LAST, world, resumed, args.overwrite))
+        run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         state_of_networks = partial(network_state, detector, config, torch.from_numpy(identities(images.items)))
         run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
-        # 6. Choose the loss. The residuals of a frozen re-synthesizer stay the same, so that they can be cached.
-        residual_of = partial(frozen_residual, detector, compute, args.micro_batch)
+        # 6. Choose the loss. The residuals of a frozen re-synthesizer do not change, so they can be cached.
+        residual_of = partial(residual_without_gradients, detector, compute, args.micro_batch)
         datasets, cached = [images, val_images], []
         if args.fixed_resynthesizer:
-            loss_of = partial(frozen_loss, detector, residual_of)
+            loss_of = partial(loss_with_frozen_resynthesizer, detector, residual_of)
             if args.cache:
                 folder = args.cache_dir or output / "residual_cache"
                 options = CacheOptions(folder, args.cache_precision, args.cache_gb)
-                key = cache_key(config, fingerprint(detector.features), policy, compute)
+                key = residual_cache_key(config, compute_fingerprint(detector.features), policy, compute)
                 cached = cached_residuals(datasets, detector.residual_shape, key, options, world)
                 datasets = cached or datasets
         else:
-            vgg = auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
+            vgg = load_auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
             task = AuxiliaryTask(args.auxiliary, args.auxiliary_weight, vgg, args.seed, args.micro_batch)
             loss_of = partial(end_to_end_loss, detector, compute, world, task, progress)
         loader = make_loader(datasets[0], batches, args.workers, compute)
         val_loader = make_loader(datasets[1], val_batches, args.workers, compute)
 
         # 7. Train
-        pictures = example_images(images)
-        logger.info("%d training images; start at epoch %d, step %d", batches.count, progress.epoch, progress.step)
+        pictures = read_example_images(images)
+        text = "%d training images; the training starts at epoch %d, step %d"
+        logger.info(text, batches.count, progress.epoch, progress.step)
         if not progress.total_steps:
-            record_pictures(detector, compute, args.auxiliary, run, pictures, 0)
+            write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, 0)
         for epoch in range(progress.epoch, args.epochs):
             for dataset in cached:
-                dataset.fill(epoch, residual_of, run.batches, args.workers, compute, world)
+                dataset.fill(epoch, residual_of, run.iterate_batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
-            train_one_epoch(detector, run.batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
-            values = progress.means()
+            train_one_epoch(detector, run.iterate_batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
+            values = progress.means_of_epoch()
             if val_items:
-                values |= validate(detector, run.batches(val_loader, "validation"), residual_of, world)
+                values |= compute_validation_metrics(
+                    detector, run.iterate_batches(val_loader, "validation"), residual_of, world
+                )
             if not args.fixed_resynthesizer:
-                record_pictures(detector, compute, args.auxiliary, run, pictures, epoch + 1)
+                write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
-            run.end_epoch(values, "val_auroc", numbered_files if due else None)
+            run.end_epoch(values, "val_auroc", numbered_checkpoints if due else None)
 
 
 def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
@@ -174,24 +177,24 @@ def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> 
 # --- images -------------------------------------------------------------------------------------------------
 
 
-def validation_items(real_roots: list[str] | None, fake_roots: list[str] | None, csv: str | None) -> list[Item]:
-    """List the validation images. Returns an empty list if no option names any."""
+def list_validation_images(real_roots: list[str] | None, fake_roots: list[str] | None, csv: str | None) -> list[Item]:
+    """List the validation images. Returns an empty list if no option names validation images."""
     if not (real_roots or fake_roots or csv):
         return []
     return labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
 
 
-def usable_images(
+def create_dataset(
     items: list[Item],
     policy: SizePolicy,
     skip_bad: bool,
     augmentation: Augmentation | None = None,
     transform: Callable | None = None,
 ) -> ImageDataset:
-    """Create a dataset of the images whose file headers show no problem.
+    """Read the file headers of the images, and create a dataset of the images that can be used.
 
     Args:
-        skip_bad: leave out images that cannot be used. Otherwise, such an image raises a UserError.
+        skip_bad: whether an image that cannot be used is left out. If False, the image raises a UserError.
     """
     items, headers = usable_items(items, policy, skip_bad)
     images = ImageDataset(items, policy, augmentation, transform)
@@ -199,10 +202,10 @@ def usable_images(
     return images
 
 
-def smallest_batch(
+def smallest_trainable_batch(
     detector: ResynthesisDetector, sizes: Iterable[tuple[int, int]], batches: EpochBatches, compute: Compute
 ) -> int:
-    """Return the smallest number of images on which the classifier can be trained: 1 or 2.
+    """Return the smallest batch size with which the classifier can be trained: 1 or 2.
 
     Batch norm needs two values per channel. If the classifier's last feature map has a single value per channel and
     image, then a batch must hold two images.
@@ -233,21 +236,22 @@ def smallest_batch(
 # --- networks and optimizer ---------------------------------------------------------------------------------
 
 
-def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
+def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
     """Build the detector from the run to resume, from the checkpoint --init, or from the options alone.
 
     Args:
-        options: the options of train_detector.py, by their names in `args`.
+        options: {name in `args`: value} of all options of train_detector.py.
         last: the state file that `--resume auto` continues.
 
     Returns:
         the detector, its config, and the state to resume. The state is None for a new run.
     """
-    origin, resumed = starting_point(options["resume"], options["init"], [last])
-    resumed = same_training(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
+    origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
+    resumed = state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
     resynthesizer = read_checkpoint(options["resynthesizer_file"])
     if resumed and resynthesizer:
-        logger.info("the re-synthesizer is loaded from %s, not from %s", resumed.name, resynthesizer.name)
+        text = "the resumed run uses the re-synthesizer in %s: %s (--sr-weights-file) is not used"
+        logger.info(text, resumed.name, resynthesizer.name)
         resynthesizer = None
     if origin:
         detector, config = load_detector(origin, resynthesizer, options, options["vgg_weights"])
@@ -256,11 +260,11 @@ def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     if resumed is None:
-        config.pop("auxiliary_vgg", None)  # a new run chooses the VGG-19 weights of the auxiliary loss itself
+        config.pop("auxiliary_vgg", None)  # a new run may use other VGG-19 weights for the auxiliary loss
     return detector, config, resumed
 
 
-def auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
+def load_auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
     """Load VGG-19 for the auxiliary loss, and record its weights in the config.
 
     A resumed run uses the VGG-19 weights with which it began. A detector on VGG-19 features uses one set of VGG-19
@@ -276,10 +280,10 @@ def auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) ->
     return vgg.to(compute.device, memory_format=torch.channels_last)
 
 
-def same_training(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
-    """Return the state to resume, or None to start a new run from its weights.
+def state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
+    """Return the training state to resume, or None if a new run must start from the weights of the state.
 
-    A state can be resumed if it was trained with the present values of --fixed-sr and --mode-sr.
+    A state can be resumed if --fixed-sr and --mode-sr have the same values as in the training of the state.
 
     Raises:
         UserError: if the state in the output folder was trained with other values of --fixed-sr or --mode-sr.
@@ -301,8 +305,8 @@ def same_training(resumed: Checkpoint | None, last: Path, fixed: bool, task: str
     return resumed
 
 
-def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
-    """Create the optimizer's parameter groups: the classifier and, unless it is frozen, the re-synthesizer.
+def create_parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
+    """Create an optimizer's parameter groups: one for the classifier, and one for a re-synthesizer that is not frozen.
 
     Release: the released code multiplies the classifier's gradients by `scale` (`--lr-sr`), and then SGD applies weight
     decay and momentum. Unscaled gradients, a learning rate of lr * scale and a weight decay of weight_decay / scale
@@ -324,17 +328,20 @@ def parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: flo
 def create_optimizer(name: str, groups: list[dict], momentum: float, weight_decay: float) -> torch.optim.Optimizer:
     """Create SGD or AdamW.
 
-    AdamW gives each group the plain `weight_decay`, because AdamW does not add the weight decay to the gradients.
+    AdamW does not add the weight decay to the gradients. With AdamW, the weight decay of each group is therefore set to
+    `weight_decay`.
     """
     if name == "sgd":
         return torch.optim.SGD(groups, momentum=momentum)
     return torch.optim.AdamW([{**group, "weight_decay": weight_decay} for group in groups])
 
 
-def released_rate(epochs_total: int, epochs_done: float) -> float:
-    """Compute the released factor on the base learning rate, f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
+def released_rate_factor(epochs_total: int, epochs_done: float) -> float:
+    """Compute the factor f on the base learning rate that the released code uses.
 
-    Release: the released code sets the rate f(e) *after* epoch e, so that epochs 0 and 1 both use f(0) = 1.
+    The factor in epoch e of E epochs is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
+
+    Release: the released code sets the factor f(e) *after* epoch e, so that epochs 0 and 1 both use f(0) = 1.
 
     Args:
         epochs_total: E, number of epochs of the training.
@@ -348,11 +355,11 @@ def released_rate(epochs_total: int, epochs_done: float) -> float:
 # --- losses of a batch --------------------------------------------------------------------------------------
 
 
-def classifier_loss(detector: ResynthesisDetector, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Classify residuals (B, C_l, H_l, W_l), and compare the logits with the labels of the batch.
+def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Compute the cross-entropy and the accuracy of the classifier on residuals (B, C_l, H_l, W_l) of a batch.
 
     Returns:
-        cross-entropy, accuracy: scalars. Each is this process's part of the mean over the whole batch.
+        cross-entropy, accuracy: scalars. Each scalar is this process's part of the mean over the whole batch.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -362,11 +369,13 @@ def classifier_loss(detector: ResynthesisDetector, residual: Tensor, batch: Batc
 
 
 @torch.no_grad()
-def frozen_residual(detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch) -> Tensor:
-    """Compute the residuals of a batch without gradients, or take them from a batch of cached residuals.
+def residual_without_gradients(
+    detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch
+) -> Tensor:
+    """Compute the residuals of a batch of images without gradients. Cached residuals are only moved to the device.
 
     Args:
-        micro_batch: number of images that pass through re-synthesizer and features at a time. None: the whole batch.
+        micro_batch: number of images that pass through re-synthesizer and features at a time. None means all images.
         batch: images, or residuals that a `data.residuals.ResidualDataset` has read from the cache.
 
     Returns:
@@ -375,7 +384,7 @@ def frozen_residual(detector: ResynthesisDetector, compute: Compute, micro_batch
     if batch.x.is_floating_point():  # cached residuals are floats, and images are uint8
         residual = batch.x.to(compute.device, non_blocking=True).float()
         return residual.contiguous(memory_format=torch.channels_last)
-    x = compute.input(batch.x)  # (B, 3, H, W)
+    x = compute.images_to_float(batch.x)  # (B, 3, H, W)
     parts = []
     with compute.autocast():
         for part in x.split(micro_batch or len(x)):
@@ -383,11 +392,11 @@ def frozen_residual(detector: ResynthesisDetector, compute: Compute, micro_batch
     return torch.cat(parts)
 
 
-def frozen_loss(
+def loss_with_frozen_resynthesizer(
     detector: ResynthesisDetector, residual_of: Callable[[Batch], Tensor], batch: Batch
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of a batch for training with a frozen re-synthesizer, which is the cross-entropy."""
-    loss, accuracy = classifier_loss(detector, residual_of(batch), batch)
+    """Compute the cross-entropy loss of a batch, for training with a frozen re-synthesizer."""
+    loss, accuracy = cross_entropy_and_accuracy(detector, residual_of(batch), batch)
     return loss, {"accuracy": accuracy}
 
 
@@ -396,9 +405,9 @@ class AuxiliaryTask(NamedTuple):
 
     name: str  # a key of data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
-    vgg: VGG19 | None  # VGG-19 of the auxiliary loss. None: there is no auxiliary loss
+    vgg: VGG19 | None  # VGG-19 of the auxiliary loss; None if there is no auxiliary loss
     seed: int  # seed of the random degradations
-    micro_batch: int | None  # number of images that pass through the networks at a time. None: the whole batch
+    micro_batch: int | None  # number of images that pass through the networks at a time; None means all images
 
 
 def end_to_end_loss(
@@ -411,38 +420,41 @@ def end_to_end_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss of a batch for end-to-end training: cross-entropy + weight * auxiliary loss.
 
-    The auxiliary loss is computed on the real images. It is 0 if the batch has fewer than two real images.
+    The auxiliary loss is computed on the real images. The auxiliary loss is 0 if the batch has fewer than two real
+    images.
 
     Release: the released code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none`,
     the released code computes the auxiliary loss on clean images in every step.
     """
-    x = compute.input(batch.x)  # (B, 3, H, W)
+    x = compute.images_to_float(batch.x)  # (B, 3, H, W)
     counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
     real = batch.labels == REAL  # (B,)
     real_count = int(all_reduce_sum((real & counted).sum().to(compute.device), world))
     used = (real & (real_count > 1)).to(x.device)  # (B,)
-    degraded = degraded_input(detector.resynthesizer.scale, task, progress, batch, x)  # (B, 3, h, w) or None
+    degraded = degrade_input(detector.resynthesizer.scale, task, progress, batch, x)  # (B, 3, h, w) or None
 
-    def residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
+    def compute_residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
         low = None if degraded is None else degraded[rows]
         with compute.autocast():
             return residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
 
-    residual, auxiliary = in_micro_batches(residual_and_losses, len(x), task.micro_batch)  # (B, C_l, H_l, W_l), (B,)
-    cross_entropy, accuracy = classifier_loss(detector, residual, batch)
+    residual, auxiliary = compute_in_micro_batches(
+        compute_residual_and_losses, len(x), task.micro_batch
+    )  # (B, C_l, H_l, W_l), (B,)
+    cross_entropy, accuracy = cross_entropy_and_accuracy(detector, residual, batch)
     auxiliary = task.weight * (auxiliary * counted.to(auxiliary)).sum() / max(real_count, 1)
     values = {"accuracy": accuracy, "cross_entropy": cross_entropy, "auxiliary": auxiliary}
     return cross_entropy + auxiliary, values
 
 
-def degraded_input(scale: int, task: AuxiliaryTask, progress: Progress, batch: Batch, x: Tensor) -> Tensor | None:
-    """Degrade the low-resolution batch of this step at random.
+def degrade_input(scale: int, task: AuxiliaryTask, progress: Progress, batch: Batch, x: Tensor) -> Tensor | None:
+    """Downsample a batch of images, and degrade the low-resolution images at random.
 
-    The choice of the degradation depends only on the seed and the step. The degradation of each image depends only on
-    the seed and the image's key.
+    The type of the degradation depends only on the seed and the training step. The random numbers of each image depend
+    only on the seed and on the image's key (epoch, image, crop).
 
     Returns:
-        the degraded low-resolution batch (B, 3, h, w), or None if the images of this step stay clean.
+        the degraded low-resolution batch (B, 3, h, w), or None if the images of this step are not degraded.
     """
     batch_rng = seeded_generator(task.seed, progress.epoch, progress.step, DEGRADE_BATCH)
     degradation = draw_degradation(task.name, batch_rng)
@@ -452,18 +464,18 @@ def degraded_input(scale: int, task: AuxiliaryTask, progress: Progress, batch: B
     return degrade_batch(degradation, downsample(x, scale), rngs)
 
 
-def in_micro_batches(
+def compute_in_micro_batches(
     function: Callable[[slice], tuple[Tensor, Tensor]], count: int, micro_batch: int | None
 ) -> tuple[Tensor, Tensor]:
     """Call `function` on slices of `micro_batch` images, and concatenate the results.
 
     With several slices, the backward pass computes each slice again, so that only the results of `function` are kept in
-    memory. Micro-batches give the gradients of the whole batch, because re-synthesizer and features hold no batch norm.
+    memory. Micro-batches give the gradients of the whole batch, because re-synthesizer and features have no batch norm.
 
     Args:
-        function: slice of image numbers -> two tensors with one row per image.
+        function: function from a slice of image numbers to two tensors with one row per image.
         count: number of images in the batch.
-        micro_batch: number of images per slice. None: a single slice.
+        micro_batch: number of images per slice. None means a single slice with all images.
     """
     if micro_batch is None or micro_batch >= count:
         return function(slice(0, count))
@@ -478,8 +490,10 @@ def in_micro_batches(
 # --- the residual cache ------------------------------------------------------------------------------------
 
 
-def cache_key(config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute) -> dict[str, object]:
-    """Return the settings and weights on which cached residuals depend. They identify a residual cache."""
+def residual_cache_key(
+    config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute
+) -> dict[str, object]:
+    """Return the settings and fingerprints of weights on which residuals depend, which identify a residual cache."""
     return {
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
@@ -500,13 +514,13 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
     for batch in batches:
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
-    # Without SyncBatchNorm, the batch-norm statistics of the processes differ. All processes take over the main
-    # process's statistics, because these are saved.
+    # Without SyncBatchNorm, the batch-norm statistics of the processes differ.
+    # The main process's statistics are saved, and all processes therefore validate with these statistics.
     broadcast_buffers(detector.classifier, stepper.world)
 
 
 @torch.inference_mode()
-def validate(
+def compute_validation_metrics(
     detector: ResynthesisDetector, batches: Iterable[Batch], residual_of: Callable[[Batch], Tensor], world: World
 ) -> dict[str, float | None]:
     """Compute loss, accuracy and AUROC (fake = positive) on the validation images."""
@@ -539,8 +553,8 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
         trained_on: identities of the training images, from `data.lists.identities`.
     """
     fingerprints = {
-        "resynthesizer_fingerprint": fingerprint(detector.resynthesizer),
-        "classifier_fingerprint": fingerprint(detector.classifier),
+        "resynthesizer_fingerprint": compute_fingerprint(detector.resynthesizer),
+        "classifier_fingerprint": compute_fingerprint(detector.classifier),
     }
     return {
         "arch": config["classifier"]["name"],
@@ -551,8 +565,8 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
     }
 
 
-def numbered_files(state: dict) -> dict[str, dict]:
-    """Return the two numbered files of an epoch, {name: content}, in the released formats.
+def numbered_checkpoints(state: dict) -> dict[str, dict]:
+    """Return the two numbered checkpoints of an epoch, {file name: content}, in the formats of the released code.
 
     Release: the released code counts the epochs in these file names from 1.
     """

@@ -35,46 +35,46 @@ from models.features import VGG19, load_vgg
 from models.losses import super_resolution_loss
 from models.resynthesis import downsample
 from utils import training
-from utils.checkpoints import Checkpoint, fingerprint
-from utils.compute import Compute, choose_compute
-from utils.distributed import World, all_reduce_sum, join_processes
+from utils.checkpoints import Checkpoint, compute_fingerprint
+from utils.compute import Compute, choose_device_and_precision
+from utils.distributed import World, all_reduce_sum, connect_processes
 from utils.errors import UserError, run_program
 from utils.options import train_sr_parser
 from utils.random_streams import DEGRADE_PATCH, seeded_generator
-from utils.run import Run, starting_point
-from utils.run_folder import run_folder
+from utils.run import Run, read_starting_checkpoint
+from utils.run_folder import open_run_folder
 from utils.training import Stepper
 
 logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoard
-# Mean squared error of rounding to 8 bits. A smaller error is replaced by this one, so that PSNR is at most 58.9 dB.
+# Mean squared error of rounding to 8 bits. Smaller errors are replaced by this error, so that PSNR is at most 58.9 dB.
 SMALLEST_MSE = 1 / (12 * 255**2)
 
-# A function from a batch to (loss, L1 term of the loss, pictures). With several processes, each process returns its
-# part of the loss: the sum of the parts over the processes is the mean over the whole batch.
+# A function that computes (loss, L1 term of the loss, pictures) of a batch.
+# With several processes, each process returns a part of the loss. The sum of the parts is the mean over the batch.
 LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 
 def main(args: Namespace) -> None:
-    compute = choose_compute(args.gpu, args.precision, args.deterministic, args.seed)
-    with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
+    compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
+    with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. Build the network. No file is written before the network and the images have been checked.
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
-        origin, resumed = starting_point(args.resume, args.init, states)
+        origin, resumed = read_starting_checkpoint(args.resume, args.init, states)
         model, config = resynthesizer_and_config(origin, vars(args))
         if origin is None:
-            initialize(model, args.start)
+            set_initial_weights(model, args.start)
         model.to(compute.device, memory_format=torch.channels_last)
 
         # 2. List and check the images
-        eval_images = evaluation_images(args.eval_file, model.scale, args.skip_bad)
+        eval_images = create_evaluation_dataset(args.eval_file, model.scale, args.skip_bad)
         eval_batches = EpochBatches(len(eval_images), world.size, world=world)  # one image per process at a time
         eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
         if args.evaluate:
-            return evaluate_only(model, origin, eval_loader, args.skip_bad, compute, world)
-        items = image_items(args.train_file, "--train-file")
+            return log_evaluation(model, origin, eval_loader, args.skip_bad, compute, world)
+        items = list_unlabelled_images(args.train_file, "--train-file")
         items, _ = usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_images.items:
             log_quick_audit(items, eval_images.items)
@@ -86,15 +86,15 @@ def main(args: Namespace) -> None:
         batches = EpochBatches(len(items), args.batch_size, args.seed, world)
         schedule = Schedule(args.schedule, args.num_epochs, args.lr_decay, args.lr_decay_epoch)
         optimizer = torch.optim.Adam(parameters, lr=args.lr)
-        stepper = Stepper(optimizer, compute, world, schedule.rate, batches.steps, args.clip_norm)
+        stepper = Stepper(optimizer, compute, world, schedule.rate_factor, batches.steps, args.clip_norm)
         progress = stepper.progress
 
         # 4. Open the output folder, and load the training state of the run to resume
         output = Path(args.outputs_dir) / f"x{model.scale}"
-        vgg, vgg_record = perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
+        vgg, vgg_record = load_perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
         settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
         settings["validation_images"] = list_digest(eval_images.items)
-        run_files = stack.enter_context(run_folder(output / LAST, world, resumed, args.overwrite))
+        run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         about = {"config": {"resynthesizer": config}, "vgg": vgg_record, "settings": settings}
         run = Run(run_files, about, partial(network_state, model), stepper, args.num_epochs)
@@ -104,54 +104,61 @@ def main(args: Namespace) -> None:
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         loader = make_loader(patches, batches, args.workers, compute)
         degradations = PatchDegradations(args.seed, args.augment, args.completion, args.colorization)
-        loss_of = partial(patch_loss, model, vgg, args.vgg_lambda, degradations, compute)
-        logger.info("%d training images; start at epoch %d, step %d", len(items), progress.epoch, progress.step)
+        loss_of = partial(compute_patch_loss, model, vgg, args.vgg_lambda, degradations, compute)
+        text = "%d training images; the training starts at epoch %d, step %d"
+        logger.info(text, len(items), progress.epoch, progress.step)
         for epoch in range(progress.epoch, args.num_epochs):
             batches.set_epoch(epoch, progress.step)
-            pictures = train_one_epoch(run.batches(loader, f"epoch {epoch}", training=True), loss_of, stepper)
-            values = progress.means()
+            pictures = train_one_epoch(run.iterate_batches(loader, f"epoch {epoch}", training=True), loss_of, stepper)
+            values = progress.means_of_epoch()
             if eval_images.items:
-                values |= evaluate(model, run.batches(eval_loader, "evaluation"), compute, world)
+                values |= compute_psnr_and_ssim(model, run.iterate_batches(eval_loader, "evaluation"), compute, world)
             is_last = epoch + 1 == args.num_epochs
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
-                run.pictures("input, re-synthesis, target", pictures, epoch + 1)
-            run.end_epoch(values, "psnr", numbered_files if due else None)
+                run.write_pictures("input, re-synthesis, target", pictures, epoch + 1)
+            run.end_epoch(values, "psnr", numbered_checkpoints if due else None)
             if is_last:
-                warn_if_poor(values)
+                warn_if_below_bicubic(values)
 
 
 # --- network and images -------------------------------------------------------------------------------------
 
 
-def initialize(model: nn.Module, start: str) -> None:
+def set_initial_weights(model: nn.Module, start: str) -> None:
     """Set the initial weights of a new network.
 
     Args:
-        start: "random" keeps PyTorch's random weights. "interpolation" makes the network start as plain interpolation.
+        start: "random" keeps PyTorch's random weights. "interpolation" sets weights with which the network computes an
+            interpolation.
     """
     if start == "random":
         return
     if not hasattr(model, "initialize_as_interpolation"):
-        raise UserError(f"--start {start} is not defined for {type(model).__name__}: leave --start out")
+        raise UserError(f"--start {start} is not possible for {type(model).__name__}: use --start random")
     model.initialize_as_interpolation()
 
 
-def image_items(source: str | None, flag: str) -> list[Item]:
-    """List the images in a list file or a folder, without labels. flag: the option that gave it, for error messages."""
+def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
+    """List the images in a list file or a folder, without labels.
+
+    Args:
+        source: path of the list file or folder.
+        flag: the command-line option for `source`, for error messages.
+    """
     if source is None:
         raise UserError(f"no images: give {flag} a list (one path per line) or a folder of images")
     return [Item(path, None, "") for path in paths_of(source)]
 
 
-def evaluation_images(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
+def create_evaluation_dataset(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
     """Create a dataset of the usable images in --eval-file. The dataset is empty without --eval-file."""
-    items = image_items(source, "--eval-file") if source else []
+    items = list_unlabelled_images(source, "--eval-file") if source else []
     items, _ = usable_items(items, SizePolicy(scale), skip_bad)
     return ImageDataset(items, SizePolicy(scale))
 
 
-def perceptual_vgg(
+def load_perceptual_vgg(
     weight: float, source: str, resumed: Checkpoint | None, compute: Compute
 ) -> tuple[VGG19 | None, dict | None]:
     """Load VGG-19 for the perceptual loss. A resumed run uses the VGG-19 weights with which it began.
@@ -173,7 +180,7 @@ class Schedule(NamedTuple):
     """A learning-rate schedule.
 
     The schedule "steps" multiplies the learning rate by `decay` after every `decay_epochs` epochs. The schedule
-    "cosine" is `utils.training.cosine`.
+    "cosine" is `utils.training.cosine_rate_factor`.
     """
 
     name: str  # "steps" or "cosine"
@@ -181,10 +188,10 @@ class Schedule(NamedTuple):
     decay: float  # factor on the learning rate, for "steps"
     decay_epochs: int  # number of epochs between two decays of the learning rate, for "steps"
 
-    def rate(self, epochs_done: float) -> float:
+    def rate_factor(self, epochs_done: float) -> float:
         """Return the factor on the base learning rate after `epochs_done` epochs, which may be fractional."""
         if self.name == "cosine":
-            return training.cosine(self.epochs_total, epochs_done)
+            return training.cosine_rate_factor(self.epochs_total, epochs_done)
         return self.decay ** (int(epochs_done) // self.decay_epochs)
 
 
@@ -192,7 +199,11 @@ class Schedule(NamedTuple):
 
 
 def train_one_epoch(batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> Tensor:
-    """Take one optimizer step per batch. Returns pictures of the last batch, (n, 3, H, W) in [0, 1]."""
+    """Train the network for one epoch, with one optimizer step per batch.
+
+    Returns:
+        pictures of the last batch, (n, 3, H, W) in [0, 1].
+    """
     pictures = torch.empty(0)
     for batch in batches:
         loss, l1, pictures = loss_of(batch)
@@ -208,7 +219,7 @@ class PatchDegradations(NamedTuple):
     completion: bool  # remove pixels
     colorization: bool  # make pixels grey
 
-    def apply(self, x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
+    def degrade_patches(self, x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
         """Degrade each patch of x_lr (B, 3, p, p) by random draws that depend only on the seed and the patch's key."""
         if not (self.augment or self.completion or self.colorization):
             return x_lr
@@ -219,7 +230,7 @@ class PatchDegradations(NamedTuple):
         return torch.stack(patches)
 
 
-def patch_loss(
+def compute_patch_loss(
     model: nn.Module,
     vgg: VGG19 | None,
     vgg_weight: float,
@@ -230,11 +241,11 @@ def patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        loss, L1 term of the loss: scalars. Each is this process's part of the mean over the whole batch.
+        loss, L1 term of the loss: scalars. Each scalar is this process's part of the mean over the whole batch.
         pictures: (n, 3, P, 3 * P), each with the input, the re-synthesis and the target side by side.
     """
-    x = compute.input(batch.x)  # (B, 3, P, P)
-    x_lr = degradations.apply(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
+    x = compute.images_to_float(batch.x)  # (B, 3, P, P)
+    x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
     with compute.autocast():
         x_hat = model(x_lr)  # (B, 3, P, P)
         loss, l1 = super_resolution_loss(x_hat, x, vgg, vgg_weight)
@@ -248,25 +259,27 @@ def patch_loss(
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World) -> dict[str, float]:
-    """Compute PSNR (dB) and SSIM on RGB, averaged over whole images, of the network and of bicubic interpolation."""
+def compute_psnr_and_ssim(
+    model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World
+) -> dict[str, float]:
+    """Compute the PSNR (dB) and SSIM of the network and of bicubic interpolation, averaged over RGB images."""
     sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
     for batch in batches:
         if not batch.weights.any():
             continue  # an image with weight 0 repeats an image that another process evaluates
-        x = compute.input(batch.x)  # (1, 3, H, W)
+        x = compute.images_to_float(batch.x)  # (1, 3, H, W)
         x_lr = downsample(x, model.scale)  # (1, 3, h, w)
         with compute.autocast():
             x_hat = model(x_lr)  # (1, 3, H, W)
         bicubic = F.interpolate(x_lr, scale_factor=model.scale, mode="bicubic")  # (1, 3, H, W)
-        values = [*image_quality(x_hat, x), *image_quality(bicubic, x), 1.0]
+        values = [*psnr_and_ssim(x_hat, x), *psnr_and_ssim(bicubic, x), 1.0]
         sums += torch.tensor(values, dtype=sums.dtype, device=sums.device)
     *totals, count = all_reduce_sum(sums, world).tolist()
     names = ("psnr", "ssim", "psnr_bicubic", "ssim_bicubic")
     return {name: total / count if count else float("nan") for name, total in zip(names, totals, strict=True)}
 
 
-def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
+def psnr_and_ssim(y: Tensor, x: Tensor) -> tuple[float, float]:
     """Clip y to [0, 1], and compute its PSNR (dB, at most 58.9) and its SSIM against x.
 
     Args:
@@ -282,17 +295,17 @@ def image_quality(y: Tensor, x: Tensor) -> tuple[float, float]:
     return psnr.item(), ssim.item()
 
 
-def warn_if_poor(values: dict[str, float]) -> None:
+def warn_if_below_bicubic(values: dict[str, float]) -> None:
     """Warn if the PSNR of the network is lower than the PSNR of bicubic interpolation.
 
     Args:
-        values: result of `evaluate`. Without "psnr" there is no warning.
+        values: result of `compute_psnr_and_ssim`. If "psnr" is missing, nothing is logged.
     """
     if values.get("psnr", 0) < values.get("psnr_bicubic", 0):
-        logger.warning("warning: the PSNR of the network is below bicubic interpolation: train the network longer")
+        logger.warning("warning: the network has a lower PSNR than bicubic interpolation: train the network longer")
 
 
-def evaluate_only(
+def log_evaluation(
     model: nn.Module,
     origin: Checkpoint | None,
     batches: Iterable[Batch],
@@ -307,20 +320,20 @@ def evaluate_only(
     """
     if origin is None:
         raise UserError("--evaluate needs weights: give a file of weights with --weights-file")
-    values = evaluate(model, readable(batches, skip_bad), compute, world)
+    values = compute_psnr_and_ssim(model, skip_unreadable_images(batches, skip_bad), compute, world)
     if math.isnan(values["psnr"]):
         raise UserError("--evaluate needs images: give a list or folder of images with --eval-file")
     text = "x%d super-resolution of RGB images that were reduced by averaging blocks of pixels, %s"
     logger.info(text, model.scale, compute)
     logger.info("%s: PSNR %.2f dB, SSIM %.4f", origin.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
-    warn_if_poor(values)
+    warn_if_below_bicubic(values)
 
 
-def readable(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
+def skip_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
     """Yield the batches whose image could be read.
 
-    With `skip_bad`, each unreadable image is left out with one log line.
+    If `skip_bad` is True, an unreadable image is left out, and the error is logged.
 
     Raises:
         UserError: if an image cannot be read and `skip_bad` is False.
@@ -328,7 +341,7 @@ def readable(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
     for batch in batches:
         for error in batch.errors.values():
             if not skip_bad:
-                raise UserError(f"{error}; repair or remove it, or pass --skip-bad")
+                raise UserError(f"{error}; repair or remove the image, or pass --skip-bad")
             logger.warning("image left out: %s", error)
         if len(batch.x):
             yield batch
@@ -339,11 +352,11 @@ def readable(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
 
 def network_state(model: nn.Module) -> dict:
     """Return the weights of the network and their fingerprint, which are saved in every state."""
-    return {"state_dict": model.state_dict(), "fingerprint": fingerprint(model)}
+    return {"state_dict": model.state_dict(), "fingerprint": compute_fingerprint(model)}
 
 
-def numbered_files(state: dict) -> dict[str, dict]:
-    """Return the numbered file of an epoch, {name: weights}.
+def numbered_checkpoints(state: dict) -> dict[str, dict]:
+    """Return the numbered checkpoint of an epoch, {file name: weights}.
 
     Release: the released code writes bare weights, and the number in the file name counts epochs from 0.
     """

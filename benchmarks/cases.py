@@ -30,8 +30,14 @@ from models.build import CLASSIFIERS
 from models.features import Pixels, VGG19Stage, load_vgg
 from models.rdn import RDN
 from models.resynthesis import ResynthesisDetector
-from train_detector import AuxiliaryTask, end_to_end_loss, frozen_loss, frozen_residual, parameter_groups
-from utils.compute import Compute, choose_compute
+from train_detector import (
+    AuxiliaryTask,
+    create_parameter_groups,
+    end_to_end_loss,
+    loss_with_frozen_resynthesizer,
+    residual_without_gradients,
+)
+from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import World
 from utils.training import Stepper
 

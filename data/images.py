@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.folders import HAS_AVIF
 from data.lists import Item
-from utils.console import printable, progress
+from utils.console import printable, progress_bar
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
     headers = []
     with ThreadPool(HEADER_THREADS) as pool:
         results = pool.imap(lambda path: read_header(path, policy), paths, chunksize=8)
-        for header in progress(results, "reading headers", len(paths)):
+        for header in progress_bar(results, "reading headers", len(paths)):
             headers.append(shared.setdefault(header, header))
     return headers
 

@@ -19,7 +19,7 @@ from PIL import Image, JpegImagePlugin
 
 from data.images import open_image
 from data.lists import Item
-from utils.console import progress
+from utils.console import progress_bar
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
 
@@ -80,7 +80,7 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = 
                 selected += group[::step]
     with ThreadPool(THREADS) as pool:
         results = pool.imap(lambda pair: examine(*pair), selected, chunksize=8)
-        files = list(progress(results, "leak audit", len(selected)))
+        files = list(progress_bar(results, "leak audit", len(selected)))
     readable = [file for file in files if file.error is None]
     unreadable = [file for file in files if file.error is not None]
     findings = class_findings(readable) + duplicate_findings(readable)

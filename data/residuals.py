@@ -26,7 +26,7 @@ from utils.compute import Compute
 from utils.console import printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import atomic, make_folder, remove_unfinished
+from utils.files import make_folder, remove_unfinished_files, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / "settings.txt").write_text(text)  # for human readers; no program reads it
-    remove_unfinished(folder, ABANDONED_AFTER)
+    remove_unfinished_files(folder, ABANDONED_AFTER)
     return folder
 
 
@@ -123,7 +123,7 @@ class ResidualDataset(Dataset):
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():
             raise UserError(f"{image}: the residual is too large for half precision, use --cache-precision fp32")
-        with atomic(self.path(key)) as file:  # .npz and not .npy, because .npz files contain a checksum
+        with write_atomically(self.path(key)) as file:  # .npz and not .npy, because .npz files contain a checksum
             np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:

@@ -8,7 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import printable
 from utils.errors import UserError
 
-ROUNDING = 1e-6  # how far a threshold may be outside [0, 1]: a t_fake that no image reaches is slightly above 1
+ROUNDING = 1e-6  # thresholds may exceed [0, 1] by this value: t_fake is slightly above 1 if no image can be called fake
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -55,9 +55,9 @@ def check_calibration(calibration: object, name: str) -> dict:
     fields = Fields(calibration, name, "calibration")
     if not fields.values:
         return {}
-    fields.positive("temperature")
-    t_real = fields.number("t_real", -ROUNDING, 1 + ROUNDING)
-    t_fake = fields.number("t_fake", -ROUNDING, 1 + ROUNDING)
+    fields.get_positive_number("temperature")
+    t_real = fields.get_number("t_real", -ROUNDING, 1 + ROUNDING)
+    t_fake = fields.get_number("t_fake", -ROUNDING, 1 + ROUNDING)
     if t_real > t_fake:
         raise UserError(f"{printable(name)}: calibration.t_real {t_real:g} must not exceed t_fake {t_fake:g}")
     return dict(fields.values)

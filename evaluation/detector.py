@@ -1,4 +1,4 @@
-"""A trained detector that is ready for use. It computes P(fake), verdicts and residuals of files, images and arrays.
+"""A trained detector, which computes P(fake), verdicts and residuals of image files, PIL images and arrays.
 
     from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
@@ -19,9 +19,9 @@ from data.datasets import Batch, ImageDataset, Key, Sample, collate, merge_equal
 from data.images import SizePolicy, check_headers, resize_and_crop
 from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
-from evaluation.inputs import ACCEPTED, ImageInput, decode, is_one_image, spread_crops
+from evaluation.inputs import ACCEPTED, ImageInput, cut_spread_crops, decode_image, is_one_image
 from models.resynthesis import ResynthesisDetector
-from utils.checkpoints import fingerprint
+from utils.checkpoints import compute_fingerprint
 from utils.compute import Compute
 from utils.console import printable
 from utils.errors import UserError
@@ -30,7 +30,7 @@ BATCH_PIXELS = 1024 * 1024  # maximum number of pixels in a batch; a larger imag
 
 
 class Examination(NamedTuple):
-    """Everything that a detector computes for one image, in K crops. The tensors are float32 on the CPU."""
+    """All results of a detector for one image, which is cut into K crops. The tensors are float32 on the CPU."""
 
     x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
     x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), about [0, 1]
@@ -55,19 +55,19 @@ class Detector:
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute P(fake) of each image: float64 (N,) in [0, 1]. A calibrated detector gives calibrated values."""
-        prob_fake, _ = probabilities_and_verdicts(self._logits_of(images), self.calibration)
+        """Compute P(fake) of each image: float64 (N,) in [0, 1]. A calibrated detector gives calibrated probabilities."""
+        prob_fake, _ = probabilities_and_verdicts(self._compute_logits(images), self.calibration)
         return prob_fake
 
     def verdict(self, images: Iterable[ImageInput] | ImageInput) -> list[str]:
         """Decide whether each image is "real" or "fake". A calibrated detector can also answer "unsure"."""
-        _, verdicts = probabilities_and_verdicts(self._logits_of(images), self.calibration)
+        _, verdicts = probabilities_and_verdicts(self._compute_logits(images), self.calibration)
         return verdicts
 
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
         """Compute the residual between each image and its re-synthesis: float32 (C_l, H_l, W_l) on the CPU."""
         residuals = []
-        for batch in self._batches(images):
+        for batch in self._prepared_batches(images):
             _, _, residual = self.resynthesize(batch)
             residuals.extend(residual.cpu())
         return residuals
@@ -79,20 +79,20 @@ class Detector:
         """Compute the logits of images. With several crops per image, the logits are averaged over the crops.
 
         Args:
-            images: uint8 (B, 3, H, W), a batch of images returned by `prepare`.
+            images: uint8 (B, 3, H, W), a batch of images returned by `prepare_image`.
 
         Returns:
             float32 (B, 2) on the CPU, columns FAKE, REAL.
         """
         if self.crops > 1:
             return torch.stack([self._mean_logits(image) for image in images])  # (B, 2)
-        x = self.compute.input(images)  # (B, 3, H, W) in [0, 1]
+        x = self.compute.images_to_float(images)  # (B, 3, H, W) in [0, 1]
         with self.compute.autocast():
             return self.network(x).float().cpu()  # (B, 2)
 
     def _mean_logits(self, image: Tensor) -> Tensor:
         """Compute the mean logits (2,) over the crops of an image, uint8 (3, H, W)."""
-        crops, _ = self.crop(image)  # (K, 3, h, w)
+        crops, _ = self.cut_crops(image)  # (K, 3, h, w)
         whole = replace(self, crops=1)
         logits = [whole.logits(batch) for batch in crops.split(images_per_batch(*crops.shape[2:]))]
         return torch.cat(logits).mean(dim=0)  # (2,)
@@ -107,15 +107,15 @@ class Detector:
         Returns:
             x (B, 3, H, W) in [0, 1], x_hat (B, 3, H, W) and the residual (B, C_l, H_l, W_l), on the detector's device.
         """
-        x = self.compute.input(images)  # (B, 3, H, W)
+        x = self.compute.images_to_float(images)  # (B, 3, H, W)
         with self.compute.autocast():
             x_hat = self.network.resynthesize(x)  # (B, 3, H, W)
             return x, x_hat, self.network.residual(x, x_hat)
 
     @torch.inference_mode()
-    def examine(self, image: Tensor) -> Examination:
+    def score_and_keep_residual(self, image: Tensor) -> Examination:
         """Score one image, uint8 (3, H, W), and return its re-synthesis and residual together with the logits."""
-        crops, columns = self.crop(image) if self.crops > 1 else (image[None], 1)  # (K, 3, h, w)
+        crops, columns = self.cut_crops(image) if self.crops > 1 else (image[None], 1)  # (K, 3, h, w)
         parts = []
         for batch in crops.split(images_per_batch(*crops.shape[2:])):
             x, x_hat, residual = self.resynthesize(batch)
@@ -124,68 +124,71 @@ class Detector:
         x, x_hat, residual, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         return Examination(x, x_hat, residual, logits.mean(dim=0), columns)
 
-    def crop(self, image: Tensor) -> tuple[Tensor, int]:
+    def cut_crops(self, image: Tensor) -> tuple[Tensor, int]:
         """Cut an image (3, H, W) into K crops. Returns the crops (K, 3, h, w) and the number of crops in one row."""
-        return spread_crops(image, self.crop_side, self.crops)
+        return cut_spread_crops(image, self.crop_side, self.crops)
 
     @property
     def crop_side(self) -> int:
-        """Side of a crop in pixels: the crop size, rounded down to a multiple of the scale."""
+        """Return the side of a crop in pixels: the crop size, rounded down to a multiple of the scale."""
         return self.policy.crop_size - self.policy.crop_size % self.policy.scale
 
     # --- preparing images ---
 
     @property
-    def reading_policy(self) -> SizePolicy:
-        """How images are resized and cropped when they are read. For several crops, whole images are read."""
+    def policy_for_reading(self) -> SizePolicy:
+        """Return the rule by which images are resized and cropped when they are read.
+
+        With several crops per image, images are not cropped when they are read.
+        """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
-    def prepare(self, image: ImageInput) -> Tensor:
+    def prepare_image(self, image: ImageInput) -> Tensor:
         """Decode, resize and crop an image for the network. Returns uint8 (3, H, W).
 
         Raises:
-            UserError: if the image is of no accepted kind, cannot be decoded, or is too small.
+            UserError: if the type of the image is not accepted, or if the image cannot be decoded or is too small.
         """
-        return resize_and_crop(decode(image), self.reading_policy)
+        return resize_and_crop(decode_image(image), self.policy_for_reading)
 
-    def _logits_of(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute the logits of one or several images of any accepted kind: float32 (N, 2)."""
-        logits = [self.logits(batch) for batch in self._batches(images)]
+    def _compute_logits(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
+        """Compute the logits of one image or several images of any accepted type: float32 (N, 2)."""
+        logits = [self.logits(batch) for batch in self._prepared_batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
-    def _batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
+    def _prepared_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
         """Prepare images and group them into batches (B, 3, H, W), in the same way as test.py."""
         if is_one_image(images):
             images = [images]
         elif not isinstance(images, Iterable):
             raise UserError(f"expected images, each {ACCEPTED}; got {type(images).__name__}")
-        prepared = map(self.prepare, images)
+        prepared = map(self.prepare_image, images)
         first = next(prepared, None)
         if first is None:
             return
         block = images_per_batch(*first.shape[1:])
-        for batch in merge_equal_sizes(batches_of_one(first, prepared), block, BATCH_PIXELS):
+        for batch in merge_equal_sizes(batches_of_one_image(first, prepared), block, BATCH_PIXELS):
             yield batch.x
 
     # --- what the scores depend on ---
 
-    def identity(self) -> dict:
+    def describe_model(self) -> dict:
         """Return everything that scores depend on: the config, the fingerprint of the classifier, the calibration."""
         return {
             **self.config,
-            "classifier_fingerprint": fingerprint(self.network.classifier),
+            "classifier_fingerprint": compute_fingerprint(self.network.classifier),
             "calibration": dict(self.calibration),
         }
 
     def differences_from_training(self, paths: Sequence[str]) -> list[str]:
-        """Describe how image files differ from all training images, one line per difference.
+        """Describe how image files differ from all training images, in one line of text per difference.
 
         The list is empty if the checkpoint does not describe its training images.
         """
         known = self.config.get("images") or {}
         if "sides" not in known:
             return []
-        headers = check_headers(paths, self.reading_policy)
+        headers = check_headers(paths, self.policy_for_reading)
         smallest, largest = known["sides"]
         other_sizes, jpegs, other_formats = [], [], []
         for path, header in zip(paths, headers, strict=True):
@@ -227,12 +230,12 @@ def describe_training_images(images: ImageDataset) -> dict:
 
 
 def images_per_batch(height: int, width: int) -> int:
-    """Compute how many images of this size are scored in one batch, which has at most BATCH_PIXELS pixels."""
+    """Compute how many images (3, height, width) fit into a batch of at most BATCH_PIXELS pixels."""
     return max(1, BATCH_PIXELS // max(1, height * width))
 
 
-def batches_of_one(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Make one batch per image, uint8 (3, H, W)."""
+def batches_of_one_image(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
+    """Yield one batch for each image, uint8 (3, H, W)."""
     unnamed = Item("", None, "")
     yield collate([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

@@ -19,7 +19,7 @@ from data.perturbations import PerturbationSetting
 from evaluation import metrics
 from evaluation.score_table import SOFTWARE, ScoreTable
 from utils.console import printable
-from utils.files import atomic
+from utils.files import write_atomically
 
 REAL_COLOR = "#767676"
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -46,33 +46,35 @@ STYLE = {
     "ytick.color": INK,
 }
 DPI = 160
-FEWEST_BINS, MOST_BINS = 10, 40  # bins per histogram: with few images, many bins would show noise
+FEWEST_BINS, MOST_BINS = 10, 40  # smallest and largest number of bins of a histogram
 LONGEST_NAME = 28  # maximum number of characters of a name in a legend
 LONGEST_LEGEND = 6  # maximum number of entries of a legend inside a panel; longer legends go below the panels
 LEGEND_ENTRY_WIDTH = 2.6  # inches per entry, in a legend below the panels
 MOST_HISTOGRAMS = 4  # maximum number of generators in one panel of histograms; more could not be distinguished
-LOWEST_FPR = 0.005  # left end of the logarithmic axis; lower if the table has many reals
+LOWEST_FPR = 0.005  # left end of the logarithmic axis; with more than 100 real images, the axis begins further left
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-HIGHEST_PICTURE = 34  # maximum height in inches; a taller image is squeezed
+HIGHEST_PICTURE = 34  # maximum height of a residual picture in inches; a taller image is reduced in height
 BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
-def roc_and_histogram(table: ScoreTable, path: str | os.PathLike) -> None:
+def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
     """Draw three panels: ROC curves on a linear axis, ROC curves on a logarithmic axis, and histograms of the scores.
 
     The logarithmic axis spreads out low false-positive rates, because these rates matter in practice.
     """
-    with png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
+    with write_png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
         draw_roc(middle, table, is_logarithmic=True)
         draw_histograms(right, table)
 
 
-def robustness(
+def draw_robustness(
     curves: Mapping[str, Sequence[tuple[float, Mapping]]], clean: Mapping[str, float | None], path: str | os.PathLike
 ) -> None:
-    """Draw AUROC against strength, one panel per perturbation. The strength that changes images most is on the right.
+    """Draw AUROC against the strength of a perturbation, in one panel per perturbation.
+
+    The strength that changes images most is on the right.
 
     Args:
         curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
@@ -82,7 +84,7 @@ def robustness(
     columns = min(len(curves), 3)
     rows = -(-len(curves) // columns)
     width, height = max(3.6 * columns, 5.2), 3.1 * rows + 0.5
-    with png_figure(path, size=(width, height), shape=(rows, columns)) as panels:
+    with write_png_figure(path, size=(width, height), shape=(rows, columns)) as panels:
         for panel, (perturbation, points) in zip(panels, curves.items(), strict=False):
             for i, name in enumerate(generators):
                 own = [(strength, measured[name]) for strength, measured in points if name in measured]
@@ -91,14 +93,14 @@ def robustness(
                     panel.axhline(clean[name], color=line_style(i)["color"], lw=1, ls=":")
             sweep = PerturbationSetting(perturbation).sweep
             panel.axhline(0.5, **CHANCE_STYLE)
-            panel.set(title=shorten(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
+            panel.set(title=shorten_name(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
             panel.xaxis.set_inverted(sweep.smaller_is_harder)
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
         draw_legend_below(panels[0], None)
 
 
-def residual_picture(
+def draw_residual_picture(
     x: np.ndarray,
     x_hat: np.ndarray,
     residual: np.ndarray,
@@ -111,8 +113,8 @@ def residual_picture(
     Args:
         x: the image (3, H, W). Values are clipped to [0, 1].
         x_hat: the re-synthesis (3, H, W). Values are clipped to [0, 1].
-        residual: (H_l, W_l), the mean over the channels of the residual. The largest 0.5 % of the values share the
-            brightest colour, because otherwise a few large values would make all others dark.
+        residual: (H_l, W_l), the mean over the channels of the residual. The largest 0.5 % of the values
+            share the brightest colour. Otherwise, a few large values would make all other values dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -120,7 +122,7 @@ def residual_picture(
     height = picture_height + 0.4  # inches: 0.3 for the title, 0.1 for the lower margin
     grid = {"left": 0, "right": 0.95, "bottom": 0.1 / height, "top": 1 - 0.3 / height, "wspace": 0.04}
     grid["width_ratios"] = (1, 1, 1, 0.04)
-    with png_figure(path, (11, height), (1, 4), grid, description) as panels:
+    with write_png_figure(path, (11, height), (1, 4), grid, description) as panels:
         brightest = float(np.quantile(residual, 1 - BRIGHTEST)) or 1.0
         panels[0].imshow(x.clip(0, 1).transpose(1, 2, 0), aspect="auto")
         panels[1].imshow(x_hat.clip(0, 1).transpose(1, 2, 0), aspect="auto")
@@ -137,7 +139,7 @@ def residual_picture(
 def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> None:
     """Draw the ROC curve of each generator, with its AUROC in the legend."""
     left_end = LOWEST_FPR
-    for i, (name, rows) in enumerate(metrics.generator_rows(table).items()):
+    for i, (name, rows) in enumerate(metrics.select_rows_of_generators(table).items()):
         scores, is_fake = table.margins[rows], table.is_fake[rows]
         if metrics.has_both_classes(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
@@ -145,7 +147,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
                 smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # replaces 0, which a logarithmic axis cannot show
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
-            label = f"{shorten(name)}  {metrics.auroc(scores, is_fake):.3f}"
+            label = f"{shorten_name(name)}  {metrics.auroc(scores, is_fake):.3f}"
             axes.plot(fpr, tpr, label=label, lw=1.8, **line_style(i))
     chance = np.geomspace(1e-9, 1, 400)
     axes.plot(chance, chance, **CHANCE_STYLE)
@@ -164,8 +166,8 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
 
     The height of a bar is a fraction of the images in the group.
     """
-    table = table.select(table.usable if table.usable.any() else table.scored)
-    edges = bin_edges(table.margins)
+    table = table.select_rows(table.is_usable if table.is_usable.any() else table.is_scored)
+    edges = histogram_bin_edges(table.margins)
     scores = np.clip(table.margins, edges[0], edges[-1])  # outliers count in the outer bins
     for name, rows, look in histogram_groups(table):
         if rows.any():
@@ -182,23 +184,26 @@ def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
     grey = {"fc": (REAL_COLOR, 0.45), "ec": "none"}
     groups = [("real", table.is_real, grey), ("unlabelled", ~(table.is_real | table.is_fake), grey)]
     generators = np.array([name or metrics.UNNAMED for name in table.generators], dtype=object)
-    fakes = {name: table.is_fake & (generators == name) for name in metrics.generator_rows(table)}
+    fakes = {name: table.is_fake & (generators == name) for name in metrics.select_rows_of_generators(table)}
     if len(fakes) > MOST_HISTOGRAMS:
         fakes = {"all fakes": table.is_fake}
     for i, (name, rows) in enumerate(fakes.items()):
         style = line_style(i)
         look = {"fc": (style["color"], 0.13), "ec": style["color"], "ls": style["ls"]}
-        groups.append((shorten(name), rows, look))
+        groups.append((shorten_name(name), rows, look))
     return groups
 
 
 def draw_robustness_curve(
     axes: Axes, points: Sequence[tuple[float, Mapping]], generator: str, style: Mapping[str, str]
 ) -> None:
-    """Draw the AUROC of one generator against strength. Draw the 95 % intervals if every point has one."""
+    """Draw the AUROC of one generator against the strength of a perturbation.
+
+    The 95 % intervals are drawn if every point has an interval.
+    """
     strengths = [strength for strength, _ in points]
     values = [measured["auroc"] for _, measured in points]
-    axes.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten(generator), clip_on=False, **style)
+    axes.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten_name(generator), clip_on=False, **style)
     intervals = [measured["intervals"]["auroc"] for _, measured in points if measured["intervals"]]
     if points and len(intervals) == len(points):
         low, high = np.transpose(intervals)
@@ -209,20 +214,20 @@ def draw_robustness_curve(
 
 
 @contextlib.contextmanager
-def png_figure(
+def write_png_figure(
     path: str | os.PathLike,
     size: tuple[float, float],
     shape: tuple[int, int],
     grid: Mapping | None = None,
     description: str = "",
 ) -> Iterator[np.ndarray]:
-    """Create the panels of a figure, (rows * columns,), and write the figure to a PNG file after the `with` block.
+    """Yield the panels of a new figure, (rows * columns,), and write the figure to a PNG file after the `with` block.
 
     Args:
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
-        grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. None: matplotlib computes positions
-            with room for all labels, in 0.6 s.
+        grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. If `grid` is None,
+            matplotlib computes positions with room for all labels, which takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):
@@ -230,11 +235,11 @@ def png_figure(
         yield figure.subplots(*shape, squeeze=False, gridspec_kw=grid).ravel()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         texts = {"Software": SOFTWARE, "Description": description}
-        with atomic(path) as file:
+        with write_atomically(path) as file:
             figure.savefig(file, format="png", metadata=texts, bbox_inches="tight" if grid is None else None)
 
 
-def shorten(name: str) -> str:
+def shorten_name(name: str) -> str:
     """Shorten a name for a legend to at most LONGEST_NAME characters."""
     name = printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
@@ -245,7 +250,7 @@ def line_style(i: int) -> dict[str, str]:
     return {"color": COLORS[i % len(COLORS)], "ls": DASHES[i // len(COLORS) % len(DASHES)]}
 
 
-def bin_edges(scores: np.ndarray) -> np.ndarray:
+def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
     """Choose the edges of histogram bins. The bins cover the middle 99 % of the scores, and one edge is at zero."""
     low, high = np.percentile(scores, [0.5, 99.5]) if len(scores) else (-1.0, 1.0)
     low, high = min(low, 0.0), max(high, 0.0)

@@ -1,4 +1,4 @@
-"""Decode the kinds of images that a detector accepts, and cut the crops that a detector scores."""
+"""Functions that decode images of all types that a detector accepts, and cut images into crops."""
 
 import math
 import os
@@ -27,16 +27,16 @@ def is_one_image(images: object) -> bool:
     return isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
 
 
-def decode(image: ImageInput) -> Tensor:
-    """Convert an image of any accepted kind to uint8 (3, H, W) RGB.
+def decode_image(image: ImageInput) -> Tensor:
+    """Convert an image of any accepted type to uint8 (3, H, W) RGB.
 
     Raises:
-        UserError: if the image is of no accepted kind or cannot be decoded.
+        UserError: if the type of the image is not accepted, or if the image cannot be decoded.
     """
     if isinstance(image, str | os.PathLike):
         return load_image(os.fspath(image))
     if isinstance(image, Image.Image) or hasattr(image, "read"):
-        return decode_with_pillow(image)
+        return decode_image_with_pillow(image)
     if isinstance(image, Tensor):
         if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
             return image.cpu()
@@ -48,7 +48,7 @@ def decode(image: ImageInput) -> Tensor:
     raise UserError(f"expected {ACCEPTED}; got {type(image).__name__}")
 
 
-def decode_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
+def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
     """Convert a PIL image of any mode, or an open image file, to uint8 (3, H, W) RGB, upright.
 
     Raises:
@@ -60,14 +60,14 @@ def decode_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
     except Exception as error:  # decoders raise exceptions of any type
         name = getattr(image, "filename", None) or getattr(image, "name", None) or type(image).__name__
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot decode {printable(str(name))} ({printable(reason)})") from None
+        raise UserError(f"cannot decode the image {printable(str(name))} ({printable(reason)})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # --- crops ---------------------------------------------------------------------------------------------------
 
 
-def spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
+def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
     """Cut `count` square crops that are evenly spread over an image, from border to border.
 
     The crops form a grid with about the aspect ratio of the image. Crops at the same position are cut only once. If a
@@ -91,7 +91,10 @@ def spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
 
 
 def crop_starts(length: int, side: int, count: int) -> list[int]:
-    """Compute where `count` crops of `side` pixels start on a line of `length` pixels. A single crop is centred."""
+    """Compute the first pixel of each of `count` crops of `side` pixels on a line of `length` pixels.
+
+    A single crop is centred. Crops with the same first pixel are returned only once.
+    """
     free = max(length - side, 0)
     if count == 1:
         return [free // 2]

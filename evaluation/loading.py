@@ -14,7 +14,7 @@ from evaluation.detector import Detector
 from models.build import OPTION_NAMES, load_detector
 from models.resynthesis import ResynthesisDetector
 from utils.checkpoints import Fields, read_checkpoint
-from utils.compute import Compute, choose_compute
+from utils.compute import Compute, choose_device_and_precision
 from utils.console import printable
 from utils.errors import UserError
 from utils.options import PRECISIONS
@@ -27,11 +27,11 @@ ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of
 
 
 class ImageSettings(NamedTuple):
-    """How images are resized and cropped before they are scored."""
+    """The sizes to which images are resized and cropped before they are scored."""
 
-    crop_size: int | None  # side of a crop in pixels; None: whole images
-    resize: int | None  # length of the shorter side after resizing, in pixels; None: no resizing
-    crops: int  # number of crops per image; the logits are averaged over the crops. 1: one crop in the centre
+    crop_size: int | None  # side of a crop in pixels; None if images are not cropped
+    resize: int | None  # length of the shorter side after resizing, in pixels; None if images are not resized
+    crops: int  # number of crops per image, over which the logits are averaged; a single crop is in the centre
 
 
 def load(
@@ -46,14 +46,15 @@ def load(
 
     Args:
         checkpoint: path of the checkpoint.
-        device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. None: the first GPU, or
-            the CPU if there is no GPU.
+        device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. If `device` is None, the
+            first GPU is used or, without a GPU, the CPU.
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
-        resynthesizer: path of the checkpoint of the re-synthesizer. Only released detectors need it.
+        resynthesizer: path of the checkpoint of the re-synthesizer. Only released detectors need this argument.
         vgg_weights: "auto", "imagenet", "random" or the path of a file, as for the flag `--vgg-weights`.
-        options: settings that a released checkpoint does not store, named as in `models.build.OPTION_NAMES` ("stage",
-            "dilated", ...). The flag names "idx_stages" and "no_dilation" are accepted as well. The options
-            "crop_size", "resize" (0: none) and "crops" replace the settings used in training.
+        options: {name: value} of settings that a released checkpoint does not store. The names are listed in
+            `models.build.OPTION_NAMES` ("stage", "dilated", ...). The flag names "idx_stages" and "no_dilation" are
+            accepted as well. The options "crop_size", "resize" (0 disables resizing) and "crops" replace the settings
+            used in training.
 
     Raises:
         UserError: if the device does not exist, a precision or option is unknown, or the files do not fit together.
@@ -63,8 +64,8 @@ def load(
             raise UserError(f"{name} must be a path, got {path!r}")
     if precision not in PRECISIONS:
         raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
-    compute = choose_compute(device_name(device), precision, deterministic=False)
-    options = check_options({} if options is None else options)
+    compute = choose_device_and_precision(name_of_device(device), precision, deterministic=False)
+    options = check_load_options({} if options is None else options)
     return detector_from_checkpoint(compute, checkpoint, resynthesizer, str(vgg_weights), options)
 
 
@@ -75,17 +76,17 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector for a given device and precision (`compute`). `load` describes the remaining arguments."""
+    """Load a detector for the device and precision in `compute`. The docstring of `load` explains the other arguments."""
     source = read_checkpoint(checkpoint)
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
     trained = check_image_config(config, source.name)
-    settings = image_settings(trained, options)
+    settings = choose_image_settings(trained, options)
     log_image_settings(settings, trained, options)
     return Detector(
         network=network,
         compute=compute,
-        policy=size_policy(network, settings),
+        policy=create_size_policy(network, settings),
         calibration=check_calibration(source.content.get("calibration"), source.name),
         config=config,
         trained_on=check_trained_on(source.content.get("trained_on"), source.name),
@@ -93,8 +94,8 @@ def detector_from_checkpoint(
     )
 
 
-def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
-    """Make the rule by which a detector resizes and crops images.
+def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
+    """Create the rule by which a detector resizes and crops images.
 
     Raises:
         UserError: if crops are too small for the network.
@@ -108,21 +109,21 @@ def size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePo
     return SizePolicy(scale, crop_size, settings.resize, min_side=smallest)
 
 
-def device_name(device: str | int | torch.device | None) -> str | torch.device | None:
+def name_of_device(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    Given a name, `choose_compute` raises an error if the GPU does not exist. Given a number, it does not.
+    On a machine without a GPU, `choose_device_and_precision` raises an error for a name but uses the CPU for a number.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
 
 
-def select_options(settings: Mapping) -> dict:
-    """Select the options for `load` from all settings of a program."""
+def select_load_options(settings: Mapping) -> dict:
+    """Select the options that `load` accepts from all settings of a program."""
     return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
 
 
-def check_options(options: Mapping) -> dict:
+def check_load_options(options: Mapping) -> dict:
     """Check the options of `load`, and replace names of flags by names of options.
 
     Raises:
@@ -145,14 +146,14 @@ def check_options(options: Mapping) -> dict:
         checked[target] = value
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
-        if value is not None and not is_count(value, lowest=1 if name == "crops" else 0):
+        if value is not None and not is_integer_at_least(value, lowest=1 if name == "crops" else 0):
             unit = "crops" if name == "crops" else "pixels"
             raise UserError(f"option {name} must be a number of {unit}, got {value!r}")
     return checked
 
 
-def is_count(value: object, lowest: int) -> bool:
-    """Return whether a value is an integer that is not below `lowest`. A bool is not accepted."""
+def is_integer_at_least(value: object, lowest: int) -> bool:
+    """Return whether a value is an integer, but not a bool, and at least `lowest`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
@@ -167,18 +168,21 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
     """
     images = Fields(config.get("images"), name, "config.images")
     for key in ("crop_size", "resize"):
-        images.integer(key, default=None)
-    if images.has("sides"):
+        images.get_integer(key, default=None)
+    if images.has_value("sides"):
         sides = images.values["sides"]
         is_pair = isinstance(sides, list | tuple) and len(sides) == 2
-        if not (is_pair and all(is_count(side, lowest=1) for side in sides)):
+        if not (is_pair and all(is_integer_at_least(side, lowest=1) for side in sides)):
             raise UserError(f"{printable(name)}: config.images.sides must be two numbers of pixels, got {sides!r}")
-        images.number("jpegs", 0, 1)
+        images.get_number("jpegs", 0, 1)
     return images.values
 
 
 def check_trained_on(trained_on: object, name: str) -> Tensor | None:
-    """Check the `data.lists.identities` of training images that a checkpoint stores. None stays None.
+    """Check the identities of the training images in a checkpoint, which are made by `data.lists.identities`.
+
+    Returns:
+        `trained_on`, which is None if the checkpoint stores no identities.
 
     Raises:
         UserError: if `trained_on` is not an int64 tensor (N, 2).
@@ -186,15 +190,15 @@ def check_trained_on(trained_on: object, name: str) -> Tensor | None:
     is_table = isinstance(trained_on, Tensor) and trained_on.ndim == 2 and trained_on.shape[1] == 2
     if trained_on is None or (is_table and trained_on.dtype == torch.int64):
         return trained_on
-    raise UserError(f"{printable(name)} is damaged: trained_on must be a tensor of int64 (N, 2)")
+    raise UserError(f"{printable(name)} is damaged: trained_on must be an int64 tensor (N, 2); use an undamaged copy")
 
 
-def image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
-    """Choose how images are resized and cropped. An option that is not given takes the value used in training.
+def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
+    """Choose how images are resized and cropped. For an option that is not given, the value from training is used.
 
     Args:
-        trained: "crop_size" and "resize" used in training; missing if unknown.
-        options: "crop_size", "resize" (0: none) and "crops". None or missing: the option is not given.
+        trained: "crop_size" and "resize" used in training. A key is missing if the value is unknown.
+        options: "crop_size", "resize" (0 disables resizing) and "crops". An option that is not given is None or missing.
 
     Raises:
         UserError: if several crops are requested, but no crop size is known.
@@ -213,15 +217,16 @@ def image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
 
 
 def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
-    """Log which image sizes are taken from training. Warn about image sizes that differ from training."""
+    """Log each image size that is taken from training, and warn about each image size that differs from training."""
     for name in ("crop_size", "resize"):
         flag = f"--{name.replace('_', '-')}"
         used = getattr(settings, name)
         in_training = trained.get(name) or None
         if options.get(name) is None and in_training:
-            logger.info("%s %d, as in training (%s 0 turns it off)", flag, in_training, flag)
+            logger.info("%s is %d, as in training; pass %s 0 to disable %s", flag, in_training, flag, flag)
         elif trained and used != in_training:
             text = "warning: %s is %d, and training had %s: the scores may be less accurate"
             logger.warning(text, flag, used or 0, in_training or "none")
     if settings.crops > 1:
-        logger.info("the logits of an image larger than a crop are the mean over %d crops (--crops N)", settings.crops)
+        text = "the logits of an image larger than a crop are the mean over %d crops; --crops N changes the number"
+        logger.info(text, settings.crops)

@@ -2,7 +2,7 @@
 
 FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image called fake. In
 the two metrics `..._real_positive`, which the released program prints, REAL is the positive class. A metric that is not
-defined, for example because a class is missing, is None. It is never NaN, so that metrics can be written as JSON.
+defined, for example because a class is missing, is None. No metric is NaN, so that metrics can be written as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from evaluation.score_table import PREDICTIONS, ScoreTable
-from utils.console import printable, text_table
+from utils.console import format_text_table, printable
 from utils.random_streams import seeded_generator
 
 ECE_BINS = 15  # number of bins of P(fake), as in Guo et al. (ICML 2017)
@@ -58,7 +58,7 @@ def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     false_negative_rate = 1 - tpr
-    return float(np.interp(0, fpr - false_negative_rate, fpr))  # where the rising difference is 0
+    return float(np.interp(0, fpr - false_negative_rate, fpr))  # the false-positive rate at which the difference is 0
 
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
@@ -74,7 +74,7 @@ def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> fl
     if len(prob_fake) == 0:
         return None
     bins = np.minimum((prob_fake * ECE_BINS).astype(int), ECE_BINS - 1)
-    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # one sum per bin
+    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # sum of is_fake - prob_fake per bin
     return float(np.abs(fakes_minus_expected).sum() / len(prob_fake))
 
 
@@ -83,7 +83,7 @@ def negative_log_likelihood(prob_fake: np.ndarray, is_fake: np.ndarray) -> float
     return float(log_loss(is_fake, prob_fake, labels=[False, True])) if len(prob_fake) else None
 
 
-def fraction(values: np.ndarray) -> float | None:
+def fraction_of_true(values: np.ndarray) -> float | None:
     """Compute the fraction of True values in a bool array (N,). Returns None if N is 0."""
     return float(np.mean(values)) if len(values) else None
 
@@ -94,18 +94,22 @@ def has_both_classes(is_fake: np.ndarray) -> bool:
 
 
 class Metric(NamedTuple):
-    """A number that is computed from a score table. All summaries and tables show the metrics listed in METRICS."""
+    """A number that is computed from a score table, such as AUROC. All summaries show the metrics listed in METRICS."""
 
     label: str
     description: str
     compute: Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]  # (scores, prob_fake, is_fake), each (N,)
-    is_column: bool = True  # True: shown as a column of tables, in %. False: shown as a plain number below tables
+    is_column: bool = True  # whether the metric is a column of tables, in %, or else a plain number below tables
 
 
 METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
-    "accuracy": Metric("acc", "the larger logit decides", lambda s, p, f: fraction((s >= 0) == f)),
-    "accuracy_real": Metric("acc real", "fraction of the reals called real", lambda s, p, f: fraction(s[~f] < 0)),
-    "accuracy_fake": Metric("acc fake", "fraction of the fakes called fake", lambda s, p, f: fraction(s[f] >= 0)),
+    "accuracy": Metric("acc", "the larger logit decides", lambda s, p, f: fraction_of_true((s >= 0) == f)),
+    "accuracy_real": Metric(
+        "acc real", "fraction of the reals called real", lambda s, p, f: fraction_of_true(s[~f] < 0)
+    ),
+    "accuracy_fake": Metric(
+        "acc fake", "fraction of the fakes called fake", lambda s, p, f: fraction_of_true(s[f] >= 0)
+    ),
     "auroc": Metric("AUROC", "area under the ROC curve; 50 is guessing", lambda s, p, f: auroc(s, f)),
     "average_precision": Metric("AP", "average precision", lambda s, p, f: average_precision(s, f)),
     "eer": Metric("EER", "equal error rate", lambda s, p, f: equal_error_rate(s, f)),
@@ -113,19 +117,19 @@ METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
     "tpr_at_5_fpr": Metric("TPR@5%FPR", "fakes found at 5 % false alarms", lambda s, p, f: tpr_at_fpr(s, f, 0.05)),
     "ece": Metric("ECE", "calibration of P(fake)", lambda s, p, f: expected_calibration_error(p, f), False),
     "nll": Metric("NLL", "calibration of P(fake)", lambda s, p, f: negative_log_likelihood(p, f), False),
-    "precision_real_positive": Metric("precision", RELEASE, lambda s, p, f: fraction(~f[s < 0]), False),
-    "recall_real_positive": Metric("recall", RELEASE, lambda s, p, f: fraction(s[~f] < 0), False),
+    "precision_real_positive": Metric("precision", RELEASE, lambda s, p, f: fraction_of_true(~f[s < 0]), False),
+    "recall_real_positive": Metric("recall", RELEASE, lambda s, p, f: fraction_of_true(s[~f] < 0), False),
 }
 
 
-def bootstrap(
+def bootstrap_intervals(
     scores: np.ndarray, is_fake: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
 
-    A resample draws, with replacement, as many images of each class as the table has. The images are sorted only once.
-    A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers give the ROC
-    curve and the precision.
+    A resample consists of as many images of each class as the table has, drawn with replacement. The images are sorted
+    only once. A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers
+    give the ROC curve and the precision.
 
     Args:
         scores: (N,), higher = more likely fake. An image is called fake if its score is >= 0.
@@ -161,7 +165,7 @@ def bootstrap(
     return {name: np.percentile(drawn, [outside, 100 - outside]).tolist() for name, drawn in values.items()}
 
 
-def confusion(predictions: Sequence[str], is_fake: np.ndarray) -> dict[str, dict[str, int]]:
+def count_verdicts_by_class(predictions: Sequence[str], is_fake: np.ndarray) -> dict[str, dict[str, int]]:
     """Count images by true class and verdict: {"real": {"real": n, "fake": n, "unsure": n}, "fake": {...}}."""
     predictions = np.asarray(predictions, dtype=str)
     counts = {}
@@ -173,11 +177,11 @@ def confusion(predictions: Sequence[str], is_fake: np.ndarray) -> dict[str, dict
 # --- the summary of a score table -----------------------------------------------------------------------------
 
 
-def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
-    """Compute everything that is reported about a labelled score table, as a dict that can be written as JSON.
+def summarize_scores(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+    """Compute all reported metrics and counts of a labelled score table, as a dict that can be written as JSON.
 
     Args:
-        resamples: number of bootstrap resamples. 0: no intervals are computed.
+        resamples: number of bootstrap resamples. If 0, no intervals are computed.
         seed: random seed of the bootstrap.
 
     Returns:
@@ -185,10 +189,10 @@ def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> d
         "mean": {metric: mean over the generators that have both classes}, "notes": [reasons for caution, one line
         each], ...}
     """
-    all_images = measure(table.select(table.usable), resamples, seed)
+    all_images = compute_metrics(table.select_rows(table.is_usable), resamples, seed)
     generators = {}
-    for name, rows in generator_rows(table).items():
-        generators[name] = measure(table.select(rows), resamples, seed)
+    for name, rows in select_rows_of_generators(table).items():
+        generators[name] = compute_metrics(table.select_rows(rows), resamples, seed)
     return {
         "positive_class": "fake",
         "confidence": CONFIDENCE,
@@ -196,25 +200,25 @@ def summarize(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> d
         "images": {
             "real": all_images["n_real"],
             "fake": all_images["n_fake"],
-            "unlabelled": int((table.scored & ~table.usable).sum()),
-            "errors": int((~table.scored).sum()),
+            "unlabelled": int((table.is_scored & ~table.is_usable).sum()),
+            "errors": int((~table.is_scored).sum()),
         },
         "all": all_images,
         "generators": generators,
         "mean": mean_over_generators(generators),
-        "notes": notes({"all images": all_images, **generators}),
+        "notes": list_cautions({"all images": all_images, **generators}),
     }
 
 
-def measure(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+def compute_metrics(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
     """Compute all metrics of a score table. Every row must have a label and a score."""
     values = {name: metric.compute(table.margins, table.prob_fake, table.is_fake) for name, metric in METRICS.items()}
     return {
         "n_real": int(table.is_real.sum()),
         "n_fake": int(table.is_fake.sum()),
         **values,
-        "confusion": confusion(table.predictions, table.is_fake),
-        "intervals": bootstrap(table.margins, table.is_fake, resamples, seed) if resamples else None,
+        "confusion": count_verdicts_by_class(table.predictions, table.is_fake),
+        "intervals": bootstrap_intervals(table.margins, table.is_fake, resamples, seed) if resamples else None,
     }
 
 
@@ -228,8 +232,12 @@ def mean_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float |
     return means
 
 
-def notes(groups: Mapping[str, Mapping]) -> list[str]:
-    """List the groups with undefined metrics, and the groups with too few reals. groups: {name: metrics}."""
+def list_cautions(groups: Mapping[str, Mapping]) -> list[str]:
+    """List the groups with undefined metrics, and the groups with too few real images, in one line each.
+
+    Args:
+        groups: {name of the group: metrics}.
+    """
     lines, few = [], []
     for name, measured in groups.items():
         counts = f"{measured['n_real']} real and {measured['n_fake']} fake images"
@@ -238,22 +246,23 @@ def notes(groups: Mapping[str, Mapping]) -> list[str]:
         elif measured["n_real"] < FEW_REALS:
             few.append(f"{name} ({measured['n_real']})")
     if few:
-        lines.append(f"with fewer than {FEW_REALS} reals TPR at 1 % FPR allows no false alarm: {', '.join(few)}")
+        names = ", ".join(few)
+        lines.append(f"with fewer than {FEW_REALS} real images, TPR at 1 % FPR allows no false positive: {names}")
     return lines
 
 
-def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
-    """Select the rows of each generator: its fakes, and the reals that its fakes are compared with.
+def select_rows_of_generators(table: ScoreTable) -> dict[str, np.ndarray]:
+    """Select the rows of each generator: the fakes of the generator, and the real images for comparison.
 
-    Fakes are compared with the reals whose column "generator" names the same generator. If there are none, fakes are
-    compared with the reals whose column "generator" is empty.
+    Fakes are compared with the reals whose column "generator" names the same generator. If no reals name the generator,
+    its fakes are compared with the reals whose column "generator" is empty.
 
     Returns:
         {generator: (N,) bool}, sorted by name.
     """
     generators = np.asarray(table.generators, dtype=object)
-    fakes = table.usable & table.is_fake
-    reals = table.usable & table.is_real
+    fakes = table.is_usable & table.is_fake
+    reals = table.is_usable & table.is_real
     named = fakes | (reals & (generators != ""))
     groups = {}
     for name in sorted(set(generators[named])):
@@ -267,8 +276,13 @@ def generator_rows(table: ScoreTable) -> dict[str, np.ndarray]:
 # --- tables for people: lists of rows of cells, with the heading first ----------------------------------------
 
 
-def percent(measured: Mapping, name: str) -> str:
-    """Format a metric and its bootstrap interval in %, such as "97.1 [93.0, 99.2]". measured: metrics by name."""
+def format_percent(measured: Mapping, name: str) -> str:
+    """Format a metric and its bootstrap interval in %, such as "97.1 [93.0, 99.2]".
+
+    Args:
+        measured: {name of a metric: value}, and the bootstrap intervals.
+        name: name of the metric.
+    """
     if measured[name] is None:
         return "-"
     text = f"{100 * measured[name]:.1f}"
@@ -279,37 +293,37 @@ def percent(measured: Mapping, name: str) -> str:
     return text
 
 
-def metric_rows(summaries: Mapping[str, dict], columns: Sequence[str] = ()) -> list[list[str]]:
+def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()) -> list[list[str]]:
     """Make a table with one row per generator, one row for the mean over generators and one row for all images.
 
     Args:
-        summaries: {name: summary of a score table}. If there are several, the first column names the score table.
-        columns: names of metrics. Default: the metrics whose `is_column` is True.
+        summaries: {name: summary of a score table}. With several summaries, the first column names the score table.
+        columns: names of metrics. If empty, all metrics whose `is_column` is True are columns.
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
     heading = ["generator", "real", "fake", *(METRICS[name].label for name in columns)]
     several = len(summaries) > 1
     rows = [["scores", *heading] if several else heading]
     for table_name, summary in summaries.items():
-        for group, measured in row_groups(summary).items():
+        for group, measured in groups_with_rows(summary).items():
             counts = [f"{measured[name]:,}" if name in measured else "" for name in ("n_real", "n_fake")]
-            row = [printable(group), *counts, *(percent(measured, name) for name in columns)]
+            row = [printable(group), *counts, *(format_percent(measured, name) for name in columns)]
             rows.append([printable(table_name), *row] if several else row)
     return rows
 
 
-def row_groups(summary: Mapping) -> dict[str, Mapping]:
-    """List the groups of images that get a row in `metric_rows`: {name of the group: metrics}."""
+def groups_with_rows(summary: Mapping) -> dict[str, Mapping]:
+    """Select the groups of images that get a row in `make_metric_table`: {name of the group: metrics}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]
     confusions = [measured["confusion"] for measured in summary["generators"].values()]
-    if confusions != [summary["all"]["confusion"]]:  # otherwise the row would repeat the only generator
+    if confusions != [summary["all"]["confusion"]]:  # with a single generator, the row would repeat the generator's row
         groups["all images"] = summary["all"]
     return groups
 
 
-def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
+def make_generator_table(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
     """Make a table of one metric, with one row per score table and one column per generator."""
     generators = list(dict.fromkeys(name for summary in summaries.values() for name in summary["generators"]))
     rows = [[METRICS[metric].label, *(printable(name) for name in generators)]]
@@ -317,22 +331,29 @@ def rows_by_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> l
         row = [printable(table_name)]
         for name in generators:
             measured = summary["generators"].get(name)
-            row.append(percent(measured, metric) if measured else "-")
+            row.append(format_percent(measured, metric) if measured else "-")
         rows.append(row)
     return rows
 
 
-def format_table(summary: Mapping) -> str:
-    """Format the metrics of a score table as text for the terminal. summary: result of `summarize`."""
+def format_metrics(summary: Mapping) -> str:
+    """Format the metrics of a score table as text for the terminal.
+
+    Args:
+        summary: result of `summarize_scores`.
+    """
     lines = ["positive class: FAKE; acc: the larger logit decides; numbers except counts are in %"]
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
-    lines.append(text_table(metric_rows({"": summary})))
-    return "\n".join(lines + details(summary))
+    lines.append(format_text_table(make_metric_table({"": summary})))
+    return "\n".join(lines + list_details(summary))
 
 
-def details(summary: Mapping) -> list[str]:
-    """List the results that `metric_rows` does not show: verdicts, plain numbers, errors and notes, one line each."""
+def list_details(summary: Mapping) -> list[str]:
+    """List the results that the table of metrics does not show: verdicts, plain numbers, errors and notes.
+
+    Each result is one line of text.
+    """
     measured = summary["all"]
     lines = []
     for truth, counts in measured["confusion"].items():
@@ -346,13 +367,18 @@ def details(summary: Mapping) -> list[str]:
     for description, numbers in plain.items():
         lines.append(f"{description}: {', '.join(numbers)}")
     if summary["images"]["errors"]:
-        lines.append(f"errors: {summary['images']['errors']} images have no score; the column error says why")
+        errors = summary["images"]["errors"]
+        lines.append(f"errors: {errors} images have no score; the column error of the score table gives the reason")
     for note in summary["notes"]:
         lines.append(f"note: {printable(note)}")
     return lines
 
 
-def perturbation_table(summaries: Mapping[str, dict]) -> str:
-    """Format a table of AUROC per perturbation for the terminal. summaries: {perturbation: summary}."""
+def format_perturbation_table(summaries: Mapping[str, dict]) -> str:
+    """Format a table of AUROC per perturbation for the terminal.
+
+    Args:
+        summaries: {perturbation: result of `summarize_scores`}.
+    """
     heading = "AUROC in %, positive class: FAKE, in brackets its 95% interval"
-    return f"{heading}\n{text_table(rows_by_generator(summaries))}"
+    return f"{heading}\n{format_text_table(make_generator_table(summaries))}"

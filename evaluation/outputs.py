@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data.lists import Item
 from evaluation.detector import Examination
-from evaluation.score_table import COLUMNS, SOFTWARE, residual_path
-from evaluation.score_writer import find_parts, job_of_part
+from evaluation.score_table import COLUMNS, SOFTWARE, path_of_residual_picture
+from evaluation.score_writer import find_parts, read_job_of_part
 from utils.console import printable
 from utils.errors import UserError
 
@@ -33,7 +33,7 @@ def path_without_suffix(save_path: str) -> Path:
     name = save_path.rstrip("/").removesuffix(".npy")
     if os.path.basename(name) in ("", ".", ".."):
         text = f"expected a path such as {printable(name)}/scores"
-        raise UserError(f"--save_path {printable(save_path)} has no name: {text}")
+        raise UserError(f"--save_path {printable(save_path)} does not end in a file name: {text}")
     return Path(name)
 
 
@@ -46,39 +46,39 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
         inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
 
     Raises:
-        UserError: if a file would be lost. The message names the file.
+        UserError: if a file that must be kept would be replaced. The message names the file.
     """
-    require_possible_path(Path(f"{base}.json"))
-    read_files = {file_identity(path) for path in inputs} - {None}
+    refuse_impossible_path(Path(f"{base}.json"))
+    read_files = {device_and_inode(path) for path in inputs} - {None}
     parts = find_parts(Path(f"{base}.csv")).values()
-    has_record = is_record(Path(f"{base}.json")) or any(is_part(part) for part in parts)
+    has_record = is_score_record(Path(f"{base}.json")) or any(is_score_table_part(part) for part in parts)
     refuse_foreign_file(Path(f"{base}.csv"), is_score_table, read_files)
-    refuse_foreign_file(Path(f"{base}.json"), is_record, read_files)
+    refuse_foreign_file(Path(f"{base}.json"), is_score_record, read_files)
     refuse_foreign_file(Path(f"{base}.npy"), lambda _: has_record, read_files)
-    refuse_foreign_file(Path(f"{base}.png"), is_own_picture, read_files)
+    refuse_foreign_file(Path(f"{base}.png"), is_picture_of_this_project, read_files)
     for part in parts:
-        refuse_foreign_file(part, is_part, read_files)
+        refuse_foreign_file(part, is_score_table_part, read_files)
     for picture in pictures:
-        refuse_foreign_file(picture, is_own_picture, read_files)
+        refuse_foreign_file(picture, is_picture_of_this_project, read_files)
 
 
 def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]) -> None:
     """Raise a UserError if a file at `path` is read by this run, or is not recognised by `is_own`."""
-    identity = file_identity(path)
+    identity = device_and_inode(path)
     if identity is None and not os.path.islink(path):
         return
     name = printable(path)
     if identity in read_files:
-        raise UserError(f"{name} is read by this run and would be replaced: choose another --save_path")
+        raise UserError(f"{name} is an input of this run and would be replaced: choose another --save_path")
     if not path.is_file() or not is_own(path):
         raise UserError(
-            f"{name} exists and is no earlier output of test.py, so it is not replaced: move it, or choose another"
-            " --save_path or --save-residuals"
+            f"{name} exists and is not an earlier output of test.py, and would be replaced: move the file, or choose"
+            " another --save_path or --save-residuals"
         )
 
 
-def require_possible_path(path: Path) -> None:
-    """Raise a UserError if no file can exist at this path, for example because the name is too long."""
+def refuse_impossible_path(path: Path) -> None:
+    """Raise a UserError if no file can exist at `path`, for example because the name is too long."""
     try:
         os.stat(path)
     except FileNotFoundError:
@@ -88,8 +88,11 @@ def require_possible_path(path: Path) -> None:
         raise UserError(f"{printable(path)} cannot be written ({reason})") from None
 
 
-def file_identity(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Return device and inode number, which are equal for all names of a file. None if the file cannot be found."""
+def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Return the device number and the inode number of a file, which are equal for all names of the file.
+
+    Returns None if the file cannot be found.
+    """
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -97,9 +100,9 @@ def file_identity(path: str | os.PathLike) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def is_part(path: Path) -> bool:
+def is_score_table_part(path: Path) -> bool:
     """Return whether a file is a part of an unfinished score table (P.csv.N.part)."""
-    return job_of_part(path) is not None
+    return read_job_of_part(path) is not None
 
 
 def is_score_table(path: Path) -> bool:
@@ -109,7 +112,7 @@ def is_score_table(path: Path) -> bool:
         return file.read(len(header)) == header
 
 
-def is_record(path: Path) -> bool:
+def is_score_record(path: Path) -> bool:
     """Return whether a file is a P.json that test.py wrote for a score table."""
     try:
         content = json.loads(path.read_bytes())
@@ -118,12 +121,12 @@ def is_record(path: Path) -> bool:
     return isinstance(content, dict) and content.keys() >= RECORD_KEYS
 
 
-def is_own_picture(path: Path) -> bool:
+def is_picture_of_this_project(path: Path) -> bool:
     """Return whether a file is a PNG that this project wrote."""
-    return picture_texts(path).get("Software") == SOFTWARE
+    return read_png_texts(path).get("Software") == SOFTWARE
 
 
-def picture_texts(path: Path) -> dict:
+def read_png_texts(path: Path) -> dict:
     """Read the texts in the header of a PNG file. Returns {} if the file is not a readable PNG file."""
     try:
         with Image.open(path, formats=["PNG"]) as image:
@@ -136,20 +139,20 @@ class ResidualPictures:
     """The residual pictures that belong to one score table: one PNG file per image.
 
     Args:
-        folder: folder of the pictures. None: no pictures are drawn.
+        folder: folder of the pictures. If `folder` is None, no pictures are drawn.
         items: the images, in the order of the score table.
     """
 
     def __init__(self, folder: str | os.PathLike | None, items: Sequence[Item]):
-        self.paths = [residual_path(folder, item.path) for item in items] if folder else []
+        self.paths = [path_of_residual_picture(folder, item.path) for item in items] if folder else []
         self.job_digest = ""
 
-    def set_job(self, job: Mapping) -> None:
-        """Set the job (everything that the scores depend on). A hash of the job is written into each picture."""
+    def store_job_hash(self, job: Mapping) -> None:
+        """Store a hash of the job, which is everything that the scores depend on, for the headers of the pictures."""
         self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
-    def missing(self) -> np.ndarray | None:
-        """Find the images whose picture is missing or belongs to a different job.
+    def find_missing_pictures(self) -> np.ndarray | None:
+        """Find the images whose residual picture is missing or was drawn for scores with other settings.
 
         Returns:
             (N,) bool; None if no pictures are drawn.
@@ -158,24 +161,26 @@ class ResidualPictures:
             return None
         missing = np.ones(len(self.paths), bool)
         for i, path in enumerate(self.paths):
-            texts = picture_texts(path)
+            texts = read_png_texts(path)
             missing[i] = (texts.get("Software"), texts.get("Description")) != (SOFTWARE, self.job_digest)
         return missing
 
-    def draw(self, index: int, examination: Examination) -> None:
-        """Draw the residual picture of the image at `index` in the list. It shows all crops that were scored."""
-        from evaluation.figures import residual_picture  # imported here, because Matplotlib takes a second to import
+    def draw_picture(self, index: int, examination: Examination) -> None:
+        """Draw the residual picture of the image at `index` in the list. The picture shows all scored crops."""
+        from evaluation.figures import (
+            draw_residual_picture,  # imported here, because Matplotlib takes a second to import
+        )
 
         columns = examination.columns
-        x = mosaic(examination.x, columns)  # (3, H, W)
-        x_hat = mosaic(examination.x_hat, columns)  # (3, H, W)
-        residual = mosaic(examination.residual.abs().mean(dim=1, keepdim=True), columns)[0]  # (H_l, W_l)
+        x = arrange_crops(examination.x, columns)  # (3, H, W)
+        x_hat = arrange_crops(examination.x_hat, columns)  # (3, H, W)
+        residual = arrange_crops(examination.residual.abs().mean(dim=1, keepdim=True), columns)[0]  # (H_l, W_l)
         crops = len(examination.x)
         title = "image" if crops == 1 else f"image: the {crops} crops that were scored"
-        residual_picture(x, x_hat, residual, self.paths[index], title=title, description=self.job_digest)
+        draw_residual_picture(x, x_hat, residual, self.paths[index], title=title, description=self.job_digest)
 
 
-def mosaic(crops: Tensor, columns: int) -> np.ndarray:
+def arrange_crops(crops: Tensor, columns: int) -> np.ndarray:
     """Arrange crops (K, C, h, w) in a grid with `columns` crops per row. Returns (C, K / columns * h, columns * w)."""
     rows = crops.unflatten(0, (-1, columns))  # (rows, columns, C, h, w)
     picture = rows.permute(2, 0, 3, 1, 4)  # (C, rows, h, columns, w)

@@ -1,4 +1,4 @@
-"""Score tables: CSV files with one row per image. test.py writes them. All programs that compute metrics read them.
+"""Read and write score tables, which are CSV files with one row per image, written by test.py.
 
 The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Writing and reading a table loses
 nothing: numbers are written with all digits, names with commas, quotes or line breaks are quoted, and bytes that are
@@ -23,7 +23,7 @@ from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
 from utils.console import printable
 from utils.errors import UserError
-from utils.files import atomic
+from utils.files import write_atomically
 from utils.labels import LABEL_NAMES
 
 csv.field_size_limit(2**24)  # bytes per cell; Python's default is 131,072
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     error: str = ""  # one line: why the image could not be scored
 
 
-SOFTWARE = "Beyond the Spectrum"  # the text "Software" in the PNG files of this project
+SOFTWARE = "Beyond the Spectrum"  # value of the entry "Software" in the headers of this project's PNG files
 COLUMNS = Row._fields
 OPTIONAL_COLUMNS = ("error",)  # a table made by a different program may lack this column
 NUMBERS = ("logit_fake", "logit_real", "prob_fake")
@@ -68,22 +68,29 @@ class ScoreTable:
 
     @property
     def margins(self) -> np.ndarray:
-        """(N,) float64: logit_fake - logit_real. Margins rank images like prob_fake, but do not saturate at 0 and 1."""
+        """Compute logit_fake - logit_real, float64 (N,).
+
+        Margins rank images like prob_fake, but do not saturate at 0 and 1.
+        """
         logits = self.logits.astype(np.float64)
         return logits[:, 0] - logits[:, 1]
 
     @property
-    def scored(self) -> np.ndarray:
-        """(N,) bool: the rows without an error."""
+    def is_scored(self) -> np.ndarray:
+        """Return a mask of the rows without an error, (N,) bool."""
         return ~np.isnan(self.prob_fake)
 
     @property
-    def usable(self) -> np.ndarray:
-        """(N,) bool: the rows that metrics are computed from, which have a label and no error."""
-        return self.scored & (self.is_real | self.is_fake)
+    def is_usable(self) -> np.ndarray:
+        """Return a mask of the rows from which metrics are computed: rows with a label and without an error, (N,) bool."""
+        return self.is_scored & (self.is_real | self.is_fake)
 
-    def select(self, rows: np.ndarray) -> "ScoreTable":
-        """Make a score table of selected rows. rows: (N,) bool, or integer positions."""
+    def select_rows(self, rows: np.ndarray) -> "ScoreTable":
+        """Make a score table of selected rows.
+
+        Args:
+            rows: a mask (N,) bool, or integer positions.
+        """
         rows = np.arange(len(self))[rows]
         selected = {}
         for name, column in vars(self).items():
@@ -94,18 +101,22 @@ class ScoreTable:
 # --- rows -----------------------------------------------------------------------------------------------------
 
 
-def error_row(item: Item, error: str) -> Row:
-    """Make the row of an image that could not be scored. error: the reason, whose line breaks are removed."""
+def make_error_row(item: Item, error: str) -> Row:
+    """Make the row of an image that could not be scored.
+
+    Args:
+        error: the reason. Line breaks are removed.
+    """
     path, label, generator = item
-    return Row(path, label_name(label), generator, error=" ".join(error.split()))
+    return Row(path, label_word(label), generator, error=" ".join(error.split()))
 
 
 def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
-    """Make the rows of N images from their logits. An image whose logits are not finite gets an error row.
+    """Convert the logits of N images to rows. The row of an image whose logits are not finite holds an error message.
 
     Args:
         logits: (N, 2), columns FAKE, REAL.
-        calibration: see `probabilities_and_verdicts`.
+        calibration: the calibration of the detector, as in `probabilities_and_verdicts`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
     finite = np.isfinite(logits).all(axis=1)
@@ -115,20 +126,20 @@ def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | 
         logit_fake, logit_real = logits[i].tolist()
         if finite[i]:
             numbers = logit_fake, logit_real, float(prob_fake[i])
-            rows.append(Row(path, label_name(label), generator, *numbers, verdicts[i]))
+            rows.append(Row(path, label_word(label), generator, *numbers, verdicts[i]))
         else:
             problem = f"the logits of the network are not finite: {logit_fake}, {logit_real}"
-            rows.append(error_row(items[i], problem))
+            rows.append(make_error_row(items[i], problem))
     return rows
 
 
-def label_name(label: int | None) -> str:
-    """Convert FAKE, REAL or None to the word in a score table: "fake", "real" or ""."""
+def label_word(label: int | None) -> str:
+    """Convert the label FAKE, REAL or None to a word for a score table: "fake", "real" or ""."""
     return "" if label is None else LABEL_NAMES[label]
 
 
-def row_cells(row: Row) -> list[str]:
-    """Convert a row to the cells of a CSV file. A number gets the shortest text that reads back as the same value."""
+def cells_from_row(row: Row) -> list[str]:
+    """Convert a row to the cells of a CSV file. A number becomes the shortest text that is read as the same number."""
     logits = ["" if value is None else str(np.float32(value)) for value in (row.logit_fake, row.logit_real)]
     prob_fake = "" if row.prob_fake is None else repr(float(row.prob_fake))
     return [row.path, row.label, row.generator, *logits, prob_fake, row.prediction, row.error]
@@ -161,7 +172,7 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 # --- files ----------------------------------------------------------------------------------------------------
 
 
-def csv_line(cells: Sequence[str]) -> str:
+def format_csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
     # Before Python 3.13, csv.writer does not quote a lone carriage return, although csv.reader ends the line there
@@ -172,19 +183,19 @@ def csv_line(cells: Sequence[str]) -> str:
 
 def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
     """Write a score table. The file does not appear at `path` before it is complete."""
-    with atomic(path) as file:
-        file.write(csv_line(COLUMNS).encode())
+    with write_atomically(path) as file:
+        file.write(format_csv_line(COLUMNS).encode())
         for row in rows:
-            file.write(csv_line(row_cells(row)).encode("utf-8", "surrogateescape"))
+            file.write(format_csv_line(cells_from_row(row)).encode("utf-8", "surrogateescape"))
 
 
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
-    """Read the rows of a score table one by one.
+    """Yield the rows of a score table.
 
     The columns may be in any order. Unknown columns are ignored.
 
     Raises:
-        UserError: if the file cannot be read or a row is wrong. The message names file, line and what was expected.
+        UserError: if the file cannot be read or a row is wrong. The message names the file, the line and the mistake.
     """
     line = 1
     try:  # utf-8-sig, because Excel writes a byte order mark
@@ -253,11 +264,11 @@ def read_record(path: str | os.PathLike) -> dict:
     try:
         return dict(json.loads(record_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        text = "delete the file to continue without it"
+        text = "delete the file to continue without the record"
         raise UserError(f"cannot read {printable(record_path)} ({error}); {text}") from None
 
 
-def residual_path(folder: str | os.PathLike, image: str) -> Path:
+def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
     """Return the path of the residual picture of an image: folder/IMAGE.residual.png.
 
     IMAGE is the path of the image without the root "/" and with "__" instead of "..", so that every picture is inside

@@ -1,4 +1,4 @@
-"""Write a score table while images are scored. The writing processes may be killed and started again.
+"""Write a score table while images are scored. If the processes are killed, a new run continues the table.
 
 Each process appends its rows to its own file P.csv.N.part, called a part. The first line of a part is the job:
 everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
@@ -25,18 +25,18 @@ from data.lists import Item
 from evaluation.score_table import (
     COLUMNS,
     Row,
-    csv_line,
-    label_name,
+    cells_from_row,
+    format_csv_line,
+    label_word,
     read_record,
     read_rows,
-    row_cells,
     row_from_cells,
     write_table,
 )
 from utils.console import printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import atomic, write_json
+from utils.files import write_atomically, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +45,11 @@ PART_MARK = "# part of a score table by test.py: "
 PART_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
 
 
-def file_stamps(items: Sequence[Item]) -> np.ndarray:
+def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        int64 (N, 2); -1 for a file that does not exist.
+        int64 (N, 2). The values of a file that does not exist are -1.
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -60,7 +60,7 @@ def file_stamps(items: Sequence[Item]) -> np.ndarray:
 
 
 class ScoreWriter:
-    """Writes the rows of one score table.
+    """A writer of the rows of one score table, which several processes may write together.
 
     Args:
         table: path of P.csv.
@@ -76,17 +76,18 @@ class ScoreWriter:
         self.items = items
         self.stamps = stamps
         self.world = world
-        self.job = json.loads(json.dumps(job))  # the same types as a job read from a file
+        self.job = json.loads(json.dumps(job))  # converts tuples to lists, as in a job that is read from a file
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
         self.done = np.zeros(len(items), bool)  # (N,): whether each image has a row
 
-    def open(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
-        """Find out which images have a row already, and start a new part for this process.
+    def start_part(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
+        """Find the images that have a row already, and start a new part for this process.
 
         Args:
             overwrite: score all images again, even images that have a row.
-            required: (N,) bool, the images that must be scored again unless their row is an error. None: no image.
-                test.py passes the images whose residual picture is missing.
+            required: (N,) bool, the images that must be scored again unless their row holds an error. test.py passes
+                the images whose residual picture is missing. If `required` is None, no image with a row is scored
+                again.
 
         Returns:
             True if there are images to score; False if the table is finished already.
@@ -114,21 +115,21 @@ class ScoreWriter:
             logger.info(text, printable(self.table))
         barrier(self.world)  # every process has read the existing parts before any process writes
         if overwrite and self.world.is_main:
-            remove_files(parts.values())
+            delete_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        with atomic(part) as file:  # a part without its first line, the job, could not be continued
-            file.write((PART_MARK + json.dumps(self.job) + "\n" + csv_line(PART_COLUMNS)).encode())
+        with write_atomically(part) as file:  # a part without its first line (the job) could not be continued
+            file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
         if has_table_of_this_job and self.world.is_main:  # only residual pictures are missing: keep the rows
             for i, row in self._rows_of_table():
                 self.write({i: row})
         return True
 
-    def missing(self, block: int) -> np.ndarray:
-        """Return the indices of the images that this process scores.
+    def list_unscored_images(self, block: int) -> np.ndarray:
+        """Return the indices of the images that this process must score.
 
-        The list is divided into blocks. With n processes, process r scores the images without a row in the blocks
+        The list of images is divided into blocks. With n processes, process r scores the images without a row in the blocks
         r, r + n, ...
 
         Args:
@@ -137,7 +138,7 @@ class ScoreWriter:
         missing = np.flatnonzero(~self.done)
         return missing[missing // block % self.world.size == self.world.rank]
 
-    def write(self, rows: Mapping[int, Row]) -> None:
+    def write_rows(self, rows: Mapping[int, Row]) -> None:
         """Append rows, {index of the image: row}, to the part of this process, and flush the file."""
         lines = []
         for i, row in rows.items():
@@ -146,7 +147,7 @@ class ScoreWriter:
             lines.append(csv_line([str(i), *cells, str(size), str(mtime_ns)]))
         self._append("".join(lines))
 
-    def close(self) -> None:
+    def finish_table(self) -> None:
         """Close the part of this process, wait for all processes, and write the table from the rows of all parts.
 
         Raises:
@@ -166,15 +167,15 @@ class ScoreWriter:
         write_table(self.table, self._rows_at(parts, numbers, offsets))
 
     def write_record(self, record: Mapping) -> None:
-        """Write the given record and the job to P.json. The table is finished only after `remove_parts`."""
+        """Write the given record and the job to P.json. The table is finished only after `delete_parts`."""
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
-    def remove_parts(self) -> None:
+    def delete_parts(self) -> None:
         """Delete the parts of the table. A table without parts is finished."""
-        remove_files(find_parts(self.table).values())
+        delete_files(find_parts(self.table).values())
 
-    def _append(self, text: str) -> None:
-        """Append text in one write, so that a killed process leaves either all rows of a batch or none."""
+    def _append_text(self, text: str) -> None:
+        """Append text in a single write, so that a killed process leaves all rows of a batch or no row of the batch."""
         self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
@@ -188,11 +189,12 @@ class ScoreWriter:
         for i, row in zip(range(len(self.items)), read_rows(self.table), strict=False):
             yield i, row._replace(path=self.items[i].path)
 
-    def _require_own_job(self, part: Path) -> None:
+    def _require_same_job(self, part: Path) -> None:
         """Raise a UserError if a part belongs to a different job."""
-        job = job_of_part(part)
+        job = read_job_of_part(part)
         if job is None:
-            raise UserError(f"{printable(part)} is no part of a score table: move it, or choose another --save_path")
+            text = "is not a part of a score table: move the file, or choose another --save_path"
+            raise UserError(f"{printable(part)} {text}")
         differences = sorted(key for key in {*job, *self.job} if job.get(key) != self.job.get(key))
         if differences:
             raise UserError(
@@ -276,7 +278,7 @@ def find_parts(table: Path) -> dict[int, Path]:
     return parts
 
 
-def job_of_part(part: Path) -> dict | None:
+def read_job_of_part(part: Path) -> dict | None:
     """Read the job from the first line of a part. Returns None if the file is not a part of a score table."""
     try:
         with part.open(encoding="utf-8") as file:
@@ -286,7 +288,7 @@ def job_of_part(part: Path) -> dict | None:
         return None
 
 
-def remove_files(paths: Iterable[Path]) -> None:
-    """Delete files, which must exist."""
+def delete_files(paths: Iterable[Path]) -> None:
+    """Delete files. All files must exist."""
     for path in paths:
         path.unlink()

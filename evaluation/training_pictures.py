@@ -18,7 +18,7 @@ PICTURE_SIDE = 256  # maximum side of a picture in pixels
 PICTURE_GAIN = 4  # factor by which the faint differences are brightened
 
 
-def example_images(images: ImageDataset) -> dict[str, Tensor]:
+def read_example_images(images: ImageDataset) -> dict[str, Tensor]:
     """Read the first readable real image and the first readable fake image, cropped to at most PICTURE_SIDE pixels.
 
     Returns:
@@ -33,7 +33,7 @@ def example_images(images: ImageDataset) -> dict[str, Tensor]:
         try:
             x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
         except UserError:
-            continue  # training reports unreadable images
+            continue  # the training reports unreadable images
         side = min(PICTURE_SIDE, *x.shape[-2:])
         examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
         if len(examples) == len(LABEL_NAMES):
@@ -42,7 +42,7 @@ def example_images(images: ImageDataset) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def record_pictures(
+def write_resynthesis_pictures(
     detector: ResynthesisDetector,
     compute: Compute,
     task: str,
@@ -59,11 +59,11 @@ def record_pictures(
         return
     scale = detector.resynthesizer.scale
     for name, image in images.items():
-        x = compute.input(image)  # (1, 3, H, W)
+        x = compute.images_to_float(image)  # (1, 3, H, W)
         x_lr = downsample(x, scale)  # (1, 3, h, w)
         with compute.autocast():
             x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
-        run.pictures(f"resynthesis/{name}", picture_row(x, x_hat, x), epochs_done)
+        run.write_pictures(f"resynthesis/{name}", join_pictures(x, x_hat, x), epochs_done)
         if TASKS[task] is None:
             continue
         degradation = TASKS[task](seeded_generator(0))
@@ -71,10 +71,10 @@ def record_pictures(
         with compute.autocast():
             x_hat = detector.resynthesizer(degraded)  # (1, 3, H, W)
         enlarged = F.interpolate(degraded, scale_factor=scale)  # (1, 3, H, W)
-        run.pictures(f"resynthesis/{name}_degraded", picture_row(enlarged, x_hat, x), epochs_done)
+        run.write_pictures(f"resynthesis/{name}_degraded", join_pictures(enlarged, x_hat, x), epochs_done)
 
 
-def picture_row(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
+def join_pictures(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
     """Place input, re-synthesis and brightened difference side by side: 3 x (1, 3, H, W) -> (1, 3, H, 3 * W)."""
     difference = PICTURE_GAIN * (x_hat - x).abs()
     return torch.cat([before, x_hat, difference], dim=3)

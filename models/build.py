@@ -24,7 +24,7 @@ from models.released import dilation_argument, rdn_from_weights, resnet_from_wei
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
 from models.spectrum import ChannelPowerClassifier, SpectrumClassifier
-from utils.checkpoints import Checkpoint, Fields, fingerprint, load_weights
+from utils.checkpoints import Checkpoint, Fields, compute_fingerprint, load_weights
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -192,24 +192,28 @@ def part_of_config(source: Checkpoint, key: str) -> dict | None:
         UserError: if the record is not a dictionary, or if one of its values has a wrong type.
     """
     config = config_of(source)
-    if not config.has(key):
+    if not config.has_value(key):
         return None
-    part = config.fields(key)
-    return {"name": part.text("name"), "args": part.arguments("args"), "scale": part.integer("scale", 1, default=None)}
+    part = config.get_fields(key)
+    return {
+        "name": part.get_text("name"),
+        "args": part.get_arguments("args"),
+        "scale": part.get_integer("scale", 1, default=None),
+    }
 
 
 def fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
     """Return the fingerprint under `key` in the config of a checkpoint, or None if there is none."""
-    return config_of(source).text(key, default=None)
+    return config_of(source).get_text(key, default=None)
 
 
 def vgg_of_config(source: Checkpoint, key: str) -> dict | None:
     """Return the record {"source", "fingerprint"} of VGG-19 weights in the config of a checkpoint, or None."""
     config = config_of(source)
-    if not config.has(key):
+    if not config.has_value(key):
         return None
-    record = config.fields(key)
-    return {"source": record.text("source"), "fingerprint": record.text("fingerprint", default=None)}
+    record = config.get_fields(key)
+    return {"source": record.get_text("source"), "fingerprint": record.get_text("fingerprint", default=None)}
 
 
 def choose(flag: str, given: object, found: object, default: object, name: str) -> object:
@@ -442,7 +446,7 @@ def chosen_residual(source: Checkpoint, options: Mapping) -> str:
     Raises:
         UserError: if `--residual` contradicts the checkpoint.
     """
-    recorded = config_of(source).text("residual", RESIDUALS, default=PAPER["residual"])
+    recorded = config_of(source).get_text("residual", RESIDUALS, default=PAPER["residual"])
     return choose("--residual", options.get("residual"), recorded, None, source.name)
 
 
@@ -539,7 +543,7 @@ def assemble(
     if config["residual"] not in RESIDUALS:
         raise UserError(f"--residual must be one of {', '.join(RESIDUALS)}, got {config['residual']}")
     detector = ResynthesisDetector(resynthesizer, features, classifier, signed=config["residual"] == "signed")
-    complete = {**config, "resynthesizer_fingerprint": fingerprint(resynthesizer), "vgg": vgg_record}
+    complete = {**config, "resynthesizer_fingerprint": compute_fingerprint(resynthesizer), "vgg": vgg_record}
     return detector, complete
 
 
@@ -563,5 +567,5 @@ def check_fingerprint(module: nn.Module, recorded: object, what: str, name: str)
     Raises:
         UserError: if the fingerprints differ, because the weights have changed since they were saved.
     """
-    if recorded not in (None, fingerprint(module)):
+    if recorded not in (None, compute_fingerprint(module)):
         raise UserError(f"{name} is damaged: the weights of the {what} have changed since they were saved")

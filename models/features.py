@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.released import state_dict_of
 from models.tiling import in_tiles
-from utils.checkpoints import fingerprint, load, load_weights
+from utils.checkpoints import compute_fingerprint, load_checkpoint, load_weights
 from utils.console import printable
 from utils.errors import UserError
 
@@ -209,7 +209,7 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     vgg = VGG19()
     state = {key: value.float() for key, value in state_dict_of(content, shown).items() if key in vgg.state_dict()}
     load_weights(vgg, state, shown)
-    record = {"source": found, "fingerprint": fingerprint(vgg)}
+    record = {"source": found, "fingerprint": compute_fingerprint(vgg)}
     if trained_with is None:
         return vgg, record
     expected = trained_with.get("fingerprint")
@@ -232,7 +232,7 @@ def _vgg_weights(source: str) -> tuple[Mapping, str]:
     """
     if source in ("imagenet", "auto"):
         try:
-            return load(_imagenet_file()), "imagenet"
+            return load_checkpoint(_imagenet_file()), "imagenet"
         except OSError as error:
             reason = " ".join(str(error).split())
             if source == "imagenet":
@@ -249,7 +249,7 @@ def _vgg_weights(source: str) -> tuple[Mapping, str]:
         return _random_weights(), "random"
     if not Path(source).is_file():
         raise UserError(f"no VGG-19 weights at {printable(source)}: pass --vgg-weights FILE, imagenet, random or auto")
-    return load(source), source
+    return load_checkpoint(source), source
 
 
 def _random_weights() -> dict[str, Tensor]:

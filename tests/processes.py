@@ -21,7 +21,7 @@ from evaluation import detector as scoring
 from models.resnet import LAYOUTS
 from utils import console
 from utils.distributed import World
-from utils.files import exclusive_writer
+from utils.files import hold_lock_file
 
 ROOT = Path(__file__).parents[1]
 SMALL = {"resnet18": (1, 1, 1, 1)}  # blocks per stage: 1, not 2; a tiny training mostly writes weights
@@ -126,7 +126,7 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
         number: number of the signal.
         all_processes: whether the worker processes also get the signal. The program then waits 0.3 s.
     """
-    original, count = console.progress, itertools.count(1)
+    original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
 
     def progress_with_signal(items, text, *more):

@@ -204,7 +204,7 @@ def test_calibrate_accepts_only_scores_of_the_given_detector_with_its_image_sett
 )
 def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(score_table_path, tmp_path, content):
     path = tmp_path / "other.pth"
-    checkpoints.save(content, path)
+    checkpoints.save_checkpoint(content, path)
     before = path.read_bytes()
     with expect_user_error("other.pth"):
         calibrate.main([str(score_table_path), "--into", str(path)])

@@ -18,7 +18,7 @@ from models.rdn import RDN
 from models.released import state_dict_of
 from models.resnet import DeepStemResNet
 from utils import checkpoints, options
-from utils.checkpoints import Fields, fingerprint, load_weights
+from utils.checkpoints import Fields, compute_fingerprint, load_weights
 from utils.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
@@ -50,8 +50,8 @@ def error_line_of_program(program, flags, capfd):
 
 def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
     state = {"state_dict": {"a": torch.arange(3.0)}, "progress": {"epoch": 3, "best": None, "sums": {"loss": 0.5}}}
-    checkpoints.save(state, tmp_path / "last.pth")
-    loaded = checkpoints.load(tmp_path / "last.pth")
+    checkpoints.save_checkpoint(state, tmp_path / "last.pth")
+    loaded = checkpoints.load_checkpoint(tmp_path / "last.pth")
     assert loaded["progress"] == state["progress"]
     assert torch.equal(loaded["state_dict"]["a"], torch.arange(3.0))
     assert os.listdir(tmp_path) == ["last.pth"]
@@ -60,7 +60,7 @@ def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
 def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path):
     """The released checkpoints have the file format of early PyTorch versions."""
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoints.load(tmp_path / "old.pth.tar")["a"], torch.ones(2))
+    assert torch.equal(checkpoints.load_checkpoint(tmp_path / "old.pth.tar")["a"], torch.ones(2))
 
 
 def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path):
@@ -79,7 +79,7 @@ def limit_file_size():
 
 def test_a_failed_save_on_a_full_disk_keeps_the_previous_checkpoint(tmp_path, limit_file_size):
     path = tmp_path / "last.pth"
-    checkpoints.save({"a": torch.zeros(2)}, path)
+    checkpoints.save_checkpoint({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
     with expect_user_error("last.pth"):
         checkpoints.save({"a": torch.ones(10_000)}, path)
@@ -88,7 +88,7 @@ def test_a_failed_save_on_a_full_disk_keeps_the_previous_checkpoint(tmp_path, li
 
 def test_an_interrupted_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
-    checkpoints.save({"a": torch.zeros(2)}, path)
+    checkpoints.save_checkpoint({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
 
     def raise_interrupt(_):
@@ -96,7 +96,7 @@ def test_an_interrupted_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", raise_interrupt)
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.save({"a": torch.ones(10_000)}, path)
+        checkpoints.save_checkpoint({"a": torch.ones(10_000)}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
 
 
@@ -165,11 +165,15 @@ VALUES = {
 
 def test_fields_returns_config_values_of_the_expected_type():
     fields = Fields(VALUES, "some.pth", "config")
-    assert fields.integer("count", 1, 3) == 3
-    assert fields.number("rate", 0, 1) == 0.5 and fields.number("count") == 3 and fields.positive("rate") == 0.5
-    assert fields.text("name", ["rdn", "none"]) == "rdn" and fields.boolean("on") is True
-    assert fields.fields("part").integer("scale") == 4 and fields.arguments("args") == {"depth": 2}
-    assert fields.has("count") and not fields.has("nothing") and not fields.has("absent")
+    assert fields.get_integer("count", 1, 3) == 3
+    assert (
+        fields.get_number("rate", 0, 1) == 0.5
+        and fields.get_number("count") == 3
+        and fields.get_positive_number("rate") == 0.5
+    )
+    assert fields.get_text("name", ["rdn", "none"]) == "rdn" and fields.get_boolean("on") is True
+    assert fields.get_fields("part").get_integer("scale") == 4 and fields.get_arguments("args") == {"depth": 2}
+    assert fields.has_value("count") and not fields.has_value("nothing") and not fields.has_value("absent")
 
 
 def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_without_a_default():
@@ -185,11 +189,14 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
 @pytest.mark.parametrize(
     ("method", "value", "limits"),
     [
-        ("integer", "3", ()), ("integer", 3.0, ()), ("integer", True, ()), ("integer", -1, ()), ("integer", 9, (1, 8)),
-        ("number", "3", ()), ("number", True, ()), ("number", float("nan"), ()), ("number", float("inf"), ()),
-        ("number", 1.5, (0, 1)), ("number", torch.ones(1), ()), ("positive", 0, ()), ("positive", -1.0, ()),
-        ("text", 3, ()), ("text", "other", (["rdn"],)), ("text", b"rdn", ()), ("boolean", 1, ()), ("boolean", "no", ()),
-        ("fields", [1], ()), ("fields", "x", ()), ("arguments", {3: 4}, ()), ("arguments", {"a b": 1}, ()),
+        ("get_integer", "3", ()), ("get_integer", 3.0, ()), ("get_integer", True, ()), ("get_integer", -1, ()),
+        ("get_integer", 9, (1, 8)),
+        ("get_number", "3", ()), ("get_number", True, ()), ("get_number", float("nan"), ()), ("get_number", float("inf"), ()),
+        ("get_number", 1.5, (0, 1)), ("get_number", torch.ones(1), ()), ("get_positive_number", 0, ()),
+        ("get_positive_number", -1.0, ()),
+        ("get_text", 3, ()), ("get_text", "other", (["rdn"],)), ("get_text", b"rdn", ()), ("get_boolean", 1, ()),
+        ("get_boolean", "no", ()),
+        ("get_fields", [1], ()), ("get_fields", "x", ()), ("get_arguments", {3: 4}, ()), ("get_arguments", {"a b": 1}, ()),
     ],
 )  # fmt: skip
 def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):
@@ -213,7 +220,7 @@ def test_weights_are_loaded_from_a_bare_state_dict_and_from_a_checkpoint(prefix,
     state = {prefix + key: value for key, value in source.state_dict().items()}
     content = {"state_dict": state, "epoch": 3} if wrapped else state
     load_weights(target, state_dict_of(content, "file"), "file")
-    assert fingerprint(target) == fingerprint(source)
+    assert compute_fingerprint(target) == compute_fingerprint(source)
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, {"state_dict": [1]}, {"state_dict": 3}, {"a": 1, "b": 2}])
@@ -224,7 +231,7 @@ def test_a_checkpoint_without_weights_is_refused(content):
 
 def test_load_weights_names_weights_that_do_not_fit_and_loads_nothing():
     model = RDN(**TINY)
-    before = fingerprint(model)
+    before = compute_fingerprint(model)
     state = {key: torch.zeros_like(value) for key, value in model.state_dict().items()}
     del state["sfe1.weight"]
     state |= {"classifier.fc": torch.zeros(1), "sfe2.weight": torch.zeros(5, 4, 3, 3)}
@@ -232,20 +239,20 @@ def test_load_weights_names_weights_that_do_not_fit_and_loads_nothing():
         "some.pth", "1 missing: sfe1.weight", "1 unknown: classifier.fc", "(5, 4, 3, 3)", "(4, 4, 3, 3)"
     ):
         load_weights(model, state, "some.pth")
-    assert fingerprint(model) == before
+    assert compute_fingerprint(model) == before
 
 
 def test_a_fingerprint_depends_only_on_the_names_types_shapes_and_values_of_weights():
     model = RDN(**TINY)
-    before = fingerprint(model)
-    assert len(before) == 16 and fingerprint(model.state_dict()) == before
-    assert fingerprint(model.to(memory_format=torch.channels_last)) == before
-    assert fingerprint(copy.deepcopy(model).double()) != before
+    before = compute_fingerprint(model)
+    assert len(before) == 16 and compute_fingerprint(model.state_dict()) == before
+    assert compute_fingerprint(model.to(memory_format=torch.channels_last)) == before
+    assert compute_fingerprint(copy.deepcopy(model).double()) != before
     with torch.no_grad():
         model.output.bias[0] += 1e-7
-    assert fingerprint(model) != before
-    assert fingerprint({"a": torch.zeros(2, 3)}) != fingerprint({"a": torch.zeros(3, 2)})
-    assert fingerprint({"a": torch.zeros(2)}) != fingerprint({"b": torch.zeros(2)})
+    assert compute_fingerprint(model) != before
+    assert compute_fingerprint({"a": torch.zeros(2, 3)}) != compute_fingerprint({"a": torch.zeros(3, 2)})
+    assert compute_fingerprint({"a": torch.zeros(2)}) != compute_fingerprint({"b": torch.zeros(2)})
 
 
 def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():

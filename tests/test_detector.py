@@ -13,8 +13,8 @@ from PIL import Image
 from scorings import CONFIG, run_test_py, write_detector, write_noise_image, write_released_files
 
 from evaluation import load
-from evaluation.inputs import crop_starts, spread_crops
-from evaluation.loading import device_name, image_settings
+from evaluation.inputs import crop_starts, cut_spread_crops
+from evaluation.loading import choose_image_settings, name_of_device
 from evaluation.score_table import read_table
 from utils.compute import choose_device
 
@@ -61,7 +61,7 @@ def test_residual_returns_the_absolute_difference_between_an_image_and_its_resyn
     path = str(image_folder / "1.png")
     (residual,) = detector.residual(path)
     assert residual.shape == (3, 32, 32) and residual.dtype == torch.float32
-    x, x_hat, _ = detector.resynthesize(detector.prepare(path)[None])
+    x, x_hat, _ = detector.resynthesize(detector.prepare_image(path)[None])
     assert torch.equal(residual, (x_hat - x).abs()[0])
 
 
@@ -126,7 +126,7 @@ def test_crop_starts_are_evenly_spaced_from_border_to_border(length, side, count
 @pytest.mark.parametrize(("height", "width", "rows", "columns"), [(64, 64, 3, 3), (32, 600, 1, 9), (600, 32, 9, 1)])
 def test_the_numbers_of_rows_and_columns_of_crops_follow_the_shape_of_the_image(height, width, rows, columns):
     image = torch.arange(height * width).reshape(1, height, width).expand(3, -1, -1)
-    crops, per_row = spread_crops(image, 32, 9)
+    crops, per_row = cut_spread_crops(image, 32, 9)
     assert per_row == columns and len(crops) == rows * columns
     assert crops.shape[1:] == (3, 32, 32)
     assert torch.equal(crops[0], image[:, :32, :32]) and torch.equal(crops[-1], image[:, -32:, -32:])
@@ -241,7 +241,7 @@ def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
 def test_the_identity_of_a_detector_changes_with_its_calibration_and_not_with_its_file_name(
     detector, tmp_path, shrink_resnet18
 ):
-    assert len(detector.identity()["classifier_fingerprint"]) == 16
+    assert len(detector.describe_model()["classifier_fingerprint"]) == 16
     calibrated = write_detector(tmp_path / "c", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
-    assert load(str(calibrated), "cpu").identity() != detector.identity()
-    assert load(str(write_detector(tmp_path / "d", config=CONFIG)), "cpu").identity() == detector.identity()
+    assert load(str(calibrated), "cpu").describe_model() != detector.describe_model()
+    assert load(str(write_detector(tmp_path / "d", config=CONFIG)), "cpu").describe_model() == detector.describe_model()

@@ -117,7 +117,7 @@ def test_torchrun_trains_until_sigterm_and_scores_as_one_process(training_files,
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert "stopped by SIGTERM; the state so far is saved" in err
+    assert "stopped by SIGTERM; all progress so far is saved" in err
     state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     assert state["progress"]["total_steps"] >= 3
     score = [str(ROOT / "test.py"), "--gpu", "cpu", "--workers", "0", "--resume", str(tmp_path / "last.pth.tar")]

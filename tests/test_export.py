@@ -16,7 +16,7 @@ from processes import ROOT
 from torch import nn
 
 from evaluation import load
-from evaluation.metrics import format_table, summarize
+from evaluation.metrics import format_metrics, summarize_scores
 from evaluation.score_table import read_table
 from models import build
 from models.features import load_vgg
@@ -51,7 +51,7 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
             nn.init.uniform_(module.weight, 0.5, 1.5)
     content = network_state(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
     content |= {"settings": {"images": "12 images, 0123", "real_roots": ["/home/me"]}, "progress": {}}
-    checkpoints.save(content | {"calibration": calibration}, path)
+    checkpoints.save_checkpoint(content | {"calibration": calibration}, path)
     return str(path)
 
 
@@ -314,7 +314,7 @@ def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused
         assert not (tmp_path / "a.safetensors").exists()
     (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
     export.main(flags)
-    assert format_table(metrics) in checkpoints.load(tmp_path / "a.safetensors")["card"]
+    assert format_metrics(metrics) in checkpoints.load_checkpoint(tmp_path / "a.safetensors")["card"]
 
 
 def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkeypatch):

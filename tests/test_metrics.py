@@ -126,7 +126,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
     scores = np.zeros(len(is_fake))
     for metric in (metrics.auroc, metrics.average_precision, metrics.roc_curve, metrics.equal_error_rate):
         assert metric(scores, is_fake) is None
-    assert metrics.bootstrap(scores, is_fake) is None
+    assert metrics.bootstrap_intervals(scores, is_fake) is None
     assert metrics.tpr_at_fpr(scores, is_fake, 0.05) is None
     for metric in (metrics.expected_calibration_error, metrics.negative_log_likelihood):
         assert (metric(scores, is_fake) is None) == (len(is_fake) == 0)
@@ -135,7 +135,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
 @pytest.mark.parametrize("levels", [None, 2])
 def test_bootstrap_intervals_equal_the_intervals_from_resampling_images_one_by_one(levels):
     scores, is_fake = random_scores(5, n_real=50, n_fake=25, levels=levels)
-    intervals = metrics.bootstrap(scores, is_fake, resamples=2000, seed=1)
+    intervals = metrics.bootstrap_intervals(scores, is_fake, resamples=2000, seed=1)
     rng = np.random.default_rng(2)
     labels = np.arange(75) >= 50
     values = {"accuracy": [], "auroc": [], "average_precision": []}
@@ -150,9 +150,9 @@ def test_bootstrap_intervals_equal_the_intervals_from_resampling_images_one_by_o
 
 def test_bootstrap_intervals_depend_only_on_scores_and_seed():
     scores, is_fake = random_scores(5)
-    intervals = metrics.bootstrap(scores, is_fake, resamples=50, seed=1)
-    assert intervals == metrics.bootstrap(scores, is_fake, resamples=50, seed=1)
-    assert intervals != metrics.bootstrap(scores, is_fake, resamples=50, seed=2)
+    intervals = metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
+    assert intervals == metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
+    assert intervals != metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=2)
 
 
 def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcneil():
@@ -161,7 +161,7 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
     area = metrics.auroc(scores, is_fake)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     error = np.sqrt((area * (1 - area) + 9_999 * (q1 - area**2) + 9_999 * (q2 - area**2)) / 1e8)
-    interval = metrics.bootstrap(scores, is_fake, resamples=400, seed=3)["auroc"]
+    interval = metrics.bootstrap_intervals(scores, is_fake, resamples=400, seed=3)["auroc"]
     np.testing.assert_allclose(interval, [area - 1.96 * error, area + 1.96 * error], atol=1e-3)
 
 
@@ -169,7 +169,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
     rows = [*score_rows([-1, -2], REAL), *score_rows([-3], REAL, "own"), *score_rows([1, 2, 3], FAKE, "own")]
     rows += score_rows([-4, 5], FAKE, "other") + score_rows([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
-    summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=50)
+    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=50)
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
@@ -178,7 +178,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
     assert summary["images"] == {"real": 3, "fake": 5, "unlabelled": 1, "errors": 1}
     assert summary["mean"]["auroc"] == 0.75
     json.dumps(summary, allow_nan=False)
-    text = metrics.format_table(summary)
+    text = metrics.format_metrics(summary)
     assert "FAKE" in text and "REAL" in text and "called 3 real, 0 fake" in text
     assert [line.split()[0] for line in text.splitlines()[2:7]] == ["generator", "other", "own", "mean", "all"]
 
@@ -191,7 +191,7 @@ def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tm
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
     assert any("AUROC" in note for note in summary["notes"])
     json.dumps(summary, allow_nan=False)
-    assert "AUROC" in metrics.format_table(summary)
+    assert "AUROC" in metrics.format_metrics(summary)
 
 
 def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
@@ -201,7 +201,7 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
     summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
-    assert metrics.metric_rows({"": summary})[0][-1] == "max"
+    assert metrics.make_metric_table({"": summary})[0][-1] == "max"
 
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
@@ -210,9 +210,9 @@ def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(t
     clean = metrics.summarize(
         write_and_read_table(tmp_path, rows + score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
-    assert metrics.rows_by_generator({"none": clean, "blur sigma 2": blurred}) == [
+    assert metrics.make_generator_table({"none": clean, "blur sigma 2": blurred}) == [
         ["AUROC", "a", "evil\\x1b[31m\\nname"],
         ["none", "75.0", "100.0"],
         ["blur sigma 2", "75.0", "-"],
     ]
-    assert "\x1b" not in metrics.format_table(clean) + metrics.perturbation_table({"none": clean})
+    assert "\x1b" not in metrics.format_metrics(clean) + metrics.format_perturbation_table({"none": clean})

@@ -360,5 +360,5 @@ def test_the_record_contains_crop_size_number_of_crops_and_resizing(detector_fil
     )
     job = json.loads((tmp_path / "p.json").read_text())["job"]
     assert (job["crop_size"], job["crops"], job["resize"]) == (16, 2, 32)
-    assert read_table(tmp_path / "p.csv").scored.all()
+    assert read_table(tmp_path / "p.csv").is_scored.all()
     assert os.path.exists(tmp_path / "p.npy")

@@ -17,7 +17,7 @@ from PIL import Image
 from processes import ROOT
 
 from evaluation import metrics
-from evaluation.score_table import Row, make_rows, read_table, residual_path, write_table
+from evaluation.score_table import Row, make_rows, path_of_residual_picture, read_table, write_table
 from tools import report, report_page
 from utils.labels import FAKE, REAL
 
@@ -128,7 +128,7 @@ def test_the_report_page_shows_images_found_beside_the_score_table_and_residual_
     (tmp_path / "real").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / f"{name}.png")
-    residual = residual_path(tmp_path / "residuals", "real/a.png")
+    residual = path_of_residual_picture(tmp_path / "residuals", "real/a.png")
     residual.parent.mkdir(parents=True)
     Image.new("RGB", (900, 300), (0, 0, 250)).save(residual)
     (tmp_path / "text.png").write_text("no picture")
@@ -226,8 +226,8 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
     report.main([*tables, "--markdown", "accuracy"])
     assert split_markdown_table(capsys.readouterr().out) == [
         ["acc", "StyleGAN", "ProGAN"],
-        ["b", metrics.percent(b["StyleGAN"], "accuracy"), "-"],
-        ["a", metrics.percent(a["StyleGAN"], "accuracy"), metrics.percent(a["ProGAN"], "accuracy")],
+        ["b", metrics.format_percent(b["StyleGAN"], "accuracy"), "-"],
+        ["a", metrics.format_percent(a["StyleGAN"], "accuracy"), metrics.format_percent(a["ProGAN"], "accuracy")],
     ]
 
 

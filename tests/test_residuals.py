@@ -18,7 +18,7 @@ from models.features import Pixels
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
-from train_detector import cache_key, frozen_residual
+from train_detector import residual_cache_key, residual_without_gradients
 from utils.compute import Compute
 from utils.distributed import World
 from utils.labels import FAKE
@@ -163,7 +163,7 @@ def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_p
 def cached_datasets(folder, images, max_gb=1.0):
     """Return a list with the dataset of cached residuals for a dataset of images, or [] if caching is impossible."""
     options = CacheOptions(folder, "fp16", max_gb)
-    key = cache_key(CONFIG, "b", images.policy, ON_CPU)
+    key = residual_cache_key(CONFIG, "b", images.policy, ON_CPU)
     return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
 
 
@@ -186,7 +186,7 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 
     def compute_and_record(batch):
         computed.extend(batch.keys)
-        return frozen_residual(detector, ON_CPU, None, batch)
+        return residual_without_gradients(detector, ON_CPU, None, batch)
 
     for _ in range(2):
         dataset.fill(0, compute_and_record, lambda loader, _: loader, 0, ON_CPU, World())

@@ -283,7 +283,7 @@ def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused
 def changed_setting_lines(caplog):
     """Return a dict from the name of each changed setting to the log line about this setting."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
-    return {line.split()[1]: line for line in lines}
+    return {line.split()[3]: line for line in lines}
 
 
 def test_a_resumed_training_uses_changed_options_and_reports_them(training_files, tmp_path, caplog):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from files import expect_user_error, read_files_and_folders
 
-from utils.compute import choose_compute, choose_device
-from utils.console import printable, progress, text_table
+from utils.compute import choose_device, choose_device_and_precision
+from utils.console import format_text_table, printable, progress_bar
 from utils.distributed import World
 from utils.errors import UserError, run_program
-from utils.files import atomic, exclusive_writer, make_folder, remove_unfinished, write_json
+from utils.files import hold_lock_file, make_folder, remove_unfinished_files, write_atomically, write_json
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 
@@ -83,7 +83,7 @@ def test_the_signal_handlers_are_restored_after_a_stop_signal_block():
 def test_an_atomic_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    with pytest.raises(KeyError), atomic(path) as file:
+    with pytest.raises(KeyError), write_atomically(path) as file:
         file.write(b"half")
         raise KeyError
     assert read_files_and_folders(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
@@ -101,7 +101,7 @@ def test_an_atomic_file_has_the_permissions_of_the_umask(tmp_path):
 def test_an_atomic_write_to_a_symbolic_link_keeps_the_link_and_replaces_its_target(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
-    with atomic(tmp_path / "link") as file:
+    with write_atomically(tmp_path / "link") as file:
         file.write(b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
@@ -111,9 +111,9 @@ def test_remove_unfinished_deletes_only_temporary_files_of_the_given_names(tmp_p
     for name in (*kept, ".last.pth.12.tmp", ".epoch_3.pth.345.tmp"):
         (tmp_path / name).touch()
     names = r"last\.pth|epoch_\d+\.pth"
-    remove_unfinished(tmp_path, names, age=60)
+    remove_unfinished_files(tmp_path, names, age=60)
     assert len(os.listdir(tmp_path)) == len(kept) + 2
-    remove_unfinished(tmp_path, names)
+    remove_unfinished_files(tmp_path, names)
     assert set(os.listdir(tmp_path)) == kept
 
 
@@ -135,7 +135,7 @@ def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_p
 
 def test_a_lock_file_exists_only_during_its_block(tmp_path):
     for _ in range(2):
-        with exclusive_writer(tmp_path / ".lock", World()):
+        with hold_lock_file(tmp_path / ".lock", World()):
             assert (tmp_path / ".lock").exists()
         assert not (tmp_path / ".lock").exists()
 
@@ -146,9 +146,9 @@ def test_a_lock_file_exists_only_during_its_block(tmp_path):
 def test_without_a_terminal_progress_is_logged_at_intervals(monkeypatch, caplog):
     monkeypatch.setattr("utils.console.LOG_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
-    for _ in progress(range(12), "epoch 3"):
+    for _ in progress_bar(range(12), "epoch 3"):
         time.sleep(0.02)
-    with progress(None, "scoring", total=900, unit="images") as bar:
+    with progress_bar(None, "scoring", total=900, unit="images") as bar:
         time.sleep(0.1)
         bar.update(200)
     assert 2 <= len(caplog.messages) <= 9
@@ -158,7 +158,7 @@ def test_without_a_terminal_progress_is_logged_at_intervals(monkeypatch, caplog)
 
 def test_control_characters_are_escaped_and_text_tables_are_aligned():
     assert printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
-    assert text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
+    assert format_text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
 
 
 # --- random streams, device and number format ---------------------------------------------------------------
@@ -175,13 +175,13 @@ def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_
 def restore_pytorch_settings():
     """After the test, set the global settings of PyTorch to the defaults of the programs."""
     yield
-    choose_compute("cpu", "auto", deterministic=False, seed=0)
+    choose_device_and_precision("cpu", "auto", deterministic=False, seed=0)
 
 
 @pytest.mark.usefixtures("restore_pytorch_settings")
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_choose_compute_sets_the_deterministic_settings_of_pytorch(deterministic):
-    compute = choose_compute("cpu", "auto", deterministic, seed=1)
+    compute = choose_device_and_precision("cpu", "auto", deterministic, seed=1)
     assert str(compute) == "fp32 on cpu" and torch.initial_seed() == 1
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.deterministic == deterministic
@@ -190,13 +190,15 @@ def test_choose_compute_sets_the_deterministic_settings_of_pytorch(deterministic
 
 
 def test_compute_converts_uint8_images_to_float_in_channels_last_order():
-    x = choose_compute("cpu", "fp32", False).input(torch.full((1, 3, 2, 2), 255, dtype=torch.uint8))
+    x = choose_device_and_precision("cpu", "fp32", False).images_to_float(
+        torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
+    )
     assert x.dtype == torch.float32 and x.max() == 1
     assert x.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_autocast_computes_matrix_products_in_bfloat16_if_bf16_is_chosen():
-    with choose_compute("cpu", "bf16", False).autocast():
+    with choose_device_and_precision("cpu", "bf16", False).autocast():
         assert (torch.ones(1, 1) @ torch.ones(1, 1)).dtype == torch.bfloat16
 
 

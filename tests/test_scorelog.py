@@ -12,7 +12,7 @@ from files import expect_user_error, write_empty_files
 
 from data.lists import Item
 from evaluation.score_table import Row, make_rows, read_table
-from evaluation.score_writer import ScoreWriter, file_stamps
+from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
 from utils.distributed import World
 
 COUNT = 7
@@ -46,9 +46,9 @@ def open_writer(folder, items, job=JOB) -> ScoreWriter:
 
 def finish_table(writer: ScoreWriter) -> None:
     """Join all part files into the score table, write the record, and remove the part files."""
-    writer.close()
+    writer.finish_table()
     writer.write_record({"metrics": None})
-    writer.remove_parts()
+    writer.delete_parts()
 
 
 def read_fake_logits(folder) -> list[float]:
@@ -162,7 +162,7 @@ def test_two_processes_score_alternate_blocks_of_the_image_list(tmp_path, image_
     writers = [make_writer(tmp_path, image_items, world=World(rank, 2)) for rank in range(2)]
     assert [writer.missing(2).tolist() for writer in writers] == [[0, 1, 4, 5], [2, 3, 6]]
     writers[1].done[2] = True
-    assert writers[1].missing(2).tolist() == [3, 6]
+    assert writers[1].list_unscored_images(2).tolist() == [3, 6]
 
 
 def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, image_items):

@@ -11,10 +11,10 @@ from evaluation.score_table import (
     COLUMNS,
     Row,
     make_rows,
+    path_of_residual_picture,
     read_record,
     read_rows,
     read_table,
-    residual_path,
     write_table,
 )
 from utils.labels import FAKE, REAL
@@ -100,12 +100,12 @@ def test_read_table_returns_the_columns_of_a_score_table_as_arrays(tmp_path):
     assert table.is_real.tolist() == [True, False, False, False]
     assert table.is_fake.tolist() == [False, True, False, True]
     assert table.generators == ["", "gan", "", "gan"]
-    assert table.scored.tolist() == [True, True, True, False]
-    assert table.usable.tolist() == [True, True, False, False]
+    assert table.is_scored.tolist() == [True, True, True, False]
+    assert table.is_usable.tolist() == [True, True, False, False]
     assert table.margins[:3].tolist() == [-2, 2, 0]
     assert table.predictions == ["real", "fake", "fake", ""]
     assert table.errors == ["", "", "", "truncated file"]
-    for part in (table.select(table.is_fake), table.select([1, 3])):
+    for part in (table.select_rows(table.is_fake), table.select_rows([1, 3])):
         assert part.paths == ["f.png", "bad.png"]
         assert part.logits[0].tolist() == [3, 1]
 
@@ -169,4 +169,4 @@ def test_read_record_returns_an_empty_dict_for_a_missing_file_and_refuses_a_brok
     [("a/b.png", "a/b.png"), ("/a/b.jpg", "a/b.jpg"), ("../../a/./b.png", "__/__/a/b.png"), ("a/../b.png", "b.png")],
 )
 def test_the_path_of_a_residual_picture_is_inside_the_given_folder(image, picture):
-    assert str(residual_path("out", image)) == f"out/{picture}.residual.png"
+    assert str(path_of_residual_picture("out", image)) == f"out/{picture}.residual.png"

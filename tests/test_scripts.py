@@ -475,7 +475,7 @@ def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(project_
     table = read_table(project_copy / "output/train_pggan_pixel_test_stylegan.csv")
     assert table.is_real.sum() == 4
     assert table.is_fake.sum() == 4
-    assert table.scored.all()
+    assert table.is_scored.all()
     assert "AUROC" in result.stdout
 
 

@@ -66,7 +66,7 @@ def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(sc
     lr, momentum, decay = 0.1, 0.9, 1e-2
     expected = [p.detach().clone() for p in model.parameters()]
     velocity = [torch.zeros_like(p) for p in expected]
-    sgd = torch.optim.SGD(train_detector.parameter_groups(model, lr, decay, scale), lr=lr, momentum=momentum)
+    sgd = torch.optim.SGD(train_detector.create_parameter_groups(model, lr, decay, scale), lr=lr, momentum=momentum)
     for _ in range(6):
         gradients = model.loss_gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
         # Compute the update of the released code by hand: scale the gradients of the classifier, then apply SGD
@@ -83,7 +83,7 @@ def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(sc
 def test_the_parameter_groups_do_not_contain_a_frozen_resynthesizer():
     model = TwoParts()
     model.resynthesizer.requires_grad_(False)
-    (group,) = train_detector.parameter_groups(model, 1e-2, 1e-4, 0.02)
+    (group,) = train_detector.create_parameter_groups(model, 1e-2, 1e-4, 0.02)
     assert [id(p) for p in group["params"]] == [id(p) for p in model.classifier.parameters()]
 
 
@@ -93,7 +93,7 @@ def test_a_gradient_scale_of_zero_is_refused():
 
 
 def test_adamw_uses_the_given_weight_decay_for_all_parameters():
-    groups = train_detector.parameter_groups(TwoParts(), 1e-2, 1e-4, 0.02)
+    groups = train_detector.create_parameter_groups(TwoParts(), 1e-2, 1e-4, 0.02)
     optimizer = train_detector.create_optimizer("adamw", groups, 0.9, 1e-4)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4, 1e-2])
@@ -103,14 +103,14 @@ def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epoch
     factors = [train_detector.released_rate(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
-    assert train_detector.released_rate(1, 0) == 1.0
+    assert train_detector.released_rate_factor(1, 0) == 1.0
 
 
 def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
     steps = train_sr.Schedule("steps", 10, 0.5, 2)
-    assert [steps.rate(epochs) for epochs in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
+    assert [steps.rate_factor(epochs) for epochs in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
     cosine = train_sr.Schedule("cosine", 100, 0.5, 2)
-    assert [cosine.rate(epochs) for epochs in (0, 1.5, 3, 51.5, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [cosine.rate_factor(epochs) for epochs in (0, 1.5, 3, 51.5, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
 
 
 # --- the losses of end-to-end training ----------------------------------------------------------------------
@@ -139,13 +139,13 @@ def toy_batch(labels=LABELS, seed=1, side=SIDE):
 def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
     """Take one training step on a batch. Return a dict from the name of each recorded loss to its value."""
     compute = Compute(CPU, "fp32")
-    groups = train_detector.parameter_groups(detector, 0.1, 1e-4, 0.02)
+    groups = train_detector.create_parameter_groups(detector, 0.1, 1e-4, 0.02)
     stepper = Stepper(torch.optim.SGD(groups, momentum=0.9), compute, World())
     stepper.progress.step = step
     auxiliary = train_detector.AuxiliaryTask(task, weight, vgg, 123, micro_batch)
     loss_of = functools.partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)
     train_detector.train_one_epoch(detector, [batch], loss_of, stepper)
-    return stepper.progress.means()
+    return stepper.progress.means_of_epoch()
 
 
 @functools.cache
@@ -236,8 +236,8 @@ def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_who
     """Batch norm over feature maps of one value amplifies rounding errors, so the test computes in float64."""
     step = find_step_by_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-    original = Compute.input
-    monkeypatch.setattr(Compute, "input", lambda self, images: original(self, images).double())
+    original = Compute.images_to_float
+    monkeypatch.setattr(Compute, "images_to_float", lambda self, images: original(self, images).double())
     vgg = load_vgg("random")[0].double()
     before = toy_detector(stage).double().state_dict()
     states, values = [], []
@@ -291,11 +291,11 @@ def test_a_step_whose_loss_is_not_finite_does_not_change_the_weights():
 
 def test_mean_losses_are_weighted_by_the_number_of_images():
     progress = Progress()
-    progress.add({"loss": 1.0}, 3)
-    progress.add({"loss": 5.0}, 1)
-    assert progress.means() == {"loss": 2.0}
-    progress.next_epoch()
-    assert (progress.epoch, progress.step, progress.total_steps, progress.means()) == (1, 0, 2, {})
+    progress.count_step({"loss": 1.0}, 3)
+    progress.count_step({"loss": 5.0}, 1)
+    assert progress.means_of_epoch() == {"loss": 2.0}
+    progress.start_next_epoch()
+    assert (progress.epoch, progress.step, progress.total_steps, progress.means_of_epoch()) == (1, 0, 2, {})
 
 
 # --- complete trainings -------------------------------------------------------------------------------------

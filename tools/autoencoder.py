@@ -104,7 +104,7 @@ def load_autoencoder(encoder_file: str, decoder_file: str) -> Autoencoder:
     """
     model = Autoencoder()
     for part, file in ((model.encoder, encoder_file), (model.decoder, decoder_file)):
-        state = checkpoints.load(file)
+        state = checkpoints.load_checkpoint(file)
         try:
             part.load_state_dict(state)
         except RuntimeError as error:

@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.calibration import probabilities_and_verdicts, sigmoid
-from evaluation.loading import image_settings
-from evaluation.metrics import confusion, expected_calibration_error, negative_log_likelihood
+from evaluation.loading import choose_image_settings
+from evaluation.metrics import count_verdicts_by_class, expected_calibration_error, negative_log_likelihood
 from evaluation.score_table import ScoreTable, read_record, read_table
 from models.released import state_dict_of
 from utils import checkpoints, options
@@ -110,7 +110,7 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
         return
     scored = record.get("detector") or {}
     fingerprints = {  # part -> (fingerprint in the checkpoint, fingerprint in SCORES.json)
-        "classifier": (checkpoints.fingerprint(state), scored.get("classifier_fingerprint")),
+        "classifier": (checkpoints.compute_fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
     }
@@ -136,7 +136,7 @@ def require_default_image_settings(content: Mapping, record: Mapping, name: str)
     """
     job = record.get("job") or {}
     trained = (content.get("config") or {}).get("images") or {}
-    for setting, expected in image_settings(trained, {})._asdict().items():
+    for setting, expected in choose_image_settings(trained, {})._asdict().items():
         got = job.get(setting, expected)
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
@@ -160,7 +160,7 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
     Raises:
         UserError: if the table has no real images or no fake images.
     """
-    table = table.select(table.usable)
+    table = table.select_rows(table.is_usable)
     n_real, n_fake = int(table.is_real.sum()), int(table.is_fake.sum())
     if not n_real or not n_fake:
         raise UserError(f"expected scores of real and fake images, got {n_real} real and {n_fake} fake images")
@@ -255,7 +255,7 @@ def describe_calibration(table: ScoreTable, calibration: Mapping) -> list[str]:
     for name, metric in (("calibration error (ECE)", expected_calibration_error), ("NLL", negative_log_likelihood)):
         old, new = metric(before, table.is_fake), metric(after, table.is_fake)
         lines.append(f"{name} of P(fake) on these images: {old:.4f} before, {new:.4f} after")
-    for truth, counts in confusion(verdicts, table.is_fake).items():
+    for truth, counts in count_verdicts_by_class(verdicts, table.is_fake).items():
         total = sum(counts.values())
         fractions = [f"{100 * count / total:.1f} % {verdict}" for verdict, count in counts.items()]
         lines.append(f"{truth} images are called: {', '.join(fractions)}")

@@ -36,7 +36,7 @@ from tools.autoencoder import load_autoencoder
 from tools.scenes import draw_scene
 from tools.upsampling import KINDS, halve_and_upsample
 from utils import options
-from utils.console import printable, progress
+from utils.console import printable, progress_bar
 from utils.errors import UserError, run_program
 from utils.files import make_folder, write_json
 from utils.random_streams import seeded_generator

@@ -21,15 +21,15 @@ from pathlib import Path
 import jinja2
 
 from evaluation.detector import Detector
-from evaluation.loading import load, select_options
-from evaluation.metrics import format_table
+from evaluation.loading import load, select_load_options
+from evaluation.metrics import format_metrics
 from evaluation.score_table import read_record
 from tools.calibrate import require_scores_of_detector
 from tools.graph import MARK, compare_graph_with_detector, copy_public_config, export_graph
 from utils import checkpoints
 from utils.console import printable
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder
+from utils.files import make_folder, write_atomically
 from utils.options import export_parser
 
 logger = logging.getLogger("tools.export")
@@ -132,7 +132,7 @@ def collect_bundle_content(detector: Detector, found: Mapping, scores: str | Non
         require_scores_of_detector(content, record, "--resume")
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})
-    content["card"] = template.render(**content, settings=settings, record=record, format_table=format_table)
+    content["card"] = template.render(**content, settings=settings, record=record, format_metrics=format_metrics)
     return content
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from evaluation.calibration import probabilities_and_verdicts
 from evaluation.detector import Detector
-from utils.checkpoints import fingerprint
+from utils.checkpoints import compute_fingerprint
 from utils.console import printable
 from utils.errors import UserError
 from utils.labels import LABEL_NAMES
@@ -189,7 +189,7 @@ def copy_public_config(detector: Detector) -> dict:
     The fingerprint of the classifier is added. The folder of the VGG-19 weight file is removed.
     """
     config = dict(detector.config)
-    config["classifier_fingerprint"] = fingerprint(detector.network.classifier)
+    config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
     if config.get("vgg"):
         config["vgg"] = {**config["vgg"], "source": Path(config["vgg"]["source"]).name}
     return config

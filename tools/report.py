@@ -29,9 +29,9 @@ from evaluation import metrics
 from tools.report_page import load_score_tables, write_report_page
 from tools.study import make_study_table
 from utils import options
-from utils.console import printable, text_table
+from utils.console import format_text_table, printable
 from utils.errors import UserError, run_program
-from utils.files import atomic
+from utils.files import write_atomically
 
 PROGRAM = "python -m tools.report"
 MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # group 1: comment; group 2: command
@@ -107,7 +107,7 @@ def make_markdown_table(args: argparse.Namespace) -> str:
             rows = metrics.metric_rows(summaries, COMPARED)
             left = count_name_columns(tables)
         else:
-            rows = metrics.rows_by_generator(summaries, args.markdown)
+            rows = metrics.make_generator_table(summaries, args.markdown)
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     line = ["---"] * left + ["--:"] * (len(heading) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))

@@ -18,10 +18,10 @@ import numpy as np
 from data.images import read_rgb
 from data.perturbations import PerturbationSetting
 from evaluation import figures, metrics
-from evaluation.score_table import ScoreTable, read_record, read_table, residual_path
+from evaluation.score_table import ScoreTable, path_of_residual_picture, read_record, read_table
 from utils.console import printable
 from utils.errors import UserError
-from utils.files import atomic, make_folder
+from utils.files import make_folder, write_atomically
 
 WORST = 10  # number of images with the worst scores that are shown per score table
 THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> largest side in pixels
@@ -57,7 +57,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
         table, record = read_table(file), read_record(file)
         settings = record.get("settings")
         seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
-        tables.append(Scores(name, Path(file), table, record, metrics.summarize(table, resamples, seed)))
+        tables.append(Scores(name, Path(file), table, record, metrics.summarize_scores(table, resamples, seed)))
     return tables
 
 
@@ -102,7 +102,7 @@ def write_report_page(
         curves=draw_robustness_curves(clean, perturbed),
         metrics=metrics,
     )
-    with atomic(os.path.realpath(page)) as file:
+    with write_atomically(os.path.realpath(page)) as file:
         file.write(text.encode())
     return page
 
@@ -195,7 +195,7 @@ def find_worst_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
     Returns:
         At most `count` row numbers of the score table, the worst image first.
     """
-    rows = np.flatnonzero(table.usable)
+    rows = np.flatnonzero(table.is_usable)
     wrongness = np.where(table.is_fake, -table.margins, table.margins)[rows]
     return rows[np.argsort(-wrongness, kind="stable")[:count]]
 

@@ -25,7 +25,7 @@ from data.lists import Item, labelled_items
 from utils import options
 from utils.console import printable
 from utils.errors import UserError, run_program
-from utils.files import atomic, make_folder, write_json
+from utils.files import make_folder, write_atomically, write_json
 from utils.labels import LABEL_NAMES, REAL
 
 logger = logging.getLogger("tools.split")

@@ -108,7 +108,7 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
         return f"{text} ({100 * min(values):.1f} to {100 * max(values):.1f})"
     measured = list(metrics_by_generator(entries[0], intervals=True).values())
     if len(measured) == 1:
-        return metrics.percent(measured[0], metric)
+        return metrics.format_percent(measured[0], metric)
     return text
 
 

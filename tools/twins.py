@@ -45,7 +45,7 @@ def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
     """
     paths = find_images(photographs)
     left_out = 0
-    for path in progress(paths, "twins", len(paths)):
+    for path in progress_bar(paths, "twins", len(paths)):
         target = out / os.path.relpath(path, photographs)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

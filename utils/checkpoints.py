@@ -1,11 +1,11 @@
 """Checkpoint files.
 
-A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. Each value is
-checked when the program uses it.
+A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. A program checks
+each value of a checkpoint before it uses the value.
 
-A checkpoint whose name ends in .safetensors is a bundle for sharing, which contains no pickle. The tensors in a bundle
-are named KEY or KEY/NAME. The plain values in a bundle (numbers, texts, lists, dictionaries) are a JSON text in the
-metadata of the file.
+A checkpoint whose name ends in .safetensors is a bundle for sharing, which contains no pickle. A tensor in a bundle is
+named KEY, or KEY/NAME if the entry KEY of the checkpoint is a dictionary of tensors. All plain values in a bundle
+(numbers, texts, lists, dictionaries) are stored as one JSON text in the metadata of the file.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from utils.console import printable
 from utils.errors import UserError
-from utils.files import atomic
+from utils.files import write_atomically
 
 SHOWN_KEYS = 3  # largest number of wrong keys that an error message names
 BUNDLE = "beyond-the-spectrum bundle, version 1"
@@ -33,30 +33,30 @@ FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function"
 
 
 class Checkpoint(NamedTuple):
-    """The content of a checkpoint file, and the name of the file for error messages."""
+    """The content of a checkpoint file, together with the name of the file for error messages."""
 
     content: Mapping
     name: str
 
 
 def read_checkpoint(path: str | os.PathLike | None) -> Checkpoint | None:
-    """Read a checkpoint with `load`, and keep its path for error messages. Returns None if `path` is None or empty."""
+    """Read a checkpoint, and keep its path for error messages. Returns None if `path` is None or empty."""
     if not path:
         return None
-    return Checkpoint(load(path), str(path))
+    return Checkpoint(load_checkpoint(path), str(path))
 
 
 # --- writing and reading ------------------------------------------------------------------------------------
 
 
-def save(content: dict, path: str | os.PathLike) -> None:
+def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     """Write a checkpoint completely or not at all.
 
     Raises:
         UserError: if the file cannot be written (disk full, no permission). An earlier file at `path` stays unchanged.
     """
     try:
-        with atomic(path) as file:
+        with write_atomically(path) as file:
             recorder = _ErrorRecorder(file)
             if is_bundle(path):
                 recorder.write(_pack_bundle(content))
@@ -85,8 +85,10 @@ class _ErrorRecorder(io.RawIOBase):
         return len(data)
 
 
-def load(path: str | os.PathLike) -> dict:
-    """Read a checkpoint onto the CPU. Only tensors and plain values are accepted, so that no code in the file is run.
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """Read the content of a checkpoint onto the CPU.
+
+    Only tensors and plain values are accepted, so that no code in the file is run.
 
     Raises:
         UserError: if the file is missing or truncated, is not a checkpoint, or would run code when it is unpickled.
@@ -94,7 +96,7 @@ def load(path: str | os.PathLike) -> dict:
     path, name = Path(path), printable(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
-        raise UserError(f"expected a checkpoint at {name}, found {found}: train one first, or give another path")
+        raise UserError(f"expected a checkpoint at {name}, found {found}: train a network first, or give another path")
     try:
         content = _read_bundle(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
     except (UserError, PermissionError):
@@ -102,7 +104,7 @@ def load(path: str | os.PathLike) -> dict:
     except Exception as error:  # torch.load raises many types of exceptions, from EOFError to UnpicklingError
         raise UserError(_reason_for_failed_load(path, error)) from None
     if not isinstance(content, Mapping):
-        raise UserError(f"{name}: expected a dictionary, got {_brief(content)}")
+        raise UserError(f"{name}: expected a dictionary, got {_describe_value(content)}")
     return dict(content)
 
 
@@ -126,8 +128,8 @@ def _reason_for_failed_load(path: Path, error: Exception) -> str:
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Compute the fingerprint of weights, by which equal weights are recognised.
+def compute_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
+    """Compute a fingerprint of weights. Equal weights have equal fingerprints.
 
     The fingerprint is the first 16 hex digits of the SHA-256 of the names, types, shapes and values of the tensors.
 
@@ -136,14 +138,14 @@ def fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
-    return digest(weights)[:FINGERPRINT_DIGITS]
+    return compute_sha256(weights)[:FINGERPRINT_DIGITS]
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load a state dict into a module. State dict and module must have equal keys and shapes.
 
     Raises:
-        UserError: if keys are missing or unknown, or if shapes differ. The module then keeps its weights.
+        UserError: if keys are missing or unknown, or if shapes differ. In this case, no weight is changed.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     got = {key: tuple(value.shape) for key, value in state.items()}
@@ -163,8 +165,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     module.load_state_dict(state)
 
 
-def digest(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
-    """Compute the SHA-256 of `texts` and of the names, types, shapes and values of `tensors`. Returns hex digits."""
+def compute_sha256(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> str:
+    """Return the SHA-256 of `texts` and of the names, types, shapes and values of `tensors`, as hex digits."""
     sha = hashlib.sha256()
     if texts:
         sha.update(json.dumps(texts, sort_keys=True).encode())
@@ -181,10 +183,11 @@ _REQUIRED = object()
 
 
 class Fields:
-    """The plain values in a file. Each method checks the type and the range of the value that it returns.
+    """A dictionary of plain values that was read from a file.
 
-    If a value is missing or None, the methods return the default. A value of a wrong type or outside its range raises
-    a UserError that names the file and the key in one line.
+    Each method checks the type and the range of the value that it returns. A value of a wrong type or outside its range
+    raises a UserError that names the file and the key in one line. If a value is missing or None, the default is
+    returned. If no default is given, most methods raise a UserError for a missing value.
 
     Args:
         values: dictionary of the values. None counts as an empty dictionary.
@@ -200,91 +203,97 @@ class Fields:
         if values is None:
             values = {}
         if not isinstance(values, Mapping):
-            raise UserError(f"{printable(file)}: {path or 'the content'} must be a dictionary, got {_brief(values)}")
+            raise UserError(
+                f"{printable(file)}: {path or 'the content'} must be a dictionary, got {_describe_value(values)}"
+            )
         self.values = values
 
-    def has(self, key: str) -> bool:
-        """Return whether there is a value other than None under `key`."""
+    def has_value(self, key: str) -> bool:
+        """Return whether `key` has a value other than None."""
         return self.values.get(key) is not None
 
-    def integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
+    def get_integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
         """Return the integer under `key`, which must be from `low` to `high`."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default and not (_is_integer(value) and low <= value <= high):
-            raise self._error(key, f"must be an integer{_range(low, high)}")
+            raise self._make_error(key, f"must be an integer{_describe_range(low, high)}")
         return value
 
-    def number(self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED) -> float:
+    def get_number(
+        self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED
+    ) -> float:
         """Return the finite number under `key`, which must be from `low` to `high`."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default:
             is_number = _is_integer(value) or isinstance(value, float)
             if not (is_number and math.isfinite(value) and low <= value <= high):
-                raise self._error(key, f"must be a finite number{_range(low, high)}")
+                raise self._make_error(key, f"must be a finite number{_describe_range(low, high)}")
         return value
 
-    def positive(self, key: str, default: object = _REQUIRED) -> float:
+    def get_positive_number(self, key: str, default: object = _REQUIRED) -> float:
         """Return the finite number under `key`, which must be above 0."""
-        value = self.number(key, 0, default=default)
+        value = self.get_number(key, 0, default=default)
         if value is not default and value == 0:
-            raise self._error(key, "must be a finite number above 0")
+            raise self._make_error(key, "must be a finite number above 0")
         return value
 
-    def boolean(self, key: str, default: object = _REQUIRED) -> bool:
+    def get_boolean(self, key: str, default: object = _REQUIRED) -> bool:
         """Return the boolean under `key`."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default and not isinstance(value, bool):
-            raise self._error(key, "must be true or false")
+            raise self._make_error(key, "must be true or false")
         return value
 
-    def text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
+    def get_text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
         """Return the text under `key`, which must be one of `choices` unless `choices` is empty."""
-        value = self._value(key, default)
+        value = self._get_value(key, default)
         if value is not default:
             if not isinstance(value, str):
-                raise self._error(key, "must be a text")
+                raise self._make_error(key, "must be a text")
             if choices and value not in choices:
-                raise self._error(key, f"must be one of {', '.join(choices)}")
+                raise self._make_error(key, f"must be one of {', '.join(choices)}")
         return value
 
-    def fields(self, key: str) -> "Fields":
+    def get_fields(self, key: str) -> "Fields":
         """Return the dictionary under `key`. A missing dictionary counts as empty."""
-        return Fields(self.values.get(key), self.file, self._place(key))
+        return Fields(self.values.get(key), self.file, self._full_key(key))
 
-    def arguments(self, key: str) -> dict[str, object]:
+    def get_arguments(self, key: str) -> dict[str, object]:
         """Return the keyword arguments of a network under `key`: a dictionary whose keys must be identifiers."""
-        values = self.fields(key).values
+        values = self.get_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
-                raise self._error(key, "must have identifiers as keys")
+                raise self._make_error(key, "must have identifiers as keys")
         return dict(values)
 
-    def _value(self, key: str, default: object) -> object:
+    def _get_value(self, key: str, default: object) -> object:
         value = self.values.get(key)
         if value is not None:
             return value
         if default is _REQUIRED:
-            raise UserError(f"{printable(self.file)}: {self._place(key)} is missing")
+            raise UserError(f"{printable(self.file)}: {self._full_key(key)} is missing")
         return default
 
-    def _place(self, key: str) -> str:
+    def _full_key(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
 
-    def _error(self, key: str, rule: str) -> UserError:
-        return UserError(f"{printable(self.file)}: {self._place(key)} {rule}, got {_brief(self.values[key])}")
+    def _make_error(self, key: str, rule: str) -> UserError:
+        return UserError(
+            f"{printable(self.file)}: {self._full_key(key)} {rule}, got {_describe_value(self.values[key])}"
+        )
 
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _range(low: float, high: float) -> str:
+def _describe_range(low: float, high: float) -> str:
     if math.isinf(high):
         return "" if math.isinf(low) else f" of at least {low}"
     return f" from {low} to {high}"
 
 
-def _brief(value: object) -> str:
+def _describe_value(value: object) -> str:
     """Describe a value in a few words, for an error message."""
     if isinstance(value, bool | int | float | str) or value is None:
         return printable(repr(value)[:60])
@@ -295,7 +304,7 @@ def _brief(value: object) -> str:
 
 
 def is_bundle(path: str | os.PathLike) -> bool:
-    """Return whether `path` names a bundle for sharing: whether it ends in .safetensors."""
+    """Return whether `path` is the path of a bundle for sharing, which ends in .safetensors."""
     return os.fspath(path).endswith(".safetensors")
 
 
@@ -316,26 +325,28 @@ def _pack_bundle(content: Mapping) -> bytes:
             values[key] = value
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     metadata = {"format": BUNDLE, "card": values.pop("card", ""), "content": json.dumps(values, sort_keys=True)}
-    metadata["digest"] = digest(tensors, metadata)
-    return _safetensors().torch.save(tensors, metadata)
+    metadata["digest"] = compute_sha256(tensors, metadata)
+    return _import_safetensors().torch.save(tensors, metadata)
 
 
 def _read_bundle(path: Path) -> dict:
-    """Read the content of a bundle, as it was before `_pack_bundle`.
+    """Read a bundle, and return the content that was given to `_pack_bundle`.
 
     Raises:
         UserError: if the bundle has a different format version, or if its content has changed since it was written.
     """
-    with _safetensors().safe_open(path, "pt") as file:
+    with _import_safetensors().safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     name = printable(path)
     written_digest = metadata.pop("digest", None)
     if metadata.get("format") != BUNDLE:
         found = printable(str(metadata.get("format")))
-        raise UserError(f"{name}: expected the format {BUNDLE}, got {found}; write it with python -m tools.export")
-    if written_digest != digest(tensors, metadata):
-        raise UserError(f"{name} is damaged: its content has changed since it was written; download it again")
+        raise UserError(f"{name}: expected the format {BUNDLE}, got {found}; write a new bundle with tools.export")
+    if written_digest != compute_sha256(tensors, metadata):
+        raise UserError(
+            f"{name} is damaged, because its content has changed since it was written: download the file again"
+        )
     content = {"card": metadata["card"], **json.loads(metadata["content"])}
     for key, tensor in tensors.items():
         outer, _, inner = key.partition("/")
@@ -346,10 +357,11 @@ def _read_bundle(path: Path) -> dict:
     return content
 
 
-def _safetensors():
+def _import_safetensors():
     """Import and return the package safetensors, which only bundles need."""
     try:
         import safetensors.torch
     except ImportError:
-        raise UserError("files that end in .safetensors need a package: pip install safetensors") from None
+        text = "reading or writing a .safetensors file needs the package safetensors: run pip install safetensors"
+        raise UserError(text) from None
     return safetensors

@@ -1,4 +1,4 @@
-"""Choice of the device on which networks run, and of the number format in which they compute."""
+"""Functions that choose the device on which networks run, and the number format of their arithmetic."""
 
 import importlib.metadata
 import logging
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from utils.console import is_main_process
-from utils.distributed import local_rank
+from utils.distributed import read_local_rank
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,18 +27,18 @@ class Compute(NamedTuple):
     def __str__(self) -> str:
         return f"{self.precision} on {self.device.type}"
 
-    def input(self, images: Tensor) -> Tensor:
+    def images_to_float(self, images: Tensor) -> Tensor:
         """Convert uint8 images (B, 3, H, W) in 0..255 to float32 in [0, 1], on the device, in channels-last order."""
         x = images.to(self.device, non_blocking=True).to(torch.float32) / 255
         return x.contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        """Return the autocast context for bf16 and fp16. For fp32 and tf32, the context changes nothing."""
+        """Return the autocast context for bf16 and fp16. For fp32 and tf32, autocast is disabled in the context."""
         dtype = AUTOCAST_TYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
 
-def choose_compute(
+def choose_device_and_precision(
     gpu: str | int | torch.device | None, precision: str, deterministic: bool, seed: int | None = None
 ) -> Compute:
     """Choose the device and the number format, and set PyTorch's global switches accordingly.
@@ -48,7 +48,7 @@ def choose_compute(
         precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, which is PyTorch's default for
             convolutions and was used by the released code. On a CPU, auto means fp32. fp32 computes in full float32.
         deterministic: use reproducible algorithms. Otherwise, cuDNN chooses the fastest algorithm for each shape.
-        seed: seed of PyTorch's random numbers. None: PyTorch's random numbers are not seeded.
+        seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
         UserError: if the machine lacks the device, or if the device lacks the number format.
@@ -62,7 +62,7 @@ def choose_compute(
         raise UserError(f"precision must be auto, fp32, tf32, bf16 or fp16, got {precision}")
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
-    # use_deterministic_algorithms takes 1.5 s for imports, so that it is called only if the setting changes
+    # the first call of use_deterministic_algorithms takes 1.5 s: it is called only if the setting changes
     if deterministic != torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -76,13 +76,13 @@ def choose_compute(
 def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     """Choose the device. A chosen GPU becomes PyTorch's current device.
 
-    With several processes, each process uses the GPU of its own number if `gpu` is None, "cuda", or a number as a text
-    (`--gpu`).
+    With several processes, each process uses the GPU with the number LOCAL_RANK if `gpu` is None, "cuda", or a number
+    as a text (`--gpu`).
 
     Args:
-        gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means the GPU of this number or,
-            with a warning, the CPU on a machine without a GPU, so that scripts run on every machine. Other values are
-            "cpu", "cuda", "cuda:1", or a torch.device.
+        gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means the GPU with this number.
+            On a machine without a GPU, a number means the CPU, and a warning is logged. Other values are "cpu", "cuda",
+            "cuda:1", or a torch.device.
 
     Raises:
         UserError: if the name of the device is unknown, or if the machine lacks this GPU.
@@ -91,30 +91,32 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())
     if not available and (gpu is None or is_number):
         if gpu is None:
-            logger.info("no GPU on this machine: using the CPU")
+            logger.info("this machine has no GPU: the CPU is used")
         elif is_main_process():
-            logger.warning("warning: GPU %s is not available: this machine has no GPU, using the CPU", gpu)
+            logger.warning("warning: GPU %s is not available: this machine has no GPU, the CPU is used", gpu)
         return torch.device("cpu")
     if gpu is None:
         device = torch.device("cuda")
     elif is_number:
-        device = _device_of_name(f"cuda:{gpu}")
+        device = _device_from_name(f"cuda:{gpu}")
     else:
-        device = _device_of_name(gpu)
+        device = _device_from_name(gpu)
     if device.type != "cuda":
         return device
     number = device.index or 0
     is_explicit = device.index is not None and not (isinstance(gpu, str) and gpu.isdecimal())
     if not is_explicit:
-        own_number = local_rank()
+        own_number = read_local_rank()
         number = number if own_number is None else own_number
     if not 0 <= number < available:
-        raise UserError(f"no GPU {number}: this machine has {_gpu_numbers(available)}; choose another device, or cpu")
+        raise UserError(
+            f"no GPU {number}: this machine has {_describe_gpu_numbers(available)}; choose another device, or cpu"
+        )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 
 
-def _device_of_name(name: str | torch.device) -> torch.device:
+def _device_from_name(name: str | torch.device) -> torch.device:
     try:
         return torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -122,14 +124,14 @@ def _device_of_name(name: str | torch.device) -> torch.device:
         raise UserError(f"expected a GPU number or cpu as the device, got {name!r} ({reason})") from None
 
 
-def _gpu_numbers(available: int) -> str:
+def _describe_gpu_numbers(available: int) -> str:
     if available == 0:
         return "no GPU"
     return "GPU 0" if available == 1 else f"GPUs 0 to {available - 1}"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages on which the numbers of a run depend."""
+def package_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that affect numerical results."""
     found = {"python": sys.version.split()[0], "torch": torch.__version__}
     for name in ("torchvision", "numpy", "pillow"):
         found[name] = importlib.metadata.version(name)  # importing torchvision for its version would take seconds

@@ -1,4 +1,4 @@
-"""Output to terminals and logs: printable names, tables and progress bars, by one process of a run."""
+"""Functions for output to terminals and logs: printable names, tables and progress bars."""
 
 import logging
 import os
@@ -20,11 +20,12 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
-def let_main_process_report() -> None:
-    """Wait, unless this is the main process, so that only the main process prints an error that all processes find.
+def wait_for_report_of_main_process() -> None:
+    """Wait in all processes except the main process, so that only the main process prints an error of all processes.
 
-    Usually all processes find a user's mistake. While the other processes wait, the main process prints the error and
-    exits, and torchrun then ends the other processes. An error that only one process finds is printed after the wait.
+    A user's mistake usually raises an error in all processes. While the other processes wait, the main process prints
+    the error and exits, and torchrun then ends the other processes. An error that occurs in one process only is printed
+    after the wait.
     """
     if not is_main_process():
         time.sleep(MISTAKE_DELAY)
@@ -40,13 +41,13 @@ class _LogFile(TextIOBase):
         return len(text)
 
 
-def progress(items: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm:
+def progress_bar(items: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm:
     """Show the progress of an iteration by a progress bar or, without a terminal, by a log line every LOG_SECONDS.
 
     Args:
-        items: the items over which the caller iterates. None: the caller reports progress by `.update(n)`.
+        items: the items over which the caller iterates. If `items` is None, the caller reports progress by `.update(n)`.
         description: text in front of the numbers.
-        total: number of items. It is needed if `items` has no length.
+        total: number of items. Required if `items` has no length.
         unit: name of one item.
     """
     options = {"total": total, "unit": unit, "leave": False, "disable": not is_main_process()}
@@ -59,7 +60,7 @@ def progress(items: Iterable | None, description: str, total: int | None = None,
 
 
 def printable(text: str | os.PathLike) -> str:
-    """Escape control characters and lone surrogates in a path or text, so that it prints as one line."""
+    """Escape control characters and lone surrogates in a path or text, so that the result can be printed as one line."""
     characters = []
     for character in os.fspath(text):
         if not character.isprintable():
@@ -68,7 +69,7 @@ def printable(text: str | os.PathLike) -> str:
     return "".join(characters)
 
 
-def text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def format_text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Format rows of cells as lines with aligned columns.
 
     Args:

@@ -1,8 +1,8 @@
 """Runs with several processes, which torchrun starts: the number of this process, and collective operations.
 
 Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel. Each process
-divides its loss by the size of the *global* batch. Several processes therefore compute the update of a single process,
-even if the processes hold different numbers of images.
+divides its loss by the size of the *global* batch. Several processes therefore compute the same update as a single
+process, even if the processes hold different numbers of images.
 """
 
 import os
@@ -18,8 +18,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
 
-# Processes may finish their parts of a test hours apart, so that a long wait is no error. If a process fails, torchrun
-# ends all processes.
+# One process may wait for hours until a slower process has scored its images, so that a long wait is no error.
+# If a process fails, torchrun ends all processes.
 TIMEOUT = timedelta(days=30)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -59,7 +59,7 @@ def world_from_environment() -> World:
     return world
 
 
-def local_rank() -> int | None:
+def read_local_rank() -> int | None:
     """Read LOCAL_RANK, the number of this process on its machine. Returns None if LOCAL_RANK is not set.
 
     Raises:
@@ -69,16 +69,18 @@ def local_rank() -> int | None:
     if text is None:
         return None
     if not text.isdecimal():
-        raise UserError(f"LOCAL_RANK must be a number, got {text!r}: torchrun sets it")
+        raise UserError(
+            f"LOCAL_RANK must be a number, got {text!r}: start the program with torchrun, which sets LOCAL_RANK"
+        )
     return int(text)
 
 
 @contextmanager
-def join_processes(device_type: str) -> Iterator[World]:
+def connect_processes(device_type: str) -> Iterator[World]:
     """Connect all processes of the run while the `with` block runs.
 
     Args:
-        device_type: "cuda" or "cpu", on which the tensors of collective operations are.
+        device_type: "cuda" or "cpu": type of the device that holds the tensors of collective operations.
 
     Yields:
         the `World` of this process.

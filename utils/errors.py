@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.console import is_main_process, let_main_process_report, printable
+from utils.console import is_main_process, printable, wait_for_report_of_main_process
 from utils.signals import Stopped
 
 logger = logging.getLogger(__name__)
@@ -23,14 +23,14 @@ PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 
 
 class UserError(ValueError):
-    """A mistake that the user can correct.
+    """An error that the user can correct.
 
     The message is one line that says what was expected, what was found, and what the user can do.
     """
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Run a program, and report a user's mistake or a signal by one log line instead of a traceback.
+    """Run a program. A user's mistake or a signal is reported by one log line instead of a traceback.
 
     Args:
         main: the program. It returns its exit status, or None for the exit status 0.
@@ -45,22 +45,22 @@ def run_program(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except Stopped as stopped:
-        logger.warning("stopped by %s; the state so far is saved", stopped)
+        logger.warning("the program was stopped by %s; all progress so far is saved", stopped)
         return stopped.exit_status
     except KeyboardInterrupt:
-        logger.warning("interrupted")
+        logger.warning("the program was interrupted")
         return 128 + signal.SIGINT
     except Exception as error:
         message = _message_for_user(error)
         if message is None:
             raise
-        let_main_process_report()
+        wait_for_report_of_main_process()
         logger.error("error: %s", printable(" ".join(message.split())))
         return EXIT_MISTAKE
 
 
 def _message_for_user(error: Exception) -> str | None:
-    """Describe in one line an error that a user can correct. Returns None for an error in the program."""
+    """Return a message for an error that a user can correct. Returns None for an error in the program."""
     text = str(error)
     if isinstance(error, UserError):
         return text

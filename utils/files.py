@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and folders that only one run writes to."""
+"""Functions that write files completely or not at all, and that let only one run write into a folder."""
 
 import contextlib
 import fcntl
@@ -18,17 +18,17 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Process number N writes the file NAME as .NAME.N.tmp, and renames it when it is complete
+# The process with id N writes to the file .NAME.N.tmp, and renames the complete file to NAME
 TEMPORARY = re.compile(r"\.(?P<name>.+)\.\d+\.tmp")
 LOCK_TEXT = b"beyond-the-spectrum lock\n"
 
 
 @contextlib.contextmanager
-def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` at the end of the `with` block.
 
-    After an error or a kill, `path` therefore holds its old content and never a part of the new content. If `path` is a
-    symbolic link, then the file to which the link points is replaced.
+    After an error or a kill of the process, the file at `path` is therefore the old file and never a part of the new
+    file. If `path` is a symbolic link, the file to which the link points is replaced.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,14 +42,14 @@ def atomic(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path, names: str = ".+", age: float = 0) -> None:
-    """Delete the temporary files that a process has left in a folder because it was killed inside `atomic`.
+def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> None:
+    """Delete the temporary files of `write_atomically` that a killed process has left in a folder.
 
     Args:
         folder: the folder.
         names: regular expression for the names of files that the program writes. Temporary files for other names are
             kept.
-        age: only files that were not changed during the last `age` seconds are deleted.
+        age: temporary files that were changed during the last `age` seconds are kept.
     """
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
@@ -62,7 +62,7 @@ def remove_unfinished(folder: Path, names: str = ".+", age: float = 0) -> None:
 def write_json(path: Path, obj: dict) -> None:
     """Write a JSON file, completely or not at all."""
     text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with atomic(path) as file:
+    with write_atomically(path) as file:
         file.write(text.encode())
 
 
@@ -81,19 +81,19 @@ def make_folder(path: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def exclusive_writer(path: Path, world: World) -> Iterator[None]:
+def hold_lock_file(path: Path, world: World) -> Iterator[None]:
     """Hold a lock file while the `with` block runs, so that a second run cannot write into the folder of the lock file.
 
     The main process holds the lock for all processes of the run. If the main process is killed, the operating system
-    frees the lock at once. On a file system without locks, the block runs after a warning.
+    frees the lock at once. On a file system without locks, a warning is logged, and the block runs without a lock.
 
     Args:
-        path: the lock file. It is deleted at the end of the block.
+        path: the lock file. The file is deleted at the end of the block.
         world: the processes of this run.
 
     Raises:
         UserError: if a second run holds the lock, or if the file at `path` is not a lock file of this project. All
-            processes of the run raise it.
+            processes of this run raise the error.
     """
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -124,8 +124,8 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
     if file.read(len(LOCK_TEXT) + 1) != LOCK_TEXT:
         return foreign
     try:
-        # lockf is used because worker processes do not inherit its locks. A worker that outlives its run would keep
-        # a lock of flock.
+        # lockf is used because worker processes do not inherit its locks, unlike the locks of flock.
+        # A worker process that outlives its run therefore does not keep the lock.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return busy

@@ -1,4 +1,4 @@
-"""Class labels. A label is also the number of its column in the logits."""
+"""Class labels. The label of a class is also the index of the logits' column for the class."""
 
 # Release: the released code uses label 1 for real images. Most other detectors use label 1 for fake images.
 FAKE, REAL = 0, 1

@@ -1,10 +1,10 @@
-"""Command-line options of the programs. Each option is declared once, and the defaults are the paper's.
+"""Command-line options of the programs. Each option is declared once. The defaults are the values of the paper.
 
 Flags are spelled as in the released code, so that scripts for the released code keep working. The argument `dest` gives
 each flag the name that the programs use for its value.
 
-Options on the architecture of a network default to None, which means that the option was not given. In this case, the
-checkpoint decides. Without a checkpoint, models/build.py uses the values of the paper.
+Options on the architecture of a network default to None, which means that the option was not given. The architecture is
+then taken from the checkpoint. Without a checkpoint, models/build.py uses the values of the paper.
 
 Names of networks, perturbations and auxiliary tasks are not checked here, but by the modules that define them.
 """
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.console import is_main_process, let_main_process_report
+from utils.console import is_main_process, wait_for_report_of_main_process
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -36,12 +36,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str):
-        let_main_process_report()
+        wait_for_report_of_main_process()
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
 class NoEffect(argparse.Action):
-    """The argparse action of a released flag that is accepted but has no effect except for one printed line."""
+    """The argparse action of a flag of the released code that has no effect here. Using the flag prints one line."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -80,29 +80,36 @@ def parse_value(text: str) -> int | float | bool | str:
     return text
 
 
-def number(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """Create an argparse type for finite numbers from `low` to `high`. kind: int or float."""
+def number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+    """Create an argparse type for finite numbers from `low` to `high`.
 
-    def parse(text: str):
+    Args:
+        kind: int or float.
+    """
+
+    def parse_number(text: str):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
             raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
         return value
 
-    parse.__name__ = kind.__name__  # argparse prints this name if the text is not a number
-    return parse
+    parse_number.__name__ = kind.__name__  # argparse prints this name if the text is not a number
+    return parse_number
 
 
-def perturbation(text: str) -> tuple[str, float | None]:
-    """Parse the text NAME or NAME=STRENGTH of a perturbation. data.perturbations checks the name later."""
+def parse_perturbation(text: str) -> tuple[str, float | None]:
+    """Convert the text NAME or NAME=STRENGTH of a perturbation to (name, strength or None).
+
+    The module data.perturbations checks the name later.
+    """
     name, equals, strength = text.partition("=")
-    return name, number(float)(strength) if equals else None
+    return name, number_type(float)(strength) if equals else None
 
 
-integer_from_0 = number(int, 0)
-integer_from_1 = number(int, 1)
-float_from_0 = number(float, 0)
-fraction = number(float, 0, 1)
+integer_from_0 = number_type(int, 0)
+integer_from_1 = number_type(int, 1)
+float_from_0 = number_type(float, 0)
+fraction = number_type(float, 0, 1)
 
 
 def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
@@ -110,7 +117,7 @@ def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs:
 
     Args:
         flags: spellings of each flag, separated by spaces.
-        nargs: 0 for flags without a value. None: each flag takes one value.
+        nargs: 0 for flags without a value, and None for flags with one value.
     """
     for spellings in flags:
         group.add_argument(*spellings.split(), action=NoEffect, nargs=nargs)
@@ -129,7 +136,7 @@ def add_run_options(parser: Parser) -> None:
     add("--seed", type=integer_from_0, default=123, metavar="N",
         help="seed of all random numbers (default: %(default)s)")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="auto",
-        help="number format in which networks compute; auto = tf32 on a GPU (as in the release), fp32 on a"
+        help="number format in which networks compute; auto = tf32 on a GPU (as in the released code), fp32 on a"
         " CPU")  # fmt: skip
     add("--deterministic", action="store_true",
         help="use reproducible algorithms on a GPU, which may be slower (default: the fastest algorithms)")  # fmt: skip
@@ -172,20 +179,21 @@ def add_detector_options(parser: Parser) -> None:
         " (default: as in the checkpoint, else pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the features that --features names, such as stage=3 for vgg19")  # fmt: skip
-    add("--idx-stages", dest="stage", type=number(int, 0, 5), metavar="0..5",
-        help="released flag for the features: 0 = --features pixels; 1 to 5 = --features vgg19, layers relu1_1 to"
-        " relu5_1")  # fmt: skip
+    add("--idx-stages", dest="stage", type=number_type(int, 0, 5), metavar="0..5",
+        help="flag of the released code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
+        " layer relu1_1 to relu5_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
-        help="absolute = |phi(x_hat) - phi(x)|, as in the paper; signed = phi(x_hat) - phi(x) (default: as in the"
-        " checkpoint, else absolute)")  # fmt: skip
+        help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
+        " difference, as in the paper (default: as in the checkpoint, else absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the release's deep stem); for few"
-        " images spectrum (with --residual signed) or channel_power (with VGG-19 features); torchvision:NAME; or a name"
+        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the deep stem of the released code);"
+        " for few training images: spectrum (with --residual signed) or channel_power (with VGG-19 features);"
+        " torchvision:NAME; or a name"
         " added to models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the classifier that --arch names")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
-        help="channels of the residual, which follow from the features; any other N is an error")  # fmt: skip
+        help="number of channels of the residual, which must equal the number of channels of the features")  # fmt: skip
     add("--no_dilation", dest="dilated", action="store_const", const=False,
         help="do not dilate layer3 and layer4 of the ResNet; all released scripts use this flag (default: as in the"
         " checkpoint, else dilated)")  # fmt: skip
@@ -204,12 +212,12 @@ def add_image_options(parser: Parser) -> None:
         help="instead of --data-root-pos and --data-root-neg: a tree of folders GENERATOR/0_real and GENERATOR/1_fake,"
         " or GENERATOR/.../nature and ai")  # fmt: skip
     add("--csv", metavar="FILE",
-        help="instead of folders: a CSV file with the columns path,label[,generator]; label: real or fake")  # fmt: skip
+        help="instead of folders: a CSV file with the columns path,label[,generator]; a label is real or fake")  # fmt: skip
     add("--resize", type=integer_from_0, metavar="N",
-        help="resize the shorter side to N pixels; 0: do not resize (default in tests: as in training)")  # fmt: skip
+        help="resize the shorter side to N pixels; 0: do not resize (default of test.py: as in training)")  # fmt: skip
     add("--crop-size", type=integer_from_0, metavar="N",
-        help="crop N x N pixels, at random places in training and in the centre in tests; 0: do not crop (default in"
-        " tests: as in training)")  # fmt: skip
+        help="crop N x N pixels, at random places in training and in the centre in test.py; 0: do not crop (default of"
+        " test.py: as in training)")  # fmt: skip
 
 
 def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: str, output: str) -> None:
@@ -228,10 +236,10 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     add("--lr", "--learning-rate", type=float_from_0, default=lr, metavar="X",
         help="base learning rate (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=(schedule, "cosine"), default=schedule,
-        help=f"learning-rate schedule: {schedule} = as in the release; cosine = a short warm-up, then a cosine down to"
-        " 0, which suits short trainings (default: %(default)s)")  # fmt: skip
+        help=f"learning-rate schedule: {schedule} = as in the released code; cosine = a short warm-up, then a cosine"
+        " down to 0, for trainings of few epochs (default: %(default)s)")  # fmt: skip
     add("--clip-norm", type=float_from_0, metavar="X",
-        help="scale gradients whose norm is larger than X down to X (default: no clipping)")  # fmt: skip
+        help="clip the norm of the gradients to X (default: no clipping)")  # fmt: skip
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--resume", metavar="FILE|auto",
@@ -239,7 +247,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         f" {output} holds no run. If FILE holds weights but no training state, as released checkpoints do, a new run"
         " starts with the weights")  # fmt: skip
     add("--overwrite", action="store_true",
-        help=f"start a new run in {output}, and delete checkpoints and records of an earlier run")  # fmt: skip
+        help=f"start a new run in {output}, and delete the checkpoints and records of an earlier run")  # fmt: skip
     add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
         help="save the state at least every X minutes, even within an epoch (default: %(default)s)")  # fmt: skip
     add("--keep-last", type=integer_from_1, metavar="N",
@@ -268,24 +276,28 @@ def train_sr_parser() -> Parser:
     add_resynthesizer_options(parser)
     add_training_options(parser, batch_size=12, lr=1e-4, schedule="steps", output="--outputs-dir")
     add = parser.add_argument_group("training").add_argument
-    add("--train-file", metavar="FILE", help="list of real training images, one path per line; or a folder of images")
+    add("--train-file", metavar="FILE",
+        help="text file with one path of a real training image per line, or a folder of real images")  # fmt: skip
     add("--eval-file", metavar="FILE",
-        help="list or folder of images on which PSNR and SSIM are computed after each epoch")  # fmt: skip
+        help="text file with one path per line, or a folder: images on which PSNR and SSIM are computed after each"
+        " epoch")  # fmt: skip
     add("--evaluate", action="store_true", help="do not train; compute PSNR and SSIM of --weights-file on --eval-file")
     add("--outputs-dir", default="output_hr", metavar="DIR",
         help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
-    add("--weights-file", dest="init", metavar="FILE", help="weights of a re-synthesizer, with which a new run starts")
+    add("--weights-file", dest="init", metavar="FILE",
+        help="weights of a re-synthesizer, for a new run or for --evaluate")  # fmt: skip
     add("--patch-size", type=integer_from_1, default=24, metavar="N",
         help="side of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
     add("--patches-per-image", type=integer_from_1, default=1, metavar="N",
-        help="patches cut from an image each time it is read; the release cuts 1 (default: %(default)s)")  # fmt: skip
+        help="number of patches per image and epoch; the released code cuts 1 (default: %(default)s)")  # fmt: skip
     add("--start", choices=("random", "interpolation"), default="random",
-        help="initialisation of a new RDN: random = PyTorch's default (as released); interpolation = starts as plain"
-        " interpolation (default: %(default)s)")  # fmt: skip
+        help="initial weights of a new RDN: random = PyTorch's default, as in the released code; interpolation ="
+        " weights with which RDN interpolates (default: %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
-        help="factor on the learning rate every --lr-decay-epoch epochs, 0 to 1 (default: %(default)s)")  # fmt: skip
+        help="multiply the learning rate by X, from 0 to 1, every --lr-decay-epoch epochs (default:"
+        " %(default)s)")  # fmt: skip
     add("--lr-decay-epoch", type=integer_from_1, default=225, metavar="N",
-        help="epochs between two decays of the learning rate (default: %(default)s)")  # fmt: skip
+        help="number of epochs between two multiplications by --lr-decay (default: %(default)s)")  # fmt: skip
     add("--num-epochs", type=integer_from_1, default=750, metavar="N", help="number of epochs (default: %(default)s)")
     add("--num-save", type=integer_from_1, default=15, metavar="N",
         help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
@@ -310,10 +322,10 @@ def train_detector_parser() -> Parser:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--output-path", default="output", metavar="DIR", help="output folder (default: %(default)s)")
-    add("--init", metavar="FILE", help="checkpoint of a detector, with whose weights a new run starts")
+    add("--init", metavar="FILE", help="start a new run from the weights of the detector in FILE")
     add("--epochs", type=integer_from_1, default=100, metavar="N", help="number of epochs (default: %(default)s)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd",
-        help="optimizer; sgd = as in the release (default: %(default)s)")  # fmt: skip
+        help="optimizer; sgd = as in the released code (default: %(default)s)")  # fmt: skip
     add("--momentum", type=fraction, default=0.9, metavar="X", help="momentum of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
         help="weight decay (default: %(default)s)")  # fmt: skip
@@ -322,11 +334,11 @@ def train_detector_parser() -> Parser:
         " re-synthesizer at lr; must be above 0 (default: %(default)s)")  # fmt: skip
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
     add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
-        help="auxiliary task on which the re-synthesizer is fine-tuned: none, colorization, denoising, or a name added"
-        " to data.degradations.TASKS (default: %(default)s)")  # fmt: skip
+        help="auxiliary task on which the re-synthesizer is fine-tuned: none (images are not degraded), colorization,"
+        " denoising, or a name added to data.degradations.TASKS (default: %(default)s)")  # fmt: skip
     add("--lw-sr", dest="auxiliary_weight", type=float_from_0, default=1.0, metavar="X",
-        help="weight of the auxiliary loss (reconstruction of real images) in end-to-end training, which --mode-sr none"
-        " computes on clean images; 0 disables the auxiliary loss (default: %(default)s)")  # fmt: skip
+        help="weight of the auxiliary loss, the reconstruction error of real images, in end-to-end training; 0 disables"
+        " the auxiliary loss (default: %(default)s)")  # fmt: skip
     add("--save-every-epoch", type=integer_from_1, default=2, metavar="N",
         help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
     add("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="folders of REAL validation images")
@@ -335,11 +347,11 @@ def train_detector_parser() -> Parser:
     add("--val-csv", metavar="FILE",
         help="instead of folders: a CSV file of validation images, with the columns of --csv")  # fmt: skip
     add_flags_without_effect(group, "--save_path")
-    _add_cost_options(parser)
+    _add_memory_and_time_options(parser)
     return parser
 
 
-def _add_cost_options(parser: Parser) -> None:
+def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
@@ -347,20 +359,22 @@ def _add_cost_options(parser: Parser) -> None:
         " change the update of the weights; end-to-end training needs one more forward pass (default: the whole"
         " batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
-        help="with --crop-size: train on N fixed crops of each image; 0: train on one new random crop of each image per"
+        help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
         " epoch (default: %(default)s)")  # fmt: skip
     add("--augment-perturb", action="store_true",
-        help="blur, crop, compress (JPEG) or add noise to half of the training images, drawn again in each epoch, as"
-        " test.py --perturb-protocol frank2020 does")  # fmt: skip
+        help="in each epoch, blur, crop or compress (JPEG) a random half of the training images, or add noise to them,"
+        " as in test.py --perturb-protocol frank2020")  # fmt: skip
     add("--no-cache", dest="cache", action="store_false",
-        help="compute residuals again in each epoch (default: with --fixed-sr, residuals are computed once and kept on"
-        " disk, unless images are cropped or perturbed at random)")  # fmt: skip
+        help="compute residuals again in each epoch (default: with --fixed-sr, residuals are computed once and stored"
+        " on disk, unless images are cropped or perturbed at random)")  # fmt: skip
     add("--cache-dir", metavar="DIR",
-        help="folder of kept residuals; several runs may share it (default: OUTPUT_PATH/residual_cache)")  # fmt: skip
+        help="folder of stored residuals, which several runs may share (default:"
+        " OUTPUT_PATH/residual_cache)")  # fmt: skip
     add("--cache-gb", type=float_from_0, default=50.0, metavar="X",
-        help="keep residuals only if they take at most X GB and the disk has room (default: %(default)s)")  # fmt: skip
+        help="store residuals only if they take at most X GB and the disk has enough space (default:"
+        " %(default)s)")  # fmt: skip
     add("--cache-precision", choices=("fp16", "fp32"), default="fp16",
-        help="number format of the kept residuals; fp16 is exact to 0.05 %%, and fp32 takes twice the space (default:"
+        help="number format of the stored residuals; fp16 is exact to 0.05 %%, and fp32 takes twice the space (default:"
         " %(default)s)")  # fmt: skip
 
 
@@ -379,9 +393,9 @@ def test_parser() -> Parser:
     add("--save_path", "--save-path", dest="save_path", metavar="P",
         help="write scores and metrics to P.csv, P.npy, P.json and P.png")  # fmt: skip
     add("--save-residuals", metavar="DIR", help="write a picture of image, re-synthesis and residual for each image")
-    add("--perturb", type=perturbation, nargs="+", metavar="NAME[=STRENGTH]",
+    add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
         help="score the images once with each of these perturbations: none, blur, crop, jpeg, noise, resize, combined,"
-        " or all. In a sweep, a name without a strength means all its strengths (default: none)")  # fmt: skip
+        " or all. In a sweep, NAME stands for all strengths of the perturbation (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip
@@ -389,12 +403,13 @@ def test_parser() -> Parser:
         help="images per batch (default: as many images as have 1024 x 1024 pixels together)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if P.csv or an unfinished run holds scores")  # fmt: skip
-    add("--tile", type=number(int, 64), default=1024, metavar="N",
+    add("--tile", type=number_type(int, 64), default=1024, metavar="N",
         help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
         " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
-        help="average the logits of N crops of --crop-size spread over a larger image (default: 9 if the detector was"
-        " trained on crops and no other size is given, else 1, the crop in the centre)")  # fmt: skip
+        help="score N crops of --crop-size that are spread over the image, and average their logits; 1 = one crop in"
+        " the centre (default: 9 for a detector that was trained on crops, unless --crop-size is given; else"
+        " 1)")  # fmt: skip
     add_flags_without_effect(
         group, "--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
         "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"
@@ -410,10 +425,15 @@ def export_parser() -> Parser:
     add_resynthesizer_options(parser)
     add_detector_options(parser)
     add = parser.add_argument_group("export").add_argument
-    add("--resume", required=True, metavar="FILE", help="checkpoint of the detector, or a bundle")
+    add("--resume", required=True, metavar="FILE", help="checkpoint or bundle (.safetensors) of the detector")
     add("--out", type=Path, metavar="FILE",
         help="write the detector as a graph: FILE.onnx, or FILE.pt2 for torch.export.load")  # fmt: skip
-    add("--check", type=Path, metavar="FILE", help="check that the graph in FILE gives the logits of the detector")
+    add("--check", type=Path, metavar="FILE",
+        help="check that the graph in FILE computes the same logits as the detector")  # fmt: skip
     add("--bundle", type=Path, metavar="FILE", help="write the detector as one file for sharing, FILE.safetensors")
-    add("--scores", metavar="P.json", help="results of test.py, which the model card of the bundle quotes")
+    add(
+        "--scores",
+        metavar="P.json",
+        help="results of test.py, whose metrics are copied into the model card of the bundle",
+    )
     return parser

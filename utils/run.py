@@ -1,4 +1,4 @@
-"""A training run: the checkpoint from which it starts, its batches, its saved states and its records."""
+"""A training run: the initial checkpoint, the batches, the saved states and the records of the run."""
 
 import contextlib
 import json
@@ -22,14 +22,14 @@ from utils.training import NotFinite, Stepper
 
 logger = logging.getLogger(__name__)
 
-# A function from the state at the end of an epoch to the numbered checkpoints of the epoch, {file name: content}
+# A function that converts the state at the end of an epoch to the numbered checkpoints {file name: content}
 NumberedFiles = Callable[[dict], dict[str, dict]]
 
 
 # --- where a run starts -------------------------------------------------------------------------------------
 
 
-def starting_point(
+def read_starting_checkpoint(
     resume: str | None, init: str | None, states: Sequence[Path]
 ) -> tuple[Checkpoint | None, Checkpoint | None]:
     """Read the checkpoint that a run starts from.
@@ -40,14 +40,14 @@ def starting_point(
         states: paths at which `--resume auto` looks for a state. At most one of the files may exist.
 
     Returns:
-        origin: the checkpoint whose weights are used. None: the weights are new.
-        resumed: the checkpoint whose run is continued, which is `origin`. None: a new run begins.
+        origin: the checkpoint whose weights are used, or None if the initial weights are new.
+        resumed: the checkpoint whose run is continued, or None if a new run begins.
 
     Raises:
         UserError: if several state files exist for `--resume auto`, or if a file cannot be read.
     """
     if resume == "auto":
-        resume = _find_state(states)
+        resume = _find_only_state(states)
     if resume or init:
         logger.info("starting from %s", printable(resume or init))
     origin = read_checkpoint(resume or init)
@@ -59,7 +59,7 @@ def starting_point(
     return origin, None
 
 
-def _find_state(states: Sequence[Path]) -> str | None:
+def _find_only_state(states: Sequence[Path]) -> str | None:
     """Return the only existing file of `states`, or None if no file exists.
 
     Raises:
@@ -80,19 +80,19 @@ def _find_state(states: Sequence[Path]) -> str | None:
 
 
 class Run(contextlib.AbstractContextManager):
-    """A training run, a context that saves the state, writes the records and stops the run after a signal.
+    """A context manager for a training run, which saves states, writes records and stops the run after a signal.
 
-    The state is saved every --save-minutes, when a signal stops the run, and when an error ends the run. It is also
-    saved at the end of an epoch that has numbered checkpoints or the best validation score so far.
+    The state is saved every --save-minutes, when a signal stops the run, and when an error ends the run. The state is
+    also saved at the end of an epoch that has numbered checkpoints or the best validation score so far.
 
-    The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The steps in TensorBoard are
-    numbers of finished epochs.
+    The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. In TensorBoard, the step of
+    a record is the number of finished epochs.
 
     Args:
-        folder: the folder of the run, from `run_folder`.
+        folder: the folder of the run, from `open_run_folder`.
         about: entries of config.json, which are also saved in every state. The entry "settings" is required.
         networks: function that returns the entries of the state that belong to the networks. Only the main process
-            calls it.
+            calls the function.
         stepper: the optimizer and the progress of the training.
         epochs: number of epochs of the whole training.
     """
@@ -104,13 +104,13 @@ class Run(contextlib.AbstractContextManager):
         self.saved_at = time.monotonic()
         self.epoch_began: float | None = None  # time at which this process began to train the current epoch
         self.first_step = 0  # step of the current epoch with which this process began: above 0 in a resumed epoch
-        self.reported: set[str] = set()  # log lines on images left out, each of which is logged once
+        self.reported: set[str] = set()  # errors of left-out images that were logged already
         self.stop = StopSignal()
         self.writer = None
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # imported here, because the import takes seconds
 
-            folder.begin(about, self.first_epoch)
+            folder.begin_run(about, self.first_epoch)
             self.writer = SummaryWriter(str(folder.path / EVENTS), purge_step=self.first_epoch + 1)
 
     def __enter__(self) -> "Run":
@@ -125,8 +125,8 @@ class Run(contextlib.AbstractContextManager):
             raise UserError(f"{error}; {saved}") from error
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps:
-                self.save()
-            if self.stop.received:  # this process has failed because another process has stopped after the signal
+                self.save_state()
+            if self.stop.received:  # the error occurred because another process has stopped after the signal
                 raise Stopped(self.stop.received) from error
         if error is None and self.writer:
             self.writer.close()
@@ -136,26 +136,26 @@ class Run(contextlib.AbstractContextManager):
 
     # --- saving
 
-    def state(self) -> dict:
-        """Return the state of the run: all that is needed to use the networks and to continue their training.
+    def make_state(self) -> dict:
+        """Return the state of the run, which is everything needed to use the networks and to continue the training.
 
         The entry "epoch" is the number of finished epochs.
         """
         networks = self.networks()
         return {**self.about, **networks, **self.stepper.state_dict(), "epoch": self.progress.epoch}
 
-    def save(self) -> None:
-        """Save the state of the run as the last state."""
+    def save_state(self) -> None:
+        """Write the state of the run to last.pth or last.pth.tar."""
         if self.world.is_main:
-            self._save_last(self.state())
+            self._save_as_last_state(self.make_state())
         self.saved_at = time.monotonic()
 
-    def _save_last(self, state: dict) -> None:
-        self.folder.save(self.folder.last.name, state)
-        self.folder.delete_replaced()
+    def _save_as_last_state(self, state: dict) -> None:
+        self.folder.save_checkpoint(self.folder.last.name, state)
+        self.folder.delete_replaced_files()
 
-    def _save_if_due(self, training: bool) -> None:
-        """Save the state after a signal or after --save-minutes. After a signal, stop the run by raising `Stopped`.
+    def _save_state_if_due(self, training: bool) -> None:
+        """Save the state if a signal was received or --save-minutes have passed. After a signal, raise `Stopped`.
 
         In training, all processes save and stop after the same batch. Otherwise, a process could wait forever for a
         process that has stopped.
@@ -166,13 +166,15 @@ class Run(contextlib.AbstractContextManager):
             values = torch.tensor([float(signal_number), float(due)], device=self.stepper.compute.device)
             signal_number, due = distributed.all_reduce_max(values, self.world).tolist()
         if signal_number or due:
-            self.save()
+            self.save_state()
         if signal_number:
             raise Stopped(int(signal_number))
 
     # --- batches
 
-    def batches(self, loader: Iterable, description: str, training: bool = False, min_images: int = 1) -> Iterator:
+    def iterate_batches(
+        self, loader: Iterable, description: str, training: bool = False, min_images: int = 1
+    ) -> Iterator:
         """Iterate over the batches of a loader. After each batch, save the state if it is due, and stop after a signal.
 
         With --skip-bad, each image that cannot be used is left out with one log line.
@@ -183,9 +185,9 @@ class Run(contextlib.AbstractContextManager):
         Args:
             loader: iterable of batches (data.datasets.Batch).
             description: text in front of the progress bar.
-            training: whether the caller takes an optimizer step with each batch. Only in training, the state is saved
-                every --save-minutes.
-            min_images: smallest number of images that a process needs in a batch. It is 2 if batch norm cannot be
+            training: whether the caller takes an optimizer step with each batch. The state is saved every
+                --save-minutes only if `training` is True.
+            min_images: smallest number of images that a process needs in a batch. Pass 2 if batch norm cannot be
                 trained on a single image. Smaller batches are left out.
 
         Yields:
@@ -193,23 +195,23 @@ class Run(contextlib.AbstractContextManager):
 
         Raises:
             UserError: if an image cannot be used, and --skip-bad is not given.
-            Stopped: after a signal.
+            Stopped: if the program has received a signal to stop.
         """
         if training and self.epoch_began is None:
             self.epoch_began, self.first_step = time.monotonic(), self.progress.step
         usable = None  # the last batch that held enough images
-        for batch in console.progress(loader, description):
+        for batch in console.progress_bar(loader, description):
             self._report_errors(batch.errors)
             if len(batch.x) >= max(min_images, 1):
                 usable = batch
                 yield batch
             else:
-                errors = self._leave_out_small_batch(batch, min_images)
+                errors = self._log_images_of_small_batch(batch, min_images)
                 if training and self.world.size > 1:
-                    yield _fill(usable or batch, min_images)._replace(errors=errors)
+                    yield _repeat_images(usable or batch, min_images)._replace(errors=errors)
                 elif training:
-                    self.progress.skip_step(len(errors))
-            self._save_if_due(training)
+                    self.progress.count_skipped_batch(len(errors))
+            self._save_state_if_due(training)
 
     def _report_errors(self, errors: Mapping[int, str]) -> None:
         """Log each new error of an image that cannot be used. Without --skip-bad, raise a UserError instead."""
@@ -217,23 +219,23 @@ class Run(contextlib.AbstractContextManager):
             if text in self.reported:
                 continue
             if not self.settings["skip_bad"]:
-                raise UserError(f"{text}; repair or remove it, or leave out such images with --skip-bad")
-            self._report(text)
+                raise UserError(f"{text}; repair or remove the image, or leave out such images with --skip-bad")
+            self._log_left_out_image(text)
 
-    def _leave_out_small_batch(self, batch, min_images: int) -> dict[int, str]:
+    def _log_images_of_small_batch(self, batch, min_images: int) -> dict[int, str]:
         """Log one line for each image of a batch that is too small.
 
         Returns:
-            the errors of all images of the batch, by their number in the dataset.
+            {index in the dataset: error} of all images of the batch.
         """
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
             size = f"a batch of {len(batch.x)}, and batch norm needs at least {min_images}"
             errors[key[1]] = f"{printable(item.path)} (the other images of its batch cannot be used: {size})"
-            self._report(errors[key[1]])
+            self._log_left_out_image(errors[key[1]])
         return errors
 
-    def _report(self, text: str) -> None:
+    def _log_left_out_image(self, text: str) -> None:
         if text not in self.reported:
             logger.warning("image left out: %s", text)
             self.reported.add(text)
@@ -250,15 +252,17 @@ class Run(contextlib.AbstractContextManager):
             values: values to record, by name. None and non-finite values are recorded as missing.
             score: name of the value by which epochs are compared. A higher score is better. Without validation,
                 `values` does not contain the score. A score that is not finite is never the best.
-            numbered: function from the state to the numbered checkpoints. None: the epoch has no numbered checkpoint.
+            numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
+                checkpoint is written.
         """
-        self._record(values)
+        self._record_epoch(values)
         progress = self.progress
-        progress.next_epoch()
+        progress.start_next_epoch()
         value = values.get(score)
         if value is not None and not math.isfinite(value):
             logger.warning(
-                "warning: %s is %s in epoch %d, which therefore cannot be the best", score, value, progress.epoch - 1
+                "warning: %s is %s in epoch %d: this epoch is not saved as the best epoch",
+                *(score, value, progress.epoch - 1),
             )
             value = None
         is_best = value is not None and (progress.best is None or value > progress.best)
@@ -266,19 +270,19 @@ class Run(contextlib.AbstractContextManager):
             progress.best = value
         if not self.world.is_main or not (is_best or numbered):
             return
-        state = self.state()
+        state = self.make_state()
         if is_best:
-            self.folder.save(self.folder.best.name, state)
+            self.folder.save_checkpoint(self.folder.best.name, state)
         if numbered:
             for name, content in numbered(state).items():
-                self.folder.save(name, content)
-                self._delete_older(name)
-        # The last state is saved at the end, so that a run that is killed before writes all checkpoints again
-        self._save_last(state)
+                self.folder.save_checkpoint(name, content)
+                self._delete_older_checkpoints(name)
+        # The last state is saved after the other checkpoints: a run that is killed in between writes all of them again
+        self._save_as_last_state(state)
         self.saved_at = time.monotonic()
 
-    def _delete_older(self, name: str) -> None:
-        """Delete numbered checkpoints that are named like `name`, except for the --keep-last newest ones."""
+    def _delete_older_checkpoints(self, name: str) -> None:
+        """Delete old numbered checkpoints whose name has the form of `name`. The --keep-last newest files are kept."""
         keep = self.settings["keep_last"]
         if not keep:
             return
@@ -289,17 +293,17 @@ class Run(contextlib.AbstractContextManager):
             if match and path.name in self.folder.files:
                 found.append((int(match[1]), path))
         for _, path in sorted(found)[:-keep]:
-            self.folder.delete(path)
+            self.folder.delete_file(path)
 
-    def _record(self, values: Mapping[str, float | None]) -> None:
+    def _record_epoch(self, values: Mapping[str, float | None]) -> None:
         """Write the values of an epoch to stats.jsonl, TensorBoard and the log."""
-        minutes = self._minutes_left()
+        minutes = self._estimate_minutes_left()
         self.epoch_began = None
         if self.writer is None:
             return
         if self.folder.replacing:
-            # Saving deletes the records and checkpoints of the earlier run, which must not mix with the records below
-            self.save()
+            # Saving deletes the records of the earlier run, so that only records of this run follow
+            self.save_state()
         epoch = self.progress.epoch
         finite = {}
         for name, value in {**values, "learning_rate": self.stepper.optimizer.param_groups[0]["lr"]}.items():
@@ -314,11 +318,11 @@ class Run(contextlib.AbstractContextManager):
         left = f"  (about {minutes:.0f} min left)" if minutes >= 1 else ""
         logger.info("epoch %d: %s%s", epoch, "  ".join(words), left)
 
-    def _minutes_left(self) -> float:
+    def _estimate_minutes_left(self) -> float:
         """Estimate how many minutes the remaining epochs take, from the duration of the current epoch.
 
-        The duration is measured from the first training step, because the work before it, such as filling the residual
-        cache, is done once. If the epoch was resumed in the middle, its duration is scaled up to a whole epoch.
+        The duration is measured from the first training step, because earlier work, such as filling the residual cache,
+        is done only once. If the epoch was resumed in the middle, its duration is scaled up to a whole epoch.
         """
         steps = self.progress.step - self.first_step
         if self.epoch_began is None or steps <= 0:
@@ -326,13 +330,18 @@ class Run(contextlib.AbstractContextManager):
         minutes = (time.monotonic() - self.epoch_began) / 60
         return minutes * (self.progress.step / steps) * (self.epochs - self.progress.epoch - 1)
 
-    def pictures(self, name: str, images: Tensor, finished: int) -> None:
-        """Write images (B, 3, H, W) in [0, 1] to TensorBoard. finished: number of finished epochs."""
+    def write_pictures(self, name: str, images: Tensor, finished: int) -> None:
+        """Write images (B, 3, H, W) in [0, 1] to TensorBoard.
+
+        Args:
+            name: name of the images in TensorBoard.
+            finished: number of finished epochs.
+        """
         if self.writer is not None and len(images):
             self.writer.add_images(name, images.detach().float().clamp(0, 1).cpu(), finished)
 
 
-def _fill(batch, min_images: int):
+def _repeat_images(batch, min_images: int):
     """Repeat the images of a batch until there are at least `min_images`, and set their weights to 0.
 
     Because of the weights, the images contribute nothing to the gradients.
@@ -342,7 +351,8 @@ def _fill(batch, min_images: int):
     """
     if not len(batch.x):
         reason = next(iter(batch.errors.values()))
-        raise UserError(f"{reason}; this process has no other image with which it could take the step")
+        text = "this process has no usable image for its step; repair the image, or use a larger --batch-size"
+        raise UserError(f"{reason}; {text}")
     times = math.ceil(min_images / len(batch.x))
     return batch._replace(
         x=torch.cat([batch.x] * times),

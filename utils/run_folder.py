@@ -8,15 +8,15 @@ from pathlib import Path
 
 from utils import checkpoints
 from utils.checkpoints import Checkpoint
-from utils.compute import versions
+from utils.compute import package_versions
 from utils.console import printable
 from utils.distributed import World, broadcast_from_main
 from utils.errors import UserError
-from utils.files import atomic, exclusive_writer, make_folder, remove_unfinished, write_json
+from utils.files import hold_lock_file, make_folder, remove_unfinished_files, write_atomically, write_json
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# File ending of a trainer's checkpoints -> regular expression for their names
+# {file ending of a trainer's checkpoints: regular expression for the names of the checkpoints}
 CHECKPOINT_NAMES = {
     ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
     ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
@@ -24,11 +24,11 @@ CHECKPOINT_NAMES = {
 
 
 class RunFolder:
-    """The output folder of a run. The file config.json in it records which files the run has written.
+    """The output folder of a run. The file config.json in the folder lists the files that the run has written.
 
-    No file is replaced or deleted unless config.json records it. With --overwrite, the files of an earlier run are
-    deleted only after the first state of the new run has been saved. Until then, the new run may fail, and the files
-    may hold the weights from which it has started.
+    A file is replaced or deleted only if config.json lists the file. With --overwrite, the files of an earlier run are
+    deleted after the first state of the new run has been saved. The files are kept until then, because they may hold
+    the initial weights of the new run.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
@@ -39,32 +39,32 @@ class RunFolder:
         self.best = last.with_name(last.name.replace("last", "best"))
         self.pattern = CHECKPOINT_NAMES[".pth.tar" if last.name.endswith(".pth.tar") else ".pth"]
         self.record: dict = {}
-        self.files: set[str] = set()  # names of the files that config.json records
+        self.files: set[str] = set()  # names of the files that config.json lists
         self.continued = False  # whether this run continues the run whose files are in the folder
         self.replacing = False  # whether the files of an earlier run must be deleted after the first save
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files of the earlier run that must be deleted
 
-    def open(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
-        """Read the record of written files, and check whether the run may write into the folder.
+    def check_and_open(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
+        """Read the list of written files, and check whether the run may write into the folder.
 
         Args:
-            resumed: the state from which the run continues. None: the run is new.
+            resumed: the state from which the run continues. If `resumed` is None, the run is new.
             overwrite: whether a new run may replace an earlier run.
 
         Returns:
             None, or one line that says why the run must not write into the folder.
         """
-        self.files = self._recorded_files()
+        self.files = self._read_recorded_files()
         if resumed is not None:
-            state = Path(resumed.name)  # this path may be a symbolic link or lead through one
+            state = Path(resumed.name)  # this path may be a symbolic link or contain a symbolic link
             self.continued = self.path.resolve() in (state.parent.resolve(), state.resolve().parent)
         if self.continued:
             self.files.add(Path(resumed.name).name)
         for path in sorted(self.path.iterdir()):
             if self._is_run_file(path.name) and path.name not in self.files:
                 return (
-                    f"{printable(path)} is not recorded as a file of an earlier run, and would be replaced: move it, or"
-                    " write elsewhere"
+                    f"{printable(path)} is not recorded as a file of an earlier run, and would be replaced: move the"
+                    " file, or write elsewhere"
                 )
         earlier = [self.path / name for name in sorted(self.files) if re.search(r"\.pth(\.tar)?$", name)]
         earlier = [path for path in earlier if path.exists()]
@@ -81,28 +81,28 @@ class RunFolder:
         self.replaced = earlier
         return None
 
-    def begin(self, about: Mapping, first_epoch: int) -> None:
+    def begin_run(self, about: Mapping, first_epoch: int) -> None:
         """Write config.json, and remove the records of epochs that this run trains again.
 
         Args:
             about: entries of config.json.
             first_epoch: first epoch that this run trains.
         """
-        remove_unfinished(self.path, self._recorded_names())
-        self.record = {**about, "versions": versions(), "format": RECORD_FORMAT}
+        remove_unfinished_files(self.path, self._pattern_of_recorded_names())
+        self.record = {**about, "versions": package_versions(), "format": RECORD_FORMAT}
         self.files |= {RECORD, STATS, EVENTS}
         self._write_record()
         events = sorted(self.path.glob(f"{EVENTS}/events.out.tfevents.*"))
         if self.continued:
-            self._keep_stats(first_epoch)
+            self._keep_stats_of_first_epochs(first_epoch)
         elif self.replacing:
             self.replaced += events
         else:
-            self._keep_stats(0)
+            self._keep_stats_of_first_epochs(0)
             for path in events:
                 path.unlink()
 
-    def _keep_stats(self, epochs: int) -> None:
+    def _keep_stats_of_first_epochs(self, epochs: int) -> None:
         """Keep the lines of the first `epochs` epochs in stats.jsonl, and delete all later lines."""
         kept = []
         stats = self.path / STATS
@@ -111,28 +111,31 @@ class RunFolder:
                 complete = line.endswith("}\n")  # the last line may be incomplete after a power failure
                 if complete and json.loads(line)["epoch"] < epochs:
                     kept.append(line)
-        with atomic(stats) as file:
+        with write_atomically(stats) as file:
             file.write("".join(kept).encode())
 
-    def save(self, name: str, content: dict) -> None:
-        """Write a checkpoint. Its name is recorded before, so that a later run may replace an unfinished file."""
+    def save_checkpoint(self, name: str, content: dict) -> None:
+        """Add the name of a checkpoint to config.json, and then write the checkpoint.
+
+        Because of this order, config.json lists the file even if the run is killed before the file is complete.
+        """
         if name not in self.files:
             self.files.add(name)
             self._write_record()
-        checkpoints.save(content, self.path / name)
+        checkpoints.save_checkpoint(content, self.path / name)
         if self.path / name in self.replaced:
             self.replaced.remove(self.path / name)
 
-    def delete_replaced(self) -> None:
-        """Delete the files of an earlier run that --overwrite replaces and the new run has not overwritten yet."""
+    def delete_replaced_files(self) -> None:
+        """Delete the files of the earlier run that --overwrite replaces, except for files that are overwritten already."""
         if self.replacing:
-            self._keep_stats(0)
+            self._keep_stats_of_first_epochs(0)
             for path in self.replaced:
-                self.delete(path)
+                self.delete_file(path)
             self.replacing = False
 
-    def delete(self, path: Path) -> None:
-        """Delete a checkpoint, and remove its name from the record of written files."""
+    def delete_file(self, path: Path) -> None:
+        """Delete a file of a run, and remove the name of the file from config.json."""
         path.unlink(missing_ok=True)
         self.files.discard(path.name)
         self._write_record()
@@ -140,46 +143,46 @@ class RunFolder:
     def _write_record(self) -> None:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
-    def _recorded_files(self) -> set[str]:
-        """Read the names of written files from config.json. Returns an empty set if this project has not written it."""
+    def _read_recorded_files(self) -> set[str]:
+        """Read the names of written files from config.json. Returns an empty set if this project wrote no config.json."""
         try:
             record = json.loads((self.path / RECORD).read_text())
             if record["format"] == RECORD_FORMAT:
-                return {name for name in record["files"] if self._is_plain_name(name)}
+                return {name for name in record["files"] if self._is_name_without_folder(name)}
         except (OSError, ValueError, TypeError, KeyError):
             pass
         return set()
 
     @staticmethod
-    def _is_plain_name(name: object) -> bool:
+    def _is_name_without_folder(name: object) -> bool:
         return isinstance(name, str) and Path(name).name == name
 
     def _is_run_file(self, name: str) -> bool:
         return name in (RECORD, STATS, EVENTS) or re.fullmatch(self.pattern, name) is not None
 
-    def _recorded_names(self) -> str:
-        """Return a regular expression that matches the names of the recorded files."""
+    def _pattern_of_recorded_names(self) -> str:
+        """Return a regular expression that matches the names of the files that config.json lists."""
         return "|".join(re.escape(name) for name in sorted(self.files)) or r"(?!)"
 
 
 @contextlib.contextmanager
-def run_folder(last: Path, world: World, resumed: Checkpoint | None, overwrite: bool) -> Iterator[RunFolder]:
+def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwrite: bool) -> Iterator[RunFolder]:
     """Create the output folder of a run, and keep other runs out of the folder while the `with` block runs.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
         world: the processes of this run.
-        resumed: the state from which the run continues. None: the run is new.
+        resumed: the state from which the run continues. If `resumed` is None, the run is new.
         overwrite: whether a new run may replace an earlier run.
 
     Raises:
-        UserError: if no file can be written into the folder, if a second run is writing into it, if it holds an earlier
-            run that must not be replaced, or if this run would replace a file that no run has recorded.
+        UserError: if no file can be written into the folder, if a second run is writing into the folder, if the folder
+            holds an earlier run that must not be replaced, or if this run would replace a file that no run has recorded.
     """
     folder = RunFolder(last)
     make_folder(folder.path)
-    with exclusive_writer(folder.path / ".lock", world):
-        refusal = folder.open(resumed, overwrite) if world.is_main else None
+    with hold_lock_file(folder.path / ".lock", world):
+        refusal = folder.check_and_open(resumed, overwrite) if world.is_main else None
         refusal = broadcast_from_main(refusal, world)
         if refusal:
             raise UserError(refusal)

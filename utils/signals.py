@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The exception that ends a run after SIGINT or SIGTERM, when the run has saved its state."""
+    """The exception that ends a run after SIGINT or SIGTERM. The run has saved its state before."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """A context that remembers SIGINT and SIGTERM, so that a run can finish the current step and save its state.
+    """A context manager that records SIGINT and SIGTERM, so that a run can finish the current step and save its state.
 
     A second Ctrl-C stops the run at once. A second SIGTERM has no effect, because torchrun may send SIGTERM twice.
     """
@@ -24,16 +24,19 @@ class StopSignal:
         self.received: int | None = None
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._previous = {
+            number: signal.signal(number, self._remember_signal) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _receive(self, number: int, _frame) -> None:
+    def _remember_signal(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:
-            logger.warning("received %s: finishing this step, then saving", signal.Signals(number).name)
+            text = "received %s: the program finishes the current step, saves its state and stops"
+            logger.warning(text, signal.Signals(number).name)
             self.received = number

@@ -1,4 +1,4 @@
-"""Progress of a training, optimizer steps over all processes, and learning rates."""
+"""Progress of a training run, optimizer steps over all processes, and learning-rate schedules."""
 
 import logging
 import math
@@ -17,8 +17,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A resumed run may change these settings without a warning. They do not affect the trained weights, or their effect is
-# recorded elsewhere: for example, the files behind --train-file are recorded as a digest of the images.
+# A resumed run may change these settings without a warning.
+# Image folders and image lists are not compared by their paths. The setting "images", a digest, is compared instead.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
@@ -30,30 +30,35 @@ WARM_UP = 0.03  # fraction of the epochs during which the cosine schedule raises
 
 
 class NotFinite(UserError):
-    """The error of a loss or gradient that is not finite. The networks keep their weights from the last good step."""
+    """The error that is raised if the loss or a gradient is not finite. The step has not changed the weights."""
 
 
 @dataclass
 class Progress:
-    """The progress of a training, which is saved in every state, so that a run can be resumed at the exact step."""
+    """The progress of a training run, which is saved in every state so that a run can be resumed at the exact step."""
 
     epoch: int = 0  # number of the current epoch, from 0
-    step: int = 0  # number of batches of the current epoch that are done
+    step: int = 0  # number of finished batches of the current epoch
     total_steps: int = 0  # number of optimizer steps since the run began
     sums: dict[str, float] = field(default_factory=dict)  # sum of each value over the images of the current epoch
     best: float | None = None  # best validation score of all epochs
     left_out: int = 0  # number of images in the current epoch that could not be used
 
-    def add(self, values: Mapping[str, float], count: float) -> None:
-        """Count an optimizer step. values: means over the `count` images of the step."""
+    def count_step(self, values: Mapping[str, float], count: float) -> None:
+        """Count an optimizer step, and add its values to the sums of the epoch.
+
+        Args:
+            values: means over the `count` images of the step.
+            count: number of images of the step.
+        """
         self.step += 1
         self.total_steps += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * count
         self.sums["count"] = self.sums.get("count", 0.0) + count
 
-    def skip_step(self, left_out: int) -> None:
-        """Count a batch that was skipped because too few of its images could be used.
+    def count_skipped_batch(self, left_out: int) -> None:
+        """Count a batch that was skipped because too few images of the batch could be used.
 
         Args:
             left_out: number of images in the batch.
@@ -61,8 +66,8 @@ class Progress:
         self.step += 1
         self.left_out += left_out
 
-    def means(self) -> dict[str, float]:
-        """Return the values of the current epoch, averaged over its images.
+    def means_of_epoch(self) -> dict[str, float]:
+        """Return the mean of each value over the images of the current epoch.
 
         If images were left out, their number is returned as "left_out".
         """
@@ -74,8 +79,8 @@ class Progress:
             means["left_out"] = self.left_out
         return means
 
-    def next_epoch(self) -> None:
-        """Go to the next epoch, and reset the counts and sums of the current epoch."""
+    def start_next_epoch(self) -> None:
+        """Increase the number of the epoch by 1, and set the counts and sums of the epoch to 0."""
         self.epoch += 1
         self.step = 0
         self.sums = {}
@@ -87,16 +92,16 @@ class Progress:
         Raises:
             UserError: if a value has a wrong type or is out of range.
         """
-        self.epoch = fields.integer("epoch")
-        self.step = fields.integer("step")
-        self.total_steps = fields.integer("total_steps")
-        sums = fields.fields("sums")
-        self.sums = {name: sums.number(name) for name in sums.values}
-        self.best = fields.number("best", default=None)
-        self.left_out = fields.integer("left_out", default=0)
+        self.epoch = fields.get_integer("epoch")
+        self.step = fields.get_integer("step")
+        self.total_steps = fields.get_integer("total_steps")
+        sums = fields.get_fields("sums")
+        self.sums = {name: sums.get_number(name) for name in sums.values}
+        self.best = fields.get_number("best", default=None)
+        self.left_out = fields.get_integer("left_out", default=0)
 
 
-def cosine(epochs_total: int, epochs: float) -> float:
+def cosine_rate_factor(epochs_total: int, epochs: float) -> float:
     """Compute the factor on the base learning rate after `epochs` of `epochs_total` epochs, for the cosine schedule.
 
     The factor rises linearly from 0 to 1 during the warm-up, and then falls to 0 along a cosine.
@@ -107,8 +112,8 @@ def cosine(epochs_total: int, epochs: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
 
 
-def constant_rate(epochs: float) -> float:
-    """Return the factor 1 on the base learning rate, whatever the epoch."""
+def constant_rate_factor(epochs: float) -> float:
+    """Return the factor 1 on the base learning rate for all epochs."""
     return 1.0
 
 
@@ -124,8 +129,8 @@ class Stepper:
         rate_factor: function from a number of finished epochs, which may be fractional, to the factor on the base
             learning rates.
         steps_per_epoch: number of steps in an epoch.
-        clip_norm: largest norm of the gradients. Gradients with a larger norm are scaled down to this norm. None or 0:
-            gradients are not clipped.
+        clip_norm: largest norm of the gradients. Gradients with a larger norm are scaled down to this norm. If
+            `clip_norm` is None or 0, gradients are not clipped.
     """
 
     def __init__(
@@ -133,20 +138,20 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         compute: Compute,
         world: World,
-        rate_factor: Callable[[float], float] = constant_rate,
+        rate_factor: Callable[[float], float] = constant_rate_factor,
         steps_per_epoch: int = 1,
         clip_norm: float | None = None,
     ):
         self.optimizer, self.compute, self.world = optimizer, compute, world
         self.rate_factor, self.steps_per_epoch, self.clip_norm = rate_factor, steps_per_epoch, clip_norm
         self.progress = Progress()
-        # Learning rate, weight decay and momentum from the options, which a resumed run uses instead of the saved ones
+        # A resumed run uses the learning rate, weight decay and momentum of the options instead of the saved values
         self.configured = []
         for group in optimizer.param_groups:
             self.configured.append({name: value for name, value in group.items() if name != "params"})
         self.scaler = torch.amp.GradScaler(compute.device.type, enabled=compute.precision == "fp16")
 
-    def set_rates(self, factor: float) -> None:
+    def set_learning_rates(self, factor: float) -> None:
         """Set the learning rate of each parameter group to its base rate times `factor`."""
         for group, configured in zip(self.optimizer.param_groups, self.configured, strict=True):
             group.update(configured)
@@ -158,8 +163,8 @@ class Stepper:
         Args:
             loss: scalar, this process's part of the loss. The sum of the parts over the processes is the mean loss of
                 the whole batch.
-            values: scalars to record, by name. Each is this process's part of a mean over the whole batch.
-            batch: the batch (data.datasets.Batch), from which weights, errors and file names are used.
+            values: {name: scalar to record}. Each scalar is this process's part of a mean over the whole batch.
+            batch: the batch (data.datasets.Batch). Its weights, errors and file names are used.
 
         Raises:
             NotFinite: if the loss or a gradient is not finite. In this case, no weight has been changed.
@@ -169,16 +174,16 @@ class Stepper:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
             norm = norm.nan_to_num()  # in fp16, GradScaler skips a step that overflows and lowers its scale
-        means, count, left_out, norm = self._reduce({"loss": loss, **values}, batch, norm)
-        self._require_finite(means["loss"], norm, batch)
+        means, count, left_out, norm = self._reduce_over_processes({"loss": loss, **values}, batch, norm)
+        self._require_finite_loss_and_gradients(means["loss"], norm, batch)
         if self.clip_norm and norm > self.clip_norm:
             torch._foreach_mul_(gradients, self.clip_norm / norm)
-        self.set_rates(self.rate_factor(self.progress.epoch + self.progress.step / self.steps_per_epoch))
+        self.set_learning_rates(self.rate_factor(self.progress.epoch + self.progress.step / self.steps_per_epoch))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         self.progress.left_out += int(left_out)
-        self.progress.add(means, count)
+        self.progress.count_step(means, count)
 
     def _sum_gradients(self) -> list[Tensor]:
         """Sum the gradients over the processes, and divide them by the scale of GradScaler. Returns the gradients."""
@@ -187,7 +192,9 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         return [p.grad for p in parameters if p.grad is not None]
 
-    def _reduce(self, parts: Mapping[str, Tensor], batch, norm: Tensor) -> tuple[dict[str, float], float, float, float]:
+    def _reduce_over_processes(
+        self, parts: Mapping[str, Tensor], batch, norm: Tensor
+    ) -> tuple[dict[str, float], float, float, float]:
         """Sum values and numbers of images over the processes, and copy the sums and `norm` to the CPU.
 
         All numbers are copied together, so that the CPU waits for the GPU only once per step.
@@ -205,7 +212,7 @@ class Stepper:
             means[name] = value / (weight or 1)  # the weights add up to 1 unless images were left out
         return means, count, left_out, norm
 
-    def _require_finite(self, loss: float, norm: float, batch) -> None:
+    def _require_finite_loss_and_gradients(self, loss: float, norm: float, batch) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         files = ", ".join(sorted({printable(item.path) for item in batch.items}))
@@ -229,7 +236,7 @@ class Stepper:
         validation images have changed, the saved best score is removed.
 
         Args:
-            resumed: the saved state of the run to resume. None: a new run begins, and nothing is loaded.
+            resumed: the saved state of the run to resume. If `resumed` is None, nothing is loaded.
             settings: the present settings of the program.
 
         Raises:
@@ -238,23 +245,23 @@ class Stepper:
         if resumed is None:
             return
         content = Fields(resumed.content, resumed.name)
-        earlier = content.fields("settings")
-        optimizer, present = earlier.text("optimizer", default="sgd"), settings.get("optimizer", "sgd")
+        earlier = content.get_fields("settings")
+        optimizer, present = earlier.get_text("optimizer", default="sgd"), settings.get("optimizer", "sgd")
         if optimizer != present:
             raise UserError(
                 f"{printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give --optimizer"
-                f" {optimizer}, or start a new run with --init, which loads the weights alone"
+                f" {optimizer}, or start a new run with --init, which loads only the weights"
             )
-        self._load_optimizer(resumed)
-        self.set_rates(1.0)
-        self.progress.load_state(content.fields("progress"))
-        report_changes(earlier.values, settings, self.progress)
+        self._load_optimizer_state(resumed)
+        self.set_learning_rates(1.0)
+        self.progress.load_state(content.get_fields("progress"))
+        warn_about_changed_settings(earlier.values, settings, self.progress)
 
-    def _load_optimizer(self, resumed: Checkpoint) -> None:
+    def _load_optimizer_state(self, resumed: Checkpoint) -> None:
         try:
             self.optimizer.load_state_dict(resumed.content["optimizer"])
             for parameter, buffers in self.optimizer.state.items():
-                _require_shapes(parameter, buffers)
+                _require_equal_shapes(parameter, buffers)
             if resumed.content["scaler"]:  # the saved scaler is empty if the run was not in fp16
                 self.scaler.load_state_dict(resumed.content["scaler"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -263,21 +270,21 @@ class Stepper:
             raise UserError(text) from None
 
 
-def _require_shapes(parameter: Tensor, buffers: Mapping[str, object]) -> None:
+def _require_equal_shapes(parameter: Tensor, buffers: Mapping[str, object]) -> None:
     """Raise ValueError if a buffer of the optimizer and its parameter have different shapes."""
     for name, buffer in buffers.items():
         if isinstance(buffer, Tensor) and buffer.dim() > 0 and buffer.shape != parameter.shape:
             raise ValueError(f"expected {name} of shape {tuple(parameter.shape)}, got {tuple(buffer.shape)}")
 
 
-def report_changes(earlier: Mapping, present: Mapping, progress: Progress) -> None:
+def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Progress) -> None:
     """Log one warning for each setting that has changed since the run began.
 
     If the validation images have changed, the best score in `progress` is removed.
 
     Args:
         earlier: settings in the saved state.
-        present: settings of the program now.
+        present: settings of the running program.
         progress: progress of the resumed run.
     """
     for name in sorted(earlier.keys() & present.keys() - FREE_SETTINGS):
@@ -286,11 +293,12 @@ def report_changes(earlier: Mapping, present: Mapping, progress: Progress) -> No
         effect = ""
         if name == VALIDATION_SETTING:
             progress.best = None
-            effect = ": scores on different images cannot be compared, so the best score starts again"
+            effect = ": scores on different images cannot be compared, so the earlier best score is removed"
         elif progress.step and name in ORDER_SETTINGS:
             effect = (
                 f": from step {progress.step} of this epoch, images come in another order, some twice or not at all"
             )
         logger.warning(
-            "warning: %s was %s when the run began and is %s now%s", name, earlier[name], present[name], effect
+            "warning: the setting %s was %s when the run began and is %s now%s",
+            *(name, earlier[name], present[name], effect),
         )
