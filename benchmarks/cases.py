@@ -88,7 +88,7 @@ class PlainRDN(nn.Module):
 
 def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
     """Create a detector with random weights. The random seed is fixed, so all forms have the same weights."""
-    compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
+    compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
     rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
     features = Pixels()
@@ -140,12 +140,14 @@ def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
     """Return a function that runs a training step of train_detector.py --fixed-sr, without cached residuals."""
     detector, compute = build_detector(case)
     detector.train().freeze_resynthesizer(True)
-    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
-    residual_of = partial(frozen_residual, detector, compute, None)
+    stepper = Stepper(
+        torch.optim.SGD(create_parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World()
+    )
+    residual_of = partial(residual_without_gradients, detector, compute, None)
     batch = make_noise_batch(case)
 
     def train_classifier() -> None:
-        loss, values = frozen_loss(detector, residual_of, batch)
+        loss, values = loss_with_frozen_resynthesizer(detector, residual_of, batch)
         stepper.step(loss, values, batch)
 
     return train_classifier
@@ -158,7 +160,9 @@ def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
     detector.resynthesizer.checkpoint_blocks = True
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
-    stepper = Stepper(torch.optim.SGD(parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World())
+    stepper = Stepper(
+        torch.optim.SGD(create_parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World()
+    )
     batch = make_noise_batch(case)
 
     def train_all_networks() -> None:
@@ -178,7 +182,7 @@ def prepare_rdn_training_step(case: Case) -> Callable[[], object]:
     batch = make_noise_batch(case)
 
     def train_rdn() -> None:
-        loss, l1, _ = train_sr.patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
+        loss, l1, _ = train_sr.compute_patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
         stepper.step(loss, {"l1": l1}, batch)
 
     return train_rdn
@@ -200,7 +204,7 @@ def prepare_rdn_forward(case: Case) -> Callable[[], Tensor]:
 
 def prepare_matrix_product(case: Case) -> Callable[[], Tensor]:
     """Return a function that multiplies two matrices of side x side values, in 2 * side^3 operations."""
-    compute = choose_compute(case.gpu, case.precision, deterministic=False, seed=0)
+    compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     a = torch.randn(case.side, case.side, device=compute.device, dtype=dtype)
     return lambda: a @ a

@@ -65,7 +65,7 @@ class ScoreWriter:
     Args:
         table: path of P.csv.
         items: the images, in the order of the table.
-        stamps: `file_stamps` of the images.
+        stamps: `read_file_sizes_and_times` of the images.
         job: everything that the scores depend on besides the content of the image files, as a dict for JSON. It
             must describe the list of images, for example by `list_digest`.
         world: the processes that write the table together.
@@ -99,9 +99,9 @@ class ScoreWriter:
         has_table_of_this_job = not overwrite and not parts and self._is_table_of_this_job()
         known_rows = ()
         if has_table_of_this_job:
-            known_rows = self._rows_of_table()
+            known_rows = self._read_rows_of_table()
         elif not overwrite:
-            known_rows = self._rows_of_parts(parts)
+            known_rows = self._read_rows_of_parts(parts)
         for i, row in known_rows:
             must_be_scored_again = required is not None and required[i] and not row.error
             self.done[i] = not must_be_scored_again
@@ -122,8 +122,8 @@ class ScoreWriter:
             file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
         if has_table_of_this_job and self.world.is_main:  # only residual pictures are missing: keep the rows
-            for i, row in self._rows_of_table():
-                self.write({i: row})
+            for i, row in self._read_rows_of_table():
+                self.write_rows({i: row})
         return True
 
     def list_unscored_images(self, block: int) -> np.ndarray:
@@ -142,10 +142,10 @@ class ScoreWriter:
         """Append rows, {index of the image: row}, to the part of this process, and flush the file."""
         lines = []
         for i, row in rows.items():
-            cells = row_cells(row)[len(Item._fields) :]
+            cells = cells_from_row(row)[len(Item._fields) :]
             size, mtime_ns = self.stamps[i]
-            lines.append(csv_line([str(i), *cells, str(size), str(mtime_ns)]))
-        self._append("".join(lines))
+            lines.append(format_csv_line([str(i), *cells, str(size), str(mtime_ns)]))
+        self._append_text("".join(lines))
 
     def finish_table(self) -> None:
         """Close the part of this process, wait for all processes, and write the table from the rows of all parts.
@@ -158,13 +158,13 @@ class ScoreWriter:
         if not self.world.is_main:
             return
         parts = find_parts(self.table)
-        numbers, offsets = self._places_of_rows(parts)
+        numbers, offsets = self._find_places_of_rows(parts)
         for i in np.flatnonzero(numbers < 0)[:1]:
             raise UserError(
                 f"{printable(self.items[i].path)} has no row in the score table (was a .part file of the table deleted?):"
                 " run test.py again"
             )
-        write_table(self.table, self._rows_at(parts, numbers, offsets))
+        write_table(self.table, self._read_rows_at(parts, numbers, offsets))
 
     def write_record(self, record: Mapping) -> None:
         """Write the given record and the job to P.json. The table is finished only after `delete_parts`."""
@@ -184,7 +184,7 @@ class ScoreWriter:
         record = read_record(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
-    def _rows_of_table(self) -> Iterator[tuple[int, Row]]:
+    def _read_rows_of_table(self) -> Iterator[tuple[int, Row]]:
         """Read the rows of P.csv, as pairs (index of the image, row)."""
         for i, row in zip(range(len(self.items)), read_rows(self.table), strict=False):
             yield i, row._replace(path=self.items[i].path)
@@ -203,7 +203,7 @@ class ScoreWriter:
                 " or delete its rows with --overwrite"
             )
 
-    def _rows_of_parts(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
+    def _read_rows_of_parts(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
         """Read the valid rows of all parts, as pairs (index of the image, row).
 
         Raises:
@@ -212,10 +212,10 @@ class ScoreWriter:
         for part in parts.values():
             self._require_own_job(part)
         for part in parts.values():
-            for _, i, row in self._rows_of_part(part):
+            for _, i, row in self._read_rows_of_part(part):
                 yield i, row
 
-    def _places_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
+    def _find_places_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
         """Find the first valid row of each image.
 
         Returns:
@@ -225,32 +225,32 @@ class ScoreWriter:
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
         for number, part in sorted(parts.items()):
-            for offset, i, _ in self._rows_of_part(part):
+            for offset, i, _ in self._read_rows_of_part(part):
                 if numbers[i] < 0:
                     numbers[i] = number
                     offsets[i] = offset
         return numbers, offsets
 
-    def _rows_at(self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray) -> Iterator[Row]:
-        """Read the rows of all images in the order of the list, at the places of `_places_of_rows`."""
+    def _read_rows_at(self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray) -> Iterator[Row]:
+        """Read the rows of all images in the order of the list, at the places of `_find_places_of_rows`."""
         with ExitStack() as stack:
             files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
             for number, offset in zip(numbers.tolist(), offsets.tolist(), strict=True):
                 files[number].seek(offset)
-                _, row = self._parse(files[number].readline())
+                _, row = self._parse_line(files[number].readline())
                 yield row
 
-    def _rows_of_part(self, part: Path) -> Iterator[tuple[int, int, Row]]:
+    def _read_rows_of_part(self, part: Path) -> Iterator[tuple[int, int, Row]]:
         """Read the valid rows of one part, as triples (position of the row in bytes, index of the image, row)."""
         offset = 0
         with part.open("rb") as file:
             for line in file:
-                parsed = self._parse(line)
+                parsed = self._parse_line(line)
                 if parsed is not None:
                     yield offset, *parsed
                 offset += len(line)
 
-    def _parse(self, line: bytes) -> tuple[int, Row] | None:
+    def _parse_line(self, line: bytes) -> tuple[int, Row] | None:
         """Convert a line of a part to the index of its image and the row. Returns None if the row is not valid.
 
         A row is valid if its image file has not changed. A row that was cut off by a power failure is not valid,
@@ -262,7 +262,7 @@ class ScoreWriter:
             i = int(cells["index"])
             if 0 <= i < len(self.items) and [cells["size"], cells["mtime_ns"]] == [*map(str, self.stamps[i])]:
                 path, label, generator = self.items[i]
-                row = row_from_cells({**cells, "path": path, "label": label_name(label), "generator": generator})
+                row = row_from_cells({**cells, "path": path, "label": label_word(label), "generator": generator})
                 return i, row
         return None
 

@@ -51,7 +51,7 @@ else
 fi
 
 # Hold out a fifth of the pictures. The file name decides, so a picture and its twin are in the same set.
-if [[ -f "$out/train.csv" ]]; then
+if [[ -f "$out/held_out.csv" ]]; then # the file that tools.split writes last
     say "using the pictures of $out/train.csv and $out/held_out.csv (to use other pictures, set OUT=ANOTHER_FOLDER)"
 else
     tool split --data-root-pos "${folders[0]}" --data-root-neg "${folders[@]:1}" --out "$out"

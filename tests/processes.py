@@ -107,7 +107,7 @@ def _hold_lock_with_worker(lock, connection):
 
     The process id of the worker is sent through `connection`.
     """
-    with exclusive_writer(lock, World()):
+    with hold_lock_file(lock, World()):
         worker = os.fork()
         if worker:
             connection.send(worker)
@@ -139,19 +139,19 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress = progress_with_signal
+    console.progress_bar = progress_with_signal
 
 
 def delay_loops(description: str, seconds: float) -> None:
     """Make each loop wait before its first item, if the text beside its progress bar begins with `description`."""
-    original = console.progress
+    original = console.progress_bar
 
     def progress_with_delay(items, text, *more):
         if text.startswith(description):
             time.sleep(seconds)
         return original(items, text, *more)
 
-    console.progress = progress_with_delay
+    console.progress_bar = progress_with_delay
 
 
 def kill_during_save(save: int) -> None:

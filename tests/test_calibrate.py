@@ -55,7 +55,7 @@ def checkpoint_path(tmp_path):
         "vgg": {"fingerprint": "bbbb"},
         "images": IMAGES,
     }
-    checkpoints.save(
+    checkpoints.save_checkpoint(
         {"epoch": 3, "state_dict": last_layer_weights(0.5), "config": config}, tmp_path / "detector.pth.tar"
     )
     return tmp_path / "detector.pth.tar"
@@ -132,7 +132,7 @@ def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_en
     (score_table_path.parent / "val.json").write_text(json.dumps({"job": JOB}))
     arguments = [str(score_table_path), "--into", str(checkpoint_path), "--fpr", "0.05", "--fnr", "0.1"]
     assert calibrate.main(arguments) == 0
-    content = checkpoints.load(checkpoint_path)
+    content = checkpoints.load_checkpoint(checkpoint_path)
     calibration = content.pop("calibration")
     assert set(content) == {"epoch", "config", "state_dict"}
     assert torch.equal(content["state_dict"]["fc.weight"], torch.full((2, 3), 0.5))
@@ -158,17 +158,17 @@ def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(
     link.symlink_to(checkpoint_path.name)
     assert calibrate.main([str(score_table_path), "--into", str(link)]) == 0
     assert link.is_symlink()
-    assert "calibration" in checkpoints.load(checkpoint_path)
+    assert "calibration" in checkpoints.load_checkpoint(checkpoint_path)
 
 
 # --- refused score tables and detectors
 
 OWN = {
-    "classifier_fingerprint": checkpoints.fingerprint(last_layer_weights(0.5)),
+    "classifier_fingerprint": checkpoints.compute_fingerprint(last_layer_weights(0.5)),
     "resynthesizer_fingerprint": "aaaa",
     "vgg": {"fingerprint": "bbbb"},
 }
-OTHER_WEIGHTS = checkpoints.fingerprint(last_layer_weights(0.25))
+OTHER_WEIGHTS = checkpoints.compute_fingerprint(last_layer_weights(0.25))
 CASES = {
     "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "job": JOB}, None),
     "a released detector": ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),

@@ -65,7 +65,7 @@ def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path
 
 def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path):
     with expect_user_error("cannot write", "last.pth"):
-        checkpoints.save({}, tmp_path / "nowhere" / "last.pth")
+        checkpoints.save_checkpoint({}, tmp_path / "nowhere" / "last.pth")
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_failed_save_on_a_full_disk_keeps_the_previous_checkpoint(tmp_path, li
     checkpoints.save_checkpoint({"a": torch.zeros(2)}, path)
     before = path.read_bytes()
     with expect_user_error("last.pth"):
-        checkpoints.save({"a": torch.ones(10_000)}, path)
+        checkpoints.save_checkpoint({"a": torch.ones(10_000)}, path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pth"]
 
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
     with expect_user_error("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
-        checkpoints.load(path)
+        checkpoints.load_checkpoint(path)
     image, other = (save_image(tmp_path / f"{seed}.png", random_rgb_pixels(64, 64, seed)) for seed in (0, 1))
     (tmp_path / "list.txt").write_text(image)
     (tmp_path / "list.csv").write_text(f"path,label\n{image},real\n{other},fake\n")
@@ -140,14 +140,14 @@ def test_the_error_for_a_truncated_checkpoint_says_that_it_is_truncated(tmp_path
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with expect_user_error("truncated", f"{path.stat().st_size} bytes"):
-        checkpoints.load(path)
+        checkpoints.load_checkpoint(path)
 
 
 @pytest.mark.parametrize(("name", "word"), [(".", "folder"), ("absent.pth", "absent.pth"), ("list.pth", "list")])
 def test_a_folder_a_missing_path_and_a_saved_list_are_refused_as_checkpoints(tmp_path, name, word):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with expect_user_error(word):
-        checkpoints.load(tmp_path / name)
+        checkpoints.load_checkpoint(tmp_path / name)
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -183,7 +183,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
         assert fields.fields(key).values == {} and fields.arguments(key) == {}
         with expect_user_error("some.pth", f"config.{key}", "missing"):
             fields.integer(key)
-    assert Fields(None, "some.pth").text("name", default="rdn") == "rdn"
+    assert Fields(None, "some.pth").get_text("name", default="rdn") == "rdn"
 
 
 @pytest.mark.parametrize(
@@ -407,6 +407,6 @@ def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesize
     assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
     assert config["classifier"] == {"name": "resnet18", "args": {}}
     assert config["resynthesizer"] == {"name": "rdn", "scale": 4, "args": TINY}
-    assert config["resynthesizer_fingerprint"] == fingerprint(read_checkpoint(mismatched_files / "rdn.pth"))
+    assert config["resynthesizer_fingerprint"] == compute_fingerprint(read_checkpoint(mismatched_files / "rdn.pth"))
     assert config["images"]["crop_size"] == 64
     assert read_checkpoint(mismatched_files / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True

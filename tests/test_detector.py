@@ -156,10 +156,10 @@ def test_load_chooses_a_gpu_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for device in ("cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda:0")):
-        assert choose_device(device_name(device)) == torch.device("cuda:0")
-    assert choose_device(device_name("cuda:1")) == choose_device(device_name(1)) == torch.device("cuda:1")
+        assert choose_device(name_of_device(device)) == torch.device("cuda:0")
+    assert choose_device(name_of_device("cuda:1")) == choose_device(name_of_device(1)) == torch.device("cuda:1")
     with expect_user_error("GPUs 0 to 1"):
-        choose_device(device_name(2))
+        choose_device(name_of_device(2))
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])
@@ -213,13 +213,13 @@ def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
 
 def test_image_settings_are_taken_from_the_training_unless_an_option_overrides_them():
     trained = {"crop_size": 128, "resize": None}
-    assert image_settings(trained, {}) == (128, None, 9)
-    assert image_settings(trained, {"crop_size": 64}) == (64, None, 1)
-    assert image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
-    assert image_settings(trained, {"crop_size": 0}) == (None, None, 1)
-    assert image_settings({}, {"resize": 256}) == (None, 256, 1)
+    assert choose_image_settings(trained, {}) == (128, None, 9)
+    assert choose_image_settings(trained, {"crop_size": 64}) == (64, None, 1)
+    assert choose_image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
+    assert choose_image_settings(trained, {"crop_size": 0}) == (None, None, 1)
+    assert choose_image_settings({}, {"resize": 256}) == (None, 256, 1)
     with expect_user_error("--crop-size"):
-        image_settings({}, {"crops": 4})
+        choose_image_settings({}, {"crops": 4})
 
 
 def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(

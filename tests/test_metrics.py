@@ -89,7 +89,7 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
-    measured = metrics.measure(
+    measured = metrics.compute_metrics(
         write_and_read_table(tmp_path, score_rows([-1, 1, -1], REAL) + score_rows([1, -1], FAKE)), resamples=0
     )
     assert measured["accuracy"] == pytest.approx(3 / 5)
@@ -102,7 +102,7 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
         "real": {"real": 2, "fake": 1, "unsure": 0},
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
-    all_called_fake = metrics.measure(write_and_read_table(tmp_path, score_rows([1, 1], REAL)), resamples=0)
+    all_called_fake = metrics.compute_metrics(write_and_read_table(tmp_path, score_rows([1, 1], REAL)), resamples=0)
     assert all_called_fake["precision_real_positive"] is None
     assert all_called_fake["recall_real_positive"] == 0
 
@@ -186,7 +186,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
     rows = [Row("a.png", "fake", "g", error="broken"), *score_rows([1, -1, 2], label)]
-    summary = metrics.summarize(write_and_read_table(tmp_path, rows))
+    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
     assert any("AUROC" in note for note in summary["notes"])
@@ -198,7 +198,7 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
     rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a") + score_rows([2, 3], FAKE, "b")
-    summary = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
+    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
     assert metrics.make_metric_table({"": summary})[0][-1] == "max"
@@ -206,8 +206,8 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
     rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a")
-    blurred = metrics.summarize(write_and_read_table(tmp_path, rows), resamples=0)
-    clean = metrics.summarize(
+    blurred = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
+    clean = metrics.summarize_scores(
         write_and_read_table(tmp_path, rows + score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
     assert metrics.make_generator_table({"none": clean, "blur sigma 2": blurred}) == [

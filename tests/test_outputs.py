@@ -320,7 +320,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     detector = load(str(write_detector(tmp_path / "d", config=crops_of_16)), "cpu", options={"crops": count})
     image = write_noise_image(tmp_path / "a.png", 3, (48, 52))
     prepared = detector.prepare(image)
-    examination = detector.examine(prepared)
+    examination = detector.score_and_keep_residual(prepared)
     assert examination.x.shape == (count, 3, 16, 16)
     assert examination.columns == columns
     assert torch.allclose(examination.logits, detector.logits(prepared[None])[0], atol=1e-5)

@@ -212,8 +212,8 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     heading, first, *_ = split_markdown_table(done.stdout)
-    measured = metrics.summarize(read_table(table), seed=5)["generators"]["ProGAN"]
-    assert first[heading.index("AUROC")] == metrics.percent(measured, "auroc")
+    measured = metrics.summarize_scores(read_table(table), seed=5)["generators"]["ProGAN"]
+    assert first[heading.index("AUROC")] == metrics.format_percent(measured, "auroc")
     assert first[0] == "ProGAN"
 
 
@@ -238,7 +238,7 @@ HEADER = "table,row,column,scores,generators\n"
 
 def mean_auroc_percent(table, *generators):
     """Compute the mean AUROC over generators, in percent, from a score table, without tools.study."""
-    measured = metrics.summarize(read_table(table), 0)["generators"]
+    measured = metrics.summarize_scores(read_table(table), 0)["generators"]
     values = [measured[name]["auroc"] for name in generators or measured]
     return 100 * sum(values) / len(values)
 
@@ -279,7 +279,9 @@ def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(s
     _, first, second = split_markdown_table(capsys.readouterr().out.replace("\\|", ""))
     assert first[1] == f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})"
     assert first[2] == f"{mean_auroc_percent(one):.1f}"
-    assert second[1] == metrics.percent(metrics.summarize(read_table(control))["generators"]["ProGAN"], "auroc")
+    assert second[1] == metrics.format_percent(
+        metrics.summarize_scores(read_table(control))["generators"]["ProGAN"], "auroc"
+    )
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,7 @@ CONFIG = {
 
 def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
     """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
-    key = cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
+    key = residual_cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
     return cache_folder(root, key)
 
 

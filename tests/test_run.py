@@ -128,7 +128,7 @@ def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_p
     path = tmp_path / ".lock"
     path.mkdir() if content is None else path.write_bytes(content)
     before = read_files_and_folders(tmp_path)
-    with expect_user_error(".lock", "not a lock file"), exclusive_writer(path, World()):
+    with expect_user_error(".lock", "not a lock file"), hold_lock_file(path, World()):
         pass
     assert read_files_and_folders(tmp_path) == before
 
@@ -205,7 +205,7 @@ def test_autocast_computes_matrix_products_in_bfloat16_if_bf16_is_chosen():
 @pytest.mark.parametrize("precision", ["tf32", "float16"])
 def test_a_precision_that_the_cpu_does_not_support_is_refused(precision):
     with expect_user_error(precision):
-        choose_compute("cpu", precision, False)
+        choose_device_and_precision("cpu", precision, False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

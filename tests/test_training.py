@@ -89,7 +89,7 @@ def test_the_parameter_groups_do_not_contain_a_frozen_resynthesizer():
 
 def test_a_gradient_scale_of_zero_is_refused():
     with expect_user_error("--lr-sr"):
-        train_detector.parameter_groups(TwoParts(), 1e-2, 1e-4, 0.0)
+        train_detector.create_parameter_groups(TwoParts(), 1e-2, 1e-4, 0.0)
 
 
 def test_adamw_uses_the_given_weight_decay_for_all_parameters():
@@ -100,7 +100,7 @@ def test_adamw_uses_the_given_weight_decay_for_all_parameters():
 
 
 def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epochs_0_and_1():
-    factors = [train_detector.released_rate(5, epoch) for epoch in range(5)]
+    factors = [train_detector.released_rate_factor(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
     assert train_detector.released_rate_factor(1, 0) == 1.0

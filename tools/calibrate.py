@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     record = read_record(args.scores)
     content = None
     if args.into:
-        content = checkpoints.load(args.into)
+        content = checkpoints.load_checkpoint(args.into)
         require_scores_of_detector(content, record, args.into)
         require_default_image_settings(content, record, args.into)
     table = read_table(args.scores)
@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines += [f"warning: {text}" for text in warnings]
     if content is not None:
         content["calibration"] = {**calibration, "source": Path(args.scores).name}
-        checkpoints.save(content, os.path.realpath(args.into))  # if --into is a symbolic link, write to its target
+        checkpoints.save_checkpoint(
+            content, os.path.realpath(args.into)
+        )  # if --into is a symbolic link, write to its target
         lines.append(f"the calibration is stored in {printable(args.into)}; test.py uses the calibration from now on")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
@@ -245,7 +247,7 @@ def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: fl
 
 def describe_calibration(table: ScoreTable, calibration: Mapping) -> list[str]:
     """Describe a calibration and its effect on the scored images, as lines of text."""
-    table = table.select(table.usable)
+    table = table.select_rows(table.is_usable)
     before, _ = probabilities_and_verdicts(table.logits)
     after, verdicts = probabilities_and_verdicts(table.logits, calibration)
     lines = [

@@ -137,7 +137,7 @@ def write_example_images(settings: dict, out: Path) -> None:
         if count:
             for folder in ("real", *KINDS):
                 (out / split / folder).mkdir(parents=True)
-    for split, label, index in progress(jobs, "images", len(jobs)):
+    for split, label, index in progress_bar(jobs, "images", len(jobs)):
         key = (settings["seed"], SPLITS.index(split), LABELS.index(label), index)  # random seed of this image
         rng = seeded_generator(*key)
         scene = draw_scene(settings["size"], rng)  # (H, W, 3)

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for path, mark in ((args.out, MARK), (args.bundle, checkpoints.BUNDLE.encode())):
         if path:
             require_replaceable_file(path, mark)
-    detector = load(args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_options(vars(args)))
+    detector = load(
+        args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_load_options(vars(args))
+    )
     if args.check:
         compare_graph_with_detector(args.check, detector, read_graph_file(args.check))
     for path in (args.out, args.bundle):
@@ -54,14 +56,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out:
         data = export_graph(detector, args.out.suffix)
         compare_graph_with_detector(args.out, detector, data)
-        with atomic(os.path.realpath(args.out)) as file:
+        with write_atomically(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
             text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md for the average"
             logger.info(text, detector.crops)
     if args.bundle:
-        content = collect_bundle_content(detector, checkpoints.load(args.resume), args.scores)
-        checkpoints.save(content, os.path.realpath(args.bundle))
+        content = collect_bundle_content(detector, checkpoints.load_checkpoint(args.resume), args.scores)
+        checkpoints.save_checkpoint(content, os.path.realpath(args.bundle))
     return 0
 
 

@@ -53,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"--residuals: {text}, got {printable(args.residuals)}, which is not a folder")
     tables = load_score_tables(args.scores)
     page = write_report_page(tables, args.out, args.residuals)
-    rows = metrics.metric_rows({table.name: table.summary for table in tables}, COMPARED)
-    text = text_table(rows, count_name_columns(tables))
+    rows = metrics.make_metric_table({table.name: table.summary for table in tables}, COMPARED)
+    text = format_text_table(rows, count_name_columns(tables))
     sys.stdout.write("numbers are in %, with 95 % bootstrap intervals; fake is the positive class\n")
     sys.stdout.write(f"{text}\nreport: {printable(page)}\n")
     return 0
@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def count_name_columns(tables: Sequence) -> int:
-    """Return the number of columns with names in `metrics.metric_rows`. These columns are aligned to the left."""
+    """Return the number of columns with names in `metrics.make_metric_table`. These columns are aligned to the left."""
     return 1 if len(tables) == 1 else 2
 
 
@@ -104,7 +104,7 @@ def make_markdown_table(args: argparse.Namespace) -> str:
         tables = load_score_tables(args.scores)
         summaries = {table.name: table.summary for table in tables}
         if args.markdown == ALL_METRICS:
-            rows = metrics.metric_rows(summaries, COMPARED)
+            rows = metrics.make_metric_table(summaries, COMPARED)
             left = count_name_columns(tables)
         else:
             rows = metrics.make_generator_table(summaries, args.markdown)
@@ -134,7 +134,7 @@ def update_document(path: str, check: bool) -> None:
         raise UserError(
             f"{printable(path)} has tables that are not up to date: run tools.report --refresh without --check"
         )
-    with atomic(os.path.realpath(path)) as file:
+    with write_atomically(os.path.realpath(path)) as file:
         file.write(after.encode())
 
 

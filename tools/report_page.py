@@ -35,7 +35,7 @@ class Scores(NamedTuple):
     path: Path
     table: ScoreTable
     record: dict  # content of the JSON file that test.py wrote beside the score table; {} without the file
-    summary: dict  # metrics of the score table, from `metrics.summarize`
+    summary: dict  # metrics of the score table, from `metrics.summarize_scores`
 
     @property
     def perturbation(self) -> PerturbationSetting:
@@ -98,7 +98,7 @@ def write_report_page(
         mark=MARK,
         tables=tables,
         sections=sections,
-        perturbed=metrics.rows_by_generator(summaries) if perturbed else [],
+        perturbed=metrics.make_generator_table(summaries) if perturbed else [],
         curves=draw_robustness_curves(clean, perturbed),
         metrics=metrics,
     )
@@ -137,9 +137,9 @@ def load_page_template() -> jinja2.Template:
 
 def draw_roc_and_histogram(scores: Scores) -> str | None:
     """Draw ROC curves and histograms of a score table. Returns a PNG data URI, or None if no image has a score."""
-    if not scores.table.scored.any():
+    if not scores.table.is_scored.any():
         return None
-    return draw_as_data_uri(figures.roc_and_histogram, scores.table)
+    return draw_as_data_uri(figures.draw_roc_and_histograms, scores.table)
 
 
 def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
@@ -150,7 +150,7 @@ def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores])
     baseline = {}
     if clean:
         baseline = {name: measured["auroc"] for name, measured in clean[0].summary["generators"].items()}
-    return draw_as_data_uri(figures.robustness, curves, baseline)
+    return draw_as_data_uri(figures.draw_robustness, curves, baseline)
 
 
 def draw_as_data_uri(figure: Callable, *content) -> str:
@@ -210,8 +210,11 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     picture, kind = Path(path), "image"
     if not picture.is_file():
         picture = scores.path.parent / path
-    if residuals is not None and residual_path(residuals, path).is_file():
-        picture, kind = residual_path(residuals, path), "residual"  # this picture shows the image beside its residual
+    if residuals is not None and path_of_residual_picture(residuals, path).is_file():
+        picture, kind = (
+            path_of_residual_picture(residuals, path),
+            "residual",
+        )  # this picture shows the image beside its residual
     right = (table.margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])
     return {"i": row, "kind": kind, "side": "right" if right else "wrong", "source": source}

@@ -176,8 +176,8 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
-    for name in sorted(files, reverse=True):
-        with atomic(os.path.realpath(out / name)) as file:
+    for name in sorted(files, reverse=True):  # held_out.csv is last, and script/train_folders.sh relies on it
+        with write_atomically(os.path.realpath(out / name)) as file:
             file.write(files[name])
     write_json(out / RECORD, {**record, "files": new})
 

@@ -142,4 +142,4 @@ def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
 @functools.cache
 def compute_file_metrics(path: Path, intervals: bool) -> dict:
     """Compute all metrics of a score table. intervals: whether to compute bootstrap intervals, which takes long."""
-    return metrics.summarize(read_table(path), metrics.RESAMPLES if intervals else 0)
+    return metrics.summarize_scores(read_table(path), metrics.RESAMPLES if intervals else 0)

@@ -21,7 +21,7 @@ from data.lists import find_images
 from models.tiling import in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
 from tools.upsampling import halve_and_upsample
-from utils.console import printable, progress
+from utils.console import printable, progress_bar
 from utils.errors import UserError
 from utils.random_streams import seeded_generator
 
