@@ -127,7 +127,7 @@ def prepare_scoring(case: Case) -> Callable[[], Tensor]:
 
     @torch.inference_mode()
     def score_batch() -> Tensor:
-        images = compute.input(x)
+        images = compute.images_to_float(x)
         if case.form == "plain":
             images = images.contiguous()
         with compute.autocast():

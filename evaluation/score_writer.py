@@ -210,7 +210,7 @@ class ScoreWriter:
             UserError: if a part belongs to a different job.
         """
         for part in parts.values():
-            self._require_own_job(part)
+            self._require_same_job(part)
         for part in parts.values():
             for _, i, row in self._read_rows_of_part(part):
                 yield i, row

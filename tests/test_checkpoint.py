@@ -179,10 +179,10 @@ def test_fields_returns_config_values_of_the_expected_type():
 def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_without_a_default():
     fields = Fields(VALUES, "some.pth", "config")
     for key in ("nothing", "absent"):
-        assert fields.integer(key, default=7) == 7 and fields.number(key, default=None) is None
-        assert fields.fields(key).values == {} and fields.arguments(key) == {}
+        assert fields.get_integer(key, default=7) == 7 and fields.get_number(key, default=None) is None
+        assert fields.get_fields(key).values == {} and fields.get_arguments(key) == {}
         with expect_user_error("some.pth", f"config.{key}", "missing"):
-            fields.integer(key)
+            fields.get_integer(key)
     assert Fields(None, "some.pth").get_text("name", default="rdn") == "rdn"
 
 

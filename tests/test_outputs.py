@@ -319,7 +319,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     crops_of_16 = {**CONFIG, "images": {"crop_size": 16, "resize": None}}
     detector = load(str(write_detector(tmp_path / "d", config=crops_of_16)), "cpu", options={"crops": count})
     image = write_noise_image(tmp_path / "a.png", 3, (48, 52))
-    prepared = detector.prepare(image)
+    prepared = detector.prepare_image(image)
     examination = detector.score_and_keep_residual(prepared)
     assert examination.x.shape == (count, 3, 16, 16)
     assert examination.columns == columns

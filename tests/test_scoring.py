@@ -194,7 +194,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     if count > 1:
         detector = load(str(own), "cpu", options={"crops": count})
         assert np.array_equal(detector.predict(names), read_table(tmp_path / "p.csv").prob_fake)
-        assert np.array_equal(detector.logits(detector.prepare(names[1])[None])[0], logits[1])
+        assert np.array_equal(detector.logits(detector.prepare_image(names[1])[None])[0], logits[1])
         assert "--crop-size" in error_line_of_test_py(
             capfd, *scoring_arguments(detector_file, names[0], tmp_path / "q", "--crops", count)
         )
