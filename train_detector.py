@@ -31,18 +31,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_loader
-from data.degradations import check_task, degrade_batch, draw_degradation
-from data.images import SizePolicy, refuse_mixed_sizes, usable_items
+from data.degradations import check_task_name, degrade_batch, draw_degradation
+from data.images import SizePolicy, require_equal_sizes, select_usable_items
 from data.leaks import log_quick_audit
-from data.lists import Item, identities, labelled_items, list_digest, require_both_classes
-from data.perturbations import augment
-from data.residuals import CacheOptions, cached_residuals
+from data.lists import Item, describe_and_hash_items, hash_image_files, list_labelled_items, require_both_classes
+from data.perturbations import perturb_at_random
+from data.residuals import CacheOptions, create_residual_datasets
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
 from evaluation.training_pictures import example_images, record_pictures
-from models.build import load_detector, new_detector
+from models.build import create_detector, load_detector
 from models.features import VGG19, load_vgg
-from models.losses import classification_loss, residual_and_reconstruction_loss
+from models.losses import compute_classification_loss, compute_residual_and_reconstruction_loss
 from models.resynthesis import ResynthesisDetector, downsample
 from utils import training
 from utils.checkpoints import Checkpoint, Fields, fingerprint, read_checkpoint
@@ -77,7 +77,7 @@ def main(args: Namespace) -> None:
     with join_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. List the images. No file is written before the images, the networks and the sizes have been checked.
         check_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
-        items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
+        items = list_labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = validation_items(args.val_real_roots, args.val_fake_roots, args.val_csv)
 
         # 2. Build the networks
@@ -91,7 +91,7 @@ def main(args: Namespace) -> None:
         # 3. Check the images, and choose how they are read
         scale, stride = detector.resynthesizer.scale, detector.features.stride
         policy = SizePolicy(scale, args.crop_size or None, args.resize or None, min_side=stride)
-        transform = augment if args.augment_perturb else None
+        transform = perturb_at_random if args.augment_perturb else None
         images = usable_images(items, policy, args.skip_bad, Augmentation(args.seed, args.crops), transform)
         val_images = usable_images(val_items, policy, args.skip_bad)
         require_both_classes(images.items, "training images")
@@ -101,9 +101,9 @@ def main(args: Namespace) -> None:
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
         if args.batch_size > 1:
-            refuse_mixed_sizes(images.items, images.sizes)
-            refuse_mixed_sizes(val_images.items, val_images.sizes)
-        min_images = smallest_batch(detector, images.sizes, batches, compute)
+            require_equal_sizes(images.items, images.image_sizes)
+            require_equal_sizes(val_images.items, val_images.image_sizes)
+        min_images = smallest_batch(detector, images.image_sizes, batches, compute)
         if world.is_main:
             log_quick_audit(images.items, val_images.items)
 
@@ -117,11 +117,11 @@ def main(args: Namespace) -> None:
         progress = stepper.progress
 
         # 5. Open the output folder, and load the training state of the run to resume
-        settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
-        settings["validation_images"] = list_digest(val_images.items)
+        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_items(images.items)}
+        settings["validation_images"] = describe_and_hash_items(val_images.items)
         run_files = stack.enter_context(run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
-        state_of_networks = partial(network_state, detector, config, torch.from_numpy(identities(images.items)))
+        state_of_networks = partial(network_state, detector, config, torch.from_numpy(hash_image_files(images.items)))
         run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
@@ -134,7 +134,7 @@ def main(args: Namespace) -> None:
                 folder = args.cache_dir or output / "residual_cache"
                 options = CacheOptions(folder, args.cache_precision, args.cache_gb)
                 key = cache_key(config, fingerprint(detector.features), policy, compute)
-                cached = cached_residuals(datasets, detector.residual_shape, key, options, world)
+                cached = create_residual_datasets(datasets, detector.residual_shape, key, options, world)
                 datasets = cached or datasets
         else:
             vgg = auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
@@ -150,7 +150,7 @@ def main(args: Namespace) -> None:
             record_pictures(detector, compute, args.auxiliary, run, pictures, 0)
         for epoch in range(progress.epoch, args.epochs):
             for dataset in cached:
-                dataset.fill(epoch, residual_of, run.batches, args.workers, compute, world)
+                dataset.store_missing_residuals(epoch, residual_of, run.batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
             train_one_epoch(detector, run.batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
             values = progress.means()
@@ -164,7 +164,7 @@ def main(args: Namespace) -> None:
 
 def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
     """Raise a UserError if the options contradict each other."""
-    check_task(task)
+    check_task_name(task)
     if task != "none" and fixed:
         raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr freezes it: give only one of them")
     if crops and not crop_size:
@@ -178,7 +178,7 @@ def validation_items(real_roots: list[str] | None, fake_roots: list[str] | None,
     """List the validation images. Returns an empty list if no option names any."""
     if not (real_roots or fake_roots or csv):
         return []
-    return labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
+    return list_labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
 
 
 def usable_images(
@@ -193,7 +193,7 @@ def usable_images(
     Args:
         skip_bad: leave out images that cannot be used. Otherwise, such an image raises a UserError.
     """
-    items, headers = usable_items(items, policy, skip_bad)
+    items, headers = select_usable_items(items, policy, skip_bad)
     images = ImageDataset(items, policy, augmentation, transform)
     images.headers = headers
     return images
@@ -216,7 +216,7 @@ def smallest_batch(
     synchronised = batches.world.size > 1 and compute.device.type == "cuda"
     if max(height, width) > stride or synchronised:
         return 1
-    if batches.smallest_part() == 1:
+    if batches.smallest_entry_count() == 1:
         raise UserError(
             f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es) leave a"
             f" batch of 1, and batch norm needs at least 2 images of {width} x {height} residual values: change"
@@ -252,7 +252,7 @@ def build_networks(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     if origin:
         detector, config = load_detector(origin, resynthesizer, options, options["vgg_weights"])
     else:
-        detector, config = new_detector(resynthesizer, options, options["vgg_weights"])
+        detector, config = create_detector(resynthesizer, options, options["vgg_weights"])
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     if resumed is None:
@@ -358,7 +358,7 @@ def classifier_loss(detector: ResynthesisDetector, residual: Tensor, batch: Batc
     weights = batch.weights.to(residual.device)  # (B,)
     logits = detector.classify(residual)  # (B, 2)
     correct = logits.argmax(dim=1) == labels  # (B,)
-    return classification_loss(logits, labels, weights), (weights * correct).sum()
+    return compute_classification_loss(logits, labels, weights), (weights * correct).sum()
 
 
 @torch.no_grad()
@@ -426,7 +426,7 @@ def end_to_end_loss(
     def residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
         low = None if degraded is None else degraded[rows]
         with compute.autocast():
-            return residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
+            return compute_residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
 
     residual, auxiliary = in_micro_batches(residual_and_losses, len(x), task.micro_batch)  # (B, C_l, H_l, W_l), (B,)
     cross_entropy, accuracy = classifier_loss(detector, residual, batch)
@@ -536,7 +536,7 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
     The keys "arch" and "state_dict" are named as in the released checkpoints.
 
     Args:
-        trained_on: identities of the training images, from `data.lists.identities`.
+        trained_on: hashes of the training images, from `data.lists.hash_image_files`.
     """
     fingerprints = {
         "resynthesizer_fingerprint": fingerprint(detector.resynthesizer),

@@ -1,6 +1,6 @@
 """Datasets, batches and data loaders.
 
-A sampler (`EpochBatches`) yields lists of `Key`s. A dataset turns each key into a `Sample`. `collate` joins samples to
+A sampler (`EpochBatches`) yields lists of `Key`s. A dataset turns each key into a `Sample`. `collate_samples` joins samples to
 a `Batch`. Random choices depend only on (seed, epoch, image). They depend neither on the number of workers or
 processes, nor on the step at which a run was stopped and resumed.
 """
@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from data.images import (
     Header,
     SizePolicy,
-    centre_box,
+    compute_centre_box,
+    compute_final_size,
+    describe_size_problem,
     load_image,
-    read_rgb,
+    read_rgb_image,
     resize_and_crop,
-    size_after,
-    size_problem,
 )
 from data.lists import Item
 from utils.compute import Compute
@@ -74,7 +74,7 @@ class Batch(NamedTuple):
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
+def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Join samples to a batch. A sample whose shape differs from the first readable sample becomes an error."""
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
@@ -86,7 +86,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             continue
         first = first or sample
         if sample.x.shape[1:] != first.x.shape[1:]:
-            errors[index] = _different_sizes(first, sample)
+            errors[index] = _describe_size_difference(first, sample)
             continue
         for part, row in enumerate(sample.x):
             rows.append(row)
@@ -98,12 +98,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(x, torch.tensor(labels, dtype=torch.int64), torch.tensor(weights), items, keys, errors)
 
 
-def _different_sizes(first: Sample, other: Sample) -> str:
+def _describe_size_difference(first: Sample, other: Sample) -> str:
     names = [f"{printable(s.item.path)} ({s.x.shape[-1]} x {s.x.shape[-2]})" for s in (first, other)]
     return f"images of different sizes cannot share a batch: {names[0]} and {names[1]}"
 
 
-def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
+def merge_batches_of_equal_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
     """Merge consecutive batches of one image each, if the images have equal size and lie in the same block.
 
     The list of images is divided into fixed blocks. Therefore the same images are always computed together, whatever
@@ -115,7 +115,7 @@ def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> It
     """
     waiting = []
     for batch in batches:
-        if waiting and not _can_merge(waiting, batch, block, pixels):
+        if waiting and not _can_merge_batch(waiting, batch, block, pixels):
             yield concatenate_batches(waiting)
             waiting = []
         # Copy the tensors: a tensor sent by a worker keeps a file open, and many batches may wait here
@@ -125,9 +125,9 @@ def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> It
         yield concatenate_batches(waiting)
 
 
-def _can_merge(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
+def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
     """Check whether a batch may join the waiting batches: same block, same image size, and not too many pixels."""
-    if _first_index(batch) // block != _first_index(waiting[-1]) // block:
+    if _first_image_index(batch) // block != _first_image_index(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
     if len(images) < 2:
@@ -136,7 +136,7 @@ def _can_merge(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float
     return images[0].shape == images[-1].shape and len(images) * height * width <= pixels
 
 
-def _first_index(batch: Batch) -> int:
+def _first_image_index(batch: Batch) -> int:
     """Return the dataset index of the first image in a batch. Without a readable image, take the first error."""
     if batch.keys:
         return batch.keys[0][1]
@@ -204,7 +204,7 @@ class EpochBatches(Sampler):
             else:
                 yield [Key(self.epoch, batch[0], 0.0)]
 
-    def smallest_part(self) -> int:
+    def smallest_entry_count(self) -> int:
         """Return the smallest number of entries that one process gets in any step of the epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
@@ -226,22 +226,22 @@ class ItemDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items) * self.parts
 
-    def item(self, index: int) -> Item:
+    def get_item(self, index: int) -> Item:
         """Look up the image that the dataset entry at `index` is made from."""
         return self.items[index // self.parts]
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.item(key.index)
+        item = self.get_item(key.index)
         name = printable(item.path)
         try:
-            return Sample(key, item, self.read(item.path, key))
+            return Sample(key, item, self.read_tensors(item.path, key))
         except UserError as error:
             text = str(error)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # raised by Pillow, NumPy and PyTorch
             text = f"cannot be prepared ({type(error).__name__}: {printable(' '.join(str(error).split()))})"
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
-    def read(self, path: str, key: Key) -> Tensor:
+    def read_tensors(self, path: str, key: Key) -> Tensor:
         """Read an image file and make K tensors of equal shape, (K, ...). Subclasses implement this method.
 
         Raises:
@@ -279,35 +279,35 @@ class ImageDataset(ItemDataset):
         self.transform = transform
         self.headers: Sequence[Header] = ()  # one header per item; empty if the headers were not read
 
-    def read(self, path: str, key: Key) -> Tensor:
+    def read_tensors(self, path: str, key: Key) -> Tensor:
         """Read, transform, resize, crop and mirror an image. Returns uint8 (1, 3, H, W)."""
         image = load_image(path)  # (3, H, W)
         if self.transform is not None:
-            image = self.transform(image, self._generator(key.epoch, key.index, PERTURB))
-        crop_epoch = key.epoch if self.crops_change else 0
-        image = resize_and_crop(image, self.policy, self._generator(crop_epoch, key.index, CROP))
-        if self.mirrored(key):
+            image = self.transform(image, self._create_generator(key.epoch, key.index, PERTURB))
+        crop_epoch = key.epoch if self.crops_change_each_epoch else 0
+        image = resize_and_crop(image, self.policy, self._create_generator(crop_epoch, key.index, CROP))
+        if self.is_mirrored(key):
             image = image.flip(-1)
         return image[None]
 
-    def _generator(self, *key: int) -> np.random.Generator | None:
+    def _create_generator(self, *key: int) -> np.random.Generator | None:
         if self.augmentation is None:
             return None
         return seeded_generator(self.augmentation.seed, *key)
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
+    def image_sizes(self) -> list[tuple[int, int]]:
         """(height, width) of each image after resizing and cropping. Empty if the headers were not read."""
-        return [size_after(*header.size, self.policy) for header in self.headers]
+        return [compute_final_size(*header.size, self.policy) for header in self.headers]
 
     @property
-    def crops_change(self) -> bool:
+    def crops_change_each_epoch(self) -> bool:
         """Whether each epoch crops the images at new random positions."""
         return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
-    def mirrored(self, key: Key) -> bool:
+    def is_mirrored(self, key: Key) -> bool:
         """Return whether the image of a key is mirrored. The image file is not read."""
-        rng = self._generator(key.epoch, key.index)
+        rng = self._create_generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 
 
@@ -330,25 +330,25 @@ class PatchDataset(ItemDataset):
         self.patches_per_image = patches_per_image
         self.seed = seed
 
-    def read(self, path: str, key: Key) -> Tensor:
+    def read_tensors(self, path: str, key: Key) -> Tensor:
         """Read an image and cut out K random patches. Returns uint8 (K, 3, P, P), P = patch_size * scale."""
-        image = read_rgb(path)
+        image = read_rgb_image(path)
         policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
-        problem = size_problem(image.height, image.width, policy)
+        problem = describe_size_problem(image.height, image.width, policy)
         if problem:
             raise UserError(problem)
         rng = seeded_generator(self.seed, key.epoch, key.index)
-        patches = [random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
+        patches = [cut_random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
         return torch.from_numpy(np.stack(patches))
 
 
-def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
+def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
     """Cut out a random patch that is aligned with the low-resolution pixels, and flip and rotate it at random.
 
     Returns:
         uint8 (3, P, P), P = patch_size * scale.
     """
-    top, left, height, width = centre_box(image.height, image.width, scale)
+    top, left, height, width = compute_centre_box(image.height, image.width, scale)
     side = patch_size * scale
     top += scale * int(rng.integers((height - side) // scale + 1))
     left += scale * int(rng.integers((width - side) // scale + 1))
@@ -372,7 +372,7 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             if isinstance(batch.x, np.ndarray):
-                batch = _convert(batch, torch.from_numpy)
+                batch = _convert_tensors(batch, torch.from_numpy)
             yield batch
 
 
@@ -394,7 +394,7 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
         prefetch_factor=PREFETCHED if workers else None,
         pin_memory=compute.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_prepare_worker,
         multiprocessing_context="fork" if workers else None,
     )
 
@@ -405,11 +405,11 @@ def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
     PyTorch sends tensors through shared memory, but NumPy arrays through a pipe. With too little shared memory (64 MB
     by default in a Docker container) the worker would lose the batch, and the main process would wait for it forever.
     """
-    batch = collate(samples)
+    batch = collate_samples(samples)
     worker = get_worker_info()
     if worker is None or _fits_in_shared_memory(batch.x.nbytes, worker.num_workers):
         return batch
-    return _convert(batch, Tensor.numpy)
+    return _convert_tensors(batch, Tensor.numpy)
 
 
 def _fits_in_shared_memory(size: int, workers: int) -> bool:
@@ -426,12 +426,12 @@ def _fits_in_shared_memory(size: int, workers: int) -> bool:
     return free > workers * (PREFETCHED + 1) * (size + 2**20)
 
 
-def _convert(batch: Batch, function: Callable) -> Batch:
+def _convert_tensors(batch: Batch, function: Callable) -> Batch:
     """Apply a function to x, labels and weights of a batch."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 
-def _start_worker(_: int) -> None:
+def _prepare_worker(_: int) -> None:
     """Prepare a worker: ignore SIGINT, end GRACE seconds after SIGTERM, and use one thread.
 
     Signals are often sent to all processes of a program. If a worker ended at once, the main process would fail before

@@ -35,25 +35,25 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     return image + std * torch.from_numpy(noise).to(image)
 
 
-def turn_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
+def turn_pixels_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Turn about a `fraction` of the pixels grey (the mean of their three channels). image: (3, h, w)."""
-    mask = random_mask(image, fraction, rng)  # (1, h, w)
+    mask = draw_random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.mean(dim=0, keepdim=True), image)
 
 
 def remove_pixels(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Turn about a `fraction` of the pixels black (0). image: (3, h, w)."""
-    mask = random_mask(image, fraction, rng)  # (1, h, w)
+    mask = draw_random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.new_zeros(()), image)
 
 
-def random_mask(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
+def draw_random_mask(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Draw a random mask, bool (1, h, w), that is True for about a `fraction` of the pixels of an image (3, h, w)."""
     height, width = image.shape[1:]
     return torch.from_numpy(rng.random((1, height, width)) < fraction).to(image.device)
 
 
-def compress_jpeg(image: Tensor, quality: int) -> Tensor:
+def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
     """Compress an image (3, h, w) as JPEG and decode it again. Returns (3, h, w) in [0, 1]."""
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
@@ -65,23 +65,23 @@ def compress_jpeg(image: Tensor, quality: int) -> Tensor:
 # --- auxiliary tasks of train_detector.py: --mode-sr ----------------------------------------------------------
 
 
-def colorization(batch_rng: np.random.Generator) -> Degradation:
+def create_colorization(batch_rng: np.random.Generator) -> Degradation:
     """Create the degradation for colorization: some pixels turn grey. Their fraction is drawn once per batch."""
     fraction = batch_rng.uniform(*TASK_GREY_FRACTION)
-    return lambda image, rng: turn_grey(image, fraction, rng)
+    return lambda image, rng: turn_pixels_grey(image, fraction, rng)
 
 
-def denoising(batch_rng: np.random.Generator) -> Degradation:
+def create_denoising(batch_rng: np.random.Generator) -> Degradation:
     """Create the degradation for denoising: Gaussian noise is added."""
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
 # Name of the auxiliary task -> function that takes the random generator of a batch and returns a `Degradation`.
 # "none" has no degradation.
-TASKS = {"none": None, "colorization": colorization, "denoising": denoising}
+TASKS = {"none": None, "colorization": create_colorization, "denoising": create_denoising}
 
 
-def check_task(name: str) -> None:
+def check_task_name(name: str) -> None:
     """Raise a UserError if `name` is not the name of an auxiliary task."""
     if name not in TASKS:
         raise UserError(f"--mode-sr must be one of {', '.join(TASKS)}, got {name}")
@@ -117,9 +117,9 @@ def degrade_patch(
     if augment and rng.random() < PATCH_PROBABILITY:
         patch = add_noise(patch, rng.uniform(*PATCH_NOISE_STD), rng)
     if augment and rng.random() < PATCH_PROBABILITY:
-        patch = compress_jpeg(patch, int(rng.integers(*PATCH_JPEG_QUALITY, endpoint=True)))
+        patch = compress_as_jpeg(patch, int(rng.integers(*PATCH_JPEG_QUALITY, endpoint=True)))
     if completion and rng.random() < PATCH_PROBABILITY:
         patch = remove_pixels(patch, rng.uniform(*PATCH_FRACTION), rng)
     if colorization and rng.random() < PATCH_PROBABILITY:
-        patch = turn_grey(patch, rng.uniform(*PATCH_FRACTION), rng)
+        patch = turn_pixels_grey(patch, rng.uniform(*PATCH_FRACTION), rng)
     return patch

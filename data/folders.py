@@ -35,7 +35,7 @@ def find_images(root: str) -> list[str]:
     visited = set()
     pending = [os.fspath(root)]  # folders to search: the root, later also links to folders
     while pending:
-        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_refuse_folder):
+        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_raise_unreadable_folder):
             status = os.stat(folder)
             identity = (status.st_dev, status.st_ino)
             if identity in visited:
@@ -43,10 +43,10 @@ def find_images(root: str) -> list[str]:
                 subfolders.clear()
                 continue
             visited.add(identity)
-            subfolders[:] = _folders_to_visit(folder, subfolders, left_out)
+            subfolders[:] = _select_folders_to_search(folder, subfolders, left_out)
             paths = [os.path.join(folder, name) for name in subfolders]
             pending += [path for path in paths if os.path.islink(path)]
-            images += _images_of_folder(folder, names, left_out)
+            images += _select_images_of_folder(folder, names, left_out)
     if not images:
         found = format_counts(left_out) or "no files"
         suffixes = " ".join(IMAGE_SUFFIXES)
@@ -57,24 +57,24 @@ def find_images(root: str) -> list[str]:
     return sorted(images)
 
 
-def _refuse_folder(error: OSError) -> None:
+def _raise_unreadable_folder(error: OSError) -> None:
     raise UserError(f"image folder {printable(str(error.filename))} cannot be read ({error.strerror})")
 
 
-def _folders_to_visit(folder: str, subfolders: Sequence[str], left_out: Counter) -> list[str]:
+def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: Counter) -> list[str]:
     """Select the subfolders that `find_images` searches. Count the subfolders that are left out in `left_out`."""
     selected = []
     for name in sorted(subfolders):
         if name.startswith(".") or name == "__MACOSX":
             left_out["hidden"] += 1
-        elif _leads_upwards(os.path.join(folder, name)):
+        elif _is_link_to_parent_folder(os.path.join(folder, name)):
             left_out["link to a folder that contains it"] += 1
         else:
             selected.append(name)
     return selected
 
 
-def _images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> list[str]:
+def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> list[str]:
     """Select the images among the files of a folder. Count the files that are left out in `left_out`."""
     images = []
     all_names = set(names)
@@ -87,7 +87,7 @@ def _images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> l
     return images
 
 
-def _leads_upwards(folder: str) -> bool:
+def _is_link_to_parent_folder(folder: str) -> bool:
     """Check whether a folder is a link to a folder that contains the link.
 
     Following the link `real/up -> ..`, for example, would add the generated images to the real images.
@@ -95,10 +95,10 @@ def _leads_upwards(folder: str) -> bool:
     if not os.path.islink(folder):
         return False
     target = os.path.realpath(folder)
-    return contains(target, os.path.realpath(os.path.dirname(folder)))
+    return folder_contains(target, os.path.realpath(os.path.dirname(folder)))
 
 
-def contains(outer: str, inner: str) -> bool:
+def folder_contains(outer: str, inner: str) -> bool:
     """Check whether the folder `outer` is or contains the folder `inner`. Both must be paths without links."""
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
@@ -109,10 +109,10 @@ def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return _recognise_output(folder, name, names)
+    return _recognise_picture_by_test_program(folder, name, names)
 
 
-def _recognise_output(folder: str, name: str, names: Set[str]) -> str | None:
+def _recognise_picture_by_test_program(folder: str, name: str, names: Set[str]) -> str | None:
     """Recognise a picture written by test.py. Returns the kind of picture; None for any other image."""
     if name.endswith(".residual.png"):
         return "residual picture"
@@ -141,11 +141,11 @@ def format_counts(counts: Counter) -> str:
     return ", ".join(parts)
 
 
-def recognise_output(path: str) -> str | None:
+def recognise_picture_by_test_program(path: str) -> str | None:
     """Recognise a picture written by test.py, which a pattern such as *.png also matches.
 
     Returns:
         The kind of picture, such as "residual picture"; None for any other image.
     """
     folder, name = os.path.split(path)
-    return _recognise_output(folder, name, {f"{name.removesuffix('.png')}.csv"})
+    return _recognise_picture_by_test_program(folder, name, {f"{name.removesuffix('.png')}.csv"})

@@ -60,12 +60,12 @@ class Header(NamedTuple):
 
 
 def load_image(path: str) -> Tensor:
-    """Decode an image file with `read_rgb`. Returns a contiguous uint8 tensor (3, H, W)."""
-    pixels = np.asarray(read_rgb(path))  # (H, W, 3)
+    """Decode an image file with `read_rgb_image`. Returns a contiguous uint8 tensor (3, H, W)."""
+    pixels = np.asarray(read_rgb_image(path))  # (H, W, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, H, W)
 
 
-def read_rgb(path: str) -> Image.Image:
+def read_rgb_image(path: str) -> Image.Image:
     """Decode an image file as an upright 8-bit RGB image.
 
     Grey images get three equal channels. Transparent pixels are blended with white. CMYK is converted without colour
@@ -74,15 +74,15 @@ def read_rgb(path: str) -> Image.Image:
     """
     with open_image(path) as image:
         image.load()
-        return upright_rgb(image)
+        return convert_to_upright_rgb(image)
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded image to upright 8-bit RGB, as `read_rgb` describes. May modify its argument."""
+def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded image to upright 8-bit RGB, as `read_rgb_image` describes. May modify its argument."""
     with suppress(Exception):  # a damaged EXIF block does not affect the pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_grey_to_uint8(image)).convert("RGB")
+        return Image.fromarray(_convert_grey_to_uint8(image)).convert("RGB")
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     if has_alpha or (image.mode != "RGB" and "transparency" in image.info):
         rgba = image.convert("RGBA")
@@ -91,7 +91,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_to_uint8(image: Image.Image) -> np.ndarray:
+def _convert_grey_to_uint8(image: Image.Image) -> np.ndarray:
     """Convert a float or integer grey image to uint8 (H, W) by scaling and rounding.
 
     White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in other integer images.
@@ -112,14 +112,14 @@ def _grey_to_uint8(image: Image.Image) -> np.ndarray:
 def open_image(path: str) -> Iterator[Image.Image]:
     """Open an image file and read its header. Any exception inside the `with` block is raised as a UserError."""
     try:
-        _check_file(path)
+        _check_regular_file(path)
         with open(path, "rb") as file:
             yield Image.open(file, formats=FORMATS)
     except Exception as error:  # decoders raise struct.error, IndexError, MemoryError, ...
-        raise UserError(f"{printable(path)}: {_reason(error)}") from None
+        raise UserError(f"{printable(path)}: {_describe_read_error(error)}") from None
 
 
-def _check_file(path: str) -> None:
+def _check_regular_file(path: str) -> None:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder, not an image file")
@@ -129,7 +129,7 @@ def _check_file(path: str) -> None:
         raise ValueError("is empty (0 bytes)")
 
 
-def _reason(error: Exception) -> str:
+def _describe_read_error(error: Exception) -> str:
     """Describe in one line why an image file could not be read. error: the exception."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
@@ -155,14 +155,14 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
         UserError: if the image is too small or too large.
     """
     height, width = image.shape[-2:]
-    problem = size_problem(height, width, policy)
+    problem = describe_size_problem(height, width, policy)
     if problem:
         raise UserError(f"image {problem}")
     if policy.resize is not None:
-        image = resize_bicubic(image, *_size_after_resize(height, width, policy))  # (3, H', W')
+        image = resize_bicubic(image, *_compute_size_after_resize(height, width, policy))  # (3, H', W')
     if policy.crop_size is not None:
         image = _crop_square(image, policy.crop_size, rng)  # (3, crop_size, crop_size)
-    top, left, height, width = centre_box(image.shape[-2], image.shape[-1], policy.scale)
+    top, left, height, width = compute_centre_box(image.shape[-2], image.shape[-1], policy.scale)
     return image[:, top : top + height, left : left + width].contiguous()
 
 
@@ -182,15 +182,15 @@ def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = Tru
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=antialias)[0]
 
 
-def centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
+def compute_centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
     """Compute (top, left, height, width) of the largest centred box whose sides are multiples of `scale`."""
     return height % scale // 2, width % scale // 2, height - height % scale, width - width % scale
 
 
-def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
+def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     """Say why images of this size cannot be used, in words that follow a file name. Else returns None."""
     text = f"is {width} x {height} pixels"
-    height, width = _size_after_resize(height, width, policy)
+    height, width = _compute_size_after_resize(height, width, policy)
     if policy.resize is not None:
         text += f", {width} x {height} when resized"
     if height * width > MAX_PIXELS:
@@ -211,7 +211,7 @@ def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     return None
 
 
-def _size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
+def _compute_size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Compute (height, width) after resizing: the shorter side becomes `resize`, the longer side is rounded down."""
     if policy.resize is None:
         return height, width
@@ -220,16 +220,16 @@ def _size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int
 
 
 @lru_cache(2**16)
-def size_after(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
+def compute_final_size(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Compute (height, width) of an image after `resize_and_crop`. The cache lets equal sizes share one tuple."""
     if policy.crop_size is not None:
         height, width = policy.crop_size, policy.crop_size
     else:
-        height, width = _size_after_resize(height, width, policy)
+        height, width = _compute_size_after_resize(height, width, policy)
     return height - height % policy.scale, width - width % policy.scale
 
 
-def refuse_mixed_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> None:
+def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> None:
     """Raise a UserError if images differ in size. sizes: (height, width) of each image."""
     for item, size in zip(items, sizes, strict=True):
         if size != sizes[0]:
@@ -275,10 +275,10 @@ def read_header(path: str, policy: SizePolicy) -> Header:
                     width, height = height, width
     except UserError as error:
         return Header(None, str(error).removeprefix(f"{printable(path)}: "))
-    return Header((height, width), size_problem(height, width, policy), is_jpeg)
+    return Header((height, width), describe_size_problem(height, width, policy), is_jpeg)
 
 
-def usable_items(
+def select_usable_items(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
 ) -> tuple[Sequence[Item], list[Header]]:
     """Select the images whose headers show no problem. Log the problem of every image that is not selected.
@@ -313,7 +313,7 @@ def usable_items(
 
 def _log_centre_crops(headers: Sequence[Header], policy: SizePolicy) -> None:
     uncropped = policy._replace(scale=1)
-    cropped = sum(size_after(*h.size, policy) != size_after(*h.size, uncropped) for h in headers)
+    cropped = sum(compute_final_size(*h.size, policy) != compute_final_size(*h.size, uncropped) for h in headers)
     if cropped:
         text = "the sides of %d of %d images are not multiples of %d: these images are centre-cropped"
         logger.info(text, cropped, len(headers), policy.scale)

@@ -68,7 +68,7 @@ class Audit(NamedTuple):
     findings: list[Finding]  # leaks first
 
 
-def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> Audit:
+def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> Audit:
     """Search image files for leaks and duplicates. quick: read at most SAMPLE files per class and split."""
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
@@ -79,11 +79,11 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = 
                 step = math.ceil(len(group) / SAMPLE) if quick else 1
                 selected += group[::step]
     with ThreadPool(THREADS) as pool:
-        results = pool.imap(lambda pair: examine(*pair), selected, chunksize=8)
+        results = pool.imap(lambda pair: read_file_attributes(*pair), selected, chunksize=8)
         files = list(progress(results, "leak audit", len(selected)))
     readable = [file for file in files if file.error is None]
     unreadable = [file for file in files if file.error is not None]
-    findings = class_findings(readable) + duplicate_findings(readable)
+    findings = find_separating_attributes(readable) + find_duplicate_files(readable)
     if unreadable:
         text = f"{len(unreadable)}, the first: {unreadable[0].error}"
         examples = [file.item.path for file in unreadable[:2]]
@@ -94,23 +94,23 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = 
 
 def log_quick_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ()) -> None:
     """Run a quick audit at the start of training, and log its result in a few lines."""
-    result = audit(train_items, val_items, quick=True)
+    result = audit_images(train_items, val_items, quick=True)
     summary = f"{len(result.findings)} finding(s), see python -m tools.audit" if result.findings else "nothing found"
     logger.info("leak audit of %d of %d headers: %s", result.checked, len(train_items) + len(val_items), summary)
     for finding in result.findings[:3]:
         logger.warning("%s: %s: %s", finding.severity.upper(), finding.check, finding.message)
 
 
-def examine(item: Item, split: str) -> File:
+def read_file_attributes(item: Item, split: str) -> File:
     """Read the attributes in the header of an image file."""
     try:
         with open_image(item.path) as image:
-            return File(item, split, os.path.getsize(item.path), attributes_of(image))
+            return File(item, split, os.path.getsize(item.path), list_header_attributes(image))
     except UserError as error:
         return File(item, split, error=str(error))
 
 
-def attributes_of(image: Image.Image) -> dict[str, str]:
+def list_header_attributes(image: Image.Image) -> dict[str, str]:
     """List what a detector could learn from the header of an image: format, size, colour mode, JPEG quality."""
     width, height = image.size
     half_octaves = round(2 * math.log2(min(width, height)))
@@ -129,23 +129,23 @@ def attributes_of(image: Image.Image) -> dict[str, str]:
     return attributes
 
 
-def class_findings(files: Sequence[File]) -> list[Finding]:
+def find_separating_attributes(files: Sequence[File]) -> list[Finding]:
     """Find attributes that separate real from fake images in a split: for all generators, or else for one generator."""
     findings = []
     for split in ("train", "validation"):
         in_split = [file for file in files if file.split == split]
         generators = sorted({file.item.generator for file in in_split if file.item.label == FAKE})
         for attribute in WAYS_OUT:
-            overall = attribute_finding(in_split, attribute, split)
+            overall = compare_attribute_in_classes(in_split, attribute, split)
             findings.append(overall)
             if overall is None and len(generators) > 1:
                 for generator in generators:
                     compared = [file for file in in_split if file.item.generator in (generator, "")]  # "": shared reals
-                    findings.append(attribute_finding(compared, attribute, f"{split}, {generator}"))
+                    findings.append(compare_attribute_in_classes(compared, attribute, f"{split}, {generator}"))
     return [finding for finding in findings if finding is not None]
 
 
-def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Finding | None:
+def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: str) -> Finding | None:
     """Report an attribute if one of its values is much more frequent in one class than in the other class."""
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
@@ -164,7 +164,7 @@ def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Find
     return Finding(severity, f"{attribute} ({where})", message, WAYS_OUT[attribute], [])
 
 
-def duplicate_findings(files: Sequence[File]) -> list[Finding]:
+def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     """Find files with identical content. A file is read only if another file has the same length."""
     by_size, by_content = defaultdict(list), defaultdict(list)
     for file in files:

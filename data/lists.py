@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import contains, find_images, format_counts, recognise_output
+from data.folders import find_images, folder_contains, format_counts, recognise_picture_by_test_program
 from utils.console import printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
@@ -44,7 +44,7 @@ class Item(NamedTuple):
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
+def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
     """List the images of folders: first the sorted reals, then the sorted fakes. No folder may contain another one.
 
     Each folder of fakes counts as one generator. The generator is named after the folder. If two names would be equal,
@@ -53,27 +53,27 @@ def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[I
     roots = [*real_roots, *fake_roots]
     if not roots:
         raise UserError("no image folders: give at least one folder of real or of generated images")
-    _refuse_overlap(roots)
+    _refuse_nested_folders(roots)
     items = []
     for root in real_roots:
         items += [Item(path, REAL, "") for path in find_images(root)]
-    for root, generator in zip(fake_roots, _generator_names(fake_roots), strict=True):
+    for root, generator in zip(fake_roots, _name_generators(fake_roots), strict=True):
         items += [Item(path, FAKE, generator) for path in find_images(root)]
     return items
 
 
-def _refuse_overlap(roots: Sequence[str]) -> None:
+def _refuse_nested_folders(roots: Sequence[str]) -> None:
     real_paths = [os.path.realpath(root) for root in roots]
     for i, inner in enumerate(real_paths):
         for j, outer in enumerate(real_paths):
-            if i != j and contains(outer, inner):
+            if i != j and folder_contains(outer, inner):
                 raise UserError(
                     f"image folder {printable(roots[i])} is or lies in {printable(roots[j])}, so images would count"
                     " twice: give folders that do not contain each other"
                 )
 
 
-def _generator_names(roots: Sequence[str]) -> list[str]:
+def _name_generators(roots: Sequence[str]) -> list[str]:
     """Name each folder by the end of its path, with as few path components as make all names different."""
     parts = [os.path.abspath(root).split(os.sep) for root in roots]
     length = 1
@@ -85,7 +85,7 @@ def _generator_names(roots: Sequence[str]) -> list[str]:
 # --- trees --------------------------------------------------------------------------------------------------
 
 
-def tree_items(root: str, training: bool = False) -> list[Item]:
+def list_tree_items(root: str, training: bool = False) -> list[Item]:
     """List the images of a folder tree whose class folders are named as in LAYOUTS: the reals, then the fakes.
 
     The class folders may be GENERATOR/0_real, GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. They may also be
@@ -110,23 +110,23 @@ def tree_items(root: str, training: bool = False) -> list[Item]:
             continue
         used[" of ".join(["/".join(layout), *held_out])] += 1
         label = REAL if folders[position] == layout[0] else FAKE
-        items.append(Item(path, label, _tree_generator(folders[:position], root)))
+        items.append(Item(path, label, _name_generator_in_tree(folders[:position], root)))
     if not items:
-        _refuse_tree(root, left_out)
+        _raise_no_images_in_tree(root, left_out)
     if left_out or len(used) > 1:
         text = "image tree %s: using %s; left out: %s"
         logger.info(text, printable(root), format_counts(used), format_counts(left_out) or "none")
     return sorted(items, key=lambda item: item.label == FAKE)  # a stable sort keeps the order within each class
 
 
-def _tree_generator(parents: Sequence[str], root: str) -> str:
+def _name_generator_in_tree(parents: Sequence[str], root: str) -> str:
     """Name the generator of an image by the topmost folder between `root` and its class folder, else by `root`."""
     names = [name for name in parents if name.lower() not in (*TRAIN_FOLDERS, *HELD_OUT_FOLDERS)]
     name = names[0] if names else os.path.basename(os.path.abspath(root))
     return sys.intern(name)  # all images of a generator share one string in memory
 
 
-def _refuse_tree(root: str, left_out: Counter) -> None:
+def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
     raise UserError(
         f"image tree {printable(root)} has no images to use ({format_counts(left_out)}): expected folders"
         " GENERATOR/0_real and GENERATOR/1_fake, or nature and ai; give other folders with --data-root-pos and"
@@ -137,7 +137,7 @@ def _refuse_tree(root: str, left_out: Counter) -> None:
 # --- tables and lists ---------------------------------------------------------------------------------------
 
 
-def csv_items(file: str) -> list[Item]:
+def list_csv_items(file: str) -> list[Item]:
     """List the images of a CSV table with the columns path, label and optionally generator.
 
     A label is one of the words real and fake, or 1 for real and 0 for fake. A relative path is looked up in the working
@@ -145,14 +145,14 @@ def csv_items(file: str) -> list[Item]:
     """
     what = f"image table {printable(file)}"
     rows = []
-    with _open_text(file, what) as stream:
+    with _open_text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not {"path", "label"} <= set(reader.fieldnames):
             got = printable(",".join(reader.fieldnames)[:100])
             raise UserError(f"{what}, line 1: expected a header path,label or path,label,generator, got {got!r}")
         for row in reader:
-            rows.append(_parse_row(row, f"{what}, line {reader.line_num}"))
+            rows.append(_parse_table_row(row, f"{what}, line {reader.line_num}"))
     if any(label.isdecimal() for _, label, _ in rows):
         text = "%s: labels are read as 1 = real, 0 = fake; if 1 means fake, write the words real and fake instead"
         logger.warning(text, what)
@@ -160,7 +160,7 @@ def csv_items(file: str) -> list[Item]:
     return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
-def _parse_row(row: dict, where: str) -> tuple[str, str, str]:
+def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
     """Read path, label and generator from a row of a CSV table. where: file and line, for the error message."""
     path = row["path"] or ""
     label = (row["label"] or "").strip().lower()
@@ -175,16 +175,16 @@ def _parse_row(row: dict, where: str) -> tuple[str, str, str]:
     return path, sys.intern(label), sys.intern(generator)
 
 
-def list_paths(file: str) -> list[str]:
-    """Read image paths from a text file, one per line. Relative paths are looked up as in `csv_items`."""
+def read_path_list(file: str) -> list[str]:
+    """Read image paths from a text file, one per line. Relative paths are looked up as in `list_csv_items`."""
     what = f"image list {printable(file)}"
-    with _open_text(file, what, newline="\n") as stream:
+    with _open_text_file(file, what, newline="\n") as stream:
         lines = [line.removesuffix("\n") for line in stream]
     return _find_files([line for line in lines if line.strip()], file, what)
 
 
 @contextmanager
-def _open_text(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
+def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
     """Open a UTF-8 text file, with or without a byte order mark. Bytes that are not UTF-8 are kept, for paths.
 
     Args:
@@ -224,12 +224,12 @@ def _find_file(name: str, folder: str) -> str | None:
 # --- lists for the programs ---------------------------------------------------------------------------------
 
 
-def paths_of(source: str) -> list[str]:
-    """List the images of a folder (`find_images`) or of a text list (`list_paths`)."""
-    return find_images(source) if os.path.isdir(source) else list_paths(source)
+def list_image_paths(source: str) -> list[str]:
+    """List the images of a folder (`find_images`) or of a text list (`read_path_list`)."""
+    return find_images(source) if os.path.isdir(source) else read_path_list(source)
 
 
-def labelled_items(
+def list_labelled_items(
     real_roots: Sequence[str] | None,
     fake_roots: Sequence[str] | None,
     tree: str | None = None,
@@ -241,7 +241,7 @@ def labelled_items(
 
     Args:
         flags: names of the command-line options for real_roots and fake_roots, used in error messages.
-        training: whether the images are for training, see `tree_items`.
+        training: whether the images are for training, see `list_tree_items`.
 
     Raises:
         UserError: if no images or several sources are given, a class is missing, or a file is listed in both classes.
@@ -254,11 +254,11 @@ def labelled_items(
             " (without labels: test.py --input)"
         )
     if tree:
-        items = tree_items(tree, training)
+        items = list_tree_items(tree, training)
     elif csv_file:
-        items = csv_items(csv_file)
+        items = list_csv_items(csv_file)
     elif real_roots and fake_roots:
-        items = folder_items(real_roots, fake_roots)
+        items = list_folder_items(real_roots, fake_roots)
     else:
         missing = flags[1] if real_roots else flags[0]
         raise UserError(f"expected real and generated images, got one class only: {missing} is missing")
@@ -298,7 +298,7 @@ def require_both_classes(items: Sequence[Item], what: str) -> None:
         raise UserError(f"{what} must contain both real and generated images, got {got}")
 
 
-def input_items(paths: Sequence[str]) -> list[Item]:
+def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
     """List images without labels, in the order of `paths`. Folders are searched. A file may have any suffix."""
     found = []
     left_out = Counter()
@@ -307,7 +307,7 @@ def input_items(paths: Sequence[str]) -> list[Item]:
             raise UserError(f"input {printable(path)} does not exist")
         if os.path.isdir(path):
             found += find_images(path)
-        elif reason := recognise_output(path):
+        elif reason := recognise_picture_by_test_program(path):
             left_out[reason] += 1
         else:
             found.append(path)
@@ -322,7 +322,7 @@ def input_items(paths: Sequence[str]) -> list[Item]:
 # --- recognising images -------------------------------------------------------------------------------------
 
 
-def list_digest(items: Sequence[Item]) -> str:
+def describe_and_hash_items(items: Sequence[Item]) -> str:
     """Describe a list of images in one line: the number of images, and a hash of paths, labels and generators.
 
     Paths are hashed as absolute paths, so that the text does not depend on the working folder.
@@ -337,39 +337,39 @@ def list_digest(items: Sequence[Item]) -> str:
     return f"{len(items)} images ({counts[REAL]} real, {counts[FAKE]} generated), {digest.hexdigest()[:16]}"
 
 
-def identities(items: Sequence[Item]) -> np.ndarray:
+def hash_image_files(items: Sequence[Item]) -> np.ndarray:
     """Hash image files, so that training images can be recognised later.
 
     Returns:
         int64 (N, 2): per image, a hash of the file's name and size, and a hash of its content.
     """
-    rows = [(_name_hash(item.path), _content_hash(item.path)) for item in items]
+    rows = [(_hash_name_and_size(item.path), _hash_middle_of_file(item.path)) for item in items]
     return np.array(rows, np.int64).reshape(-1, 2)
 
 
-def count_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
+def count_images_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
     """Count the images that are training images. A file is opened only if a training image has its name and size.
 
     Args:
-        trained_on: `identities` of the training images.
+        trained_on: `hash_image_files` of the training images.
     """
     names = set(trained_on[:, 0].tolist())
     known = set(map(tuple, trained_on.tolist()))
-    candidates = [(_name_hash(item.path), item.path) for item in items]
-    return sum(name in names and (name, _content_hash(path)) in known for name, path in candidates)
+    candidates = [(_hash_name_and_size(item.path), item.path) for item in items]
+    return sum(name in names and (name, _hash_middle_of_file(path)) in known for name, path in candidates)
 
 
-def _name_hash(path: str) -> int:
+def _hash_name_and_size(path: str) -> int:
     size = os.path.getsize(path) if os.path.isfile(path) else -1
-    return _hash(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
+    return _hash_to_int64(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
 
 
-def _content_hash(path: str) -> int:
+def _hash_middle_of_file(path: str) -> int:
     """Hash only 64 bytes in the middle of a file, which takes the same time for files of any size."""
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
-        return _hash(file.read(64))
+        return _hash_to_int64(file.read(64))
 
 
-def _hash(content: bytes) -> int:
+def _hash_to_int64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

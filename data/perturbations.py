@@ -37,7 +37,7 @@ JPEG_QUALITY = (10, 75)  # lowest and highest quality, both included
 NOISE_VARIANCE = (5.0, 20.0)  # smallest and largest variance, for pixel values in 0..255
 
 
-def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
+def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Blur with a Gaussian kernel and round the result.
 
     The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The kernel is
@@ -54,7 +54,7 @@ def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     return _round_to_uint8(x)
 
 
-def crop(image: Tensor, fraction: float) -> Tensor:
+def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
     """Cut off a fraction of the height and width, half of it at each end, and resize back to the original size.
 
     The resizing is bicubic without antialiasing. PyTorch then uses the bicubic kernel of OpenCV, a = -0.75. With
@@ -67,7 +67,7 @@ def crop(image: Tensor, fraction: float) -> Tensor:
     return resize_bicubic(inner, height, width, antialias=False)
 
 
-def jpeg(image: Tensor, quality: int) -> Tensor:
+def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
     """Compress as baseline JPEG with libjpeg's quality (1..100) and 4:2:0 chroma subsampling, and decode again."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
@@ -85,7 +85,7 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     return _round_to_uint8(image + std * noise)
 
 
-def resize_and_back(image: Tensor, factor: float) -> Tensor:
+def shrink_and_enlarge(image: Tensor, factor: float) -> Tensor:
     """Shrink an image by a factor in (0, 1], and enlarge it back to its original size. Both steps are bicubic."""
     height, width = image.shape[-2:]
     small = resize_bicubic(image, max(1, round(height * factor)), max(1, round(width * factor)))
@@ -99,52 +99,52 @@ def _round_to_uint8(x: Tensor) -> Tensor:
 # --- frank2020: random strengths ----------------------------------------------------------------------------
 
 
-def random_crop(image: Tensor, rng: np.random.Generator) -> Tensor:
+def crop_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Crop a random fraction of the sides (CROP_FRACTION), and resize back to the original size."""
-    return crop(image, rng.uniform(*CROP_FRACTION))
+    return crop_and_enlarge(image, rng.uniform(*CROP_FRACTION))
 
 
-def random_blur(image: Tensor, rng: np.random.Generator) -> Tensor:
+def blur_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Blur with a random kernel of BLUR_KERNELS."""
     kernel_size, sigma = BLUR_KERNELS[rng.integers(len(BLUR_KERNELS))]
-    return blur(image, kernel_size, sigma)
+    return blur_image(image, kernel_size, sigma)
 
 
-def random_noise(image: Tensor, rng: np.random.Generator) -> Tensor:
+def add_noise_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Add Gaussian noise with a random variance (NOISE_VARIANCE)."""
     return add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng)
 
 
-def random_jpeg(image: Tensor, rng: np.random.Generator) -> Tensor:
+def compress_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Compress as JPEG with a random quality (JPEG_QUALITY)."""
-    return jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
+    return compress_as_jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
 # The setting "combined" applies the four perturbations in this order. JPEG is last, as when an image is saved.
-FRANK2020 = {"crop": random_crop, "blur": random_blur, "noise": random_noise, "jpeg": random_jpeg}
+FRANK2020 = {"crop": crop_at_random, "blur": blur_at_random, "noise": add_noise_at_random, "jpeg": compress_at_random}
 
 
 # --- sweep: fixed strengths ---------------------------------------------------------------------------------
 
 
-def blur_at(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
+def blur_at_strength(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
     """Blur with a Gaussian of `sigma` pixels. The kernel reaches four sigma to either side."""
-    return blur(image, 2 * math.ceil(4 * sigma) + 1, sigma)
+    return blur_image(image, 2 * math.ceil(4 * sigma) + 1, sigma)
 
 
-def jpeg_at(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
+def compress_at_strength(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
     """Compress as JPEG with a quality from 1 to 100."""
-    return jpeg(image, round(quality))
+    return compress_as_jpeg(image, round(quality))
 
 
-def noise_at(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
+def add_noise_at_strength(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     """Add Gaussian noise. std: standard deviation, for pixel values in [0, 1]."""
     return add_noise(image, std * 255, rng)
 
 
-def resize_at(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
+def shrink_at_strength(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
     """Shrink by a factor in (0, 1], and enlarge back to the original size."""
-    return resize_and_back(image, factor)
+    return shrink_and_enlarge(image, factor)
 
 
 class Sweep(NamedTuple):
@@ -158,10 +158,14 @@ class Sweep(NamedTuple):
 
 
 SWEEP = {
-    "blur": Sweep(blur_at, (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
-    "jpeg": Sweep(jpeg_at, (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True),
-    "noise": Sweep(noise_at, (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, pixels in [0, 1]"),
-    "resize": Sweep(resize_at, (0.5,), "x{:g} and back", "factor, and back", True),
+    "blur": Sweep(blur_at_strength, (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
+    "jpeg": Sweep(
+        compress_at_strength, (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True
+    ),
+    "noise": Sweep(
+        add_noise_at_strength, (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, pixels in [0, 1]"
+    ),
+    "resize": Sweep(shrink_at_strength, (0.5,), "x{:g} and back", "factor, and back", True),
 }
 
 
@@ -175,7 +179,7 @@ class PerturbationSetting(NamedTuple):
     strength: float | None = None  # None if the strength is random
 
     @property
-    def sweep(self) -> Sweep:
+    def sweep_entry(self) -> Sweep:
         """The entry of SWEEP for this name. If SWEEP has none, an entry with default values."""
         return SWEEP.get(self.name, Sweep())
 
@@ -184,7 +188,7 @@ class PerturbationSetting(NamedTuple):
         """The text for this setting in tables, such as "jpeg quality 70"."""
         if self.strength is None:
             return self.name
-        return f"{self.name} {self.sweep.label.format(self.strength)}"
+        return f"{self.name} {self.sweep_entry.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
@@ -192,7 +196,7 @@ class PerturbationSetting(NamedTuple):
         return self.label.replace(" ", "_")
 
 
-def settings_of(protocol: str) -> list[PerturbationSetting]:
+def list_perturbation_settings(protocol: str) -> list[PerturbationSetting]:
     """List all settings of a protocol, beginning with "none"."""
     settings = [PerturbationSetting("none")]
     if protocol == "frank2020":
@@ -217,7 +221,7 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
     Raises:
         UserError: if the protocol does not have a requested name or strength.
     """
-    available = settings_of(protocol)
+    available = list_perturbation_settings(protocol)
     selected = []
     for name, strength in requested:
         same_name = [s for s in available if name in (s.name, "all")]
@@ -250,23 +254,23 @@ class Perturbation(NamedTuple):
         name, strength = self.setting
         if name == "none":
             return image
-        rng = self._generator(image)
+        rng = self._create_generator(image)
         if self.protocol == "sweep":
-            return self.setting.sweep.apply(image, strength, rng)
+            return self.setting.sweep_entry.apply(image, strength, rng)
         names = list(FRANK2020) if name == "combined" else [name]
         chosen = [n for n in names if rng.random() < PROBABILITY]
         for n in chosen:
             image = FRANK2020[n](image, rng)
         return image
 
-    def _generator(self, image: Tensor) -> np.random.Generator:
+    def _create_generator(self, image: Tensor) -> np.random.Generator:
         shape = repr(tuple(image.shape)).encode()
         image_hash = zlib.crc32(image.contiguous().numpy(), zlib.crc32(shape))
         setting_hash = zlib.crc32(f"{self.protocol}/{self.setting.name}".encode())
         return seeded_generator(self.seed, image_hash, setting_hash)
 
 
-def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
+def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Apply one random perturbation of FRANK2020 with probability 0.5. This is a transform for training images.
 
     Real and generated images must both be augmented. Otherwise the detector would learn to recognise perturbed images.

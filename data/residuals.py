@@ -3,7 +3,7 @@
 With a frozen re-synthesizer, the residual of an image is the same in every epoch. It is therefore computed once and
 stored. There is one file per image, crop and direction (mirrored or not). A mirrored image needs its own residual,
 because networks do not commute with mirroring. The name of the cache folder is a hash of every setting that changes
-residuals. Before each epoch, `ResidualDataset.fill` computes the missing residuals. The epoch then reads no images.
+residuals. Before each epoch, `ResidualDataset.store_missing_residuals` computes the missing residuals. The epoch then reads no images.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ ABANDONED_AFTER = 3600  # delete unfinished files only after this many seconds, 
 FORMAT = 2  # version of the cache files: increase it if residuals are computed or stored differently
 
 
-def cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
+def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
     """Create the cache folder for residuals with the given settings. Several runs may use the folder at the same time.
 
     Args:
@@ -53,11 +53,11 @@ def cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
     return folder
 
 
-def has_room(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
+def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
     """Check whether residuals fit into `max_bytes` and onto the disk, and log the result.
 
     Args:
-        folder: the cache folder, from `cache_folder`.
+        folder: the cache folder, from `create_cache_folder`.
         sizes: size in bytes of each residual that training needs.
     """
     needed = sum(sizes)
@@ -78,7 +78,7 @@ class ResidualDataset(Dataset):
     Args:
         images: dataset of the images whose residuals are kept. Except for mirroring, the images must be the same in
             every epoch.
-        folder: the cache folder, from `cache_folder`.
+        folder: the cache folder, from `create_cache_folder`.
         dtype: type of the stored numbers, a value of STORAGE.
     """
 
@@ -87,7 +87,7 @@ class ResidualDataset(Dataset):
         self.folder = folder
         self.dtype = dtype
 
-    def path(self, key: Key) -> Path:
+    def compute_path(self, key: Key) -> Path:
         """Compute the path of the file in which the residual for a key is stored.
 
         The path depends on the image file (path, size, modification time), the crop and whether the image is mirrored.
@@ -95,44 +95,45 @@ class ResidualDataset(Dataset):
         Raises:
             OSError: if the image file does not exist.
         """
-        image = self.images.item(key.index).path
+        image = self.images.get_item(key.index).path
         status = os.stat(image)
         augmentation = self.images.augmentation
         crop = (augmentation.seed, key.index) if augmentation and augmentation.crops else None
-        mirrored = bool(self.images.mirrored(key))
+        mirrored = bool(self.images.is_mirrored(key))
         identity = (os.path.realpath(image), status.st_size, status.st_mtime_ns, crop, mirrored)
         digest = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()
         return self.folder / f"{digest[:32]}.npz"
 
-    def holds(self, key: Key) -> bool:
+    def has_residual(self, key: Key) -> bool:
         """Return whether the residual for a key is in the cache."""
         try:
-            return self.path(key).exists()
+            return self.compute_path(key).exists()
         except OSError:  # the image file does not exist, which is reported when the image is read
             return False
 
-    def write(self, key: Key, residual: Tensor) -> None:
+    def store_residual(self, key: Key, residual: Tensor) -> None:
         """Store the residual (C_l, H_l, W_l) for a key.
 
         Raises:
             UserError: if the residual has values that are not finite, or too large for half precision.
         """
-        image = printable(self.images.item(key.index).path)
+        image = printable(self.images.get_item(key.index).path)
         if not residual.isfinite().all():
             raise UserError(f"{image}: the residual has values that are not finite (NaN or infinite)")
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():
             raise UserError(f"{image}: the residual is too large for half precision, use --cache-precision fp32")
-        with atomic(self.path(key)) as file:  # .npz and not .npy, because .npz files contain a checksum
+        with atomic(self.compute_path(key)) as file:  # .npz and not .npy, because .npz files contain a checksum
             np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.images.item(key.index)
+        item = self.images.get_item(key.index)
         name = printable(item.path)
-        if not self.holds(key):  # `fill` could not read the image: read the image again to get the error message
+        if not self.has_residual(key):
+            # `store_missing_residuals` could not read the image: read the image again to get the error message
             error = self.images[key].error
             return Sample(key, item, None, error or f"{name}: the file has changed during training: use --resume auto")
-        path = self.path(key)
+        path = self.compute_path(key)
         try:
             residual = torch.from_numpy(np.load(path)["residual"])  # (C_l, H_l, W_l)
         except Exception as error:  # for damaged files, zipfile, zlib and NumPy raise many kinds of errors
@@ -141,7 +142,7 @@ class ResidualDataset(Dataset):
             return Sample(key, item, None, f"{name}: {text}")
         return Sample(key, item, residual[None])  # (1, C_l, H_l, W_l)
 
-    def fill(
+    def store_missing_residuals(
         self,
         epoch: int,
         residual_of: Callable[[Batch], Tensor],
@@ -159,14 +160,14 @@ class ResidualDataset(Dataset):
             readable_batches: function of a loader and a description. It yields the batches whose image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
-        missing = [key for key in keys if not self.holds(key)]
+        missing = [key for key in keys if not self.has_residual(key)]
         barrier(world)  # every process lists the missing residuals before any process writes
         own_keys = missing[world.rank :: world.size]
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
             for batch in readable_batches(loader, "residuals"):
                 key_epoch, index, _ = batch.keys[0]
-                self.write(Key(key_epoch, index), residual_of(batch)[0])
+                self.store_residual(Key(key_epoch, index), residual_of(batch)[0])
         barrier(world)
 
 
@@ -178,7 +179,7 @@ class CacheOptions(NamedTuple):
     max_gb: float  # limit in GB; if the residuals of all images take more, none are stored
 
 
-def cached_residuals(
+def create_residual_datasets(
     datasets: Sequence[ImageDataset],
     residual_shape: Callable[[int, int], tuple[int, int, int]],
     key: Mapping[str, object],
@@ -195,7 +196,7 @@ def cached_residuals(
         One dataset per dataset of images; none if images differ between epochs or the residuals take too much space.
     """
     for images in datasets:
-        if images.crops_change or images.transform:
+        if images.crops_change_each_epoch or images.transform:
             logger.info(
                 "no residual cache: in each epoch, images are cropped at new places (but see --crops-per-image) or"
                 " perturbed differently (--augment-perturb), so their residuals change"
@@ -205,10 +206,10 @@ def cached_residuals(
     byte_counts = []
     for images in datasets:
         directions = 2 if images.augmentation else 1  # the image and its mirror image have different residuals
-        for size in images.sizes:
+        for size in images.image_sizes:
             values = math.prod(residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.parts * directions)
-    folder = cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
-    if not broadcast_from_main(has_room(folder, byte_counts, options.max_gb * 1e9), world):
+    folder = create_cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
+    if not broadcast_from_main(residuals_fit_in_cache(folder, byte_counts, options.max_gb * 1e9), world):
         return []
     return [ResidualDataset(images, folder, dtype) for images in datasets]

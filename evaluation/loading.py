@@ -178,7 +178,7 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
 
 
 def check_trained_on(trained_on: object, name: str) -> Tensor | None:
-    """Check the `data.lists.identities` of training images that a checkpoint stores. None stays None.
+    """Check the hashes of training images (`data.lists.hash_image_files`) in a checkpoint. None stays None.
 
     Raises:
         UserError: if `trained_on` is not an int64 tensor (N, 2).

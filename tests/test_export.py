@@ -45,7 +45,9 @@ def write_rdn(path, scale=4):
 def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **options):
     """Write a detector in the format of train_detector.py. Return the path."""
     torch.manual_seed(0)
-    detector, config = build.new_detector(checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random")
+    detector, config = build.create_detector(
+        checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random"
+    )
     for module in detector.modules():  # random batch-norm weights make the logits differ between images
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

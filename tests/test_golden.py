@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from golden_rule import fill
 
 from models.features import STAGES, VGG19, Pixels, VGG19Stage
-from models.losses import perceptual_distance, reconstruction_loss
+from models.losses import compute_perceptual_distance, compute_reconstruction_loss
 from models.rdn import RDN
-from models.released import rdn_from_weights, resnet_from_weights
+from models.released import read_rdn_scale_and_arguments, read_resnet_name_and_channels
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector, downsample
 
@@ -100,7 +100,7 @@ def test_a_small_rdn_has_the_released_output_at_each_scale(golden, scale):
     small = fill(RDN(scale=scale, **TINY))
     with torch.inference_mode():
         assert_close(small(golden["tiny_in"]), golden[f"rdn_small_x{scale}"])
-    assert rdn_from_weights(small.state_dict(), "file") == (scale, TINY)
+    assert read_rdn_scale_and_arguments(small.state_dict(), "file") == (scale, TINY)
 
 
 def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(golden, vgg, x):
@@ -134,11 +134,11 @@ def test_detectors_have_the_released_logits(golden, rdn, vgg, x, key, arch, stag
     detector = ResynthesisDetector(rdn, features, classifier).eval()
     with torch.inference_mode():
         assert_close(detector(x), golden[key])
-    assert resnet_from_weights(classifier.state_dict(), "file") == (arch, features.channels)
+    assert read_resnet_name_and_channels(classifier.state_dict(), "file") == (arch, features.channels)
 
 
 def test_the_losses_have_the_released_values(golden, rdn, vgg, x):
     with torch.inference_mode():
         x_hat = rdn(downsample(x, 4))
-        assert_close(perceptual_distance(x_hat, x, vgg, F.mse_loss), golden["vgg_loss_mse"])
-        assert_close(reconstruction_loss(x_hat, x, vgg).mean(), golden["aux_loss_l1"])
+        assert_close(compute_perceptual_distance(x_hat, x, vgg, F.mse_loss), golden["vgg_loss_mse"])
+        assert_close(compute_reconstruction_loss(x_hat, x, vgg).mean(), golden["aux_loss_l1"])

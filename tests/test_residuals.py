@@ -13,7 +13,7 @@ from trainings import CPU, TINY, detector_arguments, stats, train, without_setti
 from data.datasets import Augmentation, ImageDataset, Key
 from data.images import Header, SizePolicy
 from data.lists import Item
-from data.residuals import STORAGE, CacheOptions, ResidualDataset, cache_folder, cached_residuals
+from data.residuals import STORAGE, CacheOptions, ResidualDataset, create_cache_folder, create_residual_datasets
 from models.features import Pixels
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
@@ -58,7 +58,7 @@ def stored_names(folder):
 @pytest.mark.parametrize("storage", ["fp16", "fp32"])
 def test_residuals_read_from_the_cache_have_the_documented_precision(files, tmp_path, storage):
     values = torch.logspace(-12, 4.8, 10_000, dtype=torch.float64).float().reshape(1, 100, 100)
-    residual_dataset(tmp_path, files / "real/0.png", storage=storage).write(FIRST, values)
+    residual_dataset(tmp_path, files / "real/0.png", storage=storage).store_residual(FIRST, values)
     sample = residual_dataset(tmp_path, files / "real/0.png", storage=storage)[FIRST]
     assert sample.error is None and sample.x.shape == (1, 1, 100, 100)
     error = (sample.x[0].float() - values).abs()
@@ -72,14 +72,14 @@ def test_residuals_read_from_the_cache_have_the_documented_precision(files, tmp_
 @pytest.mark.parametrize("value, words", [(70_000.0, "--cache-precision fp32"), (float("nan"), "not finite")])
 def test_a_residual_that_cannot_be_stored_is_refused_with_the_reason(files, tmp_path, value, words):
     with user_error("0.png", words):
-        residual_dataset(tmp_path, files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
+        residual_dataset(tmp_path, files / "real/0.png").store_residual(FIRST, torch.full((1, 2, 2), value))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_of_the_cache_is_never_used(files, tmp_path):
     dataset = residual_dataset(tmp_path, files / "real/0.png")
-    dataset.write(FIRST, torch.rand(3, 5, 7))
-    path, expected = dataset.path(FIRST), dataset[FIRST].x
+    dataset.store_residual(FIRST, torch.rand(3, 5, 7))
+    path, expected = dataset.compute_path(FIRST), dataset[FIRST].x
     whole = path.read_bytes()
     damaged = [b"", whole[:40], whole[:-1], bytes(len(whole))]
     for position in range(0, len(whole), 7):
@@ -102,20 +102,20 @@ def test_the_cache_has_one_file_per_image_crop_and_mirroring(files, tmp_path):
     plain = residual_dataset(tmp_path, path)
     augmented = residual_dataset(tmp_path, path, augmentation=Augmentation(1))
     keys = [Key(epoch, 0) for epoch in range(50)]
-    upright = next(key for key in keys if not augmented.images.mirrored(key))
-    mirrored = next(key for key in keys if augmented.images.mirrored(key))
-    assert plain.path(FIRST) == augmented.path(upright) != augmented.path(mirrored)
+    upright = next(key for key in keys if not augmented.images.is_mirrored(key))
+    mirrored = next(key for key in keys if augmented.images.is_mirrored(key))
+    assert plain.compute_path(FIRST) == augmented.compute_path(upright) != augmented.compute_path(mirrored)
     crops = residual_dataset(tmp_path, path, augmentation=Augmentation(1, crops=3), policy=SizePolicy(4, 16))
-    names = {crops.path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
-    assert len(names | {plain.path(FIRST), augmented.path(mirrored)}) == 2 * 3 + 2
+    names = {crops.compute_path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
+    assert len(names | {plain.compute_path(FIRST), augmented.compute_path(mirrored)}) == 2 * 3 + 2
 
 
 def test_an_image_that_has_changed_gets_a_new_file_in_the_cache(files, tmp_path):
     path = shutil.copy(files / "real/0.png", tmp_path)
     dataset = residual_dataset(tmp_path, path)
-    before = dataset.path(FIRST)
+    before = dataset.compute_path(FIRST)
     os.utime(path, ns=(1, 1))
-    assert dataset.path(FIRST) != before
+    assert dataset.compute_path(FIRST) != before
 
 
 CONFIG = {
@@ -129,7 +129,7 @@ CONFIG = {
 def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
     """Return the cache folder for CONFIG and other settings."""
     key = cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
-    return cache_folder(root, key)
+    return create_cache_folder(root, key)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def cached_datasets(folder, images, max_gb=1.0):
     """Return the residual datasets that replace an image dataset, or [] if it is not cached."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = cache_key(CONFIG, "b", images.policy, ON_CPU)
-    return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
+    return create_residual_datasets([images], tiny_detector().residual_shape, key, options, World())
 
 
 def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cached(files, tmp_path):
@@ -189,7 +189,7 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
         return frozen_residual(detector, ON_CPU, None, batch)
 
     for _ in range(2):
-        dataset.fill(0, residual_of, lambda loader, _: loader, 0, ON_CPU, World())
+        dataset.store_missing_residuals(0, residual_of, lambda loader, _: loader, 0, ON_CPU, World())
         assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
         x = dataset.images[Key(0, index)].x / 255

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from data.images import read_rgb
+from data.images import read_rgb_image
 from data.perturbations import PerturbationSetting
 from evaluation import figures, metrics
 from evaluation.score_table import ScoreTable, read_record, read_table, residual_path
@@ -162,7 +162,7 @@ def data_uri(content: bytes, kind: str) -> str:
 def difficulty(scores: Scores) -> tuple[str, float]:
     """Return the sorting key of a perturbed score table: name of the perturbation, then strength, the hardest last."""
     strength = scores.perturbation.strength or 0
-    if scores.perturbation.sweep.smaller_is_harder:
+    if scores.perturbation.sweep_entry.smaller_is_harder:
         strength = -strength
     return scores.perturbation.name, strength
 
@@ -209,7 +209,7 @@ def card(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
 def thumbnail(path: Path, side: int) -> str:
     """Make a small JPEG image of an image file. Returns a data URI, or "" if the file cannot be read."""
     try:
-        image = read_rgb(str(path))
+        image = read_rgb_image(str(path))
     except UserError:
         return ""
     image.thumbnail((side, side))

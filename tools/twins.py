@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.images import FORMATS
 from data.lists import find_images
-from models.tiling import in_tiles
+from models.tiling import compute_in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
 from tools.upsampling import upsample_again
 from utils.console import printable, progress
@@ -147,6 +147,6 @@ def autoencoding(model: Autoencoder) -> Imitate:
     """
 
     def imitate(x: Tensor) -> Tensor:
-        return in_tiles(model, x, side=TILE, halo=MARGIN)
+        return compute_in_tiles(model, x, side=TILE, halo=MARGIN)
 
     return imitate
