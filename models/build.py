@@ -5,10 +5,10 @@ list the classes that can be chosen for each part. To add a network, write a cla
 dicts (docs/extending.md). The name and the arguments of each part are stored in config.json and in every checkpoint,
 except checkpoints that contain only weights.
 
-Training and testing choose the name and the arguments of each part in the same way. A value in the checkpoint is used
-first. If an option has a different value than the checkpoint, a UserError is raised. If neither the checkpoint nor an
-option gives a value, the value in the paper is used. The re-synthesizer and the classifier have random weights only
-if they are about to be trained.
+Training and testing choose the name and the arguments of each part in the same way. If the checkpoint contains a value,
+this value is used. If an option has a different value than the checkpoint, a UserError is raised. If neither the
+checkpoint nor an option gives a value, the value in the paper is used. The re-synthesizer and the classifier have
+random weights only if they are about to be trained.
 """
 
 import inspect
@@ -67,7 +67,7 @@ class Features(Protocol):
 
 # A classifier is any nn.Module: residual (B, channels, H_l, W_l) -> logits (B, 2), columns FAKE, REAL. A classifier is
 # created as CLASSIFIERS[name](channels, **args). If the classifier has an attribute `stride`, then train_detector.py
-# warns of residuals that are not larger than this stride.
+# warns about residuals that are not larger than this stride.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -184,7 +184,7 @@ def create_convolution_with_input_channels(convolution: nn.Conv2d, channels: int
 def read_config(source: Checkpoint) -> Fields:
     """Return the config of a checkpoint as `Fields`, which check the type of each value when the value is read.
 
-    Released checkpoints have no config, so for them the `Fields` are empty.
+    The `Fields` of a released checkpoint are empty, because released checkpoints have no config.
     """
     return Fields(source.content.get("config"), source.name, "config")
 
@@ -373,12 +373,11 @@ def create_detector(
 def load_detector(
     source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping, vgg_source: str
 ) -> tuple[ResynthesisDetector, dict]:
-    """Load a trained detector.
+    """Load a trained detector from its checkpoint.
 
     Args:
-        source: checkpoint written by train_detector.py, or released checkpoint of a detector. A released checkpoint
-            does not contain the re-synthesizer, the stage of VGG-19 and the dilation of the ResNet. Therefore
-            `resynthesizer` and `options` must give these three settings.
+        source: checkpoint written by train_detector.py, or released checkpoint of a detector. For a released
+            checkpoint, `resynthesizer` must be given, and `options` must give the stage of VGG-19 and the dilation.
         resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
         options: values of the options in OPTION_NAMES.
         vgg_source: value of `--vgg-weights`.

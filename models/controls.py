@@ -22,9 +22,9 @@ class Bicubic(nn.Module):
 class NoResynthesis(nn.Module):
     """A control without re-synthesis, which returns a black image: x_lr (B, 3, h, w) -> (B, 3, scale * h, scale * w).
 
-    The absolute residual of pixels is then the image itself. The absolute residual of VGG-19 features is the absolute
-    difference between the features of the image and the features of a black image. The features of a black image are
-    not zero, because the convolutions have biases.
+    If the re-synthesis is black, the absolute residual of pixels is the image itself. The absolute residual of VGG-19
+    features is the absolute difference between the features of the image and the features of a black image. The
+    features of a black image are not zero, because the convolutions have biases.
     """
 
     def __init__(self, scale: int = 4):

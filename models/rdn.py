@@ -94,7 +94,7 @@ class RDN(nn.Module):
                     f" {LARGEST_COUNT}, got {count}"
                 )
         self.scale = scale
-        # If True, the backward pass computes the maps of each block again, so that the maps need not be kept in memory
+        # If checkpoint_blocks is True, the backward pass computes the maps of each block again, which saves memory
         self.checkpoint_blocks = False
         self.tile = 256  # side of the tiles in inference without gradients, in low-resolution pixels
         self.sfe1 = create_conv3x3(3, num_features)

@@ -1,7 +1,7 @@
 """Inference with RDN in less memory than RDN.forward in training and, on a CPU, in less time.
 
-`run_rdn` is the function that other modules call. It differs from RDN.forward in training in three ways, which change
-the result by rounding errors only:
+`run_rdn` is the function that other modules call. `run_rdn` differs from RDN.forward in training in three ways, which
+change the result by rounding errors only:
 
 - RDN runs on tiles of the image. Each tile is cut out with all pixels on which the output of the tile depends.
 - After each dense block, its output is added to the fused maps, so that the outputs of earlier blocks can be freed.
@@ -42,8 +42,9 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     """Run all dense blocks and the 1x1 convolution that fuses their outputs: (B, G0, h, w) -> (B, G0, h, w).
 
-    Instead of the concatenated outputs of all blocks, the output of each block is convolved alone, with its part of the
-    weights, and the results are added. The sum has the data type of the weights, which is float32 also under autocast.
+    The output of each block is convolved with its part of the weights, and the results are added. Adding takes less
+    memory than a convolution of the concatenated outputs of all blocks. The sum has the data type of the weights, which
+    is float32 also under autocast.
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one weight (G0, G0, 1, 1) per block

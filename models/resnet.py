@@ -1,4 +1,4 @@
-"""The ResNet that classifies residuals as real or fake. Its stem has three convolutions.
+"""The ResNet that classifies residuals as real or fake. The stem of the ResNet has three convolutions.
 
 ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). As in torchvision, a
 bottleneck has its stride in the 3x3 convolution. The parameters have the same names as in torchvision.
@@ -125,8 +125,8 @@ class DeepStemResNet(nn.Module):
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # Side of the residual / side of the last feature map. train_detector.py warns of residuals that are not larger than
-    # this stride, because batch norm cannot be trained on a single image whose last feature map is 1 x 1.
+    # Side of the residual / side of the last feature map. train_detector.py warns about residuals that are not larger
+    # than this stride, because batch norm cannot be trained on a single image whose last feature map is 1 x 1.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):

@@ -57,7 +57,8 @@ class ResynthesisDetector(nn.Module):
         """Compute the residual of images x (B, 3, H, W) and their re-synthesis x_hat (B, 3, H, W).
 
         Returns:
-            float32 (B, C_l, H_l, W_l): features of x_hat minus features of x. If `signed` is False, the absolute value.
+            float32 (B, C_l, H_l, W_l): features of x_hat minus features of x, or the absolute value of this difference
+            if `signed` is False.
         """
         phi = self.features(x)  # (B, C_l, H_l, W_l)
         phi_hat = self.features(x_hat)  # (B, C_l, H_l, W_l)

@@ -3,11 +3,11 @@
 A ResNet overfits if it is trained on only a few hundred images. The classifiers in this file first reduce a residual to
 a small number of values, and then classify these values.
 
-`SpectrumClassifier` is made for pixel residuals. It compares the power of each frequency with the power of neighbouring
-frequencies. The spectrum is averaged over overlapping windows by Welch's method (IEEE Transactions on Audio and
-Electroacoustics, 1967).
+`SpectrumClassifier` is made for pixel residuals. This classifier compares the power of each frequency with the power of
+neighbouring frequencies. The spectrum is averaged over overlapping windows by Welch's method (IEEE Transactions on
+Audio and Electroacoustics, 1967).
 
-`ChannelPowerClassifier` is made for residuals of VGG-19 features, and classifies the power of each channel. For such
+`ChannelPowerClassifier` is made for residuals of VGG-19 features, and classifies the power of each channel. For these
 residuals, the channel powers separate real from generated images better than the spectrum does.
 """
 
@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# This power is added to each power so that the logarithm is finite. SMALLEST_POWER is far below the noise power of
+# SMALLEST_POWER is added to each power so that the logarithm is finite. SMALLEST_POWER is far below the noise power of
 # rounding an image in [0, 1] to 8 bits.
 SMALLEST_POWER = 1e-7
 
-# This value is added to each distance so that the logarithm is finite. Typical distances are about 1.
+# SMALLEST_DISTANCE is added to each distance so that the logarithm is finite. Typical distances are about 1.
 SMALLEST_DISTANCE = 1e-4
 
 
@@ -32,9 +32,9 @@ class SpectrumClassifier(nn.Module):
     depend little on brightness, sharpness and image content.
 
     Each logit is the sum of two parts. The first part is the output of a network with one hidden layer, which learns to
-    recognize the generators of the training images. The second part is the weighted log distance of the image from a
-    learned centre: training moves real images towards the centre. Therefore an image that differs from real images gets
-    a higher logit for FAKE, even if no training image was made by its generator.
+    recognize the generators of the training images. The second part is the log distance of the spectrum from a learned
+    centre, multiplied by a learned weight. Training moves real images towards the centre. Therefore an image that
+    differs from real images gets a higher logit for FAKE, even if no training image was made by its generator.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
     Images may have any size.

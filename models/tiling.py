@@ -25,8 +25,8 @@ def compute_in_tiles(
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations: one or more maps
             (B, C, h, w) -> (B, C', scale * h, scale * w), rounded down or up.
         maps: tensors (B, C, h, w) of equal height and width.
-        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. Must be a multiple of 1 / scale.
-        halo: width of the halo in pixels of `maps`. Must be a multiple of 1 / scale.
+        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. Sides must be multiples of 1 / scale.
+        halo: width of the halo in pixels of `maps`. The width must be a multiple of 1 / scale.
         scale: height of the result / height of the maps.
     """
     height, width = maps[0].shape[2:]

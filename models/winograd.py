@@ -1,9 +1,9 @@
 """Winograd's algorithm F(4x4, 3x3) for 3x3 convolutions on a CPU.
 
-The algorithm needs a quarter of the multiplications of a direct convolution. It is described by Lavin and Gray, "Fast
-Algorithms for Convolutional Neural Networks" (CVPR 2016). From a tile d of 6 x 6 values and a kernel g of 3 x 3 values,
-the algorithm computes 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)]. In this formula, d and g are flattened to
-vectors, and * multiplies two vectors element by element.
+The algorithm needs a quarter of the multiplications of a direct convolution. The algorithm is described by Lavin and
+Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). From a tile d of 6 x 6 values and a kernel g of 3
+x 3 values, the algorithm computes 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)]. In this formula, d and g are
+flattened to vectors, and * multiplies two vectors element by element.
 
 Letters in shapes: B images, C channels per map, O output channels, n tiles, 36 products per tile.
 """
@@ -62,7 +62,7 @@ def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
 class DenseMaps:
     """The input maps of the layers of a dense block, transformed by Winograd's algorithm.
 
-    Each map is transformed only once, although several layers read it.
+    Each map is transformed only once, although several layers read the map.
 
     Args:
         like: a tensor with the shape of each map, (B, C, h, w).

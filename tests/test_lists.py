@@ -59,7 +59,7 @@ def test_an_image_folder_inside_another_image_folder_is_refused(tmp_path):
     real, fake = touch(tmp_path / "real", "1.png"), touch(tmp_path / "real/fake", "1.png")
     (tmp_path / "link").symlink_to(real)
     for roots in ([real], [fake]), ([fake], [real]), ([real, real + "/"], []), ([real], [str(tmp_path / "link")]):
-        with user_error("lies in", "twice"):
+        with user_error("inside", "twice"):
             list_folder_items(*roots)
     with user_error("no image folders"):
         list_folder_items([], [])
@@ -109,7 +109,7 @@ def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
     assert len(list_tree_items(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
     assert len(list_tree_items(f"{root}/sd/val", training=True)) == 2  # the user may choose the folder val explicitly
     shutil.rmtree(tmp_path / "t/sd/train")
-    with user_error("no images to use", "2 in val"):
+    with user_error("no images that can be used", "2 in val"):
         list_tree_items(root, training=True)
 
 
@@ -158,12 +158,12 @@ def test_numeric_labels_in_a_csv_table_give_one_warning_that_1_means_real(tmp_pa
         ("", ["line 1", "path,label"]),
         ("a.png,real\n", ["line 1", "path,label", "got"]),
         ("path;label\na.png;real\n", ["line 1", "path,label"]),
-        ("path,label\n", ["names no images"]),
+        ("path,label\n", ["lists no images"]),
         ("path,label\na.png,real\na.png,2\n", ["line 3", "real or fake", "1 = real", "2"]),
         ("path,label\na.png\n", ["line 2", "real or fake"]),
         ("path,label\n,real\n", ["line 2", "a path"]),
         ("path,label\na.png,real,x\n", ["line 2", "comma"]),
-        ("path,label\na.png,real\nb.png,real\nc.png,fake\n", ["2 of its 3 files", "b.png"]),
+        ("path,label\na.png,real\nb.png,real\nc.png,fake\n", ["2 of 3 listed files", "b.png"]),
         ('path,label\n"a.png,real\n', ["cannot be read"]),
     ],
 )
@@ -197,7 +197,7 @@ def test_text_lists_with_relative_and_absolute_paths_are_read(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    "text, words", [("a.png\nx.png\ny.png\n", ["2 of its 3 files", "x.png"]), ("\n", ["names no images"])]
+    "text, words", [("a.png\nx.png\ny.png\n", ["2 of 3 listed files", "x.png"]), ("\n", ["lists no images"])]
 )
 def test_a_wrong_text_list_is_refused_in_one_line(tmp_path, text, words):
     touch(tmp_path, "a.png")
@@ -240,9 +240,9 @@ def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path)
         list_labelled_items(None, None)
     with user_error("more than one way"):
         list_labelled_items([real], [fake], root)
-    with user_error("one class", "--data-root-neg is missing"):
+    with user_error("one class", "with --data-root-neg"):
         list_labelled_items([real], None)
-    with user_error("one class", "--val-root-pos is missing"):
+    with user_error("one class", "with --val-root-pos"):
         list_labelled_items([], [fake], flags=("--val-root-pos", "--val-root-neg"))
 
 
