@@ -200,6 +200,6 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     ):
         if groups:
             examples = [file.item.path for file in groups[0]][:2]
-            text = f"{len(groups)} image files have identical copies"
+            text = f"{len(groups)} images occur in more than one file"
             findings.append(Finding(severity, f"exact duplicates in {sets}", text, way_out, examples))
     return findings

@@ -376,8 +376,9 @@ def load_detector(
     """Load a trained detector from its checkpoint.
 
     Args:
-        source: checkpoint written by train_detector.py, or released checkpoint of a detector. For a released
-            checkpoint, `resynthesizer` must be given, and `options` must give the stage of VGG-19 and the dilation.
+        source: checkpoint written by train_detector.py, or released checkpoint of a detector. A released
+            checkpoint contains neither the re-synthesizer nor `--no_dilation`, so both must be given. `--idx-stages`
+            must be given only if two stages have as many channels as the classifier has input channels.
         resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
         options: values of the options in OPTION_NAMES.
         vgg_source: value of `--vgg-weights`.

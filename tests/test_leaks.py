@@ -173,7 +173,7 @@ def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(ro
         "exact duplicates in real and generated": (LEAK, ["0005.png", "real.png"]),
         "exact duplicates in one class": (WARNING, ["0107.png", "again.png"]),
     }
-    assert all("1 image files have identical copies" in finding.message for finding in result.findings)
+    assert all("1 images occur in more than one file" in finding.message for finding in result.findings)
 
 
 def test_different_images_with_equal_file_sizes_are_not_reported_as_duplicates(roots):
