@@ -23,9 +23,15 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data.datasets import Batch, ImageDataset, Key, make_loader, merge_equal_sizes
-from data.images import read_header, size_after
-from data.lists import Item, count_trained_on, input_items, labelled_items, list_digest
+from data.datasets import Batch, ImageDataset, Key, make_loader, merge_batches_of_equal_size
+from data.images import compute_final_size, read_header
+from data.lists import (
+    Item,
+    count_images_trained_on,
+    describe_and_hash_items,
+    list_labelled_items,
+    list_unlabelled_items,
+)
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
 from evaluation.loading import detector_from_checkpoint, select_load_options
@@ -118,11 +124,11 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
 
     Args:
         inputs: value of --input.
-        labelled: arguments for `data.lists.labelled_items`.
+        labelled: arguments for `data.lists.list_labelled_items`.
     """
     if inputs and any(labelled):
         raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
-    return input_items(inputs) if inputs else labelled_items(*labelled)
+    return list_unlabelled_items(inputs) if inputs else list_labelled_items(*labelled)
 
 
 def count_training_images(items: list[Item], detector: Detector) -> int:
@@ -132,7 +138,7 @@ def count_training_images(items: list[Item], detector: Detector) -> int:
     """
     if detector.trained_on is None:
         return 0
-    count = count_trained_on(items, detector.trained_on.numpy())
+    count = count_images_trained_on(items, detector.trained_on.numpy())
     if count:
         logger.warning(
             "warning: the detector was trained on %d of these %d images (same name, size and content): the scores of"
@@ -187,7 +193,7 @@ def describe_scoring_job(detector: Detector, items: list[Item]) -> dict:
         "resize": detector.policy.resize,
         "crops": detector.crops,
         "precision": detector.compute.precision,
-        "images": list_digest(items),
+        "images": describe_and_hash_items(items),
     }
 
 
@@ -204,14 +210,14 @@ def read_unscored_batches(
         workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
-    block, pixels = images_per_batch(*size_after(*size, images.policy)), BATCH_PIXELS
+    block, pixels = images_per_batch(*compute_final_size(*size, images.policy)), BATCH_PIXELS
     if batch_size:
         block, pixels = batch_size, math.inf
     missing = writer.list_unscored_images(block)
     one_by_one = [[Key(0, int(index))] for index in missing]
     loader = make_loader(images, one_by_one, workers if len(missing) > 1 else 0, detector.compute)
     with progress_bar(None, "scoring", total=len(missing), unit="images") as bar:
-        for batch in merge_equal_sizes(loader, block, pixels):
+        for batch in merge_batches_of_equal_size(loader, block, pixels):
             yield batch
             bar.update(len(batch.items) + len(batch.errors))
 

@@ -31,18 +31,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_loader
-from data.degradations import check_task, degrade_batch, draw_degradation
-from data.images import SizePolicy, refuse_mixed_sizes, usable_items
+from data.degradations import check_task_name, degrade_batch, draw_degradation
+from data.images import SizePolicy, require_equal_sizes, select_usable_items
 from data.leaks import log_quick_audit
-from data.lists import Item, identities, labelled_items, list_digest, require_both_classes
-from data.perturbations import augment
-from data.residuals import CacheOptions, cached_residuals
+from data.lists import Item, describe_and_hash_items, hash_image_files, list_labelled_items, require_both_classes
+from data.perturbations import perturb_at_random
+from data.residuals import CacheOptions, create_residual_datasets
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
 from evaluation.training_pictures import read_example_images, write_resynthesis_pictures
-from models.build import load_detector, new_detector
+from models.build import create_detector, load_detector
 from models.features import VGG19, load_vgg
-from models.losses import classification_loss, residual_and_reconstruction_loss
+from models.losses import compute_classification_loss, compute_residual_and_reconstruction_loss
 from models.resynthesis import ResynthesisDetector, downsample
 from utils import training
 from utils.checkpoints import Checkpoint, Fields, compute_fingerprint, read_checkpoint
@@ -77,7 +77,7 @@ def main(args: Namespace) -> None:
     with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. List the images. No file is written before the images, the networks and the sizes have been checked.
         check_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
-        items = labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
+        items = list_labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = list_validation_images(args.val_real_roots, args.val_fake_roots, args.val_csv)
 
         # 2. Build the networks
@@ -91,7 +91,7 @@ def main(args: Namespace) -> None:
         # 3. Check the images, and choose how they are read
         scale, stride = detector.resynthesizer.scale, detector.features.stride
         policy = SizePolicy(scale, args.crop_size or None, args.resize or None, min_side=stride)
-        transform = augment if args.augment_perturb else None
+        transform = perturb_at_random if args.augment_perturb else None
         images = create_dataset(items, policy, args.skip_bad, Augmentation(args.seed, args.crops), transform)
         val_images = create_dataset(val_items, policy, args.skip_bad)
         require_both_classes(images.items, "training images")
@@ -101,8 +101,8 @@ def main(args: Namespace) -> None:
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
         if args.batch_size > 1:
-            refuse_mixed_sizes(images.items, images.sizes)
-            refuse_mixed_sizes(val_images.items, val_images.sizes)
+            require_equal_sizes(images.items, images.sizes)
+            require_equal_sizes(val_images.items, val_images.sizes)
         min_images = smallest_trainable_batch(detector, images.sizes, batches, compute)
         if world.is_main:
             log_quick_audit(images.items, val_images.items)
@@ -117,11 +117,11 @@ def main(args: Namespace) -> None:
         progress = stepper.progress
 
         # 5. Open the output folder, and load the training state of the run to resume
-        settings = vars(args) | {"precision": compute.precision, "images": list_digest(images.items)}
-        settings["validation_images"] = list_digest(val_images.items)
+        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_items(images.items)}
+        settings["validation_images"] = describe_and_hash_items(val_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
-        state_of_networks = partial(network_state, detector, config, torch.from_numpy(identities(images.items)))
+        state_of_networks = partial(network_state, detector, config, torch.from_numpy(hash_image_files(images.items)))
         run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
@@ -134,7 +134,7 @@ def main(args: Namespace) -> None:
                 folder = args.cache_dir or output / "residual_cache"
                 options = CacheOptions(folder, args.cache_precision, args.cache_gb)
                 key = residual_cache_key(config, compute_fingerprint(detector.features), policy, compute)
-                cached = cached_residuals(datasets, detector.residual_shape, key, options, world)
+                cached = create_residual_datasets(datasets, detector.residual_shape, key, options, world)
                 datasets = cached or datasets
         else:
             vgg = load_auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
@@ -167,7 +167,7 @@ def main(args: Namespace) -> None:
 
 def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
     """Raise a UserError if the options contradict each other."""
-    check_task(task)
+    check_task_name(task)
     if task != "none" and fixed:
         raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr freezes it: give only one of them")
     if crops and not crop_size:
@@ -181,7 +181,7 @@ def list_validation_images(real_roots: list[str] | None, fake_roots: list[str] |
     """List the validation images. Returns an empty list if no option names validation images."""
     if not (real_roots or fake_roots or csv):
         return []
-    return labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
+    return list_labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
 
 
 def create_dataset(
@@ -196,7 +196,7 @@ def create_dataset(
     Args:
         skip_bad: whether an image that cannot be used is left out. If False, the image raises a UserError.
     """
-    items, headers = usable_items(items, policy, skip_bad)
+    items, headers = select_usable_items(items, policy, skip_bad)
     images = ImageDataset(items, policy, augmentation, transform)
     images.headers = headers
     return images
@@ -219,7 +219,7 @@ def smallest_trainable_batch(
     synchronised = batches.world.size > 1 and compute.device.type == "cuda"
     if max(height, width) > stride or synchronised:
         return 1
-    if batches.smallest_part() == 1:
+    if batches.smallest_entry_count() == 1:
         raise UserError(
             f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es) leave a"
             f" batch of 1, and batch norm needs at least 2 images of {width} x {height} residual values: change"
@@ -256,7 +256,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     if origin:
         detector, config = load_detector(origin, resynthesizer, options, options["vgg_weights"])
     else:
-        detector, config = new_detector(resynthesizer, options, options["vgg_weights"])
+        detector, config = create_detector(resynthesizer, options, options["vgg_weights"])
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     if resumed is None:
@@ -365,7 +365,7 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
     weights = batch.weights.to(residual.device)  # (B,)
     logits = detector.classify(residual)  # (B, 2)
     correct = logits.argmax(dim=1) == labels  # (B,)
-    return classification_loss(logits, labels, weights), (weights * correct).sum()
+    return compute_classification_loss(logits, labels, weights), (weights * correct).sum()
 
 
 @torch.no_grad()
@@ -436,7 +436,7 @@ def end_to_end_loss(
     def compute_residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
         low = None if degraded is None else degraded[rows]
         with compute.autocast():
-            return residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
+            return compute_residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
 
     residual, auxiliary = compute_in_micro_batches(
         compute_residual_and_losses, len(x), task.micro_batch
@@ -550,7 +550,7 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
     The keys "arch" and "state_dict" are named as in the released checkpoints.
 
     Args:
-        trained_on: identities of the training images, from `data.lists.identities`.
+        trained_on: hashes of the training images, from `data.lists.hash_image_files`.
     """
     fingerprints = {
         "resynthesizer_fingerprint": compute_fingerprint(detector.resynthesizer),

@@ -27,12 +27,12 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from data.datasets import Batch, EpochBatches, ImageDataset, PatchDataset, make_loader
 from data.degradations import degrade_patch
-from data.images import SizePolicy, usable_items
+from data.images import SizePolicy, select_usable_items
 from data.leaks import log_quick_audit
-from data.lists import Item, list_digest, paths_of
-from models.build import resynthesizer_and_config
+from data.lists import Item, describe_and_hash_items, list_image_paths
+from models.build import create_resynthesizer
 from models.features import VGG19, load_vgg
-from models.losses import super_resolution_loss
+from models.losses import compute_super_resolution_loss
 from models.resynthesis import downsample
 from utils import training
 from utils.checkpoints import Checkpoint, compute_fingerprint
@@ -63,7 +63,7 @@ def main(args: Namespace) -> None:
         # 1. Build the network. No file is written before the network and the images have been checked.
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
         origin, resumed = read_starting_checkpoint(args.resume, args.init, states)
-        model, config = resynthesizer_and_config(origin, vars(args))
+        model, config = create_resynthesizer(origin, vars(args))
         if origin is None:
             set_initial_weights(model, args.start)
         model.to(compute.device, memory_format=torch.channels_last)
@@ -75,7 +75,7 @@ def main(args: Namespace) -> None:
         if args.evaluate:
             return log_evaluation(model, origin, eval_loader, args.skip_bad, compute, world)
         items = list_unlabelled_images(args.train_file, "--train-file")
-        items, _ = usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
+        items, _ = select_usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_images.items:
             log_quick_audit(items, eval_images.items)
 
@@ -92,8 +92,8 @@ def main(args: Namespace) -> None:
         # 4. Open the output folder, and load the training state of the run to resume
         output = Path(args.outputs_dir) / f"x{model.scale}"
         vgg, vgg_record = load_perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
-        settings = vars(args) | {"precision": compute.precision, "images": list_digest(items)}
-        settings["validation_images"] = list_digest(eval_images.items)
+        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_items(items)}
+        settings["validation_images"] = describe_and_hash_items(eval_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         about = {"config": {"resynthesizer": config}, "vgg": vgg_record, "settings": settings}
@@ -103,7 +103,7 @@ def main(args: Namespace) -> None:
         # 5. Train on patches. The order of the patches depends only on the seed and the epoch.
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         loader = make_loader(patches, batches, args.workers, compute)
-        degradations = PatchDegradations(args.seed, args.augment, args.completion, args.colorization)
+        degradations = PatchDegradations(args.seed, args.perturb_at_random, args.completion, args.colorization)
         loss_of = partial(compute_patch_loss, model, vgg, args.vgg_lambda, degradations, compute)
         text = "%d training images; the training starts at epoch %d, step %d"
         logger.info(text, len(items), progress.epoch, progress.step)
@@ -148,13 +148,13 @@ def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
     """
     if source is None:
         raise UserError(f"no images: give {flag} a list (one path per line) or a folder of images")
-    return [Item(path, None, "") for path in paths_of(source)]
+    return [Item(path, None, "") for path in list_image_paths(source)]
 
 
 def create_evaluation_dataset(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
     """Create a dataset of the usable images in --eval-file. The dataset is empty without --eval-file."""
     items = list_unlabelled_images(source, "--eval-file") if source else []
-    items, _ = usable_items(items, SizePolicy(scale), skip_bad)
+    items, _ = select_usable_items(items, SizePolicy(scale), skip_bad)
     return ImageDataset(items, SizePolicy(scale))
 
 
@@ -226,7 +226,7 @@ class PatchDegradations(NamedTuple):
         patches = []
         for patch, key in zip(x_lr, keys, strict=True):
             rng = seeded_generator(self.seed, *key, DEGRADE_PATCH)
-            patches.append(degrade_patch(patch, rng, self.augment, self.completion, self.colorization))
+            patches.append(degrade_patch(patch, rng, self.perturb_at_random, self.completion, self.colorization))
         return torch.stack(patches)
 
 
@@ -248,7 +248,7 @@ def compute_patch_loss(
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
     with compute.autocast():
         x_hat = model(x_lr)  # (B, 3, P, P)
-        loss, l1 = super_resolution_loss(x_hat, x, vgg, vgg_weight)
+        loss, l1 = compute_super_resolution_loss(x_hat, x, vgg, vgg_weight)
     part = batch.weights.sum().to(x.device)  # fraction of the whole batch that this process holds
     enlarged = F.interpolate(x_lr[:SHOWN_PATCHES], scale_factor=model.scale)  # (n, 3, P, P)
     pictures = torch.cat([enlarged, x_hat[:SHOWN_PATCHES].detach(), x[:SHOWN_PATCHES]], dim=3)  # (n, 3, P, 3 * P)

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from benchmarks.cases import Case, measure_case
-from models.build import new_detector
+from models.build import create_detector
 from utils.errors import UserError, run_program
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -137,7 +137,7 @@ def print_rdn_speed(gpu: str) -> None:
 def print_start_times(folder: Path) -> None:
     """Print the time to import PyTorch, to show the help text of test.py, and to score one image with test.py."""
     options = {"sr_arch": "bicubic", "arch": "resnet18", "dilated": False}
-    detector, config = new_detector(None, options, "random")
+    detector, config = create_detector(None, options, "random")
     content = {"arch": "resnet18", "config": config, "state_dict": detector.classifier.state_dict()}
     torch.save({**content, "sr_state_dict": detector.resynthesizer.state_dict()}, folder / "detector.pth.tar")
     Image.fromarray(np.zeros((256, 256, 3), dtype=np.uint8)).save(folder / "image.png")

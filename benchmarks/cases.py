@@ -100,7 +100,7 @@ def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
     if case.form != "here":
         resynthesizer = PlainRDN(rdn)
         if case.stage > 0:
-            features.vgg.run_in_tiles = features.vgg.run_whole
+            features.vgg.run_layers_in_tiles = features.vgg.run_layers_on_whole_maps
     detector = ResynthesisDetector(resynthesizer, features, classifier).eval()
     order = torch.contiguous_format if case.form == "plain" else torch.channels_last
     return detector.to(compute.device, memory_format=order), compute

@@ -1,1 +1,1 @@
-"""Image data: lists of files, decoding, sizes, perturbations, batches, the residual cache and the leak audit."""
+"""List, decode, resize, perturb and batch images, store their residuals, and search image files for leaks."""

@@ -1,8 +1,8 @@
 """Datasets, batches and data loaders.
 
-A sampler (`EpochBatches`) yields lists of `Key`s. A dataset turns each key into a `Sample`. `collate` joins samples to
-a `Batch`. Random choices depend only on (seed, epoch, image). They depend neither on the number of workers or
-processes, nor on the step at which a run was stopped and resumed.
+The sampler `EpochBatches` yields lists of `Key`s. A dataset reads a `Sample` for each key. `collate_samples` combines
+samples into a `Batch`. Random choices depend only on the seed, the epoch and the index of the image. Random choices do
+not depend on the number of workers or processes, or on the step at which a run was stopped and resumed.
 """
 
 import atexit
@@ -22,12 +22,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from data.images import (
     Header,
     SizePolicy,
-    centre_box,
+    compute_centre_box,
+    compute_final_size,
+    describe_size_problem,
     load_image,
-    read_rgb,
+    read_rgb_image,
     resize_and_crop,
-    size_after,
-    size_problem,
 )
 from data.lists import Item
 from utils.compute import Compute
@@ -36,46 +36,52 @@ from utils.distributed import World
 from utils.errors import UserError
 from utils.random_streams import CROP, PERTURB, seeded_generator
 
-UNLABELLED = -1  # value in Batch.labels for an image without a label
-GRACE = 10  # seconds that a worker keeps running after SIGTERM, so that the main process can finish and save a step
-SHARED_MEMORY = "/dev/shm"  # folder of the shared memory through which workers send tensors on Linux
-PREFETCHED = 2  # number of batches that each worker prepares in advance
+UNLABELLED = -1  # value in Batch.labels for an image whose label is unknown
+GRACE = 10  # seconds for which a worker runs after SIGTERM, so that the main process can finish and save its step
+SHARED_MEMORY = "/dev/shm"  # folder of the shared memory that PyTorch workers use to send tensors on Linux
+PREFETCHED = 2  # number of batches that each worker loads in advance (prefetch_factor)
 Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, generator) -> image; uint8 (3, H, W)
 
 
 class Key(NamedTuple):
-    """A request for one entry of a dataset in one epoch. Samplers yield lists of keys."""
+    """The key of one dataset entry in one epoch. `dataset[key]` reads this entry."""
 
     epoch: int
     index: int  # index of the entry in the dataset
-    weight: float = 1.0  # weight of the entry in the mean loss of the batch: 1 / batch size; 0 ignores the entry
+    weight: float = 1.0  # weight of the entry in the loss: 1 / batch size, or 0 to ignore the entry
 
 
 class Sample(NamedTuple):
-    """The result of reading one entry of a dataset: K tensors made from one image, or an error message."""
+    """The result of reading one dataset entry: K tensors made from one image, or an error message."""
 
     key: Key
     item: Item
     x: Tensor | None  # (K, ...): uint8 images or patches, or float residuals
-    error: str | None = None  # one line: why the image cannot be used
+    error: str | None = None  # reason in one line why the image cannot be used
 
 
 class Batch(NamedTuple):
-    """A batch of B rows of equal shape. An image that could not be read has no row, only an entry in `errors`."""
+    """A batch of B images, patches or residuals of equal shape.
+
+    An image that could not be read is not among the B rows, but has an entry in `errors`.
+    """
 
     x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
-    weights: Tensor  # float32 (B,): the sum of weight * loss over the rows of all processes is the mean loss
+    weights: Tensor  # float32 (B,): weight of each row in the mean loss over the rows of all processes
     items: list[Item]  # the image of each row
-    keys: list[tuple[int, int, int]]  # per row: epoch, index in the dataset, position among the sample's K tensors
+    keys: list[tuple[int, int, int]]  # for each row: epoch, index in the dataset, index among the sample's K tensors
     errors: dict[int, str]  # index in the dataset -> one-line error message
 
 
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Join samples to a batch. A sample whose shape differs from the first readable sample becomes an error."""
+def collate_samples(samples: Sequence[Sample]) -> Batch:
+    """Combine samples into a batch.
+
+    A sample whose tensors differ in shape from the first sample without an error is replaced by an error message.
+    """
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
     first = None  # the first sample without an error
@@ -86,7 +92,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
             continue
         first = first or sample
         if sample.x.shape[1:] != first.x.shape[1:]:
-            errors[index] = _different_sizes(first, sample)
+            errors[index] = _describe_size_difference(first, sample)
             continue
         for part, row in enumerate(sample.x):
             rows.append(row)
@@ -98,36 +104,37 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(x, torch.tensor(labels, dtype=torch.int64), torch.tensor(weights), items, keys, errors)
 
 
-def _different_sizes(first: Sample, other: Sample) -> str:
+def _describe_size_difference(first: Sample, other: Sample) -> str:
     names = [f"{printable(s.item.path)} ({s.x.shape[-1]} x {s.x.shape[-2]})" for s in (first, other)]
-    return f"images of different sizes cannot share a batch: {names[0]} and {names[1]}"
+    return f"images of different sizes cannot be in one batch: {names[0]} and {names[1]}"
 
 
-def merge_equal_sizes(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
-    """Merge consecutive batches of one image each, if the images have equal size and lie in the same block.
+def merge_batches_of_equal_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
+    """Merge consecutive batches of one image, if the images have equal size and are in the same block.
 
-    The list of images is divided into fixed blocks. Therefore the same images are always computed together, whatever
-    the number of processes and wherever a run was stopped and resumed. The scores are equal to the last bit.
+    A block is a fixed part of the list of images. Therefore the same images are always in one batch, for any number of
+    processes, and also after a run was stopped and resumed. As a result, the scores are equal bit for bit.
 
     Args:
-        block: number of consecutive images of the list that form a block.
+        batches: batches of one image each.
+        block: number of consecutive images in a block.
         pixels: maximum number of pixels in a batch of two or more images.
     """
     waiting = []
     for batch in batches:
-        if waiting and not _can_merge(waiting, batch, block, pixels):
+        if waiting and not _can_merge_batch(waiting, batch, block, pixels):
             yield concatenate_batches(waiting)
             waiting = []
-        # Copy the tensors: a tensor sent by a worker keeps a file open, and many batches may wait here
+        # Copy the tensors, because each tensor from a worker keeps a file open until the tensor is deleted
         copies = {name: getattr(batch, name).clone() for name in ("x", "labels", "weights")}
         waiting.append(batch._replace(**copies))
     if waiting:
         yield concatenate_batches(waiting)
 
 
-def _can_merge(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
-    """Check whether a batch may join the waiting batches: same block, same image size, and not too many pixels."""
-    if _first_index(batch) // block != _first_index(waiting[-1]) // block:
+def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
+    """Return whether a batch can be merged with the waiting batches: same block, same size, not too many pixels."""
+    if _first_image_index(batch) // block != _first_image_index(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
     if len(images) < 2:
@@ -136,15 +143,18 @@ def _can_merge(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float
     return images[0].shape == images[-1].shape and len(images) * height * width <= pixels
 
 
-def _first_index(batch: Batch) -> int:
-    """Return the dataset index of the first image in a batch. Without a readable image, take the first error."""
+def _first_image_index(batch: Batch) -> int:
+    """Return the dataset index of the first image in a batch or, if no image could be read, of the first error."""
     if batch.keys:
         return batch.keys[0][1]
     return next(iter(batch.errors))
 
 
 def concatenate_batches(batches: Sequence[Batch]) -> Batch:
-    """Concatenate batches of equal image size. A batch without a readable image contributes only its errors."""
+    """Concatenate batches of images of equal size.
+
+    From a batch in which no image could be read, only the errors are used.
+    """
     readable = [batch for batch in batches if len(batch.x)] or batches[:1]
     items, keys, errors = [], [], {}
     for batch in readable:
@@ -163,16 +173,18 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 
 
 class EpochBatches(Sampler):
-    """The batches of one epoch as lists of keys: a `batch_sampler` for DataLoader.
+    """A `batch_sampler` for DataLoader, which yields the list of keys of each batch of one epoch.
 
     With n processes, process r gets the entries r, r + n, ... of each batch. The last batch of an epoch may be smaller.
-    Every process must take part in every step. If a batch has fewer entries than there are processes, each process
-    without an entry gets the first entry of the batch with weight 0.
+    If a batch has fewer entries than there are processes, each process without an entry gets the first entry of the
+    batch with weight 0, because every process must take part in every step.
 
     Args:
         count: number of entries in the dataset.
         batch_size: number of entries per step, summed over all processes.
-        seed: random seed. Seed and epoch determine the order of the entries. None: the order of the dataset.
+        seed: random seed that, with the epoch, determines the order of the entries, or None for the order of the
+            dataset.
+        world: rank of this process and number of processes.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
@@ -184,7 +196,7 @@ class EpochBatches(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Set the epoch, and the first step if a run is resumed in the middle of an epoch."""
+        """Set the epoch, and the first step of the epoch if a run is resumed in the middle of the epoch."""
         self.epoch = epoch
         self.first_step = first_step
 
@@ -204,8 +216,8 @@ class EpochBatches(Sampler):
             else:
                 yield [Key(self.epoch, batch[0], 0.0)]
 
-    def smallest_part(self) -> int:
-        """Return the smallest number of entries that one process gets in any step of the epoch."""
+    def smallest_entry_count(self) -> int:
+        """Return the smallest number of entries that any process gets in any step of the epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
@@ -214,9 +226,10 @@ class EpochBatches(Sampler):
 
 
 class ItemDataset(Dataset):
-    """A dataset with `parts` entries per image. An image that cannot be read gives a `Sample` with an error message.
+    """A dataset with `parts` entries per image.
 
-    Errors are returned and not raised, because an exception in a worker would end the program with a traceback.
+    For an image that cannot be read, the dataset returns a `Sample` with an error message. The dataset does not raise
+    an exception, because an exception in a worker would end the program with a traceback.
     """
 
     def __init__(self, items: Sequence[Item], parts: int = 1):
@@ -226,44 +239,46 @@ class ItemDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items) * self.parts
 
-    def item(self, index: int) -> Item:
-        """Look up the image that the dataset entry at `index` is made from."""
+    def get_item(self, index: int) -> Item:
+        """Return the image file from which the dataset entry with the given index is made."""
         return self.items[index // self.parts]
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.item(key.index)
+        item = self.get_item(key.index)
         name = printable(item.path)
         try:
-            return Sample(key, item, self.read(item.path, key))
+            return Sample(key, item, self.read_tensors(item.path, key))
         except UserError as error:
             text = str(error)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # raised by Pillow, NumPy and PyTorch
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # exceptions of Pillow, NumPy and PyTorch
             text = f"cannot be prepared ({type(error).__name__}: {printable(' '.join(str(error).split()))})"
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
-    def read(self, path: str, key: Key) -> Tensor:
-        """Read an image file and make K tensors of equal shape, (K, ...). Subclasses implement this method.
+    def read_tensors(self, path: str, key: Key) -> Tensor:
+        """Read an image file and return K tensors of equal shape, stacked to (K, ...).
+
+        Subclasses must implement this method.
 
         Raises:
-            UserError: if the image cannot be decoded or is too small.
+            UserError: if the image cannot be decoded or has an unsuitable size.
         """
         raise NotImplementedError
 
 
 class Augmentation(NamedTuple):
-    """Random mirroring and cropping of training images."""
+    """Settings of the random mirroring and cropping of training images."""
 
     seed: int
-    crops: int = 0  # fixed crops per image, all used in every epoch; 0: one crop per image, moved in each epoch
+    crops: int = 0  # number of fixed crops per image; 0: one crop per image, at a new random position in each epoch
 
 
 class ImageDataset(ItemDataset):
-    """Images that are resized and cropped by one size policy.
+    """A dataset of images, which are resized and cropped according to a `SizePolicy`.
 
     Args:
-        augmentation: random mirroring and cropping. None: images are not mirrored, and crops are in the centre.
-        transform: called as transform(image, rng) on each image, uint8 (3, H, W), before it is resized and cropped.
-            rng is None if `augmentation` is None.
+        augmentation: random mirroring and cropping, or None for centre crops without mirroring.
+        transform: called as transform(image, rng) on each image, uint8 (3, H, W), before the image is resized and
+            cropped. `rng` is None if `augmentation` is None.
     """
 
     def __init__(
@@ -279,48 +294,48 @@ class ImageDataset(ItemDataset):
         self.transform = transform
         self.headers: Sequence[Header] = ()  # one header per item; empty if the headers were not read
 
-    def read(self, path: str, key: Key) -> Tensor:
-        """Read, transform, resize, crop and mirror an image. Returns uint8 (1, 3, H, W)."""
+    def read_tensors(self, path: str, key: Key) -> Tensor:
+        """Read, transform, resize, crop and mirror an image, and return it as uint8 (1, 3, H, W)."""
         image = load_image(path)  # (3, H, W)
         if self.transform is not None:
-            image = self.transform(image, self._generator(key.epoch, key.index, PERTURB))
-        crop_epoch = key.epoch if self.crops_change else 0
-        image = resize_and_crop(image, self.policy, self._generator(crop_epoch, key.index, CROP))
-        if self.mirrored(key):
+            image = self.transform(image, self._create_generator(key.epoch, key.index, PERTURB))
+        crop_epoch = key.epoch if self.crops_change_each_epoch else 0
+        image = resize_and_crop(image, self.policy, self._create_generator(crop_epoch, key.index, CROP))
+        if self.is_mirrored(key):
             image = image.flip(-1)
         return image[None]
 
-    def _generator(self, *key: int) -> np.random.Generator | None:
+    def _create_generator(self, *key: int) -> np.random.Generator | None:
         if self.augmentation is None:
             return None
         return seeded_generator(self.augmentation.seed, *key)
 
     @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) of each image after resizing and cropping. Empty if the headers were not read."""
-        return [size_after(*header.size, self.policy) for header in self.headers]
+    def image_sizes(self) -> list[tuple[int, int]]:
+        """The (height, width) of each image after resizing and cropping, or [] if the headers were not read."""
+        return [compute_final_size(*header.size, self.policy) for header in self.headers]
 
     @property
-    def crops_change(self) -> bool:
-        """Whether each epoch crops the images at new random positions."""
+    def crops_change_each_epoch(self) -> bool:
+        """True if the images are cropped at new random positions in each epoch."""
         return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
-    def mirrored(self, key: Key) -> bool:
-        """Return whether the image of a key is mirrored. The image file is not read."""
-        rng = self._generator(key.epoch, key.index)
+    def is_mirrored(self, key: Key) -> bool:
+        """Return whether the image of a key is mirrored, without reading the image file."""
+        rng = self._create_generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 
 
 class PatchDataset(ItemDataset):
-    """K random high-resolution patches per image. Each patch is a square of `patch_size * scale` pixels per side.
+    """A dataset of K random high-resolution patches per image, each of which has `patch_size * scale` pixels per side.
 
-    Patches are aligned with the low-resolution pixels: the downsampled patch is a part of the downsampled image. (The
-    image is first centre-cropped to multiples of `scale`.) Horizontal flip, vertical flip and rotation by 90 degrees
-    have probability 0.5 each, as in He et al. and in yjn870/RDN-pytorch (MIT licence).
+    Images are first centre-cropped so that their sides are multiples of `scale`. Patches are aligned with the
+    low-resolution pixels, so that a downsampled patch is a part of the downsampled image. Horizontal flip, vertical
+    flip and rotation by 90 degrees have probability 0.5 each, as in He et al. and in yjn870/RDN-pytorch (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
-        patches_per_image: number of patches cut from an image per epoch, K.
+        patches_per_image: number K of patches that are cut from each image in each epoch.
     """
 
     def __init__(self, items: Sequence[Item], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0):
@@ -330,25 +345,25 @@ class PatchDataset(ItemDataset):
         self.patches_per_image = patches_per_image
         self.seed = seed
 
-    def read(self, path: str, key: Key) -> Tensor:
-        """Read an image and cut out K random patches. Returns uint8 (K, 3, P, P), P = patch_size * scale."""
-        image = read_rgb(path)
+    def read_tensors(self, path: str, key: Key) -> Tensor:
+        """Read an image and cut out K random patches, uint8 (K, 3, P, P) with P = patch_size * scale."""
+        image = read_rgb_image(path)
         policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
-        problem = size_problem(image.height, image.width, policy)
+        problem = describe_size_problem(image.height, image.width, policy)
         if problem:
             raise UserError(problem)
         rng = seeded_generator(self.seed, key.epoch, key.index)
-        patches = [random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
+        patches = [cut_random_patch(image, self.patch_size, self.scale, rng) for _ in range(self.patches_per_image)]
         return torch.from_numpy(np.stack(patches))
 
 
-def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut out a random patch that is aligned with the low-resolution pixels, and flip and rotate it at random.
+def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
+    """Cut out a random patch that is aligned with the low-resolution pixels, and flip and rotate the patch at random.
 
     Returns:
-        uint8 (3, P, P), P = patch_size * scale.
+        the patch, uint8 (3, P, P) with P = patch_size * scale.
     """
-    top, left, height, width = centre_box(image.height, image.width, scale)
+    top, left, height, width = compute_centre_box(image.height, image.width, scale)
     side = patch_size * scale
     top += scale * int(rng.integers((height - side) // scale + 1))
     left += scale * int(rng.integers((width - side) // scale + 1))
@@ -367,12 +382,12 @@ def random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that yields `Batch`es. Its workers send batches through pipes if shared memory is too small."""
+    """A DataLoader that yields `Batch`es, also if its workers send the batches as NumPy arrays."""
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             if isinstance(batch.x, np.ndarray):
-                batch = _convert(batch, torch.from_numpy)
+                batch = _convert_tensors(batch, torch.from_numpy)
             yield batch
 
 
@@ -380,8 +395,9 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
     """Create a DataLoader that reads the given batches of a dataset.
 
     Args:
-        batches: one list of keys per batch.
-        workers: number of processes that read images, limited to the number of CPU cores. 0: the main process reads.
+        batches: list of the keys of each batch.
+        workers: number of processes that read images, or 0 to read images in the main process. At most one worker per
+            CPU core is started.
     """
     workers = min(workers, os.cpu_count() or 1)
     if workers:
@@ -394,49 +410,53 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
         prefetch_factor=PREFETCHED if workers else None,
         pin_memory=compute.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_start_worker,
+        worker_init_fn=_prepare_worker,
         multiprocessing_context="fork" if workers else None,
     )
 
 
 def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
-    """Join samples to a batch. In a worker, convert the batch to NumPy arrays if shared memory is too small.
+    """Combine samples into a batch. In a worker, convert the batch to NumPy arrays if shared memory is too small.
 
-    PyTorch sends tensors through shared memory, but NumPy arrays through a pipe. With too little shared memory (64 MB
-    by default in a Docker container) the worker would lose the batch, and the main process would wait for it forever.
+    A worker sends tensors through shared memory, but NumPy arrays through a pipe. A Docker container has only 64 MB of
+    shared memory by default. If a batch does not fit into shared memory, the worker fails to send the batch, and the
+    main process waits forever for the batch.
     """
-    batch = collate(samples)
+    batch = collate_samples(samples)
     worker = get_worker_info()
     if worker is None or _fits_in_shared_memory(batch.x.nbytes, worker.num_workers):
         return batch
-    return _convert(batch, Tensor.numpy)
+    return _convert_tensors(batch, Tensor.numpy)
 
 
 def _fits_in_shared_memory(size: int, workers: int) -> bool:
-    """Check whether shared memory has room for all batches that the workers may hold at the same time.
+    """Return whether shared memory has space for all batches that the workers may store at the same time.
+
+    A reserve of 1 MB is added to the size of each batch.
 
     Args:
-        size: bytes per batch. The check adds a reserve of 1 MB per batch.
+        size: size of a batch in bytes.
         workers: number of workers.
     """
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
-    except OSError:  # the system has no folder /dev/shm
+    except OSError:  # the folder /dev/shm does not exist
         return False
     return free > workers * (PREFETCHED + 1) * (size + 2**20)
 
 
-def _convert(batch: Batch, function: Callable) -> Batch:
-    """Apply a function to x, labels and weights of a batch."""
+def _convert_tensors(batch: Batch, function: Callable) -> Batch:
+    """Return a copy of a batch with function(x), function(labels) and function(weights)."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 
-def _start_worker(_: int) -> None:
-    """Prepare a worker: ignore SIGINT, end GRACE seconds after SIGTERM, and use one thread.
+def _prepare_worker(_: int) -> None:
+    """Make a worker ignore SIGINT, exit GRACE seconds after SIGTERM, and use one thread.
 
-    Signals are often sent to all processes of a program. If a worker ended at once, the main process would fail before
-    it has saved its state. If a worker ignored SIGTERM, the main process would never exit, because it sends SIGTERM to
-    its workers and waits for them. One thread per worker is enough, because there are several workers.
+    SIGINT and SIGTERM are often sent to all processes of a program. If a worker exited immediately, the main process
+    would fail before it could save its state. If a worker ignored SIGTERM, the main process would never exit, because
+    it sends SIGTERM to its workers and waits until they have exited. One thread per worker is enough, because several
+    workers run at the same time.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
@@ -445,7 +465,7 @@ def _start_worker(_: int) -> None:
 
 
 def _end_workers() -> None:
-    """End the remaining workers when a program fails: at once instead of after GRACE seconds."""
+    """Make all running workers exit immediately when the program exits, instead of after GRACE seconds."""
     for process in multiprocessing.active_children():
         if process.daemon:
             os.kill(process.pid, signal.SIGALRM)

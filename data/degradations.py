@@ -1,8 +1,8 @@
 """Degradations of low-resolution images, for the auxiliary tasks of train_detector.py and the patches of train_sr.py.
 
-In an auxiliary task the re-synthesizer also learns to denoise or colorize its input. This is meant to make the residual
-robust (section 3.3 of the paper). To add an auxiliary task, write a function and add a line to TASKS. Images are
-(3, h, w) with values in [0, 1]. Values may leave this range when noise is added.
+In an auxiliary task, the re-synthesizer also learns to denoise or colorize its input. According to section 3.3 of the
+paper, auxiliary tasks make the residual robust. To add an auxiliary task, write a function and add a line to TASKS.
+Images are (3, h, w) with values in [0, 1]. Images with added noise may have values outside [0, 1].
 """
 
 import io
@@ -16,45 +16,57 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-TASK_PROBABILITY = 0.5  # probability that a batch is degraded; otherwise the auxiliary loss uses the clean batch
+TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxiliary loss is computed
 TASK_NOISE_STD = 4 / 255
 TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # per degradation: with two degradations, half of the patches stay clean
+PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # with two possible degradations, half of the patches are not degraded
 PATCH_NOISE_STD = (0, 10 / 255)
 PATCH_JPEG_QUALITY = (25, 74)  # lowest and highest quality, both included
-PATCH_FRACTION = (0.05, 0.15)  # smallest and largest fraction of pixels that are removed or turned grey
+PATCH_FRACTION = (0.05, 0.15)  # smallest and largest fraction of pixels that are turned black or grey
 
 # A function that degrades one image: (image (3, h, w), random generator) -> degraded image (3, h, w)
 Degradation = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise to an image (3, h, w). std: standard deviation, for pixel values in [0, 1]."""
+    """Add Gaussian noise with standard deviation `std` to an image (3, h, w) with values in [0, 1]."""
     noise = rng.standard_normal(tuple(image.shape), np.float32)
     return image + std * torch.from_numpy(noise).to(image)
 
 
-def turn_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Turn about a `fraction` of the pixels grey (the mean of their three channels). image: (3, h, w)."""
-    mask = random_mask(image, fraction, rng)  # (1, h, w)
+def turn_pixels_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
+    """Replace random pixels of an image (3, h, w) by the mean of their three channels.
+
+    Args:
+        fraction: probability that a pixel is replaced.
+    """
+    mask = draw_random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.mean(dim=0, keepdim=True), image)
 
 
 def remove_pixels(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Turn about a `fraction` of the pixels black (0). image: (3, h, w)."""
-    mask = random_mask(image, fraction, rng)  # (1, h, w)
+    """Replace random pixels of an image (3, h, w) by black (0).
+
+    Args:
+        fraction: probability that a pixel is replaced.
+    """
+    mask = draw_random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.new_zeros(()), image)
 
 
-def random_mask(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Draw a random mask, bool (1, h, w), that is True for about a `fraction` of the pixels of an image (3, h, w)."""
+def draw_random_mask(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
+    """Draw a random mask, bool (1, h, w), for an image (3, h, w).
+
+    Args:
+        fraction: probability that the mask is True at a pixel.
+    """
     height, width = image.shape[1:]
     return torch.from_numpy(rng.random((1, height, width)) < fraction).to(image.device)
 
 
-def compress_jpeg(image: Tensor, quality: int) -> Tensor:
-    """Compress an image (3, h, w) as JPEG and decode it again. Returns (3, h, w) in [0, 1]."""
+def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
+    """Compress an image (3, h, w) as JPEG, and decode the JPEG image to (3, h, w) in [0, 1]."""
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
@@ -65,30 +77,33 @@ def compress_jpeg(image: Tensor, quality: int) -> Tensor:
 # --- auxiliary tasks of train_detector.py: --mode-sr ----------------------------------------------------------
 
 
-def colorization(batch_rng: np.random.Generator) -> Degradation:
-    """Create the degradation for colorization: some pixels turn grey. Their fraction is drawn once per batch."""
+def create_colorization(batch_rng: np.random.Generator) -> Degradation:
+    """Create the degradation of the task colorization, which turns a random fraction of the pixels grey.
+
+    The fraction is the same for all images of a batch.
+    """
     fraction = batch_rng.uniform(*TASK_GREY_FRACTION)
-    return lambda image, rng: turn_grey(image, fraction, rng)
+    return lambda image, rng: turn_pixels_grey(image, fraction, rng)
 
 
-def denoising(batch_rng: np.random.Generator) -> Degradation:
-    """Create the degradation for denoising: Gaussian noise is added."""
+def create_denoising(batch_rng: np.random.Generator) -> Degradation:
+    """Create the degradation of the task denoising, which adds Gaussian noise."""
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
-# Name of the auxiliary task -> function that takes the random generator of a batch and returns a `Degradation`.
-# "none" has no degradation.
-TASKS = {"none": None, "colorization": colorization, "denoising": denoising}
+# Name of each auxiliary task -> function that takes the random generator of a batch and returns a `Degradation`. The
+# task "none" has no degradation.
+TASKS = {"none": None, "colorization": create_colorization, "denoising": create_denoising}
 
 
-def check_task(name: str) -> None:
-    """Raise a UserError if `name` is not the name of an auxiliary task."""
+def check_task_name(name: str) -> None:
+    """Raise a UserError if `name` is not the name of an auxiliary task in TASKS."""
     if name not in TASKS:
         raise UserError(f"--mode-sr must be one of {', '.join(TASKS)}, got {name}")
 
 
 def draw_degradation(task: str, batch_rng: np.random.Generator) -> Degradation | None:
-    """Draw the degradation of a batch at random. Returns None if the batch stays clean."""
+    """Draw the degradation of a batch at random, or return None if the batch is not degraded."""
     create = TASKS[task]
     if create is None or batch_rng.random() >= TASK_PROBABILITY:
         return None
@@ -96,7 +111,11 @@ def draw_degradation(task: str, batch_rng: np.random.Generator) -> Degradation |
 
 
 def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
-    """Degrade each image of x_lr (B, 3, h, w) with its own random generator. Returns (B, 3, h, w)."""
+    """Degrade each image of x_lr (B, 3, h, w), and stack the results to (B, 3, h, w).
+
+    Args:
+        rngs: random generator of each image.
+    """
     return torch.stack([degradation(image, rng) for image, rng in zip(x_lr, rngs, strict=True)])
 
 
@@ -106,20 +125,22 @@ def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.rand
 def degrade_patch(
     patch: Tensor, rng: np.random.Generator, augment: bool, completion: bool, colorization: bool
 ) -> Tensor:
-    """Degrade a training patch (3, h, w). Each chosen degradation is applied with probability PATCH_PROBABILITY.
+    """Degrade a training patch (3, h, w) at random.
+
+    Each chosen degradation is applied with probability PATCH_PROBABILITY. U(a, b) is a uniformly distributed number.
 
     Args:
-        augment: add noise with a standard deviation U(0, 10) / 255, and compress as JPEG with a quality of 25..74.
-            (Release: the released program computes the JPEG image, but does not use it.)
-        completion: turn a fraction U(0.05, 0.15) of the pixels black.
-        colorization: turn a fraction U(0.05, 0.15) of the pixels grey.
+        augment: whether to add noise with a standard deviation U(0, 10) / 255, and to compress the patch as JPEG with
+            a quality of 25..74. (Release: the released program computes the JPEG image, but does not use the result.)
+        completion: whether to turn a fraction U(0.05, 0.15) of the pixels black.
+        colorization: whether to turn a fraction U(0.05, 0.15) of the pixels grey.
     """
     if augment and rng.random() < PATCH_PROBABILITY:
         patch = add_noise(patch, rng.uniform(*PATCH_NOISE_STD), rng)
     if augment and rng.random() < PATCH_PROBABILITY:
-        patch = compress_jpeg(patch, int(rng.integers(*PATCH_JPEG_QUALITY, endpoint=True)))
+        patch = compress_as_jpeg(patch, int(rng.integers(*PATCH_JPEG_QUALITY, endpoint=True)))
     if completion and rng.random() < PATCH_PROBABILITY:
         patch = remove_pixels(patch, rng.uniform(*PATCH_FRACTION), rng)
     if colorization and rng.random() < PATCH_PROBABILITY:
-        patch = turn_grey(patch, rng.uniform(*PATCH_FRACTION), rng)
+        patch = turn_pixels_grey(patch, rng.uniform(*PATCH_FRACTION), rng)
     return patch

@@ -1,7 +1,7 @@
 """Search folders for images.
 
-Files that are not images are left out, and so are pictures written by test.py. One log line per searched folder says
-how many files were left out, and why.
+Files that are not images are left out. Pictures written by test.py are also left out. For each searched folder, one log
+line says how many files were left out, and why.
 """
 
 import logging
@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11.3, unless it was built without AVIF
+HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11.3, unless built without AVIF
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 if HAS_AVIF:
     IMAGE_SUFFIXES += (".avif",)
@@ -26,16 +26,19 @@ MOST_REASONS = 9  # maximum number of reasons listed in one log line
 def find_images(root: str) -> list[str]:
     """Find all images in a folder and in the folders below it, and sort them by path.
 
-    Images are recognised by their file suffix, in upper or lower case. Hidden files and folders, __MACOSX, and pictures
-    written by test.py are left out. A link to a folder is followed, unless that folder contains the link. A folder that
-    can be reached on several paths is read once, if possible on a path without links.
+    Images are recognized by their file suffix, in upper or lower case. Hidden files, hidden folders, folders named
+    __MACOSX, and pictures written by test.py are left out. A link to a folder is followed, unless the folder contains
+    the link. A folder that can be reached by several paths is read only once, by a path without links if there is one.
+
+    Raises:
+        UserError: if a folder cannot be read, or if no image is found.
     """
     images = []
     left_out = Counter()  # reason -> number of files and folders
     visited = set()
-    pending = [os.fspath(root)]  # folders to search: the root, later also links to folders
+    pending = [os.fspath(root)]  # folders that must still be searched
     while pending:
-        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_refuse_folder):
+        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_raise_unreadable_folder):
             status = os.stat(folder)
             identity = (status.st_dev, status.st_ino)
             if identity in visited:
@@ -43,10 +46,10 @@ def find_images(root: str) -> list[str]:
                 subfolders.clear()
                 continue
             visited.add(identity)
-            subfolders[:] = _folders_to_visit(folder, subfolders, left_out)
+            subfolders[:] = _select_folders_to_search(folder, subfolders, left_out)
             paths = [os.path.join(folder, name) for name in subfolders]
             pending += [path for path in paths if os.path.islink(path)]
-            images += _images_of_folder(folder, names, left_out)
+            images += _select_images_of_folder(folder, names, left_out)
     if not images:
         found = format_counts(left_out) or "no files"
         suffixes = " ".join(IMAGE_SUFFIXES)
@@ -57,25 +60,36 @@ def find_images(root: str) -> list[str]:
     return sorted(images)
 
 
-def _refuse_folder(error: OSError) -> None:
+def _raise_unreadable_folder(error: OSError) -> None:
     raise UserError(f"image folder {printable(str(error.filename))} cannot be read ({error.strerror})")
 
 
-def _folders_to_visit(folder: str, subfolders: Sequence[str], left_out: Counter) -> list[str]:
-    """Select the subfolders that `find_images` searches. Count the subfolders that are left out in `left_out`."""
+def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: Counter) -> list[str]:
+    """Select the subfolders that `find_images` searches.
+
+    Args:
+        left_out: counter of the reasons for which files and folders are left out. This function counts the
+            subfolders that it leaves out.
+    """
     selected = []
     for name in sorted(subfolders):
         if name.startswith(".") or name == "__MACOSX":
             left_out["hidden"] += 1
-        elif _leads_upwards(os.path.join(folder, name)):
+        elif _is_link_to_parent_folder(os.path.join(folder, name)):
             left_out["link to a folder that contains it"] += 1
         else:
             selected.append(name)
     return selected
 
 
-def _images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> list[str]:
-    """Select the images among the files of a folder. Count the files that are left out in `left_out`."""
+def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> list[str]:
+    """Select the images among the files of a folder, and return their paths.
+
+    Args:
+        names: names of all files in the folder.
+        left_out: counter of the reasons for which files and folders are left out. This function counts the files
+            that it leaves out.
+    """
     images = []
     all_names = set(names)
     for name in names:
@@ -87,33 +101,45 @@ def _images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> l
     return images
 
 
-def _leads_upwards(folder: str) -> bool:
-    """Check whether a folder is a link to a folder that contains the link.
+def _is_link_to_parent_folder(folder: str) -> bool:
+    """Return whether a folder is a link to a folder that contains the link.
 
-    Following the link `real/up -> ..`, for example, would add the generated images to the real images.
+    Such links must not be followed. For example, the link `real/up -> ..` would list generated images as real.
     """
     if not os.path.islink(folder):
         return False
     target = os.path.realpath(folder)
-    return contains(target, os.path.realpath(os.path.dirname(folder)))
+    return folder_contains(target, os.path.realpath(os.path.dirname(folder)))
 
 
-def contains(outer: str, inner: str) -> bool:
-    """Check whether the folder `outer` is or contains the folder `inner`. Both must be paths without links."""
+def folder_contains(outer: str, inner: str) -> bool:
+    """Return whether the folder `outer` equals or contains the folder `inner`.
+
+    Args:
+        outer, inner: paths without links.
+    """
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
 
 def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
-    """Say why a file of a folder is not an image. Returns None for an image. names: all files of the folder."""
+    """Return the reason why a file is left out, or None if the file is an image.
+
+    Args:
+        names: names of all files in the folder.
+    """
     if name.startswith("."):
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return _recognise_output(folder, name, names)
+    return _recognise_picture_by_test_program(folder, name, names)
 
 
-def _recognise_output(folder: str, name: str, names: Set[str]) -> str | None:
-    """Recognise a picture written by test.py. Returns the kind of picture; None for any other image."""
+def _recognise_picture_by_test_program(folder: str, name: str, names: Set[str]) -> str | None:
+    """Return which kind of picture test.py has written into a file, or None if the file is not written by test.py.
+
+    Args:
+        names: names of all files in the folder.
+    """
     if name.endswith(".residual.png"):
         return "residual picture"
     table = f"{name.removesuffix('.png')}.csv"
@@ -123,8 +149,8 @@ def _recognise_output(folder: str, name: str, names: Set[str]) -> str | None:
 
 
 def _is_score_table(path: str) -> bool:
-    """Check whether a file is a CSV table with a column "logit_fake"."""
-    if not os.path.isfile(path):  # opening a named pipe would block
+    """Return whether a file is a CSV table with a column "logit_fake"."""
+    if not os.path.isfile(path):  # for example a named pipe, which cannot be opened without waiting
         return False
     try:
         with open(path, "rb") as file:
@@ -134,18 +160,20 @@ def _is_score_table(path: str) -> bool:
 
 
 def format_counts(counts: Counter) -> str:
-    """Format counts as text, such as "3 .heic, 1 hidden"."""
+    """Format numbers of files as text, such as "3 .heic, 1 hidden"."""
     parts = [f"{number} {printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
     if len(counts) > MOST_REASONS:
         parts.append("...")
     return ", ".join(parts)
 
 
-def recognise_output(path: str) -> str | None:
-    """Recognise a picture written by test.py, which a pattern such as *.png also matches.
+def recognise_picture_by_test_program(path: str) -> str | None:
+    """Return which kind of picture test.py has written into a file, or None if the file is not written by test.py.
+
+    If the user gives a pattern such as *.png, pictures written by test.py may be among the input images.
 
     Returns:
-        The kind of picture, such as "residual picture"; None for any other image.
+        "residual picture", "figure of a score table" or None.
     """
     folder, name = os.path.split(path)
-    return _recognise_output(folder, name, {f"{name.removesuffix('.png')}.csv"})
+    return _recognise_picture_by_test_program(folder, name, {f"{name.removesuffix('.png')}.csv"})

@@ -1,6 +1,6 @@
-"""Image files: decoding to uint8 (3, H, W) RGB, resizing and cropping, and checks of their headers.
+"""Decode image files to uint8 (3, H, W) RGB, resize and crop images, and check the headers of image files.
 
-A file that cannot be used raises a `UserError` with a message of one line.
+The functions raise a `UserError` with a message of one line for a file that cannot be used.
 """
 
 import logging
@@ -26,33 +26,36 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Hide Pillow's warnings, because this module raises errors for the same problems. The warnings are hidden for the whole
-# program, because warnings.catch_warnings is not safe with threads.
+# Pillow's warnings are hidden, because this module raises errors for the same problems. The warnings are hidden for the
+# whole program, because warnings.catch_warnings must not be used in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no unsafe formats: for EPS, Pillow would run Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no unsafe formats such as EPS, which needs Ghostscript
 if HAS_AVIF:
     FORMATS += ("AVIF",)
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million: Pillow's limit against decompression bombs
-HEADER_THREADS = 16  # more threads than cores: reading headers waits for the disk or the network, not for the CPU
-Tag = ExifTags.Base  # tags of EXIF and of TIFF
+MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million pixels, above which Pillow refuses to decode an image
+HEADER_THREADS = 16  # may exceed the number of cores, because threads that read headers wait for the disk
+Tag = ExifTags.Base  # numbers of the tags in EXIF data and TIFF files
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class SizePolicy(NamedTuple):
-    """A rule for image sizes: resize, then crop, then centre-crop so that both sides are multiples of `scale`."""
+    """Settings of resizing and cropping.
 
-    scale: int = 4  # factor by which the re-synthesizer enlarges images
+    Images are resized, then cropped, then centre-cropped so that both sides are multiples of `scale`.
+    """
+
+    scale: int = 4  # factor by which the re-synthesizer enlarges images; sides become multiples of `scale`
     crop_size: int | None = None  # side of the square crop in pixels; None: no crop
     resize: int | None = None  # length of the shorter side after resizing, in pixels; None: no resizing
-    min_side: int = 1  # smallest side in pixels that the feature extractor accepts, its stride
+    min_side: int = 1  # smallest side in pixels for which the features can be computed
 
 
 class Header(NamedTuple):
-    """What the header of an image file says about the image."""
+    """The image size in the header of an image file, and the reason if the image cannot be used."""
 
     size: tuple[int, int] | None  # (height, width) of the upright image; None if the header cannot be read
-    problem: str | None = None  # why the image cannot be used; None if it is usable
+    problem: str | None = None  # reason why the image cannot be used; None if the image can be used
     jpeg: bool = False  # whether the file is a JPEG file
 
 
@@ -60,29 +63,35 @@ class Header(NamedTuple):
 
 
 def load_image(path: str) -> Tensor:
-    """Decode an image file with `read_rgb`. Returns a contiguous uint8 tensor (3, H, W)."""
-    pixels = np.asarray(read_rgb(path))  # (H, W, 3)
+    """Decode an image file with `read_rgb_image` to a contiguous uint8 tensor (3, H, W)."""
+    pixels = np.asarray(read_rgb_image(path))  # (H, W, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, H, W)
 
 
-def read_rgb(path: str) -> Image.Image:
+def read_rgb_image(path: str) -> Image.Image:
     """Decode an image file as an upright 8-bit RGB image.
 
-    Grey images get three equal channels. Transparent pixels are blended with white. CMYK is converted without colour
-    profiles. 16-bit grey is rounded to 8 bits. Of 16-bit colour, Pillow drops the low byte. Float pixels must be in
-    [0, 1]. Only the first frame of an animation is read. Images of more than MAX_PIXELS are refused before decoding.
+    Grey images get three equal channels. Transparent pixels are blended with white. CMYK images are converted without
+    colour profiles. 16-bit grey values are rounded to 8 bits. Pillow keeps only the high byte of 16-bit colour values.
+    Float values must be in [0, 1]. Only the first frame of an animation is read.
+
+    Raises:
+        UserError: if the image cannot be decoded, or has more than MAX_PIXELS pixels.
     """
     with open_image(path) as image:
         image.load()
-        return upright_rgb(image)
+        return convert_to_upright_rgb(image)
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded image to upright 8-bit RGB, as `read_rgb` describes. May modify its argument."""
-    with suppress(Exception):  # a damaged EXIF block does not affect the pixels
+def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Convert a decoded image to an upright 8-bit RGB image, as `read_rgb_image` describes.
+
+    The argument `image` may be modified.
+    """
+    with suppress(Exception):  # an image with damaged EXIF data can still be used
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):
-        return Image.fromarray(_grey_to_uint8(image)).convert("RGB")
+        return Image.fromarray(_convert_grey_to_uint8(image)).convert("RGB")
     has_alpha = image.mode in ("LA", "La", "PA", "RGBA", "RGBa")
     if has_alpha or (image.mode != "RGB" and "transparency" in image.info):
         rgba = image.convert("RGBA")
@@ -91,7 +100,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _grey_to_uint8(image: Image.Image) -> np.ndarray:
+def _convert_grey_to_uint8(image: Image.Image) -> np.ndarray:
     """Convert a float or integer grey image to uint8 (H, W) by scaling and rounding.
 
     White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in other integer images.
@@ -110,27 +119,31 @@ def _grey_to_uint8(image: Image.Image) -> np.ndarray:
 
 @contextmanager
 def open_image(path: str) -> Iterator[Image.Image]:
-    """Open an image file and read its header. Any exception inside the `with` block is raised as a UserError."""
+    """Open an image file and read its header.
+
+    Raises:
+        UserError: if the file cannot be opened, or if the `with` block raises any exception.
+    """
     try:
-        _check_file(path)
+        _check_regular_file(path)
         with open(path, "rb") as file:
             yield Image.open(file, formats=FORMATS)
-    except Exception as error:  # decoders raise struct.error, IndexError, MemoryError, ...
-        raise UserError(f"{printable(path)}: {_reason(error)}") from None
+    except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
+        raise UserError(f"{printable(path)}: {_describe_read_error(error)}") from None
 
 
-def _check_file(path: str) -> None:
+def _check_regular_file(path: str) -> None:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder, not an image file")
-    if not stat.S_ISREG(status.st_mode):  # opening a named pipe would block
+    if not stat.S_ISREG(status.st_mode):  # for example a named pipe, which cannot be opened without waiting
         raise ValueError("is a device or pipe, not an image file")
     if status.st_size == 0:
         raise ValueError("is empty (0 bytes)")
 
 
-def _reason(error: Exception) -> str:
-    """Describe in one line why an image file could not be read. error: the exception."""
+def _describe_read_error(error: Exception) -> str:
+    """Describe in one line why reading an image file raised the exception `error`."""
     text = printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         return f"is not an image, or its first bytes are damaged (expected {', '.join(FORMATS)})"
@@ -149,20 +162,20 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
 
     Args:
         image: uint8 (3, H, W).
-        rng: draws the position of the crop, first the row, then the column. None: the crop is in the centre.
+        rng: generator that draws the top row and then the left column of the crop, or None for a centre crop.
 
     Raises:
         UserError: if the image is too small or too large.
     """
     height, width = image.shape[-2:]
-    problem = size_problem(height, width, policy)
+    problem = describe_size_problem(height, width, policy)
     if problem:
         raise UserError(f"image {problem}")
     if policy.resize is not None:
-        image = resize_bicubic(image, *_size_after_resize(height, width, policy))  # (3, H', W')
+        image = resize_bicubic(image, *_compute_size_after_resize(height, width, policy))  # (3, H', W')
     if policy.crop_size is not None:
         image = _crop_square(image, policy.crop_size, rng)  # (3, crop_size, crop_size)
-    top, left, height, width = centre_box(image.shape[-2], image.shape[-1], policy.scale)
+    top, left, height, width = compute_centre_box(image.shape[-2], image.shape[-1], policy.scale)
     return image[:, top : top + height, left : left + width].contiguous()
 
 
@@ -176,21 +189,24 @@ def _crop_square(image: Tensor, side: int, rng: np.random.Generator | None) -> T
 
 
 def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
-    """Resize an image, uint8 (3, H, W), to (3, height, width): bicubic and rounded, as torchvision does."""
+    """Resize an image, uint8 (3, H, W), to uint8 (3, height, width) by bicubic interpolation, as torchvision does."""
     if image.shape[-2:] == (height, width):
         return image
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=antialias)[0]
 
 
-def centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
+def compute_centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
     """Compute (top, left, height, width) of the largest centred box whose sides are multiples of `scale`."""
     return height % scale // 2, width % scale // 2, height - height % scale, width - width % scale
 
 
-def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
-    """Say why images of this size cannot be used, in words that follow a file name. Else returns None."""
+def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
+    """Return why images with `height` x `width` pixels cannot be used, or None if they can be used.
+
+    The text continues a sentence that begins with a file name, such as "is 5 x 5 pixels: ...".
+    """
     text = f"is {width} x {height} pixels"
-    height, width = _size_after_resize(height, width, policy)
+    height, width = _compute_size_after_resize(height, width, policy)
     if policy.resize is not None:
         text += f", {width} x {height} when resized"
     if height * width > MAX_PIXELS:
@@ -202,7 +218,7 @@ def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
         )
     side = policy.crop_size or min(height, width)
     if side < policy.scale:
-        return f"{text}: sides must be at least {policy.scale}, the scale; leave the image out"
+        return f"{text}: both sides must be at least {policy.scale} pixels (the scale); leave the image out"
     if side - side % policy.scale < policy.min_side:
         return (
             f"{text}: the features need sides of at least {policy.min_side} (multiples of {policy.scale} are used);"
@@ -211,8 +227,11 @@ def size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     return None
 
 
-def _size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
-    """Compute (height, width) after resizing: the shorter side becomes `resize`, the longer side is rounded down."""
+def _compute_size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
+    """Compute the (height, width) of an image after resizing its shorter side to `policy.resize`.
+
+    The longer side is rounded down.
+    """
     if policy.resize is None:
         return height, width
     longer = int(policy.resize * max(height, width) / min(height, width))
@@ -220,23 +239,30 @@ def _size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int
 
 
 @lru_cache(2**16)
-def size_after(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
-    """Compute (height, width) of an image after `resize_and_crop`. The cache lets equal sizes share one tuple."""
+def compute_final_size(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
+    """Compute the (height, width) of an image after `resize_and_crop`.
+
+    Results are cached, so that equal sizes share one tuple in memory.
+    """
     if policy.crop_size is not None:
         height, width = policy.crop_size, policy.crop_size
     else:
-        height, width = _size_after_resize(height, width, policy)
+        height, width = _compute_size_after_resize(height, width, policy)
     return height - height % policy.scale, width - width % policy.scale
 
 
-def refuse_mixed_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> None:
-    """Raise a UserError if images differ in size. sizes: (height, width) of each image."""
+def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> None:
+    """Raise a UserError if not all images have the same size.
+
+    Args:
+        sizes: (height, width) of each image.
+    """
     for item, size in zip(items, sizes, strict=True):
         if size != sizes[0]:
             (height, width), (other_height, other_width) = sizes[0], size
             raise UserError(
-                f"images of different sizes cannot share a batch: {printable(items[0].path)} is {width} x {height}"
-                f" pixels and {printable(item.path)} is {other_width} x {other_height}; use --crop-size N (and"
+                f"images of different sizes cannot be in one batch: {printable(items[0].path)} has {width} x {height}"
+                f" pixels and {printable(item.path)} has {other_width} x {other_height}; use --crop-size N (and"
                 " --resize N), or --batch-size 1"
             )
 
@@ -245,11 +271,11 @@ def refuse_mixed_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) 
 
 
 def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
-    """Read and check the headers of image files, in about 0.05 ms per file.
+    """Read and check the headers of image files, which takes about 0.05 ms per file.
 
-    Damaged pixels are not noticed here. They are found when the file is decoded.
+    This function does not decode pixels. Damaged pixels are found later, when the image is decoded.
     """
-    shared = {}  # equal headers share one tuple in memory
+    shared = {}  # header -> first equal header, so that equal headers share one tuple in memory
     headers = []
     with ThreadPool(HEADER_THREADS) as pool:
         results = pool.imap(lambda path: read_header(path, policy), paths, chunksize=8)
@@ -259,38 +285,38 @@ def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
 
 
 def read_header(path: str, policy: SizePolicy) -> Header:
-    """Read the size of an image without decoding it, and check that the image can be used.
+    """Read the size of an image from the header of its file, and check that the image can be used.
 
-    EXIF data that is stored after the pixels of a PNG file is not read.
+    EXIF data after the pixels of a PNG file are not read, because reading them would decode the pixels.
     """
     try:
         with open_image(path) as image:
             width, height = image.size
             is_jpeg = image.format in ("JPEG", "MPO")
-            if image.format == "TIFF":  # image.size of a rotated TIFF file depends on the version of Pillow
+            if image.format == "TIFF":  # for a rotated TIFF image, image.size depends on the version of Pillow
                 width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
-            with suppress(Exception):  # a damaged EXIF block does not affect the size
-                exif = Image.Image.getexif(image)  # PngImageFile.getexif would decode the image
+            with suppress(Exception):  # an image with damaged EXIF data can still be used
+                exif = Image.Image.getexif(image)  # unlike PngImageFile.getexif, this does not decode the image
                 if exif.get(Tag.Orientation) in SIDEWAYS:
                     width, height = height, width
     except UserError as error:
         return Header(None, str(error).removeprefix(f"{printable(path)}: "))
-    return Header((height, width), size_problem(height, width, policy), is_jpeg)
+    return Header((height, width), describe_size_problem(height, width, policy), is_jpeg)
 
 
-def usable_items(
+def select_usable_items(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
 ) -> tuple[Sequence[Item], list[Header]]:
-    """Select the images whose headers show no problem. Log the problem of every image that is not selected.
+    """Select the images that can be used according to their headers, and log why each other image cannot be used.
 
     Args:
-        skip_bad: leave out images with a problem, instead of raising an error.
+        skip_bad: whether to leave out images that cannot be used, instead of raising a UserError.
 
     Returns:
-        The selected images and their headers.
+        the selected images, and their headers.
 
     Raises:
-        UserError: if an image has a problem and `skip_bad` is False, or if no image can be used.
+        UserError: if an image cannot be used and `skip_bad` is False, or if no image can be used.
     """
     headers = check_headers([item.path for item in items], policy)
     good_items, good_headers, problems = [], [], []
@@ -303,17 +329,17 @@ def usable_items(
     for problem in problems:
         logger.warning("%s: %s", "left out" if skip_bad else "bad image", problem)
     if problems and not (skip_bad and good_items):
-        way_out = "repair or remove them" + ("" if skip_bad else ", or leave them out with --skip-bad")
+        way_out = "repair or remove these images" + ("" if skip_bad else ", or leave them out with --skip-bad")
         raise UserError(f"{len(problems)} of {len(items)} images cannot be used: {way_out}; the first is {problems[0]}")
     if problems:
-        logger.warning("%d of %d images are left out", len(problems), len(items))
+        logger.warning("left out %d of %d images, because they cannot be used", len(problems), len(items))
     _log_centre_crops(good_headers, policy)
     return good_items, good_headers
 
 
 def _log_centre_crops(headers: Sequence[Header], policy: SizePolicy) -> None:
     uncropped = policy._replace(scale=1)
-    cropped = sum(size_after(*h.size, policy) != size_after(*h.size, uncropped) for h in headers)
+    cropped = sum(compute_final_size(*h.size, policy) != compute_final_size(*h.size, uncropped) for h in headers)
     if cropped:
         text = "the sides of %d of %d images are not multiples of %d: these images are centre-cropped"
         logger.info(text, cropped, len(headers), policy.scale)

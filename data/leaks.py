@@ -1,8 +1,8 @@
-"""Audit image files for leaks: properties besides the content that separate real from generated images.
+"""Search image files for leaks: properties besides the image content that separate real from generated images.
 
-A detector learns the easiest rule. If every real image is a JPEG file and every generated image is a PNG file, the
-detector learns to recognise JPEG. The audit reads file headers and searches for duplicate files. The command
-`python -m tools.audit` prints the result.
+If every real image is a JPEG file and every generated image is a PNG file, a detector learns to recognize JPEG files
+instead of generated images. The leak audit reads file headers and searches for duplicate files. The command
+`python -m tools.audit` prints the findings of the audit.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from utils.labels import FAKE, REAL
 logger = logging.getLogger(__name__)
 
 LEAK, WARNING = SEVERITIES = ("leak", "warning")
-LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2  # |fraction of the reals - fraction of the fakes| with the same value
+LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2  # smallest difference of fractions for each severity
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
@@ -41,35 +41,39 @@ WAYS_OUT = {  # attribute -> advice on how to make the attribute equal in both c
 
 
 class File(NamedTuple):
-    """An image file with the attributes in its header, or with an error message of one line."""
+    """An image file with the attributes of its header, or with an error message of one line."""
 
     item: Item
-    split: str  # train or validation
+    split: str  # "train" or "validation"
     size: int = 0  # length of the file in bytes
-    attributes: dict[str, str] = {}  # attribute -> value
-    error: str | None = None  # why the file cannot be read
+    attributes: dict[str, str] = {}  # name of each attribute -> value
+    error: str | None = None  # reason why the file cannot be read
 
 
 class Finding(NamedTuple):
     """A reason why the scores of a detector may be meaningless (LEAK) or doubtful (WARNING)."""
 
     severity: str  # LEAK or WARNING
-    check: str  # the attribute or kind of duplicates, and the group of images
+    check: str  # name of the attribute or kind of duplicates, and name of the group of images
     message: str
-    way_out: str  # advice
-    examples: list[str]  # paths of some files concerned
+    way_out: str  # advice on what the user can do
+    examples: list[str]  # paths of up to two files to which the finding applies
 
 
 class Audit(NamedTuple):
     """The result of a leak audit."""
 
-    files: dict[str, int]  # group, such as "train real" -> number of files
-    checked: int  # number of files that were read
-    findings: list[Finding]  # leaks first
+    files: dict[str, int]  # name of each group, such as "train real" -> number of files
+    checked: int  # number of files whose headers were read
+    findings: list[Finding]  # first leaks, then warnings
 
 
-def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> Audit:
-    """Search image files for leaks and duplicates. quick: read at most SAMPLE files per class and split."""
+def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = False) -> Audit:
+    """Search image files for leaks and duplicates.
+
+    Args:
+        quick: whether to read at most SAMPLE files of each class and split.
+    """
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
         for label, name in CLASSES.items():
@@ -79,74 +83,83 @@ def audit(train: Sequence[Item], validation: Sequence[Item] = (), quick: bool = 
                 step = math.ceil(len(group) / SAMPLE) if quick else 1
                 selected += group[::step]
     with ThreadPool(THREADS) as pool:
-        results = pool.imap(lambda pair: examine(*pair), selected, chunksize=8)
+        results = pool.imap(lambda pair: read_file_attributes(*pair), selected, chunksize=8)
         files = list(progress_bar(results, "leak audit", len(selected)))
     readable = [file for file in files if file.error is None]
     unreadable = [file for file in files if file.error is not None]
-    findings = class_findings(readable) + duplicate_findings(readable)
+    findings = find_separating_attributes(readable) + find_duplicate_files(readable)
     if unreadable:
         text = f"{len(unreadable)}, the first: {unreadable[0].error}"
         examples = [file.item.path for file in unreadable[:2]]
-        findings.append(Finding(WARNING, "unreadable files", text, "repair or remove these files", examples))
+        findings.append(Finding(WARNING, "unreadable files", text, "repair or remove the unreadable files", examples))
     findings.sort(key=lambda finding: SEVERITIES.index(finding.severity))
     return Audit(counts, len(readable), findings)
 
 
 def log_quick_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ()) -> None:
     """Run a quick audit at the start of training, and log its result in a few lines."""
-    result = audit(train_items, val_items, quick=True)
-    summary = f"{len(result.findings)} finding(s), see python -m tools.audit" if result.findings else "nothing found"
-    logger.info("leak audit of %d of %d headers: %s", result.checked, len(train_items) + len(val_items), summary)
+    result = audit_images(train_items, val_items, quick=True)
+    summary = f"{len(result.findings)} finding(s), see python -m tools.audit" if result.findings else "no leaks found"
+    count = len(train_items) + len(val_items)
+    logger.info("leak audit of the headers of %d of %d image files: %s", result.checked, count, summary)
     for finding in result.findings[:3]:
         logger.warning("%s: %s: %s", finding.severity.upper(), finding.check, finding.message)
 
 
-def examine(item: Item, split: str) -> File:
+def read_file_attributes(item: Item, split: str) -> File:
     """Read the attributes in the header of an image file."""
     try:
         with open_image(item.path) as image:
-            return File(item, split, os.path.getsize(item.path), attributes_of(image))
+            return File(item, split, os.path.getsize(item.path), list_header_attributes(image))
     except UserError as error:
         return File(item, split, error=str(error))
 
 
-def attributes_of(image: Image.Image) -> dict[str, str]:
-    """List what a detector could learn from the header of an image: format, size, colour mode, JPEG quality."""
+def list_header_attributes(image: Image.Image) -> dict[str, str]:
+    """List attributes of an image that a detector could learn: format, size, colour mode and JPEG quality."""
     width, height = image.size
     half_octaves = round(2 * math.log2(min(width, height)))
     attributes = {
         "format": image.format,
         "size": f"{width} x {height}",
-        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # 64, 91, 128, 181, ...
+        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # rounded to 64, 91, 128, 181, ... pixels
         "colour mode": image.mode,
     }
-    if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO: several JPEGs in one file
+    if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO files, which contain several JPEG images
         luminance_table = image.quantization[min(image.quantization)]
         scale = sum(luminance_table) / QUALITY_50
-        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # inverts libjpeg's formula, exactly for 20..99
+        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # inverse of libjpeg's formula, exact for 20..99
         attributes["format"] = "JPEG"
         attributes["JPEG quality"] = f"quality {quality:.0f}"
     return attributes
 
 
-def class_findings(files: Sequence[File]) -> list[Finding]:
-    """Find attributes that separate real from fake images in a split: for all generators, or else for one generator."""
+def find_separating_attributes(files: Sequence[File]) -> list[Finding]:
+    """Find attributes that separate real from fake images in the training or the validation images.
+
+    Fake images of all generators are compared with real images first. If an attribute does not separate them, the fake
+    images of each generator are compared with real images separately.
+    """
     findings = []
     for split in ("train", "validation"):
         in_split = [file for file in files if file.split == split]
         generators = sorted({file.item.generator for file in in_split if file.item.label == FAKE})
         for attribute in WAYS_OUT:
-            overall = attribute_finding(in_split, attribute, split)
+            overall = compare_attribute_in_classes(in_split, attribute, split)
             findings.append(overall)
             if overall is None and len(generators) > 1:
                 for generator in generators:
-                    compared = [file for file in in_split if file.item.generator in (generator, "")]  # "": shared reals
-                    findings.append(attribute_finding(compared, attribute, f"{split}, {generator}"))
+                    compared = [file for file in in_split if file.item.generator in (generator, "")]  # "" means all
+                    findings.append(compare_attribute_in_classes(compared, attribute, f"{split}, {generator}"))
     return [finding for finding in findings if finding is not None]
 
 
-def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Finding | None:
-    """Report an attribute if one of its values is much more frequent in one class than in the other class."""
+def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: str) -> Finding | None:
+    """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
+
+    Args:
+        where: description of the files for the finding, such as "train".
+    """
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
     if not reals or not fakes:
@@ -155,7 +168,7 @@ def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Find
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # 3 standard deviations of a random difference
+    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # 3 standard deviations by chance
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None
     severity = LEAK if difference >= LEAK_DIFFERENCE else WARNING
@@ -164,8 +177,11 @@ def attribute_finding(files: Sequence[File], attribute: str, where: str) -> Find
     return Finding(severity, f"{attribute} ({where})", message, WAYS_OUT[attribute], [])
 
 
-def duplicate_findings(files: Sequence[File]) -> list[Finding]:
-    """Find files with identical content. A file is read only if another file has the same length."""
+def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
+    """Find files with identical content.
+
+    A file is read only if another file has the same length.
+    """
     by_size, by_content = defaultdict(list), defaultdict(list)
     for file in files:
         by_size[file.size].append(file)
@@ -180,10 +196,10 @@ def duplicate_findings(files: Sequence[File]) -> list[Finding]:
     for severity, sets, groups, way_out in (
         (LEAK, "train and validation", across_splits, "remove the duplicates from one of the two sets"),
         (LEAK, "real and generated", across_classes, "one label is wrong: correct it, or remove the duplicates"),
-        (WARNING, "one class", within, "keep one copy per image, because a random split puts copies into both sets"),
+        (WARNING, "one class", within, "keep one copy per image, because a random split may put copies into both sets"),
     ):
         if groups:
             examples = [file.item.path for file in groups[0]][:2]
-            text = f"{len(groups)} images occur more than once"
+            text = f"{len(groups)} images occur in more than one file"
             findings.append(Finding(severity, f"exact duplicates in {sets}", text, way_out, examples))
     return findings

@@ -1,7 +1,7 @@
-"""Lists of images: make `Item`s from folders, trees of folders, CSV tables and text lists.
+"""List image files as `Item`s from folders, folder trees, CSV tables and text files with one path per line.
 
-No image is decoded here. A folder or list that cannot be used raises a `UserError`. Every function that searches a
-folder logs one line that says how many files were left out, and why.
+This file does not decode images. The functions raise a `UserError` for a folder or list that cannot be used. Every
+function that searches a folder logs one line that says how many files were left out, and why.
 """
 
 import csv
@@ -17,16 +17,16 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import contains, find_images, format_counts, recognise_output
+from data.folders import find_images, folder_contains, format_counts, recognise_picture_by_test_program
 from utils.console import printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
 
 logger = logging.getLogger(__name__)
 
-LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # word in a CSV table -> label
-# Names of the folders of (real, fake) images in two published data sets: Wang et al. (CVPR 2020), "CNN-generated images
-# are surprisingly easy to spot... for now"; Zhu et al. (NeurIPS 2023), "GenImage".
+LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # text in the column "label" of a CSV table -> label
+# Names of the folders of real and of fake images in the data sets of Wang et al. (CVPR 2020), "CNN-generated images are
+# surprisingly easy to spot... for now", and of Zhu et al. (NeurIPS 2023), "GenImage".
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
@@ -38,43 +38,48 @@ class Item(NamedTuple):
 
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
-    generator: str  # what generated a fake, or what a real is compared with; "" for reals that all generators share
+    # Name of the generator of a fake image. For a real image, name of the generator whose images are compared with the
+    # real image, or "" if the real image is compared with the images of all generators
+    generator: str
 
 
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
-    """List the images of folders: first the sorted reals, then the sorted fakes. No folder may contain another one.
+def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
+    """List the images of folders: first the sorted real images, then the sorted fake images.
 
-    Each folder of fakes counts as one generator. The generator is named after the folder. If two names would be equal,
-    parent folders are added to all names.
+    Each folder of fake images is taken for one generator, which is named after the folder. If two folders have the same
+    name, names of parent folders are added to the names of all generators.
+
+    Raises:
+        UserError: if no folder is given, if one folder contains another, or if a folder has no images.
     """
     roots = [*real_roots, *fake_roots]
     if not roots:
         raise UserError("no image folders: give at least one folder of real or of generated images")
-    _refuse_overlap(roots)
+    _refuse_nested_folders(roots)
     items = []
     for root in real_roots:
         items += [Item(path, REAL, "") for path in find_images(root)]
-    for root, generator in zip(fake_roots, _generator_names(fake_roots), strict=True):
+    for root, generator in zip(fake_roots, _name_generators(fake_roots), strict=True):
         items += [Item(path, FAKE, generator) for path in find_images(root)]
     return items
 
 
-def _refuse_overlap(roots: Sequence[str]) -> None:
+def _refuse_nested_folders(roots: Sequence[str]) -> None:
     real_paths = [os.path.realpath(root) for root in roots]
     for i, inner in enumerate(real_paths):
         for j, outer in enumerate(real_paths):
-            if i != j and contains(outer, inner):
+            if i != j and folder_contains(outer, inner):
                 raise UserError(
-                    f"image folder {printable(roots[i])} is or lies in {printable(roots[j])}, so images would count"
-                    " twice: give folders that do not contain each other"
+                    f"image folder {printable(roots[i])} is the same as or inside {printable(roots[j])}, so its images"
+                    " would be listed twice: give folders that do not contain each other"
                 )
 
 
-def _generator_names(roots: Sequence[str]) -> list[str]:
-    """Name each folder by the end of its path, with as few path components as make all names different."""
+def _name_generators(roots: Sequence[str]) -> list[str]:
+    """Return a unique name for each folder: the last N components of its path, with the smallest possible N."""
     parts = [os.path.abspath(root).split(os.sep) for root in roots]
     length = 1
     while len({tuple(p[-length:]) for p in parts}) < len(parts):
@@ -85,15 +90,19 @@ def _generator_names(roots: Sequence[str]) -> list[str]:
 # --- trees --------------------------------------------------------------------------------------------------
 
 
-def tree_items(root: str, training: bool = False) -> list[Item]:
-    """List the images of a folder tree whose class folders are named as in LAYOUTS: the reals, then the fakes.
+def list_tree_items(root: str, training: bool = False) -> list[Item]:
+    """List the images of a folder tree: first the real images, then the fake images.
 
-    The class folders may be GENERATOR/0_real, GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. They may also be
-    directly in `root`. The generator then gets the name of `root`. Each real gets the name of the generator that it is
-    compared with. If the tree holds several layouts or image sets, one log line says which of them are used.
+    Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
+    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. If these folders are directly in `root`, the generator gets the
+    name of `root`. The `generator` of a real image is the generator whose images are compared with it. If images are
+    left out, or if the tree has several layouts or held-out folders, one log line says which images are used.
 
     Args:
-        training: leave out images in folders for validation or test (HELD_OUT_FOLDERS).
+        training: whether to leave out images in folders for validation or test (HELD_OUT_FOLDERS).
+
+    Raises:
+        UserError: if no image can be used.
     """
     items = []
     used, left_out = Counter(), Counter()
@@ -110,49 +119,59 @@ def tree_items(root: str, training: bool = False) -> list[Item]:
             continue
         used[" of ".join(["/".join(layout), *held_out])] += 1
         label = REAL if folders[position] == layout[0] else FAKE
-        items.append(Item(path, label, _tree_generator(folders[:position], root)))
+        items.append(Item(path, label, _name_generator_in_tree(folders[:position], root)))
     if not items:
-        _refuse_tree(root, left_out)
+        _raise_no_images_in_tree(root, left_out)
     if left_out or len(used) > 1:
         text = "image tree %s: using %s; left out: %s"
         logger.info(text, printable(root), format_counts(used), format_counts(left_out) or "none")
     return sorted(items, key=lambda item: item.label == FAKE)  # a stable sort keeps the order within each class
 
 
-def _tree_generator(parents: Sequence[str], root: str) -> str:
-    """Name the generator of an image by the topmost folder between `root` and its class folder, else by `root`."""
+def _name_generator_in_tree(parents: Sequence[str], root: str) -> str:
+    """Return the name of the generator of an image: the first of `parents`, or the name of `root` if there is none.
+
+    Folders for training, validation or test, such as "train", are not used as names.
+
+    Args:
+        root: root of the folder tree.
+        parents: names of the folders from `root` down to the folder of real or fake images.
+    """
     names = [name for name in parents if name.lower() not in (*TRAIN_FOLDERS, *HELD_OUT_FOLDERS)]
     name = names[0] if names else os.path.basename(os.path.abspath(root))
-    return sys.intern(name)  # all images of a generator share one string in memory
+    return sys.intern(name)  # all images of one generator share one string in memory
 
 
-def _refuse_tree(root: str, left_out: Counter) -> None:
+def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
     raise UserError(
-        f"image tree {printable(root)} has no images to use ({format_counts(left_out)}): expected folders"
-        " GENERATOR/0_real and GENERATOR/1_fake, or nature and ai; give other folders with --data-root-pos and"
-        " --data-root-neg"
+        f"image tree {printable(root)} has no images that can be used ({format_counts(left_out)}): expected images in"
+        " folders GENERATOR/0_real and GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai; give folders with other"
+        " names with --data-root-pos and --data-root-neg"
     )
 
 
 # --- tables and lists ---------------------------------------------------------------------------------------
 
 
-def csv_items(file: str) -> list[Item]:
-    """List the images of a CSV table with the columns path, label and optionally generator.
+def list_csv_items(file: str) -> list[Item]:
+    """List the images of a CSV table with the columns "path", "label" and, if wanted, "generator".
 
-    A label is one of the words real and fake, or 1 for real and 0 for fake. A relative path is looked up in the working
-    folder, then in the folder of the table. All columns besides path, label and generator are ignored.
+    A label is "real" or 1 for a real image, and "fake" or 0 for a fake image. A relative path is first searched in the
+    working folder, then in the folder of the table. Other columns are ignored.
+
+    Raises:
+        UserError: if the table cannot be read, or if an image file does not exist.
     """
     what = f"image table {printable(file)}"
     rows = []
-    with _open_text(file, what) as stream:
+    with _open_text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not {"path", "label"} <= set(reader.fieldnames):
             got = printable(",".join(reader.fieldnames)[:100])
             raise UserError(f"{what}, line 1: expected a header path,label or path,label,generator, got {got!r}")
         for row in reader:
-            rows.append(_parse_row(row, f"{what}, line {reader.line_num}"))
+            rows.append(_parse_table_row(row, f"{what}, line {reader.line_num}"))
     if any(label.isdecimal() for _, label, _ in rows):
         text = "%s: labels are read as 1 = real, 0 = fake; if 1 means fake, write the words real and fake instead"
         logger.warning(text, what)
@@ -160,12 +179,16 @@ def csv_items(file: str) -> list[Item]:
     return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
-def _parse_row(row: dict, where: str) -> tuple[str, str, str]:
-    """Read path, label and generator from a row of a CSV table. where: file and line, for the error message."""
+def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
+    """Read the path, the label and the generator from a row of a CSV table.
+
+    Args:
+        where: name and line of the table for the error message.
+    """
     path = row["path"] or ""
     label = (row["label"] or "").strip().lower()
     generator = (row.get("generator") or "").strip()
-    has_too_many_cells = None in row  # DictReader stores surplus cells under the key None
+    has_too_many_cells = None in row  # DictReader stores cells without a column under the key None
     if not path.strip() or label not in LABELS or has_too_many_cells:
         got = printable(", ".join(str(value) for value in row.values())[:100])
         raise UserError(
@@ -175,20 +198,25 @@ def _parse_row(row: dict, where: str) -> tuple[str, str, str]:
     return path, sys.intern(label), sys.intern(generator)
 
 
-def list_paths(file: str) -> list[str]:
-    """Read image paths from a text file, one per line. Relative paths are looked up as in `csv_items`."""
+def read_path_list(file: str) -> list[str]:
+    """Read image paths from a text file with one path per line.
+
+    A relative path is first searched in the working folder, then in the folder of the text file.
+    """
     what = f"image list {printable(file)}"
-    with _open_text(file, what, newline="\n") as stream:
+    with _open_text_file(file, what, newline="\n") as stream:
         lines = [line.removesuffix("\n") for line in stream]
     return _find_files([line for line in lines if line.strip()], file, what)
 
 
 @contextmanager
-def _open_text(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
-    """Open a UTF-8 text file, with or without a byte order mark. Bytes that are not UTF-8 are kept, for paths.
+def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
+    """Open a UTF-8 text file with or without a byte order mark.
+
+    Bytes that are not valid UTF-8 are kept, because paths may contain such bytes.
 
     Args:
-        what: description of the file, for the error message.
+        what: description of the file for the error message.
     """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
@@ -198,22 +226,34 @@ def _open_text(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
 
 
 def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
-    """Find the files named in a table or text list. Raises a UserError if a file does not exist."""
+    """Return the paths of the files that a CSV table or a text file lists.
+
+    Args:
+        names: paths as written in `file`.
+        file: path of the table or text file.
+        what: description of `file` for the error message.
+
+    Raises:
+        UserError: if `names` is empty, or if a file does not exist.
+    """
     if not names:
-        raise UserError(f"{what} names no images")
+        raise UserError(f"{what} lists no images: expected at least one image path")
     folder = os.path.dirname(file)
     paths = [_find_file(name, folder) for name in names]
     if None in paths:
         first = printable(names[paths.index(None)][:1000])
         raise UserError(
-            f"{what}: {paths.count(None)} of its {len(names)} files do not exist, the first is {first} (looked for in"
-            " the working folder and beside the list)"
+            f"{what}: {paths.count(None)} of {len(names)} listed files do not exist, the first is {first}; relative"
+            " paths are searched in the working folder and in the folder of the list"
         )
     return paths
 
 
 def _find_file(name: str, folder: str) -> str | None:
-    """Find a file in the working folder or in `folder`, by its name as written or without surrounding spaces."""
+    """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
+
+    If there is no file with the given name, spaces at both ends of the name are removed.
+    """
     for spelling in (name, name.strip()):
         for path in (spelling, os.path.join(folder, spelling)):
             if os.path.exists(path):
@@ -224,12 +264,12 @@ def _find_file(name: str, folder: str) -> str | None:
 # --- lists for the programs ---------------------------------------------------------------------------------
 
 
-def paths_of(source: str) -> list[str]:
-    """List the images of a folder (`find_images`) or of a text list (`list_paths`)."""
-    return find_images(source) if os.path.isdir(source) else list_paths(source)
+def list_image_paths(source: str) -> list[str]:
+    """List the paths of the images in a folder (`find_images`) or in a text file (`read_path_list`)."""
+    return find_images(source) if os.path.isdir(source) else read_path_list(source)
 
 
-def labelled_items(
+def list_labelled_items(
     real_roots: Sequence[str] | None,
     fake_roots: Sequence[str] | None,
     tree: str | None = None,
@@ -237,14 +277,20 @@ def labelled_items(
     flags: Sequence[str] = FLAGS,
     training: bool = False,
 ) -> list[Item]:
-    """List labelled images. They must be given in exactly one of three ways: folders, a tree, or a CSV table.
+    """List real and fake images from exactly one source: folders, a folder tree, or a CSV table.
 
     Args:
-        flags: names of the command-line options for real_roots and fake_roots, used in error messages.
-        training: whether the images are for training, see `tree_items`.
+        real_roots, fake_roots: folders of real and of fake images.
+        tree: root of a folder tree, see `list_tree_items`.
+        csv_file: path of a CSV table, see `list_csv_items`.
+        flags: command-line options for `real_roots` and `fake_roots`, used in error messages.
+        training: whether the images are for training. If True, images for validation or test in a folder tree are
+            left out.
 
     Raises:
-        UserError: if no images or several sources are given, a class is missing, or a file is listed in both classes.
+        UserError: if no source or more than one source is given.
+        UserError: if only one of `real_roots` and `fake_roots` is given.
+        UserError: if a file is listed both as real and as fake.
     """
     ways = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)].count(True)
     if ways != 1:
@@ -254,26 +300,29 @@ def labelled_items(
             " (without labels: test.py --input)"
         )
     if tree:
-        items = tree_items(tree, training)
+        items = list_tree_items(tree, training)
     elif csv_file:
-        items = csv_items(csv_file)
+        items = list_csv_items(csv_file)
     elif real_roots and fake_roots:
-        items = folder_items(real_roots, fake_roots)
+        items = list_folder_items(real_roots, fake_roots)
     else:
         missing = flags[1] if real_roots else flags[0]
-        raise UserError(f"expected real and generated images, got one class only: {missing} is missing")
+        raise UserError(f"expected real and generated images, got only one class: give the other class with {missing}")
     _refuse_files_in_both_classes(items)
     return items
 
 
 def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
-    """Raise a UserError if a file is listed both as real and as generated, possibly under different names (links)."""
-    first_with = {}  # (device, inode) of a file -> first item with this file
+    """Raise a UserError if a file is listed both as real and as generated.
+
+    Two paths are taken for the same file if one of them is a link to the other.
+    """
+    first_with = {}  # (device, inode) of each file -> first item with this file
     conflicts = []
     for item in items:
         try:
             status = os.stat(item.path)
-        except OSError:  # a missing file is reported when the image is read
+        except OSError:  # the error of a missing file is raised later, when the image is read
             continue
         first = first_with.setdefault((status.st_dev, status.st_ino), item)
         if first.label != item.label:
@@ -281,13 +330,13 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
     if conflicts:
         one, other = (printable(path) for path in conflicts[0])
         raise UserError(
-            f"{len(conflicts)} files are listed both as real and as generated, the first is {one} (as generated:"
-            f" {other}): remove the link or the row"
+            f"{len(conflicts)} files are listed both as real and as generated: the first conflict is between {one} and"
+            f" {other}; remove the link or the table row that has the wrong label"
         )
 
 
 def require_both_classes(items: Sequence[Item], what: str) -> None:
-    """Raise a UserError unless a list contains both real and generated images.
+    """Raise a UserError if a list of images does not contain both real and generated images.
 
     Args:
         what: description of the list for the error message, such as "training images".
@@ -298,16 +347,25 @@ def require_both_classes(items: Sequence[Item], what: str) -> None:
         raise UserError(f"{what} must contain both real and generated images, got {got}")
 
 
-def input_items(paths: Sequence[str]) -> list[Item]:
-    """List images without labels, in the order of `paths`. Folders are searched. A file may have any suffix."""
+def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
+    """List images without labels, in the order of `paths`.
+
+    Pictures written by test.py are left out.
+
+    Args:
+        paths: folders, which are searched for images, and image files with any suffix.
+
+    Raises:
+        UserError: if a path does not exist, or if only pictures written by test.py are given.
+    """
     found = []
     left_out = Counter()
     for path in map(os.fspath, paths):
         if not os.path.lexists(path):
-            raise UserError(f"input {printable(path)} does not exist")
+            raise UserError(f"input {printable(path)} does not exist: expected an image file or a folder")
         if os.path.isdir(path):
             found += find_images(path)
-        elif reason := recognise_output(path):
+        elif reason := recognise_picture_by_test_program(path):
             left_out[reason] += 1
         else:
             found.append(path)
@@ -322,10 +380,10 @@ def input_items(paths: Sequence[str]) -> list[Item]:
 # --- recognising images -------------------------------------------------------------------------------------
 
 
-def list_digest(items: Sequence[Item]) -> str:
-    """Describe a list of images in one line: the number of images, and a hash of paths, labels and generators.
+def describe_and_hash_items(items: Sequence[Item]) -> str:
+    """Return one line with the number of images in a list, and a hash of their paths, labels and generators.
 
-    Paths are hashed as absolute paths, so that the text does not depend on the working folder.
+    The hash is computed from absolute paths, so that the line does not depend on the working folder.
     """
     real_folder = functools.cache(os.path.realpath)
     digest = hashlib.sha256()
@@ -337,39 +395,41 @@ def list_digest(items: Sequence[Item]) -> str:
     return f"{len(items)} images ({counts[REAL]} real, {counts[FAKE]} generated), {digest.hexdigest()[:16]}"
 
 
-def identities(items: Sequence[Item]) -> np.ndarray:
-    """Hash image files, so that training images can be recognised later.
+def hash_image_files(items: Sequence[Item]) -> np.ndarray:
+    """Compute hashes of image files, by which `count_images_trained_on` later recognizes training images.
 
     Returns:
-        int64 (N, 2): per image, a hash of the file's name and size, and a hash of its content.
+        int64 (N, 2): for each image, a hash of the name and the size of the file, and a hash of 64 bytes of the file.
     """
-    rows = [(_name_hash(item.path), _content_hash(item.path)) for item in items]
+    rows = [(_hash_name_and_size(item.path), _hash_middle_of_file(item.path)) for item in items]
     return np.array(rows, np.int64).reshape(-1, 2)
 
 
-def count_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
-    """Count the images that are training images. A file is opened only if a training image has its name and size.
+def count_images_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
+    """Count the images on which a detector was trained.
+
+    A file is opened only if a training image has the same name and size.
 
     Args:
-        trained_on: `identities` of the training images.
+        trained_on: hashes of the training images, from `hash_image_files`.
     """
     names = set(trained_on[:, 0].tolist())
     known = set(map(tuple, trained_on.tolist()))
-    candidates = [(_name_hash(item.path), item.path) for item in items]
-    return sum(name in names and (name, _content_hash(path)) in known for name, path in candidates)
+    candidates = [(_hash_name_and_size(item.path), item.path) for item in items]
+    return sum(name in names and (name, _hash_middle_of_file(path)) in known for name, path in candidates)
 
 
-def _name_hash(path: str) -> int:
+def _hash_name_and_size(path: str) -> int:
     size = os.path.getsize(path) if os.path.isfile(path) else -1
-    return _hash(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
+    return _hash_to_int64(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
 
 
-def _content_hash(path: str) -> int:
-    """Hash only 64 bytes in the middle of a file, which takes the same time for files of any size."""
+def _hash_middle_of_file(path: str) -> int:
+    """Compute a hash of 64 bytes in the middle of a file, which takes the same time for files of any size."""
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
-        return _hash(file.read(64))
+        return _hash_to_int64(file.read(64))
 
 
-def _hash(content: bytes) -> int:
+def _hash_to_int64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

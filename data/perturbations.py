@@ -1,16 +1,16 @@
-"""Perturbations of images: blur, crop, JPEG, noise and resizing, as pure functions.
+"""Perturbations of images: blur, cropping, JPEG compression, noise and resizing.
 
-Images are uint8 (3, H, W) RGB tensors. Every function returns an image of the size of its input. There are two
-protocols. A metric under one protocol cannot be compared with a metric under the other protocol.
+Images are uint8 (3, H, W) RGB tensors. Every perturbation returns an image of the same size as its input. There are two
+protocols, frank2020 and sweep. Metrics of one protocol cannot be compared with metrics of the other protocol.
 
-    frank2020   Frank et al., "Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020), as the paper
-                describes it: each image is perturbed with probability 0.5, at a random strength
+    frank2020   each image is perturbed with probability 0.5, at a random strength, as in Frank et al., "Leveraging
+                Frequency Analysis for Deep Fake Image Recognition" (ICML 2020)
     sweep       each image is perturbed at a fixed strength, to plot AUROC against strength
 
 To add a perturbation, write a function and add a line to SWEEP, to FRANK2020, or to both.
 
-The random numbers for an image depend only on its pixels, the protocol, the perturbation and the seed. They do not
-depend on the batch size, the order of the images, the number of workers or the path of the file.
+The random numbers for an image depend only on its pixels, the protocol, the perturbation and the seed. The random
+numbers do not depend on the batch size, the order of the images, the number of workers or the path of the file.
 """
 
 import io
@@ -29,7 +29,7 @@ from data.images import resize_bicubic
 from utils.errors import UserError
 from utils.random_streams import seeded_generator
 
-# Constants of Frank et al.
+# Constants of the protocol frank2020, from Frank et al.
 PROBABILITY = 0.5
 BLUR_KERNELS = ((3, 0.8), (5, 1.1), (7, 1.4), (9, 1.7))  # (size, sigma) in pixels; OpenCV derives sigma from the size
 CROP_FRACTION = (0.05, 0.2)  # smallest and largest fraction of the height and width that is cut off
@@ -37,11 +37,11 @@ JPEG_QUALITY = (10, 75)  # lowest and highest quality, both included
 NOISE_VARIANCE = (5.0, 20.0)  # smallest and largest variance, for pixel values in 0..255
 
 
-def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
-    """Blur with a Gaussian kernel and round the result.
+def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
+    """Blur an image with a Gaussian kernel, and round the result to uint8.
 
-    The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The kernel is
-    separable and is applied along one axis at a time. A kernel larger than the image is truncated.
+    The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The image is blurred
+    along one axis at a time. A kernel that is too large for the image is truncated.
     """
     x = image.float()  # (3, H, W)
     for _ in range(2):
@@ -54,11 +54,14 @@ def blur(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     return _round_to_uint8(x)
 
 
-def crop(image: Tensor, fraction: float) -> Tensor:
-    """Cut off a fraction of the height and width, half of it at each end, and resize back to the original size.
+def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
+    """Crop the centre of an image, and enlarge the crop to the size of the image.
 
-    The resizing is bicubic without antialiasing. PyTorch then uses the bicubic kernel of OpenCV, a = -0.75. With
-    antialiasing it would use a = -0.5.
+    The crop is enlarged by bicubic interpolation without antialiasing, because PyTorch then uses the same bicubic
+    kernel (a = -0.75) as OpenCV. With antialiasing, PyTorch would use a = -0.5.
+
+    Args:
+        fraction: fraction of the height and of the width that is cut off, half of it at each end.
     """
     height, width = image.shape[-2:]
     top = int(height * fraction * 0.5)
@@ -67,8 +70,12 @@ def crop(image: Tensor, fraction: float) -> Tensor:
     return resize_bicubic(inner, height, width, antialias=False)
 
 
-def jpeg(image: Tensor, quality: int) -> Tensor:
-    """Compress as baseline JPEG with libjpeg's quality (1..100) and 4:2:0 chroma subsampling, and decode again."""
+def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
+    """Compress an image as baseline JPEG with 4:2:0 chroma subsampling, and decode the JPEG image.
+
+    Args:
+        quality: libjpeg's quality from 1 to 100.
+    """
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     decoded = np.array(Image.open(file))  # (H, W, 3)
@@ -76,7 +83,7 @@ def jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise that is independent for each pixel and channel, then round and clip to 0..255.
+    """Add independent Gaussian noise to each pixel and channel of an image, then round and clip to 0..255.
 
     Args:
         std: standard deviation of the noise, for pixel values in 0..255.
@@ -85,8 +92,12 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     return _round_to_uint8(image + std * noise)
 
 
-def resize_and_back(image: Tensor, factor: float) -> Tensor:
-    """Shrink an image by a factor in (0, 1], and enlarge it back to its original size. Both steps are bicubic."""
+def shrink_and_enlarge(image: Tensor, factor: float) -> Tensor:
+    """Shrink an image by bicubic interpolation, and enlarge it to its original size by bicubic interpolation.
+
+    Args:
+        factor: factor in (0, 1] by which height and width are multiplied.
+    """
     height, width = image.shape[-2:]
     small = resize_bicubic(image, max(1, round(height * factor)), max(1, round(width * factor)))
     return resize_bicubic(small, height, width)
@@ -99,56 +110,64 @@ def _round_to_uint8(x: Tensor) -> Tensor:
 # --- frank2020: random strengths ----------------------------------------------------------------------------
 
 
-def random_crop(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Crop a random fraction of the sides (CROP_FRACTION), and resize back to the original size."""
-    return crop(image, rng.uniform(*CROP_FRACTION))
+def crop_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Crop the centre of an image by a random fraction (CROP_FRACTION), and enlarge the crop to the original size."""
+    return crop_and_enlarge(image, rng.uniform(*CROP_FRACTION))
 
 
-def random_blur(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Blur with a random kernel of BLUR_KERNELS."""
+def blur_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Blur an image with a Gaussian kernel that is drawn at random from BLUR_KERNELS."""
     kernel_size, sigma = BLUR_KERNELS[rng.integers(len(BLUR_KERNELS))]
-    return blur(image, kernel_size, sigma)
+    return blur_image(image, kernel_size, sigma)
 
 
-def random_noise(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise with a random variance (NOISE_VARIANCE)."""
+def add_noise_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Add Gaussian noise with a random variance (NOISE_VARIANCE) to an image."""
     return add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng)
 
 
-def random_jpeg(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Compress as JPEG with a random quality (JPEG_QUALITY)."""
-    return jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
+def compress_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Compress an image as JPEG with a random quality (JPEG_QUALITY)."""
+    return compress_as_jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
-# The setting "combined" applies the four perturbations in this order. JPEG is last, as when an image is saved.
-FRANK2020 = {"crop": random_crop, "blur": random_blur, "noise": random_noise, "jpeg": random_jpeg}
+# Name of each perturbation -> function. The setting "combined" applies the four perturbations in this order. JPEG is
+# last, because an image is usually compressed when it is saved.
+FRANK2020 = {"crop": crop_at_random, "blur": blur_at_random, "noise": add_noise_at_random, "jpeg": compress_at_random}
 
 
 # --- sweep: fixed strengths ---------------------------------------------------------------------------------
 
 
-def blur_at(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
-    """Blur with a Gaussian of `sigma` pixels. The kernel reaches four sigma to either side."""
-    return blur(image, 2 * math.ceil(4 * sigma) + 1, sigma)
+def blur_at_strength(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
+    """Blur an image with a Gaussian kernel whose standard deviation is `sigma` pixels.
+
+    The radius of the kernel is at least 4 * sigma.
+    """
+    return blur_image(image, 2 * math.ceil(4 * sigma) + 1, sigma)
 
 
-def jpeg_at(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
-    """Compress as JPEG with a quality from 1 to 100."""
-    return jpeg(image, round(quality))
+def compress_at_strength(image: Tensor, quality: float, _: np.random.Generator) -> Tensor:
+    """Compress an image as JPEG with a quality from 1 to 100."""
+    return compress_as_jpeg(image, round(quality))
 
 
-def noise_at(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise. std: standard deviation, for pixel values in [0, 1]."""
+def add_noise_at_strength(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
+    """Add Gaussian noise to an image.
+
+    Args:
+        std: standard deviation of the noise, for pixel values in [0, 1].
+    """
     return add_noise(image, std * 255, rng)
 
 
-def resize_at(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
-    """Shrink by a factor in (0, 1], and enlarge back to the original size."""
-    return resize_and_back(image, factor)
+def shrink_at_strength(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
+    """Shrink an image by a factor in (0, 1], and enlarge it to its original size."""
+    return shrink_and_enlarge(image, factor)
 
 
 class Sweep(NamedTuple):
-    """A perturbation of the sweep protocol: its function, its strengths, and its texts for tables and figures."""
+    """A perturbation of the protocol sweep: its function, its strengths, and labels for tables and figures."""
 
     apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # (image, strength, rng) -> image
     strengths: tuple[float, ...] = ()
@@ -158,10 +177,14 @@ class Sweep(NamedTuple):
 
 
 SWEEP = {
-    "blur": Sweep(blur_at, (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
-    "jpeg": Sweep(jpeg_at, (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True),
-    "noise": Sweep(noise_at, (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, pixels in [0, 1]"),
-    "resize": Sweep(resize_at, (0.5,), "x{:g} and back", "factor, and back", True),
+    "blur": Sweep(blur_at_strength, (1.0, 2.0, 3.0, 4.0), "sigma {:g}", "sigma in pixels"),
+    "jpeg": Sweep(
+        compress_at_strength, (100.0, 90.0, 80.0, 70.0, 60.0, 50.0, 40.0, 30.0), "quality {:g}", "quality", True
+    ),
+    "noise": Sweep(
+        add_noise_at_strength, (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, pixels in [0, 1]"
+    ),
+    "resize": Sweep(shrink_at_strength, (0.5,), "x{:g} and back", "factor, and back", True),
 }
 
 
@@ -169,31 +192,34 @@ SWEEP = {
 
 
 class PerturbationSetting(NamedTuple):
-    """The name of a perturbation and, in the sweep protocol, its strength. The name "none" leaves images unchanged."""
+    """The name of a perturbation and, in the protocol sweep, its strength.
+
+    The perturbation "none" does not change images.
+    """
 
     name: str
     strength: float | None = None  # None if the strength is random
 
     @property
-    def sweep(self) -> Sweep:
-        """The entry of SWEEP for this name. If SWEEP has none, an entry with default values."""
+    def sweep_entry(self) -> Sweep:
+        """The entry of SWEEP with this name or, if there is no such entry, a `Sweep` with default values."""
         return SWEEP.get(self.name, Sweep())
 
     @property
     def label(self) -> str:
-        """The text for this setting in tables, such as "jpeg quality 70"."""
+        """The name and the strength as text for tables, such as "jpeg quality 70"."""
         if self.strength is None:
             return self.name
-        return f"{self.name} {self.sweep.label.format(self.strength)}"
+        return f"{self.name} {self.sweep_entry.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
-        """The label with underscores instead of spaces, for file names."""
+        """The name and the strength as text for file names, such as "jpeg_quality_70"."""
         return self.label.replace(" ", "_")
 
 
-def settings_of(protocol: str) -> list[PerturbationSetting]:
-    """List all settings of a protocol, beginning with "none"."""
+def list_perturbation_settings(protocol: str) -> list[PerturbationSetting]:
+    """List all perturbation settings of a protocol. The first setting is "none"."""
     settings = [PerturbationSetting("none")]
     if protocol == "frank2020":
         settings += [PerturbationSetting(name) for name in sorted(FRANK2020)]
@@ -205,25 +231,27 @@ def settings_of(protocol: str) -> list[PerturbationSetting]:
 
 
 def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | None]]) -> list[PerturbationSetting]:
-    """Find the settings that the option `--perturb NAME[=STRENGTH] ...` requests.
+    """List the perturbation settings that the option `--perturb NAME[=STRENGTH] ...` requests.
 
     Args:
         protocol: "frank2020" or "sweep".
-        requested: (name, strength) pairs. A strength of None means all strengths. The name "all" means all settings.
+        requested: pairs (name, strength). The strength None means all strengths. The name "all" means all settings.
 
     Returns:
-        The settings in the requested order, without repetitions.
+        the settings in the requested order, without duplicates.
 
     Raises:
-        UserError: if the protocol does not have a requested name or strength.
+        UserError: if a requested name or strength is not in the protocol.
     """
-    available = settings_of(protocol)
+    available = list_perturbation_settings(protocol)
     selected = []
     for name, strength in requested:
         same_name = [s for s in available if name in (s.name, "all")]
         if not same_name:
             names = ", ".join(dict.fromkeys(s.name for s in available))
-            raise UserError(f"unknown perturbation {name!r} for --perturb-protocol {protocol}: expected {names} or all")
+            raise UserError(
+                f"--perturb {name!r} is not in --perturb-protocol {protocol}: expected one of {names} or all"
+            )
         found = [s for s in same_name if strength in (s.strength, None)]
         if not found:
             strengths = ", ".join(f"{s.strength:g}" for s in same_name if s.strength is not None)
@@ -234,11 +262,11 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
 
 
 class Perturbation(NamedTuple):
-    """A transform for `ImageDataset` that applies one perturbation setting.
+    """A transform for `ImageDataset` that applies one perturbation setting to images.
 
-    In the protocol frank2020, an image is perturbed with probability 0.5. The setting "combined" makes this random
-    choice separately for each of its four perturbations. In the protocol sweep, every image is perturbed. Noise of
-    different strengths is the same noise pattern, scaled.
+    In the protocol frank2020, an image is perturbed with probability 0.5. The setting "combined" applies each of its
+    four perturbations with probability 0.5. In the protocol sweep, every image is perturbed. For the perturbation
+    "noise", an image gets the same noise pattern at every strength, multiplied by the strength.
     """
 
     setting: PerturbationSetting
@@ -246,30 +274,35 @@ class Perturbation(NamedTuple):
     seed: int
 
     def __call__(self, image: Tensor, _: object = None) -> Tensor:
-        """Perturb an image, uint8 (3, H, W). Returns a new tensor, or the argument if the image stays unchanged."""
+        """Perturb an image, uint8 (3, H, W).
+
+        Returns:
+            a new tensor, or `image` itself if the image is not perturbed.
+        """
         name, strength = self.setting
         if name == "none":
             return image
-        rng = self._generator(image)
+        rng = self._create_generator(image)
         if self.protocol == "sweep":
-            return self.setting.sweep.apply(image, strength, rng)
+            return self.setting.sweep_entry.apply(image, strength, rng)
         names = list(FRANK2020) if name == "combined" else [name]
         chosen = [n for n in names if rng.random() < PROBABILITY]
         for n in chosen:
             image = FRANK2020[n](image, rng)
         return image
 
-    def _generator(self, image: Tensor) -> np.random.Generator:
+    def _create_generator(self, image: Tensor) -> np.random.Generator:
         shape = repr(tuple(image.shape)).encode()
         image_hash = zlib.crc32(image.contiguous().numpy(), zlib.crc32(shape))
         setting_hash = zlib.crc32(f"{self.protocol}/{self.setting.name}".encode())
         return seeded_generator(self.seed, image_hash, setting_hash)
 
 
-def augment(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Apply one random perturbation of FRANK2020 with probability 0.5. This is a transform for training images.
+def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+    """Apply a random perturbation of FRANK2020 to a training image with probability 0.5.
 
-    Real and generated images must both be augmented. Otherwise the detector would learn to recognise perturbed images.
+    Use this transform for both real and generated images. Otherwise the detector would learn to recognize perturbed
+    images instead of generated images.
     """
     if rng.random() >= PROBABILITY:
         return image

@@ -1,9 +1,11 @@
-"""The residual cache: residuals stored on disk for training with a frozen re-synthesizer.
+"""Store residuals on disk for training with a frozen re-synthesizer.
 
-With a frozen re-synthesizer, the residual of an image is the same in every epoch. It is therefore computed once and
-stored. There is one file per image, crop and direction (mirrored or not). A mirrored image needs its own residual,
-because networks do not commute with mirroring. The name of the cache folder is a hash of every setting that changes
-residuals. Before each epoch, `ResidualDataset.fill` computes the missing residuals. The epoch then reads no images.
+If the re-synthesizer is frozen, the residual of an image is the same in every epoch. Therefore each residual is
+computed only once and stored in a cache. The cache has one file for each crop of an image, and one file for each
+mirrored crop. The residual of a mirrored image is not the mirrored residual, because the networks are not symmetric.
+The name of the cache folder is a hash of all settings that change residuals. Before each epoch,
+`ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. No images are read during
+the epoch.
 """
 
 import hashlib
@@ -30,56 +32,59 @@ from utils.files import make_folder, remove_unfinished_files, write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Rounding to half precision changes a value v >= 2^-14 by at most 2^-11 v (0.05 %), a smaller value by at most 2^-25
+# Names of data types -> data types. Rounding a value v to float16 changes it by at most 2^-11 v (0.05 %) if v >= 2^-14,
+# and by at most 2^-25 if v < 2^-14.
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
-ABANDONED_AFTER = 3600  # delete unfinished files only after this many seconds, because another run may be writing them
-FORMAT = 2  # version of the cache files: increase it if residuals are computed or stored differently
+ABANDONED_AFTER = 3600  # age in seconds at which unfinished files are deleted; another run may be writing younger files
+FORMAT = 2  # version of the cache files; increase FORMAT if residuals are computed or stored in another way
 
 
-def cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
-    """Create the cache folder for residuals with the given settings. Several runs may use the folder at the same time.
+def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
+    """Create the cache folder for residuals with the given settings, and return its path.
+
+    Several runs may use the same cache folder at the same time.
 
     Args:
-        folder: the parent folder of all residual caches.
-        settings: everything that changes residuals besides the image, by name, such as fingerprints of weights.
+        folder: the parent folder of all cache folders.
+        settings: name -> value of each setting that changes residuals, such as fingerprints of weights.
     """
     versions = {"cache format": FORMAT, "torch": torch.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
     lines = [f"{name}: {value}\n" for name, value in sorted({**settings, **versions}.items())]
     text = "".join(lines)
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
-    (folder / "settings.txt").write_text(text)  # for human readers; no program reads it
+    (folder / "settings.txt").write_text(text)  # shows users the settings; programs do not read this file
     remove_unfinished_files(folder, ABANDONED_AFTER)
     return folder
 
 
-def has_room(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
-    """Check whether residuals fit into `max_bytes` and onto the disk, and log the result.
+def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
+    """Return whether residuals fit into `max_bytes` and into the free disk space, and log the result.
 
     Args:
-        folder: the cache folder, from `cache_folder`.
+        folder: the cache folder, from `create_cache_folder`.
         sizes: size in bytes of each residual that training needs.
+        max_bytes: largest allowed sum of `sizes`.
     """
     needed = sum(sizes)
     stored = sum(entry.stat().st_size for entry in os.scandir(folder))
     fits = needed <= max_bytes and needed - stored <= shutil.disk_usage(folder).free
     if fits:
-        result = "the folder can be deleted after any run"
+        result = "you may delete this folder when no training is running"
     else:
-        result = "this is more than --cache-gb or the free disk space, so no residuals are stored"
+        result = "no residuals are stored, because this is more than --cache-gb or the free disk space"
     text = "residual cache %s: up to %d residuals take %.2f GB (%.2f GB are stored already); %s"
     logger.info(text, printable(folder.parent), len(sizes), needed / 1e9, stored / 1e9, result)
     return fits
 
 
 class ResidualDataset(Dataset):
-    """A dataset that reads the residual of each entry of an `ImageDataset` from the cache. Images are not decoded.
+    """A dataset that reads the residual of each entry of an `ImageDataset` from the cache, without decoding images.
 
     Args:
-        images: dataset of the images whose residuals are kept. Except for mirroring, the images must be the same in
-            every epoch.
-        folder: the cache folder, from `cache_folder`.
-        dtype: type of the stored numbers, a value of STORAGE.
+        images: dataset of the images. Except for mirroring, the images must be the same in every epoch.
+        folder: the cache folder, from `create_cache_folder`.
+        dtype: data type of the stored residuals, a value of STORAGE.
     """
 
     def __init__(self, images: ImageDataset, folder: Path, dtype: torch.dtype):
@@ -87,61 +92,63 @@ class ResidualDataset(Dataset):
         self.folder = folder
         self.dtype = dtype
 
-    def path(self, key: Key) -> Path:
-        """Compute the path of the file in which the residual for a key is stored.
+    def compute_path(self, key: Key) -> Path:
+        """Compute the path of the file that stores the residual of a dataset entry.
 
-        The path depends on the image file (path, size, modification time), the crop and whether the image is mirrored.
+        The path depends on the image file (path, size, modification time), on the crop and on the mirroring.
 
         Raises:
             OSError: if the image file does not exist.
         """
-        image = self.images.item(key.index).path
+        image = self.images.get_item(key.index).path
         status = os.stat(image)
         augmentation = self.images.augmentation
         crop = (augmentation.seed, key.index) if augmentation and augmentation.crops else None
-        mirrored = bool(self.images.mirrored(key))
+        mirrored = bool(self.images.is_mirrored(key))
         identity = (os.path.realpath(image), status.st_size, status.st_mtime_ns, crop, mirrored)
         digest = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()
         return self.folder / f"{digest[:32]}.npz"
 
-    def holds(self, key: Key) -> bool:
-        """Return whether the residual for a key is in the cache."""
+    def has_residual(self, key: Key) -> bool:
+        """Return whether the residual of a dataset entry is in the cache."""
         try:
-            return self.path(key).exists()
-        except OSError:  # the image file does not exist, which is reported when the image is read
+            return self.compute_path(key).exists()
+        except OSError:  # the error of a missing image file is raised later, when the image is read
             return False
 
-    def write(self, key: Key, residual: Tensor) -> None:
-        """Store the residual (C_l, H_l, W_l) for a key.
+    def store_residual(self, key: Key, residual: Tensor) -> None:
+        """Store the residual (C_l, H_l, W_l) of a dataset entry in the cache.
 
         Raises:
-            UserError: if the residual has values that are not finite, or too large for half precision.
+            UserError: if the residual has a value that is not finite or is too large for `dtype`.
         """
-        image = printable(self.images.item(key.index).path)
+        image = printable(self.images.get_item(key.index).path)
         if not residual.isfinite().all():
-            raise UserError(f"{image}: the residual has values that are not finite (NaN or infinite)")
+            raise UserError(f"{image}: the residual has values that are not finite (NaN or infinity)")
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():
-            raise UserError(f"{image}: the residual is too large for half precision, use --cache-precision fp32")
-        with write_atomically(self.path(key)) as file:  # .npz and not .npy, because .npz files contain a checksum
+            raise UserError(f"{image}: the residual has values too large for float16: use --cache-precision fp32")
+        with write_atomically(self.compute_path(key)) as file:  # .npz files contain a checksum, unlike .npy files
             np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.images.item(key.index)
+        item = self.images.get_item(key.index)
         name = printable(item.path)
-        if not self.holds(key):  # `fill` could not read the image: read the image again to get the error message
+        if not self.has_residual(key):
+            # `store_missing_residuals` could not read the image. Read the image again to get the error message
             error = self.images[key].error
-            return Sample(key, item, None, error or f"{name}: the file has changed during training: use --resume auto")
-        path = self.path(key)
+            changed = f"{name}: the image file has changed during training; start again with --resume auto"
+            return Sample(key, item, None, error or changed)
+        path = self.compute_path(key)
         try:
             residual = torch.from_numpy(np.load(path)["residual"])  # (C_l, H_l, W_l)
-        except Exception as error:  # for damaged files, zipfile, zlib and NumPy raise many kinds of errors
+        except Exception as error:  # zipfile, zlib and NumPy raise many kinds of exceptions for damaged files
             path.unlink(missing_ok=True)
-            text = f"the cached residual {printable(path)} was damaged ({error}) and is deleted; use --resume auto"
+            text = f"deleted the damaged residual {printable(path)} ({error}); start again with --resume auto"
             return Sample(key, item, None, f"{name}: {text}")
         return Sample(key, item, residual[None])  # (1, C_l, H_l, W_l)
 
-    def fill(
+    def store_missing_residuals(
         self,
         epoch: int,
         residual_of: Callable[[Batch], Tensor],
@@ -150,35 +157,37 @@ class ResidualDataset(Dataset):
         compute: Compute,
         world: World,
     ) -> None:
-        """Compute and store the residuals that an epoch needs and that are missing. The work is divided over processes.
+        """Compute and store the residuals that an epoch needs and that are not in the cache.
 
-        The network gets one image at a time, so that a residual does not depend on the other images in a batch.
+        Each process computes a part of the residuals. Residuals are computed for one image at a time, so that they do
+        not depend on other images in a batch.
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: function of a loader and a description. It yields the batches whose image could be read.
+            readable_batches: called as readable_batches(loader, description); yields the batches of `loader` whose
+                image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
-        missing = [key for key in keys if not self.holds(key)]
-        barrier(world)  # every process lists the missing residuals before any process writes
+        missing = [key for key in keys if not self.has_residual(key)]
+        barrier(world)  # wait until every process has listed the missing residuals before writing
         own_keys = missing[world.rank :: world.size]
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
             for batch in readable_batches(loader, "residuals"):
                 key_epoch, index, _ = batch.keys[0]
-                self.write(Key(key_epoch, index), residual_of(batch)[0])
+                self.store_residual(Key(key_epoch, index), residual_of(batch)[0])
         barrier(world)
 
 
 class CacheOptions(NamedTuple):
-    """Options of the residual cache."""
+    """The options of the command line for the residual cache."""
 
-    folder: str | Path  # parent folder of all residual caches
+    folder: str | Path  # parent folder of all cache folders
     precision: str  # a key of STORAGE
-    max_gb: float  # limit in GB; if the residuals of all images take more, none are stored
+    max_gb: float  # largest size of the cache in GB; no residuals are stored if all residuals take more
 
 
-def cached_residuals(
+def create_residual_datasets(
     datasets: Sequence[ImageDataset],
     residual_shape: Callable[[int, int], tuple[int, int, int]],
     key: Mapping[str, object],
@@ -188,27 +197,28 @@ def cached_residuals(
     """Create a dataset of cached residuals for each dataset of images.
 
     Args:
-        residual_shape: function that maps (height, width) of an image to the shape (C_l, H_l, W_l) of its residual.
-        key: everything that changes a residual besides its image, by name.
+        residual_shape: function that returns the shape (C_l, H_l, W_l) of the residual of a (height, width) image.
+        key: name -> value of each setting that changes residuals.
 
     Returns:
-        One dataset per dataset of images; none if images differ between epochs or the residuals take too much space.
+        one dataset for each dataset of images. The list is empty if images differ between epochs, or if the residuals
+        take too much space.
     """
     for images in datasets:
-        if images.crops_change or images.transform:
+        if images.crops_change_each_epoch or images.transform:
             logger.info(
-                "no residual cache: in each epoch, images are cropped at new places (but see --crops-per-image) or"
-                " perturbed differently (--augment-perturb), so their residuals change"
+                "residuals are not cached, because they change in each epoch: images are cropped at new positions (use"
+                " --crops-per-image for fixed crops) or perturbed at random (--augment-perturb)"
             )
             return []
     dtype = STORAGE[options.precision]
     byte_counts = []
     for images in datasets:
-        directions = 2 if images.augmentation else 1  # the image and its mirror image have different residuals
-        for size in images.sizes:
+        directions = 2 if images.augmentation else 1  # the image and the mirrored image have different residuals
+        for size in images.image_sizes:
             values = math.prod(residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.parts * directions)
-    folder = cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
-    if not broadcast_from_main(has_room(folder, byte_counts, options.max_gb * 1e9), world):
+    folder = create_cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
+    if not broadcast_from_main(residuals_fit_in_cache(folder, byte_counts, options.max_gb * 1e9), world):
         return []
     return [ResidualDataset(images, folder, dtype) for images in datasets]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets import Batch, ImageDataset, Key, Sample, collate, merge_equal_sizes
+from data.datasets import Batch, ImageDataset, Key, Sample, collate_samples, merge_batches_of_equal_size
 from data.images import SizePolicy, check_headers, resize_and_crop
 from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
@@ -51,7 +51,9 @@ class Detector:
     policy: SizePolicy
     calibration: Mapping  # see `probabilities_and_verdicts`; empty if the detector is not calibrated
     config: Mapping  # how the network is built, and the fingerprints of its weights
-    trained_on: Tensor | None  # `data.lists.identities` of the training images; None if the checkpoint has none
+    trained_on: (
+        Tensor | None
+    )  # hashes of the training images (`data.lists.hash_image_files`); None if the checkpoint has none
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
@@ -167,7 +169,7 @@ class Detector:
         if first is None:
             return
         block = images_per_batch(*first.shape[1:])
-        for batch in merge_equal_sizes(batches_of_one_image(first, prepared), block, BATCH_PIXELS):
+        for batch in merge_batches_of_equal_size(batches_of_one_image(first, prepared), block, BATCH_PIXELS):
             yield batch.x
 
     # --- what the scores depend on ---
@@ -237,6 +239,6 @@ def images_per_batch(height: int, width: int) -> int:
 def batches_of_one_image(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
     """Yield one batch for each image, uint8 (3, H, W)."""
     unnamed = Item("", None, "")
-    yield collate([Sample(Key(0, 0), unnamed, first[None])])
+    yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):
-        yield collate([Sample(Key(0, index), unnamed, image[None])])
+        yield collate_samples([Sample(Key(0, index), unnamed, image[None])])

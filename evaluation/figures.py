@@ -91,7 +91,7 @@ def draw_robustness(
                 draw_robustness_curve(panel, own, name, line_style(i))
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=line_style(i)["color"], lw=1, ls=":")
-            sweep = PerturbationSetting(perturbation).sweep
+            sweep = PerturbationSetting(perturbation).sweep_entry
             panel.axhline(0.5, **CHANCE_STYLE)
             panel.set(title=shorten_name(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
             panel.xaxis.set_inverted(sweep.smaller_is_harder)

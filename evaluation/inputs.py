@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import FORMATS, load_image, upright_rgb
+from data.images import FORMATS, convert_to_upright_rgb, load_image
 from utils.console import printable
 from utils.errors import UserError
 
@@ -56,7 +56,7 @@ def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
     """
     try:
         opened = image if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS)
-        pixels = np.array(upright_rgb(opened.copy()))  # (H, W, 3)
+        pixels = np.array(convert_to_upright_rgb(opened.copy()))  # (H, W, 3)
     except Exception as error:  # decoders raise exceptions of any type
         name = getattr(image, "filename", None) or getattr(image, "name", None) or type(image).__name__
         reason = " ".join(str(error).split()) or type(error).__name__

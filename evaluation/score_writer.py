@@ -67,7 +67,7 @@ class ScoreWriter:
         items: the images, in the order of the table.
         stamps: `read_file_sizes_and_times` of the images.
         job: everything that the scores depend on besides the content of the image files, as a dict for JSON. It
-            must describe the list of images, for example by `list_digest`.
+            must describe the list of images, for example by `describe_and_hash_items`.
         world: the processes that write the table together.
     """
 

@@ -1,1 +1,4 @@
-"""Networks and losses. `resynthesis.py` holds the method, `losses.py` the losses, `build.py` the creation by name."""
+"""Networks and losses.
+
+`resynthesis.py` defines the detector, `losses.py` defines the losses, and `build.py` creates networks by name.
+"""

@@ -1,12 +1,14 @@
-"""Creation of networks from command-line options and from checkpoints.
+"""Create re-synthesizers and detectors from command-line options and from checkpoints.
 
-A detector has three parts: re-synthesizer, features and classifier. Three dicts in this file list the classes that
-can be chosen for each part. To add a network, write a class and add one line to a dict (docs/extending.md). The name
-and the arguments of each part are stored in config.json and in every checkpoint.
+A detector has three parts: re-synthesizer, features and classifier. The dicts RESYNTHESIZERS, FEATURES and CLASSIFIERS
+list the classes that can be chosen for each part. To add a network, write a class and add one line to one of these
+dicts (docs/extending.md). The name and the arguments of each part are stored in config.json and in every checkpoint,
+except checkpoints that contain only weights.
 
-Training and testing choose the parts by one rule. What a checkpoint records is used. An option that contradicts the
-checkpoint is an error. What neither checkpoint nor options say is as in the paper. Only parts that are going to be
-trained start from random weights.
+Training and testing choose the name and the arguments of each part in the same way. If the checkpoint contains a value,
+this value is used. If an option has a different value than the checkpoint, a UserError is raised. If neither the
+checkpoint nor an option gives a value, the value in the paper is used. The re-synthesizer and the classifier have
+random weights only if they are about to be trained.
 """
 
 import inspect
@@ -18,9 +20,14 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from models.controls import Bicubic, NoResynthesis
-from models.features import Pixels, VGG19Stage, features_of_stage, stages_with_channels
+from models.features import Pixels, VGG19Stage, find_features_of_stage, find_stages_with_channels
 from models.rdn import RDN
-from models.released import dilation_argument, rdn_from_weights, resnet_from_weights, state_dict_of
+from models.released import (
+    extract_state_dict,
+    make_dilation_argument,
+    read_rdn_scale_and_arguments,
+    read_resnet_name_and_channels,
+)
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
 from models.spectrum import ChannelPowerClassifier, SpectrumClassifier
@@ -31,12 +38,12 @@ logger = logging.getLogger(__name__)
 
 
 class Resynthesizer(Protocol):
-    """The interface of a re-synthesizer, an nn.Module: x_lr (B, 3, h, w) -> x_hat (B, 3, scale * h, scale * w).
+    """An nn.Module that enlarges images: x_lr (B, 3, h, w) -> x_hat (B, 3, scale * h, scale * w).
 
-    The values of x_lr are in [0, 1]. The values of x_hat may exceed [0, 1] a little.
+    The values of x_lr are in [0, 1]. The values of x_hat may be slightly outside [0, 1].
 
-    A re-synthesizer is created as RESYNTHESIZERS[name](scale=4, **args). The methods `set_tile(side)` and
-    `initialize_as_interpolation()` are optional.
+    A re-synthesizer is created as RESYNTHESIZERS[name](scale=4, **args). A re-synthesizer may also have the methods
+    `set_tile(side)` and `initialize_as_interpolation()`.
     """
 
     scale: int
@@ -45,11 +52,11 @@ class Resynthesizer(Protocol):
 
 
 class Features(Protocol):
-    """The interface of features, an nn.Module: x (B, 3, H, W) -> (B, channels, H / stride, W / stride).
+    """An nn.Module that computes feature maps of images: x (B, 3, H, W) -> (B, channels, H / stride, W / stride).
 
-    Features are created as FEATURES[name](**args), and their parameters are never trained. Features with pretrained
-    weights define `load_pretrained(source, trained_with, name)` as `VGG19Stage` does. The method `set_tile(side)` is
-    optional.
+    Features are created as FEATURES[name](**args). The parameters of features are never trained. Features with
+    pretrained weights define `load_pretrained(source, trained_with, name)` as `VGG19Stage` does. Features may also have
+    a method `set_tile(side)`.
     """
 
     channels: int
@@ -58,9 +65,9 @@ class Features(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-# A classifier is any nn.Module: residual (B, channels, H_l, W_l) -> logits (B, 2), columns FAKE, REAL. It is created as
-# CLASSIFIERS[name](channels, **args). If the classifier has an attribute `stride`, then train_detector.py warns of
-# residuals that are not larger than this stride.
+# A classifier is any nn.Module: residual (B, channels, H_l, W_l) -> logits (B, 2), columns FAKE, REAL. A classifier is
+# created as CLASSIFIERS[name](channels, **args). If the classifier has an attribute `stride`, then train_detector.py
+# warns about residuals that are not larger than this stride.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -77,7 +84,7 @@ TORCHVISION = "torchvision:"  # --arch torchvision:NAME chooses the classifier N
 
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
-RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # released flags for arguments of RDN
+RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options of the released code for RDN
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
     *("features", "feature_args", "stage"),
@@ -88,12 +95,12 @@ OPTION_NAMES = (
 # --- creation by name ---------------------------------------------------------------------------------------
 
 
-def create(kind: str, entries: Mapping, name: str, /, *required, **arguments) -> nn.Module:
+def create_network(kind: str, entries: Mapping, name: str, /, *required, **arguments) -> nn.Module:
     """Create a network by its name in RESYNTHESIZERS, FEATURES or CLASSIFIERS.
 
     Args:
-        kind: word for the network in error messages, such as "classifier".
-        entries: the dict that holds the name.
+        kind: kind of network for error messages, such as "classifier".
+        entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
         name: key of `entries`.
         required: positional arguments of the network.
         arguments: keyword arguments of the network, from options or from a checkpoint.
@@ -107,18 +114,18 @@ def create(kind: str, entries: Mapping, name: str, /, *required, **arguments) ->
     try:
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
-        raise UserError(f"{kind} {name}: {error}; {name} takes {inspect.signature(entry)}") from None
-    return construct(f"{kind} {name}", entry, *required, **arguments)
+        raise UserError(f"{kind} {name}: {error}; expected the arguments {inspect.signature(entry)}") from None
+    return call_constructor(f"{kind} {name}", entry, *required, **arguments)
 
 
-def construct(what: str, entry: Callable[..., nn.Module], /, *required, **arguments) -> nn.Module:
-    """Call the constructor of a network, and turn its exceptions into a UserError.
+def call_constructor(what: str, entry: Callable[..., nn.Module], /, *required, **arguments) -> nn.Module:
+    """Call the constructor of a network, and raise a UserError if the constructor raises any exception.
 
-    The constructor is the first to check values from options and checkpoints, and each constructor raises exceptions of
-    its own for wrong values.
+    Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values.
 
     Args:
-        what: the network, for the error message.
+        what: name of the network for the error message, such as "classifier resnet50".
+        entry: the constructor.
     """
     try:
         return entry(*required, **arguments)
@@ -126,17 +133,17 @@ def construct(what: str, entry: Callable[..., nn.Module], /, *required, **argume
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what} cannot be created with {arguments}: {reason}") from None
+        raise UserError(f"{what} cannot be created with the arguments {arguments}: {reason}") from None
 
 
 def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
-    """Create a classifier by its name in CLASSIFIERS, or by a name "torchvision:NAME" from torchvision.models."""
+    """Create a classifier from its name in CLASSIFIERS, or from "torchvision:NAME" for a torchvision model."""
     if name.startswith(TORCHVISION):
         return create_torchvision_classifier(name.removeprefix(TORCHVISION), channels, arguments)
     if name not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
         raise UserError(f"no classifier is called {name!r}: expected one of {known} or {TORCHVISION}NAME")
-    return create("classifier", CLASSIFIERS, name, channels, **arguments)
+    return create_network("classifier", CLASSIFIERS, name, channels, **arguments)
 
 
 def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
@@ -149,16 +156,16 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
     if name not in torchvision.models.list_models(module=torchvision.models):
         raise UserError(f"torchvision.models has no classifier called {name!r}")
     entry = partial(torchvision.models.get_model, name, weights=None, num_classes=2)
-    model = construct(f"torchvision's {name}", entry, **arguments)
+    model = call_constructor(f"torchvision's {name}", entry, **arguments)
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             owner, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, with_input_channels(module, channels))
+            setattr(model.get_submodule(owner), attribute, create_convolution_with_input_channels(module, channels))
             return model
-    raise UserError(f"torchvision's {name} has no convolution that could read the residual")
+    raise UserError(f"torchvision's {name} has no convolution, which must read the residual: use another --arch")
 
 
-def with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
+def create_convolution_with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
     """Create a convolution with the settings of `convolution`, but with `channels` input channels."""
     return nn.Conv2d(
         channels,
@@ -174,24 +181,27 @@ def with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
 # --- options and records of checkpoints ---------------------------------------------------------------------
 
 
-def config_of(source: Checkpoint) -> Fields:
-    """Return the values of a checkpoint's config, which are checked when they are read. Released files have none."""
+def read_config(source: Checkpoint) -> Fields:
+    """Return the config of a checkpoint as `Fields`, which check the type of each value when the value is read.
+
+    The `Fields` of a released checkpoint are empty, because released checkpoints have no config.
+    """
     return Fields(source.content.get("config"), source.name, "config")
 
 
-def part_of_config(source: Checkpoint, key: str) -> dict | None:
-    """Return the record of one part of the detector in the config of a checkpoint.
+def read_part_of_config(source: Checkpoint, key: str) -> dict | None:
+    """Read the name, the arguments and the scale of one part of the detector from the config of a checkpoint.
 
     Args:
         key: "resynthesizer", "features" or "classifier".
 
     Returns:
-        {"name", "args", "scale"}, or None if the config has no such record.
+        {"name", "args", "scale"}, or None if the config does not contain `key`.
 
     Raises:
-        UserError: if the record is not a dictionary, or if one of its values has a wrong type.
+        UserError: if the value of `key` is not a dictionary, or if one of its values has a wrong type.
     """
-    config = config_of(source)
+    config = read_config(source)
     if not config.has_value(key):
         return None
     part = config.get_fields(key)
@@ -202,32 +212,36 @@ def part_of_config(source: Checkpoint, key: str) -> dict | None:
     }
 
 
-def fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return the fingerprint under `key` in the config of a checkpoint, or None if there is none."""
-    return config_of(source).get_text(key, default=None)
+def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
+    """Return the fingerprint of weights under `key` in the config of a checkpoint, or None if `key` is missing."""
+    return read_config(source).get_text(key, default=None)
 
 
-def vgg_of_config(source: Checkpoint, key: str) -> dict | None:
-    """Return the record {"source", "fingerprint"} of VGG-19 weights in the config of a checkpoint, or None."""
-    config = config_of(source)
+def read_vgg_record_of_config(source: Checkpoint, key: str) -> dict | None:
+    """Return the source and the fingerprint of the VGG-19 weights with which a detector was trained.
+
+    Returns:
+        {"source", "fingerprint"}, or None if the config of the checkpoint does not contain `key`.
+    """
+    config = read_config(source)
     if not config.has_value(key):
         return None
     record = config.get_fields(key)
     return {"source": record.get_text("source"), "fingerprint": record.get_text("fingerprint", default=None)}
 
 
-def choose(flag: str, given: object, found: object, default: object, name: str) -> object:
-    """Return the first value that is not None: from the checkpoint, from the option, or the default.
+def choose_option_value(flag: str, given: object, found: object, default: object, name: str) -> object:
+    """Return `found` if it is not None, else `given` if it is not None, else `default`.
 
     Args:
-        flag: the option, for the error message.
-        given: value of the option, or None.
-        found: value in the checkpoint, or None.
-        default: value to use if the other two are None.
-        name: name of the checkpoint, for the error message.
+        flag: name of the option for the error message, such as "--sr-scale".
+        given: value of the option, or None if the option is not given.
+        found: value in the checkpoint, or None if the checkpoint does not contain the value.
+        default: value to use if `given` and `found` are None.
+        name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if the option and the checkpoint have different values.
+        UserError: if `given` and `found` are different and neither is None.
     """
     if found is None:
         return default if given is None else given
@@ -240,10 +254,16 @@ def choose(flag: str, given: object, found: object, default: object, name: str) 
 
 
 def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Return the keyword arguments of a network: from the checkpoint or, if `found` is None, from the option.
+    """Return the keyword arguments of a network: `found` from the checkpoint or, if `found` is None, `given`.
+
+    Args:
+        flag: name of the option for the error message, such as "--arch-args".
+        given: keyword arguments from the option.
+        found: keyword arguments from the checkpoint, or None if the checkpoint does not contain them.
+        name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if the option gives an argument that the checkpoint lacks or has with a different value.
+        UserError: if an argument in `given` is missing in `found`, or has a different value in `found`.
     """
     if found is None:
         return dict(given)
@@ -254,18 +274,18 @@ def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str
                 f" {key}={value} out, or give a checkpoint that was trained with {key}={value}"
             )
         if key not in found:
-            raise UserError(f"{flag} {key}={value}: {name} was trained without {key}: leave {key} out")
+            raise UserError(f"{flag} {key}={value}: the network in {name} was trained without {key}: leave {key} out")
     return dict(found)
 
 
 # --- the re-synthesizer -------------------------------------------------------------------------------------
 
 
-def resynthesizer_and_config(source: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
-    """Create a re-synthesizer and its config.
+def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
+    """Create a re-synthesizer, and return it with its config.
 
     Args:
-        source: checkpoint with the weights. None: the weights are random.
+        source: checkpoint with the weights of the re-synthesizer, or None for random weights.
         options: values of the options in OPTION_NAMES.
 
     Returns:
@@ -278,33 +298,37 @@ def resynthesizer_and_config(source: Checkpoint | None, options: Mapping) -> tup
     file = ""
     if source is not None:
         file = source.name
-        state = state_dict_of(source.content, file)
-        recorded = recorded_resynthesizer(source, state, given_name)
+        state = extract_state_dict(source.content, file)
+        recorded = read_resynthesizer_config(source, state, given_name)
     found = recorded or {"name": None, "scale": None, "args": None}
-    name = choose("--sr-arch", given_name, found["name"], PAPER["resynthesizer"], file)
-    scale = choose("--sr-scale", options.get("scale"), found["scale"], PAPER["scale"], file)
+    name = choose_option_value("--sr-arch", given_name, found["name"], PAPER["resynthesizer"], file)
+    scale = choose_option_value("--sr-scale", options.get("scale"), found["scale"], PAPER["scale"], file)
     arguments = choose_arguments("--sr-args", given_args, found["args"], file)
-    model = create("re-synthesizer", RESYNTHESIZERS, name, scale=scale, **arguments)
+    model = create_network("re-synthesizer", RESYNTHESIZERS, name, scale=scale, **arguments)
     if source is not None:
         load_weights(model, state, file)
         check_fingerprint(model, source.content.get("fingerprint"), "re-synthesizer", file)
     return model, {"name": name, "scale": scale, "args": arguments}
 
 
-def recorded_resynthesizer(source: Checkpoint, state: Mapping[str, Tensor], given_name: str | None) -> dict | None:
-    """Return the config {"name", "scale", "args"} of the re-synthesizer in a checkpoint.
+def read_resynthesizer_config(source: Checkpoint, state: Mapping[str, Tensor], given_name: str | None) -> dict | None:
+    """Read the config {"name", "scale", "args"} of the re-synthesizer in a checkpoint.
 
-    A checkpoint without a config is taken for an RDN, unless --sr-arch names a different network. The arguments of RDN
-    are read from the shapes of the weights.
+    If the checkpoint has no config and `--sr-arch` does not name another network, the weights must be the weights of an
+    RDN. The scale and the arguments of the RDN are then read from the shapes of the weights.
+
+    Args:
+        state: state dict of the re-synthesizer.
+        given_name: value of `--sr-arch`, or None if the option is not given.
 
     Returns:
-        the config, or None if the options must name the network.
+        the config, or None if the checkpoint has no config and `--sr-arch` names another network than RDN.
     """
-    recorded = part_of_config(source, "resynthesizer")
+    recorded = read_part_of_config(source, "resynthesizer")
     if recorded is not None:
         return recorded
     if given_name in (None, "rdn"):
-        scale, arguments = rdn_from_weights(state, source.name)
+        scale, arguments = read_rdn_scale_and_arguments(state, source.name)
         return {"name": "rdn", "scale": scale, "args": arguments}
     return None
 
@@ -312,14 +336,14 @@ def recorded_resynthesizer(source: Checkpoint, state: Mapping[str, Tensor], give
 # --- the detector -------------------------------------------------------------------------------------------
 
 
-def new_detector(
+def create_detector(
     resynthesizer: Checkpoint | None, options: Mapping, vgg_source: str
 ) -> tuple[ResynthesisDetector, dict]:
     """Create a detector with a trained re-synthesizer and a classifier with random weights.
 
     Args:
-        resynthesizer: checkpoint with the weights of the re-synthesizer. None: the re-synthesizer must be one without
-            weights, such as `--sr-arch none` or `--sr-arch bicubic`.
+        resynthesizer: checkpoint with the weights of the re-synthesizer, or None if the re-synthesizer has no weights,
+            as with `--sr-arch none` and `--sr-arch bicubic`.
         options: values of the options in OPTION_NAMES.
         vgg_source: value of `--vgg-weights`.
 
@@ -327,37 +351,39 @@ def new_detector(
         the detector, and its config.
 
     Raises:
-        UserError: if `resynthesizer` is None for a network with weights, or if the options contradict each other.
+        UserError: if `resynthesizer` is None, but the re-synthesizer has weights.
+        UserError: if the options contradict each other.
     """
-    model, resynthesizer_config = resynthesizer_and_config(resynthesizer, options)
+    model, resynthesizer_config = create_resynthesizer(resynthesizer, options)
     if resynthesizer is None and model.state_dict():
         raise UserError(
-            f"no weights for the re-synthesizer {resynthesizer_config['name']}: give a file of weights from train_sr.py"
-            " with --sr-weights-file, or choose --sr-arch none or bicubic, which need no weights"
+            f"no weights for the re-synthesizer {resynthesizer_config['name']}: give a checkpoint of train_sr.py with"
+            " --sr-weights-file, or choose --sr-arch none or bicubic, which need no weights"
         )
     arch = options.get("arch") or PAPER["classifier"]
-    arguments = dilation_argument(arch, options.get("dilated") is False)
+    arguments = make_dilation_argument(arch, options.get("dilated") is False)
     if arguments.get("dilated") and options.get("dilated") is None and not options.get("arch_args"):
-        warn_of_dilation("this new detector")
+        warn_about_dilation("this new detector")
     arguments |= options.get("arch_args") or {}
     config = {
         "resynthesizer": resynthesizer_config,
-        "features": features_from_options(options),
+        "features": choose_features_of_new_detector(options),
         "residual": options.get("residual") or PAPER["residual"],
         "classifier": {"name": arch, "args": arguments},
     }
-    return assemble(model, config, options, vgg_source, None, "this new detector")
+    return assemble_detector(model, config, options, vgg_source, None, "this new detector")
 
 
 def load_detector(
     source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping, vgg_source: str
 ) -> tuple[ResynthesisDetector, dict]:
-    """Load a trained detector.
+    """Load a trained detector from its checkpoint.
 
     Args:
-        source: checkpoint written by train_detector.py, or released checkpoint of a detector. A released checkpoint
-            does not record stage, dilation and re-synthesizer, so that the options must name them.
-        resynthesizer: checkpoint with the weights of the re-synthesizer. None: `source` holds these weights.
+        source: checkpoint written by train_detector.py, or released checkpoint of a detector. A released
+            checkpoint contains neither the re-synthesizer nor `--no_dilation`, so both must be given. `--idx-stages`
+            must be given only if two stages have as many channels as the classifier has input channels.
+        resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
         options: values of the options in OPTION_NAMES.
         vgg_source: value of `--vgg-weights`.
 
@@ -365,139 +391,145 @@ def load_detector(
         the detector, and its config.
 
     Raises:
-        UserError: if the checkpoints, the VGG-19 weights and the options do not belong together.
+        UserError: if the detector was trained with another re-synthesizer, other VGG-19 weights or other options.
     """
     content, name = source
-    state = state_dict_of(content, name)
-    model, resynthesizer_config = detector_resynthesizer(source, resynthesizer, options)
+    state = extract_state_dict(content, name)
+    model, resynthesizer_config = load_resynthesizer_of_detector(source, resynthesizer, options)
     config = {
         **(content.get("config") or {}),
         "resynthesizer": resynthesizer_config,
-        "features": chosen_features(source, state, options),
-        "residual": chosen_residual(source, options),
-        "classifier": chosen_classifier(source, state, options),
+        "features": choose_features_of_detector(source, state, options),
+        "residual": choose_residual_of_detector(source, options),
+        "classifier": choose_classifier_of_detector(source, state, options),
     }
-    trained_with = vgg_of_config(source, "vgg")
-    if part_of_config(source, "features") is None:
+    trained_with = read_vgg_record_of_config(source, "vgg")
+    if read_part_of_config(source, "features") is None:
         # Release: the released detectors were trained on VGG-19 features with torchvision's ImageNet weights
         trained_with = {"source": "imagenet"}
-    detector, config = assemble(model, config, options, vgg_source, trained_with, name)
+    detector, config = assemble_detector(model, config, options, vgg_source, trained_with, name)
     load_weights(detector.classifier, state, name)
-    check_fingerprint(detector.classifier, fingerprint_of_config(source, "classifier_fingerprint"), "classifier", name)
-    expected = fingerprint_of_config(source, "resynthesizer_fingerprint")
+    check_fingerprint(
+        detector.classifier, read_fingerprint_of_config(source, "classifier_fingerprint"), "classifier", name
+    )
+    expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
         raise UserError(
-            f"{name} was trained with re-synthesizer weights of fingerprint {expected}, and {resynthesizer.name} has"
-            f" the fingerprint {config['resynthesizer_fingerprint']}: give the re-synthesizer of this training with"
-            " --sr-weights-file, or leave --sr-weights-file out if the detector's checkpoint holds the re-synthesizer"
+            f"{name} was trained with another re-synthesizer than {resynthesizer.name}: expected weights with the"
+            f" fingerprint {expected}, got the fingerprint {config['resynthesizer_fingerprint']}; give the"
+            " re-synthesizer of the training with --sr-weights-file, or leave --sr-weights-file out if the detector's"
+            " checkpoint contains the re-synthesizer"
         )
     return detector, config
 
 
-def detector_resynthesizer(
+def load_resynthesizer_of_detector(
     source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping
 ) -> tuple[nn.Module, dict]:
-    """Create the re-synthesizer of a trained detector, and its config.
+    """Create the re-synthesizer of a trained detector, and return it with its config {"name", "scale", "args"}.
 
     Args:
         source: checkpoint of the detector.
-        resynthesizer: checkpoint with the weights of the re-synthesizer. None: the weights inside `source` are used.
+        resynthesizer: checkpoint with the weights of the re-synthesizer, or None to use the weights in `source`.
+        options: values of the options in OPTION_NAMES.
     """
     if resynthesizer is not None:
-        return resynthesizer_and_config(resynthesizer, options)
+        return create_resynthesizer(resynthesizer, options)
     content, name = source
     if "sr_state_dict" not in content:
-        raise UserError(f"{name} holds no re-synthesizer: give its weights with --sr-weights-file")
-    expected = fingerprint_of_config(source, "resynthesizer_fingerprint")
+        raise UserError(f"{name} contains no re-synthesizer: give the re-synthesizer with --sr-weights-file")
+    expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
     inside = {"state_dict": content["sr_state_dict"], "fingerprint": expected, "config": content.get("config")}
-    return resynthesizer_and_config(Checkpoint(inside, name), options)
+    return create_resynthesizer(Checkpoint(inside, name), options)
 
 
-def chosen_features(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return {"name", "args"} of the features with which a detector was trained.
 
-    Released checkpoints do not record the features. In this case, the features follow from the options and from the
-    number of input channels of the classifier.
+    Released checkpoints do not contain the name of the features. For a released checkpoint, the options and the number
+    of input channels of the classifier determine the features.
 
     Raises:
         UserError: if the options contradict the checkpoint.
     """
     name = source.name
-    part = part_of_config(source, "features")
+    part = read_part_of_config(source, "features")
     if part is None:
-        return released_features(state, options, name)
+        return choose_features_of_released_detector(state, options, name)
     stage = options.get("stage")
-    if stage is not None and features_of_stage(stage) != (part["name"], part["args"]):
+    if stage is not None and find_features_of_stage(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
         raise UserError(
             f"--idx-stages {stage} contradicts the checkpoint {name}, which has the features {has}: leave --idx-stages"
             f" out, or give a checkpoint that was trained with --idx-stages {stage}"
         )
-    choose("--features", options.get("features"), part["name"], None, name)
+    choose_option_value("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments("--feature-args", options.get("feature_args") or {}, part["args"], name)
     return {"name": part["name"], "args": arguments}
 
 
-def chosen_residual(source: Checkpoint, options: Mapping) -> str:
+def choose_residual_of_detector(source: Checkpoint, options: Mapping) -> str:
     """Return the kind of residual with which a detector was trained: "absolute" or "signed".
 
-    Released detectors use absolute residuals.
+    Released detectors were trained with absolute residuals.
 
     Raises:
         UserError: if `--residual` contradicts the checkpoint.
     """
-    recorded = config_of(source).get_text("residual", RESIDUALS, default=PAPER["residual"])
-    return choose("--residual", options.get("residual"), recorded, None, source.name)
+    recorded = read_config(source).get_text("residual", RESIDUALS, default=PAPER["residual"])
+    return choose_option_value("--residual", options.get("residual"), recorded, None, source.name)
 
 
-def chosen_classifier(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
-    """Return {"name", "args"} of the classifier in a detector's checkpoint.
+def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+    """Return {"name", "args"} of the classifier in the checkpoint of a detector.
 
-    A released checkpoint does not record the classifier. Its ResNet is recognised by the shapes of the weights.
+    Released checkpoints do not contain the arguments of the classifier. For a released checkpoint, the shapes of the
+    weights show which ResNet the classifier is.
 
     Raises:
         UserError: if the options contradict the checkpoint.
     """
     name = source.name
-    part = part_of_config(source, "classifier")
+    part = read_part_of_config(source, "classifier")
     given_args = dict(options.get("arch_args") or {})
     if part is None:
-        arch, _ = resnet_from_weights(state, name)
-        choose("--arch", options.get("arch"), arch, None, name)
-        arguments = dilation_argument(arch, options.get("dilated") is False)
+        arch, _ = read_resnet_name_and_channels(state, name)
+        choose_option_value("--arch", options.get("arch"), arch, None, name)
+        arguments = make_dilation_argument(arch, options.get("dilated") is False)
         if arguments.get("dilated") and options.get("dilated") is None:
-            warn_of_dilation(name)
+            warn_about_dilation(name)
         return {"name": arch, "args": arguments | given_args}
-    choose("--arch", options.get("arch"), part["name"], None, name)
+    choose_option_value("--arch", options.get("arch"), part["name"], None, name)
     if options.get("dilated") is False and part["args"].get("dilated"):
         raise UserError(f"--no_dilation contradicts {name}, whose classifier is dilated: leave --no_dilation out")
     return {"name": part["name"], "args": choose_arguments("--arch-args", given_args, part["args"], name)}
 
 
-def released_features(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
+def choose_features_of_released_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return {"name", "args"} of the features with which a released detector was trained.
 
-    The features follow from the number of input channels of the classifier. If two stages have this number of channels,
-    --idx-stages decides between them.
+    If `--features` is given, its value is used. Otherwise the features are the stage whose number of channels equals
+    the number of input channels of the classifier. If two stages have this number of channels, `--idx-stages` must name
+    the right stage.
     """
     if options.get("features") is not None:
         return {"name": options["features"], "args": dict(options.get("feature_args") or {})}
-    _, channels = resnet_from_weights(state, name)
-    stages = stages_with_channels(channels)
+    _, channels = read_resnet_name_and_channels(state, name)
+    stages = find_stages_with_channels(channels)
     stage = options.get("stage")
     if stage is None and len(stages) == 1:
         stage = stages[0]
     if stage not in stages:
         raise UserError(
-            f"the classifier in {name} takes residuals of {channels} channels, and the features of stages {stages} have"
-            " this number: give the stage with which the detector was trained, by --idx-stages"
+            f"the classifier in {name} takes residuals of {channels} channels: expected --idx-stages to be one of"
+            f" {stages}, got {stage}; give the stage with which the detector was trained"
         )
-    features, arguments = features_of_stage(stage)
+    features, arguments = find_features_of_stage(stage)
     return {"name": features, "args": arguments}
 
 
-def features_from_options(options: Mapping) -> dict:
-    """Return {"name", "args"} of the features of a new detector, which --features or --idx-stages names."""
+def choose_features_of_new_detector(options: Mapping) -> dict:
+    """Return {"name", "args"} of the features that `--features` or `--idx-stages` chooses for a new detector."""
     given_args = dict(options.get("feature_args") or {})
     name = options.get("features")
     stage = options.get("stage")
@@ -505,11 +537,11 @@ def features_from_options(options: Mapping) -> dict:
         raise UserError(f"--idx-stages {stage} and --features {name} both choose the features: give only one of them")
     if name is not None:
         return {"name": name, "args": given_args}
-    name, arguments = features_of_stage(PAPER["stage"] if stage is None else stage)
+    name, arguments = find_features_of_stage(PAPER["stage"] if stage is None else stage)
     return {"name": name, "args": arguments | given_args}
 
 
-def assemble(
+def assemble_detector(
     resynthesizer: nn.Module,
     config: dict,
     options: Mapping,
@@ -524,13 +556,15 @@ def assemble(
         config: names and arguments of re-synthesizer, features and classifier, and the kind of residual.
         options: values of the options in OPTION_NAMES.
         vgg_source: value of `--vgg-weights`.
-        trained_with: record of the VGG-19 weights with which the detector was trained. None: the detector is new.
+        trained_with: {"source", "fingerprint"} of the VGG-19 weights with which the detector was trained, or None if
+            the detector is new.
         name: name of the detector's checkpoint, for error messages.
 
     Returns:
-        the detector, and `config` with the fingerprint of the re-synthesizer and the record of the VGG-19 weights.
+        the detector, and a copy of `config` that also contains the fingerprint of the re-synthesizer's weights and
+        {"source", "fingerprint"} of the VGG-19 weights.
     """
-    features = create("features", FEATURES, config["features"]["name"], **config["features"]["args"])
+    features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
         chosen = config["features"]["name"]
@@ -547,25 +581,30 @@ def assemble(
     return detector, complete
 
 
-def warn_of_dilation(name: str) -> None:
-    """Warn that a ResNet is dilated by default. The weights do not show whether it was trained with dilation."""
+def warn_about_dilation(name: str) -> None:
+    """Warn that a ResNet is dilated because `--no_dilation` is not given.
+
+    The shapes of the weights do not show whether the ResNet was trained with dilation.
+    """
     logger.warning(
-        "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. All released scripts use"
-        " --no_dilation, all released weights were trained with it, and a dilated ResNet gives different scores",
+        "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. All released detectors were trained"
+        " with --no_dilation. A dilated ResNet gives different scores: give --no_dilation for a released detector",
         name,
     )
 
 
 def check_fingerprint(module: nn.Module, recorded: object, what: str, name: str) -> None:
-    """Compare the weights of a network with the fingerprint in its checkpoint.
+    """Raise a UserError if the weights of a network do not have the fingerprint that its checkpoint contains.
 
     Args:
-        recorded: the fingerprint in the checkpoint. None: there is nothing to compare.
-        what: word for the network in the error message, such as "classifier".
+        recorded: fingerprint in the checkpoint, or None if the checkpoint contains no fingerprint.
+        what: kind of network for the error message, such as "classifier".
         name: name of the checkpoint, for the error message.
 
     Raises:
-        UserError: if the fingerprints differ, because the weights have changed since they were saved.
+        UserError: if the fingerprints differ, which means that the weights have changed since they were saved.
     """
     if recorded not in (None, compute_fingerprint(module)):
-        raise UserError(f"{name} is damaged: the weights of the {what} have changed since they were saved")
+        raise UserError(
+            f"{name} is damaged: the weights of the {what} have changed since they were saved; use another copy of it"
+        )

@@ -1,7 +1,7 @@
-"""Control networks for experiments, which take the place of the re-synthesizer and have no parameters.
+"""Control networks without parameters, which replace the re-synthesizer in experiments.
 
-Comparing RDN with `bicubic` (bicubic interpolation) shows what *learned* re-synthesis contributes to detection.
-Comparing RDN with `none` (a black image) shows what re-synthesis contributes at all.
+Comparing RDN with `bicubic` (bicubic interpolation) shows how much *learned* re-synthesis improves detection.
+Comparing RDN with `none` (a black image) shows how much any re-synthesis improves detection.
 """
 
 import torch.nn.functional as F
@@ -22,8 +22,9 @@ class Bicubic(nn.Module):
 class NoResynthesis(nn.Module):
     """A control without re-synthesis, which returns a black image: x_lr (B, 3, h, w) -> (B, 3, scale * h, scale * w).
 
-    With a black image as re-synthesis, the residual in pixels is the image itself. The residual in VGG-19 features is
-    the distance between the features of the image and the features of a black image, which the biases make non-zero.
+    If the re-synthesis is black, the absolute residual of pixels is the image itself. The absolute residual of VGG-19
+    features is the absolute difference between the features of the image and the features of a black image. The
+    features of a black image are not zero, because the convolutions have biases.
     """
 
     def __init__(self, scale: int = 4):

@@ -1,9 +1,9 @@
-"""Features in which an image and its re-synthesis are compared: the pixels, or one stage of VGG-19.
+"""Features by which an image and its re-synthesis are compared: the pixels, or the feature maps of VGG-19.
 
-Stage 0 means the pixels. Stage k = 1..5 means the output of layer relu{k}_1 of VGG-19. Features are never trained.
+Stage 0 means the pixels. Stage k = 1..5 means the output of layer relu{k}_1 of VGG-19. The features are never trained.
 
 VGG-19 is from Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR 2015).
-The parameters of VGG-19 have torchvision's names, so that torchvision's ImageNet weights can be loaded.
+The parameters of VGG-19 have the same names as in torchvision, so that torchvision's ImageNet weights can be loaded.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.released import state_dict_of
-from models.tiling import in_tiles
+from models.released import extract_state_dict
+from models.tiling import compute_in_tiles
 from utils.checkpoints import compute_fingerprint, load_checkpoint, load_weights
 from utils.console import printable
 from utils.errors import UserError
@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 STAGES = (1, 2, 3, 4, 5)
 STAGE_CHANNELS = {1: 64, 2: 128, 3: 256, 4: 512, 5: 512}
 STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
-STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of relu{k}_1 in torchvision's vgg19().features
+STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of layer relu{k}_1 in torchvision's vgg19().features
 CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-TILE_CUTS = (10, 19)  # first layers after pool2 and pool3, before which tiles are joined to whole maps
+TILE_CUTS = (10, 19)  # indices of the layers after pool2 and pool3: before them, tiles are joined to whole maps
 
-# The file name ends with the first digits of the file's SHA-256
+# The file name ends with the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-DOWNLOAD_TIMEOUT = 20  # the download is given up after this many seconds without an answer from the server
-RANDOM_SEED = 19  # seed of random VGG-19 weights, which is fixed so that all runs use equal weights
+DOWNLOAD_TIMEOUT = 20  # seconds without an answer from the server after which the download is stopped
+RANDOM_SEED = 19  # seed of the random VGG-19 weights; the seed is fixed so that all runs use the same weights
 
 
 class Pixels(nn.Module):
-    """Stage 0: the pixels themselves are the features, (B, 3, H, W) -> (B, 3, H, W)."""
+    """Features that are the pixels themselves (stage 0): x (B, 3, H, W) -> x (B, 3, H, W)."""
 
     channels = 3
     stride = 1
@@ -53,19 +53,19 @@ class Pixels(nn.Module):
 class VGG19Stage(nn.Module):
     """The feature maps of one stage of VGG-19: x (B, 3, H, W) in [0, 1] -> (B, channels, H / stride, W / stride).
 
-    The weights are random until `load_pretrained` is called.
+    The weights are uninitialized until `load_pretrained` is called.
 
     Args:
-        stage: 1 to 5. The features are the output of layer relu{stage}_1.
+        stage: 1 to 5. The feature maps are the output of layer relu{stage}_1.
 
     Raises:
-        UserError: if the stage is not 1 to 5.
+        UserError: if `stage` is not 1, 2, 3, 4 or 5.
     """
 
     def __init__(self, stage: int = 5):
         super().__init__()
         if stage not in STAGES:
-            raise UserError(f"the stage of VGG-19 must be one of 1..5, got {stage}")
+            raise UserError(f"the stage of VGG-19 must be 1, 2, 3, 4 or 5, got {stage}")
         self.stage = stage
         self.channels = STAGE_CHANNELS[stage]
         self.stride = STAGE_STRIDES[stage]
@@ -75,10 +75,10 @@ class VGG19Stage(nn.Module):
         return self.vgg(x, [self.stage])[self.stage]  # (B, C_l, H_l, W_l)
 
     def load_pretrained(self, source: str, trained_with: Mapping | None, name: str) -> dict:
-        """Load the weights of VGG-19. The arguments are explained in `load_vgg`.
+        """Load the weights of VGG-19 with `load_vgg`, which explains the arguments.
 
         Returns:
-            the record {"source", "fingerprint"} of the weights.
+            {"source", "fingerprint"} of the weights, which are saved in checkpoints.
         """
         self.vgg, record = load_vgg(source, trained_with, name)
         return record
@@ -89,10 +89,10 @@ class VGG19Stage(nn.Module):
 
 
 class VGG19(nn.Module):
-    """VGG-19 up to layer relu5_1, which returns the feature maps of one or more stages.
+    """A VGG-19 without the layers after relu5_1, which returns the feature maps of one or more stages.
 
-    Release: the released code gives VGG-19 RGB images in [0, 1] without normalisation by ImageNet's mean and standard
-    deviation. The released detectors were trained on features of images without this normalisation.
+    Release: the released code does not normalize images by ImageNet's mean and standard deviation before VGG-19. This
+    class does not normalize images either, because the released detectors were trained without normalization.
     """
 
     def __init__(self):
@@ -103,26 +103,26 @@ class VGG19(nn.Module):
             if block > 0:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(count):
-                # skip_init leaves the 13 layers uninitialised, because initialising takes longer than loading weights
+                # skip_init leaves weights uninitialized, because initialization takes longer than loading the weights
                 layers.append(nn.utils.skip_init(nn.Conv2d, in_channels, channels, kernel_size=3, padding=1))
                 layers.append(nn.ReLU(inplace=True))
                 in_channels = channels
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
-        # Side of the tiles for inference without gradients, in pixels of the map that is cut into tiles
+        # Side of the tiles in inference without gradients, in pixels of the map that is cut into tiles
         self.tile = 256
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:
-        """Compute the feature maps of the given stages.
+        """Compute the feature maps of the given stages of VGG-19.
 
         Args:
-            x: (B, 3, H, W) in [0, 1].
-            stages: numbers from 1 to 5.
+            x: images (B, 3, H, W) in [0, 1].
+            stages: numbers of the stages, from 1 to 5.
 
         Returns:
             {k: (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1))} for each k in `stages`.
         """
-        run_part = self.run_whole if torch.is_grad_enabled() else self.run_in_tiles
+        run_part = self.run_layers_on_whole_maps if torch.is_grad_enabled() else self.run_layers_in_tiles
         maps = {}
         start = 0
         for k in sorted(stages):
@@ -132,29 +132,35 @@ class VGG19(nn.Module):
             start = end
         return maps
 
-    def run_whole(self, start: int, end: int, x: Tensor) -> Tensor:
-        """Run the layers start to end - 1 on whole maps."""
+    def run_layers_on_whole_maps(self, start: int, end: int, x: Tensor) -> Tensor:
+        """Run the layers `start` to `end - 1` on whole feature maps."""
         return self.features[start:end](x)
 
-    def run_in_tiles(self, start: int, end: int, x: Tensor) -> Tensor:
-        """Run the layers start to end - 1 tile by tile, because VGG-19 has the largest maps of the whole detector."""
+    def run_layers_in_tiles(self, start: int, end: int, x: Tensor) -> Tensor:
+        """Run the layers `start` to `end - 1` on one tile at a time, which takes less memory than whole maps.
+
+        VGG-19 has the largest feature maps of the whole detector.
+        """
         cuts = [cut for cut in TILE_CUTS if start < cut < end]
         for first, last in pairwise([start, *cuts, end]):
             layers = self.features[first:last]
-            halo, stride = receptive_field(layers)
-            x = in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride))
+            halo, stride = compute_reach_and_stride(layers)
+            x = compute_in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride))
         return x
 
     def train(self, mode: bool = True) -> "VGG19":
-        """Stay in evaluation mode, because VGG-19 is never trained."""
+        """Keep VGG-19 in evaluation mode for any `mode`, because VGG-19 is never trained."""
         return super().train(False)
 
 
-def receptive_field(layers: Iterable[nn.Module]) -> tuple[int, int]:
+def compute_reach_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
     """Compute the reach and the total stride of a stack of 3x3 convolutions and 2x2 poolings.
 
-    The reach is the number of pixels to each side on which an output value depends, rounded up to a multiple of the
-    stride.
+    An output value depends on input pixels at a distance of at most `reach`. The reach is rounded up to a multiple of
+    the total stride.
+
+    Returns:
+        reach and total stride, in input pixels.
     """
     reach = 0
     stride = 1
@@ -169,15 +175,15 @@ def receptive_field(layers: Iterable[nn.Module]) -> tuple[int, int]:
 # --- the released flag --idx-stages -------------------------------------------------------------------------
 
 
-def features_of_stage(stage: int) -> tuple[str, dict]:
-    """Return the name in FEATURES and the arguments for which `--idx-stages STAGE` stands."""
+def find_features_of_stage(stage: int) -> tuple[str, dict]:
+    """Return the name (in `models.build.FEATURES`) and the arguments of the features of `--idx-stages STAGE`."""
     if stage == 0:
         return "pixels", {}
     return "vgg19", {"stage": stage}
 
 
-def stages_with_channels(channels: int) -> list[int]:
-    """Return the stages whose features have `channels` channels."""
+def find_stages_with_channels(channels: int) -> list[int]:
+    """Return the numbers of the stages (0 to 5) whose features have `channels` channels."""
     every_stage = {0: Pixels.channels, **STAGE_CHANNELS}
     return [stage for stage, count in every_stage.items() if count == channels]
 
@@ -189,71 +195,78 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     """Create VGG-19 with its weights.
 
     Args:
-        source: value of `--vgg-weights`. "imagenet" takes torchvision's weights from torch hub's cache or downloads
-            them. "random" draws fixed-seed random weights. "auto" takes the source in `trained_with`. For a new
-            training, "auto" means imagenet or, if the ImageNet weights cannot be downloaded, random. Any other value is
-            the path of a torchvision vgg19 state dict with float values. Only entries named `features.*` are needed.
-        trained_with: record of the VGG-19 weights in a trained checkpoint. None: a new training begins.
-        name: name of the trained checkpoint, for error messages.
+        source: value of `--vgg-weights`: "imagenet", "random", "auto", or the path of a state dict of torchvision's
+            vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
+            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If `trained_with`
+            is None, "auto" means "imagenet", or "random" if the ImageNet weights cannot be downloaded. A state dict
+            must contain the entries named `features.*` of the layers up to relu5_1.
+        trained_with: {"source", "fingerprint"} of the VGG-19 weights with which a checkpoint was trained, or None for a
+            new training.
+        name: name of the checkpoint for error messages.
 
     Returns:
-        VGG-19, and the record {"source", "fingerprint"} of its weights for checkpoints.
+        VGG-19, and {"source", "fingerprint"} of its weights, which are saved in checkpoints.
 
     Raises:
-        UserError: if the weights cannot be read, or if they are not the weights that `trained_with` records.
+        UserError: if the weights cannot be read.
+        UserError: if the fingerprint of the weights differs from the fingerprint in `trained_with`.
     """
     if source == "auto" and trained_with is not None:
         source = trained_with["source"]
-    content, found = _vgg_weights(source)
+    content, found = _read_vgg_weights(source)
     shown = f"{printable(found)}, read as torchvision's vgg19,"
     vgg = VGG19()
-    state = {key: value.float() for key, value in state_dict_of(content, shown).items() if key in vgg.state_dict()}
+    state = {key: value.float() for key, value in extract_state_dict(content, shown).items() if key in vgg.state_dict()}
     load_weights(vgg, state, shown)
     record = {"source": found, "fingerprint": compute_fingerprint(vgg)}
     if trained_with is None:
         return vgg, record
     expected = trained_with.get("fingerprint")
     if expected is None and record["source"] == "random":
-        raise UserError(f"{name} needs ImageNet weights for VGG-19, got random ones: pass --vgg-weights FILE")
+        raise UserError(f"{name} needs ImageNet weights for VGG-19, got random weights: pass --vgg-weights FILE")
     if expected not in (None, record["fingerprint"]):
         raise UserError(
-            f"{name} was trained with VGG-19 weights of fingerprint {expected} ({printable(trained_with['source'])}),"
-            f" and {printable(record['source'])} has the fingerprint {record['fingerprint']}: give the VGG-19 weights"
-            " of this training with --vgg-weights"
+            f"{name} was trained with other VGG-19 weights: expected the fingerprint {expected}"
+            f" ({printable(trained_with['source'])}), got the fingerprint {record['fingerprint']}"
+            f" ({printable(record['source'])}); pass the VGG-19 weights of the training with --vgg-weights"
         )
     return vgg, record
 
 
-def _vgg_weights(source: str) -> tuple[Mapping, str]:
-    """Read the VGG-19 weights that `source` names.
+def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
+    """Read or draw the VGG-19 weights that `source` names ("imagenet", "random", "auto" or a path).
 
     Returns:
-        a state dict or a checkpoint with a state dict, and the origin of the weights: "imagenet", "random" or the path.
+        a state dict, or a checkpoint that contains a state dict.
+        the source of the weights: "imagenet", "random" or the path.
     """
     if source in ("imagenet", "auto"):
         try:
-            return load_checkpoint(_imagenet_file()), "imagenet"
+            return load_checkpoint(_find_or_download_imagenet_weights()), "imagenet"
         except OSError as error:
             reason = " ".join(str(error).split())
             if source == "imagenet":
                 raise UserError(
-                    f"no ImageNet weights for VGG-19 in torch hub's cache ({torch.hub.get_dir()}), and they cannot be"
-                    f" downloaded ({reason}): copy them into this cache, or pass --vgg-weights FILE"
+                    f"the ImageNet weights for VGG-19 are not in torch hub's cache ({torch.hub.get_dir()}), and"
+                    f" cannot be downloaded ({reason}): copy the file {Path(IMAGENET_URL).name} into the folder"
+                    " checkpoints of this cache, or pass --vgg-weights FILE"
                 ) from None
         logger.warning(
-            "WARNING: no ImageNet weights for VGG-19 on this machine, and they cannot be downloaded. This training uses"
-            " fixed-seed RANDOM VGG-19 weights instead, unlike the paper. The checkpoints record the random weights."
-            " Pass --vgg-weights FILE to use ImageNet weights."
+            "WARNING: the ImageNet weights for VGG-19 are not on this machine and cannot be downloaded. This training"
+            " uses RANDOM VGG-19 weights, unlike the paper. To use ImageNet weights, pass --vgg-weights FILE."
         )
     if source in ("random", "auto"):
-        return _random_weights(), "random"
+        return _draw_random_vgg_weights(), "random"
     if not Path(source).is_file():
-        raise UserError(f"no VGG-19 weights at {printable(source)}: pass --vgg-weights FILE, imagenet, random or auto")
+        raise UserError(f"no file {printable(source)}: pass --vgg-weights FILE, imagenet, random or auto")
     return load_checkpoint(source), source
 
 
-def _random_weights() -> dict[str, Tensor]:
-    """Draw random VGG-19 weights as in He et al. (ICCV 2015), which give the maps of all stages a similar scale."""
+def _draw_random_vgg_weights() -> dict[str, Tensor]:
+    """Draw random VGG-19 weights as in He et al. (ICCV 2015), so that the maps of all stages have similar variances.
+
+    The biases are zero.
+    """
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     state = VGG19().state_dict()
     for key, tensor in state.items():
@@ -264,12 +277,12 @@ def _random_weights() -> dict[str, Tensor]:
     return state
 
 
-def _imagenet_file() -> Path:
-    """Return the path of torchvision's VGG-19 weights in torch hub's cache. A missing file is downloaded.
+def _find_or_download_imagenet_weights() -> Path:
+    """Return the path of torchvision's VGG-19 weights in torch hub's cache, and download the file if it is missing.
 
     Raises:
         OSError: if the file is missing and cannot be downloaded.
-        UserError: if the file is damaged.
+        UserError: if the SHA-256 of the file is wrong.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET_URL).name)
     digest = path.stem.partition("-")[2]
@@ -279,10 +292,10 @@ def _imagenet_file() -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(IMAGENET_URL, str(path), hash_prefix=digest)
-        except RuntimeError as error:  # torch.hub raises it if the hash of the download is wrong
+        except RuntimeError as error:  # torch.hub raises a RuntimeError if the hash of the downloaded file is wrong
             raise OSError(str(error)) from None
         finally:
             socket.setdefaulttimeout(timeout)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-        raise UserError(f"{path} is damaged: its SHA-256 must start with {digest}; delete it and try again")
+        raise UserError(f"{path} is damaged: its SHA-256 must start with {digest}; delete the file and try again")
     return path

@@ -1,8 +1,8 @@
-"""RDN, the residual dense network for super-resolution, which the paper uses as its re-synthesizer.
+"""RDN, the residual dense network for super-resolution, which is the re-synthesizer of the paper.
 
 RDN is from Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super-Resolution" (CVPR 2018). The
-comments use the symbols of this article. The parameters are named as in yjn870/RDN-pytorch (MIT licence), because the
-released checkpoints use these names.
+comments in this file use the symbols of the RDN article. The parameters have the same names as in yjn870/RDN-pytorch
+(MIT licence), because the released checkpoints use these names.
 """
 
 import torch
@@ -15,30 +15,30 @@ from utils.errors import UserError
 
 LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN accepts
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
-# Interpolation kernels for the left and the right half of a pixel, as weights of three neighbouring pixels. The two
-# interpolated values average to the pixel itself, because down-sampling computes each pixel of x_lr as such an average.
+# Weights of three neighbouring pixels with which the left half and the right half of the middle pixel are interpolated.
+# The mean of both halves is the middle pixel, because each pixel of x_lr is a mean of high-resolution pixels.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
 
-def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+def create_conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
     """Create a 3x3 convolution that keeps height and width."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
-def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
+def create_conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     """Create a 1x1 convolution."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=1)
 
 
 class DenseLayer(nn.Module):
-    """A dense layer: a 3x3 convolution and ReLU that read the maps of all earlier layers and add G new maps."""
+    """A 3x3 convolution and ReLU that compute G new maps from the maps of all earlier layers in the block."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
-        self.conv = conv3x3(in_channels, growth_rate)
+        self.conv = create_conv3x3(in_channels, growth_rate)
 
     def forward(self, *maps: Tensor) -> Tensor:
-        """Compute G new maps (B, G, h, w) from the maps of all earlier layers, (B, C_i, h, w) each."""
+        """Compute G new maps (B, G, h, w) from the maps of each earlier layer i, (B, C_i, h, w)."""
         return self.conv(torch.cat(maps, dim=1)).relu_()
 
 
@@ -49,19 +49,19 @@ class ResidualDenseBlock(nn.Module):
         super().__init__()
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
-        # Release: the released code gives this convolution growth_rate outputs, which fails unless growth_rate equals
-        # num_features. In this project, the convolution has num_features outputs, as in the RDN article.
-        self.lff = conv1x1(num_features + num_layers * growth_rate, num_features)
+        # Release: in the released code, this convolution has growth_rate output channels, so forward fails unless
+        # growth_rate equals num_features. Here the convolution has num_features output channels, as in the RDN article.
+        self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the dense layers, fuse their maps and add the input: (B, G0, h, w) -> (B, G0, h, w)."""
         maps = [x]
         for layer in self.layers:
             maps.append(layer(*maps))  # (B, G, h, w)
-        return self.fuse(*maps) + x
+        return self.fuse_maps(*maps) + x
 
-    def fuse(self, *maps: Tensor) -> Tensor:
-        """Fuse the input and the maps of all layers of the block (local feature fusion). Returns (B, G0, h, w)."""
+    def fuse_maps(self, *maps: Tensor) -> Tensor:
+        """Fuse the block's input and the maps of all its layers to maps (B, G0, h, w): local feature fusion."""
         return self.lff(torch.cat(maps, dim=1))
 
 
@@ -75,10 +75,10 @@ class RDN(nn.Module):
         num_blocks: D, number of residual dense blocks.
         num_layers: C, number of dense layers in each block.
 
-    With the default arguments, which are the paper's, RDN has 22,271,107 parameters.
+    With the default arguments, which the paper uses, RDN has 22,271,107 parameters.
 
     Raises:
-        UserError: if the scale is not 2, 3 or 4, or if a number of channels, blocks or layers is not 1 to 1024.
+        UserError: if `scale` is not 2, 3 or 4, or if another argument is not an integer from 1 to 1024.
     """
 
     def __init__(
@@ -89,70 +89,80 @@ class RDN(nn.Module):
             raise UserError(f"the scale of RDN must be 2, 3 or 4, got {scale}")
         for count in (num_features, growth_rate, num_blocks, num_layers):
             if type(count) is not int or not 1 <= count <= LARGEST_COUNT:
-                raise UserError(f"features, growth, blocks and layers of RDN must be 1 to {LARGEST_COUNT}, got {count}")
+                raise UserError(
+                    "num_features, growth_rate, num_blocks and num_layers of RDN must be integers from 1 to"
+                    f" {LARGEST_COUNT}, got {count}"
+                )
         self.scale = scale
-        # True saves memory in training: the backward pass computes the maps of each block again instead of keeping them
+        # If checkpoint_blocks is True, the backward pass computes the maps of each block again, which saves memory
         self.checkpoint_blocks = False
-        self.tile = 256  # side of the tiles for inference without gradients, in low-resolution pixels
-        self.sfe1 = conv3x3(3, num_features)
-        self.sfe2 = conv3x3(num_features, num_features)
+        self.tile = 256  # side of the tiles in inference without gradients, in low-resolution pixels
+        self.sfe1 = create_conv3x3(3, num_features)
+        self.sfe2 = create_conv3x3(num_features, num_features)
         blocks = [ResidualDenseBlock(num_features, growth_rate, num_layers) for _ in range(num_blocks)]
         self.rdbs = nn.ModuleList(blocks)
-        self.gff = nn.Sequential(conv1x1(num_features * num_blocks, num_features), conv3x3(num_features, num_features))
+        self.gff = nn.Sequential(
+            create_conv1x1(num_features * num_blocks, num_features), create_conv3x3(num_features, num_features)
+        )
         upscale = []
         for factor in SHUFFLES[scale]:
-            upscale += [conv3x3(num_features, num_features * factor**2), nn.PixelShuffle(factor)]
+            upscale += [create_conv3x3(num_features, num_features * factor**2), nn.PixelShuffle(factor)]
         self.upscale = nn.Sequential(*upscale)
-        self.output = conv3x3(num_features, 3)
+        self.output = create_conv3x3(num_features, 3)
 
     def forward(self, x_lr: Tensor) -> Tensor:
-        """Enlarge x_lr (B, 3, h, w) in [0, 1]. Returns x_hat (B, 3, scale * h, scale * w), float32, about [0, 1]."""
+        """Enlarge images x_lr (B, 3, h, w) in [0, 1] by the factor `scale`.
+
+        Returns:
+            x_hat: float32 (B, 3, scale * h, scale * w), about in [0, 1] (not clipped).
+        """
         if not torch.is_grad_enabled():
-            return rdn_inference.infer(self, x_lr)  # faster than the code below, and equal up to rounding
-        # Shallow feature extraction
+            return rdn_inference.run_rdn(self, x_lr)  # faster than the code below, with equal results up to rounding
         sfe1 = self.sfe1(x_lr)  # F_-1: (B, G0, h, w)
         x = self.sfe2(sfe1)  # F_0: (B, G0, h, w)
-        # Residual dense blocks
         block_outputs = []
         for block in self.rdbs:
-            x = self.run(block, x)  # F_d: (B, G0, h, w)
+            x = self.run_part(block, x)  # F_d: (B, G0, h, w)
             block_outputs.append(x)
-        # Dense feature fusion: global feature fusion, then global residual learning
-        x = self.run(self.fuse, *block_outputs) + sfe1  # F_DF: (B, G0, h, w)
-        # Up-sampling
-        return self.run(self.upsample, x)  # (B, 3, scale * h, scale * w)
+        x = self.run_part(self.fuse_block_outputs, *block_outputs) + sfe1  # F_DF: (B, G0, h, w)
+        return self.run_part(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
 
-    def fuse(self, *block_outputs: Tensor) -> Tensor:
-        """Fuse the outputs of all blocks (global feature fusion). Returns F_GF (B, G0, h, w)."""
+    def fuse_block_outputs(self, *block_outputs: Tensor) -> Tensor:
+        """Fuse the outputs of all blocks to the maps F_GF (B, G0, h, w): global feature fusion."""
         return self.gff(torch.cat(block_outputs, dim=1))
 
-    def upsample(self, x: Tensor) -> Tensor:
+    def upsample_to_image(self, x: Tensor) -> Tensor:
         """Up-sample the fused maps x (B, G0, h, w) to an image (B, 3, scale * h, scale * w), float32."""
         x = self.upscale(x)  # (B, G0, scale * h, scale * w)
-        # The last layer computes in float32 under autocast, because the residual is a small difference of two images
+        # The output layer computes in float32 also under autocast, because the residual is a small difference of images
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
-    def run(self, part, *inputs: Tensor) -> Tensor:
-        """Run a part of the network. With `checkpoint_blocks`, the backward pass computes the part again."""
+    def run_part(self, part, *inputs: Tensor) -> Tensor:
+        """Compute part(*inputs). If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again."""
         if self.checkpoint_blocks:
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles for inference without gradients, in pixels of the high-resolution image."""
+        """Set the side of the tiles in inference without gradients.
+
+        Args:
+            side: side of a tile in pixels of the high-resolution image.
+        """
         self.tile = max(side // self.scale, 1)
 
     @torch.no_grad()
     def initialize_as_interpolation(self) -> None:
-        """Set the weights so that the network interpolates, and training starts close to bicubic interpolation.
+        """Set the weights so that RDN interpolates its input before training, similar to bicubic interpolation.
 
-        Channels 0, 1 and 2 carry red, green and blue. The layer sfe1 copies the colours into these channels, each
-        up-sampling step interpolates them, and the output layer copies them out. The dense blocks keep their random
-        weights. The blocks have no effect at first, because the last layer of the global feature fusion is zero.
+        The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
+        interpolates the channels 0, 1 and 2. The output layer copies these channels to the colours of the output. The
+        dense blocks keep their random weights. The dense blocks do not change the output before training, because the
+        last layer of the global feature fusion is zero.
 
         Raises:
-            UserError: if the scale is 3, because INTERPOLATION is a kernel for up-sampling by 2.
+            UserError: if the scale is 3, because the kernels in INTERPOLATION up-sample by a factor of 2.
         """
         if self.scale == 3:
             raise UserError("--start interpolation is defined for scales 2 and 4: use --start random for scale 3")
@@ -169,10 +179,13 @@ class RDN(nn.Module):
 
 
 def set_colour_kernels(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
-    """Make the first 3 * len(kernels) output channels of a layer depend on the input channels 0, 1 and 2 alone.
+    """Set the weights of a layer so that its first output channels are colours convolved with the given kernels.
 
-    Output channel len(kernels) * c + k is input channel c convolved with kernels[k], which is (3, 3). nn.PixelShuffle
-    expects the channels in this order.
+    Output channel len(kernels) * c + k is input channel c, for c = 0, 1, 2, convolved with kernels[k]. nn.PixelShuffle
+    needs the output channels in this order.
+
+    Args:
+        kernels: kernels (3, 3).
     """
     count = len(kernels)
     layer.weight[: 3 * count] = 0

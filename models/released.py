@@ -1,8 +1,8 @@
-"""Checkpoints of the released code: their formats, and how the shapes of the weights tell the architecture.
+"""Read checkpoints of the released code, and determine the architecture of a network from the shapes of its weights.
 
-Released checkpoints have no config. A checkpoint of RDN is a state dict, or a dictionary with the state dict under
-"state_dict". A checkpoint of a detector is {"epoch", "arch", "state_dict", "optimizer"}. The keys of a state dict may
-begin with "module.", which DataParallel adds.
+Released checkpoints have no config. A released checkpoint of RDN is a state dict, or a dictionary with the state dict
+under the key "state_dict". A released checkpoint of a detector is {"epoch", "arch", "state_dict", "optimizer"}. The
+keys of a state dict may begin with "module.", which DataParallel adds.
 """
 
 from collections.abc import Mapping
@@ -13,32 +13,32 @@ from models.resnet import BOTTLENECKS, LAYOUTS
 from utils.errors import UserError
 
 SHOWN_KEYS = 3  # largest number of keys that an error message names
-PREFIX = "module."  # prefix of the keys of a network that was saved inside DataParallel
+PREFIX = "module."  # prefix of the keys in a state dict if the network was wrapped in DataParallel
 
 
-def state_dict_of(content: Mapping, name: str) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint, without the prefix "module." of its keys.
+def extract_state_dict(content: Mapping, name: str) -> dict[str, Tensor]:
+    """Return the state dict in a checkpoint, and remove the prefix "module." from its keys.
 
     Args:
-        content: the state dict itself, or a dictionary with the state dict under "state_dict".
-        name: name of the checkpoint, for error messages.
+        content: the state dict itself, or a dictionary with the state dict under the key "state_dict".
+        name: name of the checkpoint for error messages.
 
     Raises:
-        UserError: if the checkpoint holds no state dict.
+        UserError: if the checkpoint contains no state dict.
     """
     state = content.get("state_dict", content)
     is_state_dict = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
     if not is_state_dict:
         keys = ", ".join(str(key) for key in list(content)[:SHOWN_KEYS]) or "none"
-        raise UserError(f"no weights in {name}: expected a state dict, got the keys {keys}")
+        raise UserError(f"{name} contains no weights: expected a state dict, got a dictionary with the keys {keys}")
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
-def rdn_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]:
-    """Read the scale and the other arguments of an RDN from the shapes of its weights.
+def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]:
+    """Read the scale and the other arguments of an RDN from the names and shapes of its weights.
 
     Raises:
-        UserError: if the weights are not the weights of an RDN.
+        UserError: if the state dict does not belong to an RDN.
     """
     try:
         num_features = state["sfe1.weight"].shape[0]
@@ -47,8 +47,8 @@ def rdn_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} holds no RDN: expected the key {error}, got {len(state)} keys, the first of which is {first}; give"
-            " a checkpoint of train_sr.py or a released checkpoint of RDN"
+            f"{name} contains no RDN: expected the key {error}, got {len(state)} keys, the first of which is {first};"
+            " give a checkpoint of train_sr.py or a released checkpoint of RDN"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:
@@ -66,13 +66,13 @@ def rdn_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[int, dict]
     return scale, arguments
 
 
-def resnet_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[str, int]:
-    """Read the name and the number of input channels of a ResNet from the shapes of its weights.
+def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tuple[str, int]:
+    """Read the name and the number of input channels of a ResNet from the names and shapes of its weights.
 
-    The shapes do not show whether the ResNet is dilated.
+    The weights do not show whether the ResNet is dilated.
 
     Raises:
-        UserError: if the weights are not the weights of a `models.resnet.DeepStemResNet`.
+        UserError: if the state dict does not belong to a `models.resnet.DeepStemResNet`.
     """
     counts = []
     for stage in range(1, 5):
@@ -85,16 +85,17 @@ def resnet_from_weights(state: Mapping[str, Tensor], name: str) -> tuple[str, in
             if layout == tuple(counts) and (arch in BOTTLENECKS) == bottleneck:
                 return arch, channels
     raise UserError(
-        f"{name} holds no detector: its first key is {next(iter(state), 'none')}; give a checkpoint of"
-        f" train_detector.py or a released detector ({', '.join(LAYOUTS)}, each with the deep stem conv1.0)"
+        f"{name} contains no detector: expected the weights of a {', '.join(LAYOUTS)} with a deep stem (conv1.0), got"
+        f" weights of which the first is {next(iter(state), 'none')}; give a checkpoint of train_detector.py or a"
+        " released detector"
     )
 
 
-def dilation_argument(arch: str, no_dilation: bool | None) -> dict:
-    """Return the keyword argument of the classifier that the flag `--no_dilation` sets.
+def make_dilation_argument(arch: str, no_dilation: bool | None) -> dict:
+    """Convert the option `--no_dilation` to the keyword argument {"dilated": True or False} of a ResNet.
 
-    Release: the released code dilates a ResNet-50, ResNet-101 or ResNet-152 unless `--no_dilation` is given. ResNet-18
-    and ResNet-34 cannot be dilated.
+    The result is {} for a ResNet-18 or ResNet-34, which cannot be dilated. Release: the released code dilates a
+    ResNet-50, ResNet-101 or ResNet-152 unless `--no_dilation` is given.
     """
     if arch not in BOTTLENECKS:
         return {}

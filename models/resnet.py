@@ -1,10 +1,11 @@
-"""The detector's classifier: a ResNet with a deep stem and two logits.
+"""The ResNet that classifies residuals as real or fake. The stem of the ResNet has three convolutions.
 
 ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). As in torchvision, a
-bottleneck has its stride in the 3x3 convolution. The parameters have torchvision's names.
+bottleneck has its stride in the 3x3 convolution. The parameters have the same names as in torchvision.
 
-The released detectors differ from torchvision's ResNet in three ways: the stem has three convolutions, two of them with
-stride 2; layer1 has stride 2; layer3 and layer4 do not down-sample. The total stride is 32, as in torchvision.
+The ResNet of the released detectors differs from torchvision's ResNet in three ways: the stem has three convolutions,
+two of them with stride 2; layer1 has stride 2; layer3 and layer4 do not down-sample. The total stride is 32, as in
+torchvision.
 """
 
 from fractions import Fraction
@@ -12,11 +13,12 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from models.tiling import in_tiles
+from models.tiling import compute_in_tiles
 from utils.errors import UserError
 
 STEM_CHANNELS = 128
-# Stride of the stem and halo of its tiles, in pixels of the residual. The stem looks 11 pixels to each side.
+# Total stride of the stem and halo of its tiles, in pixels of the residual. The halo must be at least 11 pixels wide,
+# because each output value of the stem depends on pixels at a distance of up to 11 pixels.
 STEM_STRIDE, STEM_HALO = 8, 16
 
 LAYOUTS = {
@@ -26,19 +28,25 @@ LAYOUTS = {
     "resnet101": (3, 4, 23, 3),
     "resnet152": (3, 8, 36, 3),
 }
-BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # ResNet-18 and ResNet-34 are made of basic blocks
+BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # ResNets that consist of `Bottleneck` blocks
 
 
-def convolution(in_channels: int, out_channels: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Create a convolution that divides height and width by `stride`. It has no bias, because a batch norm follows."""
+def create_convolution(in_channels: int, out_channels: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """Create a convolution that divides height and width by `stride`, rounded up.
+
+    The convolution has no bias, because a batch norm follows it.
+
+    Args:
+        side: height and width of the kernel.
+    """
     padding = side // 2 * dilation
     return nn.Conv2d(in_channels, out_channels, side, stride, padding, dilation, bias=False)
 
 
 class Block(nn.Module):
-    """A residual block, which adds its input to the output of `body`.
+    """A residual block: the output is relu(compute_residual_branch(x) + x).
 
-    The input is projected by a 1x1 convolution if its shape differs from the shape of the output.
+    If x and the output have different shapes, a 1x1 convolution of x is added instead of x.
     """
 
     expansion: int
@@ -48,97 +56,98 @@ class Block(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = None
 
-    def project_input(self, in_planes: int, out_planes: int, stride: int) -> None:
-        """Create the projection of the input, if the shapes of input and output differ.
+    def add_input_projection(self, in_planes: int, out_planes: int, stride: int) -> None:
+        """Create the 1x1 convolution of the input, if the input and the output of the block have different shapes.
 
         Call this method last in `__init__`, because saved optimizer states identify parameters by their order.
         """
         if stride != 1 or in_planes != out_planes:
-            projection = convolution(in_planes, out_planes, 1, stride)
+            projection = create_convolution(in_planes, out_planes, 1, stride)
             self.downsample = nn.Sequential(projection, nn.BatchNorm2d(out_planes))
 
-    def body(self, x: Tensor) -> Tensor:
+    def compute_residual_branch(self, x: Tensor) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        return self.relu(self.body(x) + shortcut)
+        return self.relu(self.compute_residual_branch(x) + shortcut)
 
 
 class BasicBlock(Block):
-    """The residual block of ResNet-18 and ResNet-34, with two 3x3 convolutions and without dilation."""
+    """A residual block of ResNet-18 or ResNet-34, with two 3x3 convolutions. The argument `dilation` is ignored."""
 
     expansion = 1
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
         super().__init__()
-        self.conv1 = convolution(in_planes, planes, 3, stride)
+        self.conv1 = create_convolution(in_planes, planes, 3, stride)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = convolution(planes, planes, 3)
+        self.conv2 = create_convolution(planes, planes, 3)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.project_input(in_planes, planes, stride)
+        self.add_input_projection(in_planes, planes, stride)
 
-    def body(self, x: Tensor) -> Tensor:
+    def compute_residual_branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         return self.bn2(self.conv2(x))
 
 
 class Bottleneck(Block):
-    """The residual block of ResNet-50, ResNet-101 and ResNet-152, with convolutions of 1x1, 3x3 and 1x1."""
+    """A residual block of ResNet-50, ResNet-101 or ResNet-152, with a 1x1, a 3x3 and a 1x1 convolution."""
 
     expansion = 4
 
     def __init__(self, in_planes: int, planes: int, stride: int, dilation: int):
         super().__init__()
-        self.conv1 = convolution(in_planes, planes, 1)
+        self.conv1 = create_convolution(in_planes, planes, 1)
         self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = convolution(planes, planes, 3, stride, dilation)
+        self.conv2 = create_convolution(planes, planes, 3, stride, dilation)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.conv3 = convolution(planes, self.expansion * planes, 1)
+        self.conv3 = create_convolution(planes, self.expansion * planes, 1)
         self.bn3 = nn.BatchNorm2d(self.expansion * planes)
-        self.project_input(in_planes, self.expansion * planes, stride)
+        self.add_input_projection(in_planes, self.expansion * planes, stride)
 
-    def body(self, x: Tensor) -> Tensor:
+    def compute_residual_branch(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.relu(self.bn2(self.conv2(x)))
         return self.bn3(self.conv3(x))
 
 
 class DeepStemResNet(nn.Module):
-    """A ResNet: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
+    """A ResNet that classifies residuals: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
 
     Args:
         channels: number of channels of the residual.
-        arch: a key of LAYOUTS.
-        dilated: use dilation 2 in layer3 and dilation 4 in layer4. Release: the released code uses dilation unless
-            `--no_dilation` is given.
+        arch: name of the ResNet, a key of LAYOUTS.
+        dilated: whether layer3 has dilation 2 and layer4 has dilation 4. Release: the released code uses dilation
+            unless `--no_dilation` is given.
 
     Raises:
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # Side of the residual / side of the last feature map. Batch norm cannot be trained on one image with a 1 x 1 map.
+    # Side of the residual / side of the last feature map. train_detector.py warns about residuals that are not larger
+    # than this stride, because batch norm cannot be trained on a single image whose last feature map is 1 x 1.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
         super().__init__()
         if dilated and arch not in BOTTLENECKS:
-            raise UserError(f"{arch} has no dilated form (as in torchvision): pass --no_dilation")
+            raise UserError(f"{arch} cannot be dilated: pass --no_dilation, or choose --arch {', '.join(BOTTLENECKS)}")
         block = Bottleneck if arch in BOTTLENECKS else BasicBlock
         self.conv1 = nn.Sequential(
-            convolution(channels, 64, 3, stride=2),
+            create_convolution(channels, 64, 3, stride=2),
             nn.BatchNorm2d(64),
             nn.ReLU(inplace=True),
-            convolution(64, 64, 3, stride=2),
+            create_convolution(64, 64, 3, stride=2),
             nn.BatchNorm2d(64),
             nn.ReLU(inplace=True),
-            convolution(64, STEM_CHANNELS, 3),
+            create_convolution(64, STEM_CHANNELS, 3),
         )
         self.bn1 = nn.BatchNorm2d(STEM_CHANNELS)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         depths = LAYOUTS[arch]
-        # As in torchvision, the first block of a dilated layer has the dilation of the layer before
+        # As in torchvision, the first block of a dilated layer has the dilation of the previous layer
         third, fourth = ((1, 2), (2, 4)) if dilated else ((1, 1), (1, 1))
         self.in_planes = STEM_CHANNELS
         self.layer1 = self.make_layer(block, 64, depths[0], stride=2)
@@ -146,15 +155,21 @@ class DeepStemResNet(nn.Module):
         self.layer3 = self.make_layer(block, 256, depths[2], dilations=third)
         self.layer4 = self.make_layer(block, 512, depths[3], dilations=fourth)
         self.fc = nn.Linear(self.in_planes, 2)
-        self.tile = 1024  # side of the tiles for the stem in inference without gradients, in pixels of the residual
+        self.tile = 1024  # side of the tiles of the stem in inference without gradients, in pixels of the residual
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # N(0, sqrt(2 / (k * k * C_out)))
+            if isinstance(module, nn.Conv2d):  # normal distribution with std sqrt(2 / (k * k * C_out))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def make_layer(
         self, block: type[Block], planes: int, depth: int, stride: int = 1, dilations: tuple[int, int] = (1, 1)
     ) -> nn.Sequential:
-        """Create a layer of `depth` blocks. dilations: dilation of the first block, and of all later blocks."""
+        """Create a sequence of `depth` residual blocks.
+
+        Args:
+            planes: number of channels of the 3x3 convolutions.
+            stride: stride of the first block. The other blocks have stride 1.
+            dilations: dilation of the first block, and dilation of the other blocks.
+        """
         first, others = dilations
         blocks = [block(self.in_planes, planes, stride, first)]
         self.in_planes = planes * block.expansion
@@ -163,11 +178,11 @@ class DeepStemResNet(nn.Module):
         return nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify the residual x (B, channels, H, W). Returns logits (B, 2)."""
+        """Compute the logits (B, 2) of residuals x (B, channels, H, W)."""
         if torch.is_grad_enabled() or self.training:
-            x = self.stem(x)  # (B, 128, H / 8, W / 8), rounded up
+            x = self.run_stem(x)  # (B, 128, H / 8, W / 8), rounded up
         else:
-            x = in_tiles(self.stem, x, side=self.tile, halo=STEM_HALO, scale=Fraction(1, STEM_STRIDE))
+            x = compute_in_tiles(self.run_stem, x, side=self.tile, halo=STEM_HALO, scale=Fraction(1, STEM_STRIDE))
         x = self.layer1(x)  # (B, C1, H / 16, W / 16)
         x = self.layer2(x)  # (B, C2, H / 32, W / 32)
         x = self.layer3(x)  # (B, C3, H / 32, W / 32)
@@ -175,10 +190,14 @@ class DeepStemResNet(nn.Module):
         x = x.mean(dim=(2, 3))  # (B, C4)
         return self.fc(x)
 
-    def stem(self, x: Tensor) -> Tensor:
-        """Run the layers before layer1 on the residual x (B, channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
+    def run_stem(self, x: Tensor) -> Tensor:
+        """Run the layers before layer1 on residuals: x (B, channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles for the stem in inference without gradients, in pixels of the residual."""
+        """Set the side of the tiles of the stem in inference without gradients.
+
+        Args:
+            side: side of a tile in pixels of the residual.
+        """
         self.tile = side

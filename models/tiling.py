@@ -1,4 +1,4 @@
-"""Tiling: run a convolutional network on one tile of a feature map at a time, which takes less memory."""
+"""Run a convolutional network on one tile of a feature map at a time, which takes less memory than the whole map."""
 
 import math
 from collections.abc import Callable
@@ -8,25 +8,25 @@ import torch
 from torch import Tensor
 
 
-def in_tiles(
+def compute_in_tiles(
     function: Callable[..., Tensor],
     *maps: Tensor,
     side: int | tuple[int, int],
     halo: int,
     scale: Fraction | int = 1,
 ) -> Tensor:
-    """Compute function(*maps) tile by tile.
+    """Compute function(*maps) on one tile at a time.
 
-    Each tile is cut out with a halo of `halo` pixels on all sides, and the results for the halo are thrown away. The
-    halo ends at the border of the map, where `function` pads as it does on the whole map. The result is exact if
-    `function` looks at most `halo` pixels to each side.
+    Each tile is cut out with a halo, a margin of `halo` pixels on all sides. The results in the halo are discarded. At
+    the border of the map, tiles have no halo, and `function` pads the tile as it pads the whole map. The result equals
+    function(*maps) if each output value depends only on pixels at a distance of at most `halo`.
 
     Args:
-        function: a stack of "same"-padded convolutions, poolings and per-pixel operations: (B, C, h, w) ... ->
-            (B, C', scale * h, scale * w), rounded down or up.
-        maps: (B, C, h, w) each, all with one height and width.
-        side: side of a tile, or its (height, width), in pixels of `maps`; a multiple of 1 / scale.
-        halo: width of the halo in pixels of `maps`; a multiple of 1 / scale.
+        function: a sequence of convolutions with "same" padding, poolings and per-pixel operations: one or more maps
+            (B, C, h, w) -> (B, C', scale * h, scale * w), rounded down or up.
+        maps: tensors (B, C, h, w) of equal height and width.
+        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. Sides must be multiples of 1 / scale.
+        halo: width of the halo in pixels of `maps`. The width must be a multiple of 1 / scale.
         scale: height of the result / height of the maps.
     """
     height, width = maps[0].shape[2:]
@@ -45,7 +45,7 @@ def in_tiles(
             if result is None:
                 shape = (*y.shape[:2], math.ceil(height * scale), math.ceil(width * scale))
                 result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-            # Throw away the results for the halo
+            # Discard the results in the halo
             y = y[:, :, int((top - y0) * scale) :, int((left - x0) * scale) :]
             y = y[:, :, : int(tile_height * scale), : int(tile_width * scale)]
             row = int(top * scale)
@@ -53,4 +53,4 @@ def in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    return result[:, :, :bottom, :right]  # cut off the border that a function that rounds sizes down has not filled
+    return result[:, :, :bottom, :right]  # remove rows and columns that were not filled because `function` rounds down

@@ -1,8 +1,9 @@
-"""Winograd's algorithm F(4x4, 3x3) for 3x3 convolutions on a CPU, which needs a quarter of the multiplications.
+"""Winograd's algorithm F(4x4, 3x3) for 3x3 convolutions on a CPU.
 
-The algorithm is described by Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). A tile d
-of 6 x 6 values and a kernel g of 3 x 3 values give 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)]. In this
-formula, tiles and kernels are vectors, and * multiplies two vectors element by element.
+The algorithm needs a quarter of the multiplications of a direct convolution. The algorithm is described by Lavin and
+Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). From a tile d of 6 x 6 values and a kernel g of 3
+x 3 values, the algorithm computes 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)]. In this formula, d and g are
+flattened to vectors, and * multiplies two vectors element by element.
 
 Letters in shapes: B images, C channels per map, O output channels, n tiles, 36 products per tile.
 """
@@ -17,16 +18,17 @@ from torch import Tensor, nn
 TILE_IN = 6  # side of an input tile
 TILE_OUT = 4  # side of an output tile
 PRODUCTS = TILE_IN**2
-# The interpolation points of the algorithm. The sixth point is infinity. The measured rounding errors are about 2e-6.
+# The first five interpolation points of the algorithm. The sixth point is infinity. With these points, the measured
+# rounding errors are about 2e-6.
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
-TILES = 256  # number of tiles computed at a time, chosen to fit a CPU's caches
-# With fewer tiles than MIN_TILES or fewer channels than MIN_CHANNELS, the transforms cost more time than they save
+TILES = 256  # number of tiles computed at a time, chosen so that the tiles fit into the caches of a CPU
+# With fewer tiles than MIN_TILES or fewer channels than MIN_CHANNELS, a direct convolution is faster
 MIN_TILES = 64
 MIN_CHANNELS = 64
 
 
-def transforms() -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the matrices INPUT (36, 36), KERNEL (36, 9) and OUTPUT (16, 36) from POINTS (Cook-Toom method)."""
+def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the matrices INPUT (36, 36), KERNEL (36, 9) and OUTPUT (16, 36) from POINTS by the Cook-Toom method."""
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
@@ -36,14 +38,14 @@ def transforms() -> tuple[Tensor, Tensor, Tensor]:
     return tuple(torch.kron(matrix, matrix).float() for matrix in (input_1d, kernel_1d, output_1d))
 
 
-INPUT, KERNEL, OUTPUT = transforms()
+INPUT, KERNEL, OUTPUT = compute_transform_matrices()
 
 
-def is_faster(x: Tensor, layers: nn.Sequential) -> bool:
-    """Return whether Winograd's algorithm is used for the layers of a dense block on maps x (B, C, h, w).
+def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
+    """Return whether to use Winograd's algorithm for the layers of a dense block with the input x (B, C, h, w).
 
-    Winograd's algorithm is used for inference in float32 on an x86 CPU, if the maps are large and the layers of the
-    block have as many output channels as x has channels.
+    Winograd's algorithm is used for inference in float32 on an x86 CPU with AVX, if x has enough pixels and at least
+    MIN_CHANNELS channels, and if each layer has as many output channels as x has channels.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -58,13 +60,15 @@ def is_faster(x: Tensor, layers: nn.Sequential) -> bool:
 
 
 class DenseMaps:
-    """The maps that the layers of a dense block read. Each map is transformed once, although several layers read it.
+    """The input maps of the layers of a dense block, transformed by Winograd's algorithm.
+
+    Each map is transformed only once, although several layers read the map.
 
     Args:
-        like: (B, C, h, w), a tensor with the shape of each map.
+        like: a tensor with the shape of each map, (B, C, h, w).
         count: number of maps that will be added.
-        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. Passing one tensor to
-            several blocks saves the time of allocating memory.
+        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. Pass the same tensor for
+            several blocks, so that its memory is allocated only once.
     """
 
     def __init__(self, like: Tensor, count: int, scratch: Tensor):
@@ -74,23 +78,29 @@ class DenseMaps:
         self.strip_rows = max(TILES // self.columns, 1)  # number of rows of tiles that are computed at a time
         shape = (batch, self.rows, self.columns * count * PRODUCTS * self.channels)
         memory = scratch.resize_(math.prod(shape)).view(shape)
-        self.transformed = []  # transformed maps of each strip, (count, n, 36 * C)
-        for strip in self.strips(memory):
+        self.transformed = []  # transformed maps of each strip of tiles, (count, n, 36 * C)
+        for strip in self.split_into_strips(memory):
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
         self.added = 0  # number of maps that have been added
 
-    def convolve(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
-        """Add the map x (B, C, h, w), and convolve all added maps with "same" padding. Returns (B, O, h, w)."""
+    def add_and_convolve(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+        """Add the map x (B, C, h, w), and convolve the concatenation of all added maps with "same" padding.
+
+        Returns:
+            the output of the convolution, (B, O, h, w).
+        """
         self.added += 1
         weight = self.transform_kernel(convolution)  # (36 * O, C, maps, 1)
         out_channels = convolution.out_channels
         result = x.new_empty(len(x), self.rows, TILE_OUT, self.columns, TILE_OUT, out_channels)
-        for tiles, maps, target in zip(self.tiles(x), self.transformed, self.strips(result), strict=True):
+        for tiles, maps, target in zip(
+            self.cut_into_tiles(x), self.transformed, self.split_into_strips(result), strict=True
+        ):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
-            # The 36 products of all tiles are computed by one convolution with 36 groups, whose kernel spans the maps
+            # A grouped convolution with one group per product sums the products over all maps and channels
             values = maps[: self.added]  # (maps, n, 36 * C)
             if self.added == 1:
-                values = maps[0].view(-1, self.columns, maps.shape[2])  # faster shape for a single map
+                values = maps[0].view(-1, self.columns, maps.shape[2])  # with a single map, this shape is faster
             products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)  # (1, 36 * O, ..., ...)
             products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
             y = OUTPUT @ products  # (n, 16, O)
@@ -101,25 +111,29 @@ class DenseMaps:
         return y[:, :, : self.height, : self.width]
 
     def transform_kernel(self, convolution: nn.Conv2d) -> Tensor:
-        """Transform the weight (O, maps * C, 3, 3) of a convolution. Returns (36 * O, C, maps, 1)."""
+        """Transform the weight of a convolution: (O, maps * C, 3, 3) -> (36 * O, C, maps, 1)."""
         weight = convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (9, O * maps * C)
         weight = KERNEL @ weight  # (36, O * maps * C)
         weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
         return weight.permute(0, 3, 1, 2)
 
-    def strips(self, images: Tensor) -> list[Tensor]:
-        """Split images (B, rows, ...) into strips of `strip_rows` rows of tiles, image after image."""
+    def split_into_strips(self, images: Tensor) -> list[Tensor]:
+        """Split each image of a batch (B, rows, ...) into strips of at most `strip_rows` rows of tiles."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))
         return parts
 
-    def tiles(self, x: Tensor) -> Iterator[Tensor]:
-        """Cut maps (B, C, h, w) into tiles that overlap by two pixels. Yields the tiles of each strip, (n, 36, C)."""
+    def cut_into_tiles(self, x: Tensor) -> Iterator[Tensor]:
+        """Cut maps x (B, C, h, w) into tiles of 6 x 6 pixels that overlap by 2 pixels.
+
+        Yields:
+            the tiles of one strip, (n, 36, C).
+        """
         right = self.columns * TILE_OUT - self.width
         bottom = self.rows * TILE_OUT - self.height
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + right, 1, 1 + bottom))  # (B, H, W, C)
         grid = x.unfold(1, TILE_IN, TILE_OUT).unfold(2, TILE_IN, TILE_OUT)  # (B, rows, columns, C, 6, 6)
         grid = grid.permute(0, 1, 2, 4, 5, 3)  # (B, rows, columns, 6, 6, C)
-        for strip in self.strips(grid):
+        for strip in self.split_into_strips(grid):
             yield strip.reshape(-1, PRODUCTS, self.channels)

@@ -15,7 +15,7 @@ import train_detector
 import train_sr
 from models.features import VGG19, load_vgg
 from models.rdn import RDN
-from models.released import state_dict_of
+from models.released import extract_state_dict
 from models.resnet import DeepStemResNet
 from utils import checkpoints, options
 from utils.checkpoints import Fields, compute_fingerprint, load_weights
@@ -219,14 +219,14 @@ def test_weights_are_loaded_from_a_bare_state_dict_and_from_a_checkpoint(prefix,
     source, target = RDN(**TINY), RDN(**TINY)
     state = {prefix + key: value for key, value in source.state_dict().items()}
     content = {"state_dict": state, "epoch": 3} if wrapped else state
-    load_weights(target, state_dict_of(content, "file"), "file")
+    load_weights(target, extract_state_dict(content, "file"), "file")
     assert compute_fingerprint(target) == compute_fingerprint(source)
 
 
 @pytest.mark.parametrize("content", [{"epoch": 3}, {"state_dict": [1]}, {"state_dict": 3}, {"a": 1, "b": 2}])
 def test_a_checkpoint_without_weights_is_refused(content):
     with expect_user_error("some.pth"):
-        state_dict_of(content, "some.pth")
+        extract_state_dict(content, "some.pth")
 
 
 def test_load_weights_names_weights_that_do_not_fit_and_loads_nothing():

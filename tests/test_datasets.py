@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from files import save_image
 from trainings import CPU
 
-from data.datasets import Augmentation, EpochBatches, ImageDataset, Key, PatchDataset, make_loader, merge_equal_sizes
+from data.datasets import (
+    Augmentation,
+    EpochBatches,
+    ImageDataset,
+    Key,
+    PatchDataset,
+    make_loader,
+    merge_batches_of_equal_size,
+)
 from data.images import SizePolicy
 from data.lists import Item
 from data.perturbations import Perturbation, PerturbationSetting
@@ -82,7 +90,7 @@ def test_an_epoch_resumed_at_any_step_gives_the_remaining_batches():
 def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
     whole = indices_of_batches(EpochBatches(count, 4, seed=3))
     parts = [list(EpochBatches(count, 4, 3, World(rank, size))) for rank in range(size)]
-    smallest = EpochBatches(count, 4, 3, World(0, size)).smallest_part()
+    smallest = EpochBatches(count, 4, 3, World(0, size)).smallest_entry_count()
     for step, batch in enumerate(whole):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
@@ -175,7 +183,7 @@ def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_p
     corners = [locate_crop(data[Key(epoch, 0)]) for epoch in range(40)]
     assert len({c[:2] for c in corners}) > 35
     assert 8 < sum(mirrored for _, _, mirrored in corners) < 32
-    assert [data.mirrored(Key(epoch, 0)) for epoch in range(40)] == [mirrored for _, _, mirrored in corners]
+    assert [data.is_mirrored(Key(epoch, 0)) for epoch in range(40)] == [mirrored for _, _, mirrored in corners]
 
 
 def test_without_augmentation_an_image_is_cropped_in_the_centre(tmp_path):
@@ -266,9 +274,9 @@ def square_dataset(tmp_path):
 
 
 def merged_batches(dataset, keys, **limits):
-    """Load the images of a dataset one by one, and return the batches that merge_equal_sizes makes of these images."""
+    """Load the images of a dataset one by one, and return the batches that merge_batches_of_equal_size makes of these images."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
-    return list(merge_equal_sizes(loader, **limits))
+    return list(merge_batches_of_equal_size(loader, **limits))
 
 
 def test_consecutive_images_of_equal_size_are_merged_into_one_batch(square_dataset):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from files import expect_user_error
 
-from data.degradations import TASKS, check_task, compress_jpeg, degrade_batch, degrade_patch, draw_degradation
+from data.degradations import TASKS, check_task_name, compress_as_jpeg, degrade_batch, degrade_patch, draw_degradation
 
 NONE = {"augment": False, "completion": False, "colorization": False}
 TRIALS = 800
@@ -72,7 +72,7 @@ def test_the_auxiliary_task_none_degrades_no_batch():
 
 def test_an_unknown_auxiliary_task_is_refused_with_the_names_of_the_known_tasks():
     with expect_user_error("--mode-sr", "colorization", "inpainting"):
-        check_task("inpainting")
+        check_task_name("inpainting")
 
 
 @pytest.mark.parametrize("way", ["completion", "colorization"])
@@ -110,7 +110,7 @@ def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses_patches
 
 def test_jpeg_compression_changes_an_image_more_at_lower_quality():
     image = random_image(3, 32, 32)
-    lost = [(compress_jpeg(image, quality) - image).abs().mean() for quality in (95, 60, 25)]
+    lost = [(compress_as_jpeg(image, quality) - image).abs().mean() for quality in (95, 60, 25)]
     assert 0 < lost[0] < lost[1] < lost[2] < 0.3
 
 

@@ -19,7 +19,7 @@ from files import expect_user_error, save_image
 from PIL import Image, JpegImagePlugin
 
 from data.images import load_image
-from data.lists import list_paths
+from data.lists import read_path_list
 from tools import example, twins
 from tools.autoencoder import Autoencoder, load_autoencoder
 from tools.scenes import draw_scene
@@ -91,7 +91,7 @@ def test_the_folder_of_example_images_has_the_documented_files(example_folder):
         with Image.open(example_folder / name) as image:
             assert (image.mode, image.size) == ("RGB", (32, 32))
     for split in ("train", "val"):
-        assert [Path(p) for p in list_paths(str(example_folder / f"{split}.txt"))] == sorted(
+        assert [Path(p) for p in read_path_list(str(example_folder / f"{split}.txt"))] == sorted(
             (example_folder / split / "real").iterdir()
         )
     assert "CC0" in (example_folder / "README.txt").read_text()
@@ -142,7 +142,7 @@ def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(exampl
 def test_the_lists_can_be_read_if_the_folder_name_is_not_utf8(tmp_path):
     out = os.path.join(os.fsencode(tmp_path), b"\xff \xe9")
     example.main(example_arguments(os.fsdecode(out)))
-    assert len(list_paths(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
+    assert len(read_path_list(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
     with expect_user_error("line break"):
         example.main(example_arguments(tmp_path / "a\nb"))
 

@@ -45,7 +45,9 @@ def write_rdn_weights(path, scale=4):
 def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **options):
     """Write a detector in the checkpoint format of train_detector.py. Return the path of the checkpoint."""
     torch.manual_seed(0)
-    detector, config = build.new_detector(checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random")
+    detector, config = build.create_detector(
+        checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random"
+    )
     for module in detector.modules():  # without random batch-norm weights, all images would have similar logits
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)

@@ -7,7 +7,7 @@ import pytest
 from files import expect_user_error, save_image, write_empty_files
 
 from data.folders import HAS_AVIF, find_images
-from data.lists import Item, input_items
+from data.lists import Item, list_unlabelled_items
 
 SCORE_TABLE = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
 
@@ -112,10 +112,10 @@ def test_images_whose_names_resemble_outputs_of_test_py_are_kept(tmp_path):
 
 def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_list_of_files(folder_with_outputs, caplog):
     paths = [f"{folder_with_outputs}/{name}" for name in ("cat.png", "scores.png", "sub/cat.png.residual.png")]
-    assert input_items(paths) == [Item(paths[0], None, "")]
+    assert list_unlabelled_items(paths) == [Item(paths[0], None, "")]
     assert "left out 2 pictures" in caplog.text
     with expect_user_error("no images", "1 figure of a score table"):
-        input_items(paths[1:2])
+        list_unlabelled_items(paths[1:2])
 
 
 # --- folders that cannot be used ----------------------------------------------------------------------------

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from golden_rule import fill_with_golden_weights
 
 from models.features import STAGES, VGG19, Pixels, VGG19Stage
-from models.losses import perceptual_distance, reconstruction_loss
+from models.losses import compute_perceptual_distance, compute_reconstruction_loss
 from models.rdn import RDN
-from models.released import rdn_from_weights, resnet_from_weights
+from models.released import read_rdn_scale_and_arguments, read_resnet_name_and_channels
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector, downsample
 
@@ -48,7 +48,7 @@ def golden_vgg():
     return fill_with_golden_weights(VGG19())
 
 
-def features_of_stage(stage, vgg):
+def find_features_of_stage(stage, vgg):
     """Return the features module of a stage: `Pixels` for stage 0, and `VGG19Stage` for stages 1 to 5."""
     if stage == 0:
         return Pixels()
@@ -100,7 +100,7 @@ def test_a_small_rdn_has_the_released_output_at_each_scale(released_outputs, sca
     small = fill_with_golden_weights(RDN(scale=scale, **TINY))
     with torch.inference_mode():
         assert_close(small(released_outputs["tiny_in"]), released_outputs[f"rdn_small_x{scale}"])
-    assert rdn_from_weights(small.state_dict(), "file") == (scale, TINY)
+    assert read_rdn_scale_and_arguments(small.state_dict(), "file") == (scale, TINY)
 
 
 def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(released_outputs, golden_vgg, input_images):
@@ -131,16 +131,20 @@ def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(releas
 def test_detectors_have_the_released_logits(
     released_outputs, golden_rdn, golden_vgg, input_images, key, arch, stage, dilated
 ):
-    features = features_of_stage(stage, golden_vgg)
+    features = find_features_of_stage(stage, golden_vgg)
     classifier = fill_with_golden_weights(DeepStemResNet(features.channels, arch, dilated))
     detector = ResynthesisDetector(golden_rdn, features, classifier).eval()
     with torch.inference_mode():
         assert_close(detector(input_images), released_outputs[key])
-    assert resnet_from_weights(classifier.state_dict(), "file") == (arch, features.channels)
+    assert read_resnet_name_and_channels(classifier.state_dict(), "file") == (arch, features.channels)
 
 
 def test_the_losses_have_the_released_values(released_outputs, golden_rdn, golden_vgg, input_images):
     with torch.inference_mode():
         x_hat = golden_rdn(downsample(input_images, 4))
-        assert_close(perceptual_distance(x_hat, input_images, golden_vgg, F.mse_loss), released_outputs["vgg_loss_mse"])
-        assert_close(reconstruction_loss(x_hat, input_images, golden_vgg).mean(), released_outputs["aux_loss_l1"])
+        assert_close(
+            compute_perceptual_distance(x_hat, input_images, golden_vgg, F.mse_loss), released_outputs["vgg_loss_mse"]
+        )
+        assert_close(
+            compute_reconstruction_loss(x_hat, input_images, golden_vgg).mean(), released_outputs["aux_loss_l1"]
+        )

@@ -18,11 +18,11 @@ from data.images import (
     Header,
     SizePolicy,
     check_headers,
+    compute_final_size,
     load_image,
-    refuse_mixed_sizes,
+    require_equal_sizes,
     resize_and_crop,
-    size_after,
-    usable_items,
+    select_usable_items,
 )
 from data.lists import Item
 from utils.console import printable
@@ -385,7 +385,7 @@ def test_resizing_keeps_the_aspect_ratio_and_antialiases():
 @pytest.mark.parametrize("size", [(64, 64), (65, 127), (201, 50)])
 def test_size_after_predicts_the_size_after_resizing_and_cropping(size, policy):
     image = resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
-    assert size_after(*size, policy) == tuple(image.shape[-2:])
+    assert compute_final_size(*size, policy) == tuple(image.shape[-2:])
 
 
 @pytest.mark.parametrize(
@@ -411,9 +411,9 @@ def test_images_of_the_smallest_allowed_size_are_accepted():
 
 def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_path):
     items = [Item(name, REAL, "") for name in ("a.png", "b.png", "c.png")]
-    refuse_mixed_sizes(items[:2], [(16, 16), (16, 16)])
+    require_equal_sizes(items[:2], [(16, 16), (16, 16)])
     with expect_user_error("a.png is 16 x 16", "c.png is 18 x 16", "--crop-size", "--batch-size 1"):
-        refuse_mixed_sizes(items, [(16, 16), (16, 16), (16, 18)])
+        require_equal_sizes(items, [(16, 16), (16, 16), (16, 18)])
 
 
 # --- choosing usable images ---------------------------------------------------------------------------------
@@ -432,12 +432,12 @@ def good_and_bad_items(tmp_path):
 
 def test_without_skip_bad_a_list_with_unusable_images_is_refused(good_and_bad_items):
     with expect_user_error("2 of 5", "--skip-bad", "2x16.png: is 16 x 2"):
-        usable_items(good_and_bad_items, SizePolicy(4))
+        select_usable_items(good_and_bad_items, SizePolicy(4))
 
 
 def test_with_skip_bad_unusable_images_are_left_out_and_named(good_and_bad_items, caplog):
     caplog.set_level(logging.INFO)
-    items, headers = usable_items(good_and_bad_items, SizePolicy(4), skip_bad=True)
+    items, headers = select_usable_items(good_and_bad_items, SizePolicy(4), skip_bad=True)
     assert items == good_and_bad_items[:3] and headers == [Header((16, 16)), Header((17, 16)), Header((16, 18))]
     expected = [
         ["left out", good_and_bad_items[3].path, "16 x 2"],
@@ -451,13 +451,13 @@ def test_with_skip_bad_unusable_images_are_left_out_and_named(good_and_bad_items
 
 
 def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(good_and_bad_items):
-    items, _ = usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
+    items, _ = select_usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
     assert items == good_and_bad_items[:3]
     with expect_user_error("3 of 3", "at least 32"):
-        usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
+        select_usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
 
 
 def test_with_skip_bad_a_list_without_usable_images_is_refused(good_and_bad_items):
     with expect_user_error("2 of 2"):
-        usable_items(good_and_bad_items[3:], SizePolicy(4), skip_bad=True)
-    assert usable_items([], SizePolicy()) == ([], [])
+        select_usable_items(good_and_bad_items[3:], SizePolicy(4), skip_bad=True)
+    assert select_usable_items([], SizePolicy()) == ([], [])

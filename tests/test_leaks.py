@@ -10,8 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.leaks import LEAK, SAMPLE, WARNING, File, attribute_finding, attributes_of, audit, log_quick_audit
-from data.lists import Item, folder_items, tree_items
+from data.leaks import (
+    LEAK,
+    SAMPLE,
+    WARNING,
+    File,
+    audit_images,
+    compare_attribute_in_classes,
+    list_header_attributes,
+    log_quick_audit,
+)
+from data.lists import Item, list_folder_items, list_tree_items
 from utils.labels import FAKE, REAL
 
 COUNT = 20  # images per class
@@ -45,7 +54,7 @@ def real_and_fake_paths(tmp_path):
 
 def audit_folders(real, fake, **options):
     """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit`."""
-    return audit(folder_items([str(real)], [str(fake)]), **options)
+    return audit_images(list_folder_items([str(real)], [str(fake)]), **options)
 
 
 def finding_names(result):
@@ -89,24 +98,24 @@ def test_the_jpeg_quality_is_read_from_the_file(tmp_path):
     for quality in (20, 50, 75, 90, 99):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", quality=quality)
         with Image.open(tmp_path / "a.jpg") as image:
-            assert attributes_of(image)["JPEG quality"] == f"quality {quality}"
+            assert list_header_attributes(image)["JPEG quality"] == f"quality {quality}"
 
 
 def test_a_leak_of_one_of_four_generators_is_found(tmp_path):
     for i, (generator, suffix) in enumerate((("a", ".png"), ("b", ".png"), ("c", ".png"), ("d", ".jpg"))):
         write_pictures(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
         write_pictures(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
-    (finding,) = audit(tree_items(str(tmp_path))).findings
+    (finding,) = audit_images(list_tree_items(str(tmp_path))).findings
     assert finding.check == "format (train, d)" and finding.severity == LEAK
 
 
 def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path):
     write_pictures(real_and_fake_paths[0], 0)
     write_pictures(real_and_fake_paths[1], 100)
-    validation = folder_items(
+    validation = list_folder_items(
         [str(write_pictures(tmp_path / "a", 200))], [str(write_pictures(tmp_path / "b", 300, ".jpg"))]
     )
-    result = audit(folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]), validation)
+    result = audit_images(list_folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]), validation)
     assert finding_names(result) == ["format (validation)"]
 
 
@@ -120,8 +129,8 @@ def files_with_sizes(reals, fakes):
 
 
 def severity_of_sizes(reals, fakes):
-    """Return the severity with which `attribute_finding` reports the sizes, or None if nothing is reported."""
-    finding = attribute_finding(files_with_sizes(reals, fakes), "size", "train")
+    """Return the severity with which `compare_attribute_in_classes` reports the sizes, or None if nothing is reported."""
+    finding = compare_attribute_in_classes(files_with_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 
 
@@ -132,7 +141,7 @@ def test_a_difference_between_real_and_fake_files_is_a_leak_a_warning_or_ignored
 
 
 def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images():
-    finding = attribute_finding(files_with_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train")
+    finding = compare_attribute_in_classes(files_with_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train")
     assert finding.message == "a in 90% of the real and 0% of the fake images"
 
 
@@ -159,15 +168,15 @@ def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(re
     shutil.copy(real_and_fake_paths[0] / "0003.png", validation / "another name.png")
     shutil.copy(real_and_fake_paths[0] / "0005.png", real_and_fake_paths[1] / "real.png")
     shutil.copy(real_and_fake_paths[1] / "0107.png", real_and_fake_paths[1] / "again.png")
-    train = folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])])
-    result = audit(train, folder_items([str(validation)], []))
+    train = list_folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])])
+    result = audit_images(train, list_folder_items([str(validation)], []))
     found = {f.check: (f.severity, [os.path.basename(path) for path in f.examples]) for f in result.findings}
     assert found == {
         "exact duplicates in train and validation": (LEAK, ["0003.png", "another name.png"]),
         "exact duplicates in real and generated": (LEAK, ["0005.png", "real.png"]),
         "exact duplicates in one class": (WARNING, ["0107.png", "again.png"]),
     }
-    assert all("1 images occur more than once" in finding.message for finding in result.findings)
+    assert all("1 images occur in more than one file" in finding.message for finding in result.findings)
 
 
 def test_different_images_with_equal_file_sizes_are_not_reported_as_duplicates(real_and_fake_paths):
@@ -200,8 +209,8 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
     validation = write_pictures(tmp_path / "validation", 50, ".jpg", count=8)
     shutil.copy(real_and_fake_paths[0] / "0003.jpg", validation / "other.jpg")
     sets = [
-        folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]),
-        folder_items([str(validation)], []),
+        list_folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]),
+        list_folder_items([str(validation)], []),
     ]
     if not labelled:
         sets = [[item._replace(label=None) for item in items] for items in sets]
@@ -213,6 +222,6 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
 
 
 def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(real_and_fake_paths):
-    (item,) = folder_items([str(write_pictures(real_and_fake_paths[0], 0, count=1))], [])
+    (item,) = list_folder_items([str(write_pictures(real_and_fake_paths[0], 0, count=1))], [])
     items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
-    assert SAMPLE / 2 < audit(items, quick=True).checked <= SAMPLE
+    assert SAMPLE / 2 < audit_images(items, quick=True).checked <= SAMPLE

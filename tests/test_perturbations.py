@@ -10,7 +10,13 @@ from files import expect_user_error
 from PIL import Image
 
 from data import perturbations
-from data.perturbations import Perturbation, PerturbationSetting, augment, select_perturbations, settings_of
+from data.perturbations import (
+    Perturbation,
+    PerturbationSetting,
+    list_perturbation_settings,
+    perturb_at_random,
+    select_perturbations,
+)
 from utils.random_streams import seeded_generator
 
 FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # kernel size -> standard deviation, both in pixels
@@ -95,7 +101,7 @@ def recognise_perturbation(image, result):
 @pytest.mark.parametrize("kernel_size, sigma", [*FRANK_KERNELS.items(), (9, 4.0), (3, 4.0)])
 def test_blur_equals_a_gaussian_in_two_dimensions(kernel_size, sigma):
     (image,) = random_images(1, 40, 48)
-    result = perturbations.blur(image, kernel_size, sigma).numpy()
+    result = perturbations.blur_image(image, kernel_size, sigma).numpy()
     assert np.abs(result - blur_by_numpy(image, kernel_size, sigma)).max() < 0.501
     swept = perturb_image(image, "blur", "sweep", 0, sigma).numpy()
     assert np.abs(swept - blur_by_numpy(image, 51, sigma)).max() < 0.51
@@ -122,7 +128,7 @@ def test_noise_of_different_strengths_is_one_pattern_with_different_amplitudes()
 @pytest.mark.parametrize("size", [(256, 256), (128, 384)])
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2])
 def test_crop_cuts_half_of_the_fraction_at_each_border_and_keeps_the_image_size(size, fraction):
-    result = perturbations.crop(gradient_image(*size), fraction)
+    result = perturbations.crop_and_enlarge(gradient_image(*size), fraction)
     assert result.shape == (3, *size)
     for channel in (0, 1):
         total, begin, end = measure_cut_fractions(result, channel)
@@ -201,9 +207,9 @@ def test_combined_of_the_frank2020_protocol_applies_each_perturbation_independen
 def test_augment_applies_one_of_four_perturbations_to_half_of_the_images():
     counts = Counter()
     for n, image in enumerate(random_images(400, 40, 40)):
-        result = augment(image, seeded_generator(1, n))
+        result = perturb_at_random(image, seeded_generator(1, n))
         counts[recognise_perturbation(image, result)[0]] += 1
-        assert torch.equal(result, augment(image, seeded_generator(1, n)))
+        assert torch.equal(result, perturb_at_random(image, seeded_generator(1, n)))
     assert counts.pop("none") == pytest.approx(200, abs=35)
     assert set(counts) == {"blur", "crop", "jpeg", "noise"} and min(counts.values()) > 25
 
@@ -212,11 +218,18 @@ def test_augment_applies_one_of_four_perturbations_to_half_of_the_images():
 
 
 def test_each_protocol_has_the_documented_perturbations():
-    assert [s.label for s in settings_of("frank2020")] == ["none", "blur", "crop", "jpeg", "noise", "combined"]
-    counts = Counter(s.name for s in settings_of("sweep"))
+    assert [s.label for s in list_perturbation_settings("frank2020")] == [
+        "none",
+        "blur",
+        "crop",
+        "jpeg",
+        "noise",
+        "combined",
+    ]
+    counts = Counter(s.name for s in list_perturbation_settings("sweep"))
     assert counts == {"none": 1, "blur": 4, "jpeg": 8, "noise": 5, "resize": 1}
     for protocol in ("frank2020", "sweep"):
-        assert select_perturbations(protocol, [("all", None)]) == settings_of(protocol)
+        assert select_perturbations(protocol, [("all", None)]) == list_perturbation_settings(protocol)
 
 
 def test_perturbations_are_selected_in_the_requested_order_without_repetition():
@@ -227,7 +240,7 @@ def test_perturbations_are_selected_in_the_requested_order_without_repetition():
 def test_a_perturbation_setting_has_a_label_and_a_file_name():
     setting = PerturbationSetting("jpeg", 70.0)
     assert setting.label == "jpeg quality 70" and setting.file_name == "jpeg_quality_70"
-    assert setting.sweep.axis == "quality" and setting.sweep.smaller_is_harder
+    assert setting.sweep_entry.axis == "quality" and setting.sweep_entry.smaller_is_harder
     assert PerturbationSetting("from another program", 2.0).label == "from another program 2"
 
 
@@ -259,7 +272,7 @@ def test_a_perturbation_added_to_the_dict_can_be_selected(monkeypatch):
 @pytest.mark.parametrize("protocol", ["frank2020", "sweep"])
 def test_perturbed_images_do_not_depend_on_the_order_of_images_or_on_other_random_numbers(protocol):
     images = random_images(8, 32, 32)
-    for setting in settings_of(protocol):
+    for setting in list_perturbation_settings(protocol):
         transform = Perturbation(setting, protocol, 7)
         forward = [transform(image) for image in images]
         backward = [transform(image.clone(), np.random.default_rng()) for image in reversed(images)]

@@ -13,7 +13,7 @@ from trainings import CPU, TINY, checkpoint_without_settings, read_stats, run_tr
 from data.datasets import Augmentation, ImageDataset, Key
 from data.images import Header, SizePolicy
 from data.lists import Item
-from data.residuals import STORAGE, CacheOptions, ResidualDataset, cache_folder, cached_residuals
+from data.residuals import STORAGE, CacheOptions, ResidualDataset, create_cache_folder, create_residual_datasets
 from models.features import Pixels
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
@@ -102,20 +102,20 @@ def test_the_cache_has_one_file_per_image_crop_and_mirroring(training_files, tmp
     plain = residual_dataset(tmp_path, path)
     augmented = residual_dataset(tmp_path, path, augmentation=Augmentation(1))
     keys = [Key(epoch, 0) for epoch in range(50)]
-    upright = next(key for key in keys if not augmented.images.mirrored(key))
-    mirrored = next(key for key in keys if augmented.images.mirrored(key))
-    assert plain.path(FIRST) == augmented.path(upright) != augmented.path(mirrored)
+    upright = next(key for key in keys if not augmented.images.is_mirrored(key))
+    mirrored = next(key for key in keys if augmented.images.is_mirrored(key))
+    assert plain.compute_path(FIRST) == augmented.compute_path(upright) != augmented.compute_path(mirrored)
     crops = residual_dataset(tmp_path, path, augmentation=Augmentation(1, crops=3), policy=SizePolicy(4, 16))
-    names = {crops.path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
-    assert len(names | {plain.path(FIRST), augmented.path(mirrored)}) == 2 * 3 + 2
+    names = {crops.compute_path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
+    assert len(names | {plain.compute_path(FIRST), augmented.compute_path(mirrored)}) == 2 * 3 + 2
 
 
 def test_an_image_that_has_changed_gets_a_new_file_in_the_cache(training_files, tmp_path):
     path = shutil.copy(training_files / "real/0.png", tmp_path)
     dataset = residual_dataset(tmp_path, path)
-    before = dataset.path(FIRST)
+    before = dataset.compute_path(FIRST)
     os.utime(path, ns=(1, 1))
-    assert dataset.path(FIRST) != before
+    assert dataset.compute_path(FIRST) != before
 
 
 CONFIG = {
@@ -129,7 +129,7 @@ CONFIG = {
 def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
     """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
     key = residual_cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
-    return cache_folder(root, key)
+    return create_cache_folder(root, key)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def cached_datasets(folder, images, max_gb=1.0):
     """Return a list with the dataset of cached residuals for a dataset of images, or [] if caching is impossible."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = residual_cache_key(CONFIG, "b", images.policy, ON_CPU)
-    return cached_residuals([images], tiny_detector().residual_shape, key, options, World())
+    return create_residual_datasets([images], tiny_detector().residual_shape, key, options, World())
 
 
 def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cached(training_files, tmp_path):

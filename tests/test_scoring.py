@@ -29,7 +29,7 @@ from scorings import (
 )
 from trainings import read_checkpoint, run_training, train_detector_arguments
 
-from data.lists import identities, input_items
+from data.lists import hash_image_files, list_unlabelled_items
 from evaluation import load
 from evaluation.score_table import COLUMNS, read_table
 
@@ -227,7 +227,7 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
 
 
 def test_scored_images_that_are_training_images_are_counted(image_folder, tmp_path, shrink_resnet18, capfd):
-    trained_on = torch.from_numpy(identities(input_items([str(image_folder)])[:3]))
+    trained_on = torch.from_numpy(hash_image_files(list_unlabelled_items([str(image_folder)])[:3]))
     detector = write_detector(tmp_path / "d", trained_on=trained_on)
     shutil.copytree(image_folder, tmp_path / "copies")
     assert run_test_py(*scoring_arguments(detector, tmp_path / "copies", tmp_path / "p")) == 0

@@ -11,7 +11,7 @@ from evaluation import load
 from models.features import Pixels
 from models.rdn import RDN
 from models.resynthesis import ResynthesisDetector
-from models.spectrum import ChannelPowerClassifier, SpectrumClassifier, pad_to
+from models.spectrum import ChannelPowerClassifier, SpectrumClassifier, reflect_to_side
 
 
 @pytest.mark.parametrize("size", [(3, 40, 70), (3, 16, 16), (3, 7, 33), (64, 16, 20), (512, 5, 5), (3, 1, 9)])
@@ -29,7 +29,7 @@ def test_a_pattern_with_a_period_of_four_pixels_is_a_peak_at_a_quarter_of_the_sa
     classifier = SpectrumClassifier(3)
     noise = 0.01 * torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     wave = 0.05 * torch.cos(2 * math.pi / 4 * torch.arange(128.0)).expand(1, 3, 128, 128)
-    difference = (classifier.spectrum(noise + wave) - classifier.spectrum(noise))[0]
+    difference = (classifier.compute_relative_spectrum(noise + wave) - classifier.compute_relative_spectrum(noise))[0]
     row, column = classifier.triangle[:, difference.argmax()].tolist()
     assert (row, column) == (0, 32 // 4)
 
@@ -39,7 +39,9 @@ def test_mirroring_turning_and_brightness_do_not_change_the_spectrum(change):
     classifier = SpectrumClassifier(3)
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     changed = {"mirrored": x.flip(3), "turned": x.rot90(1, (2, 3)), "brighter": x + 0.25}[change]
-    torch.testing.assert_close(classifier.spectrum(changed), classifier.spectrum(x), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        classifier.compute_relative_spectrum(changed), classifier.compute_relative_spectrum(x), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_the_channel_power_classifier_ignores_contrast_and_notices_one_stronger_channel():
@@ -54,7 +56,7 @@ def test_the_channel_power_classifier_ignores_contrast_and_notices_one_stronger_
 
 def test_pad_to_reflects_a_small_map_until_it_has_the_required_size():
     x = torch.arange(3.0).view(1, 1, 1, 3)
-    padded = pad_to(x, 6)
+    padded = reflect_to_side(x, 6)
     assert padded.shape == (1, 1, 6, 6)
     assert padded[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 1]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from files import expect_user_error, save_image
 
-from data.lists import csv_items, folder_items, list_paths
+from data.lists import list_csv_items, list_folder_items, read_path_list
 from tools import split
 from utils.labels import REAL
 
@@ -38,27 +38,27 @@ def read_all_files(folder):
 
 def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(image_root, capsys):
     assert split.main(split_arguments(image_root, image_root / "lists")) == 0
-    sets = [csv_items(str(image_root / "lists" / name)) for name in ("train.csv", "held_out.csv")]
-    expected = folder_items([str(image_root / "real")], [str(image_root / "gan"), str(image_root / "diffusion")])
+    sets = [list_csv_items(str(image_root / "lists" / name)) for name in ("train.csv", "held_out.csv")]
+    expected = list_folder_items([str(image_root / "real")], [str(image_root / "gan"), str(image_root / "diffusion")])
     assert sorted(sets[0] + sets[1]) == sorted(expected)
     assert 5 < len(sets[1]) < 25  # by default, 20 % of the 70 images (about 14) are held out
     lines = []
     for items, name in zip(sets, ("train_real.txt", "held_out_real.txt"), strict=True):
         reals = [item.path for item in items if item.label == REAL]
-        assert list_paths(str(image_root / "lists" / name)) == reals
+        assert read_path_list(str(image_root / "lists" / name)) == reals
         lines.append(f"{name.removesuffix('_real.txt')}: {len(reals)} real, {len(items) - len(reals)} generated")
     assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_adding_images_does_not_move_other_images_between_the_lists(image_root):
     split.main(split_arguments(image_root, image_root / "lists"))
-    before = {item.path for item in csv_items(str(image_root / "lists" / "held_out.csv"))}
+    before = {item.path for item in list_csv_items(str(image_root / "lists" / "held_out.csv"))}
     for index in range(30, 60):
         save_image(image_root / "real" / f"real {index}, a.png")
     split.main(split_arguments(image_root, image_root / "lists"))
-    after = {item.path for item in csv_items(str(image_root / "lists" / "held_out.csv"))}
+    after = {item.path for item in list_csv_items(str(image_root / "lists" / "held_out.csv"))}
     assert before < after
-    assert not before & {item.path for item in csv_items(str(image_root / "lists" / "train.csv"))}
+    assert not before & {item.path for item in list_csv_items(str(image_root / "lists" / "train.csv"))}
 
 
 def test_lists_with_another_fraction_are_replaced_only_with_overwrite(image_root):
@@ -111,7 +111,7 @@ def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, m
         split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite"))
     monkeypatch.undo()
     assert split.main(split_arguments(image_root, out, "--hold-out", 0.5)) == 0
-    assert 25 < len(csv_items(str(out / "held_out.csv"))) < 45
+    assert 25 < len(list_csv_items(str(out / "held_out.csv"))) < 45
 
 
 def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(image_root):
@@ -121,7 +121,7 @@ def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(image_root):
     (out / "train.csv").symlink_to("../elsewhere.csv")
     split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite"))
     assert (out / "train.csv").is_symlink()
-    assert len(csv_items(str(image_root / "elsewhere.csv"))) < 50
+    assert len(list_csv_items(str(image_root / "elsewhere.csv"))) < 50
 
 
 def test_lists_with_file_names_that_are_not_utf8_can_be_read(image_root):
@@ -131,11 +131,11 @@ def test_lists_with_file_names_that_are_not_utf8_can_be_read(image_root):
     split.main(split_arguments(image_root, image_root / "lists"))
     found = []
     for name in ("train_real.txt", "held_out_real.txt"):
-        found += list_paths(str(image_root / "lists" / name))
+        found += read_path_list(str(image_root / "lists" / name))
     assert sorted(found) == sorted(str(path) for path in (image_root / "real").iterdir())
     items = []
     for name in ("train.csv", "held_out.csv"):
-        items += csv_items(str(image_root / "lists" / name))
+        items += list_csv_items(str(image_root / "lists" / name))
     assert len(items) == 70 and all(os.path.exists(item.path) for item in items)
 
 

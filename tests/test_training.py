@@ -22,7 +22,7 @@ import train_detector
 import train_sr
 from data.datasets import Batch
 from models.features import STAGES, Pixels, VGG19Stage, load_vgg
-from models.losses import residual_and_reconstruction_loss
+from models.losses import compute_residual_and_reconstruction_loss
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector, downsample
@@ -181,7 +181,7 @@ def test_residual_and_auxiliary_loss_equal_the_formulas_of_the_paper(random_vgg,
     x = torch.rand(3, 3, 32, 32)
     real = torch.tensor([True, False, True])
     low = downsample(x, 4) + 0.1 * torch.rand(3, 3, 8, 8) if degraded else None
-    residual, loss = residual_and_reconstruction_loss(detector, random_vgg, x, low, real)
+    residual, loss = compute_residual_and_reconstruction_loss(detector, random_vgg, x, low, real)
     x_hat = detector.resynthesizer(downsample(x, 4))
     expected_residual = (detector.features(x_hat) - detector.features(x)).abs()
     torch.testing.assert_close(residual, expected_residual)

@@ -28,7 +28,7 @@ from evaluation.calibration import probabilities_and_verdicts, sigmoid
 from evaluation.loading import choose_image_settings
 from evaluation.metrics import count_verdicts_by_class, expected_calibration_error, negative_log_likelihood
 from evaluation.score_table import ScoreTable, read_record, read_table
-from models.released import state_dict_of
+from models.released import extract_state_dict
 from utils import checkpoints, options
 from utils.console import printable
 from utils.errors import UserError, run_program
@@ -100,7 +100,7 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
         UserError: if the weights differ, the images were perturbed, or the checkpoint contains no detector.
     """
     config = content.get("config") or {}
-    state = state_dict_of(content, name)
+    state = extract_state_dict(content, name)
     is_released_detector = any(key.endswith("fc.weight") for key in state)
     if not is_released_detector and not config.get("classifier"):
         raise UserError(

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from data.images import read_rgb
+from data.images import read_rgb_image
 from data.perturbations import PerturbationSetting
 from evaluation import figures, metrics
 from evaluation.score_table import ScoreTable, path_of_residual_picture, read_record, read_table
@@ -168,7 +168,7 @@ def encode_as_data_uri(content: bytes, kind: str) -> str:
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
     """Return a key that sorts score tables by perturbation, and then from the weakest to the strongest perturbation."""
     strength = scores.perturbation.strength or 0
-    if scores.perturbation.sweep.smaller_is_harder:
+    if scores.perturbation.sweep_entry.smaller_is_harder:
         strength = -strength
     return scores.perturbation.name, strength
 
@@ -223,7 +223,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
 def make_thumbnail(path: Path, side: int) -> str:
     """Make a small JPEG copy of an image file. Returns a data URI, or "" if the file cannot be read."""
     try:
-        image = read_rgb(str(path))
+        image = read_rgb_image(str(path))
     except UserError:
         return ""
     image.thumbnail((side, side))

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.lists import Item, labelled_items
+from data.lists import Item, list_labelled_items
 from utils import options
 from utils.console import printable
 from utils.errors import UserError, run_program
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     out = Path(args.out)
     require_replaceable_lists(out, args.hold_out, args.overwrite)
-    sets = split_by_file_name(labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
+    sets = split_by_file_name(list_labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
     files = {}
     for name, items in sets.items():
         require_both_classes(name, items)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from data.images import FORMATS
 from data.lists import find_images
-from models.tiling import in_tiles
+from models.tiling import compute_in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
 from tools.upsampling import halve_and_upsample
 from utils.console import printable, progress_bar
@@ -154,6 +154,6 @@ def create_autoencoder_function(model: Autoencoder) -> Imitate:
     """
 
     def encode_and_decode(x: Tensor) -> Tensor:
-        return in_tiles(model, x, side=TILE, halo=MARGIN)
+        return compute_in_tiles(model, x, side=TILE, halo=MARGIN)
 
     return encode_and_decode
