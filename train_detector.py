@@ -101,9 +101,9 @@ def main(args: Namespace) -> None:
         batches = EpochBatches(len(images), args.batch_size, args.seed, world)
         val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
         if args.batch_size > 1:
-            require_equal_sizes(images.items, images.sizes)
-            require_equal_sizes(val_images.items, val_images.sizes)
-        min_images = smallest_trainable_batch(detector, images.sizes, batches, compute)
+            require_equal_sizes(images.items, images.image_sizes)
+            require_equal_sizes(val_images.items, val_images.image_sizes)
+        min_images = smallest_trainable_batch(detector, images.image_sizes, batches, compute)
         if world.is_main:
             log_quick_audit(images.items, val_images.items)
 
@@ -151,7 +151,7 @@ def main(args: Namespace) -> None:
             write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, 0)
         for epoch in range(progress.epoch, args.epochs):
             for dataset in cached:
-                dataset.fill(epoch, residual_of, run.iterate_batches, args.workers, compute, world)
+                dataset.store_missing_residuals(epoch, residual_of, run.iterate_batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
             train_one_epoch(detector, run.iterate_batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
             values = progress.means_of_epoch()

@@ -103,7 +103,7 @@ def main(args: Namespace) -> None:
         # 5. Train on patches. The order of the patches depends only on the seed and the epoch.
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         loader = make_loader(patches, batches, args.workers, compute)
-        degradations = PatchDegradations(args.seed, args.perturb_at_random, args.completion, args.colorization)
+        degradations = PatchDegradations(args.seed, args.augment, args.completion, args.colorization)
         loss_of = partial(compute_patch_loss, model, vgg, args.vgg_lambda, degradations, compute)
         text = "%d training images; the training starts at epoch %d, step %d"
         logger.info(text, len(items), progress.epoch, progress.step)
@@ -226,7 +226,7 @@ class PatchDegradations(NamedTuple):
         patches = []
         for patch, key in zip(x_lr, keys, strict=True):
             rng = seeded_generator(self.seed, *key, DEGRADE_PATCH)
-            patches.append(degrade_patch(patch, rng, self.perturb_at_random, self.completion, self.colorization))
+            patches.append(degrade_patch(patch, rng, self.augment, self.completion, self.colorization))
         return torch.stack(patches)
 
 

@@ -170,7 +170,7 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         samples = {key.index: data[key] for key in keys}
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
-        assert max(len({data.item(key.index).path for key in batch}) for batch in batches) > 1  # several images
+        assert max(len({data.get_item(key.index).path for key in batch}) for batch in batches) > 1  # several images
         corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9

@@ -412,7 +412,7 @@ def test_images_of_the_smallest_allowed_size_are_accepted():
 def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_path):
     items = [Item(name, REAL, "") for name in ("a.png", "b.png", "c.png")]
     require_equal_sizes(items[:2], [(16, 16), (16, 16)])
-    with expect_user_error("a.png is 16 x 16", "c.png is 18 x 16", "--crop-size", "--batch-size 1"):
+    with expect_user_error("a.png has 16 x 16", "c.png has 18 x 16", "--crop-size", "--batch-size 1"):
         require_equal_sizes(items, [(16, 16), (16, 16), (16, 18)])
 
 
@@ -442,7 +442,7 @@ def test_with_skip_bad_unusable_images_are_left_out_and_named(good_and_bad_items
     expected = [
         ["left out", good_and_bad_items[3].path, "16 x 2"],
         ["left out", good_and_bad_items[4].path, "is empty"],
-        ["2 of 5 images are left out"],
+        ["left out 2 of 5 images, because they cannot be used"],
         ["2 of 3", "not multiples of 4"],
     ]
     assert len(caplog.messages) == len(expected)

@@ -58,7 +58,7 @@ def cached_file_names(folder):
 @pytest.mark.parametrize("storage", ["fp16", "fp32"])
 def test_residuals_read_from_the_cache_have_the_documented_precision(training_files, tmp_path, storage):
     values = torch.logspace(-12, 4.8, 10_000, dtype=torch.float64).float().reshape(1, 100, 100)
-    residual_dataset(tmp_path, training_files / "real/0.png", storage=storage).write(FIRST, values)
+    residual_dataset(tmp_path, training_files / "real/0.png", storage=storage).store_residual(FIRST, values)
     sample = residual_dataset(tmp_path, training_files / "real/0.png", storage=storage)[FIRST]
     assert sample.error is None and sample.x.shape == (1, 1, 100, 100)
     error = (sample.x[0].float() - values).abs()
@@ -72,14 +72,14 @@ def test_residuals_read_from_the_cache_have_the_documented_precision(training_fi
 @pytest.mark.parametrize("value, words", [(70_000.0, "--cache-precision fp32"), (float("nan"), "not finite")])
 def test_a_residual_that_cannot_be_stored_is_refused_with_the_reason(training_files, tmp_path, value, words):
     with expect_user_error("0.png", words):
-        residual_dataset(tmp_path, training_files / "real/0.png").write(FIRST, torch.full((1, 2, 2), value))
+        residual_dataset(tmp_path, training_files / "real/0.png").store_residual(FIRST, torch.full((1, 2, 2), value))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     dataset = residual_dataset(tmp_path, training_files / "real/0.png")
-    dataset.write(FIRST, torch.rand(3, 5, 7))
-    path, expected = dataset.path(FIRST), dataset[FIRST].x
+    dataset.store_residual(FIRST, torch.rand(3, 5, 7))
+    path, expected = dataset.compute_path(FIRST), dataset[FIRST].x
     whole = path.read_bytes()
     damaged = [b"", whole[:40], whole[:-1], bytes(len(whole))]
     for position in range(0, len(whole), 7):
@@ -189,7 +189,7 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
         return residual_without_gradients(detector, ON_CPU, None, batch)
 
     for _ in range(2):
-        dataset.fill(0, compute_and_record, lambda loader, _: loader, 0, ON_CPU, World())
+        dataset.store_missing_residuals(0, compute_and_record, lambda loader, _: loader, 0, ON_CPU, World())
         assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
         x = dataset.images[Key(0, index)].x / 255

@@ -80,7 +80,7 @@ def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(
         used.append(should_use_winograd(*arguments))
         return used[-1]
 
-    monkeypatch.setattr("models.rdn_inference.is_faster", record_is_faster)
+    monkeypatch.setattr("models.rdn_inference.should_use_winograd", record_is_faster)
     torch.manual_seed(0)
     rdn = RDN(num_features=64, growth_rate=64, num_blocks=2, num_layers=3)
     rdn.tile = 48
