@@ -32,7 +32,7 @@ def create_conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class DenseLayer(nn.Module):
-    """A 3x3 convolution and a ReLU that compute G feature maps from the feature maps of all earlier layers of a block."""
+    """A 3x3 convolution and a ReLU, which compute G feature maps from those of all earlier layers of a block."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()

@@ -33,8 +33,8 @@ def extract_state_dict(content: Mapping, name: str) -> dict[str, Tensor]:
     if not is_state_dict:
         keys = ", ".join(str(key) for key in list(content)[:SHOWN_KEYS]) or "none"
         raise UserError(
-            f"{name} contains no weights: expected a state dict, got a dictionary with the keys {keys}; give a file that"
-            " contains the weights of a network"
+            f"{name} contains no weights: expected a state dict, got a dictionary with the keys {keys}; give a file"
+            " that contains the weights of a network"
         )
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 

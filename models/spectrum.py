@@ -32,9 +32,10 @@ class SpectrumClassifier(nn.Module):
     The differences of log powers depend little on brightness, sharpness and image content.
 
     Each logit is the sum of two terms. The first term is the output of a network with one hidden layer, which learns to
-    recognize the generators of the training images. The second term is the log distance of these differences from a
-    learned centre, multiplied by a learned weight. Training moves real images towards the centre. An image that differs
-    from real images therefore gets a higher logit for FAKE, even if no training image was made by its generator.
+    recognize the generators of the training images. The second term is the log distance of the differences of log
+    powers from a learned centre, multiplied by a learned weight. Training moves real images towards the centre. An
+    image that differs from real images therefore gets a higher logit for FAKE, even if no training image was made by
+    its generator.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
     Images may have any size.
@@ -86,8 +87,8 @@ class SpectrumClassifier(nn.Module):
             x: residuals (B, C, H, W).
 
         Returns:
-            differences of log powers (B, half * (half + 1) / 2), where `half` is the number of frequencies 0 .. window
-            / 2.
+            differences of log powers (B, half * (half + 1) / 2), where `half` is the number of frequencies
+            0 .. window / 2.
         """
         n = self.window
         half = n // 2 + 1
@@ -105,7 +106,7 @@ class SpectrumClassifier(nn.Module):
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def average_neighbouring_frequencies(self, spectrum: Tensor) -> Tensor:
-        """Replace each value of spectra (B, half, half) by the mean over the frequency and its neighbouring frequencies.
+        """Replace each value of spectra (B, half, half) by the mean over neighbouring frequencies.
 
         The spectrum is reflected at its borders.
         """
