@@ -334,8 +334,8 @@ class PatchDataset(ItemDataset):
 
     Images are first centre-cropped so that their sides are multiples of `scale`. Patches are aligned with the
     low-resolution pixels, so that a downsampled patch is a part of the downsampled image. Horizontal flip, vertical
-    flip and rotation by 90 degrees have probability 0.5 each, as in the code of the paper's authors and in
-    yjn870/RDN-pytorch (MIT licence).
+    flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and in yjn870/RDN-pytorch
+    (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.

@@ -101,7 +101,7 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
     Args:
         kind: kind of network for error messages, such as "classifier".
         entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
-        name: key of `entries`.
+        name: name of the network in `entries`.
         required: positional arguments of the network.
         arguments: keyword arguments of the network, from options or from a checkpoint.
 

@@ -174,7 +174,7 @@ def compute_reach_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
     return math.ceil(reach / stride) * stride, stride
 
 
-# --- the released flag --idx-stages -------------------------------------------------------------------------
+# --- the authors' option --idx-stages -----------------------------------------------------------------------
 
 
 def find_features_of_stage(stage: int) -> tuple[str, dict]:

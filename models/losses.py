@@ -67,7 +67,7 @@ def compute_reconstruction_loss(x_hat: Tensor, x: Tensor, vgg: VGG19) -> Tensor:
 
 
 def compute_l1_per_image(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the mean of |a - b| over channels, height and width: (B, C, H, W) -> (B,)."""
+    """Compute the mean of |a - b| over channels, height and width for each image in a and b (B, C, H, W)."""
     return (a - b).abs().mean(dim=(1, 2, 3))
 
 

@@ -4,7 +4,7 @@
 The results are equal except for rounding errors.
 
 - RDN runs on tiles of the image. Each tile is cut out with all pixels on which the output of the tile depends.
-- After each dense block, its output is added to the fused maps, so that the outputs of earlier blocks can be freed.
+- The output of each dense block is added to the fused feature maps at once, so that earlier outputs can be freed.
 - On a CPU, dense layers use Winograd's algorithm, or run on a few rows at a time, which fit into the caches.
 """
 
@@ -40,7 +40,7 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
 
 
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
-    """Run all dense blocks and the 1x1 convolution that fuses their outputs: (B, G0, h, w) -> (B, G0, h, w).
+    """Run all dense blocks on x (B, G0, h, w), and the 1x1 convolution that fuses their outputs.
 
     The output of each block is convolved with its share of the weights of this convolution, and the results are summed.
     Summing takes less memory than a convolution of the concatenated outputs of all blocks. The sum has the data type of

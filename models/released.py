@@ -13,7 +13,7 @@ from torch import Tensor
 from models.resnet import BOTTLENECKS, LAYOUTS
 from utils.errors import UserError
 
-SHOWN_KEYS = 3  # largest number of keys that an error message names
+SHOWN_KEYS = 3  # largest number of keys in an error message
 PREFIX = "module."  # prefix of the keys in a state dict if the network was wrapped in DataParallel
 
 

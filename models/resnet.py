@@ -32,7 +32,7 @@ BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # ResNets that consist of 
 
 
 def create_convolution(in_channels: int, out_channels: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Create a convolution that divides height and width by `stride`, rounded up.
+    """Create a convolution that divides height and width by `stride`, and rounds the results up.
 
     The convolution has no bias, because a batch norm follows it.
 
@@ -192,7 +192,7 @@ class DeepStemResNet(nn.Module):
         return self.fc(x)
 
     def run_stem(self, x: Tensor) -> Tensor:
-        """Run the layers before layer1 on residuals: x (B, channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
+        """Run the layers before layer1 on residuals x (B, channels, H, W), which reduces height and width by 8."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile(self, side: int) -> None:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def downsample(x: Tensor, scale: int) -> Tensor:
-    """Replace each block of scale x scale pixels by its mean: (B, C, H, W) -> (B, C, H / scale, W / scale)."""
+    """Replace each block of scale x scale pixels of images x (B, C, H, W) by its mean."""
     return F.avg_pool2d(x, scale)
 
 
@@ -23,9 +23,10 @@ class ResynthesisDetector(nn.Module):
     to add a network.
 
     Args:
-        resynthesizer: network (B, 3, h, w) -> (B, 3, scale * h, scale * w), with an attribute `scale`.
-        features: network (B, 3, H, W) -> (B, channels, H / stride, W / stride), with attributes `channels`, `stride`.
-        classifier: network (B, channels, H / stride, W / stride) -> logits (B, 2).
+        resynthesizer: network that enlarges images (B, 3, h, w) by the factor in its attribute `scale`.
+        features: network that computes feature maps (B, channels, H / stride, W / stride) of images (B, 3, H, W). The
+            network has the attributes `channels` and `stride`.
+        classifier: network that computes logits (B, 2) from residuals (B, channels, H / stride, W / stride).
         signed: whether the residual keeps its sign. The paper uses the absolute value of the residual.
     """
 

@@ -22,9 +22,9 @@ def compute_in_tiles(
     equals function(*maps) if each output value depends only on pixels at a distance of at most `halo`.
 
     Args:
-        function: a sequence of convolutions with "same" padding, poolings and per-pixel operations: one or more maps
-            (B, C, h, w) -> (B, C', scale * h, scale * w), rounded down or up.
-        maps: tensors (B, C, h, w) of equal height and width.
+        function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
+            result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
+        maps: one or more feature maps (B, C, h, w) of equal height and width.
         side: side of a tile, or (height, width) of a tile, in pixels of `maps`. The sides of tiles must be multiples of
             1 / scale.
         halo: width of the halo in pixels of `maps`. The width of the halo must be a multiple of 1 / scale.

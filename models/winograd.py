@@ -111,7 +111,7 @@ class DenseMaps:
         return y[:, :, : self.height, : self.width]
 
     def transform_kernel(self, convolution: nn.Conv2d) -> Tensor:
-        """Transform the weight of a convolution: (O, maps * C, 3, 3) -> (36 * O, C, maps, 1)."""
+        """Transform the weight (O, maps * C, 3, 3) of a convolution to the shape (36 * O, C, maps, 1)."""
         weight = convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (9, O * maps * C)
         weight = KERNEL @ weight  # (36, O * maps * C)
         weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
