@@ -125,7 +125,7 @@ class ResidualDataset(Dataset):
         image = printable(self.images.get_item(key.index).path)
         if not residual.isfinite().all():
             raise UserError(
-                f"{image}: the residual has values that are not finite (NaN or infinity): try --precision fp32"
+                f"{image}: the residual has values that are not finite (NaN or infinity); try --precision fp32"
             )
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():

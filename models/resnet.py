@@ -192,7 +192,7 @@ class DeepStemResNet(nn.Module):
         return self.fc(x)
 
     def run_stem(self, x: Tensor) -> Tensor:
-        """Run the layers before layer1 on residuals x (B, channels, H, W), which reduces height and width by 8."""
+        """Run the layers before layer1 on residuals x (B, channels, H, W), which divides height and width by 8."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile(self, side: int) -> None:
