@@ -1,9 +1,9 @@
 """Create re-synthesizers and detectors from command-line options and from checkpoints.
 
 A detector has three parts: re-synthesizer, features and classifier. The dicts RESYNTHESIZERS, FEATURES and CLASSIFIERS
-list the classes that can be chosen for each part. To add a network, write a class and add one line to one of these
-dicts (docs/extending.md). The file config.json and every checkpoint store the name and the arguments of each part of
-the detector. Only checkpoints that contain nothing but weights do not store them.
+list the classes that can be chosen for each part of a detector. To add a network, write a class and add one line to one
+of these dicts (docs/extending.md). The file config.json and every checkpoint store the name and the arguments of each
+part of the detector. Only checkpoints that contain nothing but weights do not store them.
 
 Training and testing choose the settings of a detector, such as the name of the classifier, by the same rules. If the
 checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError. A

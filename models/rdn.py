@@ -163,7 +163,7 @@ class RDN(nn.Module):
 
         The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
         interpolates the channels 0, 1 and 2. The output layer copies these channels to the colours of the output. The
-        dense blocks keep their random weights. The dense blocks do not change the output before training, because the
+        weights of the dense blocks stay random. The dense blocks do not change the output before training, because the
         last layer of the global feature fusion is zero.
 
         Raises:

@@ -46,7 +46,7 @@ def create_convolution(in_channels: int, out_channels: int, side: int, stride: i
 class Block(nn.Module):
     """A residual block: the output is relu(compute_residual_branch(x) + x).
 
-    If x and the output have different shapes, a 1x1 convolution of x is added instead of x.
+    If x and the output have different shapes, the sum contains a 1x1 convolution of x instead of x.
     """
 
     expansion: int
@@ -117,7 +117,7 @@ class DeepStemResNet(nn.Module):
 
     Args:
         channels: number of channels of the residual.
-        arch: name of the ResNet, a key of LAYOUTS.
+        arch: name of the ResNet, one of the names in LAYOUTS.
         dilated: whether layer3 has dilation 2 and layer4 has dilation 4. Release: the code of the paper's authors uses
             dilation unless `--no_dilation` is given.
 
