@@ -1,1 +1,1 @@
-"""List, decode, resize, perturb and batch images, store their residuals, and search image files for leaks."""
+"""Modules that list, decode, resize, perturb and batch images, store residuals, and search image files for leaks."""

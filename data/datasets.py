@@ -1,8 +1,9 @@
 """Datasets, batches and data loaders.
 
-The sampler `EpochBatches` yields lists of `Key`s. A dataset reads a `Sample` for each key. `collate_samples` combines
-samples into a `Batch`. Random choices depend only on the seed, the epoch and the index of the image. Random choices do
-not depend on the number of workers or processes, or on the step at which a run was stopped and resumed.
+A `Key` names one dataset entry in one epoch. The sampler `EpochBatches` yields the list of the `Key`s of each batch. A
+dataset reads a `Sample` for each `Key`. The function `collate_samples` combines samples into a `Batch`. Random choices
+depend only on the seed, the epoch and the index of the image. Random choices do not depend on the number of workers or
+processes, or on the step at which a run was stopped and resumed.
 """
 
 import atexit
@@ -40,11 +41,11 @@ UNLABELLED = -1  # value in Batch.labels for an image whose label is unknown
 GRACE = 10  # seconds for which a worker runs after SIGTERM, so that the main process can finish and save its step
 SHARED_MEMORY = "/dev/shm"  # folder of the shared memory that PyTorch workers use to send tensors on Linux
 PREFETCHED = 2  # number of batches that each worker loads in advance (prefetch_factor)
-Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, generator) -> image; uint8 (3, H, W)
+Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, generator) -> image, both uint8 (3, H, W)
 
 
 class Key(NamedTuple):
-    """The key of one dataset entry in one epoch. `dataset[key]` reads this entry."""
+    """The name of one dataset entry in one epoch. `dataset[key]` reads the entry that `key` names."""
 
     epoch: int
     index: int  # index of the entry in the dataset
@@ -63,7 +64,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """A batch of B images, patches or residuals of equal shape.
 
-    An image that could not be read is not among the B rows, but has an entry in `errors`.
+    An image that could not be read is not in the batch, but has an error message in `errors`.
     """
 
     x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l)
@@ -80,7 +81,8 @@ class Batch(NamedTuple):
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch.
 
-    A sample whose tensors differ in shape from the first sample without an error is replaced by an error message.
+    All tensors of a batch must have the same shape as those of the first sample without an error. A sample with tensors
+    of another shape is replaced by an error message.
     """
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
@@ -110,10 +112,11 @@ def _describe_size_difference(first: Sample, other: Sample) -> str:
 
 
 def merge_batches_of_equal_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
-    """Merge consecutive batches of one image, if the images have equal size and are in the same block.
+    """Merge consecutive batches of one image each if their images have equal size and are in the same block.
 
-    A block is a fixed part of the list of images. Therefore the same images are always in one batch, for any number of
-    processes, and also after a run was stopped and resumed. As a result, the scores are equal bit for bit.
+    A block is a fixed range of the list of images. With blocks, the same images are in one batch for any number of
+    processes, and also after a run was stopped and resumed. Therefore the scores of an image are also the same, bit for
+    bit.
 
     Args:
         batches: batches of one image each.
@@ -133,7 +136,7 @@ def merge_batches_of_equal_size(batches: Iterable[Batch], block: int, pixels: fl
 
 
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
-    """Return whether a batch can be merged with the waiting batches: same block, same size, not too many pixels."""
+    """Return whether a batch can join the waiting batches, because block, size and number of pixels allow it."""
     if _first_image_index(batch) // block != _first_image_index(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
@@ -153,7 +156,7 @@ def _first_image_index(batch: Batch) -> int:
 def concatenate_batches(batches: Sequence[Batch]) -> Batch:
     """Concatenate batches of images of equal size.
 
-    From a batch in which no image could be read, only the errors are used.
+    A batch in which no image could be read contributes only its error messages.
     """
     readable = [batch for batch in batches if len(batch.x)] or batches[:1]
     items, keys, errors = [], [], {}
@@ -173,18 +176,18 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 
 
 class EpochBatches(Sampler):
-    """A `batch_sampler` for DataLoader, which yields the list of keys of each batch of one epoch.
+    """A `batch_sampler` for DataLoader, which yields the list of the `Key`s of each batch of one epoch.
 
-    With n processes, process r gets the entries r, r + n, ... of each batch. The last batch of an epoch may be smaller.
-    If a batch has fewer entries than there are processes, each process without an entry gets the first entry of the
-    batch with weight 0, because every process must take part in every step.
+    If n processes share each batch, process r gets the entries r, r + n, r + 2 n and so on of the batch. The last batch
+    of an epoch may be smaller. If a batch has fewer entries than there are processes, each process without an entry
+    gets the first entry of the batch with weight 0, because every process must take part in every step.
 
     Args:
         count: number of entries in the dataset.
         batch_size: number of entries per step, summed over all processes.
-        seed: random seed that, with the epoch, determines the order of the entries, or None for the order of the
+        seed: random seed of the order of the entries, which is different in each epoch, or None for the order of the
             dataset.
-        world: rank of this process and number of processes.
+        world: rank (number) of this process, and number of processes.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
@@ -226,7 +229,7 @@ class EpochBatches(Sampler):
 
 
 class ItemDataset(Dataset):
-    """A dataset with `parts` entries per image.
+    """A dataset that has `parts` entries for each image.
 
     For an image that cannot be read, the dataset returns a `Sample` with an error message. The dataset does not raise
     an exception, because an exception in a worker would end the program with a traceback.
@@ -255,7 +258,7 @@ class ItemDataset(Dataset):
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
     def read_tensors(self, path: str, key: Key) -> Tensor:
-        """Read an image file and return K tensors of equal shape, stacked to (K, ...).
+        """Read an image file, and return K tensors of equal shape, stacked to one tensor (K, ...).
 
         Subclasses must implement this method.
 
@@ -269,7 +272,7 @@ class Augmentation(NamedTuple):
     """Settings of the random mirroring and cropping of training images."""
 
     seed: int
-    crops: int = 0  # number of fixed crops per image; 0: one crop per image, at a new random position in each epoch
+    crops: int = 0  # number of fixed crops per image, or 0 for one crop at a new random position in each epoch
 
 
 class ImageDataset(ItemDataset):
@@ -278,7 +281,7 @@ class ImageDataset(ItemDataset):
     Args:
         augmentation: random mirroring and cropping, or None for centre crops without mirroring.
         transform: called as transform(image, rng) on each image, uint8 (3, H, W), before the image is resized and
-            cropped. `rng` is None if `augmentation` is None.
+            cropped. `rng` is a random generator, or None if `augmentation` is None.
     """
 
     def __init__(
@@ -312,7 +315,7 @@ class ImageDataset(ItemDataset):
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) of each image after resizing and cropping, or [] if the headers were not read."""
+        """List (height, width) of each image after resizing and cropping. The list is empty if no headers were read."""
         return [compute_final_size(*header.size, self.policy) for header in self.headers]
 
     @property
@@ -321,7 +324,7 @@ class ImageDataset(ItemDataset):
         return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
     def is_mirrored(self, key: Key) -> bool:
-        """Return whether the image of a key is mirrored, without reading the image file."""
+        """Return whether the image that `key` names is mirrored, without reading the image file."""
         rng = self._create_generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 
@@ -331,7 +334,8 @@ class PatchDataset(ItemDataset):
 
     Images are first centre-cropped so that their sides are multiples of `scale`. Patches are aligned with the
     low-resolution pixels, so that a downsampled patch is a part of the downsampled image. Horizontal flip, vertical
-    flip and rotation by 90 degrees have probability 0.5 each, as in He et al. and in yjn870/RDN-pytorch (MIT licence).
+    flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and in yjn870/RDN-pytorch
+    (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
@@ -395,7 +399,7 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
     """Create a DataLoader that reads the given batches of a dataset.
 
     Args:
-        batches: list of the keys of each batch.
+        batches: for each batch, the list of its `Key`s.
         workers: number of processes that read images, or 0 to read images in the main process. At most one worker per
             CPU core is started.
     """
@@ -446,17 +450,17 @@ def _fits_in_shared_memory(size: int, workers: int) -> bool:
 
 
 def _convert_tensors(batch: Batch, function: Callable) -> Batch:
-    """Return a copy of a batch with function(x), function(labels) and function(weights)."""
+    """Return a copy of a batch in which `function` is applied to the tensors x, labels and weights."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 
 def _prepare_worker(_: int) -> None:
     """Make a worker ignore SIGINT, exit GRACE seconds after SIGTERM, and use one thread.
 
-    SIGINT and SIGTERM are often sent to all processes of a program. If a worker exited immediately, the main process
-    would fail before it could save its state. If a worker ignored SIGTERM, the main process would never exit, because
-    it sends SIGTERM to its workers and waits until they have exited. One thread per worker is enough, because several
-    workers run at the same time.
+    SIGINT and SIGTERM are often sent to all processes of a program. If a worker exited as soon as it gets such a
+    signal, the main process would fail before it could save its state. If a worker ignored SIGTERM, the main process
+    would never exit, because it sends SIGTERM to its workers and waits until they have exited. One thread per worker is
+    enough, because several workers run at the same time.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
@@ -465,7 +469,7 @@ def _prepare_worker(_: int) -> None:
 
 
 def _end_workers() -> None:
-    """Make all running workers exit immediately when the program exits, instead of after GRACE seconds."""
+    """When the program exits, end all running workers at once, instead of GRACE seconds later."""
     for process in multiprocessing.active_children():
         if process.daemon:
             os.kill(process.pid, signal.SIGALRM)

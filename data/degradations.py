@@ -1,8 +1,8 @@
 """Degradations of low-resolution images, for the auxiliary tasks of train_detector.py and the patches of train_sr.py.
 
 In an auxiliary task, the re-synthesizer also learns to denoise or colorize its input. According to section 3.3 of the
-paper, auxiliary tasks make the residual robust. To add an auxiliary task, write a function and add a line to TASKS.
-Images are (3, h, w) with values in [0, 1]. Images with added noise may have values outside [0, 1].
+paper, auxiliary tasks make the residual robust. To add an auxiliary task, write a function and add a line to TASKS. All
+images are tensors (3, h, w) with values in [0, 1]. After noise is added to an image, its values may be outside [0, 1].
 """
 
 import io
@@ -78,7 +78,7 @@ def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def create_colorization(batch_rng: np.random.Generator) -> Degradation:
-    """Create the degradation of the task colorization, which turns a random fraction of the pixels grey.
+    """Create the degradation of the auxiliary task colorization, which turns a random fraction of the pixels grey.
 
     The fraction is the same for all images of a batch.
     """
@@ -87,12 +87,12 @@ def create_colorization(batch_rng: np.random.Generator) -> Degradation:
 
 
 def create_denoising(batch_rng: np.random.Generator) -> Degradation:
-    """Create the degradation of the task denoising, which adds Gaussian noise."""
+    """Create the degradation of the auxiliary task denoising, which adds Gaussian noise."""
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
-# Name of each auxiliary task -> function that takes the random generator of a batch and returns a `Degradation`. The
-# task "none" has no degradation.
+# TASKS maps the name of each auxiliary task to a function. The function takes the random generator of a batch, and
+# returns a `Degradation`. The auxiliary task "none" has no degradation.
 TASKS = {"none": None, "colorization": create_colorization, "denoising": create_denoising}
 
 
@@ -127,11 +127,12 @@ def degrade_patch(
 ) -> Tensor:
     """Degrade a training patch (3, h, w) at random.
 
-    Each chosen degradation is applied with probability PATCH_PROBABILITY. U(a, b) is a uniformly distributed number.
+    Each degradation that is switched on is applied with probability PATCH_PROBABILITY. U(a, b) is a random number,
+    uniformly distributed between a and b.
 
     Args:
         augment: whether to add noise with a standard deviation U(0, 10) / 255, and to compress the patch as JPEG with
-            a quality of 25..74. (Release: the released program computes the JPEG image, but does not use the result.)
+            a quality of 25..74. (Release: the authors' program computes the JPEG image, but does not use the result.)
         completion: whether to turn a fraction U(0.05, 0.15) of the pixels black.
         colorization: whether to turn a fraction U(0.05, 0.15) of the pixels grey.
     """

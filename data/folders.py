@@ -1,7 +1,7 @@
 """Search folders for images.
 
-Files that are not images are left out. Pictures written by test.py are also left out. For each searched folder, one log
-line says how many files were left out, and why.
+Files that are not images are left out. Pictures written by test.py are also left out. For each folder that is searched,
+one log line says how many files were left out, and why.
 """
 
 import logging
@@ -61,7 +61,9 @@ def find_images(root: str) -> list[str]:
 
 
 def _raise_unreadable_folder(error: OSError) -> None:
-    raise UserError(f"image folder {printable(str(error.filename))} cannot be read ({error.strerror})")
+    raise UserError(
+        f"image folder {printable(str(error.filename))} cannot be read ({error.strerror}): give a readable folder"
+    )
 
 
 def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: Counter) -> list[str]:
@@ -104,7 +106,8 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 def _is_link_to_parent_folder(folder: str) -> bool:
     """Return whether a folder is a link to a folder that contains the link.
 
-    Such links must not be followed. For example, the link `real/up -> ..` would list generated images as real.
+    Such links must not be followed. For example, a link in the folder `real` to the parent folder of `real` would list
+    generated images as real.
     """
     if not os.path.islink(folder):
         return False
@@ -135,7 +138,7 @@ def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
 
 
 def _recognise_picture_by_test_program(folder: str, name: str, names: Set[str]) -> str | None:
-    """Return which kind of picture test.py has written into a file, or None if the file is not written by test.py.
+    """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     Args:
         names: names of all files in the folder.
@@ -160,7 +163,7 @@ def _is_score_table(path: str) -> bool:
 
 
 def format_counts(counts: Counter) -> str:
-    """Format numbers of files as text, such as "3 .heic, 1 hidden"."""
+    """Format the number of files for each reason as text, such as "3 .heic, 1 hidden"."""
     parts = [f"{number} {printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
     if len(counts) > MOST_REASONS:
         parts.append("...")
@@ -168,7 +171,7 @@ def format_counts(counts: Counter) -> str:
 
 
 def recognise_picture_by_test_program(path: str) -> str | None:
-    """Return which kind of picture test.py has written into a file, or None if the file is not written by test.py.
+    """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     If the user gives a pattern such as *.png, pictures written by test.py may be among the input images.
 

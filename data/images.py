@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 # whole program, because warnings.catch_warnings must not be used in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # no unsafe formats such as EPS, which needs Ghostscript
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is missing, because it is unsafe
 if HAS_AVIF:
     FORMATS += ("AVIF",)
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million pixels, above which Pillow refuses to decode an image
-HEADER_THREADS = 16  # may exceed the number of cores, because threads that read headers wait for the disk
+HEADER_THREADS = 16  # may be more threads than CPU cores, because threads that read headers wait for the disk
 Tag = ExifTags.Base  # numbers of the tags in EXIF data and TIFF files
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -46,16 +46,16 @@ class SizePolicy(NamedTuple):
     """
 
     scale: int = 4  # factor by which the re-synthesizer enlarges images; sides become multiples of `scale`
-    crop_size: int | None = None  # side of the square crop in pixels; None: no crop
-    resize: int | None = None  # length of the shorter side after resizing, in pixels; None: no resizing
+    crop_size: int | None = None  # side of the square crop in pixels, or None for no crop
+    resize: int | None = None  # length of the shorter side after resizing, in pixels, or None for no resizing
     min_side: int = 1  # smallest side in pixels for which the features can be computed
 
 
 class Header(NamedTuple):
-    """The image size in the header of an image file, and the reason if the image cannot be used."""
+    """The image size that the header of an image file contains, and a reason if the image cannot be used."""
 
-    size: tuple[int, int] | None  # (height, width) of the upright image; None if the header cannot be read
-    problem: str | None = None  # reason why the image cannot be used; None if the image can be used
+    size: tuple[int, int] | None  # (height, width) of the upright image, or None if the header cannot be read
+    problem: str | None = None  # reason why the image cannot be used, or None if the image can be used
     jpeg: bool = False  # whether the file is a JPEG file
 
 
@@ -72,7 +72,7 @@ def read_rgb_image(path: str) -> Image.Image:
     """Decode an image file as an upright 8-bit RGB image.
 
     Grey images get three equal channels. Transparent pixels are blended with white. CMYK images are converted without
-    colour profiles. 16-bit grey values are rounded to 8 bits. Pillow keeps only the high byte of 16-bit colour values.
+    colour profiles. 16-bit grey values are rounded to 8 bits. Of 16-bit colour values, Pillow keeps only the high byte.
     Float values must be in [0, 1]. Only the first frame of an animation is read.
 
     Raises:
@@ -189,7 +189,7 @@ def _crop_square(image: Tensor, side: int, rng: np.random.Generator | None) -> T
 
 
 def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
-    """Resize an image, uint8 (3, H, W), to uint8 (3, height, width) by bicubic interpolation, as torchvision does."""
+    """Resize an image, uint8 (3, H, W), to `height` x `width` pixels by bicubic interpolation, as torchvision does."""
     if image.shape[-2:] == (height, width):
         return image
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=antialias)[0]
@@ -203,7 +203,7 @@ def compute_centre_box(height: int, width: int, scale: int) -> tuple[int, int, i
 def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     """Return why images with `height` x `width` pixels cannot be used, or None if they can be used.
 
-    The text continues a sentence that begins with a file name, such as "is 5 x 5 pixels: ...".
+    The returned text continues a sentence that begins with a file name, such as "is 5 x 5 pixels: ...".
     """
     text = f"is {width} x {height} pixels"
     height, width = _compute_size_after_resize(height, width, policy)

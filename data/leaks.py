@@ -26,12 +26,12 @@ from utils.labels import FAKE, REAL
 logger = logging.getLogger(__name__)
 
 LEAK, WARNING = SEVERITIES = ("leak", "warning")
-LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2  # smallest difference of fractions for each severity
+LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2  # smallest differences between the two classes' fractions
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
 QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg uses at quality 50
-WAYS_OUT = {  # attribute -> advice on how to make the attribute equal in both classes
+WAYS_OUT = {  # advice on how to make each attribute equal in both classes
     "format": "compress both classes as JPEG with the same quality, or use images that were never compressed",
     "JPEG quality": "compress both classes as JPEG with the same quality, or train with --augment-perturb",
     "size": "use images of one size, or crops of one size (--crop-size N); --resize N leaves traces of the old size",
@@ -54,7 +54,7 @@ class Finding(NamedTuple):
     """A reason why the scores of a detector may be meaningless (LEAK) or doubtful (WARNING)."""
 
     severity: str  # LEAK or WARNING
-    check: str  # name of the attribute or kind of duplicates, and name of the group of images
+    check: str  # what was compared, such as "format (train)" or "exact duplicates in one class"
     message: str
     way_out: str  # advice on what the user can do
     examples: list[str]  # paths of up to two files to which the finding applies
@@ -137,8 +137,8 @@ def list_header_attributes(image: Image.Image) -> dict[str, str]:
 def find_separating_attributes(files: Sequence[File]) -> list[Finding]:
     """Find attributes that separate real from fake images in the training or the validation images.
 
-    Fake images of all generators are compared with real images first. If an attribute does not separate them, the fake
-    images of each generator are compared with real images separately.
+    First, the fake images of all generators together are compared with the real images. If an attribute does not
+    separate these two classes, the fake images of each single generator are compared with the real images.
     """
     findings = []
     for split in ("train", "validation"):
@@ -158,7 +158,7 @@ def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: s
     """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
 
     Args:
-        where: description of the files for the finding, such as "train".
+        where: description of the compared files, such as "train", which the finding contains.
     """
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
@@ -168,7 +168,7 @@ def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: s
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # 3 standard deviations by chance
+    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # 3 standard deviations of a difference by chance
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None
     severity = LEAK if difference >= LEAK_DIFFERENCE else WARNING

@@ -38,8 +38,8 @@ class Item(NamedTuple):
 
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
-    # Name of the generator of a fake image. For a real image, name of the generator whose images are compared with the
-    # real image, or "" if the real image is compared with the images of all generators
+    # The generator that made a fake image. For a real image, `generator` is the generator whose images are compared
+    # with the real image, or "" if the images of all generators are compared with it
     generator: str
 
 
@@ -49,15 +49,15 @@ class Item(NamedTuple):
 def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
     """List the images of folders: first the sorted real images, then the sorted fake images.
 
-    Each folder of fake images is taken for one generator, which is named after the folder. If two folders have the same
-    name, names of parent folders are added to the names of all generators.
+    All images in a folder of fake images get the name of the folder as the name of their generator. If two folders have
+    the same name, names of parent folders are put in front of the names of all generators.
 
     Raises:
         UserError: if no folder is given, if one folder contains another, or if a folder has no images.
     """
     roots = [*real_roots, *fake_roots]
     if not roots:
-        raise UserError("no image folders: give at least one folder of real or of generated images")
+        raise UserError("no image folders are given: give at least one folder of real or generated images")
     _refuse_nested_folders(roots)
     items = []
     for root in real_roots:
@@ -96,10 +96,11 @@ def list_tree_items(root: str, training: bool = False) -> list[Item]:
     Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
     GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. If these folders are directly in `root`, the generator gets the
     name of `root`. The `generator` of a real image is the generator whose images are compared with it. If images are
-    left out, or if the tree has several layouts or held-out folders, one log line says which images are used.
+    left out, or if the used images are in folders of several kinds, one log line says which images are used.
 
     Args:
-        training: whether to leave out images in folders for validation or test (HELD_OUT_FOLDERS).
+        training: whether the images are for training. If True, images in folders for validation or test
+            (HELD_OUT_FOLDERS) are left out.
 
     Raises:
         UserError: if no image can be used.
@@ -154,7 +155,7 @@ def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
 
 
 def list_csv_items(file: str) -> list[Item]:
-    """List the images of a CSV table with the columns "path", "label" and, if wanted, "generator".
+    """List the images of a CSV table with the columns "path" and "label", and optionally "generator".
 
     A label is "real" or 1 for a real image, and "fake" or 0 for a fake image. A relative path is first searched in the
     working folder, then in the folder of the table. Other columns are ignored.
@@ -192,8 +193,8 @@ def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
     if not path.strip() or label not in LABELS or has_too_many_cells:
         got = printable(", ".join(str(value) for value in row.values())[:100])
         raise UserError(
-            f"{where}: expected a path (in quotes if it contains a comma) and a label real or fake"
-            f" (or 1 = real, 0 = fake), got {got}"
+            f"{where}: expected a path and a label, got {got}; the label must be real or fake (or 1 = real, 0 = fake),"
+            " and a path that contains a comma must be in quotes"
         )
     return path, sys.intern(label), sys.intern(generator)
 
@@ -213,7 +214,7 @@ def read_path_list(file: str) -> list[str]:
 def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]:
     """Open a UTF-8 text file with or without a byte order mark.
 
-    Bytes that are not valid UTF-8 are kept, because paths may contain such bytes.
+    Bytes that are not valid UTF-8 cause no error, because paths may contain such bytes.
 
     Args:
         what: description of the file for the error message.
@@ -252,7 +253,7 @@ def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
 def _find_file(name: str, folder: str) -> str | None:
     """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
 
-    If there is no file with the given name, spaces at both ends of the name are removed.
+    If the file does not exist, the function tries the name without the spaces at both ends.
     """
     for spelling in (name, name.strip()):
         for path in (spelling, os.path.join(folder, spelling)):
@@ -296,8 +297,8 @@ def list_labelled_items(
     if ways != 1:
         got = "images are given in more than one way" if ways else "no images are given"
         raise UserError(
-            f"{got}: give {flags[0]} REAL and {flags[1]} GENERATED folders, or --data-root TREE, or --csv FILE"
-            " (without labels: test.py --input)"
+            f"{got}: give {flags[0]} REAL and {flags[1]} GENERATED folders, or --data-root TREE, or --csv FILE;"
+            " for images without labels, use test.py --input"
         )
     if tree:
         items = list_tree_items(tree, training)
@@ -315,7 +316,7 @@ def list_labelled_items(
 def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
     """Raise a UserError if a file is listed both as real and as generated.
 
-    Two paths are taken for the same file if one of them is a link to the other.
+    A link and the file to which it points count as the same file.
     """
     first_with = {}  # (device, inode) of each file -> first item with this file
     conflicts = []
@@ -372,7 +373,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
     if left_out:
         text = f"left out {left_out.total()} pictures that test.py has written: {format_counts(left_out)}"
         if not found:
-            raise UserError(f"no images: {text}")
+            raise UserError(f"no images to list: expected other images than test.py has written; {text}")
         logger.info(text)
     return [Item(path, None, "") for path in found]
 
@@ -396,7 +397,7 @@ def describe_and_hash_items(items: Sequence[Item]) -> str:
 
 
 def hash_image_files(items: Sequence[Item]) -> np.ndarray:
-    """Compute hashes of image files, by which `count_images_trained_on` later recognizes training images.
+    """Compute hashes of image files, with which `count_images_trained_on` later recognizes training images.
 
     Returns:
         int64 (N, 2): for each image, a hash of the name and the size of the file, and a hash of 64 bytes of the file.
@@ -406,7 +407,7 @@ def hash_image_files(items: Sequence[Item]) -> np.ndarray:
 
 
 def count_images_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
-    """Count the images on which a detector was trained.
+    """Count how many of the given images a detector was trained on.
 
     A file is opened only if a training image has the same name and size.
 

@@ -1,7 +1,8 @@
 """Perturbations of images: blur, cropping, JPEG compression, noise and resizing.
 
-Images are uint8 (3, H, W) RGB tensors. Every perturbation returns an image of the same size as its input. There are two
-protocols, frank2020 and sweep. Metrics of one protocol cannot be compared with metrics of the other protocol.
+Images are uint8 (3, H, W) RGB tensors. Every perturbation returns an image of the same size as its input. Images are
+perturbed by one of two protocols, frank2020 and sweep. Metrics of one protocol cannot be compared with metrics of the
+other protocol.
 
     frank2020   each image is perturbed with probability 0.5, at a random strength, as in Frank et al., "Leveraging
                 Frequency Analysis for Deep Fake Image Recognition" (ICML 2020)
@@ -61,7 +62,7 @@ def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
     kernel (a = -0.75) as OpenCV. With antialiasing, PyTorch would use a = -0.5.
 
     Args:
-        fraction: fraction of the height and of the width that is cut off, half of it at each end.
+        fraction: fraction of the height and of the width that is cut off. Half of it is cut off at each end.
     """
     height, width = image.shape[-2:]
     top = int(height * fraction * 0.5)
@@ -131,8 +132,8 @@ def compress_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     return compress_as_jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
-# Name of each perturbation -> function. The setting "combined" applies the four perturbations in this order. JPEG is
-# last, because an image is usually compressed when it is saved.
+# FRANK2020 maps the name of each perturbation to its function. The setting "combined" applies the four perturbations in
+# this order. JPEG is last, because an image is usually compressed when it is saved.
 FRANK2020 = {"crop": crop_at_random, "blur": blur_at_random, "noise": add_noise_at_random, "jpeg": compress_at_random}
 
 
@@ -198,7 +199,7 @@ class PerturbationSetting(NamedTuple):
     """
 
     name: str
-    strength: float | None = None  # None if the strength is random
+    strength: float | None = None  # None for "none", and for perturbations of random strength
 
     @property
     def sweep_entry(self) -> Sweep:
@@ -250,13 +251,15 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
         if not same_name:
             names = ", ".join(dict.fromkeys(s.name for s in available))
             raise UserError(
-                f"--perturb {name!r} is not in --perturb-protocol {protocol}: expected one of {names} or all"
+                f"--perturb {name!r} is not a name in --perturb-protocol {protocol}: expected one of {names} or all"
             )
         found = [s for s in same_name if strength in (s.strength, None)]
         if not found:
             strengths = ", ".join(f"{s.strength:g}" for s in same_name if s.strength is not None)
             expected = f"expected one of {strengths}" if strengths else "this perturbation takes no strength"
-            raise UserError(f"--perturb {name}={strength:g} is not in --perturb-protocol {protocol}: {expected}")
+            raise UserError(
+                f"--perturb {name}={strength:g} is not a setting in --perturb-protocol {protocol}: {expected}"
+            )
         selected += found
     return list(dict.fromkeys(selected))
 

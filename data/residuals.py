@@ -32,8 +32,8 @@ from utils.files import make_folder, remove_unfinished_files, write_atomically
 
 logger = logging.getLogger(__name__)
 
-# Names of data types -> data types. Rounding a value v to float16 changes it by at most 2^-11 v (0.05 %) if v >= 2^-14,
-# and by at most 2^-25 if v < 2^-14.
+# STORAGE maps each value of --cache-precision to a data type. Rounding a value v to float16 changes it by at most 2^-11
+# v (0.05 %) if v >= 2^-14, and by at most 2^-25 if v < 2^-14.
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 ABANDONED_AFTER = 3600  # age in seconds at which unfinished files are deleted; another run may be writing younger files
 FORMAT = 2  # version of the cache files; increase FORMAT if residuals are computed or stored in another way
@@ -46,7 +46,7 @@ def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
 
     Args:
         folder: the parent folder of all cache folders.
-        settings: name -> value of each setting that changes residuals, such as fingerprints of weights.
+        settings: names and values of all settings that change residuals, such as fingerprints of weights.
     """
     versions = {"cache format": FORMAT, "torch": torch.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
     lines = [f"{name}: {value}\n" for name, value in sorted({**settings, **versions}.items())]
@@ -59,7 +59,7 @@ def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
 
 
 def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
-    """Return whether residuals fit into `max_bytes` and into the free disk space, and log the result.
+    """Return whether the residuals take at most `max_bytes` and fit into the free disk space, and log the result.
 
     Args:
         folder: the cache folder, from `create_cache_folder`.
@@ -124,7 +124,9 @@ class ResidualDataset(Dataset):
         """
         image = printable(self.images.get_item(key.index).path)
         if not residual.isfinite().all():
-            raise UserError(f"{image}: the residual has values that are not finite (NaN or infinity)")
+            raise UserError(
+                f"{image}: the residual has values that are not finite (NaN or infinity); try --precision fp32"
+            )
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():
             raise UserError(f"{image}: the residual has values too large for float16: use --cache-precision fp32")
@@ -157,15 +159,15 @@ class ResidualDataset(Dataset):
         compute: Compute,
         world: World,
     ) -> None:
-        """Compute and store the residuals that an epoch needs and that are not in the cache.
+        """Compute and store all residuals that an epoch needs, except those that are in the cache already.
 
         Each process computes a part of the residuals. Residuals are computed for one image at a time, so that they do
         not depend on other images in a batch.
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: called as readable_batches(loader, description); yields the batches of `loader` whose
-                image could be read.
+            readable_batches: function that is called as readable_batches(loader, description), and yields the batches
+                of `loader` whose image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.has_residual(key)]
@@ -183,7 +185,7 @@ class CacheOptions(NamedTuple):
     """The options of the command line for the residual cache."""
 
     folder: str | Path  # parent folder of all cache folders
-    precision: str  # a key of STORAGE
+    precision: str  # "fp16" or "fp32"
     max_gb: float  # largest size of the cache in GB; no residuals are stored if all residuals take more
 
 
@@ -198,11 +200,11 @@ def create_residual_datasets(
 
     Args:
         residual_shape: function that returns the shape (C_l, H_l, W_l) of the residual of a (height, width) image.
-        key: name -> value of each setting that changes residuals.
+        key: names and values of all settings that change residuals.
 
     Returns:
-        one dataset for each dataset of images. The list is empty if images differ between epochs, or if the residuals
-        take too much space.
+        a list of one dataset of residuals for each dataset of images. The list is empty if images differ between
+        epochs, or if the residuals take too much space.
     """
     for images in datasets:
         if images.crops_change_each_epoch or images.transform:

@@ -1,14 +1,14 @@
 """Create re-synthesizers and detectors from command-line options and from checkpoints.
 
 A detector has three parts: re-synthesizer, features and classifier. The dicts RESYNTHESIZERS, FEATURES and CLASSIFIERS
-list the classes that can be chosen for each part. To add a network, write a class and add one line to one of these
-dicts (docs/extending.md). The name and the arguments of each part are stored in config.json and in every checkpoint,
-except checkpoints that contain only weights.
+list the classes that can be chosen for each part of a detector. To add a network, write a class and add one line to one
+of these dicts (docs/extending.md). The file config.json and every checkpoint store the name and the arguments of each
+part of the detector. Only checkpoints that contain nothing but weights do not store them.
 
-Training and testing choose the name and the arguments of each part in the same way. If the checkpoint contains a value,
-this value is used. If an option has a different value than the checkpoint, a UserError is raised. If neither the
-checkpoint nor an option gives a value, the value in the paper is used. The re-synthesizer and the classifier have
-random weights only if they are about to be trained.
+Training and testing choose the settings of a detector, such as the name of the classifier, by the same rules. If the
+checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError. A
+setting that neither the checkpoint nor an option contains has the value in the paper. The re-synthesizer and the
+classifier have random weights only if they are about to be trained.
 """
 
 import inspect
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 
 class Resynthesizer(Protocol):
-    """An nn.Module that enlarges images: x_lr (B, 3, h, w) -> x_hat (B, 3, scale * h, scale * w).
+    """A network that enlarges images x_lr (B, 3, h, w) to images x_hat (B, 3, scale * h, scale * w).
 
     The values of x_lr are in [0, 1]. The values of x_hat may be slightly outside [0, 1].
 
@@ -52,11 +52,11 @@ class Resynthesizer(Protocol):
 
 
 class Features(Protocol):
-    """An nn.Module that computes feature maps of images: x (B, 3, H, W) -> (B, channels, H / stride, W / stride).
+    """A network that computes feature maps (B, channels, H / stride, W / stride) of images x (B, 3, H, W).
 
-    Features are created as FEATURES[name](**args). The parameters of features are never trained. Features with
-    pretrained weights define `load_pretrained(source, trained_with, name)` as `VGG19Stage` does. Features may also have
-    a method `set_tile(side)`.
+    A features network is created as FEATURES[name](**args). The weights of a features network are never trained. A
+    features network with pretrained weights needs a method `load_pretrained(source, trained_with, name)`, like the
+    class `VGG19Stage`. A features network may also have a method `set_tile(side)`.
     """
 
     channels: int
@@ -65,9 +65,9 @@ class Features(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-# A classifier is any nn.Module: residual (B, channels, H_l, W_l) -> logits (B, 2), columns FAKE, REAL. A classifier is
-# created as CLASSIFIERS[name](channels, **args). If the classifier has an attribute `stride`, then train_detector.py
-# warns about residuals that are not larger than this stride.
+# A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l). A
+# classifier is created as CLASSIFIERS[name](channels, **args). If a classifier has an attribute `stride`,
+# train_detector.py warns about residuals whose sides are not larger than this stride.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -84,7 +84,7 @@ TORCHVISION = "torchvision:"  # --arch torchvision:NAME chooses the classifier N
 
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
-RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options of the released code for RDN
+RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options for RDN, as in the authors' code
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
     *("features", "feature_args", "stage"),
@@ -101,12 +101,12 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
     Args:
         kind: kind of network for error messages, such as "classifier".
         entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
-        name: key of `entries`.
+        name: name of the network in `entries`.
         required: positional arguments of the network.
         arguments: keyword arguments of the network, from options or from a checkpoint.
 
     Raises:
-        UserError: if the name is not in the dict, or if the network does not accept the arguments.
+        UserError: if `entries` does not contain `name`, or if the network does not accept the arguments.
     """
     if name not in entries:
         raise UserError(f"no {kind} is called {name!r}: expected one of {', '.join(entries)}")
@@ -114,7 +114,7 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
     try:
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
-        raise UserError(f"{kind} {name}: {error}; expected the arguments {inspect.signature(entry)}") from None
+        raise UserError(f"{kind} {name} got wrong arguments ({error}): expected {inspect.signature(entry)}") from None
     return call_constructor(f"{kind} {name}", entry, *required, **arguments)
 
 
@@ -154,7 +154,10 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
     import torchvision  # imported here, because the import takes longer than scoring an image
 
     if name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(f"torchvision.models has no classifier called {name!r}")
+        raise UserError(
+            f"torchvision.models has no classifier called {name!r}: expected one of the names that"
+            " torchvision.models.list_models(module=torchvision.models) returns"
+        )
     entry = partial(torchvision.models.get_model, name, weights=None, num_classes=2)
     model = call_constructor(f"torchvision's {name}", entry, **arguments)
     for path, module in model.named_modules():
@@ -162,7 +165,9 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
             owner, _, attribute = path.rpartition(".")
             setattr(model.get_submodule(owner), attribute, create_convolution_with_input_channels(module, channels))
             return model
-    raise UserError(f"torchvision's {name} has no convolution, which must read the residual: use another --arch")
+    raise UserError(
+        f"torchvision's {name} has no convolution to read the residual: choose another classifier with --arch"
+    )
 
 
 def create_convolution_with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
@@ -182,24 +187,24 @@ def create_convolution_with_input_channels(convolution: nn.Conv2d, channels: int
 
 
 def read_config(source: Checkpoint) -> Fields:
-    """Return the config of a checkpoint as `Fields`, which check the type of each value when the value is read.
+    """Return the config of a checkpoint in a `Fields` object, which checks the type of each value that is read from it.
 
-    The `Fields` of a released checkpoint are empty, because released checkpoints have no config.
+    The `Fields` object of a checkpoint by the paper's authors is empty, because their checkpoints have no config.
     """
     return Fields(source.content.get("config"), source.name, "config")
 
 
 def read_part_of_config(source: Checkpoint, key: str) -> dict | None:
-    """Read the name, the arguments and the scale of one part of the detector from the config of a checkpoint.
+    """Read the settings of the re-synthesizer, the features or the classifier from the config of a checkpoint.
 
     Args:
-        key: "resynthesizer", "features" or "classifier".
+        key: which settings to read: "resynthesizer", "features" or "classifier".
 
     Returns:
-        {"name", "args", "scale"}, or None if the config does not contain `key`.
+        a dict with the keys "name", "args" and "scale", or None if the config has no entry `key`.
 
     Raises:
-        UserError: if the value of `key` is not a dictionary, or if one of its values has a wrong type.
+        UserError: if the entry `key` of the config is not a dictionary, or contains a value of a wrong type.
     """
     config = read_config(source)
     if not config.has_value(key):
@@ -213,7 +218,7 @@ def read_part_of_config(source: Checkpoint, key: str) -> dict | None:
 
 
 def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return the fingerprint of weights under `key` in the config of a checkpoint, or None if `key` is missing."""
+    """Return the fingerprint of weights that the config of a checkpoint stores under `key`, or None."""
     return read_config(source).get_text(key, default=None)
 
 
@@ -221,7 +226,7 @@ def read_vgg_record_of_config(source: Checkpoint, key: str) -> dict | None:
     """Return the source and the fingerprint of the VGG-19 weights with which a detector was trained.
 
     Returns:
-        {"source", "fingerprint"}, or None if the config of the checkpoint does not contain `key`.
+        a dict with the keys "source" and "fingerprint", or None if the config of the checkpoint has no entry `key`.
     """
     config = read_config(source)
     if not config.has_value(key):
@@ -231,7 +236,7 @@ def read_vgg_record_of_config(source: Checkpoint, key: str) -> dict | None:
 
 
 def choose_option_value(flag: str, given: object, found: object, default: object, name: str) -> object:
-    """Return `found` if it is not None, else `given` if it is not None, else `default`.
+    """Choose the value of a setting: the value in the checkpoint, else the value of the option, else the default.
 
     Args:
         flag: name of the option for the error message, such as "--sr-scale".
@@ -241,7 +246,7 @@ def choose_option_value(flag: str, given: object, found: object, default: object
         name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if `given` and `found` are different and neither is None.
+        UserError: if the option contradicts the checkpoint.
     """
     if found is None:
         return default if given is None else given
@@ -254,7 +259,7 @@ def choose_option_value(flag: str, given: object, found: object, default: object
 
 
 def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Return the keyword arguments of a network: `found` from the checkpoint or, if `found` is None, `given`.
+    """Choose the keyword arguments of a network: those in the checkpoint or, if it has none, those of the option.
 
     Args:
         flag: name of the option for the error message, such as "--arch-args".
@@ -263,7 +268,7 @@ def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str
         name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if an argument in `given` is missing in `found`, or has a different value in `found`.
+        UserError: if the option contains an argument that the checkpoint does not have, or has with another value.
     """
     if found is None:
         return dict(given)
@@ -274,7 +279,10 @@ def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str
                 f" {key}={value} out, or give a checkpoint that was trained with {key}={value}"
             )
         if key not in found:
-            raise UserError(f"{flag} {key}={value}: the network in {name} was trained without {key}: leave {key} out")
+            raise UserError(
+                f"{flag} {key}={value} contradicts the checkpoint {name}, whose network was trained without {key}:"
+                f" leave {key} out"
+            )
     return dict(found)
 
 
@@ -282,14 +290,14 @@ def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str
 
 
 def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
-    """Create a re-synthesizer, and return it with its config.
+    """Create a re-synthesizer, and return it together with its config.
 
     Args:
         source: checkpoint with the weights of the re-synthesizer, or None for random weights.
-        options: values of the options in OPTION_NAMES.
+        options: values of the command-line options that OPTION_NAMES lists.
 
     Returns:
-        the re-synthesizer, and its config {"name", "scale", "args"}.
+        the re-synthesizer, and its config, a dict with the keys "name", "scale" and "args".
     """
     given_name = options.get("sr_arch")
     given_args = {key: options[key] for key in RDN_OPTIONS if options.get(key) is not None}
@@ -312,17 +320,18 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
 
 
 def read_resynthesizer_config(source: Checkpoint, state: Mapping[str, Tensor], given_name: str | None) -> dict | None:
-    """Read the config {"name", "scale", "args"} of the re-synthesizer in a checkpoint.
+    """Read the config of the re-synthesizer in a checkpoint.
 
-    If the checkpoint has no config and `--sr-arch` does not name another network, the weights must be the weights of an
-    RDN. The scale and the arguments of the RDN are then read from the shapes of the weights.
+    A checkpoint without a config must contain the weights of an RDN, unless `--sr-arch` names another network. The
+    scale and the arguments of this RDN are read from the shapes of the weights.
 
     Args:
         state: state dict of the re-synthesizer.
         given_name: value of `--sr-arch`, or None if the option is not given.
 
     Returns:
-        the config, or None if the checkpoint has no config and `--sr-arch` names another network than RDN.
+        a dict with the keys "name", "scale" and "args", or None if the checkpoint has no config and `--sr-arch` names a
+        network other than RDN.
     """
     recorded = read_part_of_config(source, "resynthesizer")
     if recorded is not None:
@@ -342,16 +351,16 @@ def create_detector(
     """Create a detector with a trained re-synthesizer and a classifier with random weights.
 
     Args:
-        resynthesizer: checkpoint with the weights of the re-synthesizer, or None if the re-synthesizer has no weights,
-            as with `--sr-arch none` and `--sr-arch bicubic`.
-        options: values of the options in OPTION_NAMES.
+        resynthesizer: checkpoint with the weights of the re-synthesizer, or None for `--sr-arch none` and `--sr-arch
+            bicubic`, which have no weights.
+        options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
 
     Returns:
         the detector, and its config.
 
     Raises:
-        UserError: if `resynthesizer` is None, but the re-synthesizer has weights.
+        UserError: if the re-synthesizer needs weights, but `resynthesizer` is None.
         UserError: if the options contradict each other.
     """
     model, resynthesizer_config = create_resynthesizer(resynthesizer, options)
@@ -380,11 +389,12 @@ def load_detector(
     """Load a trained detector from its checkpoint.
 
     Args:
-        source: checkpoint written by train_detector.py, or released checkpoint of a detector. A released
-            checkpoint contains neither the re-synthesizer nor `--no_dilation`, so both must be given. `--idx-stages`
+        source: checkpoint of a detector, from train_detector.py or from the paper's authors. A checkpoint by the
+            authors does not contain the re-synthesizer, so `resynthesizer` must be given. Such a checkpoint does not
+            store whether the ResNet is dilated, so `--no_dilation` must be given as in its training. `--idx-stages`
             must be given only if two stages have as many channels as the classifier has input channels.
         resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
-        options: values of the options in OPTION_NAMES.
+        options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
 
     Returns:
@@ -405,7 +415,7 @@ def load_detector(
     }
     trained_with = read_vgg_record_of_config(source, "vgg")
     if read_part_of_config(source, "features") is None:
-        # Release: the released detectors were trained on VGG-19 features with torchvision's ImageNet weights
+        # Release: the paper's authors trained their detectors on VGG-19 features with torchvision's ImageNet weights
         trained_with = {"source": "imagenet"}
     detector, config = assemble_detector(model, config, options, vgg_source, trained_with, name)
     load_weights(detector.classifier, state, name)
@@ -426,12 +436,12 @@ def load_detector(
 def load_resynthesizer_of_detector(
     source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping
 ) -> tuple[nn.Module, dict]:
-    """Create the re-synthesizer of a trained detector, and return it with its config {"name", "scale", "args"}.
+    """Create the re-synthesizer of a trained detector, and return it together with its config.
 
     Args:
         source: checkpoint of the detector.
         resynthesizer: checkpoint with the weights of the re-synthesizer, or None to use the weights in `source`.
-        options: values of the options in OPTION_NAMES.
+        options: values of the command-line options that OPTION_NAMES lists.
     """
     if resynthesizer is not None:
         return create_resynthesizer(resynthesizer, options)
@@ -444,10 +454,10 @@ def load_resynthesizer_of_detector(
 
 
 def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
-    """Return {"name", "args"} of the features with which a detector was trained.
+    """Return the name and the arguments of the features with which a detector was trained.
 
-    Released checkpoints do not contain the name of the features. For a released checkpoint, the options and the number
-    of input channels of the classifier determine the features.
+    Checkpoints by the paper's authors do not contain the name of the features. For these checkpoints, the options and
+    the number of input channels of the classifier determine the features.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -471,7 +481,7 @@ def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor],
 def choose_residual_of_detector(source: Checkpoint, options: Mapping) -> str:
     """Return the kind of residual with which a detector was trained: "absolute" or "signed".
 
-    Released detectors were trained with absolute residuals.
+    The detectors of the paper's authors were trained with absolute residuals.
 
     Raises:
         UserError: if `--residual` contradicts the checkpoint.
@@ -481,10 +491,10 @@ def choose_residual_of_detector(source: Checkpoint, options: Mapping) -> str:
 
 
 def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
-    """Return {"name", "args"} of the classifier in the checkpoint of a detector.
+    """Return the name and the arguments of the classifier in the checkpoint of a detector.
 
-    Released checkpoints do not contain the arguments of the classifier. For a released checkpoint, the shapes of the
-    weights show which ResNet the classifier is.
+    Checkpoints by the paper's authors do not contain the arguments of the classifier. For these checkpoints, the shapes
+    of the weights show which ResNet the classifier is.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -506,11 +516,11 @@ def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor
 
 
 def choose_features_of_released_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
-    """Return {"name", "args"} of the features with which a released detector was trained.
+    """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
-    If `--features` is given, its value is used. Otherwise the features are the stage whose number of channels equals
-    the number of input channels of the classifier. If two stages have this number of channels, `--idx-stages` must name
-    the right stage.
+    If the option `--features` is given, it chooses the features. Otherwise the features are the stage of VGG-19 (or
+    stage 0, the pixels) that has as many channels as the classifier has input channels. If two stages have this number
+    of channels, `--idx-stages` must name one of them.
     """
     if options.get("features") is not None:
         return {"name": options["features"], "args": dict(options.get("feature_args") or {})}
@@ -521,7 +531,7 @@ def choose_features_of_released_detector(state: Mapping[str, Tensor], options: M
         stage = stages[0]
     if stage not in stages:
         raise UserError(
-            f"the classifier in {name} takes residuals of {channels} channels: expected --idx-stages to be one of"
+            f"the classifier in {name} reads residuals with {channels} channels: expected --idx-stages to be one of"
             f" {stages}, got {stage}; give the stage with which the detector was trained"
         )
     features, arguments = find_features_of_stage(stage)
@@ -529,7 +539,7 @@ def choose_features_of_released_detector(state: Mapping[str, Tensor], options: M
 
 
 def choose_features_of_new_detector(options: Mapping) -> dict:
-    """Return {"name", "args"} of the features that `--features` or `--idx-stages` chooses for a new detector."""
+    """Return the name and the arguments of the features that the options choose for a new detector."""
     given_args = dict(options.get("feature_args") or {})
     name = options.get("features")
     stage = options.get("stage")
@@ -554,15 +564,15 @@ def assemble_detector(
     Args:
         resynthesizer: the re-synthesizer, with its weights.
         config: names and arguments of re-synthesizer, features and classifier, and the kind of residual.
-        options: values of the options in OPTION_NAMES.
+        options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
-        trained_with: {"source", "fingerprint"} of the VGG-19 weights with which the detector was trained, or None if
-            the detector is new.
+        trained_with: source and fingerprint of the VGG-19 weights with which the detector was trained, or None for a
+            new detector.
         name: name of the detector's checkpoint, for error messages.
 
     Returns:
-        the detector, and a copy of `config` that also contains the fingerprint of the re-synthesizer's weights and
-        {"source", "fingerprint"} of the VGG-19 weights.
+        the detector, and a copy of `config` that also contains the fingerprint of the re-synthesizer's weights, and the
+        source and the fingerprint of the VGG-19 weights.
     """
     features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")
@@ -587,8 +597,8 @@ def warn_about_dilation(name: str) -> None:
     The shapes of the weights do not show whether the ResNet was trained with dilation.
     """
     logger.warning(
-        "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. All released detectors were trained"
-        " with --no_dilation. A dilated ResNet gives different scores: give --no_dilation for a released detector",
+        "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. The paper's authors trained all"
+        " their detectors with --no_dilation, and dilation changes the scores: give --no_dilation for such a detector",
         name,
     )
 

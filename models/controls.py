@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 
 class Bicubic(nn.Module):
-    """Bicubic up-sampling: x_lr (B, 3, h, w) in [0, 1] -> x_hat (B, 3, scale * h, scale * w), not clipped."""
+    """A re-synthesizer that enlarges images (B, 3, h, w) by the factor `scale` with bicubic interpolation.
+
+    The results (B, 3, scale * h, scale * w) are not clipped to [0, 1].
+    """
 
     def __init__(self, scale: int = 4):
         super().__init__()
@@ -20,7 +23,7 @@ class Bicubic(nn.Module):
 
 
 class NoResynthesis(nn.Module):
-    """A control without re-synthesis, which returns a black image: x_lr (B, 3, h, w) -> (B, 3, scale * h, scale * w).
+    """A control without re-synthesis, which returns black images (B, 3, scale * h, scale * w).
 
     If the re-synthesis is black, the absolute residual of pixels is the image itself. The absolute residual of VGG-19
     features is the absolute difference between the features of the image and the features of a black image. The

@@ -32,16 +32,16 @@ STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
 STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of layer relu{k}_1 in torchvision's vgg19().features
 CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-TILE_CUTS = (10, 19)  # indices of the layers after pool2 and pool3: before them, tiles are joined to whole maps
+TILE_CUTS = (10, 19)  # before these layers, which follow pool2 and pool3, tiles are joined to whole feature maps
 
 # The file name ends with the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-DOWNLOAD_TIMEOUT = 20  # seconds without an answer from the server after which the download is stopped
+DOWNLOAD_TIMEOUT = 20  # the download is stopped if the server does not answer for this many seconds
 RANDOM_SEED = 19  # seed of the random VGG-19 weights; the seed is fixed so that all runs use the same weights
 
 
 class Pixels(nn.Module):
-    """Features that are the pixels themselves (stage 0): x (B, 3, H, W) -> x (B, 3, H, W)."""
+    """The pixels as features (stage 0): this network returns its input x (B, 3, H, W)."""
 
     channels = 3
     stride = 1
@@ -51,12 +51,12 @@ class Pixels(nn.Module):
 
 
 class VGG19Stage(nn.Module):
-    """The feature maps of one stage of VGG-19: x (B, 3, H, W) in [0, 1] -> (B, channels, H / stride, W / stride).
+    """A network that computes the feature maps (B, channels, H / stride, W / stride) of one stage of VGG-19.
 
-    The weights are uninitialized until `load_pretrained` is called.
+    The network reads images (B, 3, H, W) in [0, 1]. Its weights are uninitialized until `load_pretrained` is called.
 
     Args:
-        stage: 1 to 5. The feature maps are the output of layer relu{stage}_1.
+        stage: number of the stage, 1 to 5. The feature maps are the output of layer relu{stage}_1 of VGG-19.
 
     Raises:
         UserError: if `stage` is not 1, 2, 3, 4 or 5.
@@ -75,24 +75,25 @@ class VGG19Stage(nn.Module):
         return self.vgg(x, [self.stage])[self.stage]  # (B, C_l, H_l, W_l)
 
     def load_pretrained(self, source: str, trained_with: Mapping | None, name: str) -> dict:
-        """Load the weights of VGG-19 with `load_vgg`, which explains the arguments.
+        """Load the weights of VGG-19. The docstring of `load_vgg` explains the arguments.
 
         Returns:
-            {"source", "fingerprint"} of the weights, which are saved in checkpoints.
+            a dict with the source and the fingerprint of the weights, which is saved in checkpoints.
         """
         self.vgg, record = load_vgg(source, trained_with, name)
         return record
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles for inference without gradients, in pixels of the image."""
+        """Set the side length, in image pixels, of the tiles in which VGG-19 runs if no gradients are computed."""
         self.vgg.tile = side // 4
 
 
 class VGG19(nn.Module):
     """A VGG-19 without the layers after relu5_1, which returns the feature maps of one or more stages.
 
-    Release: the released code does not normalize images by ImageNet's mean and standard deviation before VGG-19. This
-    class does not normalize images either, because the released detectors were trained without normalization.
+    Release: the code of the paper's authors does not normalize images by ImageNet's mean and standard deviation before
+    VGG-19. This class does not normalize images either, because the authors trained their detectors without
+    normalization.
     """
 
     def __init__(self):
@@ -109,7 +110,8 @@ class VGG19(nn.Module):
                 in_channels = channels
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
-        # Side of the tiles in inference without gradients, in pixels of the map that is cut into tiles
+        # Side length of the tiles in which VGG-19 runs if no gradients are computed, in pixels of the feature map that
+        # is cut into tiles
         self.tile = 256
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:
@@ -120,7 +122,7 @@ class VGG19(nn.Module):
             stages: numbers of the stages, from 1 to 5.
 
         Returns:
-            {k: (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1))} for each k in `stages`.
+            a dict from each number k in `stages` to the feature maps (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1)).
         """
         run_part = self.run_layers_on_whole_maps if torch.is_grad_enabled() else self.run_layers_in_tiles
         maps = {}
@@ -133,13 +135,13 @@ class VGG19(nn.Module):
         return maps
 
     def run_layers_on_whole_maps(self, start: int, end: int, x: Tensor) -> Tensor:
-        """Run the layers `start` to `end - 1` on whole feature maps."""
+        """Run the layers with the indices `start` to `end - 1` of VGG-19 on whole feature maps."""
         return self.features[start:end](x)
 
     def run_layers_in_tiles(self, start: int, end: int, x: Tensor) -> Tensor:
-        """Run the layers `start` to `end - 1` on one tile at a time, which takes less memory than whole maps.
+        """Run the layers with the indices `start` to `end - 1` of VGG-19 on one tile of the feature maps at a time.
 
-        VGG-19 has the largest feature maps of the whole detector.
+        Tiles take less memory than whole feature maps, which are larger in VGG-19 than in the rest of the detector.
         """
         cuts = [cut for cut in TILE_CUTS if start < cut < end]
         for first, last in pairwise([start, *cuts, end]):
@@ -154,13 +156,13 @@ class VGG19(nn.Module):
 
 
 def compute_reach_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
-    """Compute the reach and the total stride of a stack of 3x3 convolutions and 2x2 poolings.
+    """Compute the reach and the total stride of a sequence of 3x3 convolutions and 2x2 poolings.
 
     An output value depends on input pixels at a distance of at most `reach`. The reach is rounded up to a multiple of
     the total stride.
 
     Returns:
-        reach and total stride, in input pixels.
+        the reach and the total stride, in pixels of the input.
     """
     reach = 0
     stride = 1
@@ -172,11 +174,11 @@ def compute_reach_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
     return math.ceil(reach / stride) * stride, stride
 
 
-# --- the released flag --idx-stages -------------------------------------------------------------------------
+# --- the authors' option --idx-stages -----------------------------------------------------------------------
 
 
 def find_features_of_stage(stage: int) -> tuple[str, dict]:
-    """Return the name (in `models.build.FEATURES`) and the arguments of the features of `--idx-stages STAGE`."""
+    """Return the name and the arguments of the features that the option `--idx-stages` chooses."""
     if stage == 0:
         return "pixels", {}
     return "vgg19", {"stage": stage}
@@ -192,20 +194,20 @@ def find_stages_with_channels(channels: int) -> list[int]:
 
 
 def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -> tuple[VGG19, dict]:
-    """Create VGG-19 with its weights.
+    """Create VGG-19, and load its weights.
 
     Args:
         source: value of `--vgg-weights`: "imagenet", "random", "auto", or the path of a state dict of torchvision's
             vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
             "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If `trained_with`
-            is None, "auto" means "imagenet", or "random" if the ImageNet weights cannot be downloaded. A state dict
-            must contain the entries named `features.*` of the layers up to relu5_1.
-        trained_with: {"source", "fingerprint"} of the VGG-19 weights with which a checkpoint was trained, or None for a
-            new training.
+            is None, "auto" means "imagenet", or "random" if the ImageNet weights cannot be downloaded. A state dict of
+            VGG-19 must contain the entries named `features.*` of the layers up to relu5_1.
+        trained_with: source and fingerprint of the VGG-19 weights with which the network in a checkpoint was trained,
+            or None for a new training.
         name: name of the checkpoint for error messages.
 
     Returns:
-        VGG-19, and {"source", "fingerprint"} of its weights, which are saved in checkpoints.
+        VGG-19, and a dict with the source and the fingerprint of its weights, which is saved in checkpoints.
 
     Raises:
         UserError: if the weights cannot be read.
@@ -223,7 +225,9 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         return vgg, record
     expected = trained_with.get("fingerprint")
     if expected is None and record["source"] == "random":
-        raise UserError(f"{name} needs ImageNet weights for VGG-19, got random weights: pass --vgg-weights FILE")
+        raise UserError(
+            f"{name} needs ImageNet weights for VGG-19, got random weights: pass a file of them with --vgg-weights"
+        )
     if expected not in (None, record["fingerprint"]):
         raise UserError(
             f"{name} was trained with other VGG-19 weights: expected the fingerprint {expected}"
@@ -258,14 +262,16 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
     if source in ("random", "auto"):
         return _draw_random_vgg_weights(), "random"
     if not Path(source).is_file():
-        raise UserError(f"no file {printable(source)}: pass --vgg-weights FILE, imagenet, random or auto")
+        raise UserError(
+            f"no file {printable(source)} for --vgg-weights: expected an existing file, imagenet, random or auto"
+        )
     return load_checkpoint(source), source
 
 
 def _draw_random_vgg_weights() -> dict[str, Tensor]:
-    """Draw random VGG-19 weights as in He et al. (ICCV 2015), so that the maps of all stages have similar variances.
+    """Draw random VGG-19 weights as in He et al. (ICCV 2015).
 
-    The biases are zero.
+    With these weights, the feature maps of all stages have similar variances. The biases are zero.
     """
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     state = VGG19().state_dict()

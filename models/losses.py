@@ -1,4 +1,4 @@
-"""Losses for training super-resolution networks, detectors, and re-synthesizers on auxiliary tasks.
+"""Losses for training super-resolution networks and detectors, and the loss of the auxiliary tasks.
 
 The weights of the VGG-19 stages in the perceptual distance are taken from pix2pixHD (Wang et al., CVPR 2018).
 """
@@ -18,13 +18,14 @@ STAGE_WEIGHTS = {1: 1 / 32, 2: 1 / 16, 3: 1 / 8, 4: 1 / 4, 5: 1.0}
 def compute_perceptual_distance(
     x_hat: Tensor, x: Tensor, vgg: VGG19, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Compute sum_k w_k distance(VGG_k(x_hat), VGG_k(x)) over the five stages k of VGG-19, in float32.
+    """Compute the perceptual distance sum_k w_k distance(VGG_k(x_hat), VGG_k(x)) over the stages k of VGG-19.
 
-    Gradients are computed for x_hat, but not for x.
+    The distance is computed in float32. Gradients are computed for x_hat, but not for x.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
-        distance: called as distance(maps_of_x_hat, maps_of_x) for each stage.
+        distance: function that is called as distance(feature_maps_of_x_hat, feature_maps_of_x) for each stage of
+            VGG-19.
     """
     with torch.no_grad():
         maps = vgg(x, STAGES)
@@ -66,7 +67,7 @@ def compute_reconstruction_loss(x_hat: Tensor, x: Tensor, vgg: VGG19) -> Tensor:
 
 
 def compute_l1_per_image(a: Tensor, b: Tensor) -> Tensor:
-    """Compute the mean of |a - b| over channels, height and width: (B, C, H, W) -> (B,)."""
+    """Compute the mean of |a - b| over channels, height and width for each image in a and b (B, C, H, W)."""
     return (a - b).abs().mean(dim=(1, 2, 3))
 
 
@@ -74,8 +75,8 @@ def compute_classification_loss(logits: Tensor, labels: Tensor, weights: Tensor)
     """Compute the weighted sum of the cross-entropies of the images, a scalar.
 
     Args:
-        logits: (B, 2).
-        labels: (B,).
+        logits: logits of each image, (B, 2).
+        labels: label of each image, (B,).
         weights: weight of each image, (B,). The sum of the weights over all processes is 1.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)

@@ -2,7 +2,7 @@
 
 RDN is from Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super-Resolution" (CVPR 2018). The
 comments in this file use the symbols of the RDN article. The parameters have the same names as in yjn870/RDN-pytorch
-(MIT licence), because the released checkpoints use these names.
+(MIT licence), because the checkpoints of the paper's authors use these names.
 """
 
 import torch
@@ -15,13 +15,14 @@ from utils.errors import UserError
 
 LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN accepts
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
-# Weights of three neighbouring pixels with which the left half and the right half of the middle pixel are interpolated.
-# The mean of both halves is the middle pixel, because each pixel of x_lr is a mean of high-resolution pixels.
+# Each row contains the weights of three neighbouring pixels. The first row interpolates the left half of the middle
+# pixel, and the second row interpolates its right half. The mean of both halves is the middle pixel, because each pixel
+# of x_lr is a mean of high-resolution pixels.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
 
 def create_conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
-    """Create a 3x3 convolution that keeps height and width."""
+    """Create a 3x3 convolution whose output has the same height and width as its input."""
     return nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
 
 
@@ -31,14 +32,14 @@ def create_conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class DenseLayer(nn.Module):
-    """A 3x3 convolution and ReLU that compute G new maps from the maps of all earlier layers in the block."""
+    """A 3x3 convolution and a ReLU, which compute G feature maps from those of all earlier layers of a block."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
         self.conv = create_conv3x3(in_channels, growth_rate)
 
     def forward(self, *maps: Tensor) -> Tensor:
-        """Compute G new maps (B, G, h, w) from the maps of each earlier layer i, (B, C_i, h, w)."""
+        """Compute G feature maps (B, G, h, w) from the feature maps (B, C_i, h, w) of each earlier layer i."""
         return self.conv(torch.cat(maps, dim=1)).relu_()
 
 
@@ -49,24 +50,25 @@ class ResidualDenseBlock(nn.Module):
         super().__init__()
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
-        # Release: in the released code, this convolution has growth_rate output channels, so forward fails unless
-        # growth_rate equals num_features. Here the convolution has num_features output channels, as in the RDN article.
+        # Release: in the code of the paper's authors, this convolution has growth_rate output channels, so forward
+        # fails unless growth_rate equals num_features. Here the convolution has num_features output channels, as in the
+        # RDN article.
         self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the dense layers, fuse their maps and add the input: (B, G0, h, w) -> (B, G0, h, w)."""
+        """Run the dense layers on x (B, G0, h, w), fuse their feature maps, and add x to the result."""
         maps = [x]
         for layer in self.layers:
             maps.append(layer(*maps))  # (B, G, h, w)
         return self.fuse_maps(*maps) + x
 
     def fuse_maps(self, *maps: Tensor) -> Tensor:
-        """Fuse the block's input and the maps of all its layers to maps (B, G0, h, w): local feature fusion."""
+        """Fuse the feature maps of the block's input and of its layers to (B, G0, h, w), by local feature fusion."""
         return self.lff(torch.cat(maps, dim=1))
 
 
 class RDN(nn.Module):
-    """A residual dense network: x_lr (B, 3, h, w) in [0, 1] -> x_hat (B, 3, scale * h, scale * w), not clipped.
+    """A residual dense network, which enlarges images (B, 3, h, w) to (B, 3, scale * h, scale * w).
 
     Args:
         scale: up-sampling factor: 2, 3 or 4.
@@ -75,7 +77,7 @@ class RDN(nn.Module):
         num_blocks: D, number of residual dense blocks.
         num_layers: C, number of dense layers in each block.
 
-    With the default arguments, which the paper uses, RDN has 22,271,107 parameters.
+    With the default arguments, which are those of the paper, RDN has 22,271,107 parameters.
 
     Raises:
         UserError: if `scale` is not 2, 3 or 4, or if another argument is not an integer from 1 to 1024.
@@ -94,9 +96,9 @@ class RDN(nn.Module):
                     f" {LARGEST_COUNT}, got {count}"
                 )
         self.scale = scale
-        # If checkpoint_blocks is True, the backward pass computes the maps of each block again, which saves memory
+        # If checkpoint_blocks is True, the backward pass computes each block again, which saves memory
         self.checkpoint_blocks = False
-        self.tile = 256  # side of the tiles in inference without gradients, in low-resolution pixels
+        self.tile = 256  # side in low-resolution pixels of the tiles that are used if no gradients are computed
         self.sfe1 = create_conv3x3(3, num_features)
         self.sfe2 = create_conv3x3(num_features, num_features)
         blocks = [ResidualDenseBlock(num_features, growth_rate, num_layers) for _ in range(num_blocks)]
@@ -114,10 +116,10 @@ class RDN(nn.Module):
         """Enlarge images x_lr (B, 3, h, w) in [0, 1] by the factor `scale`.
 
         Returns:
-            x_hat: float32 (B, 3, scale * h, scale * w), about in [0, 1] (not clipped).
+            x_hat: enlarged images, float32 (B, 3, scale * h, scale * w), not clipped to [0, 1].
         """
         if not torch.is_grad_enabled():
-            return rdn_inference.run_rdn(self, x_lr)  # faster than the code below, with equal results up to rounding
+            return rdn_inference.run_rdn(self, x_lr)  # faster than the code below; equal except for rounding
         sfe1 = self.sfe1(x_lr)  # F_-1: (B, G0, h, w)
         x = self.sfe2(sfe1)  # F_0: (B, G0, h, w)
         block_outputs = []
@@ -128,24 +130,27 @@ class RDN(nn.Module):
         return self.run_part(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
 
     def fuse_block_outputs(self, *block_outputs: Tensor) -> Tensor:
-        """Fuse the outputs of all blocks to the maps F_GF (B, G0, h, w): global feature fusion."""
+        """Fuse the outputs of all blocks to the feature maps F_GF (B, G0, h, w), by global feature fusion."""
         return self.gff(torch.cat(block_outputs, dim=1))
 
     def upsample_to_image(self, x: Tensor) -> Tensor:
-        """Up-sample the fused maps x (B, G0, h, w) to an image (B, 3, scale * h, scale * w), float32."""
+        """Enlarge the fused feature maps x (B, G0, h, w) to float32 images (B, 3, scale * h, scale * w)."""
         x = self.upscale(x)  # (B, G0, scale * h, scale * w)
         # The output layer computes in float32 also under autocast, because the residual is a small difference of images
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
     def run_part(self, part, *inputs: Tensor) -> Tensor:
-        """Compute part(*inputs). If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again."""
+        """Run a part of the network on `inputs`.
+
+        If `checkpoint_blocks` is True, the backward pass runs the part again, which saves memory.
+        """
         if self.checkpoint_blocks:
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles in inference without gradients.
+        """Set the side of the tiles in which RDN processes images if no gradients are computed.
 
         Args:
             side: side of a tile in pixels of the high-resolution image.
@@ -158,7 +163,7 @@ class RDN(nn.Module):
 
         The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
         interpolates the channels 0, 1 and 2. The output layer copies these channels to the colours of the output. The
-        dense blocks keep their random weights. The dense blocks do not change the output before training, because the
+        weights of the dense blocks stay random. The dense blocks do not change the output before training, because the
         last layer of the global feature fusion is zero.
 
         Raises:
@@ -185,7 +190,7 @@ def set_colour_kernels(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
     needs the output channels in this order.
 
     Args:
-        kernels: kernels (3, 3).
+        kernels: convolution kernels, each of the shape (3, 3).
     """
     count = len(kernels)
     layer.weight[: 3 * count] = 0

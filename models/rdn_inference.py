@@ -1,10 +1,10 @@
-"""Inference with RDN in less memory than RDN.forward in training and, on a CPU, in less time.
+"""Inference with RDN, which takes less memory and, on a CPU, less time than the forward pass of training.
 
-`run_rdn` is the function that other modules call. `run_rdn` differs from RDN.forward in training in three ways, which
-change the result by rounding errors only:
+`run_rdn` is the function that other modules call. `run_rdn` differs from the forward pass of training in three ways.
+The results are equal except for rounding errors.
 
 - RDN runs on tiles of the image. Each tile is cut out with all pixels on which the output of the tile depends.
-- After each dense block, its output is added to the fused maps, so that the outputs of earlier blocks can be freed.
+- The output of each dense block is added to the fused feature maps at once, so that earlier outputs can be freed.
 - On a CPU, dense layers use Winograd's algorithm, or run on a few rows at a time, which fit into the caches.
 """
 
@@ -18,8 +18,8 @@ from models.tiling import compute_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
 STRIP_BYTES = 2**15  # bytes in one channel of a strip of rows, chosen so that strips fit into the caches of a CPU
-# Side and halo of the tiles in up-sampling, in low-resolution pixels. The halo must be at least 1.75 pixels wide,
-# because each output value depends on pixels at a distance of up to 1.75 pixels.
+# Side and halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels. The halo must be at least
+# 1.75 pixels wide, because each output value depends on pixels at a distance of up to 1.75 pixels.
 UPSCALE_TILE, UPSCALE_HALO = 64, 2
 
 
@@ -31,7 +31,7 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
         x_lr: images (B, 3, h, w) in [0, 1].
 
     Returns:
-        x_hat: float32 (B, 3, scale * h, scale * w), about in [0, 1] (not clipped).
+        x_hat: enlarged images, float32 (B, 3, scale * h, scale * w), not clipped to [0, 1].
     """
     sfe1 = model.sfe1(x_lr)  # (B, G0, h, w)
     x = run_and_fuse_blocks(model, model.sfe2(sfe1))  # (B, G0, h, w)
@@ -40,11 +40,11 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
 
 
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
-    """Run all dense blocks and the 1x1 convolution that fuses their outputs: (B, G0, h, w) -> (B, G0, h, w).
+    """Run all dense blocks on x (B, G0, h, w), and the 1x1 convolution that fuses their outputs.
 
-    The output of each block is convolved with its part of the weights, and the results are added. Adding takes less
-    memory than a convolution of the concatenated outputs of all blocks. The sum has the data type of the weights, which
-    is float32 also under autocast.
+    The output of each block is convolved with its share of the weights of this convolution, and the results are summed.
+    Summing takes less memory than a convolution of the concatenated outputs of all blocks. The sum has the data type of
+    the weights, which is float32 also under autocast.
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one weight (G0, G0, 1, 1) per block
@@ -64,7 +64,7 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_dense_block_in_strips(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a residual dense block, on a CPU a few rows at a time: (B, G0, h, w) -> (B, G0, h, w)."""
+    """Run a residual dense block on x (B, G0, h, w). On a CPU, run each layer on a few rows at a time."""
     rows = x.shape[2]
     if x.device.type == "cpu":
         row_bytes = x[:, 0, 0].nbytes
@@ -78,10 +78,10 @@ def run_dense_block_in_strips(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) -> Tensor:
-    """Run a residual dense block with Winograd's algorithm: (B, G0, h, w) -> (B, G0, h, w).
+    """Run a residual dense block on x (B, G0, h, w) with Winograd's algorithm.
 
     Args:
-        scratch: memory for `models.winograd.DenseMaps`. Pass the same tensor in each call, so that the memory is
+        scratch: tensor whose memory `models.winograd.DenseMaps` uses. If each call gets the same tensor, the memory is
             allocated only once.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)

@@ -1,8 +1,9 @@
-"""Read checkpoints of the released code, and determine the architecture of a network from the shapes of its weights.
+"""Read checkpoints by the paper's authors, and find the architecture of a network from the shapes of its weights.
 
-Released checkpoints have no config. A released checkpoint of RDN is a state dict, or a dictionary with the state dict
-under the key "state_dict". A released checkpoint of a detector is {"epoch", "arch", "state_dict", "optimizer"}. The
-keys of a state dict may begin with "module.", which DataParallel adds.
+The checkpoints by the authors have no config. A checkpoint of RDN by the authors is a state dict, or a dictionary with
+the state dict under the key "state_dict". A checkpoint of a detector by the authors is a dictionary with the keys
+"epoch", "arch", "state_dict" and "optimizer". The keys of a state dict may begin with "module.", which DataParallel
+adds.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from torch import Tensor
 from models.resnet import BOTTLENECKS, LAYOUTS
 from utils.errors import UserError
 
-SHOWN_KEYS = 3  # largest number of keys that an error message names
+SHOWN_KEYS = 3  # largest number of keys in an error message
 PREFIX = "module."  # prefix of the keys in a state dict if the network was wrapped in DataParallel
 
 
@@ -20,7 +21,8 @@ def extract_state_dict(content: Mapping, name: str) -> dict[str, Tensor]:
     """Return the state dict in a checkpoint, and remove the prefix "module." from its keys.
 
     Args:
-        content: the state dict itself, or a dictionary with the state dict under the key "state_dict".
+        content: content of the checkpoint: the state dict itself, or a dictionary with the state dict under the key
+            "state_dict".
         name: name of the checkpoint for error messages.
 
     Raises:
@@ -30,7 +32,10 @@ def extract_state_dict(content: Mapping, name: str) -> dict[str, Tensor]:
     is_state_dict = isinstance(state, Mapping) and all(isinstance(value, Tensor) for value in state.values())
     if not is_state_dict:
         keys = ", ".join(str(key) for key in list(content)[:SHOWN_KEYS]) or "none"
-        raise UserError(f"{name} contains no weights: expected a state dict, got a dictionary with the keys {keys}")
+        raise UserError(
+            f"{name} contains no weights: expected a state dict, got a dictionary with the keys {keys}; give a file"
+            " that contains the weights of a network"
+        )
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 
@@ -38,7 +43,7 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     """Read the scale and the other arguments of an RDN from the names and shapes of its weights.
 
     Raises:
-        UserError: if the state dict does not belong to an RDN.
+        UserError: if the state dict does not contain the weights of an RDN.
     """
     try:
         num_features = state["sfe1.weight"].shape[0]
@@ -47,8 +52,8 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} contains no RDN: expected the key {error}, got {len(state)} keys, the first of which is {first};"
-            " give a checkpoint of train_sr.py or a released checkpoint of RDN"
+            f"{name} contains no RDN: expected weights named {error}, got {len(state)} weights, the first of which is"
+            f" {first}; give a checkpoint of an RDN from train_sr.py or from the paper's authors"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:
@@ -72,7 +77,7 @@ def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tup
     The weights do not show whether the ResNet is dilated.
 
     Raises:
-        UserError: if the state dict does not belong to a `models.resnet.DeepStemResNet`.
+        UserError: if the state dict does not contain the weights of a `models.resnet.DeepStemResNet`.
     """
     counts = []
     for stage in range(1, 5):
@@ -86,16 +91,16 @@ def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tup
                 return arch, channels
     raise UserError(
         f"{name} contains no detector: expected the weights of a {', '.join(LAYOUTS)} with a deep stem (conv1.0), got"
-        f" weights of which the first is {next(iter(state), 'none')}; give a checkpoint of train_detector.py or a"
-        " released detector"
+        f" weights of which the first is {next(iter(state), 'none')}; give a checkpoint of a detector from"
+        " train_detector.py or from the paper's authors"
     )
 
 
 def make_dilation_argument(arch: str, no_dilation: bool | None) -> dict:
     """Convert the option `--no_dilation` to the keyword argument {"dilated": True or False} of a ResNet.
 
-    The result is {} for a ResNet-18 or ResNet-34, which cannot be dilated. Release: the released code dilates a
-    ResNet-50, ResNet-101 or ResNet-152 unless `--no_dilation` is given.
+    The result is {} for a ResNet-18 or ResNet-34, which cannot be dilated. Release: the code of the paper's authors
+    dilates a ResNet-50, ResNet-101 or ResNet-152 unless `--no_dilation` is given.
     """
     if arch not in BOTTLENECKS:
         return {}

@@ -1,11 +1,11 @@
 """The ResNet that classifies residuals as real or fake. The stem of the ResNet has three convolutions.
 
-ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). As in torchvision, a
-bottleneck has its stride in the 3x3 convolution. The parameters have the same names as in torchvision.
+ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). As in torchvision,
+the stride of a bottleneck block is in its 3x3 convolution. The parameters have the same names as in torchvision.
 
-The ResNet of the released detectors differs from torchvision's ResNet in three ways: the stem has three convolutions,
-two of them with stride 2; layer1 has stride 2; layer3 and layer4 do not down-sample. The total stride is 32, as in
-torchvision.
+The ResNet of the paper's authors differs from torchvision's ResNet in three ways. The stem, which precedes layer1, has
+three convolutions, two of them with stride 2. The stride of layer1 is 2. The stride of layer3 and layer4 is 1. The
+total stride is 32, as in torchvision.
 """
 
 from fractions import Fraction
@@ -17,8 +17,8 @@ from models.tiling import compute_in_tiles
 from utils.errors import UserError
 
 STEM_CHANNELS = 128
-# Total stride of the stem and halo of its tiles, in pixels of the residual. The halo must be at least 11 pixels wide,
-# because each output value of the stem depends on pixels at a distance of up to 11 pixels.
+# Total stride of the stem and halo (overlapping margin) of its tiles, in pixels of the residual. The halo must be at
+# least 11 pixels wide, because each output value of the stem depends on pixels at a distance of up to 11 pixels.
 STEM_STRIDE, STEM_HALO = 8, 16
 
 LAYOUTS = {
@@ -32,7 +32,7 @@ BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # ResNets that consist of 
 
 
 def create_convolution(in_channels: int, out_channels: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Create a convolution that divides height and width by `stride`, rounded up.
+    """Create a convolution that divides height and width by `stride`, and rounds the results up.
 
     The convolution has no bias, because a batch norm follows it.
 
@@ -46,7 +46,7 @@ def create_convolution(in_channels: int, out_channels: int, side: int, stride: i
 class Block(nn.Module):
     """A residual block: the output is relu(compute_residual_branch(x) + x).
 
-    If x and the output have different shapes, a 1x1 convolution of x is added instead of x.
+    If x and the output have different shapes, the sum contains a 1x1 convolution of x instead of x.
     """
 
     expansion: int
@@ -113,20 +113,21 @@ class Bottleneck(Block):
 
 
 class DeepStemResNet(nn.Module):
-    """A ResNet that classifies residuals: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
+    """A ResNet that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H, W).
 
     Args:
         channels: number of channels of the residual.
-        arch: name of the ResNet, a key of LAYOUTS.
-        dilated: whether layer3 has dilation 2 and layer4 has dilation 4. Release: the released code uses dilation
-            unless `--no_dilation` is given.
+        arch: name of the ResNet, one of the names in LAYOUTS.
+        dilated: whether layer3 has dilation 2 and layer4 has dilation 4. Release: the code of the paper's authors uses
+            dilation unless `--no_dilation` is given.
 
     Raises:
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # Side of the residual / side of the last feature map. train_detector.py warns about residuals that are not larger
-    # than this stride, because batch norm cannot be trained on a single image whose last feature map is 1 x 1.
+    # This stride is the side of the residual divided by the side of the last feature map. train_detector.py warns about
+    # residuals whose sides are not larger than this stride, because batch norm cannot be trained on a single image
+    # whose last feature map is 1 x 1.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
@@ -155,9 +156,9 @@ class DeepStemResNet(nn.Module):
         self.layer3 = self.make_layer(block, 256, depths[2], dilations=third)
         self.layer4 = self.make_layer(block, 512, depths[3], dilations=fourth)
         self.fc = nn.Linear(self.in_planes, 2)
-        self.tile = 1024  # side of the tiles of the stem in inference without gradients, in pixels of the residual
+        self.tile = 1024  # side in pixels of the tiles in which the stem runs if no gradients are computed
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # normal distribution with std sqrt(2 / (k * k * C_out))
+            if isinstance(module, nn.Conv2d):  # weights get a normal distribution with std sqrt(2 / (k * k * C_out))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def make_layer(
@@ -191,11 +192,11 @@ class DeepStemResNet(nn.Module):
         return self.fc(x)
 
     def run_stem(self, x: Tensor) -> Tensor:
-        """Run the layers before layer1 on residuals: x (B, channels, H, W) -> (B, 128, H / 8, W / 8), rounded up."""
+        """Run the layers before layer1 on residuals x (B, channels, H, W), which divides height and width by 8."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles of the stem in inference without gradients.
+        """Set the side of the tiles in which the stem processes residuals if no gradients are computed.
 
         Args:
             side: side of a tile in pixels of the residual.

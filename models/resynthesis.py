@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 def downsample(x: Tensor, scale: int) -> Tensor:
-    """Replace each block of scale x scale pixels by its mean: (B, C, H, W) -> (B, C, H / scale, W / scale)."""
+    """Replace each block of scale x scale pixels of images x (B, C, H, W) by its mean."""
     return F.avg_pool2d(x, scale)
 
 
@@ -19,12 +19,14 @@ class ResynthesisDetector(nn.Module):
                                                 (if `signed` is True: phi(x_hat) - phi(x))
         logits   = classifier(residual)         logits with the columns FAKE, REAL
 
-    `models/build.py` lists the networks that can be chosen for each part. docs/extending.md shows how to add a network.
+    `models/build.py` lists the networks that can be chosen for each part of the detector. docs/extending.md shows how
+    to add a network.
 
     Args:
-        resynthesizer: network (B, 3, h, w) -> (B, 3, scale * h, scale * w), with an attribute `scale`.
-        features: network (B, 3, H, W) -> (B, channels, H / stride, W / stride), with attributes `channels`, `stride`.
-        classifier: network (B, channels, H / stride, W / stride) -> logits (B, 2).
+        resynthesizer: network that enlarges images (B, 3, h, w) by the factor in its attribute `scale`.
+        features: network that computes feature maps (B, channels, H / stride, W / stride) of images (B, 3, H, W). The
+            network has the attributes `channels` and `stride`.
+        classifier: network that computes logits (B, 2) from residuals (B, channels, H / stride, W / stride).
         signed: whether the residual keeps its sign. The paper uses the absolute value of the residual.
     """
 
@@ -48,7 +50,7 @@ class ResynthesisDetector(nn.Module):
         """Down-sample images x (B, 3, H, W) in [0, 1], and enlarge them with the re-synthesizer.
 
         Returns:
-            x_hat: (B, 3, H, W), about in [0, 1].
+            x_hat: re-synthesized images (B, 3, H, W), not clipped to [0, 1].
         """
         x_lr = downsample(x, self.resynthesizer.scale)  # (B, 3, h, w)
         return self.resynthesizer(x_lr)  # (B, 3, H, W)
@@ -57,8 +59,8 @@ class ResynthesisDetector(nn.Module):
         """Compute the residual of images x (B, 3, H, W) and their re-synthesis x_hat (B, 3, H, W).
 
         Returns:
-            float32 (B, C_l, H_l, W_l): features of x_hat minus features of x, or the absolute value of this difference
-            if `signed` is False.
+            the residual, float32 (B, C_l, H_l, W_l): the features of x_hat minus the features of x. If `signed` is
+            False, the residual is the absolute value of this difference.
         """
         phi = self.features(x)  # (B, C_l, H_l, W_l)
         phi_hat = self.features(x_hat)  # (B, C_l, H_l, W_l)
@@ -68,8 +70,9 @@ class ResynthesisDetector(nn.Module):
     def classify(self, residual: Tensor) -> Tensor:
         """Compute the logits (B, 2) of residuals (B, C_l, H_l, W_l).
 
-        The classifier computes in float32 also under autocast, because its batch norms have maps of only a few values.
-        Float32 costs little time, because only a hundredth of the detector's computations are in the classifier.
+        The classifier computes in float32 also under autocast, because its batch norms normalize feature maps of only a
+        few values. Float32 costs little time, because only a hundredth of the detector's computations are in the
+        classifier.
         """
         with torch.autocast(residual.device.type, enabled=False):
             return self.classifier(residual.float())
@@ -82,13 +85,13 @@ class ResynthesisDetector(nn.Module):
     def freeze_resynthesizer(self, frozen: bool) -> None:
         """Freeze the weights of the re-synthesizer, or make them trainable if `frozen` is False.
 
-        `frozen` is True with `--fixed-sr`, and False in end-to-end training. Release: the released code freezes the
-        re-synthesizer also in end-to-end training.
+        `frozen` is True with `--fixed-sr`, and False in end-to-end training. Release: the code of the paper's authors
+        freezes the re-synthesizer also in end-to-end training.
         """
         self.resynthesizer.requires_grad_(not frozen)
 
     def set_tile(self, side: int) -> None:
-        """Set the side of the tiles in inference without gradients.
+        """Set the side of the tiles in which the detector processes images if no gradients are computed.
 
         Smaller tiles take less memory, and give the same results except for rounding errors. Parts of the detector
         without a method `set_tile` process whole images.

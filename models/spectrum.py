@@ -3,20 +3,20 @@
 A ResNet overfits if it is trained on only a few hundred images. The classifiers in this file first reduce a residual to
 a small number of values, and then classify these values.
 
-`SpectrumClassifier` is made for pixel residuals. This classifier compares the power of each frequency with the power of
-neighbouring frequencies. The spectrum is averaged over overlapping windows by Welch's method (IEEE Transactions on
-Audio and Electroacoustics, 1967).
+`SpectrumClassifier` is made for residuals of pixels. It compares the power of each frequency in the spectrum of a
+residual with the power of neighbouring frequencies. The spectrum of the residual is averaged over overlapping windows
+by Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
 
-`ChannelPowerClassifier` is made for residuals of VGG-19 features, and classifies the power of each channel. For these
-residuals, the channel powers separate real from generated images better than the spectrum does.
+`ChannelPowerClassifier` is made for residuals of VGG-19 features, and classifies the power of each channel. For
+residuals of VGG-19 features, the channel powers separate real from generated images better than the spectrum does.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# SMALLEST_POWER is added to each power so that the logarithm is finite. SMALLEST_POWER is far below the noise power of
-# rounding an image in [0, 1] to 8 bits.
+# SMALLEST_POWER is added to each power so that the logarithm is finite. SMALLEST_POWER is far below the power of the
+# noise that rounding to 8 bits adds to an image in [0, 1].
 SMALLEST_POWER = 1e-7
 
 # SMALLEST_DISTANCE is added to each distance so that the logarithm is finite. Typical distances are about 1.
@@ -24,27 +24,28 @@ SMALLEST_DISTANCE = 1e-4
 
 
 class SpectrumClassifier(nn.Module):
-    """A classifier of the power spectrum: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
+    """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
     The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over channels,
     mirror images and rotations by 90 degrees. Then the mean log power of the neighbouring frequencies is subtracted
-    from each log power. The differences show the peaks and edges that up-sampling causes in a spectrum. The differences
-    depend little on brightness, sharpness and image content.
+    from each log power. These differences of log powers show the peaks and edges that up-sampling causes in a spectrum.
+    The differences of log powers depend little on brightness, sharpness and image content.
 
-    Each logit is the sum of two parts. The first part is the output of a network with one hidden layer, which learns to
-    recognize the generators of the training images. The second part is the log distance of the spectrum from a learned
-    centre, multiplied by a learned weight. Training moves real images towards the centre. Therefore an image that
-    differs from real images gets a higher logit for FAKE, even if no training image was made by its generator.
+    Each logit is the sum of two terms. The first term is the output of a network with one hidden layer, which learns to
+    recognize the generators of the training images. The second term is the log distance of the differences of log
+    powers from a learned centre, multiplied by a learned weight. Training moves real images towards the centre. An
+    image that differs from real images therefore gets a higher logit for FAKE, even if no training image was made by
+    its generator.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
     Images may have any size.
 
     Args:
         channels: number of channels of the residual. The log spectra of the channels are averaged.
-        window: side of the windows in pixels, an even number. Neighbouring windows overlap by half their side.
+        window: side length of the windows in pixels, an even number. Neighbouring windows overlap by half their side.
         neighbourhood: side of the square of neighbouring frequencies, an odd number.
         hidden: number of units of the hidden layer, and number of dimensions in which the distance is computed.
-        dropout: probability of dropout at the inputs of both parts and after the hidden layer.
+        dropout: probability of dropout at the inputs of both terms and after the hidden layer.
     """
 
     def __init__(
@@ -86,7 +87,8 @@ class SpectrumClassifier(nn.Module):
             x: residuals (B, C, H, W).
 
         Returns:
-            (B, half * (half + 1) / 2), where `half` is the number of frequencies 0 .. window / 2.
+            differences of log powers (B, half * (half + 1) / 2), where `half` is the number of frequencies
+            0 .. window / 2.
         """
         n = self.window
         half = n // 2 + 1
@@ -104,7 +106,7 @@ class SpectrumClassifier(nn.Module):
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def average_neighbouring_frequencies(self, spectrum: Tensor) -> Tensor:
-        """Average each frequency with its neighbouring frequencies: (B, half, half) -> (B, half, half).
+        """Replace each value of spectra (B, half, half) by the mean over neighbouring frequencies.
 
         The spectrum is reflected at its borders.
         """
@@ -114,7 +116,7 @@ class SpectrumClassifier(nn.Module):
 
 
 class ChannelPowerClassifier(nn.Module):
-    """A linear classifier of channel powers: residual (B, channels, H, W) -> logits (B, 2), columns FAKE, REAL.
+    """A linear classifier that computes logits (B, 2) for FAKE and REAL from the channel powers of residuals.
 
     The power of a channel is the mean of its squared values. The mean log power of all channels is subtracted from each
     log power, so that the contrast of the image does not change the logits.
@@ -138,7 +140,7 @@ class ChannelPowerClassifier(nn.Module):
 
 
 class Standardise(nn.BatchNorm1d):
-    """A batch norm without weight and bias: (B, count) -> (B, count).
+    """A batch norm without trainable weight and bias, for values (B, count).
 
     A training batch with a single image is normalized by the running mean and variance, as in evaluation.
     """
@@ -153,7 +155,7 @@ class Standardise(nn.BatchNorm1d):
 
 
 def reflect_to_side(x: Tensor, side: int) -> Tensor:
-    """Pad maps (B, C, H, W) by reflection at the bottom and right until height and width are at least `side`."""
+    """Extend residuals (B, C, H, W) by reflection at the bottom and right until both sides are at least `side`."""
     while min(x.shape[2:]) < side:
         missing_rows = max(side - x.shape[2], 0)
         missing_columns = max(side - x.shape[3], 0)

@@ -15,19 +15,20 @@ def compute_in_tiles(
     halo: int,
     scale: Fraction | int = 1,
 ) -> Tensor:
-    """Compute function(*maps) on one tile at a time.
+    """Compute function(*maps) on one tile of the feature maps at a time.
 
     Each tile is cut out with a halo, a margin of `halo` pixels on all sides. The results in the halo are discarded. At
-    the border of the map, tiles have no halo, and `function` pads the tile as it pads the whole map. The result equals
-    function(*maps) if each output value depends only on pixels at a distance of at most `halo`.
+    the border of the feature map, tiles have no halo, and `function` pads the tile as it pads the whole map. The result
+    equals function(*maps) if each output value depends only on pixels at a distance of at most `halo`.
 
     Args:
-        function: a sequence of convolutions with "same" padding, poolings and per-pixel operations: one or more maps
-            (B, C, h, w) -> (B, C', scale * h, scale * w), rounded down or up.
-        maps: tensors (B, C, h, w) of equal height and width.
-        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. Sides must be multiples of 1 / scale.
-        halo: width of the halo in pixels of `maps`. The width must be a multiple of 1 / scale.
-        scale: height of the result / height of the maps.
+        function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
+            result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
+        maps: one or more feature maps (B, C, h, w) of equal height and width.
+        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. The sides of tiles must be multiples of
+            1 / scale.
+        halo: width of the halo in pixels of `maps`. The width of the halo must be a multiple of 1 / scale.
+        scale: height of the result divided by the height of `maps`.
     """
     height, width = maps[0].shape[2:]
     tile_height, tile_width = (side, side) if isinstance(side, int) else side

@@ -5,7 +5,7 @@ Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). From a ti
 x 3 values, the algorithm computes 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)]. In this formula, d and g are
 flattened to vectors, and * multiplies two vectors element by element.
 
-Letters in shapes: B images, C channels per map, O output channels, n tiles, 36 products per tile.
+Shapes in this file use the letters B (images), C (channels per map), O (output channels) and n (tiles).
 """
 
 import math
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-TILE_IN = 6  # side of an input tile
-TILE_OUT = 4  # side of an output tile
+TILE_IN = 6  # side length of an input tile
+TILE_OUT = 4  # side length of an output tile
 PRODUCTS = TILE_IN**2
 # The first five interpolation points of the algorithm. The sixth point is infinity. With these points, the measured
 # rounding errors are about 2e-6.
@@ -60,15 +60,15 @@ def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
 
 
 class DenseMaps:
-    """The input maps of the layers of a dense block, transformed by Winograd's algorithm.
+    """The input feature maps of the layers of a dense block, stored as Winograd's algorithm transforms them.
 
-    Each map is transformed only once, although several layers read the map.
+    Each feature map is transformed only once, although several layers read it.
 
     Args:
-        like: a tensor with the shape of each map, (B, C, h, w).
-        count: number of maps that will be added.
-        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. Pass the same tensor for
-            several blocks, so that its memory is allocated only once.
+        like: a tensor that has the shape (B, C, h, w) of each feature map.
+        count: number of feature maps that will be appended.
+        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. If several blocks get the
+            same tensor, its memory is allocated only once.
     """
 
     def __init__(self, like: Tensor, count: int, scratch: Tensor):
@@ -78,16 +78,16 @@ class DenseMaps:
         self.strip_rows = max(TILES // self.columns, 1)  # number of rows of tiles that are computed at a time
         shape = (batch, self.rows, self.columns * count * PRODUCTS * self.channels)
         memory = scratch.resize_(math.prod(shape)).view(shape)
-        self.transformed = []  # transformed maps of each strip of tiles, (count, n, 36 * C)
+        self.transformed = []  # transformed feature maps of each strip of tiles, (count, n, 36 * C)
         for strip in self.split_into_strips(memory):
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
-        self.added = 0  # number of maps that have been added
+        self.added = 0  # number of feature maps that have been appended
 
     def add_and_convolve(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
-        """Add the map x (B, C, h, w), and convolve the concatenation of all added maps with "same" padding.
+        """Append the feature map x (B, C, h, w), and convolve the concatenation of all appended feature maps.
 
         Returns:
-            the output of the convolution, (B, O, h, w).
+            the output of the convolution with "same" padding, (B, O, h, w).
         """
         self.added += 1
         weight = self.transform_kernel(convolution)  # (36 * O, C, maps, 1)
@@ -97,7 +97,7 @@ class DenseMaps:
             self.cut_into_tiles(x), self.transformed, self.split_into_strips(result), strict=True
         ):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
-            # A grouped convolution with one group per product sums the products over all maps and channels
+            # A grouped convolution with one group per product sums the products over all feature maps and channels
             values = maps[: self.added]  # (maps, n, 36 * C)
             if self.added == 1:
                 values = maps[0].view(-1, self.columns, maps.shape[2])  # with a single map, this shape is faster
@@ -111,7 +111,7 @@ class DenseMaps:
         return y[:, :, : self.height, : self.width]
 
     def transform_kernel(self, convolution: nn.Conv2d) -> Tensor:
-        """Transform the weight of a convolution: (O, maps * C, 3, 3) -> (36 * O, C, maps, 1)."""
+        """Transform the weight (O, maps * C, 3, 3) of a convolution to the shape (36 * O, C, maps, 1)."""
         weight = convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (9, O * maps * C)
         weight = KERNEL @ weight  # (36, O * maps * C)
         weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
@@ -125,7 +125,7 @@ class DenseMaps:
         return parts
 
     def cut_into_tiles(self, x: Tensor) -> Iterator[Tensor]:
-        """Cut maps x (B, C, h, w) into tiles of 6 x 6 pixels that overlap by 2 pixels.
+        """Cut feature maps x (B, C, h, w) into tiles of 6 x 6 pixels that overlap by 2 pixels.
 
         Yields:
             the tiles of one strip, (n, 36, C).
