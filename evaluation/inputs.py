@@ -75,10 +75,10 @@ def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]
 
     Args:
         image: (3, H, W).
-        side: side of a crop in pixels.
+        side: side length of a crop in pixels.
 
     Returns:
-        The K <= `count` crops (K, 3, h, w), row by row, and the number of crops per row.
+        The crops (K, 3, h, w), ordered row by row, and the number of crops per row. K is at most `count`.
     """
     height, width = image.shape[1:]
     divisors = [n for n in range(1, count + 1) if count % n == 0]
@@ -91,9 +91,9 @@ def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]
 
 
 def crop_starts(length: int, side: int, count: int) -> list[int]:
-    """Compute the first pixel of each of `count` crops of `side` pixels on a line of `length` pixels.
+    """Compute the positions at which `count` crops of `side` pixels begin on a line of `length` pixels.
 
-    A single crop is centred. Crops with the same first pixel are returned only once.
+    A single crop is centred. Equal positions are returned only once.
     """
     free = max(length - side, 0)
     if count == 1:
