@@ -183,7 +183,7 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
 def describe_scoring_job(detector: Detector, items: list[Item]) -> dict:
     """Return a dict that names the detector, the images and the settings on which the scores depend.
 
-    The dict does not contain the perturbation.
+    The perturbation is not part of the dict.
     """
     identity = detector.describe_model()
     vgg = identity.get("vgg")

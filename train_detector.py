@@ -373,8 +373,9 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
 def residual_without_gradients(
     detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch
 ) -> Tensor:
-    """Compute the residuals of a batch of images without gradients. Residuals from the cache are only copied to the
-    device.
+    """Compute the residuals of a batch of images without gradients.
+
+    Residuals from the cache are only copied to the device.
 
     Args:
         micro_batch: number of images that pass through re-synthesizer and features at a time. None means all images.

@@ -190,7 +190,7 @@ class Schedule(NamedTuple):
     decay_epochs: int  # number of epochs after which "steps" multiplies the learning rate again
 
     def rate_factor(self, epochs_done: float) -> float:
-        """Return the factor on the base learning rate after `epochs_done` epochs, such as 2.5 epochs."""
+        """Return the factor on the base learning rate after `epochs_done` epochs, such as 2.5."""
         if self.name == "cosine":
             return training.cosine_rate_factor(self.epochs_total, epochs_done)
         return self.decay ** (int(epochs_done) // self.decay_epochs)

@@ -132,7 +132,7 @@ def add_run_options(parser: Parser) -> None:
     """Add options on VGG-19 weights, device, workers, precision and random numbers."""
     add_vgg_options(parser)
     add = parser.add_argument_group("run").add_argument
-    add("--gpu", "--gpu-id", dest="gpu", metavar="N|cpu", help="number of a GPU, or cpu (default: 0, or cpu without a GPU)")
+    add("--gpu", "--gpu-id", dest="gpu", metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 if there is one)")
     add("-j", "--workers", "--num-workers", dest="workers", type=integer_from_0, default=4, metavar="N",
         help="number of processes that read images; 0: the main process reads images (default: %(default)s)")  # fmt: skip
     add("--seed", type=integer_from_0, default=123, metavar="N",
