@@ -339,7 +339,7 @@ def format_report(
 
 
 def explain_verdicts(calibration: Mapping) -> list[str]:
-    """Explain P(fake) and the verdicts in two lines of text."""
+    """Explain in two lines of text what P(fake) and the verdicts mean."""
     if calibration:
         source = printable(str(calibration.get("source", "another set")))
         meaning = f"calibrated on {source} (temperature {calibration['temperature']:.3g}), valid for similar images"
@@ -352,7 +352,7 @@ def explain_verdicts(calibration: Mapping) -> list[str]:
 
 
 def format_verdicts(table: ScoreTable) -> list[str]:
-    """Make a table with P(fake), verdict and file of each image, followed by the number of images per verdict."""
+    """Make a table with the probability P(fake), the verdict and the file of each image, and count the verdicts."""
     rows = [["P(fake)", "verdict", "image"]]
     for i, path in enumerate(table.paths):
         if table.errors[i]:

@@ -526,7 +526,7 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
 def compute_validation_metrics(
     detector: ResynthesisDetector, batches: Iterable[Batch], residual_of: Callable[[Batch], Tensor], world: World
 ) -> dict[str, float | None]:
-    """Compute loss, accuracy and AUROC (fake = positive) on the validation images."""
+    """Compute the loss, the accuracy and the AUROC on the validation images. Fake is the positive class."""
     detector.eval()
     labels = [torch.empty(0, dtype=torch.int64)]
     logits = [torch.empty(0, 2)]

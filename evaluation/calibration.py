@@ -16,7 +16,7 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     """Convert logits to P(fake) and to verdicts.
 
     Args:
-        logits: (N, 2), columns FAKE, REAL.
+        logits: (N, 2), with the columns FAKE and REAL.
         calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by its entry
             "temperature". The verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and unsure between
             these thresholds. Without a calibration, the temperature is 1 and both thresholds are 0.5.

@@ -4,7 +4,7 @@
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py scores images with the same class, so `Detector.predict` and test.py give equal scores.
+test.py also uses the Python class `Detector`, so `Detector.predict` and test.py give equal scores.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ class Examination(NamedTuple):
     x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
     x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), with values mostly in [0, 1]
     residual: Tensor  # (K, C_l, h_l, w_l)
-    logits: Tensor  # (2,), columns FAKE, REAL: the mean over the crops
+    logits: Tensor  # (2,), the logits of FAKE and REAL, averaged over the crops
     columns: int  # number of crops in one row of the image
 
 
@@ -84,7 +84,7 @@ class Detector:
             images: uint8 (B, 3, H, W), a batch of images returned by `prepare_image`.
 
         Returns:
-            float32 (B, 2) on the CPU, columns FAKE, REAL.
+            The logits, float32 (B, 2), on the CPU, with the columns FAKE and REAL.
         """
         if self.crops > 1:
             return torch.stack([self._mean_logits(image) for image in images])  # (B, 2)
@@ -146,7 +146,7 @@ class Detector:
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
     def prepare_image(self, image: ImageInput) -> Tensor:
-        """Decode, resize and crop an image for the network. Returns uint8 (3, H, W).
+        """Decode, resize and crop an image for the network. Returns a tensor, uint8 (3, H, W).
 
         Raises:
             UserError: if the type of the image is not accepted, or if the image cannot be decoded or is too small.

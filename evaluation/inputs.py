@@ -28,7 +28,7 @@ def is_one_image(images: object) -> bool:
 
 
 def decode_image(image: ImageInput) -> Tensor:
-    """Convert an image of any accepted type to uint8 (3, H, W) RGB.
+    """Convert an image of any accepted type to an RGB image, uint8 (3, H, W).
 
     Raises:
         UserError: if the type of the image is not accepted, or if the image cannot be decoded.
@@ -49,7 +49,7 @@ def decode_image(image: ImageInput) -> Tensor:
 
 
 def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
-    """Convert a PIL image of any mode, or an open image file, to uint8 (3, H, W) RGB, upright.
+    """Convert a PIL image of any mode, or an open image file, to an upright RGB image, uint8 (3, H, W).
 
     Raises:
         UserError: if the image cannot be decoded.
@@ -74,7 +74,7 @@ def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]
     side of the image is shorter than a crop, each crop covers the whole side.
 
     Args:
-        image: (3, H, W).
+        image: a tensor (3, H, W).
         side: side length of a crop in pixels.
 
     Returns:

@@ -1,8 +1,9 @@
 """Compute metrics of score tables with bootstrap intervals, and show the metrics in tables.
 
-FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image called fake. In
-the two metrics `..._real_positive`, which the authors' program prints, REAL is the positive class. A metric that is not
-defined, for example because a class is missing, is None. No metric is NaN, so that metrics can be written as JSON.
+FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image that is called
+fake. In the two metrics `..._real_positive`, which the authors' program prints, REAL is the positive class. A metric
+that is not defined, for example because a class is missing, is None. No metric is NaN, so that metrics can be written
+as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -63,7 +64,7 @@ def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
 
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
-    """Compute the highest true-positive rate at a false-positive rate of at most `highest_fpr`."""
+    """Compute the highest true-positive rate for which the false-positive rate is at most `highest_fpr`."""
     if not has_both_classes(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
@@ -133,8 +134,8 @@ def bootstrap_intervals(
     the ROC curve and the precision.
 
     Args:
-        scores: (N,), higher = more likely fake. An image is called fake if its score is >= 0.
-        is_fake: (N,) bool.
+        scores: (N,). A higher score means more likely fake. An image is called fake if its score is >= 0.
+        is_fake: (N,) bool, whether each image is fake.
         resamples: number of resamples.
         seed: random seed.
 

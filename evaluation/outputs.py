@@ -64,7 +64,7 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
 
 
 def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]) -> None:
-    """Raise a UserError if a file at `path` is read by this run, or is not recognised by `is_own`."""
+    """Raise a UserError if this run reads the file at `path`, or if `is_own` does not recognise the file."""
     identity = device_and_inode(path)
     if identity is None and not os.path.islink(path):
         return

@@ -114,7 +114,7 @@ def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | 
     """Convert the logits of N images to rows. The row of an image whose logits are not finite holds an error message.
 
     Args:
-        logits: (N, 2), columns FAKE, REAL.
+        logits: (N, 2), with the columns FAKE and REAL.
         calibration: the calibration of the detector, as in `probabilities_and_verdicts`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
@@ -145,7 +145,7 @@ def cells_from_row(row: Row) -> list[str]:
 
 
 def row_from_cells(cells: Mapping[str, str]) -> Row:
-    """Convert the cells of a line of a CSV file, {column: text}, to a row.
+    """Convert the cells of a CSV line, as a dict {column: text}, to a row.
 
     Raises:
         ValueError: if a cell has an impossible value.

@@ -49,7 +49,7 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        int64 (N, 2). The values of a file that does not exist are -1.
+        An int64 array (N, 2). The values of a file that does not exist are -1.
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -180,7 +180,7 @@ class ScoreWriter:
         self.part.flush()
 
     def _is_table_of_this_job(self) -> bool:
-        """Find out whether P.csv was made from the same job and image files."""
+        """Return whether P.csv was made with the same job and from the same image files."""
         record = read_record(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
@@ -268,7 +268,7 @@ class ScoreWriter:
 
 
 def find_parts(table: Path) -> dict[int, Path]:
-    """Find the parts of a score table: {number of the part: path}."""
+    """Find the parts of a score table. Returns a dict from the number of each part to its path."""
     pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
     parts = {}
     for path in table.parent.iterdir() if table.parent.is_dir() else ():
@@ -289,6 +289,6 @@ def read_job_of_part(part: Path) -> dict | None:
 
 
 def delete_files(paths: Iterable[Path]) -> None:
-    """Delete files. All files must exist."""
+    """Delete files, all of which must exist."""
     for path in paths:
         path.unlink()

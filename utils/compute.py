@@ -94,7 +94,7 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
         if gpu is None:
             logger.info("this machine has no GPU: the CPU is used")
         elif is_main_process():
-            logger.warning("warning: GPU %s is not available: this machine has no GPU, the CPU is used", gpu)
+            logger.warning("warning: GPU %s is not available, because this machine has no GPU: the CPU is used", gpu)
         return torch.device("cpu")
     if gpu is None:
         device = torch.device("cuda")

@@ -133,7 +133,7 @@ def _all_reduce(values: Tensor, world: World, operation: dist.ReduceOp) -> Tenso
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Concatenate the rows of all processes in the order of the ranks. Every process gets the result, on the CPU."""
+    """Concatenate the rows of all processes, ordered by rank. Every process gets the result, which is on the CPU."""
     gathered = [rows.cpu()] * world.size
     if world.size > 1:
         dist.all_gather_object(gathered, rows.cpu())

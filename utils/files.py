@@ -60,7 +60,7 @@ def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> 
 
 
 def write_json(path: Path, obj: dict) -> None:
-    """Write a JSON file, completely or not at all."""
+    """Write a JSON file completely or not at all."""
     text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with write_atomically(path) as file:
         file.write(text.encode())

@@ -430,13 +430,13 @@ def export_parser() -> Parser:
     add = parser.add_argument_group("export").add_argument
     add("--resume", required=True, metavar="FILE", help="checkpoint or bundle (.safetensors) of the detector")
     add("--out", type=Path, metavar="FILE",
-        help="write the detector as a graph: FILE.onnx, or FILE.pt2 for torch.export.load")  # fmt: skip
+        help="write the detector's computation graph to FILE.onnx, or to FILE.pt2 for torch.export.load")  # fmt: skip
     add("--check", type=Path, metavar="FILE",
         help="check that the graph in FILE computes the same logits as the detector")  # fmt: skip
-    add("--bundle", type=Path, metavar="FILE", help="write the detector as one file for sharing, FILE.safetensors")
+    add("--bundle", type=Path, metavar="FILE", help="write the detector to FILE.safetensors, a file for sharing")
     add(
         "--scores",
         metavar="P.json",
-        help="results of test.py, whose metrics are copied into the model card of the bundle",
+        help="record P.json of test.py, from which metrics are copied into the model card of the bundle",
     )
     return parser
