@@ -1,4 +1,4 @@
-"""Entry point for torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar")."""
+"""Let torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar") return a trained detector."""
 
 import contextlib
 import sys
@@ -46,6 +46,6 @@ def own_packages() -> Iterator[None]:
 
 
 def take_modules() -> dict:
-    """Remove the modules of PACKAGES from `sys.modules`. Returns {name: removed module}."""
+    """Remove the modules of PACKAGES from `sys.modules`. Returns a dict of the removed modules, by name."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}

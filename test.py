@@ -1,12 +1,12 @@
-"""Score labelled images and compute metrics, or score unlabelled files and folders (--input).
+"""Compute a detector's scores of images. For labelled images (real or fake), test.py also computes metrics.
 
     python test.py --resume DETECTOR --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --save_path output/mine
     python test.py --resume DETECTOR --input a.png photos/
 
-Scores are written first, and metrics are computed from the written scores. --save_path P sets the names of the output
-files: P.csv has one row per image. P.npy holds the logits of the images, float32 (N, 2), with the columns FAKE and
-REAL. P.json (metrics, settings, versions) and P.png (ROC curves, histograms) are made from P.csv. If a run is killed,
-the same command continues the run.
+test.py first writes the scores, and then computes metrics from the written scores. The option --save_path P sets the
+names of the output files. P.csv has one row per image. P.npy holds the logits of the images, float32 (N, 2), with the
+columns FAKE and REAL. P.json holds metrics, settings and version numbers. P.png shows ROC curves and histograms. If a
+run is killed, the same command continues the run.
 """
 
 import contextlib
@@ -70,7 +70,7 @@ def main(args: Namespace) -> int:
 
         # Choose the output files. An existing file is replaced only if test.py wrote it
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
-        base = path_without_suffix(save_path)  # the path P of P.csv, P.npy, P.json and P.png
+        base = path_without_suffix(save_path)  # the path P, without suffix, of the files P.csv, P.npy, P.json and P.png
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         for place in places.values():
@@ -120,10 +120,10 @@ def main(args: Namespace) -> int:
 
 
 def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
-    """List the images of --input or, without --input, the labelled images.
+    """List the images that --input names or, if --input is not given, the labelled images.
 
     Args:
-        inputs: value of --input.
+        inputs: the paths that follow --input, or None.
         labelled: arguments for `data.lists.list_labelled_items`.
     """
     if inputs and any(labelled):
@@ -151,7 +151,7 @@ def count_training_images(items: list[Item], detector: Detector) -> int:
 class OutputPaths(NamedTuple):
     """The paths of the output files for one perturbation."""
 
-    base: Path  # the path P of P.csv, P.npy, P.json and P.png
+    base: Path  # the path P, without suffix, of the files P.csv, P.npy, P.json and P.png
     pictures: ResidualPictures
 
 
@@ -160,7 +160,7 @@ def choose_output_paths(
 ) -> dict[PerturbationSetting, OutputPaths]:
     """Choose the output paths for each perturbation.
 
-    With several perturbations, the name of each perturbation is appended to its paths.
+    With several perturbations, each output path contains the name of its perturbation.
     """
     if len(perturbations) == 1:
         return {perturbations[0]: OutputPaths(base, ResidualPictures(residual_folder, items))}
@@ -181,7 +181,10 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
 
 
 def describe_scoring_job(detector: Detector, items: list[Item]) -> dict:
-    """Return everything that the scores depend on, except for the content of the image files and the perturbation."""
+    """Return a dict that names the detector, the images and the settings on which the scores depend.
+
+    The perturbation is not part of the dict.
+    """
     identity = detector.describe_model()
     vgg = identity.get("vgg")
     identity["vgg"] = (
@@ -243,7 +246,7 @@ def score_images(
 
 
 def score_batch(detector: Detector, batch: Batch, pictures: ResidualPictures) -> dict[int, Row]:
-    """Score a batch of images. Returns {index of the image: row of the score table}.
+    """Score a batch of images. Returns a dict from the index of each image to its row of the score table.
 
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
     """
@@ -262,7 +265,8 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
     """Score one image, uint8 (3, H, W), and draw its residual picture if pictures are requested.
 
     Returns:
-        The row of the score table. If an exception occurs, the row holds an error message instead of a score.
+        The row of the image in the score table. If an exception occurs, the row holds an error message instead of a
+        score.
     """
     doing = "be scored"
     try:
@@ -280,11 +284,11 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
 
 
 def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int) -> tuple[ScoreTable, dict | None]:
-    """Write P.npy, P.json and P.png from P.csv, and delete the temporary parts of P.csv.
+    """Write P.npy, P.json and P.png from the scores in P.csv, and delete the temporary files P.csv.N.part.
 
     Args:
         record: the entries of P.json that are known before the metrics are computed.
-        seed: random seed of the bootstrap.
+        seed: random seed of the bootstrap, which estimates the uncertainty of the metrics.
 
     Returns:
         The score table, and its metrics. The metrics are None if no image has both a label and a score.
@@ -335,7 +339,7 @@ def format_report(
 
 
 def explain_verdicts(calibration: Mapping) -> list[str]:
-    """Explain P(fake) and the verdicts in two lines of text."""
+    """Explain in two lines of text what P(fake) and the verdicts mean."""
     if calibration:
         source = printable(str(calibration.get("source", "another set")))
         meaning = f"calibrated on {source} (temperature {calibration['temperature']:.3g}), valid for similar images"
@@ -348,7 +352,7 @@ def explain_verdicts(calibration: Mapping) -> list[str]:
 
 
 def format_verdicts(table: ScoreTable) -> list[str]:
-    """Make a table with P(fake), verdict and file of each image, followed by the number of images per verdict."""
+    """Make a table with the probability P(fake), the verdict and the file of each image, and count the verdicts."""
     rows = [["P(fake)", "verdict", "image"]]
     for i, path in enumerate(table.paths):
         if table.errors[i]:

@@ -9,7 +9,7 @@ re-synthesizer together.
 
 The program writes these files into OUTPUT_PATH:
 
-    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the released code's formats
+    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the authors' file formats
     best.pth.tar                              the state with the highest AUROC on the validation images
     last.pth.tar                              the newest state, from which --resume continues
     config.json, stats.jsonl, tensorboard/    records of the run
@@ -65,9 +65,9 @@ from utils.training import Progress, Stepper
 logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
-FINAL_RATE = 1e-4  # the released schedule ends at this fraction of the base learning rate
+FINAL_RATE = 1e-4  # the authors' learning-rate schedule ends at this fraction of the base rate
 
-# A function that computes (loss, {name: further value to record}) of a batch.
+# The type of a function that computes the loss of a batch, and a dict of further values to record.
 # With several processes, each process returns a part of each value. The sum of the parts is the mean over the batch.
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
@@ -84,7 +84,7 @@ def main(args: Namespace) -> None:
         output = Path(args.output_path)
         detector, config, resumed = build_detector(vars(args), output / LAST)
         detector.freeze_resynthesizer(args.fixed_resynthesizer)
-        # Without checkpointing, end-to-end training of RDN keeps 12 GB of maps per image of 1024 x 1024 pixels
+        # Without gradient checkpointing, end-to-end training of RDN needs 12 GB per image of 1024 x 1024 pixels
         detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer
         detector.to(compute.device, memory_format=torch.channels_last)
 
@@ -194,7 +194,7 @@ def create_dataset(
     """Read the file headers of the images, and create a dataset of the images that can be used.
 
     Args:
-        skip_bad: whether an image that cannot be used is left out. If False, the image raises a UserError.
+        skip_bad: whether an image that cannot be used is left out. If False, such an image raises a UserError.
     """
     items, headers = select_usable_items(items, policy, skip_bad)
     images = ImageDataset(items, policy, augmentation, transform)
@@ -207,8 +207,8 @@ def smallest_trainable_batch(
 ) -> int:
     """Return the smallest batch size with which the classifier can be trained: 1 or 2.
 
-    Batch norm needs two values per channel. If the classifier's last feature map has a single value per channel and
-    image, then a batch must hold two images.
+    Batch norm can be trained only if a batch has at least two values per channel. If the classifier's last feature map
+    has a single value per channel and image, then a batch must hold two images.
 
     Raises:
         UserError: if a batch must hold two images, and the last batch of an epoch would hold one.
@@ -240,7 +240,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     """Build the detector from the run to resume, from the checkpoint --init, or from the options alone.
 
     Args:
-        options: {name in `args`: value} of all options of train_detector.py.
+        options: the values of all options of train_detector.py, by name (`vars(args)`).
         last: the state file that `--resume auto` continues.
 
     Returns:
@@ -265,10 +265,10 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
 
 
 def load_auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
-    """Load VGG-19 for the auxiliary loss, and record its weights in the config.
+    """Load VGG-19 for the auxiliary loss, and record in the config which weights were loaded.
 
-    A resumed run uses the VGG-19 weights with which it began. A detector on VGG-19 features uses one set of VGG-19
-    weights for its features and for the auxiliary loss.
+    A resumed run uses the VGG-19 weights with which it began. A detector whose features come from VGG-19 uses the same
+    VGG-19 weights for the auxiliary loss.
 
     Returns:
         VGG-19, or None if the weight of the auxiliary loss is 0.
@@ -281,9 +281,9 @@ def load_auxiliary_vgg(config: dict, weight: float, source: str, compute: Comput
 
 
 def state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
-    """Return the training state to resume, or None if a new run must start from the weights of the state.
+    """Return `resumed` if its training can be continued, or None if only its weights can be used.
 
-    A state can be resumed if --fixed-sr and --mode-sr have the same values as in the training of the state.
+    A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
 
     Raises:
         UserError: if the state in the output folder was trained with other values of --fixed-sr or --mode-sr.
@@ -306,11 +306,11 @@ def state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: s
 
 
 def create_parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
-    """Create an optimizer's parameter groups: one for the classifier, and one for a re-synthesizer that is not frozen.
+    """Create an optimizer's parameter groups: one for the classifier and, if it is trained, one for the re-synthesizer.
 
-    Release: the released code multiplies the classifier's gradients by `scale` (`--lr-sr`), and then SGD applies weight
-    decay and momentum. Unscaled gradients, a learning rate of lr * scale and a weight decay of weight_decay / scale
-    give exactly these updates.
+    Release: the authors' code multiplies the classifier's gradients by `scale` (option --lr-sr). This function instead
+    multiplies the classifier's learning rate by `scale`, and divides its weight decay by `scale`. With SGD, both ways
+    give exactly the same weights.
 
     Raises:
         UserError: if `scale` is 0, because weight decay would then be the only change of the classifier's weights.
@@ -337,15 +337,15 @@ def create_optimizer(name: str, groups: list[dict], momentum: float, weight_deca
 
 
 def released_rate_factor(epochs_total: int, epochs_done: float) -> float:
-    """Compute the factor f on the base learning rate that the released code uses.
+    """Compute the factor f by which the authors' code multiplies the base learning rate.
 
     The factor in epoch e of E epochs is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
 
-    Release: the released code sets the factor f(e) *after* epoch e, so that epochs 0 and 1 both use f(0) = 1.
+    Release: the authors' code sets the factor f(e) *after* epoch e, so that epochs 0 and 1 both use f(0) = 1.
 
     Args:
         epochs_total: E, number of epochs of the training.
-        epochs_done: number of finished epochs, which may be fractional.
+        epochs_done: number of finished epochs, such as 2.5 in the middle of epoch 2.
     """
     epoch = max(int(epochs_done) - 1, 0)
     fraction = epoch / max(epochs_total - 1, 1)
@@ -356,10 +356,11 @@ def released_rate_factor(epochs_total: int, epochs_done: float) -> float:
 
 
 def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Compute the cross-entropy and the accuracy of the classifier on residuals (B, C_l, H_l, W_l) of a batch.
+    """Compute the classifier's cross-entropy and accuracy on the residuals (B, C_l, H_l, W_l) of a batch.
 
     Returns:
-        cross-entropy, accuracy: scalars. Each scalar is this process's part of the mean over the whole batch.
+        The cross-entropy and the accuracy, as scalars. The sum of each scalar over all processes is the mean over the
+        whole batch.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -372,14 +373,16 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
 def residual_without_gradients(
     detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch
 ) -> Tensor:
-    """Compute the residuals of a batch of images without gradients. Cached residuals are only moved to the device.
+    """Compute the residuals of a batch of images without gradients.
+
+    Residuals from the cache are only copied to the device.
 
     Args:
         micro_batch: number of images that pass through re-synthesizer and features at a time. None means all images.
         batch: images, or residuals that a `data.residuals.ResidualDataset` has read from the cache.
 
     Returns:
-        residuals (B, C_l, H_l, W_l), float32, on the device.
+        The residuals, float32 (B, C_l, H_l, W_l), on the device of the networks.
     """
     if batch.x.is_floating_point():  # cached residuals are floats, and images are uint8
         residual = batch.x.to(compute.device, non_blocking=True).float()
@@ -401,9 +404,9 @@ def loss_with_frozen_resynthesizer(
 
 
 class AuxiliaryTask(NamedTuple):
-    """The auxiliary task of end-to-end training, in which the re-synthesizer restores real images."""
+    """The settings of the auxiliary task in end-to-end training: the re-synthesizer must restore real images."""
 
-    name: str  # a key of data.degradations.TASKS
+    name: str  # name of the task in data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
     vgg: VGG19 | None  # VGG-19 of the auxiliary loss; None if there is no auxiliary loss
     seed: int  # seed of the random degradations
@@ -423,8 +426,8 @@ def end_to_end_loss(
     The auxiliary loss is computed on the real images. The auxiliary loss is 0 if the batch has fewer than two real
     images.
 
-    Release: the released code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none`,
-    the released code computes the auxiliary loss on clean images in every step.
+    Release: the authors' code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none`, the
+    authors' code computes the auxiliary loss on undegraded images in every step.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, H, W)
     counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
@@ -473,7 +476,7 @@ def compute_in_micro_batches(
     memory. Micro-batches give the gradients of the whole batch, because re-synthesizer and features have no batch norm.
 
     Args:
-        function: function from a slice of image numbers to two tensors with one row per image.
+        function: takes a slice of image numbers, and returns two tensors with one row per image.
         count: number of images in the batch.
         micro_batch: number of images per slice. None means a single slice with all images.
     """
@@ -493,7 +496,7 @@ def compute_in_micro_batches(
 def residual_cache_key(
     config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute
 ) -> dict[str, object]:
-    """Return the settings and fingerprints of weights on which residuals depend, which identify a residual cache."""
+    """Return a dict of everything that residuals depend on. A residual cache is recognised by this dict."""
     return {
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
@@ -523,7 +526,7 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
 def compute_validation_metrics(
     detector: ResynthesisDetector, batches: Iterable[Batch], residual_of: Callable[[Batch], Tensor], world: World
 ) -> dict[str, float | None]:
-    """Compute loss, accuracy and AUROC (fake = positive) on the validation images."""
+    """Compute the loss, the accuracy and the AUROC on the validation images. Fake is the positive class."""
     detector.eval()
     labels = [torch.empty(0, dtype=torch.int64)]
     logits = [torch.empty(0, 2)]
@@ -547,7 +550,7 @@ def compute_validation_metrics(
 def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
     """Return the weights and the config of the detector, which are saved in every state.
 
-    The keys "arch" and "state_dict" are named as in the released checkpoints.
+    The keys "arch" and "state_dict" have the same names in the authors' checkpoints.
 
     Args:
         trained_on: hashes of the training images, from `data.lists.hash_image_files`.
@@ -566,9 +569,9 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
 
 
 def numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return the two numbered checkpoints of an epoch, {file name: content}, in the formats of the released code.
+    """Return the contents of an epoch's two numbered checkpoints, by file name, in the formats of the authors' code.
 
-    Release: the released code counts the epochs in these file names from 1.
+    Release: the authors' code counts the epochs in these file names from 1.
     """
     epoch = state["progress"]["epoch"]
     config = state["config"]

@@ -4,7 +4,7 @@
 
 The program writes these files into OUTPUTS_DIR/xSCALE:
 
-    epoch_N.pth                               the weights after epoch N, a bare state dict as in the release
+    epoch_N.pth                               the weights after epoch N, as a state dict like the authors' files
     best.pth                                  the state with the highest PSNR on --eval-file
     last.pth                                  the newest state, from which --resume continues
     config.json, stats.jsonl, tensorboard/    records of the run
@@ -52,7 +52,7 @@ SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoa
 # Mean squared error of rounding to 8 bits. Smaller errors are replaced by this error, so that PSNR is at most 58.9 dB.
 SMALLEST_MSE = 1 / (12 * 255**2)
 
-# A function that computes (loss, L1 term of the loss, pictures) of a batch.
+# The type of a function that computes the loss of a batch, the L1 term of this loss, and pictures for TensorBoard.
 # With several processes, each process returns a part of the loss. The sum of the parts is the mean over the batch.
 LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
@@ -140,19 +140,19 @@ def set_initial_weights(model: nn.Module, start: str) -> None:
 
 
 def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
-    """List the images in a list file or a folder, without labels.
+    """List the images of a list file or a folder. The images get no labels.
 
     Args:
         source: path of the list file or folder.
-        flag: the command-line option for `source`, for error messages.
+        flag: the command-line option that sets `source`. Error messages name this option.
     """
     if source is None:
-        raise UserError(f"no images: give {flag} a list (one path per line) or a folder of images")
+        raise UserError(f"{flag} is missing: give a text file with one image path per line, or a folder of images")
     return [Item(path, None, "") for path in list_image_paths(source)]
 
 
 def create_evaluation_dataset(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
-    """Create a dataset of the usable images in --eval-file. The dataset is empty without --eval-file."""
+    """Create a dataset of the usable images in --eval-file. If --eval-file is not given, the dataset is empty."""
     items = list_unlabelled_images(source, "--eval-file") if source else []
     items, _ = select_usable_items(items, SizePolicy(scale), skip_bad)
     return ImageDataset(items, SizePolicy(scale))
@@ -164,7 +164,8 @@ def load_perceptual_vgg(
     """Load VGG-19 for the perceptual loss. A resumed run uses the VGG-19 weights with which it began.
 
     Returns:
-        VGG-19, and the record of its weights for checkpoints. Both are None if the weight of the perceptual loss is 0.
+        VGG-19, and a dict that describes its weights in checkpoints. Both are None if the weight of the perceptual loss
+        is 0.
     """
     if weight == 0:
         return None, None
@@ -185,11 +186,11 @@ class Schedule(NamedTuple):
 
     name: str  # "steps" or "cosine"
     epochs_total: int  # number of epochs of the training
-    decay: float  # factor on the learning rate, for "steps"
-    decay_epochs: int  # number of epochs between two decays of the learning rate, for "steps"
+    decay: float  # factor by which "steps" multiplies the learning rate
+    decay_epochs: int  # number of epochs after which "steps" multiplies the learning rate again
 
     def rate_factor(self, epochs_done: float) -> float:
-        """Return the factor on the base learning rate after `epochs_done` epochs, which may be fractional."""
+        """Return the factor on the base learning rate after `epochs_done` epochs, such as 2.5."""
         if self.name == "cosine":
             return training.cosine_rate_factor(self.epochs_total, epochs_done)
         return self.decay ** (int(epochs_done) // self.decay_epochs)
@@ -202,7 +203,7 @@ def train_one_epoch(batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper)
     """Train the network for one epoch, with one optimizer step per batch.
 
     Returns:
-        pictures of the last batch, (n, 3, H, W) in [0, 1].
+        The pictures of the last batch for TensorBoard, (n, 3, H, W).
     """
     pictures = torch.empty(0)
     for batch in batches:
@@ -212,12 +213,12 @@ def train_one_epoch(batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper)
 
 
 class PatchDegradations(NamedTuple):
-    """The degradations of low-resolution training patches, which `data.degradations.degrade_patch` applies."""
+    """The settings of the random degradations of low-resolution training patches."""
 
     seed: int
-    augment: bool  # add noise and JPEG compression
-    completion: bool  # remove pixels
-    colorization: bool  # make pixels grey
+    augment: bool  # whether patches get noise and JPEG compression
+    completion: bool  # whether pixels are removed
+    colorization: bool  # whether pixels are made grey
 
     def degrade_patches(self, x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
         """Degrade each patch of x_lr (B, 3, p, p) by random draws that depend only on the seed and the patch's key."""
@@ -241,8 +242,9 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        loss, L1 term of the loss: scalars. Each scalar is this process's part of the mean over the whole batch.
-        pictures: (n, 3, P, 3 * P), each with the input, the re-synthesis and the target side by side.
+        loss, l1: the loss and its L1 term, as scalars. The sum of each scalar over all processes is the mean over the
+            whole batch.
+        pictures: (n, 3, P, 3 * P). Each picture shows the input, the re-synthesis and the target side by side.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
@@ -283,12 +285,12 @@ def psnr_and_ssim(y: Tensor, x: Tensor) -> tuple[float, float]:
     """Clip y to [0, 1], and compute its PSNR (dB, at most 58.9) and its SSIM against x.
 
     Args:
-        y, x: (1, 3, H, W).
+        y, x: images, (1, 3, H, W).
     """
     y = y.float().clamp(0, 1).contiguous()
     mse = F.mse_loss(y, x).clamp(min=SMALLEST_MSE)
     psnr = -10 * torch.log10(mse)
-    # SSIM uses a Gaussian window of 11 x 11 pixels. A smaller image gets a uniform window that fits into it.
+    # SSIM uses a Gaussian window of 11 x 11 pixels, or a smaller uniform window for images with fewer pixels.
     smallest_side = min(x.shape[-2:])
     window = min(11, (smallest_side - 1) // 2 * 2 + 1)
     ssim = structural_similarity_index_measure(y, x, data_range=1.0, gaussian_kernel=window == 11, kernel_size=window)
@@ -313,7 +315,7 @@ def log_evaluation(
     compute: Compute,
     world: World,
 ) -> None:
-    """Run --evaluate: log PSNR and SSIM of the weights in `origin`, without training.
+    """Carry out --evaluate: log the PSNR and SSIM of the weights in `origin`, without training.
 
     Raises:
         UserError: if there are no weights or no images, or if an image cannot be read and `skip_bad` is False.
@@ -356,9 +358,9 @@ def network_state(model: nn.Module) -> dict:
 
 
 def numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return the numbered checkpoint of an epoch, {file name: weights}.
+    """Return the weights for an epoch's numbered checkpoint, by file name.
 
-    Release: the released code writes bare weights, and the number in the file name counts epochs from 0.
+    Release: the authors' code also writes only the weights, and counts epochs from 0 in the file name.
     """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}

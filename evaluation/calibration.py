@@ -8,7 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import printable
 from utils.errors import UserError
 
-ROUNDING = 1e-6  # thresholds may exceed [0, 1] by this value: t_fake is slightly above 1 if no image can be called fake
+ROUNDING = 1e-6  # thresholds from -ROUNDING to 1 + ROUNDING are accepted
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -16,7 +16,7 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     """Convert logits to P(fake) and to verdicts.
 
     Args:
-        logits: (N, 2), columns FAKE, REAL.
+        logits: (N, 2), with the columns FAKE and REAL.
         calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by its entry
             "temperature". The verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and unsure between
             these thresholds. Without a calibration, the temperature is 1 and both thresholds are 0.5.
@@ -27,7 +27,7 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     rule = {**UNCALIBRATED, **(calibration or {})}
     logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
     margins = logits[:, 0] - logits[:, 1]
-    prob_fake = sigmoid(margins / rule["temperature"])  # equals softmax over two classes
+    prob_fake = sigmoid(margins / rule["temperature"])  # equals a softmax over the two logits
     verdicts = np.full(len(prob_fake), "unsure")
     verdicts[prob_fake <= rule["t_real"]] = "real"
     verdicts[prob_fake >= rule["t_fake"]] = "fake"
@@ -47,7 +47,7 @@ def check_calibration(calibration: object, name: str) -> dict:
         name: file name of the checkpoint, for the error message.
 
     Returns:
-        The calibration as a dict; empty if the checkpoint has none.
+        The calibration as a dict, which is empty if the checkpoint has no calibration.
 
     Raises:
         UserError: if the temperature or a threshold is missing or impossible.

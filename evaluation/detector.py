@@ -1,10 +1,10 @@
-"""A trained detector, which computes P(fake), verdicts and residuals of image files, PIL images and arrays.
+"""A trained detector, which computes the probability P(fake) that an image is generated, verdicts and residuals.
 
     from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py scores images with the same class, so `Detector.predict` and test.py give equal scores.
+test.py also uses the Python class `Detector`, so `Detector.predict` and test.py give equal scores.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -33,9 +33,9 @@ class Examination(NamedTuple):
     """All results of a detector for one image, which is cut into K crops. The tensors are float32 on the CPU."""
 
     x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
-    x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), about [0, 1]
+    x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), with values mostly in [0, 1]
     residual: Tensor  # (K, C_l, h_l, w_l)
-    logits: Tensor  # (2,), columns FAKE, REAL: the mean over the crops
+    logits: Tensor  # (2,), the logits of FAKE and REAL, averaged over the crops
     columns: int  # number of crops in one row of the image
 
 
@@ -57,7 +57,7 @@ class Detector:
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute P(fake) of each image: float64 (N,) in [0, 1]. A calibrated detector gives calibrated probabilities."""
+        """Compute the probability P(fake) of each image, float64 (N,). A calibrated detector calibrates P(fake)."""
         prob_fake, _ = probabilities_and_verdicts(self._compute_logits(images), self.calibration)
         return prob_fake
 
@@ -84,7 +84,7 @@ class Detector:
             images: uint8 (B, 3, H, W), a batch of images returned by `prepare_image`.
 
         Returns:
-            float32 (B, 2) on the CPU, columns FAKE, REAL.
+            The logits, float32 (B, 2), on the CPU, with the columns FAKE and REAL.
         """
         if self.crops > 1:
             return torch.stack([self._mean_logits(image) for image in images])  # (B, 2)
@@ -93,7 +93,7 @@ class Detector:
             return self.network(x).float().cpu()  # (B, 2)
 
     def _mean_logits(self, image: Tensor) -> Tensor:
-        """Compute the mean logits (2,) over the crops of an image, uint8 (3, H, W)."""
+        """Compute the mean of the logits over the crops of an image, uint8 (3, H, W). Returns a tensor (2,)."""
         crops, _ = self.cut_crops(image)  # (K, 3, h, w)
         whole = replace(self, crops=1)
         logits = [whole.logits(batch) for batch in crops.split(images_per_batch(*crops.shape[2:]))]
@@ -132,7 +132,7 @@ class Detector:
 
     @property
     def crop_side(self) -> int:
-        """Return the side of a crop in pixels: the crop size, rounded down to a multiple of the scale."""
+        """Return the side length of a crop in pixels, which is a multiple of the super-resolution scale."""
         return self.policy.crop_size - self.policy.crop_size % self.policy.scale
 
     # --- preparing images ---
@@ -146,7 +146,7 @@ class Detector:
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
     def prepare_image(self, image: ImageInput) -> Tensor:
-        """Decode, resize and crop an image for the network. Returns uint8 (3, H, W).
+        """Decode, resize and crop an image for the network. Returns a tensor, uint8 (3, H, W).
 
         Raises:
             UserError: if the type of the image is not accepted, or if the image cannot be decoded or is too small.
@@ -154,7 +154,7 @@ class Detector:
         return resize_and_crop(decode_image(image), self.policy_for_reading)
 
     def _compute_logits(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute the logits of one image or several images of any accepted type: float32 (N, 2)."""
+        """Compute the logits, float32 (N, 2), of one image or several images of any accepted type."""
         logits = [self.logits(batch) for batch in self._prepared_batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
@@ -175,7 +175,7 @@ class Detector:
     # --- what the scores depend on ---
 
     def describe_model(self) -> dict:
-        """Return everything that scores depend on: the config, the fingerprint of the classifier, the calibration."""
+        """Return a dict of the detector's config, the fingerprint of its classifier, and its calibration."""
         return {
             **self.config,
             "classifier_fingerprint": compute_fingerprint(self.network.classifier),
@@ -220,8 +220,9 @@ def describe_training_images(images: ImageDataset) -> dict:
     """Describe training images for `Detector.differences_from_training`.
 
     Returns:
-        {"sides": [smallest, largest shorter side in pixels], "jpegs": fraction of JPEG files}. The fraction is 0.5 if
-        training perturbs the images, because some of the perturbed images are compressed as JPEG.
+        A dict with the keys "sides" and "jpegs". "sides" holds the smallest and the largest shorter side in pixels.
+        "jpegs" is the fraction of JPEG files. The fraction is 0.5 if training perturbs the images, because some of the
+        perturbed images are compressed as JPEG.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))

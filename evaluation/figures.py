@@ -1,4 +1,4 @@
-"""Figures of score tables and residuals. No display is needed.
+"""Draw score tables and residuals into PNG files.
 
 Fake is the positive class. Real images are grey. Each generator has the same colour and dash pattern in all panels of a
 figure. Colour-blind readers can distinguish the colours (Okabe and Ito, 2008).
@@ -49,7 +49,7 @@ DPI = 160
 FEWEST_BINS, MOST_BINS = 10, 40  # smallest and largest number of bins of a histogram
 LONGEST_NAME = 28  # maximum number of characters of a name in a legend
 LONGEST_LEGEND = 6  # maximum number of entries of a legend inside a panel; longer legends go below the panels
-LEGEND_ENTRY_WIDTH = 2.6  # inches per entry, in a legend below the panels
+LEGEND_ENTRY_WIDTH = 2.6  # width in inches of an entry in a legend below the panels
 MOST_HISTOGRAMS = 4  # maximum number of generators in one panel of histograms; more could not be distinguished
 LOWEST_FPR = 0.005  # left end of the logarithmic axis; with more than 100 real images, the axis begins further left
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
@@ -61,7 +61,7 @@ BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest co
 def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
     """Draw three panels: ROC curves on a linear axis, ROC curves on a logarithmic axis, and histograms of the scores.
 
-    The logarithmic axis spreads out low false-positive rates, because these rates matter in practice.
+    The logarithmic axis shows low false-positive rates in detail, because these rates matter in practice.
     """
     with write_png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
@@ -74,11 +74,11 @@ def draw_robustness(
 ) -> None:
     """Draw AUROC against the strength of a perturbation, in one panel per perturbation.
 
-    The strength that changes images most is on the right.
+    In each panel, the strength that changes images most is on the right.
 
     Args:
-        curves: {perturbation: [(strength, {generator: metrics}), ...]}, in order of strength.
-        clean: {generator: AUROC on the unperturbed images, or None if unknown}, drawn as dotted lines.
+        curves: for each perturbation, a list of pairs (strength, {generator: metrics}), in order of strength.
+        clean: for each generator, AUROC on the unperturbed images, or None if unknown. Dotted lines show these values.
     """
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
@@ -108,13 +108,13 @@ def draw_residual_picture(
     title: str = "image",
     description: str = "",
 ) -> None:
-    """Draw three panels, image | re-synthesis | residual, with a colour scale for the residual.
+    """Draw an image, its re-synthesis and the residual side by side, with a colour scale for the residual.
 
     Args:
         x: the image (3, H, W). Values are clipped to [0, 1].
         x_hat: the re-synthesis (3, H, W). Values are clipped to [0, 1].
         residual: (H_l, W_l), the mean over the channels of the residual. The largest 0.5 % of the values
-            share the brightest colour. Otherwise, a few large values would make all other values dark.
+            share the brightest colour. Without this limit, a few large values would make all other values dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -162,7 +162,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
 
 
 def draw_histograms(axes: Axes, table: ScoreTable) -> None:
-    """Draw one histogram of the scores per group: real images (filled), and the fakes of each generator.
+    """Draw a histogram of the scores of real images, and a histogram for each generator's fakes.
 
     The height of a bar is a fraction of the images in the group.
     """
@@ -180,7 +180,10 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
 
 
 def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
-    """Split a score table into the groups of a histogram. Returns (name, rows as (N,) bool, colours) per group."""
+    """Split a score table into the groups of a histogram.
+
+    Returns the name, the rows (N,) bool and the colours of each group.
+    """
     grey = {"fc": (REAL_COLOR, 0.45), "ec": "none"}
     groups = [("real", table.is_real, grey), ("unlabelled", ~(table.is_real | table.is_fake), grey)]
     generators = np.array([name or metrics.UNNAMED for name in table.generators], dtype=object)
@@ -221,7 +224,7 @@ def write_png_figure(
     grid: Mapping | None = None,
     description: str = "",
 ) -> Iterator[np.ndarray]:
-    """Yield the panels of a new figure, (rows * columns,), and write the figure to a PNG file after the `with` block.
+    """Yield an array of all panels of a new figure, and write the figure to a PNG file after the `with` block.
 
     Args:
         size: width and height of the figure in inches.

@@ -28,7 +28,7 @@ def is_one_image(images: object) -> bool:
 
 
 def decode_image(image: ImageInput) -> Tensor:
-    """Convert an image of any accepted type to uint8 (3, H, W) RGB.
+    """Convert an image of any accepted type to an RGB image, uint8 (3, H, W).
 
     Raises:
         UserError: if the type of the image is not accepted, or if the image cannot be decoded.
@@ -49,7 +49,7 @@ def decode_image(image: ImageInput) -> Tensor:
 
 
 def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
-    """Convert a PIL image of any mode, or an open image file, to uint8 (3, H, W) RGB, upright.
+    """Convert a PIL image of any mode, or an open image file, to an upright RGB image, uint8 (3, H, W).
 
     Raises:
         UserError: if the image cannot be decoded.
@@ -74,11 +74,11 @@ def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]
     side of the image is shorter than a crop, each crop covers the whole side.
 
     Args:
-        image: (3, H, W).
-        side: side of a crop in pixels.
+        image: a tensor (3, H, W).
+        side: side length of a crop in pixels.
 
     Returns:
-        The K <= `count` crops (K, 3, h, w), row by row, and the number of crops per row.
+        The crops (K, 3, h, w), ordered row by row, and the number of crops per row. K is at most `count`.
     """
     height, width = image.shape[1:]
     divisors = [n for n in range(1, count + 1) if count % n == 0]
@@ -91,9 +91,9 @@ def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]
 
 
 def crop_starts(length: int, side: int, count: int) -> list[int]:
-    """Compute the first pixel of each of `count` crops of `side` pixels on a line of `length` pixels.
+    """Compute the positions at which `count` crops of `side` pixels begin on a line of `length` pixels.
 
-    A single crop is centred. Crops with the same first pixel are returned only once.
+    A single crop is centred. Equal positions are returned only once.
     """
     free = max(length - side, 0)
     if count == 1:

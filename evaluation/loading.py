@@ -21,7 +21,7 @@ from utils.options import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_CROPS = 9  # per image, for a detector trained on crops. docs/results.md compares 1, 4, 9 crops and whole images
+DEFAULT_CROPS = 9  # number of crops per image, for a detector that was trained on crops (see docs/results.md)
 IMAGE_OPTIONS = ("crop_size", "resize", "crops")
 ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of test.py -> name of the option
 
@@ -29,7 +29,7 @@ ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of
 class ImageSettings(NamedTuple):
     """The sizes to which images are resized and cropped before they are scored."""
 
-    crop_size: int | None  # side of a crop in pixels; None if images are not cropped
+    crop_size: int | None  # side length of a crop in pixels; None if images are not cropped
     resize: int | None  # length of the shorter side after resizing, in pixels; None if images are not resized
     crops: int  # number of crops per image, over which the logits are averaged; a single crop is in the centre
 
@@ -42,16 +42,16 @@ def load(
     vgg_weights: str = "auto",
     options: Mapping | None = None,
 ) -> Detector:
-    """Load a detector from a checkpoint of train_detector.py, or from a released checkpoint.
+    """Load a detector from a checkpoint of train_detector.py or a checkpoint of the paper's authors.
 
     Args:
         checkpoint: path of the checkpoint.
         device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. If `device` is None, the
             first GPU is used or, without a GPU, the CPU.
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
-        resynthesizer: path of the checkpoint of the re-synthesizer. Only released detectors need this argument.
+        resynthesizer: path of the checkpoint of the re-synthesizer. Only the authors' detectors need this argument.
         vgg_weights: "auto", "imagenet", "random" or the path of a file, as for the flag `--vgg-weights`.
-        options: {name: value} of settings that a released checkpoint does not store. The names are listed in
+        options: settings that the authors' checkpoints do not store, as a dict {name: value}. The names are listed in
             `models.build.OPTION_NAMES` ("stage", "dilated", ...). The flag names "idx_stages" and "no_dilation" are
             accepted as well. The options "crop_size", "resize" (0 disables resizing) and "crops" replace the settings
             used in training.
@@ -112,14 +112,14 @@ def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) ->
 def name_of_device(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    On a machine without a GPU, `choose_device_and_precision` raises an error for a name but uses the CPU for a number.
+    On a machine without a GPU, `choose_device_and_precision` raises an error for a name, but not for a number.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
 
 
 def select_load_options(settings: Mapping) -> dict:
-    """Select the options that `load` accepts from all settings of a program."""
+    """Return those settings of a program that are options of `load`."""
     return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
 
 
@@ -131,7 +131,7 @@ def check_load_options(options: Mapping) -> dict:
     """
     known = (*OPTION_NAMES, *IMAGE_OPTIONS)
     if not isinstance(options, Mapping):
-        raise UserError(f"options must be a dictionary with keys of {', '.join(known)}, got {options!r}")
+        raise UserError(f"options must be a dictionary with keys among {', '.join(known)}, got {options!r}")
     checked = {}
     for name, value in options.items():
         if name == "no_dilation":
@@ -179,10 +179,10 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
 
 
 def check_trained_on(trained_on: object, name: str) -> Tensor | None:
-    """Check the identities of the training images in a checkpoint, which are made by `data.lists.identities`.
+    """Check the hashes of the training images in a checkpoint, which are made by `data.lists.hash_image_files`.
 
     Returns:
-        `trained_on`, which is None if the checkpoint stores no identities.
+        `trained_on`, which is None if the checkpoint stores no hashes.
 
     Raises:
         UserError: if `trained_on` is not an int64 tensor (N, 2).
@@ -197,8 +197,9 @@ def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
     """Choose how images are resized and cropped. For an option that is not given, the value from training is used.
 
     Args:
-        trained: "crop_size" and "resize" used in training. A key is missing if the value is unknown.
-        options: "crop_size", "resize" (0 disables resizing) and "crops". An option that is not given is None or missing.
+        trained: the values of "crop_size" and "resize" in training. A key is missing if its value is unknown.
+        options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that is not given is
+            None or missing.
 
     Raises:
         UserError: if several crops are requested, but no crop size is known.

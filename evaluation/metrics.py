@@ -1,8 +1,9 @@
-"""Metrics of score tables, bootstrap intervals of metrics, and tables of metrics for the terminal and for documents.
+"""Compute metrics of score tables with bootstrap intervals, and show the metrics in tables.
 
-FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image called fake. In
-the two metrics `..._real_positive`, which the released program prints, REAL is the positive class. A metric that is not
-defined, for example because a class is missing, is None. No metric is NaN, so that metrics can be written as JSON.
+FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image that is called
+fake. In the two metrics `..._real_positive`, which the authors' program prints, REAL is the positive class. A metric
+that is not defined, for example because a class is missing, is None. No metric is NaN, so that metrics can be written
+as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 FEW_REALS = 100  # with fewer real images, a false-positive rate of 1 % is less than one image
 UNNAMED = "(unnamed)"
-RELEASE = "as in the released program (positive class: REAL)"
+RELEASE = "as in the authors' program (positive class: REAL)"
 
 
 # --- metrics. scores: (N,), higher = more likely fake. prob_fake: (N,) in [0, 1]. is_fake: (N,) bool ------------
@@ -44,7 +45,8 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
     """Compute the ROC curve.
 
     Returns:
-        (fpr, tpr), each (K,), from (0, 0) to (1, 1) with one point per distinct score; None if a class is missing.
+        The false-positive rates (K,) and the true-positive rates (K,) at K points of the curve. The result is None if a
+        class is missing.
     """
     if not has_both_classes(is_fake):
         return None
@@ -62,7 +64,7 @@ def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
 
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
-    """Compute the highest true-positive rate at a false-positive rate of at most `highest_fpr`."""
+    """Compute the highest true-positive rate for which the false-positive rate is at most `highest_fpr`."""
     if not has_both_classes(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
@@ -94,12 +96,12 @@ def has_both_classes(is_fake: np.ndarray) -> bool:
 
 
 class Metric(NamedTuple):
-    """A number that is computed from a score table, such as AUROC. All summaries show the metrics listed in METRICS."""
+    """A number that is computed from a score table, such as AUROC."""
 
     label: str
     description: str
     compute: Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]  # (scores, prob_fake, is_fake), each (N,)
-    is_column: bool = True  # whether the metric is a column of tables, in %, or else a plain number below tables
+    is_column: bool = True  # True: a column of tables, in %; False: a number below the tables
 
 
 METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
@@ -127,19 +129,19 @@ def bootstrap_intervals(
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
 
-    A resample consists of as many images of each class as the table has, drawn with replacement. The images are sorted
-    only once. A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers
-    give the ROC curve and the precision.
+    A resample is drawn with replacement, and has as many images of each class as the table. The images are sorted only
+    once. A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers give
+    the ROC curve and the precision.
 
     Args:
-        scores: (N,), higher = more likely fake. An image is called fake if its score is >= 0.
-        is_fake: (N,) bool.
+        scores: (N,). A higher score means more likely fake. An image is called fake if its score is >= 0.
+        is_fake: (N,) bool, whether each image is fake.
         resamples: number of resamples.
         seed: random seed.
 
     Returns:
-        {"accuracy": [low, high], "auroc": [low, high], "average_precision": [low, high]}; None if a class has fewer
-        than two images.
+        The intervals {"accuracy": [low, high], "auroc": [low, high], "average_precision": [low, high]}. The result is
+        None if a class has fewer than two images.
     """
     order = np.argsort(-scores, kind="stable")
     scores, is_fake = scores[order], is_fake[order]
@@ -151,7 +153,7 @@ def bootstrap_intervals(
     rng = seeded_generator(seed, len(reals), len(fakes))
     values = {"accuracy": [], "auroc": [], "average_precision": []}
     for _ in range(resamples):
-        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,): draws per image
+        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,), draws of each image
         drawn_fakes = np.bincount(rng.choice(fakes, len(fakes)), minlength=len(scores))  # (N,)
         false_positives = np.cumsum(drawn_reals)[thresholds]  # (K,), from the highest threshold to the lowest
         true_positives = np.cumsum(drawn_fakes)[thresholds]  # (K,)
@@ -161,7 +163,7 @@ def bootstrap_intervals(
         values["accuracy"].append((drawn_reals + drawn_fakes)[is_right].sum() / len(scores))
         values["auroc"].append((np.diff(fpr) * (tpr[1:] + tpr[:-1])).sum() / 2)  # sklearn's auc takes 10 times as long
         values["average_precision"].append((precision * np.diff(tpr)).sum())
-    outside = 100 * (1 - CONFIDENCE) / 2  # percent of the resamples below the interval, and above it
+    outside = 100 * (1 - CONFIDENCE) / 2  # percentage of the resamples on each side of the interval
     return {name: np.percentile(drawn, [outside, 100 - outside]).tolist() for name, drawn in values.items()}
 
 
@@ -258,7 +260,7 @@ def select_rows_of_generators(table: ScoreTable) -> dict[str, np.ndarray]:
     its fakes are compared with the reals whose column "generator" is empty.
 
     Returns:
-        {generator: (N,) bool}, sorted by name.
+        A dict from the name of each generator to a mask (N,) bool of its rows, sorted by name.
     """
     generators = np.asarray(table.generators, dtype=object)
     fakes = table.is_usable & table.is_fake
@@ -280,7 +282,7 @@ def format_percent(measured: Mapping, name: str) -> str:
     """Format a metric and its bootstrap interval in %, such as "97.1 [93.0, 99.2]".
 
     Args:
-        measured: {name of a metric: value}, and the bootstrap intervals.
+        measured: a dict of metrics by name, with their bootstrap intervals under the key "intervals".
         name: name of the metric.
     """
     if measured[name] is None:
@@ -313,7 +315,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
 
 def groups_with_rows(summary: Mapping) -> dict[str, Mapping]:
-    """Select the groups of images that get a row in `make_metric_table`: {name of the group: metrics}."""
+    """Return the metrics of each group of images that gets a row in `make_metric_table`, by name of the group."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]

@@ -1,7 +1,8 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
-P stands for --save_path. P.csv is recognised by its header and P.json by its keys. P.png and residual pictures are
-recognised by a text in the PNG file. P.npy is recognised by the P.json or the unfinished parts beside it.
+P stands for the value of --save_path. P.csv is recognised by its header and P.json by its keys. P.png and residual
+pictures are recognised by a text in the PNG file. P.npy is recognised by a P.json or a part of an unfinished P.csv in
+the same folder.
 """
 
 import hashlib
@@ -41,7 +42,7 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
     """Check that every file that test.py will write is a new file or an earlier output of test.py.
 
     Args:
-        base: the path P of P.csv, P.npy, P.json and P.png.
+        base: the path P, without suffix, of P.csv, P.npy, P.json and P.png.
         pictures: paths of the residual pictures.
         inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
 
@@ -63,16 +64,16 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
 
 
 def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]) -> None:
-    """Raise a UserError if a file at `path` is read by this run, or is not recognised by `is_own`."""
+    """Raise a UserError if this run reads the file at `path`, or if `is_own` does not recognise the file."""
     identity = device_and_inode(path)
     if identity is None and not os.path.islink(path):
         return
     name = printable(path)
     if identity in read_files:
-        raise UserError(f"{name} is an input of this run and would be replaced: choose another --save_path")
+        raise UserError(f"{name} would be replaced, although this run reads it: choose another --save_path")
     if not path.is_file() or not is_own(path):
         raise UserError(
-            f"{name} exists and is not an earlier output of test.py, and would be replaced: move the file, or choose"
+            f"{name} would be replaced, although it is not an earlier output of test.py: move the file, or choose"
             " another --save_path or --save-residuals"
         )
 
@@ -148,14 +149,14 @@ class ResidualPictures:
         self.job_digest = ""
 
     def store_job_hash(self, job: Mapping) -> None:
-        """Store a hash of the job, which is everything that the scores depend on, for the headers of the pictures."""
+        """Store a hash of `job`, for the headers of the pictures. The job is everything that the scores depend on."""
         self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_missing_pictures(self) -> np.ndarray | None:
         """Find the images whose residual picture is missing or was drawn for scores with other settings.
 
         Returns:
-            (N,) bool; None if no pictures are drawn.
+            A mask (N,) bool of these images, or None if no pictures are drawn.
         """
         if not self.paths:
             return None
@@ -181,7 +182,10 @@ class ResidualPictures:
 
 
 def arrange_crops(crops: Tensor, columns: int) -> np.ndarray:
-    """Arrange crops (K, C, h, w) in a grid with `columns` crops per row. Returns (C, K / columns * h, columns * w)."""
+    """Arrange crops (K, C, h, w) in a grid with `columns` crops per row.
+
+    Returns an array (C, H, W) that shows the grid as one image.
+    """
     rows = crops.unflatten(0, (-1, columns))  # (rows, columns, C, h, w)
     picture = rows.permute(2, 0, 3, 1, 4)  # (C, rows, h, columns, w)
     return picture.flatten(3, 4).flatten(1, 2).numpy()

@@ -1,8 +1,7 @@
 """Read and write score tables, which are CSV files with one row per image, written by test.py.
 
 The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Writing and reading a table loses
-nothing: numbers are written with all digits, names with commas, quotes or line breaks are quoted, and bytes that are
-not UTF-8 are kept.
+nothing: numbers keep all digits, and file names keep all characters and all bytes that are not UTF-8.
 """
 
 import csv
@@ -26,20 +25,20 @@ from utils.errors import UserError
 from utils.files import write_atomically
 from utils.labels import LABEL_NAMES
 
-csv.field_size_limit(2**24)  # bytes per cell; Python's default is 131,072
+csv.field_size_limit(2**24)  # maximum number of characters in a cell; Python's default is 131,072
 
 
 class Row(NamedTuple):
     """The row of one image in a score table. A row with an error has no numbers and no prediction."""
 
     path: str
-    label: str = ""  # real, fake, or empty (no label)
+    label: str = ""  # real, fake, or empty if the image has no label
     generator: str = ""  # empty for real images that all generators share
     logit_fake: float | None = None
     logit_real: float | None = None
     prob_fake: float | None = None  # in [0, 1]
     prediction: str = ""  # real, fake or unsure
-    error: str = ""  # one line: why the image could not be scored
+    error: str = ""  # one line that says why the image could not be scored
 
 
 SOFTWARE = "Beyond the Spectrum"  # value of the entry "Software" in the headers of this project's PNG files
@@ -68,7 +67,7 @@ class ScoreTable:
 
     @property
     def margins(self) -> np.ndarray:
-        """Compute logit_fake - logit_real, float64 (N,).
+        """Compute the margins logit_fake - logit_real, float64 (N,).
 
         Margins rank images like prob_fake, but do not saturate at 0 and 1.
         """
@@ -77,19 +76,19 @@ class ScoreTable:
 
     @property
     def is_scored(self) -> np.ndarray:
-        """Return a mask of the rows without an error, (N,) bool."""
+        """Return a mask (N,) bool of the rows without an error."""
         return ~np.isnan(self.prob_fake)
 
     @property
     def is_usable(self) -> np.ndarray:
-        """Return a mask of the rows from which metrics are computed: rows with a label and without an error, (N,) bool."""
+        """Return a mask (N,) bool of the rows that have a label and no error. Metrics are computed from these rows."""
         return self.is_scored & (self.is_real | self.is_fake)
 
     def select_rows(self, rows: np.ndarray) -> "ScoreTable":
         """Make a score table of selected rows.
 
         Args:
-            rows: a mask (N,) bool, or integer positions.
+            rows: the selected rows, as a mask (N,) bool or as integer positions.
         """
         rows = np.arange(len(self))[rows]
         selected = {}
@@ -115,7 +114,7 @@ def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | 
     """Convert the logits of N images to rows. The row of an image whose logits are not finite holds an error message.
 
     Args:
-        logits: (N, 2), columns FAKE, REAL.
+        logits: (N, 2), with the columns FAKE and REAL.
         calibration: the calibration of the detector, as in `probabilities_and_verdicts`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
@@ -146,7 +145,7 @@ def cells_from_row(row: Row) -> list[str]:
 
 
 def row_from_cells(cells: Mapping[str, str]) -> Row:
-    """Convert the cells of a line of a CSV file, {column: text}, to a row.
+    """Convert the cells of a CSV line, as a dict {column: text}, to a row.
 
     Raises:
         ValueError: if a cell has an impossible value.
@@ -226,7 +225,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
         UserError: if a row cannot be read (see `read_rows`), or the table has no rows.
     """
     paths, labels, generators, predictions, errors = [], [], [], [], []
-    numbers = array("d")  # an array takes 8 bytes per number, a list of numbers 32
+    numbers = array("d")  # an array needs 8 bytes per number, and a list 32
     for row in read_rows(path):
         paths.append(row.path)
         labels.append(row.label)
@@ -250,7 +249,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
 
 
 def read_record(path: str | os.PathLike) -> dict:
-    """Read the record P.json that test.py writes beside a score table P.csv: settings, detector, metrics, versions.
+    """Read the file P.json, called record, that test.py writes for a score table P.csv.
 
     Returns:
         The record; empty if P.json does not exist.

@@ -1,12 +1,12 @@
 """Write a score table while images are scored. If the processes are killed, a new run continues the table.
 
-Each process appends its rows to its own file P.csv.N.part, called a part. The first line of a part is the job:
+Each process writes its rows to its own file P.csv.N.part, called a part. The first line of a part is the job:
 everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
 different job. A run with the same job skips the images that have a row in a part, unless the size or modification time
 of the image file has changed. When every image has a row, the rows are written to P.csv in the order of the list.
 
-A row of a part is one line. It names its image by the index in the list of images, which belongs to the job. Only the
-positions of the rows are kept in memory, because a list may hold ten million images.
+A row of a part is one line. It names its image by the index in the list of images, which belongs to the job. While
+P.csv is written, only the positions of the rows are held in memory, because a list may hold ten million images.
 """
 
 import csv
@@ -49,7 +49,7 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        int64 (N, 2). The values of a file that does not exist are -1.
+        An int64 array (N, 2). The values of a file that does not exist are -1.
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -65,7 +65,7 @@ class ScoreWriter:
     Args:
         table: path of P.csv.
         items: the images, in the order of the table.
-        stamps: `read_file_sizes_and_times` of the images.
+        stamps: result of `read_file_sizes_and_times` for the images.
         job: everything that the scores depend on besides the content of the image files, as a dict for JSON. It
             must describe the list of images, for example by `describe_and_hash_items`.
         world: the processes that write the table together.
@@ -84,10 +84,10 @@ class ScoreWriter:
         """Find the images that have a row already, and start a new part for this process.
 
         Args:
-            overwrite: score all images again, even images that have a row.
-            required: (N,) bool, the images that must be scored again unless their row holds an error. test.py passes
-                the images whose residual picture is missing. If `required` is None, no image with a row is scored
-                again.
+            overwrite: whether all images are scored again, even images that have a row.
+            required: mask (N,) bool of the images that must be scored again unless their row holds an error. test.py
+                passes the images whose residual picture is missing. If `required` is None, no image with a row is
+                scored again.
 
         Returns:
             True if there are images to score; False if the table is finished already.
@@ -106,7 +106,7 @@ class ScoreWriter:
             must_be_scored_again = required is not None and required[i] and not row.error
             self.done[i] = not must_be_scored_again
         if broadcast_from_main(bool(has_table_of_this_job and self.done.all()), self.world):
-            logger.info("%s is finished already (--overwrite scores the images again)", printable(self.table))
+            logger.info("%s is finished already; --overwrite scores the images again", printable(self.table))
             return False
         if self.done.any():
             logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
@@ -118,10 +118,10 @@ class ScoreWriter:
             delete_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        with write_atomically(part) as file:  # a part without its first line (the job) could not be continued
+        with write_atomically(part) as file:  # no run could continue a part without its first line, the job
             file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
-        if has_table_of_this_job and self.world.is_main:  # only residual pictures are missing: keep the rows
+        if has_table_of_this_job and self.world.is_main:  # P.csv keeps its rows: only pictures are missing
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
         return True
@@ -139,7 +139,7 @@ class ScoreWriter:
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write_rows(self, rows: Mapping[int, Row]) -> None:
-        """Append rows, {index of the image: row}, to the part of this process, and flush the file."""
+        """Write rows, {index of the image: row}, to the end of this process's part, and flush the file."""
         lines = []
         for i, row in rows.items():
             cells = cells_from_row(row)[len(Item._fields) :]
@@ -161,8 +161,8 @@ class ScoreWriter:
         numbers, offsets = self._find_places_of_rows(parts)
         for i in np.flatnonzero(numbers < 0)[:1]:
             raise UserError(
-                f"{printable(self.items[i].path)} has no row in the score table (was a .part file of the table deleted?):"
-                " run test.py again"
+                f"{printable(self.items[i].path)} has no row in the score table, perhaps because a .part file of the"
+                " table was deleted: run test.py again"
             )
         write_table(self.table, self._read_rows_at(parts, numbers, offsets))
 
@@ -175,12 +175,12 @@ class ScoreWriter:
         delete_files(find_parts(self.table).values())
 
     def _append_text(self, text: str) -> None:
-        """Append text in a single write, so that a killed process leaves all rows of a batch or no row of the batch."""
+        """Write all rows of a batch at once, so that a killed process leaves all rows of the batch or none."""
         self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
     def _is_table_of_this_job(self) -> bool:
-        """Find out whether P.csv was made from the same job and image files."""
+        """Return whether P.csv was made with the same job and from the same image files."""
         record = read_record(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
@@ -219,8 +219,8 @@ class ScoreWriter:
         """Find the first valid row of each image.
 
         Returns:
-            numbers: (N,), the number of the part that holds the row, or -1 if an image has no row.
-            offsets: (N,), the position of the row in the part, in bytes.
+            numbers: for each image, the number of the part that holds its row, or -1 if it has no row.
+            offsets: for each image, the position of its row in this part, in bytes.
         """
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
@@ -232,7 +232,7 @@ class ScoreWriter:
         return numbers, offsets
 
     def _read_rows_at(self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray) -> Iterator[Row]:
-        """Read the rows of all images in the order of the list, at the places of `_find_places_of_rows`."""
+        """Read the rows of all images, in the order of the list, at the positions from `_find_places_of_rows`."""
         with ExitStack() as stack:
             files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
             for number, offset in zip(numbers.tolist(), offsets.tolist(), strict=True):
@@ -268,7 +268,7 @@ class ScoreWriter:
 
 
 def find_parts(table: Path) -> dict[int, Path]:
-    """Find the parts of a score table: {number of the part: path}."""
+    """Find the parts of a score table. Returns a dict from the number of each part to its path."""
     pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
     parts = {}
     for path in table.parent.iterdir() if table.parent.is_dir() else ():
@@ -289,6 +289,6 @@ def read_job_of_part(part: Path) -> dict | None:
 
 
 def delete_files(paths: Iterable[Path]) -> None:
-    """Delete files. All files must exist."""
+    """Delete files, all of which must exist."""
     for path in paths:
         path.unlink()

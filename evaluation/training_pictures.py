@@ -14,7 +14,7 @@ from utils.labels import LABEL_NAMES
 from utils.random_streams import seeded_generator
 from utils.run import Run
 
-PICTURE_SIDE = 256  # maximum side of a picture in pixels
+PICTURE_SIDE = 256  # maximum side length of a picture in pixels
 PICTURE_GAIN = 4  # factor by which the faint differences are brightened
 
 
@@ -22,7 +22,7 @@ def read_example_images(images: ImageDataset) -> dict[str, Tensor]:
     """Read the first readable real image and the first readable fake image, cropped to at most PICTURE_SIDE pixels.
 
     Returns:
-        {"real" or "fake": uint8 (1, 3, H, W)}.
+        The images, uint8 (1, 3, H, W), under the keys "real" and "fake".
     """
     examples = {}
     scale = images.policy.scale
@@ -33,7 +33,7 @@ def read_example_images(images: ImageDataset) -> dict[str, Tensor]:
         try:
             x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
         except UserError:
-            continue  # the training reports unreadable images
+            continue  # the training loop reports unreadable images
         side = min(PICTURE_SIDE, *x.shape[-2:])
         examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
         if len(examples) == len(LABEL_NAMES):
@@ -50,10 +50,11 @@ def write_resynthesis_pictures(
     images: dict[str, Tensor],
     epochs_done: int,
 ) -> None:
-    """Write pictures to TensorBoard: image | re-synthesis | difference.
+    """Write pictures to TensorBoard that show an image, its re-synthesis and their difference side by side.
 
-    With an auxiliary task, write a second picture per image: degraded image | its re-synthesis | difference. Images and
-    degradation are the same in every epoch, so that pictures of different epochs can be compared.
+    With an auxiliary task, a second picture per image shows the degraded image, its re-synthesis, and the difference
+    between this re-synthesis and the image. Images and degradation are the same in every epoch, so that pictures of
+    different epochs can be compared.
     """
     if run.writer is None:
         return
@@ -75,6 +76,6 @@ def write_resynthesis_pictures(
 
 
 def join_pictures(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Place input, re-synthesis and brightened difference side by side: 3 x (1, 3, H, W) -> (1, 3, H, 3 * W)."""
+    """Return a picture (1, 3, H, 3 * W) of an input, its re-synthesis and the brightened difference to `x`."""
     difference = PICTURE_GAIN * (x_hat - x).abs()
     return torch.cat([before, x_hat, difference], dim=3)

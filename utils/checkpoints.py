@@ -3,9 +3,10 @@
 A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. A program checks
 each value of a checkpoint before it uses the value.
 
-A checkpoint whose name ends in .safetensors is a bundle for sharing, which contains no pickle. A tensor in a bundle is
-named KEY, or KEY/NAME if the entry KEY of the checkpoint is a dictionary of tensors. All plain values in a bundle
-(numbers, texts, lists, dictionaries) are stored as one JSON text in the metadata of the file.
+A checkpoint whose name ends in .safetensors is called a bundle. Bundles are safe to share, because they contain no
+pickled Python objects. The name of a tensor in a bundle is KEY, or KEY/NAME if the entry KEY of the checkpoint is a
+dictionary of tensors. All plain values in a bundle (numbers, texts, lists, dictionaries) are stored as one JSON text in
+the metadata of the file.
 """
 
 import hashlib
@@ -53,7 +54,8 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     """Write a checkpoint completely or not at all.
 
     Raises:
-        UserError: if the file cannot be written (disk full, no permission). An earlier file at `path` stays unchanged.
+        UserError: if the file cannot be written, for example because the disk is full. In this case, an earlier file at
+            `path` stays unchanged.
     """
     try:
         with write_atomically(path) as file:
@@ -161,7 +163,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
         shapes = [f"{key} (expected {expected[key]}, got {got[key]})" for key in reshaped[:SHOWN_KEYS]]
         faults.append(f"{len(reshaped)} of another shape: {', '.join(shapes)}")
     if faults:
-        raise UserError(f"{name} does not fit the network of {len(expected)} entries: {'; '.join(faults)}")
+        raise UserError(f"{name} does not fit the network, which has {len(expected)} tensors: {'; '.join(faults)}")
     module.load_state_dict(state)
 
 
@@ -192,7 +194,7 @@ class Fields:
     Args:
         values: dictionary of the values. None counts as an empty dictionary.
         file: name of the file, for error messages.
-        path: place of the dictionary in the file, for error messages, such as "config.images".
+        path: where the dictionary is in the file, such as "config.images", for error messages.
 
     Raises:
         UserError: if `values` is neither a mapping nor None.
@@ -259,7 +261,7 @@ class Fields:
         return Fields(self.values.get(key), self.file, self._full_key(key))
 
     def get_arguments(self, key: str) -> dict[str, object]:
-        """Return the keyword arguments of a network under `key`: a dictionary whose keys must be identifiers."""
+        """Return the dictionary of a network's keyword arguments under `key`. Its keys must be Python identifiers."""
         values = self.get_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
@@ -304,7 +306,7 @@ def _describe_value(value: object) -> str:
 
 
 def is_bundle(path: str | os.PathLike) -> bool:
-    """Return whether `path` is the path of a bundle for sharing, which ends in .safetensors."""
+    """Return whether `path` is the path of a bundle, which ends in .safetensors."""
     return os.fspath(path).endswith(".safetensors")
 
 

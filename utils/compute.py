@@ -45,13 +45,14 @@ def choose_device_and_precision(
 
     Args:
         gpu: the device, as explained in `choose_device`.
-        precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, which is PyTorch's default for
-            convolutions and was used by the released code. On a CPU, auto means fp32. fp32 computes in full float32.
-        deterministic: use reproducible algorithms. Otherwise, cuDNN chooses the fastest algorithm for each shape.
+        precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the authors' code. On a CPU, auto
+            means fp32.
+        deterministic: whether reproducible algorithms are used. If False, cuDNN chooses the fastest algorithm for each
+            shape.
         seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
-        UserError: if the machine lacks the device, or if the device lacks the number format.
+        UserError: if the machine does not have the device, or if the device cannot use the number format.
     """
     device = choose_device(gpu)
     if seed is not None:
@@ -93,7 +94,7 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
         if gpu is None:
             logger.info("this machine has no GPU: the CPU is used")
         elif is_main_process():
-            logger.warning("warning: GPU %s is not available: this machine has no GPU, the CPU is used", gpu)
+            logger.warning("warning: GPU %s is not available, because this machine has no GPU: the CPU is used", gpu)
         return torch.device("cpu")
     if gpu is None:
         device = torch.device("cuda")
@@ -110,7 +111,7 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
         number = number if own_number is None else own_number
     if not 0 <= number < available:
         raise UserError(
-            f"no GPU {number}: this machine has {_describe_gpu_numbers(available)}; choose another device, or cpu"
+            f"there is no GPU {number}: this machine has {_describe_gpu_numbers(available)}; choose another GPU, or cpu"
         )
     torch.cuda.set_device(number)
     return torch.device("cuda", number)

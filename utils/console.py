@@ -11,17 +11,17 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
-LOG_SECONDS = 120  # seconds between two progress lines in the log of a run without a terminal
-MISTAKE_DELAY = 10  # seconds for which a process waits until it prints an error that the main process may print first
+LOG_SECONDS = 120  # seconds between two progress lines in a log
+MISTAKE_DELAY = 10  # seconds that other processes wait before they print an error, so that the main process is first
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the main process: the only process of a run, or the first one from torchrun."""
+    """Return whether this process is the only process of its run, or process 0 of the processes from torchrun."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def wait_for_report_of_main_process() -> None:
-    """Wait in all processes except the main process, so that only the main process prints an error of all processes.
+    """Wait in every process except the main process, so that an error of all processes is printed only once.
 
     A user's mistake usually raises an error in all processes. While the other processes wait, the main process prints
     the error and exits, and torchrun then ends the other processes. An error that occurs in one process only is printed
@@ -42,12 +42,12 @@ class _LogFile(TextIOBase):
 
 
 def progress_bar(items: Iterable | None, description: str, total: int | None = None, unit: str = "it") -> tqdm:
-    """Show the progress of an iteration by a progress bar or, without a terminal, by a log line every LOG_SECONDS.
+    """Show the progress of a loop: as a bar in a terminal, and otherwise as a log line every LOG_SECONDS seconds.
 
     Args:
         items: the items over which the caller iterates. If `items` is None, the caller reports progress by `.update(n)`.
         description: text in front of the numbers.
-        total: number of items. Required if `items` has no length.
+        total: number of items. The argument `total` is required if `items` has no length.
         unit: name of one item.
     """
     options = {"total": total, "unit": unit, "leave": False, "disable": not is_main_process()}

@@ -1,8 +1,8 @@
-"""Runs with several processes, which torchrun starts: the number of this process, and collective operations.
+"""Functions for runs with several processes, which torchrun starts.
 
 Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel. Each process
-divides its loss by the size of the *global* batch. Several processes therefore compute the same update as a single
-process, even if the processes hold different numbers of images.
+divides its loss by the number of images that all processes have in the batch. Several processes therefore compute the
+same update as a single process, even if the processes hold different numbers of images.
 """
 
 import os
@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
 
-# One process may wait for hours until a slower process has scored its images, so that a long wait is no error.
+# A process may wait for hours until a slower process has scored its images. A long wait is therefore no error.
 # If a process fails, torchrun ends all processes.
 TIMEOUT = timedelta(days=30)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -80,7 +80,7 @@ def connect_processes(device_type: str) -> Iterator[World]:
     """Connect all processes of the run while the `with` block runs.
 
     Args:
-        device_type: "cuda" or "cpu": type of the device that holds the tensors of collective operations.
+        device_type: type of the device on which the processes exchange tensors, "cuda" or "cpu".
 
     Yields:
         the `World` of this process.
@@ -91,7 +91,7 @@ def connect_processes(device_type: str) -> Iterator[World]:
     world = world_from_environment()
     if world.size > 1:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
-        # torchrun keeps the store when it restarts processes. The prefix hides the entries of the earlier processes.
+        # When torchrun restarts processes, its key-value store keeps old entries. The prefix hides the old entries.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
@@ -133,7 +133,7 @@ def _all_reduce(values: Tensor, world: World, operation: dist.ReduceOp) -> Tenso
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Concatenate the rows of all processes in the order of the ranks. Every process gets the result, on the CPU."""
+    """Concatenate the rows of all processes, ordered by rank. Every process gets the result, which is on the CPU."""
     gathered = [rows.cpu()] * world.size
     if world.size > 1:
         dist.all_gather_object(gathered, rows.cpu())

@@ -60,7 +60,7 @@ def run_program(main: Callable[[], int | None]) -> int:
 
 
 def _message_for_user(error: Exception) -> str | None:
-    """Return a message for an error that a user can correct. Returns None for an error in the program."""
+    """Return a message for an error that a user can correct. Returns None for a bug in the program."""
     text = str(error)
     if isinstance(error, UserError):
         return text

@@ -27,8 +27,8 @@ LOCK_TEXT = b"beyond-the-spectrum lock\n"
 def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` at the end of the `with` block.
 
-    After an error or a kill of the process, the file at `path` is therefore the old file and never a part of the new
-    file. If `path` is a symbolic link, the file to which the link points is replaced.
+    If the block raises an error or the process is killed, the file at `path` therefore keeps its old content. If `path`
+    is a symbolic link, the file to which the link points is replaced.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -47,9 +47,9 @@ def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> 
 
     Args:
         folder: the folder.
-        names: regular expression for the names of files that the program writes. Temporary files for other names are
+        names: regular expression for the names of files that the program writes. Temporary files of other files are
             kept.
-        age: temporary files that were changed during the last `age` seconds are kept.
+        age: seconds for which a temporary file must have been unchanged before it is deleted.
     """
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
@@ -60,7 +60,7 @@ def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> 
 
 
 def write_json(path: Path, obj: dict) -> None:
-    """Write a JSON file, completely or not at all."""
+    """Write a JSON file completely or not at all."""
     text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n"
     with write_atomically(path) as file:
         file.write(text.encode())
@@ -124,8 +124,7 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
     if file.read(len(LOCK_TEXT) + 1) != LOCK_TEXT:
         return foreign
     try:
-        # lockf is used because worker processes do not inherit its locks, unlike the locks of flock.
-        # A worker process that outlives its run therefore does not keep the lock.
+        # lockf is used because a worker process, which may outlive its run, does not inherit locks of lockf.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return busy

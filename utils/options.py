@@ -1,7 +1,7 @@
 """Command-line options of the programs. Each option is declared once. The defaults are the values of the paper.
 
-Flags are spelled as in the released code, so that scripts for the released code keep working. The argument `dest` gives
-each flag the name that the programs use for its value.
+Flags have the same spelling as in the authors' code, so that scripts for the authors' code keep working. The argument
+`dest` gives each flag the name that the programs use for its value.
 
 Options on the architecture of a network default to None, which means that the option was not given. The architecture is
 then taken from the checkpoint. Without a checkpoint, models/build.py uses the values of the paper.
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """The argparse action of a flag of the released code that has no effect here. Using the flag prints one line."""
+    """The argparse action of a flag that is accepted but has no effect. The action prints a line that says so."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -52,7 +52,7 @@ class NoEffect(argparse.Action):
 
 
 class KeyValues(argparse.Action):
-    """The argparse action of a flag with values KEY=VALUE, which are collected in a dict. See `parse_value`."""
+    """The argparse action of a flag with values KEY=VALUE, from which the action makes a dict. See `parse_value`."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         collected = dict(getattr(namespace, self.dest) or {})
@@ -67,7 +67,7 @@ class KeyValues(argparse.Action):
 
 
 def parse_value(text: str) -> int | float | bool | str:
-    """Convert a text to an int, a finite float or a bool if possible. Any other text stays a text."""
+    """Convert a text to an int, a finite float or a bool if possible. Any other text is returned unchanged."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
@@ -84,7 +84,7 @@ def number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> C
     """Create an argparse type for finite numbers from `low` to `high`.
 
     Args:
-        kind: int or float.
+        kind: type of the numbers, int or float.
     """
 
     def parse_number(text: str):
@@ -98,7 +98,9 @@ def number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> C
 
 
 def parse_perturbation(text: str) -> tuple[str, float | None]:
-    """Convert the text NAME or NAME=STRENGTH of a perturbation to (name, strength or None).
+    """Convert the text NAME or NAME=STRENGTH to the name and the strength of a perturbation.
+
+    The strength is None if the text is NAME.
 
     The module data.perturbations checks the name later.
     """
@@ -116,7 +118,7 @@ def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs:
     """Add flags that are accepted but have no effect.
 
     Args:
-        flags: spellings of each flag, separated by spaces.
+        flags: one text per flag, which holds the spellings of the flag, separated by spaces.
         nargs: 0 for flags without a value, and None for flags with one value.
     """
     for spellings in flags:
@@ -132,11 +134,11 @@ def add_run_options(parser: Parser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--gpu", "--gpu-id", dest="gpu", metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 if there is one)")
     add("-j", "--workers", "--num-workers", dest="workers", type=integer_from_0, default=4, metavar="N",
-        help="processes that read images; 0 reads them in the main process (default: %(default)s)")  # fmt: skip
+        help="number of processes that read images; 0: the main process reads images (default: %(default)s)")  # fmt: skip
     add("--seed", type=integer_from_0, default=123, metavar="N",
         help="seed of all random numbers (default: %(default)s)")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="auto",
-        help="number format in which networks compute; auto = tf32 on a GPU (as in the released code), fp32 on a"
+        help="number format in which networks compute; auto = tf32 on a GPU (as in the authors' code), fp32 on a"
         " CPU")  # fmt: skip
     add("--deterministic", action="store_true",
         help="use reproducible algorithms on a GPU, which may be slower (default: the fastest algorithms)")  # fmt: skip
@@ -147,8 +149,8 @@ def add_vgg_options(parser: Parser) -> None:
     add = parser.add_argument_group("VGG-19").add_argument
     add("--vgg-weights", default="auto", metavar="auto|imagenet|random|FILE",
         help="weights of VGG-19: imagenet = from torch hub's cache or by download; random = fixed-seed random weights;"
-        " FILE = a torchvision vgg19 state dict; auto = as in the checkpoint, and for a new training imagenet or, if"
-        " the download fails, random (default: %(default)s)")  # fmt: skip
+        " FILE = a torchvision vgg19 state dict; auto = the weights that the checkpoint names; for a new"
+        " training, imagenet, or random if the download fails (default: %(default)s)")  # fmt: skip
 
 
 def add_resynthesizer_options(parser: Parser) -> None:
@@ -156,12 +158,12 @@ def add_resynthesizer_options(parser: Parser) -> None:
     group = parser.add_argument_group("re-synthesizer (default: as in its checkpoint, else the paper's RDN)")
     add = group.add_argument
     add("--sr-arch", metavar="NAME",
-        help="super-resolution network: rdn; bicubic (interpolation) or none (no re-synthesis) for control experiments;"
-        " or a name added to models.build.RESYNTHESIZERS (default: rdn)")  # fmt: skip
+        help="super-resolution network: rdn; for control experiments, bicubic (interpolation) or none (no re-synthesis);"
+        " or a name that was added to models.build.RESYNTHESIZERS (default: rdn)")  # fmt: skip
     add("--sr-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the network that --sr-arch names")  # fmt: skip
     add("--sr-scale", "--scale", dest="scale", type=integer_from_1, metavar="N",
-        help="down- and up-sampling factor; 2, 3 or 4 for RDN (paper: 4)")  # fmt: skip
+        help="factor by which images are reduced and enlarged; 2, 3 or 4 for RDN (paper: 4)")  # fmt: skip
     for name, text in (
         ("num-features", "RDN: channels between the blocks, G0 (paper: 64)"),
         ("growth-rate", "RDN: channels that each layer of a block adds, G (paper: 64)"),
@@ -175,18 +177,18 @@ def add_detector_options(parser: Parser) -> None:
     """Add options for the features, the residual, the classifier and the weights of the re-synthesizer."""
     add = parser.add_argument_group("detector").add_argument
     add("--features", metavar="NAME",
-        help="space in which the residual is computed: pixels, vgg19, or a name added to models.build.FEATURES"
+        help="features of which the residual is computed: pixels, vgg19, or a name added to models.build.FEATURES"
         " (default: as in the checkpoint, else pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the features that --features names, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=number_type(int, 0, 5), metavar="0..5",
-        help="flag of the released code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
+        help="flag of the authors' code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
         " layer relu1_1 to relu5_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
         help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
         " difference, as in the paper (default: as in the checkpoint, else absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the deep stem of the released code);"
+        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the deep stem of the authors' code);"
         " for few training images: spectrum (with --residual signed) or channel_power (with VGG-19 features);"
         " torchvision:NAME; or a name"
         " added to models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
@@ -195,10 +197,10 @@ def add_detector_options(parser: Parser) -> None:
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
         help="number of channels of the residual, which must equal the number of channels of the features")  # fmt: skip
     add("--no_dilation", dest="dilated", action="store_const", const=False,
-        help="do not dilate layer3 and layer4 of the ResNet; all released scripts use this flag (default: as in the"
-        " checkpoint, else dilated)")  # fmt: skip
+        help="build layer3 and layer4 of the ResNet without dilated convolutions, as all scripts of the authors do"
+        " (default: as in the checkpoint, else dilated)")  # fmt: skip
     add("--sr-weights-file", dest="resynthesizer_file", metavar="FILE",
-        help="weights of the re-synthesizer: a file of train_sr.py, a released file, or NNNN_sr.pth.tar of a"
+        help="weights of the re-synthesizer: a file of train_sr.py, a file of the authors, or NNNN_sr.pth.tar of a"
         " fine-tuned detector (default: the weights inside the detector's checkpoint)")  # fmt: skip
 
 
@@ -227,25 +229,25 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         parser: the parser of the trainer.
         batch_size: default of --batch-size, in images.
         lr: default of --lr.
-        schedule: name of the released learning-rate schedule.
-        output: flag for the output folder, which the help texts mention.
+        schedule: name of the learning-rate schedule in the authors' code.
+        output: flag of the output folder, for the help texts.
     """
     add = parser.add_argument_group("optimizer").add_argument
     add("-b", "--batch-size", type=integer_from_1, default=batch_size, metavar="N",
-        help="images per step, over all processes (default: %(default)s)")  # fmt: skip
+        help="number of images per training step, in all processes together (default: %(default)s)")  # fmt: skip
     add("--lr", "--learning-rate", type=float_from_0, default=lr, metavar="X",
         help="base learning rate (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=(schedule, "cosine"), default=schedule,
-        help=f"learning-rate schedule: {schedule} = as in the released code; cosine = a short warm-up, then a cosine"
+        help=f"learning-rate schedule: {schedule} = as in the authors' code; cosine = a short warm-up, then a cosine"
         " down to 0, for trainings of few epochs (default: %(default)s)")  # fmt: skip
     add("--clip-norm", type=float_from_0, metavar="X",
-        help="clip the norm of the gradients to X (default: no clipping)")  # fmt: skip
+        help="scale down gradients whose norm is above X to the norm X (default: gradients are not scaled)")  # fmt: skip
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--resume", metavar="FILE|auto",
         help=f"continue the run whose state is in FILE. auto: continue the run in {output}, or start a new run if"
-        f" {output} holds no run. If FILE holds weights but no training state, as released checkpoints do, a new run"
-        " starts with the weights")  # fmt: skip
+        f" {output} holds no run. If FILE holds weights but no training state, as the authors' checkpoints do, a new"
+        " run starts with the weights")  # fmt: skip
     add("--overwrite", action="store_true",
         help=f"start a new run in {output}, and delete the checkpoints and records of an earlier run")  # fmt: skip
     add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
@@ -257,7 +259,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
 
 
 def add_released_options(parser: Parser) -> None:
-    """Add flags of the released train.py and test.py that are accepted but have no effect."""
+    """Add flags of the authors' train.py and test.py that are accepted but have no effect."""
     group = parser.add_argument_group("released")
     add_flags_without_effect(
         group, "--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
@@ -279,20 +281,20 @@ def train_sr_parser() -> Parser:
     add("--train-file", metavar="FILE",
         help="text file with one path of a real training image per line, or a folder of real images")  # fmt: skip
     add("--eval-file", metavar="FILE",
-        help="text file with one path per line, or a folder: images on which PSNR and SSIM are computed after each"
-        " epoch")  # fmt: skip
+        help="text file with one image path per line, or a folder of images; PSNR and SSIM are computed on these images"
+        " after each epoch")  # fmt: skip
     add("--evaluate", action="store_true", help="do not train; compute PSNR and SSIM of --weights-file on --eval-file")
     add("--outputs-dir", default="output_hr", metavar="DIR",
         help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
     add("--weights-file", dest="init", metavar="FILE",
         help="weights of a re-synthesizer, for a new run or for --evaluate")  # fmt: skip
     add("--patch-size", type=integer_from_1, default=24, metavar="N",
-        help="side of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
+        help="side length of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
     add("--patches-per-image", type=integer_from_1, default=1, metavar="N",
-        help="number of patches per image and epoch; the released code cuts 1 (default: %(default)s)")  # fmt: skip
+        help="number of patches from each image per epoch; 1 in the authors' code (default: %(default)s)")  # fmt: skip
     add("--start", choices=("random", "interpolation"), default="random",
-        help="initial weights of a new RDN: random = PyTorch's default, as in the released code; interpolation ="
-        " weights with which RDN interpolates (default: %(default)s)")  # fmt: skip
+        help="initial weights of a new RDN: random = PyTorch's default, as in the authors' code; interpolation ="
+        " weights with which RDN computes an interpolation (default: %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
         help="multiply the learning rate by X, from 0 to 1, every --lr-decay-epoch epochs (default:"
         " %(default)s)")  # fmt: skip
@@ -325,13 +327,13 @@ def train_detector_parser() -> Parser:
     add("--init", metavar="FILE", help="start a new run from the weights of the detector in FILE")
     add("--epochs", type=integer_from_1, default=100, metavar="N", help="number of epochs (default: %(default)s)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd",
-        help="optimizer; sgd = as in the released code (default: %(default)s)")  # fmt: skip
+        help="optimizer; sgd = as in the authors' code (default: %(default)s)")  # fmt: skip
     add("--momentum", type=fraction, default=0.9, metavar="X", help="momentum of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
         help="weight decay (default: %(default)s)")  # fmt: skip
     add("--lr-sr", dest="classifier_grad_scale", type=float_from_0, default=0.02, metavar="X",
-        help="factor on the CLASSIFIER's gradients, despite the flag's name: the classifier learns at lr * X and the"
-        " re-synthesizer at lr; must be above 0 (default: %(default)s)")  # fmt: skip
+        help="factor on the CLASSIFIER's gradients; must be above 0. Despite the flag's name, the classifier learns at"
+        " the rate lr * X, and the re-synthesizer at the rate lr (default: %(default)s)")  # fmt: skip
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
     add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
         help="auxiliary task on which the re-synthesizer is fine-tuned: none (images are not degraded), colorization,"
@@ -355,15 +357,15 @@ def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
-        help="pass N images at a time through the re-synthesizer and the features, which takes less memory and does not"
-        " change the update of the weights; end-to-end training needs one more forward pass (default: the whole"
+        help="pass N images at a time through the re-synthesizer and the features. This takes less memory and does not"
+        " change the update of the weights. End-to-end training then needs one more forward pass (default: the whole"
         " batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
         help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
         " epoch (default: %(default)s)")  # fmt: skip
     add("--augment-perturb", action="store_true",
-        help="in each epoch, blur, crop or compress (JPEG) a random half of the training images, or add noise to them,"
-        " as in test.py --perturb-protocol frank2020")  # fmt: skip
+        help="in each epoch, perturb a random half of the training images by blur, crop, JPEG compression or noise, as in"
+        " test.py --perturb-protocol frank2020")  # fmt: skip
     add("--no-cache", dest="cache", action="store_false",
         help="compute residuals again in each epoch (default: with --fixed-sr, residuals are computed once and stored"
         " on disk, unless images are cropped or perturbed at random)")  # fmt: skip
@@ -389,10 +391,11 @@ def test_parser() -> Parser:
     group = parser.add_argument_group("test")
     add = group.add_argument
     add("--resume", metavar="FILE", help="checkpoint of the detector")
-    add("--input", nargs="+", metavar="PATH", help="images, or folders of images, to score without labels")
+    add("--input", nargs="+", metavar="PATH", help="image files or folders of images that are scored without labels")
     add("--save_path", "--save-path", dest="save_path", metavar="P",
         help="write scores and metrics to P.csv, P.npy, P.json and P.png")  # fmt: skip
-    add("--save-residuals", metavar="DIR", help="write a picture of image, re-synthesis and residual for each image")
+    add("--save-residuals", metavar="DIR",
+        help="for each image, write a picture of the image, its re-synthesis and the residual into DIR")  # fmt: skip
     add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
         help="score the images once with each of these perturbations: none, blur, crop, jpeg, noise, resize, combined,"
         " or all. In a sweep, NAME stands for all strengths of the perturbation (default: none)")  # fmt: skip
@@ -400,7 +403,7 @@ def test_parser() -> Parser:
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip
     add("-b", "--batch-size", type=integer_from_1, metavar="N",
-        help="images per batch (default: as many images as have 1024 x 1024 pixels together)")  # fmt: skip
+        help="number of images per batch (default: as many images as have 1024 x 1024 pixels together)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if P.csv or an unfinished run holds scores")  # fmt: skip
     add("--tile", type=number_type(int, 64), default=1024, metavar="N",
@@ -427,13 +430,13 @@ def export_parser() -> Parser:
     add = parser.add_argument_group("export").add_argument
     add("--resume", required=True, metavar="FILE", help="checkpoint or bundle (.safetensors) of the detector")
     add("--out", type=Path, metavar="FILE",
-        help="write the detector as a graph: FILE.onnx, or FILE.pt2 for torch.export.load")  # fmt: skip
+        help="write the detector's computation graph to FILE.onnx, or to FILE.pt2 for torch.export.load")  # fmt: skip
     add("--check", type=Path, metavar="FILE",
         help="check that the graph in FILE computes the same logits as the detector")  # fmt: skip
-    add("--bundle", type=Path, metavar="FILE", help="write the detector as one file for sharing, FILE.safetensors")
+    add("--bundle", type=Path, metavar="FILE", help="write the detector to FILE.safetensors, a file for sharing")
     add(
         "--scores",
         metavar="P.json",
-        help="results of test.py, whose metrics are copied into the model card of the bundle",
+        help="record P.json of test.py, from which metrics are copied into the model card of the bundle",
     )
     return parser

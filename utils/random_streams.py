@@ -16,8 +16,8 @@ def seeded_generator(*key: int) -> np.random.Generator:
     return np.random.default_rng((len(key), *key))  # without the length, (1, 2) and (1, 2, 0) would give equal numbers
 
 
-# The last number of a key stands for the purpose of the random numbers.
-# Two purposes therefore get independent random numbers for the same (seed, epoch, image).
-PERTURB, CROP, DEGRADE_IMAGE = 1, 2, 5  # purposes of keys that begin with (seed, epoch, image)
-DEGRADE_BATCH = 4  # purpose of keys that begin with (seed, epoch, step)
-DEGRADE_PATCH = 1  # purpose of keys that begin with (seed, epoch, image, patch)
+# The last number of a key says what the random numbers are used for.
+# Different uses therefore get independent random numbers for the same (seed, epoch, image).
+PERTURB, CROP, DEGRADE_IMAGE = 1, 2, 5  # last numbers of keys that begin with (seed, epoch, image)
+DEGRADE_BATCH = 4  # last number of keys that begin with (seed, epoch, step)
+DEGRADE_PATCH = 1  # last number of keys that begin with (seed, epoch, image, patch)

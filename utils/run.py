@@ -22,7 +22,7 @@ from utils.training import NotFinite, Stepper
 
 logger = logging.getLogger(__name__)
 
-# A function that converts the state at the end of an epoch to the numbered checkpoints {file name: content}
+# The type of a function that converts the state at the end of an epoch to the numbered checkpoints, by file name
 NumberedFiles = Callable[[dict], dict[str, dict]]
 
 
@@ -103,8 +103,8 @@ class Run(contextlib.AbstractContextManager):
         self.first_epoch = self.progress.epoch
         self.saved_at = time.monotonic()
         self.epoch_began: float | None = None  # time at which this process began to train the current epoch
-        self.first_step = 0  # step of the current epoch with which this process began: above 0 in a resumed epoch
-        self.reported: set[str] = set()  # errors of left-out images that were logged already
+        self.first_step = 0  # first step of this process in the current epoch; above 0 if the epoch is resumed
+        self.reported: set[str] = set()  # errors that were logged already, each about an image that was left out
         self.stop = StopSignal()
         self.writer = None
         if self.world.is_main:
@@ -137,7 +137,7 @@ class Run(contextlib.AbstractContextManager):
     # --- saving
 
     def make_state(self) -> dict:
-        """Return the state of the run, which is everything needed to use the networks and to continue the training.
+        """Return the state of the run: everything that is needed to use the networks and to continue the training.
 
         The entry "epoch" is the number of finished epochs.
         """
@@ -226,7 +226,7 @@ class Run(contextlib.AbstractContextManager):
         """Log one line for each image of a batch that is too small.
 
         Returns:
-            {index in the dataset: error} of all images of the batch.
+            A dict from the index of an image in the dataset to its error, for all images of the batch.
         """
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
@@ -277,12 +277,15 @@ class Run(contextlib.AbstractContextManager):
             for name, content in numbered(state).items():
                 self.folder.save_checkpoint(name, content)
                 self._delete_older_checkpoints(name)
-        # The last state is saved after the other checkpoints: a run that is killed in between writes all of them again
+        # The last state is saved after the other checkpoints. If the run is killed before, the resumed run repeats them
         self._save_as_last_state(state)
         self.saved_at = time.monotonic()
 
     def _delete_older_checkpoints(self, name: str) -> None:
-        """Delete old numbered checkpoints whose name has the form of `name`. The --keep-last newest files are kept."""
+        """Delete old numbered checkpoints, so that only the --keep-last newest are left.
+
+        Only checkpoints whose names equal `name` except for the number of the epoch are counted and deleted.
+        """
         keep = self.settings["keep_last"]
         if not keep:
             return
@@ -302,7 +305,7 @@ class Run(contextlib.AbstractContextManager):
         if self.writer is None:
             return
         if self.folder.replacing:
-            # Saving deletes the records of the earlier run, so that only records of this run follow
+            # Saving the state deletes the records of the earlier run, before this run adds its first record
             self.save_state()
         epoch = self.progress.epoch
         finite = {}

@@ -16,7 +16,7 @@ from utils.files import hold_lock_file, make_folder, remove_unfinished_files, wr
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# {file ending of a trainer's checkpoints: regular expression for the names of the checkpoints}
+# For each file ending of checkpoints: a regular expression that matches the names of the checkpoints
 CHECKPOINT_NAMES = {
     ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
     ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
@@ -40,7 +40,7 @@ class RunFolder:
         self.pattern = CHECKPOINT_NAMES[".pth.tar" if last.name.endswith(".pth.tar") else ".pth"]
         self.record: dict = {}
         self.files: set[str] = set()  # names of the files that config.json lists
-        self.continued = False  # whether this run continues the run whose files are in the folder
+        self.continued = False  # whether this run continues an earlier run in the same folder
         self.replacing = False  # whether the files of an earlier run must be deleted after the first save
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files of the earlier run that must be deleted
 
@@ -127,7 +127,7 @@ class RunFolder:
             self.replaced.remove(self.path / name)
 
     def delete_replaced_files(self) -> None:
-        """Delete the files of the earlier run that --overwrite replaces, except for files that are overwritten already."""
+        """Delete the files of the earlier run that --overwrite replaces, except files that are already overwritten."""
         if self.replacing:
             self._keep_stats_of_first_epochs(0)
             for path in self.replaced:
@@ -144,7 +144,10 @@ class RunFolder:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
     def _read_recorded_files(self) -> set[str]:
-        """Read the names of written files from config.json. Returns an empty set if this project wrote no config.json."""
+        """Read from config.json which files earlier runs have written.
+
+        Returns an empty set if the folder has no config.json of this project.
+        """
         try:
             record = json.loads((self.path / RECORD).read_text())
             if record["format"] == RECORD_FORMAT:

@@ -1,4 +1,4 @@
-"""Handling of SIGINT and SIGTERM, after which a run finishes the current step, saves its state and stops."""
+"""Let a run that receives SIGINT or SIGTERM finish its current step, save its state and stop."""
 
 import logging
 import signal
@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The exception that ends a run after SIGINT or SIGTERM. The run has saved its state before."""
+    """The exception that ends a run after SIGINT or SIGTERM. It is raised after the run has saved its progress."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)

@@ -18,7 +18,7 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 # A resumed run may change these settings without a warning.
-# Image folders and image lists are not compared by their paths. The setting "images", a digest, is compared instead.
+# The paths of image folders and lists may change, because the setting "images" holds a digest of the images.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
@@ -102,7 +102,7 @@ class Progress:
 
 
 def cosine_rate_factor(epochs_total: int, epochs: float) -> float:
-    """Compute the factor on the base learning rate after `epochs` of `epochs_total` epochs, for the cosine schedule.
+    """Compute the cosine schedule's factor on the base learning rate after `epochs` of `epochs_total` epochs.
 
     The factor rises linearly from 0 to 1 during the warm-up, and then falls to 0 along a cosine.
     """
@@ -113,7 +113,7 @@ def cosine_rate_factor(epochs_total: int, epochs: float) -> float:
 
 
 def constant_rate_factor(epochs: float) -> float:
-    """Return the factor 1 on the base learning rate for all epochs."""
+    """Return the factor 1, with which the learning rate is the same in all epochs."""
     return 1.0
 
 
@@ -126,8 +126,8 @@ class Stepper:
         optimizer: PyTorch's optimizer. Each parameter group has its base learning rate.
         compute: the device and number format of the networks.
         world: the processes of this run.
-        rate_factor: function from a number of finished epochs, which may be fractional, to the factor on the base
-            learning rates.
+        rate_factor: takes the number of finished epochs, such as 2.5, and returns the factor on the base learning
+            rates.
         steps_per_epoch: number of steps in an epoch.
         clip_norm: largest norm of the gradients. Gradients with a larger norm are scaled down to this norm. If
             `clip_norm` is None or 0, gradients are not clipped.
@@ -161,9 +161,10 @@ class Stepper:
         """Compute gradients and take one optimizer step.
 
         Args:
-            loss: scalar, this process's part of the loss. The sum of the parts over the processes is the mean loss of
-                the whole batch.
-            values: {name: scalar to record}. Each scalar is this process's part of a mean over the whole batch.
+            loss: this process's part of the loss, as a scalar. The sum of the parts over the processes is the mean loss
+                of the whole batch.
+            values: further scalars to record, by name. Each scalar is this process's part of a mean over the whole
+                batch.
             batch: the batch (data.datasets.Batch). Its weights, errors and file names are used.
 
         Raises:
