@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 class PlainRDN(nn.Module):
-    """An RDN with the parameters of `rdn` that computes whole feature maps, as in Zhang et al. (CVPR 2018), figure 2."""
+    """An RDN with the parameters of `rdn` that computes whole feature maps, as in figure 2 of its paper (CVPR 2018)."""
 
     def __init__(self, rdn: RDN):
         super().__init__()
