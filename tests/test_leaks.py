@@ -53,7 +53,7 @@ def real_and_fake_paths(tmp_path):
 
 
 def audit_folders(real, fake, **options):
-    """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit`."""
+    """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit_images`."""
     return audit_images(list_folder_items([str(real)], [str(fake)]), **options)
 
 
