@@ -1,13 +1,13 @@
-"""Measure time and memory of this code and of plain PyTorch implementations of the same networks.
+"""Compare the time and memory of this project's networks with plain PyTorch implementations of the same networks.
 
     python -m benchmarks [--side 512] [--rounds 2] [--stages 0 5]      on the CPU
     python -m benchmarks --gpu 0                                       on a GPU, with all image sizes
     python -m benchmarks --quick                                       one row with a toy network, in seconds
 
-Each row of the table is one task, such as scoring with float32. A row compares up to three implementations of the
-networks, which are called forms (benchmarks/cases.py). Each measurement runs in a separate process. In every round,
-each form of a row is measured once. The row shows the fastest round of each form. A row is printed as soon as it has
-been measured. "-" means that the form is not measured for this row, or that the measurement failed.
+Each row of the printed table is one task, such as scoring with float32. A row compares up to three implementations of
+the networks, which are called forms (benchmarks/cases.py). Each measurement runs in a separate process. The option
+--rounds sets how often each implementation is measured. The table shows the fastest measurement. A row is printed as
+soon as it has been measured. "-" means that the implementation was not measured, or that the measurement failed.
 """
 
 import argparse
@@ -30,15 +30,15 @@ from utils.errors import UserError, run_program
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels-last / here", "plain GiB", "here GiB")
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
-TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # 10^12 operations of a forward pass per 1024 x 1024 pixels
+TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass per 1024 x 1024 pixels, in 10^12
 START_SECONDS = 5  # estimated time to start a process
-MATRIX_SIDE = 4096  # rows and columns of the matrices in the measurement of a matrix product
-LARGEST_PLAIN_SIDE = 512  # in pixels; on larger images, fine-tuning in a form other than "here" needs more than 22 GiB
+MATRIX_SIDE = 4096  # the measured matrices have a quarter of this number of rows, or twice this number
+LARGEST_PLAIN_SIDE = 512  # in pixels; on larger images, fine-tuning in other forms than "here" needs more than 22 GiB
 GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 
 
 def list_rows(args: argparse.Namespace) -> list[Case]:
-    """List the rows of the table. Each row is given by its measurement in the form "here"."""
+    """List the rows of the table. Each row is returned as a `Case` with the form "here"."""
     gpu = args.gpu or "cpu"
     if args.quick:
         return [Case("scoring", "here", "fp32", 0, 64, 1, gpu, True)]
@@ -69,7 +69,7 @@ def list_forms(case: Case) -> list[str]:
 
 
 def estimate_tflop(case: Case) -> float:
-    """Estimate the number of operations of one run of a case, in units of 10^12."""
+    """Estimate how many operations one run of a case needs, in units of 10^12."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
     if case.kind == "step, fine-tuning":  # 2 forward passes + 1 backward pass = 4 forward passes
@@ -83,7 +83,7 @@ def estimate_tflop(case: Case) -> float:
 
 
 def measure_in_new_process(case: Case) -> dict[str, float] | None:
-    """Measure a case in a new process.
+    """Measure a case (a task and its settings) in a new process.
 
     Returns:
         The result of `measure_case`, or None if the process fails, for example because of too little memory.
@@ -98,7 +98,7 @@ def measure_in_new_process(case: Case) -> dict[str, float] | None:
 
 
 def measure_row(case: Case, rounds: int) -> tuple[str, ...]:
-    """Measure all forms of a row, each `rounds` times. Returns the cells of the row as texts."""
+    """Measure each implementation of a row `rounds` times. Returns the cells of the row as texts."""
     best = {}
     for _ in range(rounds):
         for form in list_forms(case):
@@ -156,10 +156,9 @@ def print_start_times(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--side", type=int, default=512, metavar="N", help="side of the images on a CPU, in pixels (default: 512)"
-    )
-    text = "number of measurements of each row (default: 2)"
+    text = "height and width of the images in pixels, without --gpu (default: 512)"
+    parser.add_argument("--side", type=int, default=512, metavar="N", help=text)
+    text = "how often each implementation is measured (default: 2)"
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help=text)
     text = "features to measure: 0 = pixels, 5 = stage 5 of VGG-19 (default: 0 5)"
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 5], choices=(0, 5), help=text)

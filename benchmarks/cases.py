@@ -1,9 +1,9 @@
-"""Measure one case in this process.
+"""Measure one case (a task and its settings) in this process.
 
     python -m benchmarks.cases JSON
 
 JSON contains the fields of `Case`. The benchmark compares three implementations of the same networks, which are called
-forms. The form "plain" follows the figures of the papers: it computes whole feature maps, uses torch.cat, and keeps
+forms. The form "plain" follows the figures of the papers: it computes whole feature maps, uses torch.cat, and uses
 PyTorch's default memory format. The form "channels-last" is the plain form in channels-last memory format, with
 autocast for bf16. The form "here" is the code that the programs of this project run.
 """
@@ -48,7 +48,7 @@ GPU_RUNS = 5  # number of timed runs
 
 
 class Case(NamedTuple):
-    """The settings of one measurement."""
+    """The task and the settings of one measurement."""
 
     kind: str  # task to measure, a key of KINDS
     form: str  # implementation of the networks: plain, channels-last or here
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 class PlainRDN(nn.Module):
-    """An RDN that computes whole maps, as in figure 2 of Zhang et al. (CVPR 2018), with the parameters of `rdn`."""
+    """An RDN with the parameters of `rdn` that computes whole feature maps, as in figure 2 of its paper (CVPR 2018)."""
 
     def __init__(self, rdn: RDN):
         super().__init__()
@@ -69,7 +69,7 @@ class PlainRDN(nn.Module):
         self.scale = rdn.scale
 
     def forward(self, x_lr: Tensor) -> Tensor:
-        """Enlarge images: (B, 3, h, w) -> (B, 3, scale * h, scale * w)."""
+        """Enlarge images x_lr (B, 3, h, w) to (B, 3, scale * h, scale * w)."""
         sfe1 = self.rdn.sfe1(x_lr)  # (B, G0, h, w)
         x = self.rdn.sfe2(sfe1)  # (B, G0, h, w)
         block_outputs = []
@@ -87,7 +87,7 @@ class PlainRDN(nn.Module):
 
 
 def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
-    """Create a detector with random weights. The random seed is fixed, so all forms have the same weights."""
+    """Create a detector with random weights. All forms get the same weights, because the seed is fixed."""
     compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
     rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
@@ -121,7 +121,7 @@ def make_noise_batch(case: Case) -> Batch:
 
 
 def prepare_scoring(case: Case) -> Callable[[], Tensor]:
-    """Return a function that scores a batch: uint8 images (B, 3, H, W) -> logits (B, 2)."""
+    """Return a function that computes the logits (B, 2) of a batch of B noise images."""
     detector, compute = build_detector(case)
     x = make_noise_batch(case).x
 
@@ -203,7 +203,7 @@ def prepare_rdn_forward(case: Case) -> Callable[[], Tensor]:
 
 
 def prepare_matrix_product(case: Case) -> Callable[[], Tensor]:
-    """Return a function that multiplies two matrices of side x side values, in 2 * side^3 operations."""
+    """Return a function that multiplies two matrices of side x side values, with 2 * side^3 operations."""
     compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     a = torch.randn(case.side, case.side, device=compute.device, dtype=dtype)
@@ -227,7 +227,8 @@ def measure_case(case: Case) -> dict[str, float]:
     """Measure a case in this process.
 
     Returns:
-        "seconds": median time of one run; "gib": peak of the reserved GPU memory or, on a CPU, of the resident memory.
+        A dict with two entries. The entry "seconds" is the median time of one run. The entry "gib" is the peak of the
+        reserved memory on a GPU, or of the resident memory on a CPU.
     """
     run = KINDS[case.kind](case)
     on_gpu = case.gpu != "cpu"
@@ -249,7 +250,7 @@ def peak_memory_gib() -> float:
     if status.exists():
         words = status.read_text().split()
         return int(words[words.index("VmHWM:") + 1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # in bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS gives ru_maxrss in bytes
 
 
 if __name__ == "__main__":

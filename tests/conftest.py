@@ -20,9 +20,9 @@ torch.set_num_threads(1)  # OMP_NUM_THREADS has no effect if PyTorch was importe
 
 @pytest.fixture(scope="module")
 def shrink_resnet18():
-    """Build `--arch resnet18` with half of its blocks in this process.
+    """Make resnet18 smaller in this process: half of its blocks are left out.
 
-    `processes.start_program` does the same in the processes that it starts.
+    `processes.start_program` makes resnet18 smaller in the processes that it starts.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 def random_rgb_pixels(height=16, width=16, seed=0):
-    """Return random pixels: uint8 (height, width, 3)."""
+    """Return an RGB image with random pixels, uint8 (height, width, 3)."""
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -38,10 +38,10 @@ def write_empty_files(root, *names):
 
 
 def cut_file_in_half(path):
-    """Remove the second half of an image file, and keep its header.
+    """Remove the second half of an image file. The header of the file remains.
 
     Returns:
-        the bytes of the file before the cut.
+        The bytes of the file before it was cut.
     """
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

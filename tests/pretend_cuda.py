@@ -94,7 +94,7 @@ class PretendCuda(TorchFunctionMode):
     def move_or_cast(tensor, *args, **kwargs):
         """Replace `Tensor.to`: move a tensor to a device, or convert its dtype.
 
-        Each positional argument is a device, a dtype, or a tensor whose device and dtype are used.
+        Each element of `args` is a device, a dtype, or an example tensor with the wanted device and dtype.
         """
         on_cuda = is_marked_as_cuda(tensor)
         kwargs.pop("non_blocking", None)

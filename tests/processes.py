@@ -24,7 +24,7 @@ from utils.distributed import World
 from utils.files import hold_lock_file
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"resnet18": (1, 1, 1, 1)}  # blocks per stage: 1, not 2; a tiny training mostly writes weights
+SMALL = {"resnet18": (1, 1, 1, 1)}  # one block per stage instead of two, so that checkpoints are written faster
 SERVER = multiprocessing.get_context("forkserver")  # forking the test process would be unsafe, because it has threads
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
@@ -122,7 +122,7 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
 
     Args:
         description: first word of the text beside the progress bar, such as "epoch".
-        at: number of the item. The first item is 1. The items of all loops with this description are counted together.
+        at: number of the item, counted from 1. The items of all loops with this description are counted together.
         number: number of the signal.
         all_processes: whether the worker processes also get the signal. The program then waits 0.3 s.
     """
@@ -158,7 +158,7 @@ def kill_during_save(save: int) -> None:
     """Let the program kill itself when half of a checkpoint file is written.
 
     Args:
-        save: number of the checkpoint. The first checkpoint is 1.
+        save: number of the checkpoint that is cut off. The first saved checkpoint has the number 1.
     """
     original, count = torch.save, itertools.count(1)
 
@@ -178,7 +178,7 @@ def send_signal_in_batch(batch: int, number: int) -> None:
     """Let test.py send itself a signal before it computes the logits of a batch.
 
     Args:
-        batch: number of the batch. The first batch is 1.
+        batch: number of the batch. The first batch has the number 1.
         number: number of the signal.
     """
     original, count = scoring.Detector.logits, itertools.count(1)

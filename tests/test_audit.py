@@ -11,7 +11,7 @@ from tools import audit
 def image_folders(tmp_path):
     """Return a folder with six PNG images in real/ and six PNG images in fake/.
 
-    Each of the twelve images has another colour.
+    Each of the twelve images has a different colour.
     """
     for number, kind in enumerate(("real", "fake")):
         (tmp_path / kind).mkdir()

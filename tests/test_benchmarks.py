@@ -19,9 +19,9 @@ def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest absolute error of the logits of two images, relative to the difference between the images.
+    """Return the largest error of the logits of two images, divided by the difference between the two images.
 
-    The difference is the largest absolute difference between the expected logits of the two images.
+    This difference is the largest difference between the expected logits of the first and of the second image.
     """
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()

@@ -23,7 +23,7 @@ JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py afte
 
 
 def write_score_table(path, reals, fakes):
-    """Write a score table with the logits (margin, 0) for each image. Return the path of the table."""
+    """Write a score table in which an image has the logits (margin, 0). Return the path of the table."""
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
     write_table(path, make_rows(items, np.stack([margins, np.zeros_like(margins)], axis=1)))

@@ -101,7 +101,7 @@ def test_an_interrupted_save_keeps_the_previous_checkpoint(tmp_path, monkeypatch
 
 
 class Malicious:
-    """An object whose unpickling creates a folder."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -113,7 +113,7 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`checkpoints.load`, test.py, train_sr.py and train_detector.py all refuse the file."""
+    """`checkpoints.load_checkpoint`, test.py, train_sr.py and train_detector.py all refuse the file."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -369,9 +369,9 @@ CASES = [
 def test_files_and_flags_that_contradict_each_other_are_refused(
     mismatched_files, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """train_sr.py or train_detector.py refuses each list of flags.
+    """The training program refuses the given flags.
 
-    If the flags load a detector with --init, test.py with --resume must refuse the detector, too.
+    If the flags load a detector with --init, test.py must also refuse this detector with --resume.
     """
     monkeypatch.chdir(mismatched_files)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}

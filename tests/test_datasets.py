@@ -1,6 +1,6 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-The value of a pixel of `coordinate_pixels` is its row and column, so a patch or crop shows its own position.
+Each pixel of `coordinate_pixels` contains its own row and column, so the pixels of a crop show where it was cut out.
 """
 
 import math
@@ -42,7 +42,7 @@ def indices_of_batches(batches, epoch=0, first_step=0):
 
 
 def coordinate_pixels(height, width):
-    """Return pixels, uint8 (H, W, 3). The three channels of a pixel are its row, its column and 0."""
+    """Return an image, uint8 (H, W, 3). The three channels of a pixel are its row, its column and 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
 
@@ -95,7 +95,7 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        ignored = [key.index for key in keys if not key.weight]  # a process without images gets an image of weight 0
+        ignored = [key.index for key in keys if not key.weight]  # a process without images gets one with weight 0
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
 
@@ -245,9 +245,9 @@ def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_image
 def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(
     patch_dataset, monkeypatch, free_bytes
 ):
-    """Without free shared memory, workers must send batches in another way.
+    """If no shared memory is free, the worker processes must send batches in another way.
 
-    A worker that used full shared memory would crash, and the main process would wait forever.
+    If a worker wrote to full shared memory, it would crash, and the main process would wait forever.
     """
     alone = list(make_loader(patch_dataset, EpochBatches(7, 4), 0, ON_CPU))
     if free_bytes is not None:
@@ -274,7 +274,7 @@ def square_dataset(tmp_path):
 
 
 def merged_batches(dataset, keys, **limits):
-    """Load the images of a dataset one by one, and return the batches that merge_batches_of_equal_size makes of these images."""
+    """Load images one by one, and return the batches into which merge_batches_of_equal_size merges them."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
     return list(merge_batches_of_equal_size(loader, **limits))
 

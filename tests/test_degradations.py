@@ -32,10 +32,10 @@ def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
         changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
         torch.testing.assert_close(y[changed], grey[changed])
         per_image = changed[:, 0].float().mean(dim=(1, 2))
-        assert per_image.max() - per_image.min() < 0.05  # each mask has a standard deviation below 0.007
+        assert per_image.max() - per_image.min() < 0.05  # each fraction has a standard deviation below 0.007
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
-    # The released code draws the fraction of grey pixels from the range 0.1 to 0.25
+    # The authors' code draws the fraction of grey pixels from the range 0.1 to 0.25
     assert 0.09 < min(fractions) < 0.125
     assert 0.225 < max(fractions) < 0.26
     assert np.mean(fractions) == pytest.approx(0.175, abs=0.02)
@@ -88,8 +88,8 @@ def test_completion_and_colorization_replace_a_random_fraction_of_the_pixels_of_
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
             fractions.append(changed.float().mean().item())
-    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # probability in the released code
-    # The released code draws the fraction of changed pixels from the range 0.05 to 0.15
+    assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)  # probability in the authors' code
+    # The authors' code draws the fraction of changed pixels from the range 0.05 to 0.15
     assert 0.02 < min(fractions) < 0.065
     assert 0.135 < max(fractions) < 0.19
 

@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_torchrun_variables(monkeypatch, text):
-    """Delete all environment variables of torchrun, and set those that `text` lists as NAME=VALUE words."""
+    """Set the environment variables that `text` lists as NAME=VALUE words, and delete all others of torchrun."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():

@@ -231,7 +231,7 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
         check_graph(data, other)
     for text, content in (
         ("expected format", data.replace(version, version[:-1] + b"0")),
-        ("expected outputs", data.replace(weight, bytes(len(weight)))),
+        ("expected a difference", data.replace(weight, bytes(len(weight)))),
         ("damaged", data[:-9]),
         ("damaged", b""),
     ):

@@ -45,7 +45,7 @@ def train_small_sr(files, out):
 
 
 def arguments_without_resynthesizer(files, out, flags):
-    """Return a command line for train_detector.py. Only `flags` can choose a re-synthesizer."""
+    """Return a command line for train_detector.py. The argument `flags` can choose a re-synthesizer."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 

@@ -136,7 +136,7 @@ def test_missing_folders_and_folders_without_images_are_refused_in_one_line(tmp_
 def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     write_empty_files(tmp_path, "a.png")
     monkeypatch.chdir(tmp_path)
-    for _ in range(17):  # system calls refuse the path, because its length exceeds 4096 characters
+    for _ in range(17):  # the path becomes longer than 4096 characters, which is too long for system calls
         os.mkdir("d" * 250)
         os.chdir("d" * 250)
     with expect_user_error("cannot be read", "too long"):

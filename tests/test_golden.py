@@ -1,6 +1,6 @@
-"""Tests that the networks have the weight names, weight shapes and outputs of the released networks.
+"""Tests that the networks have the weight names, weight shapes and outputs of the authors' networks.
 
-The expected values in the folder tests/golden/ were computed with the released code.
+The expected values in the folder tests/golden/ were computed with the authors' code.
 """
 
 import json
@@ -58,7 +58,7 @@ def find_features_of_stage(stage, vgg):
 
 
 def assert_close(got, expected):
-    """Require that the largest error is at most 1e-4 times the largest expected value."""
+    """Require that the largest error of a tensor is at most 1e-4 times the largest expected value."""
     assert got.shape == expected.shape
     error = (got.double() - expected.double()).abs().max()
     assert error <= 1e-4 * expected.double().abs().max()

@@ -147,7 +147,7 @@ def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
             ],
             [[[0, 100, 255], [7, 1, 0]]],
         ),
-        (  # an interlaced image of 2 x 2 pixels; its three passes are pixel 0, pixel 1, and row 1
+        (  # an interlaced image of 2 x 2 pixels; it stores pixel 0, then pixel 1, then row 1
             [png_header_chunk(2, 2, 8, 0, 1), png_pixel_chunk(b"\0\x0a" + b"\0\x14" + b"\0\x1e\x28")],
             [[[10] * 3, [20] * 3], [[30] * 3, [40] * 3]],
         ),
@@ -178,7 +178,7 @@ def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value
         load_image(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
-# An image, and the pixels that a file stores for this image with each EXIF orientation
+# UPRIGHT is an image. STORED gives the pixels that a file with each EXIF orientation stores for this image
 UPRIGHT = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, 3, axis=-1)
 STORED = {
     1: UPRIGHT,
@@ -364,7 +364,8 @@ def test_images_are_cropped_in_the_centre_to_multiples_of_the_scale():
 def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given():
     image = coordinate_image(20, 30)
     assert locate_crop(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
-    assert locate_crop(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]  # 8 x 8 pixels of a 10 x 10 crop
+    # The sides of a crop must be multiples of the scale 4, so the crop has 8 x 8 pixels, not 10 x 10
+    assert locate_crop(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]
     rng = np.random.default_rng(0)
     corners = [locate_crop(resize_and_crop(image, SizePolicy(4, 8), rng)) for _ in range(400)]
     assert {row for row, _ in corners} == set(range(13))

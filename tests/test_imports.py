@@ -62,7 +62,7 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    for package in PACKAGES:  # the __init__ imports modules, so an import of the package looks like a cycle
+    for package in PACKAGES:  # an import of a package would look like a cycle, because its __init__ imports modules
         for others in imports.values():
             others.discard(package)
     graphlib.TopologicalSorter(imports).prepare()

@@ -27,7 +27,7 @@ COUNT = 20  # images per class
 
 
 def random_picture(seed, size=(96, 96)):
-    """Return a random image that is smooth except for some noise. Each seed gives another image."""
+    """Return a random image that is smooth except for some noise. Each seed gives a different image."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noise = rng.normal(0, 3, (size[1], size[0], 3))
@@ -37,7 +37,7 @@ def random_picture(seed, size=(96, 96)):
 def write_pictures(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
     """Write `count` different images into a folder, and return the folder.
 
-    The first image has the seed and the file name `start`. Each next image has the next number.
+    The random seeds of the images are `start`, `start` + 1, and so on. The file name of an image is its seed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
@@ -53,7 +53,7 @@ def real_and_fake_paths(tmp_path):
 
 
 def audit_folders(real, fake, **options):
-    """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit`."""
+    """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit_images`."""
     return audit_images(list_folder_items([str(real)], [str(fake)]), **options)
 
 
@@ -64,7 +64,7 @@ def finding_names(result):
 
 LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all sizes are different
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
-LEAKS = {  # name of the leak -> (`write_pictures` options for reals, for fakes, attributes to be found)
+LEAKS = {  # leak -> (options of `write_pictures` for reals, options for fakes, attributes in the findings)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
     "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
     "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
@@ -123,13 +123,13 @@ def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path)
 
 
 def files_with_sizes(reals, fakes):
-    """Return one `File` per size in `reals` and `fakes`. The size is the only attribute of a `File`."""
+    """Return one `File` for each size in `reals` and `fakes`. The size is the only attribute of the file."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
 def severity_of_sizes(reals, fakes):
-    """Return the severity with which `compare_attribute_in_classes` reports the sizes, or None if nothing is reported."""
+    """Return the severity with which `compare_attribute_in_classes` reports the sizes, or None without a report."""
     finding = compare_attribute_in_classes(files_with_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 

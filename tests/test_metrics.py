@@ -58,7 +58,7 @@ def rates_by_threshold(scores, is_fake):
 
 
 def average_precision_by_threshold(scores, is_fake):
-    """Compute the average precision: the sum of precision times increase of the true positive rate."""
+    """Compute the average precision: the sum of each precision times the increase of the true positive rate."""
     _, tpr, precision = rates_by_threshold(scores, is_fake)
     return (np.diff(tpr, prepend=0) * precision).sum()
 
@@ -73,7 +73,7 @@ def test_ranking_metrics_equal_brute_force_over_all_pairs_and_thresholds(seed, l
     by_thresholds = average_precision_by_threshold(scores, is_fake)
     assert metrics.average_precision(scores, is_fake) == pytest.approx(by_thresholds, abs=1e-12)
     np.testing.assert_allclose(metrics.roc_curve(scores, is_fake), [[0, *fpr], [0, *tpr]], atol=1e-12)
-    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # 1 of 40 real images gives a rate of 0.025
+    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # one of the 40 real images is a rate of 0.025
         expected = tpr[fpr <= highest_fpr].max(initial=0)
         assert metrics.tpr_at_fpr(scores, is_fake, highest_fpr) == pytest.approx(expected, abs=1e-12)
 
@@ -95,7 +95,7 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
     assert measured["accuracy"] == pytest.approx(3 / 5)
     assert measured["accuracy_real"] == pytest.approx(2 / 3)
     assert measured["accuracy_fake"] == pytest.approx(1 / 2)
-    # If real is the positive class: 2 true positives, 1 false positive, 1 false negative
+    # With real as the positive class, there are 2 true positives, 1 false positive, 1 false negative
     assert measured["precision_real_positive"] == pytest.approx(2 / 3)
     assert measured["recall_real_positive"] == pytest.approx(2 / 3)
     assert measured["confusion"] == {

@@ -13,7 +13,7 @@ from utils.options import train_detector_parser, train_sr_parser
 ROOT = Path(__file__).parents[1]
 PARSERS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": parser_of_test}
 
-# Command lines with all flags of the released programs. `-a` and `--arch` set the same option to the last value.
+# Command lines with all flags of the authors' programs. If `-a` and `--arch` are both given, the last value is used.
 RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
  --num-blocks 2 --num-layers 2 --scale 3 --patch-size 12 --lr 1e-3 --lr-decay 0.5 --lr-decay-epoch 10 --batch-size 4
  --num-epochs 5 --num-save 2 --num-workers 1 --gpu-id 0 --seed 1 --vgg-lambda 0.1 --augment --completion

@@ -53,7 +53,7 @@ def stage5_flags(tmp_path_factory, shrink_resnet18):
 
 
 def write_user_files(folder: Path) -> None:
-    """Write files that test.py has not written, with the names of the files that `test.py --save_path p` writes."""
+    """Write files of the user that have the names of the files that `test.py --save_path p` writes."""
     write_noise_image(folder / "p.png", 0)
     (folder / "p.csv").write_text("path,label\np.png,real\n")
     (folder / "p.json").write_text('{"epochs": 3}')
@@ -251,7 +251,7 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
 
 def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(detector_file, tmp_path):
     write_noise_image(tmp_path / "images" / "a.png", 0)
-    write_noise_image(tmp_path / "images" / "b.png", 1, (4, 4))  # the image is smaller than the blur kernel
+    write_noise_image(tmp_path / "images" / "b.png", 1, (4, 4))  # this image is smaller than the blur kernel
     words = scoring_arguments(detector_file, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
     status = run_test_py(*words)
     errors = [bool(row["error"]) for row in read_csv_rows(tmp_path / "p.csv")]

@@ -1,4 +1,4 @@
-"""Tests of data.perturbations. The strength of a perturbation is measured in the perturbed image."""
+"""Tests of data.perturbations. Many tests measure the strength of a perturbation in the perturbed image."""
 
 import io
 from collections import Counter
@@ -78,9 +78,9 @@ def measure_cut_fractions(result, channel):
 
 
 def recognise_perturbation(image, result):
-    """Find the perturbation of Frank et al. that has turned a random image into `result`.
+    """Find out which perturbation of Frank et al. has changed a random image into `result`.
 
-    Returns the name and the strength of the perturbation. The strength is None if it is not measured.
+    Returns the name and the strength of the perturbation. The strength is None except for blur and JPEG.
     """
     if torch.equal(image, result):
         return "none", None

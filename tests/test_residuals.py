@@ -88,7 +88,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # the damage has no effect, such as a change of a time stamp in the .npz file
+        if sample.error is None:  # some damage has no effect, for example to a time stamp in the .npz file
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()

@@ -1,4 +1,4 @@
-"""Tests of trainings that are interrupted and resumed. They must write the files of an uninterrupted training."""
+"""Tests of interrupted and resumed trainings, which must write the same files as an uninterrupted training."""
 
 import errno
 import functools
@@ -404,19 +404,19 @@ def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_st
 ):
     """The error line names the damaged image.
 
-    After the image is repaired, the resumed training ends with the state of an undisturbed training.
+    After the image is repaired, the resumed training ends with the same state as a training on undamaged images.
     """
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
     run_training(train_detector_arguments(images, tmp_path / "expected", flags))
-    last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # in the second step
+    last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # last image of the second step
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
     code, line = status_and_last_line(
         train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
-    if "--no-cache" in flags or "--mode-sr" in flags:  # the cache would find the damage before the first step
+    if "--no-cache" in flags or "--mode-sr" in flags:  # with a cache, the damage is found before the first step
         assert read_checkpoint(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -492,8 +492,9 @@ def test_a_training_on_a_full_disk_ends_with_one_line_and_can_be_resumed(
 
 
 def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(training_files, tmp_path):
-    """Filling the residual cache is made 12 s slower. The first estimate of the remaining time must not include
-    these 12 s.
+    """The test makes filling the residual cache 12 s slower.
+
+    The first estimate of the remaining time must not include these 12 s.
     """
     log, epochs = tmp_path / "log", 1_000_000
     flags = train_detector_arguments(

@@ -1,7 +1,7 @@
 """Tests of the output folder of a training.
 
-The record is a JSON file in the output folder. It names every file that a training has written into the folder. A
-training replaces and deletes only files that the record names.
+The record of a training is a JSON file in the output folder. The record names every file that a training has written
+into this folder. A training replaces and deletes only files that the record names.
 """
 
 import errno
@@ -45,7 +45,7 @@ def copied_run_folder(finished_run_folder, tmp_path):
 
 
 def write_user_files(folder):
-    """Write files with names that no training uses into a folder.
+    """Write files of the user into a folder. No training uses the names of these files.
 
     Some of the names look like names of temporary files.
     """
@@ -228,7 +228,7 @@ def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_st
 
 
 def raise_disk_full(content, file):
-    """Replace torch.save: raise the OSError of a full disk."""
+    """Raise the OSError of a full disk. This function replaces torch.save."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -254,7 +254,7 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
 
 
 def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
-    """The training refuses the folder with and without --overwrite, and also if it starts from the checkpoint."""
+    """A training refuses the folder with and without --overwrite, even if it starts from this checkpoint."""
     released = {
         key: value
         for key, value in read_checkpoint(copied_run_folder / "0001.pth.tar").items()

@@ -69,7 +69,7 @@ def test_rows_written_in_three_starts_are_joined_into_one_table(tmp_path, image_
     third.write_rows(rows_by_index(image_items, [5, 6]))
     third.finish_table()
     assert read_fake_logits(tmp_path) == list(range(COUNT))
-    open_writer(tmp_path, image_items).finish_table()  # a start without p.json, as after a kill, keeps the table
+    open_writer(tmp_path, image_items).finish_table()  # without p.json, a new start keeps the table
     finish_table(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]
@@ -116,7 +116,7 @@ def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, image_items
     content = part.read_bytes()
     if lost == 10_000:
         lost = len(content) - content.index(b"\n") - 1  # keep only the first line
-    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # after a power failure, the end of a file may be zero
+    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure may leave zeros at the end
     again = open_writer(tmp_path, image_items)
     missing = again.list_unscored_images(1).tolist()
     assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))

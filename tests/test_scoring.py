@@ -1,4 +1,4 @@
-"""Tests of test.py: released logits, written files, stopped runs, several processes, and wrong arguments."""
+"""Tests of test.py: logits of the authors' code, written files, stopped runs, several processes, wrong arguments."""
 
 import json
 import os

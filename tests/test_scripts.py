@@ -1,4 +1,4 @@
-"""Tests of the shell scripts in the folder script/: input files, released flags, and installation of packages."""
+"""Tests of the shell scripts in the folder script/: input files, flags of the authors, and package installation."""
 
 import os
 import shutil

@@ -160,5 +160,5 @@ def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(image_root):
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
-    assert "held_out would have 0 real and 0 generated images" in done.stderr.splitlines()[-1]
+    assert "set held_out, got 0 real and 0 generated images" in done.stderr.splitlines()[-1]
     assert not (image_root / "lists").exists()

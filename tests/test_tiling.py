@@ -16,7 +16,7 @@ TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
 
 
 def assert_close(got, expected):
-    """Require that the largest error is at most 2e-5 times the largest expected value."""
+    """Require that the largest error of a tensor is at most 2e-5 times the largest expected value."""
     assert got.shape == expected.shape
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -109,7 +109,7 @@ def test_rdn_with_gradient_checkpointing_has_the_gradients_of_rdn_without_checkp
     tiny_rdn.checkpoint_blocks = True
     for got, wanted in zip(rdn_gradients(), expected, strict=True):
         assert_close(got, wanted)
-    assert len(calls) == 3  # checkpointing adds two calls: one in the forward and one in the backward pass
+    assert len(calls) == 3  # one call above; with checkpointing, one in the forward and one in the backward pass
 
 
 @pytest.mark.parametrize("size", [(144, 80), (150, 91)])

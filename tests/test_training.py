@@ -69,7 +69,7 @@ def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(sc
     sgd = torch.optim.SGD(train_detector.create_parameter_groups(model, lr, decay, scale), lr=lr, momentum=momentum)
     for _ in range(6):
         gradients = model.loss_gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
-        # Compute the update of the released code by hand: scale the gradients of the classifier, then apply SGD
+        # Compute the update of the authors' code by hand: scale the gradients of the classifier, then apply SGD
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]
@@ -233,7 +233,7 @@ def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, 
 def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_whole_batch(
     monkeypatch, stage, degraded, micro_batch
 ):
-    """Batch norm over feature maps of one value amplifies rounding errors, so the test computes in float64."""
+    """If a feature map has only one value, batch norm amplifies rounding errors, so the test uses float64."""
     step = find_step_by_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.images_to_float

@@ -22,7 +22,7 @@ def train_sr_arguments(files, out, flags=""):
     """Return a command line for a small training with train_sr.py that writes into the folder OUT/x2.
 
     Args:
-        flags: additional flags for `split_flags`.
+        flags: further flags in one string, which `split_flags` splits.
     """
     return ["--train-file", str(files / "real"), "--outputs-dir", str(out), *SR.split(), *split_flags(files, flags)]
 
@@ -31,7 +31,7 @@ def train_detector_arguments(files, out, flags=""):
     """Return a command line for a small training with train_detector.py that writes into the folder OUT.
 
     Args:
-        flags: additional flags for `split_flags`.
+        flags: further flags in one string, which `split_flags` splits.
     """
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]

@@ -30,7 +30,7 @@ def format_audit_result(result: Audit) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Search the image sets of the command line for leaks, and print the findings. Returns the exit status."""
+    """Search the image sets that the command line names for leaks, and print the findings. Returns the exit status."""
     parser = options.Parser("python -m tools.audit", __doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
     parser.add_argument("--data-root-pos", **folders, help="folders of real images for training")

@@ -2,8 +2,8 @@
 
 The architecture and the weights are by Ollin Boer Bohan, https://github.com/madebyollin/taesd, commit 5cccb12, MIT
 licence. TAEF2 was distilled from the autoencoder of FLUX.2. This project does not contain the weights. Download the
-weight files of the encoder and the decoder from Bohan's repository. The state_dict keys of the modules in this file are
-the keys of the weight files.
+weight files of the encoder and the decoder from Bohan's repository. The parameters of the modules in this file have the
+same names as in the weight files.
 """
 
 import torch
@@ -15,11 +15,11 @@ from utils.errors import UserError
 
 WIDTH = 64  # number of channels of the hidden feature maps
 LATENT_CHANNELS = 32
-FACTOR = 8  # side of the image in pixels, divided by the side of the latent map
+FACTOR = 8  # height of the image / height of the latent map; the same factor holds for the width
 
 
 class Pool(nn.Sequential):
-    """Two 1 x 1 convolutions with a group norm and a ReLU between them. x: (B, 64, H, W) -> (B, 64, H, W)."""
+    """Two 1 x 1 convolutions with a group norm and a ReLU between them, for feature maps x (B, 64, H, W)."""
 
     def __init__(self) -> None:
         wide = 4 * WIDTH
@@ -32,7 +32,7 @@ class Pool(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Three 3 x 3 convolutions with a skip connection. x: (B, 64, H, W) -> (B, 64, H, W)."""
+    """Three 3 x 3 convolutions with a skip connection, for feature maps x (B, 64, H, W)."""
 
     def __init__(self, pool: bool = False) -> None:
         super().__init__()
@@ -52,14 +52,17 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """A layer that limits latent values smoothly to the range from -3 to 3. z: any shape."""
+    """A layer that limits latent values smoothly to the range from -3 to 3. The tensor z has any shape."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
 
 
 class Encoder(nn.Sequential):
-    """The encoder of TAEF2. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> z (B, 32, H / 8, W / 8)."""
+    """The encoder of TAEF2, which converts images x (B, 3, H, W) in [0, 1] to latent maps z (B, 32, H / 8, W / 8).
+
+    H and W must be multiples of 8.
+    """
 
     def __init__(self) -> None:
         layers = [nn.Conv2d(3, WIDTH, 3, padding=1), Block()]  # (B, 64, H, W)
@@ -71,7 +74,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """The decoder of TAEF2. z (B, 32, h, w) -> x (B, 3, 8 h, 8 w), about [0, 1]."""
+    """The decoder of TAEF2, which converts latent maps z (B, 32, h, w) to images (B, 3, 8 h, 8 w), about in [0, 1]."""
 
     def __init__(self) -> None:
         layers = [SoftClamp(), nn.Conv2d(LATENT_CHANNELS, WIDTH, 3, padding=1), nn.ReLU()]  # (B, 64, h, w)
@@ -85,7 +88,10 @@ class Decoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """The encoder and the decoder of TAEF2. x (B, 3, H, W) in [0, 1], sides multiples of 8 -> (B, 3, H, W) in [0, 1]."""
+    """The encoder of TAEF2, followed by the decoder.
+
+    The input and the output are images (B, 3, H, W) in [0, 1]. H and W must be multiples of 8.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -59,9 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines += [f"warning: {text}" for text in warnings]
     if content is not None:
         content["calibration"] = {**calibration, "source": Path(args.scores).name}
-        checkpoints.save_checkpoint(
-            content, os.path.realpath(args.into)
-        )  # if --into is a symbolic link, write to its target
+        # If --into is a symbolic link, write to its target
+        checkpoints.save_checkpoint(content, os.path.realpath(args.into))
         lines.append(f"the calibration is stored in {printable(args.into)}; test.py uses the calibration from now on")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
@@ -72,7 +71,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.Parser("python -m tools.calibrate", text)
     add = parser.add_argument
     add("scores", metavar="SCORES.csv", help="score table that test.py wrote for images with labels")
-    add("--into", metavar="FILE", help="checkpoint in which the calibration is stored (default: none)")
+    add("--into", metavar="FILE", help="checkpoint into which the calibration is written (default: it is only printed)")
     text = "fraction of real images that may be called fake (default: %(default)s)"
     add("--fpr", type=float, default=0.01, metavar="X", help=text)
     text = "fraction of fake images that may be called real (default: the value of --fpr)"
@@ -94,10 +93,11 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
 
     Args:
         content: content of the checkpoint of the detector.
-        record: content of SCORES.json. If the record is empty, the function only logs a warning.
+        record: content of SCORES.json. If it is empty, the program cannot compare the weights, and logs a warning.
         name: file name of the checkpoint, for error messages.
     Raises:
-        UserError: if the weights differ, the images were perturbed, or the checkpoint contains no detector.
+        UserError: if the scores are from other weights or from perturbed images, or if the checkpoint contains no
+            detector.
     """
     config = content.get("config") or {}
     state = extract_state_dict(content, name)
@@ -111,7 +111,7 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
         logger.warning(text)
         return
     scored = record.get("detector") or {}
-    fingerprints = {  # part -> (fingerprint in the checkpoint, fingerprint in SCORES.json)
+    fingerprints = {  # name of a network -> (fingerprint in the checkpoint, fingerprint in SCORES.json)
         "classifier": (checkpoints.compute_fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
@@ -158,7 +158,7 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
         fpr: largest fraction of the real images that may be called fake.
         fnr: largest fraction of the fake images that may be called real.
     Returns:
-        The calibration without the entry "source", and a list of warnings, one line each.
+        All values of the calibration except "source", and a list of warnings. Each warning is one line.
     Raises:
         UserError: if the table has no real images or no fake images.
     """
@@ -186,12 +186,12 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     with the larger logit is correct for every image, the negative log-likelihood has no minimum. T is then set to 1.
 
     Args:
-        margins: (N,), logit_fake - logit_real.
-        is_fake: (N,) bool.
+        margins: logit_fake - logit_real of each image, (N,).
+        is_fake: whether each image is fake, (N,) bool.
     Returns:
-        The temperature, and a list of warnings, one line each.
+        The temperature, and a list of warnings. Each warning is one line.
     """
-    agreement = np.where(is_fake, margins, -margins)  # > 0 if the class with the larger logit is correct
+    agreement = np.where(is_fake, margins, -margins)  # positive if the larger logit belongs to the correct class
     if agreement.min() >= 0:
         return 1.0, ["the larger logit is correct for every image, so the temperature cannot be fitted and is set to 1"]
     low, high = np.log(TEMPERATURES)
@@ -210,16 +210,16 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 
 
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> tuple[float, float]:
-    """Choose thresholds t_real <= t_fake that keep both error rates and leave as few images unsure as possible.
+    """Choose thresholds t_real <= t_fake that exceed neither error rate and leave as few images unsure as possible.
 
     At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
     P(fake) <= t_real. If no image needs to be unsure, both thresholds are equal.
 
     Args:
-        prob_fake: (N,) in [0, 1], calibrated.
-        is_fake: (N,) bool, with both classes.
+        prob_fake: calibrated P(fake) of each image, (N,).
+        is_fake: whether each image is fake, (N,) bool. The images must include real and fake images.
     Returns:
-        (t_real, t_fake)
+        The thresholds t_real and t_fake.
     """
     t_fake = threshold_for_error_rate(prob_fake[~is_fake], prob_fake, fpr)
     t_real = -threshold_for_error_rate(-prob_fake[is_fake], -prob_fake, fnr)
@@ -229,9 +229,10 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """Return a low threshold t such that at most a fraction `rate` of the values in `negatives` is >= t.
+    """Return a threshold t such that at most a fraction `rate` of the values in `negatives` is t or higher.
 
-    t is halfway between the highest value of `negatives` that must be below t and the next higher value of `scores`.
+    The threshold is halfway between two values: the highest value of `negatives` that must be below t, and the next
+    higher value of `scores`.
     """
     allowed = min(math.floor(rate * len(negatives) + ROUNDING), len(negatives) - 1)
     highest_below = np.sort(negatives)[::-1][allowed]  # the highest of the values that must be below t

@@ -1,18 +1,18 @@
-"""Make example images to try the programs with, or make generated twins of photographs.
+"""Make example images to try the programs with, or twins of photographs (copies with the traces of a generator).
 
     python -m tools.example --out data/example --size 128 --train 128 --val 32 --test 64
     python -m tools.example --from PHOTOGRAPHS --out TWINS [--autoencoder ENCODER.pth DECODER.pth]
 
-The first command writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. The program
-train_sr.py can read the lists train.txt and val.txt, which name the real images. Real images are random drawings of
+The first command writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. It also writes the
+lists OUT/train.txt and OUT/val.txt, which name the real images for train_sr.py. Real images are random drawings of
 overlapping shapes (tools/scenes.py). Fake images are other random drawings, which are reduced to half their size and
 up-sampled to the full size (tools/upsampling.py). No image generator was used. High accuracy on these images shows that
 the programs work, but says nothing about images from the internet. Licence of the images: CC0 1.0.
 
 The second command writes a twin of each image in the folder PHOTOGRAPHS and in its subfolders. A twin is a copy with
-the traces of a generator (tools/twins.py). The path of the twin in OUT is the path of the image in PHOTOGRAPHS.
+the traces of a generator (tools/twins.py). The twin of PHOTOGRAPHS/PATH is OUT/PATH.
 
-The program creates the output folder after all images have been written.
+The folder OUT appears only when all images have been written.
 """
 
 import argparse
@@ -75,24 +75,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = options.Parser("python -m tools.example", "Make example images, or make generated twins of photographs.")
+    parser = options.Parser("python -m tools.example", "Make example images, or add generator traces to photographs.")
     add = parser.add_argument
     add("--out", default="data/example", metavar="DIR", help="output folder (default: %(default)s)")
-    add("--size", type=int, default=256, metavar="N", help="height and width in pixels, even (default: %(default)s)")
+    text = "height and width of the images in pixels, an even number (default: %(default)s)"
+    add("--size", type=int, default=256, metavar="N", help=text)
     for split, count in zip(SPLITS, (128, 32, 64), strict=True):
-        add(
-            f"--{split}", type=int, default=count, metavar="N", help=f"{split} images per folder (default: %(default)s)"
-        )
+        text = f"number of {split} images in each folder (default: %(default)s)"
+        add(f"--{split}", type=int, default=count, metavar="N", help=text)
     add("--seed", type=int, default=123, metavar="N", help="random seed (default: %(default)s)")
     add("--from", dest="photographs", metavar="DIR", help="make a copy with generator traces of each image in DIR")
-    text = "with --from: make twins with TAEF2, whose two weight files are given (default: simulate up-sampling)"
+    text = "with --from: weight files of the autoencoder TAEF2, which adds the traces (default: simulated up-sampling)"
     add("--autoencoder", nargs=2, metavar=("ENCODER", "DECODER"), help=text)
     args = parser.parse_args(arguments)
     counts = [args.train, args.val, args.test]
     if args.size < SMALLEST_SIDE or args.size % 2:
         parser.error(f"--size must be an even number of at least {SMALLEST_SIDE}, got {args.size}")
     if min(counts) < 0 or not any(counts) or args.seed < 0:
-        parser.error("expected --seed, --train, --val and --test of at least 0, and at least one image to make")
+        parser.error("--seed, --train, --val and --test must be at least 0, and at least one image must be requested")
     if args.autoencoder and not args.photographs:
         parser.error("--autoencoder needs --from DIR: give the folder of the photographs")
     return args
@@ -129,7 +129,7 @@ def temporary_output_folder(out: Path) -> Iterator[Path]:
 
 
 def write_example_images(settings: dict, out: Path) -> None:
-    """Write the images OUT/SPLIT/FOLDER/INDEX.png. An image does not depend on the number of images."""
+    """Write the images OUT/SPLIT/FOLDER/INDEX.png. The content of an image does not depend on the number of images."""
     jobs = []
     for split, count in settings["counts"].items():
         for label in LABELS:

@@ -5,8 +5,8 @@
 
 A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. A graph
 is written only if its logits and P(fake) agree with the detector up to rounding. The option --check compares an
-existing graph with the detector. A bundle (.safetensors) contains the detector in one file and a model card, but not
-the weights of VGG-19. The option --resume and the function `evaluation.load` accept a bundle. docs/integrations.md
+existing graph with the detector. A bundle is one .safetensors file with a model card and the weights of all networks of
+the detector except VGG-19. The option --resume and the function `evaluation.load` accept a bundle. docs/integrations.md
 explains how to use graphs and bundles.
 """
 
@@ -91,7 +91,7 @@ def require_onnx_packages(args: argparse.Namespace) -> None:
 
 
 def require_replaceable_file(path: Path, mark: bytes) -> None:
-    """Raise a UserError if the file exists and does not contain the bytes `mark`, so another program wrote the file."""
+    """Raise a UserError if a file exists that lacks the bytes `mark`, which this program writes into each such file."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(
             f"{printable(path)} was not written by this program: give another file name, or remove the file"
@@ -111,11 +111,12 @@ def read_graph_file(path: Path) -> bytes:
 def collect_bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
     """Collect the entries of a bundle.
 
-    A bundle contains only a fingerprint of the VGG-19 weights. The weights take 50 MB, and many detectors share them.
+    A bundle contains only a fingerprint of the VGG-19 weights. These weights take 50 MB, and many detectors share them.
 
     Args:
         found: content of the checkpoint of the detector.
-        scores: path of the file P.json of test.py. The model card shows its metrics. None: no metrics.
+        scores: path of the file P.json that test.py wrote. The model card shows the metrics in this file. If the path
+            is None, the model card shows no metrics.
     Raises:
         UserError: if the scores are from a different detector, or from images without labels.
     """
@@ -129,7 +130,7 @@ def collect_bundle_content(detector: Detector, found: Mapping, scores: str | Non
         record = read_record(scores)
         if not record.get("metrics"):
             raise UserError(
-                f"expected P.json of test.py for images with labels, but there are no metrics in {printable(scores)}"
+                f"{printable(scores)} contains no metrics: give the P.json that test.py wrote for images with labels"
             )
         require_scores_of_detector(content, record, "--resume")
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)

@@ -31,8 +31,8 @@ logger = logging.getLogger("tools.export")
 FORMAT = "beyond-the-spectrum graph, version 2"
 MARK = b"beyond-the-spectrum graph"  # bytes that every exported graph contains, whatever its version
 FACTS = "facts.json"  # name of the metadata in a .pt2 file
-SMALLEST_EXAMPLE = 96  # smallest side in pixels of the example image of a detector for whole images
-TOLERANCE = 1e-4  # largest difference of a logit or P(fake), relative to the value if the value is above 1
+SMALLEST_EXAMPLE = 96  # smallest side of an example image in pixels, for a detector of whole images
+TOLERANCE = 1e-4  # largest allowed error of logits and P(fake), a relative error for absolute values above 1
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
@@ -41,7 +41,8 @@ UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 class Graph(nn.Module):
     """A module that computes logits and P(fake) from pixels, as a detector does.
 
-    image: uint8 (B, 3, H, W), RGB -> logits: float32 (B, 2), columns FAKE, REAL; P(fake): float32 (B,).
+    The input is a batch of RGB images, uint8 (B, 3, H, W). The outputs are the logits, float32 (B, 2) with the columns
+    FAKE and REAL, and P(fake), float32 (B,).
     """
 
     def __init__(self, detector: Detector):
@@ -59,7 +60,7 @@ class Graph(nn.Module):
 
 
 class PlainBatchNorm(nn.Module):
-    """A batch norm in evaluation mode, written as x * scale + shift. x: (B, C, H, W) -> (B, C, H, W)."""
+    """A batch norm in evaluation mode, computed as x * scale + shift for feature maps x (B, C, H, W)."""
 
     def __init__(self, norm: nn.BatchNorm2d):
         super().__init__()
@@ -87,7 +88,7 @@ def export_graph(detector: Detector, suffix: str) -> bytes:
     Args:
         suffix: format of the graph, ".onnx" or ".pt2".
     Returns:
-        The content of the file.
+        The bytes of the graph file.
     Raises:
         UserError: if the network cannot be exported.
     """
@@ -105,13 +106,13 @@ def export_graph(detector: Detector, suffix: str) -> bytes:
 
 
 def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
-    """Convert an exported program to ONNX.
+    """Convert a program from torch.export to ONNX.
 
     Args:
-        axes: {dimension: name} of the input dimensions that may have any size.
+        axes: names of the input dimensions that may have any size, {dimension: name}.
         facts: metadata of the graph, {name: value as JSON}.
     Returns:
-        The content of the file.
+        The bytes of the graph file.
     Raises:
         UserError: if this version of PyTorch cannot convert an operation of the network.
     """
@@ -153,7 +154,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
     for shapes, rows, columns in choices:
         example = torch.zeros(2, 3, rows, columns, dtype=torch.uint8)
         try:
-            with torch.enable_grad():  # with gradients enabled, networks process whole maps, not tiles
+            with torch.enable_grad():  # with gradients enabled, networks do not compute in tiles
                 program = torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(shapes,))
             return program, len(shapes) > 1
         except Exception as error:  # torch.export raises exceptions of many types
@@ -162,7 +163,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
 
 
 def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
-    """Choose three sizes (batch, height, width) of images for the comparison of a graph with the detector.
+    """Choose three sizes (batch, height, width) of images on which a graph is compared with the detector.
 
     If the detector was trained on crops, the first size is the crop size. Heights and widths are multiples of the scale
     of the re-synthesizer.
@@ -184,9 +185,9 @@ def collect_metadata(detector: Detector) -> dict[str, str]:
 
 
 def copy_public_config(detector: Detector) -> dict:
-    """Copy the config of a detector for publication.
+    """Copy the config of a detector, without the folder of the VGG-19 weight file.
 
-    The fingerprint of the classifier is added. The folder of the VGG-19 weight file is removed.
+    The copy also contains the fingerprint of the classifier.
     """
     config = dict(detector.config)
     config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
@@ -215,7 +216,7 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
 
 
 def module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
-    """Create a module from an exported program, without checks of the input size.
+    """Create a module that runs an exported program without checking the input size.
 
     Since version 2.9, PyTorch would otherwise refuse inputs whose size does not fit the example input of the export.
     """
@@ -262,10 +263,10 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     )
     if not difference <= TOLERANCE:  # unlike `difference > TOLERANCE`, this is also true for NaN
         raise UserError(
-            f"{name}: expected outputs that differ from the detector by at most {TOLERANCE:g}, got {difference:.2g}"
+            f"{name}: expected a difference from the detector of at most {TOLERANCE:g}, got {difference:.2g}"
         )
     logger.info(
-        "%s gives the logits and P(fake) of the detector for one crop or image, with differences of at most %.2g",
+        "the logits and P(fake) of the graph %s differ from those of the detector by at most %.2g",
         name,
         difference,
     )
@@ -274,7 +275,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
 def largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
     """Compute the largest difference between the outputs of a graph and of the detector.
 
-    The difference of values above 1 is divided by the value of the detector.
+    The difference of each output is divided by the absolute value of the detector's output, if this value is above 1.
 
     Args:
         image: uint8 (B, 3, H, W).

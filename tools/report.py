@@ -8,12 +8,12 @@
 The first command writes the web page DIR/report.html with figures and metrics (tools/report_page.py). The second
 command prints a markdown table with one row per score table or generator. The third command prints a markdown table
 whose rows and columns are listed in a study file (tools/study.py). The fourth command updates the tables in markdown
-documents. In a document, the lines that start with "|" directly below the comment
+documents. A comment directly above each table contains the command that makes the table:
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
-are replaced by the output of the command in the comment. The file SCORES.json, which test.py writes beside SCORES.csv,
-is optional.
+The program replaces the table by the output of this command. The file SCORES.json, which test.py writes beside
+SCORES.csv, is optional.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, and exit with an error unless it is one of the four commands of this program."""
     parser = options.Parser(PROGRAM, "Make a web page or markdown tables from score tables.")
     parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables that test.py wrote")
-    parser.add_argument("--study", metavar="STUDY.csv", help="file that lists the rows and columns of tables")
+    parser.add_argument("--study", metavar="STUDY.csv", help="study file, which lists the rows and columns of tables")
     parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
     parser.add_argument("--intervals", action="store_true", help=text)
@@ -82,16 +82,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     sources = [bool(args.scores), bool(args.study), bool(args.refresh)]
     if sum(sources) != 1 or bool(args.study) != bool(args.table):
-        parser.error("expected one of: SCORES.csv, --study STUDY.csv with --table NAME, --refresh FILE.md")
+        parser.error("give either score tables, or --study STUDY.csv with --table NAME, or --refresh FILE.md")
     if args.markdown and args.markdown not in (ALL_METRICS, *names):
         parser.error(f"--markdown: expected one of {', '.join(names)}, got {args.markdown}")
     if args.study and args.markdown in (None, ALL_METRICS):
-        parser.error("expected --markdown METRIC with --study")
+        parser.error("--study needs --markdown METRIC: name the metric that the table shows")
     return args
 
 
 def count_name_columns(tables: Sequence) -> int:
-    """Return the number of columns with names in `metrics.make_metric_table`. These columns are aligned to the left."""
+    """Return the number of columns with names in a table of `metrics.make_metric_table`. Names are aligned left."""
     return 1 if len(tables) == 1 else 2
 
 
@@ -139,7 +139,7 @@ def update_document(path: str, check: bool) -> None:
 
 
 def make_updated_table(match: re.Match) -> str:
-    """Return the comment that MADE_BY has matched, followed by the output of the command in the comment."""
+    """Run the command in a "made by" comment, and return the comment with the new table below it."""
     comment, command = match[1], match[2]
     try:
         words = shlex.split(command)
@@ -147,7 +147,7 @@ def make_updated_table(match: re.Match) -> str:
         raise UserError(f"cannot run the command of a 'made by' comment, {command!r} ({error})") from None
     program = PROGRAM.split()
     if words[: len(program)] != program:
-        raise UserError(f"'made by' comment: expected {PROGRAM} ... --markdown, got {command!r}")
+        raise UserError(f"expected the command {PROGRAM} ... --markdown in a 'made by' comment, got {command!r}")
     arguments = []
     for word in words[len(program) :]:
         arguments += sorted(glob.glob(word)) or [word]
@@ -156,7 +156,7 @@ def make_updated_table(match: re.Match) -> str:
     except SystemExit:  # argparse has already printed the reason
         raise UserError(f"cannot run the command of a 'made by' comment, {command!r}") from None
     if not args.markdown:
-        raise UserError(f"'made by' comment: expected {PROGRAM} ... --markdown, got {command!r}")
+        raise UserError(f"expected the command {PROGRAM} ... --markdown in a 'made by' comment, got {command!r}")
     return f"{comment}\n{make_markdown_table(args)}"
 
 

@@ -29,12 +29,12 @@ MARK = '<meta name="generator" content="beyond-the-spectrum report">'  # text th
 
 
 class Scores(NamedTuple):
-    """A score table with its metrics and its JSON record."""
+    """A score table, its metrics, and the JSON file that test.py wrote beside it."""
 
     name: str
     path: Path
     table: ScoreTable
-    record: dict  # content of the JSON file that test.py wrote beside the score table; {} without the file
+    record: dict  # content of the JSON file that test.py wrote beside the score table; {} if there is no file
     summary: dict  # metrics of the score table, from `metrics.summarize_scores`
 
     @property
@@ -62,7 +62,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 
 def choose_unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
-    """Name each file by its stem. If two names are equal, parent folders are added to all names."""
+    """Name each file by its stem. If two stems are equal, all names include parent folders."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
     for depth in range(1, longest + 1):
@@ -78,7 +78,7 @@ def write_report_page(
     """Write the web page OUT/report.html.
 
     Args:
-        residuals: folder of pictures of residuals, from `test.py --save-residuals`. None: the images are shown.
+        residuals: folder of pictures of residuals, from `test.py --save-residuals`. None: the page shows the images.
     Returns:
         The path of the page.
     Raises:
@@ -108,7 +108,7 @@ def write_report_page(
 
 
 def require_replaceable_page(page: Path) -> None:
-    """Raise a UserError if the page exists and does not contain MARK, so another program wrote the page."""
+    """Raise a UserError if the page exists, but lacks the text MARK, which this program writes into each page."""
     if not os.path.lexists(page):
         return
     try:
@@ -130,20 +130,20 @@ def load_page_template() -> jinja2.Template:
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # type Markup is escaped
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is already escaped
     )
     return environment.get_template("report.html")
 
 
 def draw_roc_and_histogram(scores: Scores) -> str | None:
-    """Draw ROC curves and histograms of a score table. Returns a PNG data URI, or None if no image has a score."""
+    """Draw the ROC curves and histograms of scores. Returns a PNG data URI, or None if no image has a score."""
     if not scores.table.is_scored.any():
         return None
     return draw_as_data_uri(figures.draw_roc_and_histograms, scores.table)
 
 
 def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
-    """Draw AUROC against the strength of each perturbation. Returns a PNG data URI, or None without any curve."""
+    """Draw the AUROC over the strength of each perturbation. Returns a PNG data URI, or None if there is no curve."""
     curves = collect_robustness_curves(perturbed)
     if not curves:
         return None
@@ -154,7 +154,7 @@ def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores])
 
 
 def draw_as_data_uri(figure: Callable, *content) -> str:
-    """Draw a figure by a function of `evaluation.figures`. Returns the PNG file as a data URI."""
+    """Draw a figure with a function of `evaluation.figures`. Returns the PNG file as a data URI."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         figure(*content, path)
@@ -190,7 +190,7 @@ def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tup
 
 
 def find_worst_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
-    """Find fake images with low scores and real images with high scores.
+    """Find the images with the worst scores: fake images with low scores, and real images with high scores.
 
     Returns:
         At most `count` row numbers of the score table, the worst image first.
@@ -201,7 +201,7 @@ def find_worst_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
 
 
 def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
-    """Collect what the page shows of an image: row number, thumbnail, and whether the larger logit is correct.
+    """Collect what the page shows about an image: row number, thumbnail, and whether the larger logit is correct.
 
     A relative path in the score table is tried in the working folder first, and then in the folder of the score table.
     """
@@ -211,10 +211,8 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
-        picture, kind = (
-            path_of_residual_picture(residuals, path),
-            "residual",
-        )  # this picture shows the image beside its residual
+        # A residual picture shows the image beside its residual
+        picture, kind = path_of_residual_picture(residuals, path), "residual"
     right = (table.margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])
     return {"i": row, "kind": kind, "side": "right" if right else "wrong", "source": source}

@@ -1,8 +1,8 @@
 """Draw random images of overlapping shapes (scenes), which share some statistics with photographs.
 
-Later shapes cover earlier shapes (dead leaves model). The probability density of the radius r is proportional to r^-3.
-Such images resemble photographs in their edges, their scale invariance and their spectrum (Lee, Mumford, Huang, IJCV
-2001; Achddou, Gousseau, Ladjal, SSVM 2021).
+Later shapes cover earlier shapes (dead leaves model). The probability density of the radius r of a shape is
+proportional to r^-3. Such images resemble photographs in their edges, their scale invariance and their spectrum (Lee,
+Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
 """
 
 import numpy as np
@@ -11,12 +11,12 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import gaussian_blur
 
 SUPERSAMPLING = 2  # shapes are drawn at twice the image size, and averaged over 2 x 2 pixels for smooth edges
-SMALLEST_RADIUS = (1.0, 4.0)  # range of the smallest radius of a scene, in pixels
+SMALLEST_RADIUS = (1.0, 4.0)  # the radius of the smallest shapes is drawn from this range, in pixels
 LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the image side
 COVERAGE = 4.0  # area of all shapes / area of the image; about 10 % of the pixels show the background
 POINTS = 24  # number of points per outline; a multiple of each number in CORNERS
-CORNERS = (3, 4, 6, 24, 24)  # possible numbers of corners of a shape; 24 corners look like an ellipse
-LENS_BLUR = (0.4, 1.2)  # range of the standard deviation of the blur of a scene, in pixels
+CORNERS = (3, 4, 6, 24, 24)  # possible numbers of corners of a shape; a shape with 24 corners looks like an ellipse
+LENS_BLUR = (0.4, 1.2)  # the standard deviation of the lens blur is drawn from this range, in pixels
 # Luminance, blue-yellow and red-green vary nearly independently in photographs (Ruderman, Cronin, Chiao, JOSA A 1998)
 OPPONENT_TO_RGB = np.array([[1, 1, 1], [1, 0.3, -1.1], [1, -0.9, 0.2]])
 
@@ -27,7 +27,7 @@ def draw_scene(size: int, rng: np.random.Generator) -> np.ndarray:
     Args:
         size: height and width of the image in pixels.
     Returns:
-        uint8 (size, size, 3), RGB.
+        The RGB image, uint8 (size, size, 3).
     """
     side = SUPERSAMPLING * size
     shapes, count = paint_shapes(side, rng)  # (side, side)
@@ -40,7 +40,8 @@ def paint_shapes(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Paint random polygons over one another.
 
     Returns:
-        For each pixel the number of the visible shape, (side, side), 0 = background; and the number of shapes.
+        An array (side, side) with the number of the shape that each pixel shows (0 = background), and the number of
+        shapes.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))
@@ -73,10 +74,10 @@ def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> n
     """Give each shape a random colour and texture.
 
     Args:
-        shapes: for each pixel the number of the visible shape, (S, S).
+        shapes: number of the shape that each pixel shows, (S, S). The number 0 means the background.
         count: number of shapes.
     Returns:
-        float32 (S, S, 3), about [0, 1].
+        The RGB image, float32 (S, S, 3), with values of about 0 to 1.
     """
     luminance = rng.uniform(0.3, 0.6) + rng.normal(0, 0.2, count + 1)
     blue_yellow = rng.normal(0, 0.06, count + 1)
@@ -93,7 +94,7 @@ def draw_fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
     """Draw noise with the amplitude spectrum 1 / frequency.
 
     Returns:
-        float32 (side, side), mean 0, standard deviation 1.
+        The noise, float32 (side, side), with mean 0 and standard deviation 1.
     """
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
     frequency[0, 0] = torch.inf  # makes the mean of the noise 0
@@ -106,9 +107,9 @@ def simulate_camera(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Simulate light from one side, the blur of a lens, and the noise of a camera sensor.
 
     Args:
-        x: float32 (H, W, 3), about [0, 1].
+        x: RGB image, float32 (H, W, 3), with values of about 0 to 1.
     Returns:
-        uint8 (H, W, 3).
+        The RGB image, uint8 (H, W, 3).
     """
     slope_y, slope_x = rng.normal(0, 0.08, 2)
     light = 1 + slope_y * np.linspace(-1, 1, x.shape[0])[:, None] + slope_x * np.linspace(-1, 1, x.shape[1])  # (H, W)

@@ -5,8 +5,8 @@
 The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. The options --csv
 and --val-csv of train_detector.py read these lists. The program also writes DIR/train_real.txt and
 DIR/held_out_real.txt, which name the real images of both sets for train_sr.py. A checksum of the file name decides
-whether an image is held out. If images are added later, no image moves to the other set. DIR/split.json records
---hold-out and the hashes of the lists.
+whether an image is held out. If the folders later contain more images, no old image moves to the other set.
+DIR/split.json records --hold-out and the hashes of the lists.
 """
 
 import argparse
@@ -66,10 +66,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="DIR",
         help="folders of generated images, one folder per generator",
     )
-    add("--out", required=True, metavar="DIR", help="folder to write the lists into")
+    add("--out", required=True, metavar="DIR", help="folder into which the lists are written")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace lists of this program that have a different --hold-out")
+    add("--overwrite", action="store_true", help="replace lists that this program wrote with a different --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out must be above 0 and below 1, got {args.hold_out:g}")
@@ -84,7 +84,8 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
         overwrite: whether lists that hold out a different fraction may be replaced.
 
     Raises:
-        UserError: if a list was not written by this program, was edited, or holds out a different fraction.
+        UserError: if a list was not written by this program or was edited, or if it holds out a different fraction
+            and `overwrite` is False.
     """
     names = [f"{name}{ending}" for name in SETS for ending in (".csv", "_real.txt")]
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
@@ -98,8 +99,8 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
             raise UserError(f"{printable(out / name)} {reason}: give another --out folder, or remove the file")
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
-            f"{printable(out)} contains lists with --hold-out {record['hold_out']:g}, but --hold-out {hold_out:g} was"
-            " given: give another --out folder, or replace the lists with --overwrite"
+            f"{printable(out)} contains lists made with --hold-out {record['hold_out']:g}, but --hold-out {hold_out:g}"
+            " was given: give another --out folder, or replace the lists with --overwrite"
         )
 
 
@@ -121,7 +122,7 @@ def hash_file(path: Path) -> str:
 
 
 def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list[Item]]:
-    """Divide images into {"train": images, "held_out": images} by a checksum of their file names.
+    """Divide images into the sets "train" and "held_out" by a checksum of their file names.
 
     Raises:
         UserError: if a path contains a line break, because a list has one path per line.
@@ -142,7 +143,8 @@ def require_both_classes(name: str, items: Sequence[Item]) -> None:
     fakes = len(items) - reals
     if not reals or not fakes:
         raise UserError(
-            f"{name} would have {reals} real and {fakes} generated images, expected both: change --hold-out, or add images"
+            f"expected real and generated images in the set {name}, got {reals} real and {fakes} generated images:"
+            " change --hold-out, or add images"
         )
 
 
@@ -165,18 +167,18 @@ def make_list_of_real_images(items: Sequence[Item]) -> bytes:
 def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     """Write the lists and split.json.
 
-    While the lists are written, split.json contains the hashes of the old and the new lists. A later call therefore
-    recognises both if this call is interrupted.
+    While the lists are written, split.json contains the hashes of the old and the new lists. If the program is
+    interrupted, its next run therefore recognises the old and the new lists.
 
     Args:
-        files: {file name: content} of the lists.
+        files: content of each list, {file name: content}.
     """
     old = read_split_record(out / RECORD).get("files", {})
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
-    for name in sorted(files, reverse=True):  # held_out.csv is last, and script/train_folders.sh relies on it
+    for name in sorted(files, reverse=True):  # script/train_folders.sh expects held_out.csv to be written last
         with write_atomically(os.path.realpath(out / name)) as file:
             file.write(files[name])
     write_json(out / RECORD, {**record, "files": new})

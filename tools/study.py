@@ -7,9 +7,9 @@ A study file is a CSV file. Each line names one cell of a table, and a score tab
     generators,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
-generators, separated by semicolons. If the entry is empty, all generators of the score table are used. The number in
-the cell is the mean of a metric over these generators. If several lines name the same cell, for example one line per
-seed, the number is the mean over these lines.
+generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used. The
+number in the cell is the mean of a metric over these generators. If several lines name the same cell, for example one
+line per seed, the number is the mean over these lines.
 """
 
 import csv
@@ -66,14 +66,14 @@ def read_study(path: str | os.PathLike) -> list[Entry]:
 
 
 def make_study_table(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
-    """Make one table of a study, in which numbers are in %.
+    """Make one table of a study, with numbers in percent.
 
     Args:
         path: path of the study file.
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
-        intervals: whether to add the range over the lines of a cell or, if the cell has one line with one generator,
-            the bootstrap interval.
+        intervals: whether to show how uncertain each number is. A cell with several lines shows the range over the
+            lines. A cell with one line and one generator shows the bootstrap interval.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:

@@ -27,13 +27,13 @@ from utils.random_streams import seeded_generator
 
 logger = logging.getLogger("tools.example")
 
-TILE, MARGIN = 512, 64  # side of a tile, and margin around a tile; in pixels, multiples of FACTOR
+TILE, MARGIN = 512, 64  # side of a tile and margin around it, in pixels; both are multiples of FACTOR
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 Imitate = Callable[[Tensor], Tensor]  # image -> twin; both are (1, 3, H, W) in [0, 1]; H and W are multiples of FACTOR
 
 
 def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
-    """Write the twin out/PATH of each image photographs/PATH.
+    """Write a twin of each image in the folder `photographs`. The twin of photographs/PATH is out/PATH.
 
     If an image cannot be read or its twin cannot be written, a warning names the image.
 
@@ -118,13 +118,13 @@ def is_lossless_webp(path: str) -> bool:
 def make_twin_of_any_size(x: Tensor, imitate: Imitate) -> Tensor:
     """Compute the twin of an image of any size.
 
-    The image is padded until its sides are multiples of FACTOR. The twin is cropped to the size of the image.
+    The image is padded until its height and width are multiples of FACTOR. The twin is cropped to the original size.
 
     Args:
-        x: (1, 3, H, W) in [0, 1].
+        x: the image, (1, 3, H, W) in [0, 1].
         imitate: function that computes the twin of the padded image.
     Returns:
-        (1, 3, H, W) in [0, 1].
+        The twin, (1, 3, H, W) in [0, 1].
     """
     height, width = x.shape[2:]
     padding = (0, -width % FACTOR, 0, -height % FACTOR)

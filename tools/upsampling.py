@@ -12,7 +12,7 @@ from torch import Tensor
 
 KINDS = ("nearest", "bilinear")
 FILTER_WEIGHT = (0.05, 0.25)  # range of the outer weights of the random 3-tap filter; the centre weight is 1
-NOISE = 0.4  # standard deviation of the added noise / strength of the fine detail in the original image
+NOISE = 0.4  # standard deviation of the noise, divided by the strength of the fine detail in the original image
 BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # 3-tap low-pass filter; fine detail = image - low-pass filtered image
 STRONGEST_GAIN = 3.0  # largest factor by which fine detail is amplified
 
@@ -20,15 +20,15 @@ STRONGEST_GAIN = 3.0  # largest factor by which fine detail is amplified
 def halve_and_upsample(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     """Reduce images to half their size, up-sample them, add noise, and convolve them with a random filter.
 
-    Then fine detail is amplified to its strength in `x`, by a factor of at most STRONGEST_GAIN. Otherwise, a detector
-    could recognise the result by its lack of sharpness alone.
+    At the end, fine detail is amplified until it is as strong as in `x`, by a factor of at most STRONGEST_GAIN.
+    Otherwise, a detector could recognise the result by its lack of sharpness alone.
 
     Args:
-        x: (B, 3, H, W) in [0, 1], H and W even and at least 4.
+        x: the images, (B, 3, H, W) in [0, 1]. H and W must be even and at least 4.
         kind: kind of up-sampling, "nearest" or "bilinear".
         rng: random number generator for the noise and the filter.
     Returns:
-        (B, 3, H, W) in [0, 1].
+        The images with the traces, (B, 3, H, W) in [0, 1].
     """
     half = F.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True)  # (B, 3, H / 2, W / 2)
     fake = F.interpolate(half, scale_factor=2, mode=kind)  # (B, 3, H, W)
@@ -46,10 +46,10 @@ def convolve_rows_and_columns(x: Tensor, line: Tensor) -> Tensor:
     """Convolve each channel with three weights along the rows, and with the same weights along the columns.
 
     Args:
-        x: (B, 3, H, W).
+        x: the images, (B, 3, H, W).
         line: the three weights of the filter.
     Returns:
-        (B, 3, H, W).
+        The filtered images, (B, 3, H, W).
     """
     kernel = torch.outer(line, line).expand(3, 1, 3, 3)
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")

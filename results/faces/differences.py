@@ -29,7 +29,8 @@ def read_cell_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict
     """Read the score tables of one setting (cell) of the study, for all networks and seeds.
 
     Returns:
-        {network: scores (seeds, N)}, is_fake (N,) bool, {generator: (N,) bool, true for its fakes and all reals}.
+        The scores of each network, {network: (seeds, N)}; whether each image is fake, (N,) bool; and the images of each
+        generator, {generator: (N,) bool}. The images of a generator are its fake images and all real images.
     """
     scores = {}
     for network in NETWORKS:
