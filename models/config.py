@@ -1,0 +1,110 @@
+"""Read the settings of networks from the config of a checkpoint, and compare command-line options with these settings.
+
+If the checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a
+UserError.
+"""
+
+from collections.abc import Mapping
+
+from utils.checkpoints import Checkpoint, Fields
+from utils.errors import UserError
+
+
+def read_config(source: Checkpoint) -> Fields:
+    """Return the config of a checkpoint in a `Fields` object, which checks the type of each value that is read from it.
+
+    The `Fields` object of a checkpoint by the paper's authors is empty, because their checkpoints have no config.
+    """
+    return Fields(source.content.get("config"), source.name, "config")
+
+
+def read_part_of_config(source: Checkpoint, key: str) -> dict | None:
+    """Read the settings of the re-synthesizer, the features or the classifier from the config of a checkpoint.
+
+    Args:
+        key: which settings to read: "resynthesizer", "features" or "classifier".
+
+    Returns:
+        a dict with the keys "name", "args" and "scale", or None if the config has no entry `key`.
+
+    Raises:
+        UserError: if the entry `key` of the config is not a dictionary, or contains a value of a wrong type.
+    """
+    config = read_config(source)
+    if not config.has_value(key):
+        return None
+    part = config.get_fields(key)
+    return {
+        "name": part.get_text("name"),
+        "args": part.get_arguments("args"),
+        "scale": part.get_integer("scale", 1, default=None),
+    }
+
+
+def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
+    """Return the fingerprint of weights that the config of a checkpoint stores under `key`, or None."""
+    return read_config(source).get_text(key, default=None)
+
+
+def read_vgg_record_of_config(source: Checkpoint, key: str) -> dict | None:
+    """Return the source and the fingerprint of the VGG-19 weights with which a detector was trained.
+
+    Returns:
+        a dict with the keys "source" and "fingerprint", or None if the config of the checkpoint has no entry `key`.
+    """
+    config = read_config(source)
+    if not config.has_value(key):
+        return None
+    record = config.get_fields(key)
+    return {"source": record.get_text("source"), "fingerprint": record.get_text("fingerprint", default=None)}
+
+
+def choose_option_value(flag: str, given: object, found: object, default: object, name: str) -> object:
+    """Choose the value of a setting: the value in the checkpoint, else the value of the option, else the default.
+
+    Args:
+        flag: name of the option for the error message, such as "--sr-scale".
+        given: value of the option, or None if the option is not given.
+        found: value in the checkpoint, or None if the checkpoint does not contain the value.
+        default: value to use if `given` and `found` are None.
+        name: name of the checkpoint for the error message.
+
+    Raises:
+        UserError: if the option contradicts the checkpoint.
+    """
+    if found is None:
+        return default if given is None else given
+    if given is not None and given != found:
+        raise UserError(
+            f"{flag} {given} contradicts the checkpoint {name}, which has {found}: leave {flag} out, or give a"
+            f" checkpoint that was trained with {flag} {given}"
+        )
+    return found
+
+
+def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
+    """Choose the keyword arguments of a network: those in the checkpoint or, if it has none, those of the option.
+
+    Args:
+        flag: name of the option for the error message, such as "--arch-args".
+        given: keyword arguments from the option.
+        found: keyword arguments from the checkpoint, or None if the checkpoint does not contain them.
+        name: name of the checkpoint for the error message.
+
+    Raises:
+        UserError: if the option contains an argument that the checkpoint does not have, or has with another value.
+    """
+    if found is None:
+        return dict(given)
+    for key, value in given.items():
+        if key in found and found[key] != value:
+            raise UserError(
+                f"{flag} {key}={value} contradicts the checkpoint {name}, which has {key}={found[key]}: leave"
+                f" {key}={value} out, or give a checkpoint that was trained with {key}={value}"
+            )
+        if key not in found:
+            raise UserError(
+                f"{flag} {key}={value} contradicts the checkpoint {name}, whose network was trained without {key}:"
+                f" leave {key} out"
+            )
+    return dict(found)
