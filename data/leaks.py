@@ -26,7 +26,8 @@ from utils.labels import FAKE, REAL
 logger = logging.getLogger(__name__)
 
 LEAK, WARNING = SEVERITIES = ("leak", "warning")
-LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2  # smallest differences between the two classes' fractions
+# An attribute is reported if the fractions of real and of fake images that have the attribute differ by this much.
+LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}

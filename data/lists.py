@@ -62,7 +62,7 @@ def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> l
     items = []
     for root in real_roots:
         items += [Item(path, REAL, "") for path in find_images(root)]
-    for root, generator in zip(fake_roots, _name_generators(fake_roots), strict=True):
+    for root, generator in zip(fake_roots, _choose_generator_names(fake_roots), strict=True):
         items += [Item(path, FAKE, generator) for path in find_images(root)]
     return items
 
@@ -78,7 +78,7 @@ def _refuse_nested_folders(roots: Sequence[str]) -> None:
                 )
 
 
-def _name_generators(roots: Sequence[str]) -> list[str]:
+def _choose_generator_names(roots: Sequence[str]) -> list[str]:
     """Return a unique name for each folder: the last N components of its path, with the smallest possible N."""
     parts = [os.path.abspath(root).split(os.sep) for root in roots]
     length = 1
@@ -120,7 +120,7 @@ def list_tree_items(root: str, training: bool = False) -> list[Item]:
             continue
         used[" of ".join(["/".join(layout), *held_out])] += 1
         label = REAL if folders[position] == layout[0] else FAKE
-        items.append(Item(path, label, _name_generator_in_tree(folders[:position], root)))
+        items.append(Item(path, label, _choose_generator_name_in_tree(folders[:position], root)))
     if not items:
         _raise_no_images_in_tree(root, left_out)
     if left_out or len(used) > 1:
@@ -129,7 +129,7 @@ def list_tree_items(root: str, training: bool = False) -> list[Item]:
     return sorted(items, key=lambda item: item.label == FAKE)  # a stable sort keeps the order within each class
 
 
-def _name_generator_in_tree(parents: Sequence[str], root: str) -> str:
+def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     """Return the name of the generator of an image: the first of `parents`, or the name of `root` if there is none.
 
     Folders for training, validation or test, such as "train", are not used as names.
@@ -409,7 +409,7 @@ def hash_image_files(items: Sequence[Item]) -> np.ndarray:
 def count_images_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
     """Count how many of the given images a detector was trained on.
 
-    A file is opened only if a training image has the same name and size.
+    An image file is opened only if a training image has the same file name and the same number of bytes.
 
     Args:
         trained_on: hashes of the training images, from `hash_image_files`.

@@ -124,7 +124,7 @@ def select_load_options(settings: Mapping) -> dict:
 
 
 def check_load_options(options: Mapping) -> dict:
-    """Check the options of `load`, and replace names of flags by names of options.
+    """Check the keyword options of `load`, and convert the names in ALIASES to the names of options.
 
     Raises:
         UserError: if an option is unknown or its value is impossible.

@@ -370,7 +370,7 @@ def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor],
     name = source.name
     part = read_part_of_config(source, "features")
     if part is None:
-        return choose_features_of_released_detector(state, options, name)
+        return find_features_of_released_weights(state, options, name)
     stage = options.get("stage")
     if stage is not None and find_features_of_stage(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
@@ -420,7 +420,7 @@ def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor
     return {"name": part["name"], "args": choose_arguments("--arch-args", given_args, part["args"], name)}
 
 
-def choose_features_of_released_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
+def find_features_of_released_weights(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
     If the option `--features` is given, it chooses the features. Otherwise the features are the stage of VGG-19 (or
@@ -444,7 +444,7 @@ def choose_features_of_released_detector(state: Mapping[str, Tensor], options: M
 
 
 def choose_features_of_new_detector(options: Mapping) -> dict:
-    """Return the name and the arguments of the features that the options choose for a new detector."""
+    """Return the name in FEATURES and the constructor arguments that the options choose for a new detector."""
     given_args = dict(options.get("feature_args") or {})
     name = options.get("features")
     stage = options.get("stage")

@@ -19,9 +19,9 @@ def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error of the logits of two images, divided by the difference between the two images.
+    """Return the largest error of the logits of two images, divided by the largest difference between the images.
 
-    This difference is the largest difference between the expected logits of the first and of the second image.
+    The difference between the images is the difference of their expected logits.
     """
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()

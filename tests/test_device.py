@@ -95,7 +95,7 @@ def test_train_sr_trains_and_evaluates_on_one_device(training_files, tmp_path, m
     "flags",
     ["", "--tile 64", "--crop-size 32 --crops 4", "--save-residuals RESIDUALS", "--perturb jpeg=70 resize"],
 )
-def test_test_py_scores_images_on_one_device(training_files, tmp_path, detector_file, flags):
+def test_test_py_keeps_all_tensors_on_one_device(training_files, tmp_path, detector_file, flags):
     words = f"--gpu 0 --workers 0 --vgg-weights random --resume {detector_file} --save_path {tmp_path}/scores"
     words += f" --data-root-pos {training_files}/real --data-root-neg {training_files}/fake {flags}"
     args = parser_of_test().parse_args(words.replace("RESIDUALS", f"{tmp_path}/residuals").split())

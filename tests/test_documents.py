@@ -92,6 +92,8 @@ def test_every_flag_that_a_document_mentions_exists(document):
             foreign.update(re.findall(r"--[\w-]+", line))
         if "deepsafe eval" in line:
             foreign.add("--model")
+        if "differences.py" in line:
+            foreign.add("--cells")
     assert mentioned - foreign <= known_flags()
 
 

@@ -1,6 +1,6 @@
 """Tests that the networks have the weight names, weight shapes and outputs of the authors' networks.
 
-The expected values in the folder tests/golden/ were computed with the authors' code.
+The expected values in the folder tests/golden/ were computed with the code that the authors of the paper published.
 """
 
 import json

@@ -33,7 +33,7 @@ def write_and_read_table(tmp_path, rows):
     return read_table(tmp_path / "t.csv")
 
 
-def score_rows(margins, label, generator=""):
+def make_score_rows(margins, label, generator=""):
     """Return one row of a score table per margin. A row has the logits (margin, 0) and the given label."""
     items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
     return make_rows(items, [(margin, 0) for margin in margins])
@@ -90,7 +90,7 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
     measured = metrics.compute_metrics(
-        write_and_read_table(tmp_path, score_rows([-1, 1, -1], REAL) + score_rows([1, -1], FAKE)), resamples=0
+        write_and_read_table(tmp_path, make_score_rows([-1, 1, -1], REAL) + make_score_rows([1, -1], FAKE)), resamples=0
     )
     assert measured["accuracy"] == pytest.approx(3 / 5)
     assert measured["accuracy_real"] == pytest.approx(2 / 3)
@@ -102,7 +102,9 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
         "real": {"real": 2, "fake": 1, "unsure": 0},
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
-    all_called_fake = metrics.compute_metrics(write_and_read_table(tmp_path, score_rows([1, 1], REAL)), resamples=0)
+    all_called_fake = metrics.compute_metrics(
+        write_and_read_table(tmp_path, make_score_rows([1, 1], REAL)), resamples=0
+    )
     assert all_called_fake["precision_real_positive"] is None
     assert all_called_fake["recall_real_positive"] == 0
 
@@ -166,8 +168,12 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
 
 
 def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shared_real_images(tmp_path):
-    rows = [*score_rows([-1, -2], REAL), *score_rows([-3], REAL, "own"), *score_rows([1, 2, 3], FAKE, "own")]
-    rows += score_rows([-4, 5], FAKE, "other") + score_rows([0], None)
+    rows = [
+        *make_score_rows([-1, -2], REAL),
+        *make_score_rows([-3], REAL, "own"),
+        *make_score_rows([1, 2, 3], FAKE, "own"),
+    ]
+    rows += make_score_rows([-4, 5], FAKE, "other") + make_score_rows([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
     summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=50)
     own, other = summary["generators"]["own"], summary["generators"]["other"]
@@ -185,7 +191,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
 
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
-    rows = [Row("a.png", "fake", "g", error="broken"), *score_rows([1, -1, 2], label)]
+    rows = [Row("a.png", "fake", "g", error="broken"), *make_score_rows([1, -1, 2], label)]
     summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
@@ -197,7 +203,7 @@ def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tm
 def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
-    rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a") + score_rows([2, 3], FAKE, "b")
+    rows = make_score_rows([-1, 1], REAL) + make_score_rows([0, 2], FAKE, "a") + make_score_rows([2, 3], FAKE, "b")
     summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
@@ -205,10 +211,10 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
 
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
-    rows = score_rows([-1, 1], REAL) + score_rows([0, 2], FAKE, "a")
+    rows = make_score_rows([-1, 1], REAL) + make_score_rows([0, 2], FAKE, "a")
     blurred = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
     clean = metrics.summarize_scores(
-        write_and_read_table(tmp_path, rows + score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
+        write_and_read_table(tmp_path, rows + make_score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
     assert metrics.make_generator_table({"none": clean, "blur sigma 2": blurred}) == [
         ["AUROC", "a", "evil\\x1b[31m\\nname"],

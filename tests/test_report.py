@@ -25,7 +25,7 @@ EVIL = '"><script>alert(1)</script><img src=x onerror=alert(1)>'
 BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 
 
-def score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
+def make_score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
     """Return rows of a score table with n real images, and n fake images of each generator.
 
     The difference between the mean scores of real and fake images grows with `shift`.
@@ -91,11 +91,11 @@ def test_the_report_page_shows_metrics_robustness_misclassified_images_and_setti
         "detector": {"calibration": {"temperature": 2.0, "t_real": 0.25, "t_fake": 0.75}},
         "versions": {"torch": "2.15.0"},
     }
-    tables = [write_score_table(tmp_path, "clean", [*score_rows(), BROKEN], **record)]
+    tables = [write_score_table(tmp_path, "clean", [*make_score_rows(), BROKEN], **record)]
     for name, strength in (("jpeg", 30), ("jpeg", 90), ("blur", 3), ("jpeg", 60)):
         perturbation = {"name": name, "strength": strength}
         tables.append(
-            write_score_table(tmp_path, f"{name}{strength}", score_rows(1.0), **record, perturbation=perturbation)
+            write_score_table(tmp_path, f"{name}{strength}", make_score_rows(1.0), **record, perturbation=perturbation)
         )
     page = write_and_parse_page(tables, tmp_path / "new" / "out", resamples=20)
     for text in (
@@ -111,7 +111,7 @@ def test_the_report_page_shows_metrics_robustness_misclassified_images_and_setti
 
 
 def test_the_report_page_shows_html_in_names_as_text_and_loads_nothing_from_the_internet(tmp_path):
-    table_rows = [*score_rows(generators=(f"{EVIL}\x1b[31m\nname",)), BROKEN]
+    table_rows = [*make_score_rows(generators=(f"{EVIL}\x1b[31m\nname",)), BROKEN]
     record = {"settings": {EVIL: EVIL, "nested": {"list": [EVIL]}}, "versions": {EVIL: EVIL}}
     record["perturbation"] = {"name": EVIL, "strength": 1}
     page = write_and_parse_page([write_score_table(tmp_path, "s", table_rows, **record)], tmp_path / "out")
@@ -153,7 +153,7 @@ ODD_TABLES = {
     "no labels": make_rows([("a", None, "")], [[1, 2]]),
     "one class": make_rows([("a", FAKE, "g"), ("b", FAKE, "h")], [[1, 2], [1, 2]]),
     "one tied pair": make_rows([("a", REAL, ""), ("b", FAKE, "")], [[1, 1], [1, 1]]),
-    "many generators": score_rows(generators=[f"generator {i} $x_{{" for i in range(12)], n=5),
+    "many generators": make_score_rows(generators=[f"generator {i} $x_{{" for i in range(12)], n=5),
 }
 
 
@@ -164,7 +164,7 @@ def test_a_report_page_is_written_for_a_score_table_with_unusual_content(tmp_pat
 
 
 def test_the_report_page_replaces_an_earlier_report_page_and_no_other_file(tmp_path):
-    table = write_score_table(tmp_path, "s", score_rows())
+    table = write_score_table(tmp_path, "s", make_score_rows())
     out = tmp_path / "out"
     out.mkdir()
     foreign = {"report.html": b"<html>my thesis</html>", "s_scores.png": b"mine", "robustness.png": b"mine"}
@@ -180,7 +180,10 @@ def test_the_report_page_replaces_an_earlier_report_page_and_no_other_file(tmp_p
 
 
 def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
-    good, broken = write_score_table(tmp_path, "s", score_rows()), write_score_table(tmp_path, "broken", score_rows())
+    good, broken = (
+        write_score_table(tmp_path, "s", make_score_rows()),
+        write_score_table(tmp_path, "broken", make_score_rows()),
+    )
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "file").write_text("")
     out = ["--out", f"{tmp_path}/o"]
@@ -207,7 +210,7 @@ def split_markdown_table(markdown):
 
 
 def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
-    table = write_score_table(tmp_path, "s", score_rows(), settings={"seed": 5})
+    table = write_score_table(tmp_path, "s", make_score_rows(), settings={"seed": 5})
     command = [sys.executable, "-m", "tools.report", table, "--markdown"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -219,8 +222,8 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
 
 def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_column_per_generator(tmp_path, capsys):
     tables = [
-        write_score_table(tmp_path, "b", score_rows(generators=("StyleGAN",))),
-        write_score_table(tmp_path, "a", score_rows(1.0)),
+        write_score_table(tmp_path, "b", make_score_rows(generators=("StyleGAN",))),
+        write_score_table(tmp_path, "a", make_score_rows(1.0)),
     ]
     b, a = (table.summary["generators"] for table in report_page.load_score_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
@@ -247,7 +250,7 @@ def mean_auroc_percent(table, *generators):
 def study_file(tmp_path):
     """Return the path of a study file with two results tables, "main" and "other"."""
     for name, shift in (("one", 0.5), ("two", 1.0), ("control", 0.0)):
-        write_score_table(tmp_path / "scores", name, score_rows(shift))
+        write_score_table(tmp_path / "scores", name, make_score_rows(shift))
     lines = [
         "main,residual | pixels,seen,scores/one.csv,ProGAN",
         "main,residual | pixels,seen,scores/two.csv,ProGAN",

@@ -167,8 +167,8 @@ def make_list_of_real_images(items: Sequence[Item]) -> bytes:
 def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     """Write the lists and split.json.
 
-    While the lists are written, split.json contains the hashes of the old and the new lists. If the program is
-    interrupted, its next run therefore recognises the old and the new lists.
+    While the lists are written, split.json contains the hashes of the old and the new lists. After an interruption, the
+    next run of the program can therefore tell that it may replace both.
 
     Args:
         files: content of each list, {file name: content}.
