@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Does re-synthesis help on faces? About two hours on two CPU cores.
+# Does re-synthesis help on faces? Hours on two CPU cores.
 #   VGG_WEIGHTS=FILE AUTOENCODER="ENCODER DECODER" bash results/faces/run.sh FACES
 #
 # FACES holds train/real, train/stylegan2, val/real and val/stylegan2 (256 x 256 pixels).
