@@ -35,7 +35,7 @@ from data.lists import (
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
 from evaluation.loading import detector_from_checkpoint, select_load_options
-from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_foreign_outputs
+from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_to_replace_foreign_files
 from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows, read_table
 from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
 from utils.compute import choose_device_and_precision, package_versions
@@ -74,7 +74,7 @@ def main(args: Namespace) -> int:
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         for place in places.values():
-            refuse_foreign_outputs(place.base, place.pictures.paths, filter(None, inputs))
+            refuse_to_replace_foreign_files(place.base, place.pictures.paths, filter(None, inputs))
         for folder in filter(None, (base.parent, args.save_residuals)):
             make_folder(folder)
         stack.enter_context(hold_lock_file(base.with_name(f".{base.name}.lock"), world))
@@ -87,11 +87,11 @@ def main(args: Namespace) -> int:
             if perturbation.name != "none":
                 transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
             description = describe_perturbation(perturbation, args.perturb_protocol, args.seed)
-            job = {**describe_scoring_job(detector, items), "perturbation": description}
-            pictures.store_job_hash(job)
+            job = {**describe_scoring_settings(detector, items), "perturbation": description}
+            pictures.store_hash_of_scoring_settings(job)
             writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, job, world)
-            if writer.start_part(args.overwrite, pictures.find_missing_pictures()):
-                images = ImageDataset(items, detector.policy_for_reading, transform=transform)
+            if writer.start_partial_table(args.overwrite, pictures.find_missing_pictures()):
+                images = ImageDataset(items, detector.size_policy_for_reading, transform=transform)
                 batches = read_unscored_batches(images, detector, writer, args.batch_size, args.workers)
                 score_images(detector, batches, writer, pictures, stop)
                 writer.finish_table()
@@ -180,7 +180,7 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
     return description
 
 
-def describe_scoring_job(detector: Detector, items: list[Item]) -> dict:
+def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
     """Return a dict that names the detector, the images and the settings on which the scores depend.
 
     The perturbation is not part of the dict.
@@ -310,8 +310,8 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
 
         draw_roc_and_histograms(table, figure)
     else:
-        figure.unlink(missing_ok=True)  # `refuse_foreign_outputs` has checked that test.py wrote this figure
-    writer.delete_parts()
+        figure.unlink(missing_ok=True)  # `refuse_to_replace_foreign_files` has checked that test.py wrote this figure
+    writer.delete_partial_tables()
     return table, metrics
 
 

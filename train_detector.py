@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_loader
 from data.degradations import check_task_name, degrade_batch, draw_degradation
 from data.images import SizePolicy, require_equal_sizes, select_usable_items
-from data.leaks import log_quick_audit
+from data.leaks import run_and_log_quick_leak_audit
 from data.lists import Item, describe_and_hash_items, hash_image_files, list_labelled_items, require_both_classes
 from data.perturbations import perturb_at_random
 from data.residuals import CacheOptions, create_residual_datasets
@@ -103,16 +103,16 @@ def main(args: Namespace) -> None:
         if args.batch_size > 1:
             require_equal_sizes(images.items, images.image_sizes)
             require_equal_sizes(val_images.items, val_images.image_sizes)
-        min_images = smallest_trainable_batch(detector, images.image_sizes, batches, compute)
+        min_images = find_smallest_trainable_batch_size(detector, images.image_sizes, batches, compute)
         if world.is_main:
-            log_quick_audit(images.items, val_images.items)
+            run_and_log_quick_leak_audit(images.items, val_images.items)
 
         # 4. Create the optimizer
         if world.size > 1 and compute.device.type == "cuda":
             detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
         groups = create_parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
         optimizer = create_optimizer(args.optimizer, groups, args.momentum, args.weight_decay)
-        schedule = training.cosine_rate_factor if args.schedule == "cosine" else released_rate_factor
+        schedule = training.cosine_rate_factor if args.schedule == "cosine" else compute_authors_learning_rate_factor
         stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), batches.steps, args.clip_norm)
         progress = stepper.progress
 
@@ -121,7 +121,9 @@ def main(args: Namespace) -> None:
         settings["validation_images"] = describe_and_hash_items(val_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
-        state_of_networks = partial(network_state, detector, config, torch.from_numpy(hash_image_files(images.items)))
+        state_of_networks = partial(
+            collect_weights_and_config, detector, config, torch.from_numpy(hash_image_files(images.items))
+        )
         run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
@@ -137,7 +139,7 @@ def main(args: Namespace) -> None:
                 cached = create_residual_datasets(datasets, detector.residual_shape, key, options, world)
                 datasets = cached or datasets
         else:
-            vgg = load_auxiliary_vgg(config, args.auxiliary_weight, args.vgg_weights, compute)
+            vgg = load_vgg_for_auxiliary_loss(config, args.auxiliary_weight, args.vgg_weights, compute)
             task = AuxiliaryTask(args.auxiliary, args.auxiliary_weight, vgg, args.seed, args.micro_batch)
             loss_of = partial(end_to_end_loss, detector, compute, world, task, progress)
         loader = make_loader(datasets[0], batches, args.workers, compute)
@@ -162,7 +164,7 @@ def main(args: Namespace) -> None:
             if not args.fixed_resynthesizer:
                 write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
-            run.end_epoch(values, "val_auroc", numbered_checkpoints if due else None)
+            run.end_epoch(values, "val_auroc", make_numbered_checkpoints if due else None)
 
 
 def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
@@ -202,7 +204,7 @@ def create_dataset(
     return images
 
 
-def smallest_trainable_batch(
+def find_smallest_trainable_batch_size(
     detector: ResynthesisDetector, sizes: Iterable[tuple[int, int]], batches: EpochBatches, compute: Compute
 ) -> int:
     """Return the smallest batch size with which the classifier can be trained: 1 or 2.
@@ -219,7 +221,7 @@ def smallest_trainable_batch(
     synchronised = batches.world.size > 1 and compute.device.type == "cuda"
     if max(height, width) > stride or synchronised:
         return 1
-    if batches.smallest_entry_count() == 1:
+    if batches.find_smallest_batch_of_any_process() == 1:
         raise UserError(
             f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es) leave a"
             f" batch of 1, and batch norm needs at least 2 images of {width} x {height} residual values: change"
@@ -247,7 +249,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
         the detector, its config, and the state to resume. The state is None for a new run.
     """
     origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
-    resumed = state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
+    resumed = choose_state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
     resynthesizer = read_checkpoint(options["resynthesizer_file"])
     if resumed and resynthesizer:
         text = "the resumed run uses the re-synthesizer in %s: %s (--sr-weights-file) is not used"
@@ -264,7 +266,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     return detector, config, resumed
 
 
-def load_auxiliary_vgg(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
+def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
     """Load VGG-19 for the auxiliary loss, and record in the config which weights were loaded.
 
     A resumed run uses the VGG-19 weights with which it began. A detector whose features come from VGG-19 uses the same
@@ -280,7 +282,7 @@ def load_auxiliary_vgg(config: dict, weight: float, source: str, compute: Comput
     return vgg.to(compute.device, memory_format=torch.channels_last)
 
 
-def state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
+def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
     """Return `resumed` if its training can be continued, or None if only its weights can be used.
 
     A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
@@ -336,7 +338,7 @@ def create_optimizer(name: str, groups: list[dict], momentum: float, weight_deca
     return torch.optim.AdamW([{**group, "weight_decay": weight_decay} for group in groups])
 
 
-def released_rate_factor(epochs_total: int, epochs_done: float) -> float:
+def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
     """Compute the factor f by which the authors' code multiplies the base learning rate.
 
     The factor in epoch e of E epochs is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
@@ -434,7 +436,9 @@ def end_to_end_loss(
     real = batch.labels == REAL  # (B,)
     real_count = int(all_reduce_sum((real & counted).sum().to(compute.device), world))
     used = (real & (real_count > 1)).to(x.device)  # (B,)
-    degraded = degrade_input(detector.resynthesizer.scale, task, progress, batch, x)  # (B, 3, h, w) or None
+    degraded = downsample_and_degrade_images(
+        detector.resynthesizer.scale, task, progress, batch, x
+    )  # (B, 3, h, w) or None
 
     def compute_residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
         low = None if degraded is None else degraded[rows]
@@ -450,7 +454,9 @@ def end_to_end_loss(
     return cross_entropy + auxiliary, values
 
 
-def degrade_input(scale: int, task: AuxiliaryTask, progress: Progress, batch: Batch, x: Tensor) -> Tensor | None:
+def downsample_and_degrade_images(
+    scale: int, task: AuxiliaryTask, progress: Progress, batch: Batch, x: Tensor
+) -> Tensor | None:
     """Downsample a batch of images, and degrade the low-resolution images at random.
 
     The type of the degradation depends only on the seed and the training step. The random numbers of each image depend
@@ -547,7 +553,7 @@ def compute_validation_metrics(
 # --- what is saved ------------------------------------------------------------------------------------------
 
 
-def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
+def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
     """Return the weights and the config of the detector, which are saved in every state.
 
     The keys "arch" and "state_dict" have the same names in the authors' checkpoints.
@@ -568,7 +574,7 @@ def network_state(detector: ResynthesisDetector, config: dict, trained_on: Tenso
     }
 
 
-def numbered_checkpoints(state: dict) -> dict[str, dict]:
+def make_numbered_checkpoints(state: dict) -> dict[str, dict]:
     """Return the contents of an epoch's two numbered checkpoints, by file name, in the formats of the authors' code.
 
     Release: the authors' code counts the epochs in these file names from 1.

@@ -28,7 +28,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 from data.datasets import Batch, EpochBatches, ImageDataset, PatchDataset, make_loader
 from data.degradations import degrade_patch
 from data.images import SizePolicy, select_usable_items
-from data.leaks import log_quick_audit
+from data.leaks import run_and_log_quick_leak_audit
 from data.lists import Item, describe_and_hash_items, list_image_paths
 from models.build import create_resynthesizer
 from models.features import VGG19, load_vgg
@@ -77,7 +77,7 @@ def main(args: Namespace) -> None:
         items = list_unlabelled_images(args.train_file, "--train-file")
         items, _ = select_usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_images.items:
-            log_quick_audit(items, eval_images.items)
+            run_and_log_quick_leak_audit(items, eval_images.items)
 
         # 3. Create the optimizer
         parameters = list(model.parameters())
@@ -86,7 +86,9 @@ def main(args: Namespace) -> None:
         batches = EpochBatches(len(items), args.batch_size, args.seed, world)
         schedule = Schedule(args.schedule, args.num_epochs, args.lr_decay, args.lr_decay_epoch)
         optimizer = torch.optim.Adam(parameters, lr=args.lr)
-        stepper = Stepper(optimizer, compute, world, schedule.rate_factor, batches.steps, args.clip_norm)
+        stepper = Stepper(
+            optimizer, compute, world, schedule.compute_learning_rate_factor, batches.steps, args.clip_norm
+        )
         progress = stepper.progress
 
         # 4. Open the output folder, and load the training state of the run to resume
@@ -97,7 +99,7 @@ def main(args: Namespace) -> None:
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         about = {"config": {"resynthesizer": config}, "vgg": vgg_record, "settings": settings}
-        run = Run(run_files, about, partial(network_state, model), stepper, args.num_epochs)
+        run = Run(run_files, about, partial(collect_weights_and_fingerprint, model), stepper, args.num_epochs)
         stack.enter_context(run)
 
         # 5. Train on patches. The order of the patches depends only on the seed and the epoch.
@@ -112,12 +114,14 @@ def main(args: Namespace) -> None:
             pictures = train_one_epoch(run.iterate_batches(loader, f"epoch {epoch}", training=True), loss_of, stepper)
             values = progress.means_of_epoch()
             if eval_images.items:
-                values |= compute_psnr_and_ssim(model, run.iterate_batches(eval_loader, "evaluation"), compute, world)
+                values |= compute_mean_psnr_and_ssim(
+                    model, run.iterate_batches(eval_loader, "evaluation"), compute, world
+                )
             is_last = epoch + 1 == args.num_epochs
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
                 run.write_pictures("input, re-synthesis, target", pictures, epoch + 1)
-            run.end_epoch(values, "psnr", numbered_checkpoints if due else None)
+            run.end_epoch(values, "psnr", make_numbered_checkpoints if due else None)
             if is_last:
                 warn_if_below_bicubic(values)
 
@@ -189,7 +193,7 @@ class Schedule(NamedTuple):
     decay: float  # factor by which "steps" multiplies the learning rate
     decay_epochs: int  # number of epochs after which "steps" multiplies the learning rate again
 
-    def rate_factor(self, epochs_done: float) -> float:
+    def compute_learning_rate_factor(self, epochs_done: float) -> float:
         """Return the factor on the base learning rate after `epochs_done` epochs, such as 2.5."""
         if self.name == "cosine":
             return training.cosine_rate_factor(self.epochs_total, epochs_done)
@@ -261,7 +265,7 @@ def compute_patch_loss(
 
 
 @torch.inference_mode()
-def compute_psnr_and_ssim(
+def compute_mean_psnr_and_ssim(
     model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World
 ) -> dict[str, float]:
     """Compute the PSNR (dB) and SSIM of the network and of bicubic interpolation, averaged over RGB images."""
@@ -274,14 +278,14 @@ def compute_psnr_and_ssim(
         with compute.autocast():
             x_hat = model(x_lr)  # (1, 3, H, W)
         bicubic = F.interpolate(x_lr, scale_factor=model.scale, mode="bicubic")  # (1, 3, H, W)
-        values = [*psnr_and_ssim(x_hat, x), *psnr_and_ssim(bicubic, x), 1.0]
+        values = [*compute_psnr_and_ssim_of_one_image(x_hat, x), *compute_psnr_and_ssim_of_one_image(bicubic, x), 1.0]
         sums += torch.tensor(values, dtype=sums.dtype, device=sums.device)
     *totals, count = all_reduce_sum(sums, world).tolist()
     names = ("psnr", "ssim", "psnr_bicubic", "ssim_bicubic")
     return {name: total / count if count else float("nan") for name, total in zip(names, totals, strict=True)}
 
 
-def psnr_and_ssim(y: Tensor, x: Tensor) -> tuple[float, float]:
+def compute_psnr_and_ssim_of_one_image(y: Tensor, x: Tensor) -> tuple[float, float]:
     """Clip y to [0, 1], and compute its PSNR (dB, at most 58.9) and its SSIM against x.
 
     Args:
@@ -301,7 +305,7 @@ def warn_if_below_bicubic(values: dict[str, float]) -> None:
     """Warn if the PSNR of the network is lower than the PSNR of bicubic interpolation.
 
     Args:
-        values: result of `compute_psnr_and_ssim`. If "psnr" is missing, nothing is logged.
+        values: result of `compute_mean_psnr_and_ssim`. If "psnr" is missing, nothing is logged.
     """
     if values.get("psnr", 0) < values.get("psnr_bicubic", 0):
         logger.warning("warning: the network has a lower PSNR than bicubic interpolation: train the network longer")
@@ -322,7 +326,7 @@ def log_evaluation(
     """
     if origin is None:
         raise UserError("--evaluate needs weights: give a file of weights with --weights-file")
-    values = compute_psnr_and_ssim(model, skip_unreadable_images(batches, skip_bad), compute, world)
+    values = compute_mean_psnr_and_ssim(model, skip_unreadable_images(batches, skip_bad), compute, world)
     if math.isnan(values["psnr"]):
         raise UserError("--evaluate needs images: give a list or folder of images with --eval-file")
     text = "x%d super-resolution of RGB images that were reduced by averaging blocks of pixels, %s"
@@ -352,12 +356,12 @@ def skip_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -> Iterable
 # --- what is saved ------------------------------------------------------------------------------------------
 
 
-def network_state(model: nn.Module) -> dict:
+def collect_weights_and_fingerprint(model: nn.Module) -> dict:
     """Return the weights of the network and their fingerprint, which are saved in every state."""
     return {"state_dict": model.state_dict(), "fingerprint": compute_fingerprint(model)}
 
 
-def numbered_checkpoints(state: dict) -> dict[str, dict]:
+def make_numbered_checkpoints(state: dict) -> dict[str, dict]:
     """Return the weights for an epoch's numbered checkpoint, by file name.
 
     Release: the authors' code also writes only the weights, and counts epochs from 0 in the file name.

@@ -37,7 +37,7 @@ LARGEST_PLAIN_SIDE = 512  # in pixels; on larger images, fine-tuning in other fo
 GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 
 
-def list_rows(args: argparse.Namespace) -> list[Case]:
+def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
     """List the rows of the table. Each row is returned as a `Case` with the form "here"."""
     gpu = args.gpu or "cpu"
     if args.quick:
@@ -59,7 +59,7 @@ def list_rows(args: argparse.Namespace) -> list[Case]:
     return rows
 
 
-def list_forms(case: Case) -> list[str]:
+def list_network_implementations(case: Case) -> list[str]:
     """List the forms (implementations of the networks) in which a row is measured."""
     if case.kind == "scoring" and case.precision != "bf16":
         return ["plain", "channels-last", "here"]
@@ -97,11 +97,11 @@ def measure_in_new_process(case: Case) -> dict[str, float] | None:
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def measure_row(case: Case, rounds: int) -> tuple[str, ...]:
+def measure_implementations_of_case(case: Case, rounds: int) -> tuple[str, ...]:
     """Measure each implementation of a row `rounds` times. Returns the cells of the row as texts."""
     best = {}
     for _ in range(rounds):
-        for form in list_forms(case):
+        for form in list_network_implementations(case):
             result = measure_in_new_process(case._replace(form=form))
             if result and (form not in best or result["seconds"] < best[form]["seconds"]):
                 best[form] = result
@@ -134,7 +134,7 @@ def print_rdn_speed(gpu: str) -> None:
         sys.stdout.write(f"RDN in bf16: {rdn_rate:.0f} TFLOP/s, {text}\n")
 
 
-def print_start_times(folder: Path) -> None:
+def print_startup_times(folder: Path) -> None:
     """Print the time to import PyTorch, to show the help text of test.py, and to score one image with test.py."""
     options = {"sr_arch": "bicubic", "arch": "resnet18", "dilated": False}
     detector, config = create_detector(None, options, "random")
@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
     args.rounds = 1 if args.quick else args.rounds
 
     # Estimate the total time from the measured speed of a matrix product
-    rows = list_rows(args)
+    rows = list_benchmark_cases(args)
     product = measure_case(Case("matrix product", "here", "fp32", 0, MATRIX_SIDE // 4, 1, args.gpu or "cpu", False))
     rate = 2 * (MATRIX_SIDE // 4) ** 3 / 1e12 / product["seconds"]  # TFLOP/s
     runs_per_process = 1 if args.gpu is None else 8
@@ -182,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
     for case in rows:
         if not args.quick:  # with --quick, the total time is only seconds
             seconds += (
-                args.rounds * len(list_forms(case)) * (START_SECONDS + runs_per_process * estimate_tflop(case) / rate)
+                args.rounds
+                * len(list_network_implementations(case))
+                * (START_SECONDS + runs_per_process * estimate_tflop(case) / rate)
             )
     sys.stdout.write(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} threads, ")
     sys.stdout.write(f"load {os.getloadavg()[0]:.1f}; {len(rows)} rows, about {seconds / 60:.0f} minutes\n")
@@ -191,14 +193,14 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(f"|{'|'.join('-' * (width + 2) for width in WIDTHS)}|\n")
     failed = False
     for case in rows:
-        cells = measure_row(case, args.rounds)
+        cells = measure_implementations_of_case(case, args.rounds)
         print_table_row(cells)
         failed = failed or cells[HEADER.index("here s")] == "-"
     if args.gpu is not None:
         print_rdn_speed(args.gpu)
     if not args.quick:
         with tempfile.TemporaryDirectory() as folder:
-            print_start_times(Path(folder))
+            print_startup_times(Path(folder))
     return 1 if failed else 0
 
 

@@ -219,7 +219,7 @@ class EpochBatches(Sampler):
             else:
                 yield [Key(self.epoch, batch[0], 0.0)]
 
-    def smallest_entry_count(self) -> int:
+    def find_smallest_batch_of_any_process(self) -> int:
         """Return the smallest number of entries that any process gets in any step of the epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
@@ -242,12 +242,12 @@ class ItemDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items) * self.parts
 
-    def get_item(self, index: int) -> Item:
+    def get_image_of_entry(self, index: int) -> Item:
         """Return the image file from which the dataset entry with the given index is made."""
         return self.items[index // self.parts]
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.get_item(key.index)
+        item = self.get_image_of_entry(key.index)
         name = printable(item.path)
         try:
             return Sample(key, item, self.read_tensors(item.path, key))
@@ -391,7 +391,7 @@ class BatchLoader(DataLoader):
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             if isinstance(batch.x, np.ndarray):
-                batch = _convert_tensors(batch, torch.from_numpy)
+                batch = _apply_to_batch_tensors(batch, torch.from_numpy)
             yield batch
 
 
@@ -405,7 +405,7 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
     """
     workers = min(workers, os.cpu_count() or 1)
     if workers:
-        atexit.register(_end_workers)
+        atexit.register(_end_loader_workers_at_exit)
     return BatchLoader(
         dataset,
         batch_sampler=batches,
@@ -430,7 +430,7 @@ def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
     worker = get_worker_info()
     if worker is None or _fits_in_shared_memory(batch.x.nbytes, worker.num_workers):
         return batch
-    return _convert_tensors(batch, Tensor.numpy)
+    return _apply_to_batch_tensors(batch, Tensor.numpy)
 
 
 def _fits_in_shared_memory(size: int, workers: int) -> bool:
@@ -449,7 +449,7 @@ def _fits_in_shared_memory(size: int, workers: int) -> bool:
     return free > workers * (PREFETCHED + 1) * (size + 2**20)
 
 
-def _convert_tensors(batch: Batch, function: Callable) -> Batch:
+def _apply_to_batch_tensors(batch: Batch, function: Callable) -> Batch:
     """Return a copy of a batch in which `function` is applied to the tensors x, labels and weights."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
@@ -468,7 +468,7 @@ def _prepare_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def _end_workers() -> None:
+def _end_loader_workers_at_exit() -> None:
     """When the program exits, end all running workers at once, instead of GRACE seconds later."""
     for process in multiprocessing.active_children():
         if process.daemon:

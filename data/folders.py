@@ -95,7 +95,7 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
     images = []
     all_names = set(names)
     for name in names:
-        reason = _reason_to_leave_out(folder, name, all_names)
+        reason = _find_reason_to_leave_out_file(folder, name, all_names)
         if reason is None:
             images.append(os.path.join(folder, name))
         else:
@@ -124,7 +124,7 @@ def folder_contains(outer: str, inner: str) -> bool:
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
 
-def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
+def _find_reason_to_leave_out_file(folder: str, name: str, names: Set[str]) -> str | None:
     """Return the reason why a file is left out, or None if the file is an image.
 
     Args:
@@ -134,10 +134,10 @@ def _reason_to_leave_out(folder: str, name: str, names: Set[str]) -> str | None:
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return _recognise_picture_by_test_program(folder, name, names)
+    return _recognise_picture_written_by_test_py(folder, name, names)
 
 
-def _recognise_picture_by_test_program(folder: str, name: str, names: Set[str]) -> str | None:
+def _recognise_picture_written_by_test_py(folder: str, name: str, names: Set[str]) -> str | None:
     """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     Args:
@@ -170,7 +170,7 @@ def format_counts(counts: Counter) -> str:
     return ", ".join(parts)
 
 
-def recognise_picture_by_test_program(path: str) -> str | None:
+def recognise_picture_written_by_test_py(path: str) -> str | None:
     """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     If the user gives a pattern such as *.png, pictures written by test.py may be among the input images.
@@ -179,4 +179,4 @@ def recognise_picture_by_test_program(path: str) -> str | None:
         "residual picture", "figure of a score table" or None.
     """
     folder, name = os.path.split(path)
-    return _recognise_picture_by_test_program(folder, name, {f"{name.removesuffix('.png')}.csv"})
+    return _recognise_picture_written_by_test_py(folder, name, {f"{name.removesuffix('.png')}.csv"})

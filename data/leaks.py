@@ -97,7 +97,7 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
     return Audit(counts, len(readable), findings)
 
 
-def log_quick_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ()) -> None:
+def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequence[Item] = ()) -> None:
     """Run a quick audit at the start of training, and log its result in a few lines."""
     result = audit_images(train_items, val_items, quick=True)
     summary = f"{len(result.findings)} finding(s), see python -m tools.audit" if result.findings else "no leaks found"

@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import find_images, folder_contains, format_counts, recognise_picture_by_test_program
+from data.folders import find_images, folder_contains, format_counts, recognise_picture_written_by_test_py
 from utils.console import printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
@@ -176,7 +176,7 @@ def list_csv_items(file: str) -> list[Item]:
     if any(label.isdecimal() for _, label, _ in rows):
         text = "%s: labels are read as 1 = real, 0 = fake; if 1 means fake, write the words real and fake instead"
         logger.warning(text, what)
-    paths = _find_files([name for name, _, _ in rows], file, what)
+    paths = _find_listed_files([name for name, _, _ in rows], file, what)
     return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
@@ -207,7 +207,7 @@ def read_path_list(file: str) -> list[str]:
     what = f"image list {printable(file)}"
     with _open_text_file(file, what, newline="\n") as stream:
         lines = [line.removesuffix("\n") for line in stream]
-    return _find_files([line for line in lines if line.strip()], file, what)
+    return _find_listed_files([line for line in lines if line.strip()], file, what)
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
         raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
-def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
+def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
     """Return the paths of the files that a CSV table or a text file lists.
 
     Args:
@@ -240,7 +240,7 @@ def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
     if not names:
         raise UserError(f"{what} lists no images: expected at least one image path")
     folder = os.path.dirname(file)
-    paths = [_find_file(name, folder) for name in names]
+    paths = [_find_listed_file(name, folder) for name in names]
     if None in paths:
         first = printable(names[paths.index(None)][:1000])
         raise UserError(
@@ -250,7 +250,7 @@ def _find_files(names: Sequence[str], file: str, what: str) -> list[str]:
     return paths
 
 
-def _find_file(name: str, folder: str) -> str | None:
+def _find_listed_file(name: str, folder: str) -> str | None:
     """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
 
     If the file does not exist, the function tries the name without the spaces at both ends.
@@ -366,7 +366,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
             raise UserError(f"input {printable(path)} does not exist: expected an image file or a folder")
         if os.path.isdir(path):
             found += find_images(path)
-        elif reason := recognise_picture_by_test_program(path):
+        elif reason := recognise_picture_written_by_test_py(path):
             left_out[reason] += 1
         else:
             found.append(path)

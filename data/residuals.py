@@ -100,7 +100,7 @@ class ResidualDataset(Dataset):
         Raises:
             OSError: if the image file does not exist.
         """
-        image = self.images.get_item(key.index).path
+        image = self.images.get_image_of_entry(key.index).path
         status = os.stat(image)
         augmentation = self.images.augmentation
         crop = (augmentation.seed, key.index) if augmentation and augmentation.crops else None
@@ -122,7 +122,7 @@ class ResidualDataset(Dataset):
         Raises:
             UserError: if the residual has a value that is not finite or is too large for `dtype`.
         """
-        image = printable(self.images.get_item(key.index).path)
+        image = printable(self.images.get_image_of_entry(key.index).path)
         if not residual.isfinite().all():
             raise UserError(
                 f"{image}: the residual has values that are not finite (NaN or infinity); try --precision fp32"
@@ -134,7 +134,7 @@ class ResidualDataset(Dataset):
             np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.images.get_item(key.index)
+        item = self.images.get_image_of_entry(key.index)
         name = printable(item.path)
         if not self.has_residual(key):
             # `store_missing_residuals` could not read the image. Read the image again to get the error message

@@ -69,7 +69,7 @@ class Detector:
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
         """Compute the residual between each image and its re-synthesis: float32 (C_l, H_l, W_l) on the CPU."""
         residuals = []
-        for batch in self._prepared_batches(images):
+        for batch in self._prepare_batches(images):
             _, _, residual = self.resynthesize(batch)
             residuals.extend(residual.cpu())
         return residuals
@@ -138,7 +138,7 @@ class Detector:
     # --- preparing images ---
 
     @property
-    def policy_for_reading(self) -> SizePolicy:
+    def size_policy_for_reading(self) -> SizePolicy:
         """Return the rule by which images are resized and cropped when they are read.
 
         With several crops per image, images are not cropped when they are read.
@@ -151,14 +151,14 @@ class Detector:
         Raises:
             UserError: if the type of the image is not accepted, or if the image cannot be decoded or is too small.
         """
-        return resize_and_crop(decode_image(image), self.policy_for_reading)
+        return resize_and_crop(decode_image(image), self.size_policy_for_reading)
 
     def _compute_logits(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
         """Compute the logits, float32 (N, 2), of one image or several images of any accepted type."""
-        logits = [self.logits(batch) for batch in self._prepared_batches(images)]
+        logits = [self.logits(batch) for batch in self._prepare_batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
-    def _prepared_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
+    def _prepare_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
         """Prepare images and group them into batches (B, 3, H, W), in the same way as test.py."""
         if is_one_image(images):
             images = [images]
@@ -169,7 +169,7 @@ class Detector:
         if first is None:
             return
         block = images_per_batch(*first.shape[1:])
-        for batch in merge_batches_of_equal_size(batches_of_one_image(first, prepared), block, BATCH_PIXELS):
+        for batch in merge_batches_of_equal_size(yield_batches_of_one_image(first, prepared), block, BATCH_PIXELS):
             yield batch.x
 
     # --- what the scores depend on ---
@@ -190,7 +190,7 @@ class Detector:
         known = self.config.get("images") or {}
         if "sides" not in known:
             return []
-        headers = check_headers(paths, self.policy_for_reading)
+        headers = check_headers(paths, self.size_policy_for_reading)
         smallest, largest = known["sides"]
         other_sizes, jpegs, other_formats = [], [], []
         for path, header in zip(paths, headers, strict=True):
@@ -237,7 +237,7 @@ def images_per_batch(height: int, width: int) -> int:
     return max(1, BATCH_PIXELS // max(1, height * width))
 
 
-def batches_of_one_image(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
+def yield_batches_of_one_image(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
     """Yield one batch for each image, uint8 (3, H, W)."""
     unnamed = Item("", None, "")
     yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])

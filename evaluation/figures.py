@@ -69,7 +69,7 @@ def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
         draw_histograms(right, table)
 
 
-def draw_robustness(
+def draw_auroc_by_perturbation_strength(
     curves: Mapping[str, Sequence[tuple[float, Mapping]]], clean: Mapping[str, float | None], path: str | os.PathLike
 ) -> None:
     """Draw AUROC against the strength of a perturbation, in one panel per perturbation.
@@ -88,9 +88,9 @@ def draw_robustness(
         for panel, (perturbation, points) in zip(panels, curves.items(), strict=False):
             for i, name in enumerate(generators):
                 own = [(strength, measured[name]) for strength, measured in points if name in measured]
-                draw_robustness_curve(panel, own, name, line_style(i))
+                draw_robustness_curve(panel, own, name, choose_generator_line_style(i))
                 if clean.get(name) is not None:
-                    panel.axhline(clean[name], color=line_style(i)["color"], lw=1, ls=":")
+                    panel.axhline(clean[name], color=choose_generator_line_style(i)["color"], lw=1, ls=":")
             sweep = PerturbationSetting(perturbation).sweep_entry
             panel.axhline(0.5, **CHANCE_STYLE)
             panel.set(title=shorten_name(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
@@ -148,7 +148,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
             label = f"{shorten_name(name)}  {metrics.auroc(scores, is_fake):.3f}"
-            axes.plot(fpr, tpr, label=label, lw=1.8, **line_style(i))
+            axes.plot(fpr, tpr, label=label, lw=1.8, **choose_generator_line_style(i))
     chance = np.geomspace(1e-9, 1, 400)
     axes.plot(chance, chance, **CHANCE_STYLE)
     axes.set(ylim=(0, 1.012), ylabel="fakes found (true-positive rate)")
@@ -169,7 +169,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     table = table.select_rows(table.is_usable if table.is_usable.any() else table.is_scored)
     edges = histogram_bin_edges(table.margins)
     scores = np.clip(table.margins, edges[0], edges[-1])  # outliers count in the outer bins
-    for name, rows, look in histogram_groups(table):
+    for name, rows, look in split_into_histogram_groups(table):
         if rows.any():
             fractions = np.histogram(scores[rows], edges)[0] / rows.sum()
             axes.stairs(fractions, edges, fill=True, lw=1.6, label=f"{name} ({rows.sum():,})", **look)
@@ -179,7 +179,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     draw_legend(axes, None, "best")
 
 
-def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
+def split_into_histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
     """Split a score table into the groups of a histogram.
 
     Returns the name, the rows (N,) bool and the colours of each group.
@@ -191,7 +191,7 @@ def histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
     if len(fakes) > MOST_HISTOGRAMS:
         fakes = {"all fakes": table.is_fake}
     for i, (name, rows) in enumerate(fakes.items()):
-        style = line_style(i)
+        style = choose_generator_line_style(i)
         look = {"fc": (style["color"], 0.13), "ec": style["color"], "ls": style["ls"]}
         groups.append((shorten_name(name), rows, look))
     return groups
@@ -248,7 +248,7 @@ def shorten_name(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 
-def line_style(i: int) -> dict[str, str]:
+def choose_generator_line_style(i: int) -> dict[str, str]:
     """Return the colour and dashes of the i-th generator."""
     return {"color": COLORS[i % len(COLORS)], "ls": DASHES[i // len(COLORS) % len(DASHES)]}
 

@@ -64,7 +64,7 @@ def load(
             raise UserError(f"{name} must be a path, got {path!r}")
     if precision not in PRECISIONS:
         raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
-    compute = choose_device_and_precision(name_of_device(device), precision, deterministic=False)
+    compute = choose_device_and_precision(convert_gpu_number_to_name(device), precision, deterministic=False)
     options = check_load_options({} if options is None else options)
     return detector_from_checkpoint(compute, checkpoint, resynthesizer, str(vgg_weights), options)
 
@@ -80,7 +80,7 @@ def detector_from_checkpoint(
     source = read_checkpoint(checkpoint)
     network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
-    trained = check_image_config(config, source.name)
+    trained = check_image_settings_in_config(config, source.name)
     settings = choose_image_settings(trained, options)
     log_image_settings(settings, trained, options)
     return Detector(
@@ -89,7 +89,7 @@ def detector_from_checkpoint(
         policy=create_size_policy(network, settings),
         calibration=check_calibration(source.content.get("calibration"), source.name),
         config=config,
-        trained_on=check_trained_on(source.content.get("trained_on"), source.name),
+        trained_on=check_training_image_hashes(source.content.get("trained_on"), source.name),
         crops=settings.crops,
     )
 
@@ -109,7 +109,7 @@ def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) ->
     return SizePolicy(scale, crop_size, settings.resize, min_side=smallest)
 
 
-def name_of_device(device: str | int | torch.device | None) -> str | torch.device | None:
+def convert_gpu_number_to_name(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
     On a machine without a GPU, `choose_device_and_precision` raises an error for a name, but not for a number.
@@ -157,7 +157,7 @@ def is_integer_at_least(value: object, lowest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
-def check_image_config(config: Mapping, name: str) -> Mapping:
+def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
     """Check the entry "images" of a checkpoint's config, which describes the training images.
 
     Returns:
@@ -178,7 +178,7 @@ def check_image_config(config: Mapping, name: str) -> Mapping:
     return images.values
 
 
-def check_trained_on(trained_on: object, name: str) -> Tensor | None:
+def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
     """Check the hashes of the training images in a checkpoint, which are made by `data.lists.hash_image_files`.
 
     Returns:

@@ -208,7 +208,7 @@ def summarize_scores(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 
         "all": all_images,
         "generators": generators,
         "mean": mean_over_generators(generators),
-        "notes": list_cautions({"all images": all_images, **generators}),
+        "notes": list_undefined_or_unreliable_metrics({"all images": all_images, **generators}),
     }
 
 
@@ -234,7 +234,7 @@ def mean_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float |
     return means
 
 
-def list_cautions(groups: Mapping[str, Mapping]) -> list[str]:
+def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[str]:
     """List the groups with undefined metrics, and the groups with too few real images, in one line each.
 
     Args:
@@ -307,14 +307,14 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
     several = len(summaries) > 1
     rows = [["scores", *heading] if several else heading]
     for table_name, summary in summaries.items():
-        for group, measured in groups_with_rows(summary).items():
+        for group, measured in select_groups_with_table_row(summary).items():
             counts = [f"{measured[name]:,}" if name in measured else "" for name in ("n_real", "n_fake")]
             row = [printable(group), *counts, *(format_percent(measured, name) for name in columns)]
             rows.append([printable(table_name), *row] if several else row)
     return rows
 
 
-def groups_with_rows(summary: Mapping) -> dict[str, Mapping]:
+def select_groups_with_table_row(summary: Mapping) -> dict[str, Mapping]:
     """Return the metrics of each group of images that gets a row in `make_metric_table`, by name of the group."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
@@ -348,10 +348,10 @@ def format_metrics(summary: Mapping) -> str:
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
     lines.append(format_text_table(make_metric_table({"": summary})))
-    return "\n".join(lines + list_details(summary))
+    return "\n".join(lines + list_results_missing_from_table(summary))
 
 
-def list_details(summary: Mapping) -> list[str]:
+def list_results_missing_from_table(summary: Mapping) -> list[str]:
     """List the results that the table of metrics does not show: verdicts, plain numbers, errors and notes.
 
     Each result is one line of text.

@@ -18,7 +18,7 @@ from torch import Tensor
 from data.lists import Item
 from evaluation.detector import Examination
 from evaluation.score_table import COLUMNS, SOFTWARE, path_of_residual_picture
-from evaluation.score_writer import find_parts, read_job_of_part
+from evaluation.score_writer import find_partial_tables, read_settings_of_partial_table
 from utils.console import printable
 from utils.errors import UserError
 
@@ -38,7 +38,7 @@ def path_without_suffix(save_path: str) -> Path:
     return Path(name)
 
 
-def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterable[str | os.PathLike]) -> None:
+def refuse_to_replace_foreign_files(base: Path, pictures: Sequence[Path], inputs: Iterable[str | os.PathLike]) -> None:
     """Check that every file that test.py will write is a new file or an earlier output of test.py.
 
     Args:
@@ -51,19 +51,21 @@ def refuse_foreign_outputs(base: Path, pictures: Sequence[Path], inputs: Iterabl
     """
     refuse_impossible_path(Path(f"{base}.json"))
     read_files = {device_and_inode(path) for path in inputs} - {None}
-    parts = find_parts(Path(f"{base}.csv")).values()
-    has_record = is_score_record(Path(f"{base}.json")) or any(is_score_table_part(part) for part in parts)
-    refuse_foreign_file(Path(f"{base}.csv"), is_score_table, read_files)
-    refuse_foreign_file(Path(f"{base}.json"), is_score_record, read_files)
-    refuse_foreign_file(Path(f"{base}.npy"), lambda _: has_record, read_files)
-    refuse_foreign_file(Path(f"{base}.png"), is_picture_of_this_project, read_files)
+    parts = find_partial_tables(Path(f"{base}.csv")).values()
+    has_record = is_json_of_score_table(Path(f"{base}.json")) or any(is_unfinished_score_table(part) for part in parts)
+    refuse_to_replace_foreign_file(Path(f"{base}.csv"), is_score_table, read_files)
+    refuse_to_replace_foreign_file(Path(f"{base}.json"), is_json_of_score_table, read_files)
+    refuse_to_replace_foreign_file(Path(f"{base}.npy"), lambda _: has_record, read_files)
+    refuse_to_replace_foreign_file(Path(f"{base}.png"), is_picture_of_this_project, read_files)
     for part in parts:
-        refuse_foreign_file(part, is_score_table_part, read_files)
+        refuse_to_replace_foreign_file(part, is_unfinished_score_table, read_files)
     for picture in pictures:
-        refuse_foreign_file(picture, is_picture_of_this_project, read_files)
+        refuse_to_replace_foreign_file(picture, is_picture_of_this_project, read_files)
 
 
-def refuse_foreign_file(path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]) -> None:
+def refuse_to_replace_foreign_file(
+    path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]
+) -> None:
     """Raise a UserError if this run reads the file at `path`, or if `is_own` does not recognise the file."""
     identity = device_and_inode(path)
     if identity is None and not os.path.islink(path):
@@ -101,9 +103,9 @@ def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def is_score_table_part(path: Path) -> bool:
+def is_unfinished_score_table(path: Path) -> bool:
     """Return whether a file is a part of an unfinished score table (P.csv.N.part)."""
-    return read_job_of_part(path) is not None
+    return read_settings_of_partial_table(path) is not None
 
 
 def is_score_table(path: Path) -> bool:
@@ -113,7 +115,7 @@ def is_score_table(path: Path) -> bool:
         return file.read(len(header)) == header
 
 
-def is_score_record(path: Path) -> bool:
+def is_json_of_score_table(path: Path) -> bool:
     """Return whether a file is a P.json that test.py wrote for a score table."""
     try:
         content = json.loads(path.read_bytes())
@@ -148,7 +150,7 @@ class ResidualPictures:
         self.paths = [path_of_residual_picture(folder, item.path) for item in items] if folder else []
         self.job_digest = ""
 
-    def store_job_hash(self, job: Mapping) -> None:
+    def store_hash_of_scoring_settings(self, job: Mapping) -> None:
         """Store a hash of `job`, for the headers of the pictures. The job is everything that the scores depend on."""
         self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -80,7 +80,7 @@ class ScoreWriter:
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
         self.done = np.zeros(len(items), bool)  # (N,): whether each image has a row
 
-    def start_part(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
+    def start_partial_table(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
         """Find the images that have a row already, and start a new part for this process.
 
         Args:
@@ -95,13 +95,13 @@ class ScoreWriter:
         Raises:
             UserError: if there are parts of a different job.
         """
-        parts = find_parts(self.table)
-        has_table_of_this_job = not overwrite and not parts and self._is_table_of_this_job()
+        parts = find_partial_tables(self.table)
+        has_table_of_this_job = not overwrite and not parts and self._is_table_of_same_settings()
         known_rows = ()
         if has_table_of_this_job:
             known_rows = self._read_rows_of_table()
         elif not overwrite:
-            known_rows = self._read_rows_of_parts(parts)
+            known_rows = self._read_rows_of_partial_tables(parts)
         for i, row in known_rows:
             must_be_scored_again = required is not None and required[i] and not row.error
             self.done[i] = not must_be_scored_again
@@ -157,29 +157,29 @@ class ScoreWriter:
         barrier(self.world)
         if not self.world.is_main:
             return
-        parts = find_parts(self.table)
-        numbers, offsets = self._find_places_of_rows(parts)
+        parts = find_partial_tables(self.table)
+        numbers, offsets = self._find_byte_positions_of_rows(parts)
         for i in np.flatnonzero(numbers < 0)[:1]:
             raise UserError(
                 f"{printable(self.items[i].path)} has no row in the score table, perhaps because a .part file of the"
                 " table was deleted: run test.py again"
             )
-        write_table(self.table, self._read_rows_at(parts, numbers, offsets))
+        write_table(self.table, self._read_rows_at_positions(parts, numbers, offsets))
 
     def write_record(self, record: Mapping) -> None:
-        """Write the given record and the job to P.json. The table is finished only after `delete_parts`."""
+        """Write the given record and the job to P.json. The table is finished only after `delete_partial_tables`."""
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
-    def delete_parts(self) -> None:
+    def delete_partial_tables(self) -> None:
         """Delete the parts of the table. A table without parts is finished."""
-        delete_files(find_parts(self.table).values())
+        delete_files(find_partial_tables(self.table).values())
 
     def _append_text(self, text: str) -> None:
         """Write all rows of a batch at once, so that a killed process leaves all rows of the batch or none."""
         self.part.write(text.encode("utf-8", "surrogateescape"))
         self.part.flush()
 
-    def _is_table_of_this_job(self) -> bool:
+    def _is_table_of_same_settings(self) -> bool:
         """Return whether P.csv was made with the same job and from the same image files."""
         record = read_record(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
@@ -189,9 +189,9 @@ class ScoreWriter:
         for i, row in zip(range(len(self.items)), read_rows(self.table), strict=False):
             yield i, row._replace(path=self.items[i].path)
 
-    def _require_same_job(self, part: Path) -> None:
+    def _require_same_scoring_settings(self, part: Path) -> None:
         """Raise a UserError if a part belongs to a different job."""
-        job = read_job_of_part(part)
+        job = read_settings_of_partial_table(part)
         if job is None:
             text = "is not a part of a score table: move the file, or choose another --save_path"
             raise UserError(f"{printable(part)} {text}")
@@ -203,19 +203,19 @@ class ScoreWriter:
                 " or delete its rows with --overwrite"
             )
 
-    def _read_rows_of_parts(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
+    def _read_rows_of_partial_tables(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
         """Read the valid rows of all parts, as pairs (index of the image, row).
 
         Raises:
             UserError: if a part belongs to a different job.
         """
         for part in parts.values():
-            self._require_same_job(part)
+            self._require_same_scoring_settings(part)
         for part in parts.values():
-            for _, i, row in self._read_rows_of_part(part):
+            for _, i, row in self._read_rows_of_partial_table(part):
                 yield i, row
 
-    def _find_places_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
+    def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
         """Find the first valid row of each image.
 
         Returns:
@@ -225,32 +225,34 @@ class ScoreWriter:
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
         for number, part in sorted(parts.items()):
-            for offset, i, _ in self._read_rows_of_part(part):
+            for offset, i, _ in self._read_rows_of_partial_table(part):
                 if numbers[i] < 0:
                     numbers[i] = number
                     offsets[i] = offset
         return numbers, offsets
 
-    def _read_rows_at(self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray) -> Iterator[Row]:
-        """Read the rows of all images, in the order of the list, at the positions from `_find_places_of_rows`."""
+    def _read_rows_at_positions(
+        self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray
+    ) -> Iterator[Row]:
+        """Read the rows of all images in the order of the list, at positions from `_find_byte_positions_of_rows`."""
         with ExitStack() as stack:
             files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
             for number, offset in zip(numbers.tolist(), offsets.tolist(), strict=True):
                 files[number].seek(offset)
-                _, row = self._parse_line(files[number].readline())
+                _, row = self._parse_row_of_partial_table(files[number].readline())
                 yield row
 
-    def _read_rows_of_part(self, part: Path) -> Iterator[tuple[int, int, Row]]:
+    def _read_rows_of_partial_table(self, part: Path) -> Iterator[tuple[int, int, Row]]:
         """Read the valid rows of one part, as triples (position of the row in bytes, index of the image, row)."""
         offset = 0
         with part.open("rb") as file:
             for line in file:
-                parsed = self._parse_line(line)
+                parsed = self._parse_row_of_partial_table(line)
                 if parsed is not None:
                     yield offset, *parsed
                 offset += len(line)
 
-    def _parse_line(self, line: bytes) -> tuple[int, Row] | None:
+    def _parse_row_of_partial_table(self, line: bytes) -> tuple[int, Row] | None:
         """Convert a line of a part to the index of its image and the row. Returns None if the row is not valid.
 
         A row is valid if its image file has not changed. A row that was cut off by a power failure is not valid,
@@ -267,7 +269,7 @@ class ScoreWriter:
         return None
 
 
-def find_parts(table: Path) -> dict[int, Path]:
+def find_partial_tables(table: Path) -> dict[int, Path]:
     """Find the parts of a score table. Returns a dict from the number of each part to its path."""
     pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
     parts = {}
@@ -278,7 +280,7 @@ def find_parts(table: Path) -> dict[int, Path]:
     return parts
 
 
-def read_job_of_part(part: Path) -> dict | None:
+def read_settings_of_partial_table(part: Path) -> dict | None:
     """Read the job from the first line of a part. Returns None if the file is not a part of a score table."""
     try:
         with part.open(encoding="utf-8") as file:

@@ -20,12 +20,12 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from models.config import (
-    choose_arguments,
+    choose_network_arguments,
     choose_option_value,
     read_config,
     read_fingerprint_of_config,
-    read_part_of_config,
-    read_vgg_record_of_config,
+    read_network_settings_of_config,
+    read_vgg_source_and_fingerprint,
 )
 from models.controls import Bicubic, NoResynthesis
 from models.features import Pixels, VGG19Stage, find_features_of_stage, find_stages_with_channels
@@ -216,7 +216,7 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
     found = recorded or {"name": None, "scale": None, "args": None}
     name = choose_option_value("--sr-arch", given_name, found["name"], PAPER["resynthesizer"], file)
     scale = choose_option_value("--sr-scale", options.get("scale"), found["scale"], PAPER["scale"], file)
-    arguments = choose_arguments("--sr-args", given_args, found["args"], file)
+    arguments = choose_network_arguments("--sr-args", given_args, found["args"], file)
     model = create_network("re-synthesizer", RESYNTHESIZERS, name, scale=scale, **arguments)
     if source is not None:
         load_weights(model, state, file)
@@ -238,7 +238,7 @@ def read_resynthesizer_config(source: Checkpoint, state: Mapping[str, Tensor], g
         a dict with the keys "name", "scale" and "args", or None if the checkpoint has no config and `--sr-arch` names a
         network other than RDN.
     """
-    recorded = read_part_of_config(source, "resynthesizer")
+    recorded = read_network_settings_of_config(source, "resynthesizer")
     if recorded is not None:
         return recorded
     if given_name in (None, "rdn"):
@@ -318,8 +318,8 @@ def load_detector(
         "residual": choose_residual_of_detector(source, options),
         "classifier": choose_classifier_of_detector(source, state, options),
     }
-    trained_with = read_vgg_record_of_config(source, "vgg")
-    if read_part_of_config(source, "features") is None:
+    trained_with = read_vgg_source_and_fingerprint(source, "vgg")
+    if read_network_settings_of_config(source, "features") is None:
         # Release: the paper's authors trained their detectors on VGG-19 features with torchvision's ImageNet weights
         trained_with = {"source": "imagenet"}
     detector, config = assemble_detector(model, config, options, vgg_source, trained_with, name)
@@ -368,9 +368,9 @@ def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor],
         UserError: if the options contradict the checkpoint.
     """
     name = source.name
-    part = read_part_of_config(source, "features")
+    part = read_network_settings_of_config(source, "features")
     if part is None:
-        return find_features_of_released_weights(state, options, name)
+        return find_features_of_authors_detector(state, options, name)
     stage = options.get("stage")
     if stage is not None and find_features_of_stage(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
@@ -379,7 +379,7 @@ def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor],
             f" out, or give a checkpoint that was trained with --idx-stages {stage}"
         )
     choose_option_value("--features", options.get("features"), part["name"], None, name)
-    arguments = choose_arguments("--feature-args", options.get("feature_args") or {}, part["args"], name)
+    arguments = choose_network_arguments("--feature-args", options.get("feature_args") or {}, part["args"], name)
     return {"name": part["name"], "args": arguments}
 
 
@@ -405,7 +405,7 @@ def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor
         UserError: if the options contradict the checkpoint.
     """
     name = source.name
-    part = read_part_of_config(source, "classifier")
+    part = read_network_settings_of_config(source, "classifier")
     given_args = dict(options.get("arch_args") or {})
     if part is None:
         arch, _ = read_resnet_name_and_channels(state, name)
@@ -417,10 +417,10 @@ def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor
     choose_option_value("--arch", options.get("arch"), part["name"], None, name)
     if options.get("dilated") is False and part["args"].get("dilated"):
         raise UserError(f"--no_dilation contradicts {name}, whose classifier is dilated: leave --no_dilation out")
-    return {"name": part["name"], "args": choose_arguments("--arch-args", given_args, part["args"], name)}
+    return {"name": part["name"], "args": choose_network_arguments("--arch-args", given_args, part["args"], name)}
 
 
-def find_features_of_released_weights(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
+def find_features_of_authors_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
     If the option `--features` is given, it chooses the features. Otherwise the features are the stage of VGG-19 (or

@@ -18,7 +18,7 @@ def read_config(source: Checkpoint) -> Fields:
     return Fields(source.content.get("config"), source.name, "config")
 
 
-def read_part_of_config(source: Checkpoint, key: str) -> dict | None:
+def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None:
     """Read the settings of the re-synthesizer, the features or the classifier from the config of a checkpoint.
 
     Args:
@@ -33,7 +33,7 @@ def read_part_of_config(source: Checkpoint, key: str) -> dict | None:
     config = read_config(source)
     if not config.has_value(key):
         return None
-    part = config.get_fields(key)
+    part = config.get_nested_fields(key)
     return {
         "name": part.get_text("name"),
         "args": part.get_arguments("args"),
@@ -46,7 +46,7 @@ def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
     return read_config(source).get_text(key, default=None)
 
 
-def read_vgg_record_of_config(source: Checkpoint, key: str) -> dict | None:
+def read_vgg_source_and_fingerprint(source: Checkpoint, key: str) -> dict | None:
     """Return the source and the fingerprint of the VGG-19 weights with which a detector was trained.
 
     Returns:
@@ -55,7 +55,7 @@ def read_vgg_record_of_config(source: Checkpoint, key: str) -> dict | None:
     config = read_config(source)
     if not config.has_value(key):
         return None
-    record = config.get_fields(key)
+    record = config.get_nested_fields(key)
     return {"source": record.get_text("source"), "fingerprint": record.get_text("fingerprint", default=None)}
 
 
@@ -82,7 +82,7 @@ def choose_option_value(flag: str, given: object, found: object, default: object
     return found
 
 
-def choose_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
+def choose_network_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
     """Choose the keyword arguments of a network: those in the checkpoint or, if it has none, those of the option.
 
     Args:

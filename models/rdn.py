@@ -124,10 +124,10 @@ class RDN(nn.Module):
         x = self.sfe2(sfe1)  # F_0: (B, G0, h, w)
         block_outputs = []
         for block in self.rdbs:
-            x = self.run_part(block, x)  # F_d: (B, G0, h, w)
+            x = self.run_with_optional_checkpointing(block, x)  # F_d: (B, G0, h, w)
             block_outputs.append(x)
-        x = self.run_part(self.fuse_block_outputs, *block_outputs) + sfe1  # F_DF: (B, G0, h, w)
-        return self.run_part(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
+        x = self.run_with_optional_checkpointing(self.fuse_block_outputs, *block_outputs) + sfe1  # F_DF: (B, G0, h, w)
+        return self.run_with_optional_checkpointing(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
 
     def fuse_block_outputs(self, *block_outputs: Tensor) -> Tensor:
         """Fuse the outputs of all blocks to the feature maps F_GF (B, G0, h, w), by global feature fusion."""
@@ -140,7 +140,7 @@ class RDN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
-    def run_part(self, part, *inputs: Tensor) -> Tensor:
+    def run_with_optional_checkpointing(self, part, *inputs: Tensor) -> Tensor:
         """Run a part of the network on `inputs`.
 
         If `checkpoint_blocks` is True, the backward pass runs the part again, which saves memory.

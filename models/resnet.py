@@ -151,17 +151,17 @@ class DeepStemResNet(nn.Module):
         # As in torchvision, the first block of a dilated layer has the dilation of the previous layer
         third, fourth = ((1, 2), (2, 4)) if dilated else ((1, 1), (1, 1))
         self.in_planes = STEM_CHANNELS
-        self.layer1 = self.make_layer(block, 64, depths[0], stride=2)
-        self.layer2 = self.make_layer(block, 128, depths[1], stride=2)
-        self.layer3 = self.make_layer(block, 256, depths[2], dilations=third)
-        self.layer4 = self.make_layer(block, 512, depths[3], dilations=fourth)
+        self.layer1 = self.create_residual_blocks(block, 64, depths[0], stride=2)
+        self.layer2 = self.create_residual_blocks(block, 128, depths[1], stride=2)
+        self.layer3 = self.create_residual_blocks(block, 256, depths[2], dilations=third)
+        self.layer4 = self.create_residual_blocks(block, 512, depths[3], dilations=fourth)
         self.fc = nn.Linear(self.in_planes, 2)
         self.tile = 1024  # side in pixels of the tiles in which the stem runs if no gradients are computed
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # weights get a normal distribution with std sqrt(2 / (k * k * C_out))
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def make_layer(
+    def create_residual_blocks(
         self, block: type[Block], planes: int, depth: int, stride: int = 1, dilations: tuple[int, int] = (1, 1)
     ) -> nn.Sequential:
         """Create a sequence of `depth` residual blocks.

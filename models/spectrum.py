@@ -92,7 +92,7 @@ class SpectrumClassifier(nn.Module):
         """
         n = self.window
         half = n // 2 + 1
-        x = reflect_to_side(x, n)  # (B, C, H, W), H and W at least n
+        x = pad_by_reflection(x, n)  # (B, C, H, W), H and W at least n
         windows = x.unfold(2, n, n // 2).unfold(3, n, n // 2)  # (B, C, rows, columns, n, n)
         windows = windows - windows.mean(dim=(-2, -1), keepdim=True)
         power = torch.fft.rfft2(windows * self.taper).abs().square()  # (B, C, rows, columns, n, half)
@@ -154,7 +154,7 @@ class Standardise(nn.BatchNorm1d):
         return F.batch_norm(values, self.running_mean, self.running_var)
 
 
-def reflect_to_side(x: Tensor, side: int) -> Tensor:
+def pad_by_reflection(x: Tensor, side: int) -> Tensor:
     """Extend residuals (B, C, H, W) by reflection at the bottom and right until both sides are at least `side`."""
     while min(x.shape[2:]) < side:
         missing_rows = max(side - x.shape[2], 0)

@@ -48,7 +48,7 @@ def cut_file_in_half(path):
     return content
 
 
-def read_files_and_folders(folder):
+def read_file_contents_by_path(folder):
     """Return a dict from each relative path below a folder to the bytes of the file, or to None for a subfolder."""
     found = {}
     for path in folder.rglob("*"):

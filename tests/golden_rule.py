@@ -8,7 +8,7 @@ import torch
 
 
 @functools.cache  # drawing the weights is slow; the cache needs about 0.5 GB of memory
-def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def make_reference_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return the weight tensor of a parameter or buffer.
 
     The tensor depends only on the name and the shape of the parameter or buffer.
@@ -28,8 +28,8 @@ def golden_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(n.astype(np.float32))
 
 
-def fill_with_golden_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Load weights from `golden_tensor` into a module, and set the module to evaluation mode. Return the module."""
-    state = {k: golden_tensor(k, tuple(v.shape)) for k, v in module.state_dict().items()}
+def load_reference_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """Load weights from `make_reference_weight` into a module, and set it to evaluation mode. Return the module."""
+    state = {k: make_reference_weight(k, tuple(v.shape)) for k, v in module.state_dict().items()}
     module.load_state_dict(state)
     return module.eval()

@@ -23,7 +23,7 @@ def is_marked_as_cuda(value) -> bool:
     return isinstance(value, Tensor) and getattr(value, "_on_cuda", False)
 
 
-def mark_tensors(value, on_cuda: bool = True):
+def mark_tensors_as_cuda_or_cpu(value, on_cuda: bool = True):
     """Mark every tensor in `value` as a CUDA tensor or as a CPU tensor. Return `value`.
 
     `value` is a tensor, or a list, tuple or dict of tensors.
@@ -51,17 +51,17 @@ class PretendCuda(TorchFunctionMode):
             return is_marked_as_cuda(args[0])
         if func == Tensor.data.__set__:
             func(*args)
-            mark_tensors(args[0], is_marked_as_cuda(args[1]))
+            mark_tensors_as_cuda_or_cpu(args[0], is_marked_as_cuda(args[1]))
             return None
         if func in (Tensor.grad.__get__, Tensor.data.__get__):
             value = func(*args)
-            return value if value is None else mark_tensors(value, is_marked_as_cuda(args[0]))
+            return value if value is None else mark_tensors_as_cuda_or_cpu(value, is_marked_as_cuda(args[0]))
         if name in ("numpy", "__array__") and is_marked_as_cuda(args[0]):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
         if func is Tensor.cpu:
-            return mark_tensors(args[0].clone(), False) if is_marked_as_cuda(args[0]) else args[0]
+            return mark_tensors_as_cuda_or_cpu(args[0].clone(), False) if is_marked_as_cuda(args[0]) else args[0]
         if func is Tensor.to:
-            return self.move_or_cast(*args, **kwargs)
+            return self.imitate_tensor_to(*args, **kwargs)
         self.raise_if_devices_differ(name, args, kwargs)
         created_on_cuda = is_cuda_device(kwargs.get("device"))
         if created_on_cuda:
@@ -69,7 +69,7 @@ class PretendCuda(TorchFunctionMode):
         result = func(*args, **kwargs)
         sources = args[:1] if name == "__getitem__" else tree_leaves((args, kwargs))
         if created_on_cuda or any(is_marked_as_cuda(source) for source in sources):
-            mark_tensors(result)
+            mark_tensors_as_cuda_or_cpu(result)
         return result
 
     @staticmethod
@@ -91,7 +91,7 @@ class PretendCuda(TorchFunctionMode):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got cuda:0 and cpu")
 
     @staticmethod
-    def move_or_cast(tensor, *args, **kwargs):
+    def imitate_tensor_to(tensor, *args, **kwargs):
         """Replace `Tensor.to`: move a tensor to a device, or convert its dtype.
 
         Each element of `args` is a device, a dtype, or an example tensor with the wanted device and dtype.
@@ -110,7 +110,7 @@ class PretendCuda(TorchFunctionMode):
         moved = tensor.to(*remaining, **kwargs) if remaining or kwargs else tensor
         if moved is tensor and on_cuda != is_marked_as_cuda(tensor):
             moved = tensor.detach().clone() if isinstance(tensor, torch.nn.Parameter) else tensor.clone()
-        return mark_tensors(moved, on_cuda)
+        return mark_tensors_as_cuda_or_cpu(moved, on_cuda)
 
 
 @contextlib.contextmanager

@@ -129,7 +129,7 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
 
-    def progress_with_signal(items, text, *more):
+    def iterate_and_send_signal(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -139,19 +139,19 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress_bar = progress_with_signal
+    console.progress_bar = iterate_and_send_signal
 
 
-def delay_loops(description: str, seconds: float) -> None:
+def delay_progress_loops(description: str, seconds: float) -> None:
     """Make each loop wait before its first item, if the text beside its progress bar begins with `description`."""
     original = console.progress_bar
 
-    def progress_with_delay(items, text, *more):
+    def delay_and_iterate(items, text, *more):
         if text.startswith(description):
             time.sleep(seconds)
         return original(items, text, *more)
 
-    console.progress_bar = progress_with_delay
+    console.progress_bar = delay_and_iterate
 
 
 def kill_during_save(save: int) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_rule import fill_with_golden_weights
+from golden_rule import load_reference_weights
 from PIL import Image
 
 import test as program
@@ -84,8 +84,8 @@ def write_detector(path: Path, **content) -> Path:
         path: path of the checkpoint.
         content: entries of the checkpoint dict that replace or extend the default entries.
     """
-    state = {"state_dict": fill_with_golden_weights(DeepStemResNet(3, "resnet18")).state_dict()}
-    state["sr_state_dict"] = fill_with_golden_weights(RDN(**TINY)).state_dict()
+    state = {"state_dict": load_reference_weights(DeepStemResNet(3, "resnet18")).state_dict()}
+    state["sr_state_dict"] = load_reference_weights(RDN(**TINY)).state_dict()
     torch.save({**state, "config": CONFIG, **content}, path)
     return path
 
@@ -93,16 +93,16 @@ def write_detector(path: Path, **content) -> Path:
 def write_released_files(folder: Path) -> Path:
     """Write a real image, a fake image, and checkpoints in the file formats of the released checkpoints into a folder.
 
-    The weights come from `fill_with_golden_weights`. The images come from tests/golden/reference_outputs.npz.
+    The weights come from `load_reference_weights`. The images come from tests/golden/reference_outputs.npz.
     Returns the folder.
     """
-    rdn = fill_with_golden_weights(RDN()).state_dict()
+    rdn = load_reference_weights(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")
-    torch.save(fill_with_golden_weights(VGG19()).state_dict(), folder / "vgg19.pth")
+    torch.save(load_reference_weights(VGG19()).state_dict(), folder / "vgg19.pth")
     for name, channels in (("pixel", 3), ("stage5", 512)):
         content = {"epoch": 100, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}}
-        content["state_dict"] = fill_with_golden_weights(DeepStemResNet(channels)).state_dict()
+        content["state_dict"] = load_reference_weights(DeepStemResNet(channels)).state_dict()
         torch.save(content, folder / f"{name}.pth.tar")
     for name, pixels in zip(("real", "fake"), np.load(GOLDEN)["image"], strict=True):
         (folder / name).mkdir()

@@ -51,11 +51,11 @@ def test_the_fine_tuning_step_changes_the_resynthesizer_and_the_frozen_step_does
     built = []
     build = cases.build_detector
 
-    def build_and_append(case):
+    def build_and_record_detector(case):
         built.append(build(case))
         return built[-1]
 
-    monkeypatch.setattr(cases, "build_detector", build_and_append)
+    monkeypatch.setattr(cases, "build_detector", build_and_record_detector)
     for kind, moves in (("step, RDN frozen", False), ("step, fine-tuning", True)):
         run = cases.KINDS[kind](TOY._replace(kind=kind, images=4))
         weight = built[-1][0].resynthesizer.output.weight
@@ -79,8 +79,8 @@ def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys
         printed.append(len(capsys.readouterr().out.splitlines()))
         return ("1",) * len(program.HEADER)
 
-    monkeypatch.setattr(program, "measure_row", count_printed_lines)
-    monkeypatch.setattr(program, "print_start_times", lambda folder: None)
+    monkeypatch.setattr(program, "measure_implementations_of_case", count_printed_lines)
+    monkeypatch.setattr(program, "print_startup_times", lambda folder: None)
     program.main([])
     assert printed == [3] + [1] * (len(printed) - 1)  # 3 lines before the first row, then 1 line per row
 
@@ -93,7 +93,7 @@ def test_the_benchmark_prints_a_dash_and_exits_with_status_1_if_a_measurement_fa
 
 def test_the_benchmark_on_a_gpu_has_one_row_per_stage_size_and_precision():
     parsed = program.argparse.Namespace(quick=False, gpu="0", stages=[0, 5], side=512)
-    rows = program.list_rows(parsed)
+    rows = program.list_benchmark_cases(parsed)
     scoring = {(row.stage, row.side, row.precision) for row in rows if row.kind == "scoring"}
     assert scoring == {(s, side, p) for s in (0, 5) for side in (256, 512, 1024) for p in ("fp32", "tf32", "bf16")}
     fine_tuning = [row for row in rows if row.kind == "step, fine-tuning"]

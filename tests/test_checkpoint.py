@@ -172,7 +172,7 @@ def test_fields_returns_config_values_of_the_expected_type():
         and fields.get_positive_number("rate") == 0.5
     )
     assert fields.get_text("name", ["rdn", "none"]) == "rdn" and fields.get_boolean("on") is True
-    assert fields.get_fields("part").get_integer("scale") == 4 and fields.get_arguments("args") == {"depth": 2}
+    assert fields.get_nested_fields("part").get_integer("scale") == 4 and fields.get_arguments("args") == {"depth": 2}
     assert fields.has_value("count") and not fields.has_value("nothing") and not fields.has_value("absent")
 
 
@@ -180,7 +180,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
     fields = Fields(VALUES, "some.pth", "config")
     for key in ("nothing", "absent"):
         assert fields.get_integer(key, default=7) == 7 and fields.get_number(key, default=None) is None
-        assert fields.get_fields(key).values == {} and fields.get_arguments(key) == {}
+        assert fields.get_nested_fields(key).values == {} and fields.get_arguments(key) == {}
         with expect_user_error("some.pth", f"config.{key}", "missing"):
             fields.get_integer(key)
     assert Fields(None, "some.pth").get_text("name", default="rdn") == "rdn"
@@ -196,7 +196,8 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
         ("get_positive_number", -1.0, ()),
         ("get_text", 3, ()), ("get_text", "other", (["rdn"],)), ("get_text", b"rdn", ()), ("get_boolean", 1, ()),
         ("get_boolean", "no", ()),
-        ("get_fields", [1], ()), ("get_fields", "x", ()), ("get_arguments", {3: 4}, ()), ("get_arguments", {"a b": 1}, ()),
+        ("get_nested_fields", [1], ()), ("get_nested_fields", "x", ()),
+        ("get_arguments", {3: 4}, ()), ("get_arguments", {"a b": 1}, ()),
     ],
 )  # fmt: skip
 def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):

@@ -90,7 +90,7 @@ def test_an_epoch_resumed_at_any_step_gives_the_remaining_batches():
 def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
     whole = indices_of_batches(EpochBatches(count, 4, seed=3))
     parts = [list(EpochBatches(count, 4, 3, World(rank, size))) for rank in range(size)]
-    smallest = EpochBatches(count, 4, 3, World(0, size)).smallest_entry_count()
+    smallest = EpochBatches(count, 4, 3, World(0, size)).find_smallest_batch_of_any_process()
     for step, batch in enumerate(whole):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
@@ -170,7 +170,8 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         samples = {key.index: data[key] for key in keys}
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
-        assert max(len({data.get_item(key.index).path for key in batch}) for batch in batches) > 1  # several images
+        # at least one batch contains crops of several images
+        assert max(len({data.get_image_of_entry(key.index).path for key in batch}) for batch in batches) > 1
         corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9

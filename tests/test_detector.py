@@ -14,7 +14,7 @@ from scorings import CONFIG, run_test_py, write_detector, write_noise_image, wri
 
 from evaluation import load
 from evaluation.inputs import crop_starts, cut_spread_crops
-from evaluation.loading import choose_image_settings, name_of_device
+from evaluation.loading import choose_image_settings, convert_gpu_number_to_name
 from evaluation.score_table import read_table
 from utils.compute import choose_device
 
@@ -156,10 +156,14 @@ def test_load_chooses_a_gpu_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for device in ("cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda:0")):
-        assert choose_device(name_of_device(device)) == torch.device("cuda:0")
-    assert choose_device(name_of_device("cuda:1")) == choose_device(name_of_device(1)) == torch.device("cuda:1")
+        assert choose_device(convert_gpu_number_to_name(device)) == torch.device("cuda:0")
+    assert (
+        choose_device(convert_gpu_number_to_name("cuda:1"))
+        == choose_device(convert_gpu_number_to_name(1))
+        == torch.device("cuda:1")
+    )
     with expect_user_error("GPUs 0 to 1"):
-        choose_device(name_of_device(2))
+        choose_device(convert_gpu_number_to_name(2))
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])

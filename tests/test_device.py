@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from pretend_cuda import PretendCuda, is_marked_as_cuda, mark_tensors, pretend_cuda
+from pretend_cuda import PretendCuda, is_marked_as_cuda, mark_tensors_as_cuda_or_cpu, pretend_cuda
 from trainings import run_training, train_detector_arguments, train_sr_arguments
 
 import test as test_program
@@ -58,7 +58,7 @@ def test_pretend_cuda_keeps_weights_and_gradients_on_the_gpu_in_a_training_step(
     with PretendCuda():
         layer = torch.nn.Linear(2, 2).to("cuda")
         optimizer = torch.optim.Adam(layer.parameters())
-        layer(mark_tensors(torch.ones(1, 2))).sum().backward()
+        layer(mark_tensors_as_cuda_or_cpu(torch.ones(1, 2))).sum().backward()
         optimizer.step()
         assert layer.weight.device.type == layer.weight.grad.device.type == "cuda"
 

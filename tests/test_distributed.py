@@ -13,7 +13,7 @@ from processes import ROOT
 from trainings import COMMON
 
 from utils import console
-from utils.distributed import World, world_from_environment
+from utils.distributed import World, read_rank_and_world_size
 from utils.errors import UserError, run_program
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -45,7 +45,7 @@ def set_torchrun_variables(monkeypatch, text):
 def test_inconsistent_environment_variables_of_torchrun_are_refused(monkeypatch, text):
     set_torchrun_variables(monkeypatch, text)
     with expect_user_error("RANK", "WORLD_SIZE", *text.split()):
-        world_from_environment()
+        read_rank_and_world_size()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_inconsistent_environment_variables_of_torchrun_are_refused(monkeypatch,
 )
 def test_rank_and_world_size_are_read_from_the_environment_variables_of_torchrun(monkeypatch, text, world):
     set_torchrun_variables(monkeypatch, text)
-    assert world_from_environment() == world
+    assert read_rank_and_world_size() == world
 
 
 @pytest.mark.parametrize("program", ["test.py", "train_detector.py", "train_sr.py"])

@@ -22,7 +22,7 @@ from models import build
 from models.features import load_vgg
 from models.rdn import RDN
 from tools import export, graph
-from train_detector import network_state
+from train_detector import collect_weights_and_config
 from utils import checkpoints
 from utils.random_streams import seeded_generator
 
@@ -51,7 +51,7 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
     for module in detector.modules():  # without random batch-norm weights, all images would have similar logits
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
-    content = network_state(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
+    content = collect_weights_and_config(detector, {**config, "images": images or {}}, torch.zeros(12, 2).long())
     content |= {"settings": {"images": "12 images, 0123", "real_roots": ["/home/me"]}, "progress": {}}
     checkpoints.save_checkpoint(content | {"calibration": calibration}, path)
     return str(path)

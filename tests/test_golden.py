@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_rule import fill_with_golden_weights
+from golden_rule import load_reference_weights
 
 from models.features import STAGES, VGG19, Pixels, VGG19Stage
 from models.losses import compute_perceptual_distance, compute_reconstruction_loss
@@ -37,15 +37,15 @@ def input_images(released_outputs):
 
 
 @pytest.fixture(scope="module")
-def golden_rdn():
-    """Return a full-size RDN with the weights of `golden_tensor`."""
-    return fill_with_golden_weights(RDN())
+def rdn_with_reference_weights():
+    """Return a full-size RDN with the weights of `make_reference_weight`."""
+    return load_reference_weights(RDN())
 
 
 @pytest.fixture(scope="module")
-def golden_vgg():
-    """Return VGG-19 with the weights of `golden_tensor`."""
-    return fill_with_golden_weights(VGG19())
+def vgg_with_reference_weights():
+    """Return VGG-19 with the weights of `make_reference_weight`."""
+    return load_reference_weights(VGG19())
 
 
 def find_features_of_stage(stage, vgg):
@@ -77,8 +77,10 @@ def test_network_weights_have_the_released_names_and_shapes(name, build):
     assert {key: list(value.shape) for key, value in build().state_dict().items()} == expected
 
 
-def test_rdn_and_the_pixel_residual_have_the_released_values(released_outputs, golden_rdn, input_images):
-    detector = ResynthesisDetector(golden_rdn, Pixels(), torch.nn.Identity())
+def test_rdn_and_the_pixel_residual_have_the_released_values(
+    released_outputs, rdn_with_reference_weights, input_images
+):
+    detector = ResynthesisDetector(rdn_with_reference_weights, Pixels(), torch.nn.Identity())
     with torch.inference_mode():
         x_hat = detector.resynthesize(input_images)
         residual = detector.residual(input_images, x_hat)
@@ -87,27 +89,29 @@ def test_rdn_and_the_pixel_residual_have_the_released_values(released_outputs, g
     assert_close(residual[:, :, ::2, ::2], released_outputs["pixel_res"])
 
 
-def test_rdn_with_gradients_has_the_released_output(released_outputs, golden_rdn, input_images):
-    assert_close(golden_rdn(downsample(input_images, 4)).detach(), released_outputs["rdn"])
+def test_rdn_with_gradients_has_the_released_output(released_outputs, rdn_with_reference_weights, input_images):
+    assert_close(rdn_with_reference_weights(downsample(input_images, 4)).detach(), released_outputs["rdn"])
 
 
-def test_rdn_has_22_271_107_parameters_as_in_the_paper(golden_rdn):
-    assert sum(p.numel() for p in golden_rdn.parameters()) == 22_271_107
+def test_rdn_has_22_271_107_parameters_as_in_the_paper(rdn_with_reference_weights):
+    assert sum(p.numel() for p in rdn_with_reference_weights.parameters()) == 22_271_107
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_a_small_rdn_has_the_released_output_at_each_scale(released_outputs, scale):
-    small = fill_with_golden_weights(RDN(scale=scale, **TINY))
+    small = load_reference_weights(RDN(scale=scale, **TINY))
     with torch.inference_mode():
         assert_close(small(released_outputs["tiny_in"]), released_outputs[f"rdn_small_x{scale}"])
     assert read_rdn_scale_and_arguments(small.state_dict(), "file") == (scale, TINY)
 
 
-def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(released_outputs, golden_vgg, input_images):
+def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(
+    released_outputs, vgg_with_reference_weights, input_images
+):
     with torch.inference_mode():
-        together = golden_vgg(input_images, STAGES)
+        together = vgg_with_reference_weights(input_images, STAGES)
         for k in STAGES:
-            alone = golden_vgg(input_images, [k])[k]
+            alone = vgg_with_reference_weights(input_images, [k])[k]
             assert_close(alone[:, ::8], released_outputs[f"vgg_stage{k}"])
             assert torch.equal(together[k], alone)
 
@@ -129,22 +133,26 @@ def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(releas
     ],
 )
 def test_detectors_have_the_released_logits(
-    released_outputs, golden_rdn, golden_vgg, input_images, key, arch, stage, dilated
+    released_outputs, rdn_with_reference_weights, vgg_with_reference_weights, input_images, key, arch, stage, dilated
 ):
-    features = find_features_of_stage(stage, golden_vgg)
-    classifier = fill_with_golden_weights(DeepStemResNet(features.channels, arch, dilated))
-    detector = ResynthesisDetector(golden_rdn, features, classifier).eval()
+    features = find_features_of_stage(stage, vgg_with_reference_weights)
+    classifier = load_reference_weights(DeepStemResNet(features.channels, arch, dilated))
+    detector = ResynthesisDetector(rdn_with_reference_weights, features, classifier).eval()
     with torch.inference_mode():
         assert_close(detector(input_images), released_outputs[key])
     assert read_resnet_name_and_channels(classifier.state_dict(), "file") == (arch, features.channels)
 
 
-def test_the_losses_have_the_released_values(released_outputs, golden_rdn, golden_vgg, input_images):
+def test_the_losses_have_the_released_values(
+    released_outputs, rdn_with_reference_weights, vgg_with_reference_weights, input_images
+):
     with torch.inference_mode():
-        x_hat = golden_rdn(downsample(input_images, 4))
+        x_hat = rdn_with_reference_weights(downsample(input_images, 4))
         assert_close(
-            compute_perceptual_distance(x_hat, input_images, golden_vgg, F.mse_loss), released_outputs["vgg_loss_mse"]
+            compute_perceptual_distance(x_hat, input_images, vgg_with_reference_weights, F.mse_loss),
+            released_outputs["vgg_loss_mse"],
         )
         assert_close(
-            compute_reconstruction_loss(x_hat, input_images, golden_vgg).mean(), released_outputs["aux_loss_l1"]
+            compute_reconstruction_loss(x_hat, input_images, vgg_with_reference_weights).mean(),
+            released_outputs["aux_loss_l1"],
         )

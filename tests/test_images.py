@@ -384,7 +384,7 @@ def test_resizing_keeps_the_aspect_ratio_and_antialiases():
 
 @pytest.mark.parametrize("policy", [SizePolicy(), SizePolicy(3, None, 37), SizePolicy(4, 30), SizePolicy(4, 32, 40)])
 @pytest.mark.parametrize("size", [(64, 64), (65, 127), (201, 50)])
-def test_size_after_predicts_the_size_after_resizing_and_cropping(size, policy):
+def test_compute_final_size_predicts_the_size_after_resizing_and_cropping(size, policy):
     image = resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
     assert compute_final_size(*size, policy) == tuple(image.shape[-2:])
 

@@ -18,7 +18,7 @@ from data.leaks import (
     audit_images,
     compare_attribute_in_classes,
     list_header_attributes,
-    log_quick_audit,
+    run_and_log_quick_leak_audit,
 )
 from data.lists import Item, list_folder_items, list_tree_items
 from utils.labels import FAKE, REAL
@@ -128,7 +128,7 @@ def files_with_sizes(reals, fakes):
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
-def severity_of_sizes(reals, fakes):
+def find_severity_of_size_difference(reals, fakes):
     """Return the severity with which `compare_attribute_in_classes` reports the sizes, or None without a report."""
     finding = compare_attribute_in_classes(files_with_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
@@ -137,7 +137,7 @@ def severity_of_sizes(reals, fakes):
 @pytest.mark.parametrize("real, fake, severity", [(85, 15, LEAK), (80, 35, WARNING), (55, 45, None)])
 def test_a_difference_between_real_and_fake_files_is_a_leak_a_warning_or_ignored_by_its_size(real, fake, severity):
     reals, fakes = ("a" * n + "b" * (100 - n) for n in (real, fake))
-    assert severity_of_sizes(reals, fakes) == severity
+    assert find_severity_of_size_difference(reals, fakes) == severity
 
 
 def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images():
@@ -146,15 +146,15 @@ def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images(
 
 
 def test_a_difference_is_reported_for_five_files_per_class_and_not_for_three():
-    assert severity_of_sizes("aaaaa", "bbbbb") == LEAK
-    assert severity_of_sizes("aaa", "bbb") is None
-    assert severity_of_sizes("a", "b") is severity_of_sizes("", "aaaaa") is None
+    assert find_severity_of_size_difference("aaaaa", "bbbbb") == LEAK
+    assert find_severity_of_size_difference("aaa", "bbb") is None
+    assert find_severity_of_size_difference("a", "b") is find_severity_of_size_difference("", "aaaaa") is None
 
 
 @pytest.mark.parametrize("count, values", [(5, 2), (30, 2), (30, 200), (300, 5), (300, 1000)])
 def test_random_differences_between_real_and_fake_files_are_not_reported(count, values):
     rng = np.random.default_rng(2)
-    findings = [severity_of_sizes(*rng.integers(0, values, (2, count))) for _ in range(40)]
+    findings = [find_severity_of_size_difference(*rng.integers(0, values, (2, count))) for _ in range(40)]
     assert sum(finding is not None for finding in findings) <= 1
 
 
@@ -215,7 +215,7 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
     if not labelled:
         sets = [[item._replace(label=None) for item in items] for items in sets]
     with caplog.at_level("INFO"):
-        log_quick_audit(*sets)
+        run_and_log_quick_leak_audit(*sets)
     assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * len(leaks)
     assert all(f"LEAK: {leak}" in caplog.text for leak in leaks)
     assert all("\n" not in record.getMessage() for record in caplog.records)

@@ -155,13 +155,13 @@ def test_a_wrong_option_gives_one_error_line_and_exit_status_2(program, wrong, c
 
 
 def test_a_number_outside_the_limits_of_its_option_is_refused():
-    parse = options.number_type(float, 0, 1)
+    parse = options.create_number_type(float, 0, 1)
     assert (parse("0"), parse("0.5"), parse("1")) == (0, 0.5, 1)
     for text in ("-0.1", "1.1", "nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 1"):
             parse(text)
     with pytest.raises(argparse.ArgumentTypeError):
-        options.number_type(float)("inf")
+        options.create_number_type(float)("inf")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_rule import fill_with_golden_weights
+from golden_rule import load_reference_weights
 from PIL import Image
 from processes import send_signal_in_batch, start_program, wait_for_exit
 from scorings import (
@@ -37,13 +37,13 @@ def stage5_flags(tmp_path_factory, shrink_resnet18):
     Returns the flags with which test.py loads the detector.
     """
     folder = tmp_path_factory.mktemp("stage5")
-    torch.save(fill_with_golden_weights(VGG19()).state_dict(), folder / "vgg19.pth")
+    torch.save(load_reference_weights(VGG19()).state_dict(), folder / "vgg19.pth")
     torch.save(
-        fill_with_golden_weights(RDN(num_features=8, growth_rate=8, num_blocks=1, num_layers=2)).state_dict(),
+        load_reference_weights(RDN(num_features=8, growth_rate=8, num_blocks=1, num_layers=2)).state_dict(),
         folder / "rdn.pth",
     )
     torch.save(
-        {"state_dict": fill_with_golden_weights(DeepStemResNet(512, "resnet18")).state_dict()}, folder / "detector.pth"
+        {"state_dict": load_reference_weights(DeepStemResNet(512, "resnet18")).state_dict()}, folder / "detector.pth"
     )
     files = ["--resume", folder / "detector.pth", "--sr-weights-file", folder / "rdn.pth"]
     return [*files, "--vgg-weights", folder / "vgg19.pth", "--idx-stages", 5, "--no_dilation"]

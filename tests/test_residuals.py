@@ -126,7 +126,7 @@ CONFIG = {
 }
 
 
-def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
+def make_cache_folder(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
     """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
     key = residual_cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
     return create_cache_folder(root, key)
@@ -147,14 +147,14 @@ def cache_folder_for(root, policy=SizePolicy(4), precision="fp32", features_fing
     ],
 )
 def test_changing_a_setting_of_the_residual_changes_the_folder_of_the_cache(tmp_path, change):
-    assert cache_folder_for(tmp_path) == cache_folder_for(tmp_path) != cache_folder_for(tmp_path, **change)
+    assert make_cache_folder(tmp_path) == make_cache_folder(tmp_path) != make_cache_folder(tmp_path, **change)
 
 
 @pytest.mark.parametrize("module", ["torch", "PIL", "numpy"])
 def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_path, monkeypatch, module):
-    before = cache_folder_for(tmp_path)
+    before = make_cache_folder(tmp_path)
     monkeypatch.setattr(f"{module}.__version__", "0")
-    assert cache_folder_for(tmp_path) != before
+    assert make_cache_folder(tmp_path) != before
 
 
 # --- which images are cached, and filling the cache ---------------------------------------------------------

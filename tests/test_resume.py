@@ -15,7 +15,7 @@ import pytest
 import torch
 from files import cut_file_in_half, expect_user_error, save_image
 from processes import (
-    delay_loops,
+    delay_progress_loops,
     hold_lock_in_process,
     kill_during_save,
     send_signal_in_loop,
@@ -509,7 +509,7 @@ def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(t
 
 def delay_cache_and_send_sigterm():
     """Make filling the residual cache 12 s slower, and send SIGTERM in training step 9."""
-    delay_loops("residuals", 12)
+    delay_progress_loops("residuals", 12)
     send_signal_in_loop("epoch", 9, signal.SIGTERM)
 
 

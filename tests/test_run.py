@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from files import expect_user_error, read_files_and_folders
+from files import expect_user_error, read_file_contents_by_path
 
 from utils.compute import choose_device, choose_device_and_precision
 from utils.console import format_text_table, printable, progress_bar
@@ -86,7 +86,7 @@ def test_an_atomic_file_is_written_completely_or_not_at_all(tmp_path):
     with pytest.raises(KeyError), write_atomically(path) as file:
         file.write(b"half")
         raise KeyError
-    assert read_files_and_folders(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
+    assert read_file_contents_by_path(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
 
 
 def test_an_atomic_file_has_the_permissions_of_the_umask(tmp_path):
@@ -106,7 +106,7 @@ def test_an_atomic_write_to_a_symbolic_link_keeps_the_link_and_replaces_its_targ
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
 
-def test_remove_unfinished_deletes_only_temporary_files_of_the_given_names(tmp_path):
+def test_remove_unfinished_files_deletes_only_temporary_files_of_the_given_names(tmp_path):
     kept = {".user.tmp", ".user.12.tmp", ".last.pth.12.partial", ".p.csv.0-of-1.part", "last.pth.12.tmp", "last.pth"}
     for name in (*kept, ".last.pth.12.tmp", ".epoch_3.pth.345.tmp"):
         (tmp_path / name).touch()
@@ -127,10 +127,10 @@ def test_the_error_for_a_folder_that_cannot_be_created_names_the_folder(tmp_path
 def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_path, content):
     path = tmp_path / ".lock"
     path.mkdir() if content is None else path.write_bytes(content)
-    before = read_files_and_folders(tmp_path)
+    before = read_file_contents_by_path(tmp_path)
     with expect_user_error(".lock", "not a lock file"), hold_lock_file(path, World()):
         pass
-    assert read_files_and_folders(tmp_path) == before
+    assert read_file_contents_by_path(tmp_path) == before
 
 
 def test_a_lock_file_exists_only_during_its_block(tmp_path):
@@ -180,7 +180,7 @@ def restore_pytorch_settings():
 
 @pytest.mark.usefixtures("restore_pytorch_settings")
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_choose_compute_sets_the_deterministic_settings_of_pytorch(deterministic):
+def test_choose_device_and_precision_sets_the_deterministic_settings_of_pytorch(deterministic):
     compute = choose_device_and_precision("cpu", "auto", deterministic, seed=1)
     assert str(compute) == "fp32 on cpu" and torch.initial_seed() == 1
     assert torch.are_deterministic_algorithms_enabled() == deterministic

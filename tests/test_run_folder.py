@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from files import cut_file_in_half, expect_user_error, read_files_and_folders
+from files import cut_file_in_half, expect_user_error, read_file_contents_by_path
 from processes import kill_during_save, send_signal_in_loop, start_program, wait_for_exit
 from trainings import read_checkpoint, read_stats, run_training, train_detector_arguments, train_sr_arguments
 
@@ -82,61 +82,61 @@ def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_reco
         (tmp_path / name / "events.out.tfevents.1").write_bytes(b"events")
     else:
         (tmp_path / name).write_text("{}")
-    before = read_files_and_folders(tmp_path)
+    before = read_file_contents_by_path(tmp_path)
     monkeypatch.chdir(tmp_path)
     with expect_user_error(name, "not recorded"):
         run_training(train_detector_arguments(training_files, ".", f"{FLAGS} {flags}"))
-    assert read_files_and_folders(tmp_path) == before
+    assert read_file_contents_by_path(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["epoch_2.pth", "best.pth", "config.json", "stats.jsonl"])
 def test_train_sr_refuses_and_keeps_an_output_file_that_is_not_in_the_record(training_files, tmp_path, name):
     write_user_files(tmp_path / "x2")
     torch.save(RDN(2).state_dict(), tmp_path / "x2" / name)
-    before = read_files_and_folders(tmp_path)
+    before = read_file_contents_by_path(tmp_path)
     with expect_user_error(name, "not recorded"):
         run_training(train_sr_arguments(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0 --overwrite"))
-    assert read_files_and_folders(tmp_path) == before
+    assert read_file_contents_by_path(tmp_path) == before
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", "not JSON", '{"format": "another", "files": ["stats.jsonl"]}'])
 def test_an_output_folder_whose_record_has_another_format_is_refused_and_unchanged(training_files, tmp_path, record):
     (tmp_path / RECORD).write_text(record)
     (tmp_path / STATS).write_text("1\n")
-    before = read_files_and_folders(tmp_path)
+    before = read_file_contents_by_path(tmp_path)
     with expect_user_error(RECORD, "not recorded"):
         run_training(train_detector_arguments(training_files, tmp_path, f"{FLAGS} --overwrite"))
-    assert read_files_and_folders(tmp_path) == before
+    assert read_file_contents_by_path(tmp_path) == before
 
 
 def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder(training_files, tmp_path):
     write_user_files(tmp_path)
-    before = read_files_and_folders(tmp_path)
+    before = read_file_contents_by_path(tmp_path)
     for flags in ("", "--overwrite", "--resume auto --epochs 2"):
         run_training(train_detector_arguments(training_files, tmp_path, f"{FLAGS} {flags}"))
-        after = read_files_and_folders(tmp_path)
+        after = read_file_contents_by_path(tmp_path)
         assert {name: after.get(name) for name in before} == before
 
 
 def test_a_resumed_run_does_not_replace_a_file_of_the_user(training_files, copied_run_folder):
     """The resumed training would write 0003.pth.tar after the third epoch, but a file with this name exists."""
     (copied_run_folder / "0003.pth.tar").write_text("mine")
-    before = read_files_and_folders(copied_run_folder)
+    before = read_file_contents_by_path(copied_run_folder)
     with expect_user_error("0003.pth.tar", "not recorded"):
         run_training(
             train_detector_arguments(
                 training_files, copied_run_folder, "--fixed-sr --epochs 3 --no-cache --resume auto"
             )
         )
-    assert read_files_and_folders(copied_run_folder) == before
+    assert read_file_contents_by_path(copied_run_folder) == before
 
 
 def test_train_detector_does_not_replace_a_run_of_train_sr(training_files, tmp_path):
     run_training(train_sr_arguments(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0"))
-    before = read_files_and_folders(tmp_path)
+    before = read_file_contents_by_path(tmp_path)
     with expect_user_error("another program"):
         run_training(train_detector_arguments(training_files, tmp_path / "x2", f"{FLAGS} --overwrite"))
-    assert read_files_and_folders(tmp_path) == before
+    assert read_file_contents_by_path(tmp_path) == before
 
 
 def test_the_record_names_every_file_that_a_training_has_written(training_files, tmp_path):
@@ -171,7 +171,7 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
 
     The flag --init names a checkpoint of the earlier training.
     """
-    before = {name: data for name, data in read_files_and_folders(copied_run_folder).items() if name != RECORD}
+    before = {name: data for name, data in read_file_contents_by_path(copied_run_folder).items() if name != RECORD}
     arguments = train_detector_arguments(
         training_files,
         copied_run_folder,
@@ -198,7 +198,7 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
         with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space"):
             patch.setattr(torch, "save", raise_disk_full)
             run_training(arguments)
-    after = read_files_and_folders(copied_run_folder)
+    after = read_file_contents_by_path(copied_run_folder)
     assert {name: after.get(name) for name in before} == before
     run_training(
         train_detector_arguments(
@@ -209,19 +209,19 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
     )
     assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 1
     assert "val_auroc" not in read_stats(copied_run_folder)[0]  # the new training has no validation images
-    assert not set(before) & {name for name in read_files_and_folders(copied_run_folder) if "tfevents" in name}
+    assert not set(before) & {name for name in read_file_contents_by_path(copied_run_folder) if "tfevents" in name}
 
 
 def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_state(training_files, tmp_path):
     """The new training starts from best.pth of the earlier training, and fails because no image can be decoded."""
     out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
     run_training(train_sr_arguments(training_files, out, f"{flags} 2"))
-    before = {name: data for name, data in read_files_and_folders(out / "x2").items() if name.endswith(".pth")}
+    before = {name: data for name, data in read_file_contents_by_path(out / "x2").items() if name.endswith(".pth")}
     assert {"best.pth", "last.pth", "epoch_1.pth"} <= before.keys()
     again = f"{flags} 1 --overwrite --weights-file {out}/x2/best.pth"
     with expect_user_error("--skip-bad"):
         run_training(train_sr_arguments(copy_files_with_damaged_images(training_files, tmp_path), out, again))
-    after = read_files_and_folders(out / "x2")
+    after = read_file_contents_by_path(out / "x2")
     assert {name: after.get(name) for name in before} == before
     run_training(train_sr_arguments(training_files, out, again))
     assert read_checkpoint(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
@@ -264,19 +264,19 @@ def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(training_fi
     folder.mkdir()
     torch.save(released, folder / "0020.pth.tar")
     shutil.copy(copied_run_folder / "0001_sr.pth.tar", folder / "0020_sr.pth.tar")
-    before = read_files_and_folders(folder)
+    before = read_file_contents_by_path(folder)
     weights = f"--init {folder}/0020.pth.tar --sr-weights-file {folder}/0020_sr.pth.tar"
     for flags in ("", "--overwrite", f"--overwrite {weights}", f"{weights} --resume auto"):
         with expect_user_error("0020", "not recorded"):
             run_training(train_detector_arguments(training_files, folder, f"{FLAGS} {flags}"))
-        assert read_files_and_folders(folder) == before
+        assert read_file_contents_by_path(folder) == before
 
 
 def test_an_output_folder_with_a_run_is_refused_without_resume_or_overwrite(training_files, copied_run_folder):
-    before = read_files_and_folders(copied_run_folder)
+    before = read_file_contents_by_path(copied_run_folder)
     with expect_user_error("holds a run already", "--resume auto", "--overwrite"):
         run_training(train_detector_arguments(training_files, copied_run_folder, FLAGS))
-    assert read_files_and_folders(copied_run_folder) == before
+    assert read_file_contents_by_path(copied_run_folder) == before
 
 
 def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed_and_the_link_is_kept(

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from files import write_empty_files
-from golden_rule import fill_with_golden_weights
+from golden_rule import load_reference_weights
 from PIL import Image
 
 from evaluation.score_table import read_table
@@ -444,9 +444,9 @@ def write_block_images(folder: Path, count: int, cell: int) -> None:
 def test_the_test_script_gives_the_logits_of_the_released_network(project_copy):
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
     (project_copy / "pretrained_models").mkdir()
-    classifier = fill_with_golden_weights(DeepStemResNet(3)).state_dict()
+    classifier = load_reference_weights(DeepStemResNet(3)).state_dict()
     torch.save({"arch": "resnet50", "state_dict": classifier}, project_copy / PIXEL_DETECTOR)
-    torch.save(fill_with_golden_weights(RDN()).state_dict(), project_copy / RDN_FILE)
+    torch.save(load_reference_weights(RDN()).state_dict(), project_copy / RDN_FILE)
     for folder, pixels in zip(("CelebA", "CelebA_StyleGAN"), golden["image"], strict=True):
         (project_copy / "data" / folder).mkdir(parents=True)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(project_copy / "data" / folder / "a.png")

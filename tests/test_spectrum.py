@@ -11,7 +11,7 @@ from evaluation import load
 from models.features import Pixels
 from models.rdn import RDN
 from models.resynthesis import ResynthesisDetector
-from models.spectrum import ChannelPowerClassifier, SpectrumClassifier, reflect_to_side
+from models.spectrum import ChannelPowerClassifier, SpectrumClassifier, pad_by_reflection
 
 
 @pytest.mark.parametrize("size", [(3, 40, 70), (3, 16, 16), (3, 7, 33), (64, 16, 20), (512, 5, 5), (3, 1, 9)])
@@ -54,9 +54,9 @@ def test_the_channel_power_classifier_ignores_contrast_and_notices_one_stronger_
     assert (classifier(stronger) - classifier(residual)).abs().min() > 1e-3
 
 
-def test_pad_to_reflects_a_small_map_until_it_has_the_required_size():
+def test_pad_by_reflection_extends_a_small_map_to_the_required_size():
     x = torch.arange(3.0).view(1, 1, 1, 3)
-    padded = reflect_to_side(x, 6)
+    padded = pad_by_reflection(x, 6)
     assert padded.shape == (1, 1, 6, 6)
     assert padded[0, 0, 0].tolist() == [0, 1, 2, 1, 0, 1]
 

@@ -100,17 +100,19 @@ def test_adamw_uses_the_given_weight_decay_for_all_parameters():
 
 
 def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epochs_0_and_1():
-    factors = [train_detector.released_rate_factor(5, epoch) for epoch in range(5)]
+    factors = [train_detector.compute_authors_learning_rate_factor(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
-    assert train_detector.released_rate_factor(1, 0) == 1.0
+    assert train_detector.compute_authors_learning_rate_factor(1, 0) == 1.0
 
 
 def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
     steps = train_sr.Schedule("steps", 10, 0.5, 2)
-    assert [steps.rate_factor(epochs) for epochs in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
+    assert [steps.compute_learning_rate_factor(epochs) for epochs in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
     cosine = train_sr.Schedule("cosine", 100, 0.5, 2)
-    assert [cosine.rate_factor(epochs) for epochs in (0, 1.5, 3, 51.5, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert [cosine.compute_learning_rate_factor(epochs) for epochs in (0, 1.5, 3, 51.5, 100)] == pytest.approx(
+        [0, 0.5, 1, 0.5, 0]
+    )
 
 
 # --- the losses of end-to-end training ----------------------------------------------------------------------

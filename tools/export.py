@@ -75,7 +75,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for flag, path in (("--out", args.out), ("--check", args.check)):
         if path and path.suffix not in GRAPH_SUFFIXES:
             parser.error(f"{flag}: expected a file name that ends in {' or '.join(GRAPH_SUFFIXES)}, got {path}")
-    if args.bundle and not checkpoints.is_bundle(args.bundle):
+    if args.bundle and not checkpoints.is_safetensors_path(args.bundle):
         parser.error(f"--bundle: expected a file name that ends in .safetensors, got {args.bundle}")
     if args.scores and not args.bundle:
         parser.error("--scores needs --bundle FILE.safetensors, because only bundles contain a model card")

@@ -150,7 +150,7 @@ def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores])
     baseline = {}
     if clean:
         baseline = {name: measured["auroc"] for name, measured in clean[0].summary["generators"].items()}
-    return draw_as_data_uri(figures.draw_robustness, curves, baseline)
+    return draw_as_data_uri(figures.draw_auroc_by_perturbation_strength, curves, baseline)
 
 
 def draw_as_data_uri(figure: Callable, *content) -> str:

@@ -130,7 +130,7 @@ def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
     Raises:
         UserError: if the score table does not contain one of the generators.
     """
-    summary = compute_file_metrics(entry.scores, intervals)
+    summary = compute_metrics_of_score_table(entry.scores, intervals)
     names = entry.generators or tuple(summary["generators"])
     for name in names:
         if name not in summary["generators"]:
@@ -140,6 +140,6 @@ def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
 
 
 @functools.cache
-def compute_file_metrics(path: Path, intervals: bool) -> dict:
+def compute_metrics_of_score_table(path: Path, intervals: bool) -> dict:
     """Compute all metrics of a score table. intervals: whether to compute bootstrap intervals, which takes long."""
     return metrics.summarize_scores(read_table(path), metrics.RESAMPLES if intervals else 0)

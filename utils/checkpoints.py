@@ -60,8 +60,8 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     try:
         with write_atomically(path) as file:
             recorder = _ErrorRecorder(file)
-            if is_bundle(path):
-                recorder.write(_pack_bundle(content))
+            if is_safetensors_path(path):
+                recorder.write(_convert_to_safetensors_bytes(content))
             else:
                 torch.save(content, recorder)
             if recorder.error:
@@ -100,7 +100,11 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
         found = "a folder" if path.is_dir() else "nothing"
         raise UserError(f"expected a checkpoint at {name}, found {found}: train a network first, or give another path")
     try:
-        content = _read_bundle(path) if is_bundle(path) else torch.load(path, map_location="cpu", weights_only=True)
+        content = (
+            _read_safetensors_file(path)
+            if is_safetensors_path(path)
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (UserError, PermissionError):
         raise
     except Exception as error:  # torch.load raises many types of exceptions, from EOFError to UnpicklingError
@@ -256,13 +260,13 @@ class Fields:
                 raise self._make_error(key, f"must be one of {', '.join(choices)}")
         return value
 
-    def get_fields(self, key: str) -> "Fields":
+    def get_nested_fields(self, key: str) -> "Fields":
         """Return the dictionary under `key`. A missing dictionary counts as empty."""
         return Fields(self.values.get(key), self.file, self._full_key(key))
 
     def get_arguments(self, key: str) -> dict[str, object]:
         """Return the dictionary of a network's keyword arguments under `key`. Its keys must be Python identifiers."""
-        values = self.get_fields(key).values
+        values = self.get_nested_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
                 raise self._make_error(key, "must have identifiers as keys")
@@ -305,12 +309,12 @@ def _describe_value(value: object) -> str:
 # --- bundles ------------------------------------------------------------------------------------------------
 
 
-def is_bundle(path: str | os.PathLike) -> bool:
+def is_safetensors_path(path: str | os.PathLike) -> bool:
     """Return whether `path` is the path of a bundle, which ends in .safetensors."""
     return os.fspath(path).endswith(".safetensors")
 
 
-def _pack_bundle(content: Mapping) -> bytes:
+def _convert_to_safetensors_bytes(content: Mapping) -> bytes:
     """Convert the content of a checkpoint to the bytes of a bundle.
 
     Args:
@@ -331,8 +335,8 @@ def _pack_bundle(content: Mapping) -> bytes:
     return _import_safetensors().torch.save(tensors, metadata)
 
 
-def _read_bundle(path: Path) -> dict:
-    """Read a bundle, and return the content that was given to `_pack_bundle`.
+def _read_safetensors_file(path: Path) -> dict:
+    """Read a bundle, and return the content that was given to `_convert_to_safetensors_bytes`.
 
     Raises:
         UserError: if the bundle has a different format version, or if its content has changed since it was written.

@@ -20,7 +20,7 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
-def wait_for_report_of_main_process() -> None:
+def wait_while_main_process_prints_error() -> None:
     """Wait in every process except the main process, so that an error of all processes is printed only once.
 
     A user's mistake usually raises an error in all processes. While the other processes wait, the main process prints

@@ -35,7 +35,7 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def world_from_environment() -> World:
+def read_rank_and_world_size() -> World:
     """Read the environment variables RANK and WORLD_SIZE, which torchrun sets.
 
     If neither variable is set, this process is the only process of the run.
@@ -88,7 +88,7 @@ def connect_processes(device_type: str) -> Iterator[World]:
     Raises:
         UserError: if the environment variables of torchrun are incomplete.
     """
-    world = world_from_environment()
+    world = read_rank_and_world_size()
     if world.size > 1:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
         # When torchrun restarts processes, its key-value store keeps old entries. The prefix hides the old entries.

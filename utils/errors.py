@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.console import is_main_process, printable, wait_for_report_of_main_process
+from utils.console import is_main_process, printable, wait_while_main_process_prints_error
 from utils.signals import Stopped
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         message = _message_for_user(error)
         if message is None:
             raise
-        wait_for_report_of_main_process()
+        wait_while_main_process_prints_error()
         logger.error("error: %s", printable(" ".join(message.split())))
         return EXIT_MISTAKE
 

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.console import is_main_process, wait_for_report_of_main_process
+from utils.console import is_main_process, wait_while_main_process_prints_error
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -36,7 +36,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
 
     def error(self, message: str):
-        wait_for_report_of_main_process()
+        wait_while_main_process_prints_error()
         self.exit(2, f"error: {message}; {self.prog} --help lists the options\n")
 
 
@@ -80,7 +80,7 @@ def parse_value(text: str) -> int | float | bool | str:
     return text
 
 
-def number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+def create_number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """Create an argparse type for finite numbers from `low` to `high`.
 
     Args:
@@ -105,13 +105,13 @@ def parse_perturbation(text: str) -> tuple[str, float | None]:
     The module data.perturbations checks the name later.
     """
     name, equals, strength = text.partition("=")
-    return name, number_type(float)(strength) if equals else None
+    return name, create_number_type(float)(strength) if equals else None
 
 
-integer_from_0 = number_type(int, 0)
-integer_from_1 = number_type(int, 1)
-float_from_0 = number_type(float, 0)
-fraction = number_type(float, 0, 1)
+integer_from_0 = create_number_type(int, 0)
+integer_from_1 = create_number_type(int, 1)
+float_from_0 = create_number_type(float, 0)
+fraction = create_number_type(float, 0, 1)
 
 
 def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
@@ -128,7 +128,7 @@ def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs:
 # --- options of several programs ----------------------------------------------------------------------------
 
 
-def add_run_options(parser: Parser) -> None:
+def add_vgg_and_compute_options(parser: Parser) -> None:
     """Add options on VGG-19 weights, device, workers, precision and random numbers."""
     add_vgg_options(parser)
     add = parser.add_argument_group("run").add_argument
@@ -181,7 +181,7 @@ def add_detector_options(parser: Parser) -> None:
         " (default: as in the checkpoint, else pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the features that --features names, such as stage=3 for vgg19")  # fmt: skip
-    add("--idx-stages", dest="stage", type=number_type(int, 0, 5), metavar="0..5",
+    add("--idx-stages", dest="stage", type=create_number_type(int, 0, 5), metavar="0..5",
         help="flag of the authors' code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
         " layer relu1_1 to relu5_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
@@ -258,7 +258,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     add_flags_without_effect(group, "--skip-nonfinite")
 
 
-def add_released_options(parser: Parser) -> None:
+def add_ignored_options_of_authors(parser: Parser) -> None:
     """Add flags of the authors' train.py and test.py that are accepted but have no effect."""
     group = parser.add_argument_group("released")
     add_flags_without_effect(
@@ -274,7 +274,7 @@ def add_released_options(parser: Parser) -> None:
 def train_sr_parser() -> Parser:
     """Create the argument parser of train_sr.py."""
     parser = Parser("train_sr.py", "Train the re-synthesizer: super-resolution on REAL images only.")
-    add_run_options(parser)
+    add_vgg_and_compute_options(parser)
     add_resynthesizer_options(parser)
     add_training_options(parser, batch_size=12, lr=1e-4, schedule="steps", output="--outputs-dir")
     add = parser.add_argument_group("training").add_argument
@@ -315,12 +315,12 @@ def train_detector_parser() -> Parser:
     """Create the argument parser of train_detector.py."""
     text = "Train the detector on re-synthesis residuals: classifier only (--fixed-sr), or end to end."
     parser = Parser("train_detector.py", text)
-    add_run_options(parser)
+    add_vgg_and_compute_options(parser)
     add_image_options(parser)
     add_resynthesizer_options(parser)
     add_detector_options(parser)
     add_training_options(parser, batch_size=10, lr=1e-2, schedule="released", output="--output-path")
-    add_released_options(parser)
+    add_ignored_options_of_authors(parser)
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--output-path", default="output", metavar="DIR", help="output folder (default: %(default)s)")
@@ -383,11 +383,11 @@ def _add_memory_and_time_options(parser: Parser) -> None:
 def test_parser() -> Parser:
     """Create the argument parser of test.py."""
     parser = Parser("test.py", "Score images: labelled images with metrics, or any files and folders (--input).")
-    add_run_options(parser)
+    add_vgg_and_compute_options(parser)
     add_image_options(parser)
     add_resynthesizer_options(parser)
     add_detector_options(parser)
-    add_released_options(parser)
+    add_ignored_options_of_authors(parser)
     group = parser.add_argument_group("test")
     add = group.add_argument
     add("--resume", metavar="FILE", help="checkpoint of the detector")
@@ -406,7 +406,7 @@ def test_parser() -> Parser:
         help="number of images per batch (default: as many images as have 1024 x 1024 pixels together)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if P.csv or an unfinished run holds scores")  # fmt: skip
-    add("--tile", type=number_type(int, 64), default=1024, metavar="N",
+    add("--tile", type=create_number_type(int, 64), default=1024, metavar="N",
         help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
         " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",

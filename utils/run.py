@@ -47,7 +47,7 @@ def read_starting_checkpoint(
         UserError: if several state files exist for `--resume auto`, or if a file cannot be read.
     """
     if resume == "auto":
-        resume = _find_only_state(states)
+        resume = _find_single_state_file(states)
     if resume or init:
         logger.info("starting from %s", printable(resume or init))
     origin = read_checkpoint(resume or init)
@@ -59,7 +59,7 @@ def read_starting_checkpoint(
     return origin, None
 
 
-def _find_only_state(states: Sequence[Path]) -> str | None:
+def _find_single_state_file(states: Sequence[Path]) -> str | None:
     """Return the only existing file of `states`, or None if no file exists.
 
     Raises:
@@ -110,7 +110,7 @@ class Run(contextlib.AbstractContextManager):
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # imported here, because the import takes seconds
 
-            folder.begin_run(about, self.first_epoch)
+            folder.write_config_and_trim_stats(about, self.first_epoch)
             self.writer = SummaryWriter(str(folder.path / EVENTS), purge_step=self.first_epoch + 1)
 
     def __enter__(self) -> "Run":
@@ -136,7 +136,7 @@ class Run(contextlib.AbstractContextManager):
 
     # --- saving
 
-    def make_state(self) -> dict:
+    def collect_run_state(self) -> dict:
         """Return the state of the run: everything that is needed to use the networks and to continue the training.
 
         The entry "epoch" is the number of finished epochs.
@@ -147,7 +147,7 @@ class Run(contextlib.AbstractContextManager):
     def save_state(self) -> None:
         """Write the state of the run to last.pth or last.pth.tar."""
         if self.world.is_main:
-            self._save_as_last_state(self.make_state())
+            self._save_as_last_state(self.collect_run_state())
         self.saved_at = time.monotonic()
 
     def _save_as_last_state(self, state: dict) -> None:
@@ -201,19 +201,19 @@ class Run(contextlib.AbstractContextManager):
             self.epoch_began, self.first_step = time.monotonic(), self.progress.step
         usable = None  # the last batch that held enough images
         for batch in console.progress_bar(loader, description):
-            self._report_errors(batch.errors)
+            self._report_image_errors(batch.errors)
             if len(batch.x) >= max(min_images, 1):
                 usable = batch
                 yield batch
             else:
                 errors = self._log_images_of_small_batch(batch, min_images)
                 if training and self.world.size > 1:
-                    yield _repeat_images(usable or batch, min_images)._replace(errors=errors)
+                    yield _fill_batch_by_repetition(usable or batch, min_images)._replace(errors=errors)
                 elif training:
                     self.progress.count_skipped_batch(len(errors))
             self._save_state_if_due(training)
 
-    def _report_errors(self, errors: Mapping[int, str]) -> None:
+    def _report_image_errors(self, errors: Mapping[int, str]) -> None:
         """Log each new error of an image that cannot be used. Without --skip-bad, raise a UserError instead."""
         for text in errors.values():
             if text in self.reported:
@@ -255,7 +255,7 @@ class Run(contextlib.AbstractContextManager):
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
-        self._record_epoch(values)
+        self._write_values_of_epoch(values)
         progress = self.progress
         progress.start_next_epoch()
         value = values.get(score)
@@ -270,7 +270,7 @@ class Run(contextlib.AbstractContextManager):
             progress.best = value
         if not self.world.is_main or not (is_best or numbered):
             return
-        state = self.make_state()
+        state = self.collect_run_state()
         if is_best:
             self.folder.save_checkpoint(self.folder.best.name, state)
         if numbered:
@@ -298,7 +298,7 @@ class Run(contextlib.AbstractContextManager):
         for _, path in sorted(found)[:-keep]:
             self.folder.delete_file(path)
 
-    def _record_epoch(self, values: Mapping[str, float | None]) -> None:
+    def _write_values_of_epoch(self, values: Mapping[str, float | None]) -> None:
         """Write the values of an epoch to stats.jsonl, TensorBoard and the log."""
         minutes = self._estimate_minutes_left()
         self.epoch_began = None
@@ -344,7 +344,7 @@ class Run(contextlib.AbstractContextManager):
             self.writer.add_images(name, images.detach().float().clamp(0, 1).cpu(), finished)
 
 
-def _repeat_images(batch, min_images: int):
+def _fill_batch_by_repetition(batch, min_images: int):
     """Repeat the images of a batch until there are at least `min_images`, and set their weights to 0.
 
     Because of the weights, the images contribute nothing to the gradients.

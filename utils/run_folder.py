@@ -44,7 +44,7 @@ class RunFolder:
         self.replacing = False  # whether the files of an earlier run must be deleted after the first save
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files of the earlier run that must be deleted
 
-    def check_and_open(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
+    def check_if_run_may_write(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
         """Read the list of written files, and check whether the run may write into the folder.
 
         Args:
@@ -81,7 +81,7 @@ class RunFolder:
         self.replaced = earlier
         return None
 
-    def begin_run(self, about: Mapping, first_epoch: int) -> None:
+    def write_config_and_trim_stats(self, about: Mapping, first_epoch: int) -> None:
         """Write config.json, and remove the records of epochs that this run trains again.
 
         Args:
@@ -91,7 +91,7 @@ class RunFolder:
         remove_unfinished_files(self.path, self._pattern_of_recorded_names())
         self.record = {**about, "versions": package_versions(), "format": RECORD_FORMAT}
         self.files |= {RECORD, STATS, EVENTS}
-        self._write_record()
+        self._write_config_json()
         events = sorted(self.path.glob(f"{EVENTS}/events.out.tfevents.*"))
         if self.continued:
             self._keep_stats_of_first_epochs(first_epoch)
@@ -121,7 +121,7 @@ class RunFolder:
         """
         if name not in self.files:
             self.files.add(name)
-            self._write_record()
+            self._write_config_json()
         checkpoints.save_checkpoint(content, self.path / name)
         if self.path / name in self.replaced:
             self.replaced.remove(self.path / name)
@@ -138,9 +138,9 @@ class RunFolder:
         """Delete a file of a run, and remove the name of the file from config.json."""
         path.unlink(missing_ok=True)
         self.files.discard(path.name)
-        self._write_record()
+        self._write_config_json()
 
-    def _write_record(self) -> None:
+    def _write_config_json(self) -> None:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
     def _read_recorded_files(self) -> set[str]:
@@ -185,7 +185,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
     folder = RunFolder(last)
     make_folder(folder.path)
     with hold_lock_file(folder.path / ".lock", world):
-        refusal = folder.check_and_open(resumed, overwrite) if world.is_main else None
+        refusal = folder.check_if_run_may_write(resumed, overwrite) if world.is_main else None
         refusal = broadcast_from_main(refusal, world)
         if refusal:
             raise UserError(refusal)

@@ -95,7 +95,7 @@ class Progress:
         self.epoch = fields.get_integer("epoch")
         self.step = fields.get_integer("step")
         self.total_steps = fields.get_integer("total_steps")
-        sums = fields.get_fields("sums")
+        sums = fields.get_nested_fields("sums")
         self.sums = {name: sums.get_number(name) for name in sums.values}
         self.best = fields.get_number("best", default=None)
         self.left_out = fields.get_integer("left_out", default=0)
@@ -246,7 +246,7 @@ class Stepper:
         if resumed is None:
             return
         content = Fields(resumed.content, resumed.name)
-        earlier = content.get_fields("settings")
+        earlier = content.get_nested_fields("settings")
         optimizer, present = earlier.get_text("optimizer", default="sgd"), settings.get("optimizer", "sgd")
         if optimizer != present:
             raise UserError(
@@ -255,7 +255,7 @@ class Stepper:
             )
         self._load_optimizer_state(resumed)
         self.set_learning_rates(1.0)
-        self.progress.load_state(content.get_fields("progress"))
+        self.progress.load_state(content.get_nested_fields("progress"))
         warn_about_changed_settings(earlier.values, settings, self.progress)
 
     def _load_optimizer_state(self, resumed: Checkpoint) -> None:

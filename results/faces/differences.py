@@ -25,7 +25,7 @@ NETWORKS = ("rdn", "bicubic", "none")  # re-synthesizers; "bicubic" and "none" a
 RESAMPLES = 1000
 
 
-def read_cell_scores(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+def read_scores_of_study_setting(cell: str) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
     """Read the score tables of one setting (cell) of the study, for all networks and seeds.
 
     Returns:
@@ -73,7 +73,7 @@ def compare_auroc(scores: dict[str, np.ndarray], control: str, is_fake: np.ndarr
 def main(cells: Sequence[str]) -> None:
     sys.stdout.write("| AUROC, points | test images | RDN - bicubic | RDN - none |\n| --- | --- | --: | --: |\n")
     for cell in cells:
-        scores, is_fake, generators = read_cell_scores(cell)
+        scores, is_fake, generators = read_scores_of_study_setting(cell)
         for generator, rows in generators.items():
             subset = {network: values[:, rows] for network, values in scores.items()}
             cells_of_row = []
