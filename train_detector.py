@@ -164,7 +164,7 @@ def main(args: Namespace) -> None:
             if not args.fixed_resynthesizer:
                 write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
-            run.end_epoch(values, "val_auroc", make_numbered_checkpoints if due else None)
+            run.end_epoch(values, "val_auroc", make_checkpoints_of_epoch if due else None)
 
 
 def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
@@ -574,7 +574,7 @@ def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trai
     }
 
 
-def make_numbered_checkpoints(state: dict) -> dict[str, dict]:
+def make_checkpoints_of_epoch(state: dict) -> dict[str, dict]:
     """Return the contents of an epoch's two numbered checkpoints, by file name, in the formats of the authors' code.
 
     Release: the authors' code counts the epochs in these file names from 1.

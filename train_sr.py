@@ -121,7 +121,7 @@ def main(args: Namespace) -> None:
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
                 run.write_pictures("input, re-synthesis, target", pictures, epoch + 1)
-            run.end_epoch(values, "psnr", make_numbered_checkpoints if due else None)
+            run.end_epoch(values, "psnr", make_checkpoints_of_epoch if due else None)
             if is_last:
                 warn_if_below_bicubic(values)
 
@@ -361,7 +361,7 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
     return {"state_dict": model.state_dict(), "fingerprint": compute_fingerprint(model)}
 
 
-def make_numbered_checkpoints(state: dict) -> dict[str, dict]:
+def make_checkpoints_of_epoch(state: dict) -> dict[str, dict]:
     """Return the weights for an epoch's numbered checkpoint, by file name.
 
     Release: the authors' code also writes only the weights, and counts epochs from 0 in the file name.

@@ -20,7 +20,7 @@ HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 if HAS_AVIF:
     IMAGE_SUFFIXES += (".avif",)
-MOST_REASONS = 9  # maximum number of reasons listed in one log line
+MOST_REASONS = 9  # maximum number of reasons for leaving out files that one log line lists
 
 
 def find_images(root: str) -> list[str]:

@@ -111,30 +111,35 @@ def _round_to_uint8(x: Tensor) -> Tensor:
 # --- frank2020: random strengths ----------------------------------------------------------------------------
 
 
-def crop_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+def crop_by_random_amount(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Crop the centre of an image by a random fraction (CROP_FRACTION), and enlarge the crop to the original size."""
     return crop_and_enlarge(image, rng.uniform(*CROP_FRACTION))
 
 
-def blur_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+def blur_by_random_amount(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Blur an image with a Gaussian kernel that is drawn at random from BLUR_KERNELS."""
     kernel_size, sigma = BLUR_KERNELS[rng.integers(len(BLUR_KERNELS))]
     return blur_image(image, kernel_size, sigma)
 
 
-def add_noise_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+def add_random_amount_of_noise(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Add Gaussian noise with a random variance (NOISE_VARIANCE) to an image."""
     return add_noise(image, math.sqrt(rng.uniform(*NOISE_VARIANCE)), rng)
 
 
-def compress_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
+def compress_with_random_quality(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Compress an image as JPEG with a random quality (JPEG_QUALITY)."""
     return compress_as_jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
 # FRANK2020 maps the name of each perturbation to its function. The setting "combined" applies the four perturbations in
 # this order. JPEG is last, because an image is usually compressed when it is saved.
-FRANK2020 = {"crop": crop_at_random, "blur": blur_at_random, "noise": add_noise_at_random, "jpeg": compress_at_random}
+FRANK2020 = {
+    "crop": crop_by_random_amount,
+    "blur": blur_by_random_amount,
+    "noise": add_random_amount_of_noise,
+    "jpeg": compress_with_random_quality,
+}
 
 
 # --- sweep: fixed strengths ---------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class ScoreWriter:
             delete_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        with write_atomically(part) as file:  # no run could continue a part without its first line, the job
+        with write_atomically(part) as file:  # a later run cannot continue a part whose first line, the job, is missing
             file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
         if has_table_of_this_job and self.world.is_main:  # P.csv keeps its rows: only pictures are missing

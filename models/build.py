@@ -174,7 +174,7 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
             setattr(model.get_submodule(owner), attribute, create_convolution_with_input_channels(module, channels))
             return model
     raise UserError(
-        f"torchvision's {name} has no convolution to read the residual: choose another classifier with --arch"
+        f"torchvision's {name} has no convolution that could take the residual as input: choose another classifier with --arch"
     )
 
 

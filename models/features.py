@@ -226,7 +226,7 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     expected = trained_with.get("fingerprint")
     if expected is None and record["source"] == "random":
         raise UserError(
-            f"{name} needs ImageNet weights for VGG-19, got random weights: pass a file of them with --vgg-weights"
+            f"{name} needs ImageNet weights for VGG-19, got random weights: pass a file of ImageNet weights with --vgg-weights"
         )
     if expected not in (None, record["fingerprint"]):
         raise UserError(

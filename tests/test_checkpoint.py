@@ -130,7 +130,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # weights_only=False runs the code in the file
+    assert folder.exists()  # with weights_only=False, torch.load ran the code in the file, which made this folder
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -421,7 +421,7 @@ def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_
 
 
 @pytest.fixture
-def good_and_bad_items(tmp_path):
+def readable_and_unreadable_items(tmp_path):
     """Return the items of three usable images, one image that is too small, and one empty file."""
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # (height, width) in pixels
     paths = [
@@ -431,18 +431,22 @@ def good_and_bad_items(tmp_path):
     return [Item(path, REAL, "") for path in [*paths, str(tmp_path / "zero.png")]]
 
 
-def test_without_skip_bad_a_list_with_unusable_images_is_refused(good_and_bad_items):
+def test_without_skip_bad_a_list_with_unusable_images_is_refused(readable_and_unreadable_items):
     with expect_user_error("2 of 5", "--skip-bad", "2x16.png: is 16 x 2"):
-        select_usable_items(good_and_bad_items, SizePolicy(4))
+        select_usable_items(readable_and_unreadable_items, SizePolicy(4))
 
 
-def test_with_skip_bad_unusable_images_are_left_out_and_named(good_and_bad_items, caplog):
+def test_with_skip_bad_unusable_images_are_left_out_and_named(readable_and_unreadable_items, caplog):
     caplog.set_level(logging.INFO)
-    items, headers = select_usable_items(good_and_bad_items, SizePolicy(4), skip_bad=True)
-    assert items == good_and_bad_items[:3] and headers == [Header((16, 16)), Header((17, 16)), Header((16, 18))]
+    items, headers = select_usable_items(readable_and_unreadable_items, SizePolicy(4), skip_bad=True)
+    assert items == readable_and_unreadable_items[:3] and headers == [
+        Header((16, 16)),
+        Header((17, 16)),
+        Header((16, 18)),
+    ]
     expected = [
-        ["left out", good_and_bad_items[3].path, "16 x 2"],
-        ["left out", good_and_bad_items[4].path, "is empty"],
+        ["left out", readable_and_unreadable_items[3].path, "16 x 2"],
+        ["left out", readable_and_unreadable_items[4].path, "is empty"],
         ["left out 2 of 5 images, because they cannot be used"],
         ["2 of 3", "not multiples of 4"],
     ]
@@ -451,14 +455,14 @@ def test_with_skip_bad_unusable_images_are_left_out_and_named(good_and_bad_items
         assert all(word in message for word in words)
 
 
-def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(good_and_bad_items):
-    items, _ = select_usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
-    assert items == good_and_bad_items[:3]
+def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(readable_and_unreadable_items):
+    items, _ = select_usable_items(readable_and_unreadable_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
+    assert items == readable_and_unreadable_items[:3]
     with expect_user_error("3 of 3", "at least 32"):
-        select_usable_items(good_and_bad_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
+        select_usable_items(readable_and_unreadable_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
 
 
-def test_with_skip_bad_a_list_without_usable_images_is_refused(good_and_bad_items):
+def test_with_skip_bad_a_list_without_usable_images_is_refused(readable_and_unreadable_items):
     with expect_user_error("2 of 2"):
-        select_usable_items(good_and_bad_items[3:], SizePolicy(4), skip_bad=True)
+        select_usable_items(readable_and_unreadable_items[3:], SizePolicy(4), skip_bad=True)
     assert select_usable_items([], SizePolicy()) == ([], [])

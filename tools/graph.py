@@ -31,7 +31,7 @@ logger = logging.getLogger("tools.export")
 FORMAT = "beyond-the-spectrum graph, version 2"
 MARK = b"beyond-the-spectrum graph"  # bytes that every exported graph contains, whatever its version
 FACTS = "facts.json"  # name of the metadata in a .pt2 file
-SMALLEST_EXAMPLE = 96  # smallest side of an example image in pixels, for a detector of whole images
+SMALLEST_EXAMPLE = 96  # minimum height and width in pixels of an example image, if images are not cropped
 TOLERANCE = 1e-4  # largest allowed error of logits and P(fake), a relative error for absolute values above 1
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)

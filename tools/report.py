@@ -64,7 +64,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line, and exit with an error unless it is one of the four commands of this program."""
     parser = options.Parser(PROGRAM, "Make a web page or markdown tables from score tables.")
     parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables that test.py wrote")
-    parser.add_argument("--study", metavar="STUDY.csv", help="study file, which lists the rows and columns of tables")
+    parser.add_argument(
+        "--study",
+        metavar="STUDY.csv",
+        help="CSV file that says which score table belongs to each row and column of a results table",
+    )
     parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
     parser.add_argument("--intervals", action="store_true", help=text)

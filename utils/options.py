@@ -180,7 +180,7 @@ def add_detector_options(parser: Parser) -> None:
         help="features of which the residual is computed: pixels, vgg19, or a name added to models.build.FEATURES"
         " (default: as in the checkpoint, else pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
-        help="arguments of the features that --features names, such as stage=3 for vgg19")  # fmt: skip
+        help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=create_number_type(int, 0, 5), metavar="0..5",
         help="flag of the authors' code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
         " layer relu1_1 to relu5_1")  # fmt: skip
