@@ -81,7 +81,7 @@ class Batch(NamedTuple):
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch.
 
-    All tensors of a batch must have the same shape as those of the first sample without an error. A sample with tensors
+    All tensors of a batch must have the shape of the first sample without an error. A sample with tensors
     of another shape is replaced by an error message.
     """
     errors = {}

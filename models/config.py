@@ -83,7 +83,7 @@ def choose_option_value(flag: str, given: object, found: object, default: object
 
 
 def choose_network_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Choose the keyword arguments of a network: those in the checkpoint or, if it has none, those of the option.
+    """Choose the keyword arguments of a network: the stored arguments, else the arguments of the option.
 
     Args:
         flag: name of the option for the error message, such as "--arch-args".

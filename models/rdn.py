@@ -32,7 +32,7 @@ def create_conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class DenseLayer(nn.Module):
-    """A 3x3 convolution and a ReLU, which compute G feature maps from those of all earlier layers of a block."""
+    """A 3x3 convolution and a ReLU, which compute G feature maps from the maps of all earlier layers of a block."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
@@ -77,7 +77,7 @@ class RDN(nn.Module):
         num_blocks: D, number of residual dense blocks.
         num_layers: C, number of dense layers in each block.
 
-    With the default arguments, which are those of the paper, RDN has 22,271,107 parameters.
+    With the default arguments, which are the settings of the paper, RDN has 22,271,107 parameters.
 
     Raises:
         UserError: if `scale` is not 2, 3 or 4, or if another argument is not an integer from 1 to 1024.

@@ -1,4 +1,4 @@
-"""The small image autoencoder TAEF2, whose decoder leaves traces like those of a modern image generator.
+"""The small image autoencoder TAEF2, whose decoder leaves traces like the decoder of a modern image generator.
 
 The architecture and the weights are by Ollin Boer Bohan, https://github.com/madebyollin/taesd, commit 5cccb12, MIT
 licence. TAEF2 was distilled from the autoencoder of FLUX.2. This project does not contain the weights. Download the

@@ -266,7 +266,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
             f"{name}: expected a difference from the detector of at most {TOLERANCE:g}, got {difference:.2g}"
         )
     logger.info(
-        "the logits and P(fake) of the graph %s differ from those of the detector by at most %.2g",
+        "the logits and P(fake) of the graph %s differ from the results of the detector by at most %.2g",
         name,
         difference,
     )
