@@ -137,7 +137,7 @@ def merge_batches_of_equal_size(batches: Iterable[Batch], block: int, pixels: fl
 
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
     """Return whether a batch can join the waiting batches, because block, size and number of pixels allow it."""
-    if _first_image_index(batch) // block != _first_image_index(waiting[-1]) // block:
+    if _index_of_first_image(batch) // block != _index_of_first_image(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
     if len(images) < 2:
@@ -146,7 +146,7 @@ def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels:
     return images[0].shape == images[-1].shape and len(images) * height * width <= pixels
 
 
-def _first_image_index(batch: Batch) -> int:
+def _index_of_first_image(batch: Batch) -> int:
     """Return the dataset index of the first image in a batch or, if no image could be read, of the first error."""
     if batch.keys:
         return batch.keys[0][1]

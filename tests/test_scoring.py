@@ -35,7 +35,7 @@ from evaluation.score_table import COLUMNS, read_table
 
 
 @pytest.fixture(scope="module")
-def release_folder(tmp_path_factory):
+def released_files_folder(tmp_path_factory):
     """Return a folder with checkpoints in the file formats of the released checkpoints, and with two images."""
     return write_released_files(tmp_path_factory.mktemp("release"))
 
@@ -53,7 +53,7 @@ def uninterrupted_save_path(detector_file, image_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(("classifier", "dilated"), [("pixel", 0), ("pixel", 1), ("stage5", 0)])
 def test_released_checkpoints_with_the_released_flags_give_the_released_logits(
-    release_folder, tmp_path, capfd, classifier, dilated
+    released_files_folder, tmp_path, capfd, classifier, dilated
 ):
     stage = 5 if classifier == "stage5" else 0
     rdn = "sr_module.pth.tar" if dilated else "sr_bare.pth"
@@ -62,9 +62,9 @@ def test_released_checkpoints_with_the_released_flags_give_the_released_logits(
         --epochs 100 --momentum 0.9 --wd 1e-4 --save-every-epoch 2 --output-path unused --fixed-sr --mode-sr none
         --seed 1 -b 1 -j 0 --dataset celeba --start-epoch 0 -p 10 --print-freq 10 -e --pretrained --world-size -1
         --rank -1 --dist-url tcp://x --dist-backend nccl --multiprocessing-distributed
-        --resume {release_folder}/{classifier}.pth.tar --sr-weights-file {release_folder}/{rdn}
-        --vgg-weights {release_folder}/vgg19.pth
-        --data-root-pos {release_folder}/real --data-root-neg {release_folder}/fake --save_path {tmp_path}/not/yet/there.npy"""
+        --resume {released_files_folder}/{classifier}.pth.tar --sr-weights-file {released_files_folder}/{rdn}
+        --vgg-weights {released_files_folder}/vgg19.pth
+        --data-root-pos {released_files_folder}/real --data-root-neg {released_files_folder}/fake --save_path {tmp_path}/not/yet/there.npy"""
     assert run_test_py(*released.split(), *([] if dilated else ["--no_dilation"])) == 0
     logits = np.load(tmp_path / "not" / "yet" / "there.npy")
     expected = np.load(GOLDEN)[f"logits_{classifier}_dil{dilated}"]
@@ -427,13 +427,13 @@ def test_wrong_image_arguments_are_refused_in_one_line(detector_file, image_fold
 
 
 def test_wrong_checkpoint_arguments_are_refused_in_one_line(
-    detector_file, release_folder, image_folder, tmp_path, capfd
+    detector_file, released_files_folder, image_folder, tmp_path, capfd
 ):
     torn = tmp_path / "torn.pth.tar"
     torn.write_bytes(detector_file.read_bytes()[: detector_file.stat().st_size // 2])
     flipped = write_detector(tmp_path / "flipped", config={**CONFIG, "classifier_fingerprint": "0123456789abcdef"})
-    pixel, rdn = release_folder / "pixel.pth.tar", ["--sr-weights-file", release_folder / "sr_bare.pth"]
-    stage5 = [release_folder / "stage5.pth.tar", *rdn]
+    pixel, rdn = released_files_folder / "pixel.pth.tar", ["--sr-weights-file", released_files_folder / "sr_bare.pth"]
+    stage5 = [released_files_folder / "stage5.pth.tar", *rdn]
     for words, *named in (
         ([], "--resume"),
         ([tmp_path / "absent.pth.tar"], "absent.pth.tar"),

@@ -25,7 +25,7 @@ def image_root(tmp_path):
     return tmp_path
 
 
-def split_arguments(images, out, *more):
+def arguments_of_split(images, out, *more):
     """Return a command line for tools.split that names all image folders and an output folder."""
     roots = ["--data-root-pos", images / "real", "--data-root-neg", images / "gan", images / "diffusion"]
     return [str(a) for a in (*roots, "--out", out, *more)]
@@ -37,7 +37,7 @@ def read_all_files(folder):
 
 
 def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(image_root, capsys):
-    assert split.main(split_arguments(image_root, image_root / "lists")) == 0
+    assert split.main(arguments_of_split(image_root, image_root / "lists")) == 0
     sets = [list_csv_items(str(image_root / "lists" / name)) for name in ("train.csv", "held_out.csv")]
     expected = list_folder_items([str(image_root / "real")], [str(image_root / "gan"), str(image_root / "diffusion")])
     assert sorted(sets[0] + sets[1]) == sorted(expected)
@@ -51,11 +51,11 @@ def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(imag
 
 
 def test_adding_images_does_not_move_other_images_between_the_lists(image_root):
-    split.main(split_arguments(image_root, image_root / "lists"))
+    split.main(arguments_of_split(image_root, image_root / "lists"))
     before = {item.path for item in list_csv_items(str(image_root / "lists" / "held_out.csv"))}
     for index in range(30, 60):
         save_image(image_root / "real" / f"real {index}, a.png")
-    split.main(split_arguments(image_root, image_root / "lists"))
+    split.main(arguments_of_split(image_root, image_root / "lists"))
     after = {item.path for item in list_csv_items(str(image_root / "lists" / "held_out.csv"))}
     assert before < after
     assert not before & {item.path for item in list_csv_items(str(image_root / "lists" / "train.csv"))}
@@ -63,14 +63,14 @@ def test_adding_images_does_not_move_other_images_between_the_lists(image_root):
 
 def test_lists_with_another_fraction_are_replaced_only_with_overwrite(image_root):
     out = image_root / "lists"
-    split.main(split_arguments(image_root, out, "--hold-out", 0.3))
+    split.main(arguments_of_split(image_root, out, "--hold-out", 0.3))
     before = read_all_files(out)
     with expect_user_error("--hold-out 0.3", "--overwrite"):
-        split.main(split_arguments(image_root, out, "--hold-out", 0.5))
+        split.main(arguments_of_split(image_root, out, "--hold-out", 0.5))
     assert read_all_files(out) == before
-    assert split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite")) == 0
+    assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite")) == 0
     assert read_all_files(out)["held_out.csv"] != before["held_out.csv"]
-    assert split.main(split_arguments(image_root, out, "--hold-out", 0.5)) == 0
+    assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5)) == 0
 
 
 @pytest.mark.parametrize("name", [*LISTS, "split.json"])
@@ -80,24 +80,24 @@ def test_a_file_of_the_user_with_the_name_of_a_list_is_refused_and_unchanged(ima
     (out / name).write_bytes(b"my own list\n")
     for more in ((), ("--overwrite",)):
         with expect_user_error(name, "not written by this program"):
-            split.main(split_arguments(image_root, out, *more))
+            split.main(arguments_of_split(image_root, out, *more))
         assert read_all_files(out) == {name: b"my own list\n"}
 
 
 def test_a_list_that_the_user_has_edited_is_not_replaced(image_root):
     out = image_root / "lists"
-    split.main(split_arguments(image_root, out))
+    split.main(arguments_of_split(image_root, out))
     with (out / "held_out.csv").open("a") as file:
         file.write("more.png,real,\n")
     before = read_all_files(out)
     with expect_user_error("held_out.csv"):
-        split.main(split_arguments(image_root, out, "--overwrite"))
+        split.main(arguments_of_split(image_root, out, "--overwrite"))
     assert read_all_files(out) == before
 
 
 def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, monkeypatch):
     out = image_root / "lists"
-    split.main(split_arguments(image_root, out))
+    split.main(arguments_of_split(image_root, out))
     real_atomic, calls = split.write_atomically, []
 
     def interrupt_third_call(path):
@@ -108,18 +108,18 @@ def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, m
 
     monkeypatch.setattr(split, "write_atomically", interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
-        split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite"))
+        split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite"))
     monkeypatch.undo()
-    assert split.main(split_arguments(image_root, out, "--hold-out", 0.5)) == 0
+    assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5)) == 0
     assert 25 < len(list_csv_items(str(out / "held_out.csv"))) < 45
 
 
 def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(image_root):
     out = image_root / "lists"
-    split.main(split_arguments(image_root, out))
+    split.main(arguments_of_split(image_root, out))
     (out / "train.csv").rename(image_root / "elsewhere.csv")
     (out / "train.csv").symlink_to("../elsewhere.csv")
-    split.main(split_arguments(image_root, out, "--hold-out", 0.5, "--overwrite"))
+    split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite"))
     assert (out / "train.csv").is_symlink()
     assert len(list_csv_items(str(image_root / "elsewhere.csv"))) < 50
 
@@ -128,7 +128,7 @@ def test_lists_with_file_names_that_are_not_utf8_can_be_read(image_root):
     for index in range(10):
         name = b"\xff\xe9 %d.png" % index
         os.rename(image_root / "real" / f"real {index}, a.png", os.path.join(os.fsencode(image_root / "real"), name))
-    split.main(split_arguments(image_root, image_root / "lists"))
+    split.main(arguments_of_split(image_root, image_root / "lists"))
     found = []
     for name in ("train_real.txt", "held_out_real.txt"):
         found += read_path_list(str(image_root / "lists" / name))
@@ -143,20 +143,20 @@ def test_lists_with_file_names_that_are_not_utf8_can_be_read(image_root):
 def test_a_file_name_with_a_line_break_is_refused_before_a_list_is_written(image_root, character):
     save_image(image_root / "real" / f"a{character}b.png")
     with expect_user_error("line break"):
-        split.main(split_arguments(image_root, image_root / "lists"))
+        split.main(arguments_of_split(image_root, image_root / "lists"))
     assert not (image_root / "lists").exists()
 
 
 def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(image_root):
     for more in (["--hold-out", "0"], ["--hold-out", "1.5"], ["--hold-out", "nan"]):
         with pytest.raises(SystemExit) as caught:
-            split.main(split_arguments(image_root, image_root / "lists", *more))
+            split.main(arguments_of_split(image_root, image_root / "lists", *more))
         assert caught.value.code == 2
     command = [
         sys.executable,
         "-m",
         "tools.split",
-        *split_arguments(image_root, image_root / "lists", "--hold-out", "0.0001"),
+        *arguments_of_split(image_root, image_root / "lists", "--hold-out", "0.0001"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2

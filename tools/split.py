@@ -168,7 +168,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     """Write the lists and split.json.
 
     While the lists are written, split.json contains the hashes of the old and the new lists. After an interruption, the
-    next run of the program can therefore tell that it may replace both.
+    next run therefore recognises the old and the new lists as its own, and replaces them.
 
     Args:
         files: content of each list, {file name: content}.
