@@ -1,7 +1,7 @@
 """Write a score table while images are scored. If the processes are killed, a new run continues the table.
 
-Each process writes its rows to its own file P.csv.N.part, called a part. The first line of a part is the job:
-everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
+Each process writes its rows to its own file P.csv.N.part, a partial table, which is called a part below. The first line
+of a part is the job: everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
 different job. A run with the same job skips the images that have a row in a part, unless the size or modification time
 of the image file has changed. When every image has a row, the rows are written to P.csv in the order of the list.
 
@@ -129,8 +129,8 @@ class ScoreWriter:
     def list_unscored_images(self, block: int) -> np.ndarray:
         """Return the indices of the images that this process must score.
 
-        The list of images is divided into blocks. With n processes, process r scores the images without a row in the blocks
-        r, r + n, ...
+        The list of images is divided into blocks. With n processes, process r scores the images without a row in the
+        blocks r, r + n, ...
 
         Args:
             block: number of images per block.
@@ -139,13 +139,17 @@ class ScoreWriter:
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write_rows(self, rows: Mapping[int, Row]) -> None:
-        """Write rows, {index of the image: row}, to the end of this process's part, and flush the file."""
+        """Write rows, {index of the image: row}, to the end of this process's part, and flush the file.
+
+        All rows are written at once, so that a killed process leaves all of them or none.
+        """
         lines = []
         for i, row in rows.items():
             cells = cells_from_row(row)[len(Item._fields) :]
             size, mtime_ns = self.stamps[i]
             lines.append(format_csv_line([str(i), *cells, str(size), str(mtime_ns)]))
-        self._append_text("".join(lines))
+        self.part.write("".join(lines).encode("utf-8", "surrogateescape"))
+        self.part.flush()
 
     def finish_table(self) -> None:
         """Close the part of this process, wait for all processes, and write the table from the rows of all parts.
@@ -159,9 +163,11 @@ class ScoreWriter:
             return
         parts = find_partial_tables(self.table)
         numbers, offsets = self._find_byte_positions_of_rows(parts)
-        for i in np.flatnonzero(numbers < 0)[:1]:
+        without_row = np.flatnonzero(numbers < 0)
+        if len(without_row):
+            first = self.items[without_row[0]].path
             raise UserError(
-                f"{printable(self.items[i].path)} has no row in the score table, perhaps because a .part file of the"
+                f"{printable(first)} has no row in the score table, perhaps because a .part file of the"
                 " table was deleted: run test.py again"
             )
         write_table(self.table, self._read_rows_at_positions(parts, numbers, offsets))
@@ -173,11 +179,6 @@ class ScoreWriter:
     def delete_partial_tables(self) -> None:
         """Delete the parts of the table. A table without parts is finished."""
         delete_files(find_partial_tables(self.table).values())
-
-    def _append_text(self, text: str) -> None:
-        """Write all rows of a batch at once, so that a killed process leaves all rows of the batch or none."""
-        self.part.write(text.encode("utf-8", "surrogateescape"))
-        self.part.flush()
 
     def _is_table_of_same_settings(self) -> bool:
         """Return whether P.csv was made with the same job and from the same image files."""
@@ -262,10 +263,14 @@ class ScoreWriter:
             texts = next(csv.reader([line.decode("utf-8", "surrogateescape")], strict=True))
             cells = dict(zip(PART_COLUMNS, texts, strict=True))
             i = int(cells["index"])
-            if 0 <= i < len(self.items) and [cells["size"], cells["mtime_ns"]] == [*map(str, self.stamps[i])]:
-                path, label, generator = self.items[i]
-                row = row_from_cells({**cells, "path": path, "label": label_word(label), "generator": generator})
-                return i, row
+            if not 0 <= i < len(self.items):
+                return None
+            size, mtime_ns = self.stamps[i]
+            if cells["size"] != str(size) or cells["mtime_ns"] != str(mtime_ns):
+                return None
+            path, label, generator = self.items[i]
+            row = row_from_cells({**cells, "path": path, "label": label_word(label), "generator": generator})
+            return i, row
         return None
 
 

@@ -41,12 +41,13 @@ def commands_of_document(document: str) -> list[list[str]]:
 
 
 def known_flags() -> set[str]:
-    """Return every flag that a program accepts or that the source of tools, benchmarks or utils contains."""
+    """Return every flag that a program accepts or that the source of tools, benchmarks, studies or utils contains."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)
-    for source in [*ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("utils/*.py")]:
-        flags.update(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", source.read_text()))
+    for folder in ("tools", "benchmarks", "results/*", "utils"):
+        for source in ROOT.glob(f"{folder}/*.py"):
+            flags.update(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", source.read_text()))
     return flags
 
 
@@ -92,8 +93,6 @@ def test_every_flag_that_a_document_mentions_exists(document):
             foreign.update(re.findall(r"--[\w-]+", line))
         if "deepsafe eval" in line:
             foreign.add("--model")
-        if "differences.py" in line:
-            foreign.add("--cells")
     assert mentioned - foreign <= known_flags()
 
 

@@ -24,6 +24,8 @@ gpu=${GPU:-cpu}
 out=$root/output/faces
 rdn=$out/sr/x4/last.pth
 twins=$out/twins
+generator=$faces/train/stylegan2
+both="$generator $twins/train"
 mkdir -p "$out"
 
 # 1. The re-synthesizer: about 2,600 steps of 4 patches
@@ -94,8 +96,6 @@ pixels=(--residual signed --arch spectrum --crop-size 128 --crops-per-image 4)
 resnet=(--arch resnet18 --no_dilation --lr 1e-3 --batch-size 16 --crop-size 128 --crops-per-image 2)
 stage4=(--idx-stages 4 --arch channel_power)
 stage5=(--idx-stages 5 --arch channel_power)
-generator=$faces/train/stylegan2
-both="$generator $twins/train"
 all_cells="pixel stage4 stage5 single twins upsampled absolute window16 resnet resnet_signed fine_tuning"
 for seed in ${SEEDS:-1 2 3}; do
     for cell in ${CELLS:-$all_cells}; do
@@ -118,7 +118,11 @@ for seed in ${SEEDS:-1 2 3}; do
                 resnet_signed)
                     detector "$name" 14 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" --residual signed
                     ;;
-                fine_tuning) [[ "$network" != rdn ]] || fine_tuning "$seed" ;;
+                fine_tuning)
+                    if [[ "$network" == rdn ]]; then
+                        fine_tuning "$seed"
+                    fi
+                    ;;
                 *) fail "CELLS: expected some of $all_cells, got $cell" ;;
             esac
         done
