@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
 # Does re-synthesis help on real pictures? Hours on two CPU cores.
-#   VGG_WEIGHTS=FILE bash results/real_pictures/run.sh PICTURES
+#   VGG_WEIGHTS=FILE AUTOENCODER="ENCODER DECODER" FACES=DIR bash results/real_pictures/run.sh PICTURES
 #
 # PICTURES holds train/real, train/GENERATOR ..., val/real, val/GENERATOR ... (256 x 256 pixels or larger).
 #   1. Train a small RDN on the real training pictures.
-#   2. Train detectors on the pixel, stage-4 and stage-5 residuals, and three controls: two without re-synthesis
-#      (--sr-arch none), and one with bicubic interpolation instead of RDN. Each detector is trained once on all
-#      generators together and once on each generator alone.
-#   3. Score the validation pictures of every generator with each detector.
-#   4. Score them again after JPEG, noise, blur and resizing, with the detectors trained on all generators.
+#   2. Make twins: the real pictures, passed through a small autoencoder.
+#   3. Train detectors on the pixel, stage-4 and stage-5 residuals. Each residual has two controls: bicubic interpolation
+#      instead of RDN (--sr-arch bicubic), and no re-synthesis (--sr-arch none). Each detector is trained once on all
+#      generators together and once on each generator alone. ("spectrum" is the classifier of results/faces. It is also
+#      trained on twins alone, and on twins together with one generator.)
+#   4. Score the validation pictures of every generator and their twins with each detector.
+#   5. Score them again after JPEG, noise, blur and resizing, with the detectors trained on all generators.
 #
-# Environment: INPUTS (default: pixel control bicubic stage4 stage5 control_stage5), EVAL (images for PSNR), GPU (default: cpu).
+# Environment: INPUTS (default: all), EVAL (images for PSNR), GPU (default: cpu), SEEN (training sets; default: "all" and
+# each generator), FACES (the images of results/faces; detectors of the spectrum are tested on them, too).
 # Writes ./output/real_pictures. To refresh the tables, copy output/real_pictures/scores/*.csv to results/real_pictures/scores.
 source "$(dirname "$0")/../../script/common.sh"
 pictures=${1:?usage: bash results/real_pictures/run.sh PICTURES}
@@ -18,27 +21,32 @@ find_python
 gpu=${GPU:-cpu}
 out=$root/output/real_pictures
 rdn=$out/sr/x4/last.pth
+twins=$out/twins
 mkdir -p "$out"
 generators=()
 for folder in "$pictures"/train/*/; do
     [[ "$(basename "$folder")" == real ]] || generators+=("$(basename "$folder")")
 done
 
-# score NAME FLAG ...: score whole validation pictures of all generators with the detector NAME.
+# score NAME FLAG ...: score whole validation pictures with the detector NAME. Twins count as a generator.
 score() {
     local name=$1
     shift
     "$PYTHON" "$root/test.py" --gpu "$gpu" --resume "$out/$name/last.pth.tar" --crop-size 0 \
-        --data-root-pos "$pictures/val/real" --data-root-neg "${generators[@]/#/$pictures/val/}" \
+        --data-root-pos "$pictures/val/real" --data-root-neg "${generators[@]/#/$pictures/val/}" "$twins/val" \
         --save_path "$out/scores/$name" "$@" >/dev/null
 }
 
-# detector NAME EPOCHS "GENERATOR ..." FLAG ...: train a detector on these generators and score all generators.
+# detector NAME EPOCHS "GENERATOR ..." FLAG ...: train a detector on these generators (or on twins), and score it.
 detector() {
     local name=$1 epochs=$2 seen=$3 fakes=() generator
     shift 3
     for generator in $seen; do
-        fakes+=("$pictures/train/$generator")
+        if [[ "$generator" == twins ]]; then
+            fakes+=("$twins/train")
+        else
+            fakes+=("$pictures/train/$generator")
+        fi
     done
     train_once "$out/$name/$(printf %04d "$epochs").pth.tar" train_detector.py --fixed-sr \
         --arch resnet18 --no_dilation --schedule cosine --lr-sr 1 \
@@ -54,33 +62,65 @@ train_once "$out/sr/x4/epoch_14.pth" train_sr.py --train-file "$pictures/train/r
     --num-features 16 --growth-rate 16 --num-blocks 4 --num-layers 4 --vgg-lambda 0 --start interpolation \
     --schedule cosine --clip-norm 0.5 --lr 2e-3 --batch-size 4 --num-epochs 15 --num-save 15 ${EVAL:+--eval-file "$EVAL"}
 
-# 2 and 3. Detectors. A residual and its control are trained alike: pixels with AdamW on crops, stages 4 and 5 with SGD.
+# 2. Twins, by the autoencoder or, without one, by simulated up-sampling
+for part in train val; do
+    if [[ ! -d "$twins/$part" ]]; then
+        "$PYTHON" -m tools.example --from "$pictures/$part/real" --out "$twins/$part" \
+            ${AUTOENCODER:+--autoencoder $AUTOENCODER}
+    fi
+done
+
+# 3 and 4. Detectors. A residual and its controls are trained alike: pixels with AdamW on crops, stages 4 and 5 with SGD.
 pixels=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05 --batch-size 16 --crop-size 128 --crops-per-image 2)
-stages=(--lr 0.01 --batch-size 32)
-inputs=${INPUTS:-pixel control bicubic ${VGG_WEIGHTS:+stage4 stage5 control_stage5}}
+spectrum=(--residual signed --arch spectrum --optimizer adamw --lr 2e-3 --wd 0.05 --batch-size 64
+    --crop-size 128 --crops-per-image 4)
+stage4=(--idx-stages 4 --lr 0.01 --batch-size 32)
+stage5=(--idx-stages 5 --lr 0.01 --batch-size 32)
+rdn_flags=(--sr-weights-file "$rdn")
+bicubic=(--sr-arch bicubic)
+none=(--sr-arch none)
+inputs=${INPUTS:-pixel bicubic control spectrum spectrum_bicubic spectrum_control
+    ${VGG_WEIGHTS:+stage4 bicubic_stage4 control_stage4 stage5 bicubic_stage5 control_stage5}}
 for input in $inputs; do
-    for seen in all "${generators[@]}"; do
-        name=${input}_on_$seen
-        [[ $seen != all ]] || seen=${generators[*]}
+    training_sets=${SEEN:-all ${generators[*]}}
+    if [[ "$input" == spectrum* ]]; then
+        training_sets+=" twins ${generators[*]/%/+twins}"
+    fi
+    for training_set in $training_sets; do
+        name=${input}_on_${training_set/+/_and_}
+        seen=${training_set/+/ }
+        [[ "$training_set" != all ]] || seen=${generators[*]}
         case $input in
-            pixel) detector "$name" 5 "$seen" --sr-weights-file "$rdn" "${pixels[@]}" ;;
-            control) detector "$name" 5 "$seen" --sr-arch none "${pixels[@]}" ;;
-            bicubic) detector "$name" 5 "$seen" --sr-arch bicubic "${pixels[@]}" ;;
-            stage4) detector "$name" 10 "$seen" --sr-weights-file "$rdn" --idx-stages 4 "${stages[@]}" ;;
-            stage5) detector "$name" 10 "$seen" --sr-weights-file "$rdn" --idx-stages 5 "${stages[@]}" ;;
-            control_stage5) detector "$name" 10 "$seen" --sr-arch none --idx-stages 5 "${stages[@]}" ;;
-            *) fail "INPUTS: expected pixel, control, bicubic, stage4, stage5 or control_stage5, got $input" ;;
+            pixel) detector "$name" 5 "$seen" "${rdn_flags[@]}" "${pixels[@]}" ;;
+            bicubic) detector "$name" 5 "$seen" "${bicubic[@]}" "${pixels[@]}" ;;
+            control) detector "$name" 5 "$seen" "${none[@]}" "${pixels[@]}" ;;
+            spectrum) detector "$name" 8 "$seen" "${rdn_flags[@]}" "${spectrum[@]}" ;;
+            spectrum_bicubic) detector "$name" 8 "$seen" "${bicubic[@]}" "${spectrum[@]}" ;;
+            spectrum_control) detector "$name" 8 "$seen" "${none[@]}" "${spectrum[@]}" ;;
+            stage4) detector "$name" 10 "$seen" "${rdn_flags[@]}" "${stage4[@]}" ;;
+            bicubic_stage4) detector "$name" 10 "$seen" "${bicubic[@]}" "${stage4[@]}" ;;
+            control_stage4) detector "$name" 10 "$seen" "${none[@]}" "${stage4[@]}" ;;
+            stage5) detector "$name" 10 "$seen" "${rdn_flags[@]}" "${stage5[@]}" ;;
+            bicubic_stage5) detector "$name" 10 "$seen" "${bicubic[@]}" "${stage5[@]}" ;;
+            control_stage5) detector "$name" 10 "$seen" "${none[@]}" "${stage5[@]}" ;;
+            *) fail "INPUTS: unknown input $input" ;;
         esac
+        if [[ "$input" == spectrum* && -n "${FACES:-}" && ! -f "$out/scores/${name}_faces.csv" ]]; then
+            score "$name" --data-root-pos "$FACES/val/real" --data-root-neg "$FACES/val/stylegan2" \
+                --save_path "$out/scores/${name}_faces"
+        fi
     done
 done
 
-# Score the pixel detector on crops instead of whole pictures
-for crops in 1 4 9; do
-    score pixel_on_all --crop-size 128 --crops "$crops" --save_path "$out/scores/pixel_on_all_crops_$crops"
-done
-
-# 4. Robustness
+# 5. Robustness of the detectors that were trained on all generators, and the pixel detector on crops
 for input in $inputs; do
-    score "${input}_on_all" --perturb jpeg=90 jpeg=70 jpeg=50 noise=0.05 blur=1 resize=0.5
+    if [[ -f "$out/${input}_on_all/last.pth.tar" ]]; then
+        score "${input}_on_all" --perturb jpeg=90 jpeg=70 jpeg=50 noise=0.05 blur=1 resize=0.5
+    fi
+    if [[ "$input" == pixel ]]; then
+        for crops in 1 4 9; do
+            score pixel_on_all --crop-size 128 --crops "$crops" --save_path "$out/scores/pixel_on_all_crops_$crops"
+        done
+    fi
 done
 tool report "$out"/scores/*.csv --markdown
