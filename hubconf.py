@@ -7,26 +7,26 @@ from pathlib import Path
 
 dependencies = ["torch", "numpy", "PIL", "tqdm"]
 
-CHECKOUT = str(Path(__file__).resolve().parent)
+CHECKOUT = Path(__file__).resolve().parent
 PACKAGES = ("models", "data", "utils", "evaluation")
 
 
-def detector(checkpoint: str, **options):
+def detector(checkpoint: str, **arguments):
     """Load a trained detector. The docstring of `evaluation.load` explains the arguments."""
     if has_own_packages():
         from evaluation import load
 
-        return load(checkpoint, **options)
+        return load(checkpoint, **arguments)
     with own_packages():
         from evaluation import load
 
-        return load(checkpoint, **options)
+        return load(checkpoint, **arguments)
 
 
 def has_own_packages() -> bool:
     """Return whether the calling program has already imported packages of this checkout."""
-    module = sys.modules.get("models")
-    return module is not None and str(getattr(module, "__file__", "")).startswith(CHECKOUT)
+    file = getattr(sys.modules.get("models"), "__file__", None)
+    return file is not None and Path(file).resolve().is_relative_to(CHECKOUT)
 
 
 @contextlib.contextmanager
@@ -36,11 +36,11 @@ def own_packages() -> Iterator[None]:
     After the block, the modules of the calling program that have the same names are restored.
     """
     callers = take_modules()
-    sys.path.insert(0, CHECKOUT)
+    sys.path.insert(0, str(CHECKOUT))
     try:
         yield
     finally:
-        sys.path.remove(CHECKOUT)
+        sys.path.remove(str(CHECKOUT))
         take_modules()
         sys.modules.update(callers)
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from data.datasets import Batch, ImageDataset, Key, make_loader, merge_batches_of_equal_size
 from data.images import compute_final_size, read_header
 from data.lists import (
+    ImageFlags,
     Item,
     count_images_trained_on,
     describe_and_hash_items,
@@ -128,7 +129,10 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
     """
     if inputs and any(labelled):
         raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
-    return list_unlabelled_items(inputs) if inputs else list_labelled_items(*labelled)
+    if inputs:
+        return list_unlabelled_items(inputs)
+    others = "--data-root TREE, or --csv FILE; for images without labels, give --input PATH"
+    return list_labelled_items(*labelled, flags=ImageFlags(others=others))
 
 
 def count_training_images(items: list[Item], detector: Detector) -> int:
@@ -187,9 +191,7 @@ def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
     """
     identity = detector.describe_model()
     vgg = identity.get("vgg")
-    identity["vgg"] = (
-        vgg and vgg["fingerprint"]
-    )  # the path of the weights is left out, because scores do not depend on it
+    identity["vgg"] = vgg and vgg["fingerprint"]  # scores do not depend on the path of the weights
     return {
         "detector": identity,
         "crop_size": detector.policy.crop_size,
@@ -233,10 +235,11 @@ def score_images(
     Raises:
         Stopped: after a batch, if the program has received a signal to stop.
     """
+    logged_errors = set()
     for batch in batches:
         rows = {index: make_error_row(writer.items[index], problem) for index, problem in batch.errors.items()}
         if len(batch.x):
-            rows.update(score_batch(detector, batch, pictures))
+            rows.update(score_batch(detector, batch, pictures, logged_errors))
         writer.write_rows(dict(sorted(rows.items())))
         for row in rows.values():
             if row.error:
@@ -245,16 +248,26 @@ def score_images(
             raise Stopped(stop.received)
 
 
-def score_batch(detector: Detector, batch: Batch, pictures: ResidualPictures) -> dict[int, Row]:
+def score_batch(
+    detector: Detector, batch: Batch, pictures: ResidualPictures, logged_errors: set[str]
+) -> dict[int, Row]:
     """Score a batch of images. Returns a dict from the index of each image to its row of the score table.
 
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
+
+    Args:
+        logged_errors: errors whose traceback was logged already. This function adds the errors that it logs.
     """
     indices = [index for _, index, _ in batch.keys]
     if not pictures.paths:
-        with contextlib.suppress(Exception):
+        try:
             logits = detector.logits(batch.x)  # (B, 2)
             return dict(zip(indices, make_rows(batch.items, logits.numpy(), detector.calibration), strict=True))
+        except Exception as error:
+            reason = describe_error(error)
+            text = "a batch of %d images cannot be scored (%s): its images are scored one by one"
+            logger.warning(text, len(batch.x), reason, exc_info=reason not in logged_errors)
+            logged_errors.add(reason)
     rows = {}
     for i, item, image in zip(indices, batch.items, batch.x, strict=True):
         rows[i] = score_one_image(detector, item, image, pictures, i)
@@ -275,9 +288,14 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
         if pictures.paths:
             pictures.draw_picture(index, examination)
     except Exception as error:
-        reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
-        return make_error_row(item, f"{printable(item.path)}: cannot {doing} ({reason})")
+        return make_error_row(item, f"{printable(item.path)}: cannot {doing} ({describe_error(error)})")
     return make_rows([item], examination.logits.numpy(), detector.calibration)[0]
+
+
+def describe_error(error: Exception) -> str:
+    """Describe an exception by its type and the beginning of its message, in one line."""
+    message = " ".join(str(error).split())[:LONGEST_REASON]
+    return f"{type(error).__name__}: {message}"
 
 
 # --- results --------------------------------------------------------------------------------------------------
@@ -304,9 +322,8 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
     writer.write_record({**record, "metrics": metrics, "versions": package_versions()})
     figure = Path(f"{base}.png")
     if metrics:
-        from evaluation.figures import (
-            draw_roc_and_histograms,  # imported here, because Matplotlib takes a second to import
-        )
+        # imported here, because Matplotlib takes a second to import
+        from evaluation.figures import draw_roc_and_histograms
 
         draw_roc_and_histograms(table, figure)
     else:
@@ -330,8 +347,10 @@ def format_report(
     from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
-    for label, metrics in list(summaries.items())[:1]:
-        lines += ["", f"== {label}"] if len(results) > 1 else []
+    if summaries:  # all metrics are shown for the first perturbation only
+        label, metrics = next(iter(summaries.items()))
+        if len(results) > 1:
+            lines += ["", f"== {label}"]
         lines.append(format_metrics(metrics))
     if len(results) > 1:
         lines += ["", format_perturbation_table(summaries)]

@@ -16,6 +16,8 @@ The program writes these files into OUTPUT_PATH:
 """
 
 import contextlib
+import hashlib
+import inspect
 import logging
 import math
 import sys
@@ -34,7 +36,14 @@ from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_
 from data.degradations import check_task_name, degrade_batch, draw_degradation
 from data.images import SizePolicy, require_equal_sizes, select_usable_items
 from data.leaks import run_and_log_quick_leak_audit
-from data.lists import Item, describe_and_hash_items, hash_image_files, list_labelled_items, require_both_classes
+from data.lists import (
+    ImageFlags,
+    Item,
+    describe_and_hash_items,
+    hash_image_files,
+    list_labelled_items,
+    require_both_classes,
+)
 from data.perturbations import perturb_at_random
 from data.residuals import CacheOptions, create_residual_datasets
 from evaluation.detector import describe_training_images
@@ -87,6 +96,9 @@ def main(args: Namespace) -> None:
         # Without gradient checkpointing, end-to-end training of RDN needs 12 GB per image of 1024 x 1024 pixels
         detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer
         detector.to(compute.device, memory_format=torch.channels_last)
+        vgg = None
+        if not args.fixed_resynthesizer:
+            vgg = load_vgg_for_auxiliary_loss(config, args.auxiliary_weight, args.vgg_weights, compute)
 
         # 3. Check the images, and choose how they are read
         scale, stride = detector.resynthesizer.scale, detector.features.stride
@@ -135,11 +147,10 @@ def main(args: Namespace) -> None:
             if args.cache:
                 folder = args.cache_dir or output / "residual_cache"
                 options = CacheOptions(folder, args.cache_precision, args.cache_gb)
-                key = residual_cache_key(config, compute_fingerprint(detector.features), policy, compute)
+                key = residual_cache_key(detector, config, policy, compute)
                 cached = create_residual_datasets(datasets, detector.residual_shape, key, options, world)
                 datasets = cached or datasets
         else:
-            vgg = load_vgg_for_auxiliary_loss(config, args.auxiliary_weight, args.vgg_weights, compute)
             task = AuxiliaryTask(args.auxiliary, args.auxiliary_weight, vgg, args.seed, args.micro_batch)
             loss_of = partial(end_to_end_loss, detector, compute, world, task, progress)
         loader = make_loader(datasets[0], batches, args.workers, compute)
@@ -183,7 +194,8 @@ def list_validation_images(real_roots: list[str] | None, fake_roots: list[str] |
     """List the validation images. Returns an empty list if no option names validation images."""
     if not (real_roots or fake_roots or csv):
         return []
-    return list_labelled_items(real_roots, fake_roots, csv_file=csv, flags=("--val-root-pos", "--val-root-neg"))
+    flags = ImageFlags("--val-root-pos", "--val-root-neg", "--val-csv FILE")
+    return list_labelled_items(real_roots, fake_roots, csv_file=csv, flags=flags)
 
 
 def create_dataset(
@@ -277,7 +289,8 @@ def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, comput
     """
     if weight == 0:
         return None
-    trained_with = config.get("auxiliary_vgg") or config["vgg"]
+    features_use_vgg = config["features"]["name"] == "vgg19"
+    trained_with = config.get("auxiliary_vgg") or (config["vgg"] if features_use_vgg else None)
     vgg, config["auxiliary_vgg"] = load_vgg(source, trained_with, "this detector")
     return vgg.to(compute.device, memory_format=torch.channels_last)
 
@@ -500,18 +513,32 @@ def compute_in_micro_batches(
 
 
 def residual_cache_key(
-    config: dict, features_fingerprint: str, policy: SizePolicy, compute: Compute
+    detector: ResynthesisDetector, config: dict, policy: SizePolicy, compute: Compute
 ) -> dict[str, object]:
-    """Return a dict of everything that residuals depend on. A residual cache is recognised by this dict."""
+    """Return a dict of everything that residuals depend on. A residual cache is recognised by this dict.
+
+    The dict contains a hash of the source code of both networks, because a class without weights can also change. It
+    does not contain functions that these classes call.
+    """
     return {
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
         "features": config["features"],
         "residual": config["residual"],
-        "features weights": features_fingerprint,
+        "features weights": compute_fingerprint(detector.features),
+        "code": [hash_source_code(detector.resynthesizer), hash_source_code(detector.features)],
         "scale, crop, resize": tuple(policy),
         "arithmetic": str(compute),
     }
+
+
+def hash_source_code(module: nn.Module) -> str | None:
+    """Return a hash of the source code of a network's class, or None if Python does not know the source code."""
+    try:
+        source = inspect.getsource(type(module))
+    except (OSError, TypeError):  # for example a class that was defined in an interactive session
+        return None
+    return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
 # --- training and validation --------------------------------------------------------------------------------
@@ -525,7 +552,7 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
         stepper.step(loss, values, batch)
     # Without SyncBatchNorm, the batch-norm statistics of the processes differ.
     # The main process's statistics are saved, and all processes therefore validate with these statistics.
-    broadcast_buffers(detector.classifier, stepper.world)
+    broadcast_buffers(detector, stepper.world)
 
 
 @torch.inference_mode()

@@ -37,7 +37,7 @@ from models.resynthesis import downsample
 from utils import training
 from utils.checkpoints import Checkpoint, compute_fingerprint
 from utils.compute import Compute, choose_device_and_precision
-from utils.distributed import World, all_reduce_sum, connect_processes
+from utils.distributed import World, all_reduce_sum, broadcast_buffers, connect_processes
 from utils.errors import UserError, run_program
 from utils.options import train_sr_parser
 from utils.random_streams import DEGRADE_PATCH, seeded_generator
@@ -111,7 +111,9 @@ def main(args: Namespace) -> None:
         logger.info(text, len(items), progress.epoch, progress.step)
         for epoch in range(progress.epoch, args.num_epochs):
             batches.set_epoch(epoch, progress.step)
-            pictures = train_one_epoch(run.iterate_batches(loader, f"epoch {epoch}", training=True), loss_of, stepper)
+            pictures = train_one_epoch(
+                model, run.iterate_batches(loader, f"epoch {epoch}", training=True), loss_of, stepper
+            )
             values = progress.means_of_epoch()
             if eval_images.items:
                 values |= compute_mean_psnr_and_ssim(
@@ -203,16 +205,18 @@ class Schedule(NamedTuple):
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> Tensor:
+def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> Tensor:
     """Train the network for one epoch, with one optimizer step per batch.
 
     Returns:
         The pictures of the last batch for TensorBoard, (n, 3, H, W).
     """
+    model.train()
     pictures = torch.empty(0)
     for batch in batches:
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
+    broadcast_buffers(model, stepper.world)  # the batch-norm statistics of the processes differ
     return pictures
 
 
@@ -269,6 +273,7 @@ def compute_mean_psnr_and_ssim(
     model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World
 ) -> dict[str, float]:
     """Compute the PSNR (dB) and SSIM of the network and of bicubic interpolation, averaged over RGB images."""
+    model.eval()
     sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
     for batch in batches:
         if not batch.weights.any():

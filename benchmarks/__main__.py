@@ -32,14 +32,15 @@ HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
 TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass per 1024 x 1024 pixels, in 10^12
 START_SECONDS = 5  # estimated time to start a process
-MATRIX_SIDE = 4096  # the measured matrices have a quarter of this number of rows, or twice this number
+ESTIMATE_MATRIX_SIDE = 1024  # number of rows of the matrices whose product gives the estimate of the total time
+GPU_MATRIX_SIDE = 8192  # number of rows of the matrices with whose product RDN is compared on a GPU
 LARGEST_PLAIN_SIDE = 512  # in pixels; on larger images, fine-tuning in other forms than "here" needs more than 22 GiB
 GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 
 
 def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
     """List the rows of the table. Each row is returned as a `Case` with the form "here"."""
-    gpu = args.gpu or "cpu"
+    gpu = args.gpu
     if args.quick:
         return [Case("scoring", "here", "fp32", 0, 64, 1, gpu, True)]
     precisions = ["fp32", "bf16"] if gpu == "cpu" else ["fp32", "tf32", "bf16"]
@@ -125,10 +126,10 @@ def print_table_row(cells: tuple[str, ...]) -> None:
 def print_rdn_speed(gpu: str) -> None:
     """Print the speed of RDN in bf16, and compare it with the measured speed of a matrix product in bf16."""
     rdn = measure_in_new_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
-    product = measure_in_new_process(Case("matrix product", "here", "bf16", 0, 2 * MATRIX_SIDE, 1, gpu, False))
+    product = measure_in_new_process(Case("matrix product", "here", "bf16", 0, GPU_MATRIX_SIDE, 1, gpu, False))
     if rdn and product:
         rdn_rate = 2 * TFLOP["rdn"] / rdn["seconds"]
-        matrix_rate = 2 * (2 * MATRIX_SIDE) ** 3 / 1e12 / product["seconds"]
+        matrix_rate = 2 * GPU_MATRIX_SIDE**3 / 1e12 / product["seconds"]
         fraction = rdn_rate / matrix_rate
         text = f"{fraction:.2f} times the {matrix_rate:.0f} TFLOP/s of a matrix product"
         sys.stdout.write(f"RDN in bf16: {rdn_rate:.0f} TFLOP/s, {text}\n")
@@ -162,22 +163,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help=text)
     text = "features to measure: 0 = pixels, 5 = stage 5 of VGG-19 (default: 0 5)"
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 5], choices=(0, 5), help=text)
-    text = "measure on the GPU with this number instead of on the CPU"
-    parser.add_argument("--gpu", metavar="N", help=text)
+    text = "number of the GPU on which to measure, or cpu (default: cpu)"
+    parser.add_argument("--gpu", metavar="N|cpu", default="cpu", help=text)
     text = "only measure one row with a toy network, to check that the program works"
     parser.add_argument("--quick", action="store_true", help=text)
     args = parser.parse_args(argv)
-    if args.gpu is not None and not torch.cuda.is_available():
-        raise UserError(
-            f"--gpu {args.gpu}: this machine has no GPU that PyTorch can use; omit --gpu to measure on the CPU"
-        )
+    on_gpu = args.gpu != "cpu"
+    if on_gpu and not torch.cuda.is_available():
+        raise UserError(f"--gpu {args.gpu}: this machine has no GPU that PyTorch can use; give --gpu cpu")
     args.rounds = 1 if args.quick else args.rounds
 
     # Estimate the total time from the measured speed of a matrix product
     rows = list_benchmark_cases(args)
-    product = measure_case(Case("matrix product", "here", "fp32", 0, MATRIX_SIDE // 4, 1, args.gpu or "cpu", False))
-    rate = 2 * (MATRIX_SIDE // 4) ** 3 / 1e12 / product["seconds"]  # TFLOP/s
-    runs_per_process = 1 if args.gpu is None else 8
+    product = measure_case(Case("matrix product", "here", "fp32", 0, ESTIMATE_MATRIX_SIDE, 1, args.gpu, False))
+    rate = 2 * ESTIMATE_MATRIX_SIDE**3 / 1e12 / product["seconds"]  # TFLOP/s
+    runs_per_process = 8 if on_gpu else 1
     seconds = 0.0
     for case in rows:
         if not args.quick:  # with --quick, the total time is only seconds
@@ -196,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
         cells = measure_implementations_of_case(case, args.rounds)
         print_table_row(cells)
         failed = failed or cells[HEADER.index("here s")] == "-"
-    if args.gpu is not None:
+    if on_gpu:
         print_rdn_speed(args.gpu)
     if not args.quick:
         with tempfile.TemporaryDirectory() as folder:

@@ -229,22 +229,22 @@ class EpochBatches(Sampler):
 
 
 class ItemDataset(Dataset):
-    """A dataset that has `parts` entries for each image.
+    """A dataset that has `entries_per_image` entries for each image.
 
     For an image that cannot be read, the dataset returns a `Sample` with an error message. The dataset does not raise
     an exception, because an exception in a worker would end the program with a traceback.
     """
 
-    def __init__(self, items: Sequence[Item], parts: int = 1):
+    def __init__(self, items: Sequence[Item], entries_per_image: int = 1):
         self.items = items
-        self.parts = parts
+        self.entries_per_image = entries_per_image
 
     def __len__(self) -> int:
-        return len(self.items) * self.parts
+        return len(self.items) * self.entries_per_image
 
     def get_image_of_entry(self, index: int) -> Item:
         """Return the image file from which the dataset entry with the given index is made."""
-        return self.items[index // self.parts]
+        return self.items[index // self.entries_per_image]
 
     def __getitem__(self, key: Key) -> Sample:
         item = self.get_image_of_entry(key.index)
@@ -291,7 +291,7 @@ class ImageDataset(ItemDataset):
         augmentation: Augmentation | None = None,
         transform: Transform | None = None,
     ):
-        super().__init__(items, parts=max(augmentation.crops, 1) if augmentation else 1)
+        super().__init__(items, entries_per_image=max(augmentation.crops, 1) if augmentation else 1)
         self.policy = policy
         self.augmentation = augmentation
         self.transform = transform

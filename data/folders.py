@@ -7,7 +7,7 @@ one log line says how many files were left out, and why.
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 
 from PIL import features
 
@@ -93,9 +93,8 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
             that it leaves out.
     """
     images = []
-    all_names = set(names)
     for name in names:
-        reason = _find_reason_to_leave_out_file(folder, name, all_names)
+        reason = _find_reason_to_leave_out_file(folder, name)
         if reason is None:
             images.append(os.path.join(folder, name))
         else:
@@ -124,29 +123,24 @@ def folder_contains(outer: str, inner: str) -> bool:
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
 
-def _find_reason_to_leave_out_file(folder: str, name: str, names: Set[str]) -> str | None:
-    """Return the reason why a file is left out, or None if the file is an image.
-
-    Args:
-        names: names of all files in the folder.
-    """
+def _find_reason_to_leave_out_file(folder: str, name: str) -> str | None:
+    """Return the reason why a file is left out, or None if the file is an image."""
     if name.startswith("."):
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return _recognise_picture_written_by_test_py(folder, name, names)
+    return recognise_picture_written_by_test_py(os.path.join(folder, name))
 
 
-def _recognise_picture_written_by_test_py(folder: str, name: str, names: Set[str]) -> str | None:
+def recognise_picture_written_by_test_py(path: str) -> str | None:
     """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
-    Args:
-        names: names of all files in the folder.
+    Returns:
+        "residual picture", "figure of a score table" or None.
     """
-    if name.endswith(".residual.png"):
+    if path.endswith(".residual.png"):
         return "residual picture"
-    table = f"{name.removesuffix('.png')}.csv"
-    if name.endswith(".png") and table in names and _is_score_table(os.path.join(folder, table)):
+    if path.endswith(".png") and _is_score_table(f"{path.removesuffix('.png')}.csv"):
         return "figure of a score table"
     return None
 
@@ -168,15 +162,3 @@ def format_counts(counts: Counter) -> str:
     if len(counts) > MOST_REASONS:
         parts.append("...")
     return ", ".join(parts)
-
-
-def recognise_picture_written_by_test_py(path: str) -> str | None:
-    """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
-
-    If the user gives a pattern such as *.png, pictures written by test.py may be among the input images.
-
-    Returns:
-        "residual picture", "figure of a score table" or None.
-    """
-    folder, name = os.path.split(path)
-    return _recognise_picture_written_by_test_py(folder, name, {f"{name.removesuffix('.png')}.csv"})

@@ -33,7 +33,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is missing, because it is unsafe
 if HAS_AVIF:
     FORMATS += ("AVIF",)
-MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS  # 179 million pixels, above which Pillow refuses to decode an image
+MAX_PIXELS = 178_956_970  # twice Pillow's default MAX_IMAGE_PIXELS, above which Pillow refuses to decode an image
 HEADER_THREADS = 16  # may be more threads than CPU cores, because threads that read headers wait for the disk
 Tag = ExifTags.Base  # numbers of the tags in EXIF data and TIFF files
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -200,6 +200,18 @@ def compute_centre_box(height: int, width: int, scale: int) -> tuple[int, int, i
     return height % scale // 2, width % scale // 2, height - height % scale, width - width % scale
 
 
+def require_large_enough_crops(policy: SizePolicy) -> None:
+    """Raise a UserError if crops of this size are too small for the networks."""
+    if policy.crop_size is None:
+        return
+    smallest = max(policy.scale, policy.min_side)
+    if policy.crop_size - policy.crop_size % policy.scale < smallest:
+        raise UserError(
+            f"--crop-size {policy.crop_size} is too small: the networks take multiples of {policy.scale} pixels, at"
+            f" least {smallest}"
+        )
+
+
 def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     """Return why images with `height` x `width` pixels cannot be used, or None if they can be used.
 
@@ -216,7 +228,9 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
             f"{text}, smaller than the crop of {policy.crop_size} x {policy.crop_size}: use a smaller --crop-size"
             " (or --patch-size), or leave the image out"
         )
-    side = policy.crop_size or min(height, width)
+    if policy.crop_size is not None:
+        return None  # `require_large_enough_crops` has checked the size of the crops
+    side = min(height, width)
     if side < policy.scale:
         return f"{text}: both sides must be at least {policy.scale} pixels (the scale); leave the image out"
     if side - side % policy.scale < policy.min_side:
@@ -318,6 +332,7 @@ def select_usable_items(
     Raises:
         UserError: if an image cannot be used and `skip_bad` is False, or if no image can be used.
     """
+    require_large_enough_crops(policy)
     headers = check_headers([item.path for item in items], policy)
     good_items, good_headers, problems = [], [], []
     for item, header in zip(items, headers, strict=True):

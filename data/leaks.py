@@ -10,26 +10,27 @@ import logging
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, JpegImagePlugin
 
 from data.images import open_image
 from data.lists import Item
-from utils.console import progress_bar
+from utils.console import printable, progress_bar
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
 
 logger = logging.getLogger(__name__)
 
-LEAK, WARNING = SEVERITIES = ("leak", "warning")
+LEAK, WARNING = "leak", "warning"
+SEVERITIES = (LEAK, WARNING)
 # An attribute is reported if the fractions of real and of fake images that have the attribute differ by this much.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
+HEAD_BYTES = 2**16  # number of bytes at the beginning of a file that are compared first
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
 QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg uses at quality 50
 WAYS_OUT = {  # advice on how to make each attribute equal in both classes
@@ -102,7 +103,7 @@ def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequenc
     result = audit_images(train_items, val_items, quick=True)
     summary = f"{len(result.findings)} finding(s), see python -m tools.audit" if result.findings else "no leaks found"
     count = len(train_items) + len(val_items)
-    logger.info("leak audit of the headers of %d of %d image files: %s", result.checked, count, summary)
+    logger.info("leak audit of %d of %d image files: %s", result.checked, count, summary)
     for finding in result.findings[:3]:
         logger.warning("%s: %s: %s", finding.severity.upper(), finding.check, finding.message)
 
@@ -181,18 +182,20 @@ def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: s
 def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     """Find files with identical content.
 
-    A file is read only if another file has the same length.
+    Files of the same length are compared by their first HEAD_BYTES bytes, and read to the end only if these are equal.
     """
-    by_size, by_content = defaultdict(list), defaultdict(list)
-    for file in files:
-        by_size[file.size].append(file)
-    for group in by_size.values():
-        for file in group if len(group) > 1 else []:
-            by_content[hashlib.sha256(Path(file.item.path).read_bytes()).digest()].append(file)
-    copies = [group for group in by_content.values() if len(group) > 1]
-    across_splits = [group for group in copies if len({file.split for file in group}) > 1]
-    across_classes = [group for group in copies if len({file.item.label for file in group}) > 1]
-    within = [group for group in copies if group not in across_splits and group not in across_classes]
+    copies = []
+    for same_size in group_files(files, lambda file: file.size):
+        for same_head in group_files(same_size, lambda file: hash_beginning(file, HEAD_BYTES)):
+            copies += group_files(same_head, lambda file: hash_beginning(file, None))
+    across_splits, across_classes, within = [], [], []
+    for group in copies:
+        if len({file.split for file in group}) > 1:
+            across_splits.append(group)
+        if len({file.item.label for file in group}) > 1:
+            across_classes.append(group)
+        if len({(file.split, file.item.label) for file in group}) == 1:
+            within.append(group)
     findings = []
     for severity, sets, groups, way_out in (
         (LEAK, "train and validation", across_splits, "remove the duplicates from one of the two sets"),
@@ -204,3 +207,24 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
             text = f"{len(groups)} images occur in more than one file"
             findings.append(Finding(severity, f"exact duplicates in {sets}", text, way_out, examples))
     return findings
+
+
+def group_files(files: Sequence[File], key: Callable[[File], object]) -> list[list[File]]:
+    """Group files with the same key. Returns the groups of two or more files."""
+    groups = defaultdict(list)
+    for file in files:
+        groups[key(file)].append(file)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def hash_beginning(file: File, count: int | None) -> bytes:
+    """Return a hash of the first `count` bytes of a file, or of the whole file if `count` is None.
+
+    Raises:
+        UserError: if the file can no longer be read.
+    """
+    try:
+        with open(file.item.path, "rb") as opened:
+            return hashlib.sha256(opened.read(count)).digest()
+    except OSError as error:
+        raise UserError(f"{printable(file.item.path)} cannot be read ({error.strerror})") from None

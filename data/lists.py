@@ -30,7 +30,6 @@ LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # text in the colum
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
-FLAGS = ("--data-root-pos", "--data-root-neg")
 
 
 class Item(NamedTuple):
@@ -41,6 +40,17 @@ class Item(NamedTuple):
     # The generator that made a fake image. For a real image, `generator` is the generator whose images are compared
     # with the real image, or "" if the images of all generators are compared with it
     generator: str
+
+
+class ImageFlags(NamedTuple):
+    """The command-line flags with which a user can give labelled images to a program."""
+
+    real: str = "--data-root-pos"
+    fake: str = "--data-root-neg"
+    others: str = "--data-root TREE, or --csv FILE"  # flags that can be given instead
+
+
+IMAGE_FLAGS = ImageFlags()
 
 
 # --- folders ------------------------------------------------------------------------------------------------
@@ -109,11 +119,10 @@ def list_tree_items(root: str, training: bool = False) -> list[Item]:
     used, left_out = Counter(), Counter()
     for path in find_images(root):
         folders = path.removeprefix(root).strip(os.sep).split(os.sep)[:-1]
-        layout = next((names for names in LAYOUTS if set(names) & set(folders)), None)
+        layout, position = _find_class_folder(folders)
         if layout is None:
             left_out["in no class folder"] += 1
             continue
-        position = next(i for i, folder in enumerate(folders) if folder in layout)
         held_out = [folder for folder in folders[:position] if folder.lower() in HELD_OUT_FOLDERS]
         if training and held_out:
             left_out[f"in {held_out[0]} (not for training)"] += 1
@@ -127,6 +136,23 @@ def list_tree_items(root: str, training: bool = False) -> list[Item]:
         text = "image tree %s: using %s; left out: %s"
         logger.info(text, printable(root), format_counts(used), format_counts(left_out) or "none")
     return sorted(items, key=lambda item: item.label == FAKE)  # a stable sort keeps the order within each class
+
+
+def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, int]:
+    """Find the folder of real or fake images in a path.
+
+    Args:
+        folders: names of the folders in the path, from the root of the folder tree down.
+
+    Returns:
+        the layout of the data set, an entry of LAYOUTS, and the position of the folder in `folders`. The layout is None
+        if the path contains no folder of real or fake images.
+    """
+    for layout in LAYOUTS:
+        for position, folder in enumerate(folders):
+            if folder in layout:
+                return layout, position
+    return None, 0
 
 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
@@ -275,7 +301,7 @@ def list_labelled_items(
     fake_roots: Sequence[str] | None,
     tree: str | None = None,
     csv_file: str | None = None,
-    flags: Sequence[str] = FLAGS,
+    flags: ImageFlags = IMAGE_FLAGS,
     training: bool = False,
 ) -> list[Item]:
     """List real and fake images from exactly one source: folders, a folder tree, or a CSV table.
@@ -284,7 +310,7 @@ def list_labelled_items(
         real_roots, fake_roots: folders of real and of fake images.
         tree: root of a folder tree, see `list_tree_items`.
         csv_file: path of a CSV table, see `list_csv_items`.
-        flags: command-line options for `real_roots` and `fake_roots`, used in error messages.
+        flags: command-line flags with which the user can give images, used in error messages.
         training: whether the images are for training. If True, images for validation or test in a folder tree are
             left out.
 
@@ -293,12 +319,12 @@ def list_labelled_items(
         UserError: if only one of `real_roots` and `fake_roots` is given.
         UserError: if a file is listed both as real and as fake.
     """
-    ways = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)].count(True)
-    if ways != 1:
-        got = "images are given in more than one way" if ways else "no images are given"
+    sources = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)].count(True)
+    if sources != 1:
+        got = "images are given in more than one way" if sources else "no images are given"
         raise UserError(
-            f"{got}: give {flags[0]} REAL and {flags[1]} GENERATED folders, or --data-root TREE, or --csv FILE;"
-            " for images without labels, use test.py --input"
+            f"{got}: give folders of real images with {flags.real} and folders of generated images with {flags.fake},"
+            f" or {flags.others}"
         )
     if tree:
         items = list_tree_items(tree, training)
@@ -307,7 +333,7 @@ def list_labelled_items(
     elif real_roots and fake_roots:
         items = list_folder_items(real_roots, fake_roots)
     else:
-        missing = flags[1] if real_roots else flags[0]
+        missing = flags.fake if real_roots else flags.real
         raise UserError(f"expected real and generated images, got only one class: give the other class with {missing}")
     _refuse_files_in_both_classes(items)
     return items

@@ -252,13 +252,13 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
     available = list_perturbation_settings(protocol)
     selected = []
     for name, strength in requested:
-        same_name = [s for s in available if name in (s.name, "all")]
+        same_name = [s for s in available if name == "all" or s.name == name]
         if not same_name:
             names = ", ".join(dict.fromkeys(s.name for s in available))
             raise UserError(
                 f"--perturb {name!r} is not a name in --perturb-protocol {protocol}: expected one of {names} or all"
             )
-        found = [s for s in same_name if strength in (s.strength, None)]
+        found = [s for s in same_name if strength is None or s.strength == strength]
         if not found:
             strengths = ", ".join(f"{s.strength:g}" for s in same_name if s.strength is not None)
             expected = f"expected one of {strengths}" if strengths else "this perturbation takes no strength"

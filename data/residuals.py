@@ -219,7 +219,7 @@ def create_residual_datasets(
         directions = 2 if images.augmentation else 1  # the image and the mirrored image have different residuals
         for size in images.image_sizes:
             values = math.prod(residual_shape(*size))
-            byte_counts += [values * dtype.itemsize] * (images.parts * directions)
+            byte_counts += [values * dtype.itemsize] * (images.entries_per_image * directions)
     folder = create_cache_folder(make_folder(options.folder), {**key, "storage": options.precision})
     if not broadcast_from_main(residuals_fit_in_cache(folder, byte_counts, options.max_gb * 1e9), world):
         return []

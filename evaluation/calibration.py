@@ -8,7 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import printable
 from utils.errors import UserError
 
-ROUNDING = 1e-6  # thresholds from -ROUNDING to 1 + ROUNDING are accepted
+THRESHOLD_TOLERANCE = 1e-6  # thresholds from -THRESHOLD_TOLERANCE to 1 + THRESHOLD_TOLERANCE are accepted
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -56,8 +56,8 @@ def check_calibration(calibration: object, name: str) -> dict:
     if not fields.values:
         return {}
     fields.get_positive_number("temperature")
-    t_real = fields.get_number("t_real", -ROUNDING, 1 + ROUNDING)
-    t_fake = fields.get_number("t_fake", -ROUNDING, 1 + ROUNDING)
+    t_real = fields.get_number("t_real", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
+    t_fake = fields.get_number("t_fake", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
     if t_real > t_fake:
         raise UserError(f"{printable(name)}: calibration.t_real {t_real:g} must not exceed t_fake {t_fake:g}")
     return dict(fields.values)

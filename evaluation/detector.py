@@ -8,7 +8,7 @@ test.py also uses the Python class `Detector`, so `Detector.predict` and test.py
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -51,13 +51,15 @@ class Detector:
     policy: SizePolicy
     calibration: Mapping  # see `probabilities_and_verdicts`; empty if the detector is not calibrated
     config: Mapping  # how the network is built, and the fingerprints of its weights
-    trained_on: (
-        Tensor | None
-    )  # hashes of the training images (`data.lists.hash_image_files`); None if the checkpoint has none
+    # Hashes of the training images (`data.lists.hash_image_files`), or None if the checkpoint has none
+    trained_on: Tensor | None
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute the probability P(fake) of each image, float64 (N,). A calibrated detector calibrates P(fake)."""
+        """Compute the probability P(fake) of each image, float64 (N,).
+
+        The logits of a calibrated detector are divided by its temperature first.
+        """
         prob_fake, _ = probabilities_and_verdicts(self._compute_logits(images), self.calibration)
         return prob_fake
 
@@ -67,7 +69,10 @@ class Detector:
         return verdicts
 
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
-        """Compute the residual between each image and its re-synthesis: float32 (C_l, H_l, W_l) on the CPU."""
+        """Compute the residual between each image and its re-synthesis: float32 (C_l, H_l, W_l) on the CPU.
+
+        If scores are averaged over crops, the residual is computed on the whole image, which is not cropped.
+        """
         residuals = []
         for batch in self._prepare_batches(images):
             _, _, residual = self.resynthesize(batch)
@@ -88,6 +93,9 @@ class Detector:
         """
         if self.crops > 1:
             return torch.stack([self._mean_logits(image) for image in images])  # (B, 2)
+        return self._logits_of_whole_images(images)
+
+    def _logits_of_whole_images(self, images: Tensor) -> Tensor:
         x = self.compute.images_to_float(images)  # (B, 3, H, W) in [0, 1]
         with self.compute.autocast():
             return self.network(x).float().cpu()  # (B, 2)
@@ -95,8 +103,8 @@ class Detector:
     def _mean_logits(self, image: Tensor) -> Tensor:
         """Compute the mean of the logits over the crops of an image, uint8 (3, H, W). Returns a tensor (2,)."""
         crops, _ = self.cut_crops(image)  # (K, 3, h, w)
-        whole = replace(self, crops=1)
-        logits = [whole.logits(batch) for batch in crops.split(images_per_batch(*crops.shape[2:]))]
+        batches = crops.split(images_per_batch(*crops.shape[2:]))
+        logits = [self._logits_of_whole_images(batch) for batch in batches]
         return torch.cat(logits).mean(dim=0)  # (2,)
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.images import SizePolicy
+from data.images import SizePolicy, require_large_enough_crops
 from evaluation.calibration import check_calibration
 from evaluation.detector import Detector
 from models.build import OPTION_NAMES, load_detector
@@ -64,7 +64,7 @@ def load(
             raise UserError(f"{name} must be a path, got {path!r}")
     if precision not in PRECISIONS:
         raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
-    compute = choose_device_and_precision(convert_gpu_number_to_name(device), precision, deterministic=False)
+    compute = choose_device_and_precision(convert_gpu_number_to_name(device), precision, deterministic=None)
     options = check_load_options({} if options is None else options)
     return detector_from_checkpoint(compute, checkpoint, resynthesizer, str(vgg_weights), options)
 
@@ -100,13 +100,11 @@ def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) ->
     Raises:
         UserError: if crops are too small for the network.
     """
-    scale, smallest = network.resynthesizer.scale, network.features.stride
-    crop_size = settings.crop_size
-    if crop_size is not None and crop_size - crop_size % scale < max(smallest, scale):
-        raise UserError(
-            f"--crop-size {crop_size} is too small: the network takes multiples of {scale} pixels, at least {smallest}"
-        )
-    return SizePolicy(scale, crop_size, settings.resize, min_side=smallest)
+    policy = SizePolicy(
+        network.resynthesizer.scale, settings.crop_size, settings.resize, min_side=network.features.stride
+    )
+    require_large_enough_crops(policy)
+    return policy
 
 
 def convert_gpu_number_to_name(device: str | int | torch.device | None) -> str | torch.device | None:

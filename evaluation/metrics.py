@@ -319,8 +319,9 @@ def select_groups_with_table_row(summary: Mapping) -> dict[str, Mapping]:
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]
-    confusions = [measured["confusion"] for measured in summary["generators"].values()]
-    if confusions != [summary["all"]["confusion"]]:  # with a single generator, the row would repeat the generator's row
+    only_group = next(iter(groups.values())) if len(groups) == 1 else None
+    repeats_only_group = only_group is not None and only_group["confusion"] == summary["all"]["confusion"]
+    if not repeats_only_group:
         groups["all images"] = summary["all"]
     return groups
 

@@ -170,9 +170,7 @@ class ResidualPictures:
 
     def draw_picture(self, index: int, examination: Examination) -> None:
         """Draw the residual picture of the image at `index` in the list. The picture shows all scored crops."""
-        from evaluation.figures import (
-            draw_residual_picture,  # imported here, because Matplotlib takes a second to import
-        )
+        from evaluation.figures import draw_residual_picture  # imported here: Matplotlib takes a second to import
 
         columns = examination.columns
         x = arrange_crops(examination.x, columns)  # (3, H, W)

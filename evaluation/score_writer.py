@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -186,9 +187,18 @@ class ScoreWriter:
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
     def _read_rows_of_table(self) -> Iterator[tuple[int, Row]]:
-        """Read the rows of P.csv, as pairs (index of the image, row)."""
-        for i, row in zip(range(len(self.items)), read_rows(self.table), strict=False):
-            yield i, row._replace(path=self.items[i].path)
+        """Read the rows of P.csv, as pairs (index of the image, row).
+
+        Raises:
+            UserError: if P.csv does not have one row per image, in the order of the images.
+        """
+        for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
+            if item is None or row is None or row.path != item.path:
+                raise UserError(
+                    f"{printable(self.table)} was changed after test.py wrote it: expected one row per image in the"
+                    " order of the images; choose another --save_path, or score all images again with --overwrite"
+                )
+            yield i, row
 
     def _require_same_scoring_settings(self, part: Path) -> None:
         """Raise a UserError if a part belongs to a different job."""

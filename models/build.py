@@ -13,7 +13,7 @@ classifier have random weights only if they are about to be trained.
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -90,6 +90,9 @@ CLASSIFIERS = {
 }
 TORCHVISION = "torchvision:"  # --arch torchvision:NAME chooses the classifier NAME of torchvision.models
 
+WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # torchvision classifiers that also return auxiliary logits
+TORCHVISION_STRIDE = 32  # stride of the last feature map of most torchvision classifiers
+
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
 RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options for RDN, as in the authors' code
@@ -119,11 +122,19 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
     if name not in entries:
         raise UserError(f"no {kind} is called {name!r}: expected one of {', '.join(entries)}")
     entry = entries[name]
+    refuse_fixed_arguments(f"{kind} {name}", getattr(entry, "keywords", {}), arguments)
     try:
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
         raise UserError(f"{kind} {name} got wrong arguments ({error}): expected {inspect.signature(entry)}") from None
     return call_constructor(f"{kind} {name}", entry, *required, **arguments)
+
+
+def refuse_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
+    """Raise a UserError if the arguments of a network contain one that the network's name or another option fixes."""
+    refused = sorted(set(fixed) & arguments.keys())
+    if refused:
+        raise UserError(f"{what} does not take the argument {refused[0]}, which is fixed: leave it out")
 
 
 def call_constructor(what: str, entry: Callable[..., nn.Module], /, *required, **arguments) -> nn.Module:
@@ -166,8 +177,13 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
             f"torchvision.models has no classifier called {name!r}: expected one of the names that"
             " torchvision.models.list_models(module=torchvision.models) returns"
         )
-    entry = partial(torchvision.models.get_model, name, weights=None, num_classes=2)
+    fixed = {"weights": None, "num_classes": 2}
+    if name in WITH_AUXILIARY_OUTPUTS:
+        fixed["aux_logits"] = False
+    refuse_fixed_arguments(f"torchvision's {name}", fixed, arguments)
+    entry = partial(torchvision.models.get_model, name, **fixed)
     model = call_constructor(f"torchvision's {name}", entry, **arguments)
+    model.stride = TORCHVISION_STRIDE
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             owner, _, attribute = path.rpartition(".")
@@ -207,6 +223,7 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
     given_name = options.get("sr_arch")
     given_args = {key: options[key] for key in RDN_OPTIONS if options.get(key) is not None}
     given_args |= options.get("sr_args") or {}
+    refuse_fixed_arguments("--sr-args", ["scale"], given_args)
     state = recorded = None
     file = ""
     if source is not None:
@@ -427,8 +444,8 @@ def find_features_of_authors_detector(state: Mapping[str, Tensor], options: Mapp
     stage 0, the pixels) that has as many channels as the classifier has input channels. If two stages have this number
     of channels, `--idx-stages` must name one of them.
     """
-    if options.get("features") is not None:
-        return {"name": options["features"], "args": dict(options.get("feature_args") or {})}
+    if options.get("features") is not None or options.get("feature_args"):
+        return choose_features_of_new_detector(options)
     _, channels = read_resnet_name_and_channels(state, name)
     stages = find_stages_with_channels(channels)
     stage = options.get("stage")
@@ -450,10 +467,12 @@ def choose_features_of_new_detector(options: Mapping) -> dict:
     stage = options.get("stage")
     if name is not None and stage is not None:
         raise UserError(f"--idx-stages {stage} and --features {name} both choose the features: give only one of them")
+    if name is None and given_args:
+        raise UserError("--feature-args needs the name of the features: give --features NAME")
     if name is not None:
         return {"name": name, "args": given_args}
     name, arguments = find_features_of_stage(PAPER["stage"] if stage is None else stage)
-    return {"name": name, "args": arguments | given_args}
+    return {"name": name, "args": arguments}
 
 
 def assemble_detector(

@@ -84,7 +84,11 @@ class VGG19Stage(nn.Module):
         return record
 
     def set_tile(self, side: int) -> None:
-        """Set the side length, in image pixels, of the tiles in which VGG-19 runs if no gradients are computed."""
+        """Set the side of the tiles in which VGG-19 runs if no gradients are computed to `side // 4`.
+
+        VGG-19 cuts three maps into tiles: the image, and the feature maps with a half and a quarter of its side length.
+        The side of a tile is given in pixels of the map that is cut.
+        """
         self.vgg.tile = side // 4
 
 

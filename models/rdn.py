@@ -167,8 +167,10 @@ class RDN(nn.Module):
         last layer of the global feature fusion is zero.
 
         Raises:
-            UserError: if the scale is 3, because the kernels in INTERPOLATION up-sample by a factor of 2.
+            UserError: if RDN has fewer than 3 features, or if the scale is 3, because the kernels in INTERPOLATION up-sample by a factor of 2.
         """
+        if self.sfe1.out_channels < 3:
+            raise UserError("--start interpolation needs at least 3 features: give a larger --num-features")
         if self.scale == 3:
             raise UserError("--start interpolation is defined for scales 2 and 4: use --start random for scale 3")
         nn.init.zeros_(self.gff[1].weight)

@@ -18,7 +18,7 @@ PREFIX = "module."  # prefix of the keys in a state dict if the network was wrap
 
 
 def extract_state_dict(content: Mapping, name: str) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint, and remove the prefix "module." from its keys.
+    """Return the state dict in a checkpoint. If all keys begin with "module.", this prefix is removed.
 
     Args:
         content: content of the checkpoint: the state dict itself, or a dictionary with the state dict under the key
@@ -36,6 +36,8 @@ def extract_state_dict(content: Mapping, name: str) -> dict[str, Tensor]:
             f"{name} contains no weights: expected a state dict, got a dictionary with the keys {keys}; give a file"
             " that contains the weights of a network"
         )
+    if not all(key.startswith(PREFIX) for key in state):
+        return dict(state)
     return {key.removeprefix(PREFIX): value for key, value in state.items()}
 
 

@@ -36,6 +36,7 @@ class ResynthesisDetector(nn.Module):
         self.features = features
         self.classifier = classifier
         self.signed = signed
+        self.resynthesizer_is_frozen = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the logits (B, 2) of images x (B, 3, H, W) in [0, 1].
@@ -88,7 +89,21 @@ class ResynthesisDetector(nn.Module):
         `frozen` is True with `--fixed-sr`, and False in end-to-end training. Release: the code of the paper's authors
         freezes the re-synthesizer also in end-to-end training.
         """
+        self.resynthesizer_is_frozen = frozen
         self.resynthesizer.requires_grad_(not frozen)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ResynthesisDetector":
+        """Set the training mode of the classifier and, unless it is frozen, of the re-synthesizer.
+
+        The features and a frozen re-synthesizer always stay in evaluation mode, so that dropout does not change
+        residuals, and residuals do not change the statistics of batch norm.
+        """
+        super().train(mode)
+        self.features.eval()
+        if self.resynthesizer_is_frozen:
+            self.resynthesizer.eval()
+        return self
 
     def set_tile(self, side: int) -> None:
         """Set the side of the tiles in which the detector processes images if no gradients are computed.
@@ -97,10 +112,10 @@ class ResynthesisDetector(nn.Module):
         without a method `set_tile` process whole images.
 
         Args:
-            side: side of a tile in pixels of the image, rounded down to a multiple of 16. Sides below 512 pixels take
-                much more time, because tiles overlap.
+            side: side of a tile in pixels of the image, rounded down to a multiple of 16, at least 16. Sides below 512
+                pixels take much more time, because tiles overlap.
         """
-        side -= side % 16
+        side = max(side - side % 16, 16)
         for part in (self.resynthesizer, self.features, self.classifier):
             if hasattr(part, "set_tile"):
                 part.set_tile(side)

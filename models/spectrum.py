@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.errors import UserError
+
 # SMALLEST_POWER is added to each power so that the logarithm is finite. SMALLEST_POWER is far below the power of the
 # noise that rounding to 8 bits adds to an image in [0, 1].
 SMALLEST_POWER = 1e-7
@@ -27,8 +29,8 @@ class SpectrumClassifier(nn.Module):
     """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
     The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over channels,
-    mirror images and rotations by 90 degrees. Then the mean log power of the neighbouring frequencies is subtracted
-    from each log power. These differences of log powers show the peaks and edges that up-sampling causes in a spectrum.
+    mirror images and rotations by 90 degrees. Then the mean log power of a square of frequencies around each frequency is
+    subtracted from its log power. These differences of log powers show the peaks and edges that up-sampling causes in a spectrum.
     The differences of log powers depend little on brightness, sharpness and image content.
 
     Each logit is the sum of two terms. The first term is the output of a network with one hidden layer, which learns to
@@ -43,7 +45,7 @@ class SpectrumClassifier(nn.Module):
     Args:
         channels: number of channels of the residual. The log spectra of the channels are averaged.
         window: side length of the windows in pixels, an even number. Neighbouring windows overlap by half their side.
-        neighbourhood: side of the square of neighbouring frequencies, an odd number.
+        neighbourhood: side of the square of frequencies around each frequency, an odd number.
         hidden: number of units of the hidden layer, and number of dimensions in which the distance is computed.
         dropout: probability of dropout at the inputs of both terms and after the hidden layer.
     """
@@ -57,6 +59,10 @@ class SpectrumClassifier(nn.Module):
         dropout: float = 0.5,
     ):
         super().__init__()
+        if window < 2 or window % 2:
+            raise UserError(f"the window of the spectrum classifier must be an even number of pixels, got {window}")
+        if neighbourhood < 1 or neighbourhood % 2 == 0:
+            raise UserError(f"the neighbourhood of the spectrum classifier must be an odd number, got {neighbourhood}")
         self.window = window
         self.neighbourhood = neighbourhood
         taper = torch.hann_window(window, periodic=False)
@@ -106,7 +112,7 @@ class SpectrumClassifier(nn.Module):
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def average_neighbouring_frequencies(self, spectrum: Tensor) -> Tensor:
-        """Replace each value of spectra (B, half, half) by the mean over neighbouring frequencies.
+        """Replace each value of spectra (B, half, half) by the mean over a square of frequencies around it.
 
         The spectrum is reflected at its borders.
         """

@@ -32,8 +32,10 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
-    input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6)
-    kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3)
+    # Each matrix evaluates a polynomial at the six points. A polynomial at infinity is its highest coefficient, so the
+    # last row before transposing has a single 1.
+    input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
+    kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
     return tuple(torch.kron(matrix, matrix).float() for matrix in (input_1d, kernel_1d, output_1d))
 
@@ -100,8 +102,10 @@ class DenseMaps:
             # A grouped convolution with one group per product sums the products over all feature maps and channels
             values = maps[: self.added]  # (maps, n, 36 * C)
             if self.added == 1:
-                values = maps[0].view(-1, self.columns, maps.shape[2])  # with a single map, this shape is faster
-            products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)  # (1, 36 * O, ..., ...)
+                # With a single map, the shape (rows, columns, 36 * C) is faster
+                values = maps[0].view(-1, self.columns, maps.shape[2])
+            # (1, 36 * O, rows, columns) with a single map, (1, 36 * O, 1, n) with several maps
+            products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)
             products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
             y = OUTPUT @ products  # (n, 16, O)
             y = y.view(-1, self.columns, TILE_OUT, TILE_OUT, out_channels)  # (rows, columns, 4, 4, O)

@@ -3,8 +3,8 @@
 #   bash script/train_super_resolution_celeba.sh GPU_ID [any flag of train_sr.py]
 # Training images: DATA_ROOT_POS (a list or a folder), or the list ./data/celeba_example_train.txt, or the folder
 #   ./data/CelebA, or example images
-# Images for PSNR and SSIM: EVAL or ./data/celeba_example_val.txt with that list, EVAL or data/example/val.txt with example
-#   images, otherwise none
+# Images for PSNR and SSIM: EVAL (a list or a folder), or ./data/celeba_example_val.txt with the list above, or
+#   data/example/val.txt with example images, otherwise none
 # Output: OUTPUT_PATH/x4 (default of OUTPUT_PATH: ./output_hr)
 source "$(dirname "$0")/common.sh"
 check_gpu_argument "$@"
@@ -19,8 +19,9 @@ case "$DATA_ROOT_POS" in
     "$train_list") choose EVAL "images to evaluate on" "$root/data/celeba_example_val.txt" ;;
     "$root/data/example/train.txt") choose EVAL "images to evaluate on" "$root/data/example/val.txt" ;;
     *)
-        EVAL=""
-        say "PSNR and SSIM are not computed: to compute them, add --eval-file LIST_OR_FOLDER"
+        EVAL=${EVAL:-}
+        [[ -n "$EVAL" ]] ||
+            say "PSNR and SSIM are not computed: to compute them, add --eval-file LIST_OR_FOLDER"
         ;;
 esac
 

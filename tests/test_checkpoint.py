@@ -171,7 +171,7 @@ def test_fields_returns_config_values_of_the_expected_type():
         and fields.get_number("count") == 3
         and fields.get_positive_number("rate") == 0.5
     )
-    assert fields.get_text("name", ["rdn", "none"]) == "rdn" and fields.get_boolean("on") is True
+    assert fields.get_text("name", ["rdn", "none"]) == "rdn"
     assert fields.get_nested_fields("part").get_integer("scale") == 4 and fields.get_arguments("args") == {"depth": 2}
     assert fields.has_value("count") and not fields.has_value("nothing") and not fields.has_value("absent")
 
@@ -194,8 +194,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
         ("get_number", "3", ()), ("get_number", True, ()), ("get_number", float("nan"), ()), ("get_number", float("inf"), ()),
         ("get_number", 1.5, (0, 1)), ("get_number", torch.ones(1), ()), ("get_positive_number", 0, ()),
         ("get_positive_number", -1.0, ()),
-        ("get_text", 3, ()), ("get_text", "other", (["rdn"],)), ("get_text", b"rdn", ()), ("get_boolean", 1, ()),
-        ("get_boolean", "no", ()),
+        ("get_text", 3, ()), ("get_text", "other", (["rdn"],)), ("get_text", b"rdn", ()),
         ("get_nested_fields", [1], ()), ("get_nested_fields", "x", ()),
         ("get_arguments", {3: 4}, ()), ("get_arguments", {"a b": 1}, ()),
     ],

@@ -230,7 +230,8 @@ def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(
     detector_file, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    shutil.copy(detector_file, "DETECTOR.pth.tar")
+    Path("output_end2end/mine").mkdir(parents=True)
+    shutil.copy(detector_file, "output_end2end/mine/last.pth.tar")
     for name in ("a.png", "b.jpg"):
         write_noise_image(name, 1)
     example = re.search(r"```python\n(from evaluation import load.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -249,3 +250,15 @@ def test_the_identity_of_a_detector_changes_with_its_calibration_and_not_with_it
     calibrated = write_detector(tmp_path / "c", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
     assert load(str(calibrated), "cpu").describe_model() != detector.describe_model()
     assert load(str(write_detector(tmp_path / "d", config=CONFIG)), "cpu").describe_model() == detector.describe_model()
+
+
+def test_loading_a_detector_does_not_change_the_reproducibility_settings_of_pytorch(detector_file, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        load(str(detector_file), device="cpu")
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.benchmark and torch.backends.cudnn.allow_tf32
+    finally:
+        torch.use_deterministic_algorithms(False)

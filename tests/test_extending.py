@@ -9,11 +9,15 @@ import pytest
 import torch
 from files import expect_user_error
 from processes import ROOT
+from torch import nn
 from trainings import read_checkpoint, run_training, train_detector_arguments
 
 from data import degradations, perturbations
 from evaluation import load, metrics
 from models import build
+from models.released import extract_state_dict
+from models.resynthesis import ResynthesisDetector
+from train_detector import hash_source_code
 
 DOCUMENT = (ROOT / "docs/extending.md").read_text()
 BASE = "--gpu cpu --workers 0 --vgg-weights random"
@@ -178,3 +182,87 @@ def test_the_documented_dicts_and_linked_files_of_the_extension_guide_exist():
         assert name in dictionary
     for path in re.findall(r"\]\(\.\./([^)]+)\)", DOCUMENT):
         assert Path(ROOT, path).exists()
+
+
+def test_the_documented_perturbation_metric_and_task_can_be_added(monkeypatch):
+    code = re.search(r"```python\n(def change_gamma.*?)```", DOCUMENT, re.DOTALL)[1]
+    names = {"torch": torch, "SWEEP": {}, "METRICS": {}, "TASKS": {}}
+    exec(code, {**names, "Sweep": perturbations.Sweep, "Metric": metrics.Metric})
+    rng = np.random.default_rng(0)
+    image = torch.arange(48, dtype=torch.uint8).view(3, 4, 4)
+    darker = names["SWEEP"]["gamma"].apply(image, 1.2, rng)
+    assert darker.dtype == torch.uint8 and (darker <= image).all() and darker.shape == image.shape
+    called_fake = names["METRICS"]["called_fake"].compute(np.array([1.0, -1.0]), np.array([0.7, 0.3]), None)
+    assert called_fake == 0.5
+    darken = names["TASKS"]["brightening"](rng)
+    assert (darken(torch.ones(3, 2, 2), rng) < 1).all()
+
+
+class NormalizedEnlargement(nn.Module):
+    """A re-synthesizer with batch norm and dropout."""
+
+    scale = 2
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.BatchNorm2d(3), nn.Dropout(0.5), nn.Upsample(scale_factor=2))
+
+    def forward(self, x_lr):
+        return self.layers(x_lr)
+
+
+class NormalizedPixels(nn.Module):
+    """Features with batch norm."""
+
+    channels, stride = 3, 1
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+def test_a_frozen_resynthesizer_and_the_features_stay_in_evaluation_mode():
+    detector = ResynthesisDetector(NormalizedEnlargement(), NormalizedPixels(), nn.BatchNorm2d(3))
+    detector.freeze_resynthesizer(True)
+    detector.train()
+    assert detector.classifier.training and not detector.resynthesizer.training and not detector.features.training
+    before = {name: buffer.clone() for name, buffer in detector.named_buffers()}
+    x = torch.rand(2, 3, 8, 8)
+    residuals = [detector.residual(x, detector.resynthesize(x)) for _ in range(2)]
+    assert torch.equal(*residuals)
+    assert all(torch.equal(before[name], buffer) for name, buffer in detector.named_buffers())
+    detector.freeze_resynthesizer(False)
+    assert detector.resynthesizer.layers[0].training and not detector.features.norm.training
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--sr-arch bicubic --sr-args scale=2", ("--sr-args", "scale")),
+        ("--sr-arch none --arch resnet50 --arch-args arch=resnet18", ("resnet50", "arch")),
+        ("--sr-arch none --arch torchvision:resnet18 --arch-args num_classes=5", ("resnet18", "num_classes")),
+        ("--sr-arch none --idx-stages 3 --feature-args stage=2", ("--feature-args", "--features")),
+    ],
+)
+def test_arguments_that_another_option_fixes_are_refused(training_files, tmp_path, flags, words):
+    with expect_user_error(*words):
+        run_training(arguments_without_resynthesizer(training_files, tmp_path, f"--fixed-sr --epochs 1 {flags}"))
+
+
+def test_torchvision_classifiers_with_auxiliary_outputs_return_only_logits():
+    classifier = build.create_classifier("torchvision:googlenet", 6, {"init_weights": False})
+    assert classifier(torch.rand(2, 6, 64, 64)).shape == (2, 2)
+
+
+def test_the_prefix_of_data_parallel_is_removed_only_if_all_weights_have_it():
+    weight = torch.zeros(1)
+    assert extract_state_dict({"module.a": weight, "module.b": weight}, "f").keys() == {"a", "b"}
+    assert extract_state_dict({"module.a": weight, "b": weight}, "f").keys() == {"module.a", "b"}
+
+
+def test_the_residual_cache_depends_on_the_source_code_of_a_network():
+    assert hash_source_code(NormalizedPixels()) != hash_source_code(NormalizedEnlargement())
+    assert hash_source_code(load_example_module("gradients").Gradients()) is None  # made by exec, without a file

@@ -2,9 +2,12 @@
 
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 from scorings import write_detector, write_noise_image
+
+import hubconf
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -35,3 +38,12 @@ def test_torch_hub_loads_a_detector_beside_other_packages_named_models_utils_and
     verdict, rest = result.stdout.splitlines()
     assert verdict in ("real", "fake")
     assert rest == "mine 1 mine mine, too False"
+
+
+def test_a_neighbouring_folder_with_a_longer_name_is_not_this_checkout(monkeypatch):
+    module = types.ModuleType("models")
+    module.__file__ = f"{ROOT}2/models/__init__.py"
+    monkeypatch.setitem(sys.modules, "models", module)
+    assert not hubconf.has_own_packages()
+    module.__file__ = str(ROOT / "models/__init__.py")
+    assert hubconf.has_own_packages()

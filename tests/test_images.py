@@ -395,7 +395,6 @@ def test_compute_final_size_predicts_the_size_after_resizing_and_cropping(size, 
         ((1000, 3), SizePolicy(4), ["3 x 1000 pixels", "at least 4"]),
         ((63, 100), SizePolicy(4, 64), ["100 x 63 pixels", "64 x 64", "--crop-size"]),
         ((63, 100), SizePolicy(4, 64, 32), ["100 x 63 pixels", "50 x 32 when resized"]),
-        ((63, 100), SizePolicy(4, 3), ["at least 4"]),
         ((12, 12), SizePolicy(4, min_side=16), ["12 x 12 pixels", "at least 16", "--idx-stages"]),
         ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # cropped to 15 x 15 pixels
         ((1, 100_000), SizePolicy(4, None, 256), ["25600000 x 256", "more than 178956970", "--resize"]),
@@ -466,3 +465,9 @@ def test_with_skip_bad_a_list_without_usable_images_is_refused(readable_and_unre
     with expect_user_error("2 of 2"):
         select_usable_items(readable_and_unreadable_items[3:], SizePolicy(4), skip_bad=True)
     assert select_usable_items([], SizePolicy()) == ([], [])
+
+
+@pytest.mark.parametrize("policy", [SizePolicy(4, crop_size=2), SizePolicy(4, crop_size=10, min_side=16)])
+def test_a_crop_size_that_is_too_small_for_the_networks_is_refused_in_one_error(policy, tmp_path):
+    with expect_user_error(f"--crop-size {policy.crop_size}", "too small"):
+        select_usable_items([Item(str(tmp_path / "missing.png"), None, "")], policy)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data import leaks
 from data.leaks import (
     LEAK,
     SAMPLE,
@@ -225,3 +226,13 @@ def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(real_and_
     (item,) = list_folder_items([str(write_pictures(real_and_fake_paths[0], 0, count=1))], [])
     items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
     assert SAMPLE / 2 < audit_images(items, quick=True).checked <= SAMPLE
+
+
+def test_files_with_the_same_size_and_beginning_are_duplicates_only_if_they_are_equal(tmp_path):
+    beginning = bytes(leaks.HEAD_BYTES)
+    files = []
+    for name, end in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / name).write_bytes(beginning + end)
+        files.append(File(Item(str(tmp_path / name), REAL, ""), "train", size=len(beginning) + 1))
+    (finding,) = leaks.find_duplicate_files(files)
+    assert finding.severity == WARNING and finding.examples == [str(tmp_path / "a"), str(tmp_path / "c")]

@@ -12,6 +12,7 @@ import pytest
 from files import expect_user_error, random_rgb_pixels, save_image, write_empty_files
 
 from data.lists import (
+    ImageFlags,
     Item,
     count_images_trained_on,
     describe_and_hash_items,
@@ -25,6 +26,7 @@ from data.lists import (
     read_path_list,
     require_both_classes,
 )
+from train_detector import list_validation_images
 from utils.labels import FAKE, REAL
 
 
@@ -236,14 +238,14 @@ def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path)
     assert list_labelled_items([real], [fake]) == list_folder_items([real], [fake])
     assert list_labelled_items(None, None, root) == list_tree_items(root)
     assert list_labelled_items(None, None, None, table) == list_csv_items(table)
-    with expect_user_error("no images", "--data-root-pos", "--data-root", "--csv", "--input"):
+    with expect_user_error("no images", "--data-root-pos", "--data-root", "--csv"):
         list_labelled_items(None, None)
     with expect_user_error("more than one way"):
         list_labelled_items([real], [fake], root)
     with expect_user_error("one class", "with --data-root-neg"):
         list_labelled_items([real], None)
     with expect_user_error("one class", "with --val-root-pos"):
-        list_labelled_items([], [fake], flags=("--val-root-pos", "--val-root-neg"))
+        list_labelled_items([], [fake], flags=ImageFlags("--val-root-pos", "--val-root-neg"))
 
 
 @pytest.mark.parametrize("link", ["real/2.png", "real/more"])
@@ -321,3 +323,8 @@ def test_training_images_are_recognised_by_name_size_and_content(tmp_path):
     os.mkfifo(tmp_path / "pipe.bmp")
     missing = [Item(str(tmp_path / name), REAL, "") for name in ("pipe.bmp", "missing.bmp")]
     assert count_images_trained_on(missing, trained_on) == 0
+
+
+def test_the_error_without_validation_images_names_the_flags_of_validation():
+    with expect_user_error("--val-root-pos", "--val-root-neg", "--val-csv"):
+        list_validation_images(["real"], None, "table.csv")

@@ -175,3 +175,13 @@ def test_the_flag_perturb_is_parsed_as_a_name_with_or_without_a_strength(text, p
 def test_the_lines_of_the_help_text_have_at_most_120_characters(program):
     text = PARSERS[program]().format_help()
     assert "--seed" in text and max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [("--batch-size 0", "expected a finite number of at least 1, got 0"), ("--lr nan", "expected a finite number")],
+)
+def test_a_number_out_of_range_is_refused_with_the_range(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        train_detector_parser().parse_args(arguments.split())
+    assert message in capsys.readouterr().err

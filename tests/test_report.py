@@ -354,3 +354,31 @@ def test_tools_report_refuses_a_command_line_that_mixes_its_three_uses(arguments
         report.main(arguments.split())
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_robustness_curves_are_drawn_separately_for_each_detector(tmp_path):
+    files = []
+    for detector, shift in (("a", 2.0), ("b", 0.5)):
+        for strength in (1.0, 2.0):
+            record = {
+                "perturbation": {"name": "blur", "strength": strength},
+                "detector": {"classifier_fingerprint": detector},
+            }
+            files.append(write_score_table(tmp_path, f"{detector}{strength:g}", make_score_rows(shift), **record))
+    groups = report_page.group_by_detector(report_page.load_score_tables(files, resamples=0))
+    curves = [report_page.collect_robustness_curves(group)["blur"] for group in groups]
+    assert [[strength for strength, _ in points] for points in curves] == [[1.0, 2.0], [1.0, 2.0]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--out D --intervals", "--study"),
+        ("--out D --check", "--refresh"),
+        ("--markdown auroc --residuals R", "--out"),
+    ],
+)
+def test_flags_that_need_another_flag_are_refused_without_it(flags, word, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        report.main(["SCORES.csv", *flags.split()])
+    assert stopped.value.code == 2 and f"needs {word}" in capsys.readouterr().err

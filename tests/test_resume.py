@@ -38,7 +38,7 @@ from data.datasets import EpochBatches
 from data.images import load_image
 from evaluation import load
 from evaluation.metrics import auroc
-from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS
+from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS, RunFolder
 
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
@@ -639,3 +639,24 @@ def test_both_processes_of_a_training_stop_on_sigterm_without_a_traceback(traini
         accident = partial(send_signal_in_loop, description, 1, signal.SIGTERM)
         codes = run_in_two_processes("train_detector.py", [*flags, *AUTO], log, accident)
         assert codes == [143, 143] and "Traceback" not in log.read_text(), log.read_text()
+
+
+def test_a_run_whose_best_checkpoint_cannot_be_written_writes_it_when_resumed(training_files, tmp_path, monkeypatch):
+    flags = "--fixed-sr --epochs 1 VALIDATE"
+    run_training(train_detector_arguments(training_files, tmp_path / "whole", flags))
+    save_checkpoint = RunFolder.save_checkpoint
+
+    def fail_for_best_checkpoint(self, name, content):
+        if name.startswith("best"):
+            raise OSError(28, "No space left on device", name)
+        save_checkpoint(self, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save_checkpoint", fail_for_best_checkpoint)
+        with pytest.raises(OSError, match="No space"):
+            run_training(train_detector_arguments(training_files, tmp_path / "stopped", flags))
+    assert not (tmp_path / "stopped/best.pth.tar").exists()
+    run_training(train_detector_arguments(training_files, tmp_path / "stopped", f"{flags} --resume auto"))
+    for name in ("best.pth.tar", "last.pth.tar"):
+        states = [checkpoint_without_settings(tmp_path / run / name) for run in ("whole", "stopped")]
+        assert not differences(*states)

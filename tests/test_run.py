@@ -17,6 +17,7 @@ from utils.errors import UserError, run_program
 from utils.files import hold_lock_file, make_folder, remove_unfinished_files, write_atomically, write_json
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
+from utils.training import Progress
 
 # --- exit status and signals --------------------------------------------------------------------------------
 
@@ -186,7 +187,6 @@ def test_choose_device_and_precision_sets_the_deterministic_settings_of_pytorch(
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.deterministic == deterministic
     assert torch.backends.cudnn.benchmark != deterministic
-    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_compute_converts_uint8_images_to_float_in_channels_last_order():
@@ -242,3 +242,8 @@ def test_a_gpu_number_larger_than_the_number_of_gpus_is_refused(monkeypatch, gpu
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     with expect_user_error("GPU"):
         choose_device(gpu)
+
+
+def test_the_name_of_the_image_count_is_refused_as_the_name_of_a_value():
+    with pytest.raises(ValueError, match="count"):
+        Progress().count_step({"loss": 1.0, "count": 7.0}, 4)

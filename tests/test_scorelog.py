@@ -176,3 +176,15 @@ def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, image_items):
     generators = read_table(tmp_path / "p.csv").generators
     assert read_logit_fake_column(tmp_path) == list(range(len(image_items)))
     assert (generators[0], generators[-1]) == ("g", "other")
+
+
+@pytest.mark.parametrize("change", ["deleted", "exchanged"])
+def test_a_finished_table_whose_rows_were_changed_is_refused(tmp_path, image_items, change):
+    writer = open_writer(tmp_path, image_items)
+    writer.write_rows(make_rows_by_index(image_items, range(COUNT)))
+    finish_table(writer)
+    heading, first, second, *others = (tmp_path / "p.csv").read_text().splitlines(keepends=True)
+    rows = [second, first, *others] if change == "exchanged" else [first, *others]
+    (tmp_path / "p.csv").write_text("".join([heading, *rows]))
+    with expect_user_error("p.csv", "changed", "--overwrite"):
+        make_writer(tmp_path, image_items).start_partial_table(overwrite=False)

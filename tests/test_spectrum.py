@@ -86,3 +86,9 @@ def test_an_option_residual_that_contradicts_the_checkpoint_is_refused(training_
     run_training(train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 1"))
     with expect_user_error("--residual", "signed", "absolute"):
         load(str(tmp_path / "last.pth.tar"), device="cpu", options={"residual": "signed"})
+
+
+@pytest.mark.parametrize(("arguments", "word"), [({"window": 31}, "even"), ({"neighbourhood": 4}, "odd")])
+def test_impossible_windows_and_neighbourhoods_are_refused(arguments, word):
+    with expect_user_error(word):
+        SpectrumClassifier(3, **arguments)

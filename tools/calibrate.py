@@ -37,7 +37,7 @@ logger = logging.getLogger("tools.calibrate")
 
 TEMPERATURES = (0.05, 20.0)  # smallest and largest temperature that the fit can return
 BISECTIONS = 60  # number of bisection steps; more steps do not change the temperature in float64
-ROUNDING = 1e-9  # tolerance for rounding errors such as 0.07 * 100 = 7.000000000000001
+COUNT_TOLERANCE = 1e-9  # tolerance for rounding errors such as 0.07 * 100 = 7.000000000000001
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,8 +107,10 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
             f"{printable(name)} contains no classifier: give the checkpoint of the detector that computed the scores"
         )
     if not record:
-        text = "warning: there is no SCORES.json beside the score table, so the detector of the scores is not checked"
-        logger.warning(text)
+        logger.warning(
+            "warning: the score table has no .json file beside it, so it is not checked whether %s computed the scores",
+            printable(name),
+        )
         return
     scored = record.get("detector") or {}
     fingerprints = {  # name of a network -> (fingerprint in the checkpoint, fingerprint in SCORES.json)
@@ -170,7 +172,7 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
     prob_fake, _ = probabilities_and_verdicts(table.logits, {"temperature": temperature})
     t_real, t_fake = fit_thresholds(prob_fake, table.is_fake, fpr, fnr)
     for rate, count, kind in ((fpr, n_real, "real"), (fnr, n_fake, "fake")):
-        if rate * count < 1 - ROUNDING:
+        if rate * count < 1 - COUNT_TOLERANCE:
             warnings.append(
                 f"{100 * rate:g} % of {count} {kind} images is less than one image, so the error rate on other images is"
                 f" not known: use more {kind} images"
@@ -234,7 +236,7 @@ def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: fl
     The threshold is halfway between two values: the highest value of `negatives` that must be below t, and the next
     higher value of `scores`.
     """
-    allowed = min(math.floor(rate * len(negatives) + ROUNDING), len(negatives) - 1)
+    allowed = min(math.floor(rate * len(negatives) + COUNT_TOLERANCE), len(negatives) - 1)
     highest_below = np.sort(negatives)[::-1][allowed]  # the highest of the values that must be below t
     above = scores[scores > highest_below]
     smallest_step = np.nextafter(highest_below, np.inf)

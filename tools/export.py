@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md for the average"
             logger.info(text, detector.crops)
     if args.bundle:
-        content = collect_bundle_content(detector, checkpoints.load_checkpoint(args.resume), args.scores)
+        content = collect_bundle_content(detector, checkpoints.load_checkpoint(args.resume), args.scores, args.resume)
         checkpoints.save_checkpoint(content, os.path.realpath(args.bundle))
     return 0
 
@@ -108,7 +108,7 @@ def read_graph_file(path: Path) -> bytes:
         raise UserError(f"cannot read {printable(path)} ({error.strerror})") from None
 
 
-def collect_bundle_content(detector: Detector, found: Mapping, scores: str | None) -> dict:
+def collect_bundle_content(detector: Detector, found: Mapping, scores: str | None, checkpoint_name: str) -> dict:
     """Collect the entries of a bundle.
 
     A bundle contains only a fingerprint of the VGG-19 weights. These weights take 50 MB, and many detectors share them.
@@ -117,6 +117,7 @@ def collect_bundle_content(detector: Detector, found: Mapping, scores: str | Non
         found: content of the checkpoint of the detector.
         scores: path of the file P.json that test.py wrote. The model card shows the metrics in this file. If the path
             is None, the model card shows no metrics.
+        checkpoint_name: file name of the checkpoint, for error messages.
     Raises:
         UserError: if the scores are from a different detector, or from images without labels.
     """
@@ -127,12 +128,14 @@ def collect_bundle_content(detector: Detector, found: Mapping, scores: str | Non
     content["sr_state_dict"] = network.resynthesizer.state_dict()
     record = {}
     if scores:
+        if not Path(scores).is_file():
+            raise UserError(f"--scores: expected the P.json that test.py wrote, found no file {printable(scores)}")
         record = read_record(scores)
         if not record.get("metrics"):
             raise UserError(
                 f"{printable(scores)} contains no metrics: give the P.json that test.py wrote for images with labels"
             )
-        require_scores_of_detector(content, record, "--resume")
+        require_scores_of_detector(content, record, checkpoint_name)
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})
     content["card"] = template.render(**content, settings=settings, record=record, format_metrics=format_metrics)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from evaluation.calibration import probabilities_and_verdicts
+from evaluation.calibration import UNCALIBRATED, probabilities_and_verdicts
 from evaluation.detector import Detector
 from utils.checkpoints import compute_fingerprint
 from utils.console import printable
@@ -35,7 +35,6 @@ SMALLEST_EXAMPLE = 96  # minimum height and width in pixels of an example image,
 TOLERANCE = 1e-4  # largest allowed error of logits and P(fake), a relative error for absolute values above 1
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
-UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
 class Graph(nn.Module):
@@ -255,7 +254,10 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     for image in images[1:]:
         try:
             results.append(run(image))
-        except Exception:
+        except Exception as error:
+            if not detector.policy.crop_size:  # only a graph for crops may be exported for a single image size
+                reason = str(error).strip().partition("\n")[0]
+                raise UserError(f"{name} fails on images of {image.shape[3]} x {image.shape[2]} ({reason})") from None
             logger.info("the graph %s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
     difference = max(

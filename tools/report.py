@@ -89,6 +89,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give either score tables, or --study STUDY.csv with --table NAME, or --refresh FILE.md")
     if args.markdown and args.markdown not in (ALL_METRICS, *names):
         parser.error(f"--markdown: expected one of {', '.join(names)}, got {args.markdown}")
+    if args.intervals and not args.study:
+        parser.error("--intervals needs --study STUDY.csv")
+    if args.check and not args.refresh:
+        parser.error("--check needs --refresh FILE.md")
+    if args.residuals and not args.out:
+        parser.error("--residuals needs --out DIR")
     if args.study and args.markdown in (None, ALL_METRICS):
         parser.error("--study needs --markdown METRIC: name the metric that the table shows")
     return args

@@ -45,6 +45,14 @@ class Scores(NamedTuple):
             recorded = {}
         return PerturbationSetting(recorded.get("name") or "none", recorded.get("strength"))
 
+    @property
+    def detector(self) -> str:
+        """A text that identifies the detector: its fingerprints, or "" if there is no JSON file."""
+        recorded = self.record.get("detector")
+        if not isinstance(recorded, dict):
+            return ""
+        return f"{recorded.get('classifier_fingerprint')} {recorded.get('resynthesizer_fingerprint')}"
+
 
 def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metrics.RESAMPLES) -> list[Scores]:
     """Read score tables and compute their metrics.
@@ -99,7 +107,7 @@ def write_report_page(
         tables=tables,
         sections=sections,
         perturbed=metrics.make_generator_table(summaries) if perturbed else [],
-        curves=draw_robustness_curves(clean, perturbed),
+        curves=[draw_robustness_curves(own) for own in group_by_detector(clean + perturbed)],
         metrics=metrics,
     )
     with write_atomically(os.path.realpath(page)) as file:
@@ -142,11 +150,26 @@ def draw_roc_and_histogram(scores: Scores) -> str | None:
     return draw_as_data_uri(figures.draw_roc_and_histograms, scores.table)
 
 
-def draw_robustness_curves(clean: Sequence[Scores], perturbed: Sequence[Scores]) -> str | None:
-    """Draw the AUROC over the strength of each perturbation. Returns a PNG data URI, or None if there is no curve."""
-    curves = collect_robustness_curves(perturbed)
+def group_by_detector(tables: Sequence[Scores]) -> list[list[Scores]]:
+    """Group score tables that were computed with the same detector."""
+    groups = {}
+    for scores in tables:
+        groups.setdefault(scores.detector, []).append(scores)
+    return list(groups.values())
+
+
+def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
+    """Draw the AUROC of one detector over the strength of each perturbation.
+
+    Args:
+        tables: score tables of the detector, of unperturbed and of perturbed images.
+    Returns:
+        A PNG data URI, or None if there is no curve.
+    """
+    curves = collect_robustness_curves([t for t in tables if t.perturbation.name != "none"])
     if not curves:
         return None
+    clean = [t for t in tables if t.perturbation.name == "none"]
     baseline = {}
     if clean:
         baseline = {name: measured["auroc"] for name, measured in clean[0].summary["generators"].items()}
@@ -213,9 +236,9 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
         # A residual picture shows the image beside its residual
         picture, kind = path_of_residual_picture(residuals, path), "residual"
-    right = (table.margins[row] >= 0) == table.is_fake[row]
+    correct = (table.margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])
-    return {"i": row, "kind": kind, "side": "right" if right else "wrong", "source": source}
+    return {"i": row, "kind": kind, "outcome": "correct" if correct else "wrong", "source": source}
 
 
 def make_thumbnail(path: Path, side: int) -> str:

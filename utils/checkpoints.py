@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.console import printable
+from utils.console import describe_range, printable
 from utils.errors import UserError
 from utils.files import write_atomically
 
@@ -220,44 +220,41 @@ class Fields:
 
     def get_integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
         """Return the integer under `key`, which must be from `low` to `high`."""
-        value = self._get_value(key, default)
-        if value is not default and not (_is_integer(value) and low <= value <= high):
-            raise self._make_error(key, f"must be an integer{_describe_range(low, high)}")
+        if not self.has_value(key):
+            return self._get_default(key, default)
+        value = self.values[key]
+        if not (_is_integer(value) and low <= value <= high):
+            raise self._make_error(key, f"must be an integer{describe_range(low, high)}")
         return value
 
     def get_number(
         self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED
     ) -> float:
         """Return the finite number under `key`, which must be from `low` to `high`."""
-        value = self._get_value(key, default)
-        if value is not default:
-            is_number = _is_integer(value) or isinstance(value, float)
-            if not (is_number and math.isfinite(value) and low <= value <= high):
-                raise self._make_error(key, f"must be a finite number{_describe_range(low, high)}")
+        if not self.has_value(key):
+            return self._get_default(key, default)
+        value = self.values[key]
+        is_number = _is_integer(value) or isinstance(value, float)
+        if not (is_number and math.isfinite(value) and low <= value <= high):
+            raise self._make_error(key, f"must be a finite number{describe_range(low, high)}")
         return value
 
     def get_positive_number(self, key: str, default: object = _REQUIRED) -> float:
         """Return the finite number under `key`, which must be above 0."""
         value = self.get_number(key, 0, default=default)
-        if value is not default and value == 0:
+        if self.has_value(key) and value == 0:
             raise self._make_error(key, "must be a finite number above 0")
-        return value
-
-    def get_boolean(self, key: str, default: object = _REQUIRED) -> bool:
-        """Return the boolean under `key`."""
-        value = self._get_value(key, default)
-        if value is not default and not isinstance(value, bool):
-            raise self._make_error(key, "must be true or false")
         return value
 
     def get_text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
         """Return the text under `key`, which must be one of `choices` unless `choices` is empty."""
-        value = self._get_value(key, default)
-        if value is not default:
-            if not isinstance(value, str):
-                raise self._make_error(key, "must be a text")
-            if choices and value not in choices:
-                raise self._make_error(key, f"must be one of {', '.join(choices)}")
+        if not self.has_value(key):
+            return self._get_default(key, default)
+        value = self.values[key]
+        if not isinstance(value, str):
+            raise self._make_error(key, "must be a text")
+        if choices and value not in choices:
+            raise self._make_error(key, f"must be one of {', '.join(choices)}")
         return value
 
     def get_nested_fields(self, key: str) -> "Fields":
@@ -272,10 +269,8 @@ class Fields:
                 raise self._make_error(key, "must have identifiers as keys")
         return dict(values)
 
-    def _get_value(self, key: str, default: object) -> object:
-        value = self.values.get(key)
-        if value is not None:
-            return value
+    def _get_default(self, key: str, default: object) -> object:
+        """Return the default of a missing value, or raise a UserError if the value is required."""
         if default is _REQUIRED:
             raise UserError(f"{printable(self.file)}: {self._full_key(key)} is missing")
         return default
@@ -291,12 +286,6 @@ class Fields:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _describe_range(low: float, high: float) -> str:
-    if math.isinf(high):
-        return "" if math.isinf(low) else f" of at least {low}"
-    return f" from {low} to {high}"
 
 
 def _describe_value(value: object) -> str:

@@ -39,16 +39,18 @@ class Compute(NamedTuple):
 
 
 def choose_device_and_precision(
-    gpu: str | int | torch.device | None, precision: str, deterministic: bool, seed: int | None = None
+    gpu: str | int | torch.device | None, precision: str, deterministic: bool | None, seed: int | None = None
 ) -> Compute:
     """Choose the device and the number format, and set PyTorch's global switches accordingly.
+
+    On a GPU, the switches for TF32 apply to the whole process. They follow the last call of this function.
 
     Args:
         gpu: the device, as explained in `choose_device`.
         precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the authors' code. On a CPU, auto
             means fp32.
         deterministic: whether reproducible algorithms are used. If False, cuDNN chooses the fastest algorithm for each
-            shape.
+            shape. If None, PyTorch's switches for reproducible algorithms are left as they are.
         seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
@@ -63,15 +65,21 @@ def choose_device_and_precision(
         raise UserError(f"precision must be auto, fp32, tf32, bf16 or fp16, got {precision}")
     if precision == "tf32" and device.type != "cuda":
         raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
-    # the first call of use_deterministic_algorithms takes 1.5 s: it is called only if the setting changes
+    if deterministic is not None:
+        _set_deterministic(deterministic)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return Compute(device, precision)
+
+
+def _set_deterministic(deterministic: bool) -> None:
+    # The first call of use_deterministic_algorithms takes 1.5 s: it is called only if the setting changes
     if deterministic != torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return Compute(device, precision)
 
 
 def choose_device(gpu: str | int | torch.device | None) -> torch.device:

@@ -1,6 +1,7 @@
 """Functions for output to terminals and logs: printable names, tables and progress bars."""
 
 import logging
+import math
 import os
 import sys
 import time
@@ -84,3 +85,14 @@ def format_text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
             cells.append(cell.ljust(width) if index < left else cell.rjust(width))
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def describe_range(low: float, high: float) -> str:
+    """Describe a range of numbers as the end of a sentence, such as " of at least 1" or " from 0 to 5"."""
+    if math.isinf(low) and math.isinf(high):
+        return ""
+    if math.isinf(high):
+        return f" of at least {low}"
+    if math.isinf(low):
+        return f" of at most {high}"
+    return f" from {low} to {high}"

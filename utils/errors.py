@@ -72,5 +72,5 @@ def _message_for_user(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text} If memory was short, use fewer --workers"
     if isinstance(error, RuntimeError) and any(words in text for words in PEER_ENDED):
-        return "another process of this run has ended; the message of that process says why"
+        return f"another process of this run has ended or cannot be reached; its message says why ({text})"
     return None

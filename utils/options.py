@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from utils.console import is_main_process, wait_while_main_process_prints_error
+from utils.console import describe_range, is_main_process, wait_while_main_process_prints_error
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -90,7 +90,7 @@ def create_number_type(kind: type, low: float = -math.inf, high: float = math.in
     def parse_number(text: str):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected a number from {low} to {high}, got {text}")
+            raise argparse.ArgumentTypeError(f"expected a finite number{describe_range(low, high)}, got {text}")
         return value
 
     parse_number.__name__ = kind.__name__  # argparse prints this name if the text is not a number

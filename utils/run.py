@@ -105,6 +105,7 @@ class Run(contextlib.AbstractContextManager):
         self.epoch_began: float | None = None  # time at which this process began to train the current epoch
         self.first_step = 0  # first step of this process in the current epoch; above 0 if the epoch is resumed
         self.reported: set[str] = set()  # errors that were logged already, each about an image that was left out
+        self.ending_epoch = False  # whether the checkpoints of a finished epoch are being written
         self.stop = StopSignal()
         self.writer = None
         if self.world.is_main:
@@ -124,7 +125,7 @@ class Run(contextlib.AbstractContextManager):
             saved = f"the last good state is {printable(last)}" if last.exists() else "no state is saved yet"
             raise UserError(f"{error}; {saved}") from error
         if isinstance(error, Exception) and not isinstance(error, Stopped):
-            if self.progress.total_steps:
+            if self.progress.total_steps and not self.ending_epoch:
                 self.save_state()
             if self.stop.received:  # the error occurred because another process has stopped after the signal
                 raise Stopped(self.stop.received) from error
@@ -270,6 +271,8 @@ class Run(contextlib.AbstractContextManager):
             progress.best = value
         if not self.world.is_main or not (is_best or numbered):
             return
+        # The last state is saved after the other checkpoints. If the run ends before, the resumed run repeats them
+        self.ending_epoch = True
         state = self.collect_run_state()
         if is_best:
             self.folder.save_checkpoint(self.folder.best.name, state)
@@ -277,8 +280,8 @@ class Run(contextlib.AbstractContextManager):
             for name, content in numbered(state).items():
                 self.folder.save_checkpoint(name, content)
                 self._delete_older_checkpoints(name)
-        # The last state is saved after the other checkpoints. If the run is killed before, the resumed run repeats them
         self._save_as_last_state(state)
+        self.ending_epoch = False
         self.saved_at = time.monotonic()
 
     def _delete_older_checkpoints(self, name: str) -> None:

@@ -29,6 +29,9 @@ VALIDATION_SETTING = "validation_images"  # name of the setting that holds the d
 WARM_UP = 0.03  # fraction of the epochs during which the cosine schedule raises the learning rate from 0
 
 
+COUNT = "count"  # key of the number of images in `Progress.sums`
+
+
 class NotFinite(UserError):
     """The error that is raised if the loss or a gradient is not finite. The step has not changed the weights."""
 
@@ -45,17 +48,19 @@ class Progress:
     left_out: int = 0  # number of images in the current epoch that could not be used
 
     def count_step(self, values: Mapping[str, float], count: float) -> None:
-        """Count an optimizer step, and add its values to the sums of the epoch.
+        """Count an optimizer step, and add its values to the sums of the epoch. The name "count" is reserved.
 
         Args:
             values: means over the `count` images of the step.
             count: number of images of the step.
         """
+        if COUNT in values:
+            raise ValueError(f"a recorded value cannot be called {COUNT}")
         self.step += 1
         self.total_steps += 1
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value * count
-        self.sums["count"] = self.sums.get("count", 0.0) + count
+        self.sums[COUNT] = self.sums.get(COUNT, 0.0) + count
 
     def count_skipped_batch(self, left_out: int) -> None:
         """Count a batch that was skipped because too few images of the batch could be used.
@@ -71,10 +76,10 @@ class Progress:
 
         If images were left out, their number is returned as "left_out".
         """
-        count = self.sums.get("count", 0.0)
+        count = self.sums.get(COUNT, 0.0)
         means = {}
         if count:
-            means = {name: value / count for name, value in self.sums.items() if name != "count"}
+            means = {name: value / count for name, value in self.sums.items() if name != COUNT}
         if self.left_out:
             means["left_out"] = self.left_out
         return means
@@ -207,11 +212,13 @@ class Stepper:
         counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
         scalars = [value.detach().float().to(self.compute.device) for value in (*parts.values(), *counts)]
         sums = distributed.all_reduce_sum(torch.stack(scalars), self.world)
-        *sums, weight, count, left_out, norm = torch.cat([sums, norm.to(sums).view(1)]).tolist()
+        numbers = torch.cat([sums, norm.to(sums).view(1)]).tolist()
+        sums_of_values = numbers[: len(parts)]
+        weight, count, left_out, norm_on_cpu = numbers[len(parts) :]
         means = {}
-        for name, value in zip(parts, sums, strict=True):
+        for name, value in zip(parts, sums_of_values, strict=True):
             means[name] = value / (weight or 1)  # the weights add up to 1 unless images were left out
-        return means, count, left_out, norm
+        return means, count, left_out, norm_on_cpu
 
     def _require_finite_loss_and_gradients(self, loss: float, norm: float, batch) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -247,7 +254,8 @@ class Stepper:
             return
         content = Fields(resumed.content, resumed.name)
         earlier = content.get_nested_fields("settings")
-        optimizer, present = earlier.get_text("optimizer", default="sgd"), settings.get("optimizer", "sgd")
+        # train_sr.py has no setting "optimizer"
+        optimizer, present = earlier.get_text("optimizer", default=""), settings.get("optimizer", "")
         if optimizer != present:
             raise UserError(
                 f"{printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give --optimizer"
