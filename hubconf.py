@@ -13,39 +13,39 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 def detector(checkpoint: str, **options):
     """Load a trained detector. The docstring of `evaluation.load` explains the arguments."""
-    if has_own_packages():
+    if is_project_already_imported():
         from evaluation import load
 
         return load(checkpoint, **options)
-    with own_packages():
+    with let_import_find_project_packages():
         from evaluation import load
 
         return load(checkpoint, **options)
 
 
-def has_own_packages() -> bool:
+def is_project_already_imported() -> bool:
     """Return whether the calling program has already imported packages of this checkout."""
     module = sys.modules.get("models")
     return module is not None and str(getattr(module, "__file__", "")).startswith(CHECKOUT)
 
 
 @contextlib.contextmanager
-def own_packages() -> Iterator[None]:
+def let_import_find_project_packages() -> Iterator[None]:
     """Make `import` find the packages of this checkout inside a `with` block.
 
     After the block, the modules of the calling program that have the same names are restored.
     """
-    callers = take_modules()
+    callers = pop_modules_with_project_package_names()
     sys.path.insert(0, CHECKOUT)
     try:
         yield
     finally:
         sys.path.remove(CHECKOUT)
-        take_modules()
+        pop_modules_with_project_package_names()
         sys.modules.update(callers)
 
 
-def take_modules() -> dict:
+def pop_modules_with_project_package_names() -> dict:
     """Remove the modules of PACKAGES from `sys.modules`. Returns a dict of the removed modules, by name."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}

@@ -80,7 +80,7 @@ def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys
         return ("1",) * len(program.HEADER)
 
     monkeypatch.setattr(program, "measure_implementations_of_case", count_printed_lines)
-    monkeypatch.setattr(program, "print_startup_times", lambda folder: None)
+    monkeypatch.setattr(program, "measure_and_print_startup_times", lambda folder: None)
     program.main([])
     assert printed == [3] + [1] * (len(printed) - 1)  # 3 lines before the first row, then 1 line per row
 

@@ -24,9 +24,9 @@ from utils.errors import run_program
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 PROGRAMS = {  # name of the program -> (main function, function that returns the parser, flag for the output path)
-    "train_sr": (train_sr.main, options.train_sr_parser, "--outputs-dir"),
-    "train_detector": (train_detector.main, options.train_detector_parser, "--output-path"),
-    "test": (tester.main, options.test_parser, "--save_path"),
+    "train_sr": (train_sr.main, options.create_train_sr_parser, "--outputs-dir"),
+    "train_detector": (train_detector.main, options.create_train_detector_parser, "--output-path"),
+    "test": (tester.main, options.create_test_parser, "--save_path"),
 }
 
 
@@ -51,7 +51,7 @@ def error_line_of_program(program, flags, capfd):
 def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
     state = {"state_dict": {"a": torch.arange(3.0)}, "progress": {"epoch": 3, "best": None, "sums": {"loss": 0.5}}}
     checkpoints.save_checkpoint(state, tmp_path / "last.pth")
-    loaded = checkpoints.load_checkpoint(tmp_path / "last.pth")
+    loaded = checkpoints.read_checkpoint_content(tmp_path / "last.pth")
     assert loaded["progress"] == state["progress"]
     assert torch.equal(loaded["state_dict"]["a"], torch.arange(3.0))
     assert os.listdir(tmp_path) == ["last.pth"]
@@ -60,7 +60,7 @@ def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
 def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path):
     """The released checkpoints have the file format of early PyTorch versions."""
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoints.load_checkpoint(tmp_path / "old.pth.tar")["a"], torch.ones(2))
+    assert torch.equal(checkpoints.read_checkpoint_content(tmp_path / "old.pth.tar")["a"], torch.ones(2))
 
 
 def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path):
@@ -113,12 +113,12 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`checkpoints.load_checkpoint`, test.py, train_sr.py and train_detector.py all refuse the file."""
+    """`checkpoints.read_checkpoint_content`, test.py, train_sr.py and train_detector.py all refuse the file."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
     with expect_user_error("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
-        checkpoints.load_checkpoint(path)
+        checkpoints.read_checkpoint_content(path)
     image, other = (save_image(tmp_path / f"{seed}.png", random_rgb_pixels(64, 64, seed)) for seed in (0, 1))
     (tmp_path / "list.txt").write_text(image)
     (tmp_path / "list.csv").write_text(f"path,label\n{image},real\n{other},fake\n")
@@ -140,14 +140,14 @@ def test_the_error_for_a_truncated_checkpoint_says_that_it_is_truncated(tmp_path
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with expect_user_error("truncated", f"{path.stat().st_size} bytes"):
-        checkpoints.load_checkpoint(path)
+        checkpoints.read_checkpoint_content(path)
 
 
 @pytest.mark.parametrize(("name", "word"), [(".", "folder"), ("absent.pth", "absent.pth"), ("list.pth", "list")])
 def test_a_folder_a_missing_path_and_a_saved_list_are_refused_as_checkpoints(tmp_path, name, word):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with expect_user_error(word):
-        checkpoints.load_checkpoint(tmp_path / name)
+        checkpoints.read_checkpoint_content(tmp_path / name)
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -172,7 +172,9 @@ def test_fields_returns_config_values_of_the_expected_type():
         and fields.get_positive_number("rate") == 0.5
     )
     assert fields.get_text("name", ["rdn", "none"]) == "rdn" and fields.get_boolean("on") is True
-    assert fields.get_nested_fields("part").get_integer("scale") == 4 and fields.get_arguments("args") == {"depth": 2}
+    assert fields.get_nested_fields("part").get_integer("scale") == 4 and fields.get_keyword_arguments("args") == {
+        "depth": 2
+    }
     assert fields.has_value("count") and not fields.has_value("nothing") and not fields.has_value("absent")
 
 
@@ -180,7 +182,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
     fields = Fields(VALUES, "some.pth", "config")
     for key in ("nothing", "absent"):
         assert fields.get_integer(key, default=7) == 7 and fields.get_number(key, default=None) is None
-        assert fields.get_nested_fields(key).values == {} and fields.get_arguments(key) == {}
+        assert fields.get_nested_fields(key).values == {} and fields.get_keyword_arguments(key) == {}
         with expect_user_error("some.pth", f"config.{key}", "missing"):
             fields.get_integer(key)
     assert Fields(None, "some.pth").get_text("name", default="rdn") == "rdn"
@@ -197,7 +199,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
         ("get_text", 3, ()), ("get_text", "other", (["rdn"],)), ("get_text", b"rdn", ()), ("get_boolean", 1, ()),
         ("get_boolean", "no", ()),
         ("get_nested_fields", [1], ()), ("get_nested_fields", "x", ()),
-        ("get_arguments", {3: 4}, ()), ("get_arguments", {"a b": 1}, ()),
+        ("get_keyword_arguments", {3: 4}, ()), ("get_keyword_arguments", {"a b": 1}, ()),
     ],
 )  # fmt: skip
 def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):

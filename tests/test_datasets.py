@@ -21,7 +21,7 @@ from data.datasets import (
     Key,
     PatchDataset,
     make_loader,
-    merge_batches_of_equal_size,
+    merge_batches_of_equal_image_size,
 )
 from data.images import SizePolicy
 from data.lists import Item
@@ -171,7 +171,9 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
         # at least one batch contains crops of several images
-        assert max(len({data.get_image_of_entry(key.index).path for key in batch}) for batch in batches) > 1
+        assert (
+            max(len({data.get_image_item_of_dataset_index(key.index).path for key in batch}) for batch in batches) > 1
+        )
         corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
@@ -275,9 +277,9 @@ def square_dataset(tmp_path):
 
 
 def merged_batches(dataset, keys, **limits):
-    """Load images one by one, and return the batches into which merge_batches_of_equal_size merges them."""
+    """Load images one by one, and return the batches into which merge_batches_of_equal_image_size merges them."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
-    return list(merge_batches_of_equal_size(loader, **limits))
+    return list(merge_batches_of_equal_image_size(loader, **limits))
 
 
 def test_consecutive_images_of_equal_size_are_merged_into_one_batch(square_dataset):

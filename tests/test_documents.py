@@ -17,9 +17,9 @@ DOCUMENTS = [
 ]
 STUDIES = sorted(ROOT.glob("results/*/tables.csv"))
 PROGRAMS = {
-    "train_sr.py": options.train_sr_parser,
-    "train_detector.py": options.train_detector_parser,
-    "test.py": options.test_parser,
+    "train_sr.py": options.create_train_sr_parser,
+    "train_detector.py": options.create_train_detector_parser,
+    "test.py": options.create_test_parser,
 }
 PARSED_ELSEWHERE = {"--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}  # flags of torchrun
 

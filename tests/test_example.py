@@ -18,7 +18,7 @@ import torch
 from files import expect_user_error, save_image
 from PIL import Image, JpegImagePlugin
 
-from data.images import load_image
+from data.images import read_image_as_tensor
 from data.lists import read_path_list
 from tools import example, twins
 from tools.autoencoder import Autoencoder, load_autoencoder
@@ -272,7 +272,7 @@ def test_twins_have_the_format_and_size_of_their_originals(photograph_folder, tm
             assert getattr(twin, "quantization", None) == getattr(original, "quantization", None)
             if original.format == "JPEG":
                 assert JpegImagePlugin.get_sampling(twin) == JpegImagePlugin.get_sampling(original)
-        assert load_image(str(out / name)).shape == load_image(str(photograph_folder / name)).shape
+        assert read_image_as_tensor(str(out / name)).shape == read_image_as_tensor(str(photograph_folder / name)).shape
     assert b"VP8L" in (out / "below" / "b.webp").read_bytes()[:64]
 
 
@@ -280,7 +280,10 @@ def test_simulated_twins_resemble_their_originals(photograph_folder, tmp_path):
     out = tmp_path / "twins"
     example.main(["--from", str(photograph_folder), "--out", str(out)])
     for name in ("a.jpg", "below/a.png", "below/b.webp"):
-        difference = load_image(str(out / name)).double() - load_image(str(photograph_folder / name)).double()
+        difference = (
+            read_image_as_tensor(str(out / name)).double()
+            - read_image_as_tensor(str(photograph_folder / name)).double()
+        )
         psnr = -10 * torch.log10((difference / 255).square().mean())
         assert 18 < psnr < 40
 

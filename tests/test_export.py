@@ -16,7 +16,7 @@ from processes import ROOT
 from torch import nn
 
 from evaluation import load
-from evaluation.metrics import format_metrics, summarize_scores
+from evaluation.metrics import compute_metrics_overall_and_per_generator, format_metrics
 from evaluation.score_table import read_table
 from models import build
 from models.features import load_vgg
@@ -46,7 +46,7 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
     """Write a detector in the checkpoint format of train_detector.py. Return the path of the checkpoint."""
     torch.manual_seed(0)
     detector, config = build.create_detector(
-        checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random"
+        checkpoints.read_checkpoint_if_path_is_given(rdn), {"arch": "resnet18", **options}, "random"
     )
     for module in detector.modules():  # without random batch-norm weights, all images would have similar logits
         if isinstance(module, nn.BatchNorm2d):
@@ -207,7 +207,7 @@ def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
     expected = {"labels": ["fake", "real"], "scale": 4, "resize": 100, "crop_size": None, "crops": 1, **CALIBRATION}
     assert {name: facts[name] for name in expected} == expected
-    config = checkpoints.load_checkpoint(exported_files / "mine.pth.tar")["config"]
+    config = checkpoints.read_checkpoint_content(exported_files / "mine.pth.tar")["config"]
     assert facts["detector"].items() >= config.items()
     assert b"/home/me" not in (exported_files / "mine.onnx").read_bytes()
 
@@ -221,7 +221,11 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
 
     data = (exported_files / "mine.onnx").read_bytes()
     version = graph.FORMAT.encode()
-    weight = checkpoints.load_checkpoint(exported_files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
+    weight = (
+        checkpoints.read_checkpoint_content(exported_files / "mine.pth.tar")["state_dict"]["fc.weight"]
+        .numpy()
+        .tobytes()
+    )
     check_graph(data)
     other = {**CALIBRATION, "temperature": 1.8}
     other = write_detector(
@@ -260,16 +264,16 @@ def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(exported
     path = write_detector(tmp_path / "other.pth.tar", sr_arch="none", **NO_DILATION)
     export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
     assert (tmp_path / "link.safetensors").is_symlink()
-    assert checkpoints.load_checkpoint(target)["config"]["resynthesizer"]["name"] == "none"
-    export.require_replaceable_file(exported_files / "mine.onnx", graph.MARK)
+    assert checkpoints.read_checkpoint_content(target)["config"]["resynthesizer"]["name"] == "none"
+    export.refuse_to_replace_file_without_mark(exported_files / "mine.onnx", graph.MARK)
 
 
 # --- bundles
 
 
 def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(exported_files, tmp_path):
-    mine = checkpoints.load_checkpoint(exported_files / "mine.pth.tar")
-    shared = checkpoints.load_checkpoint(exported_files / "mine.safetensors")
+    mine = checkpoints.read_checkpoint_content(exported_files / "mine.pth.tar")
+    shared = checkpoints.read_checkpoint_content(exported_files / "mine.safetensors")
     assert shared.keys() == mine.keys() - {"settings", "progress"} | {"card"}
     for name in ("state_dict", "sr_state_dict"):
         assert checkpoints.compute_fingerprint(shared[name]) == checkpoints.compute_fingerprint(mine[name])
@@ -283,7 +287,9 @@ def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(exported_files,
 
 def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     rdn = write_rdn_weights(tmp_path / "sr.pth.tar")
-    content = checkpoints.load_checkpoint(write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION))
+    content = checkpoints.read_checkpoint_content(
+        write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION)
+    )
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "cls.pth.tar")
     other = {key: tensor + 0.01 for key, tensor in load_vgg("random")[0].state_dict().items()}
     torch.save(other, tmp_path / "vgg.pth")
@@ -293,7 +299,7 @@ def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     released = load(cls, device="cpu", resynthesizer=rdn, vgg_weights=vgg, options=NO_DILATION)
     x = random_images(1, 3, 36, 36)
     assert torch.equal(released.logits(x), load(shared, device="cpu", vgg_weights=vgg).logits(x))
-    assert str(tmp_path) not in json.dumps(checkpoints.load_checkpoint(shared)["config"])
+    assert str(tmp_path) not in json.dumps(checkpoints.read_checkpoint_content(shared)["config"])
     with expect_user_error("a.safetensors", "VGG"):
         load(shared, device="cpu", vgg_weights="random")
 
@@ -302,7 +308,7 @@ def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
     detector = load(exported_files / "mine.pth.tar", device="cpu").describe_model()
-    metrics = summarize_scores(read_table(tmp_path / "p.csv"))
+    metrics = compute_metrics_overall_and_per_generator(read_table(tmp_path / "p.csv"))
     flags = (
         f"--resume {exported_files}/mine.pth.tar --bundle {tmp_path}/a.safetensors --scores {tmp_path}/p.json".split()
     )
@@ -316,7 +322,7 @@ def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused
         assert not (tmp_path / "a.safetensors").exists()
     (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
     export.main(flags)
-    assert format_metrics(metrics) in checkpoints.load_checkpoint(tmp_path / "a.safetensors")["card"]
+    assert format_metrics(metrics) in checkpoints.read_checkpoint_content(tmp_path / "a.safetensors")["card"]
 
 
 def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkeypatch):
@@ -333,8 +339,8 @@ def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkey
     for content in contents:
         path.write_bytes(content)
         with expect_user_error("bad.safetensors"):
-            checkpoints.load_checkpoint(path)
-    content = checkpoints.load_checkpoint(exported_files / "mine.safetensors")
+            checkpoints.read_checkpoint_content(path)
+    content = checkpoints.read_checkpoint_content(exported_files / "mine.safetensors")
     for part in ("state_dict", "sr_state_dict"):
         changed = {key: tensor + 1 for key, tensor in content[part].items()}
         checkpoints.save_checkpoint({**content, part: changed}, path)
@@ -342,7 +348,7 @@ def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkey
             load(path, device="cpu")
     monkeypatch.setattr(checkpoints, "BUNDLE", "version 2")
     with expect_user_error("mine.safetensors", "version 1", "version 2"):
-        checkpoints.load_checkpoint(exported_files / "mine.safetensors")
+        checkpoints.read_checkpoint_content(exported_files / "mine.safetensors")
 
 
 @pytest.mark.parametrize(

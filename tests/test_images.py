@@ -19,13 +19,13 @@ from data.images import (
     SizePolicy,
     check_headers,
     compute_final_size,
-    load_image,
+    read_image_as_tensor,
     require_equal_sizes,
     resize_and_crop,
     select_usable_items,
 )
 from data.lists import Item
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import REAL
 
@@ -33,8 +33,8 @@ ORIENTATION = 0x0112  # EXIF tag of the orientation
 
 
 def load_pixels(path):
-    """Return the pixels that load_image reads from a file, as a NumPy array (H, W, 3)."""
-    image = load_image(path)
+    """Return the pixels that read_image_as_tensor reads from a file, as a NumPy array (H, W, 3)."""
+    image = read_image_as_tensor(path)
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[0] == 3
     return image.permute(1, 2, 0).numpy()
 
@@ -169,13 +169,13 @@ def test_png_files_that_pillow_cannot_write_are_decoded(tmp_path, chunks, expect
 @pytest.mark.parametrize("value", [-0.1, 1.5, np.nan])
 def test_an_image_with_float_values_outside_0_to_1_is_refused(tmp_path, value):
     with expect_user_error("b.tif: has values", "expected 0 to 1"):
-        load_image(save_image(tmp_path / "b.tif", np.array([[0.0, value]], np.float32)))
+        read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0.0, value]], np.float32)))
 
 
 @pytest.mark.parametrize("value", [-3, 70000])
 def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value):
     with expect_user_error("b.tif: has values", "expected 0 to 65535"):
-        load_image(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
+        read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
 # UPRIGHT is an image. STORED gives the pixels that a file with each EXIF orientation stores for this image
@@ -260,8 +260,8 @@ def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(folder_of_ba
     assert len(names) == 22
     for name in names:
         path = str(folder_of_bad_files / name)
-        with expect_user_error(printable(path) + ": ", BAD_FILES.get(name, "")):
-            load_image(path)
+        with expect_user_error(make_printable(path) + ": ", BAD_FILES.get(name, "")):
+            read_image_as_tensor(path)
     assert len(os.listdir("/dev/fd")) == open_files
 
 
@@ -330,7 +330,7 @@ def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(t
         for path, header in zip(paths, check_headers(paths, SizePolicy()), strict=True):
             start = time.monotonic()
             try:
-                resize_and_crop(load_image(path), SizePolicy())
+                resize_and_crop(read_image_as_tensor(path), SizePolicy())
                 readable += 1
                 assert header.problem is None  # check_headers must not refuse a file that can be decoded
             except UserError as error:

@@ -20,7 +20,7 @@ from data.leaks import (
     list_header_attributes,
     run_and_log_quick_leak_audit,
 )
-from data.lists import Item, list_folder_items, list_tree_items
+from data.lists import Item, list_folder_items, list_items_of_folder_tree
 from utils.labels import FAKE, REAL
 
 COUNT = 20  # images per class
@@ -105,7 +105,7 @@ def test_a_leak_of_one_of_four_generators_is_found(tmp_path):
     for i, (generator, suffix) in enumerate((("a", ".png"), ("b", ".png"), ("c", ".png"), ("d", ".jpg"))):
         write_pictures(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
         write_pictures(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
-    (finding,) = audit_images(list_tree_items(str(tmp_path))).findings
+    (finding,) = audit_images(list_items_of_folder_tree(str(tmp_path))).findings
     assert finding.check == "format (train, d)" and finding.severity == LEAK
 
 

@@ -39,7 +39,7 @@ def status_and_last_line(main, parser, flags, capfd):
 def score_checkpoint(checkpoint, files, capfd):
     """Score an image with test.py and the given checkpoint. Return the exit status and the last line on stderr."""
     return status_and_last_line(
-        tester.main, options.test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
+        tester.main, options.create_test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
     )
 
 
@@ -47,7 +47,7 @@ def resume_checkpoint(checkpoint, files, capfd):
     """Resume a checkpoint with train_detector.py. Return the exit status and the last line on stderr."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
-    return status_and_last_line(train_detector.main, options.train_detector_parser, flags, capfd)
+    return status_and_last_line(train_detector.main, options.create_train_detector_parser, flags, capfd)
 
 
 ODD = [-1, float("nan"), "x", [1], {"name": 3}, torch.ones(2)]

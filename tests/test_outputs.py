@@ -320,7 +320,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     detector = load(str(write_detector(tmp_path / "d", config=crops_of_16)), "cpu", options={"crops": count})
     image = write_noise_image(tmp_path / "a.png", 3, (48, 52))
     prepared = detector.prepare_image(image)
-    examination = detector.score_and_keep_residual(prepared)
+    examination = detector.compute_resynthesis_residual_and_logits(prepared)
     assert examination.x.shape == (count, 3, 16, 16)
     assert examination.columns == columns
     assert torch.allclose(examination.logits, detector.logits(prepared[None])[0], atol=1e-5)
@@ -360,5 +360,5 @@ def test_the_record_contains_crop_size_number_of_crops_and_resizing(detector_fil
     )
     job = json.loads((tmp_path / "p.json").read_text())["job"]
     assert (job["crop_size"], job["crops"], job["resize"]) == (16, 2, 32)
-    assert read_table(tmp_path / "p.csv").is_scored.all()
+    assert read_table(tmp_path / "p.csv").has_score.all()
     assert os.path.exists(tmp_path / "p.npy")

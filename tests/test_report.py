@@ -144,8 +144,8 @@ def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # errors: 1, 5, -9, -3, no label, 2
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
-    assert [table.paths[i] for i in report_page.find_worst_images(table)] == ["b", "f", "a", "d", "c"]
-    assert len(report_page.find_worst_images(table, 2)) == 2
+    assert [table.paths[i] for i in report_page.find_most_wrongly_scored_images(table)] == ["b", "f", "a", "d", "c"]
+    assert len(report_page.find_most_wrongly_scored_images(table, 2)) == 2
 
 
 ODD_TABLES = {
@@ -215,7 +215,7 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     heading, first, *_ = split_markdown_table(done.stdout)
-    measured = metrics.summarize_scores(read_table(table), seed=5)["generators"]["ProGAN"]
+    measured = metrics.compute_metrics_overall_and_per_generator(read_table(table), seed=5)["generators"]["ProGAN"]
     assert first[heading.index("AUROC")] == metrics.format_percent(measured, "auroc")
     assert first[0] == "ProGAN"
 
@@ -241,7 +241,7 @@ HEADER = "table,row,column,scores,generators\n"
 
 def mean_auroc_percent(table, *generators):
     """Compute the mean AUROC over generators, in percent, from a score table, without tools.study."""
-    measured = metrics.summarize_scores(read_table(table), 0)["generators"]
+    measured = metrics.compute_metrics_overall_and_per_generator(read_table(table), 0)["generators"]
     values = [measured[name]["auroc"] for name in generators or measured]
     return 100 * sum(values) / len(values)
 
@@ -283,7 +283,7 @@ def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(s
     assert first[1] == f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})"
     assert first[2] == f"{mean_auroc_percent(one):.1f}"
     assert second[1] == metrics.format_percent(
-        metrics.summarize_scores(read_table(control))["generators"]["ProGAN"], "auroc"
+        metrics.compute_metrics_overall_and_per_generator(read_table(control))["generators"]["ProGAN"], "auroc"
     )
 
 

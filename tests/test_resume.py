@@ -35,7 +35,7 @@ from trainings import (
 )
 
 from data.datasets import EpochBatches
-from data.images import load_image
+from data.images import read_image_as_tensor
 from evaluation import load
 from evaluation.metrics import auroc
 from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS
@@ -584,7 +584,9 @@ def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_de
         training_files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE"
     )
     assert run_in_two_processes("train_detector.py", flags, tmp_path / "log") == [0, 0]
-    x = torch.stack([load_image(training_files / kind / f"{i}.png") for kind in ("fake", "real") for i in range(5)])
+    x = torch.stack(
+        [read_image_as_tensor(training_files / kind / f"{i}.png") for kind in ("fake", "real") for i in range(5)]
+    )
     labels = torch.arange(10) // 5
     logits = load(tmp_path / "two/last.pth.tar", device="cpu").logits(x)
     (line,) = read_stats(tmp_path / "two")

@@ -11,10 +11,10 @@ import torch
 from files import expect_user_error, read_file_contents_by_path
 
 from utils.compute import choose_device, choose_device_and_precision
-from utils.console import format_text_table, printable, progress_bar
+from utils.console import format_text_table, make_printable, progress_bar
 from utils.distributed import World
 from utils.errors import UserError, run_program
-from utils.files import hold_lock_file, make_folder, remove_unfinished_files, write_atomically, write_json
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_unfinished_files, write_json
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 
@@ -83,7 +83,7 @@ def test_the_signal_handlers_are_restored_after_a_stop_signal_block():
 def test_an_atomic_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    with pytest.raises(KeyError), write_atomically(path) as file:
+    with pytest.raises(KeyError), open_for_atomic_write(path) as file:
         file.write(b"half")
         raise KeyError
     assert read_file_contents_by_path(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
@@ -101,7 +101,7 @@ def test_an_atomic_file_has_the_permissions_of_the_umask(tmp_path):
 def test_an_atomic_write_to_a_symbolic_link_keeps_the_link_and_replaces_its_target(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
-    with write_atomically(tmp_path / "link") as file:
+    with open_for_atomic_write(tmp_path / "link") as file:
         file.write(b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
@@ -157,7 +157,7 @@ def test_without_a_terminal_progress_is_logged_at_intervals(monkeypatch, caplog)
 
 
 def test_control_characters_are_escaped_and_text_tables_are_aligned():
-    assert printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
+    assert make_printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
     assert format_text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
 
 

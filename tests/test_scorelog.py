@@ -47,7 +47,7 @@ def open_writer(folder, items, job=JOB) -> ScoreWriter:
 def finish_table(writer: ScoreWriter) -> None:
     """Join all part files into the score table, write the record, and remove the part files."""
     writer.finish_table()
-    writer.write_record({"metrics": None})
+    writer.write_json_record_of_score_table({"metrics": None})
     writer.delete_partial_tables()
 
 

@@ -337,7 +337,7 @@ def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and
     assert (tmp_path / "p.csv.0.part").read_bytes() == kept
     assert run_test_py(*scoring_arguments(other, image_folder, tmp_path / "p", "--overwrite")) == 0
     table = read_table(tmp_path / "p.csv")
-    assert np.allclose(table.prob_fake, 1 / (1 + np.exp(-table.margins / 2)))
+    assert np.allclose(table.prob_fake, 1 / (1 + np.exp(-table.logit_margins / 2)))
 
 
 def test_a_second_run_with_the_save_path_of_a_running_run_is_refused(detector_file, image_folder, tmp_path, capfd):
@@ -394,7 +394,7 @@ def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_threshol
     assert "fake from P(fake) = 0.505 on, real up to 0.495, unsure between" in out
     before, after = read_table(f"{uninterrupted_save_path}.csv"), read_table(tmp_path / "p.csv")
     assert np.array_equal(before.logits, after.logits)
-    assert np.allclose(after.prob_fake, 1 / (1 + np.exp(-before.margins / 2)))
+    assert np.allclose(after.prob_fake, 1 / (1 + np.exp(-before.logit_margins / 2)))
     not_fake = np.where(after.prob_fake <= 0.495, "real", "unsure")
     expected = np.where(after.prob_fake >= 0.505, "fake", not_fake).tolist()
     assert after.predictions == expected

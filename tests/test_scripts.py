@@ -20,9 +20,9 @@ from utils import options
 
 ROOT = Path(__file__).resolve().parent.parent
 PARSERS = {
-    "train_sr.py": options.train_sr_parser,
-    "train_detector.py": options.train_detector_parser,
-    "test.py": options.test_parser,
+    "train_sr.py": options.create_train_sr_parser,
+    "train_detector.py": options.create_train_detector_parser,
+    "test.py": options.create_test_parser,
 }
 PIXEL_DETECTOR = "./pretrained_models/pixel_pggan_celeba.pth.tar"
 RDN_FILE = "./pretrained_models/sr_vgg_epoch_last.pth"
@@ -475,7 +475,7 @@ def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(project_
     table = read_table(project_copy / "output/train_pggan_pixel_test_stylegan.csv")
     assert table.is_real.sum() == 4
     assert table.is_fake.sum() == 4
-    assert table.is_scored.all()
+    assert table.has_score.all()
     assert "AUROC" in result.stdout
 
 

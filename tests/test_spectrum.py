@@ -29,7 +29,10 @@ def test_a_pattern_with_a_period_of_four_pixels_is_a_peak_at_a_quarter_of_the_sa
     classifier = SpectrumClassifier(3)
     noise = 0.01 * torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     wave = 0.05 * torch.cos(2 * math.pi / 4 * torch.arange(128.0)).expand(1, 3, 128, 128)
-    difference = (classifier.compute_relative_spectrum(noise + wave) - classifier.compute_relative_spectrum(noise))[0]
+    difference = (
+        classifier.compute_spectrum_relative_to_neighbouring_frequencies(noise + wave)
+        - classifier.compute_spectrum_relative_to_neighbouring_frequencies(noise)
+    )[0]
     row, column = classifier.triangle[:, difference.argmax()].tolist()
     assert (row, column) == (0, 32 // 4)
 
@@ -40,7 +43,10 @@ def test_mirroring_turning_and_brightness_do_not_change_the_spectrum(change):
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     changed = {"mirrored": x.flip(3), "turned": x.rot90(1, (2, 3)), "brighter": x + 0.25}[change]
     torch.testing.assert_close(
-        classifier.compute_relative_spectrum(changed), classifier.compute_relative_spectrum(x), rtol=1e-3, atol=1e-3
+        classifier.compute_spectrum_relative_to_neighbouring_frequencies(changed),
+        classifier.compute_spectrum_relative_to_neighbouring_frequencies(x),
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 

@@ -22,7 +22,7 @@ import train_detector
 import train_sr
 from data.datasets import Batch
 from models.features import STAGES, Pixels, VGG19Stage, load_vgg
-from models.losses import compute_residual_and_reconstruction_loss
+from models.losses import compute_residuals_and_auxiliary_losses
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector, downsample
@@ -100,10 +100,10 @@ def test_adamw_uses_the_given_weight_decay_for_all_parameters():
 
 
 def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epochs_0_and_1():
-    factors = [train_detector.compute_authors_learning_rate_factor(5, epoch) for epoch in range(5)]
+    factors = [train_detector.compute_released_learning_rate_factor(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
-    assert train_detector.compute_authors_learning_rate_factor(1, 0) == 1.0
+    assert train_detector.compute_released_learning_rate_factor(1, 0) == 1.0
 
 
 def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
@@ -147,7 +147,7 @@ def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.
     auxiliary = train_detector.AuxiliaryTask(task, weight, vgg, 123, micro_batch)
     loss_of = functools.partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)
     train_detector.train_one_epoch(detector, [batch], loss_of, stepper)
-    return stepper.progress.means_of_epoch()
+    return stepper.progress.compute_mean_values_of_epoch()
 
 
 @functools.cache
@@ -183,7 +183,7 @@ def test_residual_and_auxiliary_loss_equal_the_formulas_of_the_paper(random_vgg,
     x = torch.rand(3, 3, 32, 32)
     real = torch.tensor([True, False, True])
     low = downsample(x, 4) + 0.1 * torch.rand(3, 3, 8, 8) if degraded else None
-    residual, loss = compute_residual_and_reconstruction_loss(detector, random_vgg, x, low, real)
+    residual, loss = compute_residuals_and_auxiliary_losses(detector, random_vgg, x, low, real)
     x_hat = detector.resynthesizer(downsample(x, 4))
     expected_residual = (detector.features(x_hat) - detector.features(x)).abs()
     torch.testing.assert_close(residual, expected_residual)
@@ -295,9 +295,14 @@ def test_mean_losses_are_weighted_by_the_number_of_images():
     progress = Progress()
     progress.count_step({"loss": 1.0}, 3)
     progress.count_step({"loss": 5.0}, 1)
-    assert progress.means_of_epoch() == {"loss": 2.0}
+    assert progress.compute_mean_values_of_epoch() == {"loss": 2.0}
     progress.start_next_epoch()
-    assert (progress.epoch, progress.step, progress.total_steps, progress.means_of_epoch()) == (1, 0, 2, {})
+    assert (progress.epoch, progress.step, progress.total_steps, progress.compute_mean_values_of_epoch()) == (
+        1,
+        0,
+        2,
+        {},
+    )
 
 
 # --- complete trainings -------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch
 import train_detector
 import train_sr
 from utils.errors import run_program
-from utils.options import train_detector_parser, train_sr_parser
+from utils.options import create_train_detector_parser, create_train_sr_parser
 
 CPU = torch.device("cpu")
 TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
@@ -55,9 +55,9 @@ def run_training(arguments):
     """
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
-        train_detector.main(train_detector_parser().parse_args(arguments))
+        train_detector.main(create_train_detector_parser().parse_args(arguments))
     else:
-        train_sr.main(train_sr_parser().parse_args(arguments))
+        train_sr.main(create_train_sr_parser().parse_args(arguments))
 
 
 def status_and_last_line(arguments, capfd):
