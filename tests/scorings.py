@@ -90,7 +90,7 @@ def write_detector(path: Path, **content) -> Path:
     return path
 
 
-def write_released_files(folder: Path) -> Path:
+def write_images_and_released_format_checkpoints(folder: Path) -> Path:
     """Write a real image, a fake image, and checkpoints in the file formats of the released checkpoints into a folder.
 
     The weights come from `load_reference_weights`. The images come from tests/golden/reference_outputs.npz.
@@ -116,7 +116,7 @@ def read_csv_rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def sorted_names(folder: Path) -> list[str]:
+def list_sorted_names_in_folder(folder: Path) -> list[str]:
     """Return the sorted names of the files and subfolders in a folder."""
     return sorted(os.listdir(folder))
 

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 from files import expect_user_error, random_rgb_pixels, save_image
-from trainings import TINY, read_checkpoint, run_training, train_detector_arguments
+from trainings import TINY, read_checkpoint_content, run_training, train_detector_arguments
 
 import test as tester
 import train_detector
@@ -30,7 +30,7 @@ PROGRAMS = {  # name of the program -> (main function, function that returns the
 }
 
 
-def status_and_last_line(program, flags, capfd):
+def run_for_status_and_last_line(program, flags, capfd):
     """Run a program in this process. Return the exit status and the last line on stderr."""
     main, parser, _ = PROGRAMS[program]
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
@@ -40,7 +40,7 @@ def status_and_last_line(program, flags, capfd):
 
 def error_line_of_program(program, flags, capfd):
     """Run a program with flags that the program must refuse with exit status 2. Return the error line."""
-    code, line = status_and_last_line(program, flags, capfd)
+    code, line = run_for_status_and_last_line(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
 
@@ -315,7 +315,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 
 @pytest.fixture(scope="module")
-def mismatched_files(tmp_path_factory, shrink_resnet18):
+def folder_with_mismatched_weights(tmp_path_factory, shrink_resnet18):
     """Return a folder with two images, and with weights of networks that do not belong together."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
@@ -369,14 +369,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES, ids=[flags for flags, _ in CASES])
-def test_files_and_flags_that_contradict_each_other_are_refused(
-    mismatched_files, tmp_path, monkeypatch, capfd, flags, words
+def test_programs_refuse_files_and_flags_that_do_not_fit_together(
+    folder_with_mismatched_weights, tmp_path, monkeypatch, capfd, flags, words
 ):
     """The training program refuses the given flags.
 
     If the flags load a detector with --init, test.py must also refuse this detector with --resume.
     """
-    monkeypatch.chdir(mismatched_files)
+    monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:
         calls["test"] = flags.replace("--init", "--resume").replace("--fixed-sr", "")
@@ -386,30 +386,43 @@ def test_files_and_flags_that_contradict_each_other_are_refused(
         assert not (tmp_path / "out").exists()
 
 
-def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(mismatched_files, tmp_path, capfd):
-    state = read_checkpoint(mismatched_files / "pixel.pth.tar")
+def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(
+    folder_with_mismatched_weights, tmp_path, capfd
+):
+    state = read_checkpoint_content(folder_with_mismatched_weights / "pixel.pth.tar")
     state["state_dict"]["fc.weight"].view(torch.int32)[0, 0] ^= 1 << 10
     torch.save(state, tmp_path / "flipped.pth.tar")
-    line = error_line_of_program("test", f"--resume {tmp_path}/flipped.pth.tar --input {mismatched_files}/real", capfd)
+    line = error_line_of_program(
+        "test", f"--resume {tmp_path}/flipped.pth.tar --input {folder_with_mismatched_weights}/real", capfd
+    )
     assert "classifier" in line and "damaged" in line
 
 
-def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(mismatched_files, tmp_path):
+def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(folder_with_mismatched_weights, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
-    run_training(train_detector_arguments(mismatched_files, tmp_path / "out", f"{flags} 1"))
+    run_training(train_detector_arguments(folder_with_mismatched_weights, tmp_path / "out", f"{flags} 1"))
     with expect_user_error("--vgg-weights"):
         run_training(
             train_detector_arguments(
-                mismatched_files, tmp_path / "out", f"{flags} 2 --vgg-weights {mismatched_files}/other_vgg.pth"
+                folder_with_mismatched_weights,
+                tmp_path / "out",
+                f"{flags} 2 --vgg-weights {folder_with_mismatched_weights}/other_vgg.pth",
             )
         )
 
 
-def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(mismatched_files):
-    config = read_checkpoint(mismatched_files / "stage2.pth.tar")["config"]
+def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(folder_with_mismatched_weights):
+    config = read_checkpoint_content(folder_with_mismatched_weights / "stage2.pth.tar")["config"]
     assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
     assert config["classifier"] == {"name": "resnet18", "args": {}}
     assert config["resynthesizer"] == {"name": "rdn", "scale": 4, "args": TINY}
-    assert config["resynthesizer_fingerprint"] == compute_fingerprint(read_checkpoint(mismatched_files / "rdn.pth"))
+    assert config["resynthesizer_fingerprint"] == compute_fingerprint(
+        read_checkpoint_content(folder_with_mismatched_weights / "rdn.pth")
+    )
     assert config["images"]["crop_size"] == 64
-    assert read_checkpoint(mismatched_files / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True
+    assert (
+        read_checkpoint_content(folder_with_mismatched_weights / "dilated.pth.tar")["config"]["classifier"]["args"][
+            "dilated"
+        ]
+        is True
+    )

@@ -6,7 +6,7 @@ On a machine without a GPU, all tests of this file are skipped.
 import numpy as np
 import pytest
 import torch
-from trainings import read_checkpoint, read_stats, run_training, train_detector_arguments, train_sr_arguments
+from trainings import read_checkpoint_content, read_stats, run_training, train_detector_arguments, train_sr_arguments
 
 import test as program
 from utils.options import create_test_parser
@@ -40,7 +40,7 @@ def test_train_detector_on_the_gpu_has_the_loss_of_the_cpu_and_can_be_resumed(
     (on_gpu,), (on_cpu,) = read_stats(tmp_path / "gpu"), read_stats(tmp_path / "cpu")
     assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], rel=LOOSE[precision], abs=LOOSE[precision])
     run_training(train_detector_arguments(training_files, tmp_path / "gpu", f"{flags['gpu']} --epochs 2 --resume auto"))
-    state = read_checkpoint(tmp_path / "gpu" / "last.pth.tar")
+    state = read_checkpoint_content(tmp_path / "gpu" / "last.pth.tar")
     assert all(torch.isfinite(p).all() for p in state["state_dict"].values()) and state["progress"]["epoch"] == 2
 
 

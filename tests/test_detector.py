@@ -10,7 +10,13 @@ import pytest
 import torch
 from files import expect_user_error
 from PIL import Image
-from scorings import CONFIG, run_test_py, write_detector, write_noise_image, write_released_files
+from scorings import (
+    CONFIG,
+    run_test_py,
+    write_detector,
+    write_images_and_released_format_checkpoints,
+    write_noise_image,
+)
 
 from evaluation import load
 from evaluation.inputs import compute_crop_start_positions, cut_evenly_spread_crops
@@ -205,7 +211,7 @@ def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
 
     A released checkpoint stores neither the stage nor the dilation. Dilation changes the scores.
     """
-    folder = write_released_files(tmp_path)
+    folder = write_images_and_released_format_checkpoints(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
     image = str(folder / "real" / "0.png")
     plain = load(**files, options={"dilated": False, "stage": 0}).predict(image)

@@ -344,25 +344,27 @@ def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(t
 # --- sizes --------------------------------------------------------------------------------------------------
 
 
-def coordinate_image(height, width):
+def make_coordinate_image_tensor(height, width):
     """Return an image, uint8 (3, H, W), whose first two channels are the row and the column of each pixel."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows, columns, rows * 0]).to(torch.uint8)
 
 
 def locate_crop(image):
-    """Return the row and column at which a crop of a `coordinate_image` starts."""
+    """Return the row and column at which a crop of an image of `make_coordinate_image_tensor` starts."""
     return image[:2, 0, 0].tolist()
 
 
 def test_images_are_cropped_in_the_centre_to_multiples_of_the_scale():
-    image = resize_and_crop(coordinate_image(11, 16), SizePolicy(scale=4))
+    image = resize_and_crop(make_coordinate_image_tensor(11, 16), SizePolicy(scale=4))
     assert image.shape == (3, 8, 16) and locate_crop(image) == [1, 0] and image.is_contiguous()
-    assert torch.equal(resize_and_crop(coordinate_image(8, 12), SizePolicy(scale=4)), coordinate_image(8, 12))
+    assert torch.equal(
+        resize_and_crop(make_coordinate_image_tensor(8, 12), SizePolicy(scale=4)), make_coordinate_image_tensor(8, 12)
+    )
 
 
 def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given():
-    image = coordinate_image(20, 30)
+    image = make_coordinate_image_tensor(20, 30)
     assert locate_crop(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
     # The sides of a crop must be multiples of the scale 4, so the crop has 8 x 8 pixels, not 10 x 10
     assert locate_crop(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]
@@ -372,12 +374,15 @@ def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given
     assert {column for _, column in corners} == set(range(23))
 
 
-def test_resizing_keeps_the_aspect_ratio_and_antialiases():
+def test_resizing_keeps_the_aspect_ratio_and_applies_antialiasing():
     policy = SizePolicy(scale=1, resize=20)
-    assert resize_and_crop(coordinate_image(40, 70), policy).shape == (3, 20, 35)
-    assert resize_and_crop(coordinate_image(10, 15), policy).shape == (3, 20, 30)
-    assert torch.equal(resize_and_crop(coordinate_image(20, 24), policy), coordinate_image(20, 24))
-    checkers = coordinate_image(60, 60).sum(dim=0) % 2 * 255  # without antialiasing, all pixels would be 0 or 255
+    assert resize_and_crop(make_coordinate_image_tensor(40, 70), policy).shape == (3, 20, 35)
+    assert resize_and_crop(make_coordinate_image_tensor(10, 15), policy).shape == (3, 20, 30)
+    assert torch.equal(
+        resize_and_crop(make_coordinate_image_tensor(20, 24), policy), make_coordinate_image_tensor(20, 24)
+    )
+    # Without antialiasing, all pixels of the resized chequered image would be 0 or 255
+    checkers = make_coordinate_image_tensor(60, 60).sum(dim=0) % 2 * 255
     small = resize_and_crop(checkers.to(torch.uint8).expand(3, -1, -1).contiguous(), policy)
     assert small.dtype == torch.uint8 and (small[:, 4:-4, 4:-4].int() - 127).abs().max() <= 2
 
@@ -407,7 +412,7 @@ def test_images_that_are_too_small_or_too_large_are_refused(size, policy, words)
 
 
 def test_images_of_the_smallest_allowed_size_are_accepted():
-    assert resize_and_crop(coordinate_image(18, 16), SizePolicy(4, min_side=16)).shape == (3, 16, 16)
+    assert resize_and_crop(make_coordinate_image_tensor(18, 16), SizePolicy(4, min_side=16)).shape == (3, 16, 16)
 
 
 def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_path):

@@ -97,7 +97,7 @@ def test_a_tree_may_mix_layouts_and_the_log_names_each_layout(tmp_path, caplog):
         assert words in caplog.messages[-1]
 
 
-def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
+def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     train = [f"sd/train/{kind}/{i}.png" for kind in ("nature", "ai") for i in range(2)]
     val = [f"sd/val/{kind}/9.png" for kind in ("nature", "ai")]
@@ -107,9 +107,8 @@ def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(list_items_of_folder_tree(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    assert (
-        len(list_items_of_folder_tree(f"{root}/sd/val", training=True)) == 2
-    )  # a user can choose the folder val as the root
+    # A user can choose the folder val as the root
+    assert len(list_items_of_folder_tree(f"{root}/sd/val", training=True)) == 2
     shutil.rmtree(tmp_path / "t/sd/train")
     with expect_user_error("no images that can be used", "2 in val"):
         list_items_of_folder_tree(root, training=True)
@@ -289,7 +288,7 @@ def test_a_list_with_images_of_one_class_is_refused(labels):
     require_both_classes([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
 
 
-def test_input_paths_may_be_files_with_any_suffix_and_folders(tmp_path, caplog):
+def test_input_paths_may_be_folders_or_files_with_any_suffix(tmp_path, caplog):
     root = write_empty_files(tmp_path / "r", "b.png", "a.png")
     file = write_empty_files(tmp_path / "q", "odd.name") + "/odd.name"
     assert list_unlabelled_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]

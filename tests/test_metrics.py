@@ -167,7 +167,7 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
     np.testing.assert_allclose(interval, [area - 1.96 * error, area + 1.96 * error], atol=1e-3)
 
 
-def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shared_real_images(tmp_path):
+def test_fakes_are_compared_with_reals_of_their_generator_or_else_with_reals_without_generator(tmp_path):
     rows = [
         *make_score_rows([-1, -2], REAL),
         *make_score_rows([-3], REAL, "own"),
@@ -200,7 +200,7 @@ def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tm
     assert "AUROC" in metrics.format_metrics(summary)
 
 
-def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
+def test_a_metric_added_to_the_dict_of_metrics_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
     rows = make_score_rows([-1, 1], REAL) + make_score_rows([0, 2], FAKE, "a") + make_score_rows([2, 3], FAKE, "b")

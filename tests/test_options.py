@@ -34,7 +34,7 @@ NETWORK_OPTIONS = {
 SIZE_OPTIONS = {"crop_size", "resize"}
 
 
-def effective_options(program):
+def list_options_with_effect(program):
     """Return the options of a program, without --help and without flags that have no effect."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
@@ -122,7 +122,7 @@ def test_every_option_has_a_help_text_and_is_used(program):
     files = [ROOT / program, *(ROOT / "utils").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
     source = "".join(file.read_text() for file in files if file.name != "options.py")
     used = {name for pair in re.findall(r"\bargs\.(\w+)|\"(\w+)\"", source) for name in pair}
-    for option in effective_options(program):
+    for option in list_options_with_effect(program):
         assert option.help
         assert option.dest in used | NETWORK_OPTIONS | SIZE_OPTIONS, f"{option.dest} is not used"
 
@@ -130,7 +130,8 @@ def test_every_option_has_a_help_text_and_is_used(program):
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_parser_accepts_any_name_of_a_network(program):
     """The parser does not check the names of networks, because users can add networks to models/build.py."""
-    flags = [word for option in effective_options(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
+    names = ("sr_arch", "features", "arch", "auxiliary")
+    flags = [word for option in list_options_with_effect(program) if option.dest in names
              for word in (option.option_strings[-1], "my-own")]  # fmt: skip
     args = vars(PARSERS[program]().parse_args(flags))
     assert len(flags) >= 2 and list(args.values()).count("my-own") == len(flags) // 2

@@ -97,7 +97,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
 # --- one file per image, crop, direction and setting --------------------------------------------------------
 
 
-def test_the_cache_has_one_file_per_image_crop_and_mirroring(training_files, tmp_path):
+def test_the_cache_has_one_file_for_each_crop_and_each_mirroring_of_an_image(training_files, tmp_path):
     path = shutil.copy(training_files / "real/0.png", tmp_path)
     plain = residual_dataset(tmp_path, path)
     augmented = residual_dataset(tmp_path, path, augmentation=Augmentation(1))
@@ -191,12 +191,14 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
     dataset = residual_dataset(tmp_path, *paths, **options)
     detector, computed = tiny_detector(), []
 
-    def compute_and_record(batch):
+    def record_keys_and_compute_residuals(batch):
         computed.extend(batch.keys)
         return residual_without_gradients(detector, ON_CPU, None, batch)
 
     for _ in range(2):
-        dataset.store_missing_residuals(0, compute_and_record, lambda loader, _: loader, 0, ON_CPU, World())
+        dataset.store_missing_residuals(
+            0, record_keys_and_compute_residuals, lambda loader, _: loader, 0, ON_CPU, World()
+        )
         assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
         x = dataset.images[Key(0, index)].x / 255
@@ -243,7 +245,7 @@ def test_a_training_with_a_filled_cache_decodes_no_images(training_files, tmp_pa
     assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
-def test_images_of_different_sizes_are_refused_without_crops_and_cached_as_crops(training_files, tmp_path):
+def test_training_refuses_images_of_different_sizes_but_caches_residuals_of_their_crops(training_files, tmp_path):
     mixed = shutil.copytree(training_files, tmp_path / "files")
     Image.fromarray(np.zeros((72, 100, 3), np.uint8)).save(mixed / "real/9.png")
     with expect_user_error("9.png", "100 x 72", "--crop-size"):

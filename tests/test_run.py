@@ -49,12 +49,12 @@ def test_a_programming_error_is_raised_by_run_program():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_program_stopped_by_a_signal_exits_with_128_plus_the_signal_number(number, capfd):
-    def stop_by_signal():
+    def send_signal_and_raise_stopped():
         with StopSignal() as stop:
             os.kill(os.getpid(), number)
             raise Stopped(stop.received)
 
-    assert run_program(stop_by_signal) == 128 + number
+    assert run_program(send_signal_and_raise_stopped) == 128 + number
     assert "saved" in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_stops_the_program_at_once_and_a_second_sigterm_does_not
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_signal_handlers_are_restored_after_a_stop_signal_block():
+def test_the_sigterm_handler_is_restored_after_the_with_block_of_a_stop_signal():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before
@@ -133,7 +133,7 @@ def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_p
     assert read_file_contents_by_path(tmp_path) == before
 
 
-def test_a_lock_file_exists_only_during_its_block(tmp_path):
+def test_a_lock_file_exists_only_inside_the_with_block_that_holds_it(tmp_path):
     for _ in range(2):
         with hold_lock_file(tmp_path / ".lock", World()):
             assert (tmp_path / ".lock").exists()
@@ -143,7 +143,7 @@ def test_a_lock_file_exists_only_during_its_block(tmp_path):
 # --- text ---------------------------------------------------------------------------------------------------
 
 
-def test_without_a_terminal_progress_is_logged_at_intervals(monkeypatch, caplog):
+def test_progress_is_logged_at_intervals_if_there_is_no_terminal(monkeypatch, caplog):
     monkeypatch.setattr("utils.console.LOG_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     for _ in progress_bar(range(12), "epoch 3"):
@@ -189,7 +189,7 @@ def test_choose_device_and_precision_sets_the_deterministic_settings_of_pytorch(
     assert not torch.backends.cudnn.allow_tf32
 
 
-def test_compute_converts_uint8_images_to_float_in_channels_last_order():
+def test_images_to_float_converts_uint8_images_to_float32_in_channels_last_order():
     x = choose_device_and_precision("cpu", "fp32", False).images_to_float(
         torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     )

@@ -156,7 +156,7 @@ def test_a_file_that_is_not_a_score_table_is_refused_in_one_line(tmp_path, name)
         read_table(tmp_path / name)
 
 
-def test_read_record_returns_an_empty_dict_for_a_missing_file_and_refuses_a_broken_file(tmp_path):
+def test_a_missing_json_file_is_read_as_an_empty_dict_and_a_broken_one_is_refused(tmp_path):
     assert read_json_record_of_score_table(tmp_path / "s.csv") == {}
     for broken in ("{", "[1]", "\xff"):
         (tmp_path / "s.json").write_text(broken, encoding="latin-1")

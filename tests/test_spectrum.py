@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from files import expect_user_error
-from trainings import read_checkpoint, run_training, train_detector_arguments
+from trainings import read_checkpoint_content, run_training, train_detector_arguments
 
 from evaluation import load
 from models.features import Pixels
@@ -82,13 +82,13 @@ def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(training_f
     flags = "--fixed-sr --residual signed --arch spectrum --arch-args hidden=4"
     run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 1 VALIDATE"))
     run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 2 VALIDATE --resume auto"))
-    assert read_checkpoint(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
+    assert read_checkpoint_content(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
     residual = detector.residual(f"{training_files}/real/0.png")[0]
     assert residual.min() < 0 < residual.max()
 
 
-def test_an_option_residual_that_contradicts_the_checkpoint_is_refused(training_files, tmp_path):
+def test_a_residual_option_that_contradicts_the_checkpoint_is_refused(training_files, tmp_path):
     run_training(train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 1"))
     with expect_user_error("--residual", "signed", "absolute"):
         load(str(tmp_path / "last.pth.tar"), device="cpu", options={"residual": "signed"})

@@ -100,13 +100,13 @@ def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, m
     split.main(arguments_of_split(image_root, out))
     real_atomic, calls = split.open_for_atomic_write, []
 
-    def interrupt_third_call(path):
+    def open_or_interrupt_third_call(path):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(path)
         return real_atomic(path)
 
-    monkeypatch.setattr(split, "open_for_atomic_write", interrupt_third_call)
+    monkeypatch.setattr(split, "open_for_atomic_write", open_or_interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
         split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite"))
     monkeypatch.undo()

@@ -60,7 +60,7 @@ def test_rdn_in_small_tiles_gives_the_output_of_rdn_on_whole_images(tiny_rdn, si
         assert_close(tiny_rdn(x_lr), expected)
 
 
-def test_tiles_with_a_too_small_halo_give_errors_at_their_borders(tiny_rdn):
+def test_tiles_with_a_too_small_halo_give_wrong_values_at_their_borders(tiny_rdn):
     x = torch.rand(1, 6, 40, 40)
     with torch.inference_mode():
         expected = tiny_rdn.rdbs[0](x)
@@ -142,7 +142,7 @@ def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(tiny_rdn, rando
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
-def test_max_pooling_in_tiles_equals_max_pooling_for_sizes_rounded_down_or_up(ceil_mode):
+def test_max_pooling_in_tiles_equals_max_pooling_with_output_sizes_rounded_down_or_up(ceil_mode):
     x = torch.rand(1, 2, 21, 13)
     pool = torch.nn.MaxPool2d(2, ceil_mode=ceil_mode)
     assert torch.equal(apply_function_in_tiles(pool, x, side=4, halo=2, scale=Fraction(1, 2)), pool(x))
