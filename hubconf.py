@@ -13,39 +13,39 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 def detector(checkpoint: str, **arguments):
     """Load a trained detector. The docstring of `evaluation.load` explains the arguments."""
-    if has_own_packages():
+    if is_project_already_imported():
         from evaluation import load
 
         return load(checkpoint, **arguments)
-    with own_packages():
+    with put_project_packages_first():
         from evaluation import load
 
         return load(checkpoint, **arguments)
 
 
-def has_own_packages() -> bool:
+def is_project_already_imported() -> bool:
     """Return whether the calling program has already imported packages of this checkout."""
     file = getattr(sys.modules.get("models"), "__file__", None)
     return file is not None and Path(file).resolve().is_relative_to(CHECKOUT)
 
 
 @contextlib.contextmanager
-def own_packages() -> Iterator[None]:
+def put_project_packages_first() -> Iterator[None]:
     """Make `import` find the packages of this checkout inside a `with` block.
 
     After the block, the modules of the calling program that have the same names are restored.
     """
-    callers = take_modules()
+    callers = pop_modules_with_project_package_names()
     sys.path.insert(0, str(CHECKOUT))
     try:
         yield
     finally:
         sys.path.remove(str(CHECKOUT))
-        take_modules()
+        pop_modules_with_project_package_names()
         sys.modules.update(callers)
 
 
-def take_modules() -> dict:
+def pop_modules_with_project_package_names() -> dict:
     """Remove the modules of PACKAGES from `sys.modules`. Returns a dict of the removed modules, by name."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from data.datasets import Batch, ImageDataset, Key, make_loader, merge_batches_of_equal_size
+from data.datasets import Batch, ImageDataset, Key, make_loader, merge_batches_of_equal_image_size
 from data.images import compute_final_size, read_header
 from data.lists import (
     ImageFlags,
@@ -35,16 +35,16 @@ from data.lists import (
 )
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
-from evaluation.loading import detector_from_checkpoint, select_load_options
+from evaluation.loading import detector_from_checkpoint, select_settings_that_load_accepts
 from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_to_replace_foreign_files
 from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows, read_table
 from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
 from utils.compute import choose_device_and_precision, package_versions
-from utils.console import format_text_table, printable, progress_bar
+from utils.console import format_text_table, make_printable, progress_bar
 from utils.distributed import connect_processes
 from utils.errors import UserError, run_program
-from utils.files import hold_lock_file, make_folder, write_atomically
-from utils.options import test_parser
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write
+from utils.options import create_test_parser
 from utils.signals import Stopped, StopSignal
 
 logger = logging.getLogger("test")
@@ -64,10 +64,10 @@ def main(args: Namespace) -> int:
             raise UserError("several processes need a common output path: give --save_path")
         items = list_images_to_score(args.input, (args.real_roots, args.fake_roots, args.tree, args.csv))
         perturbations = select_perturbations(args.perturb_protocol, args.perturb or [("none", None)])
-        options = select_load_options(vars(args))
+        options = select_settings_that_load_accepts(vars(args))
         detector = detector_from_checkpoint(compute, args.resume, args.resynthesizer_file, args.vgg_weights, options)
-        detector.network.set_tile(args.tile)
-        trained_on = count_training_images(items, detector)
+        detector.network.set_tile_side(args.tile)
+        trained_on = count_training_images_among_scored_images(items, detector)
 
         # Choose the output files. An existing file is replaced only if test.py wrote it
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
@@ -92,7 +92,7 @@ def main(args: Namespace) -> int:
             pictures.store_hash_of_scoring_settings(job)
             writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, job, world)
             if writer.start_partial_table(args.overwrite, pictures.find_missing_pictures()):
-                images = ImageDataset(items, detector.size_policy_for_reading, transform=transform)
+                images = ImageDataset(items, detector.resize_and_crop_policy_for_reading, transform=transform)
                 batches = read_unscored_batches(images, detector, writer, args.batch_size, args.workers)
                 score_images(detector, batches, writer, pictures, stop)
                 writer.finish_table()
@@ -109,11 +109,11 @@ def main(args: Namespace) -> int:
         # Print the verdicts or the metrics
         sys.stdout.write("\n".join(format_report(results, detector.calibration, bool(args.input))) + "\n")
         if args.input:
-            for line in detector.differences_from_training([item.path for item in items]):
+            for line in detector.describe_differences_from_training_images([item.path for item in items]):
                 logger.warning("warning: %s", line)
         if args.save_path:
             log_written_files(base, results)
-        is_complete = all(table.is_scored.all() for table, _ in results.values())
+        is_complete = all(table.has_score.all() for table, _ in results.values())
         return 0 if is_complete else EXIT_ERRORS
 
 
@@ -135,7 +135,7 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
     return list_labelled_items(*labelled, flags=ImageFlags(others=others))
 
 
-def count_training_images(items: list[Item], detector: Detector) -> int:
+def count_training_images_among_scored_images(items: list[Item], detector: Detector) -> int:
     """Count the images that the detector was trained on, and warn if there are any.
 
     Returns 0 if the checkpoint does not list its training images.
@@ -222,7 +222,7 @@ def read_unscored_batches(
     one_by_one = [[Key(0, int(index))] for index in missing]
     loader = make_loader(images, one_by_one, workers if len(missing) > 1 else 0, detector.compute)
     with progress_bar(None, "scoring", total=len(missing), unit="images") as bar:
-        for batch in merge_batches_of_equal_size(loader, block, pixels):
+        for batch in merge_batches_of_equal_image_size(loader, block, pixels):
             yield batch
             bar.update(len(batch.items) + len(batch.errors))
 
@@ -283,12 +283,12 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
     """
     doing = "be scored"
     try:
-        examination = detector.score_and_keep_residual(image)
+        examination = detector.compute_resynthesis_residual_and_logits(image)
         doing = "be drawn"
         if pictures.paths:
             pictures.draw_picture(index, examination)
     except Exception as error:
-        return make_error_row(item, f"{printable(item.path)}: cannot {doing} ({describe_error(error)})")
+        return make_error_row(item, f"{make_printable(item.path)}: cannot {doing} ({describe_error(error)})")
     return make_rows([item], examination.logits.numpy(), detector.calibration)[0]
 
 
@@ -312,14 +312,16 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
         The score table, and its metrics. The metrics are None if no image has both a label and a score.
     """
     table = read_table(f"{base}.csv")
-    with write_atomically(f"{base}.npy") as file:
+    with open_for_atomic_write(f"{base}.npy") as file:
         np.save(file, table.logits)
     metrics = None
-    if table.is_usable.any():
-        from evaluation.metrics import summarize_scores  # imported here, because scikit-learn takes a second to import
+    if table.has_label_and_score.any():
+        from evaluation.metrics import (
+            compute_metrics_overall_and_per_generator,  # imported here, because scikit-learn takes a second to import
+        )
 
-        metrics = summarize_scores(table, seed=seed)
-    writer.write_record({**record, "metrics": metrics, "versions": package_versions()})
+        metrics = compute_metrics_overall_and_per_generator(table, seed=seed)
+    writer.write_json_record_of_score_table({**record, "metrics": metrics, "versions": package_versions()})
     figure = Path(f"{base}.png")
     if metrics:
         # imported here, because Matplotlib takes a second to import
@@ -341,7 +343,7 @@ def format_report(
         for label, (table, _) in results.items():
             if len(results) > 1:
                 lines += ["", f"== {label}"]
-            lines += format_verdicts(table)
+            lines += format_verdict_table_and_counts(table)
         return lines
     # imported here, because scikit-learn takes a second to import
     from evaluation.metrics import format_metrics, format_perturbation_table
@@ -360,7 +362,7 @@ def format_report(
 def explain_verdicts(calibration: Mapping) -> list[str]:
     """Explain in two lines of text what P(fake) and the verdicts mean."""
     if calibration:
-        source = printable(str(calibration.get("source", "another set")))
+        source = make_printable(str(calibration.get("source", "another set")))
         meaning = f"calibrated on {source} (temperature {calibration['temperature']:.3g}), valid for similar images"
         thresholds = f"from P(fake) = {calibration['t_fake']:.3g} on, real up to {calibration['t_real']:.3g}"
         rule = f"fake {thresholds}, unsure between"
@@ -370,14 +372,14 @@ def explain_verdicts(calibration: Mapping) -> list[str]:
     return [f"P(fake): the detector's belief that an image is generated, 0 to 1; {meaning}", f"verdict: {rule}"]
 
 
-def format_verdicts(table: ScoreTable) -> list[str]:
+def format_verdict_table_and_counts(table: ScoreTable) -> list[str]:
     """Make a table with the probability P(fake), the verdict and the file of each image, and count the verdicts."""
     rows = [["P(fake)", "verdict", "image"]]
     for i, path in enumerate(table.paths):
         if table.errors[i]:
-            rows.append(["-", "error", printable(table.errors[i])])
+            rows.append(["-", "error", make_printable(table.errors[i])])
         else:
-            rows.append([f"{table.prob_fake[i]:.4f}", table.predictions[i], printable(path)])
+            rows.append([f"{table.prob_fake[i]:.4f}", table.predictions[i], make_printable(path)])
     counts = Counter(table.predictions)
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in ("fake", "real", "unsure"))
     return [format_text_table(rows, left=3), f"{verdicts}, {counts['']} could not be scored"]
@@ -387,8 +389,8 @@ def log_written_files(base: Path, results: dict[str, tuple[ScoreTable, dict | No
     """Log the names of the output files."""
     several = "_*" if len(results) > 1 else ""
     figure = ",png" if any(metrics for _, metrics in results.values()) else ""
-    logger.info("the results are written to %s%s.{csv,npy,json%s}", printable(base), several, figure)
+    logger.info("the results are written to %s%s.{csv,npy,json%s}", make_printable(base), several, figure)
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: main(test_parser().parse_args())))
+    sys.exit(run_program(lambda: main(create_test_parser().parse_args())))

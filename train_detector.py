@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_loader
-from data.degradations import check_task_name, degrade_batch, draw_degradation
+from data.degradations import check_task_name, degrade_batch, sample_degradation_for_batch
 from data.images import SizePolicy, require_equal_sizes, select_usable_items
 from data.leaks import run_and_log_quick_leak_audit
 from data.lists import (
@@ -51,10 +51,10 @@ from evaluation.metrics import auroc
 from evaluation.training_pictures import read_example_images, write_resynthesis_pictures
 from models.build import create_detector, load_detector
 from models.features import VGG19, load_vgg
-from models.losses import compute_classification_loss, compute_residual_and_reconstruction_loss
+from models.losses import compute_classification_loss, compute_residuals_and_auxiliary_losses
 from models.resynthesis import ResynthesisDetector, downsample
 from utils import training
-from utils.checkpoints import Checkpoint, Fields, compute_fingerprint, read_checkpoint
+from utils.checkpoints import Checkpoint, Fields, compute_fingerprint, read_checkpoint_if_path_is_given
 from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import (
     World,
@@ -65,7 +65,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError, run_program
 from utils.labels import FAKE, REAL
-from utils.options import train_detector_parser
+from utils.options import create_train_detector_parser
 from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
 from utils.run import Run, read_starting_checkpoint
 from utils.run_folder import open_run_folder
@@ -85,14 +85,14 @@ def main(args: Namespace) -> None:
     compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
     with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. List the images. No file is written before the images, the networks and the sizes have been checked.
-        check_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
+        require_consistent_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
         items = list_labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = list_validation_images(args.val_real_roots, args.val_fake_roots, args.val_csv)
 
         # 2. Build the networks
         output = Path(args.output_path)
         detector, config, resumed = build_detector(vars(args), output / LAST)
-        detector.freeze_resynthesizer(args.fixed_resynthesizer)
+        detector.set_resynthesizer_frozen(args.fixed_resynthesizer)
         # Without gradient checkpointing, end-to-end training of RDN needs 12 GB per image of 1024 x 1024 pixels
         detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer
         detector.to(compute.device, memory_format=torch.channels_last)
@@ -124,7 +124,11 @@ def main(args: Namespace) -> None:
             detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
         groups = create_parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
         optimizer = create_optimizer(args.optimizer, groups, args.momentum, args.weight_decay)
-        schedule = training.cosine_rate_factor if args.schedule == "cosine" else compute_authors_learning_rate_factor
+        schedule = (
+            training.compute_cosine_learning_rate_factor
+            if args.schedule == "cosine"
+            else compute_released_learning_rate_factor
+        )
         stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), batches.steps, args.clip_norm)
         progress = stepper.progress
 
@@ -167,7 +171,7 @@ def main(args: Namespace) -> None:
                 dataset.store_missing_residuals(epoch, residual_of, run.iterate_batches, args.workers, compute, world)
             batches.set_epoch(epoch, progress.step)
             train_one_epoch(detector, run.iterate_batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
-            values = progress.means_of_epoch()
+            values = progress.compute_mean_values_of_epoch()
             if val_items:
                 values |= compute_validation_metrics(
                     detector, run.iterate_batches(val_loader, "validation"), residual_of, world
@@ -175,10 +179,10 @@ def main(args: Namespace) -> None:
             if not args.fixed_resynthesizer:
                 write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, epoch + 1)
             due = epoch % args.save_every_epoch == 0 or epoch + 1 == args.epochs
-            run.end_epoch(values, "val_auroc", make_checkpoints_of_epoch if due else None)
+            run.end_epoch(values, "val_auroc", collect_contents_of_numbered_checkpoints if due else None)
 
 
-def check_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
+def require_consistent_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
     """Raise a UserError if the options contradict each other."""
     check_task_name(task)
     if task != "none" and fixed:
@@ -262,7 +266,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     """
     origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
     resumed = choose_state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
-    resynthesizer = read_checkpoint(options["resynthesizer_file"])
+    resynthesizer = read_checkpoint_if_path_is_given(options["resynthesizer_file"])
     if resumed and resynthesizer:
         text = "the resumed run uses the re-synthesizer in %s: %s (--sr-weights-file) is not used"
         logger.info(text, resumed.name, resynthesizer.name)
@@ -351,7 +355,7 @@ def create_optimizer(name: str, groups: list[dict], momentum: float, weight_deca
     return torch.optim.AdamW([{**group, "weight_decay": weight_decay} for group in groups])
 
 
-def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
+def compute_released_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
     """Compute the factor f by which the authors' code multiplies the base learning rate.
 
     The factor in epoch e of E epochs is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
@@ -453,13 +457,13 @@ def end_to_end_loss(
         detector.resynthesizer.scale, task, progress, batch, x
     )  # (B, 3, h, w) or None
 
-    def compute_residual_and_losses(rows: slice) -> tuple[Tensor, Tensor]:
+    def compute_residuals_and_losses_of_rows(rows: slice) -> tuple[Tensor, Tensor]:
         low = None if degraded is None else degraded[rows]
         with compute.autocast():
-            return compute_residual_and_reconstruction_loss(detector, task.vgg, x[rows], low, used[rows])
+            return compute_residuals_and_auxiliary_losses(detector, task.vgg, x[rows], low, used[rows])
 
     residual, auxiliary = compute_in_micro_batches(
-        compute_residual_and_losses, len(x), task.micro_batch
+        compute_residuals_and_losses_of_rows, len(x), task.micro_batch
     )  # (B, C_l, H_l, W_l), (B,)
     cross_entropy, accuracy = cross_entropy_and_accuracy(detector, residual, batch)
     auxiliary = task.weight * (auxiliary * counted.to(auxiliary)).sum() / max(real_count, 1)
@@ -479,7 +483,7 @@ def downsample_and_degrade_images(
         the degraded low-resolution batch (B, 3, h, w), or None if the images of this step are not degraded.
     """
     batch_rng = seeded_generator(task.seed, progress.epoch, progress.step, DEGRADE_BATCH)
-    degradation = draw_degradation(task.name, batch_rng)
+    degradation = sample_degradation_for_batch(task.name, batch_rng)
     if degradation is None:
         return None
     rngs = [seeded_generator(task.seed, *key, DEGRADE_IMAGE) for key in batch.keys]
@@ -601,7 +605,7 @@ def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trai
     }
 
 
-def make_checkpoints_of_epoch(state: dict) -> dict[str, dict]:
+def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
     """Return the contents of an epoch's two numbered checkpoints, by file name, in the formats of the authors' code.
 
     Release: the authors' code counts the epochs in these file names from 1.
@@ -617,4 +621,4 @@ def make_checkpoints_of_epoch(state: dict) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: main(train_detector_parser().parse_args())))
+    sys.exit(run_program(lambda: main(create_train_detector_parser().parse_args())))

@@ -39,7 +39,7 @@ from utils.checkpoints import Checkpoint, compute_fingerprint
 from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import World, all_reduce_sum, broadcast_buffers, connect_processes
 from utils.errors import UserError, run_program
-from utils.options import train_sr_parser
+from utils.options import create_train_sr_parser
 from utils.random_streams import DEGRADE_PATCH, seeded_generator
 from utils.run import Run, read_starting_checkpoint
 from utils.run_folder import open_run_folder
@@ -73,7 +73,7 @@ def main(args: Namespace) -> None:
         eval_batches = EpochBatches(len(eval_images), world.size, world=world)  # one image per process at a time
         eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
         if args.evaluate:
-            return log_evaluation(model, origin, eval_loader, args.skip_bad, compute, world)
+            return evaluate_and_log_psnr_and_ssim(model, origin, eval_loader, args.skip_bad, compute, world)
         items = list_unlabelled_images(args.train_file, "--train-file")
         items, _ = select_usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_images.items:
@@ -114,7 +114,7 @@ def main(args: Namespace) -> None:
             pictures = train_one_epoch(
                 model, run.iterate_batches(loader, f"epoch {epoch}", training=True), loss_of, stepper
             )
-            values = progress.means_of_epoch()
+            values = progress.compute_mean_values_of_epoch()
             if eval_images.items:
                 values |= compute_mean_psnr_and_ssim(
                     model, run.iterate_batches(eval_loader, "evaluation"), compute, world
@@ -123,9 +123,9 @@ def main(args: Namespace) -> None:
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
                 run.write_pictures("input, re-synthesis, target", pictures, epoch + 1)
-            run.end_epoch(values, "psnr", make_checkpoints_of_epoch if due else None)
+            run.end_epoch(values, "psnr", collect_contents_of_numbered_checkpoints if due else None)
             if is_last:
-                warn_if_below_bicubic(values)
+                warn_if_psnr_is_below_bicubic(values)
 
 
 # --- network and images -------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ class Schedule(NamedTuple):
     """A learning-rate schedule.
 
     The schedule "steps" multiplies the learning rate by `decay` after every `decay_epochs` epochs. The schedule
-    "cosine" is `utils.training.cosine_rate_factor`.
+    "cosine" is `utils.training.compute_cosine_learning_rate_factor`.
     """
 
     name: str  # "steps" or "cosine"
@@ -198,7 +198,7 @@ class Schedule(NamedTuple):
     def compute_learning_rate_factor(self, epochs_done: float) -> float:
         """Return the factor on the base learning rate after `epochs_done` epochs, such as 2.5."""
         if self.name == "cosine":
-            return training.cosine_rate_factor(self.epochs_total, epochs_done)
+            return training.compute_cosine_learning_rate_factor(self.epochs_total, epochs_done)
         return self.decay ** (int(epochs_done) // self.decay_epochs)
 
 
@@ -306,7 +306,7 @@ def compute_psnr_and_ssim_of_one_image(y: Tensor, x: Tensor) -> tuple[float, flo
     return psnr.item(), ssim.item()
 
 
-def warn_if_below_bicubic(values: dict[str, float]) -> None:
+def warn_if_psnr_is_below_bicubic(values: dict[str, float]) -> None:
     """Warn if the PSNR of the network is lower than the PSNR of bicubic interpolation.
 
     Args:
@@ -316,7 +316,7 @@ def warn_if_below_bicubic(values: dict[str, float]) -> None:
         logger.warning("warning: the network has a lower PSNR than bicubic interpolation: train the network longer")
 
 
-def log_evaluation(
+def evaluate_and_log_psnr_and_ssim(
     model: nn.Module,
     origin: Checkpoint | None,
     batches: Iterable[Batch],
@@ -331,17 +331,17 @@ def log_evaluation(
     """
     if origin is None:
         raise UserError("--evaluate needs weights: give a file of weights with --weights-file")
-    values = compute_mean_psnr_and_ssim(model, skip_unreadable_images(batches, skip_bad), compute, world)
+    values = compute_mean_psnr_and_ssim(model, skip_or_refuse_unreadable_images(batches, skip_bad), compute, world)
     if math.isnan(values["psnr"]):
         raise UserError("--evaluate needs images: give a list or folder of images with --eval-file")
     text = "x%d super-resolution of RGB images that were reduced by averaging blocks of pixels, %s"
     logger.info(text, model.scale, compute)
     logger.info("%s: PSNR %.2f dB, SSIM %.4f", origin.name, values["psnr"], values["ssim"])
     logger.info("bicubic interpolation: PSNR %.2f dB, SSIM %.4f", values["psnr_bicubic"], values["ssim_bicubic"])
-    warn_if_below_bicubic(values)
+    warn_if_psnr_is_below_bicubic(values)
 
 
-def skip_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
+def skip_or_refuse_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
     """Yield the batches whose image could be read.
 
     If `skip_bad` is True, an unreadable image is left out, and the error is logged.
@@ -366,7 +366,7 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
     return {"state_dict": model.state_dict(), "fingerprint": compute_fingerprint(model)}
 
 
-def make_checkpoints_of_epoch(state: dict) -> dict[str, dict]:
+def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
     """Return the weights for an epoch's numbered checkpoint, by file name.
 
     Release: the authors' code also writes only the weights, and counts epochs from 0 in the file name.
@@ -376,4 +376,4 @@ def make_checkpoints_of_epoch(state: dict) -> dict[str, dict]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_program(lambda: main(train_sr_parser().parse_args())))
+    sys.exit(run_program(lambda: main(create_train_sr_parser().parse_args())))

@@ -123,7 +123,7 @@ def print_table_row(cells: tuple[str, ...]) -> None:
     sys.stdout.flush()
 
 
-def print_rdn_speed(gpu: str) -> None:
+def measure_and_print_rdn_speed(gpu: str) -> None:
     """Print the speed of RDN in bf16, and compare it with the measured speed of a matrix product in bf16."""
     rdn = measure_in_new_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
     product = measure_in_new_process(Case("matrix product", "here", "bf16", 0, GPU_MATRIX_SIDE, 1, gpu, False))
@@ -135,7 +135,7 @@ def print_rdn_speed(gpu: str) -> None:
         sys.stdout.write(f"RDN in bf16: {rdn_rate:.0f} TFLOP/s, {text}\n")
 
 
-def print_startup_times(folder: Path) -> None:
+def measure_and_print_startup_times(folder: Path) -> None:
     """Print the time to import PyTorch, to show the help text of test.py, and to score one image with test.py."""
     options = {"sr_arch": "bicubic", "arch": "resnet18", "dilated": False}
     detector, config = create_detector(None, options, "random")
@@ -197,10 +197,10 @@ def main(argv: list[str] | None = None) -> int:
         print_table_row(cells)
         failed = failed or cells[HEADER.index("here s")] == "-"
     if on_gpu:
-        print_rdn_speed(args.gpu)
+        measure_and_print_rdn_speed(args.gpu)
     if not args.quick:
         with tempfile.TemporaryDirectory() as folder:
-            print_startup_times(Path(folder))
+            measure_and_print_startup_times(Path(folder))
     return 1 if failed else 0
 
 

@@ -139,24 +139,24 @@ def prepare_scoring(case: Case) -> Callable[[], Tensor]:
 def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
     """Return a function that runs a training step of train_detector.py --fixed-sr, without cached residuals."""
     detector, compute = build_detector(case)
-    detector.train().freeze_resynthesizer(True)
+    detector.train().set_resynthesizer_frozen(True)
     stepper = Stepper(
         torch.optim.SGD(create_parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World()
     )
     residual_of = partial(residual_without_gradients, detector, compute, None)
     batch = make_noise_batch(case)
 
-    def train_classifier() -> None:
+    def run_classifier_training_step() -> None:
         loss, values = loss_with_frozen_resynthesizer(detector, residual_of, batch)
         stepper.step(loss, values, batch)
 
-    return train_classifier
+    return run_classifier_training_step
 
 
 def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
     """Return a function that runs a step of train_detector.py with an auxiliary task and --micro-batch 1."""
     detector, compute = build_detector(case)
-    detector.train().freeze_resynthesizer(False)
+    detector.train().set_resynthesizer_frozen(False)
     detector.resynthesizer.checkpoint_blocks = True
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
@@ -165,11 +165,11 @@ def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
     )
     batch = make_noise_batch(case)
 
-    def train_all_networks() -> None:
+    def run_fine_tuning_step() -> None:
         loss, values = end_to_end_loss(detector, compute, World(), task, stepper.progress, batch)
         stepper.step(loss, values, batch)
 
-    return train_all_networks
+    return run_fine_tuning_step
 
 
 def prepare_rdn_training_step(case: Case) -> Callable[[], object]:
@@ -181,11 +181,11 @@ def prepare_rdn_training_step(case: Case) -> Callable[[], object]:
     stepper = Stepper(torch.optim.Adam(model.parameters(), lr=1e-6), compute, World())
     batch = make_noise_batch(case)
 
-    def train_rdn() -> None:
+    def run_rdn_training_step() -> None:
         loss, l1, _ = train_sr.compute_patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
         stepper.step(loss, {"l1": l1}, batch)
 
-    return train_rdn
+    return run_rdn_training_step
 
 
 def prepare_rdn_forward(case: Case) -> Callable[[], Tensor]:

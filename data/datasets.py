@@ -23,16 +23,16 @@ from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from data.images import (
     Header,
     SizePolicy,
-    compute_centre_box,
+    compute_centre_crop_box,
     compute_final_size,
     describe_size_problem,
-    load_image,
-    read_rgb_image,
+    read_image_as_pillow_rgb,
+    read_image_as_tensor,
     resize_and_crop,
 )
 from data.lists import Item
 from utils.compute import Compute
-from utils.console import printable
+from utils.console import make_printable
 from utils.distributed import World
 from utils.errors import UserError
 from utils.random_streams import CROP, PERTURB, seeded_generator
@@ -107,11 +107,11 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
 
 
 def _describe_size_difference(first: Sample, other: Sample) -> str:
-    names = [f"{printable(s.item.path)} ({s.x.shape[-1]} x {s.x.shape[-2]})" for s in (first, other)]
+    names = [f"{make_printable(s.item.path)} ({s.x.shape[-1]} x {s.x.shape[-2]})" for s in (first, other)]
     return f"images of different sizes cannot be in one batch: {names[0]} and {names[1]}"
 
 
-def merge_batches_of_equal_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
+def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
     """Merge consecutive batches of one image each if their images have equal size and are in the same block.
 
     A block is a fixed range of the list of images. With blocks, the same images are in one batch for any number of
@@ -137,7 +137,7 @@ def merge_batches_of_equal_size(batches: Iterable[Batch], block: int, pixels: fl
 
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
     """Return whether a batch can join the waiting batches, because block, size and number of pixels allow it."""
-    if _index_of_first_image(batch) // block != _index_of_first_image(waiting[-1]) // block:
+    if _get_first_dataset_index_of_batch(batch) // block != _get_first_dataset_index_of_batch(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
     if len(images) < 2:
@@ -146,7 +146,7 @@ def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels:
     return images[0].shape == images[-1].shape and len(images) * height * width <= pixels
 
 
-def _index_of_first_image(batch: Batch) -> int:
+def _get_first_dataset_index_of_batch(batch: Batch) -> int:
     """Return the dataset index of the first image in a batch or, if no image could be read, of the first error."""
     if batch.keys:
         return batch.keys[0][1]
@@ -242,22 +242,22 @@ class ItemDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items) * self.entries_per_image
 
-    def get_image_of_entry(self, index: int) -> Item:
+    def get_image_item_of_dataset_index(self, index: int) -> Item:
         """Return the image file from which the dataset entry with the given index is made."""
         return self.items[index // self.entries_per_image]
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.get_image_of_entry(key.index)
-        name = printable(item.path)
+        item = self.get_image_item_of_dataset_index(key.index)
+        name = make_printable(item.path)
         try:
-            return Sample(key, item, self.read_tensors(item.path, key))
+            return Sample(key, item, self.read_sample_tensors(item.path, key))
         except UserError as error:
             text = str(error)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # exceptions of Pillow, NumPy and PyTorch
-            text = f"cannot be prepared ({type(error).__name__}: {printable(' '.join(str(error).split()))})"
+            text = f"cannot be prepared ({type(error).__name__}: {make_printable(' '.join(str(error).split()))})"
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
-    def read_tensors(self, path: str, key: Key) -> Tensor:
+    def read_sample_tensors(self, path: str, key: Key) -> Tensor:
         """Read an image file, and return K tensors of equal shape, stacked to one tensor (K, ...).
 
         Subclasses must implement this method.
@@ -297,18 +297,18 @@ class ImageDataset(ItemDataset):
         self.transform = transform
         self.headers: Sequence[Header] = ()  # one header per item; empty if the headers were not read
 
-    def read_tensors(self, path: str, key: Key) -> Tensor:
+    def read_sample_tensors(self, path: str, key: Key) -> Tensor:
         """Read, transform, resize, crop and mirror an image, and return it as uint8 (1, 3, H, W)."""
-        image = load_image(path)  # (3, H, W)
+        image = read_image_as_tensor(path)  # (3, H, W)
         if self.transform is not None:
-            image = self.transform(image, self._create_generator(key.epoch, key.index, PERTURB))
+            image = self.transform(image, self._create_random_generator(key.epoch, key.index, PERTURB))
         crop_epoch = key.epoch if self.crops_change_each_epoch else 0
-        image = resize_and_crop(image, self.policy, self._create_generator(crop_epoch, key.index, CROP))
+        image = resize_and_crop(image, self.policy, self._create_random_generator(crop_epoch, key.index, CROP))
         if self.is_mirrored(key):
             image = image.flip(-1)
         return image[None]
 
-    def _create_generator(self, *key: int) -> np.random.Generator | None:
+    def _create_random_generator(self, *key: int) -> np.random.Generator | None:
         if self.augmentation is None:
             return None
         return seeded_generator(self.augmentation.seed, *key)
@@ -325,7 +325,7 @@ class ImageDataset(ItemDataset):
 
     def is_mirrored(self, key: Key) -> bool:
         """Return whether the image that `key` names is mirrored, without reading the image file."""
-        rng = self._create_generator(key.epoch, key.index)
+        rng = self._create_random_generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 
 
@@ -349,9 +349,9 @@ class PatchDataset(ItemDataset):
         self.patches_per_image = patches_per_image
         self.seed = seed
 
-    def read_tensors(self, path: str, key: Key) -> Tensor:
+    def read_sample_tensors(self, path: str, key: Key) -> Tensor:
         """Read an image and cut out K random patches, uint8 (K, 3, P, P) with P = patch_size * scale."""
-        image = read_rgb_image(path)
+        image = read_image_as_pillow_rgb(path)
         policy = SizePolicy(self.scale, crop_size=self.patch_size * self.scale)
         problem = describe_size_problem(image.height, image.width, policy)
         if problem:
@@ -367,7 +367,7 @@ def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.ra
     Returns:
         the patch, uint8 (3, P, P) with P = patch_size * scale.
     """
-    top, left, height, width = compute_centre_box(image.height, image.width, scale)
+    top, left, height, width = compute_centre_crop_box(image.height, image.width, scale)
     side = patch_size * scale
     top += scale * int(rng.integers((height - side) // scale + 1))
     left += scale * int(rng.integers((width - side) // scale + 1))

@@ -35,7 +35,7 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     return image + std * torch.from_numpy(noise).to(image)
 
 
-def turn_pixels_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
+def turn_random_pixels_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Replace random pixels of an image (3, h, w) by the mean of their three channels.
 
     Args:
@@ -45,7 +45,7 @@ def turn_pixels_grey(image: Tensor, fraction: float, rng: np.random.Generator) -
     return torch.where(mask, image.mean(dim=0, keepdim=True), image)
 
 
-def remove_pixels(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
+def blacken_random_pixels(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
     """Replace random pixels of an image (3, h, w) by black (0).
 
     Args:
@@ -77,23 +77,23 @@ def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
 # --- auxiliary tasks of train_detector.py: --mode-sr ----------------------------------------------------------
 
 
-def create_colorization(batch_rng: np.random.Generator) -> Degradation:
+def create_grey_pixel_degradation(batch_rng: np.random.Generator) -> Degradation:
     """Create the degradation of the auxiliary task colorization, which turns a random fraction of the pixels grey.
 
     The fraction is the same for all images of a batch.
     """
     fraction = batch_rng.uniform(*TASK_GREY_FRACTION)
-    return lambda image, rng: turn_pixels_grey(image, fraction, rng)
+    return lambda image, rng: turn_random_pixels_grey(image, fraction, rng)
 
 
-def create_denoising(batch_rng: np.random.Generator) -> Degradation:
+def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
     """Create the degradation of the auxiliary task denoising, which adds Gaussian noise."""
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
 # TASKS maps the name of each auxiliary task to a function. The function takes the random generator of a batch, and
 # returns a `Degradation`. The auxiliary task "none" has no degradation.
-TASKS = {"none": None, "colorization": create_colorization, "denoising": create_denoising}
+TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
 
 
 def check_task_name(name: str) -> None:
@@ -102,7 +102,7 @@ def check_task_name(name: str) -> None:
         raise UserError(f"--mode-sr must be one of {', '.join(TASKS)}, got {name}")
 
 
-def draw_degradation(task: str, batch_rng: np.random.Generator) -> Degradation | None:
+def sample_degradation_for_batch(task: str, batch_rng: np.random.Generator) -> Degradation | None:
     """Draw the degradation of a batch at random, or return None if the batch is not degraded."""
     create = TASKS[task]
     if create is None or batch_rng.random() >= TASK_PROBABILITY:
@@ -141,7 +141,7 @@ def degrade_patch(
     if augment and rng.random() < PATCH_PROBABILITY:
         patch = compress_as_jpeg(patch, int(rng.integers(*PATCH_JPEG_QUALITY, endpoint=True)))
     if completion and rng.random() < PATCH_PROBABILITY:
-        patch = remove_pixels(patch, rng.uniform(*PATCH_FRACTION), rng)
+        patch = blacken_random_pixels(patch, rng.uniform(*PATCH_FRACTION), rng)
     if colorization and rng.random() < PATCH_PROBABILITY:
-        patch = turn_pixels_grey(patch, rng.uniform(*PATCH_FRACTION), rng)
+        patch = turn_random_pixels_grey(patch, rng.uniform(*PATCH_FRACTION), rng)
     return patch

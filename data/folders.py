@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from PIL import features
 
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -51,18 +51,18 @@ def find_images(root: str) -> list[str]:
             pending += [path for path in paths if os.path.islink(path)]
             images += _select_images_of_folder(folder, names, left_out)
     if not images:
-        found = format_counts(left_out) or "no files"
+        found = format_file_counts_by_reason(left_out) or "no files"
         suffixes = " ".join(IMAGE_SUFFIXES)
-        raise UserError(f"no images in folder {printable(root)}: expected files ending in {suffixes}, got {found}")
+        raise UserError(f"no images in folder {make_printable(root)}: expected files ending in {suffixes}, got {found}")
     if left_out:
         text = "image folder %s: found %d images, left out %d other files or folders: %s"
-        logger.info(text, printable(root), len(images), left_out.total(), format_counts(left_out))
+        logger.info(text, make_printable(root), len(images), left_out.total(), format_file_counts_by_reason(left_out))
     return sorted(images)
 
 
 def _raise_unreadable_folder(error: OSError) -> None:
     raise UserError(
-        f"image folder {printable(str(error.filename))} cannot be read ({error.strerror}): give a readable folder"
+        f"image folder {make_printable(str(error.filename))} cannot be read ({error.strerror}): give a readable folder"
     )
 
 
@@ -129,10 +129,10 @@ def _find_reason_to_leave_out_file(folder: str, name: str) -> str | None:
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return recognise_picture_written_by_test_py(os.path.join(folder, name))
+    return find_kind_of_test_py_picture(os.path.join(folder, name))
 
 
-def recognise_picture_written_by_test_py(path: str) -> str | None:
+def find_kind_of_test_py_picture(path: str) -> str | None:
     """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     Returns:
@@ -156,9 +156,9 @@ def _is_score_table(path: str) -> bool:
         return False
 
 
-def format_counts(counts: Counter) -> str:
+def format_file_counts_by_reason(counts: Counter) -> str:
     """Format the number of files for each reason as text, such as "3 .heic, 1 hidden"."""
-    parts = [f"{number} {printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
+    parts = [f"{number} {make_printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
     if len(counts) > MOST_REASONS:
         parts.append("...")
     return ", ".join(parts)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from data.folders import HAS_AVIF
 from data.lists import Item
-from utils.console import printable, progress_bar
+from utils.console import make_printable, progress_bar
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -62,13 +62,13 @@ class Header(NamedTuple):
 # --- decoding -----------------------------------------------------------------------------------------------
 
 
-def load_image(path: str) -> Tensor:
-    """Decode an image file with `read_rgb_image` to a contiguous uint8 tensor (3, H, W)."""
-    pixels = np.asarray(read_rgb_image(path))  # (H, W, 3)
+def read_image_as_tensor(path: str) -> Tensor:
+    """Decode an image file with `read_image_as_pillow_rgb` to a contiguous uint8 tensor (3, H, W)."""
+    pixels = np.asarray(read_image_as_pillow_rgb(path))  # (H, W, 3)
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())  # (3, H, W)
 
 
-def read_rgb_image(path: str) -> Image.Image:
+def read_image_as_pillow_rgb(path: str) -> Image.Image:
     """Decode an image file as an upright 8-bit RGB image.
 
     Grey images get three equal channels. Transparent pixels are blended with white. CMYK images are converted without
@@ -84,7 +84,7 @@ def read_rgb_image(path: str) -> Image.Image:
 
 
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded image to an upright 8-bit RGB image, as `read_rgb_image` describes.
+    """Convert a decoded image to an upright 8-bit RGB image, as `read_image_as_pillow_rgb` describes.
 
     The argument `image` may be modified.
     """
@@ -129,7 +129,7 @@ def open_image(path: str) -> Iterator[Image.Image]:
         with open(path, "rb") as file:
             yield Image.open(file, formats=FORMATS)
     except Exception as error:  # Pillow raises many kinds of exceptions for damaged files
-        raise UserError(f"{printable(path)}: {_describe_read_error(error)}") from None
+        raise UserError(f"{make_printable(path)}: {_describe_read_error(error)}") from None
 
 
 def _check_regular_file(path: str) -> None:
@@ -144,7 +144,7 @@ def _check_regular_file(path: str) -> None:
 
 def _describe_read_error(error: Exception) -> str:
     """Describe in one line why reading an image file raised the exception `error`."""
-    text = printable(" ".join(str(error).split())) or type(error).__name__
+    text = make_printable(" ".join(str(error).split())) or type(error).__name__
     if isinstance(error, UnidentifiedImageError):
         return f"is not an image, or its first bytes are damaged (expected {', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.strerror:
@@ -175,7 +175,7 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
         image = resize_bicubic(image, *_compute_size_after_resize(height, width, policy))  # (3, H', W')
     if policy.crop_size is not None:
         image = _crop_square(image, policy.crop_size, rng)  # (3, crop_size, crop_size)
-    top, left, height, width = compute_centre_box(image.shape[-2], image.shape[-1], policy.scale)
+    top, left, height, width = compute_centre_crop_box(image.shape[-2], image.shape[-1], policy.scale)
     return image[:, top : top + height, left : left + width].contiguous()
 
 
@@ -195,7 +195,7 @@ def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = Tru
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=antialias)[0]
 
 
-def compute_centre_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
+def compute_centre_crop_box(height: int, width: int, scale: int) -> tuple[int, int, int, int]:
     """Compute (top, left, height, width) of the largest centred box whose sides are multiples of `scale`."""
     return height % scale // 2, width % scale // 2, height - height % scale, width - width % scale
 
@@ -275,9 +275,9 @@ def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]])
         if size != sizes[0]:
             (height, width), (other_height, other_width) = sizes[0], size
             raise UserError(
-                f"images of different sizes cannot be in one batch: {printable(items[0].path)} has {width} x {height}"
-                f" pixels and {printable(item.path)} has {other_width} x {other_height}; use --crop-size N (and"
-                " --resize N), or --batch-size 1"
+                f"images of different sizes cannot be in one batch: {make_printable(items[0].path)} has {width} x"
+                f" {height} pixels and {make_printable(item.path)} has {other_width} x {other_height}; use --crop-size"
+                " N (and --resize N), or --batch-size 1"
             )
 
 
@@ -314,7 +314,7 @@ def read_header(path: str, policy: SizePolicy) -> Header:
                 if exif.get(Tag.Orientation) in SIDEWAYS:
                     width, height = height, width
     except UserError as error:
-        return Header(None, str(error).removeprefix(f"{printable(path)}: "))
+        return Header(None, str(error).removeprefix(f"{make_printable(path)}: "))
     return Header((height, width), describe_size_problem(height, width, policy), is_jpeg)
 
 
@@ -340,7 +340,7 @@ def select_usable_items(
             good_items.append(item)
             good_headers.append(header)
         else:
-            problems.append(f"{printable(item.path)}: {header.problem}")
+            problems.append(f"{make_printable(item.path)}: {header.problem}")
     for problem in problems:
         logger.warning("%s: %s", "left out" if skip_bad else "bad image", problem)
     if problems and not (skip_bad and good_items):

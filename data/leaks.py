@@ -18,7 +18,7 @@ from PIL import Image, JpegImagePlugin
 
 from data.images import open_image
 from data.lists import Item
-from utils.console import printable, progress_bar
+from utils.console import make_printable, progress_bar
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
 
@@ -227,4 +227,4 @@ def hash_beginning(file: File, count: int | None) -> bytes:
         with open(file.item.path, "rb") as opened:
             return hashlib.sha256(opened.read(count)).digest()
     except OSError as error:
-        raise UserError(f"{printable(file.item.path)} cannot be read ({error.strerror})") from None
+        raise UserError(f"{make_printable(file.item.path)} cannot be read ({error.strerror})") from None

@@ -17,8 +17,8 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import find_images, folder_contains, format_counts, recognise_picture_written_by_test_py
-from utils.console import printable
+from data.folders import find_images, find_kind_of_test_py_picture, folder_contains, format_file_counts_by_reason
+from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
 
@@ -83,8 +83,8 @@ def _refuse_nested_folders(roots: Sequence[str]) -> None:
         for j, outer in enumerate(real_paths):
             if i != j and folder_contains(outer, inner):
                 raise UserError(
-                    f"image folder {printable(roots[i])} is the same as or inside {printable(roots[j])}, so its images"
-                    " would be listed twice: give folders that do not contain each other"
+                    f"image folder {make_printable(roots[i])} is the same as or inside {make_printable(roots[j])},"
+                    " so its images would be listed twice: give folders that do not contain each other"
                 )
 
 
@@ -100,7 +100,7 @@ def _choose_generator_names(roots: Sequence[str]) -> list[str]:
 # --- trees --------------------------------------------------------------------------------------------------
 
 
-def list_tree_items(root: str, training: bool = False) -> list[Item]:
+def list_items_of_folder_tree(root: str, training: bool = False) -> list[Item]:
     """List the images of a folder tree: first the real images, then the fake images.
 
     Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
@@ -134,7 +134,12 @@ def list_tree_items(root: str, training: bool = False) -> list[Item]:
         _raise_no_images_in_tree(root, left_out)
     if left_out or len(used) > 1:
         text = "image tree %s: using %s; left out: %s"
-        logger.info(text, printable(root), format_counts(used), format_counts(left_out) or "none")
+        logger.info(
+            text,
+            make_printable(root),
+            format_file_counts_by_reason(used),
+            format_file_counts_by_reason(left_out) or "none",
+        )
     return sorted(items, key=lambda item: item.label == FAKE)  # a stable sort keeps the order within each class
 
 
@@ -171,9 +176,10 @@ def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
 
 def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
     raise UserError(
-        f"image tree {printable(root)} has no images that can be used ({format_counts(left_out)}): expected images in"
-        " folders GENERATOR/0_real and GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai; give folders with other"
-        " names with --data-root-pos and --data-root-neg"
+        f"image tree {make_printable(root)} has no images that can be used"
+        f" ({format_file_counts_by_reason(left_out)}): expected images in folders GENERATOR/0_real and"
+        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai; give folders with other names with --data-root-pos"
+        " and --data-root-neg"
     )
 
 
@@ -189,13 +195,13 @@ def list_csv_items(file: str) -> list[Item]:
     Raises:
         UserError: if the table cannot be read, or if an image file does not exist.
     """
-    what = f"image table {printable(file)}"
+    what = f"image table {make_printable(file)}"
     rows = []
     with _open_text_file(file, what) as stream:
         reader = csv.DictReader(stream, strict=True)
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not {"path", "label"} <= set(reader.fieldnames):
-            got = printable(",".join(reader.fieldnames)[:100])
+            got = make_printable(",".join(reader.fieldnames)[:100])
             raise UserError(f"{what}, line 1: expected a header path,label or path,label,generator, got {got!r}")
         for row in reader:
             rows.append(_parse_table_row(row, f"{what}, line {reader.line_num}"))
@@ -217,7 +223,7 @@ def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
     generator = (row.get("generator") or "").strip()
     has_too_many_cells = None in row  # DictReader stores cells without a column under the key None
     if not path.strip() or label not in LABELS or has_too_many_cells:
-        got = printable(", ".join(str(value) for value in row.values())[:100])
+        got = make_printable(", ".join(str(value) for value in row.values())[:100])
         raise UserError(
             f"{where}: expected a path and a label, got {got}; the label must be real or fake (or 1 = real, 0 = fake),"
             " and a path that contains a comma must be in quotes"
@@ -230,7 +236,7 @@ def read_path_list(file: str) -> list[str]:
 
     A relative path is first searched in the working folder, then in the folder of the text file.
     """
-    what = f"image list {printable(file)}"
+    what = f"image list {make_printable(file)}"
     with _open_text_file(file, what, newline="\n") as stream:
         lines = [line.removesuffix("\n") for line in stream]
     return _find_listed_files([line for line in lines if line.strip()], file, what)
@@ -268,7 +274,7 @@ def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
     folder = os.path.dirname(file)
     paths = [_find_listed_file(name, folder) for name in names]
     if None in paths:
-        first = printable(names[paths.index(None)][:1000])
+        first = make_printable(names[paths.index(None)][:1000])
         raise UserError(
             f"{what}: {paths.count(None)} of {len(names)} listed files do not exist, the first is {first}; relative"
             " paths are searched in the working folder and in the folder of the list"
@@ -308,7 +314,7 @@ def list_labelled_items(
 
     Args:
         real_roots, fake_roots: folders of real and of fake images.
-        tree: root of a folder tree, see `list_tree_items`.
+        tree: root of a folder tree, see `list_items_of_folder_tree`.
         csv_file: path of a CSV table, see `list_csv_items`.
         flags: command-line flags with which the user can give images, used in error messages.
         training: whether the images are for training. If True, images for validation or test in a folder tree are
@@ -327,7 +333,7 @@ def list_labelled_items(
             f" or {flags.others}"
         )
     if tree:
-        items = list_tree_items(tree, training)
+        items = list_items_of_folder_tree(tree, training)
     elif csv_file:
         items = list_csv_items(csv_file)
     elif real_roots and fake_roots:
@@ -355,7 +361,7 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
         if first.label != item.label:
             conflicts.append((first.path, item.path))
     if conflicts:
-        one, other = (printable(path) for path in conflicts[0])
+        one, other = (make_printable(path) for path in conflicts[0])
         raise UserError(
             f"{len(conflicts)} files are listed both as real and as generated: the first conflict is between {one} and"
             f" {other}; remove the link or the table row that has the wrong label"
@@ -389,15 +395,17 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
     left_out = Counter()
     for path in map(os.fspath, paths):
         if not os.path.lexists(path):
-            raise UserError(f"input {printable(path)} does not exist: expected an image file or a folder")
+            raise UserError(f"input {make_printable(path)} does not exist: expected an image file or a folder")
         if os.path.isdir(path):
             found += find_images(path)
-        elif reason := recognise_picture_written_by_test_py(path):
+        elif reason := find_kind_of_test_py_picture(path):
             left_out[reason] += 1
         else:
             found.append(path)
     if left_out:
-        text = f"left out {left_out.total()} pictures that test.py has written: {format_counts(left_out)}"
+        text = (
+            f"left out {left_out.total()} pictures that test.py has written: {format_file_counts_by_reason(left_out)}"
+        )
         if not found:
             raise UserError(f"no images to list: expected other images than test.py has written; {text}")
         logger.info(text)

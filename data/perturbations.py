@@ -207,7 +207,7 @@ class PerturbationSetting(NamedTuple):
     strength: float | None = None  # None for "none", and for perturbations of random strength
 
     @property
-    def sweep_entry(self) -> Sweep:
+    def sweep_entry_or_default(self) -> Sweep:
         """The entry of SWEEP with this name or, if there is no such entry, a `Sweep` with default values."""
         return SWEEP.get(self.name, Sweep())
 
@@ -216,7 +216,7 @@ class PerturbationSetting(NamedTuple):
         """The name and the strength as text for tables, such as "jpeg quality 70"."""
         if self.strength is None:
             return self.name
-        return f"{self.name} {self.sweep_entry.label.format(self.strength)}"
+        return f"{self.name} {self.sweep_entry_or_default.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
@@ -290,16 +290,16 @@ class Perturbation(NamedTuple):
         name, strength = self.setting
         if name == "none":
             return image
-        rng = self._create_generator(image)
+        rng = self._create_random_generator(image)
         if self.protocol == "sweep":
-            return self.setting.sweep_entry.apply(image, strength, rng)
+            return self.setting.sweep_entry_or_default.apply(image, strength, rng)
         names = list(FRANK2020) if name == "combined" else [name]
         chosen = [n for n in names if rng.random() < PROBABILITY]
         for n in chosen:
             image = FRANK2020[n](image, rng)
         return image
 
-    def _create_generator(self, image: Tensor) -> np.random.Generator:
+    def _create_random_generator(self, image: Tensor) -> np.random.Generator:
         shape = repr(tuple(image.shape)).encode()
         image_hash = zlib.crc32(image.contiguous().numpy(), zlib.crc32(shape))
         setting_hash = zlib.crc32(f"{self.protocol}/{self.setting.name}".encode())

@@ -25,10 +25,10 @@ from torch.utils.data import Dataset
 
 from data.datasets import Batch, ImageDataset, Key, Sample, make_loader
 from utils.compute import Compute
-from utils.console import printable
+from utils.console import make_printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import make_folder, remove_unfinished_files, write_atomically
+from utils.files import make_folder, open_for_atomic_write, remove_unfinished_files
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float)
     else:
         result = "no residuals are stored, because this is more than --cache-gb or the free disk space"
     text = "residual cache %s: up to %d residuals take %.2f GB (%.2f GB are stored already); %s"
-    logger.info(text, printable(folder.parent), len(sizes), needed / 1e9, stored / 1e9, result)
+    logger.info(text, make_printable(folder.parent), len(sizes), needed / 1e9, stored / 1e9, result)
     return fits
 
 
@@ -92,7 +92,7 @@ class ResidualDataset(Dataset):
         self.folder = folder
         self.dtype = dtype
 
-    def compute_path(self, key: Key) -> Path:
+    def compute_residual_file_path(self, key: Key) -> Path:
         """Compute the path of the file that stores the residual of a dataset entry.
 
         The path depends on the image file (path, size, modification time), on the crop and on the mirroring.
@@ -100,7 +100,7 @@ class ResidualDataset(Dataset):
         Raises:
             OSError: if the image file does not exist.
         """
-        image = self.images.get_image_of_entry(key.index).path
+        image = self.images.get_image_item_of_dataset_index(key.index).path
         status = os.stat(image)
         augmentation = self.images.augmentation
         crop = (augmentation.seed, key.index) if augmentation and augmentation.crops else None
@@ -112,7 +112,7 @@ class ResidualDataset(Dataset):
     def has_residual(self, key: Key) -> bool:
         """Return whether the residual of a dataset entry is in the cache."""
         try:
-            return self.compute_path(key).exists()
+            return self.compute_residual_file_path(key).exists()
         except OSError:  # the error of a missing image file is raised later, when the image is read
             return False
 
@@ -122,7 +122,7 @@ class ResidualDataset(Dataset):
         Raises:
             UserError: if the residual has a value that is not finite or is too large for `dtype`.
         """
-        image = printable(self.images.get_image_of_entry(key.index).path)
+        image = make_printable(self.images.get_image_item_of_dataset_index(key.index).path)
         if not residual.isfinite().all():
             raise UserError(
                 f"{image}: the residual has values that are not finite (NaN or infinity); try --precision fp32"
@@ -130,23 +130,24 @@ class ResidualDataset(Dataset):
         stored = residual.to(self.dtype)
         if not stored.isfinite().all():
             raise UserError(f"{image}: the residual has values too large for float16: use --cache-precision fp32")
-        with write_atomically(self.compute_path(key)) as file:  # .npz files contain a checksum, unlike .npy files
+        # .npz files contain a checksum, unlike .npy files
+        with open_for_atomic_write(self.compute_residual_file_path(key)) as file:
             np.savez(file, residual=stored.cpu().contiguous().numpy())
 
     def __getitem__(self, key: Key) -> Sample:
-        item = self.images.get_image_of_entry(key.index)
-        name = printable(item.path)
+        item = self.images.get_image_item_of_dataset_index(key.index)
+        name = make_printable(item.path)
         if not self.has_residual(key):
             # `store_missing_residuals` could not read the image. Read the image again to get the error message
             error = self.images[key].error
             changed = f"{name}: the image file has changed during training; start again with --resume auto"
             return Sample(key, item, None, error or changed)
-        path = self.compute_path(key)
+        path = self.compute_residual_file_path(key)
         try:
             residual = torch.from_numpy(np.load(path)["residual"])  # (C_l, H_l, W_l)
         except Exception as error:  # zipfile, zlib and NumPy raise many kinds of exceptions for damaged files
             path.unlink(missing_ok=True)
-            text = f"deleted the damaged residual {printable(path)} ({error}); start again with --resume auto"
+            text = f"deleted the damaged residual {make_printable(path)} ({error}); start again with --resume auto"
             return Sample(key, item, None, f"{name}: {text}")
         return Sample(key, item, residual[None])  # (1, C_l, H_l, W_l)
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from utils.checkpoints import Fields
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 
 THRESHOLD_TOLERANCE = 1e-6  # thresholds from -THRESHOLD_TOLERANCE to 1 + THRESHOLD_TOLERANCE are accepted
@@ -59,5 +59,5 @@ def check_calibration(calibration: object, name: str) -> dict:
     t_real = fields.get_number("t_real", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
     t_fake = fields.get_number("t_fake", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
     if t_real > t_fake:
-        raise UserError(f"{printable(name)}: calibration.t_real {t_real:g} must not exceed t_fake {t_fake:g}")
+        raise UserError(f"{make_printable(name)}: calibration.t_real {t_real:g} must not exceed t_fake {t_fake:g}")
     return dict(fields.values)

@@ -15,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets import Batch, ImageDataset, Key, Sample, collate_samples, merge_batches_of_equal_size
+from data.datasets import Batch, ImageDataset, Key, Sample, collate_samples, merge_batches_of_equal_image_size
 from data.images import SizePolicy, check_headers, resize_and_crop
 from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
-from evaluation.inputs import ACCEPTED, ImageInput, cut_spread_crops, decode_image, is_one_image
+from evaluation.inputs import ACCEPTED, ImageInput, cut_evenly_spread_crops, decode_image, is_one_image
 from models.resynthesis import ResynthesisDetector
 from utils.checkpoints import compute_fingerprint
 from utils.compute import Compute
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 
 BATCH_PIXELS = 1024 * 1024  # maximum number of pixels in a batch; a larger image is a batch of its own
@@ -60,12 +60,12 @@ class Detector:
 
         The logits of a calibrated detector are divided by its temperature first.
         """
-        prob_fake, _ = probabilities_and_verdicts(self._compute_logits(images), self.calibration)
+        prob_fake, _ = probabilities_and_verdicts(self._compute_logits_of_image_inputs(images), self.calibration)
         return prob_fake
 
     def verdict(self, images: Iterable[ImageInput] | ImageInput) -> list[str]:
         """Decide whether each image is "real" or "fake". A calibrated detector can also answer "unsure"."""
-        _, verdicts = probabilities_and_verdicts(self._compute_logits(images), self.calibration)
+        _, verdicts = probabilities_and_verdicts(self._compute_logits_of_image_inputs(images), self.calibration)
         return verdicts
 
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
@@ -123,7 +123,7 @@ class Detector:
             return x, x_hat, self.network.residual(x, x_hat)
 
     @torch.inference_mode()
-    def score_and_keep_residual(self, image: Tensor) -> Examination:
+    def compute_resynthesis_residual_and_logits(self, image: Tensor) -> Examination:
         """Score one image, uint8 (3, H, W), and return its re-synthesis and residual together with the logits."""
         crops, columns = self.cut_crops(image) if self.crops > 1 else (image[None], 1)  # (K, 3, h, w)
         parts = []
@@ -136,7 +136,7 @@ class Detector:
 
     def cut_crops(self, image: Tensor) -> tuple[Tensor, int]:
         """Cut an image (3, H, W) into K crops. Returns the crops (K, 3, h, w) and the number of crops in one row."""
-        return cut_spread_crops(image, self.crop_side, self.crops)
+        return cut_evenly_spread_crops(image, self.crop_side, self.crops)
 
     @property
     def crop_side(self) -> int:
@@ -146,7 +146,7 @@ class Detector:
     # --- preparing images ---
 
     @property
-    def size_policy_for_reading(self) -> SizePolicy:
+    def resize_and_crop_policy_for_reading(self) -> SizePolicy:
         """Return the rule by which images are resized and cropped when they are read.
 
         With several crops per image, images are not cropped when they are read.
@@ -159,9 +159,9 @@ class Detector:
         Raises:
             UserError: if the type of the image is not accepted, or if the image cannot be decoded or is too small.
         """
-        return resize_and_crop(decode_image(image), self.size_policy_for_reading)
+        return resize_and_crop(decode_image(image), self.resize_and_crop_policy_for_reading)
 
-    def _compute_logits(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
+    def _compute_logits_of_image_inputs(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
         """Compute the logits, float32 (N, 2), of one image or several images of any accepted type."""
         logits = [self.logits(batch) for batch in self._prepare_batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
@@ -177,7 +177,7 @@ class Detector:
         if first is None:
             return
         block = images_per_batch(*first.shape[1:])
-        for batch in merge_batches_of_equal_size(yield_batches_of_one_image(first, prepared), block, BATCH_PIXELS):
+        for batch in merge_batches_of_equal_image_size(yield_each_image_as_batch(first, prepared), block, BATCH_PIXELS):
             yield batch.x
 
     # --- what the scores depend on ---
@@ -190,7 +190,7 @@ class Detector:
             "calibration": dict(self.calibration),
         }
 
-    def differences_from_training(self, paths: Sequence[str]) -> list[str]:
+    def describe_differences_from_training_images(self, paths: Sequence[str]) -> list[str]:
         """Describe how image files differ from all training images, in one line of text per difference.
 
         The list is empty if the checkpoint does not describe its training images.
@@ -198,7 +198,7 @@ class Detector:
         known = self.config.get("images") or {}
         if "sides" not in known:
             return []
-        headers = check_headers(paths, self.size_policy_for_reading)
+        headers = check_headers(paths, self.resize_and_crop_policy_for_reading)
         smallest, largest = known["sides"]
         other_sizes, jpegs, other_formats = [], [], []
         for path, header in zip(paths, headers, strict=True):
@@ -219,13 +219,13 @@ class Detector:
         lines = []
         for difference, group in groups.items():
             if group:
-                count = f"{len(group)} of {len(paths)} {difference} (first: {printable(group[0])})"
+                count = f"{len(group)} of {len(paths)} {difference} (first: {make_printable(group[0])})"
                 lines.append(f"unlike the training images: {count}. The verdicts for such images may be wrong")
         return lines
 
 
 def describe_training_images(images: ImageDataset) -> dict:
-    """Describe training images for `Detector.differences_from_training`.
+    """Describe training images for `Detector.describe_differences_from_training_images`.
 
     Returns:
         A dict with the keys "sides" and "jpegs". "sides" holds the smallest and the largest shorter side in pixels.
@@ -245,7 +245,7 @@ def images_per_batch(height: int, width: int) -> int:
     return max(1, BATCH_PIXELS // max(1, height * width))
 
 
-def yield_batches_of_one_image(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
+def yield_each_image_as_batch(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
     """Yield one batch for each image, uint8 (3, H, W)."""
     unnamed = Item("", None, "")
     yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])

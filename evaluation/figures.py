@@ -18,8 +18,8 @@ from matplotlib.ticker import FuncFormatter, PercentFormatter
 from data.perturbations import PerturbationSetting
 from evaluation import metrics
 from evaluation.score_table import SOFTWARE, ScoreTable
-from utils.console import printable
-from utils.files import write_atomically
+from utils.console import make_printable
+from utils.files import open_for_atomic_write
 
 REAL_COLOR = "#767676"
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -91,7 +91,7 @@ def draw_auroc_by_perturbation_strength(
                 draw_robustness_curve(panel, own, name, choose_generator_line_style(i))
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=choose_generator_line_style(i)["color"], lw=1, ls=":")
-            sweep = PerturbationSetting(perturbation).sweep_entry
+            sweep = PerturbationSetting(perturbation).sweep_entry_or_default
             panel.axhline(0.5, **CHANCE_STYLE)
             panel.set(title=shorten_name(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
             panel.xaxis.set_inverted(sweep.smaller_is_harder)
@@ -139,8 +139,8 @@ def draw_residual_picture(
 def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> None:
     """Draw the ROC curve of each generator, with its AUROC in the legend."""
     left_end = LOWEST_FPR
-    for i, (name, rows) in enumerate(metrics.select_rows_of_generators(table).items()):
-        scores, is_fake = table.margins[rows], table.is_fake[rows]
+    for i, (name, rows) in enumerate(metrics.select_fakes_and_reals_per_generator(table).items()):
+        scores, is_fake = table.logit_margins[rows], table.is_fake[rows]
         if metrics.has_both_classes(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
@@ -166,9 +166,9 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
 
     The height of a bar is a fraction of the images in the group.
     """
-    table = table.select_rows(table.is_usable if table.is_usable.any() else table.is_scored)
-    edges = histogram_bin_edges(table.margins)
-    scores = np.clip(table.margins, edges[0], edges[-1])  # outliers count in the outer bins
+    table = table.select_rows(table.has_label_and_score if table.has_label_and_score.any() else table.has_score)
+    edges = histogram_bin_edges(table.logit_margins)
+    scores = np.clip(table.logit_margins, edges[0], edges[-1])  # outliers count in the outer bins
     for name, rows, look in split_into_histogram_groups(table):
         if rows.any():
             fractions = np.histogram(scores[rows], edges)[0] / rows.sum()
@@ -187,7 +187,7 @@ def split_into_histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray
     grey = {"fc": (REAL_COLOR, 0.45), "ec": "none"}
     groups = [("real", table.is_real, grey), ("unlabelled", ~(table.is_real | table.is_fake), grey)]
     generators = np.array([name or metrics.UNNAMED for name in table.generators], dtype=object)
-    fakes = {name: table.is_fake & (generators == name) for name in metrics.select_rows_of_generators(table)}
+    fakes = {name: table.is_fake & (generators == name) for name in metrics.select_fakes_and_reals_per_generator(table)}
     if len(fakes) > MOST_HISTOGRAMS:
         fakes = {"all fakes": table.is_fake}
     for i, (name, rows) in enumerate(fakes.items()):
@@ -238,13 +238,13 @@ def write_png_figure(
         yield figure.subplots(*shape, squeeze=False, gridspec_kw=grid).ravel()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         texts = {"Software": SOFTWARE, "Description": description}
-        with write_atomically(path) as file:
+        with open_for_atomic_write(path) as file:
             figure.savefig(file, format="png", metadata=texts, bbox_inches="tight" if grid is None else None)
 
 
 def shorten_name(name: str) -> str:
     """Shorten a name for a legend to at most LONGEST_NAME characters."""
-    name = printable(name)
+    name = make_printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
 
 

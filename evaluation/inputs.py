@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.images import FORMATS, convert_to_upright_rgb, load_image
-from utils.console import printable
+from data.images import FORMATS, convert_to_upright_rgb, read_image_as_tensor
+from utils.console import make_printable
 from utils.errors import UserError
 
 ImageInput = str | os.PathLike | Image.Image | Tensor | np.ndarray | BinaryIO
@@ -34,7 +34,7 @@ def decode_image(image: ImageInput) -> Tensor:
         UserError: if the type of the image is not accepted, or if the image cannot be decoded.
     """
     if isinstance(image, str | os.PathLike):
-        return load_image(os.fspath(image))
+        return read_image_as_tensor(os.fspath(image))
     if isinstance(image, Image.Image) or hasattr(image, "read"):
         return decode_image_with_pillow(image)
     if isinstance(image, Tensor):
@@ -60,14 +60,14 @@ def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
     except Exception as error:  # decoders raise exceptions of any type
         name = getattr(image, "filename", None) or getattr(image, "name", None) or type(image).__name__
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot decode the image {printable(str(name))} ({printable(reason)})") from None
+        raise UserError(f"cannot decode the image {make_printable(str(name))} ({make_printable(reason)})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 # --- crops ---------------------------------------------------------------------------------------------------
 
 
-def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
+def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
     """Cut `count` square crops that are evenly spread over an image, from border to border.
 
     The crops form a grid with about the aspect ratio of the image. Crops at the same position are cut only once. If a
@@ -84,13 +84,13 @@ def cut_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]
     divisors = [n for n in range(1, count + 1) if count % n == 0]
     # Choose the grid whose rows / columns is closest to height / width of the image
     rows = min(divisors, key=lambda n: abs(math.log((n * n / count) / (height / width))))
-    tops = crop_starts(height, side, rows)
-    lefts = crop_starts(width, side, count // rows)
+    tops = compute_crop_start_positions(height, side, rows)
+    lefts = compute_crop_start_positions(width, side, count // rows)
     crops = [image[:, top : top + side, left : left + side] for top in tops for left in lefts]
     return torch.stack(crops), len(lefts)
 
 
-def crop_starts(length: int, side: int, count: int) -> list[int]:
+def compute_crop_start_positions(length: int, side: int, count: int) -> list[int]:
     """Compute the positions at which `count` crops of `side` pixels begin on a line of `length` pixels.
 
     A single crop is centred. Equal positions are returned only once.

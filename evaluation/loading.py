@@ -13,9 +13,9 @@ from evaluation.calibration import check_calibration
 from evaluation.detector import Detector
 from models.build import OPTION_NAMES, load_detector
 from models.resynthesis import ResynthesisDetector
-from utils.checkpoints import Fields, read_checkpoint
+from utils.checkpoints import Fields, read_checkpoint_if_path_is_given
 from utils.compute import Compute, choose_device_and_precision
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 from utils.options import PRECISIONS
 
@@ -64,7 +64,7 @@ def load(
             raise UserError(f"{name} must be a path, got {path!r}")
     if precision not in PRECISIONS:
         raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
-    compute = choose_device_and_precision(convert_gpu_number_to_name(device), precision, deterministic=None)
+    compute = choose_device_and_precision(convert_gpu_number_to_device_name(device), precision, deterministic=None)
     options = check_load_options({} if options is None else options)
     return detector_from_checkpoint(compute, checkpoint, resynthesizer, str(vgg_weights), options)
 
@@ -77,8 +77,8 @@ def detector_from_checkpoint(
     options: Mapping,
 ) -> Detector:
     """Load a detector for the device and precision in `compute`. The docstring of `load` explains the other arguments."""
-    source = read_checkpoint(checkpoint)
-    network, config = load_detector(source, read_checkpoint(resynthesizer), options, vgg_weights)
+    source = read_checkpoint_if_path_is_given(checkpoint)
+    network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
     trained = check_image_settings_in_config(config, source.name)
     settings = choose_image_settings(trained, options)
@@ -86,7 +86,7 @@ def detector_from_checkpoint(
     return Detector(
         network=network,
         compute=compute,
-        policy=create_size_policy(network, settings),
+        policy=create_resize_and_crop_policy(network, settings),
         calibration=check_calibration(source.content.get("calibration"), source.name),
         config=config,
         trained_on=check_training_image_hashes(source.content.get("trained_on"), source.name),
@@ -94,7 +94,7 @@ def detector_from_checkpoint(
     )
 
 
-def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
+def create_resize_and_crop_policy(network: ResynthesisDetector, settings: ImageSettings) -> SizePolicy:
     """Create the rule by which a detector resizes and crops images.
 
     Raises:
@@ -107,7 +107,7 @@ def create_size_policy(network: ResynthesisDetector, settings: ImageSettings) ->
     return policy
 
 
-def convert_gpu_number_to_name(device: str | int | torch.device | None) -> str | torch.device | None:
+def convert_gpu_number_to_device_name(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
     On a machine without a GPU, `choose_device_and_precision` raises an error for a name, but not for a number.
@@ -116,7 +116,7 @@ def convert_gpu_number_to_name(device: str | int | torch.device | None) -> str |
     return f"cuda:{device}" if is_number else device
 
 
-def select_load_options(settings: Mapping) -> dict:
+def select_settings_that_load_accepts(settings: Mapping) -> dict:
     """Return those settings of a program that are options of `load`."""
     return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
 
@@ -171,7 +171,7 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
         sides = images.values["sides"]
         is_pair = isinstance(sides, list | tuple) and len(sides) == 2
         if not (is_pair and all(is_integer_at_least(side, lowest=1) for side in sides)):
-            raise UserError(f"{printable(name)}: config.images.sides must be two numbers of pixels, got {sides!r}")
+            raise UserError(f"{make_printable(name)}: config.images.sides must be two numbers of pixels, got {sides!r}")
         images.get_number("jpegs", 0, 1)
     return images.values
 
@@ -188,7 +188,9 @@ def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
     is_table = isinstance(trained_on, Tensor) and trained_on.ndim == 2 and trained_on.shape[1] == 2
     if trained_on is None or (is_table and trained_on.dtype == torch.int64):
         return trained_on
-    raise UserError(f"{printable(name)} is damaged: trained_on must be an int64 tensor (N, 2); use an undamaged copy")
+    raise UserError(
+        f"{make_printable(name)} is damaged: trained_on must be an int64 tensor (N, 2); use an undamaged copy"
+    )
 
 
 def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:

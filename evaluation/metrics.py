@@ -14,7 +14,7 @@ from sklearn.metrics import average_precision_score, log_loss, roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
 from evaluation.score_table import PREDICTIONS, ScoreTable
-from utils.console import format_text_table, printable
+from utils.console import format_text_table, make_printable
 from utils.random_streams import seeded_generator
 
 ECE_BINS = 15  # number of bins of P(fake), as in Guo et al. (ICML 2017)
@@ -179,7 +179,7 @@ def count_verdicts_by_class(predictions: Sequence[str], is_fake: np.ndarray) -> 
 # --- the summary of a score table -----------------------------------------------------------------------------
 
 
-def summarize_scores(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
     """Compute all reported metrics and counts of a labelled score table, as a dict that can be written as JSON.
 
     Args:
@@ -191,10 +191,10 @@ def summarize_scores(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 
         "mean": {metric: mean over the generators that have both classes}, "notes": [reasons for caution, one line
         each], ...}
     """
-    all_images = compute_metrics(table.select_rows(table.is_usable), resamples, seed)
+    all_images = compute_metrics_over_all_rows(table.select_rows(table.has_label_and_score), resamples, seed)
     generators = {}
-    for name, rows in select_rows_of_generators(table).items():
-        generators[name] = compute_metrics(table.select_rows(rows), resamples, seed)
+    for name, rows in select_fakes_and_reals_per_generator(table).items():
+        generators[name] = compute_metrics_over_all_rows(table.select_rows(rows), resamples, seed)
     return {
         "positive_class": "fake",
         "confidence": CONFIDENCE,
@@ -202,29 +202,31 @@ def summarize_scores(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 
         "images": {
             "real": all_images["n_real"],
             "fake": all_images["n_fake"],
-            "unlabelled": int((table.is_scored & ~table.is_usable).sum()),
-            "errors": int((~table.is_scored).sum()),
+            "unlabelled": int((table.has_score & ~table.has_label_and_score).sum()),
+            "errors": int((~table.has_score).sum()),
         },
         "all": all_images,
         "generators": generators,
-        "mean": mean_over_generators(generators),
+        "mean": average_metrics_over_generators(generators),
         "notes": list_undefined_or_unreliable_metrics({"all images": all_images, **generators}),
     }
 
 
-def compute_metrics(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
+def compute_metrics_over_all_rows(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
     """Compute all metrics of a score table. Every row must have a label and a score."""
-    values = {name: metric.compute(table.margins, table.prob_fake, table.is_fake) for name, metric in METRICS.items()}
+    values = {
+        name: metric.compute(table.logit_margins, table.prob_fake, table.is_fake) for name, metric in METRICS.items()
+    }
     return {
         "n_real": int(table.is_real.sum()),
         "n_fake": int(table.is_fake.sum()),
         **values,
         "confusion": count_verdicts_by_class(table.predictions, table.is_fake),
-        "intervals": bootstrap_intervals(table.margins, table.is_fake, resamples, seed) if resamples else None,
+        "intervals": bootstrap_intervals(table.logit_margins, table.is_fake, resamples, seed) if resamples else None,
     }
 
 
-def mean_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float | None]:
+def average_metrics_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float | None]:
     """Compute the mean of each metric over the generators with both real and fake images."""
     complete = [measured for measured in generators.values() if measured["auroc"] is not None]
     means = {}
@@ -253,7 +255,7 @@ def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[
     return lines
 
 
-def select_rows_of_generators(table: ScoreTable) -> dict[str, np.ndarray]:
+def select_fakes_and_reals_per_generator(table: ScoreTable) -> dict[str, np.ndarray]:
     """Select the rows of each generator: the fakes of the generator, and the real images for comparison.
 
     Fakes are compared with the reals whose column "generator" names the same generator. If no reals name the generator,
@@ -263,8 +265,8 @@ def select_rows_of_generators(table: ScoreTable) -> dict[str, np.ndarray]:
         A dict from the name of each generator to a mask (N,) bool of its rows, sorted by name.
     """
     generators = np.asarray(table.generators, dtype=object)
-    fakes = table.is_usable & table.is_fake
-    reals = table.is_usable & table.is_real
+    fakes = table.has_label_and_score & table.is_fake
+    reals = table.has_label_and_score & table.is_real
     named = fakes | (reals & (generators != ""))
     groups = {}
     for name in sorted(set(generators[named])):
@@ -307,14 +309,14 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
     several = len(summaries) > 1
     rows = [["scores", *heading] if several else heading]
     for table_name, summary in summaries.items():
-        for group, measured in select_groups_with_table_row(summary).items():
+        for group, measured in select_groups_shown_in_metric_table(summary).items():
             counts = [f"{measured[name]:,}" if name in measured else "" for name in ("n_real", "n_fake")]
-            row = [printable(group), *counts, *(format_percent(measured, name) for name in columns)]
-            rows.append([printable(table_name), *row] if several else row)
+            row = [make_printable(group), *counts, *(format_percent(measured, name) for name in columns)]
+            rows.append([make_printable(table_name), *row] if several else row)
     return rows
 
 
-def select_groups_with_table_row(summary: Mapping) -> dict[str, Mapping]:
+def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
     """Return the metrics of each group of images that gets a row in `make_metric_table`, by name of the group."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
@@ -329,9 +331,9 @@ def select_groups_with_table_row(summary: Mapping) -> dict[str, Mapping]:
 def make_generator_table(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
     """Make a table of one metric, with one row per score table and one column per generator."""
     generators = list(dict.fromkeys(name for summary in summaries.values() for name in summary["generators"]))
-    rows = [[METRICS[metric].label, *(printable(name) for name in generators)]]
+    rows = [[METRICS[metric].label, *(make_printable(name) for name in generators)]]
     for table_name, summary in summaries.items():
-        row = [printable(table_name)]
+        row = [make_printable(table_name)]
         for name in generators:
             measured = summary["generators"].get(name)
             row.append(format_percent(measured, metric) if measured else "-")
@@ -343,16 +345,16 @@ def format_metrics(summary: Mapping) -> str:
     """Format the metrics of a score table as text for the terminal.
 
     Args:
-        summary: result of `summarize_scores`.
+        summary: result of `compute_metrics_overall_and_per_generator`.
     """
     lines = ["positive class: FAKE; acc: the larger logit decides; numbers except counts are in %"]
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
     lines.append(format_text_table(make_metric_table({"": summary})))
-    return "\n".join(lines + list_results_missing_from_table(summary))
+    return "\n".join(lines + list_results_not_shown_in_table(summary))
 
 
-def list_results_missing_from_table(summary: Mapping) -> list[str]:
+def list_results_not_shown_in_table(summary: Mapping) -> list[str]:
     """List the results that the table of metrics does not show: verdicts, plain numbers, errors and notes.
 
     Each result is one line of text.
@@ -373,7 +375,7 @@ def list_results_missing_from_table(summary: Mapping) -> list[str]:
         errors = summary["images"]["errors"]
         lines.append(f"errors: {errors} images have no score; the column error of the score table gives the reason")
     for note in summary["notes"]:
-        lines.append(f"note: {printable(note)}")
+        lines.append(f"note: {make_printable(note)}")
     return lines
 
 
@@ -381,7 +383,7 @@ def format_perturbation_table(summaries: Mapping[str, dict]) -> str:
     """Format a table of AUROC per perturbation for the terminal.
 
     Args:
-        summaries: {perturbation: result of `summarize_scores`}.
+        summaries: {perturbation: result of `compute_metrics_overall_and_per_generator`}.
     """
     heading = "AUROC in %, positive class: FAKE, in brackets its 95% interval"
     return f"{heading}\n{format_text_table(make_generator_table(summaries))}"

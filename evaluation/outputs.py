@@ -19,7 +19,7 @@ from data.lists import Item
 from evaluation.detector import Examination
 from evaluation.score_table import COLUMNS, SOFTWARE, path_of_residual_picture
 from evaluation.score_writer import find_partial_tables, read_settings_of_partial_table
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 
 RECORD_KEYS = {"job", "detector", "metrics", "versions"}  # keys that every P.json has
@@ -33,8 +33,8 @@ def path_without_suffix(save_path: str) -> Path:
     """
     name = save_path.rstrip("/").removesuffix(".npy")
     if os.path.basename(name) in ("", ".", ".."):
-        text = f"expected a path such as {printable(name)}/scores"
-        raise UserError(f"--save_path {printable(save_path)} does not end in a file name: {text}")
+        text = f"expected a path such as {make_printable(name)}/scores"
+        raise UserError(f"--save_path {make_printable(save_path)} does not end in a file name: {text}")
     return Path(name)
 
 
@@ -70,7 +70,7 @@ def refuse_to_replace_foreign_file(
     identity = device_and_inode(path)
     if identity is None and not os.path.islink(path):
         return
-    name = printable(path)
+    name = make_printable(path)
     if identity in read_files:
         raise UserError(f"{name} would be replaced, although this run reads it: choose another --save_path")
     if not path.is_file() or not is_own(path):
@@ -88,7 +88,7 @@ def refuse_impossible_path(path: Path) -> None:
         pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{printable(path)} cannot be written ({reason})") from None
+        raise UserError(f"{make_printable(path)} cannot be written ({reason})") from None
 
 
 def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:

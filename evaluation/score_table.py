@@ -20,9 +20,9 @@ import numpy as np
 
 from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import open_for_atomic_write
 from utils.labels import LABEL_NAMES
 
 csv.field_size_limit(2**24)  # maximum number of characters in a cell; Python's default is 131,072
@@ -66,7 +66,7 @@ class ScoreTable:
         return len(self.paths)
 
     @property
-    def margins(self) -> np.ndarray:
+    def logit_margins(self) -> np.ndarray:
         """Compute the margins logit_fake - logit_real, float64 (N,).
 
         Margins rank images like prob_fake, but do not saturate at 0 and 1.
@@ -75,14 +75,14 @@ class ScoreTable:
         return logits[:, 0] - logits[:, 1]
 
     @property
-    def is_scored(self) -> np.ndarray:
-        """Return a mask (N,) bool of the rows without an error."""
+    def has_score(self) -> np.ndarray:
+        """Return a mask (N,) bool of the rows that have a score and therefore no error."""
         return ~np.isnan(self.prob_fake)
 
     @property
-    def is_usable(self) -> np.ndarray:
-        """Return a mask (N,) bool of the rows that have a label and no error. Metrics are computed from these rows."""
-        return self.is_scored & (self.is_real | self.is_fake)
+    def has_label_and_score(self) -> np.ndarray:
+        """Return a mask (N,) bool of the rows with a label and a score. Metrics are computed from these rows."""
+        return self.has_score & (self.is_real | self.is_fake)
 
     def select_rows(self, rows: np.ndarray) -> "ScoreTable":
         """Make a score table of selected rows.
@@ -107,7 +107,7 @@ def make_error_row(item: Item, error: str) -> Row:
         error: the reason. Line breaks are removed.
     """
     path, label, generator = item
-    return Row(path, label_word(label), generator, error=" ".join(error.split()))
+    return Row(path, convert_label_to_word(label), generator, error=" ".join(error.split()))
 
 
 def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
@@ -125,14 +125,14 @@ def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | 
         logit_fake, logit_real = logits[i].tolist()
         if finite[i]:
             numbers = logit_fake, logit_real, float(prob_fake[i])
-            rows.append(Row(path, label_word(label), generator, *numbers, verdicts[i]))
+            rows.append(Row(path, convert_label_to_word(label), generator, *numbers, verdicts[i]))
         else:
             problem = f"the logits of the network are not finite: {logit_fake}, {logit_real}"
             rows.append(make_error_row(items[i], problem))
     return rows
 
 
-def label_word(label: int | None) -> str:
+def convert_label_to_word(label: int | None) -> str:
     """Convert the label FAKE, REAL or None to a word for a score table: "fake", "real" or ""."""
     return "" if label is None else LABEL_NAMES[label]
 
@@ -182,7 +182,7 @@ def format_csv_line(cells: Sequence[str]) -> str:
 
 def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
     """Write a score table. The file does not appear at `path` before it is complete."""
-    with write_atomically(path) as file:
+    with open_for_atomic_write(path) as file:
         file.write(format_csv_line(COLUMNS).encode())
         for row in rows:
             file.write(format_csv_line(cells_from_row(row)).encode("utf-8", "surrogateescape"))
@@ -213,9 +213,9 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
                     yield row_from_cells(by_column)
                 line = reader.line_num + 1
     except OSError as error:
-        raise UserError(f"cannot read the score table {printable(path)} ({error.strerror})") from None
+        raise UserError(f"cannot read the score table {make_printable(path)} ({error.strerror})") from None
     except (csv.Error, ValueError) as error:
-        raise UserError(f"{printable(path)}, line {line}: {error}") from None
+        raise UserError(f"{make_printable(path)}, line {line}: {error}") from None
 
 
 def read_table(path: str | os.PathLike) -> ScoreTable:
@@ -234,7 +234,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
         errors.append(row.error)
         numbers.extend(3 * [math.nan] if row.error else [row.logit_fake, row.logit_real, row.prob_fake])
     if not paths:
-        raise UserError(f"{printable(path)} has no rows below its header: score some images with test.py first")
+        raise UserError(f"{make_printable(path)} has no rows below its header: score some images with test.py first")
     values = np.array(numbers).reshape(-1, 3)
     return ScoreTable(
         paths=paths,
@@ -248,7 +248,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
     )
 
 
-def read_record(path: str | os.PathLike) -> dict:
+def read_json_record_of_score_table(path: str | os.PathLike) -> dict:
     """Read the file P.json, called record, that test.py writes for a score table P.csv.
 
     Returns:
@@ -264,7 +264,7 @@ def read_record(path: str | os.PathLike) -> dict:
         return dict(json.loads(record_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         text = "delete the file to continue without the record"
-        raise UserError(f"cannot read {printable(record_path)} ({error}); {text}") from None
+        raise UserError(f"cannot read {make_printable(record_path)} ({error}); {text}") from None
 
 
 def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:

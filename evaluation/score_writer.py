@@ -27,17 +27,17 @@ from evaluation.score_table import (
     COLUMNS,
     Row,
     cells_from_row,
+    convert_label_to_word,
     format_csv_line,
-    label_word,
-    read_record,
+    read_json_record_of_score_table,
     read_rows,
     row_from_cells,
     write_table,
 )
-from utils.console import printable
+from utils.console import make_printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import write_atomically, write_json
+from utils.files import open_for_atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -107,19 +107,20 @@ class ScoreWriter:
             must_be_scored_again = required is not None and required[i] and not row.error
             self.done[i] = not must_be_scored_again
         if broadcast_from_main(bool(has_table_of_this_job and self.done.all()), self.world):
-            logger.info("%s is finished already; --overwrite scores the images again", printable(self.table))
+            logger.info("%s is finished already; --overwrite scores the images again", make_printable(self.table))
             return False
         if self.done.any():
             logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
         elif self.table.exists() and not overwrite and not has_table_of_this_job:
             text = "%s was made with different settings or from different image files, and will be replaced"
-            logger.info(text, printable(self.table))
+            logger.info(text, make_printable(self.table))
         barrier(self.world)  # every process has read the existing parts before any process writes
         if overwrite and self.world.is_main:
             delete_files(parts.values())
         number = max(parts, default=-1) + 1 + self.world.rank
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        with write_atomically(part) as file:  # a later run cannot continue a part whose first line, the job, is missing
+        # A later run cannot continue a part whose first line, the job, is missing
+        with open_for_atomic_write(part) as file:
             file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
         if has_table_of_this_job and self.world.is_main:  # P.csv keeps its rows: only pictures are missing
@@ -168,12 +169,12 @@ class ScoreWriter:
         if len(without_row):
             first = self.items[without_row[0]].path
             raise UserError(
-                f"{printable(first)} has no row in the score table, perhaps because a .part file of the"
+                f"{make_printable(first)} has no row in the score table, perhaps because a .part file of the"
                 " table was deleted: run test.py again"
             )
         write_table(self.table, self._read_rows_at_positions(parts, numbers, offsets))
 
-    def write_record(self, record: Mapping) -> None:
+    def write_json_record_of_score_table(self, record: Mapping) -> None:
         """Write the given record and the job to P.json. The table is finished only after `delete_partial_tables`."""
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
@@ -183,7 +184,7 @@ class ScoreWriter:
 
     def _is_table_of_same_settings(self) -> bool:
         """Return whether P.csv was made with the same job and from the same image files."""
-        record = read_record(self.table)
+        record = read_json_record_of_score_table(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
     def _read_rows_of_table(self) -> Iterator[tuple[int, Row]]:
@@ -195,7 +196,7 @@ class ScoreWriter:
         for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
             if item is None or row is None or row.path != item.path:
                 raise UserError(
-                    f"{printable(self.table)} was changed after test.py wrote it: expected one row per image in the"
+                    f"{make_printable(self.table)} was changed after test.py wrote it: expected one row per image in the"
                     " order of the images; choose another --save_path, or score all images again with --overwrite"
                 )
             yield i, row
@@ -205,11 +206,11 @@ class ScoreWriter:
         job = read_settings_of_partial_table(part)
         if job is None:
             text = "is not a part of a score table: move the file, or choose another --save_path"
-            raise UserError(f"{printable(part)} {text}")
+            raise UserError(f"{make_printable(part)} {text}")
         differences = sorted(key for key in {*job, *self.job} if job.get(key) != self.job.get(key))
         if differences:
             raise UserError(
-                f"{printable(self.table)} is unfinished, and was begun with different settings"
+                f"{make_printable(self.table)} is unfinished, and was begun with different settings"
                 f" ({', '.join(differences)}): finish the table with its old settings, choose another --save_path,"
                 " or delete its rows with --overwrite"
             )
@@ -279,7 +280,7 @@ class ScoreWriter:
             if cells["size"] != str(size) or cells["mtime_ns"] != str(mtime_ns):
                 return None
             path, label, generator = self.items[i]
-            row = row_from_cells({**cells, "path": path, "label": label_word(label), "generator": generator})
+            row = row_from_cells({**cells, "path": path, "label": convert_label_to_word(label), "generator": generator})
             return i, row
         return None
 

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from data.datasets import ImageDataset
 from data.degradations import TASKS, degrade_batch
-from data.images import SizePolicy, load_image, resize_and_crop
+from data.images import SizePolicy, read_image_as_tensor, resize_and_crop
 from models.resynthesis import ResynthesisDetector, downsample
 from utils.compute import Compute
 from utils.errors import UserError
@@ -31,7 +31,7 @@ def read_example_images(images: ImageDataset) -> dict[str, Tensor]:
         if label in examples:
             continue
         try:
-            x = resize_and_crop(load_image(item.path), images.policy)  # (3, H, W)
+            x = resize_and_crop(read_image_as_tensor(item.path), images.policy)  # (3, H, W)
         except UserError:
             continue  # the training loop reports unreadable images
         side = min(PICTURE_SIDE, *x.shape[-2:])

@@ -28,11 +28,11 @@ from models.config import (
     read_vgg_source_and_fingerprint,
 )
 from models.controls import Bicubic, NoResynthesis
-from models.features import Pixels, VGG19Stage, find_features_of_stage, find_stages_with_channels
+from models.features import Pixels, VGG19Stage, find_stages_with_channels, get_name_and_arguments_of_features
 from models.rdn import RDN
 from models.released import (
+    convert_no_dilation_to_resnet_arguments,
     extract_state_dict,
-    make_dilation_argument,
     read_rdn_scale_and_arguments,
     read_resnet_name_and_channels,
 )
@@ -51,7 +51,7 @@ class Resynthesizer(Protocol):
     The values of x_lr are in [0, 1]. The values of x_hat may be slightly outside [0, 1].
 
     A re-synthesizer is created as RESYNTHESIZERS[name](scale=4, **args). A re-synthesizer may also have the methods
-    `set_tile(side)` and `initialize_as_interpolation()`.
+    `set_tile_side(side)` and `initialize_as_interpolation()`.
     """
 
     scale: int
@@ -64,7 +64,7 @@ class Features(Protocol):
 
     A features network is created as FEATURES[name](**args). The weights of a features network are never trained. A
     features network with pretrained weights needs a method `load_pretrained(source, trained_with, name)`, like the
-    class `VGG19Stage`. A features network may also have a method `set_tile(side)`.
+    class `VGG19Stage`. A features network may also have a method `set_tile_side(side)`.
     """
 
     channels: int
@@ -127,7 +127,7 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
         raise UserError(f"{kind} {name} got wrong arguments ({error}): expected {inspect.signature(entry)}") from None
-    return call_constructor(f"{kind} {name}", entry, *required, **arguments)
+    return construct_network_or_raise_user_error(f"{kind} {name}", entry, *required, **arguments)
 
 
 def refuse_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
@@ -137,7 +137,9 @@ def refuse_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) 
         raise UserError(f"{what} does not take the argument {refused[0]}, which is fixed: leave it out")
 
 
-def call_constructor(what: str, entry: Callable[..., nn.Module], /, *required, **arguments) -> nn.Module:
+def construct_network_or_raise_user_error(
+    what: str, entry: Callable[..., nn.Module], /, *required, **arguments
+) -> nn.Module:
     """Call the constructor of a network, and raise a UserError if the constructor raises any exception.
 
     Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values.
@@ -182,19 +184,21 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
         fixed["aux_logits"] = False
     refuse_fixed_arguments(f"torchvision's {name}", fixed, arguments)
     entry = partial(torchvision.models.get_model, name, **fixed)
-    model = call_constructor(f"torchvision's {name}", entry, **arguments)
+    model = construct_network_or_raise_user_error(f"torchvision's {name}", entry, **arguments)
     model.stride = TORCHVISION_STRIDE
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             owner, _, attribute = path.rpartition(".")
-            setattr(model.get_submodule(owner), attribute, create_convolution_with_input_channels(module, channels))
+            setattr(
+                model.get_submodule(owner), attribute, recreate_convolution_with_other_input_channels(module, channels)
+            )
             return model
     raise UserError(
         f"torchvision's {name} has no convolution that could take the residual as input: choose another classifier with --arch"
     )
 
 
-def create_convolution_with_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
+def recreate_convolution_with_other_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
     """Create a convolution with the settings of `convolution`, but with `channels` input channels."""
     return nn.Conv2d(
         channels,
@@ -292,13 +296,13 @@ def create_detector(
             " --sr-weights-file, or choose --sr-arch none or bicubic, which need no weights"
         )
     arch = options.get("arch") or PAPER["classifier"]
-    arguments = make_dilation_argument(arch, options.get("dilated") is False)
+    arguments = convert_no_dilation_to_resnet_arguments(arch, options.get("dilated") is False)
     if arguments.get("dilated") and options.get("dilated") is None and not options.get("arch_args"):
-        warn_about_dilation("this new detector")
+        warn_that_resnet_is_dilated("this new detector")
     arguments |= options.get("arch_args") or {}
     config = {
         "resynthesizer": resynthesizer_config,
-        "features": choose_features_of_new_detector(options),
+        "features": choose_features_config_of_new_detector(options),
         "residual": options.get("residual") or PAPER["residual"],
         "classifier": {"name": arch, "args": arguments},
     }
@@ -331,9 +335,9 @@ def load_detector(
     config = {
         **(content.get("config") or {}),
         "resynthesizer": resynthesizer_config,
-        "features": choose_features_of_detector(source, state, options),
-        "residual": choose_residual_of_detector(source, options),
-        "classifier": choose_classifier_of_detector(source, state, options),
+        "features": choose_features_config_of_checkpoint(source, state, options),
+        "residual": choose_residual_kind_of_checkpoint(source, options),
+        "classifier": choose_classifier_config_of_checkpoint(source, state, options),
     }
     trained_with = read_vgg_source_and_fingerprint(source, "vgg")
     if read_network_settings_of_config(source, "features") is None:
@@ -375,7 +379,7 @@ def load_resynthesizer_of_detector(
     return create_resynthesizer(Checkpoint(inside, name), options)
 
 
-def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+def choose_features_config_of_checkpoint(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the features with which a detector was trained.
 
     Checkpoints by the paper's authors do not contain the name of the features. For these checkpoints, the options and
@@ -387,9 +391,9 @@ def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor],
     name = source.name
     part = read_network_settings_of_config(source, "features")
     if part is None:
-        return find_features_of_authors_detector(state, options, name)
+        return choose_features_config_of_released_detector(state, options, name)
     stage = options.get("stage")
-    if stage is not None and find_features_of_stage(stage) != (part["name"], part["args"]):
+    if stage is not None and get_name_and_arguments_of_features(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
         raise UserError(
             f"--idx-stages {stage} contradicts the checkpoint {name}, which has the features {has}: leave --idx-stages"
@@ -400,7 +404,7 @@ def choose_features_of_detector(source: Checkpoint, state: Mapping[str, Tensor],
     return {"name": part["name"], "args": arguments}
 
 
-def choose_residual_of_detector(source: Checkpoint, options: Mapping) -> str:
+def choose_residual_kind_of_checkpoint(source: Checkpoint, options: Mapping) -> str:
     """Return the kind of residual with which a detector was trained: "absolute" or "signed".
 
     The detectors of the paper's authors were trained with absolute residuals.
@@ -412,7 +416,7 @@ def choose_residual_of_detector(source: Checkpoint, options: Mapping) -> str:
     return choose_option_value("--residual", options.get("residual"), recorded, None, source.name)
 
 
-def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+def choose_classifier_config_of_checkpoint(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the classifier in the checkpoint of a detector.
 
     Checkpoints by the paper's authors do not contain the arguments of the classifier. For these checkpoints, the shapes
@@ -427,9 +431,9 @@ def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor
     if part is None:
         arch, _ = read_resnet_name_and_channels(state, name)
         choose_option_value("--arch", options.get("arch"), arch, None, name)
-        arguments = make_dilation_argument(arch, options.get("dilated") is False)
+        arguments = convert_no_dilation_to_resnet_arguments(arch, options.get("dilated") is False)
         if arguments.get("dilated") and options.get("dilated") is None:
-            warn_about_dilation(name)
+            warn_that_resnet_is_dilated(name)
         return {"name": arch, "args": arguments | given_args}
     choose_option_value("--arch", options.get("arch"), part["name"], None, name)
     if options.get("dilated") is False and part["args"].get("dilated"):
@@ -437,7 +441,7 @@ def choose_classifier_of_detector(source: Checkpoint, state: Mapping[str, Tensor
     return {"name": part["name"], "args": choose_network_arguments("--arch-args", given_args, part["args"], name)}
 
 
-def find_features_of_authors_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
+def choose_features_config_of_released_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
     If the option `--features` is given, it chooses the features. Otherwise the features are the stage of VGG-19 (or
@@ -445,7 +449,7 @@ def find_features_of_authors_detector(state: Mapping[str, Tensor], options: Mapp
     of channels, `--idx-stages` must name one of them.
     """
     if options.get("features") is not None or options.get("feature_args"):
-        return choose_features_of_new_detector(options)
+        return choose_features_config_of_new_detector(options)
     _, channels = read_resnet_name_and_channels(state, name)
     stages = find_stages_with_channels(channels)
     stage = options.get("stage")
@@ -456,11 +460,11 @@ def find_features_of_authors_detector(state: Mapping[str, Tensor], options: Mapp
             f"the classifier in {name} reads residuals with {channels} channels: expected --idx-stages to be one of"
             f" {stages}, got {stage}; give the stage with which the detector was trained"
         )
-    features, arguments = find_features_of_stage(stage)
+    features, arguments = get_name_and_arguments_of_features(stage)
     return {"name": features, "args": arguments}
 
 
-def choose_features_of_new_detector(options: Mapping) -> dict:
+def choose_features_config_of_new_detector(options: Mapping) -> dict:
     """Return the name in FEATURES and the constructor arguments that the options choose for a new detector."""
     given_args = dict(options.get("feature_args") or {})
     name = options.get("features")
@@ -471,7 +475,7 @@ def choose_features_of_new_detector(options: Mapping) -> dict:
         raise UserError("--feature-args needs the name of the features: give --features NAME")
     if name is not None:
         return {"name": name, "args": given_args}
-    name, arguments = find_features_of_stage(PAPER["stage"] if stage is None else stage)
+    name, arguments = get_name_and_arguments_of_features(PAPER["stage"] if stage is None else stage)
     return {"name": name, "args": arguments}
 
 
@@ -515,7 +519,7 @@ def assemble_detector(
     return detector, complete
 
 
-def warn_about_dilation(name: str) -> None:
+def warn_that_resnet_is_dilated(name: str) -> None:
     """Warn that a ResNet is dilated because `--no_dilation` is not given.
 
     The shapes of the weights do not show whether the ResNet was trained with dilation.

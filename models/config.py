@@ -36,7 +36,7 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
     part = config.get_nested_fields(key)
     return {
         "name": part.get_text("name"),
-        "args": part.get_arguments("args"),
+        "args": part.get_keyword_arguments("args"),
         "scale": part.get_integer("scale", 1, default=None),
     }
 

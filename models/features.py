@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from models.released import extract_state_dict
-from models.tiling import compute_in_tiles
-from utils.checkpoints import compute_fingerprint, load_checkpoint, load_weights
-from utils.console import printable
+from models.tiling import apply_function_in_tiles
+from utils.checkpoints import compute_fingerprint, load_weights, read_checkpoint_content
+from utils.console import make_printable
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class VGG19Stage(nn.Module):
         self.vgg, record = load_vgg(source, trained_with, name)
         return record
 
-    def set_tile(self, side: int) -> None:
+    def set_tile_side(self, side: int) -> None:
         """Set the side of the tiles in which VGG-19 runs if no gradients are computed to `side // 4`.
 
         VGG-19 cuts three maps into tiles: the image, and the feature maps with a half and a quarter of its side length.
@@ -150,8 +150,8 @@ class VGG19(nn.Module):
         cuts = [cut for cut in TILE_CUTS if start < cut < end]
         for first, last in pairwise([start, *cuts, end]):
             layers = self.features[first:last]
-            halo, stride = compute_reach_and_stride(layers)
-            x = compute_in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride))
+            halo, stride = compute_receptive_radius_and_stride(layers)
+            x = apply_function_in_tiles(layers, x, side=self.tile, halo=halo, scale=Fraction(1, stride))
         return x
 
     def train(self, mode: bool = True) -> "VGG19":
@@ -159,14 +159,14 @@ class VGG19(nn.Module):
         return super().train(False)
 
 
-def compute_reach_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
-    """Compute the reach and the total stride of a sequence of 3x3 convolutions and 2x2 poolings.
+def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
+    """Compute the receptive radius and the total stride of a sequence of 3x3 convolutions and 2x2 poolings.
 
-    An output value depends on input pixels at a distance of at most `reach`. The reach is rounded up to a multiple of
-    the total stride.
+    An output value depends on input pixels at a distance of at most the receptive radius, which is rounded up to a
+    multiple of the total stride.
 
     Returns:
-        the reach and the total stride, in pixels of the input.
+        the receptive radius and the total stride, in pixels of the input.
     """
     reach = 0
     stride = 1
@@ -181,7 +181,7 @@ def compute_reach_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
 # --- the authors' option --idx-stages -----------------------------------------------------------------------
 
 
-def find_features_of_stage(stage: int) -> tuple[str, dict]:
+def get_name_and_arguments_of_features(stage: int) -> tuple[str, dict]:
     """Return the name and the arguments of the features that the option `--idx-stages` chooses."""
     if stage == 0:
         return "pixels", {}
@@ -220,7 +220,7 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     if source == "auto" and trained_with is not None:
         source = trained_with["source"]
     content, found = _read_vgg_weights(source)
-    shown = f"{printable(found)}, read as torchvision's vgg19,"
+    shown = f"{make_printable(found)}, read as torchvision's vgg19,"
     vgg = VGG19()
     state = {key: value.float() for key, value in extract_state_dict(content, shown).items() if key in vgg.state_dict()}
     load_weights(vgg, state, shown)
@@ -235,8 +235,8 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     if expected not in (None, record["fingerprint"]):
         raise UserError(
             f"{name} was trained with other VGG-19 weights: expected the fingerprint {expected}"
-            f" ({printable(trained_with['source'])}), got the fingerprint {record['fingerprint']}"
-            f" ({printable(record['source'])}); pass the VGG-19 weights of the training with --vgg-weights"
+            f" ({make_printable(trained_with['source'])}), got the fingerprint {record['fingerprint']}"
+            f" ({make_printable(record['source'])}); pass the VGG-19 weights of the training with --vgg-weights"
         )
     return vgg, record
 
@@ -250,7 +250,7 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
     """
     if source in ("imagenet", "auto"):
         try:
-            return load_checkpoint(_find_or_download_imagenet_weights()), "imagenet"
+            return read_checkpoint_content(_find_or_download_imagenet_weights()), "imagenet"
         except OSError as error:
             reason = " ".join(str(error).split())
             if source == "imagenet":
@@ -267,9 +267,9 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
         return _draw_random_vgg_weights(), "random"
     if not Path(source).is_file():
         raise UserError(
-            f"no file {printable(source)} for --vgg-weights: expected an existing file, imagenet, random or auto"
+            f"no file {make_printable(source)} for --vgg-weights: expected an existing file, imagenet, random or auto"
         )
-    return load_checkpoint(source), source
+    return read_checkpoint_content(source), source
 
 
 def _draw_random_vgg_weights() -> dict[str, Tensor]:

@@ -83,7 +83,7 @@ def compute_classification_loss(logits: Tensor, labels: Tensor, weights: Tensor)
     return (weights * losses).sum()
 
 
-def compute_residual_and_reconstruction_loss(
+def compute_residuals_and_auxiliary_losses(
     detector: ResynthesisDetector, vgg: VGG19 | None, x: Tensor, degraded: Tensor | None, real: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute the residuals of all images, and the auxiliary loss of the real images, for end-to-end training.

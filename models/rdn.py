@@ -149,7 +149,7 @@ class RDN(nn.Module):
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
 
-    def set_tile(self, side: int) -> None:
+    def set_tile_side(self, side: int) -> None:
         """Set the side of the tiles in which RDN processes images if no gradients are computed.
 
         Args:
@@ -176,16 +176,16 @@ class RDN(nn.Module):
         nn.init.zeros_(self.gff[1].weight)
         nn.init.zeros_(self.gff[1].bias)
         identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)
-        set_colour_kernels(self.sfe1, [identity])
-        set_colour_kernels(self.output, [identity])
+        set_weights_that_convolve_each_colour(self.sfe1, [identity])
+        set_weights_that_convolve_each_colour(self.output, [identity])
         taps = torch.tensor(INTERPOLATION)  # (2, 3)
         quarters = [torch.outer(vertical, horizontal) for vertical in taps for horizontal in taps]  # 4 x (3, 3)
         for layer in self.upscale:
             if isinstance(layer, nn.Conv2d):
-                set_colour_kernels(layer, quarters)
+                set_weights_that_convolve_each_colour(layer, quarters)
 
 
-def set_colour_kernels(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
+def set_weights_that_convolve_each_colour(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
     """Set the weights of a layer so that its first output channels are colours convolved with the given kernels.
 
     Output channel len(kernels) * c + k is input channel c, for c = 0, 1, 2, convolved with kernels[k]. nn.PixelShuffle

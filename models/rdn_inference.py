@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.tiling import compute_in_tiles
+from models.tiling import apply_function_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
 STRIP_BYTES = 2**15  # bytes in one channel of a strip of rows, chosen so that strips fit into the caches of a CPU
@@ -36,7 +36,7 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
     sfe1 = model.sfe1(x_lr)  # (B, G0, h, w)
     x = run_and_fuse_blocks(model, model.sfe2(sfe1))  # (B, G0, h, w)
     x = model.gff[1](x).add_(sfe1)  # (B, G0, h, w)
-    return compute_in_tiles(model.upsample_to_image, x, side=UPSCALE_TILE, halo=UPSCALE_HALO, scale=model.scale)
+    return apply_function_in_tiles(model.upsample_to_image, x, side=UPSCALE_TILE, halo=UPSCALE_HALO, scale=model.scale)
 
 
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):
         # The halo has one pixel per layer, because each 3x3 convolution reads one pixel to each side
-        x = compute_in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
+        x = apply_function_in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
         for fused_rows, rows in zip(fused.split(model.tile, dim=2), x.split(model.tile, dim=2), strict=True):
             fused_rows.add_(F.conv2d(rows, weight))
     return fused
@@ -72,8 +72,8 @@ def run_dense_block_in_strips(block: nn.Module, x: Tensor) -> Tensor:
     strip = (rows, x.shape[3])
     maps = [x]
     for layer in block.layers:
-        maps.append(compute_in_tiles(layer, *maps, side=strip, halo=1))  # (B, G, h, w)
-    fused = compute_in_tiles(block.fuse_maps, *maps, side=strip, halo=0)  # (B, G0, h, w)
+        maps.append(apply_function_in_tiles(layer, *maps, side=strip, halo=1))  # (B, G, h, w)
+    fused = apply_function_in_tiles(block.fuse_maps, *maps, side=strip, halo=0)  # (B, G0, h, w)
     return fused.add_(x)
 
 
@@ -89,6 +89,6 @@ def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) ->
     fused = F.conv2d(x, first_weight, block.lff.bias)  # (B, G0, h, w)
     maps = x
     for layer, weight in zip(block.layers, weights, strict=True):
-        maps = transformed.add_and_convolve(layer.conv, maps).relu_()  # (B, G, h, w)
+        maps = transformed.append_map_and_convolve_all_maps(layer.conv, maps).relu_()  # (B, G, h, w)
         fused.add_(F.conv2d(maps, weight))
     return fused.add_(x)

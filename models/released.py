@@ -98,7 +98,7 @@ def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tup
     )
 
 
-def make_dilation_argument(arch: str, no_dilation: bool | None) -> dict:
+def convert_no_dilation_to_resnet_arguments(arch: str, no_dilation: bool | None) -> dict:
     """Convert the option `--no_dilation` to the keyword argument {"dilated": True or False} of a ResNet.
 
     The result is {} for a ResNet-18 or ResNet-34, which cannot be dilated. Release: the code of the paper's authors

@@ -13,7 +13,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from models.tiling import compute_in_tiles
+from models.tiling import apply_function_in_tiles
 from utils.errors import UserError
 
 STEM_CHANNELS = 128
@@ -183,7 +183,9 @@ class DeepStemResNet(nn.Module):
         if torch.is_grad_enabled() or self.training:
             x = self.run_stem(x)  # (B, 128, H / 8, W / 8), rounded up
         else:
-            x = compute_in_tiles(self.run_stem, x, side=self.tile, halo=STEM_HALO, scale=Fraction(1, STEM_STRIDE))
+            x = apply_function_in_tiles(
+                self.run_stem, x, side=self.tile, halo=STEM_HALO, scale=Fraction(1, STEM_STRIDE)
+            )
         x = self.layer1(x)  # (B, C1, H / 16, W / 16)
         x = self.layer2(x)  # (B, C2, H / 32, W / 32)
         x = self.layer3(x)  # (B, C3, H / 32, W / 32)
@@ -195,7 +197,7 @@ class DeepStemResNet(nn.Module):
         """Run the layers before layer1 on residuals x (B, channels, H, W), which divides height and width by 8."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
-    def set_tile(self, side: int) -> None:
+    def set_tile_side(self, side: int) -> None:
         """Set the side of the tiles in which the stem processes residuals if no gradients are computed.
 
         Args:

@@ -83,7 +83,7 @@ class ResynthesisDetector(nn.Module):
         stride = self.features.stride
         return self.features.channels, height // stride, width // stride
 
-    def freeze_resynthesizer(self, frozen: bool) -> None:
+    def set_resynthesizer_frozen(self, frozen: bool) -> None:
         """Freeze the weights of the re-synthesizer, or make them trainable if `frozen` is False.
 
         `frozen` is True with `--fixed-sr`, and False in end-to-end training. Release: the code of the paper's authors
@@ -105,11 +105,11 @@ class ResynthesisDetector(nn.Module):
             self.resynthesizer.eval()
         return self
 
-    def set_tile(self, side: int) -> None:
+    def set_tile_side(self, side: int) -> None:
         """Set the side of the tiles in which the detector processes images if no gradients are computed.
 
         Smaller tiles take less memory, and give the same results except for rounding errors. Parts of the detector
-        without a method `set_tile` process whole images.
+        without a method `set_tile_side` process whole images.
 
         Args:
             side: side of a tile in pixels of the image, rounded down to a multiple of 16, at least 16. Sides below 512
@@ -117,5 +117,5 @@ class ResynthesisDetector(nn.Module):
         """
         side = max(side - side % 16, 16)
         for part in (self.resynthesizer, self.features, self.classifier):
-            if hasattr(part, "set_tile"):
-                part.set_tile(side)
+            if hasattr(part, "set_tile_side"):
+                part.set_tile_side(side)

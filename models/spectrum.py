@@ -81,12 +81,13 @@ class SpectrumClassifier(nn.Module):
 
     def forward(self, residual: Tensor) -> Tensor:
         """Compute the logits (B, 2) of residuals (B, channels, H, W)."""
-        values = self.standardise(self.compute_relative_spectrum(residual))  # (B, half * (half + 1) / 2)
+        values = self.compute_spectrum_relative_to_neighbouring_frequencies(residual)  # (B, half * (half + 1) / 2)
+        values = self.standardise(values)  # (B, half * (half + 1) / 2)
         distance = self.projection(values).square().mean(dim=1, keepdim=True)  # (B, 1)
         log_distance = self.distance_weight * (distance + SMALLEST_DISTANCE).log()
         return self.layers(values) + torch.cat([log_distance, -log_distance], dim=1)
 
-    def compute_relative_spectrum(self, x: Tensor) -> Tensor:
+    def compute_spectrum_relative_to_neighbouring_frequencies(self, x: Tensor) -> Tensor:
         """Compute the log power of each frequency minus the mean log power of its neighbouring frequencies.
 
         Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def compute_in_tiles(
+def apply_function_in_tiles(
     function: Callable[..., Tensor],
     *maps: Tensor,
     side: int | tuple[int, int],

@@ -85,7 +85,7 @@ class DenseMaps:
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
         self.added = 0  # number of feature maps that have been appended
 
-    def add_and_convolve(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
+    def append_map_and_convolve_all_maps(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
         """Append the feature map x (B, C, h, w), and convolve the concatenation of all appended feature maps.
 
         Returns:

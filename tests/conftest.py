@@ -36,7 +36,7 @@ def write_real_and_fake_images():
     Each pixel of a real image is random. A fake image consists of squares of 4 x 4 pixels with random colours.
     """
 
-    def write_both_folders(root, count, side):
+    def write_real_and_fake_folders(root, count, side):
         rng = np.random.default_rng(0)
         for kind, cell in (("real", 1), ("fake", 4)):
             (root / kind).mkdir()
@@ -45,7 +45,7 @@ def write_real_and_fake_images():
                 Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(root / kind / f"{i}.png")
         return root
 
-    return write_both_folders
+    return write_real_and_fake_folders
 
 
 @pytest.fixture(scope="session")

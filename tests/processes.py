@@ -87,7 +87,7 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
     Yields a function that kills the process that holds the lock, but not its worker process.
     """
     ours, theirs = SERVER.Pipe()
-    process = SERVER.Process(target=_hold_lock_with_worker, args=(lock, theirs))
+    process = SERVER.Process(target=_hold_lock_in_process_and_worker, args=(lock, theirs))
     process.start()
     worker = ours.recv()
 
@@ -102,7 +102,7 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
         os.kill(worker, signal.SIGKILL)
 
 
-def _hold_lock_with_worker(lock, connection):
+def _hold_lock_in_process_and_worker(lock, connection):
     """Hold a lock file for 60 s, in this process and in a worker process.
 
     The process id of the worker is sent through `connection`.
@@ -117,7 +117,7 @@ def _hold_lock_with_worker(lock, connection):
 # --- functions for the `prepare` argument of `start_program` ------------------------------------------------------
 
 
-def send_signal_in_loop(description: str, at: int, number: int, all_processes: bool = False) -> None:
+def prepare_signal_at_loop_item(description: str, at: int, number: int, all_processes: bool = False) -> None:
     """Let the program send itself a signal when a loop with a progress bar reaches item number `at`.
 
     Args:
@@ -129,7 +129,7 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
 
-    def iterate_and_send_signal(items, text, *more):
+    def yield_items_and_send_signal(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -139,22 +139,22 @@ def send_signal_in_loop(description: str, at: int, number: int, all_processes: b
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress_bar = iterate_and_send_signal
+    console.progress_bar = yield_items_and_send_signal
 
 
-def delay_progress_loops(description: str, seconds: float) -> None:
+def prepare_delay_of_progress_loops(description: str, seconds: float) -> None:
     """Make each loop wait before its first item, if the text beside its progress bar begins with `description`."""
     original = console.progress_bar
 
-    def delay_and_iterate(items, text, *more):
+    def sleep_and_create_progress_bar(items, text, *more):
         if text.startswith(description):
             time.sleep(seconds)
         return original(items, text, *more)
 
-    console.progress_bar = delay_and_iterate
+    console.progress_bar = sleep_and_create_progress_bar
 
 
-def kill_during_save(save: int) -> None:
+def prepare_kill_during_checkpoint_save(save: int) -> None:
     """Let the program kill itself when half of a checkpoint file is written.
 
     Args:
@@ -162,19 +162,19 @@ def kill_during_save(save: int) -> None:
     """
     original, count = torch.save, itertools.count(1)
 
-    def truncate_and_kill(file):
+    def truncate_file_and_kill_process(file):
         os.ftruncate(file, os.fstat(file).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_and_prepare_kill(content, file):
+    def save_and_patch_fsync_to_kill(content, file):
         original(content, file)
         if next(count) == save:
-            os.fsync = truncate_and_kill
+            os.fsync = truncate_file_and_kill_process
 
-    torch.save = save_and_prepare_kill
+    torch.save = save_and_patch_fsync_to_kill
 
 
-def send_signal_in_batch(batch: int, number: int) -> None:
+def prepare_signal_before_scoring_batch(batch: int, number: int) -> None:
     """Let test.py send itself a signal before it computes the logits of a batch.
 
     Args:

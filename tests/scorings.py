@@ -14,7 +14,7 @@ from models.features import VGG19
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from utils.errors import run_program
-from utils.options import test_parser as parser_of_test
+from utils.options import create_test_parser
 
 GOLDEN = Path(__file__).parent / "golden" / "reference_outputs.npz"
 TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 1, "num_layers": 2}
@@ -29,7 +29,7 @@ IMAGES = 9  # number of images that `write_noise_images` writes into a folder
 def run_test_py(*argv) -> int:
     """Run test.py with the given command line in this process, and return the exit status."""
     try:
-        return run_program(lambda: program.main(parser_of_test().parse_args([str(a) for a in argv])))
+        return run_program(lambda: program.main(create_test_parser().parse_args([str(a) for a in argv])))
     except SystemExit as exit_request:  # argparse exits if it cannot parse the command line
         return exit_request.code
 
@@ -90,7 +90,7 @@ def write_detector(path: Path, **content) -> Path:
     return path
 
 
-def write_released_files(folder: Path) -> Path:
+def write_images_and_released_format_checkpoints(folder: Path) -> Path:
     """Write a real image, a fake image, and checkpoints in the file formats of the released checkpoints into a folder.
 
     The weights come from `load_reference_weights`. The images come from tests/golden/reference_outputs.npz.
@@ -116,7 +116,7 @@ def read_csv_rows(path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def sorted_names(folder: Path) -> list[str]:
+def list_sorted_names_in_folder(folder: Path) -> list[str]:
     """Return the sorted names of the files and subfolders in a folder."""
     return sorted(os.listdir(folder))
 

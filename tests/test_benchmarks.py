@@ -29,11 +29,11 @@ def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("form", ["channels-last", "here"])
-def test_each_form_of_the_networks_gives_the_logits_of_the_plain_form(form, precision):
+def test_each_implementation_of_the_networks_gives_the_logits_of_the_plain_implementation(form, precision):
     assert relative_error(compute_logits(form, precision), compute_logits("plain")) < TOLERANCES[precision]
 
 
-def test_the_comparison_of_forms_fails_if_one_form_resynthesizes_brighter_images(monkeypatch):
+def test_the_comparison_of_implementations_fails_if_one_resynthesizes_brighter_images(monkeypatch):
     expected = compute_logits("plain")
     forward = cases.PlainRDN.forward
     monkeypatch.setattr(cases.PlainRDN, "forward", lambda model, x_lr: 1.01 * forward(model, x_lr) + 0.01)
@@ -41,7 +41,7 @@ def test_the_comparison_of_forms_fails_if_one_form_resynthesizes_brighter_images
 
 
 @pytest.mark.parametrize("kind", ["step, RDN frozen", "step, fine-tuning", "step, train_sr.py", "RDN alone"])
-def test_the_benchmark_measures_time_and_memory_of_each_kind_of_row(kind):
+def test_the_benchmark_measures_time_and_memory_of_training_steps_and_of_rdn(kind):
     result = cases.measure_case(TOY._replace(kind=kind, images=4))
     assert result["seconds"] > 0
     assert result["gib"] > 0.1  # the PyTorch library alone needs more than 0.1 GiB
@@ -80,7 +80,7 @@ def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys
         return ("1",) * len(program.HEADER)
 
     monkeypatch.setattr(program, "measure_implementations_of_case", count_printed_lines)
-    monkeypatch.setattr(program, "print_startup_times", lambda folder: None)
+    monkeypatch.setattr(program, "measure_and_print_startup_times", lambda folder: None)
     program.main([])
     assert printed == [3] + [1] * (len(printed) - 1)  # 3 lines before the first row, then 1 line per row
 
@@ -91,7 +91,7 @@ def test_the_benchmark_prints_a_dash_and_exits_with_status_1_if_a_measurement_fa
     assert capsys.readouterr().out.splitlines()[-1].count(" - ") == 6
 
 
-def test_the_benchmark_on_a_gpu_has_one_row_per_stage_size_and_precision():
+def test_the_benchmark_on_a_gpu_scores_with_each_stage_image_size_and_precision():
     parsed = program.argparse.Namespace(quick=False, gpu="0", stages=[0, 5], side=512)
     rows = program.list_benchmark_cases(parsed)
     scoring = {(row.stage, row.side, row.precision) for row in rows if row.kind == "scoring"}
@@ -102,7 +102,7 @@ def test_the_benchmark_on_a_gpu_has_one_row_per_stage_size_and_precision():
 
 
 @pytest.mark.parametrize("kind", ["scoring", "step, RDN frozen", "step, train_sr.py", "RDN alone", "matrix product"])
-def test_each_kind_of_row_keeps_all_tensors_on_the_pretended_gpu(kind):
+def test_each_benchmark_case_except_fine_tuning_keeps_all_tensors_on_the_pretended_gpu(kind):
     """Fine-tuning is not tested here, because `pretend_cuda` does not support gradient checkpointing."""
     with pretend_cuda():
         cases.KINDS[kind](TOY._replace(kind=kind, images=4, gpu="0"))()

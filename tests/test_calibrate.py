@@ -72,7 +72,7 @@ def score_table_path(tmp_path):
 
 def test_the_fitted_temperature_has_the_smallest_nll_of_2001_candidates(score_table_path):
     table = read_table(score_table_path)
-    temperature, warnings = calibrate.fit_temperature(table.margins, table.is_fake)
+    temperature, warnings = calibrate.fit_temperature(table.logit_margins, table.is_fake)
     candidates = np.exp(np.linspace(np.log(0.05), np.log(20), 2001))
     losses = []
     for candidate in candidates:
@@ -132,7 +132,7 @@ def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_en
     (score_table_path.parent / "val.json").write_text(json.dumps({"job": JOB}))
     arguments = [str(score_table_path), "--into", str(checkpoint_path), "--fpr", "0.05", "--fnr", "0.1"]
     assert calibrate.main(arguments) == 0
-    content = checkpoints.load_checkpoint(checkpoint_path)
+    content = checkpoints.read_checkpoint_content(checkpoint_path)
     calibration = content.pop("calibration")
     assert set(content) == {"epoch", "config", "state_dict"}
     assert torch.equal(content["state_dict"]["fc.weight"], torch.full((2, 3), 0.5))
@@ -158,7 +158,7 @@ def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(
     link.symlink_to(checkpoint_path.name)
     assert calibrate.main([str(score_table_path), "--into", str(link)]) == 0
     assert link.is_symlink()
-    assert "calibration" in checkpoints.load_checkpoint(checkpoint_path)
+    assert "calibration" in checkpoints.read_checkpoint_content(checkpoint_path)
 
 
 # --- refused score tables and detectors

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 from files import expect_user_error, random_rgb_pixels, save_image
-from trainings import TINY, read_checkpoint, run_training, train_detector_arguments
+from trainings import TINY, read_checkpoint_content, run_training, train_detector_arguments
 
 import test as tester
 import train_detector
@@ -24,13 +24,13 @@ from utils.errors import run_program
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 PROGRAMS = {  # name of the program -> (main function, function that returns the parser, flag for the output path)
-    "train_sr": (train_sr.main, options.train_sr_parser, "--outputs-dir"),
-    "train_detector": (train_detector.main, options.train_detector_parser, "--output-path"),
-    "test": (tester.main, options.test_parser, "--save_path"),
+    "train_sr": (train_sr.main, options.create_train_sr_parser, "--outputs-dir"),
+    "train_detector": (train_detector.main, options.create_train_detector_parser, "--output-path"),
+    "test": (tester.main, options.create_test_parser, "--save_path"),
 }
 
 
-def status_and_last_line(program, flags, capfd):
+def run_for_status_and_last_line(program, flags, capfd):
     """Run a program in this process. Return the exit status and the last line on stderr."""
     main, parser, _ = PROGRAMS[program]
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
@@ -40,7 +40,7 @@ def status_and_last_line(program, flags, capfd):
 
 def error_line_of_program(program, flags, capfd):
     """Run a program with flags that the program must refuse with exit status 2. Return the error line."""
-    code, line = status_and_last_line(program, flags, capfd)
+    code, line = run_for_status_and_last_line(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
 
@@ -51,7 +51,7 @@ def error_line_of_program(program, flags, capfd):
 def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
     state = {"state_dict": {"a": torch.arange(3.0)}, "progress": {"epoch": 3, "best": None, "sums": {"loss": 0.5}}}
     checkpoints.save_checkpoint(state, tmp_path / "last.pth")
-    loaded = checkpoints.load_checkpoint(tmp_path / "last.pth")
+    loaded = checkpoints.read_checkpoint_content(tmp_path / "last.pth")
     assert loaded["progress"] == state["progress"]
     assert torch.equal(loaded["state_dict"]["a"], torch.arange(3.0))
     assert os.listdir(tmp_path) == ["last.pth"]
@@ -60,7 +60,7 @@ def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
 def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path):
     """The released checkpoints have the file format of early PyTorch versions."""
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
-    assert torch.equal(checkpoints.load_checkpoint(tmp_path / "old.pth.tar")["a"], torch.ones(2))
+    assert torch.equal(checkpoints.read_checkpoint_content(tmp_path / "old.pth.tar")["a"], torch.ones(2))
 
 
 def test_saving_a_checkpoint_into_a_missing_folder_raises_a_user_error(tmp_path):
@@ -113,12 +113,12 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`checkpoints.load_checkpoint`, test.py, train_sr.py and train_detector.py all refuse the file."""
+    """`checkpoints.read_checkpoint_content`, test.py, train_sr.py and train_detector.py all refuse the file."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
     with expect_user_error("evil.pth.tar", *(["refused"] if writer == "torch" else [])):
-        checkpoints.load_checkpoint(path)
+        checkpoints.read_checkpoint_content(path)
     image, other = (save_image(tmp_path / f"{seed}.png", random_rgb_pixels(64, 64, seed)) for seed in (0, 1))
     (tmp_path / "list.txt").write_text(image)
     (tmp_path / "list.csv").write_text(f"path,label\n{image},real\n{other},fake\n")
@@ -140,14 +140,14 @@ def test_the_error_for_a_truncated_checkpoint_says_that_it_is_truncated(tmp_path
     torch.save({"state_dict": RDN(**TINY).state_dict()}, path, _use_new_zipfile_serialization=not legacy)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * fraction)])
     with expect_user_error("truncated", f"{path.stat().st_size} bytes"):
-        checkpoints.load_checkpoint(path)
+        checkpoints.read_checkpoint_content(path)
 
 
 @pytest.mark.parametrize(("name", "word"), [(".", "folder"), ("absent.pth", "absent.pth"), ("list.pth", "list")])
 def test_a_folder_a_missing_path_and_a_saved_list_are_refused_as_checkpoints(tmp_path, name, word):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with expect_user_error(word):
-        checkpoints.load_checkpoint(tmp_path / name)
+        checkpoints.read_checkpoint_content(tmp_path / name)
 
 
 # --- values -------------------------------------------------------------------------------------------------
@@ -172,7 +172,9 @@ def test_fields_returns_config_values_of_the_expected_type():
         and fields.get_positive_number("rate") == 0.5
     )
     assert fields.get_text("name", ["rdn", "none"]) == "rdn"
-    assert fields.get_nested_fields("part").get_integer("scale") == 4 and fields.get_arguments("args") == {"depth": 2}
+    assert fields.get_nested_fields("part").get_integer("scale") == 4 and fields.get_keyword_arguments("args") == {
+        "depth": 2
+    }
     assert fields.has_value("count") and not fields.has_value("nothing") and not fields.has_value("absent")
 
 
@@ -180,7 +182,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
     fields = Fields(VALUES, "some.pth", "config")
     for key in ("nothing", "absent"):
         assert fields.get_integer(key, default=7) == 7 and fields.get_number(key, default=None) is None
-        assert fields.get_nested_fields(key).values == {} and fields.get_arguments(key) == {}
+        assert fields.get_nested_fields(key).values == {} and fields.get_keyword_arguments(key) == {}
         with expect_user_error("some.pth", f"config.{key}", "missing"):
             fields.get_integer(key)
     assert Fields(None, "some.pth").get_text("name", default="rdn") == "rdn"
@@ -196,7 +198,7 @@ def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_witho
         ("get_positive_number", -1.0, ()),
         ("get_text", 3, ()), ("get_text", "other", (["rdn"],)), ("get_text", b"rdn", ()),
         ("get_nested_fields", [1], ()), ("get_nested_fields", "x", ()),
-        ("get_arguments", {3: 4}, ()), ("get_arguments", {"a b": 1}, ()),
+        ("get_keyword_arguments", {3: 4}, ()), ("get_keyword_arguments", {"a b": 1}, ()),
     ],
 )  # fmt: skip
 def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):
@@ -312,7 +314,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 
 @pytest.fixture(scope="module")
-def mismatched_files(tmp_path_factory, shrink_resnet18):
+def folder_with_mismatched_weights(tmp_path_factory, shrink_resnet18):
     """Return a folder with two images, and with weights of networks that do not belong together."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
@@ -366,14 +368,14 @@ CASES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES, ids=[flags for flags, _ in CASES])
-def test_files_and_flags_that_contradict_each_other_are_refused(
-    mismatched_files, tmp_path, monkeypatch, capfd, flags, words
+def test_programs_refuse_files_and_flags_that_do_not_fit_together(
+    folder_with_mismatched_weights, tmp_path, monkeypatch, capfd, flags, words
 ):
     """The training program refuses the given flags.
 
     If the flags load a detector with --init, test.py must also refuse this detector with --resume.
     """
-    monkeypatch.chdir(mismatched_files)
+    monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:
         calls["test"] = flags.replace("--init", "--resume").replace("--fixed-sr", "")
@@ -383,30 +385,43 @@ def test_files_and_flags_that_contradict_each_other_are_refused(
         assert not (tmp_path / "out").exists()
 
 
-def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(mismatched_files, tmp_path, capfd):
-    state = read_checkpoint(mismatched_files / "pixel.pth.tar")
+def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(
+    folder_with_mismatched_weights, tmp_path, capfd
+):
+    state = read_checkpoint_content(folder_with_mismatched_weights / "pixel.pth.tar")
     state["state_dict"]["fc.weight"].view(torch.int32)[0, 0] ^= 1 << 10
     torch.save(state, tmp_path / "flipped.pth.tar")
-    line = error_line_of_program("test", f"--resume {tmp_path}/flipped.pth.tar --input {mismatched_files}/real", capfd)
+    line = error_line_of_program(
+        "test", f"--resume {tmp_path}/flipped.pth.tar --input {folder_with_mismatched_weights}/real", capfd
+    )
     assert "classifier" in line and "damaged" in line
 
 
-def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(mismatched_files, tmp_path):
+def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(folder_with_mismatched_weights, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
-    run_training(train_detector_arguments(mismatched_files, tmp_path / "out", f"{flags} 1"))
+    run_training(train_detector_arguments(folder_with_mismatched_weights, tmp_path / "out", f"{flags} 1"))
     with expect_user_error("--vgg-weights"):
         run_training(
             train_detector_arguments(
-                mismatched_files, tmp_path / "out", f"{flags} 2 --vgg-weights {mismatched_files}/other_vgg.pth"
+                folder_with_mismatched_weights,
+                tmp_path / "out",
+                f"{flags} 2 --vgg-weights {folder_with_mismatched_weights}/other_vgg.pth",
             )
         )
 
 
-def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(mismatched_files):
-    config = read_checkpoint(mismatched_files / "stage2.pth.tar")["config"]
+def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(folder_with_mismatched_weights):
+    config = read_checkpoint_content(folder_with_mismatched_weights / "stage2.pth.tar")["config"]
     assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
     assert config["classifier"] == {"name": "resnet18", "args": {}}
     assert config["resynthesizer"] == {"name": "rdn", "scale": 4, "args": TINY}
-    assert config["resynthesizer_fingerprint"] == compute_fingerprint(read_checkpoint(mismatched_files / "rdn.pth"))
+    assert config["resynthesizer_fingerprint"] == compute_fingerprint(
+        read_checkpoint_content(folder_with_mismatched_weights / "rdn.pth")
+    )
     assert config["images"]["crop_size"] == 64
-    assert read_checkpoint(mismatched_files / "dilated.pth.tar")["config"]["classifier"]["args"]["dilated"] is True
+    assert (
+        read_checkpoint_content(folder_with_mismatched_weights / "dilated.pth.tar")["config"]["classifier"]["args"][
+            "dilated"
+        ]
+        is True
+    )

@@ -6,10 +6,10 @@ On a machine without a GPU, all tests of this file are skipped.
 import numpy as np
 import pytest
 import torch
-from trainings import read_checkpoint, read_stats, run_training, train_detector_arguments, train_sr_arguments
+from trainings import read_checkpoint_content, read_stats, run_training, train_detector_arguments, train_sr_arguments
 
 import test as program
-from utils.options import test_parser as parser_of_test
+from utils.options import create_test_parser
 
 LOOSE = {"fp32": 1e-2, "bf16": 0.3, "fp16": 0.3}  # precision -> tolerance; random weights amplify rounding errors
 ON = {"cpu": "--gpu cpu", "gpu": "--gpu 0"}
@@ -40,7 +40,7 @@ def test_train_detector_on_the_gpu_has_the_loss_of_the_cpu_and_can_be_resumed(
     (on_gpu,), (on_cpu,) = read_stats(tmp_path / "gpu"), read_stats(tmp_path / "cpu")
     assert on_gpu["loss"] == pytest.approx(on_cpu["loss"], rel=LOOSE[precision], abs=LOOSE[precision])
     run_training(train_detector_arguments(training_files, tmp_path / "gpu", f"{flags['gpu']} --epochs 2 --resume auto"))
-    state = read_checkpoint(tmp_path / "gpu" / "last.pth.tar")
+    state = read_checkpoint_content(tmp_path / "gpu" / "last.pth.tar")
     assert all(torch.isfinite(p).all() for p in state["state_dict"].values()) and state["progress"]["epoch"] == 2
 
 
@@ -51,7 +51,7 @@ def test_the_logits_of_test_py_on_the_gpu_equal_the_logits_on_the_cpu(training_f
     logits = {}
     for name, how in (("cpu", more.replace("--tile 64", "")), ("gpu", f"{more} --precision {precision}")):
         words = f"{flags} {ON[name]} {how} --save_path {tmp_path}/{name}"
-        assert program.main(parser_of_test().parse_args(words.split())) == 0
+        assert program.main(create_test_parser().parse_args(words.split())) == 0
         logits[name] = np.load(tmp_path / f"{name}.npy")
     scale = max(1, np.abs(logits["cpu"]).max())
     np.testing.assert_allclose(logits["gpu"], logits["cpu"], atol=LOOSE[precision] * scale)

@@ -1,6 +1,7 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-Each pixel of `coordinate_pixels` contains its own row and column, so the pixels of a crop show where it was cut out.
+Each pixel of `make_coordinate_image_array` contains its own row and column, so the pixels of a crop show where it was
+cut out.
 """
 
 import math
@@ -21,7 +22,7 @@ from data.datasets import (
     Key,
     PatchDataset,
     make_loader,
-    merge_batches_of_equal_size,
+    merge_batches_of_equal_image_size,
 )
 from data.images import SizePolicy
 from data.lists import Item
@@ -41,7 +42,7 @@ def indices_of_batches(batches, epoch=0, first_step=0):
     return [[key.index for key in batch] for batch in listed]
 
 
-def coordinate_pixels(height, width):
+def make_coordinate_image_array(height, width):
     """Return an image, uint8 (H, W, 3). The three channels of a pixel are its row, its column and 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
@@ -104,13 +105,13 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 
 
 def locate_patch(patch):
-    """Return the top row, the left column and the orientation (0 to 7) of a patch of `coordinate_pixels`.
+    """Return the top row, the left column and the orientation (0 to 7) of a patch of `make_coordinate_image_array`.
 
-    Raises an error if the pixels were not cut out of `coordinate_pixels`.
+    Raises an error if the pixels were not cut out of `make_coordinate_image_array`.
     """
     rows, columns = patch[0].astype(int), patch[1].astype(int)
     top, left, side = rows.min(), columns.min(), rows.shape[0]
-    upright = coordinate_pixels(256, 256).transpose(2, 0, 1)[:2, top : top + side, left : left + side]
+    upright = make_coordinate_image_array(256, 256).transpose(2, 0, 1)[:2, top : top + side, left : left + side]
     variants = [np.rot90(flipped, k, (1, 2)) for flipped in (upright, upright[:, :, ::-1]) for k in range(4)]
     (orientation,) = [i for i, variant in enumerate(variants) if np.array_equal(variant, patch[:2])]
     return top, left, orientation
@@ -118,7 +119,7 @@ def locate_patch(patch):
 
 def test_patches_start_at_multiples_of_the_scale_and_have_all_positions_and_orientations(tmp_path):
     path = save_image(
-        tmp_path / "a.png", coordinate_pixels(19, 26)
+        tmp_path / "a.png", make_coordinate_image_array(19, 26)
     )  # the central crop of 16 x 24 pixels starts at row 1 and column 1
     sample = PatchDataset(make_items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
     assert sample.x.shape == (600, 3, 8, 8) and sample.x.dtype == torch.uint8 and sample.error is None
@@ -154,13 +155,16 @@ def test_a_patch_depends_only_on_seed_epoch_and_index(tmp_path):
 
 
 def locate_crop(sample):
-    """Return the top row and the left column of a crop of `coordinate_pixels`, and whether the crop is mirrored."""
+    """Return the top row and the left column of a crop, and whether the crop is mirrored.
+
+    The crop comes from an image of `make_coordinate_image_array`.
+    """
     rows, columns = sample.x[0, 0].int(), sample.x[0, 1].int()
     return rows.min().item(), columns.min().item(), bool(columns[0, 0] > columns[0, -1])
 
 
 def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
-    paths = [save_image(tmp_path / f"{i}.png", coordinate_pixels(40 + i, 60)) for i in range(3)]
+    paths = [save_image(tmp_path / f"{i}.png", make_coordinate_image_array(40 + i, 60)) for i in range(3)]
     data = ImageDataset(make_items(*paths), SizePolicy(4, 16), Augmentation(seed=1, crops=4))
     batches = EpochBatches(len(data), 4, seed=1)
     corners = []
@@ -171,7 +175,9 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
         # at least one batch contains crops of several images
-        assert max(len({data.get_image_of_entry(key.index).path for key in batch}) for batch in batches) > 1
+        assert (
+            max(len({data.get_image_item_of_dataset_index(key.index).path for key in batch}) for batch in batches) > 1
+        )
         corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
@@ -179,7 +185,7 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
 
 
 def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_path):
-    path = save_image(tmp_path / "a.png", coordinate_pixels(80, 90))
+    path = save_image(tmp_path / "a.png", make_coordinate_image_array(80, 90))
     data = ImageDataset(make_items(path), SizePolicy(4, 16), Augmentation(seed=1))
     corners = [locate_crop(data[Key(epoch, 0)]) for epoch in range(40)]
     assert len({c[:2] for c in corners}) > 35
@@ -188,7 +194,9 @@ def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_p
 
 
 def test_without_augmentation_an_image_is_cropped_in_the_centre(tmp_path):
-    data = ImageDataset(make_items(save_image(tmp_path / "a.png", coordinate_pixels(80, 90))), SizePolicy(4, 16))
+    data = ImageDataset(
+        make_items(save_image(tmp_path / "a.png", make_coordinate_image_array(80, 90))), SizePolicy(4, 16)
+    )
     assert {locate_crop(data[Key(epoch, 0)]) for epoch in range(5)} == {(32, 37, False)}
 
 
@@ -229,7 +237,7 @@ def patch_dataset(tmp_path):
     Image 1 is too small, and the file of image 3 is empty.
     """
     paths = [write_random_image(tmp_path / f"{i}.png", 40, 48, seed=i) for i in range(5)]
-    paths.insert(1, save_image(tmp_path / "small.png", coordinate_pixels(15, 48)))
+    paths.insert(1, save_image(tmp_path / "small.png", make_coordinate_image_array(15, 48)))
     paths.insert(3, str(tmp_path / "zero.png"))
     (tmp_path / "zero.png").touch()
     return PatchDataset(make_items(*paths), 4, 4, patches_per_image=2, seed=1)
@@ -262,33 +270,45 @@ def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_witho
 
 
 @pytest.fixture
-def square_dataset(tmp_path):
+def dataset_of_squares_and_unreadable_image(tmp_path):
     """Return a dataset of seven images. Image 4 is unreadable.
 
     The other images are squares with sides of 8, 8, 8, 16, 16 and 8 pixels.
     """
     paths = [
-        save_image(tmp_path / f"{i}.png", coordinate_pixels(side, side)) for i, side in enumerate([8, 8, 8, 16, 16, 8])
+        save_image(tmp_path / f"{i}.png", make_coordinate_image_array(side, side))
+        for i, side in enumerate([8, 8, 8, 16, 16, 8])
     ]
     paths.insert(4, str(tmp_path))
     return ImageDataset(make_items(*paths, label=FAKE), SizePolicy(4))
 
 
-def merged_batches(dataset, keys, **limits):
-    """Load images one by one, and return the batches into which merge_batches_of_equal_size merges them."""
+def load_and_merge_batches(dataset, keys, **limits):
+    """Load images one by one, and return the batches into which merge_batches_of_equal_image_size merges them."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
-    return list(merge_batches_of_equal_size(loader, **limits))
+    return list(merge_batches_of_equal_image_size(loader, **limits))
 
 
-def test_consecutive_images_of_equal_size_are_merged_into_one_batch(square_dataset):
-    batches = merged_batches(square_dataset, range(7), block=100, pixels=256)
+def test_consecutive_images_of_equal_size_are_merged_into_one_batch(dataset_of_squares_and_unreadable_image):
+    batches = load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(7), block=100, pixels=256)
     assert [[index for _, index, _ in batch.keys] for batch in batches if batch.keys] == [[0, 1, 2], [3], [5], [6]]
     assert all(len(b.x) == len(b.labels) == len(b.weights) == len(b.items) == len(b.keys) for b in batches)
     assert [index for batch in batches for index in batch.errors] == [4]
 
 
-def test_merged_batches_keep_the_pixel_limit_and_contain_images_of_one_block_only(square_dataset):
-    assert [len(b.keys) for b in merged_batches(square_dataset, range(3), block=100, pixels=128)] == [2, 1]
-    assert [len(b.keys) for b in merged_batches(square_dataset, range(3), block=2, pixels=math.inf)] == [2, 1]
+def test_merging_batches_keeps_the_pixel_limit_and_never_joins_images_of_two_blocks(
+    dataset_of_squares_and_unreadable_image,
+):
+    assert [
+        len(b.keys)
+        for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(3), block=100, pixels=128)
+    ] == [2, 1]
+    assert [
+        len(b.keys)
+        for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(3), block=2, pixels=math.inf)
+    ] == [2, 1]
     # A resumed run starts at image 1, but the first block still consists of images 0 and 1
-    assert [len(b.keys) for b in merged_batches(square_dataset, range(1, 3), block=2, pixels=math.inf)] == [1, 1]
+    assert [
+        len(b.keys)
+        for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(1, 3), block=2, pixels=math.inf)
+    ] == [1, 1]

@@ -5,7 +5,14 @@ import pytest
 import torch
 from files import expect_user_error
 
-from data.degradations import TASKS, check_task_name, compress_as_jpeg, degrade_batch, degrade_patch, draw_degradation
+from data.degradations import (
+    TASKS,
+    check_task_name,
+    compress_as_jpeg,
+    degrade_batch,
+    degrade_patch,
+    sample_degradation_for_batch,
+)
 
 NONE = {"augment": False, "completion": False, "colorization": False}
 TRIALS = 800
@@ -62,12 +69,12 @@ def test_the_degradation_of_an_image_does_not_depend_on_the_other_images_of_the_
 
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
 def test_an_auxiliary_task_degrades_half_of_the_batches(task):
-    drawn = [draw_degradation(task, random_generator(seed)) is not None for seed in range(600)]
+    drawn = [sample_degradation_for_batch(task, random_generator(seed)) is not None for seed in range(600)]
     assert 250 <= sum(drawn) <= 350  # expected: 300 of 600 batches, with a standard deviation of 12
 
 
 def test_the_auxiliary_task_none_degrades_no_batch():
-    assert draw_degradation("none", random_generator(0)) is None
+    assert sample_degradation_for_batch("none", random_generator(0)) is None
 
 
 def test_an_unknown_auxiliary_task_is_refused_with_the_names_of_the_known_tasks():

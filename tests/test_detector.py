@@ -10,11 +10,17 @@ import pytest
 import torch
 from files import expect_user_error
 from PIL import Image
-from scorings import CONFIG, run_test_py, write_detector, write_noise_image, write_released_files
+from scorings import (
+    CONFIG,
+    run_test_py,
+    write_detector,
+    write_images_and_released_format_checkpoints,
+    write_noise_image,
+)
 
 from evaluation import load
-from evaluation.inputs import crop_starts, cut_spread_crops
-from evaluation.loading import choose_image_settings, convert_gpu_number_to_name
+from evaluation.inputs import compute_crop_start_positions, cut_evenly_spread_crops
+from evaluation.loading import choose_image_settings, convert_gpu_number_to_device_name
 from evaluation.score_table import read_table
 from utils.compute import choose_device
 
@@ -120,13 +126,13 @@ def test_a_missing_image_and_a_too_small_image_are_refused_in_one_line(detector,
     ],
 )  # fmt: skip
 def test_crop_starts_are_evenly_spaced_from_border_to_border(length, side, count, starts):
-    assert crop_starts(length, side, count) == starts
+    assert compute_crop_start_positions(length, side, count) == starts
 
 
 @pytest.mark.parametrize(("height", "width", "rows", "columns"), [(64, 64, 3, 3), (32, 600, 1, 9), (600, 32, 9, 1)])
 def test_the_numbers_of_rows_and_columns_of_crops_follow_the_shape_of_the_image(height, width, rows, columns):
     image = torch.arange(height * width).reshape(1, height, width).expand(3, -1, -1)
-    crops, per_row = cut_spread_crops(image, 32, 9)
+    crops, per_row = cut_evenly_spread_crops(image, 32, 9)
     assert per_row == columns and len(crops) == rows * columns
     assert crops.shape[1:] == (3, 32, 32)
     assert torch.equal(crops[0], image[:, :32, :32]) and torch.equal(crops[-1], image[:, -32:, -32:])
@@ -156,14 +162,14 @@ def test_load_chooses_a_gpu_by_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for device in ("cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda:0")):
-        assert choose_device(convert_gpu_number_to_name(device)) == torch.device("cuda:0")
+        assert choose_device(convert_gpu_number_to_device_name(device)) == torch.device("cuda:0")
     assert (
-        choose_device(convert_gpu_number_to_name("cuda:1"))
-        == choose_device(convert_gpu_number_to_name(1))
+        choose_device(convert_gpu_number_to_device_name("cuda:1"))
+        == choose_device(convert_gpu_number_to_device_name(1))
         == torch.device("cuda:1")
     )
     with expect_user_error("GPUs 0 to 1"):
-        choose_device(convert_gpu_number_to_name(2))
+        choose_device(convert_gpu_number_to_device_name(2))
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x", -1, 1.5, ["cpu"], True])
@@ -205,7 +211,7 @@ def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
 
     A released checkpoint stores neither the stage nor the dilation. Dilation changes the scores.
     """
-    folder = write_released_files(tmp_path)
+    folder = write_images_and_released_format_checkpoints(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
     image = str(folder / "real" / "0.png")
     plain = load(**files, options={"dilated": False, "stage": 0}).predict(image)

@@ -8,7 +8,7 @@ from trainings import run_training, train_detector_arguments, train_sr_arguments
 
 import test as test_program
 from evaluation import load
-from utils.options import test_parser as parser_of_test
+from utils.options import create_test_parser
 
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
@@ -98,7 +98,7 @@ def test_train_sr_trains_and_evaluates_on_one_device(training_files, tmp_path, m
 def test_test_py_keeps_all_tensors_on_one_device(training_files, tmp_path, detector_file, flags):
     words = f"--gpu 0 --workers 0 --vgg-weights random --resume {detector_file} --save_path {tmp_path}/scores"
     words += f" --data-root-pos {training_files}/real --data-root-neg {training_files}/fake {flags}"
-    args = parser_of_test().parse_args(words.replace("RESIDUALS", f"{tmp_path}/residuals").split())
+    args = create_test_parser().parse_args(words.replace("RESIDUALS", f"{tmp_path}/residuals").split())
     with pretend_cuda():
         assert test_program.main(args) in (0, None)
 

@@ -77,13 +77,13 @@ def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_n
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
 
-    def raise_mistake():
+    def raise_user_error():
         raise UserError("a mistake")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
-        assert run_program(raise_mistake) == 2
+        assert run_program(raise_user_error) == 2
     assert waits == [console.MISTAKE_DELAY]
     assert capfd.readouterr().err.splitlines() == ["error: a mistake"] * 2
 
@@ -97,7 +97,7 @@ def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
     assert run.returncode != 0 and len(lines) == 1 and "absent.pth.tar" in lines[0]
 
 
-def test_torchrun_trains_until_sigterm_and_scores_as_one_process(training_files, tmp_path):
+def test_two_torchrun_processes_train_until_sigterm_and_write_the_same_scores_as_one_process(training_files, tmp_path):
     """Two processes train a detector until torchrun gets SIGTERM.
 
     The score table that two processes write for this detector equals the score table of one process.

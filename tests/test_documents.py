@@ -17,9 +17,9 @@ DOCUMENTS = [
 ]
 STUDIES = sorted(ROOT.glob("results/*/tables.csv"))
 PROGRAMS = {
-    "train_sr.py": options.train_sr_parser,
-    "train_detector.py": options.train_detector_parser,
-    "test.py": options.test_parser,
+    "train_sr.py": options.create_train_sr_parser,
+    "train_detector.py": options.create_train_detector_parser,
+    "test.py": options.create_test_parser,
 }
 PARSED_ELSEWHERE = {"--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-endpoint"}  # flags of torchrun
 
@@ -106,7 +106,7 @@ def test_the_tables_of_the_documents_follow_from_the_committed_scores(monkeypatc
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.parent.name)
-def test_a_study_uses_each_committed_score_table_and_each_used_score_table_is_committed(study):
+def test_the_folder_of_a_study_contains_exactly_the_score_tables_that_its_tables_use(study):
     with study.open(newline="") as file:
         used = {(study.parent / row["scores"]).resolve() for row in csv.DictReader(file)}
     committed = set(study.parent.glob("scores/*.csv"))

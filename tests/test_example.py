@@ -1,6 +1,6 @@
-"""Tests of tools.example: example images, and twins of photographs.
+"""Tests of tools.example: example images, and fake copies (twins) of photographs.
 
-A twin is an image that a simulated generator makes from a photograph.
+A simulated generator or an autoencoder makes the fake copy of a photograph.
 """
 
 import io
@@ -18,7 +18,7 @@ import torch
 from files import expect_user_error, save_image
 from PIL import Image, JpegImagePlugin
 
-from data.images import load_image
+from data.images import read_image_as_tensor
 from data.lists import read_path_list
 from tools import example, twins
 from tools.autoencoder import Autoencoder, load_autoencoder
@@ -98,7 +98,7 @@ def test_the_folder_of_example_images_has_the_documented_files(example_folder):
     assert json.loads((example_folder / "settings.json").read_text())["seed"] == 123
 
 
-def test_an_example_image_does_not_depend_on_the_number_of_images_and_occurs_once(example_folder, tmp_path):
+def test_example_images_are_unique_and_do_not_depend_on_the_number_of_images(example_folder, tmp_path):
     assert example.main(example_arguments(tmp_path / "more", "--train", 3, "--val", 0)) == 0
     few, more = read_all_files(example_folder), read_all_files(tmp_path / "more")
     common = [name for name in few if name in more and name.endswith(".png")]
@@ -235,7 +235,7 @@ def test_the_tiles_of_the_autoencoder_cover_the_image_without_gaps():
     assert torch.equal(twins.create_autoencoder_function(Identity())(x), x)
 
 
-# --- twins
+# --- fake copies of photographs
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def photograph_folder(tmp_path):
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_twins_have_the_format_and_size_of_their_originals(photograph_folder, tmp_path, trained):
+def test_fake_copies_have_the_format_and_size_of_their_originals(photograph_folder, tmp_path, trained):
     out = tmp_path / "twins"
     more = ["--autoencoder", *write_autoencoder_weights(tmp_path)] if trained else []
     before = read_all_files(photograph_folder)
@@ -272,20 +272,23 @@ def test_twins_have_the_format_and_size_of_their_originals(photograph_folder, tm
             assert getattr(twin, "quantization", None) == getattr(original, "quantization", None)
             if original.format == "JPEG":
                 assert JpegImagePlugin.get_sampling(twin) == JpegImagePlugin.get_sampling(original)
-        assert load_image(str(out / name)).shape == load_image(str(photograph_folder / name)).shape
+        assert read_image_as_tensor(str(out / name)).shape == read_image_as_tensor(str(photograph_folder / name)).shape
     assert b"VP8L" in (out / "below" / "b.webp").read_bytes()[:64]
 
 
-def test_simulated_twins_resemble_their_originals(photograph_folder, tmp_path):
+def test_fake_copies_made_by_upsampling_resemble_their_originals(photograph_folder, tmp_path):
     out = tmp_path / "twins"
     example.main(["--from", str(photograph_folder), "--out", str(out)])
     for name in ("a.jpg", "below/a.png", "below/b.webp"):
-        difference = load_image(str(out / name)).double() - load_image(str(photograph_folder / name)).double()
+        difference = (
+            read_image_as_tensor(str(out / name)).double()
+            - read_image_as_tensor(str(photograph_folder / name)).double()
+        )
         psnr = -10 * torch.log10((difference / 255).square().mean())
         assert 18 < psnr < 40
 
 
-def test_tools_example_reports_photographs_for_which_it_makes_no_twin(photograph_folder, tmp_path, caplog):
+def test_tools_example_reports_photographs_of_which_it_makes_no_fake_copy(photograph_folder, tmp_path, caplog):
     (photograph_folder / "broken.png").write_bytes(b"not an image")
     os.mkfifo(photograph_folder / "pipe.png")
     alpha = Image.new("RGBA", (16, 16), (10, 20, 30, 40))
@@ -299,7 +302,7 @@ def test_tools_example_reports_photographs_for_which_it_makes_no_twin(photograph
         assert words in caplog.text
 
 
-def test_making_twins_of_a_folder_without_readable_images_is_refused(tmp_path):
+def test_making_fake_copies_of_a_folder_without_readable_images_is_refused(tmp_path):
     (tmp_path / "photographs").mkdir()
     (tmp_path / "photographs" / "a.png").write_bytes(b"not an image")
     with expect_user_error("none of the 1 images"):

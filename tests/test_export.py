@@ -16,7 +16,7 @@ from processes import ROOT
 from torch import nn
 
 from evaluation import load
-from evaluation.metrics import format_metrics, summarize_scores
+from evaluation.metrics import compute_metrics_overall_and_per_generator, format_metrics
 from evaluation.score_table import read_table
 from models import build
 from models.features import load_vgg
@@ -46,7 +46,7 @@ def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **optio
     """Write a detector in the checkpoint format of train_detector.py. Return the path of the checkpoint."""
     torch.manual_seed(0)
     detector, config = build.create_detector(
-        checkpoints.read_checkpoint(rdn), {"arch": "resnet18", **options}, "random"
+        checkpoints.read_checkpoint_if_path_is_given(rdn), {"arch": "resnet18", **options}, "random"
     )
     for module in detector.modules():  # without random batch-norm weights, all images would have similar logits
         if isinstance(module, nn.BatchNorm2d):
@@ -69,7 +69,7 @@ def network_logits(detector, x):
 
 
 @pytest.fixture(scope="module")
-def exported_files(shrink_resnet18, tmp_path_factory):
+def exported_detector_folder(shrink_resnet18, tmp_path_factory):
     """Return a folder with one detector in three formats: mine.pth.tar, mine.onnx and mine.safetensors."""
     folder = tmp_path_factory.mktemp("export")
     rdn = write_rdn_weights(folder / "rdn.pth")
@@ -82,7 +82,7 @@ def exported_files(shrink_resnet18, tmp_path_factory):
 # --- graphs
 
 
-def require_detector_results(path, detector, *sizes):
+def require_graph_equals_detector(path, detector, *sizes):
     """Require that a graph and a detector give the same logits and the same P(fake).
 
     Args:
@@ -99,43 +99,49 @@ def require_detector_results(path, detector, *sizes):
         assert np.ptp(logits) > 1e-3
 
 
-def test_an_onnx_graph_gives_the_logits_of_the_detector_at_several_image_sizes(exported_files):
-    detector = load(exported_files / "mine.pth.tar", device="cpu")
-    require_detector_results(exported_files / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552))
+def test_an_onnx_graph_gives_the_logits_of_the_detector_at_several_image_sizes(exported_detector_folder):
+    detector = load(exported_detector_folder / "mine.pth.tar", device="cpu")
+    require_graph_equals_detector(
+        exported_detector_folder / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552)
+    )
 
 
-def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(exported_files, tmp_path):
+def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(exported_detector_folder, tmp_path):
     rdn = write_rdn_weights(tmp_path / "rdn.pth", scale=3)
     path = write_detector(tmp_path / "mine.pth.tar", rdn, stage=5, **NO_DILATION)
     export.main(["--resume", path, "--vgg-weights", "random", "--out", f"{tmp_path}/new/mine.pt2"])
     detector = load(path, device="cpu", vgg_weights="random")
-    require_detector_results(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
+    require_graph_equals_detector(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
 
 
 @pytest.fixture(scope="module")
-def crop_detector_folder(exported_files):
+def folder_of_crop_detector_and_graph(exported_detector_folder):
     """Return a folder with a detector for crops of 128 x 128 pixels. The graph of the detector is detector.onnx."""
-    folder = exported_files / "crops"
+    folder = exported_detector_folder / "crops"
     folder.mkdir()
-    path = write_detector(folder / "mine.pth.tar", str(exported_files / "rdn.pth"), {"crop_size": 128}, **NO_DILATION)
+    path = write_detector(
+        folder / "mine.pth.tar", str(exported_detector_folder / "rdn.pth"), {"crop_size": 128}, **NO_DILATION
+    )
     export.main(["--resume", path, "--out", f"{folder}/detector.onnx"])
     return folder
 
 
-def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(crop_detector_folder):
-    path = crop_detector_folder / "detector.onnx"
+def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(folder_of_crop_detector_and_graph):
+    path = folder_of_crop_detector_and_graph / "detector.onnx"
     _, facts = graph.load_graph(path.read_bytes())
     assert (json.loads(facts["crops"]), json.loads(facts["crop_size"])) == (9, 128)
-    detector = load(crop_detector_folder / "mine.pth.tar", device="cpu")
-    require_detector_results(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
+    detector = load(folder_of_crop_detector_and_graph / "mine.pth.tar", device="cpu")
+    require_graph_equals_detector(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
 
 
-def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(crop_detector_folder, monkeypatch):
+def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(
+    folder_of_crop_detector_and_graph, monkeypatch
+):
     document = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     (code,) = [
         block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "# mean over crops" in block
     ]
-    monkeypatch.chdir(crop_detector_folder)
+    monkeypatch.chdir(folder_of_crop_detector_and_graph)
     detector = load("mine.pth.tar", device="cpu")
     for index, (height, width) in enumerate([(150, 281), (128, 128), (130, 400)]):
         Image.fromarray(random_images(height, width, 3).numpy()).save(f"{index}.png")
@@ -144,9 +150,9 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(crop_de
         assert names["prob_fake"] == pytest.approx(detector.predict(f"{index}.png")[0], abs=1e-5)
 
 
-def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_files):
+def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_detector_folder):
     """PyTorch 2.6 can convert a plain batch norm to ONNX, but not a `BatchNorm2d`."""
-    network = load(exported_files / "mine.pth.tar", device="cpu").network
+    network = load(exported_detector_folder / "mine.pth.tar", device="cpu").network
     plain = graph.copy_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
     assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -155,7 +161,7 @@ def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(e
         assert plain(x).numpy() == pytest.approx(network(x).numpy(), abs=1e-5)
 
 
-class Halves(nn.Module):
+class BlockMeansAndSquares(nn.Module):
     """A module that returns the means of blocks of 2 x 2 pixels, and the squares of the means."""
 
     channels, stride = 6, 2
@@ -176,30 +182,30 @@ class FixedSize(nn.Module):
         return self.linear(residual.flatten(1))
 
 
-def test_features_that_a_user_adds_are_exported(tmp_path, monkeypatch):
-    monkeypatch.setitem(build.FEATURES, "halves", Halves)
+def test_the_exported_graph_of_a_detector_with_added_features_gives_its_logits(tmp_path, monkeypatch):
+    monkeypatch.setitem(build.FEATURES, "halves", BlockMeansAndSquares)
     path = write_detector(tmp_path / "mine.pth.tar", sr_arch="bicubic", features="halves", **NO_DILATION)
     export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
-    require_detector_results(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
+    require_graph_equals_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
 
 
 def test_a_classifier_that_accepts_one_image_size_is_exported_for_crops_of_that_size(tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(build.FEATURES, "halves", Halves)
+    monkeypatch.setitem(build.FEATURES, "halves", BlockMeansAndSquares)
     monkeypatch.setitem(build.CLASSIFIERS, "fixed", FixedSize)
     options = {"sr_arch": "none", "features": "halves", "arch": "fixed"}
     path = write_detector(tmp_path / "mine.pth.tar", images={"crop_size": 64}, **options)
     with caplog.at_level("INFO"):
         export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
     assert "accepts only images of 64 x 64 pixels" in caplog.text
-    require_detector_results(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
+    require_graph_equals_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
     path = write_detector(tmp_path / "whole.pth.tar", **options)
     with expect_user_error("cannot export"):
         export.main(["--resume", path, "--out", f"{tmp_path}/whole.pt2"])
     assert not (tmp_path / "whole.pt2").exists()
 
 
-def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(exported_files):
-    session = onnxruntime.InferenceSession(exported_files / "mine.onnx")
+def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(exported_detector_folder):
+    session = onnxruntime.InferenceSession(exported_detector_folder / "mine.onnx")
     inputs = [(value.name, value.type, value.shape) for value in session.get_inputs()]
     assert inputs == [("image", "tensor(uint8)", ["batch", 3, "height", "width"])]
     logits, prob_fake = session.run(["logits", "prob_fake"], {"image": random_images(2, 3, 36, 40).numpy()})
@@ -207,25 +213,33 @@ def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(
     facts = {name: json.loads(value) for name, value in session.get_modelmeta().custom_metadata_map.items()}
     expected = {"labels": ["fake", "real"], "scale": 4, "resize": 100, "crop_size": None, "crops": 1, **CALIBRATION}
     assert {name: facts[name] for name in expected} == expected
-    config = checkpoints.load_checkpoint(exported_files / "mine.pth.tar")["config"]
+    config = checkpoints.read_checkpoint_content(exported_detector_folder / "mine.pth.tar")["config"]
     assert facts["detector"].items() >= config.items()
-    assert b"/home/me" not in (exported_files / "mine.onnx").read_bytes()
+    assert b"/home/me" not in (exported_detector_folder / "mine.onnx").read_bytes()
 
 
 def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_graph(
-    exported_files, tmp_path
+    exported_detector_folder, tmp_path
 ):
-    def check_graph(content, detector=exported_files / "mine.pth.tar"):
+    def check_graph(content, detector=exported_detector_folder / "mine.pth.tar"):
         (tmp_path / "a.onnx").write_bytes(content)
         export.main(["--resume", str(detector), "--check", f"{tmp_path}/a.onnx"])
 
-    data = (exported_files / "mine.onnx").read_bytes()
+    data = (exported_detector_folder / "mine.onnx").read_bytes()
     version = graph.FORMAT.encode()
-    weight = checkpoints.load_checkpoint(exported_files / "mine.pth.tar")["state_dict"]["fc.weight"].numpy().tobytes()
+    weight = (
+        checkpoints.read_checkpoint_content(exported_detector_folder / "mine.pth.tar")["state_dict"]["fc.weight"]
+        .numpy()
+        .tobytes()
+    )
     check_graph(data)
     other = {**CALIBRATION, "temperature": 1.8}
     other = write_detector(
-        tmp_path / "other.pth.tar", str(exported_files / "rdn.pth"), {"resize": 100}, other, **NO_DILATION
+        tmp_path / "other.pth.tar",
+        str(exported_detector_folder / "rdn.pth"),
+        {"resize": 100},
+        other,
+        **NO_DILATION,
     )
     with expect_user_error("a.onnx is not from this detector: expected temperature = 1.8, got 1.7"):
         check_graph(data, other)
@@ -243,7 +257,9 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
 
 
 @pytest.mark.parametrize(("flag", "name"), [("--out", "a.onnx"), ("--out", "a.pt2"), ("--bundle", "a.safetensors")])
-def test_an_output_path_with_a_file_of_the_user_is_refused_before_any_work(exported_files, tmp_path, flag, name):
+def test_an_output_path_with_a_file_of_the_user_is_refused_before_any_work(
+    exported_detector_folder, tmp_path, flag, name
+):
     (tmp_path / name).write_bytes(b"mine")
     (tmp_path / "folder.onnx").mkdir()
     with expect_user_error(name, "not written by this program"):
@@ -253,37 +269,41 @@ def test_an_output_path_with_a_file_of_the_user_is_refused_before_any_work(expor
         export.main(["--resume", "no such detector", "--out", str(tmp_path / "folder.onnx")])
 
 
-def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(exported_files, tmp_path):
+def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(exported_detector_folder, tmp_path):
     target = tmp_path / "a.safetensors"
-    target.write_bytes((exported_files / "mine.safetensors").read_bytes())
+    target.write_bytes((exported_detector_folder / "mine.safetensors").read_bytes())
     (tmp_path / "link.safetensors").symlink_to(target.name)
     path = write_detector(tmp_path / "other.pth.tar", sr_arch="none", **NO_DILATION)
     export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
     assert (tmp_path / "link.safetensors").is_symlink()
-    assert checkpoints.load_checkpoint(target)["config"]["resynthesizer"]["name"] == "none"
-    export.require_replaceable_file(exported_files / "mine.onnx", graph.MARK)
+    assert checkpoints.read_checkpoint_content(target)["config"]["resynthesizer"]["name"] == "none"
+    export.refuse_to_replace_file_without_mark(exported_detector_folder / "mine.onnx", graph.MARK)
 
 
 # --- bundles
 
 
-def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(exported_files, tmp_path):
-    mine = checkpoints.load_checkpoint(exported_files / "mine.pth.tar")
-    shared = checkpoints.load_checkpoint(exported_files / "mine.safetensors")
+def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(exported_detector_folder, tmp_path):
+    mine = checkpoints.read_checkpoint_content(exported_detector_folder / "mine.pth.tar")
+    shared = checkpoints.read_checkpoint_content(exported_detector_folder / "mine.safetensors")
     assert shared.keys() == mine.keys() - {"settings", "progress"} | {"card"}
     for name in ("state_dict", "sr_state_dict"):
         assert checkpoints.compute_fingerprint(shared[name]) == checkpoints.compute_fingerprint(mine[name])
-    one, other = (load(exported_files / f"mine.{ending}", device="cpu") for ending in ("pth.tar", "safetensors"))
+    one, other = (
+        load(exported_detector_folder / f"mine.{ending}", device="cpu") for ending in ("pth.tar", "safetensors")
+    )
     assert torch.equal(one.logits(random_images(2, 3, 36, 36)), other.logits(random_images(2, 3, 36, 36)))
     assert one.describe_model() == other.describe_model()
     assert torch.equal(one.trained_on, other.trained_on)
     assert "12 images" in shared["card"]
-    assert b"/home/me" not in (exported_files / "mine.safetensors").read_bytes()
+    assert b"/home/me" not in (exported_detector_folder / "mine.safetensors").read_bytes()
 
 
-def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
+def test_a_bundle_of_a_released_detector_keeps_its_logits_and_refuses_other_vgg_weights(tmp_path):
     rdn = write_rdn_weights(tmp_path / "sr.pth.tar")
-    content = checkpoints.load_checkpoint(write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION))
+    content = checkpoints.read_checkpoint_content(
+        write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION)
+    )
     torch.save({"state_dict": content["state_dict"]}, tmp_path / "cls.pth.tar")
     other = {key: tensor + 0.01 for key, tensor in load_vgg("random")[0].state_dict().items()}
     torch.save(other, tmp_path / "vgg.pth")
@@ -293,39 +313,51 @@ def test_a_bundle_of_released_files_is_refused_with_other_vgg_weights(tmp_path):
     released = load(cls, device="cpu", resynthesizer=rdn, vgg_weights=vgg, options=NO_DILATION)
     x = random_images(1, 3, 36, 36)
     assert torch.equal(released.logits(x), load(shared, device="cpu", vgg_weights=vgg).logits(x))
-    assert str(tmp_path) not in json.dumps(checkpoints.load_checkpoint(shared)["config"])
+    assert str(tmp_path) not in json.dumps(checkpoints.read_checkpoint_content(shared)["config"])
     with expect_user_error("a.safetensors", "VGG"):
         load(shared, device="cpu", vgg_weights="random")
 
 
-def test_the_model_card_shows_metrics_and_scores_of_another_detector_are_refused(exported_files, tmp_path):
+def make_detector_description_and_metrics(exported_detector_folder, tmp_path):
+    """Return two entries of the file p.json: a description of the detector, and the metrics of a score table."""
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
-    detector = load(exported_files / "mine.pth.tar", device="cpu").describe_model()
-    metrics = summarize_scores(read_table(tmp_path / "p.csv"))
-    flags = (
-        f"--resume {exported_files}/mine.pth.tar --bundle {tmp_path}/a.safetensors --scores {tmp_path}/p.json".split()
-    )
+    detector = load(exported_detector_folder / "mine.pth.tar", device="cpu").describe_model()
+    return detector, compute_metrics_overall_and_per_generator(read_table(tmp_path / "p.csv"))
+
+
+def make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path):
+    """Return a command line for tools.export that writes a.safetensors with the metrics in p.json."""
+    detector = f"{exported_detector_folder}/mine.pth.tar"
+    return ["--resume", detector, "--bundle", f"{tmp_path}/a.safetensors", "--scores", f"{tmp_path}/p.json"]
+
+
+def test_the_model_card_of_a_bundle_shows_the_metrics_of_the_given_scores(exported_detector_folder, tmp_path):
+    detector, metrics = make_detector_description_and_metrics(exported_detector_folder, tmp_path)
+    (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
+    export.main(make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path))
+    assert format_metrics(metrics) in checkpoints.read_checkpoint_content(tmp_path / "a.safetensors")["card"]
+
+
+def test_no_bundle_is_written_with_scores_of_another_detector_or_without_metrics(exported_detector_folder, tmp_path):
+    detector, metrics = make_detector_description_and_metrics(exported_detector_folder, tmp_path)
     for text, record in (
         ("another detector", {"detector": {"classifier_fingerprint": "0123"}, "metrics": metrics}),
         ("no metrics", {"detector": detector}),
     ):
         (tmp_path / "p.json").write_text(json.dumps(record))
         with expect_user_error(text):
-            export.main(flags)
+            export.main(make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path))
         assert not (tmp_path / "a.safetensors").exists()
-    (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
-    export.main(flags)
-    assert format_metrics(metrics) in checkpoints.load_checkpoint(tmp_path / "a.safetensors")["card"]
 
 
-def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkeypatch):
+def test_damaged_and_edited_bundles_are_refused(exported_detector_folder, tmp_path, monkeypatch):
     whole, path, rng = (
-        (exported_files / "mine.safetensors").read_bytes(),
+        (exported_detector_folder / "mine.safetensors").read_bytes(),
         tmp_path / "bad.safetensors",
         seeded_generator(0),
     )
-    contents = [whole[:-1], b"", (exported_files / "mine.pth.tar").read_bytes(), safetensors.save({})]
+    contents = [whole[:-1], b"", (exported_detector_folder / "mine.pth.tar").read_bytes(), safetensors.save({})]
     for place in (3, 9, *rng.integers(0, len(whole), 20)):  # bytes 3 and 9 belong to the header of the file
         flipped = bytearray(whole)
         flipped[place] ^= 1 << int(rng.integers(8))
@@ -333,8 +365,8 @@ def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkey
     for content in contents:
         path.write_bytes(content)
         with expect_user_error("bad.safetensors"):
-            checkpoints.load_checkpoint(path)
-    content = checkpoints.load_checkpoint(exported_files / "mine.safetensors")
+            checkpoints.read_checkpoint_content(path)
+    content = checkpoints.read_checkpoint_content(exported_detector_folder / "mine.safetensors")
     for part in ("state_dict", "sr_state_dict"):
         changed = {key: tensor + 1 for key, tensor in content[part].items()}
         checkpoints.save_checkpoint({**content, part: changed}, path)
@@ -342,20 +374,20 @@ def test_damaged_and_edited_bundles_are_refused(exported_files, tmp_path, monkey
             load(path, device="cpu")
     monkeypatch.setattr(checkpoints, "BUNDLE", "version 2")
     with expect_user_error("mine.safetensors", "version 1", "version 2"):
-        checkpoints.load_checkpoint(exported_files / "mine.safetensors")
+        checkpoints.read_checkpoint_content(exported_detector_folder / "mine.safetensors")
 
 
 @pytest.mark.parametrize(
     "flags", ["", "--out a.txt", "--check a.txt", "--bundle a.pth", "--out a.onnx --scores p.json"]
 )
-def test_tools_export_reports_a_wrong_command_line_with_exit_status_2(exported_files, flags, capsys):
-    command = ["--resume", f"{exported_files}/mine.pth.tar", *flags.split()]
+def test_tools_export_reports_a_wrong_command_line_with_exit_status_2(exported_detector_folder, flags, capsys):
+    command = ["--resume", f"{exported_detector_folder}/mine.pth.tar", *flags.split()]
     with pytest.raises(SystemExit) as caught:
         export.main(command)
     assert caught.value.code == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_tools_export_with_check_refuses_a_graph_that_does_not_exist(exported_files):
+def test_tools_export_with_check_refuses_a_graph_that_does_not_exist(exported_detector_folder):
     with expect_user_error("none.onnx"):
-        export.main(["--resume", f"{exported_files}/mine.pth.tar", "--check", "none.onnx"])
+        export.main(["--resume", f"{exported_detector_folder}/mine.pth.tar", "--check", "none.onnx"])

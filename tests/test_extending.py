@@ -10,7 +10,7 @@ import torch
 from files import expect_user_error
 from processes import ROOT
 from torch import nn
-from trainings import read_checkpoint, run_training, train_detector_arguments
+from trainings import read_checkpoint_content, run_training, train_detector_arguments
 
 from data import degradations, perturbations
 from evaluation import load, metrics
@@ -68,7 +68,7 @@ def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_a
         )
     )
     run_training(arguments_without_resynthesizer(training_files, out, f"{PARTS} --fixed-sr --epochs 2 --resume auto"))
-    state = read_checkpoint(out / "last.pth.tar")
+    state = read_checkpoint_content(out / "last.pth.tar")
     assert state["progress"]["epoch"] == 2
     config = state["config"]
     assert config["resynthesizer"] == {"name": "small_sr", "scale": 4, "args": {"width": 5}}
@@ -87,7 +87,7 @@ def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_a
         )
     )
     before = state["sr_state_dict"]
-    after = read_checkpoint(tuned / "last.pth.tar")["sr_state_dict"]
+    after = read_checkpoint_content(tuned / "last.pth.tar")["sr_state_dict"]
     assert not any(torch.equal(before[key], after[key]) for key in before)
 
 
@@ -101,7 +101,7 @@ def test_network_arguments_that_contradict_a_checkpoint_are_refused(training_fil
         run_training(arguments_without_resynthesizer(training_files, tmp_path / "detector", flags))
 
 
-def test_loading_a_checkpoint_whose_features_are_not_in_the_dict_gives_an_error_with_their_name(
+def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_by_name(
     training_files, tmp_path, add_documented_networks, monkeypatch
 ):
     run_training(

@@ -48,7 +48,7 @@ def vgg_with_reference_weights():
     return load_reference_weights(VGG19())
 
 
-def find_features_of_stage(stage, vgg):
+def create_features_of_stage(stage, vgg):
     """Return the features module of a stage: `Pixels` for stage 0, and `VGG19Stage` for stages 1 to 5."""
     if stage == 0:
         return Pixels()
@@ -105,7 +105,7 @@ def test_a_small_rdn_has_the_released_output_at_each_scale(released_outputs, sca
     assert read_rdn_scale_and_arguments(small.state_dict(), "file") == (scale, TINY)
 
 
-def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(
+def test_vgg_stages_computed_alone_or_together_give_the_outputs_of_the_release(
     released_outputs, vgg_with_reference_weights, input_images
 ):
     with torch.inference_mode():
@@ -135,7 +135,7 @@ def test_vgg_stages_have_the_released_outputs_computed_alone_and_together(
 def test_detectors_have_the_released_logits(
     released_outputs, rdn_with_reference_weights, vgg_with_reference_weights, input_images, key, arch, stage, dilated
 ):
-    features = find_features_of_stage(stage, vgg_with_reference_weights)
+    features = create_features_of_stage(stage, vgg_with_reference_weights)
     classifier = load_reference_weights(DeepStemResNet(features.channels, arch, dilated))
     detector = ResynthesisDetector(rdn_with_reference_weights, features, classifier).eval()
     with torch.inference_mode():

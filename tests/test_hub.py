@@ -44,6 +44,6 @@ def test_a_neighbouring_folder_with_a_longer_name_is_not_this_checkout(monkeypat
     module = types.ModuleType("models")
     module.__file__ = f"{ROOT}2/models/__init__.py"
     monkeypatch.setitem(sys.modules, "models", module)
-    assert not hubconf.has_own_packages()
+    assert not hubconf.is_project_already_imported()
     module.__file__ = str(ROOT / "models/__init__.py")
-    assert hubconf.has_own_packages()
+    assert hubconf.is_project_already_imported()

@@ -19,13 +19,13 @@ from data.images import (
     SizePolicy,
     check_headers,
     compute_final_size,
-    load_image,
+    read_image_as_tensor,
     require_equal_sizes,
     resize_and_crop,
     select_usable_items,
 )
 from data.lists import Item
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import REAL
 
@@ -33,8 +33,8 @@ ORIENTATION = 0x0112  # EXIF tag of the orientation
 
 
 def load_pixels(path):
-    """Return the pixels that load_image reads from a file, as a NumPy array (H, W, 3)."""
-    image = load_image(path)
+    """Return the pixels that read_image_as_tensor reads from a file, as a NumPy array (H, W, 3)."""
+    image = read_image_as_tensor(path)
     assert image.dtype == torch.uint8 and image.is_contiguous() and image.shape[0] == 3
     return image.permute(1, 2, 0).numpy()
 
@@ -169,13 +169,13 @@ def test_png_files_that_pillow_cannot_write_are_decoded(tmp_path, chunks, expect
 @pytest.mark.parametrize("value", [-0.1, 1.5, np.nan])
 def test_an_image_with_float_values_outside_0_to_1_is_refused(tmp_path, value):
     with expect_user_error("b.tif: has values", "expected 0 to 1"):
-        load_image(save_image(tmp_path / "b.tif", np.array([[0.0, value]], np.float32)))
+        read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0.0, value]], np.float32)))
 
 
 @pytest.mark.parametrize("value", [-3, 70000])
 def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value):
     with expect_user_error("b.tif: has values", "expected 0 to 65535"):
-        load_image(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
+        read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
 # UPRIGHT is an image. STORED gives the pixels that a file with each EXIF orientation stores for this image
@@ -260,8 +260,8 @@ def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(folder_of_ba
     assert len(names) == 22
     for name in names:
         path = str(folder_of_bad_files / name)
-        with expect_user_error(printable(path) + ": ", BAD_FILES.get(name, "")):
-            load_image(path)
+        with expect_user_error(make_printable(path) + ": ", BAD_FILES.get(name, "")):
+            read_image_as_tensor(path)
     assert len(os.listdir("/dev/fd")) == open_files
 
 
@@ -330,7 +330,7 @@ def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(t
         for path, header in zip(paths, check_headers(paths, SizePolicy()), strict=True):
             start = time.monotonic()
             try:
-                resize_and_crop(load_image(path), SizePolicy())
+                resize_and_crop(read_image_as_tensor(path), SizePolicy())
                 readable += 1
                 assert header.problem is None  # check_headers must not refuse a file that can be decoded
             except UserError as error:
@@ -344,25 +344,27 @@ def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(t
 # --- sizes --------------------------------------------------------------------------------------------------
 
 
-def coordinate_image(height, width):
+def make_coordinate_image_tensor(height, width):
     """Return an image, uint8 (3, H, W), whose first two channels are the row and the column of each pixel."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     return torch.stack([rows, columns, rows * 0]).to(torch.uint8)
 
 
 def locate_crop(image):
-    """Return the row and column at which a crop of a `coordinate_image` starts."""
+    """Return the row and column at which a crop of an image of `make_coordinate_image_tensor` starts."""
     return image[:2, 0, 0].tolist()
 
 
 def test_images_are_cropped_in_the_centre_to_multiples_of_the_scale():
-    image = resize_and_crop(coordinate_image(11, 16), SizePolicy(scale=4))
+    image = resize_and_crop(make_coordinate_image_tensor(11, 16), SizePolicy(scale=4))
     assert image.shape == (3, 8, 16) and locate_crop(image) == [1, 0] and image.is_contiguous()
-    assert torch.equal(resize_and_crop(coordinate_image(8, 12), SizePolicy(scale=4)), coordinate_image(8, 12))
+    assert torch.equal(
+        resize_and_crop(make_coordinate_image_tensor(8, 12), SizePolicy(scale=4)), make_coordinate_image_tensor(8, 12)
+    )
 
 
 def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given():
-    image = coordinate_image(20, 30)
+    image = make_coordinate_image_tensor(20, 30)
     assert locate_crop(resize_and_crop(image, SizePolicy(4, 8))) == [6, 11]
     # The sides of a crop must be multiples of the scale 4, so the crop has 8 x 8 pixels, not 10 x 10
     assert locate_crop(resize_and_crop(image, SizePolicy(4, 10))) == [5 + 1, 10 + 1]
@@ -372,12 +374,15 @@ def test_a_crop_is_in_the_centre_or_at_a_random_position_if_a_generator_is_given
     assert {column for _, column in corners} == set(range(23))
 
 
-def test_resizing_keeps_the_aspect_ratio_and_antialiases():
+def test_resizing_keeps_the_aspect_ratio_and_applies_antialiasing():
     policy = SizePolicy(scale=1, resize=20)
-    assert resize_and_crop(coordinate_image(40, 70), policy).shape == (3, 20, 35)
-    assert resize_and_crop(coordinate_image(10, 15), policy).shape == (3, 20, 30)
-    assert torch.equal(resize_and_crop(coordinate_image(20, 24), policy), coordinate_image(20, 24))
-    checkers = coordinate_image(60, 60).sum(dim=0) % 2 * 255  # without antialiasing, all pixels would be 0 or 255
+    assert resize_and_crop(make_coordinate_image_tensor(40, 70), policy).shape == (3, 20, 35)
+    assert resize_and_crop(make_coordinate_image_tensor(10, 15), policy).shape == (3, 20, 30)
+    assert torch.equal(
+        resize_and_crop(make_coordinate_image_tensor(20, 24), policy), make_coordinate_image_tensor(20, 24)
+    )
+    # Without antialiasing, all pixels of the resized chequered image would be 0 or 255
+    checkers = make_coordinate_image_tensor(60, 60).sum(dim=0) % 2 * 255
     small = resize_and_crop(checkers.to(torch.uint8).expand(3, -1, -1).contiguous(), policy)
     assert small.dtype == torch.uint8 and (small[:, 4:-4, 4:-4].int() - 127).abs().max() <= 2
 
@@ -406,7 +411,7 @@ def test_images_that_are_too_small_or_too_large_are_refused(size, policy, words)
 
 
 def test_images_of_the_smallest_allowed_size_are_accepted():
-    assert resize_and_crop(coordinate_image(18, 16), SizePolicy(4, min_side=16)).shape == (3, 16, 16)
+    assert resize_and_crop(make_coordinate_image_tensor(18, 16), SizePolicy(4, min_side=16)).shape == (3, 16, 16)
 
 
 def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_path):

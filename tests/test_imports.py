@@ -43,7 +43,7 @@ def imported_modules(file: Path) -> set[str]:
     return found
 
 
-def package_of(module: str) -> str:
+def get_package_of_module(module: str) -> str:
     """Return the name of the package of a module, or "programs" if the module is a program such as test.py."""
     return "programs" if module in PROGRAMS else module.split(".")[0]
 
@@ -56,8 +56,8 @@ def project_imports() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("module", sorted(module_files()))
 def test_a_module_imports_only_from_its_own_and_lower_packages(module):
-    imported = {package_of(other) for other in project_imports()[module]}
-    assert imported <= MAY_IMPORT[package_of(module)]
+    imported = {get_package_of_module(other) for other in project_imports()[module]}
+    assert imported <= MAY_IMPORT[get_package_of_module(module)]
 
 
 def test_the_modules_have_no_import_cycle():

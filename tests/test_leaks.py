@@ -21,7 +21,7 @@ from data.leaks import (
     list_header_attributes,
     run_and_log_quick_leak_audit,
 )
-from data.lists import Item, list_folder_items, list_tree_items
+from data.lists import Item, list_folder_items, list_items_of_folder_tree
 from utils.labels import FAKE, REAL
 
 COUNT = 20  # images per class
@@ -58,7 +58,7 @@ def audit_folders(real, fake, **options):
     return audit_images(list_folder_items([str(real)], [str(fake)]), **options)
 
 
-def finding_names(result):
+def list_checks_with_findings(result):
     """Return the names of the leak checks that have reported a finding."""
     return [finding.check for finding in result.findings]
 
@@ -82,7 +82,7 @@ def test_the_audit_finds_each_kind_of_leak_and_reports_nothing_else(real_and_fak
     write_pictures(real_and_fake_paths[0], 0, **real_options)
     write_pictures(real_and_fake_paths[1], 100, **fake_options)
     result = audit_folders(*real_and_fake_paths, quick=quick)
-    assert finding_names(result) == [f"{attribute} (train)" for attribute in attributes]
+    assert list_checks_with_findings(result) == [f"{attribute} (train)" for attribute in attributes]
     (finding,) = result.findings
     assert finding.severity == LEAK and finding.way_out and "of the real" in finding.message
 
@@ -106,7 +106,7 @@ def test_a_leak_of_one_of_four_generators_is_found(tmp_path):
     for i, (generator, suffix) in enumerate((("a", ".png"), ("b", ".png"), ("c", ".png"), ("d", ".jpg"))):
         write_pictures(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
         write_pictures(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
-    (finding,) = audit_images(list_tree_items(str(tmp_path))).findings
+    (finding,) = audit_images(list_items_of_folder_tree(str(tmp_path))).findings
     assert finding.check == "format (train, d)" and finding.severity == LEAK
 
 
@@ -117,13 +117,13 @@ def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path)
         [str(write_pictures(tmp_path / "a", 200))], [str(write_pictures(tmp_path / "b", 300, ".jpg"))]
     )
     result = audit_images(list_folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]), validation)
-    assert finding_names(result) == ["format (validation)"]
+    assert list_checks_with_findings(result) == ["format (validation)"]
 
 
 # --- differences --------------------------------------------------------------------------------------------
 
 
-def files_with_sizes(reals, fakes):
+def make_files_of_given_sizes(reals, fakes):
     """Return one `File` for each size in `reals` and `fakes`. The size is the only attribute of the file."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
@@ -131,18 +131,18 @@ def files_with_sizes(reals, fakes):
 
 def find_severity_of_size_difference(reals, fakes):
     """Return the severity with which `compare_attribute_in_classes` reports the sizes, or None without a report."""
-    finding = compare_attribute_in_classes(files_with_sizes(reals, fakes), "size", "train")
+    finding = compare_attribute_in_classes(make_files_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 
 
 @pytest.mark.parametrize("real, fake, severity", [(85, 15, LEAK), (80, 35, WARNING), (55, 45, None)])
-def test_a_difference_between_real_and_fake_files_is_a_leak_a_warning_or_ignored_by_its_size(real, fake, severity):
+def test_the_size_of_a_difference_between_real_and_fake_files_determines_its_severity(real, fake, severity):
     reals, fakes = ("a" * n + "b" * (100 - n) for n in (real, fake))
     assert find_severity_of_size_difference(reals, fakes) == severity
 
 
-def test_the_message_of_a_finding_gives_the_frequencies_in_real_and_fake_images():
-    finding = compare_attribute_in_classes(files_with_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train")
+def test_a_finding_reports_how_often_an_attribute_value_occurs_in_real_and_fake_images():
+    finding = compare_attribute_in_classes(make_files_of_given_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train")
     assert finding.message == "a in 90% of the real and 0% of the fake images"
 
 

@@ -20,8 +20,8 @@ from data.lists import (
     list_csv_items,
     list_folder_items,
     list_image_paths,
+    list_items_of_folder_tree,
     list_labelled_items,
-    list_tree_items,
     list_unlabelled_items,
     read_path_list,
     require_both_classes,
@@ -79,52 +79,53 @@ def test_the_folders_real_and_real2_are_accepted_together(tmp_path):
 def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage_are_listed(tmp_path, real, fake):
     names = [f"progan/cat/{real}/1.png", f"progan/cat/{fake}/2.png", f"sd/{real}/3.png", f"sd/{fake}/a/4.png"]
     root = write_empty_files(tmp_path / "t", *names)
-    assert items_with_relative_paths(root, list_tree_items(root)) == [
+    assert items_with_relative_paths(root, list_items_of_folder_tree(root)) == [
         (names[0], REAL, "progan"),
         (names[2], REAL, "sd"),
         (names[1], FAKE, "progan"),
         (names[3], FAKE, "sd"),
     ]
-    assert {item.generator for item in list_tree_items(f"{root}/sd/")} == {"sd"}
+    assert {item.generator for item in list_items_of_folder_tree(f"{root}/sd/")} == {"sd"}
 
 
 def test_a_tree_may_mix_layouts_and_the_log_names_each_layout(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     names = ["a/0_real/1.png", "a/1_fake/2.png", "b/nature/3.png", "b/ai/4.png", "b/ai/5.png", "readme/6.png"]
     root = write_empty_files(tmp_path / "t", *names)
-    items = list_tree_items(root)
+    items = list_items_of_folder_tree(root)
     assert {path for path, _, _ in items_with_relative_paths(root, items)} == set(names[:5])
     assert [item.label for item in items] == [REAL, REAL, FAKE, FAKE, FAKE]
     for words in ("2 0_real/1_fake", "3 nature/ai", "1 in no class folder"):
         assert words in caplog.messages[-1]
 
 
-def test_training_lists_only_the_train_folders_of_genimage(tmp_path, caplog):
+def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     train = [f"sd/train/{kind}/{i}.png" for kind in ("nature", "ai") for i in range(2)]
     val = [f"sd/val/{kind}/9.png" for kind in ("nature", "ai")]
     root = write_empty_files(tmp_path / "t", *train, *val)
-    items = list_tree_items(root, training=True)
+    items = list_items_of_folder_tree(root, training=True)
     assert {path for path, _, _ in items_with_relative_paths(root, items)} == set(train)
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
-    assert len(list_tree_items(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    assert len(list_tree_items(f"{root}/sd/val", training=True)) == 2  # a user can choose the folder val as the root
+    assert len(list_items_of_folder_tree(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
+    # A user can choose the folder val as the root
+    assert len(list_items_of_folder_tree(f"{root}/sd/val", training=True)) == 2
     shutil.rmtree(tmp_path / "t/sd/train")
     with expect_user_error("no images that can be used", "2 in val"):
-        list_tree_items(root, training=True)
+        list_items_of_folder_tree(root, training=True)
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
     """In a tree with the class folders 0_real and 1_fake, a folder named "nature" is not a class folder."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
-    assert [item.label for item in list_tree_items(root, training=True)] == [REAL, REAL, FAKE, FAKE]
+    assert [item.label for item in list_items_of_folder_tree(root, training=True)] == [REAL, REAL, FAKE, FAKE]
 
 
 def test_a_tree_without_class_folders_is_refused(tmp_path):
     with expect_user_error("0_real", "nature", "--data-root-pos", "1 in no class folder"):
-        list_tree_items(write_empty_files(tmp_path / "plain", "a.png"))
+        list_items_of_folder_tree(write_empty_files(tmp_path / "plain", "a.png"))
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path)
     (tmp_path / "list.csv").write_text("path,label\nt/0_real/1.png,real\n")
     real, fake, table = f"{root}/0_real", f"{root}/1_fake", str(tmp_path / "list.csv")
     assert list_labelled_items([real], [fake]) == list_folder_items([real], [fake])
-    assert list_labelled_items(None, None, root) == list_tree_items(root)
+    assert list_labelled_items(None, None, root) == list_items_of_folder_tree(root)
     assert list_labelled_items(None, None, None, table) == list_csv_items(table)
     with expect_user_error("no images", "--data-root-pos", "--data-root", "--csv"):
         list_labelled_items(None, None)
@@ -277,7 +278,7 @@ def test_a_link_inside_a_tree_does_not_change_the_class_of_an_image(tmp_path, ta
     names = ["gan/0_real/1.png", "gan/1_fake/2.png", "other/1_fake/3.png"]
     root = write_empty_files(tmp_path / "t", *names)
     (tmp_path / "t/gan/0_real/link").symlink_to(target)
-    labels = {path: label for path, label, _ in items_with_relative_paths(root, list_tree_items(root))}
+    labels = {path: label for path, label, _ in items_with_relative_paths(root, list_items_of_folder_tree(root))}
     assert labels == {names[0]: REAL, names[1]: FAKE, names[2]: FAKE}
 
 
@@ -289,7 +290,7 @@ def test_a_list_with_images_of_one_class_is_refused(labels):
     require_both_classes([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
 
 
-def test_input_paths_may_be_files_with_any_suffix_and_folders(tmp_path, caplog):
+def test_input_paths_may_be_folders_or_files_with_any_suffix(tmp_path, caplog):
     root = write_empty_files(tmp_path / "r", "b.png", "a.png")
     file = write_empty_files(tmp_path / "q", "odd.name") + "/odd.name"
     assert list_unlabelled_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]

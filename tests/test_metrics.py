@@ -89,7 +89,7 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
-    measured = metrics.compute_metrics(
+    measured = metrics.compute_metrics_over_all_rows(
         write_and_read_table(tmp_path, make_score_rows([-1, 1, -1], REAL) + make_score_rows([1, -1], FAKE)), resamples=0
     )
     assert measured["accuracy"] == pytest.approx(3 / 5)
@@ -102,7 +102,7 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
         "real": {"real": 2, "fake": 1, "unsure": 0},
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
-    all_called_fake = metrics.compute_metrics(
+    all_called_fake = metrics.compute_metrics_over_all_rows(
         write_and_read_table(tmp_path, make_score_rows([1, 1], REAL)), resamples=0
     )
     assert all_called_fake["precision_real_positive"] is None
@@ -167,7 +167,7 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
     np.testing.assert_allclose(interval, [area - 1.96 * error, area + 1.96 * error], atol=1e-3)
 
 
-def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shared_real_images(tmp_path):
+def test_fakes_are_compared_with_reals_of_their_generator_or_else_with_reals_without_generator(tmp_path):
     rows = [
         *make_score_rows([-1, -2], REAL),
         *make_score_rows([-3], REAL, "own"),
@@ -175,7 +175,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
     ]
     rows += make_score_rows([-4, 5], FAKE, "other") + make_score_rows([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
-    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=50)
+    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows), resamples=50)
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
@@ -192,7 +192,7 @@ def test_fakes_are_compared_with_real_images_of_their_generator_or_with_all_shar
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
     rows = [Row("a.png", "fake", "g", error="broken"), *make_score_rows([1, -1, 2], label)]
-    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows))
+    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
     assert any("AUROC" in note for note in summary["notes"])
@@ -200,11 +200,11 @@ def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tm
     assert "AUROC" in metrics.format_metrics(summary)
 
 
-def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, monkeypatch):
+def test_a_metric_added_to_the_dict_of_metrics_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
     rows = make_score_rows([-1, 1], REAL) + make_score_rows([0, 2], FAKE, "a") + make_score_rows([2, 3], FAKE, "b")
-    summary = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
+    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
     assert metrics.make_metric_table({"": summary})[0][-1] == "max"
@@ -212,8 +212,8 @@ def test_a_metric_added_to_the_dict_appears_in_summaries_and_tables(tmp_path, mo
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
     rows = make_score_rows([-1, 1], REAL) + make_score_rows([0, 2], FAKE, "a")
-    blurred = metrics.summarize_scores(write_and_read_table(tmp_path, rows), resamples=0)
-    clean = metrics.summarize_scores(
+    blurred = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows), resamples=0)
+    clean = metrics.compute_metrics_overall_and_per_generator(
         write_and_read_table(tmp_path, rows + make_score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
     assert metrics.make_generator_table({"none": clean, "blur sigma 2": blurred}) == [

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from files import random_rgb_pixels, save_image
-from trainings import TINY, read_checkpoint, run_training, train_detector_arguments
+from trainings import TINY, read_checkpoint_content, run_training, train_detector_arguments
 
 import test as tester
 import train_detector
@@ -29,7 +29,7 @@ def detector_and_images(tmp_path_factory, shrink_resnet18):
     return root
 
 
-def status_and_last_line(main, parser, flags, capfd):
+def run_for_status_and_last_line(main, parser, flags, capfd):
     """Run a program in this process. Return the exit status and the last line on stderr."""
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
@@ -38,8 +38,8 @@ def status_and_last_line(main, parser, flags, capfd):
 
 def score_checkpoint(checkpoint, files, capfd):
     """Score an image with test.py and the given checkpoint. Return the exit status and the last line on stderr."""
-    return status_and_last_line(
-        tester.main, options.test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
+    return run_for_status_and_last_line(
+        tester.main, options.create_test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
     )
 
 
@@ -47,7 +47,7 @@ def resume_checkpoint(checkpoint, files, capfd):
     """Resume a checkpoint with train_detector.py. Return the exit status and the last line on stderr."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
-    return status_and_last_line(train_detector.main, options.train_detector_parser, flags, capfd)
+    return run_for_status_and_last_line(train_detector.main, options.create_train_detector_parser, flags, capfd)
 
 
 ODD = [-1, float("nan"), "x", [1], {"name": 3}, torch.ones(2)]
@@ -65,7 +65,7 @@ CALIBRATION = {"temperature": 2.0, "t_fake": 0.6, "t_real": 0.4, "source": "a li
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
 def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(detector_and_images, tmp_path, capfd, place):
     """The program either accepts the checkpoint or prints one error line with exit status 2."""
-    state = read_checkpoint(detector_and_images / "pixel.pth.tar") | {"calibration": CALIBRATION}
+    state = read_checkpoint_content(detector_and_images / "pixel.pth.tar") | {"calibration": CALIBRATION}
     path = tmp_path / "odd.pth.tar"
     for value in ODD:
         changed = copy.deepcopy(state)
@@ -83,7 +83,7 @@ def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(detector_and_i
 def test_a_calibration_temperature_that_is_not_positive_and_finite_is_refused(
     detector_and_images, tmp_path, capfd, temperature
 ):
-    state = read_checkpoint(detector_and_images / "pixel.pth.tar") | {
+    state = read_checkpoint_content(detector_and_images / "pixel.pth.tar") | {
         "calibration": {**CALIBRATION, "temperature": temperature}
     }
     torch.save(state, tmp_path / "odd.pth.tar")

@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 
 from utils import options
-from utils.options import test_parser as parser_of_test
-from utils.options import train_detector_parser, train_sr_parser
+from utils.options import create_test_parser, create_train_detector_parser, create_train_sr_parser
 
 ROOT = Path(__file__).parents[1]
-PARSERS = {"train_sr.py": train_sr_parser, "train_detector.py": train_detector_parser, "test.py": parser_of_test}
+PARSERS = {
+    "train_sr.py": create_train_sr_parser,
+    "train_detector.py": create_train_detector_parser,
+    "test.py": create_test_parser,
+}
 
 # Command lines with all flags of the authors' programs. If `-a` and `--arch` are both given, the last value is used.
 RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
@@ -31,7 +34,7 @@ NETWORK_OPTIONS = {
 SIZE_OPTIONS = {"crop_size", "resize"}
 
 
-def effective_options(program):
+def list_options_with_effect(program):
     """Return the options of a program, without --help and without flags that have no effect."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
@@ -48,7 +51,7 @@ def error_line_of_parser(program, arguments, capsys):
 
 
 def test_the_released_flags_of_train_sr_set_the_expected_options():
-    args = vars(train_sr_parser().parse_args(RELEASED_SR.split()))
+    args = vars(create_train_sr_parser().parse_args(RELEASED_SR.split()))
     expected = {
         "train_file": "l.txt", "eval_file": "e.txt", "outputs_dir": "o", "init": "w", "num_features": 8,
         "growth_rate": 8, "num_blocks": 2, "num_layers": 2, "scale": 3, "patch_size": 12, "lr": 1e-3, "lr_decay": 0.5,
@@ -59,7 +62,7 @@ def test_the_released_flags_of_train_sr_set_the_expected_options():
 
 
 def test_the_released_flags_of_train_detector_set_the_expected_options():
-    args = vars(train_detector_parser().parse_args(RELEASED_DETECTOR.split()))
+    args = vars(create_train_detector_parser().parse_args(RELEASED_DETECTOR.split()))
     expected = {
         "arch": "resnet50", "gpu": "0", "batch_size": 4, "workers": 2, "lr": 1e-3, "momentum": 0.8,
         "weight_decay": 1e-3, "epochs": 5, "real_roots": ["p"], "fake_roots": ["n"], "in_channels": 3, "resume": "r",
@@ -71,7 +74,7 @@ def test_the_released_flags_of_train_detector_set_the_expected_options():
 
 
 def test_test_py_accepts_the_released_training_flags_and_says_that_they_have_no_effect(capsys):
-    args = parser_of_test().parse_args([*RELEASED_DETECTOR.split(), "--save_path", "out/x"])
+    args = create_test_parser().parse_args([*RELEASED_DETECTOR.split(), "--save_path", "out/x"])
     assert (args.save_path, args.stage, args.dilated, args.resynthesizer_file) == ("out/x", 0, False, "w")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[0] for line in lines] == [
@@ -97,11 +100,11 @@ def test_a_flag_of_an_earlier_version_is_accepted_and_prints_one_line(program, f
 
 
 def test_the_default_options_equal_the_settings_of_the_paper():
-    sr = train_sr_parser().parse_args([])
+    sr = create_train_sr_parser().parse_args([])
     assert (sr.lr, sr.lr_decay, sr.lr_decay_epoch, sr.batch_size, sr.patch_size) == (1e-4, 0.5, 225, 12, 24)
     assert (sr.num_epochs, sr.num_save, sr.vgg_lambda, sr.seed, sr.patches_per_image) == (750, 15, 0.2, 123, 1)
     assert not (sr.augment or sr.completion or sr.colorization)
-    detector = train_detector_parser().parse_args([])
+    detector = create_train_detector_parser().parse_args([])
     assert (detector.momentum, detector.weight_decay, detector.classifier_grad_scale) == (0.9, 1e-4, 0.02)
     assert (detector.save_every_epoch, detector.auxiliary, detector.fixed_resynthesizer) == (2, "none", False)
 
@@ -119,7 +122,7 @@ def test_every_option_has_a_help_text_and_is_used(program):
     files = [ROOT / program, *(ROOT / "utils").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
     source = "".join(file.read_text() for file in files if file.name != "options.py")
     used = {name for pair in re.findall(r"\bargs\.(\w+)|\"(\w+)\"", source) for name in pair}
-    for option in effective_options(program):
+    for option in list_options_with_effect(program):
         assert option.help
         assert option.dest in used | NETWORK_OPTIONS | SIZE_OPTIONS, f"{option.dest} is not used"
 
@@ -127,7 +130,8 @@ def test_every_option_has_a_help_text_and_is_used(program):
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_parser_accepts_any_name_of_a_network(program):
     """The parser does not check the names of networks, because users can add networks to models/build.py."""
-    flags = [word for option in effective_options(program) if option.dest in ("sr_arch", "features", "arch", "auxiliary")
+    names = ("sr_arch", "features", "arch", "auxiliary")
+    flags = [word for option in list_options_with_effect(program) if option.dest in names
              for word in (option.option_strings[-1], "my-own")]  # fmt: skip
     args = vars(PARSERS[program]().parse_args(flags))
     assert len(flags) >= 2 and list(args.values()).count("my-own") == len(flags) // 2
@@ -135,7 +139,7 @@ def test_the_parser_accepts_any_name_of_a_network(program):
 
 def test_network_arguments_are_parsed_as_int_float_bool_or_text():
     words = ["--sr-args", "depth=12", "width=0.5", "--sr-args", "bias=true", "norm=false", "mode=a=b", "path=", "x=nan"]
-    args = train_sr_parser().parse_args(words)
+    args = create_train_sr_parser().parse_args(words)
     expected = {"depth": 12, "width": 0.5, "bias": True, "norm": False, "mode": "a=b", "path": "", "x": "nan"}
     assert args.sr_args == expected
     assert [type(value) for value in args.sr_args.values()] == [type(value) for value in expected.values()]
@@ -168,7 +172,7 @@ def test_a_number_outside_the_limits_of_its_option_is_refused():
     "text, parsed", [("jpeg", ("jpeg", None)), ("jpeg=70", ("jpeg", 70.0)), ("noise=0.5", ("noise", 0.5))]
 )
 def test_the_flag_perturb_is_parsed_as_a_name_with_or_without_a_strength(text, parsed):
-    assert parser_of_test().parse_args(["--perturb", text]).perturb == [parsed]
+    assert create_test_parser().parse_args(["--perturb", text]).perturb == [parsed]
 
 
 @pytest.mark.parametrize("program", PARSERS)
@@ -183,5 +187,5 @@ def test_the_lines_of_the_help_text_have_at_most_120_characters(program):
 )
 def test_a_number_out_of_range_is_refused_with_the_range(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        train_detector_parser().parse_args(arguments.split())
+        create_train_detector_parser().parse_args(arguments.split())
     assert message in capsys.readouterr().err

@@ -10,15 +10,15 @@ import pytest
 import torch
 from golden_rule import load_reference_weights
 from PIL import Image
-from processes import send_signal_in_batch, start_program, wait_for_exit
+from processes import prepare_signal_before_scoring_batch, start_program, wait_for_exit
 from scorings import (
     CONFIG,
     error_line_of_test_py,
+    list_sorted_names_in_folder,
     read_all_files,
     read_csv_rows,
     run_test_py,
     scoring_arguments,
-    sorted_names,
     write_detector,
     write_noise_image,
 )
@@ -31,7 +31,7 @@ from models.resnet import DeepStemResNet
 
 
 @pytest.fixture(scope="module")
-def stage5_flags(tmp_path_factory, shrink_resnet18):
+def flags_of_stage5_detector(tmp_path_factory, shrink_resnet18):
     """Write all weights of a detector that classifies VGG-19 features of stage 5.
 
     Returns the flags with which test.py loads the detector.
@@ -119,19 +119,24 @@ def test_a_file_of_the_user_at_the_path_of_a_residual_picture_is_refused_and_unc
     assert read_all_files(tmp_path) == before
 
 
-def test_a_file_of_the_user_at_the_path_of_a_later_perturbation_is_refused_before_any_work(
+def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_before_scoring(
     detector_file, image_folder, tmp_path, capfd
 ):
     (tmp_path / "p_blur_sigma_2.csv").write_text("mine")
     words = scoring_arguments(detector_file, image_folder, tmp_path / "p", "--perturb", "none", "blur=2")
     assert "p_blur_sigma_2.csv" in error_line_of_test_py(capfd, *words)
-    assert sorted_names(tmp_path) == ["p_blur_sigma_2.csv"]
+    assert list_sorted_names_in_folder(tmp_path) == ["p_blur_sigma_2.csv"]
 
 
-def test_a_killed_run_that_has_not_written_its_record_is_resumed(detector_file, image_folder, tmp_path):
+def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(detector_file, image_folder, tmp_path):
     """A run that is killed between writing p.npy and p.json leaves p.npy without a record."""
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
-    assert wait_for_exit(start_program("test.py", words, tmp_path / "log", partial(send_signal_in_batch, 3, 9))) == -9
+    assert (
+        wait_for_exit(
+            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 9))
+        )
+        == -9
+    )
     np.save(tmp_path / "p.npy", np.zeros((3, 2), np.float32))
     assert run_test_py(*words) == 0
     assert np.load(tmp_path / "p.npy").shape == (9, 2)
@@ -143,7 +148,7 @@ def test_a_save_path_without_a_usable_file_name_is_refused_in_one_line(
 ):
     monkeypatch.chdir(tmp_path)
     error_line_of_test_py(capfd, *scoring_arguments(detector_file, image_folder, save_path))
-    assert sorted_names(tmp_path) == []
+    assert list_sorted_names_in_folder(tmp_path) == []
 
 
 def test_an_output_folder_that_is_a_file_is_refused_in_one_line(detector_file, image_folder, tmp_path, capfd):
@@ -218,10 +223,22 @@ def test_unreadable_images_become_rows_with_an_error(detector_file, tmp_path, mo
     assert "2 could not be scored" in out
 
 
-def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_error(stage5_flags, tmp_path, capfd):
+def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_error(
+    flags_of_stage5_detector, tmp_path, capfd
+):
     for name, size in (("a.png", (32, 32)), ("b.png", (12, 12)), ("c.png", (32, 32)), ("d.png", (64, 12))):
         write_noise_image(tmp_path / "images" / name, 0, size)
-    words = ["--gpu", "cpu", "-j", 0, *stage5_flags, "--input", tmp_path / "images", "--save_path", tmp_path / "p"]
+    words = [
+        "--gpu",
+        "cpu",
+        "-j",
+        0,
+        *flags_of_stage5_detector,
+        "--input",
+        tmp_path / "images",
+        "--save_path",
+        tmp_path / "p",
+    ]
     for _ in range(2):  # the second call reads the finished score table of the first call
         assert run_test_py(*words) == 1
         errors = [row["error"] for row in read_csv_rows(tmp_path / "p.csv")]
@@ -230,12 +247,24 @@ def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_
         assert "Traceback" not in capfd.readouterr().err
 
 
-def test_crops_smaller_than_the_stride_of_the_features_are_refused_in_one_line(stage5_flags, tmp_path, capfd):
+def test_crops_smaller_than_the_stride_of_the_features_are_refused_in_one_line(
+    flags_of_stage5_detector, tmp_path, capfd
+):
     write_noise_image(tmp_path / "a.png", 0, (64, 64))
-    words = ["--gpu", "cpu", "-j", 0, *stage5_flags, "--input", tmp_path / "a.png", "--save_path", tmp_path / "p"]
+    words = [
+        "--gpu",
+        "cpu",
+        "-j",
+        0,
+        *flags_of_stage5_detector,
+        "--input",
+        tmp_path / "a.png",
+        "--save_path",
+        tmp_path / "p",
+    ]
     for crops in (1, 4):
         assert "--crop-size 12" in error_line_of_test_py(capfd, *words, "--crop-size", 12, "--crops", crops)
-    assert sorted_names(tmp_path) == ["a.png"]
+    assert list_sorted_names_in_folder(tmp_path) == ["a.png"]
 
 
 def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an_error(
@@ -246,7 +275,7 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
         write_noise_image(f"images/{name}", 0)
     assert run_test_py(*scoring_arguments(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
     assert [bool(row["error"]) for row in read_csv_rows("p.csv")] == [False, False, True]
-    assert sorted_names(tmp_path / "pictures" / "images") == ["a.png.residual.png", "b.png.residual.png"]
+    assert list_sorted_names_in_folder(tmp_path / "pictures" / "images") == ["a.png.residual.png", "b.png.residual.png"]
 
 
 def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(detector_file, tmp_path):
@@ -259,7 +288,7 @@ def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(dete
     assert status == any(errors)
 
 
-def test_a_network_error_for_one_image_of_a_batch_gives_one_row_with_an_error(
+def test_if_the_network_fails_on_one_image_of_a_batch_only_its_row_has_an_error(
     detector_file, image_folder, tmp_path, monkeypatch
 ):
     network = type(load(str(detector_file), "cpu").network)
@@ -267,13 +296,15 @@ def test_a_network_error_for_one_image_of_a_batch_gives_one_row_with_an_error(
     images = [np.asarray(Image.open(image_folder / f"{key}.png")) for key in range(9)]
     bad = torch.from_numpy(images[2].transpose(2, 0, 1).copy()) / 255  # (3, 32, 32)
 
-    def raise_for_one_image(method, self, x):
+    def raise_if_batch_contains_bad_image(method, self, x):
         if any(image.shape == bad.shape and torch.equal(image, bad) for image in x):
             raise RuntimeError("no such kernel")
         return method(self, x)
 
-    monkeypatch.setattr(network, "forward", lambda self, x: raise_for_one_image(forward, self, x))
-    monkeypatch.setattr(network, "resynthesize", lambda self, x: raise_for_one_image(resynthesize, self, x))
+    monkeypatch.setattr(network, "forward", lambda self, x: raise_if_batch_contains_bad_image(forward, self, x))
+    monkeypatch.setattr(
+        network, "resynthesize", lambda self, x: raise_if_batch_contains_bad_image(resynthesize, self, x)
+    )
     assert run_test_py(*scoring_arguments(detector_file, image_folder, tmp_path / "p")) == 1
     errors = [row["error"] for row in read_csv_rows(tmp_path / "p.csv")]
     assert [bool(error) for error in errors] == [key == 2 for key in range(9)]
@@ -293,12 +324,12 @@ def test_residual_pictures_can_be_drawn_after_the_score_table_is_finished(
     pictures = tmp_path / "pictures"
     words += ["--save-residuals", pictures]
     assert run_test_py(*words) == 0
-    assert sorted_names(pictures) == [f"{key}.png.residual.png" for key in range(9)]
+    assert list_sorted_names_in_folder(pictures) == [f"{key}.png.residual.png" for key in range(9)]
     assert np.array_equal(np.load(tmp_path / "p.npy"), logits)
     (pictures / "4.png.residual.png").unlink()
     others = {path: path.stat().st_mtime_ns for path in pictures.iterdir()}
     assert run_test_py(*words) == 0
-    assert len(sorted_names(pictures)) == 9
+    assert len(list_sorted_names_in_folder(pictures)) == 9
     assert others == {path: path.stat().st_mtime_ns for path in others}
 
 
@@ -320,7 +351,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     detector = load(str(write_detector(tmp_path / "d", config=crops_of_16)), "cpu", options={"crops": count})
     image = write_noise_image(tmp_path / "a.png", 3, (48, 52))
     prepared = detector.prepare_image(image)
-    examination = detector.score_and_keep_residual(prepared)
+    examination = detector.compute_resynthesis_residual_and_logits(prepared)
     assert examination.x.shape == (count, 3, 16, 16)
     assert examination.columns == columns
     assert torch.allclose(examination.logits, detector.logits(prepared[None])[0], atol=1e-5)
@@ -349,7 +380,7 @@ def test_test_py_refuses_a_rank_without_a_world_size_in_one_line(detector_file, 
     assert not (tmp_path / "p.csv").exists()
 
 
-def test_the_record_contains_crop_size_number_of_crops_and_resizing(detector_file, image_folder, tmp_path):
+def test_the_json_file_contains_crop_size_number_of_crops_and_resizing(detector_file, image_folder, tmp_path):
     assert (
         run_test_py(
             *scoring_arguments(
@@ -360,5 +391,5 @@ def test_the_record_contains_crop_size_number_of_crops_and_resizing(detector_fil
     )
     job = json.loads((tmp_path / "p.json").read_text())["job"]
     assert (job["crop_size"], job["crops"], job["resize"]) == (16, 2, 32)
-    assert read_table(tmp_path / "p.csv").is_scored.all()
+    assert read_table(tmp_path / "p.csv").has_score.all()
     assert os.path.exists(tmp_path / "p.npy")

@@ -46,7 +46,7 @@ def gradient_image(height=256, width=256):
     return x.round().clamp(0, 255).to(torch.uint8)
 
 
-def blur_by_numpy(image, kernel_size, sigma):
+def blur_with_numpy(image, kernel_size, sigma):
     """Blur an image with a two-dimensional Gaussian kernel, and return float (3, H, W).
 
     The image is padded by reflection without repeating the border pixels.
@@ -59,7 +59,7 @@ def blur_by_numpy(image, kernel_size, sigma):
     return np.einsum("chwij,i,j->chw", windows, kernel, kernel)
 
 
-def compress_by_pillow(image, quality):
+def compress_and_decode_jpeg_with_pillow(image, quality):
     """Compress an image as JPEG with Pillow, and return the decoded image."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
@@ -87,10 +87,10 @@ def recognise_perturbation(image, result):
     if (image.double() - result.double()).std() < 6:
         return "noise", None
     for kernel_size, sigma in FRANK_KERNELS.items():
-        if np.abs(blur_by_numpy(image, kernel_size, sigma) - result.numpy()).max() < 0.51:
+        if np.abs(blur_with_numpy(image, kernel_size, sigma) - result.numpy()).max() < 0.51:
             return "blur", kernel_size
     for quality in range(1, 101):
-        if np.array_equal(compress_by_pillow(image, quality), result):
+        if np.array_equal(compress_and_decode_jpeg_with_pillow(image, quality), result):
             return "jpeg", quality
     return "crop", None
 
@@ -102,9 +102,9 @@ def recognise_perturbation(image, result):
 def test_blur_equals_a_gaussian_in_two_dimensions(kernel_size, sigma):
     (image,) = random_images(1, 40, 48)
     result = perturbations.blur_image(image, kernel_size, sigma).numpy()
-    assert np.abs(result - blur_by_numpy(image, kernel_size, sigma)).max() < 0.501
+    assert np.abs(result - blur_with_numpy(image, kernel_size, sigma)).max() < 0.501
     swept = perturb_image(image, "blur", "sweep", 0, sigma).numpy()
-    assert np.abs(swept - blur_by_numpy(image, 51, sigma)).max() < 0.51
+    assert np.abs(swept - blur_with_numpy(image, 51, sigma)).max() < 0.51
 
 
 def test_images_smaller_than_the_kernel_can_be_blurred():
@@ -153,7 +153,7 @@ def test_jpeg_compression_of_the_sweep_has_the_given_quality():
     (image,) = random_images(1, 24, 40)
     for _, quality in select_perturbations("sweep", [("jpeg", None)]):
         assert np.array_equal(
-            perturb_image(image, "jpeg", "sweep", 0, quality), compress_by_pillow(image, int(quality))
+            perturb_image(image, "jpeg", "sweep", 0, quality), compress_and_decode_jpeg_with_pillow(image, int(quality))
         )
 
 
@@ -191,7 +191,7 @@ def test_crop_of_the_frank2020_protocol_cuts_5_to_20_percent_of_the_image():
     assert 0.03 < min(fractions) < 0.09 and 0.16 < max(fractions) < 0.21
 
 
-def test_combined_of_the_frank2020_protocol_applies_each_perturbation_independently():
+def test_the_frank2020_perturbation_combined_applies_each_perturbation_independently_at_random():
     untouched = sum(torch.equal(i, perturb_image(i, "combined", "frank2020", 0)) for i in random_images(480, 40, 40))
     assert untouched == pytest.approx(480 / 2**4, abs=16)
     counts = Counter()
@@ -204,7 +204,7 @@ def test_combined_of_the_frank2020_protocol_applies_each_perturbation_independen
     assert counts[True, False] == pytest.approx(15, abs=14) and counts[False, False] == pytest.approx(15, abs=14)
 
 
-def test_augment_applies_one_of_four_perturbations_to_half_of_the_images():
+def test_perturb_at_random_applies_one_of_four_perturbations_to_half_of_the_images():
     counts = Counter()
     for n, image in enumerate(random_images(400, 40, 40)):
         result = perturb_at_random(image, seeded_generator(1, n))
@@ -240,7 +240,7 @@ def test_perturbations_are_selected_in_the_requested_order_without_repetition():
 def test_a_perturbation_setting_has_a_label_and_a_file_name():
     setting = PerturbationSetting("jpeg", 70.0)
     assert setting.label == "jpeg quality 70" and setting.file_name == "jpeg_quality_70"
-    assert setting.sweep_entry.axis == "quality" and setting.sweep_entry.smaller_is_harder
+    assert setting.sweep_entry_or_default.axis == "quality" and setting.sweep_entry_or_default.smaller_is_harder
     assert PerturbationSetting("from another program", 2.0).label == "from another program 2"
 
 
@@ -258,7 +258,7 @@ def test_an_unknown_perturbation_or_strength_is_refused(protocol, name, strength
         select_perturbations(protocol, [(name, strength)])
 
 
-def test_a_perturbation_added_to_the_dict_can_be_selected(monkeypatch):
+def test_a_perturbation_added_to_the_dict_of_perturbations_can_be_selected(monkeypatch):
     invert = perturbations.Sweep(lambda image, strength, rng: 255 - image, (1.0,))
     monkeypatch.setitem(perturbations.SWEEP, "invert", invert)
     (setting,) = select_perturbations("sweep", [("invert", None)])

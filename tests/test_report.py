@@ -124,7 +124,7 @@ def test_the_report_page_shows_html_in_names_as_text_and_loads_nothing_from_the_
     assert ("meta", "content", policy) in page.attributes
 
 
-def test_the_report_page_shows_images_found_beside_the_score_table_and_residual_pictures(tmp_path):
+def test_the_report_page_shows_residual_pictures_and_images_in_the_folder_of_the_score_table(tmp_path):
     (tmp_path / "real").mkdir()
     for name in ("a", "b"):
         Image.new("RGB", (900, 600), (200, 10, 10)).save(tmp_path / "real" / f"{name}.png")
@@ -144,8 +144,8 @@ def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # errors: 1, 5, -9, -3, no label, 2
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
-    assert [table.paths[i] for i in report_page.find_worst_images(table)] == ["b", "f", "a", "d", "c"]
-    assert len(report_page.find_worst_images(table, 2)) == 2
+    assert [table.paths[i] for i in report_page.find_most_wrongly_scored_images(table)] == ["b", "f", "a", "d", "c"]
+    assert len(report_page.find_most_wrongly_scored_images(table, 2)) == 2
 
 
 ODD_TABLES = {
@@ -215,7 +215,7 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     heading, first, *_ = split_markdown_table(done.stdout)
-    measured = metrics.summarize_scores(read_table(table), seed=5)["generators"]["ProGAN"]
+    measured = metrics.compute_metrics_overall_and_per_generator(read_table(table), seed=5)["generators"]["ProGAN"]
     assert first[heading.index("AUROC")] == metrics.format_percent(measured, "auroc")
     assert first[0] == "ProGAN"
 
@@ -241,13 +241,13 @@ HEADER = "table,row,column,scores,generators\n"
 
 def mean_auroc_percent(table, *generators):
     """Compute the mean AUROC over generators, in percent, from a score table, without tools.study."""
-    measured = metrics.summarize_scores(read_table(table), 0)["generators"]
+    measured = metrics.compute_metrics_overall_and_per_generator(read_table(table), 0)["generators"]
     values = [measured[name]["auroc"] for name in generators or measured]
     return 100 * sum(values) / len(values)
 
 
 @pytest.fixture
-def study_file(tmp_path):
+def path_of_study_csv_file(tmp_path):
     """Return the path of a study file with two results tables, "main" and "other"."""
     for name, shift in (("one", 0.5), ("two", 1.0), ("control", 0.0)):
         write_score_table(tmp_path / "scores", name, make_score_rows(shift))
@@ -263,10 +263,12 @@ def study_file(tmp_path):
     return path
 
 
-def test_the_table_of_a_study_shows_means_over_seeds(study_file, capsys):
-    one, two, control = (str(study_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
+def test_the_table_of_a_study_shows_means_over_seeds(path_of_study_csv_file, capsys):
+    one, two, control = (
+        str(path_of_study_csv_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control")
+    )
     seen = (mean_auroc_percent(one, "ProGAN") + mean_auroc_percent(two, "ProGAN")) / 2
-    report.main(["--study", str(study_file), "--table", "main", "--markdown", "auroc"])
+    report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc"])
     assert capsys.readouterr().out.splitlines() == [
         "| AUROC | seen | both |",
         "| --- | --: | --: |",
@@ -275,15 +277,17 @@ def test_the_table_of_a_study_shows_means_over_seeds(study_file, capsys):
     ]
 
 
-def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(study_file, capsys):
-    one, two, control = (str(study_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control"))
+def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(path_of_study_csv_file, capsys):
+    one, two, control = (
+        str(path_of_study_csv_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control")
+    )
     values = [mean_auroc_percent(one, "ProGAN"), mean_auroc_percent(two, "ProGAN")]
-    report.main(["--study", str(study_file), "--table", "main", "--markdown", "auroc", "--intervals"])
+    report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc", "--intervals"])
     _, first, second = split_markdown_table(capsys.readouterr().out.replace("\\|", ""))
     assert first[1] == f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})"
     assert first[2] == f"{mean_auroc_percent(one):.1f}"
     assert second[1] == metrics.format_percent(
-        metrics.summarize_scores(read_table(control))["generators"]["ProGAN"], "auroc"
+        metrics.compute_metrics_overall_and_per_generator(read_table(control))["generators"]["ProGAN"], "auroc"
     )
 
 
@@ -298,22 +302,22 @@ def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(s
         (HEADER + "main,a,b,scores/none.csv,\n", "none.csv"),
     ],
 )
-def test_a_wrong_study_file_is_refused_in_one_line(study_file, content, text):
-    study_file.write_text(content)
+def test_a_wrong_study_file_is_refused_in_one_line(path_of_study_csv_file, content, text):
+    path_of_study_csv_file.write_text(content)
     with expect_user_error(text):
-        report.main(["--study", str(study_file), "--table", "main", "--markdown", "auroc"])
+        report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc"])
 
 
 # --- documents
 
 
-def test_tools_report_with_refresh_updates_the_tables_of_a_document(study_file, monkeypatch, capsys):
-    monkeypatch.chdir(study_file.parent)
+def test_tools_report_with_refresh_updates_the_tables_of_a_document(path_of_study_csv_file, monkeypatch, capsys):
+    monkeypatch.chdir(path_of_study_csv_file.parent)
     command = "python -m tools.report --study tables.csv --table main --markdown auroc"
     document = "# Head\n\n<!-- made by: {} -->{}\nText below the table stays.\n"
-    path = study_file.parent / "d.md"
+    path = path_of_study_csv_file.parent / "d.md"
     path.write_text(document.format(command, "\n| old |\n| --- |"))
-    (study_file.parent / "link.md").symlink_to("d.md")
+    (path_of_study_csv_file.parent / "link.md").symlink_to("d.md")
     with expect_user_error("link.md has tables that are not up to date"):
         report.main(["--refresh", "link.md", "--check"])
     assert "| old |" in path.read_text()
@@ -322,7 +326,7 @@ def test_tools_report_with_refresh_updates_the_tables_of_a_document(study_file, 
     for check in ([], ["--check"]):
         assert report.main(["--refresh", "link.md", *check]) == 0
         assert path.read_text() == expected
-    assert (study_file.parent / "link.md").is_symlink()
+    assert (path_of_study_csv_file.parent / "link.md").is_symlink()
 
 
 @pytest.mark.parametrize(
@@ -335,21 +339,23 @@ def test_tools_report_with_refresh_updates_the_tables_of_a_document(study_file, 
         "python -m tools.audit scores/one.csv --markdown",
     ],
 )
-def test_tools_report_with_refresh_refuses_a_document_with_an_unsuitable_command(study_file, monkeypatch, command):
-    monkeypatch.chdir(study_file.parent)
-    document = study_file.parent / "d.md"
+def test_tools_report_with_refresh_refuses_a_document_whose_command_makes_no_table(
+    path_of_study_csv_file, monkeypatch, command
+):
+    monkeypatch.chdir(path_of_study_csv_file.parent)
+    document = path_of_study_csv_file.parent / "d.md"
     document.write_text(f"<!-- made by: {command} -->\n| old |\n")
     with expect_user_error():
         report.main(["--refresh", "d.md"])
     assert document.read_text() == f"<!-- made by: {command} -->\n| old |\n"
-    assert not (study_file.parent / "o").exists()
+    assert not (path_of_study_csv_file.parent / "o").exists()
 
 
 @pytest.mark.parametrize(
     "arguments",
     ["", "s.csv", "--markdown auroc", "s.csv --study t.csv --table a --markdown auroc", "--study t.csv --out o"],
 )
-def test_tools_report_refuses_a_command_line_that_mixes_its_three_uses(arguments, capsys):
+def test_tools_report_refuses_incomplete_and_contradictory_command_lines(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         report.main(arguments.split())
     assert caught.value.code == 2

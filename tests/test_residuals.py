@@ -79,7 +79,7 @@ def test_a_residual_that_cannot_be_stored_is_refused_with_the_reason(training_fi
 def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     dataset = residual_dataset(tmp_path, training_files / "real/0.png")
     dataset.store_residual(FIRST, torch.rand(3, 5, 7))
-    path, expected = dataset.compute_path(FIRST), dataset[FIRST].x
+    path, expected = dataset.compute_residual_file_path(FIRST), dataset[FIRST].x
     whole = path.read_bytes()
     damaged = [b"", whole[:40], whole[:-1], bytes(len(whole))]
     for position in range(0, len(whole), 7):
@@ -97,25 +97,32 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
 # --- one file per image, crop, direction and setting --------------------------------------------------------
 
 
-def test_the_cache_has_one_file_per_image_crop_and_mirroring(training_files, tmp_path):
+def test_the_cache_has_one_file_for_each_crop_and_each_mirroring_of_an_image(training_files, tmp_path):
     path = shutil.copy(training_files / "real/0.png", tmp_path)
     plain = residual_dataset(tmp_path, path)
     augmented = residual_dataset(tmp_path, path, augmentation=Augmentation(1))
     keys = [Key(epoch, 0) for epoch in range(50)]
     upright = next(key for key in keys if not augmented.images.is_mirrored(key))
     mirrored = next(key for key in keys if augmented.images.is_mirrored(key))
-    assert plain.compute_path(FIRST) == augmented.compute_path(upright) != augmented.compute_path(mirrored)
+    assert (
+        plain.compute_residual_file_path(FIRST)
+        == augmented.compute_residual_file_path(upright)
+        != augmented.compute_residual_file_path(mirrored)
+    )
     crops = residual_dataset(tmp_path, path, augmentation=Augmentation(1, crops=3), policy=SizePolicy(4, 16))
-    names = {crops.compute_path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
-    assert len(names | {plain.compute_path(FIRST), augmented.compute_path(mirrored)}) == 2 * 3 + 2
+    names = {crops.compute_residual_file_path(Key(epoch, index)) for epoch in range(50) for index in range(3)}
+    assert (
+        len(names | {plain.compute_residual_file_path(FIRST), augmented.compute_residual_file_path(mirrored)})
+        == 2 * 3 + 2
+    )
 
 
 def test_an_image_that_has_changed_gets_a_new_file_in_the_cache(training_files, tmp_path):
     path = shutil.copy(training_files / "real/0.png", tmp_path)
     dataset = residual_dataset(tmp_path, path)
-    before = dataset.compute_path(FIRST)
+    before = dataset.compute_residual_file_path(FIRST)
     os.utime(path, ns=(1, 1))
-    assert dataset.compute_path(FIRST) != before
+    assert dataset.compute_residual_file_path(FIRST) != before
 
 
 CONFIG = {
@@ -184,12 +191,14 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
     dataset = residual_dataset(tmp_path, *paths, **options)
     detector, computed = tiny_detector(), []
 
-    def compute_and_record(batch):
+    def record_keys_and_compute_residuals(batch):
         computed.extend(batch.keys)
         return residual_without_gradients(detector, ON_CPU, None, batch)
 
     for _ in range(2):
-        dataset.store_missing_residuals(0, compute_and_record, lambda loader, _: loader, 0, ON_CPU, World())
+        dataset.store_missing_residuals(
+            0, record_keys_and_compute_residuals, lambda loader, _: loader, 0, ON_CPU, World()
+        )
         assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
         x = dataset.images[Key(0, index)].x / 255
@@ -229,14 +238,14 @@ def test_a_training_with_a_filled_cache_decodes_no_images(training_files, tmp_pa
     flags = "--fixed-sr --epochs 2 VALIDATE --crop-size 40 --crops-per-image 2 --cache-dir"
     run_training([*train_detector_arguments(training_files, tmp_path / "a", flags), tmp_path / "cache"])
     before = cached_file_names(tmp_path / "cache")
-    monkeypatch.setattr("data.datasets.load_image", None)
+    monkeypatch.setattr("data.datasets.read_image_as_tensor", None)
     run_training([*train_detector_arguments(training_files, tmp_path / "b", flags), tmp_path / "cache"])
     assert cached_file_names(tmp_path / "cache") == before
     one, two = (checkpoint_without_settings(tmp_path / name / "last.pth.tar") for name in "ab")
     assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
-def test_images_of_different_sizes_are_refused_without_crops_and_cached_as_crops(training_files, tmp_path):
+def test_training_refuses_images_of_different_sizes_but_caches_residuals_of_their_crops(training_files, tmp_path):
     mixed = shutil.copytree(training_files, tmp_path / "files")
     Image.fromarray(np.zeros((72, 100, 3), np.uint8)).save(mixed / "real/9.png")
     with expect_user_error("9.png", "100 x 72", "--crop-size"):

@@ -15,27 +15,27 @@ import pytest
 import torch
 from files import cut_file_in_half, expect_user_error, save_image
 from processes import (
-    delay_progress_loops,
     hold_lock_in_process,
-    kill_during_save,
-    send_signal_in_loop,
+    prepare_delay_of_progress_loops,
+    prepare_kill_during_checkpoint_save,
+    prepare_signal_at_loop_item,
     start_program,
     torchrun_environments,
     wait_for_exit,
 )
 from trainings import (
     checkpoint_without_settings,
-    differences,
-    read_checkpoint,
+    list_differing_entries,
+    read_checkpoint_content,
     read_stats,
+    run_for_status_and_last_line,
     run_training,
-    status_and_last_line,
     train_detector_arguments,
     train_sr_arguments,
 )
 
 from data.datasets import EpochBatches
-from data.images import load_image
+from data.images import read_image_as_tensor
 from evaluation import load
 from evaluation.metrics import auroc
 from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS, RunFolder
@@ -76,45 +76,45 @@ TRAININGS = {
 
 
 @pytest.fixture(scope="module")
-def training_arguments(training_files):
+def make_training_arguments(training_files):
     """Return a function that makes the command line of a training in TRAININGS."""
 
-    def arguments_of_training(name, out, *flags):
+    def make_arguments_of_named_training(name, out, *flags):
         _, make_arguments, _, own_flags = TRAININGS[name]
         return [*make_arguments(training_files, out, own_flags), *flags]
 
-    return arguments_of_training
+    return make_arguments_of_named_training
 
 
 @pytest.fixture(scope="module")
-def run_uninterrupted(training_arguments, tmp_path_factory):
+def run_training_without_interruption(make_training_arguments, tmp_path_factory):
     """Return a function that runs a training of TRAININGS without interruption, and returns the output folder."""
 
     @functools.cache
     def run_training_once(name):
         out = tmp_path_factory.mktemp("uninterrupted")
-        run_training(training_arguments(name, out))
+        run_training(make_training_arguments(name, out))
         return out
 
     return run_training_once
 
 
 @pytest.fixture
-def resume_and_compare(training_arguments, run_uninterrupted):
+def resume_and_require_equal_results(make_training_arguments, run_training_without_interruption):
     """Return a function that resumes an interrupted training.
 
     The function requires that the resumed training writes the same states as the uninterrupted training, bit for bit.
     """
 
     def resume_and_require_equal_files(name, out, *flags):
-        run_training(training_arguments(name, out, *AUTO, *flags))
+        run_training(make_training_arguments(name, out, *AUTO, *flags))
         last = TRAININGS[name][2]
-        expected, resumed = (run_uninterrupted(name) / last).parent, (out / last).parent
+        expected, resumed = (run_training_without_interruption(name) / last).parent, (out / last).parent
         names = sorted(path.name for path in expected.iterdir() if path.is_file())
         assert sorted(path.name for path in resumed.iterdir() if path.is_file()) == names
         assert (resumed / STATS).read_text() == (expected / STATS).read_text()
         for checkpoint in [name for name in names if ".pth" in name]:
-            found = differences(
+            found = list_differing_entries(
                 checkpoint_without_settings(expected / checkpoint), checkpoint_without_settings(resumed / checkpoint)
             )
             assert found == [], checkpoint
@@ -128,27 +128,27 @@ def resume_and_compare(training_arguments, run_uninterrupted):
 @pytest.mark.parametrize(
     ("name", "workers", "accident"),
     [
-        ("super-resolution", 0, partial(kill_during_save, 4)),
-        ("super-resolution", 2, partial(send_signal_in_loop, "epoch", 4, signal.SIGKILL)),
-        ("frozen", 0, partial(kill_during_save, 5)),  # the fifth saved file is best.pth.tar
-        ("frozen", 2, partial(send_signal_in_loop, "epoch", 3, signal.SIGKILL)),
-        ("cached", 0, partial(send_signal_in_loop, "residuals", 22, signal.SIGKILL)),
-        ("cached", 2, partial(send_signal_in_loop, "epoch", 6, signal.SIGKILL)),
-        ("end to end", 0, partial(kill_during_save, 3)),
-        ("end to end", 2, partial(send_signal_in_loop, "epoch", 4, signal.SIGKILL)),
+        ("super-resolution", 0, partial(prepare_kill_during_checkpoint_save, 4)),
+        ("super-resolution", 2, partial(prepare_signal_at_loop_item, "epoch", 4, signal.SIGKILL)),
+        ("frozen", 0, partial(prepare_kill_during_checkpoint_save, 5)),  # the fifth saved file is best.pth.tar
+        ("frozen", 2, partial(prepare_signal_at_loop_item, "epoch", 3, signal.SIGKILL)),
+        ("cached", 0, partial(prepare_signal_at_loop_item, "residuals", 22, signal.SIGKILL)),
+        ("cached", 2, partial(prepare_signal_at_loop_item, "epoch", 6, signal.SIGKILL)),
+        ("end to end", 0, partial(prepare_kill_during_checkpoint_save, 3)),
+        ("end to end", 2, partial(prepare_signal_at_loop_item, "epoch", 4, signal.SIGKILL)),
     ],
 )
 def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_training(
-    training_arguments, resume_and_compare, tmp_path, name, workers, accident
+    make_training_arguments, resume_and_require_equal_results, tmp_path, name, workers, accident
 ):
     """SIGKILL ends the training in a training step, while a checkpoint is written, or while residuals are computed."""
     program, _, last, _ = TRAININGS[name]
     out, log, flags = tmp_path / "out", tmp_path / "log", ["--workers", str(workers)]
-    process = start_program(program, training_arguments(name, out, *flags, *SAVE_EVERY_STEP), log, accident)
+    process = start_program(program, make_training_arguments(name, out, *flags, *SAVE_EVERY_STEP), log, accident)
     assert wait_for_exit(process) == -signal.SIGKILL, log.read_text()
     has_state = accident.args[0] != "residuals"
     assert (out / last).exists() == has_state
-    resume_and_compare(name, out, *flags)
+    resume_and_require_equal_results(name, out, *flags)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_t
     ],
 )
 def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
-    training_arguments, resume_and_compare, tmp_path, name, workers, description, number
+    make_training_arguments, resume_and_require_equal_results, tmp_path, name, workers, description, number
 ):
     """The training is stopped by a signal, resumed, stopped again, and resumed again.
 
@@ -172,17 +172,17 @@ def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
     out = tmp_path / "out"
     for at in (1, 2):
         log = tmp_path / f"log{at}"
-        flags = training_arguments(name, out, *AUTO, "--workers", str(workers))
-        accident = partial(send_signal_in_loop, description, at, number, all_processes=workers > 0)
+        flags = make_training_arguments(name, out, *AUTO, "--workers", str(workers))
+        accident = partial(prepare_signal_at_loop_item, description, at, number, all_processes=workers > 0)
         assert wait_for_exit(start_program(program, flags, log, accident)) == 128 + number, log.read_text()
         assert "Traceback" not in log.read_text()
         assert "saved" in log.read_text().splitlines()[-1]
         assert (out / last).exists()
     if description == "epoch":
-        state = read_checkpoint(out / last)
+        state = read_checkpoint_content(out / last)
         assert state["progress"]["total_steps"] == 3
         assert state["epoch"] == state["progress"]["epoch"]
-    resume_and_compare(name, out)
+    resume_and_require_equal_results(name, out)
 
 
 # --- the state from which a run starts ----------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_a_training_with_resume_auto_and_init_starts_from_init_if_there_is_no_ru
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --resume auto --epochs"
     for epochs in (1, 2):
         run_training(train_detector_arguments(training_files, tmp_path / "second", f"{flags} {epochs}"))
-    first, second = (read_checkpoint(tmp_path / name / "last.pth.tar") for name in ("first", "second"))
+    first, second = (read_checkpoint_content(tmp_path / name / "last.pth.tar") for name in ("first", "second"))
     assert torch.equal(first["state_dict"]["conv1.0.weight"], second["state_dict"]["conv1.0.weight"])
     assert second["progress"]["epoch"] == 2
 
@@ -211,31 +211,33 @@ def test_a_training_with_resume_file_and_init_resumes_the_file(training_files, t
             training_files, tmp_path / "second", f"{flags} 2 --resume {tmp_path}/second/0001.pth.tar"
         )
     )
-    assert read_checkpoint(tmp_path / "second/last.pth.tar")["progress"]["epoch"] == 2
+    assert read_checkpoint_content(tmp_path / "second/last.pth.tar")["progress"]["epoch"] == 2
 
 
 @pytest.mark.parametrize("name", ["super-resolution", "cached"])
 def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
-    training_arguments, run_uninterrupted, tmp_path, capfd, name
+    make_training_arguments, run_training_without_interruption, tmp_path, capfd, name
 ):
     out, last = tmp_path / "out", TRAININGS[name][2]
-    shutil.copytree(run_uninterrupted(name), out)
+    shutil.copytree(run_training_without_interruption(name), out)
     before = (out / last).read_bytes()
-    code, line = status_and_last_line(training_arguments(name, out, *AUTO), capfd)
+    code, line = run_for_status_and_last_line(make_training_arguments(name, out, *AUTO), capfd)
     assert code == 0 and "finished already" in line
     assert (out / last).read_bytes() == before
     flag = "--num-epochs" if name == "super-resolution" else "--epochs"
-    run_training(training_arguments(name, out, "--overwrite", flag, "1"))
+    run_training(make_training_arguments(name, out, "--overwrite", flag, "1"))
     assert len(read_stats((out / last).parent)) == 1
-    assert read_checkpoint(out / last)["progress"]["epoch"] == 1
+    assert read_checkpoint_content(out / last)["progress"]["epoch"] == 1
     assert not {"0003.pth.tar", "epoch_2.pth"} & {path.name for path in (out / last).parent.iterdir()}
 
 
 @pytest.mark.parametrize("flags", ["--resume auto", "--resume auto --overwrite"])
-def test_resuming_a_training_without_its_flag_fixed_sr_is_refused(training_files, run_uninterrupted, tmp_path, flags):
+def test_resuming_a_training_without_its_flag_fixed_sr_is_refused(
+    training_files, run_training_without_interruption, tmp_path, flags
+):
     """The training was started with --fixed-sr, and the command line to resume it lacks --fixed-sr."""
     out = tmp_path / "out"
-    shutil.copytree(run_uninterrupted("cached"), out)
+    shutil.copytree(run_training_without_interruption("cached"), out)
     before = (out / "last.pth.tar").read_bytes()
     with expect_user_error("last.pth.tar", "--fixed-sr"):
         run_training(train_detector_arguments(training_files, out, f"--epochs 3 {flags}"))
@@ -251,10 +253,10 @@ def test_a_training_killed_before_its_first_save_starts_from_the_beginning(train
 
 
 def test_the_error_for_a_truncated_last_state_names_the_newest_numbered_state(
-    training_files, run_uninterrupted, tmp_path
+    training_files, run_training_without_interruption, tmp_path
 ):
     out = tmp_path / "out"
-    shutil.copytree(run_uninterrupted("cached"), out)
+    shutil.copytree(run_training_without_interruption("cached"), out)
     last = out / "last.pth.tar"
     last.write_bytes(last.read_bytes()[:1000])
     with expect_user_error("truncated", "--resume", "0003.pth.tar"):
@@ -263,24 +265,24 @@ def test_the_error_for_a_truncated_last_state_names_the_newest_numbered_state(
 
 @pytest.mark.parametrize("name", ["super-resolution", "frozen"])
 def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused(
-    training_arguments, tmp_path, capfd, name
+    make_training_arguments, tmp_path, capfd, name
 ):
     """The refused training writes no file. After the running training is killed, a new training can start."""
     folder = (tmp_path / TRAININGS[name][2]).parent
     folder.mkdir(exist_ok=True)
     with hold_lock_in_process(folder / ".lock") as kill:
-        code, line = status_and_last_line(training_arguments(name, tmp_path), capfd)
+        code, line = run_for_status_and_last_line(make_training_arguments(name, tmp_path), capfd)
         assert code == 2 and "another run" in line
         assert [path.name for path in folder.iterdir()] == [".lock"]
         kill()
-        assert status_and_last_line(training_arguments(name, tmp_path), capfd)[0] == 0
+        assert run_for_status_and_last_line(make_training_arguments(name, tmp_path), capfd)[0] == 0
     assert not (folder / ".lock").exists()
 
 
 # --- options and images that have changed since the run began -----------------------------------------------
 
 
-def changed_setting_lines(caplog):
+def get_log_line_by_changed_setting(caplog):
     """Return a dict from the name of each changed setting to the log line about this setting."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
     return {line.split()[3]: line for line in lines}
@@ -291,11 +293,11 @@ def test_a_resumed_training_uses_changed_options_and_reports_them(training_files
     run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 1"))
     changed = "--wd 0.5 --momentum 0.3 --lr-sr 0.25 --batch-size 5 --resume auto --epochs 2"
     run_training(train_detector_arguments(training_files, tmp_path, f"{flags} {changed}"))
-    classifier, resynthesizer = read_checkpoint(tmp_path / "last.pth.tar")["optimizer"]["param_groups"]
+    classifier, resynthesizer = read_checkpoint_content(tmp_path / "last.pth.tar")["optimizer"]["param_groups"]
     assert (classifier["weight_decay"], resynthesizer["weight_decay"]) == (0.5 / 0.25, 0.5)
     assert classifier["momentum"] == resynthesizer["momentum"] == 0.3
     assert classifier["lr"] == pytest.approx(0.25e-6) and resynthesizer["lr"] == pytest.approx(1e-6)
-    assert changed_setting_lines(caplog).keys() == {
+    assert get_log_line_by_changed_setting(caplog).keys() == {
         "weight_decay",
         "momentum",
         "classifier_grad_scale",
@@ -310,13 +312,15 @@ def test_a_resumed_training_reports_that_changed_images_are_read_in_another_orde
     log = tmp_path / "log"
     assert (
         wait_for_exit(
-            start_program("train_detector.py", flags, log, partial(send_signal_in_loop, "epoch", 2, signal.SIGTERM))
+            start_program(
+                "train_detector.py", flags, log, partial(prepare_signal_at_loop_item, "epoch", 2, signal.SIGTERM)
+            )
         )
         == 143
     )
     (tmp_path / "files/fake/0.png").unlink()
     run_training([*flags, *AUTO])
-    (line,) = changed_setting_lines(caplog).values()
+    (line,) = get_log_line_by_changed_setting(caplog).values()
     assert "10 images" in line and "9 images" in line and "step 2" in line and "order" in line
 
 
@@ -336,14 +340,14 @@ def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_fil
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
     run_training(train_sr_arguments(training_files, tmp_path / "out", f"{flags} {lists['easy']} --num-epochs 1"))
-    assert read_checkpoint(tmp_path / "out/x2/best.pth")["epoch"] == 1
+    assert read_checkpoint_content(tmp_path / "out/x2/best.pth")["epoch"] == 1
     run_training(train_sr_arguments(training_files, tmp_path / "out", f"{flags} {lists['hard']} --num-epochs 3"))
-    line = changed_setting_lines(caplog)["validation_images"]
+    line = get_log_line_by_changed_setting(caplog)["validation_images"]
     assert "3 images" in line and "5 images" in line and "best score" in line
-    assert changed_setting_lines(caplog).keys() == {"validation_images", "num_epochs"}
+    assert get_log_line_by_changed_setting(caplog).keys() == {"validation_images", "num_epochs"}
     scores = {record["epoch"]: record["psnr"] for record in read_stats(tmp_path / "out/x2")}
     assert scores[0] > max(scores[1], scores[2]) + 3
-    state = read_checkpoint(tmp_path / "out/x2/best.pth")
+    state = read_checkpoint_content(tmp_path / "out/x2/best.pth")
     assert state["epoch"] > 1 and state["progress"]["best"] == max(scores[1], scores[2])
 
 
@@ -354,8 +358,8 @@ def test_changed_validation_images_of_a_detector_reset_the_best_score(training_f
     shutil.copy(training_files / "real/0.png", tmp_path / "one")
     changed = f"--epochs 2 --val-root-pos {tmp_path}/one --val-root-neg FAKE --resume auto"
     run_training(train_detector_arguments(training_files, tmp_path / "out", f"{flags} {changed}"))
-    assert "validation_images" in changed_setting_lines(caplog)
-    assert read_checkpoint(tmp_path / "out/best.pth.tar")["epoch"] == 2
+    assert "validation_images" in get_log_line_by_changed_setting(caplog)
+    assert read_checkpoint_content(tmp_path / "out/best.pth.tar")["epoch"] == 2
 
 
 # --- the best epoch -----------------------------------------------------------------------------------------
@@ -368,7 +372,7 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
         )
     )
     scores = [line["val_auroc"] for line in read_stats(tmp_path / "d")]
-    state = read_checkpoint(tmp_path / "d/best.pth.tar")
+    state = read_checkpoint_content(tmp_path / "d/best.pth.tar")
     assert state["progress"]["best"] == max(scores)
     assert state["epoch"] == scores.index(max(scores)) + 1
     run_training(
@@ -377,7 +381,7 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
         )
     )
     scores = [line["psnr"] for line in read_stats(tmp_path / "s/x2")]
-    assert read_checkpoint(tmp_path / "s/x2/best.pth")["epoch"] == scores.index(max(scores)) + 1
+    assert read_checkpoint_content(tmp_path / "s/x2/best.pth")["epoch"] == scores.index(max(scores)) + 1
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
@@ -391,7 +395,7 @@ def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(trainin
     run_training(train_sr_arguments(training_files, tmp_path / "out", flags))
     scores = [line["psnr"] for line in read_stats(tmp_path / "out/x2")]
     assert None not in scores and scores.index(max(scores)) > 0
-    assert read_checkpoint(tmp_path / "out/x2/best.pth")["epoch"] == scores.index(max(scores)) + 1
+    assert read_checkpoint_content(tmp_path / "out/x2/best.pth")["epoch"] == scores.index(max(scores)) + 1
 
 
 # --- images that cannot be used -----------------------------------------------------------------------------
@@ -412,17 +416,17 @@ def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_st
     last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # last image of the second step
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
-    code, line = status_and_last_line(
+    code, line = run_for_status_and_last_line(
         train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
     if "--no-cache" in flags or "--mode-sr" in flags:  # with a cache, the damage is found before the first step
-        assert read_checkpoint(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
+        assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     run_training(train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"))
     expected, resumed = (checkpoint_without_settings(tmp_path / name / "last.pth.tar") for name in ("expected", "out"))
-    assert differences(expected, resumed) == []
+    assert list_differing_entries(expected, resumed) == []
 
 
 def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_each_epoch(
@@ -443,7 +447,7 @@ def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_ea
 
 
 @pytest.fixture
-def files_with_batch_of_one(tmp_path, write_real_and_fake_images, training_files):
+def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, training_files):
     """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
 
     The classifier reduces an image of 32 x 32 pixels to one value per channel. Batch norm cannot be trained on these
@@ -458,11 +462,13 @@ def files_with_batch_of_one(tmp_path, write_real_and_fake_images, training_files
     return root
 
 
-def test_a_batch_with_one_usable_image_is_left_out_and_reported_in_one_line(files_with_batch_of_one, tmp_path, caplog):
+def test_a_batch_with_one_usable_image_is_left_out_and_reported_in_one_line(
+    folder_with_damaged_last_batch_image, tmp_path, caplog
+):
     flags = "--fixed-sr --no-cache --epochs 1 --batch-size 8 --skip-bad"
-    run_training(train_detector_arguments(files_with_batch_of_one, tmp_path / "out", flags))
+    run_training(train_detector_arguments(folder_with_damaged_last_batch_image, tmp_path / "out", flags))
     assert [line["left_out"] for line in read_stats(tmp_path / "out")] == [2]
-    assert read_checkpoint(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
+    assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     lines = [record.getMessage() for record in caplog.records if "batch norm needs at least 2" in record.getMessage()]
     assert len(lines) == 1
 
@@ -472,23 +478,25 @@ def test_a_batch_with_one_usable_image_is_left_out_and_reported_in_one_line(file
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_training_on_a_full_disk_ends_with_one_line_and_can_be_resumed(
-    training_arguments, resume_and_compare, tmp_path, monkeypatch, capfd, call
+    make_training_arguments, resume_and_require_equal_results, tmp_path, monkeypatch, capfd, call
 ):
     module, count = os if call == "fsync" else Path, itertools.count(1)
     original = getattr(module, call)
 
-    def fail_from_tenth_call(*values):
+    def raise_disk_full_from_tenth_call(*values):
         if next(count) >= 10:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return original(*values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, call, fail_from_tenth_call)
-        code, line = status_and_last_line(training_arguments("super-resolution", tmp_path, *SAVE_EVERY_STEP), capfd)
+        patch.setattr(module, call, raise_disk_full_from_tenth_call)
+        code, line = run_for_status_and_last_line(
+            make_training_arguments("super-resolution", tmp_path, *SAVE_EVERY_STEP), capfd
+        )
     assert code == 2 and "No space left on device" in line
-    assert read_checkpoint(tmp_path / "x2/last.pth")["progress"]["total_steps"] >= 1
+    assert read_checkpoint_content(tmp_path / "x2/last.pth")["progress"]["total_steps"] >= 1
     assert not list(tmp_path.rglob(".*.tmp"))
-    resume_and_compare("super-resolution", tmp_path)
+    resume_and_require_equal_results("super-resolution", tmp_path)
 
 
 def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(training_files, tmp_path):
@@ -500,17 +508,17 @@ def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(t
     flags = train_detector_arguments(
         training_files, tmp_path / "out", f"--fixed-sr --save-every-epoch 1000000 --epochs {epochs}"
     )
-    assert wait_for_exit(start_program("train_detector.py", flags, log, delay_cache_and_send_sigterm)) == 143
+    assert wait_for_exit(start_program("train_detector.py", flags, log, prepare_slow_caching_and_sigterm)) == 143
     minutes = [int(text) for text in re.findall(r"about (\d+) min left", log.read_text())]
     seconds_per_epoch = [60 * value / epochs for value in minutes]
     assert len(minutes) >= 2
     assert seconds_per_epoch[0] < 6 + max(seconds_per_epoch[1:]), log.read_text()
 
 
-def delay_cache_and_send_sigterm():
+def prepare_slow_caching_and_sigterm():
     """Make filling the residual cache 12 s slower, and send SIGTERM in training step 9."""
-    delay_progress_loops("residuals", 12)
-    send_signal_in_loop("epoch", 9, signal.SIGTERM)
+    prepare_delay_of_progress_loops("residuals", 12)
+    prepare_signal_at_loop_item("epoch", 9, signal.SIGTERM)
 
 
 def test_tensorboard_shows_each_epoch_of_a_resumed_training_once(training_files, tmp_path):
@@ -537,11 +545,11 @@ def test_tensorboard_shows_each_epoch_of_a_resumed_training_once(training_files,
     ],
 )
 def test_resuming_a_state_with_an_impossible_value_is_refused_in_one_line(
-    training_files, run_uninterrupted, tmp_path, key, value, words
+    training_files, run_training_without_interruption, tmp_path, key, value, words
 ):
     out = tmp_path / "out"
-    shutil.copytree(run_uninterrupted("cached"), out)
-    state = read_checkpoint(out / "last.pth.tar")
+    shutil.copytree(run_training_without_interruption("cached"), out)
+    state = read_checkpoint_content(out / "last.pth.tar")
     state[key] = value
     torch.save(state, out / "last.pth.tar")
     with expect_user_error("last.pth.tar", *words):
@@ -551,7 +559,7 @@ def test_resuming_a_state_with_an_impossible_value_is_refused_in_one_line(
 # --- several processes --------------------------------------------------------------------------------------
 
 
-def run_in_two_processes(program, flags, log, prepare=None):
+def run_program_in_two_processes(program, flags, log, prepare=None):
     """Run a program in two processes as torchrun does. Return the exit statuses of the two processes."""
     processes = [start_program(program, flags, log, prepare, **rank) for rank in torchrun_environments()]
     return [wait_for_exit(process) for process in processes]
@@ -567,12 +575,14 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
     again = train_sr_arguments(training_files, tmp_path / "two", f"{flags} --save-minutes 0 --resume auto --gpu 0")
     log = tmp_path / "log"
     assert (
-        run_in_two_processes("train_sr.py", again, log, partial(send_signal_in_loop, "epoch", 3, signal.SIGKILL))
+        run_program_in_two_processes(
+            "train_sr.py", again, log, partial(prepare_signal_at_loop_item, "epoch", 3, signal.SIGKILL)
+        )
         == [-signal.SIGKILL] * 2
     )
-    assert read_checkpoint(tmp_path / "two/x2/last.pth")["progress"]["total_steps"] == 2, log.read_text()
-    assert run_in_two_processes("train_sr.py", again, log) == [0, 0], log.read_text()
-    one, two = (read_checkpoint(tmp_path / name / "x2/last.pth") for name in ("one", "two"))
+    assert read_checkpoint_content(tmp_path / "two/x2/last.pth")["progress"]["total_steps"] == 2, log.read_text()
+    assert run_program_in_two_processes("train_sr.py", again, log) == [0, 0], log.read_text()
+    one, two = (read_checkpoint_content(tmp_path / name / "x2/last.pth") for name in ("one", "two"))
     for key, tensor in one["state_dict"].items():
         torch.testing.assert_close(two["state_dict"][key], tensor, rtol=0, atol=1e-6)
     assert two["progress"]["best"] == pytest.approx(one["progress"]["best"], abs=1e-4)
@@ -583,8 +593,10 @@ def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_de
     flags = train_detector_arguments(
         training_files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE"
     )
-    assert run_in_two_processes("train_detector.py", flags, tmp_path / "log") == [0, 0]
-    x = torch.stack([load_image(training_files / kind / f"{i}.png") for kind in ("fake", "real") for i in range(5)])
+    assert run_program_in_two_processes("train_detector.py", flags, tmp_path / "log") == [0, 0]
+    x = torch.stack(
+        [read_image_as_tensor(training_files / kind / f"{i}.png") for kind in ("fake", "real") for i in range(5)]
+    )
     labels = torch.arange(10) // 5
     logits = load(tmp_path / "two/last.pth.tar", device="cpu").logits(x)
     (line,) = read_stats(tmp_path / "two")
@@ -603,10 +615,10 @@ def test_a_process_without_a_usable_image_takes_part_in_the_training_step(traini
     cut_file_in_half(images / ("real" if second[1] < 5 else "fake") / f"{second[1] % 5}.png")
     flags = train_detector_arguments(images, tmp_path / "out", f"{flags} --epochs 1 --batch-size 2 --skip-bad")
     log = tmp_path / "log"
-    assert run_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
+    assert run_program_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
     (line,) = read_stats(tmp_path / "out")
     assert line["left_out"] == 1 and line["loss"] > 0
-    assert read_checkpoint(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 5
+    assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 5
 
 
 def test_a_process_with_one_usable_image_takes_part_in_the_training_step(
@@ -624,10 +636,10 @@ def test_a_process_with_one_usable_image_takes_part_in_the_training_step(
     cut_file_in_half(images / ("real" if first[1] < 6 else "fake") / f"{first[1] % 6}.png")
     flags = train_detector_arguments(images, tmp_path / "out", "--fixed-sr --no-cache --epochs 1 --skip-bad")
     log = tmp_path / "log"
-    assert run_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
+    assert run_program_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
     (line,) = read_stats(tmp_path / "out")
     assert line["left_out"] == 2
-    assert read_checkpoint(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 3
+    assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 3
 
 
 def test_both_processes_of_a_training_stop_on_sigterm_without_a_traceback(training_files, tmp_path):
@@ -636,8 +648,8 @@ def test_both_processes_of_a_training_stop_on_sigterm_without_a_traceback(traini
     )
     for description in ("epoch", "validation"):
         log = tmp_path / description
-        accident = partial(send_signal_in_loop, description, 1, signal.SIGTERM)
-        codes = run_in_two_processes("train_detector.py", [*flags, *AUTO], log, accident)
+        accident = partial(prepare_signal_at_loop_item, description, 1, signal.SIGTERM)
+        codes = run_program_in_two_processes("train_detector.py", [*flags, *AUTO], log, accident)
         assert codes == [143, 143] and "Traceback" not in log.read_text(), log.read_text()
 
 
@@ -659,4 +671,4 @@ def test_a_run_whose_best_checkpoint_cannot_be_written_writes_it_when_resumed(tr
     run_training(train_detector_arguments(training_files, tmp_path / "stopped", f"{flags} --resume auto"))
     for name in ("best.pth.tar", "last.pth.tar"):
         states = [checkpoint_without_settings(tmp_path / run / name) for run in ("whole", "stopped")]
-        assert not differences(*states)
+        assert not list_differing_entries(*states)

@@ -11,10 +11,10 @@ import torch
 from files import expect_user_error, read_file_contents_by_path
 
 from utils.compute import choose_device, choose_device_and_precision
-from utils.console import format_text_table, printable, progress_bar
+from utils.console import format_text_table, make_printable, progress_bar
 from utils.distributed import World
 from utils.errors import UserError, run_program
-from utils.files import hold_lock_file, make_folder, remove_unfinished_files, write_atomically, write_json
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_unfinished_files, write_json
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 from utils.training import Progress
@@ -50,12 +50,12 @@ def test_a_programming_error_is_raised_by_run_program():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_program_stopped_by_a_signal_exits_with_128_plus_the_signal_number(number, capfd):
-    def stop_by_signal():
+    def send_signal_and_raise_stopped():
         with StopSignal() as stop:
             os.kill(os.getpid(), number)
             raise Stopped(stop.received)
 
-    assert run_program(stop_by_signal) == 128 + number
+    assert run_program(send_signal_and_raise_stopped) == 128 + number
     assert "saved" in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -71,7 +71,7 @@ def test_a_second_ctrl_c_stops_the_program_at_once_and_a_second_sigterm_does_not
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_the_signal_handlers_are_restored_after_a_stop_signal_block():
+def test_the_sigterm_handler_is_restored_after_the_with_block_of_a_stop_signal():
     before = signal.getsignal(signal.SIGTERM)
     with StopSignal():
         assert signal.getsignal(signal.SIGTERM) != before
@@ -84,7 +84,7 @@ def test_the_signal_handlers_are_restored_after_a_stop_signal_block():
 def test_an_atomic_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "a.json"
     write_json(path, {"a": 1})
-    with pytest.raises(KeyError), write_atomically(path) as file:
+    with pytest.raises(KeyError), open_for_atomic_write(path) as file:
         file.write(b"half")
         raise KeyError
     assert read_file_contents_by_path(tmp_path) == {"a.json": b'{\n  "a": 1\n}\n'}
@@ -102,7 +102,7 @@ def test_an_atomic_file_has_the_permissions_of_the_umask(tmp_path):
 def test_an_atomic_write_to_a_symbolic_link_keeps_the_link_and_replaces_its_target(tmp_path):
     (tmp_path / "target").write_text("old")
     (tmp_path / "link").symlink_to("target")
-    with write_atomically(tmp_path / "link") as file:
+    with open_for_atomic_write(tmp_path / "link") as file:
         file.write(b"new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "target").read_text() == "new"
 
@@ -134,7 +134,7 @@ def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_p
     assert read_file_contents_by_path(tmp_path) == before
 
 
-def test_a_lock_file_exists_only_during_its_block(tmp_path):
+def test_a_lock_file_exists_only_inside_the_with_block_that_holds_it(tmp_path):
     for _ in range(2):
         with hold_lock_file(tmp_path / ".lock", World()):
             assert (tmp_path / ".lock").exists()
@@ -144,7 +144,7 @@ def test_a_lock_file_exists_only_during_its_block(tmp_path):
 # --- text ---------------------------------------------------------------------------------------------------
 
 
-def test_without_a_terminal_progress_is_logged_at_intervals(monkeypatch, caplog):
+def test_progress_is_logged_at_intervals_if_there_is_no_terminal(monkeypatch, caplog):
     monkeypatch.setattr("utils.console.LOG_SECONDS", 0.05)
     caplog.set_level(logging.INFO)
     for _ in progress_bar(range(12), "epoch 3"):
@@ -158,7 +158,7 @@ def test_without_a_terminal_progress_is_logged_at_intervals(monkeypatch, caplog)
 
 
 def test_control_characters_are_escaped_and_text_tables_are_aligned():
-    assert printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
+    assert make_printable("größe\n\udcff\x1b[0m") == "größe\\n\\udcff\\x1b[0m"
     assert format_text_table([["a", "n"], ["bcd{}", "10"]]) == "a       n\nbcd{}  10"
 
 
@@ -189,7 +189,7 @@ def test_choose_device_and_precision_sets_the_deterministic_settings_of_pytorch(
     assert torch.backends.cudnn.benchmark != deterministic
 
 
-def test_compute_converts_uint8_images_to_float_in_channels_last_order():
+def test_images_to_float_converts_uint8_images_to_float32_in_channels_last_order():
     x = choose_device_and_precision("cpu", "fp32", False).images_to_float(
         torch.full((1, 3, 2, 2), 255, dtype=torch.uint8)
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from files import cut_file_in_half, expect_user_error, read_file_contents_by_path
-from processes import kill_during_save, send_signal_in_loop, start_program, wait_for_exit
-from trainings import read_checkpoint, read_stats, run_training, train_detector_arguments, train_sr_arguments
+from processes import prepare_kill_during_checkpoint_save, prepare_signal_at_loop_item, start_program, wait_for_exit
+from trainings import read_checkpoint_content, read_stats, run_training, train_detector_arguments, train_sr_arguments
 
 from models.rdn import RDN
 from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS
@@ -70,7 +70,7 @@ FOREIGN = [
 
 @pytest.mark.parametrize("name", FOREIGN)
 @pytest.mark.parametrize("flags", ["", "--overwrite", "--resume auto"])
-def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_record(
+def test_train_detector_refuses_and_keeps_an_output_file_that_config_json_does_not_list(
     training_files, tmp_path, monkeypatch, name, flags
 ):
     """The training refuses the output folder even with --overwrite."""
@@ -90,7 +90,7 @@ def test_train_detector_refuses_and_keeps_an_output_file_that_is_not_in_the_reco
 
 
 @pytest.mark.parametrize("name", ["epoch_2.pth", "best.pth", "config.json", "stats.jsonl"])
-def test_train_sr_refuses_and_keeps_an_output_file_that_is_not_in_the_record(training_files, tmp_path, name):
+def test_train_sr_refuses_and_keeps_an_output_file_that_config_json_does_not_list(training_files, tmp_path, name):
     write_user_files(tmp_path / "x2")
     torch.save(RDN(2).state_dict(), tmp_path / "x2" / name)
     before = read_file_contents_by_path(tmp_path)
@@ -100,7 +100,9 @@ def test_train_sr_refuses_and_keeps_an_output_file_that_is_not_in_the_record(tra
 
 
 @pytest.mark.parametrize("record", ["{}", "[]", "not JSON", '{"format": "another", "files": ["stats.jsonl"]}'])
-def test_an_output_folder_whose_record_has_another_format_is_refused_and_unchanged(training_files, tmp_path, record):
+def test_an_output_folder_whose_config_json_has_another_format_is_refused_and_unchanged(
+    training_files, tmp_path, record
+):
     (tmp_path / RECORD).write_text(record)
     (tmp_path / STATS).write_text("1\n")
     before = read_file_contents_by_path(tmp_path)
@@ -139,7 +141,7 @@ def test_train_detector_does_not_replace_a_run_of_train_sr(training_files, tmp_p
     assert read_file_contents_by_path(tmp_path) == before
 
 
-def test_the_record_names_every_file_that_a_training_has_written(training_files, tmp_path):
+def test_config_json_lists_every_file_that_a_training_has_written(training_files, tmp_path):
     run_training(
         train_detector_arguments(
             training_files, tmp_path, "--fixed-sr --epochs 3 --save-every-epoch 1 --keep-last 1 VALIDATE"
@@ -180,7 +182,7 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
     if accident == "kill -9":
         log = tmp_path / "log"
         process = start_program(
-            "train_detector.py", arguments, log, partial(send_signal_in_loop, "epoch", 1, signal.SIGKILL)
+            "train_detector.py", arguments, log, partial(prepare_signal_at_loop_item, "epoch", 1, signal.SIGKILL)
         )
         assert wait_for_exit(process) == -signal.SIGKILL, log.read_text()
     elif accident == "infinite loss":
@@ -207,7 +209,7 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
             f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copied_run_folder / init}",
         )
     )
-    assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 1
+    assert read_checkpoint_content(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 1
     assert "val_auroc" not in read_stats(copied_run_folder)[0]  # the new training has no validation images
     assert not set(before) & {name for name in read_file_contents_by_path(copied_run_folder) if "tfevents" in name}
 
@@ -224,7 +226,7 @@ def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_st
     after = read_file_contents_by_path(out / "x2")
     assert {name: after.get(name) for name in before} == before
     run_training(train_sr_arguments(training_files, out, again))
-    assert read_checkpoint(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
+    assert read_checkpoint_content(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
 
 
 def raise_disk_full(content, file):
@@ -244,12 +246,14 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
     )
     log = tmp_path / "log"
     assert (
-        wait_for_exit(start_program("train_detector.py", arguments, log, partial(kill_during_save, 2)))
+        wait_for_exit(
+            start_program("train_detector.py", arguments, log, partial(prepare_kill_during_checkpoint_save, 2))
+        )
         == -signal.SIGKILL
     )
     states = {name for name in os.listdir(copied_run_folder) if name.endswith(".pth.tar") and not name.startswith(".")}
     assert states == {"last.pth.tar"}
-    assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["total_steps"] == 1
+    assert read_checkpoint_content(copied_run_folder / "last.pth.tar")["progress"]["total_steps"] == 1
     assert read_stats(copied_run_folder) == []
 
 
@@ -257,7 +261,7 @@ def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(training_fi
     """A training refuses the folder with and without --overwrite, even if it starts from this checkpoint."""
     released = {
         key: value
-        for key, value in read_checkpoint(copied_run_folder / "0001.pth.tar").items()
+        for key, value in read_checkpoint_content(copied_run_folder / "0001.pth.tar").items()
         if key in ("arch", "state_dict")
     }
     folder = tmp_path / "downloaded"
@@ -289,5 +293,5 @@ def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed_and_the_link_is_ke
             training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --resume auto VALIDATE"
         )
     )
-    assert read_checkpoint(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 2
+    assert read_checkpoint_content(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 2
     assert (copied_run_folder / "last.pth.tar").is_symlink()

@@ -32,14 +32,14 @@ def make_rows_by_index(items, indices, add=0.0):
     return dict(zip(indices, rows, strict=True))
 
 
-def make_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
+def make_unopened_score_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
     """Return a ScoreWriter for the score table p.csv. The writer is not opened yet."""
     return ScoreWriter(folder / "p.csv", items, read_file_sizes_and_times(items), job, world)
 
 
-def open_writer(folder, items, job=JOB) -> ScoreWriter:
+def make_opened_score_writer(folder, items, job=JOB) -> ScoreWriter:
     """Return an opened ScoreWriter for the score table p.csv."""
-    writer = make_writer(folder, items, job)
+    writer = make_unopened_score_writer(folder, items, job)
     assert writer.start_partial_table(overwrite=False)
     return writer
 
@@ -47,7 +47,7 @@ def open_writer(folder, items, job=JOB) -> ScoreWriter:
 def finish_table(writer: ScoreWriter) -> None:
     """Join all part files into the score table, write the record, and remove the part files."""
     writer.finish_table()
-    writer.write_record({"metrics": None})
+    writer.write_json_record_of_score_table({"metrics": None})
     writer.delete_partial_tables()
 
 
@@ -56,47 +56,47 @@ def read_logit_fake_column(folder) -> list[float]:
     return read_table(folder / "p.csv").logits[:, 0].tolist()
 
 
-def test_rows_written_in_three_starts_are_joined_into_one_table(tmp_path, image_items):
+def test_rows_of_three_successive_score_writers_are_joined_into_one_score_table(tmp_path, image_items):
     write_empty_files(tmp_path, "p.csv.x.csv.0.part", "q.csv.0.part")  # part files of other score tables
-    first = open_writer(tmp_path, image_items)
+    first = make_opened_score_writer(tmp_path, image_items)
     assert first.list_unscored_images(1).tolist() == list(range(COUNT))
     first.write_rows(make_rows_by_index(image_items, [0, 3]))
-    second = open_writer(tmp_path, image_items)
+    second = make_opened_score_writer(tmp_path, image_items)
     assert second.list_unscored_images(1).tolist() == [1, 2, 4, 5, 6]
     second.write_rows(make_rows_by_index(image_items, [1, 2]))
     second.write_rows(make_rows_by_index(image_items, [4]))
-    third = open_writer(tmp_path, image_items)
+    third = make_opened_score_writer(tmp_path, image_items)
     third.write_rows(make_rows_by_index(image_items, [5, 6]))
     third.finish_table()
     assert read_logit_fake_column(tmp_path) == list(range(COUNT))
-    open_writer(tmp_path, image_items).finish_table()  # without p.json, a new start keeps the table
+    make_opened_score_writer(tmp_path, image_items).finish_table()  # without p.json, a new start keeps the table
     finish_table(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]
 
 
 def test_a_finished_table_is_kept_without_overwrite_and_scored_again_with_overwrite(tmp_path, image_items):
-    writer = open_writer(tmp_path, image_items)
+    writer = make_opened_score_writer(tmp_path, image_items)
     writer.write_rows(make_rows_by_index(image_items, range(COUNT)))
     finish_table(writer)
-    assert not make_writer(tmp_path, image_items).start_partial_table(overwrite=False)
-    again = make_writer(tmp_path, image_items)
+    assert not make_unopened_score_writer(tmp_path, image_items).start_partial_table(overwrite=False)
+    again = make_unopened_score_writer(tmp_path, image_items)
     assert again.start_partial_table(overwrite=True)
     assert len(again.list_unscored_images(1)) == COUNT
-    other_job = make_writer(tmp_path, image_items, {"seed": 2})
+    other_job = make_unopened_score_writer(tmp_path, image_items, {"seed": 2})
     shutil.rmtree(tmp_path / "images")
-    assert make_writer(tmp_path, image_items).identity != again.identity
+    assert make_unopened_score_writer(tmp_path, image_items).identity != again.identity
     assert other_job.identity != again.identity
 
 
 def test_scored_images_without_a_required_picture_are_scored_again(tmp_path, image_items):
-    writer = open_writer(tmp_path, image_items)
+    writer = make_opened_score_writer(tmp_path, image_items)
     writer.write_rows(
         make_rows_by_index(image_items, range(COUNT - 1)) | {COUNT - 1: Row(image_items[-1].path, error="unreadable")}
     )
     finish_table(writer)
     lacks_picture = np.isin(np.arange(COUNT), [2, 5, COUNT - 1])
-    again = make_writer(tmp_path, image_items)
+    again = make_unopened_score_writer(tmp_path, image_items)
     assert again.start_partial_table(overwrite=False, required=lacks_picture)
     assert again.list_unscored_images(1).tolist() == [
         2,
@@ -104,12 +104,12 @@ def test_scored_images_without_a_required_picture_are_scored_again(tmp_path, ima
     ]  # no picture can be drawn for the last image, because it is unreadable
     again.write_rows(make_rows_by_index(image_items, [2, 5]))
     finish_table(again)
-    assert not make_writer(tmp_path, image_items).start_partial_table(overwrite=False)
+    assert not make_unopened_score_writer(tmp_path, image_items).start_partial_table(overwrite=False)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 30, 10_000])
 def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, image_items, lost):
-    writer = open_writer(tmp_path, image_items)
+    writer = make_opened_score_writer(tmp_path, image_items)
     writer.write_rows(make_rows_by_index(image_items, [0, 1]))
     writer.write_rows(make_rows_by_index(image_items, [2, 3]))
     part = tmp_path / "p.csv.0.part"
@@ -117,7 +117,7 @@ def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, image_items
     if lost == 10_000:
         lost = len(content) - content.index(b"\n") - 1  # keep only the first line
     part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure may leave zeros at the end
-    again = open_writer(tmp_path, image_items)
+    again = make_opened_score_writer(tmp_path, image_items)
     missing = again.list_unscored_images(1).tolist()
     assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))
     again.write_rows(make_rows_by_index(image_items, missing))
@@ -126,43 +126,45 @@ def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, image_items
 
 
 def test_images_that_have_changed_are_scored_again(tmp_path, image_items):
-    writer = open_writer(tmp_path, image_items)
+    writer = make_opened_score_writer(tmp_path, image_items)
     writer.write_rows(make_rows_by_index(image_items, range(COUNT)))
     Path(image_items[2].path).write_bytes(b"other")
     Path(image_items[5].path).unlink()
-    again = open_writer(tmp_path, image_items)
+    again = make_opened_score_writer(tmp_path, image_items)
     assert again.list_unscored_images(1).tolist() == [2, 5]
     again.write_rows(make_rows_by_index(image_items, [2], add=0.5))
     with expect_user_error("5.png has no row"):
         again.finish_table()
-    last = open_writer(tmp_path, image_items)
+    last = make_opened_score_writer(tmp_path, image_items)
     last.write_rows(make_rows_by_index(image_items, [5], add=0.5))
     last.finish_table()
     assert read_logit_fake_column(tmp_path) == [0, 1, 2.5, 3, 4, 5.5, 6]
 
 
-def test_part_files_of_a_run_with_other_settings_are_refused_and_kept(tmp_path, image_items):
-    open_writer(tmp_path, image_items, {"seed": 1, "crops": 9}).write_rows(make_rows_by_index(image_items, [0]))
+def test_partial_tables_of_a_run_with_other_settings_are_refused_and_kept(tmp_path, image_items):
+    make_opened_score_writer(tmp_path, image_items, {"seed": 1, "crops": 9}).write_rows(
+        make_rows_by_index(image_items, [0])
+    )
     before = (tmp_path / "p.csv.0.part").read_bytes()
     other = {"seed": 2, "crops": 9}
     with expect_user_error("seed", "--overwrite"):
-        make_writer(tmp_path, image_items, other).start_partial_table(overwrite=False)
+        make_unopened_score_writer(tmp_path, image_items, other).start_partial_table(overwrite=False)
     assert (tmp_path / "p.csv.0.part").read_bytes() == before
-    writer = make_writer(tmp_path, image_items, other)
+    writer = make_unopened_score_writer(tmp_path, image_items, other)
     assert writer.start_partial_table(overwrite=True)
     assert len(writer.list_unscored_images(1)) == COUNT
     assert [path.name for path in tmp_path.glob("p.csv.*")] == ["p.csv.1.part"]
 
 
-def test_a_file_of_the_user_with_the_name_of_a_part_file_is_refused_and_kept(tmp_path, image_items):
+def test_a_file_of_the_user_with_the_name_of_a_partial_table_is_refused_and_kept(tmp_path, image_items):
     (tmp_path / "p.csv.0.part").write_text("mine")
     with expect_user_error("p.csv.0.part"):
-        make_writer(tmp_path, image_items).start_partial_table(overwrite=False)
+        make_unopened_score_writer(tmp_path, image_items).start_partial_table(overwrite=False)
     assert (tmp_path / "p.csv.0.part").read_text() == "mine"
 
 
 def test_two_processes_score_alternate_blocks_of_the_image_list(tmp_path, image_items):
-    writers = [make_writer(tmp_path, image_items, world=World(rank, 2)) for rank in range(2)]
+    writers = [make_unopened_score_writer(tmp_path, image_items, world=World(rank, 2)) for rank in range(2)]
     assert [writer.list_unscored_images(2).tolist() for writer in writers] == [[0, 1, 4, 5], [2, 3, 6]]
     writers[1].done[2] = True
     assert writers[1].list_unscored_images(2).tolist() == [3, 6]
@@ -170,7 +172,7 @@ def test_two_processes_score_alternate_blocks_of_the_image_list(tmp_path, image_
 
 def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, image_items):
     image_items = [*image_items, image_items[0]._replace(label=None, generator="other")]
-    writer = open_writer(tmp_path, image_items)
+    writer = make_opened_score_writer(tmp_path, image_items)
     writer.write_rows(make_rows_by_index(image_items, range(len(image_items))))
     writer.finish_table()
     generators = read_table(tmp_path / "p.csv").generators
@@ -180,11 +182,11 @@ def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, image_items):
 
 @pytest.mark.parametrize("change", ["deleted", "exchanged"])
 def test_a_finished_table_whose_rows_were_changed_is_refused(tmp_path, image_items, change):
-    writer = open_writer(tmp_path, image_items)
+    writer = make_opened_score_writer(tmp_path, image_items)
     writer.write_rows(make_rows_by_index(image_items, range(COUNT)))
     finish_table(writer)
     heading, first, second, *others = (tmp_path / "p.csv").read_text().splitlines(keepends=True)
     rows = [second, first, *others] if change == "exchanged" else [first, *others]
     (tmp_path / "p.csv").write_text("".join([heading, *rows]))
     with expect_user_error("p.csv", "changed", "--overwrite"):
-        make_writer(tmp_path, image_items).start_partial_table(overwrite=False)
+        make_unopened_score_writer(tmp_path, image_items).start_partial_table(overwrite=False)

@@ -12,7 +12,7 @@ from evaluation.score_table import (
     Row,
     make_rows,
     path_of_residual_picture,
-    read_record,
+    read_json_record_of_score_table,
     read_rows,
     read_table,
     write_table,
@@ -100,9 +100,9 @@ def test_read_table_returns_the_columns_of_a_score_table_as_arrays(tmp_path):
     assert table.is_real.tolist() == [True, False, False, False]
     assert table.is_fake.tolist() == [False, True, False, True]
     assert table.generators == ["", "gan", "", "gan"]
-    assert table.is_scored.tolist() == [True, True, True, False]
-    assert table.is_usable.tolist() == [True, True, False, False]
-    assert table.margins[:3].tolist() == [-2, 2, 0]
+    assert table.has_score.tolist() == [True, True, True, False]
+    assert table.has_label_and_score.tolist() == [True, True, False, False]
+    assert table.logit_margins[:3].tolist() == [-2, 2, 0]
     assert table.predictions == ["real", "fake", "fake", ""]
     assert table.errors == ["", "", "", "truncated file"]
     for part in (table.select_rows(table.is_fake), table.select_rows([1, 3])):
@@ -156,12 +156,12 @@ def test_a_file_that_is_not_a_score_table_is_refused_in_one_line(tmp_path, name)
         read_table(tmp_path / name)
 
 
-def test_read_record_returns_an_empty_dict_for_a_missing_file_and_refuses_a_broken_file(tmp_path):
-    assert read_record(tmp_path / "s.csv") == {}
+def test_a_missing_json_file_is_read_as_an_empty_dict_and_a_broken_one_is_refused(tmp_path):
+    assert read_json_record_of_score_table(tmp_path / "s.csv") == {}
     for broken in ("{", "[1]", "\xff"):
         (tmp_path / "s.json").write_text(broken, encoding="latin-1")
         with expect_user_error("s.json"):
-            read_record(tmp_path / "s.csv")
+            read_json_record_of_score_table(tmp_path / "s.csv")
 
 
 @pytest.mark.parametrize(

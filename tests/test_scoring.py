@@ -13,21 +13,27 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import hold_lock_in_process, send_signal_in_batch, start_program, torchrun_environments, wait_for_exit
+from processes import (
+    hold_lock_in_process,
+    prepare_signal_before_scoring_batch,
+    start_program,
+    torchrun_environments,
+    wait_for_exit,
+)
 from scorings import (
     CONFIG,
     GOLDEN,
     IMAGES,
     error_line_of_test_py,
+    list_sorted_names_in_folder,
     read_csv_rows,
     run_test_py,
     scoring_arguments,
-    sorted_names,
     write_detector,
+    write_images_and_released_format_checkpoints,
     write_noise_image,
-    write_released_files,
 )
-from trainings import read_checkpoint, run_training, train_detector_arguments
+from trainings import read_checkpoint_content, run_training, train_detector_arguments
 
 from data.lists import hash_image_files, list_unlabelled_items
 from evaluation import load
@@ -37,11 +43,11 @@ from evaluation.score_table import COLUMNS, read_table
 @pytest.fixture(scope="module")
 def released_files_folder(tmp_path_factory):
     """Return a folder with checkpoints in the file formats of the released checkpoints, and with two images."""
-    return write_released_files(tmp_path_factory.mktemp("release"))
+    return write_images_and_released_format_checkpoints(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_save_path(detector_file, image_folder, tmp_path_factory):
+def save_path_of_uninterrupted_scoring(detector_file, image_folder, tmp_path_factory):
     """Score nine images in one process without interruption. Return the value of --save_path."""
     path = tmp_path_factory.mktemp("whole") / "p"
     assert run_test_py(*scoring_arguments(detector_file, image_folder, path)) == 0
@@ -86,7 +92,7 @@ def test_scoring_labelled_images_writes_a_csv_a_json_an_npy_and_a_png_file(detec
         run_test_py("--gpu", "cpu", "-j", 0, "--resume", detector_file, *roots, "--save_path", f"{tmp_path}/out/p/")
         == 0
     )
-    assert sorted_names(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
+    assert list_sorted_names_in_folder(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
     rows = read_csv_rows(tmp_path / "out" / "p.csv")
     assert tuple(rows[0]) == COLUMNS
     names = "reals/B reals/a/10 reals/a/2 reals/d progan/1 progan/3 stylegan/0/3".split()
@@ -134,7 +140,7 @@ def test_test_py_writes_no_files_without_a_save_path(detector_file, tmp_path):
     process = start_program("test.py", flags, tmp_path / "log", PYTHONIOENCODING="ascii")
     assert wait_for_exit(process) == 0
     assert "\\n.png" in (tmp_path / "log").read_text()
-    assert sorted_names(tmp_path) == ["größe\n.png", "log"]
+    assert list_sorted_names_in_folder(tmp_path) == ["größe\n.png", "log"]
 
 
 def test_a_new_run_of_test_py_replaces_the_results_of_an_earlier_run(detector_file, image_folder, tmp_path):
@@ -142,9 +148,10 @@ def test_a_new_run_of_test_py_replaces_the_results_of_an_earlier_run(detector_fi
     labelled = ["--data-root-pos", tmp_path / "r", "--data-root-neg", tmp_path / "f"]
     start_of = ["--gpu", "cpu", "-j", 0, "--resume", detector_file, "--save_path", tmp_path / "out" / "p"]
     assert run_test_py(*start_of, *labelled) == 0
-    assert sorted_names(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
+    assert list_sorted_names_in_folder(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
     assert run_test_py(*start_of, "--input", image_folder) == 0
-    assert sorted_names(tmp_path / "out") == ["p.csv", "p.json", "p.npy"]  # no figure is drawn for unlabelled images
+    # No figure is drawn for unlabelled images
+    assert list_sorted_names_in_folder(tmp_path / "out") == ["p.csv", "p.json", "p.npy"]
     assert run_test_py(*start_of, *labelled) == 0
     assert len(read_csv_rows(tmp_path / "out" / "p.csv")) == 2
 
@@ -208,7 +215,7 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
 ):
     run_training(train_detector_arguments(training_files, tmp_path / "run", "--fixed-sr --epochs 1"))
     trained = tmp_path / "run" / "last.pth.tar"
-    known = read_checkpoint(trained)["config"]["images"]
+    known = read_checkpoint_content(trained)["config"]["images"]
     assert (known["sides"], known["jpegs"]) == ([64, 64], 0)
     for name, size in (("a.jpg", (64, 64)), ("b.png", (32, 99)), ("c.png", (260, 264)), ("d.png", (31, 64))):
         write_noise_image(tmp_path / "new" / name, 0, size)
@@ -238,7 +245,7 @@ def test_scored_images_that_are_training_images_are_counted(image_folder, tmp_pa
 # --- runs that are stopped or killed, and started again -------------------------------------------------------
 
 
-def has_equal_results(path, uninterrupted_results) -> bool:
+def has_equal_csv_and_npy_files(path, uninterrupted_results) -> bool:
     """Return whether the CSV files and the NPY files at two save paths are equal byte by byte."""
     return all(
         Path(f"{path}{end}").read_bytes() == Path(f"{uninterrupted_results}{end}").read_bytes()
@@ -248,10 +255,10 @@ def has_equal_results(path, uninterrupted_results) -> bool:
 
 @pytest.mark.parametrize(("number", "status"), [(9, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected_table(
-    detector_file, image_folder, uninterrupted_save_path, tmp_path, capfd, number, status
+    detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path, capfd, number, status
 ):
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
-    process = start_program("test.py", words, tmp_path / "log", partial(send_signal_in_batch, 3, number))
+    process = start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, number))
     assert wait_for_exit(process) == status
     assert not (tmp_path / "p.csv").exists()
     part = tmp_path / "p.csv.0.part"
@@ -264,10 +271,14 @@ def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected
     ]
     assert [wait_for_exit(run) for run in runs] == [0, 0]
     assert f"{done - 1} of {IMAGES} images are scored already" in (tmp_path / "log0").read_text()
-    table, expected = read_table(tmp_path / "p.csv"), read_table(f"{uninterrupted_save_path}.csv")
+    table, expected = read_table(tmp_path / "p.csv"), read_table(f"{save_path_of_uninterrupted_scoring}.csv")
     assert np.allclose(table.logits, expected.logits, atol=1e-6)
     assert [os.path.abspath(path) for path in table.paths] == expected.paths
-    assert [name for name in sorted_names(tmp_path) if name.startswith((".", "p"))] == ["p.csv", "p.json", "p.npy"]
+    assert [name for name in list_sorted_names_in_folder(tmp_path) if name.startswith((".", "p"))] == [
+        "p.csv",
+        "p.json",
+        "p.npy",
+    ]
     before = os.stat(tmp_path / "p.csv").st_mtime_ns
     assert run_test_py(*words) == 0
     assert "finished already" in capfd.readouterr().err
@@ -275,12 +286,17 @@ def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected
 
 
 def test_a_killed_run_of_test_py_that_is_resumed_writes_the_table_of_an_uninterrupted_run(
-    detector_file, image_folder, uninterrupted_save_path, tmp_path
+    detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path
 ):
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
-    assert wait_for_exit(start_program("test.py", words, tmp_path / "log", partial(send_signal_in_batch, 3, 9))) == -9
+    assert (
+        wait_for_exit(
+            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 9))
+        )
+        == -9
+    )
     assert run_test_py(*words) == 0
-    assert has_equal_results(tmp_path / "p", uninterrupted_save_path)
+    assert has_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
 
 
 def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder, tmp_path):
@@ -297,16 +313,16 @@ def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder,
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}
-from processes import LAYOUTS, SMALL, send_signal_in_batch
+from processes import LAYOUTS, SMALL, prepare_signal_before_scoring_batch
 LAYOUTS.update(SMALL)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"] == "01":
-    send_signal_in_batch(2, 9)
+    prepare_signal_before_scoring_batch(2, 9)
 runpy.run_path({program!r}, run_name="__main__")
 """
 
 
 def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_one_process(
-    detector_file, image_folder, uninterrupted_save_path, tmp_path
+    detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path
 ):
     root = Path(__file__).parents[1]
     paths = [str(root), str(root / "tests")]
@@ -318,14 +334,19 @@ def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_o
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "images are scored already" in run.stderr
-    assert has_equal_results(tmp_path / "p", uninterrupted_save_path)
+    assert has_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
 
 
 def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and_kept(
     detector_file, image_folder, tmp_path, capfd
 ):
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
-    assert wait_for_exit(start_program("test.py", words, tmp_path / "log", partial(send_signal_in_batch, 3, 9))) == -9
+    assert (
+        wait_for_exit(
+            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 9))
+        )
+        == -9
+    )
     kept = (tmp_path / "p.csv.0.part").read_bytes()
     other = write_detector(tmp_path / "d", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
     line = error_line_of_test_py(capfd, *scoring_arguments(other, image_folder, tmp_path / "p"))
@@ -337,7 +358,7 @@ def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and
     assert (tmp_path / "p.csv.0.part").read_bytes() == kept
     assert run_test_py(*scoring_arguments(other, image_folder, tmp_path / "p", "--overwrite")) == 0
     table = read_table(tmp_path / "p.csv")
-    assert np.allclose(table.prob_fake, 1 / (1 + np.exp(-table.margins / 2)))
+    assert np.allclose(table.prob_fake, 1 / (1 + np.exp(-table.logit_margins / 2)))
 
 
 def test_a_second_run_with_the_save_path_of_a_running_run_is_refused(detector_file, image_folder, tmp_path, capfd):
@@ -345,7 +366,7 @@ def test_a_second_run_with_the_save_path_of_a_running_run_is_refused(detector_fi
         assert "another run" in error_line_of_test_py(
             capfd, *scoring_arguments(detector_file, image_folder, tmp_path / "p")
         )
-        assert sorted_names(tmp_path) == [".p.lock"]
+        assert list_sorted_names_in_folder(tmp_path) == [".p.lock"]
         assert run_test_py(*scoring_arguments(detector_file, image_folder, tmp_path / "q")) == 0
 
 
@@ -365,7 +386,12 @@ def test_each_perturbation_gets_a_score_table_and_a_restart_keeps_finished_table
     roots = f"--data-root-pos {tmp_path}/r --data-root-neg {tmp_path}/f"
     words = f"--gpu cpu -j 0 --resume {detector_file} {roots} --perturb all --perturb-protocol frank2020".split()
     words += ["--save_path", f"{tmp_path}/p"]
-    assert wait_for_exit(start_program("test.py", words, tmp_path / "log", partial(send_signal_in_batch, 3, 15))) == 143
+    assert (
+        wait_for_exit(
+            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 15))
+        )
+        == 143
+    )
     finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob("p_*.csv")}
     assert {path.name for path in finished} == {"p_none.csv", "p_blur.csv"}
     assert run_test_py(*words) == 0
@@ -380,11 +406,11 @@ def test_each_perturbation_gets_a_score_table_and_a_restart_keeps_finished_table
     few = [*words[:6], "--input", f"{tmp_path}/f", "--perturb-protocol", "frank2020", "--perturb", "none", "combined"]
     assert run_test_py(*few, "-b", 1, "--save_path", tmp_path / "few", "--save-residuals", tmp_path / "pictures") == 0
     assert np.allclose(np.load(tmp_path / "few_combined.npy"), logits["combined"][3:], atol=1e-6)
-    assert sorted_names(tmp_path / "pictures") == ["combined", "none"]
+    assert list_sorted_names_in_folder(tmp_path / "pictures") == ["combined", "none"]
 
 
 def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_thresholds(
-    image_folder, uninterrupted_save_path, tmp_path, shrink_resnet18, capfd
+    image_folder, save_path_of_uninterrupted_scoring, tmp_path, shrink_resnet18, capfd
 ):
     calibration = {"temperature": 2.0, "t_real": 0.495, "t_fake": 0.505, "source": "val.csv"}
     detector = write_detector(tmp_path / "d", calibration=calibration)
@@ -392,9 +418,9 @@ def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_threshol
     out = capfd.readouterr().out
     assert "temperature 2)" in out
     assert "fake from P(fake) = 0.505 on, real up to 0.495, unsure between" in out
-    before, after = read_table(f"{uninterrupted_save_path}.csv"), read_table(tmp_path / "p.csv")
+    before, after = read_table(f"{save_path_of_uninterrupted_scoring}.csv"), read_table(tmp_path / "p.csv")
     assert np.array_equal(before.logits, after.logits)
-    assert np.allclose(after.prob_fake, 1 / (1 + np.exp(-before.margins / 2)))
+    assert np.allclose(after.prob_fake, 1 / (1 + np.exp(-before.logit_margins / 2)))
     not_fake = np.where(after.prob_fake <= 0.495, "real", "unsure")
     expected = np.where(after.prob_fake >= 0.505, "fake", not_fake).tolist()
     assert after.predictions == expected
@@ -405,7 +431,7 @@ def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_threshol
 # --- wrong arguments and checkpoints --------------------------------------------------------------------------
 
 
-def test_wrong_image_arguments_are_refused_in_one_line(detector_file, image_folder, tmp_path, capfd):
+def test_missing_images_and_wrong_flag_values_are_refused_in_one_line(detector_file, image_folder, tmp_path, capfd):
     (tmp_path / "empty").mkdir()
     start_of = ["--gpu", "cpu", "--resume", detector_file, "--save_path", tmp_path / "out" / "p"]
     reals = ["--data-root-pos", image_folder]
@@ -423,7 +449,7 @@ def test_wrong_image_arguments_are_refused_in_one_line(detector_file, image_fold
         (["--input", image_folder, "--perturb", "smudge"], "smudge"),
     ):
         assert named in error_line_of_test_py(capfd, *start_of, *words)
-    assert sorted_names(tmp_path) == ["empty"]
+    assert list_sorted_names_in_folder(tmp_path) == ["empty"]
 
 
 def test_wrong_checkpoint_arguments_are_refused_in_one_line(
@@ -475,7 +501,7 @@ def test_a_checkpoint_with_a_value_of_a_wrong_type_or_range_is_refused_in_one_li
 ):
     detector = write_detector(tmp_path / "odd.pth.tar", **content)
     assert word in error_line_of_test_py(capfd, *scoring_arguments(detector, image_folder, tmp_path / "p"))
-    assert sorted_names(tmp_path) == ["odd.pth.tar"]
+    assert list_sorted_names_in_folder(tmp_path) == ["odd.pth.tar"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, a number too high is an error")

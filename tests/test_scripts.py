@@ -20,9 +20,9 @@ from utils import options
 
 ROOT = Path(__file__).resolve().parent.parent
 PARSERS = {
-    "train_sr.py": options.train_sr_parser,
-    "train_detector.py": options.train_detector_parser,
-    "test.py": options.test_parser,
+    "train_sr.py": options.create_train_sr_parser,
+    "train_detector.py": options.create_train_detector_parser,
+    "test.py": options.create_test_parser,
 }
 PIXEL_DETECTOR = "./pretrained_models/pixel_pggan_celeba.pth.tar"
 RDN_FILE = "./pretrained_models/sr_vgg_epoch_last.pth"
@@ -355,7 +355,9 @@ def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to
 
 
 @pytest.mark.parametrize(("given", "missing"), [("DATA_ROOT_POS", "DATA_ROOT_NEG"), ("DATA_ROOT_NEG", "DATA_ROOT_POS")])
-def test_a_script_with_one_of_two_image_variables_is_refused_and_makes_no_example_images(project_copy, given, missing):
+def test_a_script_refuses_one_image_variable_without_the_other_and_makes_no_example_images(
+    project_copy, given, missing
+):
     write_empty_files(project_copy, PIXEL_DETECTOR, RDN_FILE)
     result = run_script(project_copy, "test_pixel_celeba.sh", 0, **{given: "mine"})
     assert result.returncode == 2
@@ -364,7 +366,7 @@ def test_a_script_with_one_of_two_image_variables_is_refused_and_makes_no_exampl
 
 
 @pytest.mark.parametrize(("stored", "missing"), [("CelebA", "DATA_ROOT_NEG"), ("CelebA_StyleGAN", "DATA_ROOT_POS")])
-def test_a_script_with_one_of_two_image_folders_is_refused_and_makes_no_example_images(project_copy, stored, missing):
+def test_a_script_refuses_one_image_folder_without_the_other_and_makes_no_example_images(project_copy, stored, missing):
     write_empty_files(project_copy, PIXEL_DETECTOR, RDN_FILE, f"data/{stored}/a.png")
     result = run_script(project_copy, "test_pixel_celeba.sh", 0)
     assert result.returncode == 2
@@ -432,7 +434,7 @@ def test_a_script_reports_a_failed_installation_in_its_last_line(project_copy, t
 # --- with the real Python -----------------------------------------------------------------------------------
 
 
-def write_block_images(folder: Path, count: int, cell: int) -> None:
+def write_images_of_random_squares(folder: Path, count: int, cell: int) -> None:
     """Write images of 64 x 64 pixels. Each square of `cell` x `cell` pixels has one random colour."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(cell)
@@ -457,9 +459,9 @@ def test_the_test_script_gives_the_logits_of_the_released_network(project_copy):
 
 
 def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(project_copy):
-    write_block_images(project_copy / "data/CelebA", 4, cell=1)
-    write_block_images(project_copy / "data/CelebA_ProGAN", 4, cell=4)
-    write_block_images(project_copy / "data/CelebA_StyleGAN", 4, cell=2)
+    write_images_of_random_squares(project_copy / "data/CelebA", 4, cell=1)
+    write_images_of_random_squares(project_copy / "data/CelebA_ProGAN", 4, cell=4)
+    write_images_of_random_squares(project_copy / "data/CelebA_StyleGAN", 4, cell=2)
     tiny_rdn = ["--num-features", 8, "--growth-rate", 8, "--num-blocks", 1, "--num-layers", 2]
     common = {"PYTHON": sys.executable, "VGG_WEIGHTS": "random"}
     steps = [
@@ -475,13 +477,13 @@ def test_three_scripts_train_rdn_train_a_detector_and_test_the_detector(project_
     table = read_table(project_copy / "output/train_pggan_pixel_test_stylegan.csv")
     assert table.is_real.sum() == 4
     assert table.is_fake.sum() == 4
-    assert table.is_scored.all()
+    assert table.has_score.all()
     assert "AUROC" in result.stdout
 
 
 def test_the_test_script_gives_equal_logits_with_one_and_two_processes(project_copy):
-    write_block_images(project_copy / "data/CelebA", 3, cell=1)
-    write_block_images(project_copy / "data/CelebA_StyleGAN", 3, cell=2)
+    write_images_of_random_squares(project_copy / "data/CelebA", 3, cell=1)
+    write_images_of_random_squares(project_copy / "data/CelebA_StyleGAN", 3, cell=2)
     (project_copy / "pretrained_models").mkdir()
     torch.manual_seed(0)
     classifier = DeepStemResNet(3, "resnet18").state_dict()

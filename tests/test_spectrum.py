@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from files import expect_user_error
-from trainings import read_checkpoint, run_training, train_detector_arguments
+from trainings import read_checkpoint_content, run_training, train_detector_arguments
 
 from evaluation import load
 from models.features import Pixels
@@ -29,7 +29,10 @@ def test_a_pattern_with_a_period_of_four_pixels_is_a_peak_at_a_quarter_of_the_sa
     classifier = SpectrumClassifier(3)
     noise = 0.01 * torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     wave = 0.05 * torch.cos(2 * math.pi / 4 * torch.arange(128.0)).expand(1, 3, 128, 128)
-    difference = (classifier.compute_relative_spectrum(noise + wave) - classifier.compute_relative_spectrum(noise))[0]
+    difference = (
+        classifier.compute_spectrum_relative_to_neighbouring_frequencies(noise + wave)
+        - classifier.compute_spectrum_relative_to_neighbouring_frequencies(noise)
+    )[0]
     row, column = classifier.triangle[:, difference.argmax()].tolist()
     assert (row, column) == (0, 32 // 4)
 
@@ -40,7 +43,10 @@ def test_mirroring_turning_and_brightness_do_not_change_the_spectrum(change):
     x = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     changed = {"mirrored": x.flip(3), "turned": x.rot90(1, (2, 3)), "brighter": x + 0.25}[change]
     torch.testing.assert_close(
-        classifier.compute_relative_spectrum(changed), classifier.compute_relative_spectrum(x), rtol=1e-3, atol=1e-3
+        classifier.compute_spectrum_relative_to_neighbouring_frequencies(changed),
+        classifier.compute_spectrum_relative_to_neighbouring_frequencies(x),
+        rtol=1e-3,
+        atol=1e-3,
     )
 
 
@@ -76,13 +82,13 @@ def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(training_f
     flags = "--fixed-sr --residual signed --arch spectrum --arch-args hidden=4"
     run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 1 VALIDATE"))
     run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 2 VALIDATE --resume auto"))
-    assert read_checkpoint(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
+    assert read_checkpoint_content(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
     residual = detector.residual(f"{training_files}/real/0.png")[0]
     assert residual.min() < 0 < residual.max()
 
 
-def test_an_option_residual_that_contradicts_the_checkpoint_is_refused(training_files, tmp_path):
+def test_a_residual_option_that_contradicts_the_checkpoint_is_refused(training_files, tmp_path):
     run_training(train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 1"))
     with expect_user_error("--residual", "signed", "absolute"):
         load(str(tmp_path / "last.pth.tar"), device="cpu", options={"residual": "signed"})

@@ -98,15 +98,15 @@ def test_a_list_that_the_user_has_edited_is_not_replaced(image_root):
 def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, monkeypatch):
     out = image_root / "lists"
     split.main(arguments_of_split(image_root, out))
-    real_atomic, calls = split.write_atomically, []
+    real_atomic, calls = split.open_for_atomic_write, []
 
-    def interrupt_third_call(path):
+    def open_or_interrupt_third_call(path):
         if len(calls) == 2:
             raise KeyboardInterrupt
         calls.append(path)
         return real_atomic(path)
 
-    monkeypatch.setattr(split, "write_atomically", interrupt_third_call)
+    monkeypatch.setattr(split, "open_for_atomic_write", open_or_interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
         split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite"))
     monkeypatch.undo()

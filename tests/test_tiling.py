@@ -5,11 +5,11 @@ from fractions import Fraction
 import pytest
 import torch
 
-from models.features import STAGES, VGG19, Pixels, VGG19Stage, compute_reach_and_stride, load_vgg
+from models.features import STAGES, VGG19, Pixels, VGG19Stage, compute_receptive_radius_and_stride, load_vgg
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
-from models.tiling import compute_in_tiles
+from models.tiling import apply_function_in_tiles
 from models.winograd import should_use_winograd
 
 TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
@@ -60,12 +60,12 @@ def test_rdn_in_small_tiles_gives_the_output_of_rdn_on_whole_images(tiny_rdn, si
         assert_close(tiny_rdn(x_lr), expected)
 
 
-def test_tiles_with_a_too_small_halo_give_errors_at_their_borders(tiny_rdn):
+def test_tiles_with_a_too_small_halo_give_wrong_values_at_their_borders(tiny_rdn):
     x = torch.rand(1, 6, 40, 40)
     with torch.inference_mode():
         expected = tiny_rdn.rdbs[0](x)
-        assert_close(compute_in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=2), expected)
-        error = (compute_in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
+        assert_close(apply_function_in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=2), expected)
+        error = (apply_function_in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
     assert error.max() > 1e-3 * expected.abs().max()
     assert error[:15, :15].max() <= 2e-5  # the interior of the first tile has no error
 
@@ -127,7 +127,7 @@ def test_vgg_in_tiles_gives_the_output_of_vgg_on_the_whole_image(random_vgg, siz
 
 
 def test_the_receptive_field_of_vgg_rounded_up_to_its_stride_of_16_is_80_pixels(random_vgg):
-    assert compute_reach_and_stride(random_vgg.features) == (80, 16)
+    assert compute_receptive_radius_and_stride(random_vgg.features) == (80, 16)
 
 
 @pytest.mark.parametrize("stage", [0, 5])
@@ -135,14 +135,14 @@ def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(tiny_rdn, rando
     detector = toy_detector(tiny_rdn, stage, random_vgg)
     x = torch.rand(1, 3, 148, 132)
     expected = detector(x).detach()  # networks use tiles only if gradients are disabled
-    detector.set_tile(79)
+    detector.set_tile_side(79)
     assert (detector.classifier.tile, detector.resynthesizer.tile) == (64, 16)
     with torch.inference_mode():
         assert_close(detector(x), expected)
 
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
-def test_max_pooling_in_tiles_equals_max_pooling_for_sizes_rounded_down_or_up(ceil_mode):
+def test_max_pooling_in_tiles_equals_max_pooling_with_output_sizes_rounded_down_or_up(ceil_mode):
     x = torch.rand(1, 2, 21, 13)
     pool = torch.nn.MaxPool2d(2, ceil_mode=ceil_mode)
-    assert torch.equal(compute_in_tiles(pool, x, side=4, halo=2, scale=Fraction(1, 2)), pool(x))
+    assert torch.equal(apply_function_in_tiles(pool, x, side=4, halo=2, scale=Fraction(1, 2)), pool(x))

@@ -10,10 +10,10 @@ from trainings import (
     CPU,
     SIDE,
     TINY,
-    read_checkpoint,
+    read_checkpoint_content,
     read_stats,
+    run_for_status_and_last_line,
     run_training,
-    status_and_last_line,
     train_detector_arguments,
     train_sr_arguments,
 )
@@ -22,7 +22,7 @@ import train_detector
 import train_sr
 from data.datasets import Batch
 from models.features import STAGES, Pixels, VGG19Stage, load_vgg
-from models.losses import compute_residual_and_reconstruction_loss
+from models.losses import compute_residuals_and_auxiliary_losses
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector, downsample
@@ -46,7 +46,7 @@ def random_vgg():
 # --- the update ---------------------------------------------------------------------------------------------
 
 
-class TwoParts(torch.nn.Module):
+class LinearFloat64Detector(torch.nn.Module):
     """A float64 detector that consists of a linear re-synthesizer and a linear classifier."""
 
     def __init__(self):
@@ -62,7 +62,7 @@ class TwoParts(torch.nn.Module):
 @pytest.mark.parametrize("scale", [0.02, 1e-3])
 def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(scale):
     torch.manual_seed(0)
-    model = TwoParts()
+    model = LinearFloat64Detector()
     lr, momentum, decay = 0.1, 0.9, 1e-2
     expected = [p.detach().clone() for p in model.parameters()]
     velocity = [torch.zeros_like(p) for p in expected]
@@ -81,7 +81,7 @@ def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(sc
 
 
 def test_the_parameter_groups_do_not_contain_a_frozen_resynthesizer():
-    model = TwoParts()
+    model = LinearFloat64Detector()
     model.resynthesizer.requires_grad_(False)
     (group,) = train_detector.create_parameter_groups(model, 1e-2, 1e-4, 0.02)
     assert [id(p) for p in group["params"]] == [id(p) for p in model.classifier.parameters()]
@@ -89,21 +89,21 @@ def test_the_parameter_groups_do_not_contain_a_frozen_resynthesizer():
 
 def test_a_gradient_scale_of_zero_is_refused():
     with expect_user_error("--lr-sr"):
-        train_detector.create_parameter_groups(TwoParts(), 1e-2, 1e-4, 0.0)
+        train_detector.create_parameter_groups(LinearFloat64Detector(), 1e-2, 1e-4, 0.0)
 
 
 def test_adamw_uses_the_given_weight_decay_for_all_parameters():
-    groups = train_detector.create_parameter_groups(TwoParts(), 1e-2, 1e-4, 0.02)
+    groups = train_detector.create_parameter_groups(LinearFloat64Detector(), 1e-2, 1e-4, 0.02)
     optimizer = train_detector.create_optimizer("adamw", groups, 0.9, 1e-4)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4, 1e-2])
 
 
 def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epochs_0_and_1():
-    factors = [train_detector.compute_authors_learning_rate_factor(5, epoch) for epoch in range(5)]
+    factors = [train_detector.compute_released_learning_rate_factor(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
-    assert train_detector.compute_authors_learning_rate_factor(1, 0) == 1.0
+    assert train_detector.compute_released_learning_rate_factor(1, 0) == 1.0
 
 
 def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
@@ -147,11 +147,11 @@ def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.
     auxiliary = train_detector.AuxiliaryTask(task, weight, vgg, 123, micro_batch)
     loss_of = functools.partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)
     train_detector.train_one_epoch(detector, [batch], loss_of, stepper)
-    return stepper.progress.means_of_epoch()
+    return stepper.progress.compute_mean_values_of_epoch()
 
 
 @functools.cache
-def find_step_by_degradation(degraded):
+def find_step_with_or_without_degradation(degraded):
     """Return the number of a training step.
 
     Args:
@@ -183,7 +183,7 @@ def test_residual_and_auxiliary_loss_equal_the_formulas_of_the_paper(random_vgg,
     x = torch.rand(3, 3, 32, 32)
     real = torch.tensor([True, False, True])
     low = downsample(x, 4) + 0.1 * torch.rand(3, 3, 8, 8) if degraded else None
-    residual, loss = compute_residual_and_reconstruction_loss(detector, random_vgg, x, low, real)
+    residual, loss = compute_residuals_and_auxiliary_losses(detector, random_vgg, x, low, real)
     x_hat = detector.resynthesizer(downsample(x, 4))
     expected_residual = (detector.features(x_hat) - detector.features(x)).abs()
     torch.testing.assert_close(residual, expected_residual)
@@ -217,7 +217,7 @@ def test_a_batch_with_one_real_image_has_an_auxiliary_loss_of_0(random_vgg):
 @pytest.mark.parametrize("degraded", [False, True])
 @pytest.mark.parametrize("micro_batch", [None, 2])
 def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, degraded, micro_batch):
-    step = find_step_by_degradation(degraded)
+    step = find_step_with_or_without_degradation(degraded)
     losses = {}
     for changed in ("nothing", "a fake", "a real"):
         batch = toy_batch()
@@ -236,7 +236,7 @@ def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_who
     monkeypatch, stage, degraded, micro_batch
 ):
     """If a feature map has only one value, batch norm amplifies rounding errors, so the test uses float64."""
-    step = find_step_by_degradation(degraded)
+    step = find_step_with_or_without_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.images_to_float
     monkeypatch.setattr(Compute, "images_to_float", lambda self, images: original(self, images).double())
@@ -273,8 +273,8 @@ def test_the_classifier_computes_in_float32_even_if_the_precision_is_bf16():
 
 def test_a_training_whose_loss_is_not_finite_ends_and_keeps_a_finite_checkpoint(training_files, tmp_path, capfd):
     flags = train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 3 --lr 1e38 --save-minutes 0")
-    code, line = status_and_last_line(flags, capfd)
-    saved = read_checkpoint(tmp_path / "last.pth.tar")
+    code, line = run_for_status_and_last_line(flags, capfd)
+    saved = read_checkpoint_content(tmp_path / "last.pth.tar")
     assert code == 2
     for word in ("epoch 0, step", ".png", "last.pth.tar"):
         assert word in line
@@ -295,9 +295,14 @@ def test_mean_losses_are_weighted_by_the_number_of_images():
     progress = Progress()
     progress.count_step({"loss": 1.0}, 3)
     progress.count_step({"loss": 5.0}, 1)
-    assert progress.means_of_epoch() == {"loss": 2.0}
+    assert progress.compute_mean_values_of_epoch() == {"loss": 2.0}
     progress.start_next_epoch()
-    assert (progress.epoch, progress.step, progress.total_steps, progress.means_of_epoch()) == (1, 0, 2, {})
+    assert (progress.epoch, progress.step, progress.total_steps, progress.compute_mean_values_of_epoch()) == (
+        1,
+        0,
+        2,
+        {},
+    )
 
 
 # --- complete trainings -------------------------------------------------------------------------------------
@@ -317,33 +322,31 @@ def test_mean_losses_are_weighted_by_the_number_of_images():
 def test_the_resynthesizer_is_trained_if_and_only_if_fixed_sr_is_not_given(training_files, tmp_path, flags, moves):
     run_training(train_detector_arguments(training_files, tmp_path / "still", f"{flags} --epochs 1 --lr 0 --wd 0"))
     run_training(train_detector_arguments(training_files, tmp_path / "moved", f"{flags} --epochs 1"))
-    before = read_checkpoint(training_files / "rdn.pth")
-    after = read_checkpoint(tmp_path / "moved/0001_sr.pth.tar")["state_dict"]
+    before = read_checkpoint_content(training_files / "rdn.pth")
+    after = read_checkpoint_content(tmp_path / "moved/0001_sr.pth.tar")["state_dict"]
     assert before.keys() == after.keys()
     changed = [key for key in before if not torch.equal(before[key], after[key])]
     assert len(changed) == (len(before) if moves else 0)
-    still = read_checkpoint(tmp_path / "still/0001.pth.tar")["state_dict"]
-    moved = read_checkpoint(tmp_path / "moved/0001.pth.tar")["state_dict"]
+    still = read_checkpoint_content(tmp_path / "still/0001.pth.tar")["state_dict"]
+    moved = read_checkpoint_content(tmp_path / "moved/0001.pth.tar")["state_dict"]
     learned = [name for name, _ in DeepStemResNet(3, "resnet18").named_parameters()]
     assert [name for name in learned if torch.equal(still[name], moved[name])] == []
     (line,) = read_stats(tmp_path / "moved")
     assert (line.get("auxiliary", 0) > 0) == (moves and "--lw-sr 0" not in flags)
 
 
-def test_numbered_checkpoints_are_written_after_the_epochs_of_the_release(training_files, tmp_path):
+def test_numbered_checkpoints_are_written_after_the_same_epochs_as_in_the_authors_code(training_files, tmp_path):
     run_training(train_detector_arguments(training_files, tmp_path / "d", "--fixed-sr --epochs 4 --save-every-epoch 2"))
     names = sorted(path.name for path in (tmp_path / "d").glob("0*"))
     assert names == sorted(f"{n:04d}{kind}.pth.tar" for n in (1, 3, 4) for kind in ("", "_sr"))
-    written = read_checkpoint(tmp_path / "d/0001.pth.tar")
+    written = read_checkpoint_content(tmp_path / "d/0001.pth.tar")
     assert (written["arch"], written["epoch"]) == ("resnet18", 1)
     run_training(train_sr_arguments(training_files, tmp_path / "s", "--num-epochs 4 --num-save 2 --vgg-lambda 0"))
     assert sorted(path.name for path in (tmp_path / "s/x2").glob("epoch*")) == ["epoch_1.pth", "epoch_3.pth"]
-    assert read_checkpoint(tmp_path / "s/x2/epoch_3.pth").keys() == RDN(scale=2, **TINY).state_dict().keys()
+    assert read_checkpoint_content(tmp_path / "s/x2/epoch_3.pth").keys() == RDN(scale=2, **TINY).state_dict().keys()
 
 
-def test_a_tiny_evaluation_image_has_a_psnr_and_a_network_worse_than_bicubic_gives_a_warning(
-    training_files, tmp_path, caplog
-):
+def test_a_tiny_evaluation_image_gets_a_psnr_and_a_psnr_below_bicubic_gives_a_warning(training_files, tmp_path, caplog):
     (tmp_path / "images").mkdir()
     save_image(tmp_path / "images/tiny.png", random_rgb_pixels(4, 4))
     run_training(
@@ -367,7 +370,7 @@ def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_f
     )
     values = [line["psnr"] for line in read_stats(tmp_path / "x2")]
     assert all(0 < value < 60 for value in values)
-    assert read_checkpoint(tmp_path / "x2/best.pth")["epoch"] == 1 + values.index(max(values))
+    assert read_checkpoint_content(tmp_path / "x2/best.pth")["epoch"] == 1 + values.index(max(values))
 
 
 @pytest.mark.parametrize(

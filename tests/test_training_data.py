@@ -19,7 +19,7 @@ def record_info_messages(caplog):
     caplog.set_level("INFO")
 
 
-def arguments_without_roots(files, out, flags):
+def make_arguments_without_data_roots(files, out, flags):
     """Return a command line for train_detector.py that lacks the flags --data-root-pos and --data-root-neg."""
     arguments = train_detector_arguments(files, out, f"{FLAGS} {flags}")
     for flag in ("--data-root-pos", "--data-root-neg"):
@@ -42,7 +42,7 @@ def write_csv_table(path, files, labels):
 # --- image sets with one class ------------------------------------------------------------------------------
 
 
-def test_image_sets_in_which_skip_bad_leaves_one_class_are_refused(training_files, tmp_path):
+def test_image_sets_are_refused_if_skip_bad_leaves_out_all_images_of_a_class(training_files, tmp_path):
     mixed = shutil.copytree(training_files, tmp_path / "files")
     for path in (mixed / "fake").iterdir():
         save_image(path, random_rgb_pixels(32, 32))
@@ -62,15 +62,19 @@ def test_csv_tables_with_images_of_one_class_are_refused(training_files, tmp_pat
     both = write_csv_table(tmp_path / "both.csv", training_files, ["real", "real", "fake", "fake"])
     fakes = write_csv_table(tmp_path / "fakes.csv", training_files, ["fake", "fake", "fake"])
     with expect_user_error("training images must contain both", "0 real and 3 generated"):
-        run_training(arguments_without_roots(training_files, tmp_path / "out", f"--csv {fakes}"))
+        run_training(make_arguments_without_data_roots(training_files, tmp_path / "out", f"--csv {fakes}"))
     with expect_user_error("validation images must contain both", "0 real and 3 generated"):
-        run_training(arguments_without_roots(training_files, tmp_path / "out", f"--csv {both} --val-csv {fakes}"))
+        run_training(
+            make_arguments_without_data_roots(training_files, tmp_path / "out", f"--csv {both} --val-csv {fakes}")
+        )
 
 
 def test_a_tree_with_images_of_one_class_is_refused(training_files, tmp_path):
     shutil.copytree(training_files / "fake", tmp_path / "tree/gan/1_fake")
     with expect_user_error("training images must contain both", "0 real and 5 generated"):
-        run_training(arguments_without_roots(training_files, tmp_path / "out", f"--data-root {tmp_path}/tree"))
+        run_training(
+            make_arguments_without_data_roots(training_files, tmp_path / "out", f"--data-root {tmp_path}/tree")
+        )
 
 
 # --- which images are used ----------------------------------------------------------------------------------
@@ -80,7 +84,7 @@ def test_training_on_a_genimage_tree_does_not_use_its_validation_images(training
     for split in ("train", "val"):
         shutil.copytree(training_files / "real", tmp_path / f"tree/sd/{split}/nature")
         shutil.copytree(training_files / "fake", tmp_path / f"tree/sd/{split}/ai")
-    run_training(arguments_without_roots(training_files, tmp_path / "out", f"--data-root {tmp_path}/tree"))
+    run_training(make_arguments_without_data_roots(training_files, tmp_path / "out", f"--data-root {tmp_path}/tree"))
     state = torch.load(tmp_path / "out/last.pth.tar", weights_only=True)
     assert state["settings"]["images"].startswith("10 images (5 real, 5 generated)")
     assert "10 in val (not for training)" in caplog.text
@@ -113,6 +117,6 @@ def test_images_with_unusual_file_names_can_be_trained_on_from_folders_and_table
     rows = [f'"{path}",{path.parent.name}\n' for path in paths]
     with open(tmp_path / "list.csv", "w", errors="surrogateescape", newline="") as file:
         file.writelines(["path,label\n", *rows])
-    run_training(arguments_without_roots(training_files, tmp_path / "table", f"--csv {tmp_path}/list.csv"))
+    run_training(make_arguments_without_data_roots(training_files, tmp_path / "table", f"--csv {tmp_path}/list.csv"))
     losses = [read_stats(tmp_path / out)[0]["loss"] for out in ("folders", "table")]
     assert losses[0] == losses[1]

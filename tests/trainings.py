@@ -7,7 +7,7 @@ import torch
 import train_detector
 import train_sr
 from utils.errors import run_program
-from utils.options import train_detector_parser, train_sr_parser
+from utils.options import create_train_detector_parser, create_train_sr_parser
 
 CPU = torch.device("cpu")
 TINY = {"num_features": 4, "growth_rate": 4, "num_blocks": 1, "num_layers": 2}
@@ -22,23 +22,37 @@ def train_sr_arguments(files, out, flags=""):
     """Return a command line for a small training with train_sr.py that writes into the folder OUT/x2.
 
     Args:
-        flags: further flags in one string, which `split_flags` splits.
+        flags: further flags in one string, which `split_flags_and_fill_in_folders` splits.
     """
-    return ["--train-file", str(files / "real"), "--outputs-dir", str(out), *SR.split(), *split_flags(files, flags)]
+    return [
+        "--train-file",
+        str(files / "real"),
+        "--outputs-dir",
+        str(out),
+        *SR.split(),
+        *split_flags_and_fill_in_folders(files, flags),
+    ]
 
 
 def train_detector_arguments(files, out, flags=""):
     """Return a command line for a small training with train_detector.py that writes into the folder OUT.
 
     Args:
-        flags: further flags in one string, which `split_flags` splits.
+        flags: further flags in one string, which `split_flags_and_fill_in_folders` splits.
     """
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]
-    return [*roots, *resynthesizer, "--output-path", str(out), *DETECTOR.split(), *split_flags(files, flags)]
+    return [
+        *roots,
+        *resynthesizer,
+        "--output-path",
+        str(out),
+        *DETECTOR.split(),
+        *split_flags_and_fill_in_folders(files, flags),
+    ]
 
 
-def split_flags(files, flags):
+def split_flags_and_fill_in_folders(files, flags):
     """Split a string of flags into words, and replace the placeholders REAL, FAKE and VALIDATE.
 
     REAL becomes the path of the folder of real images. FAKE becomes the path of the folder of fake images. VALIDATE
@@ -55,18 +69,18 @@ def run_training(arguments):
     """
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
-        train_detector.main(train_detector_parser().parse_args(arguments))
+        train_detector.main(create_train_detector_parser().parse_args(arguments))
     else:
-        train_sr.main(train_sr_parser().parse_args(arguments))
+        train_sr.main(create_train_sr_parser().parse_args(arguments))
 
 
-def status_and_last_line(arguments, capfd):
+def run_for_status_and_last_line(arguments, capfd):
     """Run a training with the given command line. Return the exit status and the last line on stderr."""
     code = run_program(lambda: run_training(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 
 
-def read_checkpoint(path):
+def read_checkpoint_content(path):
     """Return the content of a checkpoint file."""
     return torch.load(path, weights_only=True)
 
@@ -76,17 +90,17 @@ def read_stats(folder):
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
-def differences(a, b, place=""):
+def list_differing_entries(a, b, place=""):
     """Compare two nested dicts or lists of tensors bit for bit. Return one line of text per entry that differs."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return [f"{place}: {a.keys() ^ b.keys()}"]
-        return [found for key in a for found in differences(a[key], b[key], f"{place}.{key}")]
+        return [found for key in a for found in list_differing_entries(a[key], b[key], f"{place}.{key}")]
     if isinstance(a, list | tuple):
         pairs = enumerate(zip(a, b, strict=True))
-        return [found for i, (p, q) in pairs for found in differences(p, q, f"{place}.{i}")]
+        return [found for i, (p, q) in pairs for found in list_differing_entries(p, q, f"{place}.{i}")]
     return [] if a == b else [f"{place}: {a} != {b}"]
 
 
@@ -95,6 +109,6 @@ def checkpoint_without_settings(path):
 
     The settings contain the name of the output folder, which differs between runs.
     """
-    state = read_checkpoint(path)
+    state = read_checkpoint_content(path)
     state.pop("settings", None)  # numbered checkpoints of a re-synthesizer contain no settings
     return state

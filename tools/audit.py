@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from data.leaks import LEAK, SEVERITIES, Audit, audit_images
 from data.lists import list_folder_items, list_labelled_items
 from utils import options
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import run_program
 
 
@@ -22,7 +22,7 @@ def format_audit_result(result: Audit) -> str:
     for finding in result.findings:
         lines.append(f"{finding.severity.upper()}: {finding.check}: {finding.message}")
         lines.append(f"    way out: {finding.way_out}")
-        lines += [f"    for example: {printable(path)}" for path in finding.examples]
+        lines += [f"    for example: {make_printable(path)}" for path in finding.examples]
     counts = Counter(finding.severity for finding in result.findings)
     numbers = [f"{severity}s: {counts[severity]}" for severity in SEVERITIES if counts[severity]]
     lines.append("leak audit: " + (", ".join(numbers) or "nothing found"))

@@ -27,10 +27,10 @@ import numpy as np
 from evaluation.calibration import probabilities_and_verdicts, sigmoid
 from evaluation.loading import choose_image_settings
 from evaluation.metrics import count_verdicts_by_class, expected_calibration_error, negative_log_likelihood
-from evaluation.score_table import ScoreTable, read_record, read_table
+from evaluation.score_table import ScoreTable, read_json_record_of_score_table, read_table
 from models.released import extract_state_dict
 from utils import checkpoints, options
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError, run_program
 
 logger = logging.getLogger("tools.calibrate")
@@ -42,10 +42,10 @@ COUNT_TOLERANCE = 1e-9  # tolerance for rounding errors such as 0.07 * 100 = 7.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
-    record = read_record(args.scores)
+    record = read_json_record_of_score_table(args.scores)
     content = None
     if args.into:
-        content = checkpoints.load_checkpoint(args.into)
+        content = checkpoints.read_checkpoint_content(args.into)
         require_scores_of_detector(content, record, args.into)
         require_default_image_settings(content, record, args.into)
     table = read_table(args.scores)
@@ -61,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         content["calibration"] = {**calibration, "source": Path(args.scores).name}
         # If --into is a symbolic link, write to its target
         checkpoints.save_checkpoint(content, os.path.realpath(args.into))
-        lines.append(f"the calibration is stored in {printable(args.into)}; test.py uses the calibration from now on")
+        lines.append(
+            f"the calibration is stored in {make_printable(args.into)}; test.py uses the calibration from now on"
+        )
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
@@ -104,12 +106,13 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
     is_released_detector = any(key.endswith("fc.weight") for key in state)
     if not is_released_detector and not config.get("classifier"):
         raise UserError(
-            f"{printable(name)} contains no classifier: give the checkpoint of the detector that computed the scores"
+            f"{make_printable(name)} contains no classifier: give the checkpoint of the detector that computed the"
+            " scores"
         )
     if not record:
         logger.warning(
             "warning: the score table has no .json file beside it, so it is not checked whether %s computed the scores",
-            printable(name),
+            make_printable(name),
         )
         return
     scored = record.get("detector") or {}
@@ -122,7 +125,7 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
         if None not in (expected, got) and expected != got:
             raise UserError(
                 f"the scores are from another detector: expected {part} weights with the fingerprint {expected}, as in"
-                f" {printable(name)}, got {got}; score the images with this detector (test.py --resume)"
+                f" {make_printable(name)}, got {got}; score the images with this detector (test.py --resume)"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
@@ -145,8 +148,8 @@ def require_default_image_settings(content: Mapping, record: Mapping, name: str)
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
             raise UserError(
-                f"expected scores with {flag} {expected or 0}, the default of {printable(name)}, got scores with {flag}"
-                f" {got or 0}: score the images again without {flag}"
+                f"expected scores with {flag} {expected or 0}, the default of {make_printable(name)}, got scores with"
+                f" {flag} {got or 0}: score the images again without {flag}"
             )
 
 
@@ -164,11 +167,11 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
     Raises:
         UserError: if the table has no real images or no fake images.
     """
-    table = table.select_rows(table.is_usable)
+    table = table.select_rows(table.has_label_and_score)
     n_real, n_fake = int(table.is_real.sum()), int(table.is_fake.sum())
     if not n_real or not n_fake:
         raise UserError(f"expected scores of real and fake images, got {n_real} real and {n_fake} fake images")
-    temperature, warnings = fit_temperature(table.margins, table.is_fake)
+    temperature, warnings = fit_temperature(table.logit_margins, table.is_fake)
     prob_fake, _ = probabilities_and_verdicts(table.logits, {"temperature": temperature})
     t_real, t_fake = fit_thresholds(prob_fake, table.is_fake, fpr, fnr)
     for rate, count, kind in ((fpr, n_real, "real"), (fnr, n_fake, "fake")):
@@ -250,7 +253,7 @@ def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: fl
 
 def describe_calibration(table: ScoreTable, calibration: Mapping) -> list[str]:
     """Describe a calibration and its effect on the scored images, as lines of text."""
-    table = table.select_rows(table.is_usable)
+    table = table.select_rows(table.has_label_and_score)
     before, _ = probabilities_and_verdicts(table.logits)
     after, verdicts = probabilities_and_verdicts(table.logits, calibration)
     lines = [

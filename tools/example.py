@@ -36,7 +36,7 @@ from tools.autoencoder import load_autoencoder
 from tools.scenes import draw_scene
 from tools.upsampling import KINDS, halve_and_upsample
 from utils import options
-from utils.console import printable, progress_bar
+from utils.console import make_printable, progress_bar
 from utils.errors import UserError, run_program
 from utils.files import make_folder, write_json
 from utils.random_streams import seeded_generator
@@ -52,20 +52,24 @@ SMALLEST_SIDE = 32  # pixels
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     if "\n" in args.out or "\r" in args.out:
-        raise UserError(f"--out {printable(args.out)} contains a line break: give a folder name without line breaks")
+        raise UserError(
+            f"--out {make_printable(args.out)} contains a line break: give a folder name without line breaks"
+        )
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # SystemExit deletes the temporary folder
     out = Path(os.path.realpath(args.out))  # if --out is a symbolic link, write to its target
     if args.photographs:
         require_missing_or_empty_folder(out, args.out)
-        write_twin_folder(args.photographs, out, args.autoencoder, args.seed)
+        write_fake_copies_of_folder(args.photographs, out, args.autoencoder, args.seed)
         return 0
     settings = {"format": FORMAT, "size": args.size, "seed": args.seed}
     settings["counts"] = {"train": args.train, "val": args.val, "test": args.test}
     if read_earlier_settings(out) == settings:
-        logger.info("%s already contains the images with these settings, so no image is written", printable(args.out))
+        logger.info(
+            "%s already contains the images with these settings, so no image is written", make_printable(args.out)
+        )
         return 0
     require_missing_or_empty_folder(out, args.out)
-    logger.info("making example images of %d x %d pixels in %s", args.size, args.size, printable(args.out))
+    logger.info("making example images of %d x %d pixels in %s", args.size, args.size, make_printable(args.out))
     with temporary_output_folder(out) as folder:
         write_example_images(settings, folder)
         write_lists_of_real_images(settings["counts"], folder, os.path.abspath(args.out))
@@ -112,7 +116,9 @@ def require_missing_or_empty_folder(out: Path, name: str) -> None:
         return
     if os.path.lexists(out):
         what = "a folder with other files or with images of other settings" if out.is_dir() else "a file"
-        raise UserError(f"--out {printable(name)} is {what}: give another folder, or remove {printable(name)}")
+        raise UserError(
+            f"--out {make_printable(name)} is {what}: give another folder, or remove {make_printable(name)}"
+        )
 
 
 @contextmanager
@@ -169,13 +175,17 @@ def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str
             (folder / f"{split}.txt").write_bytes(content)
 
 
-def write_twin_folder(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:
-    """Write a twin of each image in the folder `photographs`. Raises a UserError if no twin could be made."""
+def write_fake_copies_of_folder(photographs: str, out: Path, autoencoder: Sequence[str] | None, seed: int) -> None:
+    """Write a fake copy (twin) of each image in the folder `photographs`.
+
+    Raises:
+        UserError: if no fake copy could be made.
+    """
     imitate = twins.create_upsampling_function(seed)
     if autoencoder:
         imitate = twins.create_autoencoder_function(load_autoencoder(*autoencoder))
     with temporary_output_folder(out) as folder:
-        twins.write_twins(photographs, folder, imitate)
+        twins.write_fake_copies(photographs, folder, imitate)
 
 
 if __name__ == "__main__":

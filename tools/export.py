@@ -21,16 +21,16 @@ from pathlib import Path
 import jinja2
 
 from evaluation.detector import Detector
-from evaluation.loading import load, select_load_options
+from evaluation.loading import load, select_settings_that_load_accepts
 from evaluation.metrics import format_metrics
-from evaluation.score_table import read_record
+from evaluation.score_table import read_json_record_of_score_table
 from tools.calibrate import require_scores_of_detector
-from tools.graph import MARK, compare_graph_with_detector, copy_public_config, export_graph
+from tools.graph import MARK, compare_graph_with_detector, copy_config_without_vgg_folder, export_graph
 from utils import checkpoints
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError, run_program
-from utils.files import make_folder, write_atomically
-from utils.options import export_parser
+from utils.files import make_folder, open_for_atomic_write
+from utils.options import create_export_parser
 
 logger = logging.getLogger("tools.export")
 
@@ -44,9 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_onnx_packages(args)
     for path, mark in ((args.out, MARK), (args.bundle, checkpoints.BUNDLE.encode())):
         if path:
-            require_replaceable_file(path, mark)
+            refuse_to_replace_file_without_mark(path, mark)
     detector = load(
-        args.resume, "cpu", "fp32", args.resynthesizer_file, args.vgg_weights, select_load_options(vars(args))
+        args.resume,
+        "cpu",
+        "fp32",
+        args.resynthesizer_file,
+        args.vgg_weights,
+        select_settings_that_load_accepts(vars(args)),
     )
     if args.check:
         compare_graph_with_detector(args.check, detector, read_graph_file(args.check))
@@ -56,19 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.out:
         data = export_graph(detector, args.out.suffix)
         compare_graph_with_detector(args.out, detector, data)
-        with write_atomically(os.path.realpath(args.out)) as file:
+        with open_for_atomic_write(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
             text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md for the average"
             logger.info(text, detector.crops)
     if args.bundle:
-        content = collect_bundle_content(detector, checkpoints.load_checkpoint(args.resume), args.scores, args.resume)
+        content = collect_contents_of_safetensors_bundle(
+            detector, checkpoints.read_checkpoint_content(args.resume), args.scores, args.resume
+        )
         checkpoints.save_checkpoint(content, os.path.realpath(args.bundle))
     return 0
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = export_parser()
+    parser = create_export_parser()
     args = parser.parse_args(arguments)
     if not (args.out or args.check or args.bundle):
         parser.error("expected at least one of --out FILE, --check FILE and --bundle FILE")
@@ -90,11 +97,11 @@ def require_onnx_packages(args: argparse.Namespace) -> None:
             raise UserError(f"packages for ONNX files are missing: run pip install {' '.join(missing)}")
 
 
-def require_replaceable_file(path: Path, mark: bytes) -> None:
+def refuse_to_replace_file_without_mark(path: Path, mark: bytes) -> None:
     """Raise a UserError if a file exists that lacks the bytes `mark`, which this program writes into each such file."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(
-            f"{printable(path)} was not written by this program: give another file name, or remove the file"
+            f"{make_printable(path)} was not written by this program: give another file name, or remove the file"
         )
 
 
@@ -105,10 +112,12 @@ def read_graph_file(path: Path) -> bytes:
             raise FileNotFoundError(0, "no such file")
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {printable(path)} ({error.strerror})") from None
+        raise UserError(f"cannot read {make_printable(path)} ({error.strerror})") from None
 
 
-def collect_bundle_content(detector: Detector, found: Mapping, scores: str | None, checkpoint_name: str) -> dict:
+def collect_contents_of_safetensors_bundle(
+    detector: Detector, found: Mapping, scores: str | None, checkpoint_name: str
+) -> dict:
     """Collect the entries of a bundle.
 
     A bundle contains only a fingerprint of the VGG-19 weights. These weights take 50 MB, and many detectors share them.
@@ -123,17 +132,18 @@ def collect_bundle_content(detector: Detector, found: Mapping, scores: str | Non
     """
     network = detector.network
     content = {name: found[name] for name in COPIED if name in found}
-    content["config"] = copy_public_config(detector)
+    content["config"] = copy_config_without_vgg_folder(detector)
     content["state_dict"] = network.classifier.state_dict()
     content["sr_state_dict"] = network.resynthesizer.state_dict()
     record = {}
     if scores:
         if not Path(scores).is_file():
-            raise UserError(f"--scores: expected the P.json that test.py wrote, found no file {printable(scores)}")
-        record = read_record(scores)
+            raise UserError(f"--scores: expected the P.json that test.py wrote, found no file {make_printable(scores)}")
+        record = read_json_record_of_score_table(scores)
         if not record.get("metrics"):
             raise UserError(
-                f"{printable(scores)} contains no metrics: give the P.json that test.py wrote for images with labels"
+                f"{make_printable(scores)} contains no metrics: give the P.json that test.py wrote for images with"
+                " labels"
             )
         require_scores_of_detector(content, record, checkpoint_name)
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from evaluation.calibration import UNCALIBRATED, probabilities_and_verdicts
 from evaluation.detector import Detector
 from utils.checkpoints import compute_fingerprint
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import LABEL_NAMES
 from utils.random_streams import seeded_generator
@@ -179,11 +179,11 @@ def collect_metadata(detector: Detector) -> dict[str, str]:
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
         facts[name] = detector.calibration.get(name, default)
-    facts["detector"] = copy_public_config(detector)
+    facts["detector"] = copy_config_without_vgg_folder(detector)
     return {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
 
 
-def copy_public_config(detector: Detector) -> dict:
+def copy_config_without_vgg_folder(detector: Detector) -> dict:
     """Copy the config of a detector, without the folder of the VGG-19 weight file.
 
     The copy also contains the fingerprint of the classifier.
@@ -235,7 +235,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     Raises:
         UserError: if `data` is not a graph, belongs to a different detector, or gives different logits or P(fake).
     """
-    name = printable(path)
+    name = make_printable(path)
     rng = seeded_generator(0)
     images = []
     for batch, height, width in choose_example_sizes(detector):

@@ -27,11 +27,11 @@ from pathlib import Path
 
 from evaluation import metrics
 from tools.report_page import load_score_tables, write_report_page
-from tools.study import make_study_table
+from tools.study import make_metric_table_of_study
 from utils import options
-from utils.console import format_text_table, printable
+from utils.console import format_text_table, make_printable
 from utils.errors import UserError, run_program
-from utils.files import write_atomically
+from utils.files import open_for_atomic_write
 
 PROGRAM = "python -m tools.report"
 MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # group 1: comment; group 2: command
@@ -50,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if args.residuals and not os.path.isdir(args.residuals):
         text = "expected the folder that test.py --save-residuals wrote"
-        raise UserError(f"--residuals: {text}, got {printable(args.residuals)}, which is not a folder")
+        raise UserError(f"--residuals: {text}, got {make_printable(args.residuals)}, which is not a folder")
     tables = load_score_tables(args.scores)
     page = write_report_page(tables, args.out, args.residuals)
     rows = metrics.make_metric_table({table.name: table.summary for table in tables}, COMPARED)
-    text = format_text_table(rows, count_name_columns(tables))
+    text = format_text_table(rows, count_name_columns_of_metric_table(tables))
     sys.stdout.write("numbers are in %, with 95 % bootstrap intervals; fake is the positive class\n")
-    sys.stdout.write(f"{text}\nreport: {printable(page)}\n")
+    sys.stdout.write(f"{text}\nreport: {make_printable(page)}\n")
     return 0
 
 
@@ -100,7 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def count_name_columns(tables: Sequence) -> int:
+def count_name_columns_of_metric_table(tables: Sequence) -> int:
     """Return the number of columns with names in a table of `metrics.make_metric_table`. Names are aligned left."""
     return 1 if len(tables) == 1 else 2
 
@@ -109,13 +109,13 @@ def make_markdown_table(args: argparse.Namespace) -> str:
     """Make the markdown table that the command line requests."""
     left = 1
     if args.study:
-        rows = make_study_table(args.study, args.table, args.markdown, args.intervals)
+        rows = make_metric_table_of_study(args.study, args.table, args.markdown, args.intervals)
     else:
         tables = load_score_tables(args.scores)
         summaries = {table.name: table.summary for table in tables}
         if args.markdown == ALL_METRICS:
             rows = metrics.make_metric_table(summaries, COMPARED)
-            left = count_name_columns(tables)
+            left = count_name_columns_of_metric_table(tables)
         else:
             rows = metrics.make_generator_table(summaries, args.markdown)
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -136,15 +136,15 @@ def update_document(path: str, check: bool) -> None:
     try:
         before = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {printable(path)} ({error})") from None
+        raise UserError(f"cannot read {make_printable(path)} ({error})") from None
     after = MADE_BY.sub(make_updated_table, before)
     if after == before:
         return
     if check:
         raise UserError(
-            f"{printable(path)} has tables that are not up to date: run tools.report --refresh without --check"
+            f"{make_printable(path)} has tables that are not up to date: run tools.report --refresh without --check"
         )
-    with write_atomically(os.path.realpath(path)) as file:
+    with open_for_atomic_write(os.path.realpath(path)) as file:
         file.write(after.encode())
 
 

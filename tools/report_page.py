@@ -15,13 +15,13 @@ from typing import NamedTuple
 import jinja2
 import numpy as np
 
-from data.images import read_rgb_image
+from data.images import read_image_as_pillow_rgb
 from data.perturbations import PerturbationSetting
 from evaluation import figures, metrics
-from evaluation.score_table import ScoreTable, path_of_residual_picture, read_record, read_table
-from utils.console import printable
+from evaluation.score_table import ScoreTable, path_of_residual_picture, read_json_record_of_score_table, read_table
+from utils.console import make_printable
 from utils.errors import UserError
-from utils.files import make_folder, write_atomically
+from utils.files import make_folder, open_for_atomic_write
 
 WORST = 10  # number of images with the worst scores that are shown per score table
 THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> largest side in pixels
@@ -35,7 +35,7 @@ class Scores(NamedTuple):
     path: Path
     table: ScoreTable
     record: dict  # content of the JSON file that test.py wrote beside the score table; {} if there is no file
-    summary: dict  # metrics of the score table, from `metrics.summarize_scores`
+    summary: dict  # metrics of the score table, from `metrics.compute_metrics_overall_and_per_generator`
 
     @property
     def perturbation(self) -> PerturbationSetting:
@@ -62,10 +62,18 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
     """
     tables = []
     for file, name in zip(files, choose_unique_names(files), strict=True):
-        table, record = read_table(file), read_record(file)
+        table, record = read_table(file), read_json_record_of_score_table(file)
         settings = record.get("settings")
         seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
-        tables.append(Scores(name, Path(file), table, record, metrics.summarize_scores(table, resamples, seed)))
+        tables.append(
+            Scores(
+                name,
+                Path(file),
+                table,
+                record,
+                metrics.compute_metrics_overall_and_per_generator(table, resamples, seed),
+            )
+        )
     return tables
 
 
@@ -99,7 +107,7 @@ def write_report_page(
     perturbed = sorted((t for t in tables if t.perturbation.name != "none"), key=perturbation_sorting_key)
     sections = []
     for scores in clean or perturbed:
-        worst = [describe_image(scores, row, residuals) for row in find_worst_images(scores.table)]
+        worst = [describe_image(scores, row, residuals) for row in find_most_wrongly_scored_images(scores.table)]
         sections.append((scores, draw_roc_and_histogram(scores), worst))
     summaries = {f"{t.perturbation.label} ({t.name})": t.summary for t in clean + perturbed}
     text = load_page_template().render(
@@ -110,7 +118,7 @@ def write_report_page(
         curves=[draw_robustness_curves(own) for own in group_by_detector(clean + perturbed)],
         metrics=metrics,
     )
-    with write_atomically(os.path.realpath(page)) as file:
+    with open_for_atomic_write(os.path.realpath(page)) as file:
         file.write(text.encode())
     return page
 
@@ -124,7 +132,7 @@ def require_replaceable_page(page: Path) -> None:
     except (OSError, UnicodeDecodeError):
         own = False
     if not own:
-        raise UserError(f"{printable(page)} was not written by this program: give another --out folder")
+        raise UserError(f"{make_printable(page)} was not written by this program: give another --out folder")
 
 
 def load_page_template() -> jinja2.Template:
@@ -138,14 +146,14 @@ def load_page_template() -> jinja2.Template:
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is already escaped
+        finalize=lambda value: make_printable(value) if type(value) is str else value,  # Markup is already escaped
     )
     return environment.get_template("report.html")
 
 
 def draw_roc_and_histogram(scores: Scores) -> str | None:
     """Draw the ROC curves and histograms of scores. Returns a PNG data URI, or None if no image has a score."""
-    if not scores.table.is_scored.any():
+    if not scores.table.has_score.any():
         return None
     return draw_as_data_uri(figures.draw_roc_and_histograms, scores.table)
 
@@ -191,7 +199,7 @@ def encode_as_data_uri(content: bytes, kind: str) -> str:
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
     """Return a key that sorts score tables by perturbation, and then from the weakest to the strongest perturbation."""
     strength = scores.perturbation.strength or 0
-    if scores.perturbation.sweep_entry.smaller_is_harder:
+    if scores.perturbation.sweep_entry_or_default.smaller_is_harder:
         strength = -strength
     return scores.perturbation.name, strength
 
@@ -212,14 +220,14 @@ def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tup
     return {name: points for name, points in curves.items() if len(points) > 1}
 
 
-def find_worst_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
+def find_most_wrongly_scored_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
     """Find the images with the worst scores: fake images with low scores, and real images with high scores.
 
     Returns:
         At most `count` row numbers of the score table, the worst image first.
     """
-    rows = np.flatnonzero(table.is_usable)
-    wrongness = np.where(table.is_fake, -table.margins, table.margins)[rows]
+    rows = np.flatnonzero(table.has_label_and_score)
+    wrongness = np.where(table.is_fake, -table.logit_margins, table.logit_margins)[rows]
     return rows[np.argsort(-wrongness, kind="stable")[:count]]
 
 
@@ -236,7 +244,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
         # A residual picture shows the image beside its residual
         picture, kind = path_of_residual_picture(residuals, path), "residual"
-    correct = (table.margins[row] >= 0) == table.is_fake[row]
+    correct = (table.logit_margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])
     return {"i": row, "kind": kind, "outcome": "correct" if correct else "wrong", "source": source}
 
@@ -244,7 +252,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
 def make_thumbnail(path: Path, side: int) -> str:
     """Make a small JPEG copy of an image file. Returns a data URI, or "" if the file cannot be read."""
     try:
-        image = read_rgb_image(str(path))
+        image = read_image_as_pillow_rgb(str(path))
     except UserError:
         return ""
     image.thumbnail((side, side))

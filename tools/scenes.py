@@ -30,13 +30,13 @@ def draw_scene(size: int, rng: np.random.Generator) -> np.ndarray:
         The RGB image, uint8 (size, size, 3).
     """
     side = SUPERSAMPLING * size
-    shapes, count = paint_shapes(side, rng)  # (side, side)
-    x = colour_shapes(shapes, count, rng)  # (side, side, 3)
+    shapes, count = draw_random_numbered_polygons(side, rng)  # (side, side)
+    x = colour_and_texture_shapes(shapes, count, rng)  # (side, side, 3)
     x = x.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean(axis=(1, 3))  # (size, size, 3)
     return simulate_camera(x, rng)
 
 
-def paint_shapes(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def draw_random_numbered_polygons(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Paint random polygons over one another.
 
     Returns:
@@ -70,7 +70,7 @@ def paint_shapes(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     return np.array(canvas), count
 
 
-def colour_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def colour_and_texture_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Give each shape a random colour and texture.
 
     Args:

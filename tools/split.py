@@ -23,9 +23,9 @@ from pathlib import Path
 
 from data.lists import Item, list_labelled_items
 from utils import options
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError, run_program
-from utils.files import make_folder, write_atomically, write_json
+from utils.files import make_folder, open_for_atomic_write, write_json
 from utils.labels import LABEL_NAMES, REAL
 
 logger = logging.getLogger("tools.split")
@@ -96,11 +96,11 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
     for name in present:
         if not own or (name != RECORD and hash_file(out / name) not in record["files"].get(name, [])):
             reason = "was not written by this program, or was edited"
-            raise UserError(f"{printable(out / name)} {reason}: give another --out folder, or remove the file")
+            raise UserError(f"{make_printable(out / name)} {reason}: give another --out folder, or remove the file")
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
-            f"{printable(out)} contains lists made with --hold-out {record['hold_out']:g}, but --hold-out {hold_out:g}"
-            " was given: give another --out folder, or replace the lists with --overwrite"
+            f"{make_printable(out)} contains lists made with --hold-out {record['hold_out']:g}, but --hold-out"
+            f" {hold_out:g} was given: give another --out folder, or replace the lists with --overwrite"
         )
 
 
@@ -130,7 +130,7 @@ def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list
     sets = {name: [] for name in SETS}
     for item in items:
         if "\n" in os.path.abspath(item.path) or "\r" in os.path.abspath(item.path):
-            raise UserError(f"the path {printable(item.path)} contains a line break: rename the file")
+            raise UserError(f"the path {make_printable(item.path)} contains a line break: rename the file")
         checksum = zlib.crc32(os.fsencode(os.path.basename(item.path)))  # 0 to 2^32 - 1
         name = "held_out" if checksum < hold_out * 2**32 else "train"
         sets[name].append(item)
@@ -179,7 +179,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
     for name in sorted(files, reverse=True):  # script/train_folders.sh expects held_out.csv to be written last
-        with write_atomically(os.path.realpath(out / name)) as file:
+        with open_for_atomic_write(os.path.realpath(out / name)) as file:
             file.write(files[name])
     write_json(out / RECORD, {**record, "files": new})
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from evaluation import metrics
 from evaluation.score_table import read_table
-from utils.console import printable
+from utils.console import make_printable
 from utils.errors import UserError
 
 COLUMNS = ("table", "row", "column", "scores", "generators")
@@ -37,13 +37,13 @@ class Entry(NamedTuple):
     generators: tuple[str, ...]  # names of generators; () means all generators of the score table
 
 
-def read_study(path: str | os.PathLike) -> list[Entry]:
+def read_cell_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
     """Read a study file.
 
     Raises:
         UserError: if the file cannot be read, or does not have the format in the docstring of this module.
     """
-    name = printable(path)
+    name = make_printable(path)
     entries = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -65,7 +65,7 @@ def read_study(path: str | os.PathLike) -> list[Entry]:
     return entries
 
 
-def make_study_table(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
+def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bool) -> list[list[str]]:
     """Make one table of a study, with numbers in percent.
 
     Args:
@@ -79,20 +79,20 @@ def make_study_table(path: str, table: str, metric: str, intervals: bool) -> lis
     Raises:
         UserError: if the study does not have the table, or a score table cannot be read.
     """
-    entries = read_study(path)
+    entries = read_cell_entries_of_study_file(path)
     chosen = [entry for entry in entries if entry.table == table]
     if not chosen:
         names = ", ".join(dict.fromkeys(entry.table for entry in entries))
-        raise UserError(f"{printable(path)} has no table {table!r}: expected one of {printable(names)}")
+        raise UserError(f"{make_printable(path)} has no table {table!r}: expected one of {make_printable(names)}")
     row_names = list(dict.fromkeys(entry.row for entry in chosen))  # each name once, in the order of the file
     column_names = list(dict.fromkeys(entry.column for entry in chosen))
-    rows = [[metrics.METRICS[metric].label, *map(printable, column_names)]]
+    rows = [[metrics.METRICS[metric].label, *map(make_printable, column_names)]]
     for row in row_names:
         cells = []
         for column in column_names:
             same = [entry for entry in chosen if (entry.row, entry.column) == (row, column)]
             cells.append(format_cell(same, metric, intervals))
-        rows.append([printable(row), *cells])
+        rows.append([make_printable(row), *cells])
     return rows
 
 
@@ -135,11 +135,13 @@ def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
     for name in names:
         if name not in summary["generators"]:
             known = ", ".join(summary["generators"])
-            raise UserError(f"{printable(entry.scores)} has no generator {name!r}: expected one of {printable(known)}")
+            raise UserError(
+                f"{make_printable(entry.scores)} has no generator {name!r}: expected one of {make_printable(known)}"
+            )
     return {name: summary["generators"][name] for name in names}
 
 
 @functools.cache
 def compute_metrics_of_score_table(path: Path, intervals: bool) -> dict:
     """Compute all metrics of a score table. intervals: whether to compute bootstrap intervals, which takes long."""
-    return metrics.summarize_scores(read_table(path), metrics.RESAMPLES if intervals else 0)
+    return metrics.compute_metrics_overall_and_per_generator(read_table(path), metrics.RESAMPLES if intervals else 0)

@@ -1,4 +1,4 @@
-"""Make twins of photographs. A twin is a copy of a photograph that contains the traces of a generator.
+"""Make fake copies of photographs. A fake copy, also called twin, contains the traces of a generator.
 
 A twin has the content, the file format and the size of the photograph. If a detector is trained on photographs and
 their twins, it cannot separate the two classes by the content of the images. The method follows B-Free (Guillaro et
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from data.images import FORMATS
 from data.lists import find_images
-from models.tiling import compute_in_tiles
+from models.tiling import apply_function_in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
 from tools.upsampling import halve_and_upsample
-from utils.console import printable, progress_bar
+from utils.console import make_printable, progress_bar
 from utils.errors import UserError
 from utils.random_streams import seeded_generator
 
@@ -32,8 +32,8 @@ ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 Imitate = Callable[[Tensor], Tensor]  # image -> twin; both are (1, 3, H, W) in [0, 1]; H and W are multiples of FACTOR
 
 
-def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
-    """Write a twin of each image in the folder `photographs`. The twin of photographs/PATH is out/PATH.
+def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
+    """Write a fake copy (twin) of each image in the folder `photographs`. The twin of photographs/PATH is out/PATH.
 
     If an image cannot be read or its twin cannot be written, a warning names the image.
 
@@ -49,34 +49,34 @@ def write_twins(photographs: str, out: Path, imitate: Imitate) -> None:
         target = out / os.path.relpath(path, photographs)
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            write_twin(path, target, imitate)
+            write_fake_copy(path, target, imitate)
         except Exception as error:  # image decoders raise exceptions of many types
             reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("no twin of %s was written: %s", printable(path), printable(reason))
+            logger.warning("no twin of %s was written: %s", make_printable(path), make_printable(reason))
             target.unlink(missing_ok=True)
             left_out += 1
     if left_out == len(paths):
         raise UserError(
-            f"none of the {len(paths)} images in {printable(photographs)} has a twin: see the reasons above"
+            f"none of the {len(paths)} images in {make_printable(photographs)} has a twin: see the reasons above"
         )
     logger.info("%d twins were written; %d images have no twin", len(paths) - left_out, left_out)
 
 
-def write_twin(path: str, target: Path, imitate: Imitate) -> None:
-    """Write the twin of one image, with the size, the file format and the EXIF data of the image."""
+def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
+    """Write the fake copy (twin) of one image, with the size, the file format and the EXIF data of the image."""
     if not os.path.isfile(path):
         raise UserError("expected a file, got a folder or a special file")
     with Image.open(path, formats=FORMATS) as image:
         settings = choose_saving_options(image, path)
         if image.mode in ALPHA_MODES or "transparency" in image.info:
-            logger.warning("the twin of %s has no alpha channel", printable(path))
+            logger.warning("the twin of %s has no alpha channel", make_printable(path))
         if image.mode[0] in "IF":
             raise UserError(f"expected an image with 8 bits per channel, got an image of mode {image.mode}")
         grey = image.mode == "L"
         pixels = np.asarray(image.convert("RGB"))  # (H, W, 3); the EXIF rotation is not applied
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     with torch.inference_mode():
-        y = make_twin_of_any_size(x, imitate)
+        y = make_fake_copy_of_any_size(x, imitate)
     twin = Image.fromarray((y[0] * 255).round().byte().permute(1, 2, 0).numpy())
     if grey:
         twin = twin.convert("L")
@@ -99,7 +99,7 @@ def choose_saving_options(image: Image.Image, path: str) -> dict:
         options["lossless"] = is_lossless_webp(path)
         if not options["lossless"]:
             text = "the quality of the lossy WebP file %s is unknown, so its twin is saved with quality 80"
-            logger.warning(text, printable(path))
+            logger.warning(text, make_printable(path))
     elif image.format == "TIFF":
         options["compression"] = image.info.get("compression")
     elif image.format == "GIF":
@@ -115,8 +115,8 @@ def is_lossless_webp(path: str) -> bool:
     return lossless >= 0 and (lossy < 0 or lossless < lossy)
 
 
-def make_twin_of_any_size(x: Tensor, imitate: Imitate) -> Tensor:
-    """Compute the twin of an image of any size.
+def make_fake_copy_of_any_size(x: Tensor, imitate: Imitate) -> Tensor:
+    """Compute the fake copy (twin) of an image of any size.
 
     The image is padded until its height and width are multiples of FACTOR. The twin is cropped to the original size.
 
@@ -141,10 +141,10 @@ def create_upsampling_function(seed: int) -> Imitate:
     """
     rng = seeded_generator(seed)
 
-    def halve_and_upsample_image(x: Tensor) -> Tensor:
+    def imitate_generator_by_upsampling(x: Tensor) -> Tensor:
         return halve_and_upsample(x, "nearest", rng)
 
-    return halve_and_upsample_image
+    return imitate_generator_by_upsampling
 
 
 def create_autoencoder_function(model: Autoencoder) -> Imitate:
@@ -154,6 +154,6 @@ def create_autoencoder_function(model: Autoencoder) -> Imitate:
     """
 
     def encode_and_decode(x: Tensor) -> Tensor:
-        return compute_in_tiles(model, x, side=TILE, halo=MARGIN)
+        return apply_function_in_tiles(model, x, side=TILE, halo=MARGIN)
 
     return encode_and_decode

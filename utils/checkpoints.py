@@ -21,9 +21,9 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.console import describe_range, printable
+from utils.console import describe_range, make_printable
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import open_for_atomic_write
 
 SHOWN_KEYS = 3  # largest number of wrong keys that an error message names
 BUNDLE = "beyond-the-spectrum bundle, version 1"
@@ -40,11 +40,11 @@ class Checkpoint(NamedTuple):
     name: str
 
 
-def read_checkpoint(path: str | os.PathLike | None) -> Checkpoint | None:
+def read_checkpoint_if_path_is_given(path: str | os.PathLike | None) -> Checkpoint | None:
     """Read a checkpoint, and keep its path for error messages. Returns None if `path` is None or empty."""
     if not path:
         return None
-    return Checkpoint(load_checkpoint(path), str(path))
+    return Checkpoint(read_checkpoint_content(path), str(path))
 
 
 # --- writing and reading ------------------------------------------------------------------------------------
@@ -58,7 +58,7 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
             `path` stays unchanged.
     """
     try:
-        with write_atomically(path) as file:
+        with open_for_atomic_write(path) as file:
             recorder = _ErrorRecorder(file)
             if is_safetensors_path(path):
                 recorder.write(_convert_to_safetensors_bytes(content))
@@ -67,7 +67,7 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
             if recorder.error:
                 raise recorder.error
     except OSError as error:
-        text = f"cannot write {printable(path)} ({error.strerror}); the earlier file is unchanged"
+        text = f"cannot write {make_printable(path)} ({error.strerror}); the earlier file is unchanged"
         raise UserError(text) from error
 
 
@@ -87,7 +87,7 @@ class _ErrorRecorder(io.RawIOBase):
         return len(data)
 
 
-def load_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint_content(path: str | os.PathLike) -> dict:
     """Read the content of a checkpoint onto the CPU.
 
     Only tensors and plain values are accepted, so that no code in the file is run.
@@ -95,7 +95,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     Raises:
         UserError: if the file is missing or truncated, is not a checkpoint, or would run code when it is unpickled.
     """
-    path, name = Path(path), printable(path)
+    path, name = Path(path), make_printable(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "nothing"
         raise UserError(f"expected a checkpoint at {name}, found {found}: train a network first, or give another path")
@@ -116,7 +116,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
 
 def _reason_for_failed_load(path: Path, error: Exception) -> str:
     """Describe in one line why a checkpoint could not be read, and what the user can do."""
-    name = printable(path)
+    name = make_printable(path)
     if any(words in str(error) for words in FORBIDDEN):
         return (
             f"{name} refused: the file holds more than tensors and plain values, and unpickling such a file runs"
@@ -126,7 +126,7 @@ def _reason_for_failed_load(path: Path, error: Exception) -> str:
     if path.name.startswith("last."):
         numbered = sorted(path.parent.glob("*[0-9].pth.tar"), key=lambda file: file.stat().st_mtime)
         if numbered:
-            way_out = f"continue from the newest numbered state with --resume {printable(numbered[-1])}"
+            way_out = f"continue from the newest numbered state with --resume {make_printable(numbered[-1])}"
     found = f"{os.path.getsize(path)} bytes; {type(error).__name__}"
     return f"cannot read {name} ({found}): the file is truncated or no checkpoint; {way_out}"
 
@@ -210,7 +210,7 @@ class Fields:
             values = {}
         if not isinstance(values, Mapping):
             raise UserError(
-                f"{printable(file)}: {path or 'the content'} must be a dictionary, got {_describe_value(values)}"
+                f"{make_printable(file)}: {path or 'the content'} must be a dictionary, got {_describe_value(values)}"
             )
         self.values = values
 
@@ -261,7 +261,7 @@ class Fields:
         """Return the dictionary under `key`. A missing dictionary counts as empty."""
         return Fields(self.values.get(key), self.file, self._full_key(key))
 
-    def get_arguments(self, key: str) -> dict[str, object]:
+    def get_keyword_arguments(self, key: str) -> dict[str, object]:
         """Return the dictionary of a network's keyword arguments under `key`. Its keys must be Python identifiers."""
         values = self.get_nested_fields(key).values
         for name in values:
@@ -272,7 +272,7 @@ class Fields:
     def _get_default(self, key: str, default: object) -> object:
         """Return the default of a missing value, or raise a UserError if the value is required."""
         if default is _REQUIRED:
-            raise UserError(f"{printable(self.file)}: {self._full_key(key)} is missing")
+            raise UserError(f"{make_printable(self.file)}: {self._full_key(key)} is missing")
         return default
 
     def _full_key(self, key: str) -> str:
@@ -280,7 +280,7 @@ class Fields:
 
     def _make_error(self, key: str, rule: str) -> UserError:
         return UserError(
-            f"{printable(self.file)}: {self._full_key(key)} {rule}, got {_describe_value(self.values[key])}"
+            f"{make_printable(self.file)}: {self._full_key(key)} {rule}, got {_describe_value(self.values[key])}"
         )
 
 
@@ -291,7 +291,7 @@ def _is_integer(value: object) -> bool:
 def _describe_value(value: object) -> str:
     """Describe a value in a few words, for an error message."""
     if isinstance(value, bool | int | float | str) or value is None:
-        return printable(repr(value)[:60])
+        return make_printable(repr(value)[:60])
     return f"a {type(value).__name__}"
 
 
@@ -333,10 +333,10 @@ def _read_safetensors_file(path: Path) -> dict:
     with _import_safetensors().safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    name = printable(path)
+    name = make_printable(path)
     written_digest = metadata.pop("digest", None)
     if metadata.get("format") != BUNDLE:
-        found = printable(str(metadata.get("format")))
+        found = make_printable(str(metadata.get("format")))
         raise UserError(f"{name}: expected the format {BUNDLE}, got {found}; write a new bundle with tools.export")
     if written_digest != compute_sha256(tensors, metadata):
         raise UserError(

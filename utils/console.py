@@ -60,7 +60,7 @@ def progress_bar(items: Iterable | None, description: str, total: int | None = N
     return tqdm(items, description, **options)
 
 
-def printable(text: str | os.PathLike) -> str:
+def make_printable(text: str | os.PathLike) -> str:
     """Escape control characters and lone surrogates in a path or text, so that the result can be printed as one line."""
     characters = []
     for character in os.fspath(text):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 
-from utils.console import is_main_process, printable, wait_while_main_process_prints_error
+from utils.console import is_main_process, make_printable, wait_while_main_process_prints_error
 from utils.signals import Stopped
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         if message is None:
             raise
         wait_while_main_process_prints_error()
-        logger.error("error: %s", printable(" ".join(message.split())))
+        logger.error("error: %s", make_printable(" ".join(message.split())))
         return EXIT_MISTAKE
 
 

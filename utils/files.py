@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from utils.console import printable
+from utils.console import make_printable
 from utils.distributed import World, broadcast_from_main
 from utils.errors import UserError
 
@@ -24,7 +24,7 @@ LOCK_TEXT = b"beyond-the-spectrum lock\n"
 
 
 @contextlib.contextmanager
-def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
+def open_for_atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` at the end of the `with` block.
 
     If the block raises an error or the process is killed, the file at `path` therefore keeps its old content. If `path`
@@ -43,7 +43,7 @@ def write_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> None:
-    """Delete the temporary files of `write_atomically` that a killed process has left in a folder.
+    """Delete the temporary files of `open_for_atomic_write` that a killed process has left in a folder.
 
     Args:
         folder: the folder.
@@ -62,7 +62,7 @@ def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> 
 def write_json(path: Path, obj: dict) -> None:
     """Write a JSON file completely or not at all."""
     text = json.dumps(obj, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    with write_atomically(path) as file:
+    with open_for_atomic_write(path) as file:
         file.write(text.encode())
 
 
@@ -76,7 +76,7 @@ def make_folder(path: str | os.PathLike) -> Path:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise UserError(f"cannot write to the output folder {printable(path)} ({error.strerror})") from None
+        raise UserError(f"cannot write to the output folder {make_printable(path)} ({error.strerror})") from None
     return Path(path)
 
 
@@ -111,10 +111,10 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
     Returns:
         None, or one line that says why the lock cannot be taken.
     """
-    busy = f"another run is writing here ({printable(path)}): let it end, or write elsewhere"
+    busy = f"another run is writing here ({make_printable(path)}): let it end, or write elsewhere"
     with contextlib.suppress(FileExistsError), path.open("xb") as new:
         new.write(LOCK_TEXT)
-    foreign = f"{printable(path)} is not a lock file of this program: move or delete it, or write elsewhere"
+    foreign = f"{make_printable(path)} is not a lock file of this program: move or delete it, or write elsewhere"
     try:
         file = stack.enter_context(path.open("r+b"))
     except FileNotFoundError:  # a run that held the lock has ended and deleted the file
@@ -130,7 +130,7 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
         return busy
     except OSError as error:
         text = "warning: the file system has no locks for %s (%s): make sure that no other run writes there"
-        logger.warning(text, printable(path), error.strerror)
+        logger.warning(text, make_printable(path), error.strerror)
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
         return busy  # a run that held the lock has deleted this file, and a third run may have created a new one
     stack.callback(path.unlink, missing_ok=True)

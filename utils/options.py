@@ -52,7 +52,10 @@ class NoEffect(argparse.Action):
 
 
 class KeyValues(argparse.Action):
-    """The argparse action of a flag with values KEY=VALUE, from which the action makes a dict. See `parse_value`."""
+    """The argparse action of a flag with values KEY=VALUE, from which the action makes a dict.
+
+    `parse_number_bool_or_text` converts each VALUE.
+    """
 
     def __call__(self, parser, namespace, values, option_string=None):
         collected = dict(getattr(namespace, self.dest) or {})
@@ -62,11 +65,11 @@ class KeyValues(argparse.Action):
                 parser.error(f"argument {option_string}: expected KEY=VALUE, got {text!r}")
             if key in collected:
                 parser.error(f"argument {option_string}: {key} is given twice")
-            collected[key] = parse_value(value)
+            collected[key] = parse_number_bool_or_text(value)
         setattr(namespace, self.dest, collected)
 
 
-def parse_value(text: str) -> int | float | bool | str:
+def parse_number_bool_or_text(text: str) -> int | float | bool | str:
     """Convert a text to an int, a finite float or a bool if possible. Any other text is returned unchanged."""
     if text in ("true", "false"):
         return text == "true"
@@ -271,7 +274,7 @@ def add_ignored_options_of_authors(parser: Parser) -> None:
 # --- the programs -------------------------------------------------------------------------------------------
 
 
-def train_sr_parser() -> Parser:
+def create_train_sr_parser() -> Parser:
     """Create the argument parser of train_sr.py."""
     parser = Parser("train_sr.py", "Train the re-synthesizer: super-resolution on REAL images only.")
     add_vgg_and_compute_options(parser)
@@ -311,7 +314,7 @@ def train_sr_parser() -> Parser:
     return parser
 
 
-def train_detector_parser() -> Parser:
+def create_train_detector_parser() -> Parser:
     """Create the argument parser of train_detector.py."""
     text = "Train the detector on re-synthesis residuals: classifier only (--fixed-sr), or end to end."
     parser = Parser("train_detector.py", text)
@@ -380,7 +383,7 @@ def _add_memory_and_time_options(parser: Parser) -> None:
         " %(default)s)")  # fmt: skip
 
 
-def test_parser() -> Parser:
+def create_test_parser() -> Parser:
     """Create the argument parser of test.py."""
     parser = Parser("test.py", "Score images: labelled images with metrics, or any files and folders (--input).")
     add_vgg_and_compute_options(parser)
@@ -421,7 +424,7 @@ def test_parser() -> Parser:
     return parser
 
 
-def export_parser() -> Parser:
+def create_export_parser() -> Parser:
     """Create the argument parser of tools.export."""
     parser = Parser("python -m tools.export", "Write a trained detector as a graph, or as one safe file to share.")
     add_vgg_options(parser)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from utils import console, distributed
-from utils.checkpoints import Checkpoint, read_checkpoint
-from utils.console import printable
+from utils.checkpoints import Checkpoint, read_checkpoint_if_path_is_given
+from utils.console import make_printable
 from utils.errors import UserError
 from utils.run_folder import EVENTS, STATS, RunFolder
 from utils.signals import Stopped, StopSignal
@@ -49,13 +49,13 @@ def read_starting_checkpoint(
     if resume == "auto":
         resume = _find_single_state_file(states)
     if resume or init:
-        logger.info("starting from %s", printable(resume or init))
-    origin = read_checkpoint(resume or init)
+        logger.info("starting from %s", make_printable(resume or init))
+    origin = read_checkpoint_if_path_is_given(resume or init)
     if not resume:
         return origin, None
     if "progress" in origin.content:
         return origin, origin
-    logger.info("%s holds weights but no training state: a new run starts from the weights", printable(resume))
+    logger.info("%s holds weights but no training state: a new run starts from the weights", make_printable(resume))
     return origin, None
 
 
@@ -67,12 +67,12 @@ def _find_single_state_file(states: Sequence[Path]) -> str | None:
     """
     found = [str(path) for path in states if path.exists()]
     if len(found) > 1:
-        runs = ", ".join(map(printable, found))
+        runs = ", ".join(map(make_printable, found))
         raise UserError(f"--resume auto found {len(found)} runs ({runs}): give the file to resume with --resume FILE")
     if not found:
         logger.info("nothing to resume: a new run starts")
         return None
-    logger.info("resuming %s", printable(found[0]))
+    logger.info("resuming %s", make_printable(found[0]))
     return found[0]
 
 
@@ -122,7 +122,7 @@ class Run(contextlib.AbstractContextManager):
         self.stop.__exit__()
         if isinstance(error, NotFinite):
             last = self.folder.last
-            saved = f"the last good state is {printable(last)}" if last.exists() else "no state is saved yet"
+            saved = f"the last good state is {make_printable(last)}" if last.exists() else "no state is saved yet"
             raise UserError(f"{error}; {saved}") from error
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps and not self.ending_epoch:
@@ -132,7 +132,7 @@ class Run(contextlib.AbstractContextManager):
         if error is None and self.writer:
             self.writer.close()
             already = " already" if self.first_epoch >= self.epochs else ""
-            folder = printable(self.folder.path)
+            folder = make_printable(self.folder.path)
             logger.info("finished%s: %d epochs are trained; all files are in %s", already, self.epochs, folder)
 
     # --- saving
@@ -232,7 +232,7 @@ class Run(contextlib.AbstractContextManager):
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
             size = f"a batch of {len(batch.x)}, and batch norm needs at least {min_images}"
-            errors[key[1]] = f"{printable(item.path)} (the other images of its batch cannot be used: {size})"
+            errors[key[1]] = f"{make_printable(item.path)} (the other images of its batch cannot be used: {size})"
             self._log_left_out_image(errors[key[1]])
         return errors
 

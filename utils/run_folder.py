@@ -9,10 +9,10 @@ from pathlib import Path
 from utils import checkpoints
 from utils.checkpoints import Checkpoint
 from utils.compute import package_versions
-from utils.console import printable
+from utils.console import make_printable
 from utils.distributed import World, broadcast_from_main
 from utils.errors import UserError
-from utils.files import hold_lock_file, make_folder, remove_unfinished_files, write_atomically, write_json
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_unfinished_files, write_json
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
@@ -44,7 +44,7 @@ class RunFolder:
         self.replacing = False  # whether the files of an earlier run must be deleted after the first save
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files of the earlier run that must be deleted
 
-    def check_if_run_may_write(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
+    def describe_why_run_must_not_write(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
         """Read the list of written files, and check whether the run may write into the folder.
 
         Args:
@@ -54,7 +54,7 @@ class RunFolder:
         Returns:
             None, or one line that says why the run must not write into the folder.
         """
-        self.files = self._read_recorded_files()
+        self.files = self._read_names_of_recorded_files()
         if resumed is not None:
             state = Path(resumed.name)  # this path may be a symbolic link or contain a symbolic link
             self.continued = self.path.resolve() in (state.parent.resolve(), state.resolve().parent)
@@ -63,19 +63,19 @@ class RunFolder:
         for path in sorted(self.path.iterdir()):
             if self._is_run_file(path.name) and path.name not in self.files:
                 return (
-                    f"{printable(path)} is not recorded as a file of an earlier run, and would be replaced: move the"
-                    " file, or write elsewhere"
+                    f"{make_printable(path)} is not recorded as a file of an earlier run, and would be replaced: move"
+                    " the file, or write elsewhere"
                 )
         earlier = [self.path / name for name in sorted(self.files) if re.search(r"\.pth(\.tar)?$", name)]
         earlier = [path for path in earlier if path.exists()]
         if self.continued or not earlier:
             return None
         if not any(self._is_run_file(path.name) for path in earlier):
-            return f"{printable(self.path)} holds a run of another program: write elsewhere"
+            return f"{make_printable(self.path)} holds a run of another program: write elsewhere"
         if not overwrite:
             return (
-                f"{printable(self.path)} holds a run already: --resume auto continues it, --overwrite replaces it by a"
-                " new run; or write elsewhere"
+                f"{make_printable(self.path)} holds a run already: --resume auto continues it, --overwrite replaces it"
+                " by a new run; or write elsewhere"
             )
         self.replacing = True
         self.replaced = earlier
@@ -111,7 +111,7 @@ class RunFolder:
                 complete = line.endswith("}\n")  # the last line may be incomplete after a power failure
                 if complete and json.loads(line)["epoch"] < epochs:
                     kept.append(line)
-        with write_atomically(stats) as file:
+        with open_for_atomic_write(stats) as file:
             file.write("".join(kept).encode())
 
     def save_checkpoint(self, name: str, content: dict) -> None:
@@ -143,7 +143,7 @@ class RunFolder:
     def _write_config_json(self) -> None:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
-    def _read_recorded_files(self) -> set[str]:
+    def _read_names_of_recorded_files(self) -> set[str]:
         """Read from config.json which files earlier runs have written.
 
         Returns an empty set if the folder has no config.json of this project.
@@ -185,7 +185,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
     folder = RunFolder(last)
     make_folder(folder.path)
     with hold_lock_file(folder.path / ".lock", world):
-        refusal = folder.check_if_run_may_write(resumed, overwrite) if world.is_main else None
+        refusal = folder.describe_why_run_must_not_write(resumed, overwrite) if world.is_main else None
         refusal = broadcast_from_main(refusal, world)
         if refusal:
             raise UserError(refusal)

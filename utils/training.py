@@ -11,7 +11,7 @@ from torch import Tensor
 from utils import distributed
 from utils.checkpoints import Checkpoint, Fields
 from utils.compute import Compute
-from utils.console import printable
+from utils.console import make_printable
 from utils.distributed import World
 from utils.errors import UserError
 
@@ -71,7 +71,7 @@ class Progress:
         self.step += 1
         self.left_out += left_out
 
-    def means_of_epoch(self) -> dict[str, float]:
+    def compute_mean_values_of_epoch(self) -> dict[str, float]:
         """Return the mean of each value over the images of the current epoch.
 
         If images were left out, their number is returned as "left_out".
@@ -106,7 +106,7 @@ class Progress:
         self.left_out = fields.get_integer("left_out", default=0)
 
 
-def cosine_rate_factor(epochs_total: int, epochs: float) -> float:
+def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> float:
     """Compute the cosine schedule's factor on the base learning rate after `epochs` of `epochs_total` epochs.
 
     The factor rises linearly from 0 to 1 during the warm-up, and then falls to 0 along a cosine.
@@ -117,7 +117,7 @@ def cosine_rate_factor(epochs_total: int, epochs: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
 
 
-def constant_rate_factor(epochs: float) -> float:
+def compute_constant_learning_rate_factor(epochs: float) -> float:
     """Return the factor 1, with which the learning rate is the same in all epochs."""
     return 1.0
 
@@ -143,7 +143,7 @@ class Stepper:
         optimizer: torch.optim.Optimizer,
         compute: Compute,
         world: World,
-        rate_factor: Callable[[float], float] = constant_rate_factor,
+        rate_factor: Callable[[float], float] = compute_constant_learning_rate_factor,
         steps_per_epoch: int = 1,
         clip_norm: float | None = None,
     ):
@@ -180,7 +180,9 @@ class Stepper:
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
             norm = norm.nan_to_num()  # in fp16, GradScaler skips a step that overflows and lowers its scale
-        means, count, left_out, norm = self._reduce_over_processes({"loss": loss, **values}, batch, norm)
+        means, count, left_out, norm = self._compute_step_statistics_over_processes(
+            {"loss": loss, **values}, batch, norm
+        )
         self._require_finite_loss_and_gradients(means["loss"], norm, batch)
         if self.clip_norm and norm > self.clip_norm:
             torch._foreach_mul_(gradients, self.clip_norm / norm)
@@ -198,7 +200,7 @@ class Stepper:
         self.scaler.unscale_(self.optimizer)
         return [p.grad for p in parameters if p.grad is not None]
 
-    def _reduce_over_processes(
+    def _compute_step_statistics_over_processes(
         self, parts: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
         """Sum values and numbers of images over the processes, and copy the sums and `norm` to the CPU.
@@ -223,7 +225,7 @@ class Stepper:
     def _require_finite_loss_and_gradients(self, loss: float, norm: float, batch) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        files = ", ".join(sorted({printable(item.path) for item in batch.items}))
+        files = ", ".join(sorted({make_printable(item.path) for item in batch.items}))
         raise NotFinite(
             f"the loss or its gradient is not finite at epoch {self.progress.epoch}, step {self.progress.step} (loss"
             f" {loss:.4g}, gradient norm {norm:.4g}); images {files}; use a lower --lr or --precision fp32"
@@ -258,8 +260,8 @@ class Stepper:
         optimizer, present = earlier.get_text("optimizer", default=""), settings.get("optimizer", "")
         if optimizer != present:
             raise UserError(
-                f"{printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give --optimizer"
-                f" {optimizer}, or start a new run with --init, which loads only the weights"
+                f"{make_printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give"
+                f" --optimizer {optimizer}, or start a new run with --init, which loads only the weights"
             )
         self._load_optimizer_state(resumed)
         self.set_learning_rates(1.0)
@@ -274,7 +276,7 @@ class Stepper:
             if resumed.content["scaler"]:  # the saved scaler is empty if the run was not in fp16
                 self.scaler.load_state_dict(resumed.content["scaler"])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            name = printable(resumed.name)
+            name = make_printable(resumed.name)
             text = f"the optimizer state in {name} does not fit the networks ({error}): start a new run with --init"
             raise UserError(text) from None
 

@@ -18,7 +18,7 @@ from sklearn.metrics import roc_auc_score
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parents[1]))
 
-from evaluation.metrics import select_rows_of_generators  # noqa: E402
+from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E402
 from evaluation.score_table import read_table  # noqa: E402
 
 NETWORKS = ("rdn", "bicubic", "none")  # re-synthesizers; "bicubic" and "none" are controls
@@ -42,8 +42,8 @@ def read_scores_of_study_setting(cell: str) -> tuple[dict[str, np.ndarray], np.n
             raise SystemExit(
                 f"expected the same images in all score tables {cell}_{network}_seedN.csv, got different images"
             )
-        scores[network] = np.stack([table.margins for table in tables])
-    return scores, tables[0].is_fake, select_rows_of_generators(tables[0])
+        scores[network] = np.stack([table.logit_margins for table in tables])
+    return scores, tables[0].is_fake, select_fakes_and_reals_per_generator(tables[0])
 
 
 def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
