@@ -57,7 +57,7 @@ UNKNOWN_SIZE = (1024, 1024)  # (height, width) that is assumed if the first imag
 def main(args: Namespace) -> int:
     compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
     with connect_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
-        # Find the images and load the detector. Mistakes in the arguments are reported before any file is written.
+        # 1. Find the images and load the detector. Mistakes in the arguments are reported before any file is written.
         if not args.resume:
             raise UserError("no detector is given: give the checkpoint of a detector with --resume")
         if world.size > 1 and not args.save_path:
@@ -69,7 +69,7 @@ def main(args: Namespace) -> int:
         detector.network.set_tile_side(args.tile)
         trained_on = count_training_images_among_scored_images(items, detector)
 
-        # Choose the output files. An existing file is replaced only if test.py wrote it
+        # 2. Choose the output files. An existing file is replaced only if test.py wrote it.
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
         base = path_without_suffix(save_path)  # the path P, without suffix, of the files P.csv, P.npy, P.json and P.png
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
@@ -80,10 +80,10 @@ def main(args: Namespace) -> int:
             make_folder(folder)
         stack.enter_context(hold_lock_file(base.with_name(f".{base.name}.lock"), world))
 
+        # 3. For each perturbation, score all images
         stamps = read_file_sizes_and_times(items)
         results = {}
         for perturbation, (base_of_table, pictures) in places.items():
-            # Score all images under one perturbation
             transform = None
             if perturbation.name != "none":
                 transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
@@ -97,7 +97,7 @@ def main(args: Namespace) -> int:
                 score_images(detector, batches, writer, pictures, stop)
                 writer.finish_table()
 
-            # Make P.npy, P.json and P.png from the scores in P.csv
+            # 4. Make P.npy, P.json and P.png from the scores in P.csv
             if world.is_main:
                 record = {"settings": {**vars(args), "precision": compute.precision}, "perturbation": description}
                 record["detector"] = {"file": args.resume, **detector.describe_model()}
@@ -106,7 +106,7 @@ def main(args: Namespace) -> int:
         if not world.is_main:
             return 0
 
-        # Print the verdicts or the metrics
+        # 5. Print the verdicts or the metrics
         sys.stdout.write("\n".join(format_report(results, detector.calibration, bool(args.input))) + "\n")
         if args.input:
             for line in detector.describe_differences_from_training_images([item.path for item in items]):
@@ -147,7 +147,8 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
         logger.warning(
             "warning: the detector was trained on %d of these %d images (same name, size and content): the scores of"
             " training images do not show how well the detector works on new images",
-            *(count, len(items)),
+            count,
+            len(items),
         )
     return count
 

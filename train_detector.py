@@ -19,7 +19,6 @@ import contextlib
 import hashlib
 import inspect
 import logging
-import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable
@@ -32,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from data.datasets import Augmentation, Batch, EpochBatches, ImageDataset, make_loader
+from data.datasets import Augmentation, Batch, EpochBatchSampler, ImageDataset, make_loader
 from data.degradations import check_task_name, degrade_batch, sample_degradation_for_batch
 from data.images import SizePolicy, require_equal_sizes, select_usable_items
 from data.leaks import run_and_log_quick_leak_audit
@@ -53,7 +52,6 @@ from models.build import create_detector, load_detector
 from models.features import VGG19, load_vgg
 from models.losses import compute_classification_loss, compute_residuals_and_auxiliary_losses
 from models.resynthesis import ResynthesisDetector, downsample
-from utils import training
 from utils.checkpoints import Checkpoint, Fields, compute_fingerprint, read_checkpoint_if_path_is_given
 from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import (
@@ -65,6 +63,7 @@ from utils.distributed import (
 )
 from utils.errors import UserError, run_program
 from utils.labels import FAKE, REAL
+from utils.optimizers import SCHEDULES, create_optimizer
 from utils.options import create_train_detector_parser
 from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
 from utils.run import Run, read_starting_checkpoint
@@ -74,7 +73,6 @@ from utils.training import Progress, Stepper
 logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
-FINAL_RATE = 1e-4  # the authors' learning-rate schedule ends at this fraction of the base rate
 
 # The type of a function that computes the loss of a batch, and a dict of further values to record.
 # With several processes, each process returns a part of each value. The sum of the parts is the mean over the batch.
@@ -110,26 +108,23 @@ def main(args: Namespace) -> None:
         if val_items:
             require_both_classes(val_images.items, "validation images")
         config["images"] = {"crop_size": args.crop_size, "resize": args.resize, **describe_training_images(images)}
-        batches = EpochBatches(len(images), args.batch_size, args.seed, world)
-        val_batches = EpochBatches(len(val_images), args.batch_size, world=world)
+        sampler = EpochBatchSampler(len(images), args.batch_size, args.seed, world)
+        val_sampler = EpochBatchSampler(len(val_images), args.batch_size, world=world)
         if args.batch_size > 1:
             require_equal_sizes(images.items, images.image_sizes)
             require_equal_sizes(val_images.items, val_images.image_sizes)
-        min_images = find_smallest_trainable_batch_size(detector, images.image_sizes, batches, compute)
+        min_images = find_smallest_trainable_batch_size(detector, images.image_sizes, sampler, compute)
         if world.is_main:
             run_and_log_quick_leak_audit(images.items, val_images.items)
 
         # 4. Create the optimizer
         if world.size > 1 and compute.device.type == "cuda":
             detector.classifier = nn.SyncBatchNorm.convert_sync_batchnorm(detector.classifier)
-        groups = create_parameter_groups(detector, args.lr, args.weight_decay, args.classifier_grad_scale)
-        optimizer = create_optimizer(args.optimizer, groups, args.momentum, args.weight_decay)
-        schedule = (
-            training.compute_cosine_learning_rate_factor
-            if args.schedule == "cosine"
-            else compute_released_learning_rate_factor
+        optimizer = create_optimizer(
+            args.optimizer, detector, args.lr, args.classifier_rate_factor, args.momentum, args.weight_decay
         )
-        stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), batches.steps, args.clip_norm)
+        schedule = SCHEDULES[args.schedule]
+        stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), sampler.steps, args.clip_norm)
         progress = stepper.progress
 
         # 5. Open the output folder, and load the training state of the run to resume
@@ -157,19 +152,19 @@ def main(args: Namespace) -> None:
         else:
             task = AuxiliaryTask(args.auxiliary, args.auxiliary_weight, vgg, args.seed, args.micro_batch)
             loss_of = partial(end_to_end_loss, detector, compute, world, task, progress)
-        loader = make_loader(datasets[0], batches, args.workers, compute)
-        val_loader = make_loader(datasets[1], val_batches, args.workers, compute)
+        loader = make_loader(datasets[0], sampler, args.workers, compute)
+        val_loader = make_loader(datasets[1], val_sampler, args.workers, compute)
 
         # 7. Train
         pictures = read_example_images(images)
         text = "%d training images; the training starts at epoch %d, step %d"
-        logger.info(text, batches.count, progress.epoch, progress.step)
+        logger.info(text, sampler.count, progress.epoch, progress.step)
         if not progress.total_steps:
             write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, 0)
         for epoch in range(progress.epoch, args.epochs):
             for dataset in cached:
                 dataset.store_missing_residuals(epoch, residual_of, run.iterate_batches, args.workers, compute, world)
-            batches.set_epoch(epoch, progress.step)
+            sampler.set_epoch(epoch, progress.step)
             train_one_epoch(detector, run.iterate_batches(loader, f"epoch {epoch}", True, min_images), loss_of, stepper)
             values = progress.compute_mean_values_of_epoch()
             if val_items:
@@ -215,13 +210,11 @@ def create_dataset(
         skip_bad: whether an image that cannot be used is left out. If False, such an image raises a UserError.
     """
     items, headers = select_usable_items(items, policy, skip_bad)
-    images = ImageDataset(items, policy, augmentation, transform)
-    images.headers = headers
-    return images
+    return ImageDataset(items, policy, augmentation, transform, headers)
 
 
 def find_smallest_trainable_batch_size(
-    detector: ResynthesisDetector, sizes: Iterable[tuple[int, int]], batches: EpochBatches, compute: Compute
+    detector: ResynthesisDetector, sizes: Iterable[tuple[int, int]], sampler: EpochBatchSampler, compute: Compute
 ) -> int:
     """Return the smallest batch size with which the classifier can be trained: 1 or 2.
 
@@ -234,24 +227,26 @@ def find_smallest_trainable_batch_size(
     stride = getattr(detector.classifier, "stride", 0)
     shapes = [detector.residual_shape(*size)[1:] for size in set(sizes)]
     height, width = min(shapes, key=max)
-    synchronised = batches.world.size > 1 and compute.device.type == "cuda"
+    synchronised = sampler.world.size > 1 and compute.device.type == "cuda"
     if max(height, width) > stride or synchronised:
         return 1
-    if batches.find_smallest_batch_of_any_process() == 1:
+    if sampler.find_smallest_batch_of_any_process() == 1:
         raise UserError(
-            f"{batches.count} images in batches of {batches.batch_size} over {batches.world.size} process(es) leave a"
+            f"{sampler.count} images in batches of {sampler.batch_size} over {sampler.world.size} process(es) leave a"
             f" batch of 1, and batch norm needs at least 2 images of {width} x {height} residual values: change"
             " --batch-size, or use a larger --crop-size or --resize"
         )
     logger.warning(
         "warning: the residuals have %d x %d values, which is not more than the classifier's stride of %d: gradients"
         " may be large. Use larger images or a lower --idx-stages",
-        *(width, height, stride),
+        width,
+        height,
+        stride,
     )
     return 2
 
 
-# --- networks and optimizer ---------------------------------------------------------------------------------
+# --- networks -----------------------------------------------------------------------------------------------
 
 
 def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
@@ -322,53 +317,6 @@ def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, 
             logger.info("%s: a new run starts from the weights in this file", difference)
             return None
     return resumed
-
-
-def create_parameter_groups(detector: ResynthesisDetector, lr: float, weight_decay: float, scale: float) -> list[dict]:
-    """Create an optimizer's parameter groups: one for the classifier and, if it is trained, one for the re-synthesizer.
-
-    Release: the authors' code multiplies the classifier's gradients by `scale` (option --lr-sr). This function instead
-    multiplies the classifier's learning rate by `scale`, and divides its weight decay by `scale`. With SGD, both ways
-    give exactly the same weights.
-
-    Raises:
-        UserError: if `scale` is 0, because weight decay would then be the only change of the classifier's weights.
-    """
-    if scale == 0:
-        raise UserError("--lr-sr must be above 0, because with 0 the classifier is not trained (default: 0.02)")
-    classifier = list(detector.classifier.parameters())
-    resynthesizer = [p for p in detector.resynthesizer.parameters() if p.requires_grad]
-    groups = [{"params": classifier, "lr": lr * scale, "weight_decay": weight_decay / scale}]
-    if resynthesizer:
-        groups.append({"params": resynthesizer, "lr": lr, "weight_decay": weight_decay})
-    return groups
-
-
-def create_optimizer(name: str, groups: list[dict], momentum: float, weight_decay: float) -> torch.optim.Optimizer:
-    """Create SGD or AdamW.
-
-    AdamW does not add the weight decay to the gradients. With AdamW, the weight decay of each group is therefore set to
-    `weight_decay`.
-    """
-    if name == "sgd":
-        return torch.optim.SGD(groups, momentum=momentum)
-    return torch.optim.AdamW([{**group, "weight_decay": weight_decay} for group in groups])
-
-
-def compute_released_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
-    """Compute the factor f by which the authors' code multiplies the base learning rate.
-
-    The factor in epoch e of E epochs is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
-
-    Release: the authors' code sets the factor f(e) *after* epoch e, so that epochs 0 and 1 both use f(0) = 1.
-
-    Args:
-        epochs_total: E, number of epochs of the training.
-        epochs_done: number of finished epochs, such as 2.5 in the middle of epoch 2.
-    """
-    epoch = max(int(epochs_done) - 1, 0)
-    fraction = epoch / max(epochs_total - 1, 1)
-    return (1 - FINAL_RATE) * math.cos(math.pi / 2 * fraction) + FINAL_RATE
 
 
 # --- losses of a batch --------------------------------------------------------------------------------------
@@ -477,7 +425,7 @@ def downsample_and_degrade_images(
     """Downsample a batch of images, and degrade the low-resolution images at random.
 
     The type of the degradation depends only on the seed and the training step. The random numbers of each image depend
-    only on the seed and on the image's key (epoch, image, crop).
+    only on the seed, the epoch and the index of the dataset entry (the image, or one of its crops).
 
     Returns:
         the degraded low-resolution batch (B, 3, h, w), or None if the images of this step are not degraded.
@@ -496,7 +444,7 @@ def compute_in_micro_batches(
     """Call `function` on slices of `micro_batch` images, and concatenate the results.
 
     With several slices, the backward pass computes each slice again, so that only the results of `function` are kept in
-    memory. Micro-batches give the gradients of the whole batch, because re-synthesizer and features have no batch norm.
+    memory. Micro-batches give the gradients of the whole batch if the re-synthesizer has no batch norm.
 
     Args:
         function: takes a slice of image numbers, and returns two tensors with one row per image.

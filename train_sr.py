@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from data.datasets import Batch, EpochBatches, ImageDataset, PatchDataset, make_loader
+from data.datasets import Batch, EpochBatchSampler, ImageDataset, PatchDataset, make_loader
 from data.degradations import degrade_patch
 from data.images import SizePolicy, select_usable_items
 from data.leaks import run_and_log_quick_leak_audit
@@ -70,8 +70,8 @@ def main(args: Namespace) -> None:
 
         # 2. List and check the images
         eval_images = create_evaluation_dataset(args.eval_file, model.scale, args.skip_bad)
-        eval_batches = EpochBatches(len(eval_images), world.size, world=world)  # one image per process at a time
-        eval_loader = make_loader(eval_images, eval_batches, args.workers, compute)
+        eval_sampler = EpochBatchSampler(len(eval_images), world.size, world=world)  # one image per process at a time
+        eval_loader = make_loader(eval_images, eval_sampler, args.workers, compute)
         if args.evaluate:
             return evaluate_and_log_psnr_and_ssim(model, origin, eval_loader, args.skip_bad, compute, world)
         items = list_unlabelled_images(args.train_file, "--train-file")
@@ -83,11 +83,11 @@ def main(args: Namespace) -> None:
         parameters = list(model.parameters())
         if not parameters:
             raise UserError(f"--sr-arch {config['name']} has no parameters to train: choose another --sr-arch")
-        batches = EpochBatches(len(items), args.batch_size, args.seed, world)
+        sampler = EpochBatchSampler(len(items), args.batch_size, args.seed, world)
         schedule = Schedule(args.schedule, args.num_epochs, args.lr_decay, args.lr_decay_epoch)
         optimizer = torch.optim.Adam(parameters, lr=args.lr)
         stepper = Stepper(
-            optimizer, compute, world, schedule.compute_learning_rate_factor, batches.steps, args.clip_norm
+            optimizer, compute, world, schedule.compute_learning_rate_factor, sampler.steps, args.clip_norm
         )
         progress = stepper.progress
 
@@ -104,13 +104,13 @@ def main(args: Namespace) -> None:
 
         # 5. Train on patches. The order of the patches depends only on the seed and the epoch.
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
-        loader = make_loader(patches, batches, args.workers, compute)
+        loader = make_loader(patches, sampler, args.workers, compute)
         degradations = PatchDegradations(args.seed, args.augment, args.completion, args.colorization)
         loss_of = partial(compute_patch_loss, model, vgg, args.vgg_lambda, degradations, compute)
         text = "%d training images; the training starts at epoch %d, step %d"
         logger.info(text, len(items), progress.epoch, progress.step)
         for epoch in range(progress.epoch, args.num_epochs):
-            batches.set_epoch(epoch, progress.step)
+            sampler.set_epoch(epoch, progress.step)
             pictures = train_one_epoch(
                 model, run.iterate_batches(loader, f"epoch {epoch}", training=True), loss_of, stepper
             )

@@ -32,13 +32,13 @@ from models.rdn import RDN
 from models.resynthesis import ResynthesisDetector
 from train_detector import (
     AuxiliaryTask,
-    create_parameter_groups,
     end_to_end_loss,
     loss_with_frozen_resynthesizer,
     residual_without_gradients,
 )
 from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import World
+from utils.optimizers import create_optimizer
 from utils.training import Stepper
 
 TASKS = {0: "colorization", 5: "denoising"}  # feature stage -> auxiliary task, as in the fine-tuning scripts
@@ -140,9 +140,7 @@ def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
     """Return a function that runs a training step of train_detector.py --fixed-sr, without cached residuals."""
     detector, compute = build_detector(case)
     detector.train().set_resynthesizer_frozen(True)
-    stepper = Stepper(
-        torch.optim.SGD(create_parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World()
-    )
+    stepper = Stepper(create_optimizer("sgd", detector, 1e-6, 0.02, 0.9, 1e-4), compute, World())
     residual_of = partial(residual_without_gradients, detector, compute, None)
     batch = make_noise_batch(case)
 
@@ -160,9 +158,7 @@ def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
     detector.resynthesizer.checkpoint_blocks = True
     vgg = load_vgg("random")[0].to(compute.device, memory_format=torch.channels_last)
     task = AuxiliaryTask(TASKS[case.stage], 1.0, vgg, 0, 1)
-    stepper = Stepper(
-        torch.optim.SGD(create_parameter_groups(detector, 1e-6, 1e-4, 0.02), momentum=0.9), compute, World()
-    )
+    stepper = Stepper(create_optimizer("sgd", detector, 1e-6, 0.02, 0.9, 1e-4), compute, World())
     batch = make_noise_batch(case)
 
     def run_fine_tuning_step() -> None:
@@ -195,11 +191,11 @@ def prepare_rdn_forward(case: Case) -> Callable[[], Tensor]:
     x_lr = x_lr.contiguous(memory_format=torch.channels_last)
 
     @torch.inference_mode()
-    def resynthesize() -> Tensor:
+    def run_rdn_forward_pass() -> Tensor:
         with compute.autocast():
             return detector.resynthesizer(x_lr)
 
-    return resynthesize
+    return run_rdn_forward_pass
 
 
 def prepare_matrix_product(case: Case) -> Callable[[], Tensor]:

@@ -1,6 +1,6 @@
 """Datasets, batches and data loaders.
 
-A `Key` names one dataset entry in one epoch. The sampler `EpochBatches` yields the list of the `Key`s of each batch. A
+A `Key` names one dataset entry in one epoch. The sampler `EpochBatchSampler` yields the list of the `Key`s of each batch. A
 dataset reads a `Sample` for each `Key`. The function `collate_samples` combines samples into a `Batch`. Random choices
 depend only on the seed, the epoch and the index of the image. Random choices do not depend on the number of workers or
 processes, or on the step at which a run was stopped and resumed.
@@ -175,7 +175,7 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
     )
 
 
-class EpochBatches(Sampler):
+class EpochBatchSampler(Sampler):
     """A `batch_sampler` for DataLoader, which yields the list of the `Key`s of each batch of one epoch.
 
     If n processes share each batch, process r gets the entries r, r + n, r + 2 n and so on of the batch. The last batch
@@ -282,6 +282,7 @@ class ImageDataset(ItemDataset):
         augmentation: random mirroring and cropping, or None for centre crops without mirroring.
         transform: called as transform(image, rng) on each image, uint8 (3, H, W), before the image is resized and
             cropped. `rng` is a random generator, or None if `augmentation` is None.
+        headers: the header of each image, or an empty sequence if the headers were not read.
     """
 
     def __init__(
@@ -290,12 +291,13 @@ class ImageDataset(ItemDataset):
         policy: SizePolicy,
         augmentation: Augmentation | None = None,
         transform: Transform | None = None,
+        headers: Sequence[Header] = (),
     ):
         super().__init__(items, entries_per_image=max(augmentation.crops, 1) if augmentation else 1)
         self.policy = policy
         self.augmentation = augmentation
         self.transform = transform
-        self.headers: Sequence[Header] = ()  # one header per item; empty if the headers were not read
+        self.headers = headers
 
     def read_sample_tensors(self, path: str, key: Key) -> Tensor:
         """Read, transform, resize, crop and mirror an image, and return it as uint8 (1, 3, H, W)."""

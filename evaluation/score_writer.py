@@ -81,14 +81,13 @@ class ScoreWriter:
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
         self.done = np.zeros(len(items), bool)  # (N,): whether each image has a row
 
-    def start_partial_table(self, overwrite: bool, required: np.ndarray | None = None) -> bool:
+    def start_partial_table(self, overwrite: bool, without_picture: np.ndarray | None = None) -> bool:
         """Find the images that have a row already, and start a new part for this process.
 
         Args:
             overwrite: whether all images are scored again, even images that have a row.
-            required: mask (N,) bool of the images that must be scored again unless their row holds an error. test.py
-                passes the images whose residual picture is missing. If `required` is None, no image with a row is
-                scored again.
+            without_picture: mask (N,) bool of the images whose residual picture is missing. They are scored again,
+                unless their row holds an error. If None, every image that has a row is skipped.
 
         Returns:
             True if there are images to score; False if the table is finished already.
@@ -98,14 +97,10 @@ class ScoreWriter:
         """
         parts = find_partial_tables(self.table)
         has_table_of_this_job = not overwrite and not parts and self._is_table_of_same_settings()
-        known_rows = ()
         if has_table_of_this_job:
-            known_rows = self._read_rows_of_table()
+            self._mark_images_as_done(self._read_rows_of_table(), without_picture)
         elif not overwrite:
-            known_rows = self._read_rows_of_partial_tables(parts)
-        for i, row in known_rows:
-            must_be_scored_again = required is not None and required[i] and not row.error
-            self.done[i] = not must_be_scored_again
+            self._mark_images_as_done(self._read_rows_of_partial_tables(parts), without_picture)
         if broadcast_from_main(bool(has_table_of_this_job and self.done.all()), self.world):
             logger.info("%s is finished already; --overwrite scores the images again", make_printable(self.table))
             return False
@@ -117,12 +112,7 @@ class ScoreWriter:
         barrier(self.world)  # every process has read the existing parts before any process writes
         if overwrite and self.world.is_main:
             delete_files(parts.values())
-        number = max(parts, default=-1) + 1 + self.world.rank
-        part = self.table.with_name(f"{self.table.name}.{number}.part")
-        # A later run cannot continue a part whose first line, the job, is missing
-        with open_for_atomic_write(part) as file:
-            file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
-        self.part = part.open("ab")
+        self._open_new_part(max(parts, default=-1) + 1 + self.world.rank)
         if has_table_of_this_job and self.world.is_main:  # P.csv keeps its rows: only pictures are missing
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
@@ -181,6 +171,20 @@ class ScoreWriter:
     def delete_partial_tables(self) -> None:
         """Delete the parts of the table. A table without parts is finished."""
         delete_files(find_partial_tables(self.table).values())
+
+    def _mark_images_as_done(self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None) -> None:
+        """Set `done` for the images that need not be scored again. `start_partial_table` explains `without_picture`."""
+        for i, row in known_rows:
+            needs_picture = without_picture is not None and without_picture[i] and not row.error
+            self.done[i] = not needs_picture
+
+    def _open_new_part(self, number: int) -> None:
+        """Create the part with this number, write the job and the names of the columns, and open the part."""
+        part = self.table.with_name(f"{self.table.name}.{number}.part")
+        # A later run cannot continue a part whose first line, the job, is missing
+        with open_for_atomic_write(part) as file:
+            file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
+        self.part = part.open("ab")
 
     def _is_table_of_same_settings(self) -> bool:
         """Return whether P.csv was made with the same job and from the same image files."""

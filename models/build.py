@@ -7,7 +7,8 @@ part of the detector. Only checkpoints that contain nothing but weights do not s
 
 Training and testing choose the settings of a detector, such as the name of the classifier, by the same rules. If the
 checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError. A
-setting that neither the checkpoint nor an option contains has the value in the paper. The re-synthesizer and the
+setting that neither the checkpoint nor an option contains has the value in the paper. Only the default of the ResNet's
+dilation is the default of the authors' program, which the authors' scripts change. The re-synthesizer and the
 classifier have random weights only if they are about to be trained.
 """
 

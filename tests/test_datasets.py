@@ -17,7 +17,7 @@ from trainings import CPU
 
 from data.datasets import (
     Augmentation,
-    EpochBatches,
+    EpochBatchSampler,
     ImageDataset,
     Key,
     PatchDataset,
@@ -62,25 +62,25 @@ def write_random_image(path, height, width, seed=0):
 
 
 def test_each_image_occurs_once_in_an_epoch():
-    batches = indices_of_batches(EpochBatches(10, 4, seed=1))
+    batches = indices_of_batches(EpochBatchSampler(10, 4, seed=1))
     assert [len(batch) for batch in batches] == [4, 4, 2] and sorted(sum(batches, [])) == list(range(10))
-    assert indices_of_batches(EpochBatches(5, 2)) == [[0, 1], [2, 3], [4]]
-    assert indices_of_batches(EpochBatches(0, 2)) == []
+    assert indices_of_batches(EpochBatchSampler(5, 2)) == [[0, 1], [2, 3], [4]]
+    assert indices_of_batches(EpochBatchSampler(0, 2)) == []
 
 
 def test_the_order_of_images_depends_only_on_seed_and_epoch():
-    one = indices_of_batches(EpochBatches(50, 8, seed=1), epoch=3)
+    one = indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert indices_of_batches(EpochBatches(50, 8, seed=1), epoch=3) == one
+    assert indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=3) == one
     assert torch.equal(torch.get_rng_state(), state)
-    assert indices_of_batches(EpochBatches(50, 8, seed=1), epoch=4) != one
-    assert indices_of_batches(EpochBatches(50, 8, seed=2), epoch=3) != one
-    assert sum(indices_of_batches(EpochBatches(50, 5, seed=1), epoch=3), []) == sum(one, [])
+    assert indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=4) != one
+    assert indices_of_batches(EpochBatchSampler(50, 8, seed=2), epoch=3) != one
+    assert sum(indices_of_batches(EpochBatchSampler(50, 5, seed=1), epoch=3), []) == sum(one, [])
 
 
 def test_an_epoch_resumed_at_any_step_gives_the_remaining_batches():
-    batches = EpochBatches(23, 4, seed=2)
+    batches = EpochBatchSampler(23, 4, seed=2)
     whole = indices_of_batches(batches, epoch=1)
     for step in range(7):
         assert indices_of_batches(batches, epoch=1, first_step=step) == whole[step:]
@@ -89,9 +89,9 @@ def test_an_epoch_resumed_at_any_step_gives_the_remaining_batches():
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("count", [4, 16, 17, 19])
 def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
-    whole = indices_of_batches(EpochBatches(count, 4, seed=3))
-    parts = [list(EpochBatches(count, 4, 3, World(rank, size))) for rank in range(size)]
-    smallest = EpochBatches(count, 4, 3, World(0, size)).find_smallest_batch_of_any_process()
+    whole = indices_of_batches(EpochBatchSampler(count, 4, seed=3))
+    parts = [list(EpochBatchSampler(count, 4, 3, World(rank, size))) for rank in range(size)]
+    smallest = EpochBatchSampler(count, 4, 3, World(0, size)).find_smallest_batch_of_any_process()
     for step, batch in enumerate(whole):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
@@ -166,7 +166,7 @@ def locate_crop(sample):
 def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
     paths = [save_image(tmp_path / f"{i}.png", make_coordinate_image_array(40 + i, 60)) for i in range(3)]
     data = ImageDataset(make_items(*paths), SizePolicy(4, 16), Augmentation(seed=1, crops=4))
-    batches = EpochBatches(len(data), 4, seed=1)
+    batches = EpochBatchSampler(len(data), 4, seed=1)
     corners = []
     for epoch in range(2):
         batches.set_epoch(epoch)
@@ -244,7 +244,7 @@ def patch_dataset(tmp_path):
 
 
 def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_images(patch_dataset):
-    first, _ = make_loader(patch_dataset, EpochBatches(7, 4), 0, ON_CPU)
+    first, _ = make_loader(patch_dataset, EpochBatchSampler(7, 4), 0, ON_CPU)
     assert first.keys == [(0, 0, 0), (0, 0, 1), (0, 2, 0), (0, 2, 1)] and first.x.shape == (4, 3, 16, 16)
     assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # weight of a patch: 1 / (4 images x 2 patches)
     assert "small.png: is 48 x 15" in first.errors[1] and "zero.png" in first.errors[3]
@@ -258,11 +258,11 @@ def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_witho
 
     If a worker wrote to full shared memory, it would crash, and the main process would wait forever.
     """
-    alone = list(make_loader(patch_dataset, EpochBatches(7, 4), 0, ON_CPU))
+    alone = list(make_loader(patch_dataset, EpochBatchSampler(7, 4), 0, ON_CPU))
     if free_bytes is not None:
         usage = namedtuple("usage", "total used free")(10**8, 10**8 - free_bytes, free_bytes)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    helped = list(make_loader(patch_dataset, EpochBatches(7, 4), 2, ON_CPU))
+    helped = list(make_loader(patch_dataset, EpochBatchSampler(7, 4), 2, ON_CPU))
     assert [(b.keys, b.errors) for b in alone] == [(b.keys, b.errors) for b in helped]
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a.x, b.x) and torch.equal(a.labels, b.labels) and torch.equal(a.weights, b.weights)

@@ -68,7 +68,7 @@ def test_the_released_flags_of_train_detector_set_the_expected_options():
         "weight_decay": 1e-3, "epochs": 5, "real_roots": ["p"], "fake_roots": ["n"], "in_channels": 3, "resume": "r",
         "resynthesizer_file": "w", "output_path": "o", "save_every_epoch": 3, "seed": 4, "dilated": False, "scale": 4,
         "num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8, "stage": 0,
-        "fixed_resynthesizer": True, "auxiliary": "none", "classifier_grad_scale": 0.1, "auxiliary_weight": 2.0,
+        "fixed_resynthesizer": True, "auxiliary": "none", "classifier_rate_factor": 0.1, "auxiliary_weight": 2.0,
     }  # fmt: skip
     assert {key: args[key] for key in expected} == expected
 
@@ -105,7 +105,7 @@ def test_the_default_options_equal_the_settings_of_the_paper():
     assert (sr.num_epochs, sr.num_save, sr.vgg_lambda, sr.seed, sr.patches_per_image) == (750, 15, 0.2, 123, 1)
     assert not (sr.augment or sr.completion or sr.colorization)
     detector = create_train_detector_parser().parse_args([])
-    assert (detector.momentum, detector.weight_decay, detector.classifier_grad_scale) == (0.9, 1e-4, 0.02)
+    assert (detector.momentum, detector.weight_decay, detector.classifier_rate_factor) == (0.9, 1e-4, 0.02)
     assert (detector.save_every_epoch, detector.auxiliary, detector.fixed_resynthesizer) == (2, "none", False)
 
 

@@ -31,9 +31,8 @@ FIRST = Key(0, 0)
 
 def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=None):  # noqa: B008
     """Return a dataset of images of 64 x 64 pixels with the label fake."""
-    dataset = ImageDataset([Item(str(path), FAKE, "") for path in paths], policy, augmentation, transform)
-    dataset.headers = [Header((64, 64)) for _ in paths]
-    return dataset
+    headers = [Header((64, 64)) for _ in paths]
+    return ImageDataset([Item(str(path), FAKE, "") for path in paths], policy, augmentation, transform, headers)
 
 
 def residual_dataset(folder, *paths, storage="fp16", **options):

@@ -34,7 +34,7 @@ from trainings import (
     train_sr_arguments,
 )
 
-from data.datasets import EpochBatches
+from data.datasets import EpochBatchSampler
 from data.images import read_image_as_tensor
 from evaluation import load
 from evaluation.metrics import auroc
@@ -300,7 +300,7 @@ def test_a_resumed_training_uses_changed_options_and_reports_them(training_files
     assert get_log_line_by_changed_setting(caplog).keys() == {
         "weight_decay",
         "momentum",
-        "classifier_grad_scale",
+        "classifier_rate_factor",
         "epochs",
         "batch_size",
     }
@@ -413,7 +413,9 @@ def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_st
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
     run_training(train_detector_arguments(images, tmp_path / "expected", flags))
-    last = [key.index for batch in EpochBatches(10, 5, seed=123) for key in batch][-1]  # last image of the second step
+    last = [key.index for batch in EpochBatchSampler(10, 5, seed=123) for key in batch][
+        -1
+    ]  # last image of the second step
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
     code, line = run_for_status_and_last_line(
@@ -457,7 +459,7 @@ def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, t
     root.mkdir()
     write_real_and_fake_images(root, 5, 32)
     shutil.copy(training_files / "rdn.pth", root)
-    order = [key.index for batch in EpochBatches(10, 8, seed=123) for key in batch]
+    order = [key.index for batch in EpochBatchSampler(10, 8, seed=123) for key in batch]
     cut_file_in_half(root / ("real" if order[-1] < 5 else "fake") / f"{order[-1] % 5}.png")
     return root
 
@@ -611,7 +613,7 @@ def test_a_process_without_a_usable_image_takes_part_in_the_training_step(traini
     In the second step, the image of one process is damaged.
     """
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
-    second = [key.index for key in [*EpochBatches(10, 2, seed=123)][1]]
+    second = [key.index for key in [*EpochBatchSampler(10, 2, seed=123)][1]]
     cut_file_in_half(images / ("real" if second[1] < 5 else "fake") / f"{second[1] % 5}.png")
     flags = train_detector_arguments(images, tmp_path / "out", f"{flags} --epochs 1 --batch-size 2 --skip-bad")
     log = tmp_path / "log"
@@ -632,7 +634,7 @@ def test_a_process_with_one_usable_image_takes_part_in_the_training_step(
     images.mkdir()
     write_real_and_fake_images(images, 6, 32)
     shutil.copy(training_files / "rdn.pth", images)
-    first = [key.index for key in [*EpochBatches(12, 4, seed=123)][0]]
+    first = [key.index for key in [*EpochBatchSampler(12, 4, seed=123)][0]]
     cut_file_in_half(images / ("real" if first[1] < 6 else "fake") / f"{first[1] % 6}.png")
     flags = train_detector_arguments(images, tmp_path / "out", "--fixed-sr --no-cache --epochs 1 --skip-bad")
     log = tmp_path / "log"

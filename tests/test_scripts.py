@@ -111,7 +111,7 @@ STAGE_5 = {"arch": "resnet50", "dilated": False, "stage": 5, "in_channels": 512,
 FROZEN = {
     **RDN_SHAPE,
     "lr": 1e-2,
-    "classifier_grad_scale": 0.02,
+    "classifier_rate_factor": 0.02,
     "epochs": 100,
     "batch_size": 10,
     "fixed_resynthesizer": True,
@@ -120,7 +120,7 @@ FROZEN = {
 }
 FINE_TUNED = {
     "lr": 1e-6,
-    "classifier_grad_scale": 1e-3,
+    "classifier_rate_factor": 1e-3,
     "auxiliary_weight": 1.0,
     "epochs": 100,
     "batch_size": 6,

@@ -26,6 +26,7 @@ from models.losses import compute_residuals_and_auxiliary_losses
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector, downsample
+from utils import optimizers
 from utils.compute import Compute
 from utils.distributed import World
 from utils.labels import FAKE, REAL
@@ -60,13 +61,13 @@ class LinearFloat64Detector(torch.nn.Module):
 
 
 @pytest.mark.parametrize("scale", [0.02, 1e-3])
-def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(scale):
+def test_the_sgd_optimizer_makes_the_updates_of_the_released_code(scale):
     torch.manual_seed(0)
     model = LinearFloat64Detector()
     lr, momentum, decay = 0.1, 0.9, 1e-2
     expected = [p.detach().clone() for p in model.parameters()]
     velocity = [torch.zeros_like(p) for p in expected]
-    sgd = torch.optim.SGD(train_detector.create_parameter_groups(model, lr, decay, scale), lr=lr, momentum=momentum)
+    sgd = optimizers.create_optimizer("sgd", model, lr, scale, momentum, decay)
     for _ in range(6):
         gradients = model.loss_gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
         # Compute the update of the authors' code by hand: scale the gradients of the classifier, then apply SGD
@@ -80,30 +81,29 @@ def test_sgd_with_the_parameter_groups_equals_the_update_of_the_released_code(sc
             torch.testing.assert_close(got.detach(), wanted, rtol=0, atol=1e-6)
 
 
-def test_the_parameter_groups_do_not_contain_a_frozen_resynthesizer():
+def test_the_optimizer_does_not_contain_a_frozen_resynthesizer():
     model = LinearFloat64Detector()
     model.resynthesizer.requires_grad_(False)
-    (group,) = train_detector.create_parameter_groups(model, 1e-2, 1e-4, 0.02)
+    (group,) = optimizers.create_optimizer("sgd", model, 1e-2, 0.02, 0.9, 1e-4).param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in model.classifier.parameters()]
 
 
-def test_a_gradient_scale_of_zero_is_refused():
+def test_a_learning_rate_factor_of_zero_for_the_classifier_is_refused():
     with expect_user_error("--lr-sr"):
-        train_detector.create_parameter_groups(LinearFloat64Detector(), 1e-2, 1e-4, 0.0)
+        optimizers.create_optimizer("sgd", LinearFloat64Detector(), 1e-2, 0.0, 0.9, 1e-4)
 
 
 def test_adamw_uses_the_given_weight_decay_for_all_parameters():
-    groups = train_detector.create_parameter_groups(LinearFloat64Detector(), 1e-2, 1e-4, 0.02)
-    optimizer = train_detector.create_optimizer("adamw", groups, 0.9, 1e-4)
+    optimizer = optimizers.create_optimizer("adamw", LinearFloat64Detector(), 1e-2, 0.02, 0.9, 1e-4)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [1e-4, 1e-4]
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4, 1e-2])
 
 
 def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epochs_0_and_1():
-    factors = [train_detector.compute_released_learning_rate_factor(5, epoch) for epoch in range(5)]
+    factors = [optimizers.compute_released_learning_rate_factor(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
-    assert train_detector.compute_released_learning_rate_factor(1, 0) == 1.0
+    assert optimizers.compute_released_learning_rate_factor(1, 0) == 1.0
 
 
 def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
@@ -141,8 +141,8 @@ def toy_batch(labels=LABELS, seed=1, side=SIDE):
 def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
     """Take one training step on a batch. Return a dict from the name of each recorded loss to its value."""
     compute = Compute(CPU, "fp32")
-    groups = train_detector.create_parameter_groups(detector, 0.1, 1e-4, 0.02)
-    stepper = Stepper(torch.optim.SGD(groups, momentum=0.9), compute, World())
+    optimizer = optimizers.create_optimizer("sgd", detector, 0.1, 0.02, 0.9, 1e-4)
+    stepper = Stepper(optimizer, compute, World())
     stepper.progress.step = step
     auxiliary = train_detector.AuxiliaryTask(task, weight, vgg, 123, micro_batch)
     loss_of = functools.partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from utils import checkpoints
-from utils.console import make_printable
-from utils.errors import UserError
 
 WIDTH = 64  # number of channels of the hidden feature maps
 LATENT_CHANNELS = 32
@@ -110,13 +108,5 @@ def load_autoencoder(encoder_file: str, decoder_file: str) -> Autoencoder:
     """
     model = Autoencoder()
     for part, file in ((model.encoder, encoder_file), (model.decoder, decoder_file)):
-        state = checkpoints.read_checkpoint_content(file)
-        try:
-            part.load_state_dict(state)
-        except RuntimeError as error:
-            kind = type(part).__name__.lower()
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(
-                f"{make_printable(file)} does not contain the weights of the TAEF2 {kind} ({reason})"
-            ) from None
+        checkpoints.load_weights(part, checkpoints.read_checkpoint_content(file), file)
     return model.eval()

@@ -30,7 +30,7 @@ from utils import checkpoints
 from utils.console import make_printable
 from utils.errors import UserError, run_program
 from utils.files import make_folder, open_for_atomic_write
-from utils.options import create_export_parser
+from utils.options import Parser, add_detector_options, add_resynthesizer_options, add_vgg_options
 
 logger = logging.getLogger("tools.export")
 
@@ -150,6 +150,27 @@ def collect_contents_of_safetensors_bundle(
     settings = found.get("settings", {})
     content["card"] = template.render(**content, settings=settings, record=record, format_metrics=format_metrics)
     return content
+
+
+def create_export_parser() -> Parser:
+    """Create the argument parser of tools.export."""
+    parser = Parser("python -m tools.export", "Write a trained detector as a graph, or as one safe file to share.")
+    add_vgg_options(parser)
+    add_resynthesizer_options(parser)
+    add_detector_options(parser)
+    add = parser.add_argument_group("export").add_argument
+    add("--resume", required=True, metavar="FILE", help="checkpoint or bundle (.safetensors) of the detector")
+    add("--out", type=Path, metavar="FILE",
+        help="write the detector's computation graph to FILE.onnx, or to FILE.pt2 for torch.export.load")  # fmt: skip
+    add("--check", type=Path, metavar="FILE",
+        help="check that the graph in FILE computes the same logits as the detector")  # fmt: skip
+    add("--bundle", type=Path, metavar="FILE", help="write the detector to FILE.safetensors, a file for sharing")
+    add(
+        "--scores",
+        metavar="P.json",
+        help="record P.json of test.py, from which metrics are copied into the model card of the bundle",
+    )
+    return parser
 
 
 if __name__ == "__main__":

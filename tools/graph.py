@@ -144,21 +144,37 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
     """
     scale = detector.policy.scale
     _, height, width = choose_example_sizes(detector)[0]
-    sizes = {0: torch.export.Dim.AUTO}
-    free = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
-    choices = [({**sizes, **free}, height, width + 16 * scale)]
+    any_batch = {0: torch.export.Dim.AUTO}
+    any_size = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
+    # Height and width of the example differ, because torch.export may treat equal sizes as one number
+    program, reason = try_to_export(detector, height, width + 16 * scale, any_batch | any_size)
+    if program is not None:
+        return program, True
     if detector.policy.crop_size:
-        choices.append((sizes, height, width))
-    reason = ""
-    for shapes, rows, columns in choices:
-        example = torch.zeros(2, 3, rows, columns, dtype=torch.uint8)
-        try:
-            with torch.enable_grad():  # with gradients enabled, networks do not compute in tiles
-                program = torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(shapes,))
-            return program, len(shapes) > 1
-        except Exception as error:  # torch.export raises exceptions of many types
-            reason = str(error).strip().partition("\n")[0]
+        program, reason = try_to_export(detector, height, width, any_batch)
+        if program is not None:
+            return program, False
     raise UserError(f"PyTorch {torch.__version__} cannot export this detector ({reason})")
+
+
+def try_to_export(
+    detector: Detector, height: int, width: int, dynamic_shape: Mapping[int, object]
+) -> tuple[torch.export.ExportedProgram | None, str]:
+    """Try to export the network of a detector.
+
+    Args:
+        height, width: size of the example image.
+        dynamic_shape: the dimensions of the images that may have other sizes than the example, for torch.export.
+
+    Returns:
+        The exported program and "", or None and the reason why the network cannot be exported.
+    """
+    example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
+    try:
+        with torch.enable_grad():  # with gradients enabled, networks do not compute in tiles
+            return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
+    except Exception as error:  # torch.export raises exceptions of many types
+        return None, str(error).strip().partition("\n")[0]
 
 
 def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:

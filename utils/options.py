@@ -1,4 +1,6 @@
-"""Command-line options of the programs. Each option is declared once. The defaults are the values of the paper.
+"""Command-line options of train_sr.py, train_detector.py and test.py, each declared once.
+
+The defaults are the values of the paper. Programs in tools/ declare their own options.
 
 Flags have the same spelling as in the authors' code, so that scripts for the authors' code keep working. The argument
 `dest` gives each flag the name that the programs use for its value.
@@ -13,7 +15,6 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from utils.console import describe_range, is_main_process, wait_while_main_process_prints_error
 
@@ -334,7 +335,7 @@ def create_train_detector_parser() -> Parser:
     add("--momentum", type=fraction, default=0.9, metavar="X", help="momentum of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
         help="weight decay (default: %(default)s)")  # fmt: skip
-    add("--lr-sr", dest="classifier_grad_scale", type=float_from_0, default=0.02, metavar="X",
+    add("--lr-sr", dest="classifier_rate_factor", type=float_from_0, default=0.02, metavar="X",
         help="factor on the CLASSIFIER's gradients; must be above 0. Despite the flag's name, the classifier learns at"
         " the rate lr * X, and the re-synthesizer at the rate lr (default: %(default)s)")  # fmt: skip
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
@@ -360,9 +361,9 @@ def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
-        help="pass N images at a time through the re-synthesizer and the features. This takes less memory and does not"
-        " change the update of the weights. End-to-end training then needs one more forward pass (default: the whole"
-        " batch)")  # fmt: skip
+        help="pass N images at a time through the re-synthesizer and the features. This takes less memory. It does"
+        " not change the update of the weights, unless the re-synthesizer has batch norm. End-to-end training then needs"
+        " one more forward pass (default: the whole batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
         help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
         " epoch (default: %(default)s)")  # fmt: skip
@@ -421,25 +422,4 @@ def create_test_parser() -> Parser:
         "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"
     )  # fmt: skip
     add_flags_without_effect(group, "--fixed-sr", "--stability", nargs=0)
-    return parser
-
-
-def create_export_parser() -> Parser:
-    """Create the argument parser of tools.export."""
-    parser = Parser("python -m tools.export", "Write a trained detector as a graph, or as one safe file to share.")
-    add_vgg_options(parser)
-    add_resynthesizer_options(parser)
-    add_detector_options(parser)
-    add = parser.add_argument_group("export").add_argument
-    add("--resume", required=True, metavar="FILE", help="checkpoint or bundle (.safetensors) of the detector")
-    add("--out", type=Path, metavar="FILE",
-        help="write the detector's computation graph to FILE.onnx, or to FILE.pt2 for torch.export.load")  # fmt: skip
-    add("--check", type=Path, metavar="FILE",
-        help="check that the graph in FILE computes the same logits as the detector")  # fmt: skip
-    add("--bundle", type=Path, metavar="FILE", help="write the detector to FILE.safetensors, a file for sharing")
-    add(
-        "--scores",
-        metavar="P.json",
-        help="record P.json of test.py, from which metrics are copied into the model card of the bundle",
-    )
     return parser

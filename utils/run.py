@@ -243,7 +243,7 @@ class Run(contextlib.AbstractContextManager):
 
     # --- the end of an epoch
 
-    def end_epoch(self, values: dict[str, float | None], score: str, numbered: NumberedFiles | None) -> None:
+    def end_epoch(self, values: dict[str, float | None], score_name: str, numbered: NumberedFiles | None) -> None:
         """Record a finished epoch, and write its checkpoints.
 
         The checkpoint best.* is written if the epoch has the best score so far. The numbered checkpoints are written if
@@ -251,19 +251,21 @@ class Run(contextlib.AbstractContextManager):
 
         Args:
             values: values to record, by name. None and non-finite values are recorded as missing.
-            score: name of the value by which epochs are compared. A higher score is better. Without validation,
-                `values` does not contain the score. A score that is not finite is never the best.
+            score_name: name of the value by which epochs are compared. A higher value is better. Without validation,
+                `values` does not contain this name. A value that is not finite is never the best.
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
         self._write_values_of_epoch(values)
         progress = self.progress
         progress.start_next_epoch()
-        value = values.get(score)
+        value = values.get(score_name)
         if value is not None and not math.isfinite(value):
             logger.warning(
                 "warning: %s is %s in epoch %d: this epoch is not saved as the best epoch",
-                *(score, value, progress.epoch - 1),
+                score_name,
+                value,
+                progress.epoch - 1,
             )
             value = None
         is_best = value is not None and (progress.best is None or value > progress.best)

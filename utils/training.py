@@ -298,7 +298,7 @@ def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Pr
         present: settings of the running program.
         progress: progress of the resumed run.
     """
-    for name in sorted(earlier.keys() & present.keys() - FREE_SETTINGS):
+    for name in sorted(earlier.keys() & (present.keys() - FREE_SETTINGS)):
         if earlier[name] == present[name]:
             continue
         effect = ""
@@ -311,5 +311,8 @@ def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Pr
             )
         logger.warning(
             "warning: the setting %s was %s when the run began and is %s now%s",
-            *(name, earlier[name], present[name], effect),
+            name,
+            earlier[name],
+            present[name],
+            effect,
         )
