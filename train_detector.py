@@ -21,7 +21,7 @@ import inspect
 import logging
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -146,7 +146,8 @@ def main(args: Namespace) -> None:
             if args.cache:
                 folder = args.cache_dir or output / "residual_cache"
                 options = CacheOptions(folder, args.cache_precision, args.cache_gb)
-                key = residual_cache_key(detector, config, policy, compute)
+                code = [hash_source_code(network) for network in (detector.resynthesizer, detector.features)]
+                key = residual_cache_key(config, compute_fingerprint(detector.features), code, policy, compute)
                 cached = create_residual_datasets(datasets, detector.residual_shape, key, options, world)
                 datasets = cached or datasets
         else:
@@ -465,20 +466,20 @@ def compute_in_micro_batches(
 
 
 def residual_cache_key(
-    detector: ResynthesisDetector, config: dict, policy: SizePolicy, compute: Compute
+    config: dict, features_fingerprint: str, code: Sequence[str | None], policy: SizePolicy, compute: Compute
 ) -> dict[str, object]:
     """Return a dict of everything that residuals depend on. A residual cache is recognised by this dict.
 
-    The dict contains a hash of the source code of both networks, because a class without weights can also change. It
-    does not contain functions that these classes call.
+    Args:
+        code: hashes of the source code of re-synthesizer and features, because a class without weights can change, too.
     """
     return {
         "re-synthesizer": config["resynthesizer"],
         "re-synthesizer weights": config["resynthesizer_fingerprint"],
         "features": config["features"],
         "residual": config["residual"],
-        "features weights": compute_fingerprint(detector.features),
-        "code": [hash_source_code(detector.resynthesizer), hash_source_code(detector.features)],
+        "features weights": features_fingerprint,
+        "code": list(code),
         "scale, crop, resize": tuple(policy),
         "arithmetic": str(compute),
     }

@@ -86,7 +86,7 @@ def read_image_as_pillow_rgb(path: str) -> Image.Image:
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded image to an upright 8-bit RGB image, as `read_image_as_pillow_rgb` describes.
 
-    The argument `image` may be modified.
+    This function may change the argument `image` in place.
     """
     with suppress(Exception):  # an image with damaged EXIF data can still be used
         ImageOps.exif_transpose(image, in_place=True)

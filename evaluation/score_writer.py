@@ -198,7 +198,7 @@ class ScoreWriter:
             UserError: if P.csv does not have one row per image, in the order of the images.
         """
         for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
-            if item is None or row is None or row.path != item.path:
+            if item is None or row is None or not _is_row_of_item(row, item):
                 raise UserError(
                     f"{make_printable(self.table)} was changed after test.py wrote it: expected one row per image in the"
                     " order of the images; choose another --save_path, or score all images again with --overwrite"
@@ -287,6 +287,15 @@ class ScoreWriter:
             row = row_from_cells({**cells, "path": path, "label": convert_label_to_word(label), "generator": generator})
             return i, row
         return None
+
+
+def _is_row_of_item(row: Row, item: Item) -> bool:
+    """Return whether file name, label and generator of a row are those of an image.
+
+    The folders are not compared, because the same file can have a relative and an absolute path.
+    """
+    names = [os.path.basename(path) for path in (row.path, item.path)]
+    return names[0] == names[1] and row.label == convert_label_to_word(item.label) and row.generator == item.generator
 
 
 def find_partial_tables(table: Path) -> dict[int, Path]:

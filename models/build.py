@@ -76,7 +76,8 @@ class Features(Protocol):
 
 # A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l). A
 # classifier is created as CLASSIFIERS[name](channels, **args). If a classifier has an attribute `stride`,
-# train_detector.py warns about residuals whose sides are not larger than this stride.
+# train_detector.py refuses or warns about residuals whose sides are at most this stride: with a last feature map of one
+# value per channel, batch norm cannot be trained on a single image.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -488,7 +489,7 @@ def assemble_detector(
     trained_with: Mapping | None,
     name: str,
 ) -> tuple[ResynthesisDetector, dict]:
-    """Create a detector from a re-synthesizer and the config of the detector's parts.
+    """Create a detector from a given re-synthesizer and from the config, which describes the other parts.
 
     Args:
         resynthesizer: the re-synthesizer, with its weights.

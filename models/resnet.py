@@ -125,9 +125,9 @@ class DeepStemResNet(nn.Module):
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # This stride is the side of the residual divided by the side of the last feature map. train_detector.py warns about
-    # residuals whose sides are not larger than this stride, because batch norm cannot be trained on a single image
-    # whose last feature map is 1 x 1.
+    # This stride is the side of the residual divided by the side of the last feature map. train_detector.py refuses
+    # or warns about residuals whose sides are at most this stride. Their last feature map has one value per channel, and
+    # batch norm cannot be trained on a single image with one value per channel.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):

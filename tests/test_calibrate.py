@@ -214,7 +214,7 @@ def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scor
 def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, checkpoint_path, caplog, capsys):
     scores = write_score_table(tmp_path / "val.csv", *overconfident_margins(n_real=99, n_fake=100))
     assert calibrate.main([str(scores), "--into", str(checkpoint_path), "--fpr", "0.01"]) == 0
-    assert "no SCORES.json" in caplog.text
+    assert "no .json file" in caplog.text
     (tmp_path / "val.json").write_text(json.dumps({"trained_on": 7}))
     assert calibrate.main([str(scores)]) == 0
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]

@@ -105,7 +105,7 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 
 
 def locate_patch(patch):
-    """Return the top row, the left column and the orientation (0 to 7) of a patch of `make_coordinate_image_array`.
+    """Return where a patch was cut out of an image made by `make_coordinate_image_array`: row, column and orientation.
 
     Raises an error if the pixels were not cut out of `make_coordinate_image_array`.
     """

@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_torchrun_variables(monkeypatch, text):
-    """Set the environment variables that `text` lists as NAME=VALUE words, and delete all others of torchrun."""
+    """Set the environment variables that `text` lists as NAME=VALUE words, and delete all others that torchrun sets."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():

@@ -221,7 +221,7 @@ def write_autoencoder_weights(folder):
 def test_autoencoder_weights_that_do_not_fit_are_refused_in_one_line(tmp_path):
     encoder, decoder = write_autoencoder_weights(tmp_path)
     load_autoencoder(encoder, decoder)
-    with expect_user_error("encoder.pth", "decoder"):
+    with expect_user_error("encoder.pth", "does not fit"):
         load_autoencoder(decoder.replace("decoder", "encoder"), encoder)
 
 

@@ -226,7 +226,7 @@ class NormalizedPixels(nn.Module):
 
 def test_a_frozen_resynthesizer_and_the_features_stay_in_evaluation_mode():
     detector = ResynthesisDetector(NormalizedEnlargement(), NormalizedPixels(), nn.BatchNorm2d(3))
-    detector.freeze_resynthesizer(True)
+    detector.set_resynthesizer_frozen(True)
     detector.train()
     assert detector.classifier.training and not detector.resynthesizer.training and not detector.features.training
     before = {name: buffer.clone() for name, buffer in detector.named_buffers()}
@@ -234,7 +234,7 @@ def test_a_frozen_resynthesizer_and_the_features_stay_in_evaluation_mode():
     residuals = [detector.residual(x, detector.resynthesize(x)) for _ in range(2)]
     assert torch.equal(*residuals)
     assert all(torch.equal(before[name], buffer) for name, buffer in detector.named_buffers())
-    detector.freeze_resynthesizer(False)
+    detector.set_resynthesizer_frozen(False)
     assert detector.resynthesizer.layers[0].training and not detector.features.norm.training
 
 

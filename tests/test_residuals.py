@@ -132,9 +132,12 @@ CONFIG = {
 }
 
 
-def make_cache_folder(root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", **changed_config):  # noqa: B008
+def make_cache_folder(
+    root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", code=(), **changed_config
+):  # noqa: B008
     """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
-    key = residual_cache_key({**CONFIG, **changed_config}, features_fingerprint, policy, Compute(CPU, precision))
+    config = {**CONFIG, **changed_config}
+    key = residual_cache_key(config, features_fingerprint, code, policy, Compute(CPU, precision))
     return create_cache_folder(root, key)
 
 
@@ -146,7 +149,7 @@ def make_cache_folder(root, policy=SizePolicy(4), precision="fp32", features_fin
         {"features": {"name": "vgg19", "args": {"stage": 4}}},
         {"residual": "signed"},
         {"features_fingerprint": "c"},
-        {"residual": "signed"},
+        {"code": ("d",)},
         {"policy": SizePolicy(4, resize=32)},
         {"policy": SizePolicy(4, crop_size=32)},
         {"precision": "bf16"},
@@ -169,7 +172,7 @@ def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_p
 def cached_datasets(folder, images, max_gb=1.0):
     """Return a list with the dataset of cached residuals for a dataset of images, or [] if caching is impossible."""
     options = CacheOptions(folder, "fp16", max_gb)
-    key = residual_cache_key(CONFIG, "b", images.policy, ON_CPU)
+    key = residual_cache_key(CONFIG, "b", (), images.policy, ON_CPU)
     return create_residual_datasets([images], tiny_detector().residual_shape, key, options, World())
 
 

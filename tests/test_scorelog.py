@@ -97,7 +97,7 @@ def test_scored_images_without_a_required_picture_are_scored_again(tmp_path, ima
     finish_table(writer)
     lacks_picture = np.isin(np.arange(COUNT), [2, 5, COUNT - 1])
     again = make_unopened_score_writer(tmp_path, image_items)
-    assert again.start_partial_table(overwrite=False, required=lacks_picture)
+    assert again.start_partial_table(overwrite=False, without_picture=lacks_picture)
     assert again.list_unscored_images(1).tolist() == [
         2,
         5,

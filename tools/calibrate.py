@@ -240,7 +240,8 @@ def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: fl
     higher value of `scores`.
     """
     allowed = min(math.floor(rate * len(negatives) + COUNT_TOLERANCE), len(negatives) - 1)
-    highest_below = np.sort(negatives)[::-1][allowed]  # the highest of the values that must be below t
+    # The `allowed` highest values may be t or higher. This is the highest of the other values, which must be below t
+    highest_below = np.sort(negatives)[::-1][allowed]
     above = scores[scores > highest_below]
     smallest_step = np.nextafter(highest_below, np.inf)
     if len(above) == 0:

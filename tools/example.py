@@ -88,7 +88,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         text = f"number of {split} images in each folder (default: %(default)s)"
         add(f"--{split}", type=int, default=count, metavar="N", help=text)
     add("--seed", type=int, default=123, metavar="N", help="random seed (default: %(default)s)")
-    add("--from", dest="photographs", metavar="DIR", help="make a copy with generator traces of each image in DIR")
+    add(
+        "--from",
+        dest="photographs",
+        metavar="DIR",
+        help="for each image in DIR, make a copy with the traces of a generator",
+    )
     text = "with --from: weight files of the autoencoder TAEF2, which adds the traces (default: simulated up-sampling)"
     add("--autoencoder", nargs=2, metavar=("ENCODER", "DECODER"), help=text)
     args = parser.parse_args(arguments)

@@ -336,8 +336,8 @@ def create_train_detector_parser() -> Parser:
     add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
         help="weight decay (default: %(default)s)")  # fmt: skip
     add("--lr-sr", dest="classifier_rate_factor", type=float_from_0, default=0.02, metavar="X",
-        help="factor on the CLASSIFIER's gradients; must be above 0. Despite the flag's name, the classifier learns at"
-        " the rate lr * X, and the re-synthesizer at the rate lr (default: %(default)s)")  # fmt: skip
+        help="despite the flag's name: the CLASSIFIER learns at the rate lr * X, and the re-synthesizer at the rate lr;"
+        " X must be above 0 (default: %(default)s)")  # fmt: skip
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
     add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
         help="auxiliary task on which the re-synthesizer is fine-tuned: none (images are not degraded), colorization,"
