@@ -192,8 +192,8 @@ class Schedule(NamedTuple):
 
     name: str  # "steps" or "cosine"
     epochs_total: int  # number of epochs of the training
-    decay: float  # factor by which "steps" multiplies the learning rate
-    decay_epochs: int  # number of epochs after which "steps" multiplies the learning rate again
+    decay: float  # factor by which the schedule "steps" multiplies the learning rate
+    decay_epochs: int  # number of epochs after which the schedule "steps" multiplies the learning rate again
 
     def compute_learning_rate_factor(self, epochs_done: float) -> float:
         """Return the factor on the base learning rate after `epochs_done` epochs, such as 2.5."""

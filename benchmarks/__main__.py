@@ -4,8 +4,8 @@
     python -m benchmarks --gpu 0                                       on a GPU, with all image sizes
     python -m benchmarks --quick                                       one row with a toy network, in seconds
 
-Each row of the printed table is one task, such as scoring with float32. A row compares up to three implementations of
-the networks, which are called forms (benchmarks/cases.py). Each measurement runs in a separate process. The option
+Each row of the printed table is one task, such as scoring with float32. A row compares up to three implementations
+("forms", see benchmarks/cases.py) of the same networks. Each measurement runs in a separate process. The option
 --rounds sets how often each implementation is measured. The table shows the fastest measurement. A row is printed as
 soon as it has been measured. "-" means that the implementation was not measured, or that the measurement failed.
 """
@@ -32,8 +32,8 @@ HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
 TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass per 1024 x 1024 pixels, in 10^12
 START_SECONDS = 5  # estimated time to start a process
-ESTIMATE_MATRIX_SIDE = 1024  # number of rows of the matrices whose product gives the estimate of the total time
-GPU_MATRIX_SIDE = 8192  # number of rows of the matrices with whose product RDN is compared on a GPU
+ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices; the time of their product is used to estimate the total time
+GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is compared with RDN on a GPU
 LARGEST_PLAIN_SIDE = 512  # in pixels; on larger images, fine-tuning in other forms than "here" needs more than 22 GiB
 GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 

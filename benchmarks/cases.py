@@ -152,7 +152,7 @@ def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
 
 
 def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
-    """Return a function that takes one optimizer step of train_detector.py, with an auxiliary task and --micro-batch 1."""
+    """Return a function that takes one optimizer step of end-to-end training, with an auxiliary task."""
     detector, compute = build_detector(case)
     detector.train().set_resynthesizer_frozen(False)
     detector.resynthesizer.checkpoint_blocks = True

@@ -1,9 +1,9 @@
 """Datasets, batches and data loaders.
 
-A `Key` names one dataset entry in one epoch. The sampler `EpochBatchSampler` yields the list of the `Key`s of each batch. A
-dataset reads a `Sample` for each `Key`. The function `collate_samples` combines samples into a `Batch`. Random choices
-depend only on the seed, the epoch and the index of the image. Random choices do not depend on the number of workers or
-processes, or on the step at which a run was stopped and resumed.
+A `Key` names one dataset entry in one epoch. The sampler `EpochBatchSampler` yields the list of the `Key`s of each
+batch. A dataset reads a `Sample` for each `Key`. The function `collate_samples` combines samples into a `Batch`. Random
+choices depend only on the seed, the epoch and the index of the image. Random choices do not depend on the number of
+workers or processes, or on the step at which a run was stopped and resumed.
 """
 
 import atexit

@@ -173,7 +173,7 @@ def shrink_at_strength(image: Tensor, factor: float, _: np.random.Generator) -> 
 
 
 class Sweep(NamedTuple):
-    """A perturbation that the protocol "sweep" offers: its function, its strengths, and labels for tables and figures."""
+    """A perturbation of the protocol "sweep": its function, its strengths, and labels for tables and figures."""
 
     apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # (image, strength, rng) -> image
     strengths: tuple[float, ...] = ()

@@ -76,7 +76,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector for the device and precision in `compute`. The docstring of `load` explains the other arguments."""
+    """Load a detector for the device and precision in `compute`. The function `load` explains the other arguments."""
     source = read_checkpoint_if_path_is_given(checkpoint)
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -198,8 +198,8 @@ def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
 
     Args:
         trained: the values of "crop_size" and "resize" in training. A key is missing if its value is unknown.
-        options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that is not given is
-            None or missing.
+        options: the values of "crop_size", "resize" (0 disables resizing) and "crops". If the user does not give an
+            option, its value is None or its key is missing.
 
     Raises:
         UserError: if several crops are requested, but no crop size is known.

@@ -155,7 +155,7 @@ class ResidualPictures:
         self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_missing_pictures(self) -> np.ndarray | None:
-        """Find the images whose residual picture is missing or was drawn for scores with other settings.
+        """Find the images whose residual picture is missing, or was drawn with other settings than the present ones.
 
         Returns:
             A mask (N,) bool of these images, or None if no pictures are drawn.

@@ -1,9 +1,10 @@
 """Write a score table while images are scored. If the processes are killed, a new run continues the table.
 
 Each process writes its rows to its own file P.csv.N.part, a partial table, which is called a part below. The first line
-of a part is the job: everything that the scores depend on besides the content of the image files. A run refuses to continue parts of a
-different job. A run with the same job skips the images that have a row in a part, unless the size or modification time
-of the image file has changed. When every image has a row, the rows are written to P.csv in the order of the list.
+of a part is the job: everything that the scores depend on besides the content of the image files. A run refuses to
+continue parts of a different job. A run with the same job skips the images that have a row in a part, unless the size
+or modification time of the image file has changed. When every image has a row, the rows are written to P.csv in the
+order of the list.
 
 A row of a part is one line. It names its image by the index in the list of images, which belongs to the job. While
 P.csv is written, only the positions of the rows are held in memory, because a list may hold ten million images.

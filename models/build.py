@@ -393,7 +393,7 @@ def choose_features_config_of_checkpoint(source: Checkpoint, state: Mapping[str,
     name = source.name
     part = read_network_settings_of_config(source, "features")
     if part is None:
-        return choose_features_config_of_released_detector(state, options, name)
+        return choose_features_config_of_authors_detector(state, options, name)
     stage = options.get("stage")
     if stage is not None and get_name_and_arguments_of_features(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
@@ -443,7 +443,7 @@ def choose_classifier_config_of_checkpoint(source: Checkpoint, state: Mapping[st
     return {"name": part["name"], "args": choose_network_arguments("--arch-args", given_args, part["args"], name)}
 
 
-def choose_features_config_of_released_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
+def choose_features_config_of_authors_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
     If the option `--features` is given, it chooses the features. Otherwise the features are the stage of VGG-19 (or

@@ -167,7 +167,8 @@ class RDN(nn.Module):
         last layer of the global feature fusion is zero.
 
         Raises:
-            UserError: if RDN has fewer than 3 features, or if the scale is 3, because the kernels in INTERPOLATION up-sample by a factor of 2.
+            UserError: if RDN has fewer than 3 features, or if the scale is 3, because the kernels in INTERPOLATION up-sample
+                by a factor of 2.
         """
         if self.sfe1.out_channels < 3:
             raise UserError("--start interpolation needs at least 3 features: give a larger --num-features")

@@ -91,10 +91,10 @@ def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tup
         for arch, layout in LAYOUTS.items():
             if layout == tuple(counts) and (arch in BOTTLENECKS) == bottleneck:
                 return arch, channels
+    found = f"weights whose first name is {next(iter(state))}" if state else "no weights"
     raise UserError(
         f"{name} contains no detector: expected the weights of a {', '.join(LAYOUTS)} with a deep stem (conv1.0), got"
-        f" weights of which the first is {next(iter(state), 'none')}; give a checkpoint of a detector from"
-        " train_detector.py or from the paper's authors"
+        f" {found}; give a checkpoint of a detector from train_detector.py or from the paper's authors"
     )
 
 

@@ -125,8 +125,8 @@ class DeepStemResNet(nn.Module):
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # This stride is the side of the residual divided by the side of the last feature map. train_detector.py refuses
-    # or warns about residuals whose sides are at most this stride. Their last feature map has one value per channel, and
+    # This stride is the side of the residual divided by the side of the last feature map. train_detector.py refuses or
+    # warns about residuals whose sides are at most this stride. Their last feature map has one value per channel, and
     # batch norm cannot be trained on a single image with one value per channel.
     stride = 32
 

@@ -29,9 +29,9 @@ class SpectrumClassifier(nn.Module):
     """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
     The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over channels,
-    mirror images and rotations by 90 degrees. Then the mean log power of a square of frequencies around each frequency is
-    subtracted from its log power. These differences of log powers show the peaks and edges that up-sampling causes in a spectrum.
-    The differences of log powers depend little on brightness, sharpness and image content.
+    mirror images and rotations by 90 degrees. Then the mean log power of a square of frequencies around each frequency
+    is subtracted from its log power. These differences of log powers show the peaks and edges that up-sampling causes
+    in a spectrum. The differences of log powers depend little on brightness, sharpness and image content.
 
     Each logit is the sum of two terms. The first term is the output of a network with one hidden layer, which learns to
     recognize the generators of the training images. The second term is the log distance of the differences of log

@@ -82,7 +82,7 @@ def torchrun_environments() -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
-    """Start a process that holds a lock file. The process starts a worker process.
+    """Start a process that holds a lock file, and that has itself started a worker process.
 
     Yields a function that kills the process that holds the lock, but not its worker process.
     """
@@ -117,7 +117,7 @@ def _hold_lock_in_process_and_worker(lock, connection):
 # --- functions for the `prepare` argument of `start_program` ------------------------------------------------------
 
 
-def prepare_signal_at_loop_item(description: str, at: int, number: int, all_processes: bool = False) -> None:
+def patch_loops_to_send_signal(description: str, at: int, number: int, all_processes: bool = False) -> None:
     """Let the program send itself a signal when a loop with a progress bar reaches item number `at`.
 
     Args:
@@ -142,7 +142,7 @@ def prepare_signal_at_loop_item(description: str, at: int, number: int, all_proc
     console.progress_bar = yield_items_and_send_signal
 
 
-def prepare_delay_of_progress_loops(description: str, seconds: float) -> None:
+def patch_loops_to_sleep_first(description: str, seconds: float) -> None:
     """Make each loop wait before its first item, if the text beside its progress bar begins with `description`."""
     original = console.progress_bar
 
@@ -154,7 +154,7 @@ def prepare_delay_of_progress_loops(description: str, seconds: float) -> None:
     console.progress_bar = sleep_and_create_progress_bar
 
 
-def prepare_kill_during_checkpoint_save(save: int) -> None:
+def patch_checkpoint_saving_to_kill_program(save: int) -> None:
     """Let the program kill itself when half of a checkpoint file is written.
 
     Args:
@@ -174,7 +174,7 @@ def prepare_kill_during_checkpoint_save(save: int) -> None:
     torch.save = save_and_patch_fsync_to_kill
 
 
-def prepare_signal_before_scoring_batch(batch: int, number: int) -> None:
+def patch_test_py_to_send_signal_before_batch(batch: int, number: int) -> None:
     """Let test.py send itself a signal before it computes the logits of a batch.
 
     Args:

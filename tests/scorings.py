@@ -90,7 +90,7 @@ def write_detector(path: Path, **content) -> Path:
     return path
 
 
-def write_images_and_released_format_checkpoints(folder: Path) -> Path:
+def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
     """Write a real image, a fake image, and checkpoints in the file formats of the released checkpoints into a folder.
 
     The weights come from `load_reference_weights`. The images come from tests/golden/reference_outputs.npz.
@@ -121,6 +121,6 @@ def list_sorted_names_in_folder(folder: Path) -> list[str]:
     return sorted(os.listdir(folder))
 
 
-def read_all_files(folder: Path) -> dict[str, bytes]:
+def read_bytes_of_all_files_in_folder(folder: Path) -> dict[str, bytes]:
     """Return a dict from the relative path of each file below a folder to the bytes of the file."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

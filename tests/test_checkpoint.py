@@ -30,7 +30,7 @@ PROGRAMS = {  # name of the program -> (main function, function that returns the
 }
 
 
-def run_for_status_and_last_line(program, flags, capfd):
+def run_program_for_status_and_last_line(program, flags, capfd):
     """Run a program in this process. Return the exit status and the last line on stderr."""
     main, parser, _ = PROGRAMS[program]
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
@@ -40,7 +40,7 @@ def run_for_status_and_last_line(program, flags, capfd):
 
 def error_line_of_program(program, flags, capfd):
     """Run a program with flags that the program must refuse with exit status 2. Return the error line."""
-    code, line = run_for_status_and_last_line(program, flags, capfd)
+    code, line = run_program_for_status_and_last_line(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
 
@@ -349,7 +349,7 @@ CASES = [
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
     (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
-    # The value of a flag differs from the value in a file
+    # A flag and the config in a checkpoint have different values for the same option
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
     (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages 2", "pixel.pth.tar"]),

@@ -14,7 +14,7 @@ from scorings import (
     CONFIG,
     run_test_py,
     write_detector,
-    write_images_and_released_format_checkpoints,
+    write_images_and_checkpoints_of_the_authors_format,
     write_noise_image,
 )
 
@@ -211,7 +211,7 @@ def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
 
     A released checkpoint stores neither the stage nor the dilation. Dilation changes the scores.
     """
-    folder = write_images_and_released_format_checkpoints(tmp_path)
+    folder = write_images_and_checkpoints_of_the_authors_format(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
     image = str(folder / "real" / "0.png")
     plain = load(**files, options={"dilated": False, "stage": 0}).predict(image)

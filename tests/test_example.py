@@ -29,12 +29,12 @@ from utils.random_streams import seeded_generator
 SMALL = ["--size", "32", "--train", "2", "--val", "1", "--test", "1"]
 
 
-def example_arguments(out, *more):
+def make_arguments_of_tools_example(out, *more):
     """Return arguments with which tools.example makes a few images of 32 x 32 pixels."""
     return ["--out", str(out), *SMALL, *map(str, more)]
 
 
-def read_all_files(root):
+def read_bytes_of_all_files_in_folder(root):
     """Return a dict from the relative path of each file below a folder to the bytes of the file."""
     return {str(path.relative_to(root)): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
 
@@ -43,7 +43,7 @@ def read_all_files(root):
 def example_folder(tmp_path_factory):
     """Return a folder of example images made by tools.example."""
     out = tmp_path_factory.mktemp("example") / "images"
-    assert example.main(example_arguments(out)) == 0
+    assert example.main(make_arguments_of_tools_example(out)) == 0
     return out
 
 
@@ -81,7 +81,7 @@ def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(ki
 
 
 def test_the_folder_of_example_images_has_the_documented_files(example_folder):
-    names = [name for name in read_all_files(example_folder) if name.endswith(".png")]
+    names = [name for name in read_bytes_of_all_files_in_folder(example_folder) if name.endswith(".png")]
     expected = []
     for split, count in (("train", 2), ("val", 1), ("test", 1)):
         for folder in ("real", "nearest", "bilinear"):
@@ -99,8 +99,8 @@ def test_the_folder_of_example_images_has_the_documented_files(example_folder):
 
 
 def test_example_images_are_unique_and_do_not_depend_on_the_number_of_images(example_folder, tmp_path):
-    assert example.main(example_arguments(tmp_path / "more", "--train", 3, "--val", 0)) == 0
-    few, more = read_all_files(example_folder), read_all_files(tmp_path / "more")
+    assert example.main(make_arguments_of_tools_example(tmp_path / "more", "--train", 3, "--val", 0)) == 0
+    few, more = read_bytes_of_all_files_in_folder(example_folder), read_bytes_of_all_files_in_folder(tmp_path / "more")
     common = [name for name in few if name in more and name.endswith(".png")]
     assert len(common) == 9
     assert all(few[name] == more[name] for name in common)
@@ -110,15 +110,15 @@ def test_example_images_are_unique_and_do_not_depend_on_the_number_of_images(exa
 
 
 def test_another_seed_gives_different_example_images(example_folder, tmp_path):
-    assert example.main(example_arguments(tmp_path / "other", "--seed", 5)) == 0
-    assert not set(read_all_files(example_folder).values()) & {
-        v for k, v in read_all_files(tmp_path / "other").items() if k.endswith("png")
+    assert example.main(make_arguments_of_tools_example(tmp_path / "other", "--seed", 5)) == 0
+    assert not set(read_bytes_of_all_files_in_folder(example_folder).values()) & {
+        v for k, v in read_bytes_of_all_files_in_folder(tmp_path / "other").items() if k.endswith("png")
     }
 
 
 def test_a_second_call_of_tools_example_does_not_change_a_complete_folder(example_folder):
     times = {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
-    assert example.main(example_arguments(example_folder)) == 0
+    assert example.main(make_arguments_of_tools_example(example_folder)) == 0
     assert times == {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
 
 
@@ -126,7 +126,7 @@ def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(exampl
     foreign = {"thesis.tex": b"mine", "settings.json": b"not JSON", "train.txt": b"mine"}
     for name, content in foreign.items():
         (tmp_path / name).write_bytes(content)
-    before = read_all_files(example_folder)
+    before = read_bytes_of_all_files_in_folder(example_folder)
     for out, more in (
         (example_folder, ["--seed", 5]),
         (tmp_path, []),
@@ -134,30 +134,35 @@ def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(exampl
         (tmp_path, ["--from", example_folder]),
     ):
         with expect_user_error("--out"):
-            example.main(example_arguments(out, *more))
-    assert read_all_files(example_folder) == before
-    assert read_all_files(tmp_path) == foreign
+            example.main(make_arguments_of_tools_example(out, *more))
+    assert read_bytes_of_all_files_in_folder(example_folder) == before
+    assert read_bytes_of_all_files_in_folder(tmp_path) == foreign
 
 
 def test_the_lists_can_be_read_if_the_folder_name_is_not_utf8(tmp_path):
     out = os.path.join(os.fsencode(tmp_path), b"\xff \xe9")
-    example.main(example_arguments(os.fsdecode(out)))
+    example.main(make_arguments_of_tools_example(os.fsdecode(out)))
     assert len(read_path_list(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
     with expect_user_error("line break"):
-        example.main(example_arguments(tmp_path / "a\nb"))
+        example.main(make_arguments_of_tools_example(tmp_path / "a\nb"))
 
 
 def test_an_output_folder_that_is_a_symbolic_link_remains_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "link").symlink_to("disk")
-    assert example.main(example_arguments(tmp_path / "link")) == 0
+    assert example.main(make_arguments_of_tools_example(tmp_path / "link")) == 0
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "disk" / "settings.json").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_call_of_tools_example_that_a_signal_stops_leaves_no_files(tmp_path, number):
-    command = [sys.executable, "-m", "tools.example", *example_arguments(tmp_path / "out", "--train", 100000)]
+    command = [
+        sys.executable,
+        "-m",
+        "tools.example",
+        *make_arguments_of_tools_example(tmp_path / "out", "--train", 100000),
+    ]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
     try:
         deadline = time.time() + 60
@@ -176,7 +181,7 @@ def test_a_call_of_tools_example_that_a_signal_stops_leaves_no_files(tmp_path, n
 )
 def test_tools_example_reports_a_wrong_argument_in_one_line(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit) as caught:
-        example.main(example_arguments(tmp_path / "out", *wrong.split()))
+        example.main(make_arguments_of_tools_example(tmp_path / "out", *wrong.split()))
     assert caught.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -261,10 +266,10 @@ def photograph_folder(tmp_path):
 def test_fake_copies_have_the_format_and_size_of_their_originals(photograph_folder, tmp_path, trained):
     out = tmp_path / "twins"
     more = ["--autoencoder", *write_autoencoder_weights(tmp_path)] if trained else []
-    before = read_all_files(photograph_folder)
+    before = read_bytes_of_all_files_in_folder(photograph_folder)
     assert example.main(["--from", str(photograph_folder), "--out", str(out), *more]) == 0
-    assert read_all_files(photograph_folder) == before
-    assert read_all_files(out).keys() == before.keys()
+    assert read_bytes_of_all_files_in_folder(photograph_folder) == before
+    assert read_bytes_of_all_files_in_folder(out).keys() == before.keys()
     for name in before:
         with Image.open(photograph_folder / name) as original, Image.open(out / name) as twin:
             assert (twin.format, twin.size, twin.mode) == (original.format, original.size, original.mode)
@@ -295,7 +300,7 @@ def test_tools_example_reports_photographs_of_which_it_makes_no_fake_copy(photog
     save_image(photograph_folder / "alpha.png", alpha)
     with caplog.at_level("INFO"):
         assert example.main(["--from", str(photograph_folder), "--out", str(tmp_path / "twins")]) == 0
-    twins_by_name = read_all_files(tmp_path / "twins")
+    twins_by_name = read_bytes_of_all_files_in_folder(tmp_path / "twins")
     assert "alpha.png" in twins_by_name and "broken.png" not in twins_by_name and "pipe.png" not in twins_by_name
     assert Image.open(io.BytesIO(twins_by_name["alpha.png"])).mode == "RGB"
     for words in ("broken.png", "alpha.png has no alpha channel"):

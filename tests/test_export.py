@@ -299,7 +299,7 @@ def test_a_bundle_gives_bit_for_bit_the_logits_of_the_checkpoint(exported_detect
     assert b"/home/me" not in (exported_detector_folder / "mine.safetensors").read_bytes()
 
 
-def test_a_bundle_of_a_released_detector_keeps_its_logits_and_refuses_other_vgg_weights(tmp_path):
+def test_a_bundle_of_a_detector_of_the_authors_format_keeps_its_logits_and_refuses_other_vgg_weights(tmp_path):
     rdn = write_rdn_weights(tmp_path / "sr.pth.tar")
     content = checkpoints.read_checkpoint_content(
         write_detector(tmp_path / "mine.pth.tar", rdn, stage=1, **NO_DILATION)

@@ -24,16 +24,16 @@ TINY = {"num_features": 8, "growth_rate": 8, "num_blocks": 3, "num_layers": 2}
 
 
 @pytest.fixture(scope="module")
-def released_outputs():
+def outputs_of_the_authors_code():
     """Return a dict from the name of an array in reference_outputs.npz to the array as a tensor."""
     arrays = np.load(GOLDEN / "reference_outputs.npz")
     return {name: torch.from_numpy(np.asarray(array)) for name, array in arrays.items()}
 
 
 @pytest.fixture(scope="module")
-def input_images(released_outputs):
+def input_images(outputs_of_the_authors_code):
     """Return the images for which the expected outputs were computed, float with values in [0, 1]."""
-    return released_outputs["image"].float() / 255
+    return outputs_of_the_authors_code["image"].float() / 255
 
 
 @pytest.fixture(scope="module")
@@ -72,25 +72,27 @@ def assert_close(got, expected):
         ("resnet50_stage5", lambda: DeepStemResNet(512, dilated=True)),
     ],
 )
-def test_network_weights_have_the_released_names_and_shapes(name, build):
+def test_network_weights_have_the_names_and_shapes_of_the_authors_code(name, build):
     expected = json.loads((GOLDEN / "state_dict_shapes.json").read_text())[name]
     assert {key: list(value.shape) for key, value in build().state_dict().items()} == expected
 
 
-def test_rdn_and_the_pixel_residual_have_the_released_values(
-    released_outputs, rdn_with_reference_weights, input_images
+def test_rdn_and_the_pixel_residual_have_the_values_of_the_authors_code(
+    outputs_of_the_authors_code, rdn_with_reference_weights, input_images
 ):
     detector = ResynthesisDetector(rdn_with_reference_weights, Pixels(), torch.nn.Identity())
     with torch.inference_mode():
         x_hat = detector.resynthesize(input_images)
         residual = detector.residual(input_images, x_hat)
-    assert_close(downsample(input_images, 4), released_outputs["lr"])
-    assert_close(x_hat, released_outputs["rdn"])
-    assert_close(residual[:, :, ::2, ::2], released_outputs["pixel_res"])
+    assert_close(downsample(input_images, 4), outputs_of_the_authors_code["lr"])
+    assert_close(x_hat, outputs_of_the_authors_code["rdn"])
+    assert_close(residual[:, :, ::2, ::2], outputs_of_the_authors_code["pixel_res"])
 
 
-def test_rdn_with_gradients_has_the_released_output(released_outputs, rdn_with_reference_weights, input_images):
-    assert_close(rdn_with_reference_weights(downsample(input_images, 4)).detach(), released_outputs["rdn"])
+def test_rdn_with_gradients_has_the_output_of_the_authors_code(
+    outputs_of_the_authors_code, rdn_with_reference_weights, input_images
+):
+    assert_close(rdn_with_reference_weights(downsample(input_images, 4)).detach(), outputs_of_the_authors_code["rdn"])
 
 
 def test_rdn_has_22_271_107_parameters_as_in_the_paper(rdn_with_reference_weights):
@@ -98,21 +100,21 @@ def test_rdn_has_22_271_107_parameters_as_in_the_paper(rdn_with_reference_weight
 
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
-def test_a_small_rdn_has_the_released_output_at_each_scale(released_outputs, scale):
+def test_a_small_rdn_has_the_output_of_the_authors_code_at_each_scale(outputs_of_the_authors_code, scale):
     small = load_reference_weights(RDN(scale=scale, **TINY))
     with torch.inference_mode():
-        assert_close(small(released_outputs["tiny_in"]), released_outputs[f"rdn_small_x{scale}"])
+        assert_close(small(outputs_of_the_authors_code["tiny_in"]), outputs_of_the_authors_code[f"rdn_small_x{scale}"])
     assert read_rdn_scale_and_arguments(small.state_dict(), "file") == (scale, TINY)
 
 
-def test_vgg_stages_computed_alone_or_together_give_the_outputs_of_the_release(
-    released_outputs, vgg_with_reference_weights, input_images
+def test_vgg_stages_computed_alone_or_together_give_the_outputs_of_the_authors_code(
+    outputs_of_the_authors_code, vgg_with_reference_weights, input_images
 ):
     with torch.inference_mode():
         together = vgg_with_reference_weights(input_images, STAGES)
         for k in STAGES:
             alone = vgg_with_reference_weights(input_images, [k])[k]
-            assert_close(alone[:, ::8], released_outputs[f"vgg_stage{k}"])
+            assert_close(alone[:, ::8], outputs_of_the_authors_code[f"vgg_stage{k}"])
             assert torch.equal(together[k], alone)
 
 
@@ -132,27 +134,34 @@ def test_vgg_stages_computed_alone_or_together_give_the_outputs_of_the_release(
         ("logits_pixel_resnet101", "resnet101", 0, False),
     ],
 )
-def test_detectors_have_the_released_logits(
-    released_outputs, rdn_with_reference_weights, vgg_with_reference_weights, input_images, key, arch, stage, dilated
+def test_detectors_have_the_logits_of_the_authors_code(
+    outputs_of_the_authors_code,
+    rdn_with_reference_weights,
+    vgg_with_reference_weights,
+    input_images,
+    key,
+    arch,
+    stage,
+    dilated,
 ):
     features = create_features_of_stage(stage, vgg_with_reference_weights)
     classifier = load_reference_weights(DeepStemResNet(features.channels, arch, dilated))
     detector = ResynthesisDetector(rdn_with_reference_weights, features, classifier).eval()
     with torch.inference_mode():
-        assert_close(detector(input_images), released_outputs[key])
+        assert_close(detector(input_images), outputs_of_the_authors_code[key])
     assert read_resnet_name_and_channels(classifier.state_dict(), "file") == (arch, features.channels)
 
 
-def test_the_losses_have_the_released_values(
-    released_outputs, rdn_with_reference_weights, vgg_with_reference_weights, input_images
+def test_the_losses_have_the_values_of_the_authors_code(
+    outputs_of_the_authors_code, rdn_with_reference_weights, vgg_with_reference_weights, input_images
 ):
     with torch.inference_mode():
         x_hat = rdn_with_reference_weights(downsample(input_images, 4))
         assert_close(
             compute_perceptual_distance(x_hat, input_images, vgg_with_reference_weights, F.mse_loss),
-            released_outputs["vgg_loss_mse"],
+            outputs_of_the_authors_code["vgg_loss_mse"],
         )
         assert_close(
             compute_reconstruction_loss(x_hat, input_images, vgg_with_reference_weights).mean(),
-            released_outputs["aux_loss_l1"],
+            outputs_of_the_authors_code["aux_loss_l1"],
         )

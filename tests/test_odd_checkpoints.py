@@ -29,7 +29,7 @@ def detector_and_images(tmp_path_factory, shrink_resnet18):
     return root
 
 
-def run_for_status_and_last_line(main, parser, flags, capfd):
+def run_program_for_status_and_last_line(main, parser, flags, capfd):
     """Run a program in this process. Return the exit status and the last line on stderr."""
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
@@ -38,7 +38,7 @@ def run_for_status_and_last_line(main, parser, flags, capfd):
 
 def score_checkpoint(checkpoint, files, capfd):
     """Score an image with test.py and the given checkpoint. Return the exit status and the last line on stderr."""
-    return run_for_status_and_last_line(
+    return run_program_for_status_and_last_line(
         tester.main, options.create_test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
     )
 
@@ -47,7 +47,7 @@ def resume_checkpoint(checkpoint, files, capfd):
     """Resume a checkpoint with train_detector.py. Return the exit status and the last line on stderr."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
-    return run_for_status_and_last_line(train_detector.main, options.create_train_detector_parser, flags, capfd)
+    return run_program_for_status_and_last_line(train_detector.main, options.create_train_detector_parser, flags, capfd)
 
 
 ODD = [-1, float("nan"), "x", [1], {"name": 3}, torch.ones(2)]

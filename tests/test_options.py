@@ -50,7 +50,7 @@ def error_line_of_parser(program, arguments, capsys):
     return message
 
 
-def test_the_released_flags_of_train_sr_set_the_expected_options():
+def test_the_flags_of_the_authors_train_sr_set_the_expected_options():
     args = vars(create_train_sr_parser().parse_args(RELEASED_SR.split()))
     expected = {
         "train_file": "l.txt", "eval_file": "e.txt", "outputs_dir": "o", "init": "w", "num_features": 8,
@@ -61,7 +61,7 @@ def test_the_released_flags_of_train_sr_set_the_expected_options():
     assert {key: args[key] for key in expected} == expected
 
 
-def test_the_released_flags_of_train_detector_set_the_expected_options():
+def test_the_flags_of_the_authors_train_py_set_the_expected_options_of_train_detector():
     args = vars(create_train_detector_parser().parse_args(RELEASED_DETECTOR.split()))
     expected = {
         "arch": "resnet50", "gpu": "0", "batch_size": 4, "workers": 2, "lr": 1e-3, "momentum": 0.8,
@@ -73,7 +73,7 @@ def test_the_released_flags_of_train_detector_set_the_expected_options():
     assert {key: args[key] for key in expected} == expected
 
 
-def test_test_py_accepts_the_released_training_flags_and_says_that_they_have_no_effect(capsys):
+def test_test_py_accepts_the_authors_training_flags_and_says_that_they_have_no_effect(capsys):
     args = create_test_parser().parse_args([*RELEASED_DETECTOR.split(), "--save_path", "out/x"])
     assert (args.save_path, args.stage, args.dilated, args.resynthesizer_file) == ("out/x", 0, False, "w")
     lines = capsys.readouterr().err.splitlines()
@@ -84,7 +84,7 @@ def test_test_py_accepts_the_released_training_flags_and_says_that_they_have_no_
 
 
 @pytest.mark.parametrize("program", ["train_detector.py", "test.py"])
-def test_each_released_flag_without_an_effect_prints_one_line(program, capsys):
+def test_each_flag_of_the_authors_without_an_effect_prints_one_line(program, capsys):
     flags = """--dataset a --dataset_type b --start-epoch 1 -p 2 --print-freq 2 -e --evaluate --pretrained
         --world-size -1 --rank -1 --dist-url u --dist-backend nccl --multiprocessing-distributed --carlibration 1
         --defense 0"""

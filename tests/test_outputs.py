@@ -10,12 +10,12 @@ import pytest
 import torch
 from golden_rule import load_reference_weights
 from PIL import Image
-from processes import prepare_signal_before_scoring_batch, start_program, wait_for_exit
+from processes import patch_test_py_to_send_signal_before_batch, start_program, wait_for_exit
 from scorings import (
     CONFIG,
     error_line_of_test_py,
     list_sorted_names_in_folder,
-    read_all_files,
+    read_bytes_of_all_files_in_folder,
     read_csv_rows,
     run_test_py,
     scoring_arguments,
@@ -70,40 +70,40 @@ def test_a_file_of_the_user_at_the_save_path_is_refused_and_unchanged(
     for path in tmp_path.iterdir():
         if path.name != name:
             path.unlink()
-    before = read_all_files(tmp_path)
+    before = read_bytes_of_all_files_in_folder(tmp_path)
     line = error_line_of_test_py(
         capfd, *scoring_arguments(detector_file, image_folder, tmp_path / "p", *(["--overwrite"] if overwrite else []))
     )
     assert name in line
-    assert read_all_files(tmp_path) == before
+    assert read_bytes_of_all_files_in_folder(tmp_path) == before
 
 
 def test_an_input_image_with_the_file_name_of_the_figure_is_refused_and_unchanged(detector_file, tmp_path, capfd):
     cat = write_noise_image(tmp_path / "cat.png", 0)
-    before = read_all_files(tmp_path)
+    before = read_bytes_of_all_files_in_folder(tmp_path)
     assert "cat.png" in error_line_of_test_py(capfd, *scoring_arguments(detector_file, cat, tmp_path / "cat"))
-    assert read_all_files(tmp_path) == before
+    assert read_bytes_of_all_files_in_folder(tmp_path) == before
 
 
 def test_test_py_does_not_replace_the_csv_list_of_its_images(detector_file, tmp_path, capfd):
     write_noise_image(tmp_path / "r.png", 0), write_noise_image(tmp_path / "f.png", 1)
     (tmp_path / "data.csv").write_text("path,label\nr.png,real\nf.png,fake\n")
     words = ["--gpu", "cpu", "-j", 0, "--resume", detector_file, "--csv", tmp_path / "data.csv", "--save_path"]
-    before = read_all_files(tmp_path)
+    before = read_bytes_of_all_files_in_folder(tmp_path)
     assert "data.csv" in error_line_of_test_py(capfd, *words, tmp_path / "data")
-    assert read_all_files(tmp_path) == before
+    assert read_bytes_of_all_files_in_folder(tmp_path) == before
     assert run_test_py(*words, tmp_path / "p") == 0
-    before = read_all_files(tmp_path)
+    before = read_bytes_of_all_files_in_folder(tmp_path)
     again = [tmp_path / "p.csv" if word == tmp_path / "data.csv" else word for word in words]
     assert "p.csv" in error_line_of_test_py(capfd, *again, tmp_path / "p")
-    assert read_all_files(tmp_path) == before
+    assert read_bytes_of_all_files_in_folder(tmp_path) == before
 
 
 def test_test_py_does_not_replace_the_checkpoint_of_the_detector(tmp_path, image_folder, shrink_resnet18, capfd):
     detector = write_detector(tmp_path / "p.csv")
-    before = read_all_files(tmp_path)
+    before = read_bytes_of_all_files_in_folder(tmp_path)
     assert "p.csv" in error_line_of_test_py(capfd, *scoring_arguments(detector, image_folder, tmp_path / "p"))
-    assert read_all_files(tmp_path) == before
+    assert read_bytes_of_all_files_in_folder(tmp_path) == before
 
 
 def test_a_file_of_the_user_at_the_path_of_a_residual_picture_is_refused_and_unchanged(
@@ -111,12 +111,12 @@ def test_a_file_of_the_user_at_the_path_of_a_residual_picture_is_refused_and_unc
 ):
     monkeypatch.chdir(image_folder)
     write_noise_image(tmp_path / "pictures" / "3.png.residual.png", 0)
-    before = read_all_files(tmp_path)
+    before = read_bytes_of_all_files_in_folder(tmp_path)
     line = error_line_of_test_py(
         capfd, *scoring_arguments(detector_file, ".", tmp_path / "out" / "p", "--save-residuals", tmp_path / "pictures")
     )
     assert "3.png.residual.png" in line
-    assert read_all_files(tmp_path) == before
+    assert read_bytes_of_all_files_in_folder(tmp_path) == before
 
 
 def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_before_scoring(
@@ -133,7 +133,7 @@ def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(d
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
-            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 9))
+            start_program("test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, 9))
         )
         == -9
     )
@@ -157,7 +157,7 @@ def test_an_output_folder_that_is_a_file_is_refused_in_one_line(detector_file, i
         assert str(tmp_path / "file") in error_line_of_test_py(
             capfd, *scoring_arguments(detector_file, image_folder, *place)
         )
-    assert read_all_files(tmp_path) == {"file": b"mine"}
+    assert read_bytes_of_all_files_in_folder(tmp_path) == {"file": b"mine"}
 
 
 # --- outputs are not counted as images ------------------------------------------------------------------------

@@ -27,6 +27,7 @@ pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 ON_CPU = Compute(CPU, "fp32")
 FIRST = Key(0, 0)
+WHOLE_IMAGES = SizePolicy(4)
 
 
 def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=None):  # noqa: B008
@@ -132,9 +133,7 @@ CONFIG = {
 }
 
 
-def make_cache_folder(
-    root, policy=SizePolicy(4), precision="fp32", features_fingerprint="b", code=(), **changed_config
-):  # noqa: B008
+def make_cache_folder(root, policy=WHOLE_IMAGES, precision="fp32", features_fingerprint="b", code=(), **changed_config):
     """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
     config = {**CONFIG, **changed_config}
     key = residual_cache_key(config, features_fingerprint, code, policy, Compute(CPU, precision))

@@ -16,9 +16,9 @@ import torch
 from files import cut_file_in_half, expect_user_error, save_image
 from processes import (
     hold_lock_in_process,
-    prepare_delay_of_progress_loops,
-    prepare_kill_during_checkpoint_save,
-    prepare_signal_at_loop_item,
+    patch_checkpoint_saving_to_kill_program,
+    patch_loops_to_send_signal,
+    patch_loops_to_sleep_first,
     start_program,
     torchrun_environments,
     wait_for_exit,
@@ -28,8 +28,8 @@ from trainings import (
     list_differing_entries,
     read_checkpoint_content,
     read_stats,
-    run_for_status_and_last_line,
     run_training,
+    run_training_for_status_and_last_line,
     train_detector_arguments,
     train_sr_arguments,
 )
@@ -128,14 +128,14 @@ def resume_and_require_equal_results(make_training_arguments, run_training_witho
 @pytest.mark.parametrize(
     ("name", "workers", "accident"),
     [
-        ("super-resolution", 0, partial(prepare_kill_during_checkpoint_save, 4)),
-        ("super-resolution", 2, partial(prepare_signal_at_loop_item, "epoch", 4, signal.SIGKILL)),
-        ("frozen", 0, partial(prepare_kill_during_checkpoint_save, 5)),  # the fifth saved file is best.pth.tar
-        ("frozen", 2, partial(prepare_signal_at_loop_item, "epoch", 3, signal.SIGKILL)),
-        ("cached", 0, partial(prepare_signal_at_loop_item, "residuals", 22, signal.SIGKILL)),
-        ("cached", 2, partial(prepare_signal_at_loop_item, "epoch", 6, signal.SIGKILL)),
-        ("end to end", 0, partial(prepare_kill_during_checkpoint_save, 3)),
-        ("end to end", 2, partial(prepare_signal_at_loop_item, "epoch", 4, signal.SIGKILL)),
+        ("super-resolution", 0, partial(patch_checkpoint_saving_to_kill_program, 4)),
+        ("super-resolution", 2, partial(patch_loops_to_send_signal, "epoch", 4, signal.SIGKILL)),
+        ("frozen", 0, partial(patch_checkpoint_saving_to_kill_program, 5)),  # the fifth saved file is best.pth.tar
+        ("frozen", 2, partial(patch_loops_to_send_signal, "epoch", 3, signal.SIGKILL)),
+        ("cached", 0, partial(patch_loops_to_send_signal, "residuals", 22, signal.SIGKILL)),
+        ("cached", 2, partial(patch_loops_to_send_signal, "epoch", 6, signal.SIGKILL)),
+        ("end to end", 0, partial(patch_checkpoint_saving_to_kill_program, 3)),
+        ("end to end", 2, partial(patch_loops_to_send_signal, "epoch", 4, signal.SIGKILL)),
     ],
 )
 def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_training(
@@ -173,7 +173,7 @@ def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
     for at in (1, 2):
         log = tmp_path / f"log{at}"
         flags = make_training_arguments(name, out, *AUTO, "--workers", str(workers))
-        accident = partial(prepare_signal_at_loop_item, description, at, number, all_processes=workers > 0)
+        accident = partial(patch_loops_to_send_signal, description, at, number, all_processes=workers > 0)
         assert wait_for_exit(start_program(program, flags, log, accident)) == 128 + number, log.read_text()
         assert "Traceback" not in log.read_text()
         assert "saved" in log.read_text().splitlines()[-1]
@@ -221,7 +221,7 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
     out, last = tmp_path / "out", TRAININGS[name][2]
     shutil.copytree(run_training_without_interruption(name), out)
     before = (out / last).read_bytes()
-    code, line = run_for_status_and_last_line(make_training_arguments(name, out, *AUTO), capfd)
+    code, line = run_training_for_status_and_last_line(make_training_arguments(name, out, *AUTO), capfd)
     assert code == 0 and "finished already" in line
     assert (out / last).read_bytes() == before
     flag = "--num-epochs" if name == "super-resolution" else "--epochs"
@@ -271,11 +271,11 @@ def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused
     folder = (tmp_path / TRAININGS[name][2]).parent
     folder.mkdir(exist_ok=True)
     with hold_lock_in_process(folder / ".lock") as kill:
-        code, line = run_for_status_and_last_line(make_training_arguments(name, tmp_path), capfd)
+        code, line = run_training_for_status_and_last_line(make_training_arguments(name, tmp_path), capfd)
         assert code == 2 and "another run" in line
         assert [path.name for path in folder.iterdir()] == [".lock"]
         kill()
-        assert run_for_status_and_last_line(make_training_arguments(name, tmp_path), capfd)[0] == 0
+        assert run_training_for_status_and_last_line(make_training_arguments(name, tmp_path), capfd)[0] == 0
     assert not (folder / ".lock").exists()
 
 
@@ -313,7 +313,7 @@ def test_a_resumed_training_reports_that_changed_images_are_read_in_another_orde
     assert (
         wait_for_exit(
             start_program(
-                "train_detector.py", flags, log, partial(prepare_signal_at_loop_item, "epoch", 2, signal.SIGTERM)
+                "train_detector.py", flags, log, partial(patch_loops_to_send_signal, "epoch", 2, signal.SIGTERM)
             )
         )
         == 143
@@ -418,7 +418,7 @@ def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_st
     ]  # last image of the second step
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
-    code, line = run_for_status_and_last_line(
+    code, line = run_training_for_status_and_last_line(
         train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
@@ -492,7 +492,7 @@ def test_a_training_on_a_full_disk_ends_with_one_line_and_can_be_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(module, call, raise_disk_full_from_tenth_call)
-        code, line = run_for_status_and_last_line(
+        code, line = run_training_for_status_and_last_line(
             make_training_arguments("super-resolution", tmp_path, *SAVE_EVERY_STEP), capfd
         )
     assert code == 2 and "No space left on device" in line
@@ -519,8 +519,8 @@ def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(t
 
 def prepare_slow_caching_and_sigterm():
     """Make filling the residual cache 12 s slower, and send SIGTERM in training step 9."""
-    prepare_delay_of_progress_loops("residuals", 12)
-    prepare_signal_at_loop_item("epoch", 9, signal.SIGTERM)
+    patch_loops_to_sleep_first("residuals", 12)
+    patch_loops_to_send_signal("epoch", 9, signal.SIGTERM)
 
 
 def test_tensorboard_shows_each_epoch_of_a_resumed_training_once(training_files, tmp_path):
@@ -578,7 +578,7 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
     log = tmp_path / "log"
     assert (
         run_program_in_two_processes(
-            "train_sr.py", again, log, partial(prepare_signal_at_loop_item, "epoch", 3, signal.SIGKILL)
+            "train_sr.py", again, log, partial(patch_loops_to_send_signal, "epoch", 3, signal.SIGKILL)
         )
         == [-signal.SIGKILL] * 2
     )
@@ -650,7 +650,7 @@ def test_both_processes_of_a_training_stop_on_sigterm_without_a_traceback(traini
     )
     for description in ("epoch", "validation"):
         log = tmp_path / description
-        accident = partial(prepare_signal_at_loop_item, description, 1, signal.SIGTERM)
+        accident = partial(patch_loops_to_send_signal, description, 1, signal.SIGTERM)
         codes = run_program_in_two_processes("train_detector.py", [*flags, *AUTO], log, accident)
         assert codes == [143, 143] and "Traceback" not in log.read_text(), log.read_text()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from files import cut_file_in_half, expect_user_error, read_file_contents_by_path
-from processes import prepare_kill_during_checkpoint_save, prepare_signal_at_loop_item, start_program, wait_for_exit
+from processes import patch_checkpoint_saving_to_kill_program, patch_loops_to_send_signal, start_program, wait_for_exit
 from trainings import read_checkpoint_content, read_stats, run_training, train_detector_arguments, train_sr_arguments
 
 from models.rdn import RDN
@@ -182,7 +182,7 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
     if accident == "kill -9":
         log = tmp_path / "log"
         process = start_program(
-            "train_detector.py", arguments, log, partial(prepare_signal_at_loop_item, "epoch", 1, signal.SIGKILL)
+            "train_detector.py", arguments, log, partial(patch_loops_to_send_signal, "epoch", 1, signal.SIGKILL)
         )
         assert wait_for_exit(process) == -signal.SIGKILL, log.read_text()
     elif accident == "infinite loss":
@@ -247,7 +247,7 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
     log = tmp_path / "log"
     assert (
         wait_for_exit(
-            start_program("train_detector.py", arguments, log, partial(prepare_kill_during_checkpoint_save, 2))
+            start_program("train_detector.py", arguments, log, partial(patch_checkpoint_saving_to_kill_program, 2))
         )
         == -signal.SIGKILL
     )
@@ -257,7 +257,7 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
     assert read_stats(copied_run_folder) == []
 
 
-def test_a_released_checkpoint_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
+def test_a_checkpoint_of_the_authors_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
     """A training refuses the folder with and without --overwrite, even if it starts from this checkpoint."""
     released = {
         key: value

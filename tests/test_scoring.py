@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from processes import (
     hold_lock_in_process,
-    prepare_signal_before_scoring_batch,
+    patch_test_py_to_send_signal_before_batch,
     start_program,
     torchrun_environments,
     wait_for_exit,
@@ -30,7 +30,7 @@ from scorings import (
     run_test_py,
     scoring_arguments,
     write_detector,
-    write_images_and_released_format_checkpoints,
+    write_images_and_checkpoints_of_the_authors_format,
     write_noise_image,
 )
 from trainings import read_checkpoint_content, run_training, train_detector_arguments
@@ -41,9 +41,9 @@ from evaluation.score_table import COLUMNS, read_table
 
 
 @pytest.fixture(scope="module")
-def released_files_folder(tmp_path_factory):
+def authors_checkpoint_folder(tmp_path_factory):
     """Return a folder with checkpoints in the file formats of the released checkpoints, and with two images."""
-    return write_images_and_released_format_checkpoints(tmp_path_factory.mktemp("release"))
+    return write_images_and_checkpoints_of_the_authors_format(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def save_path_of_uninterrupted_scoring(detector_file, image_folder, tmp_path_fac
 
 
 @pytest.mark.parametrize(("classifier", "dilated"), [("pixel", 0), ("pixel", 1), ("stage5", 0)])
-def test_released_checkpoints_with_the_released_flags_give_the_released_logits(
-    released_files_folder, tmp_path, capfd, classifier, dilated
+def test_checkpoints_and_flags_of_the_authors_format_give_the_logits_of_the_authors_code(
+    authors_checkpoint_folder, tmp_path, capfd, classifier, dilated
 ):
     stage = 5 if classifier == "stage5" else 0
     rdn = "sr_module.pth.tar" if dilated else "sr_bare.pth"
@@ -68,9 +68,9 @@ def test_released_checkpoints_with_the_released_flags_give_the_released_logits(
         --epochs 100 --momentum 0.9 --wd 1e-4 --save-every-epoch 2 --output-path unused --fixed-sr --mode-sr none
         --seed 1 -b 1 -j 0 --dataset celeba --start-epoch 0 -p 10 --print-freq 10 -e --pretrained --world-size -1
         --rank -1 --dist-url tcp://x --dist-backend nccl --multiprocessing-distributed
-        --resume {released_files_folder}/{classifier}.pth.tar --sr-weights-file {released_files_folder}/{rdn}
-        --vgg-weights {released_files_folder}/vgg19.pth
-        --data-root-pos {released_files_folder}/real --data-root-neg {released_files_folder}/fake --save_path {tmp_path}/not/yet/there.npy"""
+        --resume {authors_checkpoint_folder}/{classifier}.pth.tar --sr-weights-file {authors_checkpoint_folder}/{rdn}
+        --vgg-weights {authors_checkpoint_folder}/vgg19.pth
+        --data-root-pos {authors_checkpoint_folder}/real --data-root-neg {authors_checkpoint_folder}/fake --save_path {tmp_path}/not/yet/there.npy"""
     assert run_test_py(*released.split(), *([] if dilated else ["--no_dilation"])) == 0
     logits = np.load(tmp_path / "not" / "yet" / "there.npy")
     expected = np.load(GOLDEN)[f"logits_{classifier}_dil{dilated}"]
@@ -245,7 +245,7 @@ def test_scored_images_that_are_training_images_are_counted(image_folder, tmp_pa
 # --- runs that are stopped or killed, and started again -------------------------------------------------------
 
 
-def has_equal_csv_and_npy_files(path, uninterrupted_results) -> bool:
+def two_runs_wrote_equal_csv_and_npy_files(path, uninterrupted_results) -> bool:
     """Return whether the CSV files and the NPY files at two save paths are equal byte by byte."""
     return all(
         Path(f"{path}{end}").read_bytes() == Path(f"{uninterrupted_results}{end}").read_bytes()
@@ -258,7 +258,9 @@ def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected
     detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path, capfd, number, status
 ):
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
-    process = start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, number))
+    process = start_program(
+        "test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, number)
+    )
     assert wait_for_exit(process) == status
     assert not (tmp_path / "p.csv").exists()
     part = tmp_path / "p.csv.0.part"
@@ -291,12 +293,12 @@ def test_a_killed_run_of_test_py_that_is_resumed_writes_the_table_of_an_uninterr
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
-            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 9))
+            start_program("test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, 9))
         )
         == -9
     )
     assert run_test_py(*words) == 0
-    assert has_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
+    assert two_runs_wrote_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
 
 
 def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder, tmp_path):
@@ -313,10 +315,10 @@ def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder,
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}
-from processes import LAYOUTS, SMALL, prepare_signal_before_scoring_batch
+from processes import LAYOUTS, SMALL, patch_test_py_to_send_signal_before_batch
 LAYOUTS.update(SMALL)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] + os.environ["RANK"] == "01":
-    prepare_signal_before_scoring_batch(2, 9)
+    patch_test_py_to_send_signal_before_batch(2, 9)
 runpy.run_path({program!r}, run_name="__main__")
 """
 
@@ -334,7 +336,7 @@ def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_o
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "images are scored already" in run.stderr
-    assert has_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
+    assert two_runs_wrote_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
 
 
 def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and_kept(
@@ -343,7 +345,7 @@ def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
-            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 9))
+            start_program("test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, 9))
         )
         == -9
     )
@@ -388,7 +390,7 @@ def test_each_perturbation_gets_a_score_table_and_a_restart_keeps_finished_table
     words += ["--save_path", f"{tmp_path}/p"]
     assert (
         wait_for_exit(
-            start_program("test.py", words, tmp_path / "log", partial(prepare_signal_before_scoring_batch, 3, 15))
+            start_program("test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, 15))
         )
         == 143
     )
@@ -453,13 +455,16 @@ def test_missing_images_and_wrong_flag_values_are_refused_in_one_line(detector_f
 
 
 def test_wrong_checkpoint_arguments_are_refused_in_one_line(
-    detector_file, released_files_folder, image_folder, tmp_path, capfd
+    detector_file, authors_checkpoint_folder, image_folder, tmp_path, capfd
 ):
     torn = tmp_path / "torn.pth.tar"
     torn.write_bytes(detector_file.read_bytes()[: detector_file.stat().st_size // 2])
     flipped = write_detector(tmp_path / "flipped", config={**CONFIG, "classifier_fingerprint": "0123456789abcdef"})
-    pixel, rdn = released_files_folder / "pixel.pth.tar", ["--sr-weights-file", released_files_folder / "sr_bare.pth"]
-    stage5 = [released_files_folder / "stage5.pth.tar", *rdn]
+    pixel, rdn = (
+        authors_checkpoint_folder / "pixel.pth.tar",
+        ["--sr-weights-file", authors_checkpoint_folder / "sr_bare.pth"],
+    )
+    stage5 = [authors_checkpoint_folder / "stage5.pth.tar", *rdn]
     for words, *named in (
         ([], "--resume"),
         ([tmp_path / "absent.pth.tar"], "absent.pth.tar"),

@@ -191,7 +191,7 @@ SETTINGS = {
 INPUTS = ("real_roots", "fake_roots", "resume", "init", "resynthesizer_file", "train_file", "eval_file")
 
 
-def write_empty_released_files(checkout: Path) -> None:
+def write_empty_files_at_the_paths_of_the_authors_scripts(checkout: Path) -> None:
     """Write empty files at the default input paths of the scripts, and at two output paths of the training scripts."""
     write_empty_files(
         checkout,
@@ -210,8 +210,8 @@ def write_empty_released_files(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SETTINGS)
-def test_each_script_passes_the_flags_of_the_release(project_copy, script):
-    write_empty_released_files(project_copy)
+def test_each_script_passes_the_flags_of_the_authors_script(project_copy, script):
+    write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     assert run_script(project_copy, script, 0, "--seed", 123).returncode == 0
     options_of_run = recorded_options(project_copy)
     for name, value in SETTINGS[script].items():
@@ -222,7 +222,7 @@ def test_each_script_passes_the_flags_of_the_release(project_copy, script):
 
 @pytest.mark.parametrize("script", SETTINGS)
 def test_each_script_prints_one_line_per_input_file_or_folder(project_copy, script):
-    write_empty_released_files(project_copy)
+    write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     lines = run_script(project_copy, script, 0).stderr.splitlines()
     options_of_run = recorded_options(project_copy)
     expected = []
@@ -299,7 +299,7 @@ def test_a_script_uses_the_output_of_an_earlier_script_and_names_the_script_if_i
 
 
 def test_environment_variables_override_the_default_inputs_of_a_script(project_copy):
-    write_empty_released_files(project_copy)
+    write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     environment = {
         "DATA_ROOT_POS": "my reals",
         "DATA_ROOT_NEG": "my fakes",
@@ -326,7 +326,7 @@ def test_environment_variables_override_the_default_inputs_of_a_script(project_c
 
 
 def test_the_variable_nproc_makes_a_script_start_torchrun(project_copy):
-    write_empty_released_files(project_copy)
+    write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     run_script(project_copy, "test_pixel_celeba.sh", 0, NPROC="2")
     words = recorded_command(project_copy)
     assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -334,7 +334,7 @@ def test_the_variable_nproc_makes_a_script_start_torchrun(project_copy):
 
 
 def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to_that_folder(project_copy, tmp_path):
-    write_empty_released_files(project_copy)
+    write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     write_empty_files(tmp_path, "elsewhere/reals/a.png")
     result = run_script(
         project_copy,
@@ -403,7 +403,7 @@ def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
     write_executable(tmp_path / "bin" / "python3", text)
-    write_empty_released_files(checkout)
+    write_empty_files_at_the_paths_of_the_authors_scripts(checkout)
     return run_script(checkout, "test_pixel_celeba.sh", 0, PYTHON="", PATH=f"{tmp_path}/bin:{os.environ['PATH']}")
 
 
@@ -443,7 +443,7 @@ def write_images_of_random_squares(folder: Path, count: int, cell: int) -> None:
         Image.fromarray(pixels.repeat(cell, 0).repeat(cell, 1)).save(folder / f"{i}.png")
 
 
-def test_the_test_script_gives_the_logits_of_the_released_network(project_copy):
+def test_the_test_script_gives_the_logits_of_the_authors_network(project_copy):
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
     (project_copy / "pretrained_models").mkdir()
     classifier = load_reference_weights(DeepStemResNet(3)).state_dict()

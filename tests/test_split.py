@@ -31,7 +31,7 @@ def arguments_of_split(images, out, *more):
     return [str(a) for a in (*roots, "--out", out, *more)]
 
 
-def read_all_files(folder):
+def read_bytes_of_all_files_in_folder(folder):
     """Return a dict from the name of each file in a folder to the bytes of the file."""
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
@@ -64,12 +64,12 @@ def test_adding_images_does_not_move_other_images_between_the_lists(image_root):
 def test_lists_with_another_fraction_are_replaced_only_with_overwrite(image_root):
     out = image_root / "lists"
     split.main(arguments_of_split(image_root, out, "--hold-out", 0.3))
-    before = read_all_files(out)
+    before = read_bytes_of_all_files_in_folder(out)
     with expect_user_error("--hold-out 0.3", "--overwrite"):
         split.main(arguments_of_split(image_root, out, "--hold-out", 0.5))
-    assert read_all_files(out) == before
+    assert read_bytes_of_all_files_in_folder(out) == before
     assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite")) == 0
-    assert read_all_files(out)["held_out.csv"] != before["held_out.csv"]
+    assert read_bytes_of_all_files_in_folder(out)["held_out.csv"] != before["held_out.csv"]
     assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5)) == 0
 
 
@@ -81,7 +81,7 @@ def test_a_file_of_the_user_with_the_name_of_a_list_is_refused_and_unchanged(ima
     for more in ((), ("--overwrite",)):
         with expect_user_error(name, "not written by this program"):
             split.main(arguments_of_split(image_root, out, *more))
-        assert read_all_files(out) == {name: b"my own list\n"}
+        assert read_bytes_of_all_files_in_folder(out) == {name: b"my own list\n"}
 
 
 def test_a_list_that_the_user_has_edited_is_not_replaced(image_root):
@@ -89,10 +89,10 @@ def test_a_list_that_the_user_has_edited_is_not_replaced(image_root):
     split.main(arguments_of_split(image_root, out))
     with (out / "held_out.csv").open("a") as file:
         file.write("more.png,real,\n")
-    before = read_all_files(out)
+    before = read_bytes_of_all_files_in_folder(out)
     with expect_user_error("held_out.csv"):
         split.main(arguments_of_split(image_root, out, "--overwrite"))
-    assert read_all_files(out) == before
+    assert read_bytes_of_all_files_in_folder(out) == before
 
 
 def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, monkeypatch):

@@ -131,7 +131,7 @@ def test_the_receptive_field_of_vgg_rounded_up_to_its_stride_of_16_is_80_pixels(
 
 
 @pytest.mark.parametrize("stage", [0, 5])
-def test_a_detector_in_tiles_gives_the_logits_of_the_whole_image(tiny_rdn, random_vgg, stage):
+def test_a_detector_that_computes_in_tiles_gives_the_logits_of_the_whole_image(tiny_rdn, random_vgg, stage):
     detector = toy_detector(tiny_rdn, stage, random_vgg)
     x = torch.rand(1, 3, 148, 132)
     expected = detector(x).detach()  # networks use tiles only if gradients are disabled

@@ -12,8 +12,8 @@ from trainings import (
     TINY,
     read_checkpoint_content,
     read_stats,
-    run_for_status_and_last_line,
     run_training,
+    run_training_for_status_and_last_line,
     train_detector_arguments,
     train_sr_arguments,
 )
@@ -61,7 +61,7 @@ class LinearFloat64Detector(torch.nn.Module):
 
 
 @pytest.mark.parametrize("scale", [0.02, 1e-3])
-def test_the_sgd_optimizer_makes_the_updates_of_the_released_code(scale):
+def test_the_sgd_optimizer_makes_the_updates_of_the_authors_code(scale):
     torch.manual_seed(0)
     model = LinearFloat64Detector()
     lr, momentum, decay = 0.1, 0.9, 1e-2
@@ -99,11 +99,11 @@ def test_adamw_uses_the_given_weight_decay_for_all_parameters():
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([2e-4, 1e-2])
 
 
-def test_the_cosine_schedule_of_the_release_uses_the_full_learning_rate_in_epochs_0_and_1():
-    factors = [optimizers.compute_released_learning_rate_factor(5, epoch) for epoch in range(5)]
+def test_the_authors_cosine_schedule_uses_the_full_learning_rate_in_epochs_0_and_1():
+    factors = [optimizers.compute_authors_learning_rate_factor(5, epoch) for epoch in range(5)]
     angles = torch.pi / 2 * torch.tensor([0, 0, 1, 2, 3]) / 4
     assert factors == pytest.approx((0.9999 * angles.cos() + 0.0001).tolist())
-    assert optimizers.compute_released_learning_rate_factor(1, 0) == 1.0
+    assert optimizers.compute_authors_learning_rate_factor(1, 0) == 1.0
 
 
 def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
@@ -273,7 +273,7 @@ def test_the_classifier_computes_in_float32_even_if_the_precision_is_bf16():
 
 def test_a_training_whose_loss_is_not_finite_ends_and_keeps_a_finite_checkpoint(training_files, tmp_path, capfd):
     flags = train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 3 --lr 1e38 --save-minutes 0")
-    code, line = run_for_status_and_last_line(flags, capfd)
+    code, line = run_training_for_status_and_last_line(flags, capfd)
     saved = read_checkpoint_content(tmp_path / "last.pth.tar")
     assert code == 2
     for word in ("epoch 0, step", ".png", "last.pth.tar"):

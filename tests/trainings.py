@@ -74,8 +74,8 @@ def run_training(arguments):
         train_sr.main(create_train_sr_parser().parse_args(arguments))
 
 
-def run_for_status_and_last_line(arguments, capfd):
-    """Run a training with the given command line. Return the exit status and the last line on stderr."""
+def run_training_for_status_and_last_line(arguments, capfd):
+    """Run a training with the given command line. Return its exit status and the last line that it writes to stderr."""
     code = run_program(lambda: run_training(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 

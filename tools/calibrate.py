@@ -215,7 +215,9 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 
 
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> tuple[float, float]:
-    """Choose thresholds t_real <= t_fake that exceed neither error rate and leave as few images unsure as possible.
+    """Choose thresholds t_real <= t_fake with which the error rates are at most `fpr` and `fnr`.
+
+    Images between the thresholds are unsure. The thresholds leave as few images unsure as possible.
 
     At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
     P(fake) <= t_real. If no image needs to be unsure, both thresholds are equal.

@@ -84,7 +84,7 @@ def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
 
 
 def choose_saving_options(image: Image.Image, path: str) -> dict:
-    """Choose arguments of `Image.save` that store a twin with the compression of the original image."""
+    """Choose arguments of `Image.save` that give a fake copy (twin) the compression of its original image."""
     options = {"format": image.format}
     for name in ("exif", "icc_profile"):
         if image.format in ("JPEG", "MPO", "PNG", "WEBP") and image.info.get(name):

@@ -30,7 +30,9 @@ def create_optimizer(
         UserError: if `classifier_rate_factor` is 0, because the classifier would then not be trained.
     """
     if classifier_rate_factor == 0:
-        raise UserError("--lr-sr must be above 0, because with 0 the classifier is not trained (default: 0.02)")
+        raise UserError(
+            "--lr-sr must be above 0: it is a factor on the learning rate of the classifier, despite its name"
+        )
     classifier_decay = weight_decay / classifier_rate_factor if name == "sgd" else weight_decay
     groups = [
         {
@@ -47,7 +49,7 @@ def create_optimizer(
     return torch.optim.AdamW(groups)
 
 
-def compute_released_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
+def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
     """Compute the factor f by which the authors' code multiplies the base learning rate.
 
     The factor in epoch e of E epochs is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
@@ -64,4 +66,4 @@ def compute_released_learning_rate_factor(epochs_total: int, epochs_done: float)
 
 
 # name of each learning-rate schedule (--schedule) -> function of the numbers of all epochs and of finished epochs
-SCHEDULES = {"released": compute_released_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}
+SCHEDULES = {"released": compute_authors_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}

@@ -222,8 +222,8 @@ def add_image_options(parser: Parser) -> None:
     add("--resize", type=integer_from_0, metavar="N",
         help="resize the shorter side to N pixels; 0: do not resize (default of test.py: as in training)")  # fmt: skip
     add("--crop-size", type=integer_from_0, metavar="N",
-        help="crop N x N pixels, at random places in training and in the centre in test.py; 0: do not crop (default of"
-        " test.py: as in training)")  # fmt: skip
+        help="crop N x N pixels, at random places in training and in the centre in test.py; 0: do not crop. Without this"
+        " option, training does not crop, and test.py crops as in training")  # fmt: skip
 
 
 def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: str, output: str) -> None:
