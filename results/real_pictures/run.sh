@@ -4,11 +4,11 @@
 #
 # PICTURES holds train/real, train/GENERATOR ..., val/real, val/GENERATOR ... (256 x 256 pixels or larger).
 #   1. Train a small RDN on the real training pictures.
-#   2. Make twins: the real pictures, passed through a small autoencoder.
+#   2. Make twins: the real pictures, passed through a small autoencoder. Make up-sampled copies of them, too.
 #   3. Train detectors on the pixel, stage-4 and stage-5 residuals. Each residual has two controls: bicubic interpolation
 #      instead of RDN (--sr-arch bicubic), and no re-synthesis (--sr-arch none). Each detector is trained once on all
 #      generators together and once on each generator alone. ("spectrum" is the classifier of results/faces. It is also
-#      trained on twins alone, and on twins together with one generator.)
+#      trained on twins alone, and on one generator together with twins or with up-sampled copies.)
 #   4. Score the validation pictures of every generator and their twins with each detector.
 #   5. Score them again after JPEG, noise, blur and resizing, with the detectors trained on all generators.
 #
@@ -42,8 +42,8 @@ detector() {
     local name=$1 epochs=$2 seen=$3 fakes=() generator
     shift 3
     for generator in $seen; do
-        if [[ "$generator" == twins ]]; then
-            fakes+=("$twins/train")
+        if [[ "$generator" == twins || "$generator" == upsampled ]]; then
+            fakes+=("$out/$generator/train")
         else
             fakes+=("$pictures/train/$generator")
         fi
@@ -68,6 +68,9 @@ for part in train val; do
         "$PYTHON" -m tools.example --from "$pictures/$part/real" --out "$twins/$part" \
             ${AUTOENCODER:+--autoencoder $AUTOENCODER}
     fi
+    if [[ ! -d "$out/upsampled/$part" ]]; then
+        "$PYTHON" -m tools.example --from "$pictures/$part/real" --out "$out/upsampled/$part"
+    fi
 done
 
 # 3 and 4. Detectors. A residual and its controls are trained alike: pixels with AdamW on crops, stages 4 and 5 with SGD.
@@ -84,7 +87,7 @@ inputs=${INPUTS:-pixel bicubic control spectrum spectrum_bicubic spectrum_contro
 for input in $inputs; do
     training_sets=${SEEN:-all ${generators[*]}}
     if [[ "$input" == spectrum* ]]; then
-        training_sets+=" twins ${generators[*]/%/+twins}"
+        training_sets+=" twins ${generators[*]/%/+twins} ${generators[*]/%/+upsampled}"
     fi
     for training_set in $training_sets; do
         name=${input}_on_${training_set/+/_and_}
