@@ -7,9 +7,9 @@
 # the held-out pictures.
 #
 # With fewer than 600 pictures, the detector is a spectrum classifier on the signed pixel residual, because a ResNet would
-#   memorise so few pictures. Twins of the real pictures (copies with generator traces) are added to the generated pictures,
-#   so that the detector does not learn a single generator only. The twins are made by an autoencoder if
-#   AUTOENCODER="ENCODER DECODER" is set, and by simulated up-sampling otherwise.
+#   memorise so few pictures. Copies of the real pictures with generator traces are added to the generated pictures, so that
+#   the detector does not learn a single generator only. They are up-sampled copies, which help on unseen generators. If
+#   AUTOENCODER="ENCODER DECODER" is set, they are copies made by this autoencoder ("twins"). docs/results.md compares both.
 # With 600 pictures or more, the detector is a ResNet-18 on the pixel residual or, if VGG_WEIGHTS is set, on the stage-4
 #   residual of VGG-19. The stage-4 residual is robust to compression, and generalises to some other generators.
 # docs/results.md contains the test results of both detectors. A second call resumes a call that was stopped.

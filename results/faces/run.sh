@@ -7,9 +7,9 @@
 #   2. Make twins: the real faces, passed through a small autoencoder.
 #   3. Train detectors with RDN, bicubic interpolation and no re-synthesis: on the signed pixel residual (spectrum
 #      classifier), and on the stage-4 and stage-5 residuals (channel-power classifier). Three seeds each.
-#      For comparison: no twins ("single"), twins alone ("twins"), up-sampled copies instead of twins ("upsampled"), the
-#      absolute residual ("absolute"), smaller windows ("window16"), a ResNet-18 on the absolute ("resnet") and on the
-#      signed residual ("resnet_signed").
+#      For comparison: no twins ("single"), twins alone ("twins"), up-sampled copies instead of twins ("upsampled") or
+#      together with twins ("copies"), the absolute residual ("absolute"), smaller windows ("window16"), a ResNet-18 on
+#      the absolute ("resnet") and on the signed residual ("resnet_signed").
 #   4. Score the validation faces with each detector: StyleGAN2, twins and up-sampled copies, clean and perturbed.
 #   5. Fine-tune the pixel detectors with RDN, with half of the images perturbed ("fine_tuning"). "frozen" keeps RDN
 #      fixed. "no_task", "colorization" and "denoising" train RDN, too, without and with an auxiliary task.
@@ -96,7 +96,7 @@ pixels=(--residual signed --arch spectrum --crop-size 128 --crops-per-image 4)
 resnet=(--arch resnet18 --no_dilation --lr 1e-3 --batch-size 16 --crop-size 128 --crops-per-image 2)
 stage4=(--idx-stages 4 --arch channel_power)
 stage5=(--idx-stages 5 --arch channel_power)
-all_cells="pixel stage4 stage5 single twins upsampled absolute window16 resnet resnet_signed fine_tuning"
+all_cells="pixel stage4 stage5 single twins upsampled copies absolute window16 resnet resnet_signed fine_tuning"
 for seed in ${SEEDS:-1 2 3}; do
     for cell in ${CELLS:-$all_cells}; do
         for network in ${NETWORKS:-rdn bicubic none}; do
@@ -113,6 +113,7 @@ for seed in ${SEEDS:-1 2 3}; do
                     detector "$name" 28 "$seed" "$generator $out/upsampled/train" "${resynthesis[@]}" "${pixels[@]}"
                     ;;
                 absolute) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --residual absolute ;;
+                copies) detector "$name" 23 "$seed" "$both $out/upsampled/train" "${resynthesis[@]}" "${pixels[@]}" ;;
                 window16) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --arch-args window=16 ;;
                 resnet) detector "$name" 14 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" ;;
                 resnet_signed)

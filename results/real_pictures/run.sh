@@ -87,11 +87,11 @@ inputs=${INPUTS:-pixel bicubic control spectrum spectrum_bicubic spectrum_contro
 for input in $inputs; do
     training_sets=${SEEN:-all ${generators[*]}}
     if [[ "$input" == spectrum* ]]; then
-        training_sets+=" twins ${generators[*]/%/+twins} ${generators[*]/%/+upsampled}"
+        training_sets+=" twins ${generators[*]/%/+twins} ${generators[*]/%/+upsampled} ${generators[*]/%/+twins+upsampled}"
     fi
     for training_set in $training_sets; do
-        name=${input}_on_${training_set/+/_and_}
-        seen=${training_set/+/ }
+        name=${input}_on_${training_set//+/_and_}
+        seen=${training_set//+/ }
         [[ "$training_set" != all ]] || seen=${generators[*]}
         case $input in
             pixel) detector "$name" 5 "$seen" "${rdn_flags[@]}" "${pixels[@]}" ;;

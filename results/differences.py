@@ -1,0 +1,130 @@
+"""Print the AUROC with RDN minus the AUROC with each control, as a markdown table.
+
+    python results/differences.py faces
+    python results/differences.py real_pictures
+
+Both AUROCs are computed on the same test images. The controls are bicubic interpolation instead of RDN, and no
+re-synthesis. With several seeds, each difference is the mean over the seeds. The 95 % interval is computed from 1,000
+bootstrap resamples of the images. Each resample has the same images for all seeds and for both networks.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from sklearn.metrics import roc_auc_score
+
+FOLDER = Path(__file__).parent
+sys.path.insert(0, str(FOLDER.parent))
+
+from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E402
+from evaluation.score_table import ScoreTable, read_table  # noqa: E402
+
+RESAMPLES = 1000
+# study -> row of the table -> patterns of the score tables with RDN, with bicubic interpolation and without re-synthesis
+SETTINGS = {
+    "faces": {
+        "pixel": ("pixel_rdn_seed?", "pixel_bicubic_seed?", "pixel_none_seed?"),
+        "stage 4": ("stage4_rdn_seed?", "stage4_bicubic_seed?", "stage4_none_seed?"),
+        "stage 5": ("stage5_rdn_seed?", "stage5_bicubic_seed?", "stage5_none_seed?"),
+    },
+    "real_pictures": {
+        "pixel, trained on DALL-E mini": ("pixel_on_dalle_mini", "bicubic_on_dalle_mini", "control_on_dalle_mini"),
+        "pixel, trained on Stable Diffusion": (
+            "pixel_on_stable_diffusion",
+            "bicubic_on_stable_diffusion",
+            "control_on_stable_diffusion",
+        ),
+        "stage 4, trained on DALL-E mini": (
+            "stage4_on_dalle_mini",
+            "bicubic_stage4_on_dalle_mini",
+            "control_stage4_on_dalle_mini",
+        ),
+        "stage 4, trained on Stable Diffusion": (
+            "stage4_on_stable_diffusion",
+            "bicubic_stage4_on_stable_diffusion",
+            "control_stage4_on_stable_diffusion",
+        ),
+        "stage 5, trained on DALL-E mini": (
+            "stage5_on_dalle_mini",
+            "bicubic_stage5_on_dalle_mini",
+            "control_stage5_on_dalle_mini",
+        ),
+        "stage 5, trained on Stable Diffusion": (
+            "stage5_on_stable_diffusion",
+            "bicubic_stage5_on_stable_diffusion",
+            "control_stage5_on_stable_diffusion",
+        ),
+    },
+}
+
+
+def read_tables_of_all_seeds(study: str, pattern: str) -> list[ScoreTable]:
+    """Read the score tables of a study whose names match a pattern: one table per seed."""
+    return [read_table(file) for file in sorted((FOLDER / study / "scores").glob(f"{pattern}.csv"))]
+
+
+def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.ndarray:
+    """Return the logit margins of the images at the given paths, (seeds, N)."""
+    scores = []
+    for table in tables:
+        row_of_path = {path: i for i, path in enumerate(table.paths)}
+        scores.append(table.logit_margins[[row_of_path[path] for path in paths]])
+    return np.stack(scores)
+
+
+def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
+    """Compute the AUROC of each seed, and return the mean. scores: (seeds, N). is_fake: (N,) bool."""
+    return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
+
+
+def compare_auroc(with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.ndarray) -> tuple[float, float, float]:
+    """Compute the AUROC with RDN minus the AUROC with a control.
+
+    Args:
+        with_rdn, with_control: scores of the same images, (seeds, N).
+        is_fake: whether each image is fake, (N,) bool.
+
+    Returns:
+        The difference, and the lower and the upper end of its 95 % interval.
+    """
+    rng = np.random.default_rng(0)
+    reals = np.flatnonzero(~is_fake)
+    fakes = np.flatnonzero(is_fake)
+    values = []
+    for _ in range(RESAMPLES):
+        drawn = np.concatenate([rng.choice(reals, len(reals)), rng.choice(fakes, len(fakes))])
+        auroc = mean_auroc_over_seeds(with_rdn[:, drawn], is_fake[drawn])
+        values.append(auroc - mean_auroc_over_seeds(with_control[:, drawn], is_fake[drawn]))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return mean_auroc_over_seeds(with_rdn, is_fake) - mean_auroc_over_seeds(with_control, is_fake), low, high
+
+
+def format_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
+    """Format the difference between RDN and a control in percentage points, or "-" without scores of the control.
+
+    Args:
+        rows: mask (N,) bool of the images of one generator in the tables with RDN.
+    """
+    if not control:
+        return "-"
+    paths = [path for path, used in zip(rdn[0].paths, rows, strict=True) if used]
+    scores = [select_scores_of_images(tables, paths) for tables in (rdn, control)]
+    value, low, high = compare_auroc(*scores, rdn[0].is_fake[rows])
+    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def main(study: str) -> None:
+    sys.stdout.write("| AUROC, points | test images | RDN - bicubic | RDN - none |\n| --- | --- | --: | --: |\n")
+    for setting, patterns in SETTINGS[study].items():
+        rdn, bicubic, none = [read_tables_of_all_seeds(study, pattern) for pattern in patterns]
+        for generator, rows in select_fakes_and_reals_per_generator(rdn[0]).items():
+            cells = [format_difference(rdn, control, rows) for control in (bicubic, none)]
+            sys.stdout.write(f"| {setting} | {generator} | {' | '.join(cells)} |\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("study", choices=list(SETTINGS), help="folder of the study")
+    main(parser.parse_args().study)
