@@ -407,7 +407,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
             f"left out {left_out.total()} pictures that test.py has written: {format_file_counts_by_reason(left_out)}"
         )
         if not found:
-            raise UserError(f"no images to list: expected other images than test.py has written; {text}")
+            raise UserError(f"no images to list: test.py wrote all given files, and such files are left out; {text}")
         logger.info(text)
     return [Item(path, None, "") for path in found]
 

@@ -56,6 +56,21 @@ SETTINGS = {
             "bicubic_stage5_on_stable_diffusion",
             "control_stage5_on_stable_diffusion",
         ),
+        "spectrum, trained on DALL-E mini + up-sampled copies": (
+            "spectrum_on_dalle_mini_and_upsampled",
+            "spectrum_bicubic_on_dalle_mini_and_upsampled",
+            "spectrum_control_on_dalle_mini_and_upsampled",
+        ),
+        "spectrum, trained on Stable Diffusion + up-sampled copies": (
+            "spectrum_on_stable_diffusion_and_upsampled",
+            "spectrum_bicubic_on_stable_diffusion_and_upsampled",
+            "spectrum_control_on_stable_diffusion_and_upsampled",
+        ),
+        "the same, on faces": (
+            "spectrum_on_stable_diffusion_and_upsampled_faces",
+            "spectrum_bicubic_on_stable_diffusion_and_upsampled_faces",
+            "spectrum_control_on_stable_diffusion_and_upsampled_faces",
+        ),
     },
 }
 

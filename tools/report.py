@@ -42,7 +42,7 @@ ALL_METRICS = "all"
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     for document in args.refresh or ():
-        update_document(document, args.check)
+        update_tables_of_document(document, args.check)
     if args.refresh:
         return 0
     if args.markdown:
@@ -123,7 +123,7 @@ def make_markdown_table(args: argparse.Namespace) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))
 
 
-def update_document(path: str, check: bool) -> None:
+def update_tables_of_document(path: str, check: bool) -> None:
     """Update the tables below "made by" comments in a markdown document.
 
     Args:

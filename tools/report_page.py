@@ -47,7 +47,7 @@ class Scores(NamedTuple):
 
     @property
     def detector(self) -> str:
-        """A text that identifies the detector: its fingerprints, or "" if there is no JSON file."""
+        """The fingerprints of the detector, or "" if the score table has no JSON file."""
         recorded = self.record.get("detector")
         if not isinstance(recorded, dict):
             return ""

@@ -21,7 +21,7 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from utils.console import describe_range, make_printable
+from utils.console import describe_allowed_numbers, make_printable
 from utils.errors import UserError
 from utils.files import open_for_atomic_write
 
@@ -224,7 +224,7 @@ class Fields:
             return self._get_default(key, default)
         value = self.values[key]
         if not (_is_integer(value) and low <= value <= high):
-            raise self._make_error(key, f"must be an integer{describe_range(low, high)}")
+            raise self._make_error(key, f"must be an integer{describe_allowed_numbers(low, high)}")
         return value
 
     def get_number(
@@ -236,7 +236,7 @@ class Fields:
         value = self.values[key]
         is_number = _is_integer(value) or isinstance(value, float)
         if not (is_number and math.isfinite(value) and low <= value <= high):
-            raise self._make_error(key, f"must be a finite number{describe_range(low, high)}")
+            raise self._make_error(key, f"must be a finite number{describe_allowed_numbers(low, high)}")
         return value
 
     def get_positive_number(self, key: str, default: object = _REQUIRED) -> float:

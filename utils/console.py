@@ -87,7 +87,7 @@ def format_text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     return "\n".join(lines)
 
 
-def describe_range(low: float, high: float) -> str:
+def describe_allowed_numbers(low: float, high: float) -> str:
     """Describe a range of numbers as the end of a sentence, such as " of at least 1" or " from 0 to 5"."""
     if math.isinf(low) and math.isinf(high):
         return ""

@@ -55,7 +55,10 @@ def read_rank_and_world_size() -> World:
     if world.rank >= world.size:
         raise UserError(f"RANK must be less than WORLD_SIZE, got {words}; {way_out}")
     if world.size > 1 and len(given) < len(LAUNCHER_VARIABLES):
-        raise UserError(f"several processes need {', '.join(LAUNCHER_VARIABLES)}, got {words}; {way_out}")
+        raise UserError(
+            f"a run with several processes needs the environment variables {', '.join(LAUNCHER_VARIABLES)}, got"
+            f" {words}; {way_out}"
+        )
     return world
 
 

@@ -16,7 +16,7 @@ import math
 import sys
 from collections.abc import Callable
 
-from utils.console import describe_range, is_main_process, wait_while_main_process_prints_error
+from utils.console import describe_allowed_numbers, is_main_process, wait_while_main_process_prints_error
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
@@ -94,7 +94,9 @@ def create_number_type(kind: type, low: float = -math.inf, high: float = math.in
     def parse_number(text: str):
         value = kind(text)
         if not low <= value <= high or math.isinf(value):
-            raise argparse.ArgumentTypeError(f"expected a finite number{describe_range(low, high)}, got {text}")
+            raise argparse.ArgumentTypeError(
+                f"expected a finite number{describe_allowed_numbers(low, high)}, got {text}"
+            )
         return value
 
     parse_number.__name__ = kind.__name__  # argparse prints this name if the text is not a number
@@ -402,7 +404,7 @@ def create_test_parser() -> Parser:
         help="for each image, write a picture of the image, its re-synthesis and the residual into DIR")  # fmt: skip
     add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
         help="score the images once with each of these perturbations: none, blur, crop, jpeg, noise, resize, combined,"
-        " or all. In a sweep, NAME stands for all strengths of the perturbation (default: none)")  # fmt: skip
+        " or all. In the protocol sweep, a NAME without STRENGTH means all strengths (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip
