@@ -291,7 +291,7 @@ class ScoreWriter:
 
 
 def _is_row_of_item(row: Row, item: Item) -> bool:
-    """Return whether file name, label and generator of a row are those of an image.
+    """Return whether a row has the file name, the label and the generator of an image.
 
     The folders are not compared, because the same file can have a relative and an absolute path.
     """

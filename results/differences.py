@@ -66,7 +66,7 @@ SETTINGS = {
             "spectrum_bicubic_on_stable_diffusion_and_upsampled",
             "spectrum_control_on_stable_diffusion_and_upsampled",
         ),
-        "the same, on faces": (
+        "spectrum, trained on Stable Diffusion + up-sampled copies, faces": (
             "spectrum_on_stable_diffusion_and_upsampled_faces",
             "spectrum_bicubic_on_stable_diffusion_and_upsampled_faces",
             "spectrum_control_on_stable_diffusion_and_upsampled_faces",

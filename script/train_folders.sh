@@ -57,7 +57,7 @@ else
     step_ms=200 prepare_ms=1500
 fi
 
-# Hold out a fifth of the pictures. The file name decides, so a picture and its twin are in the same set.
+# Hold out a fifth of the pictures. The file name decides, so a picture and its copy are in the same set.
 if [[ -f "$out/held_out.csv" ]]; then # the file that tools.split writes last
     say "using the pictures of $out/train.csv and $out/held_out.csv (to use other pictures, set OUT=ANOTHER_FOLDER)"
 else

@@ -18,6 +18,7 @@
 # steps 3 and 4 that are scored on perturbed faces, too; default: 1), GPU (default: cpu).
 # Writes ./output/faces. To refresh the tables, copy output/faces/scores/*.csv to results/faces/scores.
 source "$(dirname "$0")/../../script/common.sh"
+source "$root/results/copies.sh"
 faces=${1:?usage: bash results/faces/run.sh FACES}
 find_python
 gpu=${GPU:-cpu}
@@ -34,16 +35,8 @@ train_once "$out/sr/x4/epoch_185.pth" train_sr.py --train-file "$faces/train/rea
     --schedule cosine --clip-norm 0.5 --lr 2e-3 --batch-size 4 --num-epochs 186 --num-save 186
 "$PYTHON" "$root/train_sr.py" --gpu "$gpu" --evaluate --weights-file "$rdn" --eval-file "$faces/val/real"
 
-# 2. Twins, by the autoencoder or, without one, by simulated up-sampling
-for part in train val; do
-    if [[ ! -d "$twins/$part" ]]; then
-        "$PYTHON" -m tools.example --from "$faces/$part/real" --out "$twins/$part" \
-            ${AUTOENCODER:+--autoencoder $AUTOENCODER}
-    fi
-    if [[ ! -d "$out/upsampled/$part" ]]; then
-        "$PYTHON" -m tools.example --from "$faces/$part/real" --out "$out/upsampled/$part"
-    fi
-done
+# 2. Twins and up-sampled copies
+make_copies "$faces" "$out"
 
 # score NAME FLAG ...: score whole validation faces. Twins and up-sampled copies count as generators.
 score() {

@@ -16,6 +16,7 @@
 # each generator), FACES (the images of results/faces; detectors of the spectrum are tested on them, too).
 # Writes ./output/real_pictures. To refresh the tables, copy output/real_pictures/scores/*.csv to results/real_pictures/scores.
 source "$(dirname "$0")/../../script/common.sh"
+source "$root/results/copies.sh"
 pictures=${1:?usage: bash results/real_pictures/run.sh PICTURES}
 find_python
 gpu=${GPU:-cpu}
@@ -62,16 +63,8 @@ train_once "$out/sr/x4/epoch_14.pth" train_sr.py --train-file "$pictures/train/r
     --num-features 16 --growth-rate 16 --num-blocks 4 --num-layers 4 --vgg-lambda 0 --start interpolation \
     --schedule cosine --clip-norm 0.5 --lr 2e-3 --batch-size 4 --num-epochs 15 --num-save 15 ${EVAL:+--eval-file "$EVAL"}
 
-# 2. Twins, by the autoencoder or, without one, by simulated up-sampling
-for part in train val; do
-    if [[ ! -d "$twins/$part" ]]; then
-        "$PYTHON" -m tools.example --from "$pictures/$part/real" --out "$twins/$part" \
-            ${AUTOENCODER:+--autoencoder $AUTOENCODER}
-    fi
-    if [[ ! -d "$out/upsampled/$part" ]]; then
-        "$PYTHON" -m tools.example --from "$pictures/$part/real" --out "$out/upsampled/$part"
-    fi
-done
+# 2. Twins and up-sampled copies
+make_copies "$pictures" "$out"
 
 # 3 and 4. Detectors. A residual and its controls are trained alike: pixels with AdamW on crops, stages 4 and 5 with SGD.
 pixels=(--idx-stages 0 --optimizer adamw --lr 1e-3 --wd 0.05 --batch-size 16 --crop-size 128 --crops-per-image 2)
@@ -79,12 +72,21 @@ spectrum=(--residual signed --arch spectrum --optimizer adamw --lr 2e-3 --wd 0.0
     --crop-size 128 --crops-per-image 4)
 stage4=(--idx-stages 4 --lr 0.01 --batch-size 32)
 stage5=(--idx-stages 5 --lr 0.01 --batch-size 32)
-rdn_flags=(--sr-weights-file "$rdn")
-bicubic=(--sr-arch bicubic)
-none=(--sr-arch none)
 inputs=${INPUTS:-pixel bicubic control spectrum spectrum_bicubic spectrum_control
     ${VGG_WEIGHTS:+stage4 bicubic_stage4 control_stage4 stage5 bicubic_stage5 control_stage5}}
 for input in $inputs; do
+    case $input in
+        *control*) network=(--sr-arch none) ;;
+        *bicubic*) network=(--sr-arch bicubic) ;;
+        *) network=(--sr-weights-file "$rdn") ;;
+    esac
+    case $input in
+        pixel | bicubic | control) epochs=5 recipe=("${pixels[@]}") ;;
+        spectrum | spectrum_bicubic | spectrum_control) epochs=8 recipe=("${spectrum[@]}") ;;
+        stage4 | bicubic_stage4 | control_stage4) epochs=10 recipe=("${stage4[@]}") ;;
+        stage5 | bicubic_stage5 | control_stage5) epochs=10 recipe=("${stage5[@]}") ;;
+        *) fail "INPUTS: unknown input $input" ;;
+    esac
     training_sets=${SEEN:-all ${generators[*]}}
     if [[ "$input" == spectrum* ]]; then
         training_sets+=" twins ${generators[*]/%/+twins} ${generators[*]/%/+upsampled} ${generators[*]/%/+twins+upsampled}"
@@ -93,21 +95,7 @@ for input in $inputs; do
         name=${input}_on_${training_set//+/_and_}
         seen=${training_set//+/ }
         [[ "$training_set" != all ]] || seen=${generators[*]}
-        case $input in
-            pixel) detector "$name" 5 "$seen" "${rdn_flags[@]}" "${pixels[@]}" ;;
-            bicubic) detector "$name" 5 "$seen" "${bicubic[@]}" "${pixels[@]}" ;;
-            control) detector "$name" 5 "$seen" "${none[@]}" "${pixels[@]}" ;;
-            spectrum) detector "$name" 8 "$seen" "${rdn_flags[@]}" "${spectrum[@]}" ;;
-            spectrum_bicubic) detector "$name" 8 "$seen" "${bicubic[@]}" "${spectrum[@]}" ;;
-            spectrum_control) detector "$name" 8 "$seen" "${none[@]}" "${spectrum[@]}" ;;
-            stage4) detector "$name" 10 "$seen" "${rdn_flags[@]}" "${stage4[@]}" ;;
-            bicubic_stage4) detector "$name" 10 "$seen" "${bicubic[@]}" "${stage4[@]}" ;;
-            control_stage4) detector "$name" 10 "$seen" "${none[@]}" "${stage4[@]}" ;;
-            stage5) detector "$name" 10 "$seen" "${rdn_flags[@]}" "${stage5[@]}" ;;
-            bicubic_stage5) detector "$name" 10 "$seen" "${bicubic[@]}" "${stage5[@]}" ;;
-            control_stage5) detector "$name" 10 "$seen" "${none[@]}" "${stage5[@]}" ;;
-            *) fail "INPUTS: unknown input $input" ;;
-        esac
+        detector "$name" "$epochs" "$seen" "${network[@]}" "${recipe[@]}"
         if [[ "$input" == spectrum* && -n "${FACES:-}" && ! -f "$out/scores/${name}_faces.csv" ]]; then
             score "$name" --data-root-pos "$FACES/val/real" --data-root-neg "$FACES/val/stylegan2" \
                 --save_path "$out/scores/${name}_faces"
