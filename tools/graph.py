@@ -120,7 +120,6 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
             program,
             input_names=["image"],
             output_names=["logits", "prob_fake"],
-            dynamic_shapes=(axes,),
             opset_version=18,  # version of the ONNX operators; all runtimes since 2023 read opset 18
             dynamo=True,
             verbose=False,
@@ -131,7 +130,13 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
             f"PyTorch {torch.__version__} cannot convert this detector to ONNX ({reason}): use --out FILE.pt2"
         ) from None
     onnx.model.metadata_props.update(facts)
-    return onnx.model_proto.SerializeToString()
+    proto = onnx.model_proto
+    input_shape = proto.graph.input[0].type.tensor_type.shape
+    for dimension, name in axes.items():
+        input_shape.dim[dimension].dim_param = name
+    for output in proto.graph.output:
+        output.type.tensor_type.shape.dim[0].dim_param = axes[0]
+    return proto.SerializeToString()
 
 
 def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bool]:
