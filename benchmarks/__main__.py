@@ -4,10 +4,11 @@
     python -m benchmarks --gpu 0                                       on a GPU, with all image sizes
     python -m benchmarks --quick                                       one row with a toy network, in seconds
 
-Each row of the printed table is one task, such as scoring with float32. A row compares up to three implementations
-("forms", see benchmarks/cases.py) of the same networks. Each measurement runs in a separate process. The option
---rounds sets how often each implementation is measured. The table shows the fastest measurement. A row is printed as
-soon as it has been measured. "-" means that the implementation was not measured, or that the measurement failed.
+Each row of the printed table shows time and memory for one task, such as scoring images in float32. A row compares up
+to three implementations ("forms", see benchmarks/cases.py) of the same networks. Each measurement runs in a separate
+process. The option --rounds sets how often each implementation is measured. The table shows the fastest measurement of
+each implementation. A row is printed as soon as it has been measured. "-" means that the implementation was not
+measured, or that the measurement failed.
 """
 
 import argparse
@@ -34,12 +35,17 @@ TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass
 START_SECONDS = 5  # estimated time to start a process
 ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices; the time of their product is used to estimate the total time
 GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is compared with RDN on a GPU
-LARGEST_PLAIN_SIDE = 512  # in pixels; on larger images, fine-tuning in other forms than "here" needs more than 22 GiB
+# Largest side in pixels of the images with which fine-tuning in plain PyTorch is measured on a CPU. With larger images,
+# fine-tuning in plain PyTorch needs more than 22 GiB.
+LARGEST_PLAIN_SIDE = 512
 GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 
 
 def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
-    """List the rows of the table. Each row is returned as a `Case` with the form "here"."""
+    """List the rows of the table.
+
+    Each row is a `Case` with the placeholder form="here", which `measure_implementations_of_case` replaces.
+    """
     gpu = args.gpu
     if args.quick:
         return [Case("scoring", "here", "fp32", 0, 64, 1, gpu, True)]
@@ -61,7 +67,7 @@ def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def list_network_implementations(case: Case) -> list[str]:
-    """List the forms (implementations of the networks) in which a row is measured."""
+    """List the implementations of the networks that are measured for one row of the table."""
     if case.kind == "scoring" and case.precision != "bf16":
         return ["plain", "channels-last", "here"]
     if case.kind == "step, fine-tuning" and case.side > LARGEST_PLAIN_SIDE and case.gpu == "cpu":
@@ -70,10 +76,10 @@ def list_network_implementations(case: Case) -> list[str]:
 
 
 def estimate_tflop(case: Case) -> float:
-    """Estimate how many operations one run of a case needs, in units of 10^12."""
+    """Estimate how many floating-point operations one run of the measured task needs, in units of 10^12."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
-    if case.kind == "step, fine-tuning":  # 2 forward passes + 1 backward pass = 4 forward passes
+    if case.kind == "step, fine-tuning":  # 4 forward passes: checkpointing needs 2, and the backward pass costs 2
         auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2  # the auxiliary loss is computed on half of the images
         return 4 * megapixels * (resynthesis + auxiliary)
     if case.kind == "step, train_sr.py":
@@ -180,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     runs_per_process = 8 if on_gpu else 1
     seconds = 0.0
     for case in rows:
-        if not args.quick:  # with --quick, the total time is only seconds
+        if not args.quick:  # with --quick, the estimate stays 0, because the run takes only seconds
             seconds += (
                 args.rounds
                 * len(list_network_implementations(case))

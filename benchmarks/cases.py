@@ -3,9 +3,9 @@
     python -m benchmarks.cases JSON
 
 JSON contains the fields of `Case`. The benchmark compares three implementations of the same networks, which are called
-forms. The form "plain" follows the figures of the papers: it computes whole feature maps, uses torch.cat, and uses
-PyTorch's default memory format. The form "channels-last" is the plain form in channels-last memory format, with
-autocast for bf16. The form "here" is the code that the programs of this project run.
+forms. The form "plain" computes whole feature maps, concatenates them with torch.cat, and uses PyTorch's default memory
+format. The form "channels-last" is the plain form in channels-last memory format, with autocast for bf16. The form
+"here" is the code that the programs of this project run.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Datasets, batches and data loaders.
 
-A `Key` names one dataset entry in one epoch. The sampler `EpochBatchSampler` yields the list of the `Key`s of each
-batch. A dataset reads a `Sample` for each `Key`. The function `collate_samples` combines samples into a `Batch`. Random
-choices depend only on the seed, the epoch and the index of the image. Random choices do not depend on the number of
-workers or processes, or on the step at which a run was stopped and resumed.
+A `Key` names one dataset entry in one epoch. For each batch, the sampler `EpochBatchSampler` yields a list of `Key`s. A
+dataset reads a `Sample` for each `Key`. The function `collate_samples` combines samples into a `Batch`. The random
+choices for a dataset entry depend only on the seed, the epoch and the index of the entry. The number of workers and
+processes does not change the random choices. A resumed run makes the same random choices as an uninterrupted run.
 """
 
 import atexit
@@ -45,11 +45,14 @@ Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, ge
 
 
 class Key(NamedTuple):
-    """The name of one dataset entry in one epoch. `dataset[key]` reads the entry that `key` names."""
+    """The index of a dataset entry, with an epoch and a weight in the loss.
+
+    `dataset[key]` reads the entry that `key` names.
+    """
 
     epoch: int
     index: int  # index of the entry in the dataset
-    weight: float = 1.0  # weight of the entry in the loss: 1 / batch size, or 0 to ignore the entry
+    weight: float = 1.0  # weight of the entry in the loss; `EpochBatchSampler` sets 1 / batch size, or 0
 
 
 class Sample(NamedTuple):
@@ -112,11 +115,11 @@ def _describe_size_difference(first: Sample, other: Sample) -> str:
 
 
 def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
-    """Merge consecutive batches of one image each if their images have equal size and are in the same block.
+    """Merge consecutive batches of one image each into batches of images of equal size.
 
-    A block is a fixed range of the list of images. With blocks, the same images are in one batch for any number of
-    processes, and also after a run was stopped and resumed. Therefore the scores of an image are also the same, bit for
-    bit.
+    The dataset is divided into blocks of `block` consecutive images. Only images in the same block are merged into one
+    batch. Therefore the batches do not depend on the number of processes. A resumed run makes the same batches as an
+    uninterrupted run. Equal batches give each image the same scores, bit for bit.
 
     Args:
         batches: batches of one image each.
@@ -136,7 +139,10 @@ def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixe
 
 
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
-    """Return whether a batch can join the waiting batches, because block, size and number of pixels allow it."""
+    """Return whether `batch` can be merged with the batches in `waiting`.
+
+    The batches must be in the same block. Their images must have equal size, and at most `pixels` pixels in total.
+    """
     if _get_first_dataset_index_of_batch(batch) // block != _get_first_dataset_index_of_batch(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
@@ -176,18 +182,17 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 
 
 class EpochBatchSampler(Sampler):
-    """A `batch_sampler` for DataLoader, which yields the list of the `Key`s of each batch of one epoch.
+    """A `batch_sampler` for DataLoader that yields a list of `Key`s for each batch of one epoch.
 
     If n processes share each batch, process r gets the entries r, r + n, r + 2 n and so on of the batch. The last batch
-    of an epoch may be smaller. If a batch has fewer entries than there are processes, each process without an entry
-    gets the first entry of the batch with weight 0, because every process must take part in every step.
+    of an epoch may be smaller. Every process must take part in every step. Therefore, a process that would get no entry
+    of a small batch gets the first entry of the batch with weight 0.
 
     Args:
         count: number of entries in the dataset.
         batch_size: number of entries per step, summed over all processes.
-        seed: random seed of the order of the entries, which is different in each epoch, or None for the order of the
-            dataset.
-        world: rank (number) of this process, and number of processes.
+        seed: random seed for shuffling the entries in each epoch, or None to keep the order of the dataset.
+        world: the rank of this process, and the number of processes.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
@@ -199,7 +204,11 @@ class EpochBatchSampler(Sampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
-        """Set the epoch, and the first step of the epoch if a run is resumed in the middle of the epoch."""
+        """Set the epoch for which the sampler yields batches.
+
+        Args:
+            first_step: number of steps of the epoch to skip, because a resumed run has already done these steps.
+        """
         self.epoch = epoch
         self.first_step = first_step
 
@@ -317,7 +326,7 @@ class ImageDataset(ItemDataset):
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
-        """List (height, width) of each image after resizing and cropping. The list is empty if no headers were read."""
+        """The (height, width) of each image after resizing and cropping. The list is empty if no headers were read."""
         return [compute_final_size(*header.size, self.policy) for header in self.headers]
 
     @property
@@ -332,12 +341,12 @@ class ImageDataset(ItemDataset):
 
 
 class PatchDataset(ItemDataset):
-    """A dataset of K random high-resolution patches per image, each of which has `patch_size * scale` pixels per side.
+    """A dataset that cuts K random patches from each high-resolution image.
 
-    Images are first centre-cropped so that their sides are multiples of `scale`. Patches are aligned with the
-    low-resolution pixels, so that a downsampled patch is a part of the downsampled image. Horizontal flip, vertical
-    flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and in yjn870/RDN-pytorch
-    (MIT licence).
+    A patch has `patch_size * scale` pixels per side. Images are first centre-cropped so that their sides are multiples
+    of `scale`. Patches are aligned with the low-resolution pixels, so that a downsampled patch is a part of the
+    downsampled image. Horizontal flip, vertical flip and rotation by 90 degrees have probability 0.5 each, as in the
+    paper (He et al.) and in yjn870/RDN-pytorch (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
@@ -388,7 +397,10 @@ def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.ra
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that yields `Batch`es, also if its workers send the batches as NumPy arrays."""
+    """A DataLoader that yields `Batch`es of tensors.
+
+    If a worker sends a batch as NumPy arrays, this class converts the arrays to tensors.
+    """
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
@@ -401,7 +413,7 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
     """Create a DataLoader that reads the given batches of a dataset.
 
     Args:
-        batches: for each batch, the list of its `Key`s.
+        batches: an `EpochBatchSampler`, or a list that contains one list of `Key`s per batch.
         workers: number of processes that read images, or 0 to read images in the main process. At most one worker per
             CPU core is started.
     """
@@ -457,12 +469,12 @@ def _apply_to_batch_tensors(batch: Batch, function: Callable) -> Batch:
 
 
 def _prepare_worker(_: int) -> None:
-    """Make a worker ignore SIGINT, exit GRACE seconds after SIGTERM, and use one thread.
+    """Set the signal handlers and the number of threads of a worker process.
 
-    SIGINT and SIGTERM are often sent to all processes of a program. If a worker exited as soon as it gets such a
-    signal, the main process would fail before it could save its state. If a worker ignored SIGTERM, the main process
-    would never exit, because it sends SIGTERM to its workers and waits until they have exited. One thread per worker is
-    enough, because several workers run at the same time.
+    A worker ignores SIGINT. A worker exits GRACE seconds after it gets SIGTERM. SIGINT and SIGTERM are often sent to
+    all processes of a program. If a worker exited at once, the main process would fail before it could save its
+    progress. A worker must not ignore SIGTERM, because `multiprocessing` ends its workers with SIGTERM. One thread per
+    worker is enough, because several workers run at the same time.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
@@ -471,7 +483,10 @@ def _prepare_worker(_: int) -> None:
 
 
 def _end_loader_workers_at_exit() -> None:
-    """When the program exits, end all running workers at once, instead of GRACE seconds later."""
+    """Send SIGALRM to all running workers when the program exits.
+
+    SIGALRM ends a worker at once. SIGTERM would end the worker only after GRACE seconds.
+    """
     for process in multiprocessing.active_children():
         if process.daemon:
             os.kill(process.pid, signal.SIGALRM)

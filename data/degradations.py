@@ -20,7 +20,8 @@ TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxili
 TASK_NOISE_STD = 4 / 255
 TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-PATCH_PROBABILITY = 1 - math.sqrt(0.5)  # with two possible degradations, half of the patches are not degraded
+# Probability of each degradation of a patch. If two degradations are switched on, half of the patches are not degraded.
+PATCH_PROBABILITY = 1 - math.sqrt(0.5)
 PATCH_NOISE_STD = (0, 10 / 255)
 PATCH_JPEG_QUALITY = (25, 74)  # lowest and highest quality, both included
 PATCH_FRACTION = (0.05, 0.15)  # smallest and largest fraction of pixels that are turned black or grey
@@ -78,16 +79,16 @@ def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
 
 
 def create_grey_pixel_degradation(batch_rng: np.random.Generator) -> Degradation:
-    """Create the degradation of the auxiliary task colorization, which turns a random fraction of the pixels grey.
+    """Return a function that turns random pixels of an image grey, for the auxiliary task "colorization".
 
-    The fraction is the same for all images of a batch.
+    The fraction of grey pixels is drawn at random, once for all images of a batch.
     """
     fraction = batch_rng.uniform(*TASK_GREY_FRACTION)
     return lambda image, rng: turn_random_pixels_grey(image, fraction, rng)
 
 
 def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
-    """Create the degradation of the auxiliary task denoising, which adds Gaussian noise."""
+    """Return a function that adds Gaussian noise to an image, for the auxiliary task "denoising"."""
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 

@@ -1,7 +1,7 @@
 """Search folders for images.
 
-Files that are not images are left out. Pictures written by test.py are also left out. For each folder that is searched,
-one log line says how many files were left out, and why.
+The function `find_images` leaves out files that are not images. `find_images` also leaves out pictures that test.py has
+written. If `find_images` leaves out files, one log line says how many, and why.
 """
 
 import logging
@@ -20,15 +20,16 @@ HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 if HAS_AVIF:
     IMAGE_SUFFIXES += (".avif",)
-MOST_REASONS = 9  # maximum number of reasons for leaving out files that one log line lists
+MOST_REASONS = 9  # maximum number of reasons that a log line about left-out files contains
 
 
 def find_images(root: str) -> list[str]:
     """Find all images in a folder and in the folders below it, and sort them by path.
 
     Images are recognized by their file suffix, in upper or lower case. Hidden files, hidden folders, folders named
-    __MACOSX, and pictures written by test.py are left out. A link to a folder is followed, unless the folder contains
-    the link. A folder that can be reached by several paths is read only once, by a path without links if there is one.
+    __MACOSX, and pictures written by test.py are left out. Links to folders are followed,
+    except links to a folder above the link. If links lead to a folder that was already read, the folder is not read
+    again.
 
     Raises:
         UserError: if a folder cannot be read, or if no image is found.
@@ -70,7 +71,7 @@ def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: 
     """Select the subfolders that `find_images` searches.
 
     Args:
-        left_out: counter of the reasons for which files and folders are left out. This function counts the
+        left_out: maps each reason for leaving out files and folders to their number. This function counts the
             subfolders that it leaves out.
     """
     selected = []
@@ -89,7 +90,7 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
     Args:
         names: names of all files in the folder.
-        left_out: counter of the reasons for which files and folders are left out. This function counts the files
+        left_out: maps each reason for leaving out files and folders to their number. This function counts the files
             that it leaves out.
     """
     images = []
@@ -103,10 +104,10 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
 
 def _is_link_to_parent_folder(folder: str) -> bool:
-    """Return whether a folder is a link to a folder that contains the link.
+    """Return whether `folder` is a link to a folder above the link.
 
-    Such links must not be followed. For example, a link in the folder `real` to the parent folder of `real` would list
-    generated images as real.
+    Such links must not be followed. For example, the folder `real` may contain a link to its parent folder. If this
+    link were followed, generated images in the parent folder would be listed as real.
     """
     if not os.path.islink(folder):
         return False
@@ -147,7 +148,7 @@ def find_kind_of_test_py_picture(path: str) -> str | None:
 
 def _is_score_table(path: str) -> bool:
     """Return whether a file is a CSV table with a column "logit_fake"."""
-    if not os.path.isfile(path):  # for example a named pipe, which cannot be opened without waiting
+    if not os.path.isfile(path):  # for example a named pipe, for which open() may wait forever
         return False
     try:
         with open(path, "rb") as file:

@@ -26,15 +26,15 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Pillow's warnings are hidden, because this module raises errors for the same problems. The warnings are hidden for the
-# whole program, because warnings.catch_warnings must not be used in threads.
+# Pillow's warnings are hidden, because this module raises a UserError for each image that cannot be used. The warnings
+# are hidden for the whole program, because warnings.catch_warnings must not be used in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is missing, because it is unsafe
 if HAS_AVIF:
     FORMATS += ("AVIF",)
 MAX_PIXELS = 178_956_970  # twice Pillow's default MAX_IMAGE_PIXELS, above which Pillow refuses to decode an image
-HEADER_THREADS = 16  # may be more threads than CPU cores, because threads that read headers wait for the disk
+HEADER_THREADS = 16  # number of threads that read headers; these threads mostly wait for the disk
 Tag = ExifTags.Base  # numbers of the tags in EXIF data and TIFF files
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -52,7 +52,7 @@ class SizePolicy(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The image size that the header of an image file contains, and a reason if the image cannot be used."""
+    """Properties of an image that were read from the header of its file."""
 
     size: tuple[int, int] | None  # (height, width) of the upright image, or None if the header cannot be read
     problem: str | None = None  # reason why the image cannot be used, or None if the image can be used
@@ -73,7 +73,7 @@ def read_image_as_pillow_rgb(path: str) -> Image.Image:
 
     Grey images get three equal channels. Transparent pixels are blended with white. CMYK images are converted without
     colour profiles. 16-bit grey values are rounded to 8 bits. Of 16-bit colour values, Pillow keeps only the high byte.
-    Float values must be in [0, 1]. Only the first frame of an animation is read.
+    Float images must have values in [0, 1]. Only the first frame of an animation is read.
 
     Raises:
         UserError: if the image cannot be decoded, or has more than MAX_PIXELS pixels.
@@ -136,7 +136,7 @@ def _check_regular_file(path: str) -> None:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder, not an image file")
-    if not stat.S_ISREG(status.st_mode):  # for example a named pipe, which cannot be opened without waiting
+    if not stat.S_ISREG(status.st_mode):  # for example a named pipe, for which open() may wait forever
         raise ValueError("is a device or pipe, not an image file")
     if status.st_size == 0:
         raise ValueError("is empty (0 bytes)")
@@ -201,7 +201,7 @@ def compute_centre_crop_box(height: int, width: int, scale: int) -> tuple[int, i
 
 
 def require_large_enough_crops(policy: SizePolicy) -> None:
-    """Raise a UserError if crops of this size are too small for the networks."""
+    """Raise a UserError if `policy.crop_size` is too small for the networks."""
     if policy.crop_size is None:
         return
     smallest = max(policy.scale, policy.min_side)
@@ -229,7 +229,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
             " (or --patch-size), or leave the image out"
         )
     if policy.crop_size is not None:
-        return None  # `require_large_enough_crops` has checked the size of the crops
+        return None  # `require_large_enough_crops` checks that crops are large enough for the networks
     side = min(height, width)
     if side < policy.scale:
         return f"{text}: both sides must be at least {policy.scale} pixels (the scale); leave the image out"
@@ -244,7 +244,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
 def _compute_size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Compute the (height, width) of an image after resizing its shorter side to `policy.resize`.
 
-    The longer side is rounded down.
+    The aspect ratio is kept, and the length of the longer side is rounded down.
     """
     if policy.resize is None:
         return height, width
@@ -321,7 +321,9 @@ def read_header(path: str, policy: SizePolicy) -> Header:
 def select_usable_items(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
 ) -> tuple[Sequence[Item], list[Header]]:
-    """Select the images that can be used according to their headers, and log why each other image cannot be used.
+    """Select the images that can be used according to their headers.
+
+    For each image that cannot be used, one log line says why.
 
     Args:
         skip_bad: whether to leave out images that cannot be used, instead of raising a UserError.

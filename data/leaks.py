@@ -74,7 +74,8 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
     """Search image files for leaks and duplicates.
 
     Args:
-        quick: whether to read at most SAMPLE files of each class and split.
+        quick: whether to read at most SAMPLE files per class in `train`, and at most SAMPLE files per class in
+            `validation`.
     """
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
@@ -124,7 +125,7 @@ def list_header_attributes(image: Image.Image) -> dict[str, str]:
     attributes = {
         "format": image.format,
         "size": f"{width} x {height}",
-        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # rounded to 64, 91, 128, 181, ... pixels
+        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # in pixels, rounded to 64, 91, 128, 181 and so on
         "colour mode": image.mode,
     }
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO files, which contain several JPEG images
@@ -160,7 +161,7 @@ def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: s
     """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
 
     Args:
-        where: description of the compared files, such as "train", which the finding contains.
+        where: description of the compared files for the text of the finding, such as "train".
     """
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
@@ -170,7 +171,8 @@ def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: s
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))  # 3 standard deviations of a difference by chance
+    # If both classes have the value equally often, the standard deviation of `difference` is at most three_sigma / 3
+    three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None
     severity = LEAK if difference >= LEAK_DIFFERENCE else WARNING
@@ -182,7 +184,8 @@ def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: s
 def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     """Find files with identical content.
 
-    Files of the same length are compared by their first HEAD_BYTES bytes, and read to the end only if these are equal.
+    Only files of equal length are compared. A file is read to the end only if another file of equal length has the same
+    first HEAD_BYTES bytes.
     """
     copies = []
     for same_size in group_files(files, lambda file: file.size):
@@ -210,7 +213,7 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
 
 
 def group_files(files: Sequence[File], key: Callable[[File], object]) -> list[list[File]]:
-    """Group files with the same key. Returns the groups of two or more files."""
+    """Group files for which `key(file)` is equal, and return the groups of two or more files."""
     groups = defaultdict(list)
     for file in files:
         groups[key(file)].append(file)

@@ -1,7 +1,7 @@
 """List image files as `Item`s from folders, folder trees, CSV tables and text files with one path per line.
 
-This file does not decode images. The functions raise a `UserError` for a folder or list that cannot be used. Every
-function that searches a folder logs one line that says how many files were left out, and why.
+This file does not decode images. The functions raise a `UserError` for a folder or list that cannot be used. If a
+function leaves out files in a folder, one log line says how many, and why.
 """
 
 import csv
@@ -37,8 +37,8 @@ class Item(NamedTuple):
 
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
-    # The generator that made a fake image. For a real image, `generator` is the generator whose images are compared
-    # with the real image, or "" if the images of all generators are compared with it
+    # The name of the generator that made a fake image. A real image is compared with the fake images of `generator`, or
+    # with the fake images of all generators if `generator` is ""
     generator: str
 
 
@@ -47,7 +47,7 @@ class ImageFlags(NamedTuple):
 
     real: str = "--data-root-pos"
     fake: str = "--data-root-neg"
-    others: str = "--data-root TREE, or --csv FILE"  # flags that can be given instead
+    others: str = "--data-root TREE, or --csv FILE"  # flags that can replace the flags `real` and `fake`
 
 
 IMAGE_FLAGS = ImageFlags()
@@ -57,10 +57,10 @@ IMAGE_FLAGS = ImageFlags()
 
 
 def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
-    """List the images of folders: first the sorted real images, then the sorted fake images.
+    """List the images of folders: first the real images, then the fake images.
 
-    All images in a folder of fake images get the name of the folder as the name of their generator. If two folders have
-    the same name, names of parent folders are put in front of the names of all generators.
+    All images in a folder of fake images get the name of the folder as the name of their generator. If two of
+    these folders have the same name, all generator names also contain parent folders, such as "run1/stylegan".
 
     Raises:
         UserError: if no folder is given, if one folder contains another, or if a folder has no images.
@@ -104,13 +104,12 @@ def list_items_of_folder_tree(root: str, training: bool = False) -> list[Item]:
     """List the images of a folder tree: first the real images, then the fake images.
 
     Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
-    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. If these folders are directly in `root`, the generator gets the
-    name of `root`. The `generator` of a real image is the generator whose images are compared with it. If images are
-    left out, or if the used images are in folders of several kinds, one log line says which images are used.
+    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. Images in `root`/0_real get the name of `root` as the name
+    of their generator. A real image in GENERATOR/0_real is compared with the fake images of GENERATOR. If images are
+    left out, one log line says how many images are used, and how many are left out.
 
     Args:
-        training: whether the images are for training. If True, images in folders for validation or test
-            (HELD_OUT_FOLDERS) are left out.
+        training: whether to leave out images in folders for validation or test (HELD_OUT_FOLDERS).
 
     Raises:
         UserError: if no image can be used.
@@ -161,9 +160,10 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
 
 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
-    """Return the name of the generator of an image: the first of `parents`, or the name of `root` if there is none.
+    """Return the name of the generator of an image.
 
-    Folders for training, validation or test, such as "train", are not used as names.
+    The name is the first entry of `parents` that is not the name of a folder for training, validation or test. If
+    `parents` has no such entry, the generator gets the name of the folder `root`.
 
     Args:
         root: root of the folder tree.
@@ -317,8 +317,7 @@ def list_labelled_items(
         tree: root of a folder tree, see `list_items_of_folder_tree`.
         csv_file: path of a CSV table, see `list_csv_items`.
         flags: command-line flags with which the user can give images, used in error messages.
-        training: whether the images are for training. If True, images for validation or test in a folder tree are
-            left out.
+        training: whether to leave out images for validation or test in a folder tree.
 
     Raises:
         UserError: if no source or more than one source is given.
@@ -350,7 +349,7 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
 
     A link and the file to which it points count as the same file.
     """
-    first_with = {}  # (device, inode) of each file -> first item with this file
+    first_with = {}  # (device, inode) of each file -> first item whose path leads to the file
     conflicts = []
     for item in items:
         try:
@@ -407,7 +406,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
             f"left out {left_out.total()} pictures that test.py has written: {format_file_counts_by_reason(left_out)}"
         )
         if not found:
-            raise UserError(f"no images to list: test.py wrote all given files, and such files are left out; {text}")
+            raise UserError(f"no images are given: {text}; give images that test.py has not written")
         logger.info(text)
     return [Item(path, None, "") for path in found]
 

@@ -10,8 +10,9 @@ other protocol.
 
 To add a perturbation, write a function and add a line to SWEEP, to FRANK2020, or to both.
 
-The random numbers for an image depend only on its pixels, the protocol, the perturbation and the seed. The random
-numbers do not depend on the batch size, the order of the images, the number of workers or the path of the file.
+A `Perturbation` draws random numbers that depend only on the pixels of the image, the protocol, the name of the
+perturbation and the seed. The batch size, the order of the images and the number of workers do not change these random
+numbers.
 """
 
 import io
@@ -51,18 +52,18 @@ def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
         kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)  # (2 * radius + 1,)
         padded = F.pad(x[:, None], (radius, radius, 0, 0), mode="reflect")
         x = F.conv2d(padded, kernel.view(1, 1, 1, -1))[:, 0]
-        x = x.transpose(1, 2)  # (3, W, H) after the first pass, (3, H, W) after the second
+        x = x.transpose(1, 2)  # swap height and width, so that each is blurred once; at the end, x is (3, H, W)
     return _round_to_uint8(x)
 
 
 def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
     """Crop the centre of an image, and enlarge the crop to the size of the image.
 
-    The crop is enlarged by bicubic interpolation without antialiasing, because PyTorch then uses the same bicubic
-    kernel (a = -0.75) as OpenCV. With antialiasing, PyTorch would use a = -0.5.
+    The crop is enlarged by bicubic interpolation without antialiasing. Without antialiasing, PyTorch uses the same
+    bicubic kernel (a = -0.75) as OpenCV. With antialiasing, PyTorch would use a = -0.5.
 
     Args:
-        fraction: fraction of the height and of the width that is cut off. Half of it is cut off at each end.
+        fraction: fraction of the height and of the width that is cut off, one half of this fraction at each end.
     """
     height, width = image.shape[-2:]
     top = int(height * fraction * 0.5)
@@ -204,7 +205,7 @@ class PerturbationSetting(NamedTuple):
     """
 
     name: str
-    strength: float | None = None  # None for "none", and for perturbations of random strength
+    strength: float | None = None  # None for the name "none", and in the protocol frank2020
 
     @property
     def sweep_entry_or_default(self) -> Sweep:
@@ -309,8 +310,8 @@ class Perturbation(NamedTuple):
 def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Apply a random perturbation of FRANK2020 to a training image with probability 0.5.
 
-    Use this transform for both real and generated images. Otherwise the detector would learn to recognize perturbed
-    images instead of generated images.
+    Use this transform for both real and generated images. If only one class were perturbed, the detector would learn to
+    recognize perturbed images instead of generated images.
     """
     if rng.random() >= PROBABILITY:
         return image

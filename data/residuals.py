@@ -4,8 +4,8 @@ If the re-synthesizer is frozen, the residual of an image is the same in every e
 computed only once and stored in a cache. The cache has one file for each crop of an image, and one file for each
 mirrored crop. The residual of a mirrored image is not the mirrored residual, because the networks are not symmetric.
 The name of the cache folder is a hash of all settings that change residuals. Before each epoch,
-`ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. No images are read during
-the epoch.
+`ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. During the epoch, the cached
+residuals are read instead of the images.
 """
 
 import hashlib
@@ -32,8 +32,8 @@ from utils.files import make_folder, open_for_atomic_write, remove_unfinished_fi
 
 logger = logging.getLogger(__name__)
 
-# STORAGE maps each value of --cache-precision to a data type. Rounding a value v to float16 changes it by at most 2^-11
-# v (0.05 %) if v >= 2^-14, and by at most 2^-25 if v < 2^-14.
+# STORAGE maps each value of --cache-precision to a data type. Rounding to float16 changes an absolute value above 2^-14
+# by at most 0.05 % (2^-11). Smaller absolute values change by at most 2^-25.
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 ABANDONED_AFTER = 3600  # age in seconds at which unfinished files are deleted; another run may be writing younger files
 FORMAT = 2  # version of the cache files; increase FORMAT if residuals are computed or stored in another way
@@ -82,7 +82,7 @@ class ResidualDataset(Dataset):
     """A dataset that reads the residual of each entry of an `ImageDataset` from the cache, without decoding images.
 
     Args:
-        images: dataset of the images. Except for mirroring, the images must be the same in every epoch.
+        images: a dataset that returns the same crops in every epoch. Only the mirroring may change between epochs.
         folder: the cache folder, from `create_cache_folder`.
         dtype: data type of the stored residuals, a value of STORAGE.
     """
@@ -167,12 +167,12 @@ class ResidualDataset(Dataset):
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: function that is called as readable_batches(loader, description), and yields the batches
-                of `loader` whose image could be read.
+            readable_batches: function that is called as readable_batches(loader, description). The function yields
+                only the batches of `loader` whose image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.has_residual(key)]
-        barrier(world)  # wait until every process has listed the missing residuals before writing
+        barrier(world)  # no process stores residuals until all processes have computed `missing`
         own_keys = missing[world.rank :: world.size]
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
@@ -187,7 +187,7 @@ class CacheOptions(NamedTuple):
 
     folder: str | Path  # parent folder of all cache folders
     precision: str  # "fp16" or "fp32"
-    max_gb: float  # largest size of the cache in GB; no residuals are stored if all residuals take more
+    max_gb: float  # maximum size of all residuals in GB; no residuals are stored if they would need more
 
 
 def create_residual_datasets(
@@ -210,14 +210,14 @@ def create_residual_datasets(
     for images in datasets:
         if images.crops_change_each_epoch or images.transform:
             logger.info(
-                "residuals are not cached, because they change in each epoch: images are cropped at new positions (use"
-                " --crops-per-image for fixed crops) or perturbed at random (--augment-perturb)"
+                "residuals are not cached, because the images change in each epoch: to cache residuals, leave out"
+                " --augment-perturb, and give --crops-per-image if you give --crop-size"
             )
             return []
     dtype = STORAGE[options.precision]
     byte_counts = []
     for images in datasets:
-        directions = 2 if images.augmentation else 1  # the image and the mirrored image have different residuals
+        directions = 2 if images.augmentation else 1  # each crop needs one residual, or two if images are mirrored
         for size in images.image_sizes:
             values = math.prod(residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.entries_per_image * directions)

@@ -8,7 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import make_printable
 from utils.errors import UserError
 
-THRESHOLD_TOLERANCE = 1e-6  # thresholds from -THRESHOLD_TOLERANCE to 1 + THRESHOLD_TOLERANCE are accepted
+THRESHOLD_TOLERANCE = 1e-6  # tools.calibrate may choose a threshold just outside [0, 1]
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -27,7 +27,7 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     rule = {**UNCALIBRATED, **(calibration or {})}
     logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
     margins = logits[:, 0] - logits[:, 1]
-    prob_fake = sigmoid(margins / rule["temperature"])  # equals a softmax over the two logits
+    prob_fake = sigmoid(margins / rule["temperature"])  # the column FAKE of softmax(logits / temperature)
     verdicts = np.full(len(prob_fake), "unsure")
     verdicts[prob_fake <= rule["t_real"]] = "real"
     verdicts[prob_fake >= rule["t_fake"]] = "fake"

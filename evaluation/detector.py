@@ -1,4 +1,4 @@
-"""A trained detector, which computes the probability P(fake) that an image is generated, verdicts and residuals.
+"""A trained detector of generated images. P(fake) is the probability that an image is generated.
 
     from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
@@ -43,14 +43,15 @@ class Examination(NamedTuple):
 class Detector:
     """A trained network with all settings that its scores depend on.
 
-    `predict`, `verdict` and `residual` take one image or several images. Images are resized and cropped as in training.
+    `predict`, `verdict` and `residual` take one image or several images. By default, images are resized
+    and cropped to the sizes used in training.
     """
 
     network: ResynthesisDetector
     compute: Compute
     policy: SizePolicy
     calibration: Mapping  # see `probabilities_and_verdicts`; empty if the detector is not calibrated
-    config: Mapping  # how the network is built, and the fingerprints of its weights
+    config: Mapping  # architecture of the network, and hashes of its weights
     # Hashes of the training images (`data.lists.hash_image_files`), or None if the checkpoint has none
     trained_on: Tensor | None
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
@@ -58,7 +59,7 @@ class Detector:
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
         """Compute the probability P(fake) of each image, float64 (N,).
 
-        The logits of a calibrated detector are divided by its temperature first.
+        If the detector is calibrated, P(fake) is computed from the logits divided by the calibration's temperature.
         """
         prob_fake, _ = probabilities_and_verdicts(self._compute_logits_of_image_inputs(images), self.calibration)
         return prob_fake
@@ -101,7 +102,7 @@ class Detector:
             return self.network(x).float().cpu()  # (B, 2)
 
     def _mean_logits(self, image: Tensor) -> Tensor:
-        """Compute the mean of the logits over the crops of an image, uint8 (3, H, W). Returns a tensor (2,)."""
+        """Cut an image, uint8 (3, H, W), into crops, and return the mean (2,) of the logits of the crops."""
         crops, _ = self.cut_crops(image)  # (K, 3, h, w)
         batches = crops.split(images_per_batch(*crops.shape[2:]))
         logits = [self._logits_of_whole_images(batch) for batch in batches]
@@ -115,7 +116,9 @@ class Detector:
             images: uint8 (B, 3, H, W).
 
         Returns:
-            x (B, 3, H, W) in [0, 1], x_hat (B, 3, H, W) and the residual (B, C_l, H_l, W_l), on the detector's device.
+            x: the images (B, 3, H, W), with values in [0, 1].
+            x_hat: the re-synthesized images (B, 3, H, W).
+            residual: (B, C_l, H_l, W_l). All three tensors are on the detector's device.
         """
         x = self.compute.images_to_float(images)  # (B, 3, H, W)
         with self.compute.autocast():
@@ -149,7 +152,7 @@ class Detector:
     def resize_and_crop_policy_for_reading(self) -> SizePolicy:
         """Return the rule by which images are resized and cropped when they are read.
 
-        With several crops per image, images are not cropped when they are read.
+        If the detector scores several crops per image, this rule does not crop, because `cut_crops` crops later.
         """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
@@ -183,7 +186,7 @@ class Detector:
     # --- what the scores depend on ---
 
     def describe_model(self) -> dict:
-        """Return a dict of the detector's config, the fingerprint of its classifier, and its calibration."""
+        """Return a dict of the detector's config, a hash of the weights of its classifier, and its calibration."""
         return {
             **self.config,
             "classifier_fingerprint": compute_fingerprint(self.network.classifier),
@@ -193,7 +196,7 @@ class Detector:
     def describe_differences_from_training_images(self, paths: Sequence[str]) -> list[str]:
         """Describe how image files differ from all training images, in one line of text per difference.
 
-        The list is empty if the checkpoint does not describe its training images.
+        Returns an empty list if the checkpoint does not describe its training images.
         """
         known = self.config.get("images") or {}
         if "sides" not in known:
@@ -225,12 +228,12 @@ class Detector:
 
 
 def describe_training_images(images: ImageDataset) -> dict:
-    """Describe training images for `Detector.describe_differences_from_training_images`.
+    """Describe the sizes and the file formats of training images, as a dict for a checkpoint.
 
     Returns:
-        A dict with the keys "sides" and "jpegs". "sides" holds the smallest and the largest shorter side in pixels.
-        "jpegs" is the fraction of JPEG files. The fraction is 0.5 if training perturbs the images, because some of the
-        perturbed images are compressed as JPEG.
+        A dict with the keys "sides" and "jpegs". "sides" is a pair of numbers of pixels: the minimum and the maximum
+        of the images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs the images, "jpegs"
+        is always 0.5, because training then compresses only some of the images as JPEG.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))
@@ -246,7 +249,7 @@ def images_per_batch(height: int, width: int) -> int:
 
 
 def yield_each_image_as_batch(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Yield one batch for each image, uint8 (3, H, W)."""
+    """Yield the image `first` and each image of `others`, uint8 (3, H, W), as batches of one image."""
     unnamed = Item("", None, "")
     yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

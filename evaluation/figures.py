@@ -1,7 +1,7 @@
 """Draw score tables and residuals into PNG files.
 
-Fake is the positive class. Real images are grey. Each generator has the same colour and dash pattern in all panels of a
-figure. Colour-blind readers can distinguish the colours (Okabe and Ito, 2008).
+Fake is the positive class. Histograms of real images are grey. Each generator has the same colour and dash pattern in
+all panels of a figure. Colour-blind readers can distinguish the colours (Okabe and Ito, 2008).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from utils.files import open_for_atomic_write
 
 REAL_COLOR = "#767676"
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")  # generators 0 to 6 get "-", generators 7 to 13 get "--", ...
+DASHES = ("-", "--", "-.", ":")  # the first 7 generators get "-" in 7 colours, the next 7 get "--", ...
 INK = "#222222"
 STYLE = {
     "font.size": 9.5,
@@ -54,7 +54,7 @@ MOST_HISTOGRAMS = 4  # maximum number of generators in one panel of histograms; 
 LOWEST_FPR = 0.005  # left end of the logarithmic axis; with more than 100 real images, the axis begins further left
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-HIGHEST_PICTURE = 34  # maximum height of a residual picture in inches; a taller image is reduced in height
+HIGHEST_PICTURE = 34  # maximum height in inches of each panel of a residual picture; taller images are squeezed
 BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
@@ -77,8 +77,8 @@ def draw_auroc_by_perturbation_strength(
     In each panel, the strength that changes images most is on the right.
 
     Args:
-        curves: for each perturbation, a list of pairs (strength, {generator: metrics}), in order of strength.
-        clean: for each generator, AUROC on the unperturbed images, or None if unknown. Dotted lines show these values.
+        curves: for each perturbation, a list of points (strength, {generator: metrics}) in order of strength.
+        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows the AUROC.
     """
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
@@ -113,8 +113,8 @@ def draw_residual_picture(
     Args:
         x: the image (3, H, W). Values are clipped to [0, 1].
         x_hat: the re-synthesis (3, H, W). Values are clipped to [0, 1].
-        residual: (H_l, W_l), the mean over the channels of the residual. The largest 0.5 % of the values
-            share the brightest colour. Without this limit, a few large values would make all other values dark.
+        residual: (H_l, W_l), the mean over the channels of the residual's absolute values. The largest 0.5 % of the
+            values share the brightest colour. Otherwise, a few very large values would make the picture dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -144,7 +144,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
         if metrics.has_both_classes(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
-                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # replaces 0, which a logarithmic axis cannot show
+                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # drawn instead of a rate of 0, which has no logarithm
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
             label = f"{shorten_name(name)}  {metrics.auroc(scores, is_fake):.3f}"
@@ -164,7 +164,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
 def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     """Draw a histogram of the scores of real images, and a histogram for each generator's fakes.
 
-    The height of a bar is a fraction of the images in the group.
+    The height of a bar is the fraction of the histogram's images whose scores lie in the bin.
     """
     table = table.select_rows(table.has_label_and_score if table.has_label_and_score.any() else table.has_score)
     edges = histogram_bin_edges(table.logit_margins)
@@ -180,9 +180,12 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
 
 
 def split_into_histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
-    """Split a score table into the groups of a histogram.
+    """Select the images of each histogram: real images, unlabelled images, and the fakes of each generator.
 
-    Returns the name, the rows (N,) bool and the colours of each group.
+    With more than MOST_HISTOGRAMS generators, one histogram shows the fakes of all generators.
+
+    Returns:
+        For each histogram, its name, a mask (N,) bool of its images, and its style as arguments for `Axes.stairs`.
     """
     grey = {"fc": (REAL_COLOR, 0.45), "ec": "none"}
     groups = [("real", table.is_real, grey), ("unlabelled", ~(table.is_real | table.is_fake), grey)]
@@ -230,7 +233,7 @@ def write_png_figure(
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
         grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. If `grid` is None,
-            matplotlib computes positions with room for all labels, which takes 0.6 s.
+            matplotlib computes positions with room for all labels. This computation takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""Load a trained detector from a checkpoint, and check that all files and settings fit together."""
+"""Load a trained detector from a checkpoint, and check the checkpoint and the user's options."""
 
 import logging
 import os
@@ -76,7 +76,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector for the device and precision in `compute`. The function `load` explains the other arguments."""
+    """Load a detector that runs on `compute.device`. The function `load` explains the arguments after `compute`."""
     source = read_checkpoint_if_path_is_given(checkpoint)
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -110,19 +110,20 @@ def create_resize_and_crop_policy(network: ResynthesisDetector, settings: ImageS
 def convert_gpu_number_to_device_name(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    On a machine without a GPU, `choose_device_and_precision` raises an error for a name, but not for a number.
+    On a machine without a GPU, `choose_device_and_precision` raises an error for such a name. For a number, it would
+    use the CPU instead.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
 
 
 def select_settings_that_load_accepts(settings: Mapping) -> dict:
-    """Return those settings of a program that are options of `load`."""
+    """Select the entries of `settings` that `load` accepts in its argument `options`."""
     return {name: settings[name] for name in (*OPTION_NAMES, *IMAGE_OPTIONS) if name in settings}
 
 
 def check_load_options(options: Mapping) -> dict:
-    """Check the keyword options of `load`, and convert the names in ALIASES to the names of options.
+    """Check the argument `options` of `load`, and convert the names in ALIASES to the names of options.
 
     Raises:
         UserError: if an option is unknown or its value is impossible.
@@ -140,7 +141,7 @@ def check_load_options(options: Mapping) -> dict:
         if target not in known:
             raise UserError(f"unknown option {name!r}: expected one of {', '.join((*known, *ALIASES))}")
         if target in checked:
-            raise UserError(f"option {name!r} is given twice, under two names")
+            raise UserError(f"option {target!r} is given twice, also under its other name: remove one of the two")
         checked[target] = value
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
@@ -171,7 +172,10 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
         sides = images.values["sides"]
         is_pair = isinstance(sides, list | tuple) and len(sides) == 2
         if not (is_pair and all(is_integer_at_least(side, lowest=1) for side in sides)):
-            raise UserError(f"{make_printable(name)}: config.images.sides must be two numbers of pixels, got {sides!r}")
+            raise UserError(
+                f"{make_printable(name)} is damaged: config.images.sides must be two positive integers, got {sides!r};"
+                " use an undamaged copy"
+            )
         images.get_number("jpegs", 0, 1)
     return images.values
 
@@ -180,7 +184,7 @@ def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
     """Check the hashes of the training images in a checkpoint, which are made by `data.lists.hash_image_files`.
 
     Returns:
-        `trained_on`, which is None if the checkpoint stores no hashes.
+        The hashes `trained_on`, or None if the checkpoint contains no hashes.
 
     Raises:
         UserError: if `trained_on` is not an int64 tensor (N, 2).
@@ -194,12 +198,14 @@ def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
 
 
 def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
-    """Choose how images are resized and cropped. For an option that is not given, the value from training is used.
+    """Choose how images are resized and cropped.
+
+    If the user does not choose "crop_size" or "resize", the value from training is used.
 
     Args:
         trained: the values of "crop_size" and "resize" in training. A key is missing if its value is unknown.
-        options: the values of "crop_size", "resize" (0 disables resizing) and "crops". If the user does not give an
-            option, its value is None or its key is missing.
+        options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that the user does
+            not choose has the value None or is missing.
 
     Raises:
         UserError: if several crops are requested, but no crop size is known.
@@ -218,7 +224,10 @@ def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
 
 
 def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
-    """Log each image size that is taken from training, and warn about each image size that differs from training."""
+    """Log the values of --crop-size and --resize that come from training.
+
+    For a value that differs from training, a warning is logged.
+    """
     for name in ("crop_size", "resize"):
         flag = f"--{name.replace('_', '-')}"
         used = getattr(settings, name)

@@ -1,9 +1,9 @@
 """Compute metrics of score tables with bootstrap intervals, and show the metrics in tables.
 
 FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image that is called
-fake. In the two metrics `..._real_positive`, which the authors' program prints, REAL is the positive class. A metric
-that is not defined, for example because a class is missing, is None. No metric is NaN, so that metrics can be written
-as JSON.
+fake. Only in precision_real_positive and recall_real_positive, REAL is the positive class, as in the program of the
+paper's authors. A metric that is not defined, for example because a class is missing, is None. No metric is NaN, so
+that metrics can be written as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -60,7 +60,7 @@ def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     false_negative_rate = 1 - tpr
-    return float(np.interp(0, fpr - false_negative_rate, fpr))  # the false-positive rate at which the difference is 0
+    return float(np.interp(0, fpr - false_negative_rate, fpr))  # FPR at the point where FPR = FNR
 
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
@@ -72,16 +72,20 @@ def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> f
 
 
 def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the mean of |fraction of fakes - mean P(fake)| over 15 bins of P(fake), weighted by images per bin."""
+    """Compute the expected calibration error over 15 bins of P(fake).
+
+    The error of a bin is |fraction of fakes - mean P(fake)|. The result is the mean of these errors, weighted by the
+    number of images in each bin.
+    """
     if len(prob_fake) == 0:
         return None
     bins = np.minimum((prob_fake * ECE_BINS).astype(int), ECE_BINS - 1)
-    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # sum of is_fake - prob_fake per bin
+    fakes_minus_expected = np.bincount(bins, weights=is_fake - prob_fake)  # number of fakes - sum of P(fake), per bin
     return float(np.abs(fakes_minus_expected).sum() / len(prob_fake))
 
 
 def negative_log_likelihood(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the mean of -log P(true class), in nats. P(fake) = 0.5 for all images gives 0.693."""
+    """Compute the mean of -log P(true class), in nats. If P(fake) is 0.5 for every image, the result is 0.693."""
     return float(log_loss(is_fake, prob_fake, labels=[False, True])) if len(prob_fake) else None
 
 
@@ -129,9 +133,9 @@ def bootstrap_intervals(
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
 
-    A resample is drawn with replacement, and has as many images of each class as the table. The images are sorted only
-    once. A resample is stored as the number of times that each image is drawn. Cumulative sums of these numbers give
-    the ROC curve and the precision.
+    A resample is drawn with replacement, and has as many images of each class as the table. The images are sorted by
+    score once, before the first resample is drawn. For each resample, the function counts how often each image is
+    drawn. Cumulative sums of the counts give the ROC curve and the precision of the resample.
 
     Args:
         scores: (N,). A higher score means more likely fake. An image is called fake if its score is >= 0.
@@ -148,12 +152,12 @@ def bootstrap_intervals(
     reals, fakes = np.flatnonzero(~is_fake), np.flatnonzero(is_fake)
     if min(len(reals), len(fakes)) < 2:
         return None
-    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # the last image of each distinct score
+    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # (K,), index of the last image with each score
     is_right = (scores >= 0) == is_fake
     rng = seeded_generator(seed, len(reals), len(fakes))
     values = {"accuracy": [], "auroc": [], "average_precision": []}
     for _ in range(resamples):
-        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,), draws of each image
+        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,), counts per image
         drawn_fakes = np.bincount(rng.choice(fakes, len(fakes)), minlength=len(scores))  # (N,)
         false_positives = np.cumsum(drawn_reals)[thresholds]  # (K,), from the highest threshold to the lowest
         true_positives = np.cumsum(drawn_fakes)[thresholds]  # (K,)
@@ -187,9 +191,9 @@ def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int 
         seed: random seed of the bootstrap.
 
     Returns:
-        {"positive_class": "fake", "images": counts, "all": metrics of all images, "generators": {name: metrics},
-        "mean": {metric: mean over the generators that have both classes}, "notes": [reasons for caution, one line
-        each], ...}
+        A dict. Its entry "all" holds the metrics of all images with a label and a score. "generators" is a dict {name:
+        metrics}. "mean" holds the mean of each metric over the generators with both real and fake images. "images"
+        holds numbers of images. "notes" is a list of warnings, such as "... AUROC, AP, EER and TPR are not defined".
     """
     all_images = compute_metrics_over_all_rows(table.select_rows(table.has_label_and_score), resamples, seed)
     generators = {}
@@ -237,7 +241,7 @@ def average_metrics_over_generators(generators: Mapping[str, Mapping]) -> dict[s
 
 
 def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[str]:
-    """List the groups with undefined metrics, and the groups with too few real images, in one line each.
+    """Return warnings about groups of images with undefined metrics, and about groups with few real images.
 
     Args:
         groups: {name of the group: metrics}.
@@ -317,7 +321,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
 
 def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
-    """Return the metrics of each group of images that gets a row in `make_metric_table`, by name of the group."""
+    """Select the groups of images that get a row in `make_metric_table`. Returns {name of the group: metrics}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]
@@ -355,7 +359,7 @@ def format_metrics(summary: Mapping) -> str:
 
 
 def list_results_not_shown_in_table(summary: Mapping) -> list[str]:
-    """List the results that the table of metrics does not show: verdicts, plain numbers, errors and notes.
+    """List the results that are not in the table of metrics, such as the counts of verdicts and of errors.
 
     Each result is one line of text.
     """

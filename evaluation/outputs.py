@@ -1,8 +1,8 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
 P stands for the value of --save_path. P.csv is recognised by its header and P.json by its keys. P.png and residual
-pictures are recognised by a text in the PNG file. P.npy is recognised by a P.json or a part of an unfinished P.csv in
-the same folder.
+pictures are recognised by a text in the PNG file. P.npy counts as written by test.py if its folder also holds a P.json
+or P.csv.N.part of test.py.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from evaluation.score_writer import find_partial_tables, read_settings_of_partia
 from utils.console import make_printable
 from utils.errors import UserError
 
-RECORD_KEYS = {"job", "detector", "metrics", "versions"}  # keys that every P.json has
+RECORD_KEYS = {"job", "detector", "metrics", "versions"}  # a JSON file with these keys counts as written by test.py
 
 
 def path_without_suffix(save_path: str) -> Path:
@@ -47,7 +47,8 @@ def refuse_to_replace_foreign_files(base: Path, pictures: Sequence[Path], inputs
         inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
 
     Raises:
-        UserError: if a file that must be kept would be replaced. The message names the file.
+        UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The message names
+            the file.
     """
     refuse_impossible_path(Path(f"{base}.json"))
     read_files = {device_and_inode(path) for path in inputs} - {None}
@@ -66,7 +67,12 @@ def refuse_to_replace_foreign_files(base: Path, pictures: Sequence[Path], inputs
 def refuse_to_replace_foreign_file(
     path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]
 ) -> None:
-    """Raise a UserError if this run reads the file at `path`, or if `is_own` does not recognise the file."""
+    """Raise a UserError if the file at `path` is an input of this run, or was not written by test.py.
+
+    Args:
+        is_own: function that returns whether test.py wrote the file at a path.
+        read_files: device number and inode number of each input.
+    """
     identity = device_and_inode(path)
     if identity is None and not os.path.islink(path):
         return
@@ -151,11 +157,11 @@ class ResidualPictures:
         self.job_digest = ""
 
     def store_hash_of_scoring_settings(self, job: Mapping) -> None:
-        """Store a hash of `job`, for the headers of the pictures. The job is everything that the scores depend on."""
+        """Store a hash of the scoring settings `job`. `draw_picture` writes the hash to the header of each picture."""
         self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_missing_pictures(self) -> np.ndarray | None:
-        """Find the images whose residual picture is missing, or was drawn with other settings than the present ones.
+        """Find the images whose residual picture is missing, or was drawn with different settings.
 
         Returns:
             A mask (N,) bool of these images, or None if no pictures are drawn.

@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     path: str
     label: str = ""  # real, fake, or empty if the image has no label
-    generator: str = ""  # empty for real images that all generators share
+    generator: str = ""  # source of a fake; a real image may name the generator with which it is compared
     logit_fake: float | None = None
     logit_real: float | None = None
     prob_fake: float | None = None  # in [0, 1]
@@ -81,7 +81,7 @@ class ScoreTable:
 
     @property
     def has_label_and_score(self) -> np.ndarray:
-        """Return a mask (N,) bool of the rows with a label and a score. Metrics are computed from these rows."""
+        """Return a mask (N,) bool of the rows with a label and a score, from which metrics are computed."""
         return self.has_score & (self.is_real | self.is_fake)
 
     def select_rows(self, rows: np.ndarray) -> "ScoreTable":
@@ -104,7 +104,7 @@ def make_error_row(item: Item, error: str) -> Row:
     """Make the row of an image that could not be scored.
 
     Args:
-        error: the reason. Line breaks are removed.
+        error: why the image could not be scored. Each line break in the text is replaced by a space.
     """
     path, label, generator = item
     return Row(path, convert_label_to_word(label), generator, error=" ".join(error.split()))
@@ -174,14 +174,14 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 def format_csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
-    # Before Python 3.13, csv.writer does not quote a lone carriage return, although csv.reader ends the line there
+    # Before Python 3.13, csv.writer does not quote a cell with "\r", and csv.reader would end the line at "\r"
     quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
 
 
 def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Write a score table. The file does not appear at `path` before it is complete."""
+    """Write a score table. The file appears at `path` only when it is complete."""
     with open_for_atomic_write(path) as file:
         file.write(format_csv_line(COLUMNS).encode())
         for row in rows:
@@ -208,7 +208,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
             for cells in reader:
                 if len(cells) not in (0, len(header)):
                     raise ValueError(f"expected {len(header)} cells as in the header, got {len(cells)}")
-                if cells:  # skip empty lines
+                if cells:  # csv.reader returns [] for an empty line
                     by_column = {"error": "", **dict(zip(header, cells, strict=True))}
                     yield row_from_cells(by_column)
                 line = reader.line_num + 1

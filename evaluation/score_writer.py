@@ -1,13 +1,14 @@
 """Write a score table while images are scored. If the processes are killed, a new run continues the table.
 
-Each process writes its rows to its own file P.csv.N.part, a partial table, which is called a part below. The first line
-of a part is the job: everything that the scores depend on besides the content of the image files. A run refuses to
-continue parts of a different job. A run with the same job skips the images that have a row in a part, unless the size
-or modification time of the image file has changed. When every image has a row, the rows are written to P.csv in the
-order of the list.
+Each process writes its rows to its own file P.csv.N.part, called a partial table, where N is a number. The first line
+of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
+files. A run refuses to continue a partial table that has different scoring settings. With equal scoring settings, a run
+skips the images that have a row in a partial table. If the size or the modification time of an image file has changed,
+the image is scored again. When every image has a row, the rows are written to P.csv in the order of the list of images.
 
-A row of a part is one line. It names its image by the index in the list of images, which belongs to the job. While
-P.csv is written, only the positions of the rows are held in memory, because a list may hold ten million images.
+In a partial table, each row is one line. A row contains the index of its image in the list of images, but not the path
+of the image. While P.csv is written, only the positions of the rows are held in memory, because a list may hold ten
+million images.
 """
 
 import csv
@@ -68,8 +69,8 @@ class ScoreWriter:
         table: path of P.csv.
         items: the images, in the order of the table.
         stamps: result of `read_file_sizes_and_times` for the images.
-        job: everything that the scores depend on besides the content of the image files, as a dict for JSON. It
-            must describe the list of images, for example by `describe_and_hash_items`.
+        job: the scoring settings (everything that the scores depend on besides the content of the image files), as a
+            dict for JSON. One entry of the dict must identify the list of images (see `describe_and_hash_items`).
         world: the processes that write the table together.
     """
 
@@ -78,23 +79,24 @@ class ScoreWriter:
         self.items = items
         self.stamps = stamps
         self.world = world
-        self.job = json.loads(json.dumps(job))  # converts tuples to lists, as in a job that is read from a file
+        self.job = json.loads(json.dumps(job))  # tuples become lists, as in a dict read from JSON
         self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
-        self.done = np.zeros(len(items), bool)  # (N,): whether each image has a row
+        self.done = np.zeros(len(items), bool)  # (N,): True for the images that need not be scored
 
     def start_partial_table(self, overwrite: bool, without_picture: np.ndarray | None = None) -> bool:
-        """Find the images that have a row already, and start a new part for this process.
+        """Find the images that must be scored, and create a new partial table for this process.
 
         Args:
-            overwrite: whether all images are scored again, even images that have a row.
-            without_picture: mask (N,) bool of the images whose residual picture is missing. They are scored again,
-                unless their row holds an error. If None, every image that has a row is skipped.
+            overwrite: if True, existing partial tables are deleted, and all images are scored.
+            without_picture: mask (N,) bool of the images whose residual picture is missing. An image in the mask is
+                scored again, except if its row holds an error. If `without_picture` is None, every image that has a
+                row is skipped.
 
         Returns:
-            True if there are images to score; False if the table is finished already.
+            False if P.csv is finished already, otherwise True.
 
         Raises:
-            UserError: if there are parts of a different job.
+            UserError: if an existing partial table has different scoring settings, or if P.csv was edited.
         """
         parts = find_partial_tables(self.table)
         has_table_of_this_job = not overwrite and not parts and self._is_table_of_same_settings()
@@ -114,7 +116,7 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             delete_files(parts.values())
         self._open_new_part(max(parts, default=-1) + 1 + self.world.rank)
-        if has_table_of_this_job and self.world.is_main:  # P.csv keeps its rows: only pictures are missing
+        if has_table_of_this_job and self.world.is_main:  # only pictures are missing: copy the rows of P.csv
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
         return True
@@ -132,9 +134,9 @@ class ScoreWriter:
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write_rows(self, rows: Mapping[int, Row]) -> None:
-        """Write rows, {index of the image: row}, to the end of this process's part, and flush the file.
+        """Append rows, {index of the image: row}, to the partial table of this process, and flush the file.
 
-        All rows are written at once, so that a killed process leaves all of them or none.
+        If the process is killed during this function, the file may end with an incomplete row, which later runs ignore.
         """
         lines = []
         for i, row in rows.items():
@@ -145,7 +147,7 @@ class ScoreWriter:
         self.part.flush()
 
     def finish_table(self) -> None:
-        """Close the part of this process, wait for all processes, and write the table from the rows of all parts.
+        """Close the partial table of this process, wait for all processes, and write P.csv from all partial tables.
 
         Raises:
             UserError: if an image has no row.
@@ -166,29 +168,32 @@ class ScoreWriter:
         write_table(self.table, self._read_rows_at_positions(parts, numbers, offsets))
 
     def write_json_record_of_score_table(self, record: Mapping) -> None:
-        """Write the given record and the job to P.json. The table is finished only after `delete_partial_tables`."""
+        """Write `record` and the scoring settings to P.json.
+
+        A later run treats the score table as unfinished until `delete_partial_tables` is called.
+        """
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
     def delete_partial_tables(self) -> None:
-        """Delete the parts of the table. A table without parts is finished."""
+        """Delete the partial tables, so that a later run treats P.csv as finished."""
         delete_files(find_partial_tables(self.table).values())
 
     def _mark_images_as_done(self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None) -> None:
-        """Set `done` for the images that need not be scored again. `start_partial_table` explains `without_picture`."""
+        """Set `self.done` to True for images with a row. `start_partial_table` explains `without_picture`."""
         for i, row in known_rows:
             needs_picture = without_picture is not None and without_picture[i] and not row.error
             self.done[i] = not needs_picture
 
     def _open_new_part(self, number: int) -> None:
-        """Create the part with this number, write the job and the names of the columns, and open the part."""
+        """Create the partial table P.csv.N.part, where N is `number`, and keep the file open as `self.part`."""
         part = self.table.with_name(f"{self.table.name}.{number}.part")
-        # A later run cannot continue a part whose first line, the job, is missing
+        # The header is written atomically: a later run cannot continue a partial table with an incomplete header
         with open_for_atomic_write(part) as file:
             file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
         self.part = part.open("ab")
 
     def _is_table_of_same_settings(self) -> bool:
-        """Return whether P.csv was made with the same job and from the same image files."""
+        """Return whether P.csv was made with the scoring settings and the image files of this run."""
         record = read_json_record_of_score_table(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
@@ -207,7 +212,7 @@ class ScoreWriter:
             yield i, row
 
     def _require_same_scoring_settings(self, part: Path) -> None:
-        """Raise a UserError if a part belongs to a different job."""
+        """Raise a UserError if the scoring settings in a partial table differ from the settings of this run."""
         job = read_settings_of_partial_table(part)
         if job is None:
             text = "is not a part of a score table: move the file, or choose another --save_path"
@@ -221,10 +226,12 @@ class ScoreWriter:
             )
 
     def _read_rows_of_partial_tables(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
-        """Read the valid rows of all parts, as pairs (index of the image, row).
+        """Read the rows of all partial tables, as pairs (index of the image, row).
+
+        Rows that `_parse_row_of_partial_table` does not accept are skipped.
 
         Raises:
-            UserError: if a part belongs to a different job.
+            UserError: if the scoring settings in a partial table differ from the settings of this run.
         """
         for part in parts.values():
             self._require_same_scoring_settings(part)
@@ -233,11 +240,12 @@ class ScoreWriter:
                 yield i, row
 
     def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
-        """Find the first valid row of each image.
+        """Find the first valid row of each image in the partial tables P.csv.N.part.
 
         Returns:
-            numbers: for each image, the number of the part that holds its row, or -1 if it has no row.
-            offsets: for each image, the position of its row in this part, in bytes.
+            numbers: (N,), for each image, the number of the partial table that holds its row. The number is -1 if the
+                image has no row.
+            offsets: (N,), for each image, the position in bytes of its row in the partial table.
         """
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
@@ -260,7 +268,7 @@ class ScoreWriter:
                 yield row
 
     def _read_rows_of_partial_table(self, part: Path) -> Iterator[tuple[int, int, Row]]:
-        """Read the valid rows of one part, as triples (position of the row in bytes, index of the image, row)."""
+        """Read the valid rows of a partial table, as triples (byte position of the row, index of the image, row)."""
         offset = 0
         with part.open("rb") as file:
             for line in file:
@@ -270,10 +278,10 @@ class ScoreWriter:
                 offset += len(line)
 
     def _parse_row_of_partial_table(self, line: bytes) -> tuple[int, Row] | None:
-        """Convert a line of a part to the index of its image and the row. Returns None if the row is not valid.
+        """Convert a line of a partial table to a pair (index of the image, row). Returns None for an invalid row.
 
-        A row is valid if its image file has not changed. A row that was cut off by a power failure is not valid,
-        because its last cell, the modification time, is incomplete.
+        A row is invalid if its image file has changed. An incompletely written row is invalid too, because its last
+        cell, the modification time, is missing or incomplete.
         """
         with suppress(csv.Error, ValueError):
             texts = next(csv.reader([line.decode("utf-8", "surrogateescape")], strict=True))
@@ -300,7 +308,7 @@ def _is_row_of_item(row: Row, item: Item) -> bool:
 
 
 def find_partial_tables(table: Path) -> dict[int, Path]:
-    """Find the parts of a score table. Returns a dict from the number of each part to its path."""
+    """Find the partial tables P.csv.N.part of a score table P.csv. Returns a dict {N: path}."""
     pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
     parts = {}
     for path in table.parent.iterdir() if table.parent.is_dir() else ():
@@ -311,7 +319,7 @@ def find_partial_tables(table: Path) -> dict[int, Path]:
 
 
 def read_settings_of_partial_table(part: Path) -> dict | None:
-    """Read the job from the first line of a part. Returns None if the file is not a part of a score table."""
+    """Read the scoring settings from the first line of a partial table. Returns None if `part` is another file."""
     try:
         with part.open(encoding="utf-8") as file:
             first_line = file.readline(2**20)

@@ -33,7 +33,7 @@ def read_example_images(images: ImageDataset) -> dict[str, Tensor]:
         try:
             x = resize_and_crop(read_image_as_tensor(item.path), images.policy)  # (3, H, W)
         except UserError:
-            continue  # the training loop reports unreadable images
+            continue  # try the next image; the training loop will report the unreadable image
         side = min(PICTURE_SIDE, *x.shape[-2:])
         examples[label] = resize_and_crop(x, SizePolicy(scale, side - side % scale))[None]
         if len(examples) == len(LABEL_NAMES):
@@ -52,9 +52,10 @@ def write_resynthesis_pictures(
 ) -> None:
     """Write pictures to TensorBoard that show an image, its re-synthesis and their difference side by side.
 
-    With an auxiliary task, a second picture per image shows the degraded image, its re-synthesis, and the difference
-    between this re-synthesis and the image. Images and degradation are the same in every epoch, so that pictures of
-    different epochs can be compared.
+    In an auxiliary task, the re-synthesizer also learns to denoise or colorize low-resolution images. With an auxiliary
+    task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right part of the
+    second picture shows the difference between this re-synthesis and the image without degradation. Images and
+    degradation are the same in every epoch, so that pictures of different epochs can be compared.
     """
     if run.writer is None:
         return
@@ -76,6 +77,6 @@ def write_resynthesis_pictures(
 
 
 def join_pictures(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Return a picture (1, 3, H, 3 * W) of an input, its re-synthesis and the brightened difference to `x`."""
+    """Join `before`, `x_hat` and the brightened difference |x_hat - x| side by side to one picture (1, 3, H, 3 * W)."""
     difference = PICTURE_GAIN * (x_hat - x).abs()
     return torch.cat([before, x_hat, difference], dim=3)

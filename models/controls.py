@@ -1,7 +1,7 @@
-"""Control networks without parameters, which replace the re-synthesizer in experiments.
+"""Networks without parameters that replace the re-synthesizer in control experiments.
 
 Comparing RDN with `bicubic` (bicubic interpolation) shows how much *learned* re-synthesis improves detection.
-Comparing RDN with `none` (a black image) shows how much any re-synthesis improves detection.
+Comparing RDN with `none` (a black image instead of a re-synthesis) shows how much re-synthesis improves detection.
 """
 
 import torch.nn.functional as F
@@ -23,11 +23,11 @@ class Bicubic(nn.Module):
 
 
 class NoResynthesis(nn.Module):
-    """A control without re-synthesis, which returns black images (B, 3, scale * h, scale * w).
+    """A substitute for the re-synthesizer that returns black images (B, 3, scale * h, scale * w).
 
-    If the re-synthesis is black, the absolute residual of pixels is the image itself. The absolute residual of VGG-19
-    features is the absolute difference between the features of the image and the features of a black image. The
-    features of a black image are not zero, because the convolutions have biases.
+    With pixels as features, the absolute residual |x_hat - x| of a black image x_hat is the image x itself. With VGG-19
+    features, the absolute residual is the absolute difference between the features of the image and the features of a
+    black image. The features of a black image are not zero, because the convolutions have biases.
     """
 
     def __init__(self, scale: int = 4):

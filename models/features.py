@@ -1,6 +1,7 @@
 """Features by which an image and its re-synthesis are compared: the pixels, or the feature maps of VGG-19.
 
-Stage 0 means the pixels. Stage k = 1..5 means the output of layer relu{k}_1 of VGG-19. The features are never trained.
+The features of stage 0 are the pixels. The features of stage k = 1..5 are the output of layer relu{k}_1 of VGG-19. The
+features are never trained.
 
 VGG-19 is from Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR 2015).
 The parameters of VGG-19 have the same names as in torchvision, so that torchvision's ImageNet weights can be loaded.
@@ -32,7 +33,7 @@ STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
 STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of layer relu{k}_1 in torchvision's vgg19().features
 CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-TILE_CUTS = (10, 19)  # before these layers, which follow pool2 and pool3, tiles are joined to whole feature maps
+TILE_CUTS = (10, 19)  # layers after pool2 and pool3; before each of them, tiles are joined to a whole feature map
 
 # The file name ends with the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -84,10 +85,10 @@ class VGG19Stage(nn.Module):
         return record
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side of the tiles in which VGG-19 runs if no gradients are computed to `side // 4`.
+        """Make VGG-19 run on square tiles with sides of `side // 4` pixels if no gradients are computed.
 
-        VGG-19 cuts three maps into tiles: the image, and the feature maps with a half and a quarter of its side length.
-        The side of a tile is given in pixels of the map that is cut.
+        To compute stage 4 or 5, VGG-19 cuts three maps into tiles: the image, the output of pool2, and the output of
+        pool3. The side of a tile is measured in pixels of the map that contains the tile.
         """
         self.vgg.tile = side // 4
 
@@ -162,8 +163,8 @@ class VGG19(nn.Module):
 def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
     """Compute the receptive radius and the total stride of a sequence of 3x3 convolutions and 2x2 poolings.
 
-    An output value depends on input pixels at a distance of at most the receptive radius, which is rounded up to a
-    multiple of the total stride.
+    An output value depends only on input pixels within the receptive radius. This function rounds the receptive radius
+    up to a multiple of the total stride.
 
     Returns:
         the receptive radius and the total stride, in pixels of the input.
@@ -182,7 +183,7 @@ def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[in
 
 
 def get_name_and_arguments_of_features(stage: int) -> tuple[str, dict]:
-    """Return the name and the arguments of the features that the option `--idx-stages` chooses."""
+    """Return the name of the feature network for the option `--idx-stages`, and its constructor arguments."""
     if stage == 0:
         return "pixels", {}
     return "vgg19", {"stage": stage}
@@ -203,9 +204,9 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     Args:
         source: value of `--vgg-weights`: "imagenet", "random", "auto", or the path of a state dict of torchvision's
             vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
-            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If `trained_with`
-            is None, "auto" means "imagenet", or "random" if the ImageNet weights cannot be downloaded. A state dict of
-            VGG-19 must contain the entries named `features.*` of the layers up to relu5_1.
+            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. Without
+            `trained_with`, "auto" loads the ImageNet weights, or draws random weights if the download fails. A state
+            dict must contain the parameters `features.*` of all VGG-19 layers up to relu5_1.
         trained_with: source and fingerprint of the VGG-19 weights with which the network in a checkpoint was trained,
             or None for a new training.
         name: name of the checkpoint for error messages.
@@ -230,7 +231,8 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     expected = trained_with.get("fingerprint")
     if expected is None and record["source"] == "random":
         raise UserError(
-            f"{name} needs ImageNet weights for VGG-19, got random weights: pass a file of ImageNet weights with --vgg-weights"
+            f"{name} was trained with ImageNet weights for VGG-19, but --vgg-weights is random: pass --vgg-weights"
+            " imagenet, or the path of a file of ImageNet weights"
         )
     if expected not in (None, record["fingerprint"]):
         raise UserError(
@@ -245,8 +247,8 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
     """Read or draw the VGG-19 weights that `source` names ("imagenet", "random", "auto" or a path).
 
     Returns:
-        a state dict, or a checkpoint that contains a state dict.
-        the source of the weights: "imagenet", "random" or the path.
+        a tuple (weights, source). `weights` is a state dict, or a checkpoint that contains a state dict. `source` is
+        "imagenet", "random" or the path.
     """
     if source in ("imagenet", "auto"):
         try:

@@ -77,7 +77,7 @@ def compute_classification_loss(logits: Tensor, labels: Tensor, weights: Tensor)
     Args:
         logits: logits of each image, (B, 2).
         labels: label of each image, (B,).
-        weights: weight of each image, (B,). The sum of the weights over all processes is 1.
+        weights: weight of each image, (B,). In one step, the weights of the images of all processes sum to 1.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
     return (weights * losses).sum()
@@ -89,7 +89,7 @@ def compute_residuals_and_auxiliary_losses(
     """Compute the residuals of all images, and the auxiliary loss of the real images, for end-to-end training.
 
     Args:
-        vgg: VGG-19 of the auxiliary loss, or None for an auxiliary loss of 0.
+        vgg: VGG-19 with which the auxiliary loss is computed. If `vgg` is None, the auxiliary loss is 0.
         x: images (B, 3, H, W) in [0, 1].
         degraded: degraded low-resolution images (B, 3, h, w), from which the auxiliary task re-synthesizes `x`. If
             `degraded` is None, the auxiliary task re-synthesizes `x` from clean low-resolution images.

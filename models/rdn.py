@@ -15,9 +15,9 @@ from utils.errors import UserError
 
 LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN accepts
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
-# Each row contains the weights of three neighbouring pixels. The first row interpolates the left half of the middle
-# pixel, and the second row interpolates its right half. The mean of both halves is the middle pixel, because each pixel
-# of x_lr is a mean of high-resolution pixels.
+# Interpolation in one dimension replaces each old pixel by two new pixels. The first row contains the weights of three
+# old pixels (left neighbour, pixel, right neighbour) for the left new pixel. The second row contains the weights of the
+# three old pixels for the right new pixel. The mean of the two new pixels equals the old pixel.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
 
@@ -51,8 +51,8 @@ class ResidualDenseBlock(nn.Module):
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
         # Release: in the code of the paper's authors, this convolution has growth_rate output channels, so forward
-        # fails unless growth_rate equals num_features. Here the convolution has num_features output channels, as in the
-        # RDN article.
+        # fails if growth_rate differs from num_features. Here the convolution has num_features output channels, as in
+        # the RDN article.
         self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class ResidualDenseBlock(nn.Module):
         return self.fuse_maps(*maps) + x
 
     def fuse_maps(self, *maps: Tensor) -> Tensor:
-        """Fuse the feature maps of the block's input and of its layers to (B, G0, h, w), by local feature fusion."""
+        """Concatenate `maps`, and reduce them to G0 channels with a 1x1 convolution (local feature fusion)."""
         return self.lff(torch.cat(maps, dim=1))
 
 
@@ -98,7 +98,7 @@ class RDN(nn.Module):
         self.scale = scale
         # If checkpoint_blocks is True, the backward pass computes each block again, which saves memory
         self.checkpoint_blocks = False
-        self.tile = 256  # side in low-resolution pixels of the tiles that are used if no gradients are computed
+        self.tile = 256  # side of the tiles on which RDN runs without gradients, in low-resolution pixels
         self.sfe1 = create_conv3x3(3, num_features)
         self.sfe2 = create_conv3x3(num_features, num_features)
         blocks = [ResidualDenseBlock(num_features, growth_rate, num_layers) for _ in range(num_blocks)]
@@ -119,7 +119,7 @@ class RDN(nn.Module):
             x_hat: enlarged images, float32 (B, 3, scale * h, scale * w), not clipped to [0, 1].
         """
         if not torch.is_grad_enabled():
-            return rdn_inference.run_rdn(self, x_lr)  # faster than the code below; equal except for rounding
+            return rdn_inference.run_rdn(self, x_lr)  # takes less memory; equal results except for rounding
         sfe1 = self.sfe1(x_lr)  # F_-1: (B, G0, h, w)
         x = self.sfe2(sfe1)  # F_0: (B, G0, h, w)
         block_outputs = []
@@ -141,9 +141,9 @@ class RDN(nn.Module):
             return self.output(x.float())
 
     def run_with_optional_checkpointing(self, part, *inputs: Tensor) -> Tensor:
-        """Run a part of the network on `inputs`.
+        """Return part(*inputs), where `part` is a block or a method of this network.
 
-        If `checkpoint_blocks` is True, the backward pass runs the part again, which saves memory.
+        If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again, which saves memory.
         """
         if self.checkpoint_blocks:
             return checkpoint(part, *inputs, use_reentrant=False)
@@ -159,19 +159,19 @@ class RDN(nn.Module):
 
     @torch.no_grad()
     def initialize_as_interpolation(self) -> None:
-        """Set the weights so that RDN interpolates its input before training, similar to bicubic interpolation.
+        """Set the weights so that an untrained RDN enlarges images by interpolation, similar to bicubic interpolation.
 
         The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
         interpolates the channels 0, 1 and 2. The output layer copies these channels to the colours of the output. The
-        weights of the dense blocks stay random. The dense blocks do not change the output before training, because the
-        last layer of the global feature fusion is zero.
+        weights of the dense blocks stay random. Before training, the dense blocks do not change the output, because the
+        weights and biases of the last convolution of the global feature fusion are zero.
 
         Raises:
-            UserError: if RDN has fewer than 3 features, or if the scale is 3, because the kernels in INTERPOLATION up-sample
-                by a factor of 2.
+            UserError: if `num_features` is less than 3.
+            UserError: if `scale` is 3. The kernels in INTERPOLATION enlarge images by a factor of 2.
         """
         if self.sfe1.out_channels < 3:
-            raise UserError("--start interpolation needs at least 3 features: give a larger --num-features")
+            raise UserError(f"--start interpolation needs --num-features of at least 3, got {self.sfe1.out_channels}")
         if self.scale == 3:
             raise UserError("--start interpolation is defined for scales 2 and 4: use --start random for scale 3")
         nn.init.zeros_(self.gff[1].weight)
@@ -187,10 +187,10 @@ class RDN(nn.Module):
 
 
 def set_weights_that_convolve_each_colour(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
-    """Set the weights of a layer so that its first output channels are colours convolved with the given kernels.
+    """Set the weights of a convolution so that it applies each of the given kernels to red, green and blue separately.
 
-    Output channel len(kernels) * c + k is input channel c, for c = 0, 1, 2, convolved with kernels[k]. nn.PixelShuffle
-    needs the output channels in this order.
+    Output channel len(kernels) * c + k is the colour in input channel c, convolved with kernels[k]. nn.PixelShuffle
+    expects the output channels of one colour next to each other. The other output channels keep their weights.
 
     Args:
         kernels: convolution kernels, each of the shape (3, 3).

@@ -1,7 +1,7 @@
 """Inference with RDN, which takes less memory and, on a CPU, less time than the forward pass of training.
 
 `run_rdn` is the function that other modules call. `run_rdn` differs from the forward pass of training in three ways.
-The results are equal except for rounding errors.
+`run_rdn` and the forward pass of training compute equal images except for rounding errors.
 
 - RDN runs on tiles of the image. Each tile is cut out with all pixels on which the output of the tile depends.
 - The output of each dense block is added to the fused feature maps at once, so that earlier outputs can be freed.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from models.tiling import apply_function_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
-STRIP_BYTES = 2**15  # bytes in one channel of a strip of rows, chosen so that strips fit into the caches of a CPU
+STRIP_BYTES = 2**15  # bytes per channel that a layer computes at a time, few enough for the caches of a CPU
 # Side and halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels. The halo must be at least
 # 1.75 pixels wide, because each output value depends on pixels at a distance of up to 1.75 pixels.
 UPSCALE_TILE, UPSCALE_HALO = 64, 2
@@ -42,9 +42,9 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     """Run all dense blocks on x (B, G0, h, w), and the 1x1 convolution that fuses their outputs.
 
-    The output of each block is convolved with its share of the weights of this convolution, and the results are summed.
-    Summing takes less memory than a convolution of the concatenated outputs of all blocks. The sum has the data type of
-    the weights, which is float32 also under autocast.
+    The output of each block is convolved with the weights for its own channels, and added to a sum. Summing takes less
+    memory than a convolution of the concatenated outputs of all blocks. The returned tensor has the data type of the
+    parameters, which is float32 also under autocast.
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one weight (G0, G0, 1, 1) per block
@@ -56,7 +56,8 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):
-        # The halo has one pixel per layer, because each 3x3 convolution reads one pixel to each side
+        # The halo (overlapping margin of tiles) has one pixel per layer, because each 3x3 convolution reads one pixel
+        # to each side
         x = apply_function_in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
         for fused_rows, rows in zip(fused.split(model.tile, dim=2), x.split(model.tile, dim=2), strict=True):
             fused_rows.add_(F.conv2d(rows, weight))
@@ -81,8 +82,8 @@ def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) ->
     """Run a residual dense block on x (B, G0, h, w) with Winograd's algorithm.
 
     Args:
-        scratch: tensor whose memory `models.winograd.DenseMaps` uses. If each call gets the same tensor, the memory is
-            allocated only once.
+        scratch: tensor whose memory `models.winograd.DenseMaps` uses. If the caller passes the same tensor in
+            each call, the memory is allocated only once.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)
     first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)  # each weight is (G0, G, 1, 1)

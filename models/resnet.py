@@ -125,9 +125,9 @@ class DeepStemResNet(nn.Module):
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # This stride is the side of the residual divided by the side of the last feature map. train_detector.py refuses or
-    # warns about residuals whose sides are at most this stride. Their last feature map has one value per channel, and
-    # batch norm cannot be trained on a single image with one value per channel.
+    # `stride` is the side of the residual divided by the side of the last feature map. If the sides of a residual are
+    # at most `stride`, its last feature map has one value per channel. train_detector.py refuses batches of one such
+    # residual, because batch norm cannot be trained on one value per channel.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
@@ -194,7 +194,10 @@ class DeepStemResNet(nn.Module):
         return self.fc(x)
 
     def run_stem(self, x: Tensor) -> Tensor:
-        """Run the layers before layer1 on residuals x (B, channels, H, W), which divides height and width by 8."""
+        """Run the stem on residuals x (B, channels, H, W).
+
+        The stem consists of the layers before layer1, and divides height and width by 8.
+        """
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile_side(self, side: int) -> None:

@@ -96,8 +96,8 @@ class ResynthesisDetector(nn.Module):
     def train(self, mode: bool = True) -> "ResynthesisDetector":
         """Set the training mode of the classifier and, unless it is frozen, of the re-synthesizer.
 
-        The features and a frozen re-synthesizer always stay in evaluation mode, so that dropout does not change
-        residuals, and residuals do not change the statistics of batch norm.
+        The feature network and a frozen re-synthesizer always stay in evaluation mode, without dropout and without
+        updates of the running statistics of batch norm.
         """
         super().train(mode)
         self.features.eval()
@@ -108,8 +108,8 @@ class ResynthesisDetector(nn.Module):
     def set_tile_side(self, side: int) -> None:
         """Set the side of the tiles in which the detector processes images if no gradients are computed.
 
-        Smaller tiles take less memory, and give the same results except for rounding errors. Parts of the detector
-        without a method `set_tile_side` process whole images.
+        Smaller tiles take less memory, and give the same results except for rounding errors. A network of the detector
+        without a method `set_tile_side` processes its whole input at once.
 
         Args:
             side: side of a tile in pixels of the image, rounded down to a multiple of 16, at least 16. Sides below 512

@@ -3,9 +3,9 @@
 A ResNet overfits if it is trained on only a few hundred images. The classifiers in this file first reduce a residual to
 a small number of values, and then classify these values.
 
-`SpectrumClassifier` is made for residuals of pixels. It compares the power of each frequency in the spectrum of a
-residual with the power of neighbouring frequencies. The spectrum of the residual is averaged over overlapping windows
-by Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
+`SpectrumClassifier` is made for residuals of pixels. `SpectrumClassifier` compares the power of each frequency in the
+spectrum of a residual with the power of neighbouring frequencies. The spectrum of the residual is averaged over
+overlapping windows by Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
 
 `ChannelPowerClassifier` is made for residuals of VGG-19 features, and classifies the power of each channel. For
 residuals of VGG-19 features, the channel powers separate real from generated images better than the spectrum does.
@@ -29,15 +29,15 @@ class SpectrumClassifier(nn.Module):
     """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
     The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over channels,
-    mirror images and rotations by 90 degrees. Then the mean log power of a square of frequencies around each frequency
-    is subtracted from its log power. These differences of log powers show the peaks and edges that up-sampling causes
-    in a spectrum. The differences of log powers depend little on brightness, sharpness and image content.
+    mirror images and rotations by 90 degrees. Then the mean log power of the neighbouring frequencies is subtracted
+    from the log power of each frequency. These differences of log powers show the peaks and edges that up-sampling
+    causes in a spectrum. The differences of log powers depend little on brightness, sharpness and image content.
 
     Each logit is the sum of two terms. The first term is the output of a network with one hidden layer, which learns to
-    recognize the generators of the training images. The second term is the log distance of the differences of log
-    powers from a learned centre, multiplied by a learned weight. Training moves real images towards the centre. An
-    image that differs from real images therefore gets a higher logit for FAKE, even if no training image was made by
-    its generator.
+    recognize the generators of the training images. The second term is w * log(d) for FAKE and -w * log(d) for REAL,
+    with a learned weight w. The distance d is the mean square of the outputs of a linear layer, whose inputs are the
+    standardized differences of log powers. Training makes d small for real images. An image that differs from real
+    images therefore gets a higher logit for FAKE, even if no training image was made by its generator.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
     Images may have any size.
@@ -62,7 +62,10 @@ class SpectrumClassifier(nn.Module):
         if window < 2 or window % 2:
             raise UserError(f"the window of the spectrum classifier must be an even number of pixels, got {window}")
         if neighbourhood < 1 or neighbourhood % 2 == 0:
-            raise UserError(f"the neighbourhood of the spectrum classifier must be an odd number, got {neighbourhood}")
+            raise UserError(
+                f"the neighbourhood of the spectrum classifier must be an odd number of frequencies, got"
+                f" {neighbourhood}"
+            )
         self.window = window
         self.neighbourhood = neighbourhood
         taper = torch.hann_window(window, periodic=False)

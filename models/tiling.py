@@ -18,16 +18,16 @@ def apply_function_in_tiles(
     """Compute function(*maps) on one tile of the feature maps at a time.
 
     Each tile is cut out with a halo, a margin of `halo` pixels on all sides. The results in the halo are discarded. At
-    the border of the feature map, tiles have no halo, and `function` pads the tile as it pads the whole map. The result
-    equals function(*maps) if each output value depends only on pixels at a distance of at most `halo`.
+    the border of the feature map, a tile has no halo, because `function` pads its input there. The result equals
+    function(*maps) if each output value depends only on pixels at a distance of at most `halo`.
 
     Args:
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
             result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
         maps: one or more feature maps (B, C, h, w) of equal height and width.
-        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. The sides of tiles must be multiples of
-            1 / scale.
-        halo: width of the halo in pixels of `maps`. The width of the halo must be a multiple of 1 / scale.
+        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. If `scale` is 1 / n, the sides
+            of tiles must be multiples of n.
+        halo: width of the halo in pixels of `maps`. If `scale` is 1 / n, the halo must be a multiple of n.
         scale: height of the result divided by the height of `maps`.
     """
     height, width = maps[0].shape[2:]
@@ -54,4 +54,4 @@ def apply_function_in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    return result[:, :, :bottom, :right]  # remove rows and columns that were not filled because `function` rounds down
+    return result[:, :, :bottom, :right]  # drop the last row and column if `function` rounded the size down

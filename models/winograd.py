@@ -28,12 +28,12 @@ MIN_CHANNELS = 64
 
 
 def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the matrices INPUT (36, 36), KERNEL (36, 9) and OUTPUT (16, 36) from POINTS by the Cook-Toom method."""
+    """Compute the matrices INPUT (36, 36), KERNEL (36, 9) and OUTPUT (16, 36) by the Cook-Toom method."""
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
-    # Each matrix evaluates a polynomial at the six points. A polynomial at infinity is its highest coefficient, so the
-    # last row before transposing has a single 1.
+    # The rows of `powers` evaluate a polynomial at the first five points. At infinity, the value of a polynomial is its
+    # highest coefficient, so the row that is appended to `powers` contains a single 1.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
@@ -46,8 +46,8 @@ INPUT, KERNEL, OUTPUT = compute_transform_matrices()
 def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
     """Return whether to use Winograd's algorithm for the layers of a dense block with the input x (B, C, h, w).
 
-    Winograd's algorithm is used for inference in float32 on an x86 CPU with AVX, if x has enough pixels and at least
-    MIN_CHANNELS channels, and if each layer has as many output channels as x has channels.
+    Winograd's algorithm is used only for inference in float32 on an x86 CPU with AVX. The input x must have at least
+    MIN_CHANNELS channels and the pixels of at least MIN_TILES tiles. Each layer must have C output channels.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -62,15 +62,15 @@ def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
 
 
 class DenseMaps:
-    """The input feature maps of the layers of a dense block, stored as Winograd's algorithm transforms them.
+    """A store for the feature maps of a dense block, which are transformed for Winograd's algorithm.
 
     Each feature map is transformed only once, although several layers read it.
 
     Args:
         like: a tensor that has the shape (B, C, h, w) of each feature map.
         count: number of feature maps that will be appended.
-        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. If several blocks get the
-            same tensor, its memory is allocated only once.
+        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. If the caller passes
+            the same tensor for several blocks, its memory is allocated only once.
     """
 
     def __init__(self, like: Tensor, count: int, scratch: Tensor):
@@ -99,12 +99,12 @@ class DenseMaps:
             self.cut_into_tiles(x), self.transformed, self.split_into_strips(result), strict=True
         ):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
-            # A grouped convolution with one group per product sums the products over all feature maps and channels
+            # A convolution with 36 groups computes (KERNEL g) * (INPUT d), summed over all feature maps and channels
             values = maps[: self.added]  # (maps, n, 36 * C)
             if self.added == 1:
-                # With a single map, the shape (rows, columns, 36 * C) is faster
+                # With a single feature map, conv2d is faster on (1, 36 * C, rows, columns) than on (1, 36 * C, 1, n)
                 values = maps[0].view(-1, self.columns, maps.shape[2])
-            # (1, 36 * O, rows, columns) with a single map, (1, 36 * O, 1, n) with several maps
+            # The shape of `products` is (1, 36 * O, rows, columns) for a single feature map, else (1, 36 * O, 1, n)
             products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)
             products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
             y = OUTPUT @ products  # (n, 16, O)
@@ -122,7 +122,7 @@ class DenseMaps:
         return weight.permute(0, 3, 1, 2)
 
     def split_into_strips(self, images: Tensor) -> list[Tensor]:
-        """Split each image of a batch (B, rows, ...) into strips of at most `strip_rows` rows of tiles."""
+        """Split a tensor (B, rows of tiles, ...) into strips, each with at most `strip_rows` rows of one image."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))

@@ -1,11 +1,12 @@
-"""Print the AUROC with RDN minus the AUROC with each control, as a markdown table.
+"""Print a markdown table with the AUROC of detectors with RDN minus the AUROC of detectors without RDN.
 
     python results/differences.py faces
     python results/differences.py real_pictures
 
-Both AUROCs are computed on the same test images. The controls are bicubic interpolation instead of RDN, and no
-re-synthesis. With several seeds, each difference is the mean over the seeds. The 95 % interval is computed from 1,000
-bootstrap resamples of the images. Each resample has the same images for all seeds and for both networks.
+The two AUROCs of a difference are computed on the same test images. The detectors without RDN, called controls, use
+bicubic interpolation or no re-synthesis. With several seeds, each difference is the mean over the seeds. The 95 %
+interval is computed from 1,000 bootstrap resamples of the images. Each resample has the same images for all seeds, with
+and without RDN.
 """
 
 import argparse
@@ -22,7 +23,8 @@ from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E40
 from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
-# study -> row of the table -> patterns of the score tables with RDN, with bicubic interpolation and without re-synthesis
+# SETTINGS[study][detector] contains three file name patterns of score tables: with RDN, with bicubic interpolation and
+# without re-synthesis.
 SETTINGS = {
     "faces": {
         "pixel": ("pixel_rdn_seed?", "pixel_bicubic_seed?", "pixel_none_seed?"),
@@ -76,12 +78,12 @@ SETTINGS = {
 
 
 def read_tables_of_all_seeds(study: str, pattern: str) -> list[ScoreTable]:
-    """Read the score tables of a study whose names match a pattern: one table per seed."""
+    """Read the score tables with file names that match `pattern`, one table per seed, from the folder of a study."""
     return [read_table(file) for file in sorted((FOLDER / study / "scores").glob(f"{pattern}.csv"))]
 
 
 def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.ndarray:
-    """Return the logit margins of the images at the given paths, (seeds, N)."""
+    """Return the scores (logit for FAKE minus logit for REAL) of the images at the given paths, (seeds, N)."""
     scores = []
     for table in tables:
         row_of_path = {path: i for i, path in enumerate(table.paths)}
@@ -95,7 +97,7 @@ def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
 
 
 def compare_auroc(with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.ndarray) -> tuple[float, float, float]:
-    """Compute the AUROC with RDN minus the AUROC with a control.
+    """Compute the AUROC of the scores `with_rdn` minus the AUROC of the scores `with_control`.
 
     Args:
         with_rdn, with_control: scores of the same images, (seeds, N).
@@ -117,10 +119,12 @@ def compare_auroc(with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.nd
 
 
 def format_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
-    """Format the difference between RDN and a control in percentage points, or "-" without scores of the control.
+    """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
+
+    If `control` is empty, return "-".
 
     Args:
-        rows: mask (N,) bool of the images of one generator in the tables with RDN.
+        rows: mask (N,) bool of the rows of the score table rdn[0] from which the AUROCs are computed.
     """
     if not control:
         return "-"
@@ -141,5 +145,5 @@ def main(study: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("study", choices=list(SETTINGS), help="folder of the study")
+    parser.add_argument("study", choices=list(SETTINGS), help="folder in results/ from which the score tables are read")
     main(parser.parse_args().study)

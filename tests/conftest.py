@@ -20,7 +20,7 @@ torch.set_num_threads(1)  # OMP_NUM_THREADS has no effect if PyTorch was importe
 
 @pytest.fixture(scope="module")
 def shrink_resnet18():
-    """Make resnet18 smaller in this process: half of its blocks are left out.
+    """Replace resnet18 in the test process by a smaller network with half as many blocks.
 
     `processes.start_program` makes resnet18 smaller in the processes that it starts.
     """

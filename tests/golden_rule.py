@@ -1,4 +1,7 @@
-"""Fill a network with the weights that were used to compute tests/golden/reference_outputs.npz."""
+"""Fill a network with fixed pseudo-random weights.
+
+The expected outputs in tests/golden/reference_outputs.npz were computed with these weights.
+"""
 
 import functools
 import zlib

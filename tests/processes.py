@@ -47,7 +47,7 @@ def start_program(
 
 
 def _run_program(program, arguments, log, prepare, environment):
-    """Run a program in this new process. The arguments are those of `start_program`."""
+    """Run a program in the process that `start_program` has started. `start_program` explains the arguments."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -82,9 +82,9 @@ def torchrun_environments() -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
-    """Start a process that holds a lock file, and that has itself started a worker process.
+    """Start a process that holds a lock file and starts a worker process.
 
-    Yields a function that kills the process that holds the lock, but not its worker process.
+    Yields a function that kills the lock holder. The worker process keeps running.
     """
     ours, theirs = SERVER.Pipe()
     process = SERVER.Process(target=_hold_lock_in_process_and_worker, args=(lock, theirs))
@@ -105,7 +105,7 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
 def _hold_lock_in_process_and_worker(lock, connection):
     """Hold a lock file for 60 s, in this process and in a worker process.
 
-    The process id of the worker is sent through `connection`.
+    The lock holder sends the process id of the worker through `connection`.
     """
     with hold_lock_file(lock, World()):
         worker = os.fork()
@@ -122,9 +122,9 @@ def patch_loops_to_send_signal(description: str, at: int, number: int, all_proce
 
     Args:
         description: first word of the text beside the progress bar, such as "epoch".
-        at: number of the item, counted from 1. The items of all loops with this description are counted together.
+        at: number of the item, counted from 1. All loops with this description share one count.
         number: number of the signal.
-        all_processes: whether the worker processes also get the signal. The program then waits 0.3 s.
+        all_processes: whether the worker processes also get the signal. After this signal, the program waits 0.3 s.
     """
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
@@ -158,7 +158,7 @@ def patch_checkpoint_saving_to_kill_program(save: int) -> None:
     """Let the program kill itself when half of a checkpoint file is written.
 
     Args:
-        save: number of the checkpoint that is cut off. The first saved checkpoint has the number 1.
+        save: number of the checkpoint whose file is cut in half. The first saved checkpoint has the number 1.
     """
     original, count = torch.save, itertools.count(1)
 
@@ -178,7 +178,7 @@ def patch_test_py_to_send_signal_before_batch(batch: int, number: int) -> None:
     """Let test.py send itself a signal before it computes the logits of a batch.
 
     Args:
-        batch: number of the batch. The first batch has the number 1.
+        batch: number of the batch before which test.py sends the signal. The first batch has the number 1.
         number: number of the signal.
     """
     original, count = scoring.Detector.logits, itertools.count(1)

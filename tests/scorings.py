@@ -37,7 +37,7 @@ def run_test_py(*argv) -> int:
 def error_line_of_test_py(capfd, *argv) -> str:
     """Run test.py with a command line that test.py must refuse, and return the error line.
 
-    The exit status must be 2, stdout must be empty, and stderr must end with its only error line.
+    The exit status must be 2, and stdout must be empty. The last line on stderr must be the only error line.
     """
     capfd.readouterr()
     assert run_test_py(*argv) == 2
@@ -91,7 +91,9 @@ def write_detector(path: Path, **content) -> Path:
 
 
 def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
-    """Write a real image, a fake image, and checkpoints in the file formats of the released checkpoints into a folder.
+    """Write two images, and checkpoints in the formats in which the authors of the paper published their checkpoints.
+
+    One image is real, and the other image is fake.
 
     The weights come from `load_reference_weights`. The images come from tests/golden/reference_outputs.npz.
     Returns the folder.

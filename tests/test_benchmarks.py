@@ -1,4 +1,4 @@
-"""Tests of the benchmark, which compares three implementations ("forms") of the networks."""
+"""Tests of the package benchmarks, which measures three implementations of the networks."""
 
 import pytest
 import torch
@@ -14,15 +14,12 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value 
 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Return the logits (2, 2) of two images, computed with one implementation (form) of the networks."""
+    """Compute the logits (2, 2) of two images with the implementation `form` of the networks."""
     return cases.prepare_scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error of the logits of two images, divided by the largest difference between the images.
-
-    The difference between the images is the difference of their expected logits.
-    """
+    """Return the largest error of a logit, divided by the largest difference between the images' expected logits."""
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 
@@ -82,7 +79,8 @@ def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys
     monkeypatch.setattr(program, "measure_implementations_of_case", count_printed_lines)
     monkeypatch.setattr(program, "measure_and_print_startup_times", lambda folder: None)
     program.main([])
-    assert printed == [3] + [1] * (len(printed) - 1)  # 3 lines before the first row, then 1 line per row
+    # The program prints 3 lines before the first measurement, and one table row before each later measurement
+    assert printed == [3] + [1] * (len(printed) - 1)
 
 
 def test_the_benchmark_prints_a_dash_and_exits_with_status_1_if_a_measurement_fails(monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""Tests of tools.calibrate: fitted temperature and thresholds, the stored calibration, and refused score tables."""
+"""Tests of tools.calibrate, which fits the temperature and the thresholds of a detector to a score table."""
 
 import json
 import re
@@ -19,11 +19,15 @@ from utils import checkpoints
 from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
-JOB = {"crop_size": 128, "resize": None, "crops": 9}  # defaults of test.py after training on crops of 128 pixels
+# Image settings that test.py uses by default for a detector trained on crops of 128 x 128 pixels
+JOB = {"crop_size": 128, "resize": None, "crops": 9}
 
 
 def write_score_table(path, reals, fakes):
-    """Write a score table in which an image has the logits (margin, 0). Return the path of the table."""
+    """Write a score table with the logits (margin, 0) for each margin in `reals` and `fakes`.
+
+    Return the path of the table.
+    """
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
     write_table(path, make_rows(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
@@ -105,7 +109,7 @@ def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_
     assert t_real <= t_fake
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
-    if t_real < t_fake:  # a narrower range of unsure images would exceed one of the allowed error rates
+    if t_real < t_fake:  # a higher t_real or a lower t_fake would exceed an allowed error rate
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 

@@ -1,4 +1,4 @@
-"""Tests of checkpoint files: complete writing, safe reading, and errors if files and flags do not match."""
+"""Tests that checkpoints are written completely and read safely, and that unsuitable checkpoints are refused."""
 
 import copy
 import os
@@ -58,7 +58,7 @@ def test_a_loaded_checkpoint_equals_the_saved_checkpoint(tmp_path):
 
 
 def test_checkpoints_in_the_format_of_early_pytorch_versions_are_loaded(tmp_path):
-    """The released checkpoints have the file format of early PyTorch versions."""
+    """The checkpoints that the authors of the paper published have the file format of early PyTorch versions."""
     torch.save({"a": torch.ones(2)}, tmp_path / "old.pth.tar", _use_new_zipfile_serialization=False)
     assert torch.equal(checkpoints.read_checkpoint_content(tmp_path / "old.pth.tar")["a"], torch.ones(2))
 
@@ -113,7 +113,7 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`checkpoints.read_checkpoint_content`, test.py, train_sr.py and train_detector.py all refuse the file."""
+    """`checkpoints.read_checkpoint_content`, test.py, train_sr.py and train_detector.py all refuse the checkpoint."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # with weights_only=False, torch.load ran the code in the file, which made this folder
+    assert folder.exists()  # unpickling without protection ran the code in the checkpoint
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -293,9 +293,8 @@ def test_vgg_weights_whose_hash_is_wrong_are_refused(empty_vgg_cache_path, monke
         patch.setattr(torch.hub, "download_url_to_file", raise_wrong_hash)
         load_vgg("imagenet")
     empty_vgg_cache_path.parent.mkdir(exist_ok=True)
-    torch.save(
-        VGG19().state_dict(), empty_vgg_cache_path
-    )  # the file name and the shapes are correct, but the weights are random
+    # The VGG-19 file has the correct name and weight shapes, but random weights
+    torch.save(VGG19().state_dict(), empty_vgg_cache_path)
     for source in ("imagenet", "auto"):
         with expect_user_error("damaged", "dcbb9e9d"):
             load_vgg(source)
@@ -315,7 +314,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 @pytest.fixture(scope="module")
 def folder_with_mismatched_weights(tmp_path_factory, shrink_resnet18):
-    """Return a folder with two images, and with weights of networks that do not belong together."""
+    """Return a folder with images, detectors and weights files. Some of the weights do not fit the detectors."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -342,7 +341,7 @@ NEW = f"{IMAGES} --fixed-sr --no_dilation --arch resnet18 --vgg-weights random"
 LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
-    # The file is of a kind that the flag does not accept
+    # A flag names a file that does not contain the required weights
     (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
@@ -360,7 +359,7 @@ CASES = [
     (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
     # The values of two flags contradict each other
     (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel", "128", "3"]),
-    # The weights in two files do not belong together
+    # A flag names other RDN or VGG-19 weights than those with which the detector was trained
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["--sr-weights-file", "other_rdn.pth"]),
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["--sr-weights-file", "rdn_x2.pth"]),
     (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["VGG-19", "other_vgg.pth"]),
@@ -371,9 +370,9 @@ CASES = [
 def test_programs_refuse_files_and_flags_that_do_not_fit_together(
     folder_with_mismatched_weights, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """The training program refuses the given flags.
+    """train_sr.py or train_detector.py refuses the command line `flags`.
 
-    If the flags load a detector with --init, test.py must also refuse this detector with --resume.
+    If `flags` contains --init, test.py must also refuse `flags` with --resume in place of --init.
     """
     monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}

@@ -96,7 +96,8 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        ignored = [key.index for key in keys if not key.weight]  # a process without images gets one with weight 0
+        # A process that would get no image of the batch gets the first image, with weight 0
+        ignored = [key.index for key in keys if not key.weight]
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
 
@@ -127,7 +128,7 @@ def test_patches_start_at_multiples_of_the_scale_and_have_all_positions_and_orie
     assert {top for top, _, _ in places} == {1, 5, 9}
     assert {left for _, left, _ in places} == {1, 5, 9, 13, 17}
     counts = np.bincount([orientation for _, _, orientation in places], minlength=8)
-    assert counts.min() >= 45 and counts.max() <= 105  # expected: 75, with a standard deviation of 8
+    assert counts.min() >= 45 and counts.max() <= 105  # expected per orientation: 75, standard deviation 8
 
 
 def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
@@ -204,9 +205,8 @@ def test_without_augmentation_an_image_is_cropped_in_the_centre(tmp_path):
 
 
 def test_only_an_image_that_a_perturbation_cannot_process_gets_an_error(tmp_path):
-    long = save_image(
-        tmp_path / "long.png", np.zeros((4, 70_000, 3), np.uint8)
-    )  # JPEG images have at most 65,535 columns
+    # The image has more columns than a JPEG file can have (65,535)
+    long = save_image(tmp_path / "long.png", np.zeros((4, 70_000, 3), np.uint8))
     good = save_image(tmp_path / "good.png")
     transform = Perturbation(PerturbationSetting("jpeg", 90.0), "sweep", 0)
     data = ImageDataset(make_items(long, good), SizePolicy(4), transform=transform)
@@ -254,9 +254,9 @@ def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_image
 def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(
     patch_dataset, monkeypatch, free_bytes
 ):
-    """If no shared memory is free, the worker processes must send batches in another way.
+    """If no shared memory is free, the worker processes must send batches as NumPy arrays through a pipe.
 
-    If a worker wrote to full shared memory, it would crash, and the main process would wait forever.
+    If a worker used full shared memory, it would fail to send the batch, and the main process would wait forever.
     """
     alone = list(make_loader(patch_dataset, EpochBatchSampler(7, 4), 0, ON_CPU))
     if free_bytes is not None:
@@ -284,7 +284,7 @@ def dataset_of_squares_and_unreadable_image(tmp_path):
 
 
 def load_and_merge_batches(dataset, keys, **limits):
-    """Load images one by one, and return the batches into which merge_batches_of_equal_image_size merges them."""
+    """Load images one by one, merge them with merge_batches_of_equal_image_size, and return the merged batches."""
     loader = make_loader(dataset, [[Key(0, index)] for index in keys], 0, ON_CPU)
     return list(merge_batches_of_equal_image_size(loader, **limits))
 
@@ -307,7 +307,7 @@ def test_merging_batches_keeps_the_pixel_limit_and_never_joins_images_of_two_blo
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # A resumed run starts at image 1, but the first block still consists of images 0 and 1
+    # Blocks of two images are counted from image 0, even if loading starts at image 1
     assert [
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(1, 3), block=2, pixels=math.inf)

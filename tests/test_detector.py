@@ -209,7 +209,8 @@ def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(detector_file, arg
 def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
     """`idx_stages` is another name for the option `stage`, and `no_dilation=True` means `dilated=False`.
 
-    A released checkpoint stores neither the stage nor the dilation. Dilation changes the scores.
+    The authors' checkpoints store neither the feature stage nor the dilation of the ResNet. Dilation changes the
+    scores.
     """
     folder = write_images_and_checkpoints_of_the_authors_format(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}

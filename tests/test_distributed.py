@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_torchrun_variables(monkeypatch, text):
-    """Set the environment variables that `text` lists as NAME=VALUE words, and delete all others that torchrun sets."""
+    """Set environment variables from a text such as "RANK=1 WORLD_SIZE=2". Delete the other variables of torchrun."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():
@@ -72,7 +72,7 @@ def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(program):
 def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_not(monkeypatch, capfd):
     """torchrun ends the waiting process with rank 1 as soon as the process with rank 0 has exited.
 
-    An error in both processes is therefore printed only once.
+    If both processes fail with the same error, only the process with rank 0 prints this error.
     """
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)

@@ -41,7 +41,7 @@ def commands_of_document(document: str) -> list[list[str]]:
 
 
 def known_flags() -> set[str]:
-    """Return every flag that a program accepts or that the source of tools, benchmarks, studies or utils contains."""
+    """Return the flags of the programs, and the flags in the source code of tools, benchmarks, studies and utils."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)

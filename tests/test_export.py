@@ -1,4 +1,4 @@
-"""Tests of tools.export, which writes a detector as a graph or as a bundle.
+"""Tests of tools.export, which converts a detector to an ONNX, torch.export or safetensors file.
 
 A graph is an ONNX file or a file of torch.export. A bundle is one safetensors file with the weights of all networks.
 """
@@ -151,7 +151,7 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(
 
 
 def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_detector_folder):
-    """PyTorch 2.6 can convert a plain batch norm to ONNX, but not a `BatchNorm2d`."""
+    """PyTorch 2.6 cannot convert a `BatchNorm2d` to ONNX, but it can convert a `PlainBatchNorm` of tools.graph."""
     network = load(exported_detector_folder / "mine.pth.tar", device="cpu").network
     plain = graph.copy_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -319,7 +319,7 @@ def test_a_bundle_of_a_detector_of_the_authors_format_keeps_its_logits_and_refus
 
 
 def make_detector_description_and_metrics(exported_detector_folder, tmp_path):
-    """Return two entries of the file p.json: a description of the detector, and the metrics of a score table."""
+    """Return a description of the detector, and the metrics of a score table with two images."""
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
     detector = load(exported_detector_folder / "mine.pth.tar", device="cpu").describe_model()
@@ -327,7 +327,7 @@ def make_detector_description_and_metrics(exported_detector_folder, tmp_path):
 
 
 def make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path):
-    """Return a command line for tools.export that writes a.safetensors with the metrics in p.json."""
+    """Return a command line for tools.export that writes the bundle a.safetensors and reads p.json."""
     detector = f"{exported_detector_folder}/mine.pth.tar"
     return ["--resume", detector, "--bundle", f"{tmp_path}/a.safetensors", "--scores", f"{tmp_path}/p.json"]
 

@@ -212,7 +212,7 @@ class NormalizedEnlargement(nn.Module):
 
 
 class NormalizedPixels(nn.Module):
-    """Features with batch norm."""
+    """A features module that applies batch norm to pixels."""
 
     channels, stride = 3, 1
 
@@ -265,4 +265,5 @@ def test_the_prefix_of_data_parallel_is_removed_only_if_all_weights_have_it():
 
 def test_the_residual_cache_depends_on_the_source_code_of_a_network():
     assert hash_source_code(NormalizedPixels()) != hash_source_code(NormalizedEnlargement())
-    assert hash_source_code(load_example_module("gradients").Gradients()) is None  # made by exec, without a file
+    # Python does not know the source code of a class that `exec` has defined
+    assert hash_source_code(load_example_module("gradients").Gradients()) is None

@@ -88,7 +88,7 @@ def test_a_link_to_a_parent_folder_is_not_followed_inside_a_linked_folder(tmp_pa
 
 @pytest.fixture
 def folder_with_outputs(tmp_path):
-    """Return a folder with two images, and with a score table, a figure and a residual picture of test.py."""
+    """Return a folder with two images and with outputs of test.py: score table, figure and residual picture."""
     root = write_empty_files(
         tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png"
     )

@@ -1,4 +1,4 @@
-"""Tests of data.images: decoding of image files, errors for bad files, resizing, cropping, and usable images."""
+"""Tests of data.images, which decodes, resizes and crops images, and refuses unusable images."""
 
 import io
 import logging
@@ -178,7 +178,7 @@ def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value
         read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
-# UPRIGHT is an image. STORED gives the pixels that a file with each EXIF orientation stores for this image
+# A viewer shows the image UPRIGHT for a file with the EXIF orientation k and the pixels STORED[k]
 UPRIGHT = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, 3, axis=-1)
 STORED = {
     1: UPRIGHT,
@@ -284,7 +284,7 @@ def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_p
 
 
 def encoded_images():
-    """Return the bytes of twelve small image files: several formats, each in one or more encodings."""
+    """Return the bytes of twelve small image files in six formats."""
     rgb, exif = Image.fromarray(random_rgb_pixels()), exif_with_orientation(6)
     deep = Image.fromarray(random_rgb_pixels()[..., 0].astype(np.uint16) * 257)
     return [
@@ -401,7 +401,8 @@ def test_compute_final_size_predicts_the_size_after_resizing_and_cropping(size, 
         ((63, 100), SizePolicy(4, 64), ["100 x 63 pixels", "64 x 64", "--crop-size"]),
         ((63, 100), SizePolicy(4, 64, 32), ["100 x 63 pixels", "50 x 32 when resized"]),
         ((12, 12), SizePolicy(4, min_side=16), ["12 x 12 pixels", "at least 16", "--idx-stages"]),
-        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),  # cropped to 15 x 15 pixels
+        # The sides of a crop must be multiples of the scale 5, so the crop would have only 15 x 15 pixels
+        ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),
         ((1, 100_000), SizePolicy(4, None, 256), ["25600000 x 256", "more than 178956970", "--resize"]),
     ],
 )
@@ -426,7 +427,7 @@ def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_
 
 @pytest.fixture
 def readable_and_unreadable_items(tmp_path):
-    """Return the items of three usable images, one image that is too small, and one empty file."""
+    """Return one `Item` per file, for three usable images, one image that is too small, and one empty file."""
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # (height, width) in pixels
     paths = [
         save_image(tmp_path / f"{height}x{width}.png", random_rgb_pixels(height, width)) for height, width in sizes

@@ -24,7 +24,7 @@ MAY_IMPORT = {
 
 
 def module_files() -> dict[str, Path]:
-    """Return a dict from module name to source file. Tests and benchmarks are left out."""
+    """Return a dict from module name to source file. The dict does not contain tests and benchmarks."""
     files = [ROOT / f"{name}.py" for name in PROGRAMS]
     for package in PACKAGES:
         files += sorted((ROOT / package).glob("*.py"))
@@ -62,7 +62,8 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    for package in PACKAGES:  # an import of a package would look like a cycle, because its __init__ imports modules
+    # A package's __init__ imports the package's modules, so a module that imports the package would look like a cycle
+    for package in PACKAGES:
         for others in imports.values():
             others.discard(package)
     graphlib.TopologicalSorter(imports).prepare()

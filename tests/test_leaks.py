@@ -65,7 +65,7 @@ def list_checks_with_findings(result):
 
 LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all sizes are different
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
-LEAKS = {  # leak -> (options of `write_pictures` for reals, options for fakes, attributes in the findings)
+LEAKS = {  # leak -> (options of `write_pictures` for real images, for fake images, reported attributes)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
     "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
     "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
@@ -130,7 +130,7 @@ def make_files_of_given_sizes(reals, fakes):
 
 
 def find_severity_of_size_difference(reals, fakes):
-    """Return the severity with which `compare_attribute_in_classes` reports the sizes, or None without a report."""
+    """Return the severity of the finding of `compare_attribute_in_classes`, or None if it finds nothing."""
     finding = compare_attribute_in_classes(make_files_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 

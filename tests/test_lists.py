@@ -109,7 +109,7 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(list_items_of_folder_tree(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    # A user can choose the folder val as the root
+    # If the user names the folder val itself, training uses its images
     assert len(list_items_of_folder_tree(f"{root}/sd/val", training=True)) == 2
     shutil.rmtree(tmp_path / "t/sd/train")
     with expect_user_error("no images that can be used", "2 in val"):

@@ -73,7 +73,7 @@ def test_ranking_metrics_equal_brute_force_over_all_pairs_and_thresholds(seed, l
     by_thresholds = average_precision_by_threshold(scores, is_fake)
     assert metrics.average_precision(scores, is_fake) == pytest.approx(by_thresholds, abs=1e-12)
     np.testing.assert_allclose(metrics.roc_curve(scores, is_fake), [[0, *fpr], [0, *tpr]], atol=1e-12)
-    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # one of the 40 real images is a rate of 0.025
+    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # with 40 real images, one false positive is a rate of 0.025
         expected = tpr[fpr <= highest_fpr].max(initial=0)
         assert metrics.tpr_at_fpr(scores, is_fake, highest_fpr) == pytest.approx(expected, abs=1e-12)
 
@@ -118,7 +118,7 @@ def test_calibration_error_and_nll_equal_the_values_computed_by_hand():
     nll = -(3 * np.log(0.9) + np.log(0.1) + 2 * np.log(0.9)) / 6
     assert metrics.negative_log_likelihood(prob_fake, is_fake) == pytest.approx(nll)
     wrong_and_certain = metrics.negative_log_likelihood(np.array([1.0, 0.0]), np.array([False, True]))
-    assert 30 < wrong_and_certain < 40  # finite, because probabilities are clipped to 2e-16
+    assert 30 < wrong_and_certain < 40  # scikit-learn replaces the probability 0 by 2e-16, so the NLL is finite
     assert metrics.expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
 
 

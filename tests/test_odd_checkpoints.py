@@ -64,7 +64,7 @@ CALIBRATION = {"temperature": 2.0, "t_fake": 0.6, "t_real": 0.4, "source": "a li
 
 @pytest.mark.parametrize("place", PLACES, ids=".".join)
 def test_a_checkpoint_with_a_wrong_value_never_causes_a_traceback(detector_and_images, tmp_path, capfd, place):
-    """The program either accepts the checkpoint or prints one error line with exit status 2."""
+    """The program either accepts a wrong value in the checkpoint, or ends with one error line and exit status 2."""
     state = read_checkpoint_content(detector_and_images / "pixel.pth.tar") | {"calibration": CALIBRATION}
     path = tmp_path / "odd.pth.tar"
     for value in ODD:

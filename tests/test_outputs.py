@@ -1,4 +1,4 @@
-"""Tests of the files that test.py reads and writes: files of the user, earlier outputs, and unusable images."""
+"""Tests of the files that test.py reads, writes, keeps and replaces."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def flags_of_stage5_detector(tmp_path_factory, shrink_resnet18):
 
 
 def write_user_files(folder: Path) -> None:
-    """Write files of the user that have the names of the files that `test.py --save_path p` writes."""
+    """Write files with the names of the outputs of `test.py --save_path p`, but with other content."""
     write_noise_image(folder / "p.png", 0)
     (folder / "p.csv").write_text("path,label\np.png,real\n")
     (folder / "p.json").write_text('{"epochs": 3}')
@@ -129,7 +129,7 @@ def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_befor
 
 
 def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(detector_file, image_folder, tmp_path):
-    """A run that is killed between writing p.npy and p.json leaves p.npy without a record."""
+    """A run that is killed after it has written p.npy leaves p.npy without p.json."""
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
@@ -362,7 +362,8 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)  # heights in inches times 160 dots per inch
+    # The image is 3.4 inches wide. Title and margin need 0.4 inches of height. The figure has 160 dots per inch
+    expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)
     assert abs(height - expected) <= 2
     assert width == 11 * 160
 

@@ -142,7 +142,8 @@ def test_the_report_page_shows_residual_pictures_and_images_in_the_folder_of_the
 
 def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
-    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]  # errors: 1, 5, -9, -3, no label, 2
+    # Wrong logit minus correct logit of each image: 1, 5, -9, -3, none (no label), 2
+    logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.find_most_wrongly_scored_images(table)] == ["b", "f", "a", "d", "c"]
     assert len(report_page.find_most_wrongly_scored_images(table, 2)) == 2

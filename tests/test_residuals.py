@@ -88,7 +88,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # some damage has no effect, for example to a time stamp in the .npz file
+        if sample.error is None:  # a damaged time stamp in the .npz file does not change the residual
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -134,7 +134,10 @@ CONFIG = {
 
 
 def make_cache_folder(root, policy=WHOLE_IMAGES, precision="fp32", features_fingerprint="b", code=(), **changed_config):
-    """Return the cache folder for a detector and its settings. The configuration of the detector is based on CONFIG."""
+    """Return the cache folder for a detector and its settings.
+
+    `changed_config` replaces entries of CONFIG, which describes the detector.
+    """
     config = {**CONFIG, **changed_config}
     key = residual_cache_key(config, features_fingerprint, code, policy, Compute(CPU, precision))
     return create_cache_folder(root, key)
@@ -215,7 +218,7 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
     """The training without the cache computes residuals one by one, because of --micro-batch 1.
 
-    The cache also computes residuals one by one, so the losses are equal bit for bit.
+    The training with the cache also computes residuals one by one, so the losses are equal bit for bit.
     """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     run_training(train_detector_arguments(training_files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))

@@ -103,7 +103,7 @@ def run_training_without_interruption(make_training_arguments, tmp_path_factory)
 def resume_and_require_equal_results(make_training_arguments, run_training_without_interruption):
     """Return a function that resumes an interrupted training.
 
-    The function requires that the resumed training writes the same states as the uninterrupted training, bit for bit.
+    The function requires that the resumed and the uninterrupted training write equal checkpoints, bit for bit.
     """
 
     def resume_and_require_equal_files(name, out, *flags):
@@ -191,7 +191,7 @@ def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
 def test_a_training_with_resume_auto_and_init_starts_from_init_if_there_is_no_run_to_resume(training_files, tmp_path):
     """If the output folder contains a run to resume, --resume auto has priority over --init.
 
-    The fine-tuning scripts use both flags.
+    The fine-tuning scripts pass --init and --resume auto.
     """
     run_training(train_detector_arguments(training_files, tmp_path / "first", "--fixed-sr --epochs 1 --lr 0"))
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --resume auto --epochs"
@@ -335,7 +335,7 @@ def validation_folders(folder, files):
 def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_files, tmp_path, caplog):
     """The first epoch is scored on easy images, and all later epochs are scored on hard images.
 
-    Without a reset of the best score, no later epoch could be the best epoch.
+    If train_sr.py kept the best score on the easy images, no later epoch could be the best epoch.
     """
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
@@ -385,7 +385,7 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
-    """The error of a black image is 0 in every epoch, so the PSNR must be limited to a finite value.
+    """The error of a black image is 0 in every epoch, so train_sr.py must limit the PSNR to a finite value.
 
     With the learning rate of this test, the first epoch does not have the best PSNR.
     """
@@ -413,16 +413,15 @@ def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_st
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
     run_training(train_detector_arguments(images, tmp_path / "expected", flags))
-    last = [key.index for batch in EpochBatchSampler(10, 5, seed=123) for key in batch][
-        -1
-    ]  # last image of the second step
+    # The index of the last image in the second training step
+    last = [key.index for batch in EpochBatchSampler(10, 5, seed=123) for key in batch][-1]
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
     code, line = run_training_for_status_and_last_line(
         train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
-    if "--no-cache" in flags or "--mode-sr" in flags:  # with a cache, the damage is found before the first step
+    if "--no-cache" in flags or "--mode-sr" in flags:  # a training with a cache ends before its first step
         assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -452,8 +451,8 @@ def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_ea
 def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, training_files):
     """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
 
-    The classifier reduces an image of 32 x 32 pixels to one value per channel. Batch norm cannot be trained on these
-    values of a single image.
+    The classifier reduces an image of 32 x 32 pixels to one value per channel. In training mode, batch norm refuses
+    a batch with one value per channel.
     """
     root = tmp_path / "small"
     root.mkdir()

@@ -45,7 +45,7 @@ def copied_run_folder(finished_run_folder, tmp_path):
 
 
 def write_user_files(folder):
-    """Write files of the user into a folder. No training uses the names of these files.
+    """Write files of the user into a folder. A training never writes files with these names.
 
     Some of the names look like names of temporary files.
     """
@@ -169,7 +169,7 @@ def copy_files_with_damaged_images(files, tmp_path):
 def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_state(
     training_files, copied_run_folder, tmp_path, monkeypatch, accident, init
 ):
-    """The new training has the flags --init and --overwrite. The training fails before it has saved a state.
+    """The new training has the flags --init and --overwrite. The training fails before it has written a checkpoint.
 
     The flag --init names a checkpoint of the earlier training.
     """
@@ -258,7 +258,7 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
 
 
 def test_a_checkpoint_of_the_authors_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
-    """A training refuses the folder with and without --overwrite, even if it starts from this checkpoint."""
+    """train_detector.py refuses the output folder even with --overwrite, and even if --init names the checkpoint."""
     released = {
         key: value
         for key, value in read_checkpoint_content(copied_run_folder / "0001.pth.tar").items()

@@ -1,6 +1,6 @@
 """Tests of ScoreWriter, which appends rows to part files and joins the part files into a score table.
 
-If a program is started again, it keeps the rows that earlier starts have written.
+Without `overwrite`, a ScoreWriter keeps the rows that earlier ScoreWriters have written.
 """
 
 import shutil
@@ -21,19 +21,19 @@ JOB = {"seed": 1}
 
 @pytest.fixture
 def image_items(tmp_path):
-    """Write seven empty image files. Return the items of the files."""
+    """Write seven empty image files. Return one `Item` per file."""
     write_empty_files(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
     return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(COUNT)]
 
 
 def make_rows_by_index(items, indices, add=0.0):
-    """Return a dict from the index of an image to its row. The logit_fake of a row is the index plus `add`."""
+    """Return a dict from image index to score table row. The logit_fake of a row is the image index plus `add`."""
     rows = make_rows([items[i] for i in indices], [[i + add, 0] for i in indices])
     return dict(zip(indices, rows, strict=True))
 
 
 def make_unopened_score_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
-    """Return a ScoreWriter for the score table p.csv. The writer is not opened yet."""
+    """Return a ScoreWriter for the score table p.csv. It can write rows after a call of `start_partial_table`."""
     return ScoreWriter(folder / "p.csv", items, read_file_sizes_and_times(items), job, world)
 
 
@@ -45,7 +45,7 @@ def make_opened_score_writer(folder, items, job=JOB) -> ScoreWriter:
 
 
 def finish_table(writer: ScoreWriter) -> None:
-    """Join all part files into the score table, write the record, and remove the part files."""
+    """Join all part files into the score table p.csv, write p.json, and remove the part files."""
     writer.finish_table()
     writer.write_json_record_of_score_table({"metrics": None})
     writer.delete_partial_tables()
@@ -69,7 +69,8 @@ def test_rows_of_three_successive_score_writers_are_joined_into_one_score_table(
     third.write_rows(make_rows_by_index(image_items, [5, 6]))
     third.finish_table()
     assert read_logit_fake_column(tmp_path) == list(range(COUNT))
-    make_opened_score_writer(tmp_path, image_items).finish_table()  # without p.json, a new start keeps the table
+    # As long as the part files exist, a new ScoreWriter can join them again
+    make_opened_score_writer(tmp_path, image_items).finish_table()
     finish_table(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]

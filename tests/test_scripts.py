@@ -256,7 +256,7 @@ def test_a_script_without_images_makes_example_images_once(project_copy):
 
 
 CHAIN = [
-    # script, input file that another script has written, name of this other script, expected options
+    # (script, input file of the script, script that writes the input file, expected options)
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",
@@ -386,8 +386,8 @@ def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy)
     assert not (project_copy / ".venv").exists()
 
 
-# A shell script that replaces python3 on a machine without packages. `-m venv` copies the script. `-m pip` replaces the
-# copy by the script STUB.
+# A shell script that replaces python3 on a machine without packages. `-m venv` copies BARE_PYTHON. `-m pip` replaces
+# the copy of BARE_PYTHON by the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
@@ -399,7 +399,7 @@ esac
 
 
 def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
-    """Run test_pixel_celeba.sh with the script BARE_PYTHON in place of python3."""
+    """Run test_pixel_celeba.sh on a simulated machine on which python3 is the script BARE_PYTHON."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
     write_executable(tmp_path / "bin" / "python3", text)

@@ -152,10 +152,10 @@ def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.
 
 @functools.cache
 def find_step_with_or_without_degradation(degraded):
-    """Return the number of a training step.
+    """Return the number of a training step in which the auxiliary task degrades the batch, or does not.
 
     Args:
-        degraded: whether the auxiliary task must degrade the batch in this step.
+        degraded: whether the auxiliary task must degrade the batch in the step.
     """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
@@ -168,7 +168,7 @@ def find_step_with_or_without_degradation(degraded):
 
 
 def reconstruction_loss_by_hand(x_hat, x, vgg):
-    """Compute the reconstruction loss L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)), averaged over images."""
+    """Compute the sum of the L1 loss of the pixels and the weighted L1 losses of the VGG-19 feature maps."""
     maps_hat, maps = vgg(x_hat, STAGES), vgg(x, STAGES)
     loss = (x_hat - x).abs().mean()
     for k, weight in zip(STAGES, STAGE_WEIGHTS, strict=True):
@@ -357,7 +357,7 @@ def test_a_tiny_evaluation_image_gets_a_psnr_and_a_psnr_below_bicubic_gives_a_wa
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
-    """The error of a black image is 0, so the PSNR must be limited to a finite value.
+    """The error of a black image is 0, so train_sr.py must limit the PSNR to a finite value.
 
     With an infinite mean PSNR in the first epoch, no later epoch could be the best epoch.
     """

@@ -29,7 +29,10 @@ def make_arguments_without_data_roots(files, out, flags):
 
 
 def write_csv_table(path, files, labels):
-    """Write a CSV table with one row per entry of `labels`, for different images. Return the path of the table."""
+    """Write a CSV table with one row per entry of `labels`. Each row names a different image.
+
+    Return the path of the table.
+    """
     counts = {"real": 0, "fake": 0}
     lines = ["path,label"]
     for label in labels:

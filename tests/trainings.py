@@ -56,7 +56,7 @@ def split_flags_and_fill_in_folders(files, flags):
     """Split a string of flags into words, and replace the placeholders REAL, FAKE and VALIDATE.
 
     REAL becomes the path of the folder of real images. FAKE becomes the path of the folder of fake images. VALIDATE
-    becomes the flags that choose both folders for validation.
+    becomes the flags that choose the images of both folders as validation images.
     """
     flags = flags.replace("VALIDATE", "--val-root-pos REAL --val-root-neg FAKE")
     return flags.replace("REAL", str(files / "real")).replace("FAKE", str(files / "fake")).split()
@@ -65,7 +65,7 @@ def split_flags_and_fill_in_folders(files, flags):
 def run_training(arguments):
     """Run train_detector.py in this process if the arguments contain --output-path, and train_sr.py otherwise.
 
-    A `UserError` is not caught.
+    The function does not catch a `UserError` of the program.
     """
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:

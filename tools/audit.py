@@ -1,4 +1,4 @@
-"""Search image sets for leaks: properties besides the content that separate real from generated images.
+"""Search image sets for leaks: differences between real and generated images besides their content.
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
 

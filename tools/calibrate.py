@@ -4,8 +4,8 @@
 
 SCORES.csv is a score table that test.py wrote with this detector for images with labels. These images must not be used
 for training or for the final test. The program fits a temperature (Guo et al., "On Calibration of Modern Neural
-Networks", ICML 2017), and then two thresholds. The program stores the following values in the checkpoint of the
-detector, under the key "calibration". test.py reads these values from the checkpoint.
+Networks", ICML 2017), and then two thresholds. The program stores the calibration in the checkpoint of the detector.
+test.py reads the calibration from the checkpoint. The entry "calibration" of the checkpoint contains these values:
 
     temperature          number by which the logits are divided
     t_fake, t_real       an image is called fake if P(fake) >= t_fake, real if P(fake) <= t_real, else unsure
@@ -95,11 +95,12 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
 
     Args:
         content: content of the checkpoint of the detector.
-        record: content of SCORES.json. If it is empty, the program cannot compare the weights, and logs a warning.
+        record: content of SCORES.json, or {} if there is no SCORES.json. If `record` is {}, the function does not check
+            the score table, and logs a warning.
         name: file name of the checkpoint, for error messages.
     Raises:
-        UserError: if the scores are from other weights or from perturbed images, or if the checkpoint contains no
-            detector.
+        UserError: if another detector computed the scores, if the scored images were perturbed, or if the checkpoint
+            contains no classifier.
     """
     config = content.get("config") or {}
     state = extract_state_dict(content, name)
@@ -111,7 +112,8 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
         )
     if not record:
         logger.warning(
-            "warning: the score table has no .json file beside it, so it is not checked whether %s computed the scores",
+            "warning: cannot check whether the detector %s computed the scores, because the score table has no .json"
+            " file beside it",
             make_printable(name),
         )
         return
@@ -124,8 +126,8 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
     for part, (expected, got) in fingerprints.items():
         if None not in (expected, got) and expected != got:
             raise UserError(
-                f"the scores are from another detector: expected {part} weights with the fingerprint {expected}, as in"
-                f" {make_printable(name)}, got {got}; score the images with this detector (test.py --resume)"
+                f"another detector than {make_printable(name)} computed the scores: expected the {part} fingerprint"
+                f" {expected}, got {got}; score the images again with test.py --resume {make_printable(name)}"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
@@ -148,8 +150,8 @@ def require_default_image_settings(content: Mapping, record: Mapping, name: str)
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
             raise UserError(
-                f"expected scores with {flag} {expected or 0}, the default of {make_printable(name)}, got scores with"
-                f" {flag} {got or 0}: score the images again without {flag}"
+                f"expected scores that test.py computed with {flag} {expected or 0}, its default for the detector"
+                f" {make_printable(name)}, got scores with {flag} {got or 0}: score the images again without {flag}"
             )
 
 
@@ -188,7 +190,7 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     """Find the temperature T that minimises the mean negative log-likelihood of P(fake) = sigmoid(margin / T).
 
     The negative log-likelihood is convex in 1 / T, so bisection finds the point where its derivative is 0. If the class
-    with the larger logit is correct for every image, the negative log-likelihood has no minimum. T is then set to 1.
+    with the larger logit is correct for every image, there is no minimum, and the function returns T = 1.
 
     Args:
         margins: logit_fake - logit_real of each image, (N,).
@@ -202,7 +204,7 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     low, high = np.log(TEMPERATURES)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))  # derivative with respect to 1 / T
+        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))  # derivative of the NLL by 1 / T
         if slope < 0:
             high = middle
         else:
@@ -220,7 +222,7 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
     Images between the thresholds are unsure. The thresholds leave as few images unsure as possible.
 
     At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
-    P(fake) <= t_real. If no image needs to be unsure, both thresholds are equal.
+    P(fake) <= t_real. If no image is unsure, both thresholds are equal.
 
     Args:
         prob_fake: calibrated P(fake) of each image, (N,).
@@ -238,11 +240,11 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
     """Return a threshold t such that at most a fraction `rate` of the values in `negatives` is t or higher.
 
-    The threshold is halfway between two values: the highest value of `negatives` that must be below t, and the next
-    higher value of `scores`.
+    Let h be the highest value of `negatives` that must be below t. The threshold t is halfway between h and the lowest
+    value of `scores` above h. If no value of `scores` is above h, t is the next floating-point number above h.
     """
     allowed = min(math.floor(rate * len(negatives) + COUNT_TOLERANCE), len(negatives) - 1)
-    # The `allowed` highest values may be t or higher. This is the highest of the other values, which must be below t
+    # Only the `allowed` highest values may be t or higher, so the next value must be below t
     highest_below = np.sort(negatives)[::-1][allowed]
     above = scores[scores > highest_below]
     smallest_step = np.nextafter(highest_below, np.inf)

@@ -1,16 +1,17 @@
-"""Make example images to try the programs with, or twins of photographs (copies with the traces of a generator).
+"""Make example images, or make fake copies of photographs.
 
     python -m tools.example --out data/example --size 128 --train 128 --val 32 --test 64
     python -m tools.example --from PHOTOGRAPHS --out TWINS [--autoencoder ENCODER.pth DECODER.pth]
 
-The first command writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. It also writes the
-lists OUT/train.txt and OUT/val.txt, which name the real images for train_sr.py. Real images are random drawings of
-overlapping shapes (tools/scenes.py). Fake images are other random drawings, which are reduced to half their size and
-up-sampled to the full size (tools/upsampling.py). No image generator was used. High accuracy on these images shows that
-the programs work, but says nothing about images from the internet. Licence of the images: CC0 1.0.
+Without --from, the program writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. The
+program also writes the lists OUT/train.txt and OUT/val.txt, which name the real images for train_sr.py. Real images are
+random drawings of overlapping shapes (tools/scenes.py). Fake images are other random drawings, which are reduced to
+half their size and up-sampled to the full size (tools/upsampling.py). No image generator was used. High accuracy on
+these images shows that the programs work, but says nothing about images from the internet. Licence of the images: CC0
+1.0.
 
-The second command writes a twin of each image in the folder PHOTOGRAPHS and in its subfolders. A twin is a copy with
-the traces of a generator (tools/twins.py). The twin of PHOTOGRAPHS/PATH is OUT/PATH.
+With --from, the program writes a fake copy (twin) of each image in the folder PHOTOGRAPHS and in its subfolders. A twin
+is a copy with the traces of a generator (tools/twins.py). The twin of PHOTOGRAPHS/PATH is OUT/PATH.
 
 The folder OUT appears only when all images have been written.
 """
@@ -45,7 +46,7 @@ logger = logging.getLogger("tools.example")
 
 SPLITS = ("train", "val", "test")
 LABELS = ("real", "fake")
-FORMAT = 3  # version of the example images; increase it if the same settings begin to give different images
+FORMAT = 3  # version of the example images; increase it when a change of the code changes the images
 SMALLEST_SIDE = 32  # pixels
 
 
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             f"--out {make_printable(args.out)} contains a line break: give a folder name without line breaks"
         )
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # SystemExit deletes the temporary folder
+    # On SIGTERM, raise SystemExit, so that `temporary_output_folder` deletes the temporary folder
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     out = Path(os.path.realpath(args.out))  # if --out is a symbolic link, write to its target
     if args.photographs:
         require_missing_or_empty_folder(out, args.out)
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings["counts"] = {"train": args.train, "val": args.val, "test": args.test}
     if read_earlier_settings(out) == settings:
         logger.info(
-            "%s already contains the images with these settings, so no image is written", make_printable(args.out)
+            "%s already contains the requested example images, so the program writes none", make_printable(args.out)
         )
         return 0
     require_missing_or_empty_folder(out, args.out)
@@ -108,7 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def read_earlier_settings(out: Path) -> dict | None:
-    """Read settings.json, which an earlier call wrote. Returns None if the file cannot be read."""
+    """Read the settings of existing example images from settings.json. Returns None if the file cannot be read."""
     try:
         return json.loads((out / "settings.json").read_text())
     except (OSError, ValueError):
@@ -116,7 +118,7 @@ def read_earlier_settings(out: Path) -> dict | None:
 
 
 def require_missing_or_empty_folder(out: Path, name: str) -> None:
-    """Raise a UserError unless the output folder is empty or does not exist. name: value of --out, for messages."""
+    """Raise a UserError if `out` is a file or a folder with content. name: value of --out, for the error message."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if os.path.lexists(out):
@@ -171,7 +173,7 @@ def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str
     Args:
         counts: number of real images in each split.
         folder: temporary folder into which the lists are written.
-        listed: final output folder. The paths in the lists begin with this folder.
+        listed: absolute path of the final output folder, with which each path in the lists begins.
     """
     for split in ("train", "val"):
         if counts[split]:

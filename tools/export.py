@@ -98,7 +98,11 @@ def require_onnx_packages(args: argparse.Namespace) -> None:
 
 
 def refuse_to_replace_file_without_mark(path: Path, mark: bytes) -> None:
-    """Raise a UserError if a file exists that lacks the bytes `mark`, which this program writes into each such file."""
+    """Raise a UserError if `path` exists, but is not a file that this program wrote.
+
+    Args:
+        mark: bytes that each graph or each bundle of this program contains.
+    """
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(
             f"{make_printable(path)} was not written by this program: give another file name, or remove the file"
@@ -118,7 +122,7 @@ def read_graph_file(path: Path) -> bytes:
 def collect_contents_of_safetensors_bundle(
     detector: Detector, found: Mapping, scores: str | None, checkpoint_name: str
 ) -> dict:
-    """Collect the entries of a bundle.
+    """Collect the weights, the config and the model card that a bundle contains.
 
     A bundle contains only a fingerprint of the VGG-19 weights. These weights take 50 MB, and many detectors share them.
 
@@ -168,7 +172,7 @@ def create_export_parser() -> Parser:
     add(
         "--scores",
         metavar="P.json",
-        help="record P.json of test.py, from which metrics are copied into the model card of the bundle",
+        help="with --bundle: file P.json that test.py wrote; the model card of the bundle shows its metrics",
     )
     return parser
 

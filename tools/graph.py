@@ -2,7 +2,7 @@
 
 The input of the graph is a batch of whole images, or a batch of crops if the detector was trained on crops. The graph
 does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of the graph
-contain the settings for these steps.
+contain the crop size, the size for resizing, the number of crops and the thresholds.
 """
 
 import copy
@@ -29,16 +29,16 @@ from utils.random_streams import seeded_generator
 logger = logging.getLogger("tools.export")
 
 FORMAT = "beyond-the-spectrum graph, version 2"
-MARK = b"beyond-the-spectrum graph"  # bytes that every exported graph contains, whatever its version
+MARK = b"beyond-the-spectrum graph"  # bytes that each graph file of this program contains, in every version of FORMAT
 FACTS = "facts.json"  # name of the metadata in a .pt2 file
-SMALLEST_EXAMPLE = 96  # minimum height and width in pixels of an example image, if images are not cropped
-TOLERANCE = 1e-4  # largest allowed error of logits and P(fake), a relative error for absolute values above 1
+SMALLEST_EXAMPLE = 96  # smallest side in pixels of example images for detectors that were trained on whole images
+TOLERANCE = 1e-4  # largest allowed |graph - detector| / max(1, |detector|), for logits and P(fake)
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
 
 class Graph(nn.Module):
-    """A module that computes logits and P(fake) from pixels, as a detector does.
+    """A module that computes the logits and the P(fake) of a detector from pixels.
 
     The input is a batch of RGB images, uint8 (B, 3, H, W). The outputs are the logits, float32 (B, 2) with the columns
     FAKE and REAL, and P(fake), float32 (B,).
@@ -93,7 +93,7 @@ def export_graph(detector: Detector, suffix: str) -> bytes:
     """
     warnings.filterwarnings("ignore", "No complete tensor found", module="torch.export")
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):
-        logging.getLogger(name).setLevel(logging.ERROR)  # at lower levels, these loggers print every step of the export
+        logging.getLogger(name).setLevel(logging.ERROR)  # hide messages about the steps of the export
     program, is_dynamic = export_program(detector)
     facts = collect_metadata(detector)
     if suffix == ".pt2":
@@ -151,7 +151,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
     _, height, width = choose_example_sizes(detector)[0]
     any_batch = {0: torch.export.Dim.AUTO}
     any_size = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
-    # Height and width of the example differ, because torch.export may treat equal sizes as one number
+    # From a square example image, torch.export may conclude that all images are square
     program, reason = try_to_export(detector, height, width + 16 * scale, any_batch | any_size)
     if program is not None:
         return program, True
@@ -169,14 +169,14 @@ def try_to_export(
 
     Args:
         height, width: size of the example image.
-        dynamic_shape: the dimensions of the images that may have other sizes than the example, for torch.export.
+        dynamic_shape: the `dynamic_shapes` entry of the input image for torch.export.export.
 
     Returns:
         The exported program and "", or None and the reason why the network cannot be exported.
     """
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     try:
-        with torch.enable_grad():  # with gradients enabled, networks do not compute in tiles
+        with torch.enable_grad():  # export the computation on whole feature maps, not in tiles
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
         return None, str(error).strip().partition("\n")[0]
@@ -185,8 +185,8 @@ def try_to_export(
 def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
     """Choose three sizes (batch, height, width) of images on which a graph is compared with the detector.
 
-    If the detector was trained on crops, the first size is the crop size. Heights and widths are multiples of the scale
-    of the re-synthesizer.
+    If the detector was trained on crops, the first size is the crop size. Heights and widths are multiples of the
+    factor by which the re-synthesizer enlarges images.
     """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
@@ -207,7 +207,7 @@ def collect_metadata(detector: Detector) -> dict[str, str]:
 def copy_config_without_vgg_folder(detector: Detector) -> dict:
     """Copy the config of a detector, without the folder of the VGG-19 weight file.
 
-    The copy also contains the fingerprint of the classifier.
+    The function adds the fingerprint of the classifier to the copied config.
     """
     config = dict(detector.config)
     config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
@@ -238,7 +238,7 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
 def module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
     """Create a module that runs an exported program without checking the input size.
 
-    Since version 2.9, PyTorch would otherwise refuse inputs whose size does not fit the example input of the export.
+    By default, PyTorch 2.9 and later versions refuse inputs whose size does not fit the example input of the export.
     """
     if "check_guards" in inspect.signature(program.module).parameters:
         return program.module(check_guards=False)
@@ -248,7 +248,7 @@ def module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Modu
 def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> None:
     """Check that a graph and a detector give the same logits and P(fake) on random images of three sizes.
 
-    If the graph accepts only images of the first size, the other two sizes are left out.
+    If the graph accepts only images of the crop size, the function compares the outputs only for this size.
 
     Args:
         path: path of the graph file, for error messages.
@@ -276,9 +276,10 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         try:
             results.append(run(image))
         except Exception as error:
-            if not detector.policy.crop_size:  # only a graph for crops may be exported for a single image size
+            if not detector.policy.crop_size:  # a graph for whole images must accept images of any size
                 reason = str(error).strip().partition("\n")[0]
-                raise UserError(f"{name} fails on images of {image.shape[3]} x {image.shape[2]} ({reason})") from None
+                size = f"{image.shape[3]} x {image.shape[2]} pixels"
+                raise UserError(f"the graph {name} cannot process images of {size} ({reason})") from None
             logger.info("the graph %s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
     difference = max(
@@ -286,7 +287,8 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     )
     if not difference <= TOLERANCE:  # unlike `difference > TOLERANCE`, this is also true for NaN
         raise UserError(
-            f"{name}: expected a difference from the detector of at most {TOLERANCE:g}, got {difference:.2g}"
+            f"the outputs of the graph {name} differ from the outputs of the detector: expected a difference of at most"
+            f" {TOLERANCE:g}, got {difference:.2g}"
         )
     logger.info(
         "the logits and P(fake) of the graph %s differ from the results of the detector by at most %.2g",

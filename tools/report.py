@@ -5,15 +5,15 @@
     python -m tools.report --study STUDY.csv --table NAME --markdown METRIC [--intervals]
     python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
-The first command writes the web page DIR/report.html with figures and metrics (tools/report_page.py). The second
-command prints a markdown table with one row per score table or generator. The third command prints a markdown table
-whose rows and columns are listed in a study file (tools/study.py). The fourth command updates the tables in markdown
-documents. A comment directly above each table contains the command that makes the table:
+With --out, the program writes the web page DIR/report.html with figures and metrics (tools/report_page.py). With
+--markdown, the program prints a markdown table with one row per score table or generator. With --study, a study file
+lists the rows and columns of the markdown table (tools/study.py). With --refresh, the program updates the tables in
+markdown documents. A comment directly above each table contains the command that makes the table:
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
-The program replaces the table by the output of this command. The file SCORES.json, which test.py writes beside
-SCORES.csv, is optional.
+The program replaces the table by the table that the command in the comment prints. The program also accepts a score
+table SCORES.csv without the file SCORES.json, which test.py writes beside SCORES.csv.
 """
 
 import argparse
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the command line, and exit with an error unless it is one of the four commands of this program."""
+    """Parse the command line, and exit with an error if the options do not fit together."""
     parser = options.Parser(PROGRAM, "Make a web page or markdown tables from score tables.")
     parser.add_argument("scores", nargs="*", metavar="SCORES.csv", help="score tables that test.py wrote")
     parser.add_argument(
@@ -101,7 +101,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def count_name_columns_of_metric_table(tables: Sequence) -> int:
-    """Return the number of columns with names in a table of `metrics.make_metric_table`. Names are aligned left."""
+    """Return how many columns of a table from `metrics.make_metric_table` contain names instead of numbers.
+
+    The markdown table aligns the columns of names left and the columns of numbers right.
+    """
     return 1 if len(tables) == 1 else 2
 
 
@@ -128,7 +131,7 @@ def update_tables_of_document(path: str, check: bool) -> None:
 
     Args:
         path: path of the document.
-        check: if True, the document is not written, and a table that is not up to date raises an error.
+        check: if True, the function does not change the document.
 
     Raises:
         UserError: if a table cannot be made, or if `check` is True and a table is not up to date.
@@ -164,7 +167,7 @@ def make_updated_table(match: re.Match) -> str:
     try:
         args = parse_arguments(arguments)
     except SystemExit:  # argparse has already printed the reason
-        raise UserError(f"cannot run the command of a 'made by' comment, {command!r}") from None
+        raise UserError(f"cannot run the command of a 'made by' comment, {command!r}: see the error above") from None
     if not args.markdown:
         raise UserError(f"expected the command {PROGRAM} ... --markdown in a 'made by' comment, got {command!r}")
     return f"{comment}\n{make_markdown_table(args)}"

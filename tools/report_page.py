@@ -58,7 +58,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
     """Read score tables and compute their metrics.
 
     Raises:
-        UserError: if a score table cannot be read, or is given twice.
+        UserError: if a score table cannot be read, or if `files` contains the same path twice.
     """
     tables = []
     for file, name in zip(files, choose_unique_names(files), strict=True):
@@ -78,14 +78,14 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 
 def choose_unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
-    """Name each file by its stem. If two stems are equal, all names include parent folders."""
+    """Name each file by its stem. If two stems are equal, all names begin with parent folders, so that they differ."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
     for depth in range(1, longest + 1):
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError("a score table is given twice: give each score table once")
+    raise UserError("the same score table is given twice: give each score table once")
 
 
 def write_report_page(
@@ -94,7 +94,8 @@ def write_report_page(
     """Write the web page OUT/report.html.
 
     Args:
-        residuals: folder of pictures of residuals, from `test.py --save-residuals`. None: the page shows the images.
+        residuals: folder of pictures of residuals, from `test.py --save-residuals`. If None, the page shows
+            the images without residuals.
     Returns:
         The path of the page.
     Raises:
@@ -124,7 +125,7 @@ def write_report_page(
 
 
 def require_replaceable_page(page: Path) -> None:
-    """Raise a UserError if the page exists, but lacks the text MARK, which this program writes into each page."""
+    """Raise a UserError if the file `page` exists, but does not contain the text MARK of the pages of this program."""
     if not os.path.lexists(page):
         return
     try:
@@ -138,7 +139,8 @@ def require_replaceable_page(page: Path) -> None:
 def load_page_template() -> jinja2.Template:
     """Load the jinja2 template report.html.
 
-    The template escapes texts and replaces unprintable characters. Missing entries of a record are shown as empty text.
+    The template escapes HTML characters in inserted texts and replaces unprintable characters. If the JSON file of a
+    score table lacks an entry, the page shows an empty text.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -146,7 +148,8 @@ def load_page_template() -> jinja2.Template:
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: make_printable(value) if type(value) is str else value,  # Markup is already escaped
+        # Do not change objects of Markup, jinja2's subclass of str for HTML that is already escaped
+        finalize=lambda value: make_printable(value) if type(value) is str else value,
     )
     return environment.get_template("report.html")
 
@@ -172,7 +175,7 @@ def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
     Args:
         tables: score tables of the detector, of unperturbed and of perturbed images.
     Returns:
-        A PNG data URI, or None if there is no curve.
+        A PNG data URI, or None if no perturbation was tested at two or more strengths.
     """
     curves = collect_robustness_curves([t for t in tables if t.perturbation.name != "none"])
     if not curves:
@@ -185,7 +188,12 @@ def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
 
 
 def draw_as_data_uri(figure: Callable, *content) -> str:
-    """Draw a figure with a function of `evaluation.figures`. Returns the PNG file as a data URI."""
+    """Draw a figure, and return the PNG file as a data URI.
+
+    Args:
+        figure: function of `evaluation.figures` that draws the figure.
+        content: arguments of `figure` before the path of the PNG file.
+    """
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         figure(*content, path)
@@ -197,7 +205,7 @@ def encode_as_data_uri(content: bytes, kind: str) -> str:
 
 
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
-    """Return a key that sorts score tables by perturbation, and then from the weakest to the strongest perturbation."""
+    """Return the sorting key of a score table: the perturbation, and then its strength from weak to strong."""
     strength = scores.perturbation.strength or 0
     if scores.perturbation.sweep_entry_or_default.smaller_is_harder:
         strength = -strength
@@ -234,7 +242,8 @@ def find_most_wrongly_scored_images(table: ScoreTable, count: int = WORST) -> np
 def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
     """Collect what the page shows about an image: row number, thumbnail, and whether the larger logit is correct.
 
-    A relative path in the score table is tried in the working folder first, and then in the folder of the score table.
+    If the path of an image is relative, the function looks for the image in the working folder first, and then in the
+    folder of the score table.
     """
     table = scores.table
     path = table.paths[row]
@@ -242,7 +251,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
-        # A residual picture shows the image beside its residual
+        # The residual picture contains the image too, so it replaces the image on the page
         picture, kind = path_of_residual_picture(residuals, path), "residual"
     correct = (table.logit_margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])

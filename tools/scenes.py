@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 SUPERSAMPLING = 2  # shapes are drawn at twice the image size, and averaged over 2 x 2 pixels for smooth edges
 SMALLEST_RADIUS = (1.0, 4.0)  # the radius of the smallest shapes is drawn from this range, in pixels
 LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the image side
-COVERAGE = 4.0  # area of all shapes / area of the image; about 10 % of the pixels show the background
+COVERAGE = 4.0  # sum of pi r^2 over all shapes / area of the image; about 12 % of the pixels show the background
 POINTS = 24  # number of points per outline; a multiple of each number in CORNERS
 CORNERS = (3, 4, 6, 24, 24)  # possible numbers of corners of a shape; a shape with 24 corners looks like an ellipse
 LENS_BLUR = (0.4, 1.2)  # the standard deviation of the lens blur is drawn from this range, in pixels
@@ -40,8 +40,8 @@ def draw_random_numbered_polygons(side: int, rng: np.random.Generator) -> tuple[
     """Paint random polygons over one another.
 
     Returns:
-        An array (side, side) with the number of the shape that each pixel shows (0 = background), and the number of
-        shapes.
+        An integer array (side, side), and the number of shapes. The array contains the number of the shape that is
+        visible at each pixel, or 0 for the background.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))
@@ -61,7 +61,7 @@ def draw_random_numbered_polygons(side: int, rng: np.random.Generator) -> tuple[
     across = radii / stretches * np.sin(angles)
     x = centres[:, :1] + along * np.cos(turns) - across * np.sin(turns)
     y = centres[:, 1:] + along * np.sin(turns) + across * np.cos(turns)
-    outlines = np.stack([x, y], axis=-1).reshape(count, 2 * POINTS)  # x, y, x, y, ...
+    outlines = np.stack([x, y], axis=-1).reshape(count, 2 * POINTS)  # the coordinates x and y of the points alternate
 
     canvas = Image.new("I", (side, side), 0)
     draw = ImageDraw.Draw(canvas)

@@ -6,7 +6,7 @@ The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns
 and --val-csv of train_detector.py read these lists. The program also writes DIR/train_real.txt and
 DIR/held_out_real.txt, which name the real images of both sets for train_sr.py. A checksum of the file name decides
 whether an image is held out. If the folders later contain more images, no old image moves to the other set.
-DIR/split.json records --hold-out and the hashes of the lists.
+DIR/split.json contains the value of --hold-out and the SHA-256 hashes of the lists.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="DIR", help="folder into which the lists are written")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace lists that this program wrote with a different --hold-out")
+    add("--overwrite", action="store_true", help="replace existing lists made with a different value of --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out must be above 0 and below 1, got {args.hold_out:g}")
@@ -79,13 +79,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> None:
     """Check that existing lists in the output folder may be replaced.
 
+    Only lists that this program wrote and that nobody edited may be replaced.
+
     Args:
-        hold_out: fraction of the images that the new lists hold out.
-        overwrite: whether lists that hold out a different fraction may be replaced.
+        hold_out: value of --hold-out for the new lists.
+        overwrite: whether lists with a different value of --hold-out may be replaced.
 
     Raises:
-        UserError: if a list was not written by this program or was edited, or if it holds out a different fraction
-            and `overwrite` is False.
+        UserError: if an existing list may not be replaced.
     """
     names = [f"{name}{ending}" for name in SETS for ending in (".csv", "_real.txt")]
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
@@ -105,7 +106,7 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
 
 
 def read_split_record(path: Path) -> dict:
-    """Read split.json, which an earlier call wrote. Returns {} if the file cannot be read."""
+    """Read split.json, which an earlier run of this program wrote. Returns {} if the file cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -138,7 +139,7 @@ def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list
 
 
 def require_both_classes(name: str, items: Sequence[Item]) -> None:
-    """Raise a UserError unless `items` contains real and generated images. name: name of the set, for messages."""
+    """Raise a UserError if a set lacks real images or generated images. name: name of the set, for the message."""
     reals = sum(item.label == REAL for item in items)
     fakes = len(items) - reals
     if not reals or not fakes:
@@ -168,7 +169,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     """Write the lists and split.json.
 
     While the lists are written, split.json contains the hashes of the old and the new lists. After an interruption, the
-    next run therefore recognises the old and the new lists as its own, and replaces them.
+    next run therefore recognises both the old and the new lists as lists of this program, and replaces them.
 
     Args:
         files: content of each list, {file name: content}.

@@ -1,6 +1,6 @@
 """Make the tables of a study, which compares detectors.
 
-A study file is a CSV file. Each line names one cell of a table, and a score table from which the cell is computed:
+A study file is a CSV file. Each line assigns a score table to one cell of a table, for example:
 
     table,row,column,scores,generators
     generators,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
@@ -8,8 +8,8 @@ A study file is a CSV file. Each line names one cell of a table, and a score tab
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
 generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used. The
-number in the cell is the mean of a metric over these generators. If several lines name the same cell, for example one
-line per seed, the number is the mean over these lines.
+number in a cell is the mean of a metric over the generators of the line. A cell may have several lines, for example one
+line per seed. The number in such a cell is the mean over the lines of the cell.
 """
 
 import csv
@@ -72,8 +72,9 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         path: path of the study file.
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
-        intervals: whether to show how uncertain each number is. A cell with several lines shows the range over the
-            lines. A cell with one line and one generator shows the bootstrap interval.
+        intervals: whether to show how uncertain each number is. If several lines of the study file belong to
+            a cell, the cell shows the smallest and the largest number of these lines. A cell with one line and one
+            generator shows the bootstrap interval of the metric.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:
@@ -84,7 +85,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
     if not chosen:
         names = ", ".join(dict.fromkeys(entry.table for entry in entries))
         raise UserError(f"{make_printable(path)} has no table {table!r}: expected one of {make_printable(names)}")
-    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # each name once, in the order of the file
+    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # without duplicates, in the order of the file
     column_names = list(dict.fromkeys(entry.column for entry in chosen))
     rows = [[metrics.METRICS[metric].label, *map(make_printable, column_names)]]
     for row in row_names:
@@ -97,7 +98,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
 
 
 def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
-    """Format the mean of a metric over the entries of one cell, in %. Returns "-" if the metric is not defined."""
+    """Format the mean of a metric over the lines of one cell, in %. Returns "-" if the metric is not defined."""
     values = [value for value in (compute_mean_metric(entry, metric) for entry in entries) if value is not None]
     if not values:
         return "-"
@@ -113,7 +114,7 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
 
 
 def compute_mean_metric(entry: Entry, metric: str) -> float | None:
-    """Compute the mean of a metric over the generators of one entry.
+    """Compute the mean of a metric over the generators of one line of a study file.
 
     Returns:
         The mean in [0, 1], or None if the metric is not defined for a generator.
@@ -125,10 +126,10 @@ def compute_mean_metric(entry: Entry, metric: str) -> float | None:
 
 
 def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
-    """Return {generator: metrics} for the generators of an entry.
+    """Return {generator: metrics} for the generators of one line of a study file.
 
     Raises:
-        UserError: if the score table does not contain one of the generators.
+        UserError: if the score table lacks a generator that the line names.
     """
     summary = compute_metrics_of_score_table(entry.scores, intervals)
     names = entry.generators or tuple(summary["generators"])

@@ -29,7 +29,8 @@ logger = logging.getLogger("tools.example")
 
 TILE, MARGIN = 512, 64  # side of a tile and margin around it, in pixels; both are multiples of FACTOR
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
-Imitate = Callable[[Tensor], Tensor]  # image -> twin; both are (1, 3, H, W) in [0, 1]; H and W are multiples of FACTOR
+# Function that computes the fake copy (1, 3, H, W) of an image (1, 3, H, W). H and W must be multiples of FACTOR
+Imitate = Callable[[Tensor], Tensor]
 
 
 def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
@@ -52,14 +53,14 @@ def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
             write_fake_copy(path, target, imitate)
         except Exception as error:  # image decoders raise exceptions of many types
             reason = " ".join(str(error).split()) or type(error).__name__
-            logger.warning("no twin of %s was written: %s", make_printable(path), make_printable(reason))
+            logger.warning("cannot make a fake copy (twin) of %s: %s", make_printable(path), make_printable(reason))
             target.unlink(missing_ok=True)
             left_out += 1
     if left_out == len(paths):
         raise UserError(
-            f"none of the {len(paths)} images in {make_printable(photographs)} has a twin: see the reasons above"
+            f"none of the {len(paths)} images in {make_printable(photographs)} could be copied: see the warnings above"
         )
-    logger.info("%d twins were written; %d images have no twin", len(paths) - left_out, left_out)
+    logger.info("wrote %d fake copies (twins); %d images could not be copied", len(paths) - left_out, left_out)
 
 
 def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
@@ -69,7 +70,7 @@ def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
     with Image.open(path, formats=FORMATS) as image:
         settings = choose_saving_options(image, path)
         if image.mode in ALPHA_MODES or "transparency" in image.info:
-            logger.warning("the twin of %s has no alpha channel", make_printable(path))
+            logger.warning("the fake copy (twin) of %s has no alpha channel, unlike the image", make_printable(path))
         if image.mode[0] in "IF":
             raise UserError(f"expected an image with 8 bits per channel, got an image of mode {image.mode}")
         grey = image.mode == "L"
@@ -103,12 +104,12 @@ def choose_saving_options(image: Image.Image, path: str) -> dict:
     elif image.format == "TIFF":
         options["compression"] = image.info.get("compression")
     elif image.format == "GIF":
-        raise UserError("a GIF file has too few colours to store a twin")
+        raise UserError("GIF files have at most 256 colours, too few for a fake copy: convert the image to PNG")
     return options
 
 
 def is_lossless_webp(path: str) -> bool:
-    """Check whether a WebP file is lossless. Its first image chunk then has the type VP8L."""
+    """Check whether a WebP file is lossless. The first image chunk of a lossless file is VP8L."""
     with open(path, "rb") as file:
         header = file.read(1 << 16)
     lossless, lossy = header.find(b"VP8L"), header.find(b"VP8 ")
@@ -150,7 +151,7 @@ def create_upsampling_function(seed: int) -> Imitate:
 def create_autoencoder_function(model: Autoencoder) -> Imitate:
     """Create a function that passes an image through an autoencoder, tile by tile.
 
-    Neighbouring tiles do not fit exactly, because each tile has its own group-norm statistics.
+    The borders of the tiles may be visible, because each group norm computes its statistics from one tile.
     """
 
     def encode_and_decode(x: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ def halve_and_upsample(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor
     """Reduce images to half their size, up-sample them, add noise, and convolve them with a random filter.
 
     At the end, fine detail is amplified until it is as strong as in `x`, by a factor of at most STRONGEST_GAIN.
-    Otherwise, a detector could recognise the result by its lack of sharpness alone.
+    Without this amplification, a detector could recognise the result by its lack of sharpness alone.
 
     Args:
         x: the images, (B, 3, H, W) in [0, 1]. H and W must be even and at least 4.

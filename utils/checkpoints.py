@@ -4,9 +4,9 @@ A checkpoint is written completely or not at all. Reading a checkpoint executes 
 each value of a checkpoint before it uses the value.
 
 A checkpoint whose name ends in .safetensors is called a bundle. Bundles are safe to share, because they contain no
-pickled Python objects. The name of a tensor in a bundle is KEY, or KEY/NAME if the entry KEY of the checkpoint is a
-dictionary of tensors. All plain values in a bundle (numbers, texts, lists, dictionaries) are stored as one JSON text in
-the metadata of the file.
+pickled Python objects. In a bundle, a tensor checkpoint[KEY] has the name KEY, and a tensor checkpoint[KEY][NAME] has
+the name KEY/NAME. All plain values in a bundle (numbers, texts, lists, dictionaries) are stored as one JSON text in the
+metadata of the file.
 """
 
 import hashlib
@@ -54,8 +54,8 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     """Write a checkpoint completely or not at all.
 
     Raises:
-        UserError: if the file cannot be written, for example because the disk is full. In this case, an earlier file at
-            `path` stays unchanged.
+        UserError: if the file cannot be written, for example because the disk is full. After this error, an earlier
+            file at `path` is unchanged.
     """
     try:
         with open_for_atomic_write(path) as file:
@@ -72,7 +72,7 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
 
 
 class _ErrorRecorder(io.RawIOBase):
-    """A file object that remembers the first error in writing, because torch.save hides this error."""
+    """A file object that keeps the first OSError of `write`, because torch.save may raise a RuntimeError instead."""
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -151,7 +151,8 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     """Load a state dict into a module. State dict and module must have equal keys and shapes.
 
     Raises:
-        UserError: if keys are missing or unknown, or if shapes differ. In this case, no weight is changed.
+        UserError: if keys are missing or unknown, or if shapes differ. After this error, all weights of
+            `module` are unchanged.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     got = {key: tuple(value.shape) for key, value in state.items()}
@@ -191,14 +192,14 @@ _REQUIRED = object()
 class Fields:
     """A dictionary of plain values that was read from a file.
 
-    Each method checks the type and the range of the value that it returns. A value of a wrong type or outside its range
-    raises a UserError that names the file and the key in one line. If a value is missing or None, the default is
-    returned. If no default is given, most methods raise a UserError for a missing value.
+    The get methods check the type and the range of the value that they return. A value of a wrong type or outside its
+    range raises a UserError that names the file and the key in one line. If a value is missing or None, methods with an
+    argument `default` return `default`. If the caller passes no `default`, these methods raise a UserError.
 
     Args:
-        values: dictionary of the values. None counts as an empty dictionary.
+        values: dictionary of the values. If `values` is None, an empty dictionary is used.
         file: name of the file, for error messages.
-        path: where the dictionary is in the file, such as "config.images", for error messages.
+        path: keys that lead to the dictionary in the file, such as "config.images", for error messages.
 
     Raises:
         UserError: if `values` is neither a mapping nor None.
@@ -262,7 +263,7 @@ class Fields:
         return Fields(self.values.get(key), self.file, self._full_key(key))
 
     def get_keyword_arguments(self, key: str) -> dict[str, object]:
-        """Return the dictionary of a network's keyword arguments under `key`. Its keys must be Python identifiers."""
+        """Return the dictionary under `key` as keyword arguments. Each keyword must be a Python identifier."""
         values = self.get_nested_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
@@ -270,7 +271,7 @@ class Fields:
         return dict(values)
 
     def _get_default(self, key: str, default: object) -> object:
-        """Return the default of a missing value, or raise a UserError if the value is required."""
+        """Return `default`, or raise a UserError if the caller has passed no default."""
         if default is _REQUIRED:
             raise UserError(f"{make_printable(self.file)}: {self._full_key(key)} is missing")
         return default
@@ -325,7 +326,7 @@ def _convert_to_safetensors_bytes(content: Mapping) -> bytes:
 
 
 def _read_safetensors_file(path: Path) -> dict:
-    """Read a bundle, and return the content that was given to `_convert_to_safetensors_bytes`.
+    """Read a bundle, and convert it back to the content of a checkpoint.
 
     Raises:
         UserError: if the bundle has a different format version, or if its content has changed since it was written.
@@ -337,7 +338,9 @@ def _read_safetensors_file(path: Path) -> dict:
     written_digest = metadata.pop("digest", None)
     if metadata.get("format") != BUNDLE:
         found = make_printable(str(metadata.get("format")))
-        raise UserError(f"{name}: expected the format {BUNDLE}, got {found}; write a new bundle with tools.export")
+        raise UserError(
+            f"{name}: expected the format {BUNDLE}, got {found}; write the file again with python -m tools.export"
+        )
     if written_digest != compute_sha256(tensors, metadata):
         raise UserError(
             f"{name} is damaged, because its content has changed since it was written: download the file again"

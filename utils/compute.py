@@ -43,14 +43,14 @@ def choose_device_and_precision(
 ) -> Compute:
     """Choose the device and the number format, and set PyTorch's global switches accordingly.
 
-    On a GPU, the switches for TF32 apply to the whole process. They follow the last call of this function.
+    On a GPU, the switches for TF32 apply to the whole process. Each call of this function sets these switches again.
 
     Args:
         gpu: the device, as explained in `choose_device`.
         precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the authors' code. On a CPU, auto
             means fp32.
         deterministic: whether reproducible algorithms are used. If False, cuDNN chooses the fastest algorithm for each
-            shape. If None, PyTorch's switches for reproducible algorithms are left as they are.
+            shape. If None, this function does not change PyTorch's switches for reproducible algorithms.
         seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
@@ -64,7 +64,7 @@ def choose_device_and_precision(
     if precision not in ("fp32", "tf32", *AUTOCAST_TYPES):
         raise UserError(f"precision must be auto, fp32, tf32, bf16 or fp16, got {precision}")
     if precision == "tf32" and device.type != "cuda":
-        raise UserError("--precision tf32 is a format of GPUs: use fp32 or bf16 on a CPU")
+        raise UserError("--precision tf32 needs a GPU: use fp32 or bf16 on a CPU")
     if deterministic is not None:
         _set_deterministic(deterministic)
     if device.type == "cuda":
@@ -74,7 +74,7 @@ def choose_device_and_precision(
 
 
 def _set_deterministic(deterministic: bool) -> None:
-    # The first call of use_deterministic_algorithms takes 1.5 s: it is called only if the setting changes
+    # The first call of use_deterministic_algorithms takes 1.5 s, so unnecessary calls are avoided
     if deterministic != torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -83,10 +83,10 @@ def _set_deterministic(deterministic: bool) -> None:
 
 
 def choose_device(gpu: str | int | torch.device | None) -> torch.device:
-    """Choose the device. A chosen GPU becomes PyTorch's current device.
+    """Choose the device. If the device is a GPU, make it PyTorch's current device.
 
-    With several processes, each process uses the GPU with the number LOCAL_RANK if `gpu` is None, "cuda", or a number
-    as a text (`--gpu`).
+    If torchrun has set LOCAL_RANK, each process that runs on a GPU uses the GPU with the number LOCAL_RANK. Only an
+    int, or a device with an index such as "cuda:1", chooses another GPU.
 
     Args:
         gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means the GPU with this number.

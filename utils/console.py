@@ -22,18 +22,18 @@ def is_main_process() -> bool:
 
 
 def wait_while_main_process_prints_error() -> None:
-    """Wait in every process except the main process, so that an error of all processes is printed only once.
+    """Wait MISTAKE_DELAY seconds in every process except the main process. The caller then prints an error.
 
     A user's mistake usually raises an error in all processes. While the other processes wait, the main process prints
-    the error and exits, and torchrun then ends the other processes. An error that occurs in one process only is printed
-    after the wait.
+    the error and exits, and torchrun then ends the other processes. If an error occurs in one process only, this
+    process prints the error after it has waited.
     """
     if not is_main_process():
         time.sleep(MISTAKE_DELAY)
 
 
 class _LogFile(TextIOBase):
-    """A file object for tqdm, which writes each line to the log."""
+    """A file object that passes each line from tqdm to the logger."""
 
     def write(self, text: str) -> int:
         line = text.strip()
@@ -47,7 +47,7 @@ def progress_bar(items: Iterable | None, description: str, total: int | None = N
 
     Args:
         items: the items over which the caller iterates. If `items` is None, the caller reports progress by `.update(n)`.
-        description: text in front of the numbers.
+        description: text in front of the progress bar.
         total: number of items. The argument `total` is required if `items` has no length.
         unit: name of one item.
     """

@@ -41,8 +41,8 @@ def read_rank_and_world_size() -> World:
     If neither variable is set, this process is the only process of the run.
 
     Raises:
-        UserError: if only one of the variables is set, or if a value is impossible. Without this check, a process with
-            a wrong rank would run to its end without printing or writing anything.
+        UserError: if only one of the variables is set, or if a value is impossible. Only the process with rank 0 writes
+            results, so a single process with a wrong rank would write none.
     """
     given = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:
@@ -94,7 +94,7 @@ def connect_processes(device_type: str) -> Iterator[World]:
     world = read_rank_and_world_size()
     if world.size > 1:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
-        # When torchrun restarts processes, its key-value store keeps old entries. The prefix hides the old entries.
+        # The store of torchrun still holds old keys after a restart. A new prefix per restart hides the old keys.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
@@ -136,7 +136,10 @@ def _all_reduce(values: Tensor, world: World, operation: dist.ReduceOp) -> Tenso
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Concatenate the rows of all processes, ordered by rank. Every process gets the result, which is on the CPU."""
+    """Concatenate the tensors `rows` of all processes along dimension 0, ordered by rank.
+
+    Every process gets the result, which is on the CPU.
+    """
     gathered = [rows.cpu()] * world.size
     if world.size > 1:
         dist.all_gather_object(gathered, rows.cpu())

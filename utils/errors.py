@@ -33,7 +33,7 @@ def run_program(main: Callable[[], int | None]) -> int:
     """Run a program. A user's mistake or a signal is reported by one log line instead of a traceback.
 
     Args:
-        main: the program. It returns its exit status, or None for the exit status 0.
+        main: function that runs the program. `main` returns the exit status, or None for the exit status 0.
 
     Returns:
         the exit status of `main`; or 2 after a user's mistake, 130 after SIGINT, 143 after SIGTERM.

@@ -27,8 +27,8 @@ LOCK_TEXT = b"beyond-the-spectrum lock\n"
 def open_for_atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
     """Open a temporary file that replaces `path` at the end of the `with` block.
 
-    If the block raises an error or the process is killed, the file at `path` therefore keeps its old content. If `path`
-    is a symbolic link, the file to which the link points is replaced.
+    If the block raises an error or the process is killed, the file at `path` keeps its old content. If `path` is a
+    symbolic link, the file to which the link points is replaced.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -47,8 +47,7 @@ def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> 
 
     Args:
         folder: the folder.
-        names: regular expression for the names of files that the program writes. Temporary files of other files are
-            kept.
+        names: regular expression. A temporary file .NAME.N.tmp is deleted only if NAME matches `names`.
         age: seconds for which a temporary file must have been unchanged before it is deleted.
     """
     for path in folder.glob(".*.tmp"):
@@ -92,8 +91,8 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
         world: the processes of this run.
 
     Raises:
-        UserError: if a second run holds the lock, or if the file at `path` is not a lock file of this project. All
-            processes of this run raise the error.
+        UserError: if a second run holds the lock, or if the file at `path` is not a lock file of this project. This
+            UserError is raised in all processes of this run.
     """
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -106,7 +105,7 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
 
 
 def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
-    """Create a lock file, and hold its lock until `stack` is closed.
+    """Create a lock file and lock it. Closing `stack` deletes the file and frees the lock.
 
     Returns:
         None, or one line that says why the lock cannot be taken.
@@ -124,7 +123,7 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
     if file.read(len(LOCK_TEXT) + 1) != LOCK_TEXT:
         return foreign
     try:
-        # lockf is used because a worker process, which may outlive its run, does not inherit locks of lockf.
+        # Unlike flock, lockf does not pass the lock on to forked worker processes, which may outlive the run
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         return busy
@@ -132,6 +131,6 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
         text = "warning: the file system has no locks for %s (%s): make sure that no other run writes there"
         logger.warning(text, make_printable(path), error.strerror)
     if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-        return busy  # a run that held the lock has deleted this file, and a third run may have created a new one
+        return busy  # another run has deleted or replaced `path` since this run opened it
     stack.callback(path.unlink, missing_ok=True)
     return None

@@ -14,13 +14,14 @@ FINAL_RATE = 1e-4  # the authors' learning-rate schedule ends at this fraction o
 def create_optimizer(
     name: str, detector: nn.Module, lr: float, classifier_rate_factor: float, momentum: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """Create SGD or AdamW for the classifier and, if it is trained, the re-synthesizer of a detector.
+    """Create SGD or AdamW for a detector's classifier and the trainable parameters of its re-synthesizer.
 
     The re-synthesizer learns at the rate `lr`, and the classifier at the rate `lr * classifier_rate_factor`.
 
-    Release: the authors' code instead multiplies the gradients of the classifier by `classifier_rate_factor` (option
-    --lr-sr). With SGD, this gives exactly the same weights if the weight decay of the classifier is divided by
-    `classifier_rate_factor`. AdamW does not add the weight decay to the gradients, so its weight decay is not divided.
+    Release: the code of the paper's authors uses the rate `lr` for all parameters, and multiplies the classifier's
+    gradients by `classifier_rate_factor` (option --lr-sr). With SGD, both methods compute equal weights up to rounding,
+    because this function divides the classifier's weight decay by `classifier_rate_factor`. With AdamW, this function
+    does not divide the weight decay, because AdamW does not add the weight decay to the gradients.
 
     Args:
         name: "sgd" or "adamw".
@@ -30,9 +31,7 @@ def create_optimizer(
         UserError: if `classifier_rate_factor` is 0, because the classifier would then not be trained.
     """
     if classifier_rate_factor == 0:
-        raise UserError(
-            "--lr-sr must be above 0: it is a factor on the learning rate of the classifier, despite its name"
-        )
+        raise UserError("--lr-sr must be above 0, because the learning rate of the classifier is --lr times --lr-sr")
     classifier_decay = weight_decay / classifier_rate_factor if name == "sgd" else weight_decay
     groups = [
         {
@@ -52,9 +51,10 @@ def create_optimizer(
 def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
     """Compute the factor f by which the authors' code multiplies the base learning rate.
 
-    The factor in epoch e of E epochs is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
+    With E epochs, the code computes f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
 
-    Release: the authors' code sets the factor f(e) *after* epoch e, so that epochs 0 and 1 both use f(0) = 1.
+    Release: the code of the paper's authors sets the learning rate after each epoch. Epoch 0 uses the factor f(0) = 1,
+    and every later epoch e uses the factor f(e - 1).
 
     Args:
         epochs_total: E, number of epochs of the training.
@@ -65,5 +65,5 @@ def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) 
     return (1 - FINAL_RATE) * math.cos(math.pi / 2 * fraction) + FINAL_RATE
 
 
-# name of each learning-rate schedule (--schedule) -> function of the numbers of all epochs and of finished epochs
+# name of a learning-rate schedule (--schedule) -> function that takes (number of epochs, number of finished epochs)
 SCHEDULES = {"released": compute_authors_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}

@@ -1,14 +1,15 @@
 """Command-line options of train_sr.py, train_detector.py and test.py, each declared once.
 
-The defaults are the values of the paper. Programs in tools/ declare their own options.
+The default hyperparameters are the values of the paper. Programs in tools/ declare their own options.
 
 Flags have the same spelling as in the authors' code, so that scripts for the authors' code keep working. The argument
 `dest` gives each flag the name that the programs use for its value.
 
-Options on the architecture of a network default to None, which means that the option was not given. The architecture is
-then taken from the checkpoint. Without a checkpoint, models/build.py uses the values of the paper.
+Options on the architecture of a network default to None, which means that the option was not given. For an option that
+was not given, the programs use the value in the checkpoint. Without a checkpoint, models/build.py uses the values of
+the paper.
 
-Names of networks, perturbations and auxiliary tasks are not checked here, but by the modules that define them.
+The modules that define networks, perturbations and auxiliary tasks check their names.
 """
 
 import argparse
@@ -42,7 +43,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """The argparse action of a flag that is accepted but has no effect. The action prints a line that says so."""
+    """The argparse action of a flag that is accepted but has no effect. The action tells the user so."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -124,7 +125,7 @@ def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs:
     """Add flags that are accepted but have no effect.
 
     Args:
-        flags: one text per flag, which holds the spellings of the flag, separated by spaces.
+        flags: one text per flag, which lists all spellings of the flag, such as "-p --print-freq".
         nargs: 0 for flags without a value, and None for flags with one value.
     """
     for spellings in flags:
@@ -154,9 +155,9 @@ def add_vgg_options(parser: Parser) -> None:
     """Add the option for the source of the VGG-19 weights."""
     add = parser.add_argument_group("VGG-19").add_argument
     add("--vgg-weights", default="auto", metavar="auto|imagenet|random|FILE",
-        help="weights of VGG-19: imagenet = from torch hub's cache or by download; random = fixed-seed random weights;"
-        " FILE = a torchvision vgg19 state dict; auto = the weights that the checkpoint names; for a new"
-        " training, imagenet, or random if the download fails (default: %(default)s)")  # fmt: skip
+        help="weights of VGG-19. imagenet: from torch hub's cache or by download. random: fixed-seed random weights."
+        " FILE: a torchvision vgg19 state dict. auto: the weights that the checkpoint names. In a new training, auto"
+        " means imagenet, or random if the download fails (default: %(default)s)")  # fmt: skip
 
 
 def add_resynthesizer_options(parser: Parser) -> None:
@@ -194,10 +195,10 @@ def add_detector_options(parser: Parser) -> None:
         help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
         " difference, as in the paper (default: as in the checkpoint, else absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier: resnet18, resnet34, resnet50, resnet101, resnet152 (with the deep stem of the authors' code);"
-        " for few training images: spectrum (with --residual signed) or channel_power (with VGG-19 features);"
-        " torchvision:NAME; or a name"
-        " added to models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
+        help="classifier. resnet18, resnet34, resnet50, resnet101, resnet152: ResNets with the deep stem of the"
+        " authors' code. spectrum, channel_power: small classifiers for few training images; use spectrum with"
+        " --residual signed, and channel_power with --features vgg19. torchvision:NAME: a classifier of torchvision."
+        " You can add names to models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the classifier that --arch names")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
@@ -206,8 +207,9 @@ def add_detector_options(parser: Parser) -> None:
         help="build layer3 and layer4 of the ResNet without dilated convolutions, as all scripts of the authors do"
         " (default: as in the checkpoint, else dilated)")  # fmt: skip
     add("--sr-weights-file", dest="resynthesizer_file", metavar="FILE",
-        help="weights of the re-synthesizer: a file of train_sr.py, a file of the authors, or NNNN_sr.pth.tar of a"
-        " fine-tuned detector (default: the weights inside the detector's checkpoint)")  # fmt: skip
+        help="weights of the re-synthesizer: a checkpoint of train_sr.py, a checkpoint NNNN_sr.pth.tar of"
+        " train_detector.py, or weights that the paper's authors offer (default: the weights inside the detector's"
+        " checkpoint)")  # fmt: skip
 
 
 def add_image_options(parser: Parser) -> None:
@@ -217,15 +219,16 @@ def add_image_options(parser: Parser) -> None:
     add("--data-root-neg", dest="fake_roots", nargs="+", metavar="DIR",
         help="folders of GENERATED images; each folder counts as one generator")  # fmt: skip
     add("--data-root", dest="tree", metavar="DIR",
-        help="instead of --data-root-pos and --data-root-neg: a tree of folders GENERATOR/0_real and GENERATOR/1_fake,"
-        " or GENERATOR/.../nature and ai")  # fmt: skip
+        help="instead of --data-root-pos and --data-root-neg: a folder that contains GENERATOR/0_real and"
+        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai. Other folders may lie in between, as in"
+        " GENERATOR/train/nature")  # fmt: skip
     add("--csv", metavar="FILE",
         help="instead of folders: a CSV file with the columns path,label[,generator]; a label is real or fake")  # fmt: skip
     add("--resize", type=integer_from_0, metavar="N",
         help="resize the shorter side to N pixels; 0: do not resize (default of test.py: as in training)")  # fmt: skip
     add("--crop-size", type=integer_from_0, metavar="N",
-        help="crop N x N pixels, at random places in training and in the centre in test.py; 0: do not crop. Without this"
-        " option, training does not crop, and test.py crops as in training")  # fmt: skip
+        help="crop N x N pixels: at random places in training, in the centre in test.py; 0: do not crop (default of"
+        " train_detector.py: 0; default of test.py: as in training)")  # fmt: skip
 
 
 def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: str, output: str) -> None:
@@ -251,13 +254,13 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--resume", metavar="FILE|auto",
-        help=f"continue the run whose state is in FILE. auto: continue the run in {output}, or start a new run if"
-        f" {output} holds no run. If FILE holds weights but no training state, as the authors' checkpoints do, a new"
-        " run starts with the weights")  # fmt: skip
+        help=f"FILE: continue the run that has saved FILE. auto: continue the run in {output}, or start a new run if"
+        f" {output} holds no run. If FILE holds only weights, as the authors' checkpoints do, a new run starts with"
+        " these weights")  # fmt: skip
     add("--overwrite", action="store_true",
         help=f"start a new run in {output}, and delete the checkpoints and records of an earlier run")  # fmt: skip
     add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
-        help="save the state at least every X minutes, even within an epoch (default: %(default)s)")  # fmt: skip
+        help="save the training state every X minutes, even within an epoch (default: %(default)s)")  # fmt: skip
     add("--keep-last", type=integer_from_1, metavar="N",
         help="keep only the N newest numbered checkpoints (default: all)")  # fmt: skip
     add("--skip-bad", action="store_true", help="leave out images that cannot be used (default: stop with an error)")
@@ -342,11 +345,11 @@ def create_train_detector_parser() -> Parser:
         " X must be above 0 (default: %(default)s)")  # fmt: skip
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
     add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
-        help="auxiliary task on which the re-synthesizer is fine-tuned: none (images are not degraded), colorization,"
-        " denoising, or a name added to data.degradations.TASKS (default: %(default)s)")  # fmt: skip
+        help="auxiliary task on which the re-synthesizer is fine-tuned: colorization, denoising, none (restore images"
+        " that are not degraded), or a name added to data.degradations.TASKS (default: %(default)s)")  # fmt: skip
     add("--lw-sr", dest="auxiliary_weight", type=float_from_0, default=1.0, metavar="X",
-        help="weight of the auxiliary loss, the reconstruction error of real images, in end-to-end training; 0 disables"
-        " the auxiliary loss (default: %(default)s)")  # fmt: skip
+        help="weight of the auxiliary loss in end-to-end training. This loss is the reconstruction error of real"
+        " images; 0 disables it (default: %(default)s)")  # fmt: skip
     add("--save-every-epoch", type=integer_from_1, default=2, metavar="N",
         help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
     add("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="folders of REAL validation images")
@@ -363,8 +366,8 @@ def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
-        help="pass N images at a time through the re-synthesizer and the features. This takes less memory. It does"
-        " not change the update of the weights, unless the re-synthesizer has batch norm. End-to-end training then needs"
+        help="pass N images at a time through the re-synthesizer and the features, to save memory. If the"
+        " re-synthesizer has no batch norm, N does not change the gradients. End-to-end training with this option needs"
         " one more forward pass (default: the whole batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
         help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
@@ -373,8 +376,8 @@ def _add_memory_and_time_options(parser: Parser) -> None:
         help="in each epoch, perturb a random half of the training images by blur, crop, JPEG compression or noise, as in"
         " test.py --perturb-protocol frank2020")  # fmt: skip
     add("--no-cache", dest="cache", action="store_false",
-        help="compute residuals again in each epoch (default: with --fixed-sr, residuals are computed once and stored"
-        " on disk, unless images are cropped or perturbed at random)")  # fmt: skip
+        help="compute residuals again in each epoch. Without this option, --fixed-sr stores residuals on disk if images"
+        " are not cropped or perturbed at random")  # fmt: skip
     add("--cache-dir", metavar="DIR",
         help="folder of stored residuals, which several runs may share (default:"
         " OUTPUT_PATH/residual_cache)")  # fmt: skip
@@ -403,22 +406,21 @@ def create_test_parser() -> Parser:
     add("--save-residuals", metavar="DIR",
         help="for each image, write a picture of the image, its re-synthesis and the residual into DIR")  # fmt: skip
     add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
-        help="score the images once with each of these perturbations: none, blur, crop, jpeg, noise, resize, combined,"
-        " or all. In the protocol sweep, a NAME without STRENGTH means all strengths (default: none)")  # fmt: skip
+        help="score the images once with each perturbation NAME: none, blur, crop, jpeg, noise, resize, combined or"
+        " all. With --perturb-protocol sweep, NAME without =STRENGTH means all strengths (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip
     add("-b", "--batch-size", type=integer_from_1, metavar="N",
-        help="number of images per batch (default: as many images as have 1024 x 1024 pixels together)")  # fmt: skip
+        help="number of images per batch (default: as many images as have 1024 x 1024 pixels in total)")  # fmt: skip
     add("--overwrite", action="store_true",
-        help="score all images again, even if P.csv or an unfinished run holds scores")  # fmt: skip
+        help="score all images again, even if the files of --save_path already hold scores")  # fmt: skip
     add("--tile", type=create_number_type(int, 64), default=1024, metavar="N",
         help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
         " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
         help="score N crops of --crop-size that are spread over the image, and average their logits; 1 = one crop in"
-        " the centre (default: 9 for a detector that was trained on crops, unless --crop-size is given; else"
-        " 1)")  # fmt: skip
+        " the centre (default: 9 if the crop size comes from the checkpoint, else 1)")  # fmt: skip
     add_flags_without_effect(
         group, "--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
         "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"

@@ -18,7 +18,7 @@ def seeded_generator(*key: int) -> np.random.Generator:
 
 # The last number of a key says what the random numbers are used for.
 # Different uses therefore get independent random numbers for the same (seed, epoch, image).
-PERTURB, CROP = 1, 2  # last numbers of keys that begin with (seed, epoch, dataset entry)
-DEGRADE_IMAGE = 5  # last number of keys that begin with (seed, epoch, dataset entry, 0)
-DEGRADE_BATCH = 4  # last number of keys that begin with (seed, epoch, step)
-DEGRADE_PATCH = 1  # last number of keys that begin with (seed, epoch, image, patch)
+PERTURB, CROP = 1, 2  # in keys (seed, epoch, dataset entry, PERTURB) and (seed, epoch, dataset entry, CROP)
+DEGRADE_IMAGE = 5  # in keys (seed, epoch, dataset entry, 0, DEGRADE_IMAGE)
+DEGRADE_BATCH = 4  # in keys (seed, epoch, step, DEGRADE_BATCH)
+DEGRADE_PATCH = 1  # in keys (seed, epoch, image, patch, DEGRADE_PATCH)

@@ -22,7 +22,7 @@ from utils.training import NotFinite, Stepper
 
 logger = logging.getLogger(__name__)
 
-# The type of a function that converts the state at the end of an epoch to the numbered checkpoints, by file name
+# Type of a function that takes the state of the run, and returns {file name: content} of the numbered checkpoints
 NumberedFiles = Callable[[dict], dict[str, dict]]
 
 
@@ -37,7 +37,7 @@ def read_starting_checkpoint(
     Args:
         resume: value of `--resume`: a file, "auto", or None.
         init: value of `--init`: a file with weights, which is used if there is no run to resume.
-        states: paths at which `--resume auto` looks for a state. At most one of the files may exist.
+        states: paths at which `--resume auto` looks for a state. At most one of these paths may exist.
 
     Returns:
         origin: the checkpoint whose weights are used, or None if the initial weights are new.
@@ -82,17 +82,17 @@ def _find_single_state_file(states: Sequence[Path]) -> str | None:
 class Run(contextlib.AbstractContextManager):
     """A context manager for a training run, which saves states, writes records and stops the run after a signal.
 
-    The state is saved every --save-minutes, when a signal stops the run, and when an error ends the run. The state is
-    also saved at the end of an epoch that has numbered checkpoints or the best validation score so far.
+    The state is saved every --save-minutes, when a signal stops the run, and when an error other than NotFinite ends
+    the run. The state is also saved at the end of an epoch for which best.* or a numbered checkpoint is written.
 
     The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. In TensorBoard, the step of
     a record is the number of finished epochs.
 
     Args:
         folder: the folder of the run, from `open_run_folder`.
-        about: entries of config.json, which are also saved in every state. The entry "settings" is required.
+        about: entries of config.json, which are also saved in every state. `about` must have the key "settings".
         networks: function that returns the entries of the state that belong to the networks. Only the main process
-            calls the function.
+            calls `networks`.
         stepper: the optimizer and the progress of the training.
         epochs: number of epochs of the whole training.
     """
@@ -158,8 +158,8 @@ class Run(contextlib.AbstractContextManager):
     def _save_state_if_due(self, training: bool) -> None:
         """Save the state if a signal was received or --save-minutes have passed. After a signal, raise `Stopped`.
 
-        In training, all processes save and stop after the same batch. Otherwise, a process could wait forever for a
-        process that has stopped.
+        In training, all processes stop after the same batch. Otherwise, a process could wait forever for a process that
+        has stopped.
         """
         due = training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60
         signal_number = self.stop.received or 0
@@ -176,20 +176,20 @@ class Run(contextlib.AbstractContextManager):
     def iterate_batches(
         self, loader: Iterable, description: str, training: bool = False, min_images: int = 1
     ) -> Iterator:
-        """Iterate over the batches of a loader. After each batch, save the state if it is due, and stop after a signal.
+        """Iterate over the batches of a loader. After each batch, call `_save_state_if_due`.
 
         With --skip-bad, each image that cannot be used is left out with one log line.
 
-        In training with several processes, each process must take every step. A process whose batch is too small
-        therefore repeats an earlier batch with weight 0.
+        In training with several processes, each process must take every step. For a batch that is too small, this
+        method therefore yields repeated images, which have weight 0 in the loss.
 
         Args:
             loader: iterable of batches (data.datasets.Batch).
             description: text in front of the progress bar.
             training: whether the caller takes an optimizer step with each batch. The state is saved every
                 --save-minutes only if `training` is True.
-            min_images: smallest number of images that a process needs in a batch. Pass 2 if batch norm cannot be
-                trained on a single image. Smaller batches are left out.
+            min_images: smallest number of images that a process needs in a batch. The caller passes 2 if batch norm
+                cannot be trained on a single image. A batch with fewer images is not yielded.
 
         Yields:
             the batches that hold at least `min_images` images.
@@ -215,7 +215,10 @@ class Run(contextlib.AbstractContextManager):
             self._save_state_if_due(training)
 
     def _report_image_errors(self, errors: Mapping[int, str]) -> None:
-        """Log each new error of an image that cannot be used. Without --skip-bad, raise a UserError instead."""
+        """Log one line for each image that cannot be used.
+
+        Without --skip-bad, raise a UserError for the first image that cannot be used.
+        """
         for text in errors.values():
             if text in self.reported:
                 continue
@@ -227,7 +230,7 @@ class Run(contextlib.AbstractContextManager):
         """Log one line for each image of a batch that is too small.
 
         Returns:
-            A dict from the index of an image in the dataset to its error, for all images of the batch.
+            A dict with one error message per image of the batch. Its keys are the indices of the images in the dataset.
         """
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
@@ -246,13 +249,13 @@ class Run(contextlib.AbstractContextManager):
     def end_epoch(self, values: dict[str, float | None], score_name: str, numbered: NumberedFiles | None) -> None:
         """Record a finished epoch, and write its checkpoints.
 
-        The checkpoint best.* is written if the epoch has the best score so far. The numbered checkpoints are written if
-        `numbered` is given. The last state is saved whenever best.* or numbered checkpoints are written.
+        The checkpoint best.* is written if the epoch has the best score so far. Whenever best.* or a numbered
+        checkpoint is written, the state is also saved as last.*.
 
         Args:
             values: values to record, by name. None and non-finite values are recorded as missing.
             score_name: name of the value by which epochs are compared. A higher value is better. Without validation,
-                `values` does not contain this name. A value that is not finite is never the best.
+                `values` has no key `score_name`. A value that is not finite is never the best.
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
@@ -273,7 +276,7 @@ class Run(contextlib.AbstractContextManager):
             progress.best = value
         if not self.world.is_main or not (is_best or numbered):
             return
-        # The last state is saved after the other checkpoints. If the run ends before, the resumed run repeats them
+        # last.* is saved after the other checkpoints. A run that was killed in between writes them again when resumed
         self.ending_epoch = True
         state = self.collect_run_state()
         if is_best:
@@ -350,9 +353,9 @@ class Run(contextlib.AbstractContextManager):
 
 
 def _fill_batch_by_repetition(batch, min_images: int):
-    """Repeat the images of a batch until there are at least `min_images`, and set their weights to 0.
+    """Repeat the images of a batch until the batch has at least `min_images` images, and set `weights` to 0.
 
-    Because of the weights, the images contribute nothing to the gradients.
+    An image with weight 0 contributes nothing to the gradients.
 
     Raises:
         UserError: if the batch has no images.

@@ -27,8 +27,8 @@ class RunFolder:
     """The output folder of a run. The file config.json in the folder lists the files that the run has written.
 
     A file is replaced or deleted only if config.json lists the file. With --overwrite, the files of an earlier run are
-    deleted after the first state of the new run has been saved. The files are kept until then, because they may hold
-    the initial weights of the new run.
+    deleted after the first state of the new run has been saved. Until then, a file of the earlier run may be the
+    only copy of the new run's initial weights.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
@@ -179,8 +179,10 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
         overwrite: whether a new run may replace an earlier run.
 
     Raises:
-        UserError: if no file can be written into the folder, if a second run is writing into the folder, if the folder
-            holds an earlier run that must not be replaced, or if this run would replace a file that no run has recorded.
+        UserError: if no file can be written into the folder.
+        UserError: if a second run is writing into the folder.
+        UserError: if the folder holds an earlier run that must not be replaced.
+        UserError: if this run would replace a file that no run has recorded.
     """
     folder = RunFolder(last)
     make_folder(folder.path)

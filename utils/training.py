@@ -17,7 +17,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A resumed run may change these settings without a warning.
+# A resumed run may change the settings in FREE_SETTINGS without a warning.
 # The paths of image folders and lists may change, because the setting "images" holds a digest of the images.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
@@ -33,7 +33,7 @@ COUNT = "count"  # key of the number of images in `Progress.sums`
 
 
 class NotFinite(UserError):
-    """The error that is raised if the loss or a gradient is not finite. The step has not changed the weights."""
+    """The error that is raised if the loss or a gradient is not finite. The weights are unchanged after NotFinite."""
 
 
 @dataclass
@@ -48,7 +48,9 @@ class Progress:
     left_out: int = 0  # number of images in the current epoch that could not be used
 
     def count_step(self, values: Mapping[str, float], count: float) -> None:
-        """Count an optimizer step, and add its values to the sums of the epoch. The name "count" is reserved.
+        """Count an optimizer step, and add `values`, multiplied by `count`, to the sums of the epoch.
+
+        `values` must not have the key "count".
 
         Args:
             values: means over the `count` images of the step.
@@ -66,7 +68,7 @@ class Progress:
         """Count a batch that was skipped because too few images of the batch could be used.
 
         Args:
-            left_out: number of images in the batch.
+            left_out: number of images in the batch, which are all left out.
         """
         self.step += 1
         self.left_out += left_out
@@ -134,8 +136,8 @@ class Stepper:
         rate_factor: takes the number of finished epochs, such as 2.5, and returns the factor on the base learning
             rates.
         steps_per_epoch: number of steps in an epoch.
-        clip_norm: largest norm of the gradients. Gradients with a larger norm are scaled down to this norm. If
-            `clip_norm` is None or 0, gradients are not clipped.
+        clip_norm: maximum of the total norm of all gradients, as in torch.nn.utils.clip_grad_norm_. If `clip_norm` is
+            None or 0, gradients are not clipped.
     """
 
     def __init__(
@@ -170,16 +172,17 @@ class Stepper:
                 of the whole batch.
             values: further scalars to record, by name. Each scalar is this process's part of a mean over the whole
                 batch.
-            batch: the batch (data.datasets.Batch). Its weights, errors and file names are used.
+            batch: the batch (data.datasets.Batch). Only `weights`, `errors` and `items` of the batch are read.
 
         Raises:
-            NotFinite: if the loss or a gradient is not finite. In this case, no weight has been changed.
+            NotFinite: if the loss is not finite, or if a gradient is not finite and the precision is not fp16. The
+                weights are unchanged after NotFinite.
         """
         self.scaler.scale(loss).backward()
         gradients = self._sum_gradients()
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
-            norm = norm.nan_to_num()  # in fp16, GradScaler skips a step that overflows and lowers its scale
+            norm = norm.nan_to_num()  # in fp16, an infinite gradient is no error, because GradScaler skips the step
         means, count, left_out, norm = self._compute_step_statistics_over_processes(
             {"loss": loss, **values}, batch, norm
         )
@@ -203,13 +206,15 @@ class Stepper:
     def _compute_step_statistics_over_processes(
         self, parts: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
-        """Sum values and numbers of images over the processes, and copy the sums and `norm` to the CPU.
+        """Sum `parts` and the numbers of images over all processes, and copy the sums and `norm` to the CPU.
 
         All numbers are copied together, so that the CPU waits for the GPU only once per step.
 
         Returns:
-            the means of `parts` over the images in use, the number of images in use, the number of images left out, and
-            the norm of the gradients.
+            means: for each name in `parts`, the mean over all images with a weight above 0.
+            count: number of images with a weight above 0.
+            left_out: number of images left out.
+            norm_on_cpu: `norm` as a float.
         """
         counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
         scalars = [value.detach().float().to(self.compute.device) for value in (*parts.values(), *counts)]
@@ -219,7 +224,7 @@ class Stepper:
         weight, count, left_out, norm_on_cpu = numbers[len(parts) :]
         means = {}
         for name, value in zip(parts, sums_of_values, strict=True):
-            means[name] = value / (weight or 1)  # the weights add up to 1 unless images were left out
+            means[name] = value / (weight or 1)  # the sum of the weights is below 1, or even 0, if images were left out
         return means, count, left_out, norm_on_cpu
 
     def _require_finite_loss_and_gradients(self, loss: float, norm: float, batch) -> None:
