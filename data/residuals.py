@@ -54,7 +54,7 @@ def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / "settings.txt").write_text(text)  # shows users the settings; programs do not read this file
-    remove_unfinished_files(folder, ABANDONED_AFTER)
+    remove_unfinished_files(folder, age=ABANDONED_AFTER)
     return folder
 
 

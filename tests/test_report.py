@@ -193,7 +193,7 @@ def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
         ("file", good, "--out", f"{tmp_path}/file"),
         ("--residuals", good, *out, "--residuals", f"{tmp_path}/none"),
         ("broken.json", broken, *out),
-        ("twice", good, good, *out),
+        ("s.csv is given twice", good, good, *out),
     ):
         with expect_user_error(text):
             report.main(arguments)
@@ -290,6 +290,16 @@ def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(p
     assert second[1] == metrics.format_percent(
         metrics.compute_metrics_overall_and_per_generator(read_table(control))["generators"]["ProGAN"], "auroc"
     )
+
+
+def test_a_cell_of_a_study_is_empty_if_one_of_its_seeds_has_no_real_images(path_of_study_csv_file, capsys):
+    folder = path_of_study_csv_file.parent / "scores"
+    write_score_table(folder, "fakes", [row for row in make_score_rows() if row.label == "fake"])
+    lines = ["main,a,b,scores/fakes.csv,ProGAN", "main,a,b,scores/one.csv,ProGAN"]
+    path_of_study_csv_file.write_text(HEADER + "\n".join(lines) + "\n")
+    report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc", "--intervals"])
+    _, row = split_markdown_table(capsys.readouterr().out)
+    assert row == ["a", "-"]
 
 
 @pytest.mark.parametrize(

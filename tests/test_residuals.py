@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -166,6 +167,15 @@ def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_p
     before = make_cache_folder(tmp_path)
     monkeypatch.setattr(f"{module}.__version__", "0")
     assert make_cache_folder(tmp_path) != before
+
+
+def test_opening_the_cache_deletes_only_old_temporary_files(tmp_path):
+    folder = make_cache_folder(tmp_path)
+    for name, age in ((".a.npz.1.tmp", 7200), (".b.npz.2.tmp", 60)):
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - age, time.time() - age))
+    make_cache_folder(tmp_path)
+    assert sorted(os.listdir(folder)) == [".b.npz.2.tmp", "settings.txt"]
 
 
 # --- which images are cached, and filling the cache ---------------------------------------------------------

@@ -7,7 +7,7 @@ page is one HTML file that contains all figures and thumbnails. The page runs no
 import base64
 import io
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
     return tables
 
 
-def choose_unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
+def choose_unique_names(files: Sequence[str | os.PathLike]) -> list[str]:
     """Name each file by its stem. If two stems are equal, all names begin with parent folders, so that they differ."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
@@ -85,7 +85,8 @@ def choose_unique_names(files: Iterable[str | os.PathLike]) -> list[str]:
         names = ["/".join(p[-depth:]) for p in parts]
         if len(set(names)) == len(names):
             return names
-    raise UserError("the same score table is given twice: give each score table once")
+    repeated = next(file for file, name in zip(files, names, strict=True) if names.count(name) > 1)
+    raise UserError(f"{make_printable(repeated)} is given twice: give each score table once")
 
 
 def write_report_page(

@@ -98,9 +98,12 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
 
 
 def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
-    """Format the mean of a metric over the lines of one cell, in %. Returns "-" if the metric is not defined."""
-    values = [value for value in (compute_mean_metric(entry, metric) for entry in entries) if value is not None]
-    if not values:
+    """Format the mean of a metric over the lines of one cell, in %.
+
+    Returns "-" if there are no lines, or if the metric is not defined for one of the lines.
+    """
+    values = [compute_mean_metric(entry, metric) for entry in entries]
+    if not values or None in values:
         return "-"
     text = f"{100 * sum(values) / len(values):.1f}"
     if not intervals:
