@@ -31,9 +31,9 @@ def is_project_already_imported() -> bool:
 
 @contextlib.contextmanager
 def put_project_packages_first() -> Iterator[None]:
-    """Make `import` find the packages of this checkout inside a `with` block.
+    """Let imports inside a `with` block find the packages of this checkout first.
 
-    After the block, the modules of the calling program that have the same names are restored.
+    The calling program may have imported its own modules with the names in PACKAGES. They are restored after the block.
     """
     callers = pop_modules_with_project_package_names()
     sys.path.insert(0, str(CHECKOUT))
@@ -46,6 +46,6 @@ def put_project_packages_first() -> Iterator[None]:
 
 
 def pop_modules_with_project_package_names() -> dict:
-    """Remove the modules of PACKAGES from `sys.modules`. Returns a dict of the removed modules, by name."""
+    """Remove the packages in PACKAGES from `sys.modules`. Returns a dict of the removed modules, by name."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}

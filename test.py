@@ -1,12 +1,17 @@
-"""Compute a detector's scores of images. For labelled images (real or fake), test.py also computes metrics.
+"""Score images with a trained detector. For labelled images (real or fake), test.py also computes metrics.
 
     python test.py --resume DETECTOR --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --save_path output/mine
     python test.py --resume DETECTOR --input a.png photos/
 
-test.py first writes the scores, and then computes metrics from the written scores. The option --save_path P sets the
-names of the output files. P.csv has one row per image. P.npy holds the logits of the images, float32 (N, 2), with the
-columns FAKE and REAL. P.json holds metrics, settings and version numbers. P.png shows ROC curves and histograms. If a
-run is killed, the same command continues the run.
+test.py first writes the scores, and then computes metrics from the written scores. With the option --save_path P, the
+program writes these files:
+
+    P.csv     the scores, one row per image
+    P.npy     the logits of the images, float32 (N, 2), with the columns FAKE and REAL
+    P.json    metrics, settings and version numbers
+    P.png     ROC curves and histograms of labelled images
+
+If a run is killed, the same command continues the run.
 """
 
 import contextlib
@@ -71,7 +76,7 @@ def main(args: Namespace) -> int:
 
         # 2. Choose the output files. An existing file is replaced only if test.py wrote it.
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
-        base = path_without_suffix(save_path)  # the path P, without suffix, of the files P.csv, P.npy, P.json and P.png
+        base = path_without_suffix(save_path)  # path of the output files without .csv, .npy, .json or .png
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         for place in places.values():
@@ -97,7 +102,7 @@ def main(args: Namespace) -> int:
                 score_images(detector, batches, writer, pictures, stop)
                 writer.finish_table()
 
-            # 4. Make P.npy, P.json and P.png from the scores in P.csv
+            # 4. Write the .npy, .json and .png files from the scores in the .csv file
             if world.is_main:
                 record = {"settings": {**vars(args), "precision": compute.precision}, "perturbation": description}
                 record["detector"] = {"file": args.resume, **detector.describe_model()}
@@ -121,11 +126,11 @@ def main(args: Namespace) -> int:
 
 
 def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
-    """List the images that --input names or, if --input is not given, the labelled images.
+    """List the images to score: unlabelled images from --input, or labelled images from the other options.
 
     Args:
         inputs: the paths that follow --input, or None.
-        labelled: arguments for `data.lists.list_labelled_items`.
+        labelled: positional arguments of `data.lists.list_labelled_items`.
     """
     if inputs and any(labelled):
         raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
@@ -145,8 +150,8 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
     count = count_images_trained_on(items, detector.trained_on.numpy())
     if count:
         logger.warning(
-            "warning: the detector was trained on %d of these %d images (same name, size and content): the scores of"
-            " training images do not show how well the detector works on new images",
+            "warning: %d of these %d images have the same file name, size and middle bytes as a training image of the"
+            " detector: their scores do not show how well the detector works on new images",
             count,
             len(items),
         )
@@ -154,9 +159,9 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
 
 
 class OutputPaths(NamedTuple):
-    """The paths of the output files for one perturbation."""
+    """The paths of the output files for one perturbation, such as JPEG compression of all images."""
 
-    base: Path  # the path P, without suffix, of the files P.csv, P.npy, P.json and P.png
+    base: Path  # path of the output files without .csv, .npy, .json or .png
     pictures: ResidualPictures
 
 
@@ -188,11 +193,11 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
 def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
     """Return a dict that names the detector, the images and the settings on which the scores depend.
 
-    The perturbation is not part of the dict.
+    The dict does not describe the perturbation, because the caller adds the perturbation.
     """
     identity = detector.describe_model()
     vgg = identity.get("vgg")
-    identity["vgg"] = vgg and vgg["fingerprint"]  # scores do not depend on the path of the weights
+    identity["vgg"] = vgg and vgg["fingerprint"]  # without the path of the weights file, which does not affect scores
     return {
         "detector": identity,
         "crop_size": detector.policy.crop_size,
@@ -231,7 +236,9 @@ def read_unscored_batches(
 def score_images(
     detector: Detector, batches: Iterable[Batch], writer: ScoreWriter, pictures: ResidualPictures, stop: StopSignal
 ) -> None:
-    """Write a row of the score table for each image in the batches, and draw the requested residual pictures.
+    """Score each image in the batches, and write its row of the score table.
+
+    If the option --save-residuals is given, a residual picture of each image is drawn.
 
     Raises:
         Stopped: after a batch, if the program has received a signal to stop.
@@ -257,7 +264,7 @@ def score_batch(
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
 
     Args:
-        logged_errors: errors whose traceback was logged already. This function adds the errors that it logs.
+        logged_errors: descriptions of the errors whose traceback was logged already. New errors are added to this set.
     """
     indices = [index for _, index, _ in batch.keys]
     if not pictures.paths:
@@ -303,10 +310,10 @@ def describe_error(error: Exception) -> str:
 
 
 def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int) -> tuple[ScoreTable, dict | None]:
-    """Write P.npy, P.json and P.png from the scores in P.csv, and delete the temporary files P.csv.N.part.
+    """Write the .npy, .json and .png files from the scores in the .csv file, and delete the temporary .part files.
 
     Args:
-        record: the entries of P.json that are known before the metrics are computed.
+        record: entries of the .json file, to which this function adds the metrics and the version numbers.
         seed: random seed of the bootstrap, which estimates the uncertainty of the metrics.
 
     Returns:
@@ -350,7 +357,7 @@ def format_report(
     from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
-    if summaries:  # all metrics are shown for the first perturbation only
+    if summaries:  # with several perturbations, only the first one is printed with all its metrics
         label, metrics = next(iter(summaries.items()))
         if len(results) > 1:
             lines += ["", f"== {label}"]

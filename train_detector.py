@@ -10,9 +10,9 @@ re-synthesizer together.
 The program writes these files into OUTPUT_PATH:
 
     NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the authors' file formats
-    best.pth.tar                              the state with the highest AUROC on the validation images
-    last.pth.tar                              the newest state, from which --resume continues
-    config.json, stats.jsonl, tensorboard/    records of the run
+    best.pth.tar                              the checkpoint with the highest AUROC on the validation images
+    last.pth.tar                              the newest checkpoint, from which --resume continues
+    config.json, stats.jsonl, tensorboard/    the settings, the loss and metrics of each epoch, and TensorBoard logs
 """
 
 import contextlib
@@ -74,15 +74,15 @@ logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
 
-# The type of a function that computes the loss of a batch, and a dict of further values to record.
-# With several processes, each process returns a part of each value. The sum of the parts is the mean over the batch.
+# A function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
+# If several processes share a batch, the mean over the batch is the sum of the scalars that the processes return.
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def main(args: Namespace) -> None:
     compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
     with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
-        # 1. List the images. No file is written before the images, the networks and the sizes have been checked.
+        # 1. List the images. No file is written before the images, their sizes and the networks have been checked.
         require_consistent_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
         items = list_labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = list_validation_images(args.val_real_roots, args.val_fake_roots, args.val_csv)
@@ -98,7 +98,7 @@ def main(args: Namespace) -> None:
         if not args.fixed_resynthesizer:
             vgg = load_vgg_for_auxiliary_loss(config, args.auxiliary_weight, args.vgg_weights, compute)
 
-        # 3. Check the images, and choose how they are read
+        # 3. Check the images, and create the datasets
         scale, stride = detector.resynthesizer.scale, detector.features.stride
         policy = SizePolicy(scale, args.crop_size or None, args.resize or None, min_side=stride)
         transform = perturb_at_random if args.augment_perturb else None
@@ -223,7 +223,7 @@ def find_smallest_trainable_batch_size(
     has a single value per channel and image, then a batch must hold two images.
 
     Raises:
-        UserError: if a batch must hold two images, and the last batch of an epoch would hold one.
+        UserError: if a batch must hold two images, but a process would get a single image in a step.
     """
     stride = getattr(detector.classifier, "stride", 0)
     shapes = [detector.residual_shape(*size)[1:] for size in set(sizes)]
@@ -233,13 +233,13 @@ def find_smallest_trainable_batch_size(
         return 1
     if sampler.find_smallest_batch_of_any_process() == 1:
         raise UserError(
-            f"{sampler.count} images in batches of {sampler.batch_size} over {sampler.world.size} process(es) leave a"
-            f" batch of 1, and batch norm needs at least 2 images of {width} x {height} residual values: change"
-            " --batch-size, or use a larger --crop-size or --resize"
+            f"batch norm cannot be trained on a single image of {width} x {height} residual values, but {sampler.count}"
+            f" training images in batches of {sampler.batch_size} over {sampler.world.size} process(es) leave a single"
+            " image for a process: change --batch-size, or use a larger --crop-size or --resize"
         )
     logger.warning(
-        "warning: the residuals have %d x %d values, which is not more than the classifier's stride of %d: gradients"
-        " may be large. Use larger images or a lower --idx-stages",
+        "warning: residuals of %d x %d values are too small for the classifier, whose stride is %d: gradients may be"
+        " large. Use larger images or a lower --idx-stages",
         width,
         height,
         stride,
@@ -251,14 +251,14 @@ def find_smallest_trainable_batch_size(
 
 
 def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict, Checkpoint | None]:
-    """Build the detector from the run to resume, from the checkpoint --init, or from the options alone.
+    """Load the detector from the checkpoint that --resume or --init names, or create a new detector.
 
     Args:
         options: the values of all options of train_detector.py, by name (`vars(args)`).
-        last: the state file that `--resume auto` continues.
+        last: path of last.pth.tar, the checkpoint that `--resume auto` loads.
 
     Returns:
-        the detector, its config, and the state to resume. The state is None for a new run.
+        the detector, its config, and the checkpoint of the run to resume. The checkpoint is None for a new run.
     """
     origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
     resumed = choose_state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
@@ -296,12 +296,12 @@ def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, comput
 
 
 def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
-    """Return `resumed` if its training can be continued, or None if only its weights can be used.
+    """Return the checkpoint `resumed` if its training can be continued, or None if a new training must start.
 
     A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
 
     Raises:
-        UserError: if the state in the output folder was trained with other values of --fixed-sr or --mode-sr.
+        UserError: if the training cannot be continued, but its checkpoint `resumed` is in the output folder.
     """
     if resumed is None:
         return None
@@ -312,10 +312,10 @@ def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, 
             difference = f"{resumed.name} was trained with {flag} = {before}"
             if Path(resumed.name).resolve().parent == last.resolve().parent:
                 raise UserError(
-                    f"{difference}: give {flag} as in this training, or start a new run with --init and a new"
-                    " --output-path"
+                    f"{difference}, got {flag} = {value}: use the old value to continue the training, or start a new"
+                    " run with --init and a new --output-path"
                 )
-            logger.info("%s: a new run starts from the weights in this file", difference)
+            logger.info("%s, got %s = %s: a new run starts from the old weights", difference, flag, value)
             return None
     return resumed
 
@@ -327,8 +327,8 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
     """Compute the classifier's cross-entropy and accuracy on the residuals (B, C_l, H_l, W_l) of a batch.
 
     Returns:
-        The cross-entropy and the accuracy, as scalars. The sum of each scalar over all processes is the mean over the
-        whole batch.
+        The cross-entropy and the accuracy, as scalars. If several processes share a batch, the mean over the batch is
+        the sum of the scalars that the processes return.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -343,7 +343,7 @@ def residual_without_gradients(
 ) -> Tensor:
     """Compute the residuals of a batch of images without gradients.
 
-    Residuals from the cache are only copied to the device.
+    If the batch holds residuals from the cache, they are copied to the device and converted to float32.
 
     Args:
         micro_batch: number of images that pass through re-synthesizer and features at a time. None means all images.
@@ -372,7 +372,7 @@ def loss_with_frozen_resynthesizer(
 
 
 class AuxiliaryTask(NamedTuple):
-    """The settings of the auxiliary task in end-to-end training: the re-synthesizer must restore real images."""
+    """The auxiliary task of end-to-end training, in which the re-synthesizer must restore real images."""
 
     name: str  # name of the task in data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
@@ -425,11 +425,11 @@ def downsample_and_degrade_images(
 ) -> Tensor | None:
     """Downsample a batch of images, and degrade the low-resolution images at random.
 
-    The type of the degradation depends only on the seed and the training step. The random numbers of each image depend
-    only on the seed, the epoch and the index of the dataset entry (the image, or one of its crops).
+    The seed, the epoch and the training step determine how the batch is degraded. The seed, the epoch and the index of
+    an image in the dataset determine the random numbers of the image.
 
     Returns:
-        the degraded low-resolution batch (B, 3, h, w), or None if the images of this step are not degraded.
+        the degraded low-resolution batch (B, 3, h, w), or None if the batch is not degraded.
     """
     batch_rng = seeded_generator(task.seed, progress.epoch, progress.step, DEGRADE_BATCH)
     degradation = sample_degradation_for_batch(task.name, batch_rng)
@@ -444,8 +444,8 @@ def compute_in_micro_batches(
 ) -> tuple[Tensor, Tensor]:
     """Call `function` on slices of `micro_batch` images, and concatenate the results.
 
-    With several slices, the backward pass computes each slice again, so that only the results of `function` are kept in
-    memory. Micro-batches give the gradients of the whole batch if the re-synthesizer has no batch norm.
+    If there are several slices, gradient checkpointing recomputes each slice in the backward pass, which saves memory.
+    The gradients are those of a single slice, provided that the re-synthesizer has no batch norm.
 
     Args:
         function: takes a slice of image numbers, and returns two tensors with one row per image.
@@ -468,10 +468,12 @@ def compute_in_micro_batches(
 def residual_cache_key(
     config: dict, features_fingerprint: str, code: Sequence[str | None], policy: SizePolicy, compute: Compute
 ) -> dict[str, object]:
-    """Return a dict of everything that residuals depend on. A residual cache is recognised by this dict.
+    """Return a dict of everything besides the images on which residuals depend.
+
+    Cached residuals are used only if they were computed with an equal dict.
 
     Args:
-        code: hashes of the source code of re-synthesizer and features, because a class without weights can change, too.
+        code: hashes of the source code of the re-synthesizer and the features. Residuals also depend on this code.
     """
     return {
         "re-synthesizer": config["resynthesizer"],
@@ -486,7 +488,7 @@ def residual_cache_key(
 
 
 def hash_source_code(module: nn.Module) -> str | None:
-    """Return a hash of the source code of a network's class, or None if Python does not know the source code."""
+    """Return a hash of the source code of a network's class, or None if Python cannot find the source code."""
     try:
         source = inspect.getsource(type(module))
     except (OSError, TypeError):  # for example a class that was defined in an interactive session
@@ -503,8 +505,8 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
     for batch in batches:
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
-    # Without SyncBatchNorm, the batch-norm statistics of the processes differ.
-    # The main process's statistics are saved, and all processes therefore validate with these statistics.
+    # Without SyncBatchNorm, each process has its own batch-norm statistics. All processes validate with the statistics
+    # of the main process, because checkpoints contain these statistics.
     broadcast_buffers(detector, stepper.world)
 
 
@@ -534,7 +536,7 @@ def compute_validation_metrics(
 
 
 def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
-    """Return the weights and the config of the detector, which are saved in every state.
+    """Return the weights and the config of the detector as a dict, which is saved in checkpoints.
 
     The keys "arch" and "state_dict" have the same names in the authors' checkpoints.
 

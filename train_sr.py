@@ -5,9 +5,9 @@
 The program writes these files into OUTPUTS_DIR/xSCALE:
 
     epoch_N.pth                               the weights after epoch N, as a state dict like the authors' files
-    best.pth                                  the state with the highest PSNR on --eval-file
-    last.pth                                  the newest state, from which --resume continues
-    config.json, stats.jsonl, tensorboard/    records of the run
+    best.pth                                  the checkpoint with the highest PSNR on --eval-file
+    last.pth                                  the newest checkpoint, from which --resume continues
+    config.json, stats.jsonl, tensorboard/    the settings, the loss and metrics of each epoch, and TensorBoard logs
 """
 
 import contextlib
@@ -49,11 +49,12 @@ logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoard
-# Mean squared error of rounding to 8 bits. Smaller errors are replaced by this error, so that PSNR is at most 58.9 dB.
+# Lower bound on the mean squared error from which PSNR is computed, so that PSNR is at most 58.9 dB. The bound is the
+# mean squared error of rounding to 8 bits.
 SMALLEST_MSE = 1 / (12 * 255**2)
 
-# The type of a function that computes the loss of a batch, the L1 term of this loss, and pictures for TensorBoard.
-# With several processes, each process returns a part of the loss. The sum of the parts is the mean over the batch.
+# A function that takes a batch, and returns the loss, the L1 term of the loss, and pictures for TensorBoard.
+# If several processes share a batch, the mean loss of the batch is the sum of the losses that the processes return.
 LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -196,7 +197,11 @@ class Schedule(NamedTuple):
     decay_epochs: int  # number of epochs after which the schedule "steps" multiplies the learning rate again
 
     def compute_learning_rate_factor(self, epochs_done: float) -> float:
-        """Return the factor on the base learning rate after `epochs_done` epochs, such as 2.5."""
+        """Return the factor by which the base learning rate is multiplied after `epochs_done` epochs.
+
+        Args:
+            epochs_done: number of finished epochs, which may be a fraction such as 2.5.
+        """
         if self.name == "cosine":
             return training.compute_cosine_learning_rate_factor(self.epochs_total, epochs_done)
         return self.decay ** (int(epochs_done) // self.decay_epochs)
@@ -225,11 +230,16 @@ class PatchDegradations(NamedTuple):
 
     seed: int
     augment: bool  # whether patches get noise and JPEG compression
-    completion: bool  # whether pixels are removed
-    colorization: bool  # whether pixels are made grey
+    completion: bool  # whether random pixels are turned black
+    colorization: bool  # whether random pixels are turned grey
 
     def degrade_patches(self, x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
-        """Degrade each patch of x_lr (B, 3, p, p) by random draws that depend only on the seed and the patch's key."""
+        """Degrade each patch of x_lr (B, 3, p, p) at random.
+
+        Args:
+            keys: for each patch, the epoch, the index of the image, and the index of the patch in the image. A key and
+                the seed determine the random numbers of the patch.
+        """
         if not (self.augment or self.completion or self.colorization):
             return x_lr
         patches = []
@@ -250,9 +260,9 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        loss, l1: the loss and its L1 term, as scalars. The sum of each scalar over all processes is the mean over the
-            whole batch.
-        pictures: (n, 3, P, 3 * P). Each picture shows the input, the re-synthesis and the target side by side.
+        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, the mean over the batch is
+            the sum of the scalars that the processes return.
+        pictures: n pictures, (n, 3, P, 3 * P). Each shows the input, the re-synthesis and the target side by side.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
@@ -299,7 +309,7 @@ def compute_psnr_and_ssim_of_one_image(y: Tensor, x: Tensor) -> tuple[float, flo
     y = y.float().clamp(0, 1).contiguous()
     mse = F.mse_loss(y, x).clamp(min=SMALLEST_MSE)
     psnr = -10 * torch.log10(mse)
-    # SSIM uses a Gaussian window of 11 x 11 pixels, or a smaller uniform window for images with fewer pixels.
+    # SSIM uses a Gaussian window of 11 x 11 pixels. If the image is smaller, SSIM uses a smaller, uniform window.
     smallest_side = min(x.shape[-2:])
     window = min(11, (smallest_side - 1) // 2 * 2 + 1)
     ssim = structural_similarity_index_measure(y, x, data_range=1.0, gaussian_kernel=window == 11, kernel_size=window)
@@ -324,10 +334,11 @@ def evaluate_and_log_psnr_and_ssim(
     compute: Compute,
     world: World,
 ) -> None:
-    """Carry out --evaluate: log the PSNR and SSIM of the weights in `origin`, without training.
+    """Log the PSNR and SSIM of the network `model`, whose weights were loaded from `origin` (option --evaluate).
 
     Raises:
-        UserError: if there are no weights or no images, or if an image cannot be read and `skip_bad` is False.
+        UserError: if no weights were loaded, or if there are no images.
+        UserError: if an image cannot be read and `skip_bad` is False.
     """
     if origin is None:
         raise UserError("--evaluate needs weights: give a file of weights with --weights-file")
@@ -342,7 +353,7 @@ def evaluate_and_log_psnr_and_ssim(
 
 
 def skip_or_refuse_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
-    """Yield the batches whose image could be read.
+    """Yield each batch that contains a readable image.
 
     If `skip_bad` is True, an unreadable image is left out, and the error is logged.
 
@@ -362,14 +373,14 @@ def skip_or_refuse_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -
 
 
 def collect_weights_and_fingerprint(model: nn.Module) -> dict:
-    """Return the weights of the network and their fingerprint, which are saved in every state."""
+    """Return the weights of the network and their fingerprint as a dict, which is saved in last.pth and best.pth."""
     return {"state_dict": model.state_dict(), "fingerprint": compute_fingerprint(model)}
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return the weights for an epoch's numbered checkpoint, by file name.
+    """Return a dict from the file name of an epoch's numbered checkpoint to its contents, a state dict.
 
-    Release: the authors' code also writes only the weights, and counts epochs from 0 in the file name.
+    Release: in the authors' code, this checkpoint is also a state dict, and file names count epochs from 0.
     """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}

@@ -2,14 +2,14 @@
 
 A detector has three parts: re-synthesizer, features and classifier. The dicts RESYNTHESIZERS, FEATURES and CLASSIFIERS
 list the classes that can be chosen for each part of a detector. To add a network, write a class and add one line to one
-of these dicts (docs/extending.md). The file config.json and every checkpoint store the name and the arguments of each
-part of the detector. Only checkpoints that contain nothing but weights do not store them.
+of these dicts (docs/extending.md). The file config.json and most checkpoints store the name and the arguments of each
+network. The files epoch_N.pth and the checkpoints by the paper's authors do not store the arguments.
 
 Training and testing choose the settings of a detector, such as the name of the classifier, by the same rules. If the
 checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError. A
-setting that neither the checkpoint nor an option contains has the value in the paper. Only the default of the ResNet's
-dilation is the default of the authors' program, which the authors' scripts change. The re-synthesizer and the
-classifier have random weights only if they are about to be trained.
+setting that neither the checkpoint nor an option contains has the value in the paper. The dilation of the ResNet is an
+exception: as in the authors' program, a ResNet-50 or larger is dilated unless `--no_dilation` is given. The
+re-synthesizer and the classifier have random weights only if they are about to be trained.
 """
 
 import inspect
@@ -75,9 +75,9 @@ class Features(Protocol):
 
 
 # A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l). A
-# classifier is created as CLASSIFIERS[name](channels, **args). If a classifier has an attribute `stride`,
-# train_detector.py refuses or warns about residuals whose sides are at most this stride: with a last feature map of one
-# value per channel, batch norm cannot be trained on a single image.
+# classifier is created as CLASSIFIERS[name](channels, **args). A classifier with batch norm should have an attribute
+# `stride`. If no side of the residuals is longer than the stride, the last feature map has one value per channel. For
+# such residuals, train_detector.py needs batches of two images, because batch norm cannot be trained on one value.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -133,10 +133,10 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
 
 
 def refuse_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
-    """Raise a UserError if the arguments of a network contain one that the network's name or another option fixes."""
+    """Raise a UserError if `arguments` contains a name in `fixed`, the arguments whose values users cannot choose."""
     refused = sorted(set(fixed) & arguments.keys())
     if refused:
-        raise UserError(f"{what} does not take the argument {refused[0]}, which is fixed: leave it out")
+        raise UserError(f"{what} does not take the argument {refused[0]}, whose value is fixed: leave {refused[0]} out")
 
 
 def construct_network_or_raise_user_error(
@@ -319,8 +319,9 @@ def load_detector(
     Args:
         source: checkpoint of a detector, from train_detector.py or from the paper's authors. A checkpoint by the
             authors does not contain the re-synthesizer, so `resynthesizer` must be given. Such a checkpoint does not
-            store whether the ResNet is dilated, so `--no_dilation` must be given as in its training. `--idx-stages`
-            must be given only if two stages have as many channels as the classifier has input channels.
+            store whether the ResNet is dilated, so `--no_dilation` must be given if the detector was trained with this
+            option. `--idx-stages` must be given only if two stages have as many channels as the classifier has input
+            channels.
         resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
         options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
@@ -446,9 +447,9 @@ def choose_classifier_config_of_checkpoint(source: Checkpoint, state: Mapping[st
 def choose_features_config_of_authors_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
-    If the option `--features` is given, it chooses the features. Otherwise the features are the stage of VGG-19 (or
-    stage 0, the pixels) that has as many channels as the classifier has input channels. If two stages have this number
-    of channels, `--idx-stages` must name one of them.
+    If the option `--features` is given, it chooses the features. Otherwise the features are the stage whose number of
+    channels equals the number of input channels of the classifier. Stage 0 means the pixels, and stages 1 to 5 are
+    stages of VGG-19. If two stages have the same number of channels, `--idx-stages` must name one of them.
     """
     if options.get("features") is not None or options.get("feature_args"):
         return choose_features_config_of_new_detector(options)
@@ -467,7 +468,7 @@ def choose_features_config_of_authors_detector(state: Mapping[str, Tensor], opti
 
 
 def choose_features_config_of_new_detector(options: Mapping) -> dict:
-    """Return the name in FEATURES and the constructor arguments that the options choose for a new detector."""
+    """Return a dict with the keys "name" and "args" for the features that the options choose for a new detector."""
     given_args = dict(options.get("feature_args") or {})
     name = options.get("features")
     stage = options.get("stage")
@@ -489,7 +490,7 @@ def assemble_detector(
     trained_with: Mapping | None,
     name: str,
 ) -> tuple[ResynthesisDetector, dict]:
-    """Create a detector from a given re-synthesizer and from the config, which describes the other parts.
+    """Create a detector from a re-synthesizer, and from the features and the classifier that `config` describes.
 
     Args:
         resynthesizer: the re-synthesizer, with its weights.
@@ -501,8 +502,8 @@ def assemble_detector(
         name: name of the detector's checkpoint, for error messages.
 
     Returns:
-        the detector, and a copy of `config` that also contains the fingerprint of the re-synthesizer's weights, and the
-        source and the fingerprint of the VGG-19 weights.
+        the detector, and a copy of `config` in which the entries "resynthesizer_fingerprint" and "vgg" are set. The
+        entry "vgg" contains the source and the fingerprint of the VGG-19 weights, or is None without VGG-19.
     """
     features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")

@@ -42,7 +42,7 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
 
 
 def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return the fingerprint of weights that the config of a checkpoint stores under `key`, or None."""
+    """Return the entry `key` of a checkpoint's config, a fingerprint of weights, or None if the entry is missing."""
     return read_config(source).get_text(key, default=None)
 
 
@@ -83,7 +83,7 @@ def choose_option_value(flag: str, given: object, found: object, default: object
 
 
 def choose_network_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Choose the keyword arguments of a network: the stored arguments, else the arguments of the option.
+    """Return the keyword arguments of a network from the checkpoint or, if it has none, from the option.
 
     Args:
         flag: name of the option for the error message, such as "--arch-args".
@@ -92,7 +92,7 @@ def choose_network_arguments(flag: str, given: Mapping, found: Mapping | None, n
         name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if the option contains an argument that the checkpoint does not have, or has with another value.
+        UserError: if an argument in the option is missing in the checkpoint, or has another value in the checkpoint.
     """
     if found is None:
         return dict(given)

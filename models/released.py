@@ -54,8 +54,8 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} contains no RDN: expected weights named {error}, got {len(state)} weights, the first of which is"
-            f" {first}; give a checkpoint of an RDN from train_sr.py or from the paper's authors"
+            f"{name} contains no RDN: expected a tensor with the name {error} in the state dict, got {len(state)} other"
+            f" tensors (first name: {first}); give a checkpoint of an RDN from train_sr.py or from the paper's authors"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:
