@@ -297,7 +297,7 @@ def test_a_cell_of_a_study_is_empty_if_one_of_its_seeds_has_no_real_images(path_
     write_score_table(folder, "fakes", [row for row in make_score_rows() if row.label == "fake"])
     lines = ["main,a,b,scores/fakes.csv,ProGAN", "main,a,b,scores/one.csv,ProGAN"]
     path_of_study_csv_file.write_text(HEADER + "\n".join(lines) + "\n")
-    report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc", "--intervals"])
+    report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc"])
     _, row = split_markdown_table(capsys.readouterr().out)
     assert row == ["a", "-"]
 
