@@ -93,9 +93,9 @@ def main(args: Namespace) -> int:
             if perturbation.name != "none":
                 transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
             description = describe_perturbation(perturbation, args.perturb_protocol, args.seed)
-            job = {**describe_scoring_settings(detector, items), "perturbation": description}
-            pictures.store_hash_of_scoring_settings(job)
-            writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, job, world)
+            scoring_settings = {**describe_scoring_settings(detector, items), "perturbation": description}
+            pictures.store_hash_of_scoring_settings(scoring_settings)
+            writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, scoring_settings, world)
             if writer.start_partial_table(args.overwrite, pictures.find_missing_pictures()):
                 images = ImageDataset(items, detector.resize_and_crop_policy_for_reading, transform=transform)
                 batches = read_unscored_batches(images, detector, writer, args.batch_size, args.workers)

@@ -505,8 +505,8 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
     for batch in batches:
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
-    # Without SyncBatchNorm, each process has its own batch-norm statistics. All processes validate with the statistics
-    # of the main process, because checkpoints contain these statistics.
+    # Without SyncBatchNorm, each process has its own batch-norm statistics.
+    # Checkpoints contain the statistics of the main process, so all processes validate with these statistics.
     broadcast_buffers(detector, stepper.world)
 
 

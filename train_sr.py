@@ -49,8 +49,8 @@ logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoard
-# Lower bound on the mean squared error from which PSNR is computed, so that PSNR is at most 58.9 dB. The bound is the
-# mean squared error of rounding to 8 bits.
+# Lower bound on the mean squared error from which PSNR is computed. PSNR is therefore at most 58.9 dB.
+# The bound is the mean squared error of rounding to 8 bits.
 SMALLEST_MSE = 1 / (12 * 255**2)
 
 # A function that takes a batch, and returns the loss, the L1 term of the loss, and pictures for TensorBoard.

@@ -92,8 +92,9 @@ def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
-# TASKS maps the name of each auxiliary task to a function. The function takes the random generator of a batch, and
-# returns a `Degradation`. The auxiliary task "none" has no degradation.
+# TASKS maps the name of each auxiliary task to a function.
+# The function takes the random generator of a batch, and returns a `Degradation`.
+# The auxiliary task "none" has no degradation.
 TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
 
 

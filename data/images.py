@@ -26,8 +26,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Pillow's warnings are hidden, because this module raises a UserError for each image that cannot be used. The warnings
-# are hidden for the whole program, because warnings.catch_warnings must not be used in threads.
+# Pillow's warnings are hidden, because this module raises a UserError for each image that cannot be used.
+# warnings.catch_warnings must not be used in threads, so the warnings are hidden for the whole program.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is missing, because it is unsafe

@@ -25,8 +25,9 @@ from utils.labels import FAKE, REAL
 logger = logging.getLogger(__name__)
 
 LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # text in the column "label" of a CSV table -> label
-# Names of the folders of real and of fake images in the data sets of Wang et al. (CVPR 2020), "CNN-generated images are
-# surprisingly easy to spot... for now", and of Zhu et al. (NeurIPS 2023), "GenImage".
+# Names of the folders of real and of fake images in two data sets:
+# Wang et al., "CNN-generated images are surprisingly easy to spot... for now", CVPR 2020.
+# Zhu et al., "GenImage", NeurIPS 2023.
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
@@ -37,8 +38,8 @@ class Item(NamedTuple):
 
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
-    # The name of the generator that made a fake image. A real image is compared with the fake images of `generator`, or
-    # with the fake images of all generators if `generator` is ""
+    # The name of the generator that made a fake image.
+    # A real image is compared with the fake images of its `generator`, or with all fake images if `generator` is "".
     generator: str
 
 

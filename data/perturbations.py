@@ -133,8 +133,9 @@ def compress_with_random_quality(image: Tensor, rng: np.random.Generator) -> Ten
     return compress_as_jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
-# FRANK2020 maps the name of each perturbation to its function. The setting "combined" applies the four perturbations in
-# this order. JPEG is last, because an image is usually compressed when it is saved.
+# FRANK2020 maps the name of each perturbation to its function.
+# The setting "combined" applies the four perturbations in this order.
+# JPEG is last, because an image is usually compressed when it is saved.
 FRANK2020 = {
     "crop": crop_by_random_amount,
     "blur": blur_by_random_amount,

@@ -32,8 +32,9 @@ from utils.files import make_folder, open_for_atomic_write, remove_unfinished_fi
 
 logger = logging.getLogger(__name__)
 
-# STORAGE maps each value of --cache-precision to a data type. Rounding to float16 changes an absolute value above 2^-14
-# by at most 0.05 % (2^-11). Smaller absolute values change by at most 2^-25.
+# STORAGE maps each value of --cache-precision to a data type.
+# Rounding to float16 changes an absolute value above 2^-14 by at most 0.05 % (2^-11).
+# Rounding to float16 changes a smaller absolute value by at most 2^-25.
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 ABANDONED_AFTER = 3600  # age in seconds at which unfinished files are deleted; another run may be writing younger files
 FORMAT = 2  # version of the cache files; increase FORMAT if residuals are computed or stored in another way

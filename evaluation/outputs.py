@@ -22,7 +22,12 @@ from evaluation.score_writer import find_partial_tables, read_settings_of_partia
 from utils.console import make_printable
 from utils.errors import UserError
 
-RECORD_KEYS = {"job", "detector", "metrics", "versions"}  # a JSON file with these keys counts as written by test.py
+RECORD_KEYS = {
+    "scoring_settings",
+    "detector",
+    "metrics",
+    "versions",
+}  # a JSON file with these keys counts as written by test.py
 
 
 def path_without_suffix(save_path: str) -> Path:
@@ -110,7 +115,7 @@ def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def is_unfinished_score_table(path: Path) -> bool:
-    """Return whether a file is a part of an unfinished score table (P.csv.N.part)."""
+    """Return whether a file is a partial table of an unfinished score table (P.csv.N.part)."""
     return read_settings_of_partial_table(path) is not None
 
 
@@ -154,11 +159,11 @@ class ResidualPictures:
 
     def __init__(self, folder: str | os.PathLike | None, items: Sequence[Item]):
         self.paths = [path_of_residual_picture(folder, item.path) for item in items] if folder else []
-        self.job_digest = ""
+        self.settings_digest = ""
 
-    def store_hash_of_scoring_settings(self, job: Mapping) -> None:
-        """Store a hash of the scoring settings `job`. `draw_picture` writes the hash to the header of each picture."""
-        self.job_digest = hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()[:16]
+    def store_hash_of_scoring_settings(self, settings: Mapping) -> None:
+        """Store a hash of the scoring settings. `draw_picture` writes the hash to the header of each picture."""
+        self.settings_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_missing_pictures(self) -> np.ndarray | None:
         """Find the images whose residual picture is missing, or was drawn with different settings.
@@ -171,7 +176,7 @@ class ResidualPictures:
         missing = np.ones(len(self.paths), bool)
         for i, path in enumerate(self.paths):
             texts = read_png_texts(path)
-            missing[i] = (texts.get("Software"), texts.get("Description")) != (SOFTWARE, self.job_digest)
+            missing[i] = (texts.get("Software"), texts.get("Description")) != (SOFTWARE, self.settings_digest)
         return missing
 
     def draw_picture(self, index: int, examination: Examination) -> None:
@@ -184,7 +189,7 @@ class ResidualPictures:
         residual = arrange_crops(examination.residual.abs().mean(dim=1, keepdim=True), columns)[0]  # (H_l, W_l)
         crops = len(examination.x)
         title = "image" if crops == 1 else f"image: the {crops} crops that were scored"
-        draw_residual_picture(x, x_hat, residual, self.paths[index], title=title, description=self.job_digest)
+        draw_residual_picture(x, x_hat, residual, self.paths[index], title=title, description=self.settings_digest)
 
 
 def arrange_crops(crops: Tensor, columns: int) -> np.ndarray:

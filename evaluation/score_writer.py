@@ -43,9 +43,9 @@ from utils.files import open_for_atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
-PART_MARK = "# part of a score table by test.py: "
+PARTIAL_TABLE_MARK = "# part of a score table by test.py: "
 # index: position in the list of images. size, mtime_ns: size in bytes and modification time of the image file
-PART_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
+PARTIAL_TABLE_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
 
 
 def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
@@ -69,18 +69,19 @@ class ScoreWriter:
         table: path of P.csv.
         items: the images, in the order of the table.
         stamps: result of `read_file_sizes_and_times` for the images.
-        job: the scoring settings (everything that the scores depend on besides the content of the image files), as a
-            dict for JSON. One entry of the dict must identify the list of images (see `describe_and_hash_items`).
+        settings: the scoring settings (everything that the scores depend on besides the content of the image files),
+            as a dict for JSON. One entry of the dict must identify the list of images (see `describe_and_hash_items`).
         world: the processes that write the table together.
     """
 
-    def __init__(self, table: Path, items: Sequence[Item], stamps: np.ndarray, job: dict, world: World):
+    def __init__(self, table: Path, items: Sequence[Item], stamps: np.ndarray, settings: dict, world: World):
         self.table = table
         self.items = items
         self.stamps = stamps
         self.world = world
-        self.job = json.loads(json.dumps(job))  # tuples become lists, as in a dict read from JSON
-        self.identity = {"job": self.job, "files": hashlib.sha256(stamps.tobytes()).hexdigest()[:16]}
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in a dict read from JSON
+        hash_of_files = hashlib.sha256(stamps.tobytes()).hexdigest()[:16]
+        self.identity = {"scoring_settings": self.settings, "files": hash_of_files}
         self.done = np.zeros(len(items), bool)  # (N,): True for the images that need not be scored
 
     def start_partial_table(self, overwrite: bool, without_picture: np.ndarray | None = None) -> bool:
@@ -99,24 +100,24 @@ class ScoreWriter:
             UserError: if an existing partial table has different scoring settings, or if P.csv was edited.
         """
         parts = find_partial_tables(self.table)
-        has_table_of_this_job = not overwrite and not parts and self._is_table_of_same_settings()
-        if has_table_of_this_job:
+        table_has_same_settings = not overwrite and not parts and self._is_table_of_same_settings()
+        if table_has_same_settings:
             self._mark_images_as_done(self._read_rows_of_table(), without_picture)
         elif not overwrite:
             self._mark_images_as_done(self._read_rows_of_partial_tables(parts), without_picture)
-        if broadcast_from_main(bool(has_table_of_this_job and self.done.all()), self.world):
+        if broadcast_from_main(bool(table_has_same_settings and self.done.all()), self.world):
             logger.info("%s is finished already; --overwrite scores the images again", make_printable(self.table))
             return False
         if self.done.any():
             logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
-        elif self.table.exists() and not overwrite and not has_table_of_this_job:
+        elif self.table.exists() and not overwrite and not table_has_same_settings:
             text = "%s was made with different settings or from different image files, and will be replaced"
             logger.info(text, make_printable(self.table))
-        barrier(self.world)  # every process has read the existing parts before any process writes
+        barrier(self.world)  # every process has read the existing partial tables before any process writes
         if overwrite and self.world.is_main:
             delete_files(parts.values())
-        self._open_new_part(max(parts, default=-1) + 1 + self.world.rank)
-        if has_table_of_this_job and self.world.is_main:  # only pictures are missing: copy the rows of P.csv
+        self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
+        if table_has_same_settings and self.world.is_main:  # only pictures are missing: copy the rows of P.csv
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
         return True
@@ -143,8 +144,8 @@ class ScoreWriter:
             cells = cells_from_row(row)[len(Item._fields) :]
             size, mtime_ns = self.stamps[i]
             lines.append(format_csv_line([str(i), *cells, str(size), str(mtime_ns)]))
-        self.part.write("".join(lines).encode("utf-8", "surrogateescape"))
-        self.part.flush()
+        self.partial_table.write("".join(lines).encode("utf-8", "surrogateescape"))
+        self.partial_table.flush()
 
     def finish_table(self) -> None:
         """Close the partial table of this process, wait for all processes, and write P.csv from all partial tables.
@@ -152,7 +153,7 @@ class ScoreWriter:
         Raises:
             UserError: if an image has no row.
         """
-        self.part.close()
+        self.partial_table.close()
         barrier(self.world)
         if not self.world.is_main:
             return
@@ -184,13 +185,14 @@ class ScoreWriter:
             needs_picture = without_picture is not None and without_picture[i] and not row.error
             self.done[i] = not needs_picture
 
-    def _open_new_part(self, number: int) -> None:
-        """Create the partial table P.csv.N.part, where N is `number`, and keep the file open as `self.part`."""
-        part = self.table.with_name(f"{self.table.name}.{number}.part")
+    def _open_new_partial_table(self, number: int) -> None:
+        """Create the partial table P.csv.N.part, where N is `number`, and open it as `self.partial_table`."""
+        path = self.table.with_name(f"{self.table.name}.{number}.part")
+        header = PARTIAL_TABLE_MARK + json.dumps(self.settings) + "\n" + format_csv_line(PARTIAL_TABLE_COLUMNS)
         # The header is written atomically: a later run cannot continue a partial table with an incomplete header
-        with open_for_atomic_write(part) as file:
-            file.write((PART_MARK + json.dumps(self.job) + "\n" + format_csv_line(PART_COLUMNS)).encode())
-        self.part = part.open("ab")
+        with open_for_atomic_write(path) as file:
+            file.write(header.encode())
+        self.partial_table = path.open("ab")
 
     def _is_table_of_same_settings(self) -> bool:
         """Return whether P.csv was made with the scoring settings and the image files of this run."""
@@ -206,18 +208,18 @@ class ScoreWriter:
         for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
             if item is None or row is None or not _is_row_of_item(row, item):
                 raise UserError(
-                    f"{make_printable(self.table)} was changed after test.py wrote it: expected one row per image in the"
-                    " order of the images; choose another --save_path, or score all images again with --overwrite"
+                    f"{make_printable(self.table)} was changed after test.py wrote it: expected one row per image in"
+                    " the order of the images; choose another --save_path, or score all images again with --overwrite"
                 )
             yield i, row
 
     def _require_same_scoring_settings(self, part: Path) -> None:
         """Raise a UserError if the scoring settings in a partial table differ from the settings of this run."""
-        job = read_settings_of_partial_table(part)
-        if job is None:
+        old, new = read_settings_of_partial_table(part), self.settings
+        if old is None:
             text = "is not a part of a score table: move the file, or choose another --save_path"
             raise UserError(f"{make_printable(part)} {text}")
-        differences = sorted(key for key in {*job, *self.job} if job.get(key) != self.job.get(key))
+        differences = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         if differences:
             raise UserError(
                 f"{make_printable(self.table)} is unfinished, and was begun with different settings"
@@ -285,7 +287,7 @@ class ScoreWriter:
         """
         with suppress(csv.Error, ValueError):
             texts = next(csv.reader([line.decode("utf-8", "surrogateescape")], strict=True))
-            cells = dict(zip(PART_COLUMNS, texts, strict=True))
+            cells = dict(zip(PARTIAL_TABLE_COLUMNS, texts, strict=True))
             i = int(cells["index"])
             if not 0 <= i < len(self.items):
                 return None
@@ -323,9 +325,11 @@ def read_settings_of_partial_table(part: Path) -> dict | None:
     try:
         with part.open(encoding="utf-8") as file:
             first_line = file.readline(2**20)
-        return dict(json.loads(first_line.removeprefix(PART_MARK))) if first_line.startswith(PART_MARK) else None
+        if first_line.startswith(PARTIAL_TABLE_MARK):
+            return dict(json.loads(first_line.removeprefix(PARTIAL_TABLE_MARK)))
     except (OSError, ValueError, TypeError):
-        return None
+        pass
+    return None
 
 
 def delete_files(paths: Iterable[Path]) -> None:

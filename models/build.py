@@ -74,10 +74,10 @@ class Features(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
-# A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l). A
-# classifier is created as CLASSIFIERS[name](channels, **args). A classifier with batch norm should have an attribute
-# `stride`. If no side of the residuals is longer than the stride, the last feature map has one value per channel. For
-# such residuals, train_detector.py needs batches of two images, because batch norm cannot be trained on one value.
+# A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l).
+# A classifier is created as CLASSIFIERS[name](channels, **args).
+# A classifier with batch norm should have an attribute `stride`: input side / side of the last feature map.
+# If a batch would give batch norm one value per channel, train_detector.py requires batches of two images.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}

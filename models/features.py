@@ -115,8 +115,8 @@ class VGG19(nn.Module):
                 in_channels = channels
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
-        # Side length of the tiles in which VGG-19 runs if no gradients are computed, in pixels of the feature map that
-        # is cut into tiles
+        # If no gradients are computed, VGG-19 runs on tiles of its feature maps.
+        # This is the side length of the tiles, in pixels of the feature map.
         self.tile = 256
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:

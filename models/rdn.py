@@ -15,9 +15,10 @@ from utils.errors import UserError
 
 LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN accepts
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
-# Interpolation in one dimension replaces each old pixel by two new pixels. The first row contains the weights of three
-# old pixels (left neighbour, pixel, right neighbour) for the left new pixel. The second row contains the weights of the
-# three old pixels for the right new pixel. The mean of the two new pixels equals the old pixel.
+# Interpolation in one dimension replaces each old pixel by two new pixels.
+# A new pixel is a weighted sum of three old pixels: the left neighbour, the pixel itself, and the right neighbour.
+# The first row contains the three weights for the left new pixel. The second row is for the right new pixel.
+# The mean of the two new pixels equals the old pixel.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
 
@@ -50,9 +51,9 @@ class ResidualDenseBlock(nn.Module):
         super().__init__()
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
-        # Release: in the code of the paper's authors, this convolution has growth_rate output channels, so forward
-        # fails if growth_rate differs from num_features. Here the convolution has num_features output channels, as in
-        # the RDN article.
+        # Release: in the code of the paper's authors, this convolution has growth_rate output channels.
+        # Their forward pass therefore fails if growth_rate differs from num_features.
+        # Here the convolution has num_features output channels, as in the RDN article.
         self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:

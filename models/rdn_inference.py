@@ -18,8 +18,8 @@ from models.tiling import apply_function_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
 STRIP_BYTES = 2**15  # bytes per channel that a layer computes at a time, few enough for the caches of a CPU
-# Side and halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels. The halo must be at least
-# 1.75 pixels wide, because each output value depends on pixels at a distance of up to 1.75 pixels.
+# Side and halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels.
+# The halo must be at least 1.75 pixels wide, because an output value depends on pixels up to 1.75 pixels away.
 UPSCALE_TILE, UPSCALE_HALO = 64, 2
 
 
@@ -56,8 +56,7 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):
-        # The halo (overlapping margin of tiles) has one pixel per layer, because each 3x3 convolution reads one pixel
-        # to each side
+        # The halo (overlapping margin of tiles) has one pixel per layer, as a 3x3 convolution reads adjacent pixels.
         x = apply_function_in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
         for fused_rows, rows in zip(fused.split(model.tile, dim=2), x.split(model.tile, dim=2), strict=True):
             fused_rows.add_(F.conv2d(rows, weight))

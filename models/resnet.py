@@ -17,8 +17,8 @@ from models.tiling import apply_function_in_tiles
 from utils.errors import UserError
 
 STEM_CHANNELS = 128
-# Total stride of the stem and halo (overlapping margin) of its tiles, in pixels of the residual. The halo must be at
-# least 11 pixels wide, because each output value of the stem depends on pixels at a distance of up to 11 pixels.
+# Total stride of the stem and halo (overlapping margin) of its tiles, in pixels of the residual.
+# The halo must be at least 11 pixels wide, because an output value depends on pixels up to 11 pixels away.
 STEM_STRIDE, STEM_HALO = 8, 16
 
 LAYOUTS = {
@@ -125,9 +125,9 @@ class DeepStemResNet(nn.Module):
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # `stride` is the side of the residual divided by the side of the last feature map. If the sides of a residual are
-    # at most `stride`, its last feature map has one value per channel. train_detector.py refuses batches of one such
-    # residual, because batch norm cannot be trained on one value per channel.
+    # `stride` is the side of the residual divided by the side of the last feature map.
+    # If the sides of a residual are at most `stride`, its last feature map has one value per channel.
+    # Batch norm cannot be trained on one value. train_detector.py therefore refuses batches of one such residual.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):

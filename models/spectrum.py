@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 
-# SMALLEST_POWER is added to each power so that the logarithm is finite. SMALLEST_POWER is far below the power of the
-# noise that rounding to 8 bits adds to an image in [0, 1].
+# SMALLEST_POWER is added to each power, so that the logarithm is finite.
+# SMALLEST_POWER is far below the power of the noise that rounding to 8 bits adds to an image in [0, 1].
 SMALLEST_POWER = 1e-7
 
 # SMALLEST_DISTANCE is added to each distance so that the logarithm is finite. Typical distances are about 1.

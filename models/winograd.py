@@ -18,8 +18,8 @@ from torch import Tensor, nn
 TILE_IN = 6  # side length of an input tile
 TILE_OUT = 4  # side length of an output tile
 PRODUCTS = TILE_IN**2
-# The first five interpolation points of the algorithm. The sixth point is infinity. With these points, the measured
-# rounding errors are about 2e-6.
+# The first five interpolation points of the algorithm. The sixth point is infinity.
+# With these points, the measured rounding errors are about 2e-6.
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 TILES = 256  # number of tiles computed at a time, chosen so that the tiles fit into the caches of a CPU
 # With fewer tiles than MIN_TILES or fewer channels than MIN_CHANNELS, a direct convolution is faster
@@ -32,8 +32,8 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
-    # The rows of `powers` evaluate a polynomial at the first five points. At infinity, the value of a polynomial is its
-    # highest coefficient, so the row that is appended to `powers` contains a single 1.
+    # The rows of `powers` evaluate a polynomial at the first five points.
+    # The last row is for the point infinity, where the value of a polynomial is its highest coefficient.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)

@@ -23,8 +23,8 @@ from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E40
 from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
-# SETTINGS[study][detector] contains three file name patterns of score tables: with RDN, with bicubic interpolation and
-# without re-synthesis.
+# SETTINGS[study][detector] contains three file name patterns of score tables:
+# with RDN, with bicubic interpolation and without re-synthesis.
 SETTINGS = {
     "faces": {
         "pixel": ("pixel_rdn_seed?", "pixel_bicubic_seed?", "pixel_none_seed?"),

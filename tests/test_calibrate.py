@@ -20,7 +20,7 @@ from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
 # Image settings that test.py uses by default for a detector trained on crops of 128 x 128 pixels
-JOB = {"crop_size": 128, "resize": None, "crops": 9}
+SETTINGS = {"crop_size": 128, "resize": None, "crops": 9}
 
 
 def write_score_table(path, reals, fakes):
@@ -133,7 +133,7 @@ def test_fitted_thresholds_of_small_examples_equal_the_values_computed_by_hand()
 def test_calibrate_adds_the_calibration_to_the_checkpoint_and_keeps_all_other_entries(
     score_table_path, checkpoint_path, capsys
 ):
-    (score_table_path.parent / "val.json").write_text(json.dumps({"job": JOB}))
+    (score_table_path.parent / "val.json").write_text(json.dumps({"scoring_settings": SETTINGS}))
     arguments = [str(score_table_path), "--into", str(checkpoint_path), "--fpr", "0.05", "--fnr", "0.1"]
     assert calibrate.main(arguments) == 0
     content = checkpoints.read_checkpoint_content(checkpoint_path)
@@ -174,16 +174,19 @@ OWN = {
 }
 OTHER_WEIGHTS = checkpoints.compute_fingerprint(last_layer_weights(0.25))
 CASES = {
-    "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "job": JOB}, None),
+    "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "scoring_settings": SETTINGS}, None),
     "a released detector": ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),
     "other weights": ({"detector": {**OWN, "classifier_fingerprint": OTHER_WEIGHTS}}, "another detector"),
     "another RDN": ({"detector": {**OWN, "resynthesizer_fingerprint": "cccc"}}, "another detector"),
     "other VGG weights": ({"detector": {**OWN, "vgg": {"fingerprint": "cccc"}}}, "another detector"),
     "JPEG": ({"detector": OWN, "perturbation": {"name": "jpeg", "strength": 50}}, "jpeg"),
-    "one crop": ({"detector": OWN, "job": {**JOB, "crops": 1}}, "--crops 1"),
-    "another crop size": ({"detector": OWN, "job": {**JOB, "crop_size": 64}}, "--crop-size 64"),
-    "whole images": ({"detector": OWN, "job": {**JOB, "crop_size": None, "crops": 1}}, "--crop-size 0"),
-    "resized images": ({"detector": OWN, "job": {**JOB, "resize": 256}}, "--resize 256"),
+    "one crop": ({"detector": OWN, "scoring_settings": {**SETTINGS, "crops": 1}}, "--crops 1"),
+    "another crop size": ({"detector": OWN, "scoring_settings": {**SETTINGS, "crop_size": 64}}, "--crop-size 64"),
+    "whole images": (
+        {"detector": OWN, "scoring_settings": {**SETTINGS, "crop_size": None, "crops": 1}},
+        "--crop-size 0",
+    ),
+    "resized images": ({"detector": OWN, "scoring_settings": {**SETTINGS, "resize": 256}}, "--resize 256"),
 }
 
 

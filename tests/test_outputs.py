@@ -390,7 +390,7 @@ def test_the_json_file_contains_crop_size_number_of_crops_and_resizing(detector_
         )
         == 0
     )
-    job = json.loads((tmp_path / "p.json").read_text())["job"]
-    assert (job["crop_size"], job["crops"], job["resize"]) == (16, 2, 32)
+    used = json.loads((tmp_path / "p.json").read_text())["scoring_settings"]
+    assert (used["crop_size"], used["crops"], used["resize"]) == (16, 2, 32)
     assert read_table(tmp_path / "p.csv").has_score.all()
     assert os.path.exists(tmp_path / "p.npy")

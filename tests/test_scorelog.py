@@ -16,7 +16,7 @@ from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
 from utils.distributed import World
 
 COUNT = 7
-JOB = {"seed": 1}
+SETTINGS = {"seed": 1}
 
 
 @pytest.fixture
@@ -32,14 +32,14 @@ def make_rows_by_index(items, indices, add=0.0):
     return dict(zip(indices, rows, strict=True))
 
 
-def make_unopened_score_writer(folder, items, job=JOB, world=World()) -> ScoreWriter:  # noqa: B008
+def make_unopened_score_writer(folder, items, settings=SETTINGS, world=World()) -> ScoreWriter:  # noqa: B008
     """Return a ScoreWriter for the score table p.csv. It can write rows after a call of `start_partial_table`."""
-    return ScoreWriter(folder / "p.csv", items, read_file_sizes_and_times(items), job, world)
+    return ScoreWriter(folder / "p.csv", items, read_file_sizes_and_times(items), settings, world)
 
 
-def make_opened_score_writer(folder, items, job=JOB) -> ScoreWriter:
+def make_opened_score_writer(folder, items, settings=SETTINGS) -> ScoreWriter:
     """Return an opened ScoreWriter for the score table p.csv."""
-    writer = make_unopened_score_writer(folder, items, job)
+    writer = make_unopened_score_writer(folder, items, settings)
     assert writer.start_partial_table(overwrite=False)
     return writer
 

@@ -196,8 +196,8 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     plain = load(str(detector_file), "cpu")
     expected = [plain.logits(x[:, :, top : top + 16, left : left + 16]) for top in tops for left in lefts]
     assert np.allclose(logits[1], torch.cat(expected).mean(dim=0), atol=1e-5)
-    job = json.loads((tmp_path / "p.json").read_text())["job"]
-    assert (job["crops"], job["crop_size"], job["resize"]) == (count, 16, None)
+    used = json.loads((tmp_path / "p.json").read_text())["scoring_settings"]
+    assert (used["crops"], used["crop_size"], used["resize"]) == (count, 16, None)
     if count > 1:
         detector = load(str(own), "cpu", options={"crops": count})
         assert np.array_equal(detector.predict(names), read_table(tmp_path / "p.csv").prob_fake)

@@ -30,8 +30,9 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# A shell script that replaces Python. For `-c`, the script does nothing. For tools/example.py, the script makes
-# empty folders and lists. Every other command line is written to the file `recorded`.
+# A shell script that replaces Python.
+# For `-c`, the script does nothing. For tools/example.py, the script makes empty folders and lists.
+# Every other command line is written to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -386,8 +387,8 @@ def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy)
     assert not (project_copy / ".venv").exists()
 
 
-# A shell script that replaces python3 on a machine without packages. `-m venv` copies BARE_PYTHON. `-m pip` replaces
-# the copy of BARE_PYTHON by the script STUB.
+# A shell script that replaces python3 on a machine without packages.
+# `-m venv` copies BARE_PYTHON. `-m pip` replaces the copy of BARE_PYTHON by the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;

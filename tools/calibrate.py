@@ -143,10 +143,10 @@ def require_default_image_settings(content: Mapping, record: Mapping, name: str)
     Raises:
         UserError: if the crop size, the resizing or the number of crops differs from the default.
     """
-    job = record.get("job") or {}
+    scoring_settings = record.get("scoring_settings") or {}
     trained = (content.get("config") or {}).get("images") or {}
     for setting, expected in choose_image_settings(trained, {})._asdict().items():
-        got = job.get(setting, expected)
+        got = scoring_settings.get(setting, expected)
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
             raise UserError(
