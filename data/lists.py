@@ -38,8 +38,9 @@ class Item(NamedTuple):
 
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
-    # The name of the generator that made a fake image.
-    # A real image is compared with the fake images of its `generator`, or with all fake images if `generator` is "".
+    # For a fake image, `generator` is the name of the generator that made the image.
+    # For a real image, `generator` is the name of the generator whose fake images are compared with the image.
+    # The value "" means that no generator is named.
     generator: str
 
 
@@ -48,7 +49,7 @@ class ImageFlags(NamedTuple):
 
     real: str = "--data-root-pos"
     fake: str = "--data-root-neg"
-    others: str = "--data-root TREE, or --csv FILE"  # flags that can replace the flags `real` and `fake`
+    others: str = "--data-root TREE, or --csv FILE"  # text that names the alternatives to the flags `real` and `fake`
 
 
 IMAGE_FLAGS = ImageFlags()
@@ -106,8 +107,8 @@ def list_items_of_folder_tree(root: str, training: bool = False) -> list[Item]:
 
     Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
     GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. Images in `root`/0_real get the name of `root` as the name
-    of their generator. A real image in GENERATOR/0_real is compared with the fake images of GENERATOR. If images are
-    left out, one log line says how many images are used, and how many are left out.
+    of their generator. Metrics compare the fake images of GENERATOR with the real images in GENERATOR/0_real. If
+    images are left out, one log line says how many images are used, and how many are left out.
 
     Args:
         training: whether to leave out images in folders for validation or test (HELD_OUT_FOLDERS).
@@ -150,8 +151,8 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
         folders: names of the folders in the path, from the root of the folder tree down.
 
     Returns:
-        the layout of the data set, an entry of LAYOUTS, and the position of the folder in `folders`. The layout is None
-        if the path contains no folder of real or fake images.
+        the entry of LAYOUTS that contains the name of the folder, and the index of the folder in `folders`. If the path
+        contains no folder of real or fake images, the function returns None and 0.
     """
     for layout in LAYOUTS:
         for position, folder in enumerate(folders):
@@ -163,8 +164,8 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     """Return the name of the generator of an image.
 
-    The name is the first entry of `parents` that is not the name of a folder for training, validation or test. If
-    `parents` has no such entry, the generator gets the name of the folder `root`.
+    Folder names such as "train" and "test" are ignored. The name of the generator is the first remaining entry of
+    `parents`. If no entry remains, the generator gets the name of the folder `root`.
 
     Args:
         root: root of the folder tree.
@@ -203,7 +204,7 @@ def list_csv_items(file: str) -> list[Item]:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not {"path", "label"} <= set(reader.fieldnames):
             got = make_printable(",".join(reader.fieldnames)[:100])
-            raise UserError(f"{what}, line 1: expected a header path,label or path,label,generator, got {got!r}")
+            raise UserError(f"{what}, line 1: expected the columns path,label or path,label,generator, got {got!r}")
         for row in reader:
             rows.append(_parse_table_row(row, f"{what}, line {reader.line_num}"))
     if any(label.isdecimal() for _, label, _ in rows):
@@ -217,17 +218,17 @@ def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
     """Read the path, the label and the generator from a row of a CSV table.
 
     Args:
-        where: name and line of the table for the error message.
+        where: text that names the table and the line in an error message.
     """
     path = row["path"] or ""
     label = (row["label"] or "").strip().lower()
     generator = (row.get("generator") or "").strip()
-    has_too_many_cells = None in row  # DictReader stores cells without a column under the key None
+    has_too_many_cells = None in row  # csv.DictReader stores surplus cells of a row under the key None
     if not path.strip() or label not in LABELS or has_too_many_cells:
         got = make_printable(", ".join(str(value) for value in row.values())[:100])
         raise UserError(
-            f"{where}: expected a path and a label, got {got}; the label must be real or fake (or 1 = real, 0 = fake),"
-            " and a path that contains a comma must be in quotes"
+            f"{where}: expected a path and a label (real or fake, or 1 = real, 0 = fake), got {got}; put a path that"
+            " contains a comma in quotes"
         )
     return path, sys.intern(label), sys.intern(generator)
 
@@ -250,7 +251,7 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
     Bytes that are not valid UTF-8 cause no error, because paths may contain such bytes.
 
     Args:
-        what: description of the file for the error message.
+        what: text that names the file in an error message.
     """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
@@ -265,7 +266,7 @@ def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
     Args:
         names: paths as written in `file`.
         file: path of the table or text file.
-        what: description of `file` for the error message.
+        what: text that names `file` in an error message.
 
     Raises:
         UserError: if `names` is empty, or if a file does not exist.
@@ -286,7 +287,7 @@ def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
 def _find_listed_file(name: str, folder: str) -> str | None:
     """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
 
-    If the file does not exist, the function tries the name without the spaces at both ends.
+    If the file does not exist, the function also tries `name` without leading and trailing spaces.
     """
     for spelling in (name, name.strip()):
         for path in (spelling, os.path.join(folder, spelling)):
@@ -329,8 +330,8 @@ def list_labelled_items(
     if sources != 1:
         got = "images are given in more than one way" if sources else "no images are given"
         raise UserError(
-            f"{got}: give folders of real images with {flags.real} and folders of generated images with {flags.fake},"
-            f" or {flags.others}"
+            f"expected images to be given in exactly one way, but {got}: give folders of real images with {flags.real}"
+            f" and folders of generated images with {flags.fake}, or {flags.others}"
         )
     if tree:
         items = list_items_of_folder_tree(tree, training)
@@ -355,7 +356,7 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
     for item in items:
         try:
             status = os.stat(item.path)
-        except OSError:  # the error of a missing file is raised later, when the image is read
+        except OSError:  # a missing file is reported later, when the image is read
             continue
         first = first_with.setdefault((status.st_dev, status.st_ino), item)
         if first.label != item.label:
@@ -434,7 +435,8 @@ def hash_image_files(items: Sequence[Item]) -> np.ndarray:
     """Compute hashes of image files, with which `count_images_trained_on` later recognizes training images.
 
     Returns:
-        int64 (N, 2): for each image, a hash of the name and the size of the file, and a hash of 64 bytes of the file.
+        int64 (N, 2), with one row per image. The first column contains a hash of the name and the size of the file. The
+        second column contains a hash of 64 bytes of the file.
     """
     rows = [(_hash_name_and_size(item.path), _hash_middle_of_file(item.path)) for item in items]
     return np.array(rows, np.int64).reshape(-1, 2)
@@ -460,7 +462,10 @@ def _hash_name_and_size(path: str) -> int:
 
 
 def _hash_middle_of_file(path: str) -> int:
-    """Compute a hash of 64 bytes in the middle of a file, which takes the same time for files of any size."""
+    """Compute a hash of 64 bytes in the middle of a file.
+
+    The function does not read the other bytes, so that it is fast for large files.
+    """
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
         return _hash_to_int64(file.read(64))

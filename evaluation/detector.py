@@ -30,13 +30,16 @@ BATCH_PIXELS = 1024 * 1024  # maximum number of pixels in a batch; a larger imag
 
 
 class Examination(NamedTuple):
-    """All results of a detector for one image, which is cut into K crops. The tensors are float32 on the CPU."""
+    """The logits of one image, and the tensors from which a detector computes the logits.
+
+    The image is cut into K crops. All tensors are float32 on the CPU.
+    """
 
     x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
     x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), with values mostly in [0, 1]
-    residual: Tensor  # (K, C_l, h_l, w_l)
+    residual: Tensor  # the residuals of the crops, (K, C_l, h_l, w_l): differences between feature maps
     logits: Tensor  # (2,), the logits of FAKE and REAL, averaged over the crops
-    columns: int  # number of crops in one row of the image
+    columns: int  # number of columns of the grid of crops
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,10 @@ class Detector:
         return verdicts
 
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
-        """Compute the residual between each image and its re-synthesis: float32 (C_l, H_l, W_l) on the CPU.
+        """Compute the residual of each image: the features of its re-synthesis minus the features of the image.
 
-        If scores are averaged over crops, the residual is computed on the whole image, which is not cropped.
+        By default, a residual is the absolute value of this difference. Each residual is float32 (C_l, H_l, W_l) on
+        the CPU. If `crops` is greater than 1, the residual is computed on the whole image.
         """
         residuals = []
         for batch in self._prepare_batches(images):
@@ -118,7 +122,9 @@ class Detector:
         Returns:
             x: the images (B, 3, H, W), with values in [0, 1].
             x_hat: the re-synthesized images (B, 3, H, W).
-            residual: (B, C_l, H_l, W_l). All three tensors are on the detector's device.
+            residual: the residuals (B, C_l, H_l, W_l), which are differences between feature maps.
+
+            All three tensors are on the detector's device.
         """
         x = self.compute.images_to_float(images)  # (B, 3, H, W)
         with self.compute.autocast():
@@ -138,7 +144,10 @@ class Detector:
         return Examination(x, x_hat, residual, logits.mean(dim=0), columns)
 
     def cut_crops(self, image: Tensor) -> tuple[Tensor, int]:
-        """Cut an image (3, H, W) into K crops. Returns the crops (K, 3, h, w) and the number of crops in one row."""
+        """Cut an image (3, H, W) into a grid of K crops.
+
+        Returns the crops (K, 3, h, w), ordered row by row, and the number of columns of the grid.
+        """
         return cut_evenly_spread_crops(image, self.crop_side, self.crops)
 
     @property
@@ -152,7 +161,7 @@ class Detector:
     def resize_and_crop_policy_for_reading(self) -> SizePolicy:
         """Return the rule by which images are resized and cropped when they are read.
 
-        If the detector scores several crops per image, this rule does not crop, because `cut_crops` crops later.
+        If `crops` is greater than 1, the rule has no crop size, because `cut_crops` cuts the crops after reading.
         """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
@@ -170,7 +179,10 @@ class Detector:
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
     def _prepare_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
-        """Prepare images and group them into batches (B, 3, H, W), in the same way as test.py."""
+        """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W).
+
+        By default, test.py forms batches by the same rule.
+        """
         if is_one_image(images):
             images = [images]
         elif not isinstance(images, Iterable):
@@ -194,7 +206,9 @@ class Detector:
         }
 
     def describe_differences_from_training_images(self, paths: Sequence[str]) -> list[str]:
-        """Describe how image files differ from all training images, in one line of text per difference.
+        """List differences in size or file format between image files and the training images.
+
+        Each difference is described in one line of text.
 
         Returns an empty list if the checkpoint does not describe its training images.
         """
@@ -231,9 +245,9 @@ def describe_training_images(images: ImageDataset) -> dict:
     """Describe the sizes and the file formats of training images, as a dict for a checkpoint.
 
     Returns:
-        A dict with the keys "sides" and "jpegs". "sides" is a pair of numbers of pixels: the minimum and the maximum
-        of the images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs the images, "jpegs"
-        is always 0.5, because training then compresses only some of the images as JPEG.
+        A dict with the keys "sides" and "jpegs". "sides" holds the minimum and the maximum, in pixels, of the
+        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, "jpegs" is set to
+        0.5, because the perturbations include JPEG compression.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))
@@ -249,7 +263,7 @@ def images_per_batch(height: int, width: int) -> int:
 
 
 def yield_each_image_as_batch(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Yield the image `first` and each image of `others`, uint8 (3, H, W), as batches of one image."""
+    """Yield each image, uint8 (3, H, W), as a batch of size 1: the image `first`, and then the images in `others`."""
     unnamed = Item("", None, "")
     yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

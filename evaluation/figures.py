@@ -61,7 +61,7 @@ BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest co
 def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
     """Draw three panels: ROC curves on a linear axis, ROC curves on a logarithmic axis, and histograms of the scores.
 
-    The logarithmic axis shows low false-positive rates in detail, because these rates matter in practice.
+    The logarithmic axis shows low false-positive rates in detail.
     """
     with write_png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
@@ -77,8 +77,10 @@ def draw_auroc_by_perturbation_strength(
     In each panel, the strength that changes images most is on the right.
 
     Args:
-        curves: for each perturbation, a list of points (strength, {generator: metrics}) in order of strength.
-        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows the AUROC.
+        curves: for each perturbation, a list of pairs (strength, {name of a generator: its metrics}), sorted by
+            strength.
+        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows this AUROC on
+            unperturbed images.
     """
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
@@ -111,10 +113,10 @@ def draw_residual_picture(
     """Draw an image, its re-synthesis and the residual side by side, with a colour scale for the residual.
 
     Args:
-        x: the image (3, H, W). Values are clipped to [0, 1].
-        x_hat: the re-synthesis (3, H, W). Values are clipped to [0, 1].
+        x: the image (3, H, W). Values of x outside [0, 1] are clipped.
+        x_hat: the re-synthesis (3, H, W). Values of x_hat outside [0, 1] are clipped.
         residual: (H_l, W_l), the mean over the channels of the residual's absolute values. The largest 0.5 % of the
-            values share the brightest colour. Otherwise, a few very large values would make the picture dark.
+            values share the brightest colour, so that a few very large values do not make the picture dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -144,7 +146,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
         if metrics.has_both_classes(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
-                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # drawn instead of a rate of 0, which has no logarithm
+                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # a logarithmic axis has no 0: 0 is drawn here
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
             label = f"{shorten_name(name)}  {metrics.auroc(scores, is_fake):.3f}"
@@ -227,13 +229,13 @@ def write_png_figure(
     grid: Mapping | None = None,
     description: str = "",
 ) -> Iterator[np.ndarray]:
-    """Yield an array of all panels of a new figure, and write the figure to a PNG file after the `with` block.
+    """Yield an array of the panels of a new figure. After the `with` block, write the figure to a PNG file.
 
     Args:
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
         grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. If `grid` is None,
-            matplotlib computes positions with room for all labels. This computation takes 0.6 s.
+            matplotlib places the panels so that all labels fit, which takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):
@@ -268,7 +270,7 @@ def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
 def draw_legend(axes: Axes, title: str | None, place: str) -> None:
     """Draw the legend of a panel: inside the panel, or below all panels if the legend is long.
 
-    A panel without curves gets a text that says which images are needed.
+    If a panel has no entries for a legend, the panel shows the text "needs real and fake images".
     """
     entries = len(axes.get_legend_handles_labels()[0])
     if entries > LONGEST_LEGEND:

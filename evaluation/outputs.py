@@ -1,8 +1,8 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
 P stands for the value of --save_path. P.csv is recognised by its header and P.json by its keys. P.png and residual
-pictures are recognised by a text in the PNG file. P.npy counts as written by test.py if its folder also holds a P.json
-or P.csv.N.part of test.py.
+pictures are recognised by the entry "Software" in the header of the PNG file. P.npy is replaced only if test.py also
+wrote P.json or a partial table P.csv.N.part.
 """
 
 import hashlib
@@ -27,11 +27,13 @@ RECORD_KEYS = {
     "detector",
     "metrics",
     "versions",
-}  # a JSON file with these keys counts as written by test.py
+}  # every P.json that test.py writes has these keys
 
 
 def path_without_suffix(save_path: str) -> Path:
-    """Convert --save_path to the path P of the files P.csv, P.npy, P.json and P.png. "P.npy" and "P/" also mean P.
+    """Convert --save_path to the path P of the files P.csv, P.npy, P.json and P.png.
+
+    The values "P", "P.npy" and "P/" of --save_path all give the path P.
 
     Raises:
         UserError: if --save_path does not end in the name of a file.
@@ -52,8 +54,8 @@ def refuse_to_replace_foreign_files(base: Path, pictures: Sequence[Path], inputs
         inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
 
     Raises:
-        UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The message names
-            the file.
+        UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The error
+            message names the file that would be replaced.
     """
     refuse_impossible_path(Path(f"{base}.json"))
     read_files = {device_and_inode(path) for path in inputs} - {None}
@@ -162,7 +164,10 @@ class ResidualPictures:
         self.settings_digest = ""
 
     def store_hash_of_scoring_settings(self, settings: Mapping) -> None:
-        """Store a hash of the scoring settings. `draw_picture` writes the hash to the header of each picture."""
+        """Store a hash of the scoring settings in `self.settings_digest`.
+
+        `draw_picture` writes the hash to the header of each picture.
+        """
         self.settings_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_missing_pictures(self) -> np.ndarray | None:

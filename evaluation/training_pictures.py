@@ -53,9 +53,9 @@ def write_resynthesis_pictures(
     """Write pictures to TensorBoard that show an image, its re-synthesis and their difference side by side.
 
     In an auxiliary task, the re-synthesizer also learns to denoise or colorize low-resolution images. With an auxiliary
-    task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right part of the
-    second picture shows the difference between this re-synthesis and the image without degradation. Images and
-    degradation are the same in every epoch, so that pictures of different epochs can be compared.
+    task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right third of
+    the second picture shows the difference between the re-synthesis of the degraded image and the original image.
+    Images and degradation are the same in every epoch, so that pictures of different epochs can be compared.
     """
     if run.writer is None:
         return
@@ -77,6 +77,9 @@ def write_resynthesis_pictures(
 
 
 def join_pictures(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Join `before`, `x_hat` and the brightened difference |x_hat - x| side by side to one picture (1, 3, H, 3 * W)."""
+    """Join three pictures side by side: `before`, `x_hat` and the brightened difference |x_hat - x|.
+
+    Returns one picture (1, 3, H, 3 * W).
+    """
     difference = PICTURE_GAIN * (x_hat - x).abs()
     return torch.cat([before, x_hat, difference], dim=3)

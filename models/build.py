@@ -5,11 +5,12 @@ list the classes that can be chosen for each part of a detector. To add a networ
 of these dicts (docs/extending.md). The file config.json and most checkpoints store the name and the arguments of each
 network. The files epoch_N.pth and the checkpoints by the paper's authors do not store the arguments.
 
-Training and testing choose the settings of a detector, such as the name of the classifier, by the same rules. If the
-checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError. A
-setting that neither the checkpoint nor an option contains has the value in the paper. The dilation of the ResNet is an
-exception: as in the authors' program, a ResNet-50 or larger is dilated unless `--no_dilation` is given. The
-re-synthesizer and the classifier have random weights only if they are about to be trained.
+train_detector.py and test.py choose the settings of a detector, such as the name of the classifier, in the same way. If
+the checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError.
+If neither the checkpoint nor an option sets a value, the value in the paper is used. One default differs from the
+paper: as in the authors' program, a ResNet-50 or larger is dilated unless `--no_dilation` is given. The classifier of a
+new detector has random weights. If the re-synthesizer of a new detector has weights, these weights must already be
+trained.
 """
 
 import inspect
@@ -76,8 +77,8 @@ class Features(Protocol):
 
 # A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l).
 # A classifier is created as CLASSIFIERS[name](channels, **args).
-# A classifier with batch norm should have an attribute `stride`: input side / side of the last feature map.
-# If a batch would give batch norm one value per channel, train_detector.py requires batches of two images.
+# A classifier with batch norm should have an attribute `stride`, the stride of its last feature map.
+# From `stride`, train_detector.py computes whether batch norm needs batches of at least two images.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -128,12 +129,19 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
     try:
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
-        raise UserError(f"{kind} {name} got wrong arguments ({error}): expected {inspect.signature(entry)}") from None
+        raise UserError(
+            f"the arguments of the {kind} {name} are wrong ({error}): expected arguments that fit the signature"
+            f" {inspect.signature(entry)}"
+        ) from None
     return construct_network_or_raise_user_error(f"{kind} {name}", entry, *required, **arguments)
 
 
 def refuse_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
-    """Raise a UserError if `arguments` contains a name in `fixed`, the arguments whose values users cannot choose."""
+    """Raise a UserError if `arguments` contains an argument that users cannot choose.
+
+    Args:
+        fixed: names of the arguments that users cannot choose.
+    """
     refused = sorted(set(fixed) & arguments.keys())
     if refused:
         raise UserError(f"{what} does not take the argument {refused[0]}, whose value is fixed: leave {refused[0]} out")
@@ -318,10 +326,10 @@ def load_detector(
 
     Args:
         source: checkpoint of a detector, from train_detector.py or from the paper's authors. A checkpoint by the
-            authors does not contain the re-synthesizer, so `resynthesizer` must be given. Such a checkpoint does not
-            store whether the ResNet is dilated, so `--no_dilation` must be given if the detector was trained with this
-            option. `--idx-stages` must be given only if two stages have as many channels as the classifier has input
-            channels.
+            authors does not contain the re-synthesizer, so the caller must also give `resynthesizer`. A checkpoint by
+            the authors does not store whether the ResNet is dilated, so users must give `--no_dilation` if the detector
+            was trained with this option. `--idx-stages` must be given only if two stages have as many channels as the
+            classifier has input channels.
         resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
         options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
@@ -344,7 +352,7 @@ def load_detector(
     }
     trained_with = read_vgg_source_and_fingerprint(source, "vgg")
     if read_network_settings_of_config(source, "features") is None:
-        # Release: the paper's authors trained their detectors on VGG-19 features with torchvision's ImageNet weights
+        # Release: in the detectors of the paper's authors, VGG-19 has torchvision's ImageNet weights.
         trained_with = {"source": "imagenet"}
     detector, config = assemble_detector(model, config, options, vgg_source, trained_with, name)
     load_weights(detector.classifier, state, name)
@@ -385,8 +393,8 @@ def load_resynthesizer_of_detector(
 def choose_features_config_of_checkpoint(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the features with which a detector was trained.
 
-    Checkpoints by the paper's authors do not contain the name of the features. For these checkpoints, the options and
-    the number of input channels of the classifier determine the features.
+    A checkpoint by the paper's authors does not say which features the detector uses. For a checkpoint by the paper's
+    authors, the options and the number of input channels of the classifier determine the features.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -422,8 +430,8 @@ def choose_residual_kind_of_checkpoint(source: Checkpoint, options: Mapping) -> 
 def choose_classifier_config_of_checkpoint(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the classifier in the checkpoint of a detector.
 
-    Checkpoints by the paper's authors do not contain the arguments of the classifier. For these checkpoints, the shapes
-    of the weights show which ResNet the classifier is.
+    Checkpoints by the paper's authors do not contain the arguments of the classifier. For a checkpoint by
+    the paper's authors, the names of the weights show whether the classifier is a ResNet-18, 34, 50, 101 or 152.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -447,9 +455,10 @@ def choose_classifier_config_of_checkpoint(source: Checkpoint, state: Mapping[st
 def choose_features_config_of_authors_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
-    If the option `--features` is given, it chooses the features. Otherwise the features are the stage whose number of
-    channels equals the number of input channels of the classifier. Stage 0 means the pixels, and stages 1 to 5 are
-    stages of VGG-19. If two stages have the same number of channels, `--idx-stages` must name one of them.
+    If the option `--features` is given, it chooses the features. Without `--features`, this function chooses the stage
+    that has as many channels as the classifier has input channels. Stage 0 stands for the pixels, and stages 1 to 5
+    stand for feature maps of VGG-19. If two stages have the same number of channels, `--idx-stages` must name one of
+    these stages.
     """
     if options.get("features") is not None or options.get("feature_args"):
         return choose_features_config_of_new_detector(options)
@@ -538,14 +547,15 @@ def check_fingerprint(module: nn.Module, recorded: object, what: str, name: str)
     """Raise a UserError if the weights of a network do not have the fingerprint that its checkpoint contains.
 
     Args:
-        recorded: fingerprint in the checkpoint, or None if the checkpoint contains no fingerprint.
-        what: kind of network for the error message, such as "classifier".
-        name: name of the checkpoint, for the error message.
+        recorded: fingerprint in the checkpoint. None means that the checkpoint contains no fingerprint.
+        what: kind of the network, such as "classifier". The error message contains `what`.
+        name: name of the checkpoint. The error message contains `name`.
 
     Raises:
         UserError: if the fingerprints differ, which means that the weights have changed since they were saved.
     """
     if recorded not in (None, compute_fingerprint(module)):
         raise UserError(
-            f"{name} is damaged: the weights of the {what} have changed since they were saved; use another copy of it"
+            f"{name} is damaged: the weights of the {what} have changed since the file was saved; use an undamaged copy"
+            " of the file"
         )

@@ -42,7 +42,7 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
 
 
 def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return the entry `key` of a checkpoint's config, a fingerprint of weights, or None if the entry is missing."""
+    """Return the fingerprint of weights in the entry `key` of a checkpoint's config, or None without this entry."""
     return read_config(source).get_text(key, default=None)
 
 
@@ -83,7 +83,7 @@ def choose_option_value(flag: str, given: object, found: object, default: object
 
 
 def choose_network_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Return the keyword arguments of a network from the checkpoint or, if it has none, from the option.
+    """Choose the keyword arguments of a network: the arguments in the checkpoint, else the arguments in the option.
 
     Args:
         flag: name of the option for the error message, such as "--arch-args".

@@ -3,10 +3,10 @@
     python results/differences.py faces
     python results/differences.py real_pictures
 
-The two AUROCs of a difference are computed on the same test images. The detectors without RDN, called controls, use
+The AUROCs with and without RDN are computed on the same test images. The detectors without RDN, called controls, use
 bicubic interpolation or no re-synthesis. With several seeds, each difference is the mean over the seeds. The 95 %
-interval is computed from 1,000 bootstrap resamples of the images. Each resample has the same images for all seeds, with
-and without RDN.
+interval is computed from 1,000 bootstrap resamples of the images. In each resample, the AUROCs of all seeds, with and
+without RDN, are computed on the same images.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E40
 from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
-# SETTINGS[study][detector] contains three file name patterns of score tables:
-# with RDN, with bicubic interpolation and without re-synthesis.
+# SETTINGS[study][detector] contains three patterns for the file names of score tables.
+# The first pattern is for RDN, the second for bicubic interpolation, and the third for no re-synthesis.
 SETTINGS = {
     "faces": {
         "pixel": ("pixel_rdn_seed?", "pixel_bicubic_seed?", "pixel_none_seed?"),
@@ -92,7 +92,7 @@ def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.nd
 
 
 def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
-    """Compute the AUROC of each seed, and return the mean. scores: (seeds, N). is_fake: (N,) bool."""
+    """Return the mean over seeds of the AUROC of `scores` (seeds, N). `is_fake` (N,) is True for fake images."""
     return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
 
 
@@ -124,7 +124,7 @@ def format_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np
     If `control` is empty, return "-".
 
     Args:
-        rows: mask (N,) bool of the rows of the score table rdn[0] from which the AUROCs are computed.
+        rows: bool (N,), True for the images in the score table rdn[0] from which the AUROCs are computed.
     """
     if not control:
         return "-"

@@ -35,9 +35,9 @@ def run_test_py(*argv) -> int:
 
 
 def error_line_of_test_py(capfd, *argv) -> str:
-    """Run test.py with a command line that test.py must refuse, and return the error line.
+    """Require that test.py refuses a command line, and return the error line that test.py prints.
 
-    The exit status must be 2, and stdout must be empty. The last line on stderr must be the only error line.
+    The exit status must be 2, and stdout must be empty. Only the last line on stderr may be an error line.
     """
     capfd.readouterr()
     assert run_test_py(*argv) == 2
@@ -59,7 +59,7 @@ def scoring_arguments(detector, images, path, *more) -> list:
 def write_noise_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
     """Write a noise image of the given size (height, width) in pixels. Return the path of the image.
 
-    The image is the sum of a smooth random pattern, enlarged from 4 x 4 pixels, and of noise in single pixels.
+    The image is the sum of random noise and of a smooth pattern, which is enlarged from 4 x 4 random pixels.
     """
     rng = np.random.default_rng(key)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size[::-1])
@@ -91,11 +91,11 @@ def write_detector(path: Path, **content) -> Path:
 
 
 def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
-    """Write two images, and checkpoints in the formats in which the authors of the paper published their checkpoints.
+    """Write two images, and checkpoints in the file formats of the checkpoints that the paper's authors published.
 
     One image is real, and the other image is fake.
 
-    The weights come from `load_reference_weights`. The images come from tests/golden/reference_outputs.npz.
+    `load_reference_weights` fills the networks with weights. The images come from tests/golden/reference_outputs.npz.
     Returns the folder.
     """
     rdn = load_reference_weights(RDN()).state_dict()

@@ -14,12 +14,12 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value 
 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Compute the logits (2, 2) of two images with the implementation `form` of the networks."""
+    """Compute the logits of two images, float (2, 2). `form` names an implementation of the networks."""
     return cases.prepare_scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error of a logit, divided by the largest difference between the images' expected logits."""
+    """Return the largest error of a logit, divided by the largest difference between the two images' logits."""
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 

@@ -19,12 +19,12 @@ from utils import checkpoints
 from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
-# Image settings that test.py uses by default for a detector trained on crops of 128 x 128 pixels
+# By default, test.py scores images with these settings if the detector was trained on crops of 128 x 128 pixels
 SETTINGS = {"crop_size": 128, "resize": None, "crops": 9}
 
 
 def write_score_table(path, reals, fakes):
-    """Write a score table with the logits (margin, 0) for each margin in `reals` and `fakes`.
+    """Write a score table with one image per margin in `reals` and `fakes`. An image has the logits (margin, 0).
 
     Return the path of the table.
     """
@@ -37,9 +37,9 @@ def write_score_table(path, reals, fakes):
 def overconfident_margins(n_real=300, n_fake=250):
     """Return margins of real images and margins of fake images, for an overconfident detector.
 
-    A margin is logit_fake - logit_real. Let x be a random number from N(-1, 1) for a real image and from N(1, 1) for a
-    fake image. The log odds that an image with the number x is fake are 2 x. The detector returns the margin 8 x. This
-    margin is four times too large.
+    A margin is logit_fake - logit_real. Each image has a random number x, drawn from N(-1, 1) for a real image and
+    from N(1, 1) for a fake image. If both classes are equally frequent, the correct margin of an image is 2 x. The
+    overconfident detector returns 8 x, which is four times the correct margin.
     """
     rng = np.random.default_rng(0)
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
@@ -109,7 +109,7 @@ def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_
     assert t_real <= t_fake
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
-    if t_real < t_fake:  # a higher t_real or a lower t_fake would exceed an allowed error rate
+    if t_real < t_fake:  # with a higher t_real or a lower t_fake, an error rate would be too high
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 
@@ -121,7 +121,7 @@ def test_fitted_thresholds_of_small_examples_equal_the_values_computed_by_hand()
     assert calibrate.fit_thresholds(prob, is_fake, 0.25, 0) == pytest.approx((0.35, 0.35))
     separated = calibrate.fit_thresholds(np.array([0.1, 0.2, 0.8, 0.9]), np.arange(4) >= 2, 0.01, 0.01)
     assert separated == pytest.approx((0.5, 0.5))
-    certain = np.array([1.0, 0.1, 1.0, 0.9])  # the first image is real and has P(fake) = 1
+    certain = np.array([1.0, 0.1, 1.0, 0.9])  # P(fake) of two real images and of two fake images
     t_real, t_fake = calibrate.fit_thresholds(certain, np.arange(4) >= 2, 0.0, 0.0)
     assert t_fake > 1 and t_real == pytest.approx(0.5)
     check_calibration({"temperature": 1.0, "t_real": t_real, "t_fake": t_fake}, "a file")

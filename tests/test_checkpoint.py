@@ -130,7 +130,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # unpickling without protection ran the code in the checkpoint
+    assert folder.exists()  # an unprotected load runs the code in the checkpoint, which makes this folder
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -258,7 +258,7 @@ def test_a_fingerprint_depends_only_on_the_names_types_shapes_and_values_of_weig
 
 
 def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
-    """An optimizer state refers to a parameter by its position in the list of parameters."""
+    """The optimizer state in a checkpoint identifies a parameter only by its position in the list of parameters."""
     from torchvision.models import resnet50
 
     ours = [name for name, _ in DeepStemResNet(3).named_parameters() if name.startswith("layer")]
@@ -314,7 +314,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 @pytest.fixture(scope="module")
 def folder_with_mismatched_weights(tmp_path_factory, shrink_resnet18):
-    """Return a folder with images, detectors and weights files. Some of the weights do not fit the detectors."""
+    """Return a folder with images, detectors and weights files. Some weights files do not fit the detectors."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -370,9 +370,9 @@ CASES = [
 def test_programs_refuse_files_and_flags_that_do_not_fit_together(
     folder_with_mismatched_weights, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """train_sr.py or train_detector.py refuses the command line `flags`.
+    """The training program must refuse the command line `flags`.
 
-    If `flags` contains --init, test.py must also refuse `flags` with --resume in place of --init.
+    If `flags` contains --init, the test replaces --init by --resume, and requires that test.py also refuses `flags`.
     """
     monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}

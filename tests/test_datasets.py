@@ -1,7 +1,7 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-Each pixel of `make_coordinate_image_array` contains its own row and column, so the pixels of a crop show where it was
-cut out.
+In an image of `make_coordinate_image_array`, the values of each pixel are its row and its column. So the pixels of a
+crop show the position of the crop in the image.
 """
 
 import math
@@ -35,7 +35,7 @@ ON_CPU = Compute(CPU, "fp32")
 
 
 def indices_of_batches(batches, epoch=0, first_step=0):
-    """Return one list per batch of an epoch, with the indices of the images in the batch."""
+    """Return a list of the batches of an epoch. Each batch is a list of image indices."""
     batches.set_epoch(epoch, first_step)
     listed = list(batches)
     assert len(batches) == len(listed) and all(key.epoch == epoch for batch in listed for key in batch)
@@ -96,7 +96,7 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        # A process that would get no image of the batch gets the first image, with weight 0
+        # If a batch has fewer images than processes, each process without an image gets the first image with weight 0
         ignored = [key.index for key in keys if not key.weight]
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
@@ -106,9 +106,9 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 
 
 def locate_patch(patch):
-    """Return where a patch was cut out of an image made by `make_coordinate_image_array`: row, column and orientation.
+    """Return the top row, the left column and the orientation (0 to 7) of a patch.
 
-    Raises an error if the pixels were not cut out of `make_coordinate_image_array`.
+    Raises an error if the patch was not cut out of an image of `make_coordinate_image_array`.
     """
     rows, columns = patch[0].astype(int), patch[1].astype(int)
     top, left, side = rows.min(), columns.min(), rows.shape[0]
@@ -121,14 +121,14 @@ def locate_patch(patch):
 def test_patches_start_at_multiples_of_the_scale_and_have_all_positions_and_orientations(tmp_path):
     path = save_image(
         tmp_path / "a.png", make_coordinate_image_array(19, 26)
-    )  # the central crop of 16 x 24 pixels starts at row 1 and column 1
+    )  # patches lie in the central crop of 16 x 24 pixels, which starts at row 1 and column 1
     sample = PatchDataset(make_items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
     assert sample.x.shape == (600, 3, 8, 8) and sample.x.dtype == torch.uint8 and sample.error is None
     places = [locate_patch(patch) for patch in sample.x.numpy()]
     assert {top for top, _, _ in places} == {1, 5, 9}
     assert {left for _, left, _ in places} == {1, 5, 9, 13, 17}
     counts = np.bincount([orientation for _, _, orientation in places], minlength=8)
-    assert counts.min() >= 45 and counts.max() <= 105  # expected per orientation: 75, standard deviation 8
+    assert counts.min() >= 45 and counts.max() <= 105  # 75 patches are expected per orientation, standard deviation 8
 
 
 def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
@@ -256,7 +256,7 @@ def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_witho
 ):
     """If no shared memory is free, the worker processes must send batches as NumPy arrays through a pipe.
 
-    If a worker used full shared memory, it would fail to send the batch, and the main process would wait forever.
+    A worker that fails to write a batch into full shared memory would make the main process wait forever.
     """
     alone = list(make_loader(patch_dataset, EpochBatchSampler(7, 4), 0, ON_CPU))
     if free_bytes is not None:
@@ -307,7 +307,7 @@ def test_merging_batches_keeps_the_pixel_limit_and_never_joins_images_of_two_blo
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # Blocks of two images are counted from image 0, even if loading starts at image 1
+    # With block=2, images 1 and 2 belong to different blocks, even if loading starts at image 1
     assert [
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(1, 3), block=2, pixels=math.inf)

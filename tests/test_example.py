@@ -1,4 +1,4 @@
-"""Tests of tools.example: example images, and fake copies (twins) of photographs.
+"""Tests of tools.example, which makes example images, and fake copies (twins) of photographs.
 
 A simulated generator or an autoencoder makes the fake copy of a photograph.
 """
@@ -51,7 +51,7 @@ def example_folder(tmp_path_factory):
 
 
 def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
-    """The power spectrum of photographs falls with the frequency f as f^-2 to f^-3."""
+    """In photographs, the spectral power at a frequency f is proportional to f^-k, with k from 2 to 3."""
     size, total = 128, 0
     window = np.outer(np.hanning(size), np.hanning(size))
     for seed in range(12):
@@ -215,7 +215,7 @@ def test_the_autoencoder_has_the_weight_names_and_shapes_of_taef2():
 
 
 def write_autoencoder_weights(folder):
-    """Write files with random weights for the encoder and the decoder. Return the paths of the two files."""
+    """Write random weights of an autoencoder to encoder.pth and decoder.pth. Return the paths of the two files."""
     torch.manual_seed(0)
     model = Autoencoder()
     for name in ("encoder", "decoder"):

@@ -83,10 +83,10 @@ def exported_detector_folder(shrink_resnet18, tmp_path_factory):
 
 
 def require_graph_equals_detector(path, detector, *sizes):
-    """Require that a graph and a detector give the same logits and the same P(fake).
+    """Require that an exported graph gives the same logits and the same P(fake) as the detector.
 
     Args:
-        sizes: shapes (B, 3, H, W) of the random images that are scored.
+        sizes: shapes (B, 3, H, W) of batches of random images.
     """
     run, _ = graph.load_graph(path.read_bytes())
     for size in sizes:
@@ -116,7 +116,10 @@ def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(exported_det
 
 @pytest.fixture(scope="module")
 def folder_of_crop_detector_and_graph(exported_detector_folder):
-    """Return a folder with a detector for crops of 128 x 128 pixels. The graph of the detector is detector.onnx."""
+    """Return a folder with a detector in two formats: mine.pth.tar and detector.onnx.
+
+    The detector scores crops of 128 x 128 pixels.
+    """
     folder = exported_detector_folder / "crops"
     folder.mkdir()
     path = write_detector(
@@ -151,7 +154,7 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(
 
 
 def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_detector_folder):
-    """PyTorch 2.6 cannot convert a `BatchNorm2d` to ONNX, but it can convert a `PlainBatchNorm` of tools.graph."""
+    """tools.graph replaces batch norms, because PyTorch 2.6 with onnxscript 0.7 cannot convert them to ONNX."""
     network = load(exported_detector_folder / "mine.pth.tar", device="cpu").network
     plain = graph.copy_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -241,7 +244,7 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
         other,
         **NO_DILATION,
     )
-    with expect_user_error("a.onnx is not from this detector: expected temperature = 1.8, got 1.7"):
+    with expect_user_error("a.onnx is not the graph of this detector: expected temperature = 1.8, got 1.7"):
         check_graph(data, other)
     for text, content in (
         ("expected format", data.replace(version, version[:-1] + b"0")),
@@ -327,7 +330,7 @@ def make_detector_description_and_metrics(exported_detector_folder, tmp_path):
 
 
 def make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path):
-    """Return a command line for tools.export that writes the bundle a.safetensors and reads p.json."""
+    """Return a command line for tools.export with --bundle a.safetensors and --scores p.json."""
     detector = f"{exported_detector_folder}/mine.pth.tar"
     return ["--resume", detector, "--bundle", f"{tmp_path}/a.safetensors", "--scores", f"{tmp_path}/p.json"]
 

@@ -93,7 +93,7 @@ def folder_with_outputs(tmp_path):
         tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png"
     )
     (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
-    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # this CSV file is not a score table, so photo.png is an image
+    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # photo.png is an image, because photo.csv is no score table
     return root
 
 

@@ -1,4 +1,4 @@
-"""Test that torch.hub loads a detector in a program with its own packages `models`, `utils` and `data`."""
+"""Test that torch.hub loads a detector even if the calling program has packages named models, utils and data."""
 
 import subprocess
 import sys

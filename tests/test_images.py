@@ -47,7 +47,7 @@ def exif_with_orientation(orientation):
 
 
 def png_bytes(*chunks):
-    """Return the bytes of a PNG file with the given (name, content) chunks."""
+    """Return the bytes of a PNG file. Each of the given chunks is a pair (name, content)."""
     parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + bytes(4) + b"IEND\xaeB`\x82"
 
@@ -147,7 +147,7 @@ def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
             ],
             [[[0, 100, 255], [7, 1, 0]]],
         ),
-        (  # an interlaced image of 2 x 2 pixels; it stores pixel 0, then pixel 1, then row 1
+        (  # an interlaced PNG of 2 x 2 pixels stores the first pixel, then the second pixel, then the second row
             [png_header_chunk(2, 2, 8, 0, 1), png_pixel_chunk(b"\0\x0a" + b"\0\x14" + b"\0\x1e\x28")],
             [[[10] * 3, [20] * 3], [[30] * 3, [40] * 3]],
         ),
@@ -178,7 +178,7 @@ def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value
         read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
-# A viewer shows the image UPRIGHT for a file with the EXIF orientation k and the pixels STORED[k]
+# If a file contains the pixels STORED[k] and the EXIF orientation k, a viewer shows the image UPRIGHT
 UPRIGHT = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, 3, axis=-1)
 STORED = {
     1: UPRIGHT,
@@ -197,7 +197,7 @@ STORED = {
 def test_the_exif_orientation_is_applied_to_the_pixels_and_to_the_size_in_the_header(
     tmp_path, orientation, suffix, options
 ):
-    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # the decoded image has 16 rows and 24 columns
+    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # the upright image has 16 rows and 24 columns
     path = save_image(tmp_path / f"a.{suffix}", stored, exif=exif_with_orientation(orientation), **options)
     centres = load_pixels(path)[4::8, 4::8].astype(int)
     assert np.abs(centres - UPRIGHT).max() <= (3 if suffix == "jpg" else 0)
@@ -234,7 +234,7 @@ BAD_FILES = {  # file name -> words in the expected error message
 
 @pytest.fixture
 def folder_of_bad_files(tmp_path):
-    """Return a folder of unreadable files: the files in BAD_FILES, and two truncated images in each of six formats."""
+    """Return a folder with the unreadable files of BAD_FILES, and with two truncated images in each of six formats."""
     folder = tmp_path / "bad"
     folder.mkdir()
     for form in ("png", "jpeg", "webp", "bmp", "tiff", "gif"):
@@ -253,7 +253,7 @@ def folder_of_bad_files(tmp_path):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore")  # pytest would show warnings of Pillow that users do not see
+@pytest.mark.filterwarnings("ignore")  # data.images hides warnings of Pillow, but pytest would show them
 def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(folder_of_bad_files):
     open_files = len(os.listdir("/dev/fd"))
     names = os.listdir(folder_of_bad_files)
@@ -304,10 +304,10 @@ def encoded_images():
 
 
 def damage_random_bytes(data, rng):
-    """Change 1 to 5 random bytes of an image file, and return the changed bytes.
+    """Change 1 to 5 random bytes of an image file, and return the damaged file as bytes.
 
-    With probability 1/2, only the first 64 bytes are changed. With probability 0.1, 20 bytes are inserted. With
-    probability 0.2, the end of the file is removed.
+    With probability 1/2, all changed bytes are among the first 64 bytes. With probability 0.1, 20 bytes are inserted.
+    With probability 0.2, the end of the file is removed.
     """
     data = np.frombuffer(data, np.uint8).copy()
     positions = rng.integers(len(data) if rng.random() < 0.5 else 64, size=rng.integers(1, 6))
@@ -351,7 +351,7 @@ def make_coordinate_image_tensor(height, width):
 
 
 def locate_crop(image):
-    """Return the row and column at which a crop of an image of `make_coordinate_image_tensor` starts."""
+    """Return the top row and the left column of a crop. The crop comes from `make_coordinate_image_tensor`."""
     return image[:2, 0, 0].tolist()
 
 

@@ -62,7 +62,7 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    # A package's __init__ imports the package's modules, so a module that imports the package would look like a cycle
+    # The test ignores imports of a whole package, because the package's __init__ imports the modules of the package
     for package in PACKAGES:
         for others in imports.values():
             others.discard(package)

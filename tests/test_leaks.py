@@ -65,7 +65,7 @@ def list_checks_with_findings(result):
 
 LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all sizes are different
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
-LEAKS = {  # leak -> (options of `write_pictures` for real images, for fake images, reported attributes)
+LEAKS = {  # leak -> (arguments of `write_pictures` for real images, arguments for fake images, reported attributes)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
     "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
     "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
@@ -124,13 +124,13 @@ def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path)
 
 
 def make_files_of_given_sizes(reals, fakes):
-    """Return one `File` for each size in `reals` and `fakes`. The size is the only attribute of the file."""
+    """Return one `File` for each size in `reals` and `fakes`. The only attribute of each `File` is its size."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
 def find_severity_of_size_difference(reals, fakes):
-    """Return the severity of the finding of `compare_attribute_in_classes`, or None if it finds nothing."""
+    """Compare the sizes of real and fake images. Return the severity of the finding, or None without a finding."""
     finding = compare_attribute_in_classes(make_files_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 
@@ -218,7 +218,7 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
     with caplog.at_level("INFO"):
         run_and_log_quick_leak_audit(*sets)
     assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * len(leaks)
-    assert all(f"LEAK: {leak}" in caplog.text for leak in leaks)
+    assert all(f'LEAK in the check "{leak}' in caplog.text for leak in leaks)
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 

@@ -109,7 +109,7 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(list_items_of_folder_tree(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    # If the user names the folder val itself, training uses its images
+    # If the root of the tree is the folder val, training uses the images in val
     assert len(list_items_of_folder_tree(f"{root}/sd/val", training=True)) == 2
     shutil.rmtree(tmp_path / "t/sd/train")
     with expect_user_error("no images that can be used", "2 in val"):
@@ -117,7 +117,7 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
-    """In a tree with the class folders 0_real and 1_fake, a folder named "nature" is not a class folder."""
+    """In a tree with the class folders 0_real and 1_fake, a folder "nature" does not mean that images are real."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [item.label for item in list_items_of_folder_tree(root, training=True)] == [REAL, REAL, FAKE, FAKE]
@@ -138,7 +138,7 @@ def test_csv_tables_with_any_column_order_and_relative_paths_are_read(tmp_path, 
     file.write_bytes("\r\n".join(["\ufeffPath,label,generator,note", *rows]).encode())
     monkeypatch.chdir(tmp_path / "cwd")
     assert list_csv_items(str(file)) == [
-        Item("a.png", REAL, ""),  # a.png in the working folder, not a.png beside the table
+        Item("a.png", REAL, ""),  # a.png in the working folder has priority over a.png in the folder of the table
         Item(f"{tmp_path}/t/with, comma.png", FAKE, "gan"),
         Item("b.png", REAL, ""),
         Item(f"{tmp_path}/t/a.png", FAKE, ""),

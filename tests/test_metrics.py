@@ -73,7 +73,7 @@ def test_ranking_metrics_equal_brute_force_over_all_pairs_and_thresholds(seed, l
     by_thresholds = average_precision_by_threshold(scores, is_fake)
     assert metrics.average_precision(scores, is_fake) == pytest.approx(by_thresholds, abs=1e-12)
     np.testing.assert_allclose(metrics.roc_curve(scores, is_fake), [[0, *fpr], [0, *tpr]], atol=1e-12)
-    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # with 40 real images, one false positive is a rate of 0.025
+    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # for 40 real images, a rate of 0.025 is one false positive
         expected = tpr[fpr <= highest_fpr].max(initial=0)
         assert metrics.tpr_at_fpr(scores, is_fake, highest_fpr) == pytest.approx(expected, abs=1e-12)
 

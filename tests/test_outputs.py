@@ -129,7 +129,7 @@ def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_befor
 
 
 def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(detector_file, image_folder, tmp_path):
-    """A run that is killed after it has written p.npy leaves p.npy without p.json."""
+    """If test.py is killed after it has written p.npy, the file p.json is missing."""
     words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
@@ -271,7 +271,7 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
     detector_file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # ".residual.png" makes the third file name too long
+    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # with ".residual.png", the third file name is too long
         write_noise_image(f"images/{name}", 0)
     assert run_test_py(*scoring_arguments(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
     assert [bool(row["error"]) for row in read_csv_rows("p.csv")] == [False, False, True]
@@ -362,7 +362,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    # The image is 3.4 inches wide. Title and margin need 0.4 inches of height. The figure has 160 dots per inch
+    # The figure has 160 dots per inch. Each image is 3.4 inches wide. Title and margin are 0.4 inches high
     expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)
     assert abs(height - expected) <= 2
     assert width == 11 * 160

@@ -23,7 +23,7 @@ FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # kernel size -> standard devi
 
 
 def perturb_image(image, name, protocol, seed, strength=None):
-    """Apply the perturbation `name` to an image, as defined in the given protocol."""
+    """Apply a perturbation of a protocol, such as "blur" of the protocol "sweep", to an image."""
     return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 
@@ -67,9 +67,9 @@ def compress_and_decode_jpeg_with_pillow(image, quality):
 
 
 def measure_cut_fractions(result, channel):
-    """Measure which fraction of the columns (channel 0) or rows (channel 1) of a `gradient_image` was cut off.
+    """Measure which fraction of the width (channel 0) or height (channel 1) of a `gradient_image` was cropped away.
 
-    Returns three fractions: both sides together, the left or top side, and the right or bottom side.
+    Returns three fractions: cropped in total, cropped at the left or top, and cropped at the right or bottom.
     """
     line = result[channel].double().mean(channel)
     inner = line[16:-16]
@@ -80,7 +80,7 @@ def measure_cut_fractions(result, channel):
 def recognise_perturbation(image, result):
     """Find out which perturbation of Frank et al. has changed a random image into `result`.
 
-    Returns the name and the strength of the perturbation. The strength is None except for blur and JPEG.
+    Returns the name and the strength of the perturbation. Only blur and JPEG have a strength other than None.
     """
     if torch.equal(image, result):
         return "none", None

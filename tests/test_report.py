@@ -1,6 +1,6 @@
 """Tests of tools.report, which writes HTML pages and Markdown tables from score tables.
 
-A study file is a CSV file that describes a results table: each cell is computed from the listed score tables.
+A study file is a CSV file that names the score tables from which each cell of a results table is computed.
 """
 
 import base64
@@ -28,7 +28,7 @@ BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 def make_score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
     """Return rows of a score table with n real images, and n fake images of each generator.
 
-    The difference between the mean scores of real and fake images grows with `shift`.
+    The mean of logit_fake - logit_real is -`shift` for real images and `shift` for fake images.
     """
     rng = np.random.default_rng(0)
     result = []
@@ -55,7 +55,7 @@ def write_score_table(folder, name, table_rows, **record):
 class Page(HTMLParser):
     """A parsed HTML page with its tags, attributes, text and pictures.
 
-    A picture that is not embedded in the page raises an error.
+    Parsing fails if a picture is not embedded in the page.
     """
 
     def __init__(self, path):
@@ -142,7 +142,7 @@ def test_the_report_page_shows_residual_pictures_and_images_in_the_folder_of_the
 
 def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
-    # Wrong logit minus correct logit of each image: 1, 5, -9, -3, none (no label), 2
+    # The errors of images a to f (wrong logit minus correct logit) are 1, 5, -9, -3, unknown and 2
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]
     table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.find_most_wrongly_scored_images(table)] == ["b", "f", "a", "d", "c"]

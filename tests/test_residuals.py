@@ -38,7 +38,7 @@ def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=Non
 
 
 def residual_dataset(folder, *paths, storage="fp16", **options):
-    """Return a dataset that stores the residuals of images in a folder and reads them from there."""
+    """Return a dataset that stores residuals of images as files in a folder, and reads these files."""
     return ResidualDataset(image_dataset(*paths, **options), folder, STORAGE[storage])
 
 
@@ -89,7 +89,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # a damaged time stamp in the .npz file does not change the residual
+        if sample.error is None:  # no error is correct if only a time stamp in the .npz file is damaged
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -182,7 +182,7 @@ def test_opening_the_cache_deletes_only_old_temporary_files(tmp_path):
 
 
 def cached_datasets(folder, images, max_gb=1.0):
-    """Return a list with the dataset of cached residuals for a dataset of images, or [] if caching is impossible."""
+    """Return a list with one dataset of cached residuals, or an empty list if the images cannot be cached."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = residual_cache_key(CONFIG, "b", (), images.policy, ON_CPU)
     return create_residual_datasets([images], tiny_detector().residual_shape, key, options, World())
@@ -226,9 +226,9 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
-    """The training without the cache computes residuals one by one, because of --micro-batch 1.
+    """With --micro-batch 1, the training without the cache computes one residual at a time.
 
-    The training with the cache also computes residuals one by one, so the losses are equal bit for bit.
+    The other training also computes one residual at a time to fill the cache, so the losses are exactly equal.
     """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     run_training(train_detector_arguments(training_files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))

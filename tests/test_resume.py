@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 SAVE_EVERY_STEP = ["--save-minutes", "0"]
 AUTO = ["--resume", "auto"]
-# name of the training -> (program, function that returns the command line, file of the last state, flags)
+# name of the training -> (program, function that returns the command line, last checkpoint, additional flags)
 TRAININGS = {
     "super-resolution": (
         "train_sr.py",
@@ -103,7 +103,7 @@ def run_training_without_interruption(make_training_arguments, tmp_path_factory)
 def resume_and_require_equal_results(make_training_arguments, run_training_without_interruption):
     """Return a function that resumes an interrupted training.
 
-    The function requires that the resumed and the uninterrupted training write equal checkpoints, bit for bit.
+    The function raises an AssertionError if a checkpoint differs from that of an uninterrupted training.
     """
 
     def resume_and_require_equal_files(name, out, *flags):
@@ -385,7 +385,7 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
-    """The error of a black image is 0 in every epoch, so train_sr.py must limit the PSNR to a finite value.
+    """The network can enlarge a black image without error, so train_sr.py must limit the PSNR to a finite value.
 
     With the learning rate of this test, the first epoch does not have the best PSNR.
     """
@@ -408,12 +408,12 @@ def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_st
 ):
     """The error line names the damaged image.
 
-    After the image is repaired, the resumed training ends with the same state as a training on undamaged images.
+    After the image is repaired, the resumed training ends with the checkpoint of a training on undamaged images.
     """
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
     run_training(train_detector_arguments(images, tmp_path / "expected", flags))
-    # The index of the last image in the second training step
+    # `last` is the index of the last image in the second training step
     last = [key.index for batch in EpochBatchSampler(10, 5, seed=123) for key in batch][-1]
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
@@ -421,7 +421,7 @@ def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_st
         train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
-    if "--no-cache" in flags or "--mode-sr" in flags:  # a training with a cache ends before its first step
+    if "--no-cache" in flags or "--mode-sr" in flags:  # with a residual cache, training fails before its first step
         assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
@@ -451,8 +451,8 @@ def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_ea
 def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, training_files):
     """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
 
-    The classifier reduces an image of 32 x 32 pixels to one value per channel. In training mode, batch norm refuses
-    a batch with one value per channel.
+    For an image of 32 x 32 pixels, the last feature maps of the classifier have 1 x 1 pixels. In training mode, batch
+    norm fails on a batch with only one such image.
     """
     root = tmp_path / "small"
     root.mkdir()
@@ -590,7 +590,7 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
 
 
 def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_detector(training_files, tmp_path):
-    """Each process has its own batch-norm statistics. The main process validates and saves its own statistics."""
+    """Each process computes its own batch-norm statistics. All processes validate with those of the main process."""
     flags = train_detector_arguments(
         training_files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE"
     )

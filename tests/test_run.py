@@ -174,7 +174,7 @@ def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_
 
 @pytest.fixture
 def restore_pytorch_settings():
-    """After the test, set the global settings of PyTorch to the defaults of the programs."""
+    """After the test, restore the global PyTorch settings that the programs use by default."""
     yield
     choose_device_and_precision("cpu", "auto", deterministic=False, seed=0)
 

@@ -45,7 +45,7 @@ def copied_run_folder(finished_run_folder, tmp_path):
 
 
 def write_user_files(folder):
-    """Write files of the user into a folder. A training never writes files with these names.
+    """Write files of the user into a folder, under names that a training never uses.
 
     Some of the names look like names of temporary files.
     """
@@ -73,7 +73,7 @@ FOREIGN = [
 def test_train_detector_refuses_and_keeps_an_output_file_that_config_json_does_not_list(
     training_files, tmp_path, monkeypatch, name, flags
 ):
-    """The training refuses the output folder even with --overwrite."""
+    """Even with --overwrite, train_detector.py must not replace a file that config.json does not list."""
     if name == "last.pth.tar" and "auto" in flags:
         pytest.skip("this is the file to resume")
     write_user_files(tmp_path)
@@ -121,7 +121,7 @@ def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder
 
 
 def test_a_resumed_run_does_not_replace_a_file_of_the_user(training_files, copied_run_folder):
-    """The resumed training would write 0003.pth.tar after the third epoch, but a file with this name exists."""
+    """A file of the user has the name 0003.pth.tar, which the training would write after its third epoch."""
     (copied_run_folder / "0003.pth.tar").write_text("mine")
     before = read_file_contents_by_path(copied_run_folder)
     with expect_user_error("0003.pth.tar", "not recorded"):
@@ -169,9 +169,9 @@ def copy_files_with_damaged_images(files, tmp_path):
 def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_state(
     training_files, copied_run_folder, tmp_path, monkeypatch, accident, init
 ):
-    """The new training has the flags --init and --overwrite. The training fails before it has written a checkpoint.
+    """With --overwrite, a new training starts from a checkpoint of the earlier training in the same output folder.
 
-    The flag --init names a checkpoint of the earlier training.
+    The new training fails before it has written a checkpoint.
     """
     before = {name: data for name, data in read_file_contents_by_path(copied_run_folder).items() if name != RECORD}
     arguments = train_detector_arguments(
@@ -215,7 +215,7 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
 
 
 def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_state(training_files, tmp_path):
-    """The new training starts from best.pth of the earlier training, and fails because no image can be decoded."""
+    """A new training starts from best.pth of an earlier training, and fails because its real images are damaged."""
     out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
     run_training(train_sr_arguments(training_files, out, f"{flags} 2"))
     before = {name: data for name, data in read_file_contents_by_path(out / "x2").items() if name.endswith(".pth")}
@@ -239,7 +239,7 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
 ):
     """The new training is killed while it writes its second checkpoint.
 
-    After the first checkpoint, the new training has deleted the files of the earlier training.
+    A new training deletes the files of the earlier training after it has written its first checkpoint.
     """
     arguments = train_detector_arguments(
         training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0"
@@ -258,7 +258,7 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
 
 
 def test_a_checkpoint_of_the_authors_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
-    """train_detector.py refuses the output folder even with --overwrite, and even if --init names the checkpoint."""
+    """Even with --overwrite, train_detector.py refuses an output folder with a checkpoint of the authors."""
     released = {
         key: value
         for key, value in read_checkpoint_content(copied_run_folder / "0001.pth.tar").items()

@@ -33,12 +33,12 @@ def make_rows_by_index(items, indices, add=0.0):
 
 
 def make_unopened_score_writer(folder, items, settings=SETTINGS, world=World()) -> ScoreWriter:  # noqa: B008
-    """Return a ScoreWriter for the score table p.csv. It can write rows after a call of `start_partial_table`."""
+    """Return a ScoreWriter for the score table p.csv, without a call of `start_partial_table`."""
     return ScoreWriter(folder / "p.csv", items, read_file_sizes_and_times(items), settings, world)
 
 
 def make_opened_score_writer(folder, items, settings=SETTINGS) -> ScoreWriter:
-    """Return an opened ScoreWriter for the score table p.csv."""
+    """Return a ScoreWriter for the score table p.csv, after a call of `start_partial_table`."""
     writer = make_unopened_score_writer(folder, items, settings)
     assert writer.start_partial_table(overwrite=False)
     return writer
@@ -116,8 +116,8 @@ def test_images_whose_rows_are_incomplete_are_scored_again(tmp_path, image_items
     part = tmp_path / "p.csv.0.part"
     content = part.read_bytes()
     if lost == 10_000:
-        lost = len(content) - content.index(b"\n") - 1  # keep only the first line
-    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure may leave zeros at the end
+        lost = len(content) - content.index(b"\n") - 1  # the test removes everything after the first line
+    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure can leave a zero byte at the end
     again = make_opened_score_writer(tmp_path, image_items)
     missing = again.list_unscored_images(1).tolist()
     assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))

@@ -65,7 +65,7 @@ def test_a_calibration_divides_the_logits_by_the_temperature_and_adds_the_verdic
     logits = np.log([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.4, 0.6]])
     calibration = {"temperature": 1.0, "t_real": 0.2 + 1e-9, "t_fake": 0.9 - 1e-9, "source": "val.csv"}
     assert probabilities_and_verdicts(logits, calibration)[1] == ["fake", "real", "unsure", "unsure"]
-    # A temperature of 2 halves the log odds. The odds 9 become 3, and the odds 1/4 become 1/2.
+    # A temperature of 2 halves the log odds, so the odds 9 : 1 become 3 : 1, and the odds 1 : 4 become 1 : 2
     prob_fake, _ = probabilities_and_verdicts(logits[:2], {"temperature": 2.0})
     np.testing.assert_allclose(prob_fake, [3 / 4, 1 / 3])
 

@@ -1,4 +1,4 @@
-"""Tests of test.py: logits of the authors' code, written files, stopped runs, several processes, wrong arguments."""
+"""Tests of test.py: logits, output files, interrupted runs, several processes, and wrong arguments."""
 
 import json
 import os
@@ -42,7 +42,7 @@ from evaluation.score_table import COLUMNS, read_table
 
 @pytest.fixture(scope="module")
 def authors_checkpoint_folder(tmp_path_factory):
-    """Return a folder with checkpoints in the file formats of the released checkpoints, and with two images."""
+    """Return a folder with two images, and with checkpoints in the file formats of the authors' checkpoints."""
     return write_images_and_checkpoints_of_the_authors_format(tmp_path_factory.mktemp("release"))
 
 
@@ -189,7 +189,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
         write_noise_image(names[key], key, size)
-    status = 1 if count == 1 else 0  # a crop of 16 x 16 pixels does not fit into the image of 12 x 60 pixels
+    status = 1 if count == 1 else 0  # with one crop per image, the image of 12 x 60 pixels is too small
     assert run_test_py(*scoring_arguments(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")
     x = torch.from_numpy(np.array(Image.open(names[1]))).permute(2, 0, 1)[None]  # (1, 3, 40, 48)
@@ -223,7 +223,7 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
     for detector, images, *expected in (
         (trained, tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
         (all_jpeg, image_folder, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
-        (detector_file, image_folder),  # this detector stores no image sizes, so test.py prints no warning
+        (detector_file, image_folder),  # no warning, because the checkpoint lacks the training image sizes
     ):
         capfd.readouterr()
         assert run_test_py("--gpu", "cpu", "-j", 0, "--resume", detector, "--input", images) == 0
@@ -311,7 +311,7 @@ def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder,
     assert np.allclose(read_table(tmp_path / "p.csv").logits, expected, atol=1e-6)
 
 
-# A program that runs test.py. When torchrun first starts the program, process 1 kills itself in the second batch.
+# This program runs test.py. At the first start by torchrun, the process with rank 1 kills itself in its second batch
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}
@@ -472,7 +472,7 @@ def test_wrong_checkpoint_arguments_are_refused_in_one_line(
         ([flipped], "flipped", "damaged"),
         ([pixel, "--idx-stages", 0], "--sr-weights-file"),
         ([pixel, *rdn, "--idx-stages", 5], "--idx-stages"),
-        (stage5, "--idx-stages"),  # the weights fit stage 4 and stage 5, so the flag is needed
+        (stage5, "--idx-stages"),  # the weights fit both stage 4 and stage 5, so the flag is required
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "random"], "VGG-19"),
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "absent.pth"], "absent.pth"),
     ):

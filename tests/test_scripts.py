@@ -30,9 +30,9 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# A shell script that replaces Python.
-# For `-c`, the script does nothing. For tools/example.py, the script makes empty folders and lists.
-# Every other command line is written to the file `recorded`.
+# STUB is a shell script that replaces Python.
+# With the argument `-c`, STUB does nothing. With tools/example.py, STUB makes empty folders and files.
+# STUB writes every other command line to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -59,7 +59,7 @@ def write_executable(path: Path, text: str) -> None:
 def project_copy(tmp_path):
     """Return a copy of the project folder without images, tests and results.
 
-    The folder contains the script STUB as an executable file with the name python.
+    In the copy, an executable file named python contains the script STUB, which replaces Python.
     """
     folder = tmp_path / "checkout"
     folder.mkdir()
@@ -90,7 +90,7 @@ def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment)
 
 
 def recorded_command(checkout: Path) -> list[str]:
-    """Return the words of the command line that the script STUB has recorded."""
+    """Return the words of the command line that the script STUB has written to the file `recorded`."""
     return (checkout / "recorded").read_text().splitlines()
 
 
@@ -257,7 +257,7 @@ def test_a_script_without_images_makes_example_images_once(project_copy):
 
 
 CHAIN = [
-    # (script, input file of the script, script that writes the input file, expected options)
+    # (script, its input file, script that writes this file, options that the first script must pass to Python)
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",
@@ -387,8 +387,8 @@ def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy)
     assert not (project_copy / ".venv").exists()
 
 
-# A shell script that replaces python3 on a machine without packages.
-# `-m venv` copies BARE_PYTHON. `-m pip` replaces the copy of BARE_PYTHON by the script STUB.
+# BARE_PYTHON is a shell script that imitates a python3 without installed packages.
+# `-m venv` copies BARE_PYTHON into the new environment. `-m pip` replaces this copy by the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
@@ -400,7 +400,7 @@ esac
 
 
 def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
-    """Run test_pixel_celeba.sh on a simulated machine on which python3 is the script BARE_PYTHON."""
+    """Run test_pixel_celeba.sh with the script BARE_PYTHON in place of python3."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
     write_executable(tmp_path / "bin" / "python3", text)

@@ -70,7 +70,7 @@ def test_the_sgd_optimizer_makes_the_updates_of_the_authors_code(scale):
     sgd = optimizers.create_optimizer("sgd", model, lr, scale, momentum, decay)
     for _ in range(6):
         gradients = model.loss_gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
-        # Compute the update of the authors' code by hand: scale the gradients of the classifier, then apply SGD
+        # The authors' code multiplies the gradients of the classifier by `scale`, and then computes an SGD update
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]
@@ -152,10 +152,10 @@ def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.
 
 @functools.cache
 def find_step_with_or_without_degradation(degraded):
-    """Return the number of a training step in which the auxiliary task degrades the batch, or does not.
+    """Return the number of a training step with or without a degraded batch.
 
     Args:
-        degraded: whether the auxiliary task must degrade the batch in the step.
+        degraded: True for a step in which the auxiliary task degrades the batch, False for a step in which it does not.
     """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
@@ -235,7 +235,7 @@ def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, 
 def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_whole_batch(
     monkeypatch, stage, degraded, micro_batch
 ):
-    """If a feature map has only one value, batch norm amplifies rounding errors, so the test uses float64."""
+    """Batch norm of very small feature maps amplifies rounding errors, so the test computes in float64."""
     step = find_step_with_or_without_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.images_to_float
@@ -257,7 +257,7 @@ def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_who
 
 
 def test_the_classifier_computes_in_float32_even_if_the_precision_is_bf16():
-    """In bfloat16 on a CPU, a strided convolution whose output has one value per channel has infinite gradients."""
+    """On a CPU, bfloat16 gradients of a strided convolution with an output of 1 x 1 pixel can be infinite."""
     residual = 10 * torch.rand(4, 512, 16, 16, generator=torch.Generator().manual_seed(0))
     gradients = []
     for precision in ("fp32", "bf16"):
@@ -357,9 +357,9 @@ def test_a_tiny_evaluation_image_gets_a_psnr_and_a_psnr_below_bicubic_gives_a_wa
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
-    """The error of a black image is 0, so train_sr.py must limit the PSNR to a finite value.
+    """The network can enlarge a black image without error, so train_sr.py must limit the PSNR to a finite value.
 
-    With an infinite mean PSNR in the first epoch, no later epoch could be the best epoch.
+    If the mean PSNR of the first epoch were infinite, no later epoch could be better.
     """
     images = tmp_path / "images"
     images.mkdir()

@@ -1,4 +1,4 @@
-"""Tests of the image sets that train_detector.py and train_sr.py use, and of image sets that they refuse."""
+"""Tests of which image sets train_detector.py and train_sr.py use, and which image sets they refuse."""
 
 import os
 import shutil
@@ -29,7 +29,7 @@ def make_arguments_without_data_roots(files, out, flags):
 
 
 def write_csv_table(path, files, labels):
-    """Write a CSV table with one row per entry of `labels`. Each row names a different image.
+    """Write a CSV table with one image per entry of `labels`. Each entry is "real" or "fake".
 
     Return the path of the table.
     """

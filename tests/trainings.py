@@ -22,7 +22,7 @@ def train_sr_arguments(files, out, flags=""):
     """Return a command line for a small training with train_sr.py that writes into the folder OUT/x2.
 
     Args:
-        flags: further flags in one string, which `split_flags_and_fill_in_folders` splits.
+        flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.
     """
     return [
         "--train-file",
@@ -38,7 +38,7 @@ def train_detector_arguments(files, out, flags=""):
     """Return a command line for a small training with train_detector.py that writes into the folder OUT.
 
     Args:
-        flags: further flags in one string, which `split_flags_and_fill_in_folders` splits.
+        flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.
     """
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]
@@ -63,9 +63,10 @@ def split_flags_and_fill_in_folders(files, flags):
 
 
 def run_training(arguments):
-    """Run train_detector.py in this process if the arguments contain --output-path, and train_sr.py otherwise.
+    """Run train_detector.py or train_sr.py with the given command line in this process.
 
-    The function does not catch a `UserError` of the program.
+    If the arguments contain --output-path, the program is train_detector.py. A `UserError` of the program is not
+    caught.
     """
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
@@ -75,7 +76,7 @@ def run_training(arguments):
 
 
 def run_training_for_status_and_last_line(arguments, capfd):
-    """Run a training with the given command line. Return its exit status and the last line that it writes to stderr."""
+    """Run a training with the given command line. Return the exit status and the last line on stderr."""
     code = run_program(lambda: run_training(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 
@@ -91,7 +92,7 @@ def read_stats(folder):
 
 
 def list_differing_entries(a, b, place=""):
-    """Compare two nested dicts or lists of tensors bit for bit. Return one line of text per entry that differs."""
+    """Compare two nested dicts or lists of tensors exactly. Return one line of text per entry that differs."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):

@@ -1,4 +1,4 @@
-"""Search image sets for leaks: differences between real and generated images besides their content.
+"""Search image sets for leaks: properties such as the file format that reveal which images are generated.
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
 
@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--val-root-pos", **folders, help="folders of real images for validation")
     parser.add_argument("--val-root-neg", **folders, help="folders of generated images for validation")
     parser.add_argument(
-        "--data-root", dest="tree", metavar="TREE", help="folder that contains GENERATOR/0_real and GENERATOR/1_fake"
+        "--data-root",
+        dest="tree",
+        metavar="TREE",
+        help="folder with one folder per generator: TREE/GENERATOR/0_real and TREE/GENERATOR/1_fake",
     )
     parser.add_argument(
         "--csv", metavar="FILE", help="CSV file with columns path,label[,generator] and labels real, fake"

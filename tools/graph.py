@@ -2,7 +2,7 @@
 
 The input of the graph is a batch of whole images, or a batch of crops if the detector was trained on crops. The graph
 does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of the graph
-contain the crop size, the size for resizing, the number of crops and the thresholds.
+contain the crop size, the value of --resize, the number of crops and the thresholds.
 """
 
 import copy
@@ -29,8 +29,8 @@ from utils.random_streams import seeded_generator
 logger = logging.getLogger("tools.export")
 
 FORMAT = "beyond-the-spectrum graph, version 2"
-MARK = b"beyond-the-spectrum graph"  # bytes that each graph file of this program contains, in every version of FORMAT
-FACTS = "facts.json"  # name of the metadata in a .pt2 file
+MARK = b"beyond-the-spectrum graph"  # each graph file of this program contains these bytes
+FACTS = "facts.json"  # name of the metadata file inside a .pt2 file, which is a zip archive
 SMALLEST_EXAMPLE = 96  # smallest side in pixels of example images for detectors that were trained on whole images
 TOLERANCE = 1e-4  # largest allowed |graph - detector| / max(1, |detector|), for logits and P(fake)
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
@@ -108,7 +108,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
     """Convert a program from torch.export to ONNX.
 
     Args:
-        axes: names of the input dimensions that may have any size, {dimension: name}.
+        axes: input dimensions that may have any size, {index: name}, such as {0: "batch"}.
         facts: metadata of the graph, {name: value as JSON}.
     Returns:
         The bytes of the graph file.
@@ -142,7 +142,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
 def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bool]:
     """Export the network of a detector for images of any size.
 
-    If this export fails and the detector was trained on crops, the network is exported for images of the crop size.
+    If torch.export fails for a detector that was trained on crops, the network is exported only for the crop size.
 
     Returns:
         The exported program, and whether it accepts images of any size.
@@ -172,21 +172,22 @@ def try_to_export(
         dynamic_shape: the `dynamic_shapes` entry of the input image for torch.export.export.
 
     Returns:
-        The exported program and "", or None and the reason why the network cannot be exported.
+        The exported program and an error message. The program is None if the export failed. The message is "" if the
+        export succeeded.
     """
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     try:
-        with torch.enable_grad():  # export the computation on whole feature maps, not in tiles
+        with torch.enable_grad():  # if gradients are enabled, the networks do not run on tiles
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
         return None, str(error).strip().partition("\n")[0]
 
 
 def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
-    """Choose three sizes (batch, height, width) of images on which a graph is compared with the detector.
+    """Choose the sizes (batch, height, width) of three image batches for comparing a graph with the detector.
 
-    If the detector was trained on crops, the first size is the crop size. Heights and widths are multiples of the
-    factor by which the re-synthesizer enlarges images.
+    If the detector was trained on crops, the images of the first batch have the crop size. All heights and widths are
+    multiples of the super-resolution scale.
     """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
@@ -271,12 +272,15 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         ) from None
     for fact, expected in collect_metadata(detector).items():
         if found.get(fact) != expected:
-            raise UserError(f"{name} is not from this detector: expected {fact} = {expected}, got {found.get(fact)}")
+            raise UserError(
+                f"{name} is not the graph of this detector: expected {fact} = {expected}, got {found.get(fact)};"
+                " export the graph again"
+            )
     for image in images[1:]:
         try:
             results.append(run(image))
         except Exception as error:
-            if not detector.policy.crop_size:  # a graph for whole images must accept images of any size
+            if not detector.policy.crop_size:  # trained on whole images, so the graph must accept images of any size
                 reason = str(error).strip().partition("\n")[0]
                 size = f"{image.shape[3]} x {image.shape[2]} pixels"
                 raise UserError(f"the graph {name} cannot process images of {size} ({reason})") from None
@@ -300,7 +304,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
 def largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
     """Compute the largest difference between the outputs of a graph and of the detector.
 
-    The difference of each output is divided by the absolute value of the detector's output, if this value is above 1.
+    The function divides each difference by max(1, |d|), where d is the output of the detector.
 
     Args:
         image: uint8 (B, 3, H, W).

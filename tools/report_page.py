@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
     @property
     def perturbation(self) -> PerturbationSetting:
-        """The perturbation of the scored images. Its name is "none" for unperturbed images."""
+        """The perturbation of the scored images, or the perturbation "none" if the images were not perturbed."""
         recorded = self.record.get("perturbation")
         if not isinstance(recorded, dict):
             recorded = {}
@@ -47,7 +47,7 @@ class Scores(NamedTuple):
 
     @property
     def detector(self) -> str:
-        """The fingerprints of the detector, or "" if the score table has no JSON file."""
+        """The weight hashes of the classifier and the re-synthesizer, or "" if the score table has no JSON file."""
         recorded = self.record.get("detector")
         if not isinstance(recorded, dict):
             return ""
@@ -78,7 +78,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 
 def choose_unique_names(files: Sequence[str | os.PathLike]) -> list[str]:
-    """Name each file by its stem. If two stems are equal, all names begin with parent folders, so that they differ."""
+    """Name each file by its stem. If two files have the same stem, all names include parent folders."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
     for depth in range(1, longest + 1):
@@ -95,8 +95,8 @@ def write_report_page(
     """Write the web page OUT/report.html.
 
     Args:
-        residuals: folder of pictures of residuals, from `test.py --save-residuals`. If None, the page shows
-            the images without residuals.
+        residuals: folder of pictures of residuals from `test.py --save-residuals`, or None for a page without
+            residuals.
     Returns:
         The path of the page.
     Raises:
@@ -149,7 +149,7 @@ def load_page_template() -> jinja2.Template:
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Do not change objects of Markup, jinja2's subclass of str for HTML that is already escaped
+        # Markup, jinja2's subclass of str, contains finished HTML, so only plain strings are changed
         finalize=lambda value: make_printable(value) if type(value) is str else value,
     )
     return environment.get_template("report.html")
@@ -171,10 +171,10 @@ def group_by_detector(tables: Sequence[Scores]) -> list[list[Scores]]:
 
 
 def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
-    """Draw the AUROC of one detector over the strength of each perturbation.
+    """Draw the AUROC of one detector as a function of the strength of each perturbation.
 
     Args:
-        tables: score tables of the detector, of unperturbed and of perturbed images.
+        tables: all score tables of the detector, for images with or without a perturbation.
     Returns:
         A PNG data URI, or None if no perturbation was tested at two or more strengths.
     """
@@ -193,7 +193,7 @@ def draw_as_data_uri(figure: Callable, *content) -> str:
 
     Args:
         figure: function of `evaluation.figures` that draws the figure.
-        content: arguments of `figure` before the path of the PNG file.
+        content: positional arguments of `figure`. The path of the PNG file follows as the last argument.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
@@ -217,7 +217,7 @@ def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tup
     """Collect the metrics of each perturbation that was tested at two or more strengths.
 
     Returns:
-        {perturbation: [(strength, {generator: metrics}), ...]}
+        For each perturbation, a list of pairs (strength, {generator: metrics}).
     """
     curves = {}
     for scores in perturbed:
@@ -252,7 +252,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
-        # The residual picture contains the image too, so it replaces the image on the page
+        # The residual picture shows both the image and the residual, so the page needs no other picture
         picture, kind = path_of_residual_picture(residuals, path), "residual"
     correct = (table.logit_margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])

@@ -40,8 +40,8 @@ def draw_random_numbered_polygons(side: int, rng: np.random.Generator) -> tuple[
     """Paint random polygons over one another.
 
     Returns:
-        An integer array (side, side), and the number of shapes. The array contains the number of the shape that is
-        visible at each pixel, or 0 for the background.
+        The index of the visible shape at each pixel, (side, side), and how many shapes there are. Index 0 is the
+        background.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))
@@ -74,7 +74,7 @@ def colour_and_texture_shapes(shapes: np.ndarray, count: int, rng: np.random.Gen
     """Give each shape a random colour and texture.
 
     Args:
-        shapes: number of the shape that each pixel shows, (S, S). The number 0 means the background.
+        shapes: index of the visible shape at each pixel, (S, S). Index 0 is the background.
         count: number of shapes.
     Returns:
         The RGB image, float32 (S, S, 3), with values of about 0 to 1.

@@ -3,10 +3,10 @@
     python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
 The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. The options --csv
-and --val-csv of train_detector.py read these lists. The program also writes DIR/train_real.txt and
-DIR/held_out_real.txt, which name the real images of both sets for train_sr.py. A checksum of the file name decides
-whether an image is held out. If the folders later contain more images, no old image moves to the other set.
-DIR/split.json contains the value of --hold-out and the SHA-256 hashes of the lists.
+and --val-csv of train_detector.py read these lists. For train_sr.py, the program also writes DIR/train_real.txt
+and DIR/held_out_real.txt, which list only the real images. A checksum of the file name decides whether an image is held
+out. If images are added to the folders later, the earlier images stay in their sets. DIR/split.json contains the value
+of --hold-out and the SHA-256 hashes of the lists.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="DIR", help="folder into which the lists are written")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace existing lists made with a different value of --hold-out")
+    add("--overwrite", action="store_true", help="replace lists made by an earlier run with another --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out must be above 0 and below 1, got {args.hold_out:g}")
@@ -100,8 +100,8 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
             raise UserError(f"{make_printable(out / name)} {reason}: give another --out folder, or remove the file")
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
-            f"{make_printable(out)} contains lists made with --hold-out {record['hold_out']:g}, but --hold-out"
-            f" {hold_out:g} was given: give another --out folder, or replace the lists with --overwrite"
+            f"the lists in {make_printable(out)} were made with --hold-out {record['hold_out']:g}, not --hold-out"
+            f" {hold_out:g}: give another --out folder, or replace the lists with --overwrite"
         )
 
 
@@ -168,8 +168,8 @@ def make_list_of_real_images(items: Sequence[Item]) -> bytes:
 def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     """Write the lists and split.json.
 
-    While the lists are written, split.json contains the hashes of the old and the new lists. After an interruption, the
-    next run therefore recognises both the old and the new lists as lists of this program, and replaces them.
+    While the lists are written, split.json contains the hashes of the old and the new lists. If a run is
+    interrupted, the next run can therefore recognise and replace the lists of this program, both old and new.
 
     Args:
         files: content of each list, {file name: content}.
@@ -179,7 +179,8 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
-    for name in sorted(files, reverse=True):  # script/train_folders.sh expects held_out.csv to be written last
+    # held_out.csv is written last, because script/train_folders.sh takes it as a sign that all lists are complete
+    for name in sorted(files, reverse=True):
         with open_for_atomic_write(os.path.realpath(out / name)) as file:
             file.write(files[name])
     write_json(out / RECORD, {**record, "files": new})

@@ -1,4 +1,4 @@
-"""Make the tables of a study, which compares detectors.
+"""Make tables of metrics that compare detectors, as described in a study file.
 
 A study file is a CSV file. Each line assigns a score table to one cell of a table, for example:
 
@@ -8,8 +8,8 @@ A study file is a CSV file. Each line assigns a score table to one cell of a tab
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
 generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used. The
-number in a cell is the mean of a metric over the generators of the line. A cell may have several lines, for example one
-line per seed. The number in such a cell is the mean over the lines of the cell.
+number in a cell is the mean of a metric over the generators in the cell's line. Several lines may belong to the same
+cell, for example one line per random seed. A cell with several lines shows the mean over its lines.
 """
 
 import csv
@@ -72,9 +72,9 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         path: path of the study file.
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
-        intervals: whether to show how uncertain each number is. If several lines of the study file belong to
-            a cell, the cell shows the smallest and the largest number of these lines. A cell with one line and one
-            generator shows the bootstrap interval of the metric.
+        intervals: whether to show how uncertain each number is. A cell that is computed from several lines of the
+            study file also shows the smallest and the largest number of these lines. A cell that is computed from one
+            line with one generator also shows the bootstrap interval of the metric.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:
@@ -100,7 +100,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
 def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
     """Format the mean of a metric over the lines of one cell, in %.
 
-    Returns "-" if there are no lines, or if the metric is not defined for one of the lines.
+    Returns "-" if `entries` is empty, or if the metric is not defined for one of the entries.
     """
     values = [compute_mean_metric(entry, metric) for entry in entries]
     if not values or None in values:

@@ -18,7 +18,7 @@ FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # a full disk, or a missing permission
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path at which no file can be written
 }
-# Words in the error messages of torch.distributed after another process of the run has ended
+# An error message of torch.distributed has one of these words if another process of the run has ended
 PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 
 

@@ -1,4 +1,4 @@
-"""The output folder of a training run, and the record of the files that a run may replace or delete."""
+"""The output folder of a training run, and the list of the files that the programs may replace or delete there."""
 
 import contextlib
 import json
@@ -16,7 +16,7 @@ from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remo
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# For each file ending of checkpoints: a regular expression that matches the names of the checkpoints
+# The keys are file endings of checkpoints. The values are regular expressions that checkpoint names match.
 CHECKPOINT_NAMES = {
     ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
     ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
@@ -27,8 +27,8 @@ class RunFolder:
     """The output folder of a run. The file config.json in the folder lists the files that the run has written.
 
     A file is replaced or deleted only if config.json lists the file. With --overwrite, the files of an earlier run are
-    deleted after the first state of the new run has been saved. Until then, a file of the earlier run may be the
-    only copy of the new run's initial weights.
+    deleted after the first state of the new run has been saved. The reason is that the new run may have read its
+    initial weights from a file of the earlier run.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
@@ -117,7 +117,7 @@ class RunFolder:
     def save_checkpoint(self, name: str, content: dict) -> None:
         """Add the name of a checkpoint to config.json, and then write the checkpoint.
 
-        Because of this order, config.json lists the file even if the run is killed before the file is complete.
+        If the run is killed while it writes the checkpoint, config.json already lists the name of the checkpoint.
         """
         if name not in self.files:
             self.files.add(name)
@@ -182,7 +182,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
         UserError: if no file can be written into the folder.
         UserError: if a second run is writing into the folder.
         UserError: if the folder holds an earlier run that must not be replaced.
-        UserError: if this run would replace a file that no run has recorded.
+        UserError: if this run would replace a file that config.json does not list.
     """
     folder = RunFolder(last)
     make_folder(folder.path)
