@@ -29,20 +29,20 @@ import numpy as np
 from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, make_loader, merge_batches_of_equal_image_size
-from data.images import compute_final_size, read_header
+from data.images import compute_size_after_resize_and_crop, read_header
 from data.lists import (
     ImageFlags,
     Item,
     count_images_trained_on,
-    describe_and_hash_items,
-    list_labelled_items,
-    list_unlabelled_items,
+    describe_and_hash_image_list,
+    list_images_without_labels,
+    list_labelled_images,
 )
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
 from evaluation.loading import detector_from_checkpoint, select_settings_that_load_accepts
-from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_to_replace_foreign_files
-from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows, read_table
+from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_to_replace_files_of_other_programs
+from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows_from_logits, read_table
 from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
 from utils.compute import choose_device_and_precision, package_versions
 from utils.console import format_text_table, make_printable, progress_bar
@@ -80,7 +80,7 @@ def main(args: Namespace) -> int:
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         for place in places.values():
-            refuse_to_replace_foreign_files(place.base, place.pictures.paths, filter(None, inputs))
+            refuse_to_replace_files_of_other_programs(place.base, place.pictures.paths, filter(None, inputs))
         for folder in filter(None, (base.parent, args.save_residuals)):
             make_folder(folder)
         stack.enter_context(hold_lock_file(base.with_name(f".{base.name}.lock"), world))
@@ -96,11 +96,11 @@ def main(args: Namespace) -> int:
             scoring_settings = {**describe_scoring_settings(detector, items), "perturbation": description}
             pictures.store_hash_of_scoring_settings(scoring_settings)
             writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, scoring_settings, world)
-            if writer.start_partial_table(args.overwrite, pictures.find_missing_pictures()):
+            if writer.start_partial_table(args.overwrite, pictures.find_images_without_current_picture()):
                 images = ImageDataset(items, detector.resize_and_crop_policy_for_reading, transform=transform)
                 batches = read_unscored_batches(images, detector, writer, args.batch_size, args.workers)
                 score_images(detector, batches, writer, pictures, stop)
-                writer.finish_table()
+                writer.write_table_from_partial_tables()
 
             # 4. Write the .npy, .json and .png files from the scores in the .csv file
             if world.is_main:
@@ -112,7 +112,7 @@ def main(args: Namespace) -> int:
             return 0
 
         # 5. Print the verdicts or the metrics
-        sys.stdout.write("\n".join(format_report(results, detector.calibration, bool(args.input))) + "\n")
+        sys.stdout.write("\n".join(format_verdicts_or_metrics(results, detector.calibration, bool(args.input))) + "\n")
         if args.input:
             for line in detector.describe_differences_from_training_images([item.path for item in items]):
                 logger.warning("warning: %s", line)
@@ -136,9 +136,9 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
     if inputs and any(labelled):
         raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
     if inputs:
-        return list_unlabelled_items(inputs)
+        return list_images_without_labels(inputs)
     others = "--data-root TREE, or --csv FILE; for images without labels, give --input PATH"
-    return list_labelled_items(*labelled, flags=ImageFlags(others=others))
+    return list_labelled_images(*labelled, flags=ImageFlags(others=others))
 
 
 def count_training_images_among_scored_images(items: list[Item], detector: Detector) -> int:
@@ -207,7 +207,7 @@ def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
         "resize": detector.policy.resize,
         "crops": detector.crops,
         "precision": detector.compute.precision,
-        "images": describe_and_hash_items(items),
+        "images": describe_and_hash_image_list(items),
     }
 
 
@@ -225,7 +225,7 @@ def read_unscored_batches(
         workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
-    block, pixels = images_per_batch(*compute_final_size(*size, images.policy)), BATCH_PIXELS
+    block, pixels = images_per_batch(*compute_size_after_resize_and_crop(*size, images.policy)), BATCH_PIXELS
     if batch_size:
         block, pixels = batch_size, math.inf
     missing = writer.list_unscored_images(block)
@@ -275,7 +275,9 @@ def score_batch(
     if not pictures.paths:
         try:
             logits = detector.logits(batch.x)  # (B, 2)
-            return dict(zip(indices, make_rows(batch.items, logits.numpy(), detector.calibration), strict=True))
+            return dict(
+                zip(indices, make_rows_from_logits(batch.items, logits.numpy(), detector.calibration), strict=True)
+            )
         except Exception as error:
             reason = describe_error(error)
             text = "a batch of %d images cannot be scored (%s): its images are scored one by one"
@@ -302,10 +304,10 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
         examination = detector.compute_resynthesis_residual_and_logits(image)
         doing = "be drawn"
         if pictures.paths:
-            pictures.draw_picture(index, examination)
+            pictures.draw_residual_picture_of_image(index, examination)
     except Exception as error:
         return make_error_row(item, f"{make_printable(item.path)}: cannot {doing} ({describe_error(error)})")
-    return make_rows([item], examination.logits.numpy(), detector.calibration)[0]
+    return make_rows_from_logits([item], examination.logits.numpy(), detector.calibration)[0]
 
 
 def describe_error(error: Exception) -> str:
@@ -345,13 +347,13 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
 
         draw_roc_and_histograms(table, figure)
     else:
-        # `refuse_to_replace_foreign_files` has checked that an existing P.png is a picture of this project.
+        # `refuse_to_replace_files_of_other_programs` has checked that an existing P.png is a picture of this project.
         figure.unlink(missing_ok=True)
     writer.delete_partial_tables()
     return table, metrics
 
 
-def format_report(
+def format_verdicts_or_metrics(
     results: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, is_unlabelled: bool
 ) -> list[str]:
     """Format the results as lines to print: the verdicts of unlabelled images, or the metrics of labelled images."""

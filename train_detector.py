@@ -32,22 +32,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Augmentation, Batch, EpochBatchSampler, ImageDataset, make_loader
-from data.degradations import check_task_name, degrade_batch, sample_degradation_for_batch
-from data.images import SizePolicy, require_equal_sizes, select_usable_items
+from data.degradations import degrade_batch, require_known_auxiliary_task, sample_degradation_for_batch
+from data.images import SizePolicy, require_equal_sizes, select_usable_images
 from data.leaks import run_and_log_quick_leak_audit
 from data.lists import (
     ImageFlags,
     Item,
-    describe_and_hash_items,
+    describe_and_hash_image_list,
     hash_image_files,
-    list_labelled_items,
-    require_both_classes,
+    list_labelled_images,
+    require_real_and_fake_images,
 )
 from data.perturbations import perturb_at_random
 from data.residuals import CacheOptions, create_residual_datasets
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
-from evaluation.training_pictures import read_example_images, write_resynthesis_pictures
+from evaluation.training_pictures import read_one_real_and_fake_image, write_resynthesis_pictures
 from models.build import create_detector, load_detector
 from models.features import VGG19, load_vgg
 from models.losses import compute_classification_loss, compute_residuals_and_auxiliary_losses
@@ -85,7 +85,7 @@ def main(args: Namespace) -> None:
     with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. List the images. No file is written before the images, their sizes and the networks have been checked.
         require_consistent_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
-        items = list_labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
+        items = list_labelled_images(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = list_validation_images(args.val_real_roots, args.val_fake_roots, args.val_csv)
 
         # 2. Build the networks
@@ -105,9 +105,9 @@ def main(args: Namespace) -> None:
         transform = perturb_at_random if args.augment_perturb else None
         images = create_dataset(items, policy, args.skip_bad, Augmentation(args.seed, args.crops), transform)
         val_images = create_dataset(val_items, policy, args.skip_bad)
-        require_both_classes(images.items, "training images")
+        require_real_and_fake_images(images.items, "training images")
         if val_items:
-            require_both_classes(val_images.items, "validation images")
+            require_real_and_fake_images(val_images.items, "validation images")
         config["images"] = {"crop_size": args.crop_size, "resize": args.resize, **describe_training_images(images)}
         sampler = EpochBatchSampler(len(images), args.batch_size, args.seed, world)
         val_sampler = EpochBatchSampler(len(val_images), args.batch_size, world=world)
@@ -129,8 +129,8 @@ def main(args: Namespace) -> None:
         progress = stepper.progress
 
         # 5. Open the output folder, and load the training state of the run to resume
-        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_items(images.items)}
-        settings["validation_images"] = describe_and_hash_items(val_images.items)
+        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(images.items)}
+        settings["validation_images"] = describe_and_hash_image_list(val_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         state_of_networks = partial(
@@ -158,7 +158,7 @@ def main(args: Namespace) -> None:
         val_loader = make_loader(datasets[1], val_sampler, args.workers, compute)
 
         # 7. Train
-        pictures = read_example_images(images)
+        pictures = read_one_real_and_fake_image(images)
         text = "%d training images; the training starts at epoch %d, step %d"
         logger.info(text, sampler.count, progress.epoch, progress.step)
         if not progress.total_steps:
@@ -181,7 +181,7 @@ def main(args: Namespace) -> None:
 
 def require_consistent_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
     """Raise a UserError if the options contradict each other."""
-    check_task_name(task)
+    require_known_auxiliary_task(task)
     if task != "none" and fixed:
         raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr freezes it: give only one of them")
     if crops and not crop_size:
@@ -196,7 +196,7 @@ def list_validation_images(real_roots: list[str] | None, fake_roots: list[str] |
     if not (real_roots or fake_roots or csv):
         return []
     flags = ImageFlags("--val-root-pos", "--val-root-neg", "--val-csv FILE")
-    return list_labelled_items(real_roots, fake_roots, csv_file=csv, flags=flags)
+    return list_labelled_images(real_roots, fake_roots, csv_file=csv, flags=flags)
 
 
 def create_dataset(
@@ -211,7 +211,7 @@ def create_dataset(
     Args:
         skip_bad: whether to leave out unusable images. If `skip_bad` is False, an unusable image raises a UserError.
     """
-    items, headers = select_usable_items(items, policy, skip_bad)
+    items, headers = select_usable_images(items, policy, skip_bad)
     return ImageDataset(items, policy, augmentation, transform, headers)
 
 
@@ -232,7 +232,7 @@ def find_smallest_trainable_batch_size(
     synchronised = sampler.world.size > 1 and compute.device.type == "cuda"
     if max(height, width) > stride or synchronised:
         return 1
-    if sampler.find_smallest_batch_of_any_process() == 1:
+    if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
             f"batch norm cannot be trained on a single residual of {width} x {height} values: expected at least two"
             f" images per process in each step, got a step with one image ({sampler.count} training images in batches"
@@ -419,7 +419,7 @@ def end_to_end_loss(
         with compute.autocast():
             return compute_residuals_and_auxiliary_losses(detector, task.vgg, x[rows], low, used[rows])
 
-    residual, auxiliary = compute_in_micro_batches(
+    residual, auxiliary = call_function_in_micro_batches(
         compute_residuals_and_losses_of_rows, len(x), task.micro_batch
     )  # (B, C_l, H_l, W_l), (B,)
     cross_entropy, accuracy = cross_entropy_and_accuracy(detector, residual, batch)
@@ -447,7 +447,7 @@ def downsample_and_degrade_images(
     return degrade_batch(degradation, downsample(x, scale), rngs)
 
 
-def compute_in_micro_batches(
+def call_function_in_micro_batches(
     function: Callable[[slice], tuple[Tensor, Tensor]], count: int, micro_batch: int | None
 ) -> tuple[Tensor, Tensor]:
     """Call `function` on slices of `micro_batch` images, and concatenate the results.

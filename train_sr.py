@@ -27,9 +27,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from data.datasets import Batch, EpochBatchSampler, ImageDataset, PatchDataset, make_loader
 from data.degradations import degrade_patch
-from data.images import SizePolicy, select_usable_items
+from data.images import SizePolicy, select_usable_images
 from data.leaks import run_and_log_quick_leak_audit
-from data.lists import Item, describe_and_hash_items, list_image_paths
+from data.lists import Item, describe_and_hash_image_list, list_image_paths
 from models.build import create_resynthesizer
 from models.features import VGG19, load_vgg
 from models.losses import compute_super_resolution_loss
@@ -76,7 +76,7 @@ def main(args: Namespace) -> None:
         if args.evaluate:
             return evaluate_and_log_psnr_and_ssim(model, origin, eval_loader, args.skip_bad, compute, world)
         items = list_unlabelled_images(args.train_file, "--train-file")
-        items, _ = select_usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
+        items, _ = select_usable_images(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_images.items:
             run_and_log_quick_leak_audit(items, eval_images.items)
 
@@ -95,8 +95,8 @@ def main(args: Namespace) -> None:
         # 4. Open the output folder, and load the training state of the run to resume
         output = Path(args.outputs_dir) / f"x{model.scale}"
         vgg, vgg_record = load_perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
-        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_items(items)}
-        settings["validation_images"] = describe_and_hash_items(eval_images.items)
+        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(items)}
+        settings["validation_images"] = describe_and_hash_image_list(eval_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         about = {"config": {"resynthesizer": config}, "vgg": vgg_record, "settings": settings}
@@ -123,7 +123,7 @@ def main(args: Namespace) -> None:
             is_last = epoch + 1 == args.num_epochs
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
-                run.write_pictures("input, re-synthesis, target", pictures, epoch + 1)
+                run.write_images_to_tensorboard("input, re-synthesis, target", pictures, epoch + 1)
             run.end_epoch(values, "psnr", collect_contents_of_numbered_checkpoints if due else None)
             if is_last:
                 warn_if_psnr_is_below_bicubic(values)
@@ -161,7 +161,7 @@ def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
 def create_evaluation_dataset(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
     """Create a dataset of the usable images in --eval-file. If --eval-file is not given, the dataset is empty."""
     items = list_unlabelled_images(source, "--eval-file") if source else []
-    items, _ = select_usable_items(items, SizePolicy(scale), skip_bad)
+    items, _ = select_usable_images(items, SizePolicy(scale), skip_bad)
     return ImageDataset(items, SizePolicy(scale))
 
 

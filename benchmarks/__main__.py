@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import Case, measure_case
+from benchmarks.cases import Case, measure_time_and_memory_of_case
 from models.build import create_detector
 from utils.errors import UserError, run_program
 
@@ -94,7 +94,8 @@ def measure_in_new_process(case: Case) -> dict[str, float] | None:
     """Measure a case (a task and its settings) in a new process.
 
     Returns:
-        The result of `measure_case`, or None if the process fails, for example because of too little memory.
+        The result of `measure_time_and_memory_of_case`, or None if the process fails. A process may fail because of
+        too little memory, for example.
     """
     words = [sys.executable, "-m", "benchmarks.cases", json.dumps(case._asdict())]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -182,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # Estimate the total time from the measured speed of a matrix product
     rows = list_benchmark_cases(args)
-    product = measure_case(Case("matrix product", "here", "fp32", 0, ESTIMATE_MATRIX_SIDE, 1, args.gpu, False))
+    product = measure_time_and_memory_of_case(
+        Case("matrix product", "here", "fp32", 0, ESTIMATE_MATRIX_SIDE, 1, args.gpu, False)
+    )
     rate = 2 * ESTIMATE_MATRIX_SIDE**3 / 1e12 / product["seconds"]  # TFLOP/s
     runs_per_process = 8 if on_gpu else 1
     seconds = 0.0

@@ -219,7 +219,7 @@ KINDS = {
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measure_case(case: Case) -> dict[str, float]:
+def measure_time_and_memory_of_case(case: Case) -> dict[str, float]:
     """Measure a case in this process.
 
     Returns:
@@ -250,4 +250,4 @@ def peak_memory_gib() -> float:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure_case(Case(**json.loads(sys.argv[1])))) + "\n")
+    sys.stdout.write(json.dumps(measure_time_and_memory_of_case(Case(**json.loads(sys.argv[1])))) + "\n")

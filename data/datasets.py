@@ -24,7 +24,7 @@ from data.images import (
     Header,
     SizePolicy,
     compute_centre_crop_box,
-    compute_final_size,
+    compute_size_after_resize_and_crop,
     describe_size_problem,
     read_image_as_pillow_rgb,
     read_image_as_tensor,
@@ -97,7 +97,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
             continue
         first = first or sample
         if sample.x.shape[1:] != first.x.shape[1:]:
-            errors[index] = _describe_size_difference(first, sample)
+            errors[index] = _describe_unequal_image_sizes(first, sample)
             continue
         for part, row in enumerate(sample.x):
             rows.append(row)
@@ -109,7 +109,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
     return Batch(x, torch.tensor(labels, dtype=torch.int64), torch.tensor(weights), items, keys, errors)
 
 
-def _describe_size_difference(first: Sample, other: Sample) -> str:
+def _describe_unequal_image_sizes(first: Sample, other: Sample) -> str:
     names = [f"{make_printable(s.item.path)} ({s.x.shape[-1]} x {s.x.shape[-2]})" for s in (first, other)]
     return f"images of different sizes cannot be in one batch: {names[0]} and {names[1]}"
 
@@ -232,7 +232,7 @@ class EpochBatchSampler(Sampler):
             else:
                 yield [Key(self.epoch, batch[0], 0.0)]
 
-    def find_smallest_batch_of_any_process(self) -> int:
+    def compute_smallest_batch_size_of_any_process(self) -> int:
         """Return the smallest number of entries that any process gets in any step of the epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
@@ -331,7 +331,7 @@ class ImageDataset(ItemDataset):
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
         """The (height, width) of each image after resizing and cropping. The list is empty if no headers were read."""
-        return [compute_final_size(*header.size, self.policy) for header in self.headers]
+        return [compute_size_after_resize_and_crop(*header.size, self.policy) for header in self.headers]
 
     @property
     def crops_change_each_epoch(self) -> bool:
@@ -348,8 +348,8 @@ class PatchDataset(ItemDataset):
     """A dataset that cuts K random patches from each high-resolution image.
 
     A patch has `patch_size * scale` pixels per side. Images are first centre-cropped so that their sides are multiples
-    of `scale`. The borders of a patch lie between low-resolution pixels, which are `scale` pixels wide. Horizontal flip,
-    vertical flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and in
+    of `scale`. The borders of a patch lie between low-resolution pixels, which are `scale` pixels wide. Horizontal
+    flip, vertical flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and in
     yjn870/RDN-pytorch (MIT licence).
 
     Args:
@@ -434,7 +434,7 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
         prefetch_factor=PREFETCHED if workers else None,
         pin_memory=compute.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=_set_worker_signal_handlers_and_threads,
         multiprocessing_context="fork" if workers else None,
     )
 
@@ -448,12 +448,12 @@ def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
     """
     batch = collate_samples(samples)
     worker = get_worker_info()
-    if worker is None or _fits_in_shared_memory(batch.x.nbytes, worker.num_workers):
+    if worker is None or _batches_fit_in_shared_memory(batch.x.nbytes, worker.num_workers):
         return batch
     return _apply_to_batch_tensors(batch, Tensor.numpy)
 
 
-def _fits_in_shared_memory(size: int, workers: int) -> bool:
+def _batches_fit_in_shared_memory(size: int, workers: int) -> bool:
     """Return whether shared memory has space for all batches that the workers may store at the same time.
 
     A reserve of 1 MB is added to the size of each batch.
@@ -474,7 +474,7 @@ def _apply_to_batch_tensors(batch: Batch, function: Callable) -> Batch:
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 
-def _prepare_worker(_: int) -> None:
+def _set_worker_signal_handlers_and_threads(_: int) -> None:
     """Set the signal handlers and the number of threads of a worker process.
 
     A worker ignores SIGINT. A worker exits GRACE seconds after it gets SIGTERM. SIGINT and SIGTERM are often sent to

@@ -98,7 +98,7 @@ def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
 TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
 
 
-def check_task_name(name: str) -> None:
+def require_known_auxiliary_task(name: str) -> None:
     """Raise a UserError if `name` is not the name of an auxiliary task in TASKS."""
     if name not in TASKS:
         raise UserError(f"--mode-sr must be one of {', '.join(TASKS)}, got {name}")

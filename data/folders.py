@@ -38,7 +38,7 @@ def find_images(root: str) -> list[str]:
     visited = set()
     pending = [os.fspath(root)]  # folders that must still be searched
     while pending:
-        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_raise_unreadable_folder):
+        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_raise_error_for_unreadable_folder):
             status = os.stat(folder)
             identity = (status.st_dev, status.st_ino)
             if identity in visited:
@@ -60,7 +60,7 @@ def find_images(root: str) -> list[str]:
     return sorted(images)
 
 
-def _raise_unreadable_folder(error: OSError) -> None:
+def _raise_error_for_unreadable_folder(error: OSError) -> None:
     raise UserError(
         f"image folder {make_printable(str(error.filename))} cannot be read ({error.strerror}): give a readable folder"
     )
@@ -128,10 +128,10 @@ def _find_reason_to_leave_out_file(folder: str, name: str) -> str | None:
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return find_kind_of_test_py_picture(os.path.join(folder, name))
+    return describe_picture_written_by_test_py(os.path.join(folder, name))
 
 
-def find_kind_of_test_py_picture(path: str) -> str | None:
+def describe_picture_written_by_test_py(path: str) -> str | None:
     """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     Returns:

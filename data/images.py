@@ -253,7 +253,7 @@ def _compute_size_after_resize(height: int, width: int, policy: SizePolicy) -> t
 
 
 @lru_cache(2**16)
-def compute_final_size(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
+def compute_size_after_resize_and_crop(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Compute the (height, width) of an image after `resize_and_crop`.
 
     Results are cached, so that images of equal size share one tuple in memory.
@@ -284,7 +284,7 @@ def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]])
 # --- headers ------------------------------------------------------------------------------------------------
 
 
-def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
+def read_and_check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
     """Read and check the headers of image files, which takes about 0.05 ms per file.
 
     This function does not decode pixels. Damaged pixels are found later, when the image is decoded.
@@ -318,7 +318,7 @@ def read_header(path: str, policy: SizePolicy) -> Header:
     return Header((height, width), describe_size_problem(height, width, policy), is_jpeg)
 
 
-def select_usable_items(
+def select_usable_images(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
 ) -> tuple[Sequence[Item], list[Header]]:
     """Select the images that can be used according to their headers.
@@ -335,7 +335,7 @@ def select_usable_items(
         UserError: if an image cannot be used and `skip_bad` is False, or if no image can be used.
     """
     require_large_enough_crops(policy)
-    headers = check_headers([item.path for item in items], policy)
+    headers = read_and_check_headers([item.path for item in items], policy)
     good_items, good_headers, problems = [], [], []
     for item, header in zip(items, headers, strict=True):
         if header.problem is None:
@@ -356,7 +356,10 @@ def select_usable_items(
 
 def _log_centre_crops(headers: Sequence[Header], policy: SizePolicy) -> None:
     uncropped = policy._replace(scale=1)
-    cropped = sum(compute_final_size(*h.size, policy) != compute_final_size(*h.size, uncropped) for h in headers)
+    cropped = sum(
+        compute_size_after_resize_and_crop(*h.size, policy) != compute_size_after_resize_and_crop(*h.size, uncropped)
+        for h in headers
+    )
     if cropped:
         text = "the sides of %d of %d images are not multiples of %d: these images are centre-cropped"
         logger.info(text, cropped, len(headers), policy.scale)

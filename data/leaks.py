@@ -92,11 +92,11 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
                 step = math.ceil(len(group) / SAMPLE) if quick else 1
                 selected += group[::step]
     with ThreadPool(THREADS) as pool:
-        results = pool.imap(lambda pair: read_file_attributes(*pair), selected, chunksize=8)
+        results = pool.imap(lambda pair: read_attributes_of_image_file(*pair), selected, chunksize=8)
         files = list(progress_bar(results, "leak audit", len(selected)))
     readable = [file for file in files if file.error is None]
     unreadable = [file for file in files if file.error is not None]
-    findings = find_separating_attributes(readable) + find_duplicate_files(readable)
+    findings = find_attributes_that_separate_classes(readable) + find_duplicate_files(readable)
     if unreadable:
         text = f"{len(unreadable)}, the first: {unreadable[0].error}"
         examples = [file.item.path for file in unreadable[:2]]
@@ -115,16 +115,16 @@ def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequenc
         logger.warning('leak audit: %s in the check "%s": %s', finding.severity.upper(), finding.check, finding.message)
 
 
-def read_file_attributes(item: Item, split: str) -> File:
+def read_attributes_of_image_file(item: Item, split: str) -> File:
     """Read the attributes in the header of an image file."""
     try:
         with open_image(item.path) as image:
-            return File(item, split, os.path.getsize(item.path), list_header_attributes(image))
+            return File(item, split, os.path.getsize(item.path), list_image_header_attributes(image))
     except UserError as error:
         return File(item, split, error=str(error))
 
 
-def list_header_attributes(image: Image.Image) -> dict[str, str]:
+def list_image_header_attributes(image: Image.Image) -> dict[str, str]:
     """List attributes of an image that a detector could learn: format, size, colour mode and JPEG quality."""
     width, height = image.size
     half_octaves = round(2 * math.log2(min(width, height)))
@@ -143,7 +143,7 @@ def list_header_attributes(image: Image.Image) -> dict[str, str]:
     return attributes
 
 
-def find_separating_attributes(files: Sequence[File]) -> list[Finding]:
+def find_attributes_that_separate_classes(files: Sequence[File]) -> list[Finding]:
     """Find attributes whose values differ between real and fake images.
 
     Training and validation images are searched separately. First, the fake images of all generators together are
@@ -155,16 +155,16 @@ def find_separating_attributes(files: Sequence[File]) -> list[Finding]:
         in_split = [file for file in files if file.split == split]
         generators = sorted({file.item.generator for file in in_split if file.item.label == FAKE})
         for attribute in WAYS_OUT:
-            overall = compare_attribute_in_classes(in_split, attribute, split)
+            overall = compare_attribute_of_real_and_fake(in_split, attribute, split)
             findings.append(overall)
             if overall is None and len(generators) > 1:
                 for generator in generators:
                     compared = [file for file in in_split if file.item.generator in (generator, "")]  # "" means all
-                    findings.append(compare_attribute_in_classes(compared, attribute, f"{split}, {generator}"))
+                    findings.append(compare_attribute_of_real_and_fake(compared, attribute, f"{split}, {generator}"))
     return [finding for finding in findings if finding is not None]
 
 
-def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: str) -> Finding | None:
+def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, where: str) -> Finding | None:
     """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
 
     Args:
@@ -195,9 +195,9 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     first HEAD_BYTES bytes.
     """
     copies = []
-    for same_size in group_files(files, lambda file: file.size):
-        for same_head in group_files(same_size, lambda file: hash_beginning(file, HEAD_BYTES)):
-            copies += group_files(same_head, lambda file: hash_beginning(file, None))
+    for same_size in group_files_with_equal_key(files, lambda file: file.size):
+        for same_head in group_files_with_equal_key(same_size, lambda file: hash_beginning_of_file(file, HEAD_BYTES)):
+            copies += group_files_with_equal_key(same_head, lambda file: hash_beginning_of_file(file, None))
     across_splits, across_classes, within = [], [], []
     for group in copies:
         if len({file.split for file in group}) > 1:
@@ -219,7 +219,7 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     return findings
 
 
-def group_files(files: Sequence[File], key: Callable[[File], object]) -> list[list[File]]:
+def group_files_with_equal_key(files: Sequence[File], key: Callable[[File], object]) -> list[list[File]]:
     """Group files with equal values of `key(file)`, and return the groups that contain at least two files."""
     groups = defaultdict(list)
     for file in files:
@@ -227,7 +227,7 @@ def group_files(files: Sequence[File], key: Callable[[File], object]) -> list[li
     return [group for group in groups.values() if len(group) > 1]
 
 
-def hash_beginning(file: File, count: int | None) -> bytes:
+def hash_beginning_of_file(file: File, count: int | None) -> bytes:
     """Return a hash of the first `count` bytes of a file, or of the whole file if `count` is None.
 
     Raises:

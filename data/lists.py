@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import find_images, find_kind_of_test_py_picture, folder_contains, format_file_counts_by_reason
+from data.folders import find_images, folder_contains, format_file_counts_by_reason, describe_picture_written_by_test_py
 from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
@@ -58,7 +58,7 @@ IMAGE_FLAGS = ImageFlags()
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
+def list_labelled_images_in_folders(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
     """List the images of folders: first the real images, then the fake images.
 
     All images in a folder of fake images get the name of the folder as the name of their generator. If two of
@@ -74,7 +74,7 @@ def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> l
     items = []
     for root in real_roots:
         items += [Item(path, REAL, "") for path in find_images(root)]
-    for root, generator in zip(fake_roots, _choose_generator_names(fake_roots), strict=True):
+    for root, generator in zip(fake_roots, _name_generators_after_folders(fake_roots), strict=True):
         items += [Item(path, FAKE, generator) for path in find_images(root)]
     return items
 
@@ -90,7 +90,7 @@ def _refuse_nested_folders(roots: Sequence[str]) -> None:
                 )
 
 
-def _choose_generator_names(roots: Sequence[str]) -> list[str]:
+def _name_generators_after_folders(roots: Sequence[str]) -> list[str]:
     """Return a unique name for each folder: the last N components of its path, with the smallest possible N."""
     parts = [os.path.abspath(root).split(os.sep) for root in roots]
     length = 1
@@ -102,7 +102,7 @@ def _choose_generator_names(roots: Sequence[str]) -> list[str]:
 # --- trees --------------------------------------------------------------------------------------------------
 
 
-def list_items_of_folder_tree(root: str, training: bool = False) -> list[Item]:
+def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item]:
     """List the images of a folder tree: first the real images, then the fake images.
 
     Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
@@ -132,7 +132,7 @@ def list_items_of_folder_tree(root: str, training: bool = False) -> list[Item]:
         label = REAL if folders[position] == layout[0] else FAKE
         items.append(Item(path, label, _choose_generator_name_in_tree(folders[:position], root)))
     if not items:
-        _raise_no_images_in_tree(root, left_out)
+        _raise_error_for_tree_without_images(root, left_out)
     if left_out or len(used) > 1:
         text = "image tree %s: using %s; left out: %s"
         logger.info(
@@ -176,7 +176,7 @@ def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     return sys.intern(name)  # all images of one generator share one string in memory
 
 
-def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
+def _raise_error_for_tree_without_images(root: str, left_out: Counter) -> None:
     raise UserError(
         f"image tree {make_printable(root)} has no images that can be used"
         f" ({format_file_counts_by_reason(left_out)}): expected images in folders GENERATOR/0_real and"
@@ -188,7 +188,7 @@ def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
 # --- tables and lists ---------------------------------------------------------------------------------------
 
 
-def list_csv_items(file: str) -> list[Item]:
+def list_labelled_images_in_csv(file: str) -> list[Item]:
     """List the images of a CSV table with the columns "path" and "label", and optionally "generator".
 
     A label is "real" or 1 for a real image, and "fake" or 0 for a fake image. A relative path is first searched in the
@@ -210,7 +210,7 @@ def list_csv_items(file: str) -> list[Item]:
     if any(label.isdecimal() for _, label, _ in rows):
         text = "%s: labels are read as 1 = real, 0 = fake; if 1 means fake, write the words real and fake instead"
         logger.warning(text, what)
-    paths = _find_listed_files([name for name, _, _ in rows], file, what)
+    paths = _find_listed_image_files([name for name, _, _ in rows], file, what)
     return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
@@ -241,7 +241,7 @@ def read_path_list(file: str) -> list[str]:
     what = f"image list {make_printable(file)}"
     with _open_text_file(file, what, newline="\n") as stream:
         lines = [line.removesuffix("\n") for line in stream]
-    return _find_listed_files([line for line in lines if line.strip()], file, what)
+    return _find_listed_image_files([line for line in lines if line.strip()], file, what)
 
 
 @contextmanager
@@ -260,7 +260,7 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
         raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
-def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
+def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list[str]:
     """Return the paths of the files that a CSV table or a text file lists.
 
     Args:
@@ -274,7 +274,7 @@ def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
     if not names:
         raise UserError(f"{what} lists no images: expected at least one image path")
     folder = os.path.dirname(file)
-    paths = [_find_listed_file(name, folder) for name in names]
+    paths = [_find_listed_image_file(name, folder) for name in names]
     if None in paths:
         first = make_printable(names[paths.index(None)][:1000])
         raise UserError(
@@ -284,7 +284,7 @@ def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
     return paths
 
 
-def _find_listed_file(name: str, folder: str) -> str | None:
+def _find_listed_image_file(name: str, folder: str) -> str | None:
     """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
 
     If the file does not exist, the function also tries `name` without leading and trailing spaces.
@@ -304,7 +304,7 @@ def list_image_paths(source: str) -> list[str]:
     return find_images(source) if os.path.isdir(source) else read_path_list(source)
 
 
-def list_labelled_items(
+def list_labelled_images(
     real_roots: Sequence[str] | None,
     fake_roots: Sequence[str] | None,
     tree: str | None = None,
@@ -316,8 +316,8 @@ def list_labelled_items(
 
     Args:
         real_roots, fake_roots: folders of real and of fake images.
-        tree: root of a folder tree, see `list_items_of_folder_tree`.
-        csv_file: path of a CSV table, see `list_csv_items`.
+        tree: root of a folder tree, see `list_labelled_images_in_tree`.
+        csv_file: path of a CSV table, see `list_labelled_images_in_csv`.
         flags: command-line flags with which the user can give images, used in error messages.
         training: whether to leave out images for validation or test in a folder tree.
 
@@ -334,11 +334,11 @@ def list_labelled_items(
             f" and folders of generated images with {flags.fake}, or {flags.others}"
         )
     if tree:
-        items = list_items_of_folder_tree(tree, training)
+        items = list_labelled_images_in_tree(tree, training)
     elif csv_file:
-        items = list_csv_items(csv_file)
+        items = list_labelled_images_in_csv(csv_file)
     elif real_roots and fake_roots:
-        items = list_folder_items(real_roots, fake_roots)
+        items = list_labelled_images_in_folders(real_roots, fake_roots)
     else:
         missing = flags.fake if real_roots else flags.real
         raise UserError(f"expected real and generated images, got only one class: give the other class with {missing}")
@@ -369,7 +369,7 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
         )
 
 
-def require_both_classes(items: Sequence[Item], what: str) -> None:
+def require_real_and_fake_images(items: Sequence[Item], what: str) -> None:
     """Raise a UserError if a list of images does not contain both real and generated images.
 
     Args:
@@ -381,7 +381,7 @@ def require_both_classes(items: Sequence[Item], what: str) -> None:
         raise UserError(f"{what} must contain both real and generated images, got {got}")
 
 
-def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
+def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
     """List images without labels, in the order of `paths`.
 
     Pictures written by test.py are left out.
@@ -399,7 +399,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
             raise UserError(f"input {make_printable(path)} does not exist: expected an image file or a folder")
         if os.path.isdir(path):
             found += find_images(path)
-        elif reason := find_kind_of_test_py_picture(path):
+        elif reason := describe_picture_written_by_test_py(path):
             left_out[reason] += 1
         else:
             found.append(path)
@@ -416,7 +416,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
 # --- recognising images -------------------------------------------------------------------------------------
 
 
-def describe_and_hash_items(items: Sequence[Item]) -> str:
+def describe_and_hash_image_list(items: Sequence[Item]) -> str:
     """Return one line with the number of images in a list, and a hash of their paths, labels and generators.
 
     The hash is computed from absolute paths, so that the line does not depend on the working folder.

@@ -169,7 +169,7 @@ def add_noise_at_strength(image: Tensor, std: float, rng: np.random.Generator) -
     return add_noise(image, std * 255, rng)
 
 
-def shrink_at_strength(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
+def shrink_and_enlarge_at_strength(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
     """Shrink an image by a factor in (0, 1], and enlarge it to its original size."""
     return shrink_and_enlarge(image, factor)
 
@@ -192,7 +192,7 @@ SWEEP = {
     "noise": Sweep(
         add_noise_at_strength, (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, pixels in [0, 1]"
     ),
-    "resize": Sweep(shrink_at_strength, (0.5,), "x{:g} and back", "factor, and back", True),
+    "resize": Sweep(shrink_and_enlarge_at_strength, (0.5,), "x{:g} and back", "factor, and back", True),
 }
 
 
@@ -209,7 +209,7 @@ class PerturbationSetting(NamedTuple):
     strength: float | None = None  # None if the perturbation has no fixed strength
 
     @property
-    def sweep_entry_or_default(self) -> Sweep:
+    def get_sweep_of_perturbation_or_default(self) -> Sweep:
         """The entry of SWEEP for the perturbation `name`, or a default `Sweep` if SWEEP has no such entry."""
         return SWEEP.get(self.name, Sweep())
 
@@ -218,7 +218,7 @@ class PerturbationSetting(NamedTuple):
         """The name and the strength as text for tables, such as "jpeg quality 70"."""
         if self.strength is None:
             return self.name
-        return f"{self.name} {self.sweep_entry_or_default.label.format(self.strength)}"
+        return f"{self.name} {self.get_sweep_of_perturbation_or_default.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
@@ -294,7 +294,7 @@ class Perturbation(NamedTuple):
             return image
         rng = self._create_random_generator(image)
         if self.protocol == "sweep":
-            return self.setting.sweep_entry_or_default.apply(image, strength, rng)
+            return self.setting.get_sweep_of_perturbation_or_default.apply(image, strength, rng)
         names = list(FRANK2020) if name == "combined" else [name]
         chosen = [n for n in names if rng.random() < PROBABILITY]
         for n in chosen:

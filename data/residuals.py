@@ -28,7 +28,7 @@ from utils.compute import Compute
 from utils.console import make_printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import make_folder, open_for_atomic_write, remove_unfinished_files
+from utils.files import make_folder, open_for_atomic_write, remove_leftover_temporary_files
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / "settings.txt").write_text(text)  # shows users the settings; programs do not read this file
-    remove_unfinished_files(folder, age=ABANDONED_AFTER)
+    remove_leftover_temporary_files(folder, age=ABANDONED_AFTER)
     return folder
 
 
@@ -113,7 +113,7 @@ class ResidualDataset(Dataset):
         digest = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()
         return self.folder / f"{digest[:32]}.npz"
 
-    def has_residual(self, key: Key) -> bool:
+    def is_residual_stored(self, key: Key) -> bool:
         """Return whether the residual of a dataset entry is in the cache."""
         try:
             return self.compute_residual_file_path(key).exists()
@@ -141,7 +141,7 @@ class ResidualDataset(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.get_image_item_of_dataset_index(key.index)
         name = make_printable(item.path)
-        if not self.has_residual(key):
+        if not self.is_residual_stored(key):
             # If the image cannot be read, `self.images[key]` returns a `Sample` with the error message
             error = self.images[key].error
             changed = f"{name}: the image file has changed during training; start again with --resume auto"
@@ -175,7 +175,7 @@ class ResidualDataset(Dataset):
                 whose image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
-        missing = [key for key in keys if not self.has_residual(key)]
+        missing = [key for key in keys if not self.is_residual_stored(key)]
         barrier(world)  # all processes must list the missing residuals before any process stores one
         own_keys = missing[world.rank :: world.size]
         if own_keys:

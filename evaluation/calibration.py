@@ -55,9 +55,9 @@ def check_calibration(calibration: object, name: str) -> dict:
     fields = Fields(calibration, name, "calibration")
     if not fields.values:
         return {}
-    fields.get_positive_number("temperature")
-    t_real = fields.get_number("t_real", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
-    t_fake = fields.get_number("t_fake", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
+    fields.get_positive_number_field("temperature")
+    t_real = fields.get_number_field("t_real", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
+    t_fake = fields.get_number_field("t_fake", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
     if t_real > t_fake:
         raise UserError(
             f"{make_printable(name)} is damaged: calibration.t_real must not exceed calibration.t_fake, got t_real"

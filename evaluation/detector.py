@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, Sample, collate_samples, merge_batches_of_equal_image_size
-from data.images import SizePolicy, check_headers, resize_and_crop
+from data.images import SizePolicy, read_and_check_headers, resize_and_crop
 from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
 from evaluation.inputs import ACCEPTED, ImageInput, cut_evenly_spread_crops, decode_image, is_one_image
@@ -79,7 +79,7 @@ class Detector:
         the CPU. If `crops` is greater than 1, the residual is computed on the whole image.
         """
         residuals = []
-        for batch in self._prepare_batches(images):
+        for batch in self._group_images_into_batches(images):
             _, _, residual = self.resynthesize(batch)
             residuals.extend(residual.cpu())
         return residuals
@@ -91,7 +91,7 @@ class Detector:
         """Compute the logits of images. With several crops per image, the logits are averaged over the crops.
 
         Args:
-            images: uint8 (B, 3, H, W), a batch of images returned by `prepare_image`.
+            images: uint8 (B, 3, H, W), a batch of images returned by `decode_resize_and_crop_image`.
 
         Returns:
             The logits, float32 (B, 2), on the CPU, with the columns FAKE and REAL.
@@ -165,7 +165,7 @@ class Detector:
         """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
-    def prepare_image(self, image: ImageInput) -> Tensor:
+    def decode_resize_and_crop_image(self, image: ImageInput) -> Tensor:
         """Decode, resize and crop an image for the network. Returns a tensor, uint8 (3, H, W).
 
         Raises:
@@ -175,10 +175,10 @@ class Detector:
 
     def _compute_logits_of_image_inputs(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
         """Compute the logits, float32 (N, 2), of one image or several images of any accepted type."""
-        logits = [self.logits(batch) for batch in self._prepare_batches(images)]
+        logits = [self.logits(batch) for batch in self._group_images_into_batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
-    def _prepare_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
+    def _group_images_into_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
         """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W).
 
         By default, test.py forms batches by the same rule.
@@ -187,7 +187,7 @@ class Detector:
             images = [images]
         elif not isinstance(images, Iterable):
             raise UserError(f"expected images, each {ACCEPTED}; got {type(images).__name__}")
-        prepared = map(self.prepare_image, images)
+        prepared = map(self.decode_resize_and_crop_image, images)
         first = next(prepared, None)
         if first is None:
             return
@@ -215,7 +215,7 @@ class Detector:
         known = self.config.get("images") or {}
         if "sides" not in known:
             return []
-        headers = check_headers(paths, self.resize_and_crop_policy_for_reading)
+        headers = read_and_check_headers(paths, self.resize_and_crop_policy_for_reading)
         smallest, largest = known["sides"]
         other_sizes, jpegs, other_formats = [], [], []
         for path, header in zip(paths, headers, strict=True):

@@ -93,9 +93,9 @@ def draw_auroc_by_perturbation_strength(
                 draw_robustness_curve(panel, own, name, choose_generator_line_style(i))
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=choose_generator_line_style(i)["color"], lw=1, ls=":")
-            sweep = PerturbationSetting(perturbation).sweep_entry_or_default
+            sweep = PerturbationSetting(perturbation).get_sweep_of_perturbation_or_default
             panel.axhline(0.5, **CHANCE_STYLE)
-            panel.set(title=shorten_name(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
+            panel.set(title=shorten_name_for_legend(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
             panel.xaxis.set_inverted(sweep.smaller_is_harder)
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
@@ -143,13 +143,13 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
     left_end = LOWEST_FPR
     for i, (name, rows) in enumerate(metrics.select_fakes_and_reals_per_generator(table).items()):
         scores, is_fake = table.logit_margins[rows], table.is_fake[rows]
-        if metrics.has_both_classes(is_fake):
+        if metrics.has_real_and_fake_images(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
                 smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # a logarithmic axis has no 0: 0 is drawn here
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
-            label = f"{shorten_name(name)}  {metrics.auroc(scores, is_fake):.3f}"
+            label = f"{shorten_name_for_legend(name)}  {metrics.auroc(scores, is_fake):.3f}"
             axes.plot(fpr, tpr, label=label, lw=1.8, **choose_generator_line_style(i))
     chance = np.geomspace(1e-9, 1, 400)
     axes.plot(chance, chance, **CHANCE_STYLE)
@@ -171,7 +171,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     table = table.select_rows(table.has_label_and_score if table.has_label_and_score.any() else table.has_score)
     edges = histogram_bin_edges(table.logit_margins)
     scores = np.clip(table.logit_margins, edges[0], edges[-1])  # outliers count in the outer bins
-    for name, rows, look in split_into_histogram_groups(table):
+    for name, rows, look in select_images_of_each_histogram(table):
         if rows.any():
             fractions = np.histogram(scores[rows], edges)[0] / rows.sum()
             axes.stairs(fractions, edges, fill=True, lw=1.6, label=f"{name} ({rows.sum():,})", **look)
@@ -181,7 +181,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     draw_legend(axes, None, "best")
 
 
-def split_into_histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
+def select_images_of_each_histogram(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
     """Select the images of each histogram: real images, unlabelled images, and the fakes of each generator.
 
     With more than MOST_HISTOGRAMS generators, one histogram shows the fakes of all generators.
@@ -198,7 +198,7 @@ def split_into_histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray
     for i, (name, rows) in enumerate(fakes.items()):
         style = choose_generator_line_style(i)
         look = {"fc": (style["color"], 0.13), "ec": style["color"], "ls": style["ls"]}
-        groups.append((shorten_name(name), rows, look))
+        groups.append((shorten_name_for_legend(name), rows, look))
     return groups
 
 
@@ -211,7 +211,9 @@ def draw_robustness_curve(
     """
     strengths = [strength for strength, _ in points]
     values = [measured["auroc"] for _, measured in points]
-    axes.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten_name(generator), clip_on=False, **style)
+    axes.plot(
+        strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten_name_for_legend(generator), clip_on=False, **style
+    )
     intervals = [measured["intervals"]["auroc"] for _, measured in points if measured["intervals"]]
     if points and len(intervals) == len(points):
         low, high = np.transpose(intervals)
@@ -247,7 +249,7 @@ def write_png_figure(
             figure.savefig(file, format="png", metadata=texts, bbox_inches="tight" if grid is None else None)
 
 
-def shorten_name(name: str) -> str:
+def shorten_name_for_legend(name: str) -> str:
     """Shorten a name for a legend to at most LONGEST_NAME characters."""
     name = make_printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"

@@ -82,8 +82,8 @@ def detector_from_checkpoint(
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
     trained = check_image_settings_in_config(config, source.name)
-    settings = choose_image_settings(trained, options)
-    log_image_settings(settings, trained, options)
+    settings = choose_resize_and_crop_settings(trained, options)
+    log_resize_and_crop_settings(settings, trained, options)
     return Detector(
         network=network,
         compute=compute,
@@ -168,7 +168,7 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
     """
     images = Fields(config.get("images"), name, "config.images")
     for key in ("crop_size", "resize"):
-        images.get_integer(key, default=None)
+        images.get_integer_field(key, default=None)
     if images.has_value("sides"):
         sides = images.values["sides"]
         is_pair = isinstance(sides, list | tuple) and len(sides) == 2
@@ -177,7 +177,7 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
                 f"{make_printable(name)} is damaged: config.images.sides must be two positive integers, got {sides!r};"
                 " use an undamaged copy"
             )
-        images.get_number("jpegs", 0, 1)
+        images.get_number_field("jpegs", 0, 1)
     return images.values
 
 
@@ -200,7 +200,7 @@ def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
     )
 
 
-def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
+def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> ImageSettings:
     """Choose how images are resized and cropped.
 
     If the user does not choose "crop_size" or "resize", the value from training is used.
@@ -226,7 +226,7 @@ def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
     return ImageSettings(chosen["crop_size"], chosen["resize"], crops)
 
 
-def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
+def log_resize_and_crop_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
     """Log the values of --crop-size and --resize that the user did not choose, and the number of crops.
 
     For a value that differs from training, a warning is logged.

@@ -33,12 +33,12 @@ def auroc(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
 
     If a fake image and a real image have equal scores, the pair counts as one half.
     """
-    return float(roc_auc_score(is_fake, scores)) if has_both_classes(is_fake) else None
+    return float(roc_auc_score(is_fake, scores)) if has_real_and_fake_images(is_fake) else None
 
 
 def average_precision(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
     """Compute the average precision: the sum over all thresholds of precision times the increase in recall."""
-    return float(average_precision_score(is_fake, scores)) if has_both_classes(is_fake) else None
+    return float(average_precision_score(is_fake, scores)) if has_real_and_fake_images(is_fake) else None
 
 
 def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
@@ -48,7 +48,7 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
         The false-positive rates (K,) and the true-positive rates (K,) at K points of the curve. The result is None if
         there is no real image or no fake image.
     """
-    if not has_both_classes(is_fake):
+    if not has_real_and_fake_images(is_fake):
         return None
     fpr, tpr, _ = sklearn_roc_curve(is_fake, scores, drop_intermediate=False)
     return fpr, tpr
@@ -56,7 +56,7 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
 
 def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
     """Compute the equal error rate: the error rate at the threshold where reals and fakes have equal error rates."""
-    if not has_both_classes(is_fake):
+    if not has_real_and_fake_images(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     false_negative_rate = 1 - tpr
@@ -65,7 +65,7 @@ def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
     """Compute the highest true-positive rate for which the false-positive rate is at most `highest_fpr`."""
-    if not has_both_classes(is_fake):
+    if not has_real_and_fake_images(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     return float(tpr[fpr <= highest_fpr].max())
@@ -94,7 +94,7 @@ def fraction_of_true(values: np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def has_both_classes(is_fake: np.ndarray) -> bool:
+def has_real_and_fake_images(is_fake: np.ndarray) -> bool:
     """Return whether there is at least one real and at least one fake image."""
     return bool(is_fake.any() and not is_fake.all())
 
@@ -128,7 +128,7 @@ METRICS = {  # arguments of the lambda functions: s = logit_fake - logit_real, p
 }
 
 
-def bootstrap_intervals(
+def compute_bootstrap_intervals(
     scores: np.ndarray, is_fake: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
@@ -226,7 +226,9 @@ def compute_metrics_over_all_rows(table: ScoreTable, resamples: int = RESAMPLES,
         "n_fake": int(table.is_fake.sum()),
         **values,
         "confusion": count_verdicts_by_class(table.predictions, table.is_fake),
-        "intervals": bootstrap_intervals(table.logit_margins, table.is_fake, resamples, seed) if resamples else None,
+        "intervals": compute_bootstrap_intervals(table.logit_margins, table.is_fake, resamples, seed)
+        if resamples
+        else None,
     }
 
 
@@ -332,7 +334,7 @@ def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
     return groups
 
 
-def make_generator_table(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
+def make_table_of_metrics_per_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
     """Make a table of one metric, with one row per score table and one column per generator."""
     generators = list(dict.fromkeys(name for summary in summaries.values() for name in summary["generators"]))
     rows = [[METRICS[metric].label, *(make_printable(name) for name in generators)]]
@@ -355,10 +357,10 @@ def format_metrics(summary: Mapping) -> str:
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
     lines.append(format_text_table(make_metric_table({"": summary})))
-    return "\n".join(lines + list_results_not_shown_in_table(summary))
+    return "\n".join(lines + list_results_missing_from_metric_table(summary))
 
 
-def list_results_not_shown_in_table(summary: Mapping) -> list[str]:
+def list_results_missing_from_metric_table(summary: Mapping) -> list[str]:
     """List the results that are not in the table of metrics, such as the counts of verdicts and of errors.
 
     Each result is one line of text.
@@ -390,4 +392,4 @@ def format_perturbation_table(summaries: Mapping[str, dict]) -> str:
         summaries: {perturbation: result of `compute_metrics_overall_and_per_generator`}.
     """
     heading = "AUROC in %, positive class: FAKE, in brackets its 95% interval"
-    return f"{heading}\n{format_text_table(make_generator_table(summaries))}"
+    return f"{heading}\n{format_text_table(make_table_of_metrics_per_generator(summaries))}"

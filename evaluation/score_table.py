@@ -110,7 +110,7 @@ def make_error_row(item: Item, error: str) -> Row:
     return Row(path, convert_label_to_word(label), generator, error=" ".join(error.split()))
 
 
-def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
+def make_rows_from_logits(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
     """Convert the logits of N images to rows. The row of an image whose logits are not finite holds an error message.
 
     Args:

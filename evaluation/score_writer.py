@@ -2,9 +2,9 @@
 
 Each process writes its rows to its own file P.csv.N.part, called a partial table, where N is a number. The first line
 of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
-files. A run refuses to continue a partial table that has different scoring settings. With equal scoring settings, a run
-skips the images that have a row in a partial table. If the size or the modification time of an image file has changed,
-the image is scored again. When every image has a row, the rows are written to P.csv in the order of the list of images.
+files. A run refuses to continue a partial table that has different scoring settings. If the scoring settings are the
+same, a run skips the images that have a row in a partial table. If the size or the modification time of an image file
+has changed, the image is scored again. When every image has a row, the rows are written to P.csv in the order of the list of images.
 
 In a partial table, each row is one line. A row contains the index of its image in the list of images, but not the path
 of the image. While P.csv is written, only the positions of the rows are held in memory, because a list may hold ten
@@ -72,7 +72,7 @@ class ScoreWriter:
         stamps: result of `read_file_sizes_and_times` for the images.
         settings: the scoring settings (everything that the scores depend on besides the content of the image files),
             as a dict for JSON. One entry of `settings` must identify the list of images (see
-            `describe_and_hash_items`).
+            `describe_and_hash_image_list`).
         world: the processes that write the table together.
     """
 
@@ -91,8 +91,8 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, existing partial tables are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture is missing. An image without a
-                picture is scored again, unless its row holds an error. If `without_picture` is None, every image
+            without_picture: mask (N,) bool of the images whose residual picture is missing. These images are
+                scored again, except images whose row holds an error. If `without_picture` is None, every image
                 that has a row is skipped.
 
         Returns:
@@ -102,11 +102,11 @@ class ScoreWriter:
             UserError: if an existing partial table has different scoring settings, or if P.csv was edited.
         """
         parts = find_partial_tables(self.table)
-        table_has_same_settings = not overwrite and not parts and self._is_table_of_same_settings()
+        table_has_same_settings = not overwrite and not parts and self._table_has_same_settings()
         if table_has_same_settings:
-            self._mark_images_as_done(self._read_rows_of_table(), without_picture)
+            self._mark_images_with_rows_as_done(self._read_rows_of_table(), without_picture)
         elif not overwrite:
-            self._mark_images_as_done(self._read_rows_of_partial_tables(parts), without_picture)
+            self._mark_images_with_rows_as_done(self._read_rows_of_partial_tables(parts), without_picture)
         if broadcast_from_main(bool(table_has_same_settings and self.done.all()), self.world):
             logger.info("%s is finished already; --overwrite scores the images again", make_printable(self.table))
             return False
@@ -149,7 +149,7 @@ class ScoreWriter:
         self.partial_table.write("".join(lines).encode("utf-8", "surrogateescape"))
         self.partial_table.flush()
 
-    def finish_table(self) -> None:
+    def write_table_from_partial_tables(self) -> None:
         """Close the partial table of this process, wait for all processes, and write P.csv from all partial tables.
 
         Raises:
@@ -181,7 +181,9 @@ class ScoreWriter:
         """Delete the partial tables, so that a later run treats P.csv as finished."""
         delete_files(find_partial_tables(self.table).values())
 
-    def _mark_images_as_done(self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None) -> None:
+    def _mark_images_with_rows_as_done(
+        self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None
+    ) -> None:
         """Set `self.done` to True for each image in `known_rows` that need not be scored again.
 
         `start_partial_table` explains `without_picture`.
@@ -199,7 +201,7 @@ class ScoreWriter:
             file.write(header.encode())
         self.partial_table = path.open("ab")
 
-    def _is_table_of_same_settings(self) -> bool:
+    def _table_has_same_settings(self) -> bool:
         """Return whether P.csv was made with the scoring settings and the image files of this run."""
         record = read_json_record_of_score_table(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
@@ -211,7 +213,7 @@ class ScoreWriter:
             UserError: if P.csv does not have one row per image, in the order of the images.
         """
         for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
-            if item is None or row is None or not _is_row_of_item(row, item):
+            if item is None or row is None or not _row_belongs_to_image(row, item):
                 raise UserError(
                     f"{make_printable(self.table)} was changed after test.py wrote it: expected one row per image in"
                     " the order of the images; choose another --save_path, or score all images again with --overwrite"
@@ -306,7 +308,7 @@ class ScoreWriter:
         return None
 
 
-def _is_row_of_item(row: Row, item: Item) -> bool:
+def _row_belongs_to_image(row: Row, item: Item) -> bool:
     """Return whether a row has the file name, the label and the generator of an image.
 
     The folders are not compared, because the same file can have a relative and an absolute path.

@@ -182,14 +182,14 @@ def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[in
 # --- the authors' option --idx-stages -----------------------------------------------------------------------
 
 
-def get_name_and_arguments_of_features(stage: int) -> tuple[str, dict]:
+def get_features_name_and_arguments_of_stage(stage: int) -> tuple[str, dict]:
     """Return the name and the constructor arguments of the network that computes the features of a stage (0 to 5)."""
     if stage == 0:
         return "pixels", {}
     return "vgg19", {"stage": stage}
 
 
-def find_stages_with_channels(channels: int) -> list[int]:
+def find_stages_by_channel_count(channels: int) -> list[int]:
     """Return the numbers of the stages (0 to 5) whose features have `channels` channels."""
     every_stage = {0: Pixels.channels, **STAGE_CHANNELS}
     return [stage for stage, count in every_stage.items() if count == channels]

@@ -127,10 +127,12 @@ class RDN(nn.Module):
         x = self.sfe2(sfe1)  # (B, G0, h, w)
         block_outputs = []
         for block in self.rdbs:
-            x = self.run_with_optional_checkpointing(block, x)  # (B, G0, h, w)
+            x = self.call_with_optional_gradient_checkpointing(block, x)  # (B, G0, h, w)
             block_outputs.append(x)
-        x = self.run_with_optional_checkpointing(self.fuse_block_outputs, *block_outputs) + sfe1  # (B, G0, h, w)
-        return self.run_with_optional_checkpointing(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
+        x = (
+            self.call_with_optional_gradient_checkpointing(self.fuse_block_outputs, *block_outputs) + sfe1
+        )  # (B, G0, h, w)
+        return self.call_with_optional_gradient_checkpointing(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
 
     def fuse_block_outputs(self, *block_outputs: Tensor) -> Tensor:
         """Fuse the outputs of all blocks to the feature maps F_GF (B, G0, h, w), by global feature fusion."""
@@ -143,7 +145,7 @@ class RDN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
-    def run_with_optional_checkpointing(self, part, *inputs: Tensor) -> Tensor:
+    def call_with_optional_gradient_checkpointing(self, part, *inputs: Tensor) -> Tensor:
         """Return the output of `part`, a residual dense block or a method of this class, for the given inputs.
 
         If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again, which saves memory.
@@ -180,16 +182,16 @@ class RDN(nn.Module):
         nn.init.zeros_(self.gff[1].weight)
         nn.init.zeros_(self.gff[1].bias)
         identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)
-        set_weights_that_convolve_each_colour(self.sfe1, [identity])
-        set_weights_that_convolve_each_colour(self.output, [identity])
+        set_convolution_to_filter_colours_separately(self.sfe1, [identity])
+        set_convolution_to_filter_colours_separately(self.output, [identity])
         taps = torch.tensor(INTERPOLATION)  # (2, 3)
         quarters = [torch.outer(vertical, horizontal) for vertical in taps for horizontal in taps]  # 4 x (3, 3)
         for layer in self.upscale:
             if isinstance(layer, nn.Conv2d):
-                set_weights_that_convolve_each_colour(layer, quarters)
+                set_convolution_to_filter_colours_separately(layer, quarters)
 
 
-def set_weights_that_convolve_each_colour(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
+def set_convolution_to_filter_colours_separately(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
     """Set the weights of a convolution so that it applies each of the given kernels to red, green and blue separately.
 
     Input channel c contains the colour c (0 = red, 1 = green, 2 = blue). Output channel len(kernels) * c + k becomes

@@ -37,8 +37,8 @@ class SpectrumClassifier(nn.Module):
     hidden layer, which learns to recognize the generators of the training images. The second term depends on d, a
     distance of the image from real images. The second term of the logit for FAKE is w * log(d), with a learned weight
     w. The second term of the logit for REAL is -w * log(d). To compute d, a linear layer is applied to the standardized
-    differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes d
-    small for real images. A large d raises the logit for FAKE, even if no training image was made by the generator of
+    differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes
+    the distance d small for real images. A large d raises the logit for FAKE, even if no training image was made by the generator of
     the image.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.

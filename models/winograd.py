@@ -83,7 +83,7 @@ class DenseMaps:
         shape = (batch, self.rows, self.columns * count * PRODUCTS * self.channels)
         memory = scratch.resize_(math.prod(shape)).view(shape)
         self.transformed = []  # one tensor (count, n, 36 * C) of transformed feature maps for each strip of tiles
-        for strip in self.split_into_strips(memory):
+        for strip in self.split_images_into_strips(memory):
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
         self.added = 0  # number of feature maps that are in the store
 
@@ -98,7 +98,10 @@ class DenseMaps:
         out_channels = convolution.out_channels
         result = x.new_empty(len(x), self.rows, TILE_OUT, self.columns, TILE_OUT, out_channels)
         for tiles, maps, target in zip(
-            self.cut_into_tiles(x), self.transformed, self.split_into_strips(result), strict=True
+            self.cut_maps_into_overlapping_tiles(x),
+            self.transformed,
+            self.split_images_into_strips(result),
+            strict=True,
         ):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
             # A convolution with 36 groups computes (KERNEL g) * (INPUT d), summed over all feature maps and channels
@@ -123,14 +126,14 @@ class DenseMaps:
         weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
         return weight.permute(0, 3, 1, 2)
 
-    def split_into_strips(self, images: Tensor) -> list[Tensor]:
+    def split_images_into_strips(self, images: Tensor) -> list[Tensor]:
         """Split a tensor (B, rows of tiles, ...) into strips, each with at most `strip_rows` rows of one image."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))
         return parts
 
-    def cut_into_tiles(self, x: Tensor) -> Iterator[Tensor]:
+    def cut_maps_into_overlapping_tiles(self, x: Tensor) -> Iterator[Tensor]:
         """Cut feature maps x (B, C, h, w) into tiles of 6 x 6 pixels that overlap by 2 pixels.
 
         Yields:
@@ -141,5 +144,5 @@ class DenseMaps:
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + right, 1, 1 + bottom))  # (B, H, W, C)
         grid = x.unfold(1, TILE_IN, TILE_OUT).unfold(2, TILE_IN, TILE_OUT)  # (B, rows, columns, C, 6, 6)
         grid = grid.permute(0, 1, 2, 4, 5, 3)  # (B, rows, columns, 6, 6, C)
-        for strip in self.split_into_strips(grid):
+        for strip in self.split_images_into_strips(grid):
             yield strip.reshape(-1, PRODUCTS, self.channels)

@@ -96,7 +96,9 @@ def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
     return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
 
 
-def compare_auroc(with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.ndarray) -> tuple[float, float, float]:
+def compute_auroc_difference_with_interval(
+    with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.ndarray
+) -> tuple[float, float, float]:
     """Compute the AUROC of the scores `with_rdn` minus the AUROC of the scores `with_control`.
 
     Args:
@@ -118,7 +120,7 @@ def compare_auroc(with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.nd
     return mean_auroc_over_seeds(with_rdn, is_fake) - mean_auroc_over_seeds(with_control, is_fake), low, high
 
 
-def format_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
+def format_auroc_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
     """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
 
     If `control` is empty, return "-".
@@ -130,7 +132,7 @@ def format_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np
         return "-"
     paths = [path for path, used in zip(rdn[0].paths, rows, strict=True) if used]
     scores = [select_scores_of_images(tables, paths) for tables in (rdn, control)]
-    value, low, high = compare_auroc(*scores, rdn[0].is_fake[rows])
+    value, low, high = compute_auroc_difference_with_interval(*scores, rdn[0].is_fake[rows])
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
@@ -139,7 +141,7 @@ def main(study: str) -> None:
     for setting, patterns in SETTINGS[study].items():
         rdn, bicubic, none = [read_tables_of_all_seeds(study, pattern) for pattern in patterns]
         for generator, rows in select_fakes_and_reals_per_generator(rdn[0]).items():
-            cells = [format_difference(rdn, control, rows) for control in (bicubic, none)]
+            cells = [format_auroc_difference(rdn, control, rows) for control in (bicubic, none)]
             sys.stdout.write(f"| {setting} | {generator} | {' | '.join(cells)} |\n")
 
 

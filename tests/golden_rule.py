@@ -11,7 +11,7 @@ import torch
 
 
 @functools.cache  # drawing random weights is slow, so the cache keeps about 0.5 GB of weights in memory
-def make_reference_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+def make_fixed_weight_from_parameter_name(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return fixed pseudo-random values for a parameter or buffer of a network.
 
     The values depend only on the name and the shape of the parameter or buffer.
@@ -31,8 +31,8 @@ def make_reference_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(n.astype(np.float32))
 
 
-def load_reference_weights(module: torch.nn.Module) -> torch.nn.Module:
+def load_fixed_pseudo_random_weights(module: torch.nn.Module) -> torch.nn.Module:
     """Load fixed pseudo-random weights into a module. Return the module in evaluation mode."""
-    state = {k: make_reference_weight(k, tuple(v.shape)) for k, v in module.state_dict().items()}
+    state = {k: make_fixed_weight_from_parameter_name(k, tuple(v.shape)) for k, v in module.state_dict().items()}
     module.load_state_dict(state)
     return module.eval()

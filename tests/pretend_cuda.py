@@ -61,7 +61,7 @@ class PretendCuda(TorchFunctionMode):
         if func is Tensor.cpu:
             return mark_tensors_as_cuda_or_cpu(args[0].clone(), False) if is_marked_as_cuda(args[0]) else args[0]
         if func is Tensor.to:
-            return self.imitate_tensor_to(*args, **kwargs)
+            return self.imitate_tensor_to_method(*args, **kwargs)
         self.raise_if_devices_differ(name, args, kwargs)
         created_on_cuda = is_cuda_device(kwargs.get("device"))
         if created_on_cuda:
@@ -91,7 +91,7 @@ class PretendCuda(TorchFunctionMode):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got cuda:0 and cpu")
 
     @staticmethod
-    def imitate_tensor_to(tensor, *args, **kwargs):
+    def imitate_tensor_to_method(tensor, *args, **kwargs):
         """Imitate `Tensor.to`, which moves a tensor to a device or converts the dtype of the tensor.
 
         Each element of `args` is a device, a dtype, or an example tensor with the wanted device and dtype.

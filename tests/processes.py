@@ -74,7 +74,7 @@ def wait_for_exit(process: multiprocessing.Process, seconds: float = 120) -> int
     return process.exitcode
 
 
-def torchrun_environments() -> list[dict[str, str]]:
+def make_environments_of_two_torchrun_processes() -> list[dict[str, str]]:
     """Return two dicts with the environment variables that torchrun sets in two processes, one dict per process."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
@@ -119,7 +119,7 @@ def _hold_lock_in_process_and_worker(lock, connection):
 # --- functions for the `prepare` argument of `start_program` ------------------------------------------------------
 
 
-def patch_loops_to_send_signal(description: str, at: int, number: int, all_processes: bool = False) -> None:
+def patch_progress_bar_to_send_signal(description: str, at: int, number: int, all_processes: bool = False) -> None:
     """Make the program send itself a signal at a chosen item of its loops with a progress bar.
 
     Args:
@@ -132,7 +132,7 @@ def patch_loops_to_send_signal(description: str, at: int, number: int, all_proce
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
 
-    def yield_items_and_send_signal(items, text, *more):
+    def yield_loop_items_and_send_signal(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -142,10 +142,10 @@ def patch_loops_to_send_signal(description: str, at: int, number: int, all_proce
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress_bar = yield_items_and_send_signal
+    console.progress_bar = yield_loop_items_and_send_signal
 
 
-def patch_loops_to_sleep_first(description: str, seconds: float) -> None:
+def patch_progress_bar_to_sleep_first(description: str, seconds: float) -> None:
     """Make the program sleep before each loop whose progress bar has a text that begins with `description`."""
     original = console.progress_bar
 
@@ -169,12 +169,12 @@ def patch_checkpoint_saving_to_kill_program(save: int) -> None:
         os.ftruncate(file, os.fstat(file).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_and_patch_fsync_to_kill(content, file):
+    def save_then_make_fsync_kill_process(content, file):
         original(content, file)
         if next(count) == save:
             os.fsync = truncate_file_and_kill_process
 
-    torch.save = save_and_patch_fsync_to_kill
+    torch.save = save_then_make_fsync_kill_process
 
 
 def patch_test_py_to_send_signal_before_batch(batch: int, number: int) -> None:

@@ -13,7 +13,7 @@ from processes import ROOT
 
 from evaluation.calibration import check_calibration, probabilities_and_verdicts
 from evaluation.metrics import negative_log_likelihood
-from evaluation.score_table import make_rows, read_table, write_table
+from evaluation.score_table import make_rows_from_logits, read_table, write_table
 from tools import calibrate
 from utils import checkpoints
 from utils.labels import FAKE, REAL
@@ -30,11 +30,11 @@ def write_score_table(path, reals, fakes):
     """
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
-    write_table(path, make_rows(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
+    write_table(path, make_rows_from_logits(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
     return path
 
 
-def overconfident_margins(n_real=300, n_fake=250):
+def draw_overconfident_logit_margins(n_real=300, n_fake=250):
     """Return margins of real images and margins of fake images, for an overconfident detector.
 
     A margin is logit_fake - logit_real. Each image has a random number x, drawn from N(-1, 1) for a real image and
@@ -45,7 +45,7 @@ def overconfident_margins(n_real=300, n_fake=250):
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
 
 
-def last_layer_weights(value):
+def make_constant_last_layer_weights(value):
     """Return the weights of the last layer of a classifier. All weights have the given value, and all biases are 0."""
     return {"fc.weight": torch.full((2, 3), value), "fc.bias": torch.zeros(2)}
 
@@ -60,7 +60,8 @@ def checkpoint_path(tmp_path):
         "images": IMAGES,
     }
     checkpoints.save_checkpoint(
-        {"epoch": 3, "state_dict": last_layer_weights(0.5), "config": config}, tmp_path / "detector.pth.tar"
+        {"epoch": 3, "state_dict": make_constant_last_layer_weights(0.5), "config": config},
+        tmp_path / "detector.pth.tar",
     )
     return tmp_path / "detector.pth.tar"
 
@@ -68,7 +69,7 @@ def checkpoint_path(tmp_path):
 @pytest.fixture
 def score_table_path(tmp_path):
     """Write a score table of an overconfident detector. Return the path of the table."""
-    return write_score_table(tmp_path / "val.csv", *overconfident_margins())
+    return write_score_table(tmp_path / "val.csv", *draw_overconfident_logit_margins())
 
 
 # --- fitted numbers
@@ -168,11 +169,11 @@ def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(
 # --- refused score tables and detectors
 
 OWN = {
-    "classifier_fingerprint": checkpoints.compute_fingerprint(last_layer_weights(0.5)),
+    "classifier_fingerprint": checkpoints.compute_fingerprint(make_constant_last_layer_weights(0.5)),
     "resynthesizer_fingerprint": "aaaa",
     "vgg": {"fingerprint": "bbbb"},
 }
-OTHER_WEIGHTS = checkpoints.compute_fingerprint(last_layer_weights(0.25))
+OTHER_WEIGHTS = checkpoints.compute_fingerprint(make_constant_last_layer_weights(0.25))
 CASES = {
     "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "scoring_settings": SETTINGS}, None),
     "a released detector": ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),
@@ -219,7 +220,7 @@ def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scor
 
 
 def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, checkpoint_path, caplog, capsys):
-    scores = write_score_table(tmp_path / "val.csv", *overconfident_margins(n_real=99, n_fake=100))
+    scores = write_score_table(tmp_path / "val.csv", *draw_overconfident_logit_margins(n_real=99, n_fake=100))
     assert calibrate.main([str(scores), "--into", str(checkpoint_path), "--fpr", "0.01"]) == 0
     assert "no .json file" in caplog.text
     (tmp_path / "val.json").write_text(json.dumps({"trained_on": 7}))

@@ -40,7 +40,7 @@ def test_torch_hub_loads_a_detector_beside_other_packages_named_models_utils_and
     assert rest == "mine 1 mine mine, too False"
 
 
-def test_a_neighbouring_folder_with_a_longer_name_is_not_this_checkout(monkeypatch):
+def test_a_neighbouring_folder_with_a_longer_name_is_not_taken_for_this_checkout(monkeypatch):
     module = types.ModuleType("models")
     module.__file__ = f"{ROOT}2/models/__init__.py"
     monkeypatch.setitem(sys.modules, "models", module)

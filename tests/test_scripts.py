@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from files import write_empty_files
-from golden_rule import load_reference_weights
+from golden_rule import load_fixed_pseudo_random_weights
 from PIL import Image
 
 from evaluation.score_table import read_table
@@ -89,14 +89,14 @@ def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment)
     )
 
 
-def recorded_command(checkout: Path) -> list[str]:
+def read_command_recorded_by_python_stub(checkout: Path) -> list[str]:
     """Return the words of the command line that the script STUB has written to the file `recorded`."""
     return (checkout / "recorded").read_text().splitlines()
 
 
-def recorded_options(checkout: Path) -> dict:
+def parse_options_recorded_by_python_stub(checkout: Path) -> dict:
     """Return the options that a shell script has passed to a Python program."""
-    words = recorded_command(checkout)
+    words = read_command_recorded_by_python_stub(checkout)
     position = 0
     while Path(words[position]).name not in PARSERS:
         position += 1
@@ -214,18 +214,21 @@ def write_empty_files_at_the_paths_of_the_authors_scripts(checkout: Path) -> Non
 def test_each_script_passes_the_flags_of_the_authors_script(project_copy, script):
     write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     assert run_script(project_copy, script, 0, "--seed", 123).returncode == 0
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     for name, value in SETTINGS[script].items():
         assert options_of_run[name] == value, name
     assert options_of_run["gpu"] == "0"
-    assert recorded_command(project_copy)[-2:] == ["--seed", "123"]  # later flags override earlier flags
+    assert read_command_recorded_by_python_stub(project_copy)[-2:] == [
+        "--seed",
+        "123",
+    ]  # later flags override earlier flags
 
 
 @pytest.mark.parametrize("script", SETTINGS)
 def test_each_script_prints_one_line_per_input_file_or_folder(project_copy, script):
     write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     lines = run_script(project_copy, script, 0).stderr.splitlines()
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     expected = []
     for name in INPUTS:
         value = options_of_run.get(name)
@@ -250,8 +253,8 @@ def test_each_script_is_refused_without_a_gpu_number_or_cpu_as_first_argument(pr
 def test_a_script_without_images_makes_example_images_once(project_copy):
     first = run_script(project_copy, "train_super_resolution_celeba.sh", "cpu")
     assert first.stderr.count("making example images") == 1
-    assert recorded_options(project_copy)["train_file"] == "./data/example/train.txt"
-    assert recorded_options(project_copy)["eval_file"] == "./data/example/val.txt"
+    assert parse_options_recorded_by_python_stub(project_copy)["train_file"] == "./data/example/train.txt"
+    assert parse_options_recorded_by_python_stub(project_copy)["eval_file"] == "./data/example/val.txt"
     second = run_script(project_copy, "train_super_resolution_celeba.sh", "cpu")
     assert "making example images" not in second.stderr
 
@@ -294,7 +297,7 @@ def test_a_script_uses_the_output_of_an_earlier_script_and_names_the_script_if_i
     assert earlier_script in missing.stderr.splitlines()[-1]
     write_empty_files(project_copy, needed)
     assert run_script(project_copy, script, "cpu").returncode == 0
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     for name, value in expected.items():
         assert options_of_run[name] == value, name
 
@@ -315,7 +318,7 @@ def test_environment_variables_override_the_default_inputs_of_a_script(project_c
         VGG_WEIGHTS="my vgg.pth",
         **environment,
     )
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     assert options_of_run["real_roots"] == ["my reals"]
     assert options_of_run["fake_roots"] == ["my fakes"]
     assert options_of_run["resume"] == "detector.tar"
@@ -329,7 +332,7 @@ def test_environment_variables_override_the_default_inputs_of_a_script(project_c
 def test_the_variable_nproc_makes_a_script_start_torchrun(project_copy):
     write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     run_script(project_copy, "test_pixel_celeba.sh", 0, NPROC="2")
-    words = recorded_command(project_copy)
+    words = read_command_recorded_by_python_stub(project_copy)
     assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert words[5] == "./test.py"
 
@@ -348,7 +351,7 @@ def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to
     )
     assert result.returncode == 0
     assert Path((project_copy / "folder").read_text().strip()) == tmp_path / "elsewhere"
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     assert options_of_run["real_roots"] == ["reals"]
     assert options_of_run["val_real_roots"] == ["reals"]
     assert options_of_run["fake_roots"] == [f"{project_copy}/data/CelebA_ProGAN"]
@@ -399,7 +402,7 @@ esac
 """
 
 
-def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
+def run_script_without_installed_python_packages(checkout, tmp_path, too_old=0, offline=0):
     """Run test_pixel_celeba.sh with the script BARE_PYTHON in place of python3."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
@@ -409,25 +412,25 @@ def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
 
 
 def test_a_script_installs_missing_packages_once(project_copy, tmp_path):
-    first = run_script_on_bare_machine(project_copy, tmp_path)
+    first = run_script_without_installed_python_packages(project_copy, tmp_path)
     assert first.returncode == 0
     assert "installing" in first.stderr
     assert "requirements.txt" in (project_copy / "pip").read_text()
     (project_copy / "pip").unlink()
-    second = run_script_on_bare_machine(project_copy, tmp_path)
+    second = run_script_without_installed_python_packages(project_copy, tmp_path)
     assert second.returncode == 0
     assert "installing" not in second.stderr
     assert not (project_copy / "pip").exists()
 
 
 def test_a_script_refuses_a_python_that_is_too_old(project_copy, tmp_path):
-    result = run_script_on_bare_machine(project_copy, tmp_path, too_old=1)
+    result = run_script_without_installed_python_packages(project_copy, tmp_path, too_old=1)
     assert result.returncode == 2
     assert "Python 3.10 or newer" in result.stderr.splitlines()[-1]
 
 
 def test_a_script_reports_a_failed_installation_in_its_last_line(project_copy, tmp_path):
-    result = run_script_on_bare_machine(project_copy, tmp_path, offline=1)
+    result = run_script_without_installed_python_packages(project_copy, tmp_path, offline=1)
     assert result.returncode == 2
     assert "pip failed on" in result.stderr.splitlines()[-1]
 
@@ -447,9 +450,9 @@ def write_images_of_random_squares(folder: Path, count: int, cell: int) -> None:
 def test_the_test_script_gives_the_logits_of_the_authors_network(project_copy):
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
     (project_copy / "pretrained_models").mkdir()
-    classifier = load_reference_weights(DeepStemResNet(3)).state_dict()
+    classifier = load_fixed_pseudo_random_weights(DeepStemResNet(3)).state_dict()
     torch.save({"arch": "resnet50", "state_dict": classifier}, project_copy / PIXEL_DETECTOR)
-    torch.save(load_reference_weights(RDN()).state_dict(), project_copy / RDN_FILE)
+    torch.save(load_fixed_pseudo_random_weights(RDN()).state_dict(), project_copy / RDN_FILE)
     for folder, pixels in zip(("CelebA", "CelebA_StyleGAN"), golden["image"], strict=True):
         (project_copy / "data" / folder).mkdir(parents=True)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(project_copy / "data" / folder / "a.png")

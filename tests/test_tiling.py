@@ -76,11 +76,11 @@ def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     used = []
 
-    def record_winograd_decision(*arguments):
+    def decide_and_record_winograd_use(*arguments):
         used.append(should_use_winograd(*arguments))
         return used[-1]
 
-    monkeypatch.setattr("models.rdn_inference.should_use_winograd", record_winograd_decision)
+    monkeypatch.setattr("models.rdn_inference.should_use_winograd", decide_and_record_winograd_use)
     torch.manual_seed(0)
     rdn = RDN(num_features=64, growth_rate=64, num_blocks=2, num_layers=3)
     rdn.tile = 48

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.calibration import probabilities_and_verdicts, sigmoid
-from evaluation.loading import choose_image_settings
+from evaluation.loading import choose_resize_and_crop_settings
 from evaluation.metrics import count_verdicts_by_class, expected_calibration_error, negative_log_likelihood
 from evaluation.score_table import ScoreTable, read_json_record_of_score_table, read_table
 from models.released import extract_state_dict
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content = None
     if args.into:
         content = checkpoints.read_checkpoint_content(args.into)
-        require_scores_of_detector(content, record, args.into)
-        require_default_image_settings(content, record, args.into)
+        require_scores_computed_by_detector(content, record, args.into)
+        require_scores_with_default_settings(content, record, args.into)
     table = read_table(args.scores)
     calibration, warnings = fit_calibration(table, args.fpr, args.fnr)
     if record.get("trained_on"):
@@ -91,7 +91,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 # --- checks that the scores belong to the detector ---
 
 
-def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> None:
+def require_scores_computed_by_detector(content: Mapping, record: Mapping, name: str) -> None:
     """Check that a score table contains scores of unperturbed images by the detector in `content`.
 
     Args:
@@ -138,7 +138,7 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
         )
 
 
-def require_default_image_settings(content: Mapping, record: Mapping, name: str) -> None:
+def require_scores_with_default_settings(content: Mapping, record: Mapping, name: str) -> None:
     """Check that the scored images were resized and cropped with the settings that test.py uses by default.
 
     Raises:
@@ -146,7 +146,7 @@ def require_default_image_settings(content: Mapping, record: Mapping, name: str)
     """
     scoring_settings = record.get("scoring_settings") or {}
     trained = (content.get("config") or {}).get("images") or {}
-    for setting, expected in choose_image_settings(trained, {})._asdict().items():
+    for setting, expected in choose_resize_and_crop_settings(trained, {})._asdict().items():
         got = scoring_settings.get(setting, expected)
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
@@ -223,7 +223,8 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> tuple[float, float]:
     """Choose the thresholds t_real <= t_fake, which limit the two error rates.
 
-    Images with t_real < P(fake) < t_fake are unsure. The function minimises the number of unsure images.
+    Images with t_real < P(fake) < t_fake get the verdict "unsure". The thresholds are chosen so that as few images as
+    possible get this verdict.
 
     At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
     P(fake) <= t_real. If no image is unsure, both thresholds are equal.

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     settings = {"format": FORMAT, "size": args.size, "seed": args.seed}
     settings["counts"] = {"train": args.train, "val": args.val, "test": args.test}
-    if read_earlier_settings(out) == settings:
+    if read_settings_of_existing_images(out) == settings:
         logger.info(
             "%s already contains the requested example images, so the program writes none", make_printable(args.out)
         )
@@ -111,7 +111,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def read_earlier_settings(out: Path) -> dict | None:
+def read_settings_of_existing_images(out: Path) -> dict | None:
     """Read the settings of existing example images from settings.json. Returns None if the file cannot be read."""
     try:
         return json.loads((out / "settings.json").read_text())

@@ -24,7 +24,7 @@ from evaluation.detector import Detector
 from evaluation.loading import load, select_settings_that_load_accepts
 from evaluation.metrics import format_metrics
 from evaluation.score_table import read_json_record_of_score_table
-from tools.calibrate import require_scores_of_detector
+from tools.calibrate import require_scores_computed_by_detector
 from tools.graph import MARK, compare_graph_with_detector, copy_config_without_vgg_folder, export_graph
 from utils import checkpoints
 from utils.console import make_printable
@@ -149,7 +149,7 @@ def collect_contents_of_safetensors_bundle(
                 f"{make_printable(scores)} contains no metrics: give a JSON file that test.py wrote for images with"
                 " labels"
             )
-        require_scores_of_detector(content, record, checkpoint_name)
+        require_scores_computed_by_detector(content, record, checkpoint_name)
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})
     content["card"] = template.render(**content, settings=settings, record=record, format_metrics=format_metrics)

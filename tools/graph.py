@@ -48,7 +48,7 @@ class Graph(nn.Module):
         super().__init__()
         self.network = detector.network
         if not TORCH_CONVERTS_BATCH_NORM:
-            self.network = copy_with_plain_batch_norms(self.network)
+            self.network = copy_network_with_plain_batch_norms(self.network)
         self.temperature = detector.calibration.get("temperature", 1.0)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ class PlainBatchNorm(nn.Module):
         return x * self.scale + self.shift
 
 
-def copy_with_plain_batch_norms(network: nn.Module) -> nn.Module:
+def copy_network_with_plain_batch_norms(network: nn.Module) -> nn.Module:
     """Copy a network, and replace each batch norm in the copy by a `PlainBatchNorm`."""
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
@@ -95,7 +95,7 @@ def export_graph(detector: Detector, suffix: str) -> bytes:
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):
         logging.getLogger(name).setLevel(logging.ERROR)  # hide messages about the steps of the export
     program, is_dynamic = export_program(detector)
-    facts = collect_metadata(detector)
+    facts = collect_graph_metadata(detector)
     if suffix == ".pt2":
         file = io.BytesIO()
         torch.export.save(program.run_decompositions({}), file, extra_files={FACTS: json.dumps(facts)})
@@ -148,21 +148,21 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
         The exported program, and whether it accepts images of any size.
     """
     scale = detector.policy.scale
-    _, height, width = choose_example_sizes(detector)[0]
+    _, height, width = choose_image_sizes_for_comparison(detector)[0]
     any_batch = {0: torch.export.Dim.AUTO}
     any_size = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
     # From a square example image, torch.export may conclude that all images are square
-    program, reason = try_to_export(detector, height, width + 16 * scale, any_batch | any_size)
+    program, reason = try_to_export_network(detector, height, width + 16 * scale, any_batch | any_size)
     if program is not None:
         return program, True
     if detector.policy.crop_size:
-        program, reason = try_to_export(detector, height, width, any_batch)
+        program, reason = try_to_export_network(detector, height, width, any_batch)
         if program is not None:
             return program, False
     raise UserError(f"PyTorch {torch.__version__} cannot export this detector ({reason})")
 
 
-def try_to_export(
+def try_to_export_network(
     detector: Detector, height: int, width: int, dynamic_shape: Mapping[int, object]
 ) -> tuple[torch.export.ExportedProgram | None, str]:
     """Try to export the network of a detector.
@@ -183,7 +183,7 @@ def try_to_export(
         return None, str(error).strip().partition("\n")[0]
 
 
-def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
+def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int, int]]:
     """Choose the sizes (batch, height, width) of three image batches for comparing a graph with the detector.
 
     If the detector was trained on crops, the images of the first batch have the crop size. All heights and widths are
@@ -195,7 +195,7 @@ def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
     return [(1, side, side), (3, side + 2 * scale, side), (2, side, side + 7 * scale)]
 
 
-def collect_metadata(detector: Detector) -> dict[str, str]:
+def collect_graph_metadata(detector: Detector) -> dict[str, str]:
     """Collect the metadata of a graph, {name: value as JSON}, such as the image size, the thresholds and the config."""
     facts = {"format": FORMAT, "labels": LABEL_NAMES, "crops": detector.crops}
     facts.update(detector.policy._asdict())
@@ -228,7 +228,7 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
     """
     if data.startswith(b"PK"):  # a .pt2 file is a zip file
         extra = {FACTS: ""}
-        module = module_without_size_checks(torch.export.load(io.BytesIO(data), extra_files=extra))
+        module = create_module_without_size_checks(torch.export.load(io.BytesIO(data), extra_files=extra))
         return lambda image: [output.detach().numpy() for output in module(image)], json.loads(extra[FACTS])
     import onnxruntime  # imported here, because .pt2 files do not need it
 
@@ -236,7 +236,7 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
     return lambda image: session.run(None, {"image": image.numpy()}), session.get_modelmeta().custom_metadata_map
 
 
-def module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
+def create_module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
     """Create a module that runs an exported program without checking the input size.
 
     By default, PyTorch 2.9 and later versions refuse inputs whose size does not fit the example input of the export.
@@ -260,7 +260,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     name = make_printable(path)
     rng = seeded_generator(0)
     images = []
-    for batch, height, width in choose_example_sizes(detector):
+    for batch, height, width in choose_image_sizes_for_comparison(detector):
         images.append(torch.from_numpy(rng.integers(0, 256, (batch, 3, height, width), np.uint8)))
     try:
         run, found = load_graph(data)
@@ -270,7 +270,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         raise UserError(
             f"{name} is damaged or is not the graph of a detector ({reason}): export the graph again"
         ) from None
-    for fact, expected in collect_metadata(detector).items():
+    for fact, expected in collect_graph_metadata(detector).items():
         if found.get(fact) != expected:
             raise UserError(
                 f"{name} is not the graph of this detector: expected {fact} = {expected}, got {found.get(fact)};"
@@ -287,7 +287,8 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
             logger.info("the graph %s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
     difference = max(
-        largest_difference_from_detector(detector, x, result) for x, result in zip(images, results, strict=False)
+        compute_largest_difference_from_detector(detector, x, result)
+        for x, result in zip(images, results, strict=False)
     )
     if not difference <= TOLERANCE:  # unlike `difference > TOLERANCE`, this is also true for NaN
         raise UserError(
@@ -301,7 +302,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     )
 
 
-def largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
+def compute_largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
     """Compute the largest difference between the outputs of a graph and of the detector.
 
     The function divides each difference by max(1, |d|), where d is the output of the detector.

@@ -122,7 +122,7 @@ def make_markdown_table(args: argparse.Namespace) -> str:
             rows = metrics.make_metric_table(summaries, COMPARED)
             left = count_name_columns_of_metric_table(tables)
         else:
-            rows = metrics.make_generator_table(summaries, args.markdown)
+            rows = metrics.make_table_of_metrics_per_generator(summaries, args.markdown)
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     line = ["---"] * left + ["--:"] * (len(heading) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))
@@ -142,7 +142,7 @@ def update_tables_of_document(path: str, check: bool) -> None:
         before = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {make_printable(path)} ({error})") from None
-    after = MADE_BY.sub(make_updated_table, before)
+    after = MADE_BY.sub(make_table_with_command_in_comment, before)
     if after == before:
         return
     if check:
@@ -153,7 +153,7 @@ def update_tables_of_document(path: str, check: bool) -> None:
         file.write(after.encode())
 
 
-def make_updated_table(match: re.Match) -> str:
+def make_table_with_command_in_comment(match: re.Match) -> str:
     """Run the command in a "made by" comment, and return the comment with the new table below it."""
     comment, command = match[1], match[2]
     try:

@@ -61,7 +61,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
         UserError: if a score table cannot be read, or if `files` contains the same path twice.
     """
     tables = []
-    for file, name in zip(files, choose_unique_names(files), strict=True):
+    for file, name in zip(files, choose_unique_names_of_files(files), strict=True):
         table, record = read_table(file), read_json_record_of_score_table(file)
         settings = record.get("settings")
         seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
@@ -77,7 +77,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
     return tables
 
 
-def choose_unique_names(files: Sequence[str | os.PathLike]) -> list[str]:
+def choose_unique_names_of_files(files: Sequence[str | os.PathLike]) -> list[str]:
     """Name each file by its stem. If two files have the same stem, all names include parent folders."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
@@ -103,7 +103,7 @@ def write_report_page(
         UserError: if the page cannot be written, or report.html exists and was not written by this program.
     """
     page = Path(out, "report.html")
-    require_replaceable_page(page)
+    require_page_written_by_this_program(page)
     make_folder(out)
     clean = [t for t in tables if t.perturbation.name == "none"]
     perturbed = sorted((t for t in tables if t.perturbation.name != "none"), key=perturbation_sorting_key)
@@ -116,8 +116,8 @@ def write_report_page(
         mark=MARK,
         tables=tables,
         sections=sections,
-        perturbed=metrics.make_generator_table(summaries) if perturbed else [],
-        curves=[draw_robustness_curves(own) for own in group_by_detector(clean + perturbed)],
+        perturbed=metrics.make_table_of_metrics_per_generator(summaries) if perturbed else [],
+        curves=[draw_robustness_curves(own) for own in group_score_tables_by_detector(clean + perturbed)],
         metrics=metrics,
     )
     with open_for_atomic_write(os.path.realpath(page)) as file:
@@ -125,7 +125,7 @@ def write_report_page(
     return page
 
 
-def require_replaceable_page(page: Path) -> None:
+def require_page_written_by_this_program(page: Path) -> None:
     """Raise a UserError if the file `page` exists, but does not contain the text MARK of the pages of this program."""
     if not os.path.lexists(page):
         return
@@ -159,10 +159,10 @@ def draw_roc_and_histogram(scores: Scores) -> str | None:
     """Draw the ROC curves and histograms of scores. Returns a PNG data URI, or None if no image has a score."""
     if not scores.table.has_score.any():
         return None
-    return draw_as_data_uri(figures.draw_roc_and_histograms, scores.table)
+    return draw_figure_as_data_uri(figures.draw_roc_and_histograms, scores.table)
 
 
-def group_by_detector(tables: Sequence[Scores]) -> list[list[Scores]]:
+def group_score_tables_by_detector(tables: Sequence[Scores]) -> list[list[Scores]]:
     """Group score tables that were computed with the same detector."""
     groups = {}
     for scores in tables:
@@ -185,10 +185,10 @@ def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
     baseline = {}
     if clean:
         baseline = {name: measured["auroc"] for name, measured in clean[0].summary["generators"].items()}
-    return draw_as_data_uri(figures.draw_auroc_by_perturbation_strength, curves, baseline)
+    return draw_figure_as_data_uri(figures.draw_auroc_by_perturbation_strength, curves, baseline)
 
 
-def draw_as_data_uri(figure: Callable, *content) -> str:
+def draw_figure_as_data_uri(figure: Callable, *content) -> str:
     """Draw a figure, and return the PNG file as a data URI.
 
     Args:
@@ -198,17 +198,17 @@ def draw_as_data_uri(figure: Callable, *content) -> str:
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         figure(*content, path)
-        return encode_as_data_uri(path.read_bytes(), "image/png")
+        return encode_bytes_as_data_uri(path.read_bytes(), "image/png")
 
 
-def encode_as_data_uri(content: bytes, kind: str) -> str:
+def encode_bytes_as_data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
     """Return the sorting key of a score table: the perturbation, and then its strength from weak to strong."""
     strength = scores.perturbation.strength or 0
-    if scores.perturbation.sweep_entry_or_default.smaller_is_harder:
+    if scores.perturbation.get_sweep_of_perturbation_or_default.smaller_is_harder:
         strength = -strength
     return scores.perturbation.name, strength
 
@@ -268,4 +268,4 @@ def make_thumbnail(path: Path, side: int) -> str:
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
-    return encode_as_data_uri(file.getvalue(), "image/jpeg")
+    return encode_bytes_as_data_uri(file.getvalue(), "image/jpeg")

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.lists import Item, list_labelled_items
+from data.lists import Item, list_labelled_images
 from utils import options
 from utils.console import make_printable
 from utils.errors import UserError, run_program
@@ -38,11 +38,11 @@ FORMAT = "beyond-the-spectrum split, version 1"
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     out = Path(args.out)
-    require_replaceable_lists(out, args.hold_out, args.overwrite)
-    sets = split_by_file_name(list_labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
+    check_that_lists_may_be_replaced(out, args.hold_out, args.overwrite)
+    sets = split_by_file_name(list_labelled_images(args.data_root_pos, args.data_root_neg), args.hold_out)
     files = {}
     for name, items in sets.items():
-        require_both_classes(name, items)
+        require_real_and_fake_images(name, items)
         files[f"{name}.csv"] = make_csv_table(items)
         files[f"{name}_real.txt"] = make_list_of_real_images(items)
     make_folder(out)
@@ -69,14 +69,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="DIR", help="folder into which the lists are written")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace lists made by an earlier run with another --hold-out")
+    add("--overwrite", action="store_true", help="replace lists that an earlier run has made with another --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out must be above 0 and below 1, got {args.hold_out:g}")
     return args
 
 
-def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> None:
+def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool) -> None:
     """Check that existing lists in the output folder may be replaced.
 
     Only lists that this program wrote and that nobody edited may be replaced.
@@ -92,7 +92,7 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
     if not present:
         return
-    record = read_split_record(out / RECORD)
+    record = read_split_json(out / RECORD)
     own = record.get("format") == FORMAT
     for name in present:
         if not own or (name != RECORD and hash_file(out / name) not in record["files"].get(name, [])):
@@ -105,7 +105,7 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
         )
 
 
-def read_split_record(path: Path) -> dict:
+def read_split_json(path: Path) -> dict:
     """Read split.json, which an earlier run of this program wrote. Returns {} if the file cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list
     return sets
 
 
-def require_both_classes(name: str, items: Sequence[Item]) -> None:
+def require_real_and_fake_images(name: str, items: Sequence[Item]) -> None:
     """Raise a UserError if a set lacks real images or generated images. name: name of the set, for the message."""
     reals = sum(item.label == REAL for item in items)
     fakes = len(items) - reals
@@ -174,7 +174,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     Args:
         files: content of each list, {file name: content}.
     """
-    old = read_split_record(out / RECORD).get("files", {})
+    old = read_split_json(out / RECORD).get("files", {})
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}

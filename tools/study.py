@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     generators: tuple[str, ...]  # names of generators; () means all generators of the score table
 
 
-def read_cell_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
+def read_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
     """Read a study file.
 
     Raises:
@@ -80,7 +80,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
     Raises:
         UserError: if the study does not have the table, or a score table cannot be read.
     """
-    entries = read_cell_entries_of_study_file(path)
+    entries = read_entries_of_study_file(path)
     chosen = [entry for entry in entries if entry.table == table]
     if not chosen:
         names = ", ".join(dict.fromkeys(entry.table for entry in entries))
@@ -92,17 +92,17 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         cells = []
         for column in column_names:
             same = [entry for entry in chosen if (entry.row, entry.column) == (row, column)]
-            cells.append(format_cell(same, metric, intervals))
+            cells.append(format_mean_metric_of_cell(same, metric, intervals))
         rows.append([make_printable(row), *cells])
     return rows
 
 
-def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
+def format_mean_metric_of_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
     """Format the mean of a metric over the lines of one cell, in %.
 
     Returns "-" if `entries` is empty, or if the metric is not defined for one of the entries.
     """
-    values = [compute_mean_metric(entry, metric) for entry in entries]
+    values = [compute_mean_metric_over_generators(entry, metric) for entry in entries]
     if not values or None in values:
         return "-"
     text = f"{100 * sum(values) / len(values):.1f}"
@@ -116,7 +116,7 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
     return text
 
 
-def compute_mean_metric(entry: Entry, metric: str) -> float | None:
+def compute_mean_metric_over_generators(entry: Entry, metric: str) -> float | None:
     """Compute the mean of a metric over the generators of one line of a study file.
 
     Returns:

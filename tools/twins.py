@@ -68,7 +68,7 @@ def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
     if not os.path.isfile(path):
         raise UserError("expected a file, got a folder or a special file")
     with Image.open(path, formats=FORMATS) as image:
-        settings = choose_saving_options(image, path)
+        settings = choose_save_options_like_original(image, path)
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             logger.warning("the fake copy (twin) of %s has no alpha channel, unlike the image", make_printable(path))
         if image.mode[0] in "IF":
@@ -77,14 +77,14 @@ def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
         pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), as stored in the file, without the EXIF rotation
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     with torch.inference_mode():
-        y = make_fake_copy_of_any_size(x, imitate)
+        y = pad_image_and_make_fake_copy(x, imitate)
     twin = Image.fromarray((y[0] * 255).round().byte().permute(1, 2, 0).numpy())
     if grey:
         twin = twin.convert("L")
     twin.save(target, **settings)
 
 
-def choose_saving_options(image: Image.Image, path: str) -> dict:
+def choose_save_options_like_original(image: Image.Image, path: str) -> dict:
     """Choose arguments for `Image.save`, so that a fake copy (twin) is compressed like the original image."""
     options = {"format": image.format}
     for name in ("exif", "icc_profile"):
@@ -116,7 +116,7 @@ def is_lossless_webp(path: str) -> bool:
     return lossless >= 0 and (lossy < 0 or lossless < lossy)
 
 
-def make_fake_copy_of_any_size(x: Tensor, imitate: Imitate) -> Tensor:
+def pad_image_and_make_fake_copy(x: Tensor, imitate: Imitate) -> Tensor:
     """Compute the fake copy (twin) of an image of any size.
 
     The image is padded until its height and width are multiples of FACTOR. The twin is cropped to the original size.

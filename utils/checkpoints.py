@@ -225,69 +225,69 @@ class Fields:
         """Return whether `key` has a value other than None."""
         return self.values.get(key) is not None
 
-    def get_integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
+    def get_integer_field(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
         """Return the integer under `key`, which must be from `low` to `high`."""
         if not self.has_value(key):
-            return self._get_default(key, default)
+            return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         if not (_is_integer(value) and low <= value <= high):
-            raise self._make_error(key, f"an integer{describe_allowed_numbers(low, high)}")
+            raise self._create_invalid_field_error(key, f"an integer{describe_allowed_numbers(low, high)}")
         return value
 
-    def get_number(
+    def get_number_field(
         self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED
     ) -> float:
         """Return the finite number under `key`, which must be from `low` to `high`."""
         if not self.has_value(key):
-            return self._get_default(key, default)
+            return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         is_number = _is_integer(value) or isinstance(value, float)
         if not (is_number and math.isfinite(value) and low <= value <= high):
-            raise self._make_error(key, f"a finite number{describe_allowed_numbers(low, high)}")
+            raise self._create_invalid_field_error(key, f"a finite number{describe_allowed_numbers(low, high)}")
         return value
 
-    def get_positive_number(self, key: str, default: object = _REQUIRED) -> float:
+    def get_positive_number_field(self, key: str, default: object = _REQUIRED) -> float:
         """Return the finite number under `key`, which must be above 0."""
-        value = self.get_number(key, 0, default=default)
+        value = self.get_number_field(key, 0, default=default)
         if self.has_value(key) and value == 0:
-            raise self._make_error(key, "a finite number above 0")
+            raise self._create_invalid_field_error(key, "a finite number above 0")
         return value
 
-    def get_text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
+    def get_text_field(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
         """Return the text under `key`, which must be one of `choices` unless `choices` is empty."""
         if not self.has_value(key):
-            return self._get_default(key, default)
+            return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         if not isinstance(value, str):
-            raise self._make_error(key, "a text")
+            raise self._create_invalid_field_error(key, "a text")
         if choices and value not in choices:
-            raise self._make_error(key, f"one of {', '.join(choices)}")
+            raise self._create_invalid_field_error(key, f"one of {', '.join(choices)}")
         return value
 
     def get_nested_fields(self, key: str) -> "Fields":
         """Return the dictionary under `key`. A missing dictionary counts as empty."""
-        return Fields(self.values.get(key), self.file, self._full_key(key))
+        return Fields(self.values.get(key), self.file, self._dotted_key(key))
 
     def get_keyword_arguments(self, key: str) -> dict[str, object]:
         """Return the dictionary under `key` as keyword arguments. Each keyword must be a Python identifier."""
         values = self.get_nested_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
-                raise self._make_error(key, "a dictionary whose keys are Python identifiers")
+                raise self._create_invalid_field_error(key, "a dictionary whose keys are Python identifiers")
         return dict(values)
 
-    def _get_default(self, key: str, default: object) -> object:
+    def _get_default_of_missing_field(self, key: str, default: object) -> object:
         """Return `default`, or raise a UserError if the caller has passed no default."""
         if default is _REQUIRED:
-            raise UserError(f"{make_printable(self.file)}: {self._full_key(key)} is missing")
+            raise UserError(f"{make_printable(self.file)}: {self._dotted_key(key)} is missing")
         return default
 
-    def _full_key(self, key: str) -> str:
+    def _dotted_key(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
 
-    def _make_error(self, key: str, rule: str) -> UserError:
+    def _create_invalid_field_error(self, key: str, rule: str) -> UserError:
         return UserError(
-            f"{make_printable(self.file)}: {self._full_key(key)} must be {rule}, got"
+            f"{make_printable(self.file)}: {self._dotted_key(key)} must be {rule}, got"
             f" {_describe_value(self.values[key])}"
         )
 

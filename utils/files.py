@@ -42,7 +42,7 @@ def open_for_atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> None:
+def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float = 0) -> None:
     """Delete the temporary files of `open_for_atomic_write` that a killed process has left in a folder.
 
     Args:

@@ -86,7 +86,7 @@ def parse_number_bool_or_text(text: str) -> int | float | bool | str:
     return text
 
 
-def create_number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+def create_argparse_number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """Create an argparse type for finite numbers from `low` to `high`.
 
     Args:
@@ -112,16 +112,16 @@ def parse_perturbation(text: str) -> tuple[str, float | None]:
     data.perturbations checks the names of perturbations.
     """
     name, equals, strength = text.partition("=")
-    return name, create_number_type(float)(strength) if equals else None
+    return name, create_argparse_number_type(float)(strength) if equals else None
 
 
-integer_from_0 = create_number_type(int, 0)
-integer_from_1 = create_number_type(int, 1)
-float_from_0 = create_number_type(float, 0)
-fraction = create_number_type(float, 0, 1)
+integer_from_0 = create_argparse_number_type(int, 0)
+integer_from_1 = create_argparse_number_type(int, 1)
+float_from_0 = create_argparse_number_type(float, 0)
+fraction = create_argparse_number_type(float, 0, 1)
 
 
-def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
+def add_accepted_but_ignored_flags(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
     """Add flags that are accepted but have no effect.
 
     Args:
@@ -189,7 +189,7 @@ def add_detector_options(parser: Parser) -> None:
         " models.build.FEATURES (default: the value in the checkpoint if there is one, otherwise pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
-    add("--idx-stages", dest="stage", type=create_number_type(int, 0, 5), metavar="0..5",
+    add("--idx-stages", dest="stage", type=create_argparse_number_type(int, 0, 5), metavar="0..5",
         help="flag of the authors' code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
         " layer relu1_1 to relu5_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
@@ -272,17 +272,17 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         help="keep only the N newest numbered checkpoints (default: all)")  # fmt: skip
     add("--skip-bad", action="store_true",
         help="leave out images that cannot be used, such as damaged files (default: stop with an error)")  # fmt: skip
-    add_flags_without_effect(group, "--skip-nonfinite")
+    add_accepted_but_ignored_flags(group, "--skip-nonfinite")
 
 
 def add_ignored_options_of_authors(parser: Parser) -> None:
     """Add flags of the authors' train.py and test.py that are accepted but have no effect."""
     group = parser.add_argument_group("released")
-    add_flags_without_effect(
+    add_accepted_but_ignored_flags(
         group, "--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
         "--dist-url", "--dist-backend", "--carlibration", "--defense"
     )  # fmt: skip
-    add_flags_without_effect(group, "-e --evaluate", "--pretrained", "--multiprocessing-distributed", nargs=0)
+    add_accepted_but_ignored_flags(group, "-e --evaluate", "--pretrained", "--multiprocessing-distributed", nargs=0)
 
 
 # --- the programs -------------------------------------------------------------------------------------------
@@ -360,8 +360,8 @@ def create_train_detector_parser() -> Parser:
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
     add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
         help="auxiliary task on which the re-synthesizer is fine-tuned: colorization, denoising, none, or a name that"
-        " you have added to data.degradations.TASKS. With none, the re-synthesizer restores images that are not"
-        " degraded (default: %(default)s)")  # fmt: skip
+        " you have added to data.degradations.TASKS. With none, the re-synthesizer's inputs are not degraded"
+        " (default: %(default)s)")  # fmt: skip
     add("--lw-sr", dest="auxiliary_weight", type=float_from_0, default=1.0, metavar="X",
         help="weight of the auxiliary loss, which is the re-synthesizer's error on real images. The value 0 or the flag"
         " --fixed-sr disables the auxiliary loss (default: %(default)s)")  # fmt: skip
@@ -372,7 +372,7 @@ def create_train_detector_parser() -> Parser:
         help="folders of GENERATED validation images")  # fmt: skip
     add("--val-csv", metavar="FILE",
         help="instead of folders: a CSV file of validation images, with the columns of --csv")  # fmt: skip
-    add_flags_without_effect(group, "--save_path")
+    add_accepted_but_ignored_flags(group, "--save_path")
     _add_memory_and_time_options(parser)
     return parser
 
@@ -431,15 +431,15 @@ def create_test_parser() -> Parser:
         help="number of images per batch (default: as many images as fit into 1024 x 1024 pixels)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if the files of --save_path already hold scores")  # fmt: skip
-    add("--tile", type=create_number_type(int, 64), default=1024, metavar="N",
+    add("--tile", type=create_argparse_number_type(int, 64), default=1024, metavar="N",
         help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
         " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
         help="score N crops of --crop-size that are spread over the image, and average their logits; 1 = one crop in"
         " the centre (default: 9 if the crop size comes from the checkpoint, else 1)")  # fmt: skip
-    add_flags_without_effect(
+    add_accepted_but_ignored_flags(
         group, "--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
         "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"
     )  # fmt: skip
-    add_flags_without_effect(group, "--fixed-sr", "--stability", nargs=0)
+    add_accepted_but_ignored_flags(group, "--fixed-sr", "--stability", nargs=0)
     return parser

@@ -19,6 +19,6 @@ def seeded_generator(*key: int) -> np.random.Generator:
 # Each constant is the last number of some keys, and stands for one use of random numbers.
 # Keys that differ only in this constant give independent random numbers.
 PERTURB, CROP = 1, 2  # perturb or crop an image; the key is (seed, epoch, dataset entry, PERTURB or CROP)
-DEGRADE_IMAGE = 5  # degrade one image of a batch; the key is (seed, epoch, dataset entry, 0, DEGRADE_IMAGE)
+DEGRADE_IMAGE = 5  # degrade one image of a batch; the key is (seed, epoch, dataset entry, crop, DEGRADE_IMAGE)
 DEGRADE_BATCH = 4  # choose the degradation of a batch; the key is (seed, epoch, step, DEGRADE_BATCH)
 DEGRADE_PATCH = 1  # degrade one training patch; the key is (seed, epoch, image, patch, DEGRADE_PATCH)

@@ -155,7 +155,7 @@ class Run(contextlib.AbstractContextManager):
 
     def _save_as_last_state(self, state: dict) -> None:
         self.folder.save_checkpoint(self.folder.last.name, state)
-        self.folder.delete_replaced_files()
+        self.folder.delete_files_of_replaced_run()
 
     def _save_state_if_due(self, training: bool) -> None:
         """Save the state if a signal was received or --save-minutes have passed. After a signal, raise `Stopped`.
@@ -211,7 +211,7 @@ class Run(contextlib.AbstractContextManager):
             else:
                 errors = self._log_images_of_small_batch(batch, min_images)
                 if training and self.world.size > 1:
-                    yield _fill_batch_by_repetition(usable or batch, min_images)._replace(errors=errors)
+                    yield _repeat_images_to_fill_batch(usable or batch, min_images)._replace(errors=errors)
                 elif training:
                     self.progress.count_skipped_batch(len(errors))
             self._save_state_if_due(training)
@@ -261,7 +261,7 @@ class Run(contextlib.AbstractContextManager):
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
-        self._write_values_of_epoch(values)
+        self._write_values_of_epoch_to_logs(values)
         progress = self.progress
         progress.start_next_epoch()
         value = values.get(score_name)
@@ -308,7 +308,7 @@ class Run(contextlib.AbstractContextManager):
         for _, path in sorted(found)[:-keep]:
             self.folder.delete_file(path)
 
-    def _write_values_of_epoch(self, values: Mapping[str, float | None]) -> None:
+    def _write_values_of_epoch_to_logs(self, values: Mapping[str, float | None]) -> None:
         """Write the values of an epoch to stats.jsonl, TensorBoard and the log."""
         minutes = self._estimate_minutes_left()
         self.epoch_began = None
@@ -343,7 +343,7 @@ class Run(contextlib.AbstractContextManager):
         minutes = (time.monotonic() - self.epoch_began) / 60
         return minutes * (self.progress.step / steps) * (self.epochs - self.progress.epoch - 1)
 
-    def write_pictures(self, name: str, images: Tensor, finished: int) -> None:
+    def write_images_to_tensorboard(self, name: str, images: Tensor, finished: int) -> None:
         """Write images (B, 3, H, W) in [0, 1] to TensorBoard.
 
         Args:
@@ -354,7 +354,7 @@ class Run(contextlib.AbstractContextManager):
             self.writer.add_images(name, images.detach().float().clamp(0, 1).cpu(), finished)
 
 
-def _fill_batch_by_repetition(batch, min_images: int):
+def _repeat_images_to_fill_batch(batch, min_images: int):
     """Repeat the images of a batch until the batch has at least `min_images` images, and set all image weights to 0.
 
     An image with weight 0 contributes nothing to the gradients.
@@ -365,8 +365,8 @@ def _fill_batch_by_repetition(batch, min_images: int):
     if not len(batch.x):
         reason = next(iter(batch.errors.values()))
         raise UserError(
-            f"{reason}; a process has no other image for its training step: repair the image, or use a larger"
-            " --batch-size"
+            f"{reason}; without this image, a process has no image for its training step: repair the image, or use a"
+            " larger --batch-size"
         )
     times = math.ceil(min_images / len(batch.x))
     return batch._replace(

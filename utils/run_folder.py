@@ -12,7 +12,7 @@ from utils.compute import package_versions
 from utils.console import make_printable
 from utils.distributed import World, broadcast_from_main
 from utils.errors import UserError
-from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_unfinished_files, write_json
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_leftover_temporary_files, write_json
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
@@ -54,14 +54,14 @@ class RunFolder:
         Returns:
             None, or one line that says why the run must not write into the folder.
         """
-        self.files = self._read_names_of_recorded_files()
+        self.files = self._read_written_file_names_from_config()
         if resumed is not None:
             state = Path(resumed.name)  # this path may be a symbolic link or contain a symbolic link
             self.continued = self.path.resolve() in (state.parent.resolve(), state.resolve().parent)
         if self.continued:
             self.files.add(Path(resumed.name).name)
         for path in sorted(self.path.iterdir()):
-            if self._is_run_file(path.name) and path.name not in self.files:
+            if self._is_output_file_of_run(path.name) and path.name not in self.files:
                 return (
                     f"{make_printable(path)} is not recorded as a file of an earlier run, and would be replaced: move"
                     " the file, or write elsewhere"
@@ -70,7 +70,7 @@ class RunFolder:
         earlier = [path for path in earlier if path.exists()]
         if self.continued or not earlier:
             return None
-        if not any(self._is_run_file(path.name) for path in earlier):
+        if not any(self._is_output_file_of_run(path.name) for path in earlier):
             return f"{make_printable(self.path)} holds a run of another program: write elsewhere"
         if not overwrite:
             return (
@@ -88,7 +88,7 @@ class RunFolder:
             about: entries of config.json.
             first_epoch: first epoch that this run trains.
         """
-        remove_unfinished_files(self.path, self._pattern_of_recorded_names())
+        remove_leftover_temporary_files(self.path, self._regex_of_written_file_names())
         self.record = {**about, "versions": package_versions(), "format": RECORD_FORMAT}
         self.files |= {RECORD, STATS, EVENTS}
         self._write_config_json()
@@ -126,7 +126,7 @@ class RunFolder:
         if self.path / name in self.replaced:
             self.replaced.remove(self.path / name)
 
-    def delete_replaced_files(self) -> None:
+    def delete_files_of_replaced_run(self) -> None:
         """Delete the files of the earlier run that --overwrite replaces, except files that are already overwritten."""
         if self.replacing:
             self._keep_stats_of_first_epochs(0)
@@ -143,7 +143,7 @@ class RunFolder:
     def _write_config_json(self) -> None:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
-    def _read_names_of_recorded_files(self) -> set[str]:
+    def _read_written_file_names_from_config(self) -> set[str]:
         """Read from config.json which files earlier runs have written.
 
         Returns an empty set if the folder has no config.json of this project.
@@ -160,10 +160,10 @@ class RunFolder:
     def _is_name_without_folder(name: object) -> bool:
         return isinstance(name, str) and Path(name).name == name
 
-    def _is_run_file(self, name: str) -> bool:
+    def _is_output_file_of_run(self, name: str) -> bool:
         return name in (RECORD, STATS, EVENTS) or re.fullmatch(self.pattern, name) is not None
 
-    def _pattern_of_recorded_names(self) -> str:
+    def _regex_of_written_file_names(self) -> str:
         """Return a regular expression that matches the names of the files that config.json lists."""
         return "|".join(re.escape(name) for name in sorted(self.files)) or r"(?!)"
 

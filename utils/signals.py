@@ -25,7 +25,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._previous = {
-            number: signal.signal(number, self._remember_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._record_signal) for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
@@ -33,7 +33,7 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _remember_signal(self, number: int, _frame) -> None:
+    def _record_signal(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:

@@ -47,7 +47,7 @@ class Progress:
     best: float | None = None  # best validation score of all epochs
     left_out: int = 0  # number of images in the current epoch that could not be used
 
-    def count_step(self, values: Mapping[str, float], count: float) -> None:
+    def record_optimizer_step(self, values: Mapping[str, float], count: float) -> None:
         """Count an optimizer step, and add `count` times each value to the sums of the epoch.
 
         `values` must not have the key "count".
@@ -99,13 +99,13 @@ class Progress:
         Raises:
             UserError: if a value has a wrong type or is out of range.
         """
-        self.epoch = fields.get_integer("epoch")
-        self.step = fields.get_integer("step")
-        self.total_steps = fields.get_integer("total_steps")
+        self.epoch = fields.get_integer_field("epoch")
+        self.step = fields.get_integer_field("step")
+        self.total_steps = fields.get_integer_field("total_steps")
         sums = fields.get_nested_fields("sums")
-        self.sums = {name: sums.get_number(name) for name in sums.values}
-        self.best = fields.get_number("best", default=None)
-        self.left_out = fields.get_integer("left_out", default=0)
+        self.sums = {name: sums.get_number_field(name) for name in sums.values}
+        self.best = fields.get_number_field("best", default=None)
+        self.left_out = fields.get_integer_field("left_out", default=0)
 
 
 def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> float:
@@ -178,7 +178,7 @@ class Stepper:
                 precision is not fp16.
         """
         self.scaler.scale(loss).backward()
-        gradients = self._sum_gradients()
+        gradients = self._sum_gradients_over_processes()
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
             norm = norm.nan_to_num()  # in fp16, an infinite gradient is no error, because GradScaler skips the step
@@ -193,9 +193,9 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.progress.left_out += int(left_out)
-        self.progress.count_step(means, count)
+        self.progress.record_optimizer_step(means, count)
 
-    def _sum_gradients(self) -> list[Tensor]:
+    def _sum_gradients_over_processes(self) -> list[Tensor]:
         """Sum the gradients over the processes, and divide them by the scale of GradScaler. Returns the gradients."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         distributed.all_reduce_gradients(parameters, self.world)
@@ -262,7 +262,7 @@ class Stepper:
         content = Fields(resumed.content, resumed.name)
         earlier = content.get_nested_fields("settings")
         # train_sr.py has no setting "optimizer", because it always trains with Adam
-        optimizer, present = earlier.get_text("optimizer", default=""), settings.get("optimizer", "")
+        optimizer, present = earlier.get_text_field("optimizer", default=""), settings.get("optimizer", "")
         if optimizer != present:
             raise UserError(
                 f"{make_printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give"
