@@ -12,7 +12,7 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 
 def detector(checkpoint: str, **arguments):
-    """Load a trained detector. The docstring of `evaluation.load` explains the arguments."""
+    """Load a trained detector. The arguments are the same as for `evaluation.load`."""
     if is_project_already_imported():
         from evaluation import load
 
@@ -31,9 +31,10 @@ def is_project_already_imported() -> bool:
 
 @contextlib.contextmanager
 def put_project_packages_first() -> Iterator[None]:
-    """Let imports inside a `with` block find the packages of this checkout first.
+    """While a `with` block runs, let import statements find the packages of this checkout before all others.
 
-    The calling program may have imported its own modules with the names in PACKAGES. They are restored after the block.
+    The calling program may have imported other modules with the names in PACKAGES. After the block, `sys.modules` holds
+    these modules of the calling program again.
     """
     callers = pop_modules_with_project_package_names()
     sys.path.insert(0, str(CHECKOUT))

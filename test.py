@@ -11,7 +11,7 @@ program writes these files:
     P.json    metrics, settings and version numbers
     P.png     ROC curves and histograms of labelled images
 
-If a run is killed, the same command continues the run.
+If a run with --save_path is killed, repeat its command without --overwrite to score the remaining images.
 """
 
 import contextlib
@@ -29,20 +29,20 @@ import numpy as np
 from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, make_loader, merge_batches_of_equal_image_size
-from data.images import compute_final_size, read_header
+from data.images import compute_size_after_resize_and_crop, read_header
 from data.lists import (
     ImageFlags,
     Item,
     count_images_trained_on,
-    describe_and_hash_items,
-    list_labelled_items,
-    list_unlabelled_items,
+    describe_and_hash_image_list,
+    list_images_without_labels,
+    list_labelled_images,
 )
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
 from evaluation.loading import detector_from_checkpoint, select_settings_that_load_accepts
-from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_to_replace_foreign_files
-from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows, read_table
+from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_to_replace_files_of_other_programs
+from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows_from_logits, read_table
 from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
 from utils.compute import choose_device_and_precision, package_versions
 from utils.console import format_text_table, make_printable, progress_bar
@@ -56,7 +56,7 @@ logger = logging.getLogger("test")
 
 EXIT_ERRORS = 1  # exit status if some images could not be scored
 LONGEST_REASON = 300  # maximum number of characters of an exception's text in an error message
-UNKNOWN_SIZE = (1024, 1024)  # (height, width) that is assumed if the first image cannot be read
+UNKNOWN_SIZE = (1024, 1024)  # (height, width) that determines the batch size if the first image cannot be read
 
 
 def main(args: Namespace) -> int:
@@ -80,7 +80,7 @@ def main(args: Namespace) -> int:
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         for place in places.values():
-            refuse_to_replace_foreign_files(place.base, place.pictures.paths, filter(None, inputs))
+            refuse_to_replace_files_of_other_programs(place.base, place.pictures.paths, filter(None, inputs))
         for folder in filter(None, (base.parent, args.save_residuals)):
             make_folder(folder)
         stack.enter_context(hold_lock_file(base.with_name(f".{base.name}.lock"), world))
@@ -96,11 +96,11 @@ def main(args: Namespace) -> int:
             scoring_settings = {**describe_scoring_settings(detector, items), "perturbation": description}
             pictures.store_hash_of_scoring_settings(scoring_settings)
             writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, scoring_settings, world)
-            if writer.start_partial_table(args.overwrite, pictures.find_missing_pictures()):
+            if writer.start_partial_table(args.overwrite, pictures.find_images_without_current_picture()):
                 images = ImageDataset(items, detector.resize_and_crop_policy_for_reading, transform=transform)
                 batches = read_unscored_batches(images, detector, writer, args.batch_size, args.workers)
                 score_images(detector, batches, writer, pictures, stop)
-                writer.finish_table()
+                writer.write_table_from_partial_tables()
 
             # 4. Write the .npy, .json and .png files from the scores in the .csv file
             if world.is_main:
@@ -112,7 +112,7 @@ def main(args: Namespace) -> int:
             return 0
 
         # 5. Print the verdicts or the metrics
-        sys.stdout.write("\n".join(format_report(results, detector.calibration, bool(args.input))) + "\n")
+        sys.stdout.write("\n".join(format_verdicts_or_metrics(results, detector.calibration, bool(args.input))) + "\n")
         if args.input:
             for line in detector.describe_differences_from_training_images([item.path for item in items]):
                 logger.warning("warning: %s", line)
@@ -126,18 +126,19 @@ def main(args: Namespace) -> int:
 
 
 def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item]:
-    """List the images to score: unlabelled images from --input, or labelled images from the other options.
+    """List the images to score: the unlabelled images of --input, or the labelled images of folders or a CSV file.
 
     Args:
         inputs: the paths that follow --input, or None.
-        labelled: positional arguments of `data.lists.list_labelled_items`.
+        labelled: the values of --data-root-pos, --data-root-neg, --data-root and --csv. The value of an option that is
+            not given is None.
     """
     if inputs and any(labelled):
         raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
     if inputs:
-        return list_unlabelled_items(inputs)
+        return list_images_without_labels(inputs)
     others = "--data-root TREE, or --csv FILE; for images without labels, give --input PATH"
-    return list_labelled_items(*labelled, flags=ImageFlags(others=others))
+    return list_labelled_images(*labelled, flags=ImageFlags(others=others))
 
 
 def count_training_images_among_scored_images(items: list[Item], detector: Detector) -> int:
@@ -150,8 +151,9 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
     count = count_images_trained_on(items, detector.trained_on.numpy())
     if count:
         logger.warning(
-            "warning: %d of these %d images have the same file name, size and middle bytes as a training image of the"
-            " detector: their scores do not show how well the detector works on new images",
+            "warning: %d of these %d images are probably training images of the detector, because a training image has"
+            " the same file name, file size and 64 bytes in the middle: scores of training images do not show how well"
+            " the detector works on new images",
             count,
             len(items),
         )
@@ -159,7 +161,7 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
 
 
 class OutputPaths(NamedTuple):
-    """The paths of the output files for one perturbation, such as JPEG compression of all images."""
+    """The paths of the files that test.py writes when it scores images with one perturbation, such as JPEG."""
 
     base: Path  # path of the output files without .csv, .npy, .json or .png
     pictures: ResidualPictures
@@ -183,7 +185,7 @@ def choose_output_paths(
 
 
 def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed: int) -> dict:
-    """Return a dict that describes a perturbation. The dict is stored in the output files."""
+    """Return the dict that describes a perturbation in the output files of test.py."""
     description = {"name": perturbation.name, "strength": perturbation.strength, "label": perturbation.label}
     if perturbation.name != "none":
         description.update(protocol=protocol, seed=seed)
@@ -191,20 +193,21 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
 
 
 def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
-    """Return a dict that names the detector, the images and the settings on which the scores depend.
+    """Return a dict of everything that the scores depend on, except the perturbation and the content of image files.
 
-    The dict does not describe the perturbation, because the caller adds the perturbation.
+    The caller adds the description of the perturbation to the dict.
     """
     identity = detector.describe_model()
     vgg = identity.get("vgg")
-    identity["vgg"] = vgg and vgg["fingerprint"]  # without the path of the weights file, which does not affect scores
+    # The path of the VGG-19 weights file does not affect the scores, so only the fingerprint of the weights is used.
+    identity["vgg"] = vgg and vgg["fingerprint"]
     return {
         "detector": identity,
         "crop_size": detector.policy.crop_size,
         "resize": detector.policy.resize,
         "crops": detector.crops,
         "precision": detector.compute.precision,
-        "images": describe_and_hash_items(items),
+        "images": describe_and_hash_image_list(items),
     }
 
 
@@ -217,11 +220,12 @@ def read_unscored_batches(
     """Read the images that have no row in the score table yet, and yield batches of images of equal size.
 
     Args:
-        batch_size: maximum number of images per batch. If None, a batch has at most BATCH_PIXELS pixels.
+        batch_size: maximum number of images per batch. If `batch_size` is None, a batch of two or more images has at
+            most BATCH_PIXELS pixels.
         workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
-    block, pixels = images_per_batch(*compute_final_size(*size, images.policy)), BATCH_PIXELS
+    block, pixels = images_per_batch(*compute_size_after_resize_and_crop(*size, images.policy)), BATCH_PIXELS
     if batch_size:
         block, pixels = batch_size, math.inf
     missing = writer.list_unscored_images(block)
@@ -236,9 +240,9 @@ def read_unscored_batches(
 def score_images(
     detector: Detector, batches: Iterable[Batch], writer: ScoreWriter, pictures: ResidualPictures, stop: StopSignal
 ) -> None:
-    """Score each image in the batches, and write its row of the score table.
+    """Score each image in the batches, and write one row per image to the score table.
 
-    If the option --save-residuals is given, a residual picture of each image is drawn.
+    With the option --save-residuals, also draw a picture of each image, its re-synthesis and its residual.
 
     Raises:
         Stopped: after a batch, if the program has received a signal to stop.
@@ -264,13 +268,16 @@ def score_batch(
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
 
     Args:
-        logged_errors: descriptions of the errors whose traceback was logged already. New errors are added to this set.
+        logged_errors: descriptions of the errors whose traceback was logged already. If scoring the batch fails, this
+            function adds the description of the error to `logged_errors`.
     """
     indices = [index for _, index, _ in batch.keys]
     if not pictures.paths:
         try:
             logits = detector.logits(batch.x)  # (B, 2)
-            return dict(zip(indices, make_rows(batch.items, logits.numpy(), detector.calibration), strict=True))
+            return dict(
+                zip(indices, make_rows_from_logits(batch.items, logits.numpy(), detector.calibration), strict=True)
+            )
         except Exception as error:
             reason = describe_error(error)
             text = "a batch of %d images cannot be scored (%s): its images are scored one by one"
@@ -283,7 +290,10 @@ def score_batch(
 
 
 def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: ResidualPictures, index: int) -> Row:
-    """Score one image, uint8 (3, H, W), and draw its residual picture if pictures are requested.
+    """Score one image. With the option --save-residuals, also draw the picture of its residual.
+
+    Args:
+        image: uint8 (3, H, W).
 
     Returns:
         The row of the image in the score table. If an exception occurs, the row holds an error message instead of a
@@ -294,10 +304,10 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
         examination = detector.compute_resynthesis_residual_and_logits(image)
         doing = "be drawn"
         if pictures.paths:
-            pictures.draw_picture(index, examination)
+            pictures.draw_residual_picture_of_image(index, examination)
     except Exception as error:
         return make_error_row(item, f"{make_printable(item.path)}: cannot {doing} ({describe_error(error)})")
-    return make_rows([item], examination.logits.numpy(), detector.calibration)[0]
+    return make_rows_from_logits([item], examination.logits.numpy(), detector.calibration)[0]
 
 
 def describe_error(error: Exception) -> str:
@@ -313,7 +323,7 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
     """Write the .npy, .json and .png files from the scores in the .csv file, and delete the temporary .part files.
 
     Args:
-        record: entries of the .json file, to which this function adds the metrics and the version numbers.
+        record: entries that are written to the .json file, together with the metrics and the version numbers.
         seed: random seed of the bootstrap, which estimates the uncertainty of the metrics.
 
     Returns:
@@ -337,12 +347,13 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
 
         draw_roc_and_histograms(table, figure)
     else:
-        figure.unlink(missing_ok=True)  # `refuse_to_replace_foreign_files` has checked that test.py wrote this figure
+        # `refuse_to_replace_files_of_other_programs` has checked that an existing P.png is a picture of this project.
+        figure.unlink(missing_ok=True)
     writer.delete_partial_tables()
     return table, metrics
 
 
-def format_report(
+def format_verdicts_or_metrics(
     results: dict[str, tuple[ScoreTable, dict | None]], calibration: Mapping, is_unlabelled: bool
 ) -> list[str]:
     """Format the results as lines to print: the verdicts of unlabelled images, or the metrics of labelled images."""
@@ -357,7 +368,8 @@ def format_report(
     from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
-    if summaries:  # with several perturbations, only the first one is printed with all its metrics
+    # The report contains all metrics of the first perturbation. A table compares the AUROC of all perturbations.
+    if summaries:
         label, metrics = next(iter(summaries.items()))
         if len(results) > 1:
             lines += ["", f"== {label}"]
@@ -397,7 +409,7 @@ def log_written_files(base: Path, results: dict[str, tuple[ScoreTable, dict | No
     """Log the names of the output files."""
     several = "_*" if len(results) > 1 else ""
     figure = ",png" if any(metrics for _, metrics in results.values()) else ""
-    logger.info("the results are written to %s%s.{csv,npy,json%s}", make_printable(base), several, figure)
+    logger.info("test.py has written %s.{csv,npy,json%s}", make_printable(f"{base}{several}"), figure)
 
 
 if __name__ == "__main__":

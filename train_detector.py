@@ -32,22 +32,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.datasets import Augmentation, Batch, EpochBatchSampler, ImageDataset, make_loader
-from data.degradations import check_task_name, degrade_batch, sample_degradation_for_batch
-from data.images import SizePolicy, require_equal_sizes, select_usable_items
+from data.degradations import degrade_batch, require_known_auxiliary_task, sample_degradation_for_batch
+from data.images import SizePolicy, require_equal_sizes, select_usable_images
 from data.leaks import run_and_log_quick_leak_audit
 from data.lists import (
     ImageFlags,
     Item,
-    describe_and_hash_items,
+    describe_and_hash_image_list,
     hash_image_files,
-    list_labelled_items,
-    require_both_classes,
+    list_labelled_images,
+    require_real_and_fake_images,
 )
 from data.perturbations import perturb_at_random
 from data.residuals import CacheOptions, create_residual_datasets
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
-from evaluation.training_pictures import read_example_images, write_resynthesis_pictures
+from evaluation.training_pictures import read_one_real_and_fake_image, write_resynthesis_pictures
 from models.build import create_detector, load_detector
 from models.features import VGG19, load_vgg
 from models.losses import compute_classification_loss, compute_residuals_and_auxiliary_losses
@@ -75,7 +75,8 @@ logger = logging.getLogger("train_detector")
 LAST = "last.pth.tar"
 
 # A function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
-# If several processes share a batch, the mean over the batch is the sum of the scalars that the processes return.
+# If several processes share a batch, the loss of the batch is the sum of the losses that the processes return.
+# Each other scalar of the batch is also the sum of the scalars that the processes return.
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -84,7 +85,7 @@ def main(args: Namespace) -> None:
     with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
         # 1. List the images. No file is written before the images, their sizes and the networks have been checked.
         require_consistent_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
-        items = list_labelled_items(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
+        items = list_labelled_images(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = list_validation_images(args.val_real_roots, args.val_fake_roots, args.val_csv)
 
         # 2. Build the networks
@@ -104,9 +105,9 @@ def main(args: Namespace) -> None:
         transform = perturb_at_random if args.augment_perturb else None
         images = create_dataset(items, policy, args.skip_bad, Augmentation(args.seed, args.crops), transform)
         val_images = create_dataset(val_items, policy, args.skip_bad)
-        require_both_classes(images.items, "training images")
+        require_real_and_fake_images(images.items, "training images")
         if val_items:
-            require_both_classes(val_images.items, "validation images")
+            require_real_and_fake_images(val_images.items, "validation images")
         config["images"] = {"crop_size": args.crop_size, "resize": args.resize, **describe_training_images(images)}
         sampler = EpochBatchSampler(len(images), args.batch_size, args.seed, world)
         val_sampler = EpochBatchSampler(len(val_images), args.batch_size, world=world)
@@ -128,8 +129,8 @@ def main(args: Namespace) -> None:
         progress = stepper.progress
 
         # 5. Open the output folder, and load the training state of the run to resume
-        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_items(images.items)}
-        settings["validation_images"] = describe_and_hash_items(val_images.items)
+        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(images.items)}
+        settings["validation_images"] = describe_and_hash_image_list(val_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         state_of_networks = partial(
@@ -157,7 +158,7 @@ def main(args: Namespace) -> None:
         val_loader = make_loader(datasets[1], val_sampler, args.workers, compute)
 
         # 7. Train
-        pictures = read_example_images(images)
+        pictures = read_one_real_and_fake_image(images)
         text = "%d training images; the training starts at epoch %d, step %d"
         logger.info(text, sampler.count, progress.epoch, progress.step)
         if not progress.total_steps:
@@ -180,7 +181,7 @@ def main(args: Namespace) -> None:
 
 def require_consistent_options(task: str, fixed: bool, crops: int, crop_size: int | None) -> None:
     """Raise a UserError if the options contradict each other."""
-    check_task_name(task)
+    require_known_auxiliary_task(task)
     if task != "none" and fixed:
         raise UserError(f"--mode-sr {task} trains the re-synthesizer and --fixed-sr freezes it: give only one of them")
     if crops and not crop_size:
@@ -195,7 +196,7 @@ def list_validation_images(real_roots: list[str] | None, fake_roots: list[str] |
     if not (real_roots or fake_roots or csv):
         return []
     flags = ImageFlags("--val-root-pos", "--val-root-neg", "--val-csv FILE")
-    return list_labelled_items(real_roots, fake_roots, csv_file=csv, flags=flags)
+    return list_labelled_images(real_roots, fake_roots, csv_file=csv, flags=flags)
 
 
 def create_dataset(
@@ -205,12 +206,12 @@ def create_dataset(
     augmentation: Augmentation | None = None,
     transform: Callable | None = None,
 ) -> ImageDataset:
-    """Read the file headers of the images, and create a dataset of the images that can be used.
+    """Create a dataset of the usable images. An image is usable if its header can be read and its size is suitable.
 
     Args:
-        skip_bad: whether an image that cannot be used is left out. If False, such an image raises a UserError.
+        skip_bad: whether to leave out unusable images. If `skip_bad` is False, an unusable image raises a UserError.
     """
-    items, headers = select_usable_items(items, policy, skip_bad)
+    items, headers = select_usable_images(items, policy, skip_bad)
     return ImageDataset(items, policy, augmentation, transform, headers)
 
 
@@ -223,7 +224,7 @@ def find_smallest_trainable_batch_size(
     has a single value per channel and image, then a batch must hold two images.
 
     Raises:
-        UserError: if a batch must hold two images, but a process would get a single image in a step.
+        UserError: if batch norm needs two images, but some process gets only one image in a training step.
     """
     stride = getattr(detector.classifier, "stride", 0)
     shapes = [detector.residual_shape(*size)[1:] for size in set(sizes)]
@@ -231,15 +232,17 @@ def find_smallest_trainable_batch_size(
     synchronised = sampler.world.size > 1 and compute.device.type == "cuda"
     if max(height, width) > stride or synchronised:
         return 1
-    if sampler.find_smallest_batch_of_any_process() == 1:
+    if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
-            f"batch norm cannot be trained on a single image of {width} x {height} residual values, but {sampler.count}"
-            f" training images in batches of {sampler.batch_size} over {sampler.world.size} process(es) leave a single"
-            " image for a process: change --batch-size, or use a larger --crop-size or --resize"
+            f"batch norm cannot be trained on a single residual of {width} x {height} values: expected at least two"
+            f" images per process in each step, got a step with one image ({sampler.count} training images in batches"
+            f" of {sampler.batch_size}, {sampler.world.size} process(es)); change --batch-size, or use a larger"
+            " --crop-size or --resize"
         )
     logger.warning(
-        "warning: residuals of %d x %d values are too small for the classifier, whose stride is %d: gradients may be"
-        " large. Use larger images or a lower --idx-stages",
+        "warning: the smallest residual has %d x %d values, and the stride of the classifier is %d: the last batch norm"
+        " sees one value per channel and image, so the gradients may be very large; use larger images or a lower"
+        " --idx-stages",
         width,
         height,
         stride,
@@ -258,7 +261,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
         last: path of last.pth.tar, the checkpoint that `--resume auto` loads.
 
     Returns:
-        the detector, its config, and the checkpoint of the run to resume. The checkpoint is None for a new run.
+        the detector, its config, and the checkpoint of the run to resume, which is None for a new run.
     """
     origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
     resumed = choose_state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
@@ -274,7 +277,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     if resumed is None:
-        config.pop("auxiliary_vgg", None)  # a new run may use other VGG-19 weights for the auxiliary loss
+        config.pop("auxiliary_vgg", None)  # a new run may use other VGG-19 weights than the old run
     return detector, config, resumed
 
 
@@ -296,12 +299,12 @@ def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, comput
 
 
 def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
-    """Return the checkpoint `resumed` if its training can be continued, or None if a new training must start.
+    """Return `resumed` if this run can continue the training of the checkpoint, or None if this run must start anew.
 
     A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
 
     Raises:
-        UserError: if the training cannot be continued, but its checkpoint `resumed` is in the output folder.
+        UserError: if the training cannot be continued, and the output folder already holds this training.
     """
     if resumed is None:
         return None
@@ -309,13 +312,14 @@ def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, 
     for name, flag, value in (("fixed_resynthesizer", "--fixed-sr", fixed), ("auxiliary", "--mode-sr", task)):
         before = settings.values.get(name)
         if before != value:
-            difference = f"{resumed.name} was trained with {flag} = {before}"
             if Path(resumed.name).resolve().parent == last.resolve().parent:
                 raise UserError(
-                    f"{difference}, got {flag} = {value}: use the old value to continue the training, or start a new"
-                    " run with --init and a new --output-path"
+                    f"{resumed.name} was trained with {flag} = {before}, got {flag} = {value}: to continue this"
+                    f" training, use {flag} = {before}; to start a new training from the checkpoint, give it with"
+                    " --init, and give another --output-path"
                 )
-            logger.info("%s, got %s = %s: a new run starts from the old weights", difference, flag, value)
+            text = "%s was trained with %s = %s, got %s = %s: a new training starts from the weights in the checkpoint"
+            logger.info(text, resumed.name, flag, before, flag, value)
             return None
     return resumed
 
@@ -324,10 +328,13 @@ def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, 
 
 
 def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Compute the classifier's cross-entropy and accuracy on the residuals (B, C_l, H_l, W_l) of a batch.
+    """Classify the residuals of a batch, and compute the cross-entropy and the accuracy.
+
+    Args:
+        residual: the residuals of the batch, (B, C_l, H_l, W_l).
 
     Returns:
-        The cross-entropy and the accuracy, as scalars. If several processes share a batch, the mean over the batch is
+        The cross-entropy and the accuracy, as scalars. If several processes share a batch, each scalar of the batch is
         the sum of the scalars that the processes return.
     """
     labels = batch.labels.to(residual.device)  # (B,)
@@ -346,7 +353,8 @@ def residual_without_gradients(
     If the batch holds residuals from the cache, they are copied to the device and converted to float32.
 
     Args:
-        micro_batch: number of images that pass through re-synthesizer and features at a time. None means all images.
+        micro_batch: number of images whose residuals are computed at a time. If `micro_batch` is None, the residuals of
+            the whole batch are computed at a time.
         batch: images, or residuals that a `data.residuals.ResidualDataset` has read from the cache.
 
     Returns:
@@ -372,9 +380,9 @@ def loss_with_frozen_resynthesizer(
 
 
 class AuxiliaryTask(NamedTuple):
-    """The auxiliary task of end-to-end training, in which the re-synthesizer must restore real images."""
+    """Settings of the auxiliary task. In end-to-end training, the re-synthesizer also learns to restore real images."""
 
-    name: str  # name of the task in data.degradations.TASKS
+    name: str  # name of the auxiliary task, a key of data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
     vgg: VGG19 | None  # VGG-19 of the auxiliary loss; None if there is no auxiliary loss
     seed: int  # seed of the random degradations
@@ -411,7 +419,7 @@ def end_to_end_loss(
         with compute.autocast():
             return compute_residuals_and_auxiliary_losses(detector, task.vgg, x[rows], low, used[rows])
 
-    residual, auxiliary = compute_in_micro_batches(
+    residual, auxiliary = call_function_in_micro_batches(
         compute_residuals_and_losses_of_rows, len(x), task.micro_batch
     )  # (B, C_l, H_l, W_l), (B,)
     cross_entropy, accuracy = cross_entropy_and_accuracy(detector, residual, batch)
@@ -425,8 +433,8 @@ def downsample_and_degrade_images(
 ) -> Tensor | None:
     """Downsample a batch of images, and degrade the low-resolution images at random.
 
-    The seed, the epoch and the training step determine how the batch is degraded. The seed, the epoch and the index of
-    an image in the dataset determine the random numbers of the image.
+    The seed, the epoch and the training step determine how the batch is degraded. For each image, the seed, the
+    epoch and the index of the image in the dataset determine the random pixels or the noise.
 
     Returns:
         the degraded low-resolution batch (B, 3, h, w), or None if the batch is not degraded.
@@ -439,16 +447,16 @@ def downsample_and_degrade_images(
     return degrade_batch(degradation, downsample(x, scale), rngs)
 
 
-def compute_in_micro_batches(
+def call_function_in_micro_batches(
     function: Callable[[slice], tuple[Tensor, Tensor]], count: int, micro_batch: int | None
 ) -> tuple[Tensor, Tensor]:
     """Call `function` on slices of `micro_batch` images, and concatenate the results.
 
     If there are several slices, gradient checkpointing recomputes each slice in the backward pass, which saves memory.
-    The gradients are those of a single slice, provided that the re-synthesizer has no batch norm.
+    If the re-synthesizer has no batch norm, the slices give the same gradients as the whole batch at once.
 
     Args:
-        function: takes a slice of image numbers, and returns two tensors with one row per image.
+        function: takes a `slice` of the batch, and returns two tensors with one row per image of the slice.
         count: number of images in the batch.
         micro_batch: number of images per slice. None means a single slice with all images.
     """
@@ -468,12 +476,13 @@ def compute_in_micro_batches(
 def residual_cache_key(
     config: dict, features_fingerprint: str, code: Sequence[str | None], policy: SizePolicy, compute: Compute
 ) -> dict[str, object]:
-    """Return a dict of everything besides the images on which residuals depend.
+    """Return a dict that describes how residuals are computed: the networks, the image sizes and the arithmetic.
 
-    Cached residuals are used only if they were computed with an equal dict.
+    A run uses a cached residual only if the dict of the run that stored the residual is equal.
 
     Args:
-        code: hashes of the source code of the re-synthesizer and the features. Residuals also depend on this code.
+        code: hashes of the source code of the re-synthesizer and the features. A change of the source code can change
+            the residuals.
     """
     return {
         "re-synthesizer": config["resynthesizer"],
@@ -491,7 +500,7 @@ def hash_source_code(module: nn.Module) -> str | None:
     """Return a hash of the source code of a network's class, or None if Python cannot find the source code."""
     try:
         source = inspect.getsource(type(module))
-    except (OSError, TypeError):  # for example a class that was defined in an interactive session
+    except (OSError, TypeError):  # Python finds no source code for classes of an interactive session
         return None
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
@@ -506,7 +515,7 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
     # Without SyncBatchNorm, each process has its own batch-norm statistics.
-    # Checkpoints contain the statistics of the main process, so all processes validate with these statistics.
+    # All processes validate with the batch-norm statistics of the main process, which the checkpoints contain.
     broadcast_buffers(detector, stepper.world)
 
 
@@ -514,7 +523,10 @@ def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], los
 def compute_validation_metrics(
     detector: ResynthesisDetector, batches: Iterable[Batch], residual_of: Callable[[Batch], Tensor], world: World
 ) -> dict[str, float | None]:
-    """Compute the loss, the accuracy and the AUROC on the validation images. Fake is the positive class."""
+    """Compute the loss, the accuracy and the AUROC on the validation images.
+
+    For the AUROC, fake images are the positive class.
+    """
     detector.eval()
     labels = [torch.empty(0, dtype=torch.int64)]
     logits = [torch.empty(0, 2)]
@@ -538,7 +550,7 @@ def compute_validation_metrics(
 def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
     """Return the weights and the config of the detector as a dict, which is saved in checkpoints.
 
-    The keys "arch" and "state_dict" have the same names in the authors' checkpoints.
+    The authors' checkpoints also contain the keys "arch" and "state_dict".
 
     Args:
         trained_on: hashes of the training images, from `data.lists.hash_image_files`.
@@ -557,9 +569,11 @@ def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trai
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return the contents of an epoch's two numbered checkpoints, by file name, in the formats of the authors' code.
+    """Return a dict from file name to content for the checkpoints NNNN.pth.tar and NNNN_sr.pth.tar of an epoch.
 
-    Release: the authors' code counts the epochs in these file names from 1.
+    Both checkpoints have the file formats of the authors' code.
+
+    Release: in the file names of checkpoints, the authors' code counts the epochs from 1.
     """
     epoch = state["progress"]["epoch"]
     config = state["config"]

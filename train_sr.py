@@ -27,9 +27,9 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from data.datasets import Batch, EpochBatchSampler, ImageDataset, PatchDataset, make_loader
 from data.degradations import degrade_patch
-from data.images import SizePolicy, select_usable_items
+from data.images import SizePolicy, select_usable_images
 from data.leaks import run_and_log_quick_leak_audit
-from data.lists import Item, describe_and_hash_items, list_image_paths
+from data.lists import Item, describe_and_hash_image_list, list_image_paths
 from models.build import create_resynthesizer
 from models.features import VGG19, load_vgg
 from models.losses import compute_super_resolution_loss
@@ -50,11 +50,11 @@ logger = logging.getLogger("train_sr")
 LAST = "last.pth"
 SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoard
 # Lower bound on the mean squared error from which PSNR is computed. PSNR is therefore at most 58.9 dB.
-# The bound is the mean squared error of rounding to 8 bits.
+# Rounding pixels to 8 bits causes a mean squared error of 1 / (12 * 255^2).
 SMALLEST_MSE = 1 / (12 * 255**2)
 
 # A function that takes a batch, and returns the loss, the L1 term of the loss, and pictures for TensorBoard.
-# If several processes share a batch, the mean loss of the batch is the sum of the losses that the processes return.
+# If several processes share a batch, the loss of the batch is the sum of the losses that the processes return.
 LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -71,12 +71,12 @@ def main(args: Namespace) -> None:
 
         # 2. List and check the images
         eval_images = create_evaluation_dataset(args.eval_file, model.scale, args.skip_bad)
-        eval_sampler = EpochBatchSampler(len(eval_images), world.size, world=world)  # one image per process at a time
+        eval_sampler = EpochBatchSampler(len(eval_images), world.size, world=world)  # one image per process and step
         eval_loader = make_loader(eval_images, eval_sampler, args.workers, compute)
         if args.evaluate:
             return evaluate_and_log_psnr_and_ssim(model, origin, eval_loader, args.skip_bad, compute, world)
         items = list_unlabelled_images(args.train_file, "--train-file")
-        items, _ = select_usable_items(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
+        items, _ = select_usable_images(items, SizePolicy(model.scale, args.patch_size * model.scale), args.skip_bad)
         if world.is_main and eval_images.items:
             run_and_log_quick_leak_audit(items, eval_images.items)
 
@@ -95,8 +95,8 @@ def main(args: Namespace) -> None:
         # 4. Open the output folder, and load the training state of the run to resume
         output = Path(args.outputs_dir) / f"x{model.scale}"
         vgg, vgg_record = load_perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
-        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_items(items)}
-        settings["validation_images"] = describe_and_hash_items(eval_images.items)
+        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(items)}
+        settings["validation_images"] = describe_and_hash_image_list(eval_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         about = {"config": {"resynthesizer": config}, "vgg": vgg_record, "settings": settings}
@@ -123,7 +123,7 @@ def main(args: Namespace) -> None:
             is_last = epoch + 1 == args.num_epochs
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
-                run.write_pictures("input, re-synthesis, target", pictures, epoch + 1)
+                run.write_images_to_tensorboard("input, re-synthesis, target", pictures, epoch + 1)
             run.end_epoch(values, "psnr", collect_contents_of_numbered_checkpoints if due else None)
             if is_last:
                 warn_if_psnr_is_below_bicubic(values)
@@ -147,11 +147,11 @@ def set_initial_weights(model: nn.Module, start: str) -> None:
 
 
 def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
-    """List the images of a list file or a folder. The images get no labels.
+    """List the images of a list file or a folder as `Item`s without labels.
 
     Args:
         source: path of the list file or folder.
-        flag: the command-line option that sets `source`. Error messages name this option.
+        flag: the command-line option that sets `source`, for error messages.
     """
     if source is None:
         raise UserError(f"{flag} is missing: give a text file with one image path per line, or a folder of images")
@@ -161,7 +161,7 @@ def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
 def create_evaluation_dataset(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
     """Create a dataset of the usable images in --eval-file. If --eval-file is not given, the dataset is empty."""
     items = list_unlabelled_images(source, "--eval-file") if source else []
-    items, _ = select_usable_items(items, SizePolicy(scale), skip_bad)
+    items, _ = select_usable_images(items, SizePolicy(scale), skip_bad)
     return ImageDataset(items, SizePolicy(scale))
 
 
@@ -171,8 +171,8 @@ def load_perceptual_vgg(
     """Load VGG-19 for the perceptual loss. A resumed run uses the VGG-19 weights with which it began.
 
     Returns:
-        VGG-19, and a dict that describes its weights in checkpoints. Both are None if the weight of the perceptual loss
-        is 0.
+        VGG-19, and a dict that describes the VGG-19 weights in checkpoints. If the weight of the perceptual loss is 0,
+        the function returns (None, None).
     """
     if weight == 0:
         return None, None
@@ -188,7 +188,7 @@ class Schedule(NamedTuple):
     """A learning-rate schedule.
 
     The schedule "steps" multiplies the learning rate by `decay` after every `decay_epochs` epochs. The schedule
-    "cosine" is `utils.training.compute_cosine_learning_rate_factor`.
+    "cosine" uses the factors of `utils.training.compute_cosine_learning_rate_factor`.
     """
 
     name: str  # "steps" or "cosine"
@@ -214,14 +214,14 @@ def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf,
     """Train the network for one epoch, with one optimizer step per batch.
 
     Returns:
-        The pictures of the last batch for TensorBoard, (n, 3, H, W).
+        Pictures for TensorBoard, (n, 3, P, 3 * P), which show patches of the last batch.
     """
     model.train()
     pictures = torch.empty(0)
     for batch in batches:
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
-    broadcast_buffers(model, stepper.world)  # the batch-norm statistics of the processes differ
+    broadcast_buffers(model, stepper.world)  # all processes evaluate with the batch-norm statistics of the main process
     return pictures
 
 
@@ -260,9 +260,10 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, the mean over the batch is
+        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, each scalar of the batch is
             the sum of the scalars that the processes return.
-        pictures: n pictures, (n, 3, P, 3 * P). Each shows the input, the re-synthesis and the target side by side.
+        pictures: n pictures, (n, 3, P, 3 * P). Each picture shows the input, the re-synthesis and the target of a patch
+            side by side.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
@@ -320,7 +321,8 @@ def warn_if_psnr_is_below_bicubic(values: dict[str, float]) -> None:
     """Warn if the PSNR of the network is lower than the PSNR of bicubic interpolation.
 
     Args:
-        values: result of `compute_mean_psnr_and_ssim`. If "psnr" is missing, nothing is logged.
+        values: a dict that may contain the result of `compute_mean_psnr_and_ssim`. Without this result, the function
+            does not warn.
     """
     if values.get("psnr", 0) < values.get("psnr_bicubic", 0):
         logger.warning("warning: the network has a lower PSNR than bicubic interpolation: train the network longer")
@@ -353,7 +355,7 @@ def evaluate_and_log_psnr_and_ssim(
 
 
 def skip_or_refuse_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
-    """Yield each batch that contains a readable image.
+    """Yield the batches, except batches in which no image could be read.
 
     If `skip_bad` is True, an unreadable image is left out, and the error is logged.
 
@@ -378,9 +380,9 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return a dict from the file name of an epoch's numbered checkpoint to its contents, a state dict.
+    """Return a dict from file name to state dict for the checkpoint epoch_N.pth of an epoch.
 
-    Release: in the authors' code, this checkpoint is also a state dict, and file names count epochs from 0.
+    Release: the authors' code also saves epoch_N.pth as a state dict. In the file name, N counts the epochs from 0.
     """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}

@@ -1,8 +1,8 @@
 """Compare the time and memory of this project's networks with plain PyTorch implementations of the same networks.
 
-    python -m benchmarks [--side 512] [--rounds 2] [--stages 0 5]      on the CPU
-    python -m benchmarks --gpu 0                                       on a GPU, with all image sizes
-    python -m benchmarks --quick                                       one row with a toy network, in seconds
+    python -m benchmarks [--side 512] [--rounds 2] [--stages 0 5]      measures on the CPU
+    python -m benchmarks --gpu 0                                       measures on GPU 0, with several image sizes
+    python -m benchmarks --quick                                       measures a toy network, which takes seconds
 
 Each row of the printed table shows time and memory for one task, such as scoring images in float32. A row compares up
 to three implementations ("forms", see benchmarks/cases.py) of the same networks. Each measurement runs in a separate
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import Case, measure_case
+from benchmarks.cases import Case, measure_time_and_memory_of_case
 from models.build import create_detector
 from utils.errors import UserError, run_program
 
@@ -33,7 +33,7 @@ HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
 TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass per 1024 x 1024 pixels, in 10^12
 START_SECONDS = 5  # estimated time to start a process
-ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices; the time of their product is used to estimate the total time
+ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices whose product is timed to estimate the total time
 GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is compared with RDN on a GPU
 # Largest side in pixels of the images with which fine-tuning in plain PyTorch is measured on a CPU.
 # With larger images, fine-tuning in plain PyTorch needs more than 22 GiB.
@@ -44,7 +44,7 @@ GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
     """List the rows of the table.
 
-    Each row is a `Case` with the placeholder form="here", which `measure_implementations_of_case` replaces.
+    Each row is a `Case`. The field `form` of each `Case` is a placeholder, because a row compares several forms.
     """
     gpu = args.gpu
     if args.quick:
@@ -79,7 +79,8 @@ def estimate_tflop(case: Case) -> float:
     """Estimate how many floating-point operations one run of the measured task needs, in units of 10^12."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
-    if case.kind == "step, fine-tuning":  # 4 forward passes: checkpointing needs 2, and the backward pass costs 2
+    if case.kind == "step, fine-tuning":
+        # A step costs 4 forward passes, because checkpointing runs 2, and the backward pass costs as much as 2 more
         auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2  # the auxiliary loss is computed on half of the images
         return 4 * megapixels * (resynthesis + auxiliary)
     if case.kind == "step, train_sr.py":
@@ -93,7 +94,8 @@ def measure_in_new_process(case: Case) -> dict[str, float] | None:
     """Measure a case (a task and its settings) in a new process.
 
     Returns:
-        The result of `measure_case`, or None if the process fails, for example because of too little memory.
+        The result of `measure_time_and_memory_of_case`, or None if the process fails. A process may fail because of
+        too little memory, for example.
     """
     words = [sys.executable, "-m", "benchmarks.cases", json.dumps(case._asdict())]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -163,7 +165,7 @@ def measure_and_print_startup_times(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    text = "height and width of the images in pixels, without --gpu (default: 512)"
+    text = "height and width of the images in pixels, if the CPU is measured (default: 512)"
     parser.add_argument("--side", type=int, default=512, metavar="N", help=text)
     text = "how often each implementation is measured (default: 2)"
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help=text)
@@ -181,7 +183,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # Estimate the total time from the measured speed of a matrix product
     rows = list_benchmark_cases(args)
-    product = measure_case(Case("matrix product", "here", "fp32", 0, ESTIMATE_MATRIX_SIDE, 1, args.gpu, False))
+    product = measure_time_and_memory_of_case(
+        Case("matrix product", "here", "fp32", 0, ESTIMATE_MATRIX_SIDE, 1, args.gpu, False)
+    )
     rate = 2 * ESTIMATE_MATRIX_SIDE**3 / 1e12 / product["seconds"]  # TFLOP/s
     runs_per_process = 8 if on_gpu else 1
     seconds = 0.0

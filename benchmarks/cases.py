@@ -2,10 +2,10 @@
 
     python -m benchmarks.cases JSON
 
-JSON contains the fields of `Case`. The benchmark compares three implementations of the same networks, which are called
-forms. The form "plain" computes whole feature maps, concatenates them with torch.cat, and uses PyTorch's default memory
-format. The form "channels-last" is the plain form in channels-last memory format, with autocast for bf16. The form
-"here" is the code that the programs of this project run.
+The argument JSON is a JSON object with the fields of `Case`. The benchmark compares three implementations of the same
+networks, which are called forms. The form "plain" computes whole feature maps, concatenates them with torch.cat, and
+uses PyTorch's default memory format. The form "channels-last" is the plain form in channels-last memory format, with
+autocast for bf16. The form "here" is the code that the programs of this project run.
 """
 
 import json
@@ -41,7 +41,7 @@ from utils.distributed import World
 from utils.optimizers import create_optimizer
 from utils.training import Stepper
 
-TASKS = {0: "colorization", 5: "denoising"}  # feature stage -> auxiliary task, as in the fine-tuning scripts
+TASKS = {0: "colorization", 5: "denoising"}  # auxiliary task for each feature stage, as in the scripts in script/
 VGG_LAMBDA = 0.2  # weight of the perceptual loss, as in train_super_resolution_celeba.sh
 GPU_WARM_UPS = 3  # number of untimed runs, in which cuDNN chooses its algorithms
 GPU_RUNS = 5  # number of timed runs
@@ -61,7 +61,7 @@ class Case(NamedTuple):
 
 
 class PlainRDN(nn.Module):
-    """An RDN with the parameters of `rdn` that computes whole feature maps, as in figure 2 of its paper (CVPR 2018)."""
+    """A plain PyTorch implementation of RDN (CVPR 2018, figure 2), which uses the layers of the given `rdn`."""
 
     def __init__(self, rdn: RDN):
         super().__init__()
@@ -87,7 +87,7 @@ class PlainRDN(nn.Module):
 
 
 def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
-    """Create a detector with random weights. All forms get the same weights, because the seed is fixed."""
+    """Create a detector with random weights. Every call draws the same weights, because the seed is fixed."""
     compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
     rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
@@ -219,7 +219,7 @@ KINDS = {
 # --- measuring ----------------------------------------------------------------------------------------------
 
 
-def measure_case(case: Case) -> dict[str, float]:
+def measure_time_and_memory_of_case(case: Case) -> dict[str, float]:
     """Measure a case in this process.
 
     Returns:
@@ -246,8 +246,8 @@ def peak_memory_gib() -> float:
     if status.exists():
         words = status.read_text().split()
         return int(words[words.index("VmHWM:") + 1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS gives ru_maxrss in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # on macOS, the unit of ru_maxrss is bytes
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(measure_case(Case(**json.loads(sys.argv[1])))) + "\n")
+    sys.stdout.write(json.dumps(measure_time_and_memory_of_case(Case(**json.loads(sys.argv[1])))) + "\n")

@@ -24,7 +24,7 @@ from data.images import (
     Header,
     SizePolicy,
     compute_centre_crop_box,
-    compute_final_size,
+    compute_size_after_resize_and_crop,
     describe_size_problem,
     read_image_as_pillow_rgb,
     read_image_as_tensor,
@@ -45,14 +45,14 @@ Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, ge
 
 
 class Key(NamedTuple):
-    """The index of a dataset entry, with an epoch and a weight in the loss.
+    """The epoch in which a dataset entry is read, the index of the entry, and its weight in the loss.
 
     `dataset[key]` reads the entry that `key` names.
     """
 
     epoch: int
     index: int  # index of the entry in the dataset
-    weight: float = 1.0  # weight of the entry in the loss; `EpochBatchSampler` sets 1 / batch size, or 0
+    weight: float = 1.0  # weight of the entry in the loss; 0 if the entry repeats an entry of another process
 
 
 class Sample(NamedTuple):
@@ -60,21 +60,21 @@ class Sample(NamedTuple):
 
     key: Key
     item: Item
-    x: Tensor | None  # (K, ...): uint8 images or patches, or float residuals
+    x: Tensor | None  # (K, ...): K stacked uint8 images or patches, or K stacked residuals; None after an error
     error: str | None = None  # reason in one line why the image cannot be used
 
 
 class Batch(NamedTuple):
     """A batch of B images, patches or residuals of equal shape.
 
-    An image that could not be read is not in the batch, but has an error message in `errors`.
+    An image that could not be read has no row in the tensors. Its error message is in `errors`.
     """
 
-    x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l)
+    x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l) with C_l channels
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
-    weights: Tensor  # float32 (B,): weight of each row in the mean loss over the rows of all processes
+    weights: Tensor  # float32 (B,): factor for the loss of each row, before the losses of all rows are added
     items: list[Item]  # the image of each row
-    keys: list[tuple[int, int, int]]  # for each row: epoch, index in the dataset, index among the sample's K tensors
+    keys: list[tuple[int, int, int]]  # for each row: (epoch, index in the dataset, index k of the tensor in the sample)
     errors: dict[int, str]  # index in the dataset -> one-line error message
 
 
@@ -84,12 +84,12 @@ class Batch(NamedTuple):
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch.
 
-    All tensors of a batch must have the shape of the first sample without an error. A sample with tensors
-    of another shape is replaced by an error message.
+    All tensors in a batch have equal shape. If the tensors of a sample differ in shape from the tensors of the first
+    readable sample, the batch contains an error message instead of the sample.
     """
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
-    first = None  # the first sample without an error
+    first = None  # the first readable sample
     for sample in samples:
         epoch, index, weight = sample.key
         if sample.error:
@@ -97,7 +97,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
             continue
         first = first or sample
         if sample.x.shape[1:] != first.x.shape[1:]:
-            errors[index] = _describe_size_difference(first, sample)
+            errors[index] = _describe_unequal_image_sizes(first, sample)
             continue
         for part, row in enumerate(sample.x):
             rows.append(row)
@@ -109,17 +109,17 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
     return Batch(x, torch.tensor(labels, dtype=torch.int64), torch.tensor(weights), items, keys, errors)
 
 
-def _describe_size_difference(first: Sample, other: Sample) -> str:
+def _describe_unequal_image_sizes(first: Sample, other: Sample) -> str:
     names = [f"{make_printable(s.item.path)} ({s.x.shape[-1]} x {s.x.shape[-2]})" for s in (first, other)]
     return f"images of different sizes cannot be in one batch: {names[0]} and {names[1]}"
 
 
 def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
-    """Merge consecutive batches of one image each into batches of images of equal size.
+    """Merge consecutive one-image batches if their images have equal size.
 
     The dataset is divided into blocks of `block` consecutive images. Only images in the same block are merged into one
-    batch. Therefore the batches do not depend on the number of processes. A resumed run makes the same batches as an
-    uninterrupted run. Equal batches give each image the same scores, bit for bit.
+    batch. These blocks make the batches independent of the number of processes. A resumed run makes the same batches as
+    an uninterrupted run. The last bits of the scores of an image can depend on the size of its batch.
 
     Args:
         batches: batches of one image each.
@@ -141,7 +141,8 @@ def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixe
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
     """Return whether `batch` can be merged with the batches in `waiting`.
 
-    The batches must be in the same block. Their images must have equal size, and at most `pixels` pixels in total.
+    All images must be in the same block of the dataset. All images must have equal size. A merged batch must have at
+    most `pixels` pixels.
     """
     if _get_first_dataset_index_of_batch(batch) // block != _get_first_dataset_index_of_batch(waiting[-1]) // block:
         return False
@@ -153,7 +154,10 @@ def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels:
 
 
 def _get_first_dataset_index_of_batch(batch: Batch) -> int:
-    """Return the dataset index of the first image in a batch or, if no image could be read, of the first error."""
+    """Return the dataset index of the first image in a batch.
+
+    If no image of the batch could be read, the function returns the dataset index of the first error.
+    """
     if batch.keys:
         return batch.keys[0][1]
     return next(iter(batch.errors))
@@ -185,8 +189,8 @@ class EpochBatchSampler(Sampler):
     """A `batch_sampler` for DataLoader that yields a list of `Key`s for each batch of one epoch.
 
     If n processes share each batch, process r gets the entries r, r + n, r + 2 n and so on of the batch. The last batch
-    of an epoch may be smaller. Every process must take part in every step. Therefore, a process that would get no entry
-    of a small batch gets the first entry of the batch with weight 0.
+    of an epoch may be smaller. All processes must take the same number of steps. If a batch has fewer entries than
+    there are processes, each process without an entry gets the first entry of the batch with weight 0.
 
     Args:
         count: number of entries in the dataset.
@@ -228,7 +232,7 @@ class EpochBatchSampler(Sampler):
             else:
                 yield [Key(self.epoch, batch[0], 0.0)]
 
-    def find_smallest_batch_of_any_process(self) -> int:
+    def compute_smallest_batch_size_of_any_process(self) -> int:
         """Return the smallest number of entries that any process gets in any step of the epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
@@ -267,7 +271,7 @@ class ItemDataset(Dataset):
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
     def read_sample_tensors(self, path: str, key: Key) -> Tensor:
-        """Read an image file, and return K tensors of equal shape, stacked to one tensor (K, ...).
+        """Read an image file, make K tensors of equal shape from it, and stack them into one tensor (K, ...).
 
         Subclasses must implement this method.
 
@@ -327,7 +331,7 @@ class ImageDataset(ItemDataset):
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
         """The (height, width) of each image after resizing and cropping. The list is empty if no headers were read."""
-        return [compute_final_size(*header.size, self.policy) for header in self.headers]
+        return [compute_size_after_resize_and_crop(*header.size, self.policy) for header in self.headers]
 
     @property
     def crops_change_each_epoch(self) -> bool:
@@ -344,9 +348,9 @@ class PatchDataset(ItemDataset):
     """A dataset that cuts K random patches from each high-resolution image.
 
     A patch has `patch_size * scale` pixels per side. Images are first centre-cropped so that their sides are multiples
-    of `scale`. Patches are aligned with the low-resolution pixels, so that a downsampled patch is a part of the
-    downsampled image. Horizontal flip, vertical flip and rotation by 90 degrees have probability 0.5 each, as in the
-    paper (He et al.) and in yjn870/RDN-pytorch (MIT licence).
+    of `scale`. The borders of a patch lie between low-resolution pixels, which are `scale` pixels wide. Horizontal
+    flip, vertical flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and in
+    yjn870/RDN-pytorch (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
@@ -373,7 +377,9 @@ class PatchDataset(ItemDataset):
 
 
 def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut out a random patch that is aligned with the low-resolution pixels, and flip and rotate the patch at random.
+    """Cut a random patch out of an image, then flip and rotate the patch at random.
+
+    The borders of the patch lie between low-resolution pixels, which are `scale` pixels wide.
 
     Returns:
         the patch, uint8 (3, P, P) with P = patch_size * scale.
@@ -428,7 +434,7 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
         prefetch_factor=PREFETCHED if workers else None,
         pin_memory=compute.device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=_set_worker_signal_handlers_and_threads,
         multiprocessing_context="fork" if workers else None,
     )
 
@@ -442,12 +448,12 @@ def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
     """
     batch = collate_samples(samples)
     worker = get_worker_info()
-    if worker is None or _fits_in_shared_memory(batch.x.nbytes, worker.num_workers):
+    if worker is None or _batches_fit_in_shared_memory(batch.x.nbytes, worker.num_workers):
         return batch
     return _apply_to_batch_tensors(batch, Tensor.numpy)
 
 
-def _fits_in_shared_memory(size: int, workers: int) -> bool:
+def _batches_fit_in_shared_memory(size: int, workers: int) -> bool:
     """Return whether shared memory has space for all batches that the workers may store at the same time.
 
     A reserve of 1 MB is added to the size of each batch.
@@ -464,11 +470,11 @@ def _fits_in_shared_memory(size: int, workers: int) -> bool:
 
 
 def _apply_to_batch_tensors(batch: Batch, function: Callable) -> Batch:
-    """Return a copy of a batch in which `function` is applied to the tensors x, labels and weights."""
+    """Return a copy of `batch` with `function` applied to `x`, `labels` and `weights`."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 
-def _prepare_worker(_: int) -> None:
+def _set_worker_signal_handlers_and_threads(_: int) -> None:
     """Set the signal handlers and the number of threads of a worker process.
 
     A worker ignores SIGINT. A worker exits GRACE seconds after it gets SIGTERM. SIGINT and SIGTERM are often sent to

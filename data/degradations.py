@@ -20,7 +20,7 @@ TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxili
 TASK_NOISE_STD = 4 / 255
 TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-# Probability of each degradation of a patch. If two degradations are switched on, half of the patches are not degraded.
+# If two degradations are switched on, each has probability 1 - sqrt(0.5), so that half of the patches stay unchanged.
 PATCH_PROBABILITY = 1 - math.sqrt(0.5)
 PATCH_NOISE_STD = (0, 10 / 255)
 PATCH_JPEG_QUALITY = (25, 74)  # lowest and highest quality, both included
@@ -92,13 +92,13 @@ def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
-# TASKS maps the name of each auxiliary task to a function.
-# The function takes the random generator of a batch, and returns a `Degradation`.
+# TASKS maps the name of each auxiliary task to a function that creates a `Degradation` for one batch.
+# The argument of the function is a random generator.
 # The auxiliary task "none" has no degradation.
 TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
 
 
-def check_task_name(name: str) -> None:
+def require_known_auxiliary_task(name: str) -> None:
     """Raise a UserError if `name` is not the name of an auxiliary task in TASKS."""
     if name not in TASKS:
         raise UserError(f"--mode-sr must be one of {', '.join(TASKS)}, got {name}")

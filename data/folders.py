@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-HAS_AVIF = "avif" in features.modules and features.check("avif")  # Pillow >= 11.3, unless built without AVIF
+HAS_AVIF = "avif" in features.modules and features.check("avif")  # True for Pillow >= 11.3 that was built with AVIF
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 if HAS_AVIF:
     IMAGE_SUFFIXES += (".avif",)
@@ -27,19 +27,18 @@ def find_images(root: str) -> list[str]:
     """Find all images in a folder and in the folders below it, and sort them by path.
 
     Images are recognized by their file suffix, in upper or lower case. Hidden files, hidden folders, folders named
-    __MACOSX, and pictures written by test.py are left out. Links to folders are followed,
-    except links to a folder above the link. If links lead to a folder that was already read, the folder is not read
-    again.
+    __MACOSX, and pictures written by test.py are left out. A link to a folder is followed, unless the folder contains
+    the link. A folder to which several links point is read only once.
 
     Raises:
         UserError: if a folder cannot be read, or if no image is found.
     """
     images = []
-    left_out = Counter()  # reason -> number of files and folders
+    left_out = Counter()  # number of left-out files and folders for each reason
     visited = set()
     pending = [os.fspath(root)]  # folders that must still be searched
     while pending:
-        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_raise_unreadable_folder):
+        for folder, subfolders, names in os.walk(pending.pop(0), onerror=_raise_error_for_unreadable_folder):
             status = os.stat(folder)
             identity = (status.st_dev, status.st_ino)
             if identity in visited:
@@ -61,7 +60,7 @@ def find_images(root: str) -> list[str]:
     return sorted(images)
 
 
-def _raise_unreadable_folder(error: OSError) -> None:
+def _raise_error_for_unreadable_folder(error: OSError) -> None:
     raise UserError(
         f"image folder {make_printable(str(error.filename))} cannot be read ({error.strerror}): give a readable folder"
     )
@@ -71,8 +70,8 @@ def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: 
     """Select the subfolders that `find_images` searches.
 
     Args:
-        left_out: maps each reason for leaving out files and folders to their number. This function counts the
-            subfolders that it leaves out.
+        left_out: number of left-out files and folders for each reason. This function adds the subfolders that it leaves
+            out.
     """
     selected = []
     for name in sorted(subfolders):
@@ -90,8 +89,7 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
     Args:
         names: names of all files in the folder.
-        left_out: maps each reason for leaving out files and folders to their number. This function counts the files
-            that it leaves out.
+        left_out: number of left-out files and folders for each reason. This function adds the files that it leaves out.
     """
     images = []
     for name in names:
@@ -104,10 +102,10 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
 
 def _is_link_to_parent_folder(folder: str) -> bool:
-    """Return whether `folder` is a link to a folder above the link.
+    """Return whether `folder` is a link to a folder that contains the link.
 
-    Such links must not be followed. For example, the folder `real` may contain a link to its parent folder. If this
-    link were followed, generated images in the parent folder would be listed as real.
+    For example, the folder `real` may contain a link to its parent folder. If `find_images` followed a link from `real`
+    to its parent folder, it would list generated images in the parent folder as real.
     """
     if not os.path.islink(folder):
         return False
@@ -130,10 +128,10 @@ def _find_reason_to_leave_out_file(folder: str, name: str) -> str | None:
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    return find_kind_of_test_py_picture(os.path.join(folder, name))
+    return describe_picture_written_by_test_py(os.path.join(folder, name))
 
 
-def find_kind_of_test_py_picture(path: str) -> str | None:
+def describe_picture_written_by_test_py(path: str) -> str | None:
     """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     Returns:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # warnings.catch_warnings must not be used in threads, so the warnings are hidden for the whole program.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is missing, because it is unsafe
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is left out, because EPS files contain programs
 if HAS_AVIF:
     FORMATS += ("AVIF",)
 MAX_PIXELS = 178_956_970  # twice Pillow's default MAX_IMAGE_PIXELS, above which Pillow refuses to decode an image
@@ -48,7 +48,7 @@ class SizePolicy(NamedTuple):
     scale: int = 4  # factor by which the re-synthesizer enlarges images; sides become multiples of `scale`
     crop_size: int | None = None  # side of the square crop in pixels, or None for no crop
     resize: int | None = None  # length of the shorter side after resizing, in pixels, or None for no resizing
-    min_side: int = 1  # smallest side in pixels for which the features can be computed
+    min_side: int = 1  # smallest image side, in pixels, for which residuals can be computed
 
 
 class Header(NamedTuple):
@@ -122,7 +122,7 @@ def open_image(path: str) -> Iterator[Image.Image]:
     """Open an image file and read its header.
 
     Raises:
-        UserError: if the file cannot be opened, or if the `with` block raises any exception.
+        UserError: if the file cannot be opened, or if the body of the `with` statement raises an exception.
     """
     try:
         _check_regular_file(path)
@@ -162,7 +162,7 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
 
     Args:
         image: uint8 (3, H, W).
-        rng: generator that draws the top row and then the left column of the crop, or None for a centre crop.
+        rng: random generator for the position of the crop, or None for a centre crop.
 
     Raises:
         UserError: if the image is too small or too large.
@@ -207,8 +207,8 @@ def require_large_enough_crops(policy: SizePolicy) -> None:
     smallest = max(policy.scale, policy.min_side)
     if policy.crop_size - policy.crop_size % policy.scale < smallest:
         raise UserError(
-            f"--crop-size {policy.crop_size} is too small: the networks take multiples of {policy.scale} pixels, at"
-            f" least {smallest}"
+            f"--crop-size {policy.crop_size} is too small: crops are cut to multiples of {policy.scale} pixels, and"
+            f" must then have at least {smallest} pixels per side"
         )
 
 
@@ -229,7 +229,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
             " (or --patch-size), or leave the image out"
         )
     if policy.crop_size is not None:
-        return None  # `require_large_enough_crops` checks that crops are large enough for the networks
+        return None  # `require_large_enough_crops` checks whether `policy.crop_size` is too small
     side = min(height, width)
     if side < policy.scale:
         return f"{text}: both sides must be at least {policy.scale} pixels (the scale); leave the image out"
@@ -253,10 +253,10 @@ def _compute_size_after_resize(height: int, width: int, policy: SizePolicy) -> t
 
 
 @lru_cache(2**16)
-def compute_final_size(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
+def compute_size_after_resize_and_crop(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Compute the (height, width) of an image after `resize_and_crop`.
 
-    Results are cached, so that equal sizes share one tuple in memory.
+    Results are cached, so that images of equal size share one tuple in memory.
     """
     if policy.crop_size is not None:
         height, width = policy.crop_size, policy.crop_size
@@ -284,12 +284,12 @@ def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]])
 # --- headers ------------------------------------------------------------------------------------------------
 
 
-def check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
+def read_and_check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
     """Read and check the headers of image files, which takes about 0.05 ms per file.
 
     This function does not decode pixels. Damaged pixels are found later, when the image is decoded.
     """
-    shared = {}  # header -> first equal header, so that equal headers share one tuple in memory
+    shared = {}  # stores each distinct header once, so that equal headers share one tuple in memory
     headers = []
     with ThreadPool(HEADER_THREADS) as pool:
         results = pool.imap(lambda path: read_header(path, policy), paths, chunksize=8)
@@ -307,7 +307,7 @@ def read_header(path: str, policy: SizePolicy) -> Header:
         with open_image(path) as image:
             width, height = image.size
             is_jpeg = image.format in ("JPEG", "MPO")
-            if image.format == "TIFF":  # for a rotated TIFF image, image.size depends on the version of Pillow
+            if image.format == "TIFF":  # only some Pillow versions rotate image.size of TIFF images
                 width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
             with suppress(Exception):  # an image with damaged EXIF data can still be used
                 exif = Image.Image.getexif(image)  # unlike PngImageFile.getexif, this does not decode the image
@@ -318,7 +318,7 @@ def read_header(path: str, policy: SizePolicy) -> Header:
     return Header((height, width), describe_size_problem(height, width, policy), is_jpeg)
 
 
-def select_usable_items(
+def select_usable_images(
     items: Sequence[Item], policy: SizePolicy, skip_bad: bool = False
 ) -> tuple[Sequence[Item], list[Header]]:
     """Select the images that can be used according to their headers.
@@ -335,7 +335,7 @@ def select_usable_items(
         UserError: if an image cannot be used and `skip_bad` is False, or if no image can be used.
     """
     require_large_enough_crops(policy)
-    headers = check_headers([item.path for item in items], policy)
+    headers = read_and_check_headers([item.path for item in items], policy)
     good_items, good_headers, problems = [], [], []
     for item, header in zip(items, headers, strict=True):
         if header.problem is None:
@@ -344,10 +344,10 @@ def select_usable_items(
         else:
             problems.append(f"{make_printable(item.path)}: {header.problem}")
     for problem in problems:
-        logger.warning("%s: %s", "left out" if skip_bad else "bad image", problem)
+        logger.warning("image left out: %s" if skip_bad else "image cannot be used: %s", problem)
     if problems and not (skip_bad and good_items):
         way_out = "repair or remove these images" + ("" if skip_bad else ", or leave them out with --skip-bad")
-        raise UserError(f"{len(problems)} of {len(items)} images cannot be used: {way_out}; the first is {problems[0]}")
+        raise UserError(f"{len(problems)} of {len(items)} images cannot be used: {way_out}; the first: {problems[0]}")
     if problems:
         logger.warning("left out %d of %d images, because they cannot be used", len(problems), len(items))
     _log_centre_crops(good_headers, policy)
@@ -356,7 +356,10 @@ def select_usable_items(
 
 def _log_centre_crops(headers: Sequence[Header], policy: SizePolicy) -> None:
     uncropped = policy._replace(scale=1)
-    cropped = sum(compute_final_size(*h.size, policy) != compute_final_size(*h.size, uncropped) for h in headers)
+    cropped = sum(
+        compute_size_after_resize_and_crop(*h.size, policy) != compute_size_after_resize_and_crop(*h.size, uncropped)
+        for h in headers
+    )
     if cropped:
         text = "the sides of %d of %d images are not multiples of %d: these images are centre-cropped"
         logger.info(text, cropped, len(headers), policy.scale)

@@ -26,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# An attribute is reported if the fractions of real and of fake images that have the attribute differ by this much.
+# The audit reports an attribute value if its frequencies in real and in fake images differ by at least this much.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
-HEAD_BYTES = 2**16  # number of bytes at the beginning of a file that are compared first
+HEAD_BYTES = 2**16  # number of bytes at the beginning of a file that are hashed before the whole file is hashed
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
 QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg uses at quality 50
-WAYS_OUT = {  # advice on how to make each attribute equal in both classes
+WAYS_OUT = {  # for each attribute, advice on how to remove the difference between real and fake images
     "format": "compress both classes as JPEG with the same quality, or use images that were never compressed",
     "JPEG quality": "compress both classes as JPEG with the same quality, or train with --augment-perturb",
     "size": "use images of one size, or crops of one size (--crop-size N); --resize N leaves traces of the old size",
@@ -43,7 +43,10 @@ WAYS_OUT = {  # advice on how to make each attribute equal in both classes
 
 
 class File(NamedTuple):
-    """An image file with the attributes of its header, or with an error message of one line."""
+    """An image file, and the attributes that were read from its header.
+
+    If the file cannot be read, `attributes` is empty, and `error` says why.
+    """
 
     item: Item
     split: str  # "train" or "validation"
@@ -53,7 +56,11 @@ class File(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A reason why the scores of a detector may be meaningless (LEAK) or doubtful (WARNING)."""
+    """A problem that the leak audit has found.
+
+    A problem of severity LEAK can make the scores of a detector meaningless. A problem of severity WARNING can make the
+    scores doubtful.
+    """
 
     severity: str  # LEAK or WARNING
     check: str  # what was compared, such as "format (train)" or "exact duplicates in one class"
@@ -74,8 +81,7 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
     """Search image files for leaks and duplicates.
 
     Args:
-        quick: whether to read at most SAMPLE files per class in `train`, and at most SAMPLE files per class in
-            `validation`.
+        quick: whether to read at most SAMPLE images of each class from each list. Otherwise, all images are read.
     """
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
@@ -86,11 +92,11 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
                 step = math.ceil(len(group) / SAMPLE) if quick else 1
                 selected += group[::step]
     with ThreadPool(THREADS) as pool:
-        results = pool.imap(lambda pair: read_file_attributes(*pair), selected, chunksize=8)
+        results = pool.imap(lambda pair: read_attributes_of_image_file(*pair), selected, chunksize=8)
         files = list(progress_bar(results, "leak audit", len(selected)))
     readable = [file for file in files if file.error is None]
     unreadable = [file for file in files if file.error is not None]
-    findings = find_separating_attributes(readable) + find_duplicate_files(readable)
+    findings = find_attributes_that_separate_classes(readable) + find_duplicate_files(readable)
     if unreadable:
         text = f"{len(unreadable)}, the first: {unreadable[0].error}"
         examples = [file.item.path for file in unreadable[:2]]
@@ -104,64 +110,65 @@ def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequenc
     result = audit_images(train_items, val_items, quick=True)
     summary = f"{len(result.findings)} finding(s), see python -m tools.audit" if result.findings else "no leaks found"
     count = len(train_items) + len(val_items)
-    logger.info("leak audit of %d of %d image files: %s", result.checked, count, summary)
+    logger.info("leak audit read %d of %d image files, result: %s", result.checked, count, summary)
     for finding in result.findings[:3]:
-        logger.warning("%s: %s: %s", finding.severity.upper(), finding.check, finding.message)
+        logger.warning('leak audit: %s in the check "%s": %s', finding.severity.upper(), finding.check, finding.message)
 
 
-def read_file_attributes(item: Item, split: str) -> File:
+def read_attributes_of_image_file(item: Item, split: str) -> File:
     """Read the attributes in the header of an image file."""
     try:
         with open_image(item.path) as image:
-            return File(item, split, os.path.getsize(item.path), list_header_attributes(image))
+            return File(item, split, os.path.getsize(item.path), list_image_header_attributes(image))
     except UserError as error:
         return File(item, split, error=str(error))
 
 
-def list_header_attributes(image: Image.Image) -> dict[str, str]:
+def list_image_header_attributes(image: Image.Image) -> dict[str, str]:
     """List attributes of an image that a detector could learn: format, size, colour mode and JPEG quality."""
     width, height = image.size
     half_octaves = round(2 * math.log2(min(width, height)))
     attributes = {
         "format": image.format,
         "size": f"{width} x {height}",
-        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # in pixels, rounded to 64, 91, 128, 181 and so on
+        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # in pixels, rounded to a power of sqrt(2)
         "colour mode": image.mode,
     }
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO files, which contain several JPEG images
         luminance_table = image.quantization[min(image.quantization)]
         scale = sum(luminance_table) / QUALITY_50
-        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # inverse of libjpeg's formula, exact for 20..99
+        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # exact for libjpeg qualities from 20 to 99
         attributes["format"] = "JPEG"
         attributes["JPEG quality"] = f"quality {quality:.0f}"
     return attributes
 
 
-def find_separating_attributes(files: Sequence[File]) -> list[Finding]:
-    """Find attributes that separate real from fake images in the training or the validation images.
+def find_attributes_that_separate_classes(files: Sequence[File]) -> list[Finding]:
+    """Find attributes whose values differ between real and fake images.
 
-    First, the fake images of all generators together are compared with the real images. If an attribute does not
-    separate these two classes, the fake images of each single generator are compared with the real images.
+    Training and validation images are searched separately. First, the fake images of all generators together are
+    compared with the real images. If an attribute does not separate these two classes, the fake images of each
+    generator are compared with the real images for this generator.
     """
     findings = []
     for split in ("train", "validation"):
         in_split = [file for file in files if file.split == split]
         generators = sorted({file.item.generator for file in in_split if file.item.label == FAKE})
         for attribute in WAYS_OUT:
-            overall = compare_attribute_in_classes(in_split, attribute, split)
+            overall = compare_attribute_of_real_and_fake(in_split, attribute, split)
             findings.append(overall)
             if overall is None and len(generators) > 1:
                 for generator in generators:
                     compared = [file for file in in_split if file.item.generator in (generator, "")]  # "" means all
-                    findings.append(compare_attribute_in_classes(compared, attribute, f"{split}, {generator}"))
+                    findings.append(compare_attribute_of_real_and_fake(compared, attribute, f"{split}, {generator}"))
     return [finding for finding in findings if finding is not None]
 
 
-def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: str) -> Finding | None:
+def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, where: str) -> Finding | None:
     """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
 
     Args:
-        where: description of the compared files for the text of the finding, such as "train".
+        where: text that names the compared images in the returned finding, such as "train".
     """
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
@@ -171,7 +178,7 @@ def compare_attribute_in_classes(files: Sequence[File], attribute: str, where: s
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    # If both classes have the value equally often, the standard deviation of `difference` is at most three_sigma / 3
+    # `three_sigma` is at least three standard deviations of the difference that chance alone causes
     three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None
@@ -188,9 +195,9 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     first HEAD_BYTES bytes.
     """
     copies = []
-    for same_size in group_files(files, lambda file: file.size):
-        for same_head in group_files(same_size, lambda file: hash_beginning(file, HEAD_BYTES)):
-            copies += group_files(same_head, lambda file: hash_beginning(file, None))
+    for same_size in group_files_with_equal_key(files, lambda file: file.size):
+        for same_head in group_files_with_equal_key(same_size, lambda file: hash_beginning_of_file(file, HEAD_BYTES)):
+            copies += group_files_with_equal_key(same_head, lambda file: hash_beginning_of_file(file, None))
     across_splits, across_classes, within = [], [], []
     for group in copies:
         if len({file.split for file in group}) > 1:
@@ -212,15 +219,15 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     return findings
 
 
-def group_files(files: Sequence[File], key: Callable[[File], object]) -> list[list[File]]:
-    """Group files for which `key(file)` is equal, and return the groups of two or more files."""
+def group_files_with_equal_key(files: Sequence[File], key: Callable[[File], object]) -> list[list[File]]:
+    """Group files with equal values of `key(file)`, and return the groups that contain at least two files."""
     groups = defaultdict(list)
     for file in files:
         groups[key(file)].append(file)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def hash_beginning(file: File, count: int | None) -> bytes:
+def hash_beginning_of_file(file: File, count: int | None) -> bytes:
     """Return a hash of the first `count` bytes of a file, or of the whole file if `count` is None.
 
     Raises:

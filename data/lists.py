@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import find_images, find_kind_of_test_py_picture, folder_contains, format_file_counts_by_reason
+from data.folders import find_images, folder_contains, format_file_counts_by_reason, describe_picture_written_by_test_py
 from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL
@@ -38,8 +38,9 @@ class Item(NamedTuple):
 
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
-    # The name of the generator that made a fake image.
-    # A real image is compared with the fake images of its `generator`, or with all fake images if `generator` is "".
+    # For a fake image, `generator` is the name of the generator that made the image.
+    # For a real image, `generator` is the name of the generator whose fake images are compared with the image.
+    # The value "" means that no generator is named.
     generator: str
 
 
@@ -48,7 +49,7 @@ class ImageFlags(NamedTuple):
 
     real: str = "--data-root-pos"
     fake: str = "--data-root-neg"
-    others: str = "--data-root TREE, or --csv FILE"  # flags that can replace the flags `real` and `fake`
+    others: str = "--data-root TREE, or --csv FILE"  # text that names the alternatives to the flags `real` and `fake`
 
 
 IMAGE_FLAGS = ImageFlags()
@@ -57,7 +58,7 @@ IMAGE_FLAGS = ImageFlags()
 # --- folders ------------------------------------------------------------------------------------------------
 
 
-def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
+def list_labelled_images_in_folders(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
     """List the images of folders: first the real images, then the fake images.
 
     All images in a folder of fake images get the name of the folder as the name of their generator. If two of
@@ -73,7 +74,7 @@ def list_folder_items(real_roots: Sequence[str], fake_roots: Sequence[str]) -> l
     items = []
     for root in real_roots:
         items += [Item(path, REAL, "") for path in find_images(root)]
-    for root, generator in zip(fake_roots, _choose_generator_names(fake_roots), strict=True):
+    for root, generator in zip(fake_roots, _name_generators_after_folders(fake_roots), strict=True):
         items += [Item(path, FAKE, generator) for path in find_images(root)]
     return items
 
@@ -89,7 +90,7 @@ def _refuse_nested_folders(roots: Sequence[str]) -> None:
                 )
 
 
-def _choose_generator_names(roots: Sequence[str]) -> list[str]:
+def _name_generators_after_folders(roots: Sequence[str]) -> list[str]:
     """Return a unique name for each folder: the last N components of its path, with the smallest possible N."""
     parts = [os.path.abspath(root).split(os.sep) for root in roots]
     length = 1
@@ -101,13 +102,13 @@ def _choose_generator_names(roots: Sequence[str]) -> list[str]:
 # --- trees --------------------------------------------------------------------------------------------------
 
 
-def list_items_of_folder_tree(root: str, training: bool = False) -> list[Item]:
+def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item]:
     """List the images of a folder tree: first the real images, then the fake images.
 
     Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
     GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. Images in `root`/0_real get the name of `root` as the name
-    of their generator. A real image in GENERATOR/0_real is compared with the fake images of GENERATOR. If images are
-    left out, one log line says how many images are used, and how many are left out.
+    of their generator. Metrics compare the fake images of GENERATOR with the real images in GENERATOR/0_real. If
+    images are left out, one log line says how many images are used, and how many are left out.
 
     Args:
         training: whether to leave out images in folders for validation or test (HELD_OUT_FOLDERS).
@@ -131,7 +132,7 @@ def list_items_of_folder_tree(root: str, training: bool = False) -> list[Item]:
         label = REAL if folders[position] == layout[0] else FAKE
         items.append(Item(path, label, _choose_generator_name_in_tree(folders[:position], root)))
     if not items:
-        _raise_no_images_in_tree(root, left_out)
+        _raise_error_for_tree_without_images(root, left_out)
     if left_out or len(used) > 1:
         text = "image tree %s: using %s; left out: %s"
         logger.info(
@@ -150,8 +151,8 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
         folders: names of the folders in the path, from the root of the folder tree down.
 
     Returns:
-        the layout of the data set, an entry of LAYOUTS, and the position of the folder in `folders`. The layout is None
-        if the path contains no folder of real or fake images.
+        the entry of LAYOUTS that contains the name of the folder, and the index of the folder in `folders`. If the path
+        contains no folder of real or fake images, the function returns None and 0.
     """
     for layout in LAYOUTS:
         for position, folder in enumerate(folders):
@@ -163,8 +164,8 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     """Return the name of the generator of an image.
 
-    The name is the first entry of `parents` that is not the name of a folder for training, validation or test. If
-    `parents` has no such entry, the generator gets the name of the folder `root`.
+    Folder names such as "train" and "test" are ignored. The name of the generator is the first remaining entry of
+    `parents`. If no entry remains, the generator gets the name of the folder `root`.
 
     Args:
         root: root of the folder tree.
@@ -175,7 +176,7 @@ def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     return sys.intern(name)  # all images of one generator share one string in memory
 
 
-def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
+def _raise_error_for_tree_without_images(root: str, left_out: Counter) -> None:
     raise UserError(
         f"image tree {make_printable(root)} has no images that can be used"
         f" ({format_file_counts_by_reason(left_out)}): expected images in folders GENERATOR/0_real and"
@@ -187,7 +188,7 @@ def _raise_no_images_in_tree(root: str, left_out: Counter) -> None:
 # --- tables and lists ---------------------------------------------------------------------------------------
 
 
-def list_csv_items(file: str) -> list[Item]:
+def list_labelled_images_in_csv(file: str) -> list[Item]:
     """List the images of a CSV table with the columns "path" and "label", and optionally "generator".
 
     A label is "real" or 1 for a real image, and "fake" or 0 for a fake image. A relative path is first searched in the
@@ -203,13 +204,13 @@ def list_csv_items(file: str) -> list[Item]:
         reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or []]
         if not {"path", "label"} <= set(reader.fieldnames):
             got = make_printable(",".join(reader.fieldnames)[:100])
-            raise UserError(f"{what}, line 1: expected a header path,label or path,label,generator, got {got!r}")
+            raise UserError(f"{what}, line 1: expected the columns path,label or path,label,generator, got {got!r}")
         for row in reader:
             rows.append(_parse_table_row(row, f"{what}, line {reader.line_num}"))
     if any(label.isdecimal() for _, label, _ in rows):
         text = "%s: labels are read as 1 = real, 0 = fake; if 1 means fake, write the words real and fake instead"
         logger.warning(text, what)
-    paths = _find_listed_files([name for name, _, _ in rows], file, what)
+    paths = _find_listed_image_files([name for name, _, _ in rows], file, what)
     return [Item(path, LABELS[label], generator) for path, (_, label, generator) in zip(paths, rows, strict=True)]
 
 
@@ -217,17 +218,17 @@ def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
     """Read the path, the label and the generator from a row of a CSV table.
 
     Args:
-        where: name and line of the table for the error message.
+        where: text that names the table and the line in an error message.
     """
     path = row["path"] or ""
     label = (row["label"] or "").strip().lower()
     generator = (row.get("generator") or "").strip()
-    has_too_many_cells = None in row  # DictReader stores cells without a column under the key None
+    has_too_many_cells = None in row  # csv.DictReader stores surplus cells of a row under the key None
     if not path.strip() or label not in LABELS or has_too_many_cells:
         got = make_printable(", ".join(str(value) for value in row.values())[:100])
         raise UserError(
-            f"{where}: expected a path and a label, got {got}; the label must be real or fake (or 1 = real, 0 = fake),"
-            " and a path that contains a comma must be in quotes"
+            f"{where}: expected a path and a label (real or fake, or 1 = real, 0 = fake), got {got}; put a path that"
+            " contains a comma in quotes"
         )
     return path, sys.intern(label), sys.intern(generator)
 
@@ -240,7 +241,7 @@ def read_path_list(file: str) -> list[str]:
     what = f"image list {make_printable(file)}"
     with _open_text_file(file, what, newline="\n") as stream:
         lines = [line.removesuffix("\n") for line in stream]
-    return _find_listed_files([line for line in lines if line.strip()], file, what)
+    return _find_listed_image_files([line for line in lines if line.strip()], file, what)
 
 
 @contextmanager
@@ -250,7 +251,7 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
     Bytes that are not valid UTF-8 cause no error, because paths may contain such bytes.
 
     Args:
-        what: description of the file for the error message.
+        what: text that names the file in an error message.
     """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
@@ -259,13 +260,13 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
         raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', error)})") from None
 
 
-def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
+def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list[str]:
     """Return the paths of the files that a CSV table or a text file lists.
 
     Args:
         names: paths as written in `file`.
         file: path of the table or text file.
-        what: description of `file` for the error message.
+        what: text that names `file` in an error message.
 
     Raises:
         UserError: if `names` is empty, or if a file does not exist.
@@ -273,7 +274,7 @@ def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
     if not names:
         raise UserError(f"{what} lists no images: expected at least one image path")
     folder = os.path.dirname(file)
-    paths = [_find_listed_file(name, folder) for name in names]
+    paths = [_find_listed_image_file(name, folder) for name in names]
     if None in paths:
         first = make_printable(names[paths.index(None)][:1000])
         raise UserError(
@@ -283,10 +284,10 @@ def _find_listed_files(names: Sequence[str], file: str, what: str) -> list[str]:
     return paths
 
 
-def _find_listed_file(name: str, folder: str) -> str | None:
+def _find_listed_image_file(name: str, folder: str) -> str | None:
     """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
 
-    If the file does not exist, the function tries the name without the spaces at both ends.
+    If the file does not exist, the function also tries `name` without leading and trailing spaces.
     """
     for spelling in (name, name.strip()):
         for path in (spelling, os.path.join(folder, spelling)):
@@ -303,7 +304,7 @@ def list_image_paths(source: str) -> list[str]:
     return find_images(source) if os.path.isdir(source) else read_path_list(source)
 
 
-def list_labelled_items(
+def list_labelled_images(
     real_roots: Sequence[str] | None,
     fake_roots: Sequence[str] | None,
     tree: str | None = None,
@@ -315,8 +316,8 @@ def list_labelled_items(
 
     Args:
         real_roots, fake_roots: folders of real and of fake images.
-        tree: root of a folder tree, see `list_items_of_folder_tree`.
-        csv_file: path of a CSV table, see `list_csv_items`.
+        tree: root of a folder tree, see `list_labelled_images_in_tree`.
+        csv_file: path of a CSV table, see `list_labelled_images_in_csv`.
         flags: command-line flags with which the user can give images, used in error messages.
         training: whether to leave out images for validation or test in a folder tree.
 
@@ -329,15 +330,15 @@ def list_labelled_items(
     if sources != 1:
         got = "images are given in more than one way" if sources else "no images are given"
         raise UserError(
-            f"{got}: give folders of real images with {flags.real} and folders of generated images with {flags.fake},"
-            f" or {flags.others}"
+            f"expected images to be given in exactly one way, but {got}: give folders of real images with {flags.real}"
+            f" and folders of generated images with {flags.fake}, or {flags.others}"
         )
     if tree:
-        items = list_items_of_folder_tree(tree, training)
+        items = list_labelled_images_in_tree(tree, training)
     elif csv_file:
-        items = list_csv_items(csv_file)
+        items = list_labelled_images_in_csv(csv_file)
     elif real_roots and fake_roots:
-        items = list_folder_items(real_roots, fake_roots)
+        items = list_labelled_images_in_folders(real_roots, fake_roots)
     else:
         missing = flags.fake if real_roots else flags.real
         raise UserError(f"expected real and generated images, got only one class: give the other class with {missing}")
@@ -355,7 +356,7 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
     for item in items:
         try:
             status = os.stat(item.path)
-        except OSError:  # the error of a missing file is raised later, when the image is read
+        except OSError:  # a missing file is reported later, when the image is read
             continue
         first = first_with.setdefault((status.st_dev, status.st_ino), item)
         if first.label != item.label:
@@ -368,7 +369,7 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
         )
 
 
-def require_both_classes(items: Sequence[Item], what: str) -> None:
+def require_real_and_fake_images(items: Sequence[Item], what: str) -> None:
     """Raise a UserError if a list of images does not contain both real and generated images.
 
     Args:
@@ -380,7 +381,7 @@ def require_both_classes(items: Sequence[Item], what: str) -> None:
         raise UserError(f"{what} must contain both real and generated images, got {got}")
 
 
-def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
+def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
     """List images without labels, in the order of `paths`.
 
     Pictures written by test.py are left out.
@@ -398,7 +399,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
             raise UserError(f"input {make_printable(path)} does not exist: expected an image file or a folder")
         if os.path.isdir(path):
             found += find_images(path)
-        elif reason := find_kind_of_test_py_picture(path):
+        elif reason := describe_picture_written_by_test_py(path):
             left_out[reason] += 1
         else:
             found.append(path)
@@ -415,7 +416,7 @@ def list_unlabelled_items(paths: Sequence[str]) -> list[Item]:
 # --- recognising images -------------------------------------------------------------------------------------
 
 
-def describe_and_hash_items(items: Sequence[Item]) -> str:
+def describe_and_hash_image_list(items: Sequence[Item]) -> str:
     """Return one line with the number of images in a list, and a hash of their paths, labels and generators.
 
     The hash is computed from absolute paths, so that the line does not depend on the working folder.
@@ -434,7 +435,8 @@ def hash_image_files(items: Sequence[Item]) -> np.ndarray:
     """Compute hashes of image files, with which `count_images_trained_on` later recognizes training images.
 
     Returns:
-        int64 (N, 2): for each image, a hash of the name and the size of the file, and a hash of 64 bytes of the file.
+        int64 (N, 2), with one row per image. The first column contains a hash of the name and the size of the file. The
+        second column contains a hash of 64 bytes of the file.
     """
     rows = [(_hash_name_and_size(item.path), _hash_middle_of_file(item.path)) for item in items]
     return np.array(rows, np.int64).reshape(-1, 2)
@@ -460,7 +462,10 @@ def _hash_name_and_size(path: str) -> int:
 
 
 def _hash_middle_of_file(path: str) -> int:
-    """Compute a hash of 64 bytes in the middle of a file, which takes the same time for files of any size."""
+    """Compute a hash of 64 bytes in the middle of a file.
+
+    The function does not read the other bytes, so that it is fast for large files.
+    """
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
         return _hash_to_int64(file.read(64))

@@ -4,9 +4,9 @@ Images are uint8 (3, H, W) RGB tensors. Every perturbation returns an image of t
 perturbed by one of two protocols, frank2020 and sweep. Metrics of one protocol cannot be compared with metrics of the
 other protocol.
 
-    frank2020   each image is perturbed with probability 0.5, at a random strength, as in Frank et al., "Leveraging
-                Frequency Analysis for Deep Fake Image Recognition" (ICML 2020)
-    sweep       each image is perturbed at a fixed strength, to plot AUROC against strength
+In the protocol frank2020, each perturbation is applied with probability 0.5 and a random strength, as in Frank et al.,
+"Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020). In the protocol sweep, each perturbation is
+applied to every image at a fixed strength, to plot AUROC against strength.
 
 To add a perturbation, write a function and add a line to SWEEP, to FRANK2020, or to both.
 
@@ -43,16 +43,16 @@ def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Blur an image with a Gaussian kernel, and round the result to uint8.
 
     The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The image is blurred
-    along one axis at a time. A kernel that is too large for the image is truncated.
+    along one axis at a time. Along each axis, the radius of the kernel is limited to the image side minus 1.
     """
     x = image.float()  # (3, H, W)
     for _ in range(2):
         radius = min(kernel_size // 2, x.shape[-1] - 1)
         offsets = torch.arange(-radius, radius + 1)
-        kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)  # (2 * radius + 1,)
+        kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)  # Gaussian weights (2 * radius + 1,) with sum 1
         padded = F.pad(x[:, None], (radius, radius, 0, 0), mode="reflect")
         x = F.conv2d(padded, kernel.view(1, 1, 1, -1))[:, 0]
-        x = x.transpose(1, 2)  # swap height and width, so that each is blurred once; at the end, x is (3, H, W)
+        x = x.transpose(1, 2)  # swap height and width; the second swap restores (3, H, W)
     return _round_to_uint8(x)
 
 
@@ -63,7 +63,7 @@ def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
     bicubic kernel (a = -0.75) as OpenCV. With antialiasing, PyTorch would use a = -0.5.
 
     Args:
-        fraction: fraction of the height and of the width that is cut off, one half of this fraction at each end.
+        fraction: fraction of the height and of the width that is cut off, in equal parts at both ends.
     """
     height, width = image.shape[-2:]
     top = int(height * fraction * 0.5)
@@ -134,7 +134,7 @@ def compress_with_random_quality(image: Tensor, rng: np.random.Generator) -> Ten
 
 
 # FRANK2020 maps the name of each perturbation to its function.
-# The setting "combined" applies the four perturbations in this order.
+# The setting "combined" applies the four perturbations in the order of FRANK2020.
 # JPEG is last, because an image is usually compressed when it is saved.
 FRANK2020 = {
     "crop": crop_by_random_amount,
@@ -169,15 +169,15 @@ def add_noise_at_strength(image: Tensor, std: float, rng: np.random.Generator) -
     return add_noise(image, std * 255, rng)
 
 
-def shrink_at_strength(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
+def shrink_and_enlarge_at_strength(image: Tensor, factor: float, _: np.random.Generator) -> Tensor:
     """Shrink an image by a factor in (0, 1], and enlarge it to its original size."""
     return shrink_and_enlarge(image, factor)
 
 
 class Sweep(NamedTuple):
-    """A perturbation of the protocol "sweep": its function, its strengths, and labels for tables and figures."""
+    """One perturbation of the protocol "sweep", and the strengths at which it is applied."""
 
-    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # (image, strength, rng) -> image
+    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # returns the perturbed image
     strengths: tuple[float, ...] = ()
     label: str = "{:g}"  # format of a strength in tables
     axis: str = "strength"  # label of the strength axis in figures
@@ -192,7 +192,7 @@ SWEEP = {
     "noise": Sweep(
         add_noise_at_strength, (0.05, 0.1, 0.15, 0.2, 0.25), "std {:g}", "standard deviation, pixels in [0, 1]"
     ),
-    "resize": Sweep(shrink_at_strength, (0.5,), "x{:g} and back", "factor, and back", True),
+    "resize": Sweep(shrink_and_enlarge_at_strength, (0.5,), "x{:g} and back", "factor, and back", True),
 }
 
 
@@ -206,11 +206,11 @@ class PerturbationSetting(NamedTuple):
     """
 
     name: str
-    strength: float | None = None  # None for the name "none", and in the protocol frank2020
+    strength: float | None = None  # None if the perturbation has no fixed strength
 
     @property
-    def sweep_entry_or_default(self) -> Sweep:
-        """The entry of SWEEP with this name or, if there is no such entry, a `Sweep` with default values."""
+    def get_sweep_of_perturbation_or_default(self) -> Sweep:
+        """The entry of SWEEP for the perturbation `name`, or a default `Sweep` if SWEEP has no such entry."""
         return SWEEP.get(self.name, Sweep())
 
     @property
@@ -218,7 +218,7 @@ class PerturbationSetting(NamedTuple):
         """The name and the strength as text for tables, such as "jpeg quality 70"."""
         if self.strength is None:
             return self.name
-        return f"{self.name} {self.sweep_entry_or_default.label.format(self.strength)}"
+        return f"{self.name} {self.get_sweep_of_perturbation_or_default.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
@@ -274,9 +274,9 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
 class Perturbation(NamedTuple):
     """A transform for `ImageDataset` that applies one perturbation setting to images.
 
-    In the protocol frank2020, an image is perturbed with probability 0.5. The setting "combined" applies each of its
-    four perturbations with probability 0.5. In the protocol sweep, every image is perturbed. For the perturbation
-    "noise", an image gets the same noise pattern at every strength, multiplied by the strength.
+    In the protocol frank2020, a perturbation is applied to an image with probability 0.5. The setting "combined"
+    applies each of its four perturbations with probability 0.5. In the protocol sweep, every image is perturbed. In the
+    protocol sweep, the perturbation "noise" multiplies one noise pattern per image by the strength.
     """
 
     setting: PerturbationSetting
@@ -294,7 +294,7 @@ class Perturbation(NamedTuple):
             return image
         rng = self._create_random_generator(image)
         if self.protocol == "sweep":
-            return self.setting.sweep_entry_or_default.apply(image, strength, rng)
+            return self.setting.get_sweep_of_perturbation_or_default.apply(image, strength, rng)
         names = list(FRANK2020) if name == "combined" else [name]
         chosen = [n for n in names if rng.random() < PROBABILITY]
         for n in chosen:
@@ -311,7 +311,7 @@ class Perturbation(NamedTuple):
 def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Apply a random perturbation of FRANK2020 to a training image with probability 0.5.
 
-    Use this transform for both real and generated images. If only one class were perturbed, the detector would learn to
+    Training must perturb both real and generated images. If only one class were perturbed, the detector would learn to
     recognize perturbed images instead of generated images.
     """
     if rng.random() >= PROBABILITY:

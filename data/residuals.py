@@ -28,15 +28,15 @@ from utils.compute import Compute
 from utils.console import make_printable
 from utils.distributed import World, barrier, broadcast_from_main
 from utils.errors import UserError
-from utils.files import make_folder, open_for_atomic_write, remove_unfinished_files
+from utils.files import make_folder, open_for_atomic_write, remove_leftover_temporary_files
 
 logger = logging.getLogger(__name__)
 
 # STORAGE maps each value of --cache-precision to a data type.
 # Rounding to float16 changes an absolute value above 2^-14 by at most 0.05 % (2^-11).
-# Rounding to float16 changes a smaller absolute value by at most 2^-25.
+# Rounding to float16 changes an absolute value up to 2^-14 by at most 2^-25.
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
-ABANDONED_AFTER = 3600  # age in seconds at which unfinished files are deleted; another run may be writing younger files
+ABANDONED_AFTER = 3600  # age in seconds at which a partly written cache file counts as abandoned and is deleted
 FORMAT = 2  # version of the cache files; increase FORMAT if residuals are computed or stored in another way
 
 
@@ -55,12 +55,15 @@ def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
     folder = folder / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(exist_ok=True)
     (folder / "settings.txt").write_text(text)  # shows users the settings; programs do not read this file
-    remove_unfinished_files(folder, age=ABANDONED_AFTER)
+    remove_leftover_temporary_files(folder, age=ABANDONED_AFTER)
     return folder
 
 
 def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
-    """Return whether the residuals take at most `max_bytes` and fit into the free disk space, and log the result.
+    """Return whether the residuals fit into the cache, and log the result.
+
+    The residuals must take at most `max_bytes`. The free disk space must be large enough for residuals that are not yet
+    stored.
 
     Args:
         folder: the cache folder, from `create_cache_folder`.
@@ -83,7 +86,7 @@ class ResidualDataset(Dataset):
     """A dataset that reads the residual of each entry of an `ImageDataset` from the cache, without decoding images.
 
     Args:
-        images: a dataset that returns the same crops in every epoch. Only the mirroring may change between epochs.
+        images: a dataset whose crops are the same in every epoch, apart from random mirroring.
         folder: the cache folder, from `create_cache_folder`.
         dtype: data type of the stored residuals, a value of STORAGE.
     """
@@ -110,11 +113,11 @@ class ResidualDataset(Dataset):
         digest = hashlib.sha256(repr(identity).encode(errors="surrogateescape")).hexdigest()
         return self.folder / f"{digest[:32]}.npz"
 
-    def has_residual(self, key: Key) -> bool:
+    def is_residual_stored(self, key: Key) -> bool:
         """Return whether the residual of a dataset entry is in the cache."""
         try:
             return self.compute_residual_file_path(key).exists()
-        except OSError:  # the error of a missing image file is raised later, when the image is read
+        except OSError:  # a missing image file is reported later, when the image is read
             return False
 
     def store_residual(self, key: Key, residual: Tensor) -> None:
@@ -138,8 +141,8 @@ class ResidualDataset(Dataset):
     def __getitem__(self, key: Key) -> Sample:
         item = self.images.get_image_item_of_dataset_index(key.index)
         name = make_printable(item.path)
-        if not self.has_residual(key):
-            # `store_missing_residuals` could not read the image. Read the image again to get the error message
+        if not self.is_residual_stored(key):
+            # If the image cannot be read, `self.images[key]` returns a `Sample` with the error message
             error = self.images[key].error
             changed = f"{name}: the image file has changed during training; start again with --resume auto"
             return Sample(key, item, None, error or changed)
@@ -168,12 +171,12 @@ class ResidualDataset(Dataset):
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: function that is called as readable_batches(loader, description). The function yields
-                only the batches of `loader` whose image could be read.
+            readable_batches: called as readable_batches(loader, description), to iterate over the batches of `loader`
+                whose image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
-        missing = [key for key in keys if not self.has_residual(key)]
-        barrier(world)  # no process stores residuals until all processes have computed `missing`
+        missing = [key for key in keys if not self.is_residual_stored(key)]
+        barrier(world)  # all processes must list the missing residuals before any process stores one
         own_keys = missing[world.rank :: world.size]
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
@@ -188,7 +191,7 @@ class CacheOptions(NamedTuple):
 
     folder: str | Path  # parent folder of all cache folders
     precision: str  # "fp16" or "fp32"
-    max_gb: float  # maximum size of all residuals in GB; no residuals are stored if they would need more
+    max_gb: float  # maximum total size of the residuals in GB; if they need more, no residual is stored
 
 
 def create_residual_datasets(
@@ -201,24 +204,24 @@ def create_residual_datasets(
     """Create a dataset of cached residuals for each dataset of images.
 
     Args:
-        residual_shape: function that returns the shape (C_l, H_l, W_l) of the residual of a (height, width) image.
+        residual_shape: computes the shape (C_l, H_l, W_l) of a residual from the height and the width of an image.
         key: names and values of all settings that change residuals.
 
     Returns:
-        a list of one dataset of residuals for each dataset of images. The list is empty if images differ between
-        epochs, or if the residuals take too much space.
+        a list of one dataset of residuals for each dataset of images. The list is empty if crops or perturbations
+        change in each epoch, or if the residuals take too much space.
     """
     for images in datasets:
         if images.crops_change_each_epoch or images.transform:
             logger.info(
-                "residuals are not cached, because the images change in each epoch: to cache residuals, leave out"
-                " --augment-perturb, and give --crops-per-image if you give --crop-size"
+                "residuals are not cached, because the images change in each epoch: leave out --augment-perturb, and"
+                " give --crops-per-image together with --crop-size"
             )
             return []
     dtype = STORAGE[options.precision]
     byte_counts = []
     for images in datasets:
-        directions = 2 if images.augmentation else 1  # each crop needs one residual, or two if images are mirrored
+        directions = 2 if images.augmentation else 1  # a mirrored crop has a residual of its own
         for size in images.image_sizes:
             values = math.prod(residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.entries_per_image * directions)

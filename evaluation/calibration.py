@@ -17,9 +17,9 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
 
     Args:
         logits: (N, 2), with the columns FAKE and REAL.
-        calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by its entry
-            "temperature". The verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and unsure between
-            these thresholds. Without a calibration, the temperature is 1 and both thresholds are 0.5.
+        calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by
+            calibration["temperature"]. The verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and
+            unsure between these thresholds. Without a calibration, the temperature is 1 and both thresholds are 0.5.
 
     Returns:
         P(fake), float64 (N,) in [0, 1], and N verdicts: real, fake or unsure.
@@ -27,7 +27,7 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     rule = {**UNCALIBRATED, **(calibration or {})}
     logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
     margins = logits[:, 0] - logits[:, 1]
-    prob_fake = sigmoid(margins / rule["temperature"])  # the column FAKE of softmax(logits / temperature)
+    prob_fake = sigmoid(margins / rule["temperature"])  # equals softmax(logits / temperature)[:, 0]
     verdicts = np.full(len(prob_fake), "unsure")
     verdicts[prob_fake <= rule["t_real"]] = "real"
     verdicts[prob_fake >= rule["t_fake"]] = "fake"
@@ -55,9 +55,12 @@ def check_calibration(calibration: object, name: str) -> dict:
     fields = Fields(calibration, name, "calibration")
     if not fields.values:
         return {}
-    fields.get_positive_number("temperature")
-    t_real = fields.get_number("t_real", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
-    t_fake = fields.get_number("t_fake", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
+    fields.get_positive_number_field("temperature")
+    t_real = fields.get_number_field("t_real", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
+    t_fake = fields.get_number_field("t_fake", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
     if t_real > t_fake:
-        raise UserError(f"{make_printable(name)}: calibration.t_real {t_real:g} must not exceed t_fake {t_fake:g}")
+        raise UserError(
+            f"{make_printable(name)} is damaged: calibration.t_real must not exceed calibration.t_fake, got t_real"
+            f" {t_real:g} and t_fake {t_fake:g}; use an undamaged copy"
+        )
     return dict(fields.values)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.datasets import Batch, ImageDataset, Key, Sample, collate_samples, merge_batches_of_equal_image_size
-from data.images import SizePolicy, check_headers, resize_and_crop
+from data.images import SizePolicy, read_and_check_headers, resize_and_crop
 from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
 from evaluation.inputs import ACCEPTED, ImageInput, cut_evenly_spread_crops, decode_image, is_one_image
@@ -30,13 +30,16 @@ BATCH_PIXELS = 1024 * 1024  # maximum number of pixels in a batch; a larger imag
 
 
 class Examination(NamedTuple):
-    """All results of a detector for one image, which is cut into K crops. The tensors are float32 on the CPU."""
+    """The logits of one image, and the tensors from which a detector computes the logits.
+
+    The image is cut into K crops. All tensors are float32 on the CPU.
+    """
 
     x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
     x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), with values mostly in [0, 1]
-    residual: Tensor  # (K, C_l, h_l, w_l)
+    residual: Tensor  # the residuals of the crops, (K, C_l, h_l, w_l): differences between feature maps
     logits: Tensor  # (2,), the logits of FAKE and REAL, averaged over the crops
-    columns: int  # number of crops in one row of the image
+    columns: int  # number of columns of the grid of crops
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,13 @@ class Detector:
         return verdicts
 
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
-        """Compute the residual between each image and its re-synthesis: float32 (C_l, H_l, W_l) on the CPU.
+        """Compute the residual of each image: the features of its re-synthesis minus the features of the image.
 
-        If scores are averaged over crops, the residual is computed on the whole image, which is not cropped.
+        By default, a residual is the absolute value of this difference. Each residual is float32 (C_l, H_l, W_l) on
+        the CPU. If `crops` is greater than 1, the residual is computed on the whole image.
         """
         residuals = []
-        for batch in self._prepare_batches(images):
+        for batch in self._group_images_into_batches(images):
             _, _, residual = self.resynthesize(batch)
             residuals.extend(residual.cpu())
         return residuals
@@ -87,7 +91,7 @@ class Detector:
         """Compute the logits of images. With several crops per image, the logits are averaged over the crops.
 
         Args:
-            images: uint8 (B, 3, H, W), a batch of images returned by `prepare_image`.
+            images: uint8 (B, 3, H, W), a batch of images returned by `decode_resize_and_crop_image`.
 
         Returns:
             The logits, float32 (B, 2), on the CPU, with the columns FAKE and REAL.
@@ -118,7 +122,9 @@ class Detector:
         Returns:
             x: the images (B, 3, H, W), with values in [0, 1].
             x_hat: the re-synthesized images (B, 3, H, W).
-            residual: (B, C_l, H_l, W_l). All three tensors are on the detector's device.
+            residual: the residuals (B, C_l, H_l, W_l), which are differences between feature maps.
+
+            All three tensors are on the detector's device.
         """
         x = self.compute.images_to_float(images)  # (B, 3, H, W)
         with self.compute.autocast():
@@ -138,7 +144,10 @@ class Detector:
         return Examination(x, x_hat, residual, logits.mean(dim=0), columns)
 
     def cut_crops(self, image: Tensor) -> tuple[Tensor, int]:
-        """Cut an image (3, H, W) into K crops. Returns the crops (K, 3, h, w) and the number of crops in one row."""
+        """Cut an image (3, H, W) into a grid of K crops.
+
+        Returns the crops (K, 3, h, w), ordered row by row, and the number of columns of the grid.
+        """
         return cut_evenly_spread_crops(image, self.crop_side, self.crops)
 
     @property
@@ -152,11 +161,11 @@ class Detector:
     def resize_and_crop_policy_for_reading(self) -> SizePolicy:
         """Return the rule by which images are resized and cropped when they are read.
 
-        If the detector scores several crops per image, this rule does not crop, because `cut_crops` crops later.
+        If `crops` is greater than 1, the rule has no crop size, because `cut_crops` cuts the crops after reading.
         """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
-    def prepare_image(self, image: ImageInput) -> Tensor:
+    def decode_resize_and_crop_image(self, image: ImageInput) -> Tensor:
         """Decode, resize and crop an image for the network. Returns a tensor, uint8 (3, H, W).
 
         Raises:
@@ -166,16 +175,19 @@ class Detector:
 
     def _compute_logits_of_image_inputs(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
         """Compute the logits, float32 (N, 2), of one image or several images of any accepted type."""
-        logits = [self.logits(batch) for batch in self._prepare_batches(images)]
+        logits = [self.logits(batch) for batch in self._group_images_into_batches(images)]
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
-    def _prepare_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
-        """Prepare images and group them into batches (B, 3, H, W), in the same way as test.py."""
+    def _group_images_into_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
+        """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W).
+
+        By default, test.py forms batches by the same rule.
+        """
         if is_one_image(images):
             images = [images]
         elif not isinstance(images, Iterable):
             raise UserError(f"expected images, each {ACCEPTED}; got {type(images).__name__}")
-        prepared = map(self.prepare_image, images)
+        prepared = map(self.decode_resize_and_crop_image, images)
         first = next(prepared, None)
         if first is None:
             return
@@ -194,14 +206,16 @@ class Detector:
         }
 
     def describe_differences_from_training_images(self, paths: Sequence[str]) -> list[str]:
-        """Describe how image files differ from all training images, in one line of text per difference.
+        """List differences in size or file format between image files and the training images.
+
+        Each difference is described in one line of text.
 
         Returns an empty list if the checkpoint does not describe its training images.
         """
         known = self.config.get("images") or {}
         if "sides" not in known:
             return []
-        headers = check_headers(paths, self.resize_and_crop_policy_for_reading)
+        headers = read_and_check_headers(paths, self.resize_and_crop_policy_for_reading)
         smallest, largest = known["sides"]
         other_sizes, jpegs, other_formats = [], [], []
         for path, header in zip(paths, headers, strict=True):
@@ -231,9 +245,9 @@ def describe_training_images(images: ImageDataset) -> dict:
     """Describe the sizes and the file formats of training images, as a dict for a checkpoint.
 
     Returns:
-        A dict with the keys "sides" and "jpegs". "sides" is a pair of numbers of pixels: the minimum and the maximum
-        of the images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs the images, "jpegs"
-        is always 0.5, because training then compresses only some of the images as JPEG.
+        A dict with the keys "sides" and "jpegs". "sides" holds the minimum and the maximum, in pixels, of the
+        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, "jpegs" is set to
+        0.5, because the perturbations include JPEG compression.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))
@@ -249,7 +263,7 @@ def images_per_batch(height: int, width: int) -> int:
 
 
 def yield_each_image_as_batch(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Yield the image `first` and each image of `others`, uint8 (3, H, W), as batches of one image."""
+    """Yield each image, uint8 (3, H, W), as a batch of size 1: the image `first`, and then the images in `others`."""
     unnamed = Item("", None, "")
     yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

@@ -61,7 +61,7 @@ BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest co
 def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
     """Draw three panels: ROC curves on a linear axis, ROC curves on a logarithmic axis, and histograms of the scores.
 
-    The logarithmic axis shows low false-positive rates in detail, because these rates matter in practice.
+    The logarithmic axis shows low false-positive rates in detail.
     """
     with write_png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
@@ -77,8 +77,10 @@ def draw_auroc_by_perturbation_strength(
     In each panel, the strength that changes images most is on the right.
 
     Args:
-        curves: for each perturbation, a list of points (strength, {generator: metrics}) in order of strength.
-        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows the AUROC.
+        curves: for each perturbation, a list of pairs (strength, {name of a generator: its metrics}), sorted by
+            strength.
+        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows this AUROC on
+            unperturbed images.
     """
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
@@ -91,9 +93,9 @@ def draw_auroc_by_perturbation_strength(
                 draw_robustness_curve(panel, own, name, choose_generator_line_style(i))
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=choose_generator_line_style(i)["color"], lw=1, ls=":")
-            sweep = PerturbationSetting(perturbation).sweep_entry_or_default
+            sweep = PerturbationSetting(perturbation).get_sweep_of_perturbation_or_default
             panel.axhline(0.5, **CHANCE_STYLE)
-            panel.set(title=shorten_name(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
+            panel.set(title=shorten_name_for_legend(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
             panel.xaxis.set_inverted(sweep.smaller_is_harder)
         for panel in panels[len(curves) :]:
             panel.set_axis_off()
@@ -111,10 +113,10 @@ def draw_residual_picture(
     """Draw an image, its re-synthesis and the residual side by side, with a colour scale for the residual.
 
     Args:
-        x: the image (3, H, W). Values are clipped to [0, 1].
-        x_hat: the re-synthesis (3, H, W). Values are clipped to [0, 1].
+        x: the image (3, H, W). Values of x outside [0, 1] are clipped.
+        x_hat: the re-synthesis (3, H, W). Values of x_hat outside [0, 1] are clipped.
         residual: (H_l, W_l), the mean over the channels of the residual's absolute values. The largest 0.5 % of the
-            values share the brightest colour. Otherwise, a few very large values would make the picture dark.
+            values share the brightest colour, so that a few very large values do not make the picture dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -141,13 +143,13 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
     left_end = LOWEST_FPR
     for i, (name, rows) in enumerate(metrics.select_fakes_and_reals_per_generator(table).items()):
         scores, is_fake = table.logit_margins[rows], table.is_fake[rows]
-        if metrics.has_both_classes(is_fake):
+        if metrics.has_real_and_fake_images(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
-                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # drawn instead of a rate of 0, which has no logarithm
+                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # a logarithmic axis has no 0: 0 is drawn here
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
-            label = f"{shorten_name(name)}  {metrics.auroc(scores, is_fake):.3f}"
+            label = f"{shorten_name_for_legend(name)}  {metrics.auroc(scores, is_fake):.3f}"
             axes.plot(fpr, tpr, label=label, lw=1.8, **choose_generator_line_style(i))
     chance = np.geomspace(1e-9, 1, 400)
     axes.plot(chance, chance, **CHANCE_STYLE)
@@ -169,7 +171,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     table = table.select_rows(table.has_label_and_score if table.has_label_and_score.any() else table.has_score)
     edges = histogram_bin_edges(table.logit_margins)
     scores = np.clip(table.logit_margins, edges[0], edges[-1])  # outliers count in the outer bins
-    for name, rows, look in split_into_histogram_groups(table):
+    for name, rows, look in select_images_of_each_histogram(table):
         if rows.any():
             fractions = np.histogram(scores[rows], edges)[0] / rows.sum()
             axes.stairs(fractions, edges, fill=True, lw=1.6, label=f"{name} ({rows.sum():,})", **look)
@@ -179,7 +181,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     draw_legend(axes, None, "best")
 
 
-def split_into_histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
+def select_images_of_each_histogram(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
     """Select the images of each histogram: real images, unlabelled images, and the fakes of each generator.
 
     With more than MOST_HISTOGRAMS generators, one histogram shows the fakes of all generators.
@@ -196,7 +198,7 @@ def split_into_histogram_groups(table: ScoreTable) -> list[tuple[str, np.ndarray
     for i, (name, rows) in enumerate(fakes.items()):
         style = choose_generator_line_style(i)
         look = {"fc": (style["color"], 0.13), "ec": style["color"], "ls": style["ls"]}
-        groups.append((shorten_name(name), rows, look))
+        groups.append((shorten_name_for_legend(name), rows, look))
     return groups
 
 
@@ -209,7 +211,9 @@ def draw_robustness_curve(
     """
     strengths = [strength for strength, _ in points]
     values = [measured["auroc"] for _, measured in points]
-    axes.plot(strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten_name(generator), clip_on=False, **style)
+    axes.plot(
+        strengths, values, marker="o", ms=4.5, lw=1.8, label=shorten_name_for_legend(generator), clip_on=False, **style
+    )
     intervals = [measured["intervals"]["auroc"] for _, measured in points if measured["intervals"]]
     if points and len(intervals) == len(points):
         low, high = np.transpose(intervals)
@@ -227,13 +231,13 @@ def write_png_figure(
     grid: Mapping | None = None,
     description: str = "",
 ) -> Iterator[np.ndarray]:
-    """Yield an array of all panels of a new figure, and write the figure to a PNG file after the `with` block.
+    """Yield an array of the panels of a new figure. After the `with` block, write the figure to a PNG file.
 
     Args:
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
         grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. If `grid` is None,
-            matplotlib computes positions with room for all labels. This computation takes 0.6 s.
+            matplotlib places the panels so that all labels fit, which takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):
@@ -245,7 +249,7 @@ def write_png_figure(
             figure.savefig(file, format="png", metadata=texts, bbox_inches="tight" if grid is None else None)
 
 
-def shorten_name(name: str) -> str:
+def shorten_name_for_legend(name: str) -> str:
     """Shorten a name for a legend to at most LONGEST_NAME characters."""
     name = make_printable(name)
     return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}\N{HORIZONTAL ELLIPSIS}"
@@ -268,7 +272,7 @@ def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
 def draw_legend(axes: Axes, title: str | None, place: str) -> None:
     """Draw the legend of a panel: inside the panel, or below all panels if the legend is long.
 
-    A panel without curves gets a text that says which images are needed.
+    If a panel has no entries for a legend, the panel shows the text "needs real and fake images".
     """
     entries = len(axes.get_legend_handles_labels()[0])
     if entries > LONGEST_LEGEND:

@@ -70,8 +70,8 @@ def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
 def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
     """Cut `count` square crops that are evenly spread over an image, from border to border.
 
-    The crops form a grid with about the aspect ratio of the image. Crops at the same position are cut only once. If a
-    side of the image is shorter than a crop, each crop covers the whole side.
+    The crops form a grid with about the aspect ratio of the image. If several crops would have the same position,
+    only one of them is cut. If a side of the image is shorter than a crop, each crop covers the whole side.
 
     Args:
         image: a tensor (3, H, W).
@@ -93,7 +93,7 @@ def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tenso
 def compute_crop_start_positions(length: int, side: int, count: int) -> list[int]:
     """Compute the positions at which `count` crops of `side` pixels begin on a line of `length` pixels.
 
-    A single crop is centred. Equal positions are returned only once.
+    A single crop is centred. Duplicate positions are removed.
     """
     free = max(length - side, 0)
     if count == 1:

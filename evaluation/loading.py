@@ -47,14 +47,15 @@ def load(
     Args:
         checkpoint: path of the checkpoint.
         device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. If `device` is None, the
-            first GPU is used or, without a GPU, the CPU.
+            first GPU is used. On a machine without a GPU, None means the CPU.
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
-        resynthesizer: path of the checkpoint of the re-synthesizer. Only the authors' detectors need this argument.
+        resynthesizer: path of the checkpoint of the re-synthesizer. `resynthesizer` is needed only if `checkpoint` is a
+            checkpoint of the paper's authors.
         vgg_weights: "auto", "imagenet", "random" or the path of a file, as for the flag `--vgg-weights`.
-        options: settings that the authors' checkpoints do not store, as a dict {name: value}. The names are listed in
-            `models.build.OPTION_NAMES` ("stage", "dilated", ...). The flag names "idx_stages" and "no_dilation" are
-            accepted as well. The options "crop_size", "resize" (0 disables resizing) and "crops" replace the settings
-            used in training.
+        options: settings that the authors' checkpoints do not store, as a dict {name: value}. The tuple
+            `models.build.OPTION_NAMES` lists the names of these settings ("stage", "dilated", ...). "idx_stages" is
+            another name for "stage", and "no_dilation" means the opposite of "dilated". The options "crop_size",
+            "resize" (0 disables resizing) and "crops" replace the settings used in training.
 
     Raises:
         UserError: if the device does not exist, a precision or option is unknown, or the files do not fit together.
@@ -81,8 +82,8 @@ def detector_from_checkpoint(
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
     trained = check_image_settings_in_config(config, source.name)
-    settings = choose_image_settings(trained, options)
-    log_image_settings(settings, trained, options)
+    settings = choose_resize_and_crop_settings(trained, options)
+    log_resize_and_crop_settings(settings, trained, options)
     return Detector(
         network=network,
         compute=compute,
@@ -110,8 +111,8 @@ def create_resize_and_crop_policy(network: ResynthesisDetector, settings: ImageS
 def convert_gpu_number_to_device_name(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    On a machine without a GPU, `choose_device_and_precision` raises an error for such a name. For a number, it would
-    use the CPU instead.
+    On a machine without a GPU, `choose_device_and_precision` raises an error for the name "cuda:1", but uses the CPU
+    for the number 1.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
@@ -141,7 +142,7 @@ def check_load_options(options: Mapping) -> dict:
         if target not in known:
             raise UserError(f"unknown option {name!r}: expected one of {', '.join((*known, *ALIASES))}")
         if target in checked:
-            raise UserError(f"option {target!r} is given twice, also under its other name: remove one of the two")
+            raise UserError(f"option {target!r} is given twice, under two different names: remove one of the two")
         checked[target] = value
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
@@ -167,7 +168,7 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
     """
     images = Fields(config.get("images"), name, "config.images")
     for key in ("crop_size", "resize"):
-        images.get_integer(key, default=None)
+        images.get_integer_field(key, default=None)
     if images.has_value("sides"):
         sides = images.values["sides"]
         is_pair = isinstance(sides, list | tuple) and len(sides) == 2
@@ -176,12 +177,14 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
                 f"{make_printable(name)} is damaged: config.images.sides must be two positive integers, got {sides!r};"
                 " use an undamaged copy"
             )
-        images.get_number("jpegs", 0, 1)
+        images.get_number_field("jpegs", 0, 1)
     return images.values
 
 
 def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
-    """Check the hashes of the training images in a checkpoint, which are made by `data.lists.hash_image_files`.
+    """Check the hashes of training images that a checkpoint contains.
+
+    `data.lists.hash_image_files` computes hashes of images.
 
     Returns:
         The hashes `trained_on`, or None if the checkpoint contains no hashes.
@@ -197,13 +200,13 @@ def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
     )
 
 
-def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
+def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> ImageSettings:
     """Choose how images are resized and cropped.
 
     If the user does not choose "crop_size" or "resize", the value from training is used.
 
     Args:
-        trained: the values of "crop_size" and "resize" in training. A key is missing if its value is unknown.
+        trained: the values of "crop_size" and "resize" in training. An unknown value is left out.
         options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that the user does
             not choose has the value None or is missing.
 
@@ -219,12 +222,12 @@ def choose_image_settings(trained: Mapping, options: Mapping) -> ImageSettings:
         crops_as_in_training = chosen["crop_size"] is not None and options.get("crop_size") is None
         crops = DEFAULT_CROPS if crops_as_in_training else 1
     if crops > 1 and chosen["crop_size"] is None:
-        raise UserError(f"--crops {crops} needs a crop size: give --crop-size N (training used whole images)")
+        raise UserError(f"--crops {crops} needs a crop size: give --crop-size N, where N is a number of pixels")
     return ImageSettings(chosen["crop_size"], chosen["resize"], crops)
 
 
-def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
-    """Log the values of --crop-size and --resize that come from training.
+def log_resize_and_crop_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
+    """Log the values of --crop-size and --resize that the user did not choose, and the number of crops.
 
     For a value that differs from training, a warning is logged.
     """
@@ -233,7 +236,7 @@ def log_image_settings(settings: ImageSettings, trained: Mapping, options: Mappi
         used = getattr(settings, name)
         in_training = trained.get(name) or None
         if options.get(name) is None and in_training:
-            logger.info("%s is %d, as in training; pass %s 0 to disable %s", flag, in_training, flag, flag)
+            logger.info("the option %s has the value %d, as in training; %s 0 disables it", flag, in_training, flag)
         elif trained and used != in_training:
             text = "warning: %s is %d, and training had %s: the scores may be less accurate"
             logger.warning(text, flag, used or 0, in_training or "none")

@@ -1,9 +1,9 @@
 """Compute metrics of score tables with bootstrap intervals, and show the metrics in tables.
 
-FAKE IS THE POSITIVE CLASS: a higher score means more likely generated. A false positive is a real image that is called
-fake. Only in precision_real_positive and recall_real_positive, REAL is the positive class, as in the program of the
-paper's authors. A metric that is not defined, for example because a class is missing, is None. No metric is NaN, so
-that metrics can be written as JSON.
+FAKE IS THE POSITIVE CLASS: an image with a higher score is more likely to be generated. A false positive is a real
+image that is called fake. Exception: REAL is the positive class of precision_real_positive and recall_real_positive, as
+in the program of the paper's authors. A metric that is not defined, for example because a class is missing, is None. No
+metric is NaN, so that metrics can be written as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,26 +29,26 @@ RELEASE = "as in the authors' program (positive class: REAL)"
 
 
 def auroc(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the area under the ROC curve: the probability that a fake scores higher than a real.
+    """Compute the area under the ROC curve: the probability that a fake image scores higher than a real image.
 
-    A tie between a fake and a real counts half.
+    If a fake image and a real image have equal scores, the pair counts as one half.
     """
-    return float(roc_auc_score(is_fake, scores)) if has_both_classes(is_fake) else None
+    return float(roc_auc_score(is_fake, scores)) if has_real_and_fake_images(is_fake) else None
 
 
 def average_precision(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
     """Compute the average precision: the sum over all thresholds of precision times the increase in recall."""
-    return float(average_precision_score(is_fake, scores)) if has_both_classes(is_fake) else None
+    return float(average_precision_score(is_fake, scores)) if has_real_and_fake_images(is_fake) else None
 
 
 def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """Compute the ROC curve.
 
     Returns:
-        The false-positive rates (K,) and the true-positive rates (K,) at K points of the curve. The result is None if a
-        class is missing.
+        The false-positive rates (K,) and the true-positive rates (K,) at K points of the curve. The result is None if
+        there is no real image or no fake image.
     """
-    if not has_both_classes(is_fake):
+    if not has_real_and_fake_images(is_fake):
         return None
     fpr, tpr, _ = sklearn_roc_curve(is_fake, scores, drop_intermediate=False)
     return fpr, tpr
@@ -56,7 +56,7 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
 
 def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
     """Compute the equal error rate: the error rate at the threshold where reals and fakes have equal error rates."""
-    if not has_both_classes(is_fake):
+    if not has_real_and_fake_images(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     false_negative_rate = 1 - tpr
@@ -65,7 +65,7 @@ def equal_error_rate(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
 
 def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> float | None:
     """Compute the highest true-positive rate for which the false-positive rate is at most `highest_fpr`."""
-    if not has_both_classes(is_fake):
+    if not has_real_and_fake_images(is_fake):
         return None
     fpr, tpr = roc_curve(scores, is_fake)
     return float(tpr[fpr <= highest_fpr].max())
@@ -74,7 +74,7 @@ def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> f
 def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
     """Compute the expected calibration error over 15 bins of P(fake).
 
-    The error of a bin is |fraction of fakes - mean P(fake)|. The result is the mean of these errors, weighted by the
+    The error of a bin is |fraction of fakes - mean P(fake)|. The result is the mean error of all bins, weighted by the
     number of images in each bin.
     """
     if len(prob_fake) == 0:
@@ -94,7 +94,7 @@ def fraction_of_true(values: np.ndarray) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def has_both_classes(is_fake: np.ndarray) -> bool:
+def has_real_and_fake_images(is_fake: np.ndarray) -> bool:
     """Return whether there is at least one real and at least one fake image."""
     return bool(is_fake.any() and not is_fake.all())
 
@@ -108,7 +108,7 @@ class Metric(NamedTuple):
     is_column: bool = True  # True: a column of tables, in %; False: a number below the tables
 
 
-METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
+METRICS = {  # arguments of the lambda functions: s = logit_fake - logit_real, p = prob_fake, f = is_fake
     "accuracy": Metric("acc", "the larger logit decides", lambda s, p, f: fraction_of_true((s >= 0) == f)),
     "accuracy_real": Metric(
         "acc real", "fraction of the reals called real", lambda s, p, f: fraction_of_true(s[~f] < 0)
@@ -128,7 +128,7 @@ METRICS = {  # s: scores (logit_fake - logit_real), p: prob_fake, f: is_fake
 }
 
 
-def bootstrap_intervals(
+def compute_bootstrap_intervals(
     scores: np.ndarray, is_fake: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
@@ -152,14 +152,14 @@ def bootstrap_intervals(
     reals, fakes = np.flatnonzero(~is_fake), np.flatnonzero(is_fake)
     if min(len(reals), len(fakes)) < 2:
         return None
-    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # (K,), index of the last image with each score
+    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # (K,), where each run of equal scores ends
     is_right = (scores >= 0) == is_fake
     rng = seeded_generator(seed, len(reals), len(fakes))
     values = {"accuracy": [], "auroc": [], "average_precision": []}
     for _ in range(resamples):
-        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,), counts per image
+        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,), draws of each image
         drawn_fakes = np.bincount(rng.choice(fakes, len(fakes)), minlength=len(scores))  # (N,)
-        false_positives = np.cumsum(drawn_reals)[thresholds]  # (K,), from the highest threshold to the lowest
+        false_positives = np.cumsum(drawn_reals)[thresholds]  # (K,), number of false positives at each threshold
         true_positives = np.cumsum(drawn_fakes)[thresholds]  # (K,)
         fpr = np.append(0, false_positives / len(reals))
         tpr = np.append(0, true_positives / len(fakes))
@@ -167,7 +167,7 @@ def bootstrap_intervals(
         values["accuracy"].append((drawn_reals + drawn_fakes)[is_right].sum() / len(scores))
         values["auroc"].append((np.diff(fpr) * (tpr[1:] + tpr[:-1])).sum() / 2)  # sklearn's auc takes 10 times as long
         values["average_precision"].append((precision * np.diff(tpr)).sum())
-    outside = 100 * (1 - CONFIDENCE) / 2  # percentage of the resamples on each side of the interval
+    outside = 100 * (1 - CONFIDENCE) / 2  # 2.5 % of the resamples lie below the interval, and 2.5 % above
     return {name: np.percentile(drawn, [outside, 100 - outside]).tolist() for name, drawn in values.items()}
 
 
@@ -193,7 +193,7 @@ def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int 
     Returns:
         A dict. Its entry "all" holds the metrics of all images with a label and a score. "generators" is a dict {name:
         metrics}. "mean" holds the mean of each metric over the generators with both real and fake images. "images"
-        holds numbers of images. "notes" is a list of warnings, such as "... AUROC, AP, EER and TPR are not defined".
+        holds numbers of images. "notes" is a list of warnings, for example about undefined metrics.
     """
     all_images = compute_metrics_over_all_rows(table.select_rows(table.has_label_and_score), resamples, seed)
     generators = {}
@@ -226,7 +226,9 @@ def compute_metrics_over_all_rows(table: ScoreTable, resamples: int = RESAMPLES,
         "n_fake": int(table.is_fake.sum()),
         **values,
         "confusion": count_verdicts_by_class(table.predictions, table.is_fake),
-        "intervals": bootstrap_intervals(table.logit_margins, table.is_fake, resamples, seed) if resamples else None,
+        "intervals": compute_bootstrap_intervals(table.logit_margins, table.is_fake, resamples, seed)
+        if resamples
+        else None,
     }
 
 
@@ -241,10 +243,10 @@ def average_metrics_over_generators(generators: Mapping[str, Mapping]) -> dict[s
 
 
 def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[str]:
-    """Return warnings about groups of images with undefined metrics, and about groups with few real images.
+    """Return warnings about undefined metrics, and about metrics that are computed from few real images.
 
     Args:
-        groups: {name of the group: metrics}.
+        groups: {name of a generator, or "all images": metrics}.
     """
     lines, few = [], []
     for name, measured in groups.items():
@@ -305,8 +307,8 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
     """Make a table with one row per generator, one row for the mean over generators and one row for all images.
 
     Args:
-        summaries: {name: summary of a score table}. With several summaries, the first column names the score table.
-        columns: names of metrics. If empty, all metrics whose `is_column` is True are columns.
+        summaries: {name: summary of a score table}. With several score tables, the first column holds their names.
+        columns: names of metrics. If `columns` is empty, the table shows all metrics whose `is_column` is True.
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
     heading = ["generator", "real", "fake", *(METRICS[name].label for name in columns)]
@@ -321,7 +323,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
 
 def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
-    """Select the groups of images that get a row in `make_metric_table`. Returns {name of the group: metrics}."""
+    """Select the metrics that `make_metric_table` shows in rows. Returns {name of the row: metrics}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]
@@ -332,7 +334,7 @@ def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
     return groups
 
 
-def make_generator_table(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
+def make_table_of_metrics_per_generator(summaries: Mapping[str, dict], metric: str = "auroc") -> list[list[str]]:
     """Make a table of one metric, with one row per score table and one column per generator."""
     generators = list(dict.fromkeys(name for summary in summaries.values() for name in summary["generators"]))
     rows = [[METRICS[metric].label, *(make_printable(name) for name in generators)]]
@@ -355,10 +357,10 @@ def format_metrics(summary: Mapping) -> str:
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")
     lines.append(format_text_table(make_metric_table({"": summary})))
-    return "\n".join(lines + list_results_not_shown_in_table(summary))
+    return "\n".join(lines + list_results_missing_from_metric_table(summary))
 
 
-def list_results_not_shown_in_table(summary: Mapping) -> list[str]:
+def list_results_missing_from_metric_table(summary: Mapping) -> list[str]:
     """List the results that are not in the table of metrics, such as the counts of verdicts and of errors.
 
     Each result is one line of text.
@@ -390,4 +392,4 @@ def format_perturbation_table(summaries: Mapping[str, dict]) -> str:
         summaries: {perturbation: result of `compute_metrics_overall_and_per_generator`}.
     """
     heading = "AUROC in %, positive class: FAKE, in brackets its 95% interval"
-    return f"{heading}\n{format_text_table(make_generator_table(summaries))}"
+    return f"{heading}\n{format_text_table(make_table_of_metrics_per_generator(summaries))}"

@@ -1,8 +1,8 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
 P stands for the value of --save_path. P.csv is recognised by its header and P.json by its keys. P.png and residual
-pictures are recognised by a text in the PNG file. P.npy counts as written by test.py if its folder also holds a P.json
-or P.csv.N.part of test.py.
+pictures are recognised by the entry "Software" in the header of the PNG file. P.npy is replaced only if test.py also
+wrote P.json or a partial table P.csv.N.part.
 """
 
 import hashlib
@@ -27,11 +27,13 @@ RECORD_KEYS = {
     "detector",
     "metrics",
     "versions",
-}  # a JSON file with these keys counts as written by test.py
+}  # every P.json that test.py writes has these keys
 
 
 def path_without_suffix(save_path: str) -> Path:
-    """Convert --save_path to the path P of the files P.csv, P.npy, P.json and P.png. "P.npy" and "P/" also mean P.
+    """Convert --save_path to the path P of the files P.csv, P.npy, P.json and P.png.
+
+    The values "P", "P.npy" and "P/" of --save_path all give the path P.
 
     Raises:
         UserError: if --save_path does not end in the name of a file.
@@ -43,7 +45,9 @@ def path_without_suffix(save_path: str) -> Path:
     return Path(name)
 
 
-def refuse_to_replace_foreign_files(base: Path, pictures: Sequence[Path], inputs: Iterable[str | os.PathLike]) -> None:
+def refuse_to_replace_files_of_other_programs(
+    base: Path, pictures: Sequence[Path], inputs: Iterable[str | os.PathLike]
+) -> None:
     """Check that every file that test.py will write is a new file or an earlier output of test.py.
 
     Args:
@@ -52,24 +56,24 @@ def refuse_to_replace_foreign_files(base: Path, pictures: Sequence[Path], inputs
         inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
 
     Raises:
-        UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The message names
-            the file.
+        UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The error
+            message names the file that would be replaced.
     """
-    refuse_impossible_path(Path(f"{base}.json"))
+    refuse_path_that_cannot_exist(Path(f"{base}.json"))
     read_files = {device_and_inode(path) for path in inputs} - {None}
     parts = find_partial_tables(Path(f"{base}.csv")).values()
     has_record = is_json_of_score_table(Path(f"{base}.json")) or any(is_unfinished_score_table(part) for part in parts)
-    refuse_to_replace_foreign_file(Path(f"{base}.csv"), is_score_table, read_files)
-    refuse_to_replace_foreign_file(Path(f"{base}.json"), is_json_of_score_table, read_files)
-    refuse_to_replace_foreign_file(Path(f"{base}.npy"), lambda _: has_record, read_files)
-    refuse_to_replace_foreign_file(Path(f"{base}.png"), is_picture_of_this_project, read_files)
+    refuse_to_replace_file_of_other_program(Path(f"{base}.csv"), is_score_table, read_files)
+    refuse_to_replace_file_of_other_program(Path(f"{base}.json"), is_json_of_score_table, read_files)
+    refuse_to_replace_file_of_other_program(Path(f"{base}.npy"), lambda _: has_record, read_files)
+    refuse_to_replace_file_of_other_program(Path(f"{base}.png"), is_picture_of_this_project, read_files)
     for part in parts:
-        refuse_to_replace_foreign_file(part, is_unfinished_score_table, read_files)
+        refuse_to_replace_file_of_other_program(part, is_unfinished_score_table, read_files)
     for picture in pictures:
-        refuse_to_replace_foreign_file(picture, is_picture_of_this_project, read_files)
+        refuse_to_replace_file_of_other_program(picture, is_picture_of_this_project, read_files)
 
 
-def refuse_to_replace_foreign_file(
+def refuse_to_replace_file_of_other_program(
     path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]
 ) -> None:
     """Raise a UserError if the file at `path` is an input of this run, or was not written by test.py.
@@ -91,7 +95,7 @@ def refuse_to_replace_foreign_file(
         )
 
 
-def refuse_impossible_path(path: Path) -> None:
+def refuse_path_that_cannot_exist(path: Path) -> None:
     """Raise a UserError if no file can exist at `path`, for example because the name is too long."""
     try:
         os.stat(path)
@@ -162,10 +166,13 @@ class ResidualPictures:
         self.settings_digest = ""
 
     def store_hash_of_scoring_settings(self, settings: Mapping) -> None:
-        """Store a hash of the scoring settings. `draw_picture` writes the hash to the header of each picture."""
+        """Store a hash of the scoring settings in `self.settings_digest`.
+
+        `draw_residual_picture_of_image` writes the hash to the header of each picture.
+        """
         self.settings_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
-    def find_missing_pictures(self) -> np.ndarray | None:
+    def find_images_without_current_picture(self) -> np.ndarray | None:
         """Find the images whose residual picture is missing, or was drawn with different settings.
 
         Returns:
@@ -179,20 +186,20 @@ class ResidualPictures:
             missing[i] = (texts.get("Software"), texts.get("Description")) != (SOFTWARE, self.settings_digest)
         return missing
 
-    def draw_picture(self, index: int, examination: Examination) -> None:
+    def draw_residual_picture_of_image(self, index: int, examination: Examination) -> None:
         """Draw the residual picture of the image at `index` in the list. The picture shows all scored crops."""
         from evaluation.figures import draw_residual_picture  # imported here: Matplotlib takes a second to import
 
         columns = examination.columns
-        x = arrange_crops(examination.x, columns)  # (3, H, W)
-        x_hat = arrange_crops(examination.x_hat, columns)  # (3, H, W)
-        residual = arrange_crops(examination.residual.abs().mean(dim=1, keepdim=True), columns)[0]  # (H_l, W_l)
+        x = arrange_crops_in_grid(examination.x, columns)  # (3, H, W)
+        x_hat = arrange_crops_in_grid(examination.x_hat, columns)  # (3, H, W)
+        residual = arrange_crops_in_grid(examination.residual.abs().mean(dim=1, keepdim=True), columns)[0]  # (H_l, W_l)
         crops = len(examination.x)
         title = "image" if crops == 1 else f"image: the {crops} crops that were scored"
         draw_residual_picture(x, x_hat, residual, self.paths[index], title=title, description=self.settings_digest)
 
 
-def arrange_crops(crops: Tensor, columns: int) -> np.ndarray:
+def arrange_crops_in_grid(crops: Tensor, columns: int) -> np.ndarray:
     """Arrange crops (K, C, h, w) in a grid with `columns` crops per row.
 
     Returns an array (C, H, W) that shows the grid as one image.

@@ -1,7 +1,7 @@
 """Read and write score tables, which are CSV files with one row per image, written by test.py.
 
-The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. Writing and reading a table loses
-nothing: numbers keep all digits, and file names keep all characters and all bytes that are not UTF-8.
+The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. A number that is written to a
+table and read again keeps all its digits. File names that are not valid UTF-8 are also preserved.
 """
 
 import csv
@@ -33,7 +33,7 @@ class Row(NamedTuple):
 
     path: str
     label: str = ""  # real, fake, or empty if the image has no label
-    generator: str = ""  # source of a fake; a real image may name the generator with which it is compared
+    generator: str = ""  # generator of a fake; for a real image, the generator whose fakes it is compared with
     logit_fake: float | None = None
     logit_real: float | None = None
     prob_fake: float | None = None  # in [0, 1]
@@ -110,7 +110,7 @@ def make_error_row(item: Item, error: str) -> Row:
     return Row(path, convert_label_to_word(label), generator, error=" ".join(error.split()))
 
 
-def make_rows(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
+def make_rows_from_logits(items: Sequence[Item], logits: np.ndarray, calibration: Mapping | None = None) -> list[Row]:
     """Convert the logits of N images to rows. The row of an image whose logits are not finite holds an error message.
 
     Args:
@@ -174,7 +174,8 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 def format_csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
-    # Before Python 3.13, csv.writer does not quote a cell with "\r", and csv.reader would end the line at "\r"
+    # Before Python 3.13, csv.writer with QUOTE_MINIMAL does not quote a cell that contains "\r"
+    # csv.reader would end the line at an unquoted "\r"
     quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
@@ -225,7 +226,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
         UserError: if a row cannot be read (see `read_rows`), or the table has no rows.
     """
     paths, labels, generators, predictions, errors = [], [], [], [], []
-    numbers = array("d")  # an array needs 8 bytes per number, and a list 32
+    numbers = array("d")  # needs 8 bytes per number; a list would need 32 bytes per number
     for row in read_rows(path):
         paths.append(row.path)
         labels.append(row.label)
@@ -270,8 +271,8 @@ def read_json_record_of_score_table(path: str | os.PathLike) -> dict:
 def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
     """Return the path of the residual picture of an image: folder/IMAGE.residual.png.
 
-    IMAGE is the path of the image without the root "/" and with "__" instead of "..", so that every picture is inside
-    `folder`. IMAGE keeps its suffix, so that a.png and a.jpg get different pictures.
+    IMAGE is the path of the image without the root "/". In IMAGE, "__" replaces each "..", so that every picture is
+    inside `folder`. IMAGE keeps its suffix, so that a.png and a.jpg get different pictures.
     """
     path = os.path.splitdrive(os.path.normpath(image))[1]
     parts = []

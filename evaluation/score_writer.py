@@ -1,10 +1,10 @@
-"""Write a score table while images are scored. If the processes are killed, a new run continues the table.
+"""Write a score table while images are scored. If a run is killed, a new run continues the table.
 
 Each process writes its rows to its own file P.csv.N.part, called a partial table, where N is a number. The first line
 of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
-files. A run refuses to continue a partial table that has different scoring settings. With equal scoring settings, a run
-skips the images that have a row in a partial table. If the size or the modification time of an image file has changed,
-the image is scored again. When every image has a row, the rows are written to P.csv in the order of the list of images.
+files. A run refuses to continue a partial table that has different scoring settings. If the scoring settings are the
+same, a run skips the images that have a row in a partial table. If the size or the modification time of an image file
+has changed, the image is scored again. When every image has a row, the rows are written to P.csv in the order of the list of images.
 
 In a partial table, each row is one line. A row contains the index of its image in the list of images, but not the path
 of the image. While P.csv is written, only the positions of the rows are held in memory, because a list may hold ten
@@ -44,7 +44,8 @@ from utils.files import open_for_atomic_write, write_json
 logger = logging.getLogger(__name__)
 
 PARTIAL_TABLE_MARK = "# part of a score table by test.py: "
-# index: position in the list of images. size, mtime_ns: size in bytes and modification time of the image file
+# The column "index" holds the position of the image in the list of images
+# The columns "size" and "mtime_ns" hold the size in bytes and the modification time of the image file
 PARTIAL_TABLE_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
 
 
@@ -70,7 +71,8 @@ class ScoreWriter:
         items: the images, in the order of the table.
         stamps: result of `read_file_sizes_and_times` for the images.
         settings: the scoring settings (everything that the scores depend on besides the content of the image files),
-            as a dict for JSON. One entry of the dict must identify the list of images (see `describe_and_hash_items`).
+            as a dict for JSON. One entry of `settings` must identify the list of images (see
+            `describe_and_hash_image_list`).
         world: the processes that write the table together.
     """
 
@@ -89,9 +91,9 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, existing partial tables are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture is missing. An image in the mask is
-                scored again, except if its row holds an error. If `without_picture` is None, every image that has a
-                row is skipped.
+            without_picture: mask (N,) bool of the images whose residual picture is missing. These images are
+                scored again, except images whose row holds an error. If `without_picture` is None, every image
+                that has a row is skipped.
 
         Returns:
             False if P.csv is finished already, otherwise True.
@@ -100,11 +102,11 @@ class ScoreWriter:
             UserError: if an existing partial table has different scoring settings, or if P.csv was edited.
         """
         parts = find_partial_tables(self.table)
-        table_has_same_settings = not overwrite and not parts and self._is_table_of_same_settings()
+        table_has_same_settings = not overwrite and not parts and self._table_has_same_settings()
         if table_has_same_settings:
-            self._mark_images_as_done(self._read_rows_of_table(), without_picture)
+            self._mark_images_with_rows_as_done(self._read_rows_of_table(), without_picture)
         elif not overwrite:
-            self._mark_images_as_done(self._read_rows_of_partial_tables(parts), without_picture)
+            self._mark_images_with_rows_as_done(self._read_rows_of_partial_tables(parts), without_picture)
         if broadcast_from_main(bool(table_has_same_settings and self.done.all()), self.world):
             logger.info("%s is finished already; --overwrite scores the images again", make_printable(self.table))
             return False
@@ -113,11 +115,11 @@ class ScoreWriter:
         elif self.table.exists() and not overwrite and not table_has_same_settings:
             text = "%s was made with different settings or from different image files, and will be replaced"
             logger.info(text, make_printable(self.table))
-        barrier(self.world)  # every process has read the existing partial tables before any process writes
+        barrier(self.world)  # wait until every process has read the existing partial tables
         if overwrite and self.world.is_main:
             delete_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
-        if table_has_same_settings and self.world.is_main:  # only pictures are missing: copy the rows of P.csv
+        if table_has_same_settings and self.world.is_main:  # only pictures are missing: copy all rows of P.csv
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
         return True
@@ -147,7 +149,7 @@ class ScoreWriter:
         self.partial_table.write("".join(lines).encode("utf-8", "surrogateescape"))
         self.partial_table.flush()
 
-    def finish_table(self) -> None:
+    def write_table_from_partial_tables(self) -> None:
         """Close the partial table of this process, wait for all processes, and write P.csv from all partial tables.
 
         Raises:
@@ -171,7 +173,7 @@ class ScoreWriter:
     def write_json_record_of_score_table(self, record: Mapping) -> None:
         """Write `record` and the scoring settings to P.json.
 
-        A later run treats the score table as unfinished until `delete_partial_tables` is called.
+        While partial tables of the score table exist, a later run treats the score table as unfinished.
         """
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
@@ -179,8 +181,13 @@ class ScoreWriter:
         """Delete the partial tables, so that a later run treats P.csv as finished."""
         delete_files(find_partial_tables(self.table).values())
 
-    def _mark_images_as_done(self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None) -> None:
-        """Set `self.done` to True for images with a row. `start_partial_table` explains `without_picture`."""
+    def _mark_images_with_rows_as_done(
+        self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None
+    ) -> None:
+        """Set `self.done` to True for each image in `known_rows` that need not be scored again.
+
+        `start_partial_table` explains `without_picture`.
+        """
         for i, row in known_rows:
             needs_picture = without_picture is not None and without_picture[i] and not row.error
             self.done[i] = not needs_picture
@@ -194,7 +201,7 @@ class ScoreWriter:
             file.write(header.encode())
         self.partial_table = path.open("ab")
 
-    def _is_table_of_same_settings(self) -> bool:
+    def _table_has_same_settings(self) -> bool:
         """Return whether P.csv was made with the scoring settings and the image files of this run."""
         record = read_json_record_of_score_table(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
@@ -206,7 +213,7 @@ class ScoreWriter:
             UserError: if P.csv does not have one row per image, in the order of the images.
         """
         for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
-            if item is None or row is None or not _is_row_of_item(row, item):
+            if item is None or row is None or not _row_belongs_to_image(row, item):
                 raise UserError(
                     f"{make_printable(self.table)} was changed after test.py wrote it: expected one row per image in"
                     " the order of the images; choose another --save_path, or score all images again with --overwrite"
@@ -217,8 +224,9 @@ class ScoreWriter:
         """Raise a UserError if the scoring settings in a partial table differ from the settings of this run."""
         old, new = read_settings_of_partial_table(part), self.settings
         if old is None:
-            text = "is not a part of a score table: move the file, or choose another --save_path"
-            raise UserError(f"{make_printable(part)} {text}")
+            raise UserError(
+                f"{make_printable(part)} is not a partial score table: move the file, or choose another --save_path"
+            )
         differences = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         if differences:
             raise UserError(
@@ -245,8 +253,8 @@ class ScoreWriter:
         """Find the first valid row of each image in the partial tables P.csv.N.part.
 
         Returns:
-            numbers: (N,), for each image, the number of the partial table that holds its row. The number is -1 if the
-                image has no row.
+            numbers: (N,), for each image, the number of the partial table that holds its row, or -1 if the image has
+                no row.
             offsets: (N,), for each image, the position in bytes of its row in the partial table.
         """
         numbers = np.full(len(self.items), -1)
@@ -300,7 +308,7 @@ class ScoreWriter:
         return None
 
 
-def _is_row_of_item(row: Row, item: Item) -> bool:
+def _row_belongs_to_image(row: Row, item: Item) -> bool:
     """Return whether a row has the file name, the label and the generator of an image.
 
     The folders are not compared, because the same file can have a relative and an absolute path.
@@ -321,7 +329,7 @@ def find_partial_tables(table: Path) -> dict[int, Path]:
 
 
 def read_settings_of_partial_table(part: Path) -> dict | None:
-    """Read the scoring settings from the first line of a partial table. Returns None if `part` is another file."""
+    """Read the scoring settings from the first line of a file. Returns None if the file is not a partial table."""
     try:
         with part.open(encoding="utf-8") as file:
             first_line = file.readline(2**20)

@@ -18,7 +18,7 @@ PICTURE_SIDE = 256  # maximum side length of a picture in pixels
 PICTURE_GAIN = 4  # factor by which the faint differences are brightened
 
 
-def read_example_images(images: ImageDataset) -> dict[str, Tensor]:
+def read_one_real_and_fake_image(images: ImageDataset) -> dict[str, Tensor]:
     """Read the first readable real image and the first readable fake image, cropped to at most PICTURE_SIDE pixels.
 
     Returns:
@@ -53,9 +53,9 @@ def write_resynthesis_pictures(
     """Write pictures to TensorBoard that show an image, its re-synthesis and their difference side by side.
 
     In an auxiliary task, the re-synthesizer also learns to denoise or colorize low-resolution images. With an auxiliary
-    task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right part of the
-    second picture shows the difference between this re-synthesis and the image without degradation. Images and
-    degradation are the same in every epoch, so that pictures of different epochs can be compared.
+    task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right third of
+    the second picture shows the difference between the re-synthesis of the degraded image and the original image.
+    Images and degradation are the same in every epoch, so that pictures of different epochs can be compared.
     """
     if run.writer is None:
         return
@@ -65,7 +65,9 @@ def write_resynthesis_pictures(
         x_lr = downsample(x, scale)  # (1, 3, h, w)
         with compute.autocast():
             x_hat = detector.resynthesizer(x_lr)  # (1, 3, H, W)
-        run.write_pictures(f"resynthesis/{name}", join_pictures(x, x_hat, x), epochs_done)
+        run.write_images_to_tensorboard(
+            f"resynthesis/{name}", join_images_and_brightened_difference(x, x_hat, x), epochs_done
+        )
         if TASKS[task] is None:
             continue
         degradation = TASKS[task](seeded_generator(0))
@@ -73,10 +75,15 @@ def write_resynthesis_pictures(
         with compute.autocast():
             x_hat = detector.resynthesizer(degraded)  # (1, 3, H, W)
         enlarged = F.interpolate(degraded, scale_factor=scale)  # (1, 3, H, W)
-        run.write_pictures(f"resynthesis/{name}_degraded", join_pictures(enlarged, x_hat, x), epochs_done)
+        run.write_images_to_tensorboard(
+            f"resynthesis/{name}_degraded", join_images_and_brightened_difference(enlarged, x_hat, x), epochs_done
+        )
 
 
-def join_pictures(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Join `before`, `x_hat` and the brightened difference |x_hat - x| side by side to one picture (1, 3, H, 3 * W)."""
+def join_images_and_brightened_difference(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
+    """Join three pictures side by side: `before`, `x_hat` and the brightened difference |x_hat - x|.
+
+    Returns one picture (1, 3, H, 3 * W).
+    """
     difference = PICTURE_GAIN * (x_hat - x).abs()
     return torch.cat([before, x_hat, difference], dim=3)

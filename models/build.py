@@ -5,11 +5,12 @@ list the classes that can be chosen for each part of a detector. To add a networ
 of these dicts (docs/extending.md). The file config.json and most checkpoints store the name and the arguments of each
 network. The files epoch_N.pth and the checkpoints by the paper's authors do not store the arguments.
 
-Training and testing choose the settings of a detector, such as the name of the classifier, by the same rules. If the
-checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError. A
-setting that neither the checkpoint nor an option contains has the value in the paper. The dilation of the ResNet is an
-exception: as in the authors' program, a ResNet-50 or larger is dilated unless `--no_dilation` is given. The
-re-synthesizer and the classifier have random weights only if they are about to be trained.
+train_detector.py and test.py choose the settings of a detector, such as the name of the classifier, in the same way. If
+the checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError.
+If neither the checkpoint nor an option sets a value, the value in the paper is used. One default differs from the
+paper: as in the authors' program, a ResNet-50 or larger is dilated unless `--no_dilation` is given. The classifier of a
+new detector has random weights. If the re-synthesizer of a new detector has weights, these weights must already be
+trained.
 """
 
 import inspect
@@ -21,15 +22,15 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from models.config import (
-    choose_network_arguments,
-    choose_option_value,
+    choose_arguments_from_checkpoint_or_option,
+    choose_value_from_checkpoint_or_option,
     read_config,
     read_fingerprint_of_config,
     read_network_settings_of_config,
     read_vgg_source_and_fingerprint,
 )
 from models.controls import Bicubic, NoResynthesis
-from models.features import Pixels, VGG19Stage, find_stages_with_channels, get_name_and_arguments_of_features
+from models.features import Pixels, VGG19Stage, find_stages_by_channel_count, get_features_name_and_arguments_of_stage
 from models.rdn import RDN
 from models.released import (
     convert_no_dilation_to_resnet_arguments,
@@ -76,8 +77,8 @@ class Features(Protocol):
 
 # A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l).
 # A classifier is created as CLASSIFIERS[name](channels, **args).
-# A classifier with batch norm should have an attribute `stride`: input side / side of the last feature map.
-# If a batch would give batch norm one value per channel, train_detector.py requires batches of two images.
+# A classifier with batch norm should have an attribute `stride`, the stride of its last feature map.
+# From `stride`, train_detector.py computes whether batch norm needs batches of at least two images.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -124,16 +125,23 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
     if name not in entries:
         raise UserError(f"no {kind} is called {name!r}: expected one of {', '.join(entries)}")
     entry = entries[name]
-    refuse_fixed_arguments(f"{kind} {name}", getattr(entry, "keywords", {}), arguments)
+    refuse_user_values_of_fixed_arguments(f"{kind} {name}", getattr(entry, "keywords", {}), arguments)
     try:
         inspect.signature(entry).bind(*required, **arguments)
     except TypeError as error:
-        raise UserError(f"{kind} {name} got wrong arguments ({error}): expected {inspect.signature(entry)}") from None
+        raise UserError(
+            f"the arguments of the {kind} {name} are wrong ({error}): expected arguments that fit the signature"
+            f" {inspect.signature(entry)}"
+        ) from None
     return construct_network_or_raise_user_error(f"{kind} {name}", entry, *required, **arguments)
 
 
-def refuse_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
-    """Raise a UserError if `arguments` contains a name in `fixed`, the arguments whose values users cannot choose."""
+def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
+    """Raise a UserError if `arguments` contains an argument that users cannot choose.
+
+    Args:
+        fixed: names of the arguments that users cannot choose.
+    """
     refused = sorted(set(fixed) & arguments.keys())
     if refused:
         raise UserError(f"{what} does not take the argument {refused[0]}, whose value is fixed: leave {refused[0]} out")
@@ -184,7 +192,7 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
     fixed = {"weights": None, "num_classes": 2}
     if name in WITH_AUXILIARY_OUTPUTS:
         fixed["aux_logits"] = False
-    refuse_fixed_arguments(f"torchvision's {name}", fixed, arguments)
+    refuse_user_values_of_fixed_arguments(f"torchvision's {name}", fixed, arguments)
     entry = partial(torchvision.models.get_model, name, **fixed)
     model = construct_network_or_raise_user_error(f"torchvision's {name}", entry, **arguments)
     model.stride = TORCHVISION_STRIDE
@@ -229,7 +237,7 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
     given_name = options.get("sr_arch")
     given_args = {key: options[key] for key in RDN_OPTIONS if options.get(key) is not None}
     given_args |= options.get("sr_args") or {}
-    refuse_fixed_arguments("--sr-args", ["scale"], given_args)
+    refuse_user_values_of_fixed_arguments("--sr-args", ["scale"], given_args)
     state = recorded = None
     file = ""
     if source is not None:
@@ -237,13 +245,15 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
         state = extract_state_dict(source.content, file)
         recorded = read_resynthesizer_config(source, state, given_name)
     found = recorded or {"name": None, "scale": None, "args": None}
-    name = choose_option_value("--sr-arch", given_name, found["name"], PAPER["resynthesizer"], file)
-    scale = choose_option_value("--sr-scale", options.get("scale"), found["scale"], PAPER["scale"], file)
-    arguments = choose_network_arguments("--sr-args", given_args, found["args"], file)
+    name = choose_value_from_checkpoint_or_option("--sr-arch", given_name, found["name"], PAPER["resynthesizer"], file)
+    scale = choose_value_from_checkpoint_or_option(
+        "--sr-scale", options.get("scale"), found["scale"], PAPER["scale"], file
+    )
+    arguments = choose_arguments_from_checkpoint_or_option("--sr-args", given_args, found["args"], file)
     model = create_network("re-synthesizer", RESYNTHESIZERS, name, scale=scale, **arguments)
     if source is not None:
         load_weights(model, state, file)
-        check_fingerprint(model, source.content.get("fingerprint"), "re-synthesizer", file)
+        check_weights_against_recorded_fingerprint(model, source.content.get("fingerprint"), "re-synthesizer", file)
     return model, {"name": name, "scale": scale, "args": arguments}
 
 
@@ -304,7 +314,7 @@ def create_detector(
     arguments |= options.get("arch_args") or {}
     config = {
         "resynthesizer": resynthesizer_config,
-        "features": choose_features_config_of_new_detector(options),
+        "features": create_features_config_from_options(options),
         "residual": options.get("residual") or PAPER["residual"],
         "classifier": {"name": arch, "args": arguments},
     }
@@ -318,10 +328,10 @@ def load_detector(
 
     Args:
         source: checkpoint of a detector, from train_detector.py or from the paper's authors. A checkpoint by the
-            authors does not contain the re-synthesizer, so `resynthesizer` must be given. Such a checkpoint does not
-            store whether the ResNet is dilated, so `--no_dilation` must be given if the detector was trained with this
-            option. `--idx-stages` must be given only if two stages have as many channels as the classifier has input
-            channels.
+            authors does not contain the re-synthesizer, so the caller must also give `resynthesizer`. A checkpoint by
+            the authors does not store whether the ResNet is dilated, so users must give `--no_dilation` if the detector
+            was trained with this option. `--idx-stages` must be given only if two stages have as many channels as the
+            classifier has input channels.
         resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
         options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
@@ -338,17 +348,17 @@ def load_detector(
     config = {
         **(content.get("config") or {}),
         "resynthesizer": resynthesizer_config,
-        "features": choose_features_config_of_checkpoint(source, state, options),
-        "residual": choose_residual_kind_of_checkpoint(source, options),
-        "classifier": choose_classifier_config_of_checkpoint(source, state, options),
+        "features": merge_features_config_with_options(source, state, options),
+        "residual": merge_residual_kind_with_option(source, options),
+        "classifier": merge_classifier_config_with_options(source, state, options),
     }
     trained_with = read_vgg_source_and_fingerprint(source, "vgg")
     if read_network_settings_of_config(source, "features") is None:
-        # Release: the paper's authors trained their detectors on VGG-19 features with torchvision's ImageNet weights
+        # Release: in the detectors of the paper's authors, VGG-19 has torchvision's ImageNet weights.
         trained_with = {"source": "imagenet"}
     detector, config = assemble_detector(model, config, options, vgg_source, trained_with, name)
     load_weights(detector.classifier, state, name)
-    check_fingerprint(
+    check_weights_against_recorded_fingerprint(
         detector.classifier, read_fingerprint_of_config(source, "classifier_fingerprint"), "classifier", name
     )
     expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
@@ -382,11 +392,11 @@ def load_resynthesizer_of_detector(
     return create_resynthesizer(Checkpoint(inside, name), options)
 
 
-def choose_features_config_of_checkpoint(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the features with which a detector was trained.
 
-    Checkpoints by the paper's authors do not contain the name of the features. For these checkpoints, the options and
-    the number of input channels of the classifier determine the features.
+    A checkpoint by the paper's authors does not say which features the detector uses. For a checkpoint by the paper's
+    authors, the options and the number of input channels of the classifier determine the features.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -394,20 +404,22 @@ def choose_features_config_of_checkpoint(source: Checkpoint, state: Mapping[str,
     name = source.name
     part = read_network_settings_of_config(source, "features")
     if part is None:
-        return choose_features_config_of_authors_detector(state, options, name)
+        return infer_features_config_of_authors_checkpoint(state, options, name)
     stage = options.get("stage")
-    if stage is not None and get_name_and_arguments_of_features(stage) != (part["name"], part["args"]):
+    if stage is not None and get_features_name_and_arguments_of_stage(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
         raise UserError(
             f"--idx-stages {stage} contradicts the checkpoint {name}, which has the features {has}: leave --idx-stages"
             f" out, or give a checkpoint that was trained with --idx-stages {stage}"
         )
-    choose_option_value("--features", options.get("features"), part["name"], None, name)
-    arguments = choose_network_arguments("--feature-args", options.get("feature_args") or {}, part["args"], name)
+    choose_value_from_checkpoint_or_option("--features", options.get("features"), part["name"], None, name)
+    arguments = choose_arguments_from_checkpoint_or_option(
+        "--feature-args", options.get("feature_args") or {}, part["args"], name
+    )
     return {"name": part["name"], "args": arguments}
 
 
-def choose_residual_kind_of_checkpoint(source: Checkpoint, options: Mapping) -> str:
+def merge_residual_kind_with_option(source: Checkpoint, options: Mapping) -> str:
     """Return the kind of residual with which a detector was trained: "absolute" or "signed".
 
     The detectors of the paper's authors were trained with absolute residuals.
@@ -415,15 +427,15 @@ def choose_residual_kind_of_checkpoint(source: Checkpoint, options: Mapping) -> 
     Raises:
         UserError: if `--residual` contradicts the checkpoint.
     """
-    recorded = read_config(source).get_text("residual", RESIDUALS, default=PAPER["residual"])
-    return choose_option_value("--residual", options.get("residual"), recorded, None, source.name)
+    recorded = read_config(source).get_text_field("residual", RESIDUALS, default=PAPER["residual"])
+    return choose_value_from_checkpoint_or_option("--residual", options.get("residual"), recorded, None, source.name)
 
 
-def choose_classifier_config_of_checkpoint(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+def merge_classifier_config_with_options(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the classifier in the checkpoint of a detector.
 
-    Checkpoints by the paper's authors do not contain the arguments of the classifier. For these checkpoints, the shapes
-    of the weights show which ResNet the classifier is.
+    Checkpoints by the paper's authors do not contain the arguments of the classifier. For a checkpoint by
+    the paper's authors, the names of the weights show whether the classifier is a ResNet-18, 34, 50, 101 or 152.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -433,28 +445,32 @@ def choose_classifier_config_of_checkpoint(source: Checkpoint, state: Mapping[st
     given_args = dict(options.get("arch_args") or {})
     if part is None:
         arch, _ = read_resnet_name_and_channels(state, name)
-        choose_option_value("--arch", options.get("arch"), arch, None, name)
+        choose_value_from_checkpoint_or_option("--arch", options.get("arch"), arch, None, name)
         arguments = convert_no_dilation_to_resnet_arguments(arch, options.get("dilated") is False)
         if arguments.get("dilated") and options.get("dilated") is None:
             warn_that_resnet_is_dilated(name)
         return {"name": arch, "args": arguments | given_args}
-    choose_option_value("--arch", options.get("arch"), part["name"], None, name)
+    choose_value_from_checkpoint_or_option("--arch", options.get("arch"), part["name"], None, name)
     if options.get("dilated") is False and part["args"].get("dilated"):
         raise UserError(f"--no_dilation contradicts {name}, whose classifier is dilated: leave --no_dilation out")
-    return {"name": part["name"], "args": choose_network_arguments("--arch-args", given_args, part["args"], name)}
+    return {
+        "name": part["name"],
+        "args": choose_arguments_from_checkpoint_or_option("--arch-args", given_args, part["args"], name),
+    }
 
 
-def choose_features_config_of_authors_detector(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
+def infer_features_config_of_authors_checkpoint(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
-    If the option `--features` is given, it chooses the features. Otherwise the features are the stage whose number of
-    channels equals the number of input channels of the classifier. Stage 0 means the pixels, and stages 1 to 5 are
-    stages of VGG-19. If two stages have the same number of channels, `--idx-stages` must name one of them.
+    If the option `--features` is given, it chooses the features. Without `--features`, this function chooses the stage
+    that has as many channels as the classifier has input channels. Stage 0 stands for the pixels, and stages 1 to 5
+    stand for feature maps of VGG-19. If two stages have the same number of channels, `--idx-stages` must name one of
+    these stages.
     """
     if options.get("features") is not None or options.get("feature_args"):
-        return choose_features_config_of_new_detector(options)
+        return create_features_config_from_options(options)
     _, channels = read_resnet_name_and_channels(state, name)
-    stages = find_stages_with_channels(channels)
+    stages = find_stages_by_channel_count(channels)
     stage = options.get("stage")
     if stage is None and len(stages) == 1:
         stage = stages[0]
@@ -463,11 +479,11 @@ def choose_features_config_of_authors_detector(state: Mapping[str, Tensor], opti
             f"the classifier in {name} reads residuals with {channels} channels: expected --idx-stages to be one of"
             f" {stages}, got {stage}; give the stage with which the detector was trained"
         )
-    features, arguments = get_name_and_arguments_of_features(stage)
+    features, arguments = get_features_name_and_arguments_of_stage(stage)
     return {"name": features, "args": arguments}
 
 
-def choose_features_config_of_new_detector(options: Mapping) -> dict:
+def create_features_config_from_options(options: Mapping) -> dict:
     """Return a dict with the keys "name" and "args" for the features that the options choose for a new detector."""
     given_args = dict(options.get("feature_args") or {})
     name = options.get("features")
@@ -478,7 +494,7 @@ def choose_features_config_of_new_detector(options: Mapping) -> dict:
         raise UserError("--feature-args needs the name of the features: give --features NAME")
     if name is not None:
         return {"name": name, "args": given_args}
-    name, arguments = get_name_and_arguments_of_features(PAPER["stage"] if stage is None else stage)
+    name, arguments = get_features_name_and_arguments_of_stage(PAPER["stage"] if stage is None else stage)
     return {"name": name, "args": arguments}
 
 
@@ -534,18 +550,19 @@ def warn_that_resnet_is_dilated(name: str) -> None:
     )
 
 
-def check_fingerprint(module: nn.Module, recorded: object, what: str, name: str) -> None:
+def check_weights_against_recorded_fingerprint(module: nn.Module, recorded: object, what: str, name: str) -> None:
     """Raise a UserError if the weights of a network do not have the fingerprint that its checkpoint contains.
 
     Args:
-        recorded: fingerprint in the checkpoint, or None if the checkpoint contains no fingerprint.
-        what: kind of network for the error message, such as "classifier".
-        name: name of the checkpoint, for the error message.
+        recorded: fingerprint in the checkpoint. None means that the checkpoint contains no fingerprint.
+        what: kind of the network, such as "classifier". The error message contains `what`.
+        name: name of the checkpoint. The error message contains `name`.
 
     Raises:
         UserError: if the fingerprints differ, which means that the weights have changed since they were saved.
     """
     if recorded not in (None, compute_fingerprint(module)):
         raise UserError(
-            f"{name} is damaged: the weights of the {what} have changed since they were saved; use another copy of it"
+            f"{name} is damaged: the weights of the {what} have changed since the file was saved; use an undamaged copy"
+            " of the file"
         )

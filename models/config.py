@@ -35,15 +35,15 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
         return None
     part = config.get_nested_fields(key)
     return {
-        "name": part.get_text("name"),
+        "name": part.get_text_field("name"),
         "args": part.get_keyword_arguments("args"),
-        "scale": part.get_integer("scale", 1, default=None),
+        "scale": part.get_integer_field("scale", 1, default=None),
     }
 
 
 def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return the entry `key` of a checkpoint's config, a fingerprint of weights, or None if the entry is missing."""
-    return read_config(source).get_text(key, default=None)
+    """Return the fingerprint of weights in the entry `key` of a checkpoint's config, or None without this entry."""
+    return read_config(source).get_text_field(key, default=None)
 
 
 def read_vgg_source_and_fingerprint(source: Checkpoint, key: str) -> dict | None:
@@ -56,10 +56,15 @@ def read_vgg_source_and_fingerprint(source: Checkpoint, key: str) -> dict | None
     if not config.has_value(key):
         return None
     record = config.get_nested_fields(key)
-    return {"source": record.get_text("source"), "fingerprint": record.get_text("fingerprint", default=None)}
+    return {
+        "source": record.get_text_field("source"),
+        "fingerprint": record.get_text_field("fingerprint", default=None),
+    }
 
 
-def choose_option_value(flag: str, given: object, found: object, default: object, name: str) -> object:
+def choose_value_from_checkpoint_or_option(
+    flag: str, given: object, found: object, default: object, name: str
+) -> object:
     """Choose the value of a setting: the value in the checkpoint, else the value of the option, else the default.
 
     Args:
@@ -82,8 +87,8 @@ def choose_option_value(flag: str, given: object, found: object, default: object
     return found
 
 
-def choose_network_arguments(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
-    """Return the keyword arguments of a network from the checkpoint or, if it has none, from the option.
+def choose_arguments_from_checkpoint_or_option(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
+    """Choose the keyword arguments of a network: the arguments in the checkpoint, else the arguments in the option.
 
     Args:
         flag: name of the option for the error message, such as "--arch-args".

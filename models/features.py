@@ -33,7 +33,7 @@ STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
 STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of layer relu{k}_1 in torchvision's vgg19().features
 CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-TILE_CUTS = (10, 19)  # layers after pool2 and pool3; before each of them, tiles are joined to a whole feature map
+TILE_CUTS = (10, 19)  # indices of the layers after pool2 and pool3, where tiles are joined to whole feature maps
 
 # The file name ends with the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -54,7 +54,8 @@ class Pixels(nn.Module):
 class VGG19Stage(nn.Module):
     """A network that computes the feature maps (B, channels, H / stride, W / stride) of one stage of VGG-19.
 
-    The network reads images (B, 3, H, W) in [0, 1]. Its weights are uninitialized until `load_pretrained` is called.
+    The network reads images (B, 3, H, W) in [0, 1]. The weights of the network are uninitialized until
+    `load_pretrained` is called.
 
     Args:
         stage: number of the stage, 1 to 5. The feature maps are the output of layer relu{stage}_1 of VGG-19.
@@ -76,19 +77,19 @@ class VGG19Stage(nn.Module):
         return self.vgg(x, [self.stage])[self.stage]  # (B, C_l, H_l, W_l)
 
     def load_pretrained(self, source: str, trained_with: Mapping | None, name: str) -> dict:
-        """Load the weights of VGG-19. The docstring of `load_vgg` explains the arguments.
+        """Load the weights of VGG-19. For the arguments, see `load_vgg`.
 
         Returns:
-            a dict with the source and the fingerprint of the weights, which is saved in checkpoints.
+            a dict with the source and the fingerprint of the weights. Checkpoints store this dict.
         """
         self.vgg, record = load_vgg(source, trained_with, name)
         return record
 
     def set_tile_side(self, side: int) -> None:
-        """Make VGG-19 run on square tiles with sides of `side // 4` pixels if no gradients are computed.
+        """Make VGG-19 process square tiles of `side // 4` x `side // 4` pixels if no gradients are computed.
 
-        To compute stage 4 or 5, VGG-19 cuts three maps into tiles: the image, the output of pool2, and the output of
-        pool3. The side of a tile is measured in pixels of the map that contains the tile.
+        VGG-19 cuts at most three tensors into tiles: the image, the output of pool2, and the output of pool3. The tiles
+        of each tensor have the same height and width.
         """
         self.vgg.tile = side // 4
 
@@ -97,8 +98,7 @@ class VGG19(nn.Module):
     """A VGG-19 without the layers after relu5_1, which returns the feature maps of one or more stages.
 
     Release: the code of the paper's authors does not normalize images by ImageNet's mean and standard deviation before
-    VGG-19. This class does not normalize images either, because the authors trained their detectors without
-    normalization.
+    VGG-19. `VGG19` does not normalize images, because the authors trained their detectors without normalization.
     """
 
     def __init__(self):
@@ -116,7 +116,7 @@ class VGG19(nn.Module):
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
         # If no gradients are computed, VGG-19 runs on tiles of its feature maps.
-        # This is the side length of the tiles, in pixels of the feature map.
+        # self.tile is the side length of a tile in pixels of the feature map from which the tile is cut.
         self.tile = 256
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:
@@ -146,7 +146,7 @@ class VGG19(nn.Module):
     def run_layers_in_tiles(self, start: int, end: int, x: Tensor) -> Tensor:
         """Run the layers with the indices `start` to `end - 1` of VGG-19 on one tile of the feature maps at a time.
 
-        Tiles take less memory than whole feature maps, which are larger in VGG-19 than in the rest of the detector.
+        Tiles save memory, because the feature maps between the layers exist for only one tile at a time.
         """
         cuts = [cut for cut in TILE_CUTS if start < cut < end]
         for first, last in pairwise([start, *cuts, end]):
@@ -156,15 +156,15 @@ class VGG19(nn.Module):
         return x
 
     def train(self, mode: bool = True) -> "VGG19":
-        """Keep VGG-19 in evaluation mode for any `mode`, because VGG-19 is never trained."""
+        """Keep VGG-19 in evaluation mode, and ignore `mode`, because VGG-19 is never trained."""
         return super().train(False)
 
 
 def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
     """Compute the receptive radius and the total stride of a sequence of 3x3 convolutions and 2x2 poolings.
 
-    An output value depends only on input pixels within the receptive radius. This function rounds the receptive radius
-    up to a multiple of the total stride.
+    The receptive radius is the distance to the farthest input pixel on which an output value depends. The returned
+    radius is rounded up to a multiple of the total stride.
 
     Returns:
         the receptive radius and the total stride, in pixels of the input.
@@ -182,14 +182,14 @@ def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[in
 # --- the authors' option --idx-stages -----------------------------------------------------------------------
 
 
-def get_name_and_arguments_of_features(stage: int) -> tuple[str, dict]:
-    """Return the name of the feature network for the option `--idx-stages`, and its constructor arguments."""
+def get_features_name_and_arguments_of_stage(stage: int) -> tuple[str, dict]:
+    """Return the name and the constructor arguments of the network that computes the features of a stage (0 to 5)."""
     if stage == 0:
         return "pixels", {}
     return "vgg19", {"stage": stage}
 
 
-def find_stages_with_channels(channels: int) -> list[int]:
+def find_stages_by_channel_count(channels: int) -> list[int]:
     """Return the numbers of the stages (0 to 5) whose features have `channels` channels."""
     every_stage = {0: Pixels.channels, **STAGE_CHANNELS}
     return [stage for stage, count in every_stage.items() if count == channels]
@@ -204,15 +204,15 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     Args:
         source: value of `--vgg-weights`: "imagenet", "random", "auto", or the path of a state dict of torchvision's
             vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
-            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. Without
-            `trained_with`, "auto" loads the ImageNet weights, or draws random weights if the download fails. A state
-            dict must contain the parameters `features.*` of all VGG-19 layers up to relu5_1.
-        trained_with: source and fingerprint of the VGG-19 weights with which the network in a checkpoint was trained,
-            or None for a new training.
+            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If
+            `trained_with` is None, "auto" loads the ImageNet weights, or draws random weights if the download fails.
+            A state dict of VGG-19 must contain the parameters `features.*` of all layers up to relu5_1.
+        trained_with: None for a new training, or a dict from a checkpoint. The dict contains the source of the VGG-19
+            weights that were used in training, and their fingerprint if it is known.
         name: name of the checkpoint for error messages.
 
     Returns:
-        VGG-19, and a dict with the source and the fingerprint of its weights, which is saved in checkpoints.
+        VGG-19, and a dict with the source and the fingerprint of its weights. Checkpoints store this dict.
 
     Raises:
         UserError: if the weights cannot be read.
@@ -236,9 +236,9 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         )
     if expected not in (None, record["fingerprint"]):
         raise UserError(
-            f"{name} was trained with other VGG-19 weights: expected the fingerprint {expected}"
-            f" ({make_printable(trained_with['source'])}), got the fingerprint {record['fingerprint']}"
-            f" ({make_printable(record['source'])}); pass the VGG-19 weights of the training with --vgg-weights"
+            f"{name} was trained with the VGG-19 weights {make_printable(trained_with['source'])} with fingerprint"
+            f" {expected}, but the loaded VGG-19 weights {make_printable(record['source'])} have the fingerprint"
+            f" {record['fingerprint']}: pass the VGG-19 weights of the training with --vgg-weights"
         )
     return vgg, record
 
@@ -248,7 +248,7 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
 
     Returns:
         a tuple (weights, source). `weights` is a state dict, or a checkpoint that contains a state dict. `source` is
-        "imagenet", "random" or the path.
+        "imagenet", "random" or the path of the file of weights.
     """
     if source in ("imagenet", "auto"):
         try:
@@ -277,7 +277,8 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
 def _draw_random_vgg_weights() -> dict[str, Tensor]:
     """Draw random VGG-19 weights as in He et al. (ICCV 2015).
 
-    With these weights, the feature maps of all stages have similar variances. The biases are zero.
+    The variance of the random weights is chosen so that the feature maps of all stages have similar variances. The
+    biases are zero.
     """
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     state = VGG19().state_dict()

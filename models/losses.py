@@ -18,8 +18,9 @@ STAGE_WEIGHTS = {1: 1 / 32, 2: 1 / 16, 3: 1 / 8, 4: 1 / 4, 5: 1.0}
 def compute_perceptual_distance(
     x_hat: Tensor, x: Tensor, vgg: VGG19, distance: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Compute the perceptual distance sum_k w_k distance(VGG_k(x_hat), VGG_k(x)) over the stages k of VGG-19.
+    """Compute the perceptual distance of two images, a weighted sum of the distances of their VGG-19 feature maps.
 
+    Each stage of VGG-19 adds one distance to the sum. STAGE_WEIGHTS contains the weight of each distance.
     The distance is computed in float32. Gradients are computed for x_hat, but not for x.
 
     Args:
@@ -39,7 +40,9 @@ def compute_perceptual_distance(
 def compute_super_resolution_loss(
     x_hat: Tensor, x: Tensor, vgg: VGG19 | None, vgg_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute the loss of train_sr.py: L1 + vgg_weight * sum_k w_k MSE(VGG_k(x_hat), VGG_k(x)).
+    """Compute the loss of train_sr.py: the L1 loss plus `vgg_weight` times the perceptual distance.
+
+    The perceptual distance is computed with the mean squared error.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
@@ -55,7 +58,9 @@ def compute_super_resolution_loss(
 
 
 def compute_reconstruction_loss(x_hat: Tensor, x: Tensor, vgg: VGG19) -> Tensor:
-    """Compute the auxiliary loss of each image: L1(x_hat, x) + sum_k w_k L1(VGG_k(x_hat), VGG_k(x)).
+    """Compute the auxiliary loss of each image: the L1 loss of the pixels plus the perceptual distance.
+
+    The perceptual distance is computed with the L1 loss.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
@@ -77,7 +82,7 @@ def compute_classification_loss(logits: Tensor, labels: Tensor, weights: Tensor)
     Args:
         logits: logits of each image, (B, 2).
         labels: label of each image, (B,).
-        weights: weight of each image, (B,). In one step, the weights of the images of all processes sum to 1.
+        weights: weight of each image, (B,). In a training step, the weights of all images in all processes sum to 1.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
     return (weights * losses).sum()

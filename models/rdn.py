@@ -17,8 +17,9 @@ LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN ac
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
 # Interpolation in one dimension replaces each old pixel by two new pixels.
 # A new pixel is a weighted sum of three old pixels: the left neighbour, the pixel itself, and the right neighbour.
-# The first row contains the three weights for the left new pixel. The second row is for the right new pixel.
-# The mean of the two new pixels equals the old pixel.
+# INTERPOLATION[0] contains the weights of the three old pixels in the left new pixel.
+# INTERPOLATION[1] contains the weights of the three old pixels in the right new pixel.
+# The mean of the left and the right new pixel equals the old pixel that they replace.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
 
@@ -33,7 +34,7 @@ def create_conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class DenseLayer(nn.Module):
-    """A 3x3 convolution and a ReLU, which compute G feature maps from the maps of all earlier layers of a block."""
+    """A 3x3 convolution with ReLU, which reads the input of a dense block and the outputs of all earlier layers."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
@@ -51,9 +52,9 @@ class ResidualDenseBlock(nn.Module):
         super().__init__()
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
-        # Release: in the code of the paper's authors, this convolution has growth_rate output channels.
-        # Their forward pass therefore fails if growth_rate differs from num_features.
-        # Here the convolution has num_features output channels, as in the RDN article.
+        # Release: in the code of the paper's authors, the convolution lff has growth_rate output channels.
+        # The forward pass of the authors' RDN fails if growth_rate differs from num_features.
+        # In this class, lff has num_features output channels, as in the RDN article.
         self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,8 +74,8 @@ class RDN(nn.Module):
 
     Args:
         scale: up-sampling factor: 2, 3 or 4.
-        num_features: G0, number of channels between the blocks.
-        growth_rate: G, number of channels that each dense layer adds.
+        num_features: G0, number of input and output channels of each residual dense block.
+        growth_rate: G, number of output channels of each dense layer.
         num_blocks: D, number of residual dense blocks.
         num_layers: C, number of dense layers in each block.
 
@@ -94,7 +95,7 @@ class RDN(nn.Module):
             if type(count) is not int or not 1 <= count <= LARGEST_COUNT:
                 raise UserError(
                     "num_features, growth_rate, num_blocks and num_layers of RDN must be integers from 1 to"
-                    f" {LARGEST_COUNT}, got {count}"
+                    f" {LARGEST_COUNT}, but one of them is {count}"
                 )
         self.scale = scale
         # If checkpoint_blocks is True, the backward pass computes each block again, which saves memory
@@ -119,16 +120,19 @@ class RDN(nn.Module):
         Returns:
             x_hat: enlarged images, float32 (B, 3, scale * h, scale * w), not clipped to [0, 1].
         """
+        # If no gradients are computed, `run_rdn` enlarges the images, which takes less memory
         if not torch.is_grad_enabled():
-            return rdn_inference.run_rdn(self, x_lr)  # takes less memory; equal results except for rounding
-        sfe1 = self.sfe1(x_lr)  # F_-1: (B, G0, h, w)
-        x = self.sfe2(sfe1)  # F_0: (B, G0, h, w)
+            return rdn_inference.run_rdn(self, x_lr)
+        sfe1 = self.sfe1(x_lr)  # (B, G0, h, w)
+        x = self.sfe2(sfe1)  # (B, G0, h, w)
         block_outputs = []
         for block in self.rdbs:
-            x = self.run_with_optional_checkpointing(block, x)  # F_d: (B, G0, h, w)
+            x = self.call_with_optional_gradient_checkpointing(block, x)  # (B, G0, h, w)
             block_outputs.append(x)
-        x = self.run_with_optional_checkpointing(self.fuse_block_outputs, *block_outputs) + sfe1  # F_DF: (B, G0, h, w)
-        return self.run_with_optional_checkpointing(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
+        x = (
+            self.call_with_optional_gradient_checkpointing(self.fuse_block_outputs, *block_outputs) + sfe1
+        )  # (B, G0, h, w)
+        return self.call_with_optional_gradient_checkpointing(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
 
     def fuse_block_outputs(self, *block_outputs: Tensor) -> Tensor:
         """Fuse the outputs of all blocks to the feature maps F_GF (B, G0, h, w), by global feature fusion."""
@@ -141,8 +145,8 @@ class RDN(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
-    def run_with_optional_checkpointing(self, part, *inputs: Tensor) -> Tensor:
-        """Return part(*inputs), where `part` is a block or a method of this network.
+    def call_with_optional_gradient_checkpointing(self, part, *inputs: Tensor) -> Tensor:
+        """Return the output of `part`, a residual dense block or a method of this class, for the given inputs.
 
         If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again, which saves memory.
         """
@@ -163,9 +167,9 @@ class RDN(nn.Module):
         """Set the weights so that an untrained RDN enlarges images by interpolation, similar to bicubic interpolation.
 
         The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
-        interpolates the channels 0, 1 and 2. The output layer copies these channels to the colours of the output. The
-        weights of the dense blocks stay random. Before training, the dense blocks do not change the output, because the
-        weights and biases of the last convolution of the global feature fusion are zero.
+        interpolates the channels 0, 1 and 2. The output layer copies the channels 0, 1 and 2 to red, green and blue.
+        The weights of the dense blocks stay random. Before training, the dense blocks do not change the output, because
+        the weights and biases of the last convolution of the global feature fusion are zero.
 
         Raises:
             UserError: if `num_features` is less than 3.
@@ -178,20 +182,21 @@ class RDN(nn.Module):
         nn.init.zeros_(self.gff[1].weight)
         nn.init.zeros_(self.gff[1].bias)
         identity = F.pad(torch.ones(1, 1), (1, 1, 1, 1))  # (3, 3)
-        set_weights_that_convolve_each_colour(self.sfe1, [identity])
-        set_weights_that_convolve_each_colour(self.output, [identity])
+        set_convolution_to_filter_colours_separately(self.sfe1, [identity])
+        set_convolution_to_filter_colours_separately(self.output, [identity])
         taps = torch.tensor(INTERPOLATION)  # (2, 3)
         quarters = [torch.outer(vertical, horizontal) for vertical in taps for horizontal in taps]  # 4 x (3, 3)
         for layer in self.upscale:
             if isinstance(layer, nn.Conv2d):
-                set_weights_that_convolve_each_colour(layer, quarters)
+                set_convolution_to_filter_colours_separately(layer, quarters)
 
 
-def set_weights_that_convolve_each_colour(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
+def set_convolution_to_filter_colours_separately(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
     """Set the weights of a convolution so that it applies each of the given kernels to red, green and blue separately.
 
-    Output channel len(kernels) * c + k is the colour in input channel c, convolved with kernels[k]. nn.PixelShuffle
-    expects the output channels of one colour next to each other. The other output channels keep their weights.
+    Input channel c contains the colour c (0 = red, 1 = green, 2 = blue). Output channel len(kernels) * c + k becomes
+    input channel c convolved with kernels[k]. nn.PixelShuffle expects the output channels of one colour next to each
+    other. Only the weights and biases of the first 3 * len(kernels) output channels are changed.
 
     Args:
         kernels: convolution kernels, each of the shape (3, 3).

@@ -3,7 +3,8 @@
 `run_rdn` is the function that other modules call. `run_rdn` differs from the forward pass of training in three ways.
 `run_rdn` and the forward pass of training compute equal images except for rounding errors.
 
-- RDN runs on tiles of the image. Each tile is cut out with all pixels on which the output of the tile depends.
+- The dense blocks and the up-sampling layers process one tile of their input at a time. Each tile is cut out with all
+  pixels on which the output of the tile depends.
 - The output of each dense block is added to the fused feature maps at once, so that earlier outputs can be freed.
 - On a CPU, dense layers use Winograd's algorithm, or run on a few rows at a time, which fit into the caches.
 """
@@ -19,7 +20,7 @@ from models.winograd import DenseMaps, should_use_winograd
 
 STRIP_BYTES = 2**15  # bytes per channel that a layer computes at a time, few enough for the caches of a CPU
 # Side and halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels.
-# The halo must be at least 1.75 pixels wide, because an output value depends on pixels up to 1.75 pixels away.
+# UPSCALE_HALO must be at least 1.75, because an up-sampled pixel depends on input pixels up to 1.75 pixels away.
 UPSCALE_TILE, UPSCALE_HALO = 64, 2
 
 
@@ -42,9 +43,9 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     """Run all dense blocks on x (B, G0, h, w), and the 1x1 convolution that fuses their outputs.
 
-    The output of each block is convolved with the weights for its own channels, and added to a sum. Summing takes less
-    memory than a convolution of the concatenated outputs of all blocks. The returned tensor has the data type of the
-    parameters, which is float32 also under autocast.
+    The fusion is computed as a sum of 1x1 convolutions, one for the output of each block. Summing takes less memory
+    than a convolution of the concatenated outputs of all blocks. The returned tensor is float32 also under autocast,
+    because the parameters of RDN are float32.
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one weight (G0, G0, 1, 1) per block
@@ -52,7 +53,7 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     run_block = run_dense_block_in_strips
     if should_use_winograd(x, model.rdbs[0].layers):
         run_block = partial(run_dense_block_by_winograd, scratch=x.new_empty(0))
-        tile = (model.tile // 2, model.tile)  # smaller tiles, because Winograd's algorithm takes more memory
+        tile = (model.tile // 2, model.tile)  # half the height, because Winograd's algorithm takes more memory
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):
@@ -81,11 +82,11 @@ def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) ->
     """Run a residual dense block on x (B, G0, h, w) with Winograd's algorithm.
 
     Args:
-        scratch: tensor whose memory `models.winograd.DenseMaps` uses. If the caller passes the same tensor in
-            each call, the memory is allocated only once.
+        scratch: tensor whose memory `models.winograd.DenseMaps` uses. If all calls get the same `scratch`, its memory
+            is allocated only once.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)
-    first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)  # each weight is (G0, G, 1, 1)
+    first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)  # one weight (G0, G, 1, 1) per feature map
     fused = F.conv2d(x, first_weight, block.lff.bias)  # (B, G0, h, w)
     maps = x
     for layer, weight in zip(block.layers, weights, strict=True):

@@ -54,8 +54,9 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} contains no RDN: expected a tensor with the name {error} in the state dict, got {len(state)} other"
-            f" tensors (first name: {first}); give a checkpoint of an RDN from train_sr.py or from the paper's authors"
+            f"{name} contains no RDN: expected a state dict with the key {error}, got a state dict with {len(state)}"
+            f" other keys (first key: {first}); give a checkpoint of an RDN from train_sr.py or from the paper's"
+            " authors"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:
@@ -91,10 +92,11 @@ def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tup
         for arch, layout in LAYOUTS.items():
             if layout == tuple(counts) and (arch in BOTTLENECKS) == bottleneck:
                 return arch, channels
-    found = f"weights whose first name is {next(iter(state))}" if state else "no weights"
+    found = f"a state dict whose first key is {next(iter(state))}" if state else "an empty state dict"
     raise UserError(
-        f"{name} contains no detector: expected the weights of a {', '.join(LAYOUTS)} with a deep stem (conv1.0), got"
-        f" {found}; give a checkpoint of a detector from train_detector.py or from the paper's authors"
+        f"{name} contains no detector: expected a state dict of {', '.join(LAYOUTS)} with a deep stem (key"
+        f" conv1.0.weight), got {found}; give a checkpoint of a detector from train_detector.py or from the paper's"
+        " authors"
     )
 
 

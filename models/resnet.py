@@ -1,7 +1,8 @@
 """The ResNet that classifies residuals as real or fake. The stem of the ResNet has three convolutions.
 
 ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). As in torchvision,
-the stride of a bottleneck block is in its 3x3 convolution. The parameters have the same names as in torchvision.
+the stride of a bottleneck block is in its 3x3 convolution. The parameters of the ResNet have the same names as in
+torchvision.
 
 The ResNet of the paper's authors differs from torchvision's ResNet in three ways. The stem, which precedes layer1, has
 three convolutions, two of them with stride 2. The stride of layer1 is 2. The stride of layer3 and layer4 is 1. The
@@ -18,7 +19,7 @@ from utils.errors import UserError
 
 STEM_CHANNELS = 128
 # Total stride of the stem and halo (overlapping margin) of its tiles, in pixels of the residual.
-# The halo must be at least 11 pixels wide, because an output value depends on pixels up to 11 pixels away.
+# STEM_HALO must be at least 11, because an output value of the stem depends on input pixels up to 11 pixels away.
 STEM_STRIDE, STEM_HALO = 8, 16
 
 LAYOUTS = {
@@ -59,7 +60,8 @@ class Block(nn.Module):
     def add_input_projection(self, in_planes: int, out_planes: int, stride: int) -> None:
         """Create the 1x1 convolution of the input, if the input and the output of the block have different shapes.
 
-        Call this method last in `__init__`, because saved optimizer states identify parameters by their order.
+        `__init__` must call `add_input_projection` last, because saved optimizer states identify parameters by their
+        order.
         """
         if stride != 1 or in_planes != out_planes:
             projection = create_convolution(in_planes, out_planes, 1, stride)
@@ -74,7 +76,10 @@ class Block(nn.Module):
 
 
 class BasicBlock(Block):
-    """A residual block of ResNet-18 or ResNet-34, with two 3x3 convolutions. The argument `dilation` is ignored."""
+    """A residual block of ResNet-18 or ResNet-34, with two 3x3 convolutions.
+
+    The constructor ignores `dilation`, because a ResNet-18 or ResNet-34 is never dilated.
+    """
 
     expansion = 1
 
@@ -127,7 +132,8 @@ class DeepStemResNet(nn.Module):
 
     # `stride` is the side of the residual divided by the side of the last feature map.
     # If the sides of a residual are at most `stride`, its last feature map has one value per channel.
-    # Batch norm cannot be trained on one value. train_detector.py therefore refuses batches of one such residual.
+    # Batch norm cannot be trained on one value per channel.
+    # Unless batch norm is synchronized, train_detector.py refuses batches of one residual with sides up to `stride`.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
@@ -158,7 +164,7 @@ class DeepStemResNet(nn.Module):
         self.fc = nn.Linear(self.in_planes, 2)
         self.tile = 1024  # side in pixels of the tiles in which the stem runs if no gradients are computed
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # weights get a normal distribution with std sqrt(2 / (k * k * C_out))
+            if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def create_residual_blocks(
@@ -168,8 +174,8 @@ class DeepStemResNet(nn.Module):
 
         Args:
             planes: number of channels of the 3x3 convolutions.
-            stride: stride of the first block. The other blocks have stride 1.
-            dilations: dilation of the first block, and dilation of the other blocks.
+            stride: stride of the first block. All later blocks of the sequence have stride 1.
+            dilations: dilation of the first block, and dilation of all later blocks.
         """
         first, others = dilations
         blocks = [block(self.in_planes, planes, stride, first)]

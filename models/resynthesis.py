@@ -25,7 +25,7 @@ class ResynthesisDetector(nn.Module):
     Args:
         resynthesizer: network that enlarges images (B, 3, h, w) by the factor in its attribute `scale`.
         features: network that computes feature maps (B, channels, H / stride, W / stride) of images (B, 3, H, W). The
-            network has the attributes `channels` and `stride`.
+            feature network must have the attributes `channels` and `stride`.
         classifier: network that computes logits (B, 2) from residuals (B, channels, H / stride, W / stride).
         signed: whether the residual keeps its sign. The paper uses the absolute value of the residual.
     """
@@ -71,9 +71,9 @@ class ResynthesisDetector(nn.Module):
     def classify(self, residual: Tensor) -> Tensor:
         """Compute the logits (B, 2) of residuals (B, C_l, H_l, W_l).
 
-        The classifier computes in float32 also under autocast, because its batch norms normalize feature maps of only a
-        few values. Float32 costs little time, because only a hundredth of the detector's computations are in the
-        classifier.
+        The classifier computes in float32 also under autocast, because rounding errors are large in a batch norm over
+        only a few values per channel. Float32 costs little time, because only a hundredth of the detector's
+        computations are in the classifier.
         """
         with torch.autocast(residual.device.type, enabled=False):
             return self.classifier(residual.float())

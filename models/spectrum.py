@@ -7,8 +7,8 @@ a small number of values, and then classify these values.
 spectrum of a residual with the power of neighbouring frequencies. The spectrum of the residual is averaged over
 overlapping windows by Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
 
-`ChannelPowerClassifier` is made for residuals of VGG-19 features, and classifies the power of each channel. For
-residuals of VGG-19 features, the channel powers separate real from generated images better than the spectrum does.
+`ChannelPowerClassifier` classifies residuals of VGG-19 features by the power of each channel. For residuals of VGG-19
+features, the channel powers separate real from generated images better than the spectrum does.
 """
 
 import torch
@@ -33,17 +33,20 @@ class SpectrumClassifier(nn.Module):
     from the log power of each frequency. These differences of log powers show the peaks and edges that up-sampling
     causes in a spectrum. The differences of log powers depend little on brightness, sharpness and image content.
 
-    Each logit is the sum of two terms. The first term is the output of a network with one hidden layer, which learns to
-    recognize the generators of the training images. The second term is w * log(d) for FAKE and -w * log(d) for REAL,
-    with a learned weight w. The distance d is the mean square of the outputs of a linear layer, whose inputs are the
-    standardized differences of log powers. Training makes d small for real images. An image that differs from real
-    images therefore gets a higher logit for FAKE, even if no training image was made by its generator.
+    Each logit of this classifier is the sum of two terms. The first term of a logit is the output of a network with one
+    hidden layer, which learns to recognize the generators of the training images. The second term depends on d, a
+    distance of the image from real images. The second term of the logit for FAKE is w * log(d), with a learned weight
+    w. The second term of the logit for REAL is -w * log(d). To compute d, a linear layer is applied to the standardized
+    differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes
+    the distance d small for real images. A large d raises the logit for FAKE, even if no training image was made by the generator of
+    the image.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
     Images may have any size.
 
     Args:
-        channels: number of channels of the residual. The log spectra of the channels are averaged.
+        channels: number of channels of the residual. The argument is not used, because the log spectra of all channels
+            are averaged.
         window: side length of the windows in pixels, an even number. Neighbouring windows overlap by half their side.
         neighbourhood: side of the square of frequencies around each frequency, an odd number.
         hidden: number of units of the hidden layer, and number of dimensions in which the distance is computed.
@@ -70,10 +73,10 @@ class SpectrumClassifier(nn.Module):
         self.neighbourhood = neighbourhood
         taper = torch.hann_window(window, periodic=False)
         taper = torch.outer(taper, taper) / taper.square().sum()
-        self.register_buffer("taper", taper, persistent=False)  # (window, window)
+        self.register_buffer("taper", taper, persistent=False)  # two-dimensional Hann window, (window, window)
         half = window // 2 + 1  # number of frequencies 0 .. window / 2
         # Only the upper triangle of the spectrum is used, because the averaged spectrum is a symmetric matrix
-        self.register_buffer("triangle", torch.triu_indices(half, half), persistent=False)  # (2, half * (half + 1) / 2)
+        self.register_buffer("triangle", torch.triu_indices(half, half), persistent=False)  # row and column indices
         count = self.triangle.shape[1]
         self.standardise = Standardise(count)
         self.layers = nn.Sequential(
@@ -97,8 +100,8 @@ class SpectrumClassifier(nn.Module):
             x: residuals (B, C, H, W).
 
         Returns:
-            differences of log powers (B, half * (half + 1) / 2), where `half` is the number of frequencies
-            0 .. window / 2.
+            the differences of log powers in the upper triangle of the spectrum, (B, half * (half + 1) / 2), where
+            half = window / 2 + 1.
         """
         n = self.window
         half = n // 2 + 1
@@ -108,17 +111,17 @@ class SpectrumClassifier(nn.Module):
         power = torch.fft.rfft2(windows * self.taper).abs().square()  # (B, C, rows, columns, n, half)
         power = power.mean(dim=(2, 3))  # (B, C, n, half)
         log_power = (power + SMALLEST_POWER).log().mean(dim=1)  # (B, n, half)
-        # Average over mirror images: mirroring an image swaps the rows f and -f of its spectrum
+        # Average the spectrum with the spectrum of the mirrored image, in which the rows f and -f are swapped
         mirrored = log_power.flip(1).roll(1, dims=1)
         log_power = (log_power + mirrored)[:, :half] / 2  # (B, half, half)
-        # Average over rotations by 90 degrees: such a rotation swaps the axes of the spectrum
+        # Average the spectrum with the spectrum of the image rotated by 90 degrees, in which the axes are swapped
         log_power = (log_power + log_power.transpose(1, 2)) / 2
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def average_neighbouring_frequencies(self, spectrum: Tensor) -> Tensor:
         """Replace each value of spectra (B, half, half) by the mean over a square of frequencies around it.
 
-        The spectrum is reflected at its borders.
+        If the square extends beyond the spectrum, the spectrum is padded by reflection.
         """
         reach = self.neighbourhood // 2
         padded = F.pad(spectrum[:, None], (reach, reach, reach, reach), mode="reflect")

@@ -17,18 +17,18 @@ def apply_function_in_tiles(
 ) -> Tensor:
     """Compute function(*maps) on one tile of the feature maps at a time.
 
-    Each tile is cut out with a halo, a margin of `halo` pixels on all sides. The results in the halo are discarded. At
-    the border of the feature map, a tile has no halo, because `function` pads its input there. The result equals
-    function(*maps) if each output value depends only on pixels at a distance of at most `halo`.
+    Each tile is cut out with a halo, a margin of `halo` pixels on all sides. Output values that lie in the halo are
+    discarded. At the border of the feature map, a tile has no halo, because `function` pads its input there. The result
+    equals function(*maps) if each output value depends only on input pixels that are at most `halo` pixels away.
 
     Args:
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
             result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
         maps: one or more feature maps (B, C, h, w) of equal height and width.
-        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. If `scale` is 1 / n, the sides
-            of tiles must be multiples of n.
-        halo: width of the halo in pixels of `maps`. If `scale` is 1 / n, the halo must be a multiple of n.
-        scale: height of the result divided by the height of `maps`.
+        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. Multiplied by `scale`, each side must
+            be an integer.
+        halo: width of the halo in pixels of `maps`. Multiplied by `scale`, the halo must be an integer.
+        scale: height of the output of `function` divided by the height of `maps`.
     """
     height, width = maps[0].shape[2:]
     tile_height, tile_width = (side, side) if isinstance(side, int) else side
@@ -46,7 +46,7 @@ def apply_function_in_tiles(
             if result is None:
                 shape = (*y.shape[:2], math.ceil(height * scale), math.ceil(width * scale))
                 result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-            # Discard the results in the halo
+            # Remove the halo from the output `y` of the tile
             y = y[:, :, int((top - y0) * scale) :, int((left - x0) * scale) :]
             y = y[:, :, : int(tile_height * scale), : int(tile_width * scale)]
             row = int(top * scale)
@@ -54,4 +54,4 @@ def apply_function_in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    return result[:, :, :bottom, :right]  # drop the last row and column if `function` rounded the size down
+    return result[:, :, :bottom, :right]  # without rows and columns that `function` did not compute

@@ -1,9 +1,10 @@
 """Winograd's algorithm F(4x4, 3x3) for 3x3 convolutions on a CPU.
 
 The algorithm needs a quarter of the multiplications of a direct convolution. The algorithm is described by Lavin and
-Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). From a tile d of 6 x 6 values and a kernel g of 3
-x 3 values, the algorithm computes 4 x 4 output values, OUTPUT [(KERNEL g) * (INPUT d)]. In this formula, d and g are
-flattened to vectors, and * multiplies two vectors element by element.
+Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). The algorithm computes 4 x 4 output values from a
+tile d of 6 x 6 input values and a kernel g of 3 x 3 values. The output values are OUTPUT [(KERNEL g) * (INPUT d)] with
+the constant matrices OUTPUT, KERNEL and INPUT. In this formula, d and g are flattened to vectors, and * multiplies two
+vectors element by element.
 
 Shapes in this file use the letters B (images), C (channels per map), O (output channels) and n (tiles).
 """
@@ -18,8 +19,8 @@ from torch import Tensor, nn
 TILE_IN = 6  # side length of an input tile
 TILE_OUT = 4  # side length of an output tile
 PRODUCTS = TILE_IN**2
-# The first five interpolation points of the algorithm. The sixth point is infinity.
-# With these points, the measured rounding errors are about 2e-6.
+# Winograd's algorithm interpolates polynomials at six points. POINTS contains five of them. The sixth is infinity.
+# With the values in POINTS, the largest measured rounding error is 2e-6 of the largest output value.
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 TILES = 256  # number of tiles computed at a time, chosen so that the tiles fit into the caches of a CPU
 # With fewer tiles than MIN_TILES or fewer channels than MIN_CHANNELS, a direct convolution is faster
@@ -32,8 +33,8 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
-    # The rows of `powers` evaluate a polynomial at the first five points.
-    # The last row is for the point infinity, where the value of a polynomial is its highest coefficient.
+    # The product of `powers` and the coefficients of a polynomial contains the values of the polynomial at POINTS.
+    # The row that is appended to `powers` gives the value at the point infinity, which is the highest coefficient.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
@@ -47,7 +48,8 @@ def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
     """Return whether to use Winograd's algorithm for the layers of a dense block with the input x (B, C, h, w).
 
     Winograd's algorithm is used only for inference in float32 on an x86 CPU with AVX. The input x must have at least
-    MIN_CHANNELS channels and the pixels of at least MIN_TILES tiles. Each layer must have C output channels.
+    MIN_CHANNELS channels. The input x must have at least as many pixels as MIN_TILES output tiles. Each layer must have
+    as many output channels as x has channels.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -68,9 +70,9 @@ class DenseMaps:
 
     Args:
         like: a tensor that has the shape (B, C, h, w) of each feature map.
-        count: number of feature maps that will be appended.
-        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. If the caller passes
-            the same tensor for several blocks, its memory is allocated only once.
+        count: number of feature maps that the store can hold.
+        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. If all blocks get the
+            same `scratch`, its memory is allocated only once.
     """
 
     def __init__(self, like: Tensor, count: int, scratch: Tensor):
@@ -80,10 +82,10 @@ class DenseMaps:
         self.strip_rows = max(TILES // self.columns, 1)  # number of rows of tiles that are computed at a time
         shape = (batch, self.rows, self.columns * count * PRODUCTS * self.channels)
         memory = scratch.resize_(math.prod(shape)).view(shape)
-        self.transformed = []  # transformed feature maps of each strip of tiles, (count, n, 36 * C)
-        for strip in self.split_into_strips(memory):
+        self.transformed = []  # one tensor (count, n, 36 * C) of transformed feature maps for each strip of tiles
+        for strip in self.split_images_into_strips(memory):
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
-        self.added = 0  # number of feature maps that have been appended
+        self.added = 0  # number of feature maps that are in the store
 
     def append_map_and_convolve_all_maps(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
         """Append the feature map x (B, C, h, w), and convolve the concatenation of all appended feature maps.
@@ -96,15 +98,18 @@ class DenseMaps:
         out_channels = convolution.out_channels
         result = x.new_empty(len(x), self.rows, TILE_OUT, self.columns, TILE_OUT, out_channels)
         for tiles, maps, target in zip(
-            self.cut_into_tiles(x), self.transformed, self.split_into_strips(result), strict=True
+            self.cut_maps_into_overlapping_tiles(x),
+            self.transformed,
+            self.split_images_into_strips(result),
+            strict=True,
         ):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
             # A convolution with 36 groups computes (KERNEL g) * (INPUT d), summed over all feature maps and channels
-            values = maps[: self.added]  # (maps, n, 36 * C)
+            values = maps[: self.added]  # (self.added, n, 36 * C)
             if self.added == 1:
-                # With a single feature map, conv2d is faster on (1, 36 * C, rows, columns) than on (1, 36 * C, 1, n)
+                # For a single feature map, conv2d is faster if the tiles form rows and columns instead of one long row
                 values = maps[0].view(-1, self.columns, maps.shape[2])
-            # The shape of `products` is (1, 36 * O, rows, columns) for a single feature map, else (1, 36 * O, 1, n)
+            # `products` has the shape (1, 36 * O, rows, columns) for one feature map, and (1, 36 * O, 1, n) for several
             products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)
             products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
             y = OUTPUT @ products  # (n, 16, O)
@@ -121,23 +126,23 @@ class DenseMaps:
         weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
         return weight.permute(0, 3, 1, 2)
 
-    def split_into_strips(self, images: Tensor) -> list[Tensor]:
+    def split_images_into_strips(self, images: Tensor) -> list[Tensor]:
         """Split a tensor (B, rows of tiles, ...) into strips, each with at most `strip_rows` rows of one image."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))
         return parts
 
-    def cut_into_tiles(self, x: Tensor) -> Iterator[Tensor]:
+    def cut_maps_into_overlapping_tiles(self, x: Tensor) -> Iterator[Tensor]:
         """Cut feature maps x (B, C, h, w) into tiles of 6 x 6 pixels that overlap by 2 pixels.
 
         Yields:
-            the tiles of one strip, (n, 36, C).
+            for each strip, a tensor (n, 36, C) with the 36 pixels of each of its n tiles.
         """
         right = self.columns * TILE_OUT - self.width
         bottom = self.rows * TILE_OUT - self.height
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1 + right, 1, 1 + bottom))  # (B, H, W, C)
         grid = x.unfold(1, TILE_IN, TILE_OUT).unfold(2, TILE_IN, TILE_OUT)  # (B, rows, columns, C, 6, 6)
         grid = grid.permute(0, 1, 2, 4, 5, 3)  # (B, rows, columns, 6, 6, C)
-        for strip in self.split_into_strips(grid):
+        for strip in self.split_images_into_strips(grid):
             yield strip.reshape(-1, PRODUCTS, self.channels)

@@ -3,10 +3,10 @@
     python results/differences.py faces
     python results/differences.py real_pictures
 
-The two AUROCs of a difference are computed on the same test images. The detectors without RDN, called controls, use
+The AUROCs with and without RDN are computed on the same test images. The detectors without RDN, called controls, use
 bicubic interpolation or no re-synthesis. With several seeds, each difference is the mean over the seeds. The 95 %
-interval is computed from 1,000 bootstrap resamples of the images. Each resample has the same images for all seeds, with
-and without RDN.
+interval is computed from 1,000 bootstrap resamples of the images. In each resample, the AUROCs of all seeds, with and
+without RDN, are computed on the same images.
 """
 
 import argparse
@@ -23,8 +23,8 @@ from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E40
 from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
-# SETTINGS[study][detector] contains three file name patterns of score tables:
-# with RDN, with bicubic interpolation and without re-synthesis.
+# SETTINGS[study][detector] contains three patterns for the file names of score tables.
+# The first pattern is for RDN, the second for bicubic interpolation, and the third for no re-synthesis.
 SETTINGS = {
     "faces": {
         "pixel": ("pixel_rdn_seed?", "pixel_bicubic_seed?", "pixel_none_seed?"),
@@ -92,11 +92,13 @@ def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.nd
 
 
 def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
-    """Compute the AUROC of each seed, and return the mean. scores: (seeds, N). is_fake: (N,) bool."""
+    """Return the mean over seeds of the AUROC of `scores` (seeds, N). `is_fake` (N,) is True for fake images."""
     return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
 
 
-def compare_auroc(with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.ndarray) -> tuple[float, float, float]:
+def compute_auroc_difference_with_interval(
+    with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.ndarray
+) -> tuple[float, float, float]:
     """Compute the AUROC of the scores `with_rdn` minus the AUROC of the scores `with_control`.
 
     Args:
@@ -118,19 +120,19 @@ def compare_auroc(with_rdn: np.ndarray, with_control: np.ndarray, is_fake: np.nd
     return mean_auroc_over_seeds(with_rdn, is_fake) - mean_auroc_over_seeds(with_control, is_fake), low, high
 
 
-def format_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
+def format_auroc_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
     """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
 
     If `control` is empty, return "-".
 
     Args:
-        rows: mask (N,) bool of the rows of the score table rdn[0] from which the AUROCs are computed.
+        rows: bool (N,), True for the images in the score table rdn[0] from which the AUROCs are computed.
     """
     if not control:
         return "-"
     paths = [path for path, used in zip(rdn[0].paths, rows, strict=True) if used]
     scores = [select_scores_of_images(tables, paths) for tables in (rdn, control)]
-    value, low, high = compare_auroc(*scores, rdn[0].is_fake[rows])
+    value, low, high = compute_auroc_difference_with_interval(*scores, rdn[0].is_fake[rows])
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
@@ -139,7 +141,7 @@ def main(study: str) -> None:
     for setting, patterns in SETTINGS[study].items():
         rdn, bicubic, none = [read_tables_of_all_seeds(study, pattern) for pattern in patterns]
         for generator, rows in select_fakes_and_reals_per_generator(rdn[0]).items():
-            cells = [format_difference(rdn, control, rows) for control in (bicubic, none)]
+            cells = [format_auroc_difference(rdn, control, rows) for control in (bicubic, none)]
             sys.stdout.write(f"| {setting} | {generator} | {' | '.join(cells)} |\n")
 
 

@@ -38,10 +38,10 @@ def write_empty_files(root, *names):
 
 
 def cut_file_in_half(path):
-    """Remove the second half of an image file. The header of the file remains.
+    """Remove the second half of an image file. The function keeps the first half, which contains the header.
 
     Returns:
-        The bytes of the file before it was cut.
+        The original bytes of the whole file.
     """
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])

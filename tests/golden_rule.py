@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 
-@functools.cache  # drawing the weights is slow; the cache needs about 0.5 GB of memory
-def make_reference_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return the weight tensor of a parameter or buffer.
+@functools.cache  # drawing random weights is slow, so the cache keeps about 0.5 GB of weights in memory
+def make_fixed_weight_from_parameter_name(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return fixed pseudo-random values for a parameter or buffer of a network.
 
-    The tensor depends only on the name and the shape of the parameter or buffer.
+    The values depend only on the name and the shape of the parameter or buffer.
     """
     if name.endswith("num_batches_tracked"):
         return torch.tensor(0)
@@ -31,8 +31,8 @@ def make_reference_weight(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.from_numpy(n.astype(np.float32))
 
 
-def load_reference_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Load weights from `make_reference_weight` into a module, and set it to evaluation mode. Return the module."""
-    state = {k: make_reference_weight(k, tuple(v.shape)) for k, v in module.state_dict().items()}
+def load_fixed_pseudo_random_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """Load fixed pseudo-random weights into a module. Return the module in evaluation mode."""
+    state = {k: make_fixed_weight_from_parameter_name(k, tuple(v.shape)) for k, v in module.state_dict().items()}
     module.load_state_dict(state)
     return module.eval()

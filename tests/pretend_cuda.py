@@ -1,8 +1,8 @@
-"""Check on a CPU whether a program keeps its tensors on one device.
+"""Simulate a GPU on a CPU, to find operations that combine tensors on different devices.
 
-Tensors that the program moves to "cuda" get a mark, but stay in CPU memory. An operation that combines a marked
-and an unmarked tensor raises an error, as on a GPU. Calling `.numpy()` on a marked tensor also raises an error.
-Operations inside the backward pass are not checked.
+A tensor that a program moves to "cuda" gets a mark, the attribute `_on_cuda`, but stays in CPU memory. An operation
+that combines a marked and an unmarked tensor raises an error, as on a GPU. Calling `.numpy()` on a marked tensor also
+raises an error. The simulation does not check the operations of the backward pass.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def is_cuda_device(device) -> bool:
 
 
 class PretendCuda(TorchFunctionMode):
-    """A torch function mode that accepts "cuda" as a device, and marks the tensors on this device."""
+    """A torch function mode that accepts "cuda" as a device, and marks each tensor that would be on the GPU."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -61,7 +61,7 @@ class PretendCuda(TorchFunctionMode):
         if func is Tensor.cpu:
             return mark_tensors_as_cuda_or_cpu(args[0].clone(), False) if is_marked_as_cuda(args[0]) else args[0]
         if func is Tensor.to:
-            return self.imitate_tensor_to(*args, **kwargs)
+            return self.imitate_tensor_to_method(*args, **kwargs)
         self.raise_if_devices_differ(name, args, kwargs)
         created_on_cuda = is_cuda_device(kwargs.get("device"))
         if created_on_cuda:
@@ -91,8 +91,8 @@ class PretendCuda(TorchFunctionMode):
             raise RuntimeError(f"{name}: expected all tensors to be on the same device, got cuda:0 and cpu")
 
     @staticmethod
-    def imitate_tensor_to(tensor, *args, **kwargs):
-        """Replace `Tensor.to`: move a tensor to a device, or convert its dtype.
+    def imitate_tensor_to_method(tensor, *args, **kwargs):
+        """Imitate `Tensor.to`, which moves a tensor to a device or converts the dtype of the tensor.
 
         Each element of `args` is a device, a dtype, or an example tensor with the wanted device and dtype.
         """
@@ -121,6 +121,6 @@ def pretend_cuda():
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.accelerator, "is_available", lambda: False)  # prevents calls of the CUDA driver
+        patch.setattr(torch.accelerator, "is_available", lambda: False)  # PyTorch must not call the CUDA driver
         patch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
         yield

@@ -24,7 +24,7 @@ from utils.distributed import World
 from utils.files import hold_lock_file
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"resnet18": (1, 1, 1, 1)}  # one block per stage instead of two, so that checkpoints are written faster
+SMALL = {"resnet18": (1, 1, 1, 1)}  # a ResNet with one block per stage, to write checkpoints faster
 SERVER = multiprocessing.get_context("forkserver")  # forking the test process would be unsafe, because it has threads
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
@@ -32,7 +32,9 @@ SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 def start_program(
     program: str, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, **environment: str
 ) -> multiprocessing.Process:
-    """Start a program in a new process, with one thread. The process appends its output to a log file.
+    """Start a program in a new process. The process appends its output to a log file.
+
+    PyTorch uses one CPU thread in the new process.
 
     Args:
         program: file name of the program, such as "train_sr.py".
@@ -47,7 +49,7 @@ def start_program(
 
 
 def _run_program(program, arguments, log, prepare, environment):
-    """Run a program in the process that `start_program` has started. `start_program` explains the arguments."""
+    """Run a program in the current process. `start_program` calls this function in each new process."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -72,7 +74,7 @@ def wait_for_exit(process: multiprocessing.Process, seconds: float = 120) -> int
     return process.exitcode
 
 
-def torchrun_environments() -> list[dict[str, str]]:
+def make_environments_of_two_torchrun_processes() -> list[dict[str, str]]:
     """Return two dicts with the environment variables that torchrun sets in two processes, one dict per process."""
     with socket.create_server(("localhost", 0)) as free:
         port = str(free.getsockname()[1])
@@ -82,9 +84,9 @@ def torchrun_environments() -> list[dict[str, str]]:
 
 @contextlib.contextmanager
 def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
-    """Start a process that holds a lock file and starts a worker process.
+    """Start a process that locks a file and then starts a worker process.
 
-    Yields a function that kills the lock holder. The worker process keeps running.
+    Yields a function that kills the process with the lock, but not its worker process.
     """
     ours, theirs = SERVER.Pipe()
     process = SERVER.Process(target=_hold_lock_in_process_and_worker, args=(lock, theirs))
@@ -103,9 +105,9 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _hold_lock_in_process_and_worker(lock, connection):
-    """Hold a lock file for 60 s, in this process and in a worker process.
+    """Lock a file, start a worker process, and keep both processes running for 60 s.
 
-    The lock holder sends the process id of the worker through `connection`.
+    The process with the lock sends the process id of its worker through the pipe `connection`.
     """
     with hold_lock_file(lock, World()):
         worker = os.fork()
@@ -117,19 +119,20 @@ def _hold_lock_in_process_and_worker(lock, connection):
 # --- functions for the `prepare` argument of `start_program` ------------------------------------------------------
 
 
-def patch_loops_to_send_signal(description: str, at: int, number: int, all_processes: bool = False) -> None:
-    """Let the program send itself a signal when a loop with a progress bar reaches item number `at`.
+def patch_progress_bar_to_send_signal(description: str, at: int, number: int, all_processes: bool = False) -> None:
+    """Make the program send itself a signal at a chosen item of its loops with a progress bar.
 
     Args:
-        description: first word of the text beside the progress bar, such as "epoch".
-        at: number of the item, counted from 1. All loops with this description share one count.
-        number: number of the signal.
-        all_processes: whether the worker processes also get the signal. After this signal, the program waits 0.3 s.
+        description: beginning of the text beside the progress bar, such as "epoch".
+        at: number of the item at which the program sends the signal. The first item of the first loop has the number
+            1, and the next loop with this description continues the count.
+        number: number of the signal, such as 9 for SIGKILL.
+        all_processes: whether the program also sends the signal to its worker processes, and then waits 0.3 s.
     """
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
 
-    def yield_items_and_send_signal(items, text, *more):
+    def yield_loop_items_and_send_signal(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -139,11 +142,11 @@ def patch_loops_to_send_signal(description: str, at: int, number: int, all_proce
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress_bar = yield_items_and_send_signal
+    console.progress_bar = yield_loop_items_and_send_signal
 
 
-def patch_loops_to_sleep_first(description: str, seconds: float) -> None:
-    """Make each loop wait before its first item, if the text beside its progress bar begins with `description`."""
+def patch_progress_bar_to_sleep_first(description: str, seconds: float) -> None:
+    """Make the program sleep before each loop whose progress bar has a text that begins with `description`."""
     original = console.progress_bar
 
     def sleep_and_create_progress_bar(items, text, *more):
@@ -155,10 +158,10 @@ def patch_loops_to_sleep_first(description: str, seconds: float) -> None:
 
 
 def patch_checkpoint_saving_to_kill_program(save: int) -> None:
-    """Let the program kill itself when half of a checkpoint file is written.
+    """Make the program kill itself while a checkpoint file contains only its first half.
 
     Args:
-        save: number of the checkpoint whose file is cut in half. The first saved checkpoint has the number 1.
+        save: number of the incomplete checkpoint. The first saved checkpoint has the number 1.
     """
     original, count = torch.save, itertools.count(1)
 
@@ -166,16 +169,16 @@ def patch_checkpoint_saving_to_kill_program(save: int) -> None:
         os.ftruncate(file, os.fstat(file).st_size // 2)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def save_and_patch_fsync_to_kill(content, file):
+    def save_then_make_fsync_kill_process(content, file):
         original(content, file)
         if next(count) == save:
             os.fsync = truncate_file_and_kill_process
 
-    torch.save = save_and_patch_fsync_to_kill
+    torch.save = save_then_make_fsync_kill_process
 
 
 def patch_test_py_to_send_signal_before_batch(batch: int, number: int) -> None:
-    """Let test.py send itself a signal before it computes the logits of a batch.
+    """Make test.py send itself a signal before it computes the logits of a batch.
 
     Args:
         batch: number of the batch before which test.py sends the signal. The first batch has the number 1.

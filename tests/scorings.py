@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from golden_rule import load_reference_weights
+from golden_rule import load_fixed_pseudo_random_weights
 from PIL import Image
 
 import test as program
@@ -35,9 +35,9 @@ def run_test_py(*argv) -> int:
 
 
 def error_line_of_test_py(capfd, *argv) -> str:
-    """Run test.py with a command line that test.py must refuse, and return the error line.
+    """Require that test.py refuses a command line, and return the error line that test.py prints.
 
-    The exit status must be 2, and stdout must be empty. The last line on stderr must be the only error line.
+    The exit status must be 2, and stdout must be empty. Only the last line on stderr may be an error line.
     """
     capfd.readouterr()
     assert run_test_py(*argv) == 2
@@ -48,7 +48,7 @@ def error_line_of_test_py(capfd, *argv) -> str:
     return line
 
 
-def scoring_arguments(detector, images, path, *more) -> list:
+def make_arguments_of_test_py(detector, images, path, *more) -> list:
     """Return a command line for test.py that scores images without labels.
 
     Without labels, test.py draws no figure.
@@ -59,7 +59,7 @@ def scoring_arguments(detector, images, path, *more) -> list:
 def write_noise_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
     """Write a noise image of the given size (height, width) in pixels. Return the path of the image.
 
-    The image is the sum of a smooth random pattern, enlarged from 4 x 4 pixels, and of noise in single pixels.
+    The image is the sum of random noise and of a smooth pattern, which is enlarged from 4 x 4 random pixels.
     """
     rng = np.random.default_rng(key)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size[::-1])
@@ -84,27 +84,27 @@ def write_detector(path: Path, **content) -> Path:
         path: path of the checkpoint.
         content: entries of the checkpoint dict that replace or extend the default entries.
     """
-    state = {"state_dict": load_reference_weights(DeepStemResNet(3, "resnet18")).state_dict()}
-    state["sr_state_dict"] = load_reference_weights(RDN(**TINY)).state_dict()
+    state = {"state_dict": load_fixed_pseudo_random_weights(DeepStemResNet(3, "resnet18")).state_dict()}
+    state["sr_state_dict"] = load_fixed_pseudo_random_weights(RDN(**TINY)).state_dict()
     torch.save({**state, "config": CONFIG, **content}, path)
     return path
 
 
 def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
-    """Write two images, and checkpoints in the formats in which the authors of the paper published their checkpoints.
+    """Write two images, and checkpoints in the file formats of the checkpoints that the paper's authors published.
 
-    One image is real, and the other image is fake.
+    One image is real, and the other image is fake. The images come from tests/golden/reference_outputs.npz. The networks
+    get their weights from `load_fixed_pseudo_random_weights`.
 
-    The weights come from `load_reference_weights`. The images come from tests/golden/reference_outputs.npz.
     Returns the folder.
     """
-    rdn = load_reference_weights(RDN()).state_dict()
+    rdn = load_fixed_pseudo_random_weights(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")
-    torch.save(load_reference_weights(VGG19()).state_dict(), folder / "vgg19.pth")
+    torch.save(load_fixed_pseudo_random_weights(VGG19()).state_dict(), folder / "vgg19.pth")
     for name, channels in (("pixel", 3), ("stage5", 512)):
         content = {"epoch": 100, "arch": "resnet50", "optimizer": {"state": {}, "param_groups": [{"params": [0, 1]}]}}
-        content["state_dict"] = load_reference_weights(DeepStemResNet(channels)).state_dict()
+        content["state_dict"] = load_fixed_pseudo_random_weights(DeepStemResNet(channels)).state_dict()
         torch.save(content, folder / f"{name}.pth.tar")
     for name, pixels in zip(("real", "fake"), np.load(GOLDEN)["image"], strict=True):
         (folder / name).mkdir()

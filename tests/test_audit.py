@@ -20,13 +20,13 @@ def image_folders(tmp_path):
     return tmp_path
 
 
-def audit_arguments(folders):
+def make_arguments_of_tools_audit(folders):
     """Return the arguments of tools.audit that name the folder of real images and the folder of fake images."""
     return ["--data-root-pos", str(folders / "real"), "--data-root-neg", str(folders / "fake")]
 
 
 def test_audit_exits_with_status_0_if_it_finds_no_leak(image_folders, capsys):
-    assert audit.main(audit_arguments(image_folders)) == 0
+    assert audit.main(make_arguments_of_tools_audit(image_folders)) == 0
     assert "leak audit: nothing found" in capsys.readouterr().out
 
 
@@ -34,7 +34,7 @@ def test_audit_exits_with_status_1_and_says_how_to_remove_a_leak_if_it_finds_one
     for i in range(6):
         Image.open(image_folders / f"real/{i}.png").save(image_folders / f"real/{i}.jpg")
         (image_folders / f"real/{i}.png").unlink()
-    assert audit.main(audit_arguments(image_folders)) == 1
+    assert audit.main(make_arguments_of_tools_audit(image_folders)) == 1
     output = capsys.readouterr().out
     assert "LEAK: format (train): JPEG in 100% of the real and 0% of the fake images" in output and "way out:" in output
 
@@ -42,7 +42,10 @@ def test_audit_exits_with_status_1_and_says_how_to_remove_a_leak_if_it_finds_one
 def test_audit_reports_a_validation_image_that_is_also_a_training_image_as_a_leak(image_folders, capsys):
     (image_folders / "validation").mkdir()
     Image.open(image_folders / "real/3.png").save(image_folders / "validation/copy.png")
-    assert audit.main([*audit_arguments(image_folders), "--val-root-pos", str(image_folders / "validation")]) == 1
+    assert (
+        audit.main([*make_arguments_of_tools_audit(image_folders), "--val-root-pos", str(image_folders / "validation")])
+        == 1
+    )
     assert "LEAK: exact duplicates in train and validation" in capsys.readouterr().out
 
 
@@ -50,6 +53,6 @@ def test_audit_reports_a_wrong_command_line_in_one_line(image_folders):
     with expect_user_error("no images"):
         audit.main([])
     with expect_user_error("one class"):
-        audit.main(audit_arguments(image_folders)[:2])
+        audit.main(make_arguments_of_tools_audit(image_folders)[:2])
     with expect_user_error("more than one way"):
         audit.main(["--csv", "a", "--data-root", "b"])

@@ -14,12 +14,12 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value 
 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Compute the logits (2, 2) of two images with the implementation `form` of the networks."""
+    """Compute the logits of two images, float (2, 2). `form` names an implementation of the networks."""
     return cases.prepare_scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error of a logit, divided by the largest difference between the images' expected logits."""
+    """Return the largest error of a logit, divided by the largest difference between the two images' logits."""
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 
@@ -39,7 +39,7 @@ def test_the_comparison_of_implementations_fails_if_one_resynthesizes_brighter_i
 
 @pytest.mark.parametrize("kind", ["step, RDN frozen", "step, fine-tuning", "step, train_sr.py", "RDN alone"])
 def test_the_benchmark_measures_time_and_memory_of_training_steps_and_of_rdn(kind):
-    result = cases.measure_case(TOY._replace(kind=kind, images=4))
+    result = cases.measure_time_and_memory_of_case(TOY._replace(kind=kind, images=4))
     assert result["seconds"] > 0
     assert result["gib"] > 0.1  # the PyTorch library alone needs more than 0.1 GiB
 
@@ -48,11 +48,11 @@ def test_the_fine_tuning_step_changes_the_resynthesizer_and_the_frozen_step_does
     built = []
     build = cases.build_detector
 
-    def build_and_record_detector(case):
+    def build_detector_and_append_to_list(case):
         built.append(build(case))
         return built[-1]
 
-    monkeypatch.setattr(cases, "build_detector", build_and_record_detector)
+    monkeypatch.setattr(cases, "build_detector", build_detector_and_append_to_list)
     for kind, moves in (("step, RDN frozen", False), ("step, fine-tuning", True)):
         run = cases.KINDS[kind](TOY._replace(kind=kind, images=4))
         weight = built[-1][0].resynthesizer.output.weight
@@ -89,7 +89,7 @@ def test_the_benchmark_prints_a_dash_and_exits_with_status_1_if_a_measurement_fa
     assert capsys.readouterr().out.splitlines()[-1].count(" - ") == 6
 
 
-def test_the_benchmark_on_a_gpu_scores_with_each_stage_image_size_and_precision():
+def test_the_benchmark_on_a_gpu_scores_with_each_vgg_stage_image_size_and_precision():
     parsed = program.argparse.Namespace(quick=False, gpu="0", stages=[0, 5], side=512)
     rows = program.list_benchmark_cases(parsed)
     scoring = {(row.stage, row.side, row.precision) for row in rows if row.kind == "scoring"}

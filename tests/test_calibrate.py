@@ -13,39 +13,39 @@ from processes import ROOT
 
 from evaluation.calibration import check_calibration, probabilities_and_verdicts
 from evaluation.metrics import negative_log_likelihood
-from evaluation.score_table import make_rows, read_table, write_table
+from evaluation.score_table import make_rows_from_logits, read_table, write_table
 from tools import calibrate
 from utils import checkpoints
 from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
-# Image settings that test.py uses by default for a detector trained on crops of 128 x 128 pixels
+# By default, test.py scores images with these settings if the detector was trained on crops of 128 x 128 pixels
 SETTINGS = {"crop_size": 128, "resize": None, "crops": 9}
 
 
 def write_score_table(path, reals, fakes):
-    """Write a score table with the logits (margin, 0) for each margin in `reals` and `fakes`.
+    """Write a score table with one image per margin in `reals` and `fakes`. An image has the logits (margin, 0).
 
     Return the path of the table.
     """
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
-    write_table(path, make_rows(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
+    write_table(path, make_rows_from_logits(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
     return path
 
 
-def overconfident_margins(n_real=300, n_fake=250):
+def draw_overconfident_logit_margins(n_real=300, n_fake=250):
     """Return margins of real images and margins of fake images, for an overconfident detector.
 
-    A margin is logit_fake - logit_real. Let x be a random number from N(-1, 1) for a real image and from N(1, 1) for a
-    fake image. The log odds that an image with the number x is fake are 2 x. The detector returns the margin 8 x. This
-    margin is four times too large.
+    A margin is logit_fake - logit_real. Each image has a random number x, drawn from N(-1, 1) for a real image and
+    from N(1, 1) for a fake image. If both classes are equally frequent, the correct margin of an image is 2 x. The
+    overconfident detector returns 8 x, which is four times the correct margin.
     """
     rng = np.random.default_rng(0)
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
 
 
-def last_layer_weights(value):
+def make_constant_last_layer_weights(value):
     """Return the weights of the last layer of a classifier. All weights have the given value, and all biases are 0."""
     return {"fc.weight": torch.full((2, 3), value), "fc.bias": torch.zeros(2)}
 
@@ -60,7 +60,8 @@ def checkpoint_path(tmp_path):
         "images": IMAGES,
     }
     checkpoints.save_checkpoint(
-        {"epoch": 3, "state_dict": last_layer_weights(0.5), "config": config}, tmp_path / "detector.pth.tar"
+        {"epoch": 3, "state_dict": make_constant_last_layer_weights(0.5), "config": config},
+        tmp_path / "detector.pth.tar",
     )
     return tmp_path / "detector.pth.tar"
 
@@ -68,7 +69,7 @@ def checkpoint_path(tmp_path):
 @pytest.fixture
 def score_table_path(tmp_path):
     """Write a score table of an overconfident detector. Return the path of the table."""
-    return write_score_table(tmp_path / "val.csv", *overconfident_margins())
+    return write_score_table(tmp_path / "val.csv", *draw_overconfident_logit_margins())
 
 
 # --- fitted numbers
@@ -109,7 +110,7 @@ def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_
     assert t_real <= t_fake
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
-    if t_real < t_fake:  # a higher t_real or a lower t_fake would exceed an allowed error rate
+    if t_real < t_fake:  # with a higher t_real or a lower t_fake, an error rate would be too high
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 
@@ -121,7 +122,7 @@ def test_fitted_thresholds_of_small_examples_equal_the_values_computed_by_hand()
     assert calibrate.fit_thresholds(prob, is_fake, 0.25, 0) == pytest.approx((0.35, 0.35))
     separated = calibrate.fit_thresholds(np.array([0.1, 0.2, 0.8, 0.9]), np.arange(4) >= 2, 0.01, 0.01)
     assert separated == pytest.approx((0.5, 0.5))
-    certain = np.array([1.0, 0.1, 1.0, 0.9])  # the first image is real and has P(fake) = 1
+    certain = np.array([1.0, 0.1, 1.0, 0.9])  # P(fake) of two real images and of two fake images
     t_real, t_fake = calibrate.fit_thresholds(certain, np.arange(4) >= 2, 0.0, 0.0)
     assert t_fake > 1 and t_real == pytest.approx(0.5)
     check_calibration({"temperature": 1.0, "t_real": t_real, "t_fake": t_fake}, "a file")
@@ -168,11 +169,11 @@ def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(
 # --- refused score tables and detectors
 
 OWN = {
-    "classifier_fingerprint": checkpoints.compute_fingerprint(last_layer_weights(0.5)),
+    "classifier_fingerprint": checkpoints.compute_fingerprint(make_constant_last_layer_weights(0.5)),
     "resynthesizer_fingerprint": "aaaa",
     "vgg": {"fingerprint": "bbbb"},
 }
-OTHER_WEIGHTS = checkpoints.compute_fingerprint(last_layer_weights(0.25))
+OTHER_WEIGHTS = checkpoints.compute_fingerprint(make_constant_last_layer_weights(0.25))
 CASES = {
     "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "scoring_settings": SETTINGS}, None),
     "a released detector": ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),
@@ -219,7 +220,7 @@ def test_calibrate_refuses_a_file_without_a_detector_and_does_not_change_it(scor
 
 
 def test_calibrate_warns_of_few_images_and_of_scored_training_images(tmp_path, checkpoint_path, caplog, capsys):
-    scores = write_score_table(tmp_path / "val.csv", *overconfident_margins(n_real=99, n_fake=100))
+    scores = write_score_table(tmp_path / "val.csv", *draw_overconfident_logit_margins(n_real=99, n_fake=100))
     assert calibrate.main([str(scores), "--into", str(checkpoint_path), "--fpr", "0.01"]) == 0
     assert "no .json file" in caplog.text
     (tmp_path / "val.json").write_text(json.dumps({"trained_on": 7}))

@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 from files import expect_user_error, random_rgb_pixels, save_image
-from trainings import TINY, read_checkpoint_content, run_training, train_detector_arguments
+from trainings import TINY, make_arguments_of_train_detector, read_checkpoint_content, run_training
 
 import test as tester
 import train_detector
@@ -130,7 +130,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # unpickling without protection ran the code in the checkpoint
+    assert folder.exists()  # an unprotected load runs the code in the checkpoint, which makes this folder
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -163,51 +163,51 @@ VALUES = {
 }
 
 
-def test_fields_returns_config_values_of_the_expected_type():
+def test_config_values_of_the_expected_type_are_returned():
     fields = Fields(VALUES, "some.pth", "config")
-    assert fields.get_integer("count", 1, 3) == 3
+    assert fields.get_integer_field("count", 1, 3) == 3
     assert (
-        fields.get_number("rate", 0, 1) == 0.5
-        and fields.get_number("count") == 3
-        and fields.get_positive_number("rate") == 0.5
+        fields.get_number_field("rate", 0, 1) == 0.5
+        and fields.get_number_field("count") == 3
+        and fields.get_positive_number_field("rate") == 0.5
     )
-    assert fields.get_text("name", ["rdn", "none"]) == "rdn"
-    assert fields.get_nested_fields("part").get_integer("scale") == 4 and fields.get_keyword_arguments("args") == {
-        "depth": 2
-    }
+    assert fields.get_text_field("name", ["rdn", "none"]) == "rdn"
+    assert fields.get_nested_fields("part").get_integer_field("scale") == 4 and fields.get_keyword_arguments(
+        "args"
+    ) == {"depth": 2}
     assert fields.has_value("count") and not fields.has_value("nothing") and not fields.has_value("absent")
 
 
-def test_fields_returns_the_default_for_a_missing_value_or_raises_an_error_without_a_default():
+def test_a_missing_config_value_gives_the_default_or_an_error_without_a_default():
     fields = Fields(VALUES, "some.pth", "config")
     for key in ("nothing", "absent"):
-        assert fields.get_integer(key, default=7) == 7 and fields.get_number(key, default=None) is None
+        assert fields.get_integer_field(key, default=7) == 7 and fields.get_number_field(key, default=None) is None
         assert fields.get_nested_fields(key).values == {} and fields.get_keyword_arguments(key) == {}
         with expect_user_error("some.pth", f"config.{key}", "missing"):
-            fields.get_integer(key)
-    assert Fields(None, "some.pth").get_text("name", default="rdn") == "rdn"
+            fields.get_integer_field(key)
+    assert Fields(None, "some.pth").get_text_field("name", default="rdn") == "rdn"
 
 
 @pytest.mark.parametrize(
     ("method", "value", "limits"),
     [
-        ("get_integer", "3", ()), ("get_integer", 3.0, ()), ("get_integer", True, ()), ("get_integer", -1, ()),
-        ("get_integer", 9, (1, 8)),
-        ("get_number", "3", ()), ("get_number", True, ()), ("get_number", float("nan"), ()), ("get_number", float("inf"), ()),
-        ("get_number", 1.5, (0, 1)), ("get_number", torch.ones(1), ()), ("get_positive_number", 0, ()),
-        ("get_positive_number", -1.0, ()),
-        ("get_text", 3, ()), ("get_text", "other", (["rdn"],)), ("get_text", b"rdn", ()),
+        ("get_integer_field", "3", ()), ("get_integer_field", 3.0, ()), ("get_integer_field", True, ()), ("get_integer_field", -1, ()),
+        ("get_integer_field", 9, (1, 8)),
+        ("get_number_field", "3", ()), ("get_number_field", True, ()), ("get_number_field", float("nan"), ()), ("get_number_field", float("inf"), ()),
+        ("get_number_field", 1.5, (0, 1)), ("get_number_field", torch.ones(1), ()), ("get_positive_number_field", 0, ()),
+        ("get_positive_number_field", -1.0, ()),
+        ("get_text_field", 3, ()), ("get_text_field", "other", (["rdn"],)), ("get_text_field", b"rdn", ()),
         ("get_nested_fields", [1], ()), ("get_nested_fields", "x", ()),
         ("get_keyword_arguments", {3: 4}, ()), ("get_keyword_arguments", {"a b": 1}, ()),
     ],
 )  # fmt: skip
-def test_fields_refuses_a_config_value_of_a_wrong_type_or_range_in_one_line(method, value, limits):
+def test_a_config_value_of_a_wrong_type_or_range_is_refused_in_one_line(method, value, limits):
     fields = Fields({"key": value}, "some.pth", "config")
     with expect_user_error("some.pth", "config.key", "must"):
         getattr(fields, method)("key", *limits)
 
 
-def test_fields_refuses_a_config_that_is_not_a_dictionary_in_one_line():
+def test_a_config_that_is_not_a_dictionary_is_refused_in_one_line():
     with expect_user_error("some.pth", "config", "dictionary", "list"):
         Fields([1], "some.pth", "config")
 
@@ -258,7 +258,7 @@ def test_a_fingerprint_depends_only_on_the_names_types_shapes_and_values_of_weig
 
 
 def test_the_classifier_lists_its_parameters_in_the_order_of_torchvision():
-    """An optimizer state refers to a parameter by its position in the list of parameters."""
+    """The optimizer state in a checkpoint identifies a parameter only by its position in the list of parameters."""
     from torchvision.models import resnet50
 
     ours = [name for name, _ in DeepStemResNet(3).named_parameters() if name.startswith("layer")]
@@ -286,11 +286,11 @@ def empty_vgg_cache_path(tmp_path, monkeypatch):
 
 
 def test_vgg_weights_whose_hash_is_wrong_are_refused(empty_vgg_cache_path, monkeypatch):
-    def raise_wrong_hash(url, to, hash_prefix, **_):
+    def raise_wrong_hash_error(url, to, hash_prefix, **_):
         raise RuntimeError(f'invalid hash value (expected "{hash_prefix}", got "0123")')
 
     with monkeypatch.context() as patch, expect_user_error("invalid hash value", "dcbb9e9d"):
-        patch.setattr(torch.hub, "download_url_to_file", raise_wrong_hash)
+        patch.setattr(torch.hub, "download_url_to_file", raise_wrong_hash_error)
         load_vgg("imagenet")
     empty_vgg_cache_path.parent.mkdir(exist_ok=True)
     # The VGG-19 file has the correct name and weight shapes, but random weights
@@ -314,7 +314,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 @pytest.fixture(scope="module")
 def folder_with_mismatched_weights(tmp_path_factory, shrink_resnet18):
-    """Return a folder with images, detectors and weights files. Some of the weights do not fit the detectors."""
+    """Return a folder with images, detectors and weights files. Some weights files do not fit the detectors."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -326,7 +326,7 @@ def folder_with_mismatched_weights(tmp_path_factory, shrink_resnet18):
         (root / kind).mkdir()
         save_image(root / kind / "a.png", random_rgb_pixels(64, 64, len(kind)))
     for name, flags in (("pixel", ""), ("stage2", "--idx-stages 2 --crop-size 64"), ("dilated", "--arch resnet50")):
-        arguments = train_detector_arguments(root, root / name, f"--fixed-sr --epochs 1 --batch-size 2 {flags}")
+        arguments = make_arguments_of_train_detector(root, root / name, f"--fixed-sr --epochs 1 --batch-size 2 {flags}")
         if name == "dilated":
             arguments.remove("--no_dilation")
         run_training(arguments)
@@ -367,12 +367,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("flags", "words"), CASES, ids=[flags for flags, _ in CASES])
-def test_programs_refuse_files_and_flags_that_do_not_fit_together(
+def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
     folder_with_mismatched_weights, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """train_sr.py or train_detector.py refuses the command line `flags`.
+    """The training program must refuse the command line `flags`.
 
-    If `flags` contains --init, test.py must also refuse `flags` with --resume in place of --init.
+    If `flags` contains --init, the test replaces --init by --resume, and requires that test.py also refuses `flags`.
     """
     monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
@@ -398,10 +398,10 @@ def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(
 
 def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(folder_with_mismatched_weights, tmp_path):
     flags = "--mode-sr denoising --batch-size 2 --resume auto --epochs"
-    run_training(train_detector_arguments(folder_with_mismatched_weights, tmp_path / "out", f"{flags} 1"))
+    run_training(make_arguments_of_train_detector(folder_with_mismatched_weights, tmp_path / "out", f"{flags} 1"))
     with expect_user_error("--vgg-weights"):
         run_training(
-            train_detector_arguments(
+            make_arguments_of_train_detector(
                 folder_with_mismatched_weights,
                 tmp_path / "out",
                 f"{flags} 2 --vgg-weights {folder_with_mismatched_weights}/other_vgg.pth",

@@ -1,7 +1,7 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-Each pixel of `make_coordinate_image_array` contains its own row and column, so the pixels of a crop show where it was
-cut out.
+In an image of `make_coordinate_image_array`, the values of each pixel are its row and its column. So the pixels of a
+crop show the position of the crop in the image.
 """
 
 import math
@@ -34,8 +34,8 @@ from utils.labels import FAKE, REAL
 ON_CPU = Compute(CPU, "fp32")
 
 
-def indices_of_batches(batches, epoch=0, first_step=0):
-    """Return one list per batch of an epoch, with the indices of the images in the batch."""
+def list_image_indices_of_batches(batches, epoch=0, first_step=0):
+    """Return a list of the batches of an epoch. Each batch is a list of image indices."""
     batches.set_epoch(epoch, first_step)
     listed = list(batches)
     assert len(batches) == len(listed) and all(key.epoch == epoch for batch in listed for key in batch)
@@ -48,7 +48,7 @@ def make_coordinate_image_array(height, width):
     return np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
 
 
-def make_items(*paths, label=REAL):
+def make_labelled_image_items(*paths, label=REAL):
     """Return one `Item` per path. All items have the same label."""
     return [Item(path, label, "") for path in paths]
 
@@ -62,41 +62,41 @@ def write_random_image(path, height, width, seed=0):
 
 
 def test_each_image_occurs_once_in_an_epoch():
-    batches = indices_of_batches(EpochBatchSampler(10, 4, seed=1))
+    batches = list_image_indices_of_batches(EpochBatchSampler(10, 4, seed=1))
     assert [len(batch) for batch in batches] == [4, 4, 2] and sorted(sum(batches, [])) == list(range(10))
-    assert indices_of_batches(EpochBatchSampler(5, 2)) == [[0, 1], [2, 3], [4]]
-    assert indices_of_batches(EpochBatchSampler(0, 2)) == []
+    assert list_image_indices_of_batches(EpochBatchSampler(5, 2)) == [[0, 1], [2, 3], [4]]
+    assert list_image_indices_of_batches(EpochBatchSampler(0, 2)) == []
 
 
 def test_the_order_of_images_depends_only_on_seed_and_epoch():
-    one = indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=3)
+    one = list_image_indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=3)
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    assert indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=3) == one
+    assert list_image_indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=3) == one
     assert torch.equal(torch.get_rng_state(), state)
-    assert indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=4) != one
-    assert indices_of_batches(EpochBatchSampler(50, 8, seed=2), epoch=3) != one
-    assert sum(indices_of_batches(EpochBatchSampler(50, 5, seed=1), epoch=3), []) == sum(one, [])
+    assert list_image_indices_of_batches(EpochBatchSampler(50, 8, seed=1), epoch=4) != one
+    assert list_image_indices_of_batches(EpochBatchSampler(50, 8, seed=2), epoch=3) != one
+    assert sum(list_image_indices_of_batches(EpochBatchSampler(50, 5, seed=1), epoch=3), []) == sum(one, [])
 
 
 def test_an_epoch_resumed_at_any_step_gives_the_remaining_batches():
     batches = EpochBatchSampler(23, 4, seed=2)
-    whole = indices_of_batches(batches, epoch=1)
+    whole = list_image_indices_of_batches(batches, epoch=1)
     for step in range(7):
-        assert indices_of_batches(batches, epoch=1, first_step=step) == whole[step:]
+        assert list_image_indices_of_batches(batches, epoch=1, first_step=step) == whole[step:]
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("count", [4, 16, 17, 19])
 def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
-    whole = indices_of_batches(EpochBatchSampler(count, 4, seed=3))
+    whole = list_image_indices_of_batches(EpochBatchSampler(count, 4, seed=3))
     parts = [list(EpochBatchSampler(count, 4, 3, World(rank, size))) for rank in range(size)]
-    smallest = EpochBatchSampler(count, 4, 3, World(0, size)).find_smallest_batch_of_any_process()
+    smallest = EpochBatchSampler(count, 4, 3, World(0, size)).compute_smallest_batch_size_of_any_process()
     for step, batch in enumerate(whole):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        # A process that would get no image of the batch gets the first image, with weight 0
+        # If a batch has fewer images than processes, each process without an image gets the first image with weight 0
         ignored = [key.index for key in keys if not key.weight]
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
@@ -106,9 +106,9 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 
 
 def locate_patch(patch):
-    """Return where a patch was cut out of an image made by `make_coordinate_image_array`: row, column and orientation.
+    """Return the top row, the left column and the orientation (0 to 7) of a patch.
 
-    Raises an error if the pixels were not cut out of `make_coordinate_image_array`.
+    Raises an error if the patch was not cut out of an image of `make_coordinate_image_array`.
     """
     rows, columns = patch[0].astype(int), patch[1].astype(int)
     top, left, side = rows.min(), columns.min(), rows.shape[0]
@@ -121,21 +121,21 @@ def locate_patch(patch):
 def test_patches_start_at_multiples_of_the_scale_and_have_all_positions_and_orientations(tmp_path):
     path = save_image(
         tmp_path / "a.png", make_coordinate_image_array(19, 26)
-    )  # the central crop of 16 x 24 pixels starts at row 1 and column 1
-    sample = PatchDataset(make_items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
+    )  # patches lie in the central crop of 16 x 24 pixels, which starts at row 1 and column 1
+    sample = PatchDataset(make_labelled_image_items(path), patch_size=2, scale=4, patches_per_image=600)[Key(0, 0)]
     assert sample.x.shape == (600, 3, 8, 8) and sample.x.dtype == torch.uint8 and sample.error is None
     places = [locate_patch(patch) for patch in sample.x.numpy()]
     assert {top for top, _, _ in places} == {1, 5, 9}
     assert {left for _, left, _ in places} == {1, 5, 9, 13, 17}
     counts = np.bincount([orientation for _, _, orientation in places], minlength=8)
-    assert counts.min() >= 45 and counts.max() <= 105  # expected per orientation: 75, standard deviation 8
+    assert counts.min() >= 45 and counts.max() <= 105  # 75 patches are expected per orientation, standard deviation 8
 
 
 def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
     path = write_random_image(tmp_path / "a.png", 18, 21)
-    data = PatchDataset(make_items(path), patch_size=3, scale=3)
+    data = PatchDataset(make_labelled_image_items(path), patch_size=3, scale=3)
     patch = F.avg_pool2d(data[Key(0, 0)].x.float(), 3)[0]  # (3, 3, 3)
-    whole = ImageDataset(make_items(path), SizePolicy(3))[Key(0, 0)].x[0].float()
+    whole = ImageDataset(make_labelled_image_items(path), SizePolicy(3))[Key(0, 0)].x[0].float()
     whole = F.avg_pool2d(whole, 3)  # (3, 6, 7)
     squares = [whole[:, row : row + 3, column : column + 3] for row in range(4) for column in range(5)]
     variants = [torch.rot90(f, k, (1, 2)) for s in squares for f in (s, s.flip(2)) for k in range(4)]
@@ -144,12 +144,12 @@ def test_a_downsampled_patch_equals_a_patch_of_the_downsampled_image(tmp_path):
 
 def test_a_patch_depends_only_on_seed_epoch_and_index(tmp_path):
     path = write_random_image(tmp_path / "a.png", 64, 64)
-    data = PatchDataset(make_items(path, path, path), 4, 4, seed=1)
+    data = PatchDataset(make_labelled_image_items(path, path, path), 4, 4, seed=1)
     patch = data[Key(2, 1)].x
-    assert torch.equal(PatchDataset(make_items(path, path), 4, 4, 5, seed=1)[Key(2, 1)].x[:1], patch)
+    assert torch.equal(PatchDataset(make_labelled_image_items(path, path), 4, 4, 5, seed=1)[Key(2, 1)].x[:1], patch)
     assert not torch.equal(data[Key(2, 0)].x, patch)
     assert not torch.equal(data[Key(1, 1)].x, patch)
-    assert not torch.equal(PatchDataset(make_items(path, path), 4, 4, seed=2)[Key(2, 1)].x, patch)
+    assert not torch.equal(PatchDataset(make_labelled_image_items(path, path), 4, 4, seed=2)[Key(2, 1)].x, patch)
 
 
 # --- images -------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def locate_crop(sample):
 
 def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
     paths = [save_image(tmp_path / f"{i}.png", make_coordinate_image_array(40 + i, 60)) for i in range(3)]
-    data = ImageDataset(make_items(*paths), SizePolicy(4, 16), Augmentation(seed=1, crops=4))
+    data = ImageDataset(make_labelled_image_items(*paths), SizePolicy(4, 16), Augmentation(seed=1, crops=4))
     batches = EpochBatchSampler(len(data), 4, seed=1)
     corners = []
     for epoch in range(2):
@@ -187,7 +187,7 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
 
 def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_path):
     path = save_image(tmp_path / "a.png", make_coordinate_image_array(80, 90))
-    data = ImageDataset(make_items(path), SizePolicy(4, 16), Augmentation(seed=1))
+    data = ImageDataset(make_labelled_image_items(path), SizePolicy(4, 16), Augmentation(seed=1))
     corners = [locate_crop(data[Key(epoch, 0)]) for epoch in range(40)]
     assert len({c[:2] for c in corners}) > 35
     assert 8 < sum(mirrored for _, _, mirrored in corners) < 32
@@ -196,7 +196,8 @@ def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_p
 
 def test_without_augmentation_an_image_is_cropped_in_the_centre(tmp_path):
     data = ImageDataset(
-        make_items(save_image(tmp_path / "a.png", make_coordinate_image_array(80, 90))), SizePolicy(4, 16)
+        make_labelled_image_items(save_image(tmp_path / "a.png", make_coordinate_image_array(80, 90))),
+        SizePolicy(4, 16),
     )
     assert {locate_crop(data[Key(epoch, 0)]) for epoch in range(5)} == {(32, 37, False)}
 
@@ -209,20 +210,22 @@ def test_only_an_image_that_a_perturbation_cannot_process_gets_an_error(tmp_path
     long = save_image(tmp_path / "long.png", np.zeros((4, 70_000, 3), np.uint8))
     good = save_image(tmp_path / "good.png")
     transform = Perturbation(PerturbationSetting("jpeg", 90.0), "sweep", 0)
-    data = ImageDataset(make_items(long, good), SizePolicy(4), transform=transform)
+    data = ImageDataset(make_labelled_image_items(long, good), SizePolicy(4), transform=transform)
     assert data[Key(0, 0)].error.startswith(f"{long}: cannot be prepared") and data[Key(0, 0)].error.isprintable()
     assert data[Key(0, 1)].error is None
 
 
 def test_only_an_image_smaller_than_the_stride_of_the_features_gets_an_error(tmp_path):
     paths = [write_random_image(tmp_path / f"{side}.png", side, side) for side in (12, 16)]
-    data = ImageDataset(make_items(*paths), SizePolicy(4, min_side=16))
+    data = ImageDataset(make_labelled_image_items(*paths), SizePolicy(4, min_side=16))
     assert "12.png: image is 12 x 12 pixels" in data[Key(0, 0)].error
     assert data[Key(0, 1)].x.shape == (1, 3, 16, 16)
 
 
 def test_a_programming_error_in_a_transform_is_raised(tmp_path):
-    data = ImageDataset(make_items(save_image(tmp_path / "a.png")), SizePolicy(4), transform=lambda image: image)
+    data = ImageDataset(
+        make_labelled_image_items(save_image(tmp_path / "a.png")), SizePolicy(4), transform=lambda image: image
+    )
     with pytest.raises(TypeError):
         data[Key(0, 0)]
 
@@ -231,7 +234,7 @@ def test_a_programming_error_in_a_transform_is_raised(tmp_path):
 
 
 @pytest.fixture
-def patch_dataset(tmp_path):
+def dataset_of_readable_and_unreadable_patches(tmp_path):
     """Return a dataset with two random patches of each of seven images.
 
     Image 1 is too small, and the file of image 3 is empty.
@@ -240,11 +243,13 @@ def patch_dataset(tmp_path):
     paths.insert(1, save_image(tmp_path / "small.png", make_coordinate_image_array(15, 48)))
     paths.insert(3, str(tmp_path / "zero.png"))
     (tmp_path / "zero.png").touch()
-    return PatchDataset(make_items(*paths), 4, 4, patches_per_image=2, seed=1)
+    return PatchDataset(make_labelled_image_items(*paths), 4, 4, patches_per_image=2, seed=1)
 
 
-def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_images(patch_dataset):
-    first, _ = make_loader(patch_dataset, EpochBatchSampler(7, 4), 0, ON_CPU)
+def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_images(
+    dataset_of_readable_and_unreadable_patches,
+):
+    first, _ = make_loader(dataset_of_readable_and_unreadable_patches, EpochBatchSampler(7, 4), 0, ON_CPU)
     assert first.keys == [(0, 0, 0), (0, 0, 1), (0, 2, 0), (0, 2, 1)] and first.x.shape == (4, 3, 16, 16)
     assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # weight of a patch: 1 / (4 images x 2 patches)
     assert "small.png: is 48 x 15" in first.errors[1] and "zero.png" in first.errors[3]
@@ -252,17 +257,17 @@ def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_image
 
 @pytest.mark.parametrize("free_bytes", [None, 0, 10**7])
 def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(
-    patch_dataset, monkeypatch, free_bytes
+    dataset_of_readable_and_unreadable_patches, monkeypatch, free_bytes
 ):
     """If no shared memory is free, the worker processes must send batches as NumPy arrays through a pipe.
 
-    If a worker used full shared memory, it would fail to send the batch, and the main process would wait forever.
+    A worker that fails to write a batch into full shared memory would make the main process wait forever.
     """
-    alone = list(make_loader(patch_dataset, EpochBatchSampler(7, 4), 0, ON_CPU))
+    alone = list(make_loader(dataset_of_readable_and_unreadable_patches, EpochBatchSampler(7, 4), 0, ON_CPU))
     if free_bytes is not None:
         usage = namedtuple("usage", "total used free")(10**8, 10**8 - free_bytes, free_bytes)
         monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    helped = list(make_loader(patch_dataset, EpochBatchSampler(7, 4), 2, ON_CPU))
+    helped = list(make_loader(dataset_of_readable_and_unreadable_patches, EpochBatchSampler(7, 4), 2, ON_CPU))
     assert [(b.keys, b.errors) for b in alone] == [(b.keys, b.errors) for b in helped]
     for a, b in zip(alone, helped, strict=True):
         assert torch.equal(a.x, b.x) and torch.equal(a.labels, b.labels) and torch.equal(a.weights, b.weights)
@@ -270,7 +275,7 @@ def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_witho
 
 
 @pytest.fixture
-def dataset_of_squares_and_unreadable_image(tmp_path):
+def dataset_of_square_and_unreadable_images(tmp_path):
     """Return a dataset of seven images. Image 4 is unreadable.
 
     The other images are squares with sides of 8, 8, 8, 16, 16 and 8 pixels.
@@ -280,7 +285,7 @@ def dataset_of_squares_and_unreadable_image(tmp_path):
         for i, side in enumerate([8, 8, 8, 16, 16, 8])
     ]
     paths.insert(4, str(tmp_path))
-    return ImageDataset(make_items(*paths, label=FAKE), SizePolicy(4))
+    return ImageDataset(make_labelled_image_items(*paths, label=FAKE), SizePolicy(4))
 
 
 def load_and_merge_batches(dataset, keys, **limits):
@@ -289,26 +294,26 @@ def load_and_merge_batches(dataset, keys, **limits):
     return list(merge_batches_of_equal_image_size(loader, **limits))
 
 
-def test_consecutive_images_of_equal_size_are_merged_into_one_batch(dataset_of_squares_and_unreadable_image):
-    batches = load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(7), block=100, pixels=256)
+def test_consecutive_images_of_equal_size_are_merged_into_one_batch(dataset_of_square_and_unreadable_images):
+    batches = load_and_merge_batches(dataset_of_square_and_unreadable_images, range(7), block=100, pixels=256)
     assert [[index for _, index, _ in batch.keys] for batch in batches if batch.keys] == [[0, 1, 2], [3], [5], [6]]
     assert all(len(b.x) == len(b.labels) == len(b.weights) == len(b.items) == len(b.keys) for b in batches)
     assert [index for batch in batches for index in batch.errors] == [4]
 
 
-def test_merging_batches_keeps_the_pixel_limit_and_never_joins_images_of_two_blocks(
-    dataset_of_squares_and_unreadable_image,
+def test_merged_batches_keep_the_pixel_limit_and_stay_within_blocks_of_consecutive_images(
+    dataset_of_square_and_unreadable_images,
 ):
     assert [
         len(b.keys)
-        for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(3), block=100, pixels=128)
+        for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(3), block=100, pixels=128)
     ] == [2, 1]
     assert [
         len(b.keys)
-        for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(3), block=2, pixels=math.inf)
+        for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # Blocks of two images are counted from image 0, even if loading starts at image 1
+    # With block=2, images 1 and 2 belong to different blocks, even if loading starts at image 1
     assert [
         len(b.keys)
-        for b in load_and_merge_batches(dataset_of_squares_and_unreadable_image, range(1, 3), block=2, pixels=math.inf)
+        for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(1, 3), block=2, pixels=math.inf)
     ] == [1, 1]

@@ -7,10 +7,10 @@ from files import expect_user_error
 
 from data.degradations import (
     TASKS,
-    check_task_name,
     compress_as_jpeg,
     degrade_batch,
     degrade_patch,
+    require_known_auxiliary_task,
     sample_degradation_for_batch,
 )
 
@@ -18,28 +18,28 @@ NONE = {"augment": False, "completion": False, "colorization": False}
 TRIALS = 800
 
 
-def random_generator(*key):
+def make_seeded_numpy_generator(*key):
     """Return a NumPy random generator that is seeded with integers."""
     return np.random.default_rng(key)
 
 
 def random_image(*shape, seed=9):
     """Return a float tensor of the given shape with random pixels in [0.1, 0.9]."""
-    values = random_generator(seed).random(shape, np.float32)
+    values = make_seeded_numpy_generator(seed).random(shape, np.float32)
     return torch.from_numpy(values) * 0.8 + 0.1
 
 
-def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
+def test_the_colorization_task_draws_a_grey_fraction_per_batch_and_a_mask_per_image():
     x = random_image(3, 3, 64, 64)
     grey = x.mean(dim=1, keepdim=True).expand_as(x)
     fractions = []
     for seed in range(60):
-        rngs = [random_generator(seed, i) for i in range(3)]
-        y = degrade_batch(TASKS["colorization"](random_generator(seed)), x, rngs)
+        rngs = [make_seeded_numpy_generator(seed, i) for i in range(3)]
+        y = degrade_batch(TASKS["colorization"](make_seeded_numpy_generator(seed)), x, rngs)
         changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
         torch.testing.assert_close(y[changed], grey[changed])
         per_image = changed[:, 0].float().mean(dim=(1, 2))
-        # The fraction of grey pixels of an image has a standard deviation below 0.007
+        # Within a batch, the fraction of grey pixels per image has a standard deviation below 0.007
         assert per_image.max() - per_image.min() < 0.05
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
@@ -49,9 +49,16 @@ def test_colorization_draws_one_fraction_per_batch_and_one_mask_per_image():
     assert np.mean(fractions) == pytest.approx(0.175, abs=0.02)
 
 
-def test_denoising_adds_gaussian_noise_of_four_grey_levels():
+def test_the_denoising_task_adds_gaussian_noise_of_four_grey_levels():
     x = torch.full((2, 3, 64, 64), 0.5)
-    noise = degrade_batch(TASKS["denoising"](random_generator(0)), x, [random_generator(1), random_generator(2)]) - x
+    noise = (
+        degrade_batch(
+            TASKS["denoising"](make_seeded_numpy_generator(0)),
+            x,
+            [make_seeded_numpy_generator(1), make_seeded_numpy_generator(2)],
+        )
+        - x
+    )
     assert noise.std().item() == pytest.approx(4 / 255, rel=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=4e-4)
     beyond_two_std = (noise.abs() > 2 * 4 / 255).float().mean().item()
@@ -63,35 +70,37 @@ def test_denoising_adds_gaussian_noise_of_four_grey_levels():
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
 def test_the_degradation_of_an_image_does_not_depend_on_the_other_images_of_the_batch(task):
     x = random_image(3, 3, 4, 4)
-    whole = degrade_batch(TASKS[task](random_generator(5)), x, [random_generator(i) for i in range(3)])
-    alone = degrade_batch(TASKS[task](random_generator(5)), x[1:2], [random_generator(1)])
+    whole = degrade_batch(
+        TASKS[task](make_seeded_numpy_generator(5)), x, [make_seeded_numpy_generator(i) for i in range(3)]
+    )
+    alone = degrade_batch(TASKS[task](make_seeded_numpy_generator(5)), x[1:2], [make_seeded_numpy_generator(1)])
     assert torch.equal(alone, whole[1:2])
 
 
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
 def test_an_auxiliary_task_degrades_half_of_the_batches(task):
-    drawn = [sample_degradation_for_batch(task, random_generator(seed)) is not None for seed in range(600)]
+    drawn = [sample_degradation_for_batch(task, make_seeded_numpy_generator(seed)) is not None for seed in range(600)]
     assert 250 <= sum(drawn) <= 350  # expected: 300 of 600 batches, with a standard deviation of 12
 
 
 def test_the_auxiliary_task_none_degrades_no_batch():
-    assert sample_degradation_for_batch("none", random_generator(0)) is None
+    assert sample_degradation_for_batch("none", make_seeded_numpy_generator(0)) is None
 
 
 def test_an_unknown_auxiliary_task_is_refused_with_the_names_of_the_known_tasks():
     with expect_user_error("--mode-sr", "colorization", "inpainting"):
-        check_task_name("inpainting")
+        require_known_auxiliary_task("inpainting")
 
 
 @pytest.mark.parametrize("way", ["completion", "colorization"])
-def test_completion_and_colorization_replace_a_random_fraction_of_the_pixels_of_some_patches(way):
+def test_the_degradations_completion_and_colorization_replace_random_pixels_of_some_patches(way):
     patch = random_image(3, 32, 32)
     replaced = torch.zeros_like(patch)
     if way == "colorization":
         replaced = patch.mean(dim=0, keepdim=True).expand_as(patch)
     fractions = []
     for seed in range(TRIALS):
-        result = degrade_patch(patch, random_generator(seed), **{**NONE, way: True})
+        result = degrade_patch(patch, make_seeded_numpy_generator(seed), **{**NONE, way: True})
         changed = (result != patch).any(dim=0)
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
@@ -105,9 +114,11 @@ def test_completion_and_colorization_replace_a_random_fraction_of_the_pixels_of_
 
 def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses_patches_as_jpeg():
     ramp = torch.linspace(0.2, 0.8, 24).expand(3, 24, 24)
-    results = [degrade_patch(ramp, random_generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)]
+    results = [
+        degrade_patch(ramp, make_seeded_numpy_generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)
+    ]
     changed = [result for result in results if not torch.equal(result, ramp)]
-    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # 1 - P(no noise) x P(no JPEG) = 0.5
+    assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)  # half of the patches get noise, JPEG or both
     # Pixel values times 255 are whole numbers after JPEG compression, but not after adding noise
     compressed = [torch.allclose(result * 255, (result * 255).round(), atol=1e-3) for result in changed]
     # 29.3 % of all patches are compressed, and 50 % are changed. So 58.6 % of the changed patches are compressed
@@ -126,4 +137,4 @@ def test_jpeg_compression_changes_an_image_more_at_lower_quality():
 
 def test_degrade_patch_returns_the_patch_unchanged_if_all_degradations_are_off():
     patch = random_image(3, 8, 8)
-    assert torch.equal(degrade_patch(patch, random_generator(7), **NONE), patch)
+    assert torch.equal(degrade_patch(patch, make_seeded_numpy_generator(7), **NONE), patch)

@@ -20,7 +20,7 @@ from scorings import (
 
 from evaluation import load
 from evaluation.inputs import compute_crop_start_positions, cut_evenly_spread_crops
-from evaluation.loading import choose_image_settings, convert_gpu_number_to_device_name
+from evaluation.loading import choose_resize_and_crop_settings, convert_gpu_number_to_device_name
 from evaluation.score_table import read_table
 from utils.compute import choose_device
 
@@ -67,7 +67,7 @@ def test_residual_returns_the_absolute_difference_between_an_image_and_its_resyn
     path = str(image_folder / "1.png")
     (residual,) = detector.residual(path)
     assert residual.shape == (3, 32, 32) and residual.dtype == torch.float32
-    x, x_hat, _ = detector.resynthesize(detector.prepare_image(path)[None])
+    x, x_hat, _ = detector.resynthesize(detector.decode_resize_and_crop_image(path)[None])
     assert torch.equal(residual, (x_hat - x).abs()[0])
 
 
@@ -93,7 +93,7 @@ def test_a_pil_image_with_an_exif_orientation_is_turned_upright(detector, image_
         torch.zeros(32, 32, dtype=torch.uint8), io.BytesIO(b"no image"), io.StringIO("no image"),
     ],
 )  # fmt: skip
-def test_an_argument_that_is_not_an_image_is_refused_in_one_line(detector, image):
+def test_predict_verdict_and_residual_refuse_an_argument_that_is_not_an_image(detector, image):
     for method in (detector.predict, detector.verdict, detector.residual):
         with expect_user_error("a path" if not hasattr(image, "read") else "cannot decode"):
             method(image)
@@ -157,7 +157,7 @@ def test_load_refuses_a_gpu_in_one_line_on_a_machine_without_a_gpu(detector_file
         load(str(detector_file), device=device)
 
 
-def test_load_chooses_a_gpu_by_its_number(monkeypatch):
+def test_choose_device_finds_a_gpu_by_its_number_and_refuses_missing_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -207,10 +207,10 @@ def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(detector_file, arg
 
 
 def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
-    """`idx_stages` is another name for the option `stage`, and `no_dilation=True` means `dilated=False`.
+    """`load` accepts `idx_stages` in place of the option `stage`, and `no_dilation=True` in place of `dilated=False`.
 
-    The authors' checkpoints store neither the feature stage nor the dilation of the ResNet. Dilation changes the
-    scores.
+    The authors' checkpoints store neither the feature stage nor the dilation of the ResNet. A ResNet with dilated
+    convolutions gives other scores than a ResNet without them.
     """
     folder = write_images_and_checkpoints_of_the_authors_format(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
@@ -224,13 +224,13 @@ def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
 
 def test_image_settings_are_taken_from_the_training_unless_an_option_overrides_them():
     trained = {"crop_size": 128, "resize": None}
-    assert choose_image_settings(trained, {}) == (128, None, 9)
-    assert choose_image_settings(trained, {"crop_size": 64}) == (64, None, 1)
-    assert choose_image_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
-    assert choose_image_settings(trained, {"crop_size": 0}) == (None, None, 1)
-    assert choose_image_settings({}, {"resize": 256}) == (None, 256, 1)
+    assert choose_resize_and_crop_settings(trained, {}) == (128, None, 9)
+    assert choose_resize_and_crop_settings(trained, {"crop_size": 64}) == (64, None, 1)
+    assert choose_resize_and_crop_settings(trained, {"crop_size": 64, "crops": 4}) == (64, None, 4)
+    assert choose_resize_and_crop_settings(trained, {"crop_size": 0}) == (None, None, 1)
+    assert choose_resize_and_crop_settings({}, {"resize": 256}) == (None, 256, 1)
     with expect_user_error("--crop-size"):
-        choose_image_settings({}, {"crops": 4})
+        choose_resize_and_crop_settings({}, {"crops": 4})
 
 
 def test_the_python_example_of_the_readme_runs_and_torch_hub_loads_the_detector(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from pretend_cuda import PretendCuda, is_marked_as_cuda, mark_tensors_as_cuda_or_cpu, pretend_cuda
-from trainings import run_training, train_detector_arguments, train_sr_arguments
+from trainings import make_arguments_of_train_detector, make_arguments_of_train_sr, run_training
 
 import test as test_program
 from evaluation import load
@@ -25,7 +25,7 @@ DETECTOR_MODES = """
 """
 
 
-def replace_cpu_by_gpu(arguments):
+def replace_cpu_argument_by_gpu_number(arguments):
     """Replace the argument "cpu" by "0" in a command line, so that `--gpu cpu` becomes `--gpu 0`."""
     return ["0" if word == "cpu" else word for word in arguments]
 
@@ -37,7 +37,7 @@ def detector_file(training_files, tmp_path_factory, shrink_resnet18):
     The detector classifies residuals of VGG-19 features of stage 1.
     """
     folder = tmp_path_factory.mktemp("detector")
-    run_training(train_detector_arguments(training_files, folder, "--fixed-sr --idx-stages 1 --epochs 1"))
+    run_training(make_arguments_of_train_detector(training_files, folder, "--fixed-sr --idx-stages 1 --epochs 1"))
     return folder / "last.pth.tar"
 
 
@@ -67,11 +67,13 @@ def test_pretend_cuda_keeps_weights_and_gradients_on_the_gpu_in_a_training_step(
 def test_train_detector_trains_and_validates_on_one_device(training_files, tmp_path, mode):
     with pretend_cuda():
         run_training(
-            replace_cpu_by_gpu(train_detector_arguments(training_files, tmp_path, f"{mode} VALIDATE --epochs 1"))
+            replace_cpu_argument_by_gpu_number(
+                make_arguments_of_train_detector(training_files, tmp_path, f"{mode} VALIDATE --epochs 1")
+            )
         )
         run_training(
-            replace_cpu_by_gpu(
-                train_detector_arguments(training_files, tmp_path, f"{mode} VALIDATE --epochs 2 --resume auto")
+            replace_cpu_argument_by_gpu_number(
+                make_arguments_of_train_detector(training_files, tmp_path, f"{mode} VALIDATE --epochs 2 --resume auto")
             )
         )
     assert (tmp_path / "best.pth.tar").exists()
@@ -81,12 +83,16 @@ def test_train_detector_trains_and_validates_on_one_device(training_files, tmp_p
 def test_train_sr_trains_and_evaluates_on_one_device(training_files, tmp_path, mode):
     with pretend_cuda():
         run_training(
-            replace_cpu_by_gpu(train_sr_arguments(training_files, tmp_path, f"{mode} --eval-file REAL --num-epochs 1"))
+            replace_cpu_argument_by_gpu_number(
+                make_arguments_of_train_sr(training_files, tmp_path, f"{mode} --eval-file REAL --num-epochs 1")
+            )
         )
         weights = tmp_path / "x2/best.pth"
         run_training(
-            replace_cpu_by_gpu(
-                train_sr_arguments(training_files, tmp_path, f"--evaluate --eval-file REAL --weights-file {weights}")
+            replace_cpu_argument_by_gpu_number(
+                make_arguments_of_train_sr(
+                    training_files, tmp_path, f"--evaluate --eval-file REAL --weights-file {weights}"
+                )
             )
         )
 
@@ -104,7 +110,7 @@ def test_test_py_keeps_all_tensors_on_one_device(training_files, tmp_path, detec
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", 0, "0", torch.device("cuda"), torch.device("cuda", 0), None])
-def test_load_accepts_every_way_to_name_a_gpu(training_files, detector_file, device):
+def test_loading_a_detector_accepts_every_way_to_name_a_gpu(training_files, detector_file, device):
     path = str(training_files / "real/0.png")
     with pretend_cuda():
         detector = load(str(detector_file), device=device, vgg_weights="random")

@@ -70,7 +70,7 @@ def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(program):
 
 
 def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_not(monkeypatch, capfd):
-    """torchrun ends the waiting process with rank 1 as soon as the process with rank 0 has exited.
+    """The process with rank 1 waits, so that torchrun ends it as soon as the process with rank 0 has failed.
 
     If both processes fail with the same error, only the process with rank 0 prints this error.
     """
@@ -78,14 +78,14 @@ def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_n
     monkeypatch.setattr(time, "sleep", waits.append)
 
     def raise_user_error():
-        raise UserError("a mistake")
+        raise UserError("this test raises an error")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert run_program(raise_user_error) == 2
     assert waits == [console.MISTAKE_DELAY]
-    assert capfd.readouterr().err.splitlines() == ["error: a mistake"] * 2
+    assert capfd.readouterr().err.splitlines() == ["error: this test raises an error"] * 2
 
 
 def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
@@ -100,7 +100,7 @@ def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
 def test_two_torchrun_processes_train_until_sigterm_and_write_the_same_scores_as_one_process(training_files, tmp_path):
     """Two processes train a detector until torchrun gets SIGTERM.
 
-    The score table that two processes write for this detector equals the score table of one process.
+    For the trained detector, test.py writes the same score table in two processes as in one process.
     """
     train = [str(ROOT / "train_detector.py"), *COMMON.split(), "--arch", "resnet18", "--no_dilation", "--fixed-sr"]
     train += [

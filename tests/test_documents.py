@@ -40,7 +40,7 @@ def commands_of_document(document: str) -> list[list[str]]:
     return commands
 
 
-def known_flags() -> set[str]:
+def collect_flags_of_programs_and_tools() -> set[str]:
     """Return the flags of the programs, and the flags in the source code of tools, benchmarks, studies and utils."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
@@ -93,7 +93,7 @@ def test_every_flag_that_a_document_mentions_exists(document):
             foreign.update(re.findall(r"--[\w-]+", line))
         if "deepsafe eval" in line:
             foreign.add("--model")
-    assert mentioned - foreign <= known_flags()
+    assert mentioned - foreign <= collect_flags_of_programs_and_tools()
 
 
 def test_the_readme_has_at_most_170_lines():

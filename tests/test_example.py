@@ -1,4 +1,4 @@
-"""Tests of tools.example: example images, and fake copies (twins) of photographs.
+"""Tests of tools.example, which makes example images, and fake copies (twins) of photographs.
 
 A simulated generator or an autoencoder makes the fake copy of a photograph.
 """
@@ -40,7 +40,7 @@ def read_bytes_of_all_files_in_folder(root):
 
 
 @pytest.fixture(scope="module")
-def example_folder(tmp_path_factory):
+def example_image_folder(tmp_path_factory):
     """Return a folder of example images made by tools.example."""
     out = tmp_path_factory.mktemp("example") / "images"
     assert example.main(make_arguments_of_tools_example(out)) == 0
@@ -51,7 +51,7 @@ def example_folder(tmp_path_factory):
 
 
 def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
-    """The power spectrum of photographs falls with the frequency f as f^-2 to f^-3."""
+    """In photographs, the spectral power at a frequency f is proportional to f^-k, with k from 2 to 3."""
     size, total = 128, 0
     window = np.outer(np.hanning(size), np.hanning(size))
     for seed in range(12):
@@ -68,7 +68,7 @@ def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(ki
     """In an up-sampled image, differences between neighbouring pixels depend on whether the column is even or odd."""
     x = torch.stack([torch.from_numpy(draw_scene(64, seeded_generator(i))) for i in range(8)]).permute(0, 3, 1, 2) / 255
 
-    def column_parity_difference(images):
+    def difference_of_even_and_odd_columns(images):
         curvature = (images[..., 2:] - 2 * images[..., 1:-1] + images[..., :-2]).abs().mean(dim=(0, 1, 2))
         steps = (images[..., 1:] - images[..., :-1]).abs().mean(dim=(0, 1, 2))
         ratios = [values[0::2].mean() / values[1::2].mean() for values in (curvature, steps[:-1])]
@@ -77,30 +77,33 @@ def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(ki
     fake = halve_and_upsample(x, kind, seeded_generator(0))
     assert fake.shape == x.shape and 0 <= fake.min() and fake.max() <= 1
     assert np.corrcoef(fake.flatten(), x.flatten())[0, 1] > 0.9
-    assert column_parity_difference(fake) > 2 * column_parity_difference(x)
+    assert difference_of_even_and_odd_columns(fake) > 2 * difference_of_even_and_odd_columns(x)
 
 
-def test_the_folder_of_example_images_has_the_documented_files(example_folder):
-    names = [name for name in read_bytes_of_all_files_in_folder(example_folder) if name.endswith(".png")]
+def test_the_folder_of_example_images_has_the_documented_files(example_image_folder):
+    names = [name for name in read_bytes_of_all_files_in_folder(example_image_folder) if name.endswith(".png")]
     expected = []
     for split, count in (("train", 2), ("val", 1), ("test", 1)):
         for folder in ("real", "nearest", "bilinear"):
             expected += [f"{split}/{folder}/{index:05d}.png" for index in range(count)]
     assert sorted(names) == sorted(expected)
     for name in names:
-        with Image.open(example_folder / name) as image:
+        with Image.open(example_image_folder / name) as image:
             assert (image.mode, image.size) == ("RGB", (32, 32))
     for split in ("train", "val"):
-        assert [Path(p) for p in read_path_list(str(example_folder / f"{split}.txt"))] == sorted(
-            (example_folder / split / "real").iterdir()
+        assert [Path(p) for p in read_path_list(str(example_image_folder / f"{split}.txt"))] == sorted(
+            (example_image_folder / split / "real").iterdir()
         )
-    assert "CC0" in (example_folder / "README.txt").read_text()
-    assert json.loads((example_folder / "settings.json").read_text())["seed"] == 123
+    assert "CC0" in (example_image_folder / "README.txt").read_text()
+    assert json.loads((example_image_folder / "settings.json").read_text())["seed"] == 123
 
 
-def test_example_images_are_unique_and_do_not_depend_on_the_number_of_images(example_folder, tmp_path):
+def test_example_images_are_unique_and_do_not_depend_on_the_number_of_images(example_image_folder, tmp_path):
     assert example.main(make_arguments_of_tools_example(tmp_path / "more", "--train", 3, "--val", 0)) == 0
-    few, more = read_bytes_of_all_files_in_folder(example_folder), read_bytes_of_all_files_in_folder(tmp_path / "more")
+    few, more = (
+        read_bytes_of_all_files_in_folder(example_image_folder),
+        read_bytes_of_all_files_in_folder(tmp_path / "more"),
+    )
     common = [name for name in few if name in more and name.endswith(".png")]
     assert len(common) == 9
     assert all(few[name] == more[name] for name in common)
@@ -109,37 +112,37 @@ def test_example_images_are_unique_and_do_not_depend_on_the_number_of_images(exa
     assert not (tmp_path / "more" / "val.txt").exists()
 
 
-def test_another_seed_gives_different_example_images(example_folder, tmp_path):
+def test_another_seed_gives_different_example_images(example_image_folder, tmp_path):
     assert example.main(make_arguments_of_tools_example(tmp_path / "other", "--seed", 5)) == 0
-    assert not set(read_bytes_of_all_files_in_folder(example_folder).values()) & {
+    assert not set(read_bytes_of_all_files_in_folder(example_image_folder).values()) & {
         v for k, v in read_bytes_of_all_files_in_folder(tmp_path / "other").items() if k.endswith("png")
     }
 
 
-def test_a_second_call_of_tools_example_does_not_change_a_complete_folder(example_folder):
-    times = {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
-    assert example.main(make_arguments_of_tools_example(example_folder)) == 0
-    assert times == {path: path.stat().st_mtime_ns for path in example_folder.rglob("*")}
+def test_a_second_call_of_tools_example_does_not_change_a_complete_folder(example_image_folder):
+    times = {path: path.stat().st_mtime_ns for path in example_image_folder.rglob("*")}
+    assert example.main(make_arguments_of_tools_example(example_image_folder)) == 0
+    assert times == {path: path.stat().st_mtime_ns for path in example_image_folder.rglob("*")}
 
 
-def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(example_folder, tmp_path):
+def test_an_output_folder_with_files_of_the_user_is_refused_and_unchanged(example_image_folder, tmp_path):
     foreign = {"thesis.tex": b"mine", "settings.json": b"not JSON", "train.txt": b"mine"}
     for name, content in foreign.items():
         (tmp_path / name).write_bytes(content)
-    before = read_bytes_of_all_files_in_folder(example_folder)
+    before = read_bytes_of_all_files_in_folder(example_image_folder)
     for out, more in (
-        (example_folder, ["--seed", 5]),
+        (example_image_folder, ["--seed", 5]),
         (tmp_path, []),
         (tmp_path / "thesis.tex", []),
-        (tmp_path, ["--from", example_folder]),
+        (tmp_path, ["--from", example_image_folder]),
     ):
         with expect_user_error("--out"):
             example.main(make_arguments_of_tools_example(out, *more))
-    assert read_bytes_of_all_files_in_folder(example_folder) == before
+    assert read_bytes_of_all_files_in_folder(example_image_folder) == before
     assert read_bytes_of_all_files_in_folder(tmp_path) == foreign
 
 
-def test_the_lists_can_be_read_if_the_folder_name_is_not_utf8(tmp_path):
+def test_image_lists_can_be_read_if_the_folder_name_is_not_utf8(tmp_path):
     out = os.path.join(os.fsencode(tmp_path), b"\xff \xe9")
     example.main(make_arguments_of_tools_example(os.fsdecode(out)))
     assert len(read_path_list(os.fsdecode(os.path.join(out, b"train.txt")))) == 2
@@ -215,7 +218,7 @@ def test_the_autoencoder_has_the_weight_names_and_shapes_of_taef2():
 
 
 def write_autoencoder_weights(folder):
-    """Write files with random weights for the encoder and the decoder. Return the paths of the two files."""
+    """Write random weights of an autoencoder to encoder.pth and decoder.pth. Return the paths of the two files."""
     torch.manual_seed(0)
     model = Autoencoder()
     for name in ("encoder", "decoder"):

@@ -62,7 +62,7 @@ def random_images(*size):
     return torch.from_numpy(seeded_generator(1).integers(0, 256, size, np.uint8))
 
 
-def network_logits(detector, x):
+def compute_logits_of_detector_network(detector, x):
     """Compute the logits (B, 2) of whole images x, uint8 (B, 3, H, W), with the PyTorch network of a detector."""
     with torch.inference_mode():
         return detector.network(x.float() / 255).numpy()
@@ -82,17 +82,17 @@ def exported_detector_folder(shrink_resnet18, tmp_path_factory):
 # --- graphs
 
 
-def require_graph_equals_detector(path, detector, *sizes):
-    """Require that a graph and a detector give the same logits and the same P(fake).
+def require_graph_gives_detector_outputs(path, detector, *sizes):
+    """Require that an exported graph gives the same logits and the same P(fake) as the detector.
 
     Args:
-        sizes: shapes (B, 3, H, W) of the random images that are scored.
+        sizes: shapes (B, 3, H, W) of batches of random images.
     """
     run, _ = graph.load_graph(path.read_bytes())
     for size in sizes:
         x = random_images(*size)
         logits, prob_fake = run(x)
-        expected = network_logits(detector, x)
+        expected = compute_logits_of_detector_network(detector, x)
         assert logits == pytest.approx(expected, abs=1e-4)
         margin = (expected[:, 0] - expected[:, 1]) / CALIBRATION["temperature"]
         assert prob_fake == pytest.approx(1 / (1 + np.exp(-margin)), abs=1e-5)
@@ -101,7 +101,7 @@ def require_graph_equals_detector(path, detector, *sizes):
 
 def test_an_onnx_graph_gives_the_logits_of_the_detector_at_several_image_sizes(exported_detector_folder):
     detector = load(exported_detector_folder / "mine.pth.tar", device="cpu")
-    require_graph_equals_detector(
+    require_graph_gives_detector_outputs(
         exported_detector_folder / "mine.onnx", detector, (1, 3, 36, 36), (4, 3, 48, 72), (2, 3, 132, 552)
     )
 
@@ -111,12 +111,15 @@ def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(exported_det
     path = write_detector(tmp_path / "mine.pth.tar", rdn, stage=5, **NO_DILATION)
     export.main(["--resume", path, "--vgg-weights", "random", "--out", f"{tmp_path}/new/mine.pt2"])
     detector = load(path, device="cpu", vgg_weights="random")
-    require_graph_equals_detector(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
+    require_graph_gives_detector_outputs(tmp_path / "new" / "mine.pt2", detector, (1, 3, 96, 96), (2, 3, 132, 552))
 
 
 @pytest.fixture(scope="module")
-def folder_of_crop_detector_and_graph(exported_detector_folder):
-    """Return a folder with a detector for crops of 128 x 128 pixels. The graph of the detector is detector.onnx."""
+def exported_crop_detector_folder(exported_detector_folder):
+    """Return a folder with a detector in two formats: mine.pth.tar and detector.onnx.
+
+    The detector scores crops of 128 x 128 pixels.
+    """
     folder = exported_detector_folder / "crops"
     folder.mkdir()
     path = write_detector(
@@ -126,22 +129,20 @@ def folder_of_crop_detector_and_graph(exported_detector_folder):
     return folder
 
 
-def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(folder_of_crop_detector_and_graph):
-    path = folder_of_crop_detector_and_graph / "detector.onnx"
+def test_the_graph_of_a_detector_trained_on_crops_scores_single_crops(exported_crop_detector_folder):
+    path = exported_crop_detector_folder / "detector.onnx"
     _, facts = graph.load_graph(path.read_bytes())
     assert (json.loads(facts["crops"]), json.loads(facts["crop_size"])) == (9, 128)
-    detector = load(folder_of_crop_detector_and_graph / "mine.pth.tar", device="cpu")
-    require_graph_equals_detector(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
+    detector = load(exported_crop_detector_folder / "mine.pth.tar", device="cpu")
+    require_graph_gives_detector_outputs(path, detector, (1, 3, 128, 128), (3, 3, 64, 72))
 
 
-def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(
-    folder_of_crop_detector_and_graph, monkeypatch
-):
+def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(exported_crop_detector_folder, monkeypatch):
     document = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     (code,) = [
         block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "# mean over crops" in block
     ]
-    monkeypatch.chdir(folder_of_crop_detector_and_graph)
+    monkeypatch.chdir(exported_crop_detector_folder)
     detector = load("mine.pth.tar", device="cpu")
     for index, (height, width) in enumerate([(150, 281), (128, 128), (130, 400)]):
         Image.fromarray(random_images(height, width, 3).numpy()).save(f"{index}.png")
@@ -151,9 +152,9 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(
 
 
 def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_detector_folder):
-    """PyTorch 2.6 cannot convert a `BatchNorm2d` to ONNX, but it can convert a `PlainBatchNorm` of tools.graph."""
+    """tools.graph replaces batch norms, because PyTorch 2.6 with onnxscript 0.7 cannot convert them to ONNX."""
     network = load(exported_detector_folder / "mine.pth.tar", device="cpu").network
-    plain = graph.copy_with_plain_batch_norms(network)
+    plain = graph.copy_network_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]
     assert [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     x = random_images(2, 3, 64, 96).float() / 255
@@ -182,11 +183,13 @@ class FixedSize(nn.Module):
         return self.linear(residual.flatten(1))
 
 
-def test_the_exported_graph_of_a_detector_with_added_features_gives_its_logits(tmp_path, monkeypatch):
+def test_the_exported_graph_of_a_detector_with_custom_features_gives_its_logits(tmp_path, monkeypatch):
     monkeypatch.setitem(build.FEATURES, "halves", BlockMeansAndSquares)
     path = write_detector(tmp_path / "mine.pth.tar", sr_arch="bicubic", features="halves", **NO_DILATION)
     export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
-    require_graph_equals_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132))
+    require_graph_gives_detector_outputs(
+        tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64), (1, 3, 96, 132)
+    )
 
 
 def test_a_classifier_that_accepts_one_image_size_is_exported_for_crops_of_that_size(tmp_path, monkeypatch, caplog):
@@ -197,7 +200,7 @@ def test_a_classifier_that_accepts_one_image_size_is_exported_for_crops_of_that_
     with caplog.at_level("INFO"):
         export.main(["--resume", path, "--out", f"{tmp_path}/mine.pt2"])
     assert "accepts only images of 64 x 64 pixels" in caplog.text
-    require_graph_equals_detector(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
+    require_graph_gives_detector_outputs(tmp_path / "mine.pt2", load(path, device="cpu"), (2, 3, 64, 64))
     path = write_detector(tmp_path / "whole.pth.tar", **options)
     with expect_user_error("cannot export"):
         export.main(["--resume", path, "--out", f"{tmp_path}/whole.pt2"])
@@ -221,7 +224,7 @@ def test_the_metadata_of_a_graph_contains_labels_image_settings_and_calibration(
 def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_and_a_damaged_graph(
     exported_detector_folder, tmp_path
 ):
-    def check_graph(content, detector=exported_detector_folder / "mine.pth.tar"):
+    def write_and_check_onnx_graph(content, detector=exported_detector_folder / "mine.pth.tar"):
         (tmp_path / "a.onnx").write_bytes(content)
         export.main(["--resume", str(detector), "--check", f"{tmp_path}/a.onnx"])
 
@@ -232,7 +235,7 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
         .numpy()
         .tobytes()
     )
-    check_graph(data)
+    write_and_check_onnx_graph(data)
     other = {**CALIBRATION, "temperature": 1.8}
     other = write_detector(
         tmp_path / "other.pth.tar",
@@ -241,8 +244,8 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
         other,
         **NO_DILATION,
     )
-    with expect_user_error("a.onnx is not from this detector: expected temperature = 1.8, got 1.7"):
-        check_graph(data, other)
+    with expect_user_error("a.onnx is not the graph of this detector: expected temperature = 1.8, got 1.7"):
+        write_and_check_onnx_graph(data, other)
     for text, content in (
         ("expected format", data.replace(version, version[:-1] + b"0")),
         ("expected a difference", data.replace(weight, bytes(len(weight)))),
@@ -250,7 +253,7 @@ def test_tools_export_with_check_refuses_a_graph_of_another_detector_or_version_
         ("damaged", b""),
     ):
         with expect_user_error("a.onnx", text):
-            check_graph(content)
+            write_and_check_onnx_graph(content)
 
 
 # --- files that already exist
@@ -326,8 +329,8 @@ def make_detector_description_and_metrics(exported_detector_folder, tmp_path):
     return detector, compute_metrics_overall_and_per_generator(read_table(tmp_path / "p.csv"))
 
 
-def make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path):
-    """Return a command line for tools.export that writes the bundle a.safetensors and reads p.json."""
+def make_bundle_export_arguments_with_scores(exported_detector_folder, tmp_path):
+    """Return a command line for tools.export with --bundle a.safetensors and --scores p.json."""
     detector = f"{exported_detector_folder}/mine.pth.tar"
     return ["--resume", detector, "--bundle", f"{tmp_path}/a.safetensors", "--scores", f"{tmp_path}/p.json"]
 
@@ -335,7 +338,7 @@ def make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path):
 def test_the_model_card_of_a_bundle_shows_the_metrics_of_the_given_scores(exported_detector_folder, tmp_path):
     detector, metrics = make_detector_description_and_metrics(exported_detector_folder, tmp_path)
     (tmp_path / "p.json").write_text(json.dumps({"detector": detector, "metrics": metrics}))
-    export.main(make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path))
+    export.main(make_bundle_export_arguments_with_scores(exported_detector_folder, tmp_path))
     assert format_metrics(metrics) in checkpoints.read_checkpoint_content(tmp_path / "a.safetensors")["card"]
 
 
@@ -347,7 +350,7 @@ def test_no_bundle_is_written_with_scores_of_another_detector_or_without_metrics
     ):
         (tmp_path / "p.json").write_text(json.dumps(record))
         with expect_user_error(text):
-            export.main(make_arguments_of_bundle_with_scores(exported_detector_folder, tmp_path))
+            export.main(make_bundle_export_arguments_with_scores(exported_detector_folder, tmp_path))
         assert not (tmp_path / "a.safetensors").exists()
 
 

@@ -10,7 +10,7 @@ import torch
 from files import expect_user_error
 from processes import ROOT
 from torch import nn
-from trainings import read_checkpoint_content, run_training, train_detector_arguments
+from trainings import make_arguments_of_train_detector, read_checkpoint_content, run_training
 
 from data import degradations, perturbations
 from evaluation import load, metrics
@@ -41,14 +41,14 @@ def add_documented_networks(monkeypatch):
     monkeypatch.setitem(build.CLASSIFIERS, "small_cnn", load_example_module("small_cnn").SmallCNN)
 
 
-def train_small_sr(files, out):
+def train_documented_super_resolution_network(files, out):
     """Train the super-resolution network of docs/extending.md. Return the path of the file with its weights."""
     flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
     run_training(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
     return out / "x4/last.pth"
 
 
-def arguments_without_resynthesizer(files, out, flags):
+def make_train_detector_arguments_without_resynthesizer(files, out, flags):
     """Return a command line for train_detector.py. The argument `flags` can choose a re-synthesizer."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
@@ -60,14 +60,18 @@ PARTS = "--features gradients --feature-args gain=2 --arch small_cnn --arch-args
 def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_and_fine_tuned(
     training_files, tmp_path, add_documented_networks
 ):
-    weights = train_small_sr(training_files, tmp_path / "sr")
+    weights = train_documented_super_resolution_network(training_files, tmp_path / "sr")
     out = tmp_path / "detector"
     run_training(
-        arguments_without_resynthesizer(
+        make_train_detector_arguments_without_resynthesizer(
             training_files, out, f"{PARTS} --fixed-sr --sr-weights-file {weights} --epochs 1"
         )
     )
-    run_training(arguments_without_resynthesizer(training_files, out, f"{PARTS} --fixed-sr --epochs 2 --resume auto"))
+    run_training(
+        make_train_detector_arguments_without_resynthesizer(
+            training_files, out, f"{PARTS} --fixed-sr --epochs 2 --resume auto"
+        )
+    )
     state = read_checkpoint_content(out / "last.pth.tar")
     assert state["progress"]["epoch"] == 2
     config = state["config"]
@@ -82,7 +86,7 @@ def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_a
 
     tuned = tmp_path / "tuned"
     run_training(
-        arguments_without_resynthesizer(
+        make_train_detector_arguments_without_resynthesizer(
             training_files, tuned, f"--mode-sr denoising --init {out}/last.pth.tar --epochs 1"
         )
     )
@@ -92,20 +96,22 @@ def test_a_detector_of_the_three_documented_networks_is_trained_resumed_loaded_a
 
 
 def test_network_arguments_that_contradict_a_checkpoint_are_refused(training_files, tmp_path, add_documented_networks):
-    weights = train_small_sr(training_files, tmp_path / "sr")
+    weights = train_documented_super_resolution_network(training_files, tmp_path / "sr")
     with expect_user_error("--sr-args", "width=7", "width=5"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-args width=7 --arch small_cnn --epochs 1"
-        run_training(arguments_without_resynthesizer(training_files, tmp_path / "detector", flags))
+        run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path / "detector", flags))
     with expect_user_error("--sr-arch", "rdn", "small_sr"):
         flags = f"--fixed-sr --sr-weights-file {weights} --sr-arch rdn --arch small_cnn --epochs 1"
-        run_training(arguments_without_resynthesizer(training_files, tmp_path / "detector", flags))
+        run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path / "detector", flags))
 
 
 def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_by_name(
     training_files, tmp_path, add_documented_networks, monkeypatch
 ):
     run_training(
-        arguments_without_resynthesizer(training_files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1")
+        make_train_detector_arguments_without_resynthesizer(
+            training_files, tmp_path, f"--fixed-sr --sr-arch none {PARTS} --epochs 1"
+        )
     )
     monkeypatch.delitem(build.FEATURES, "gradients")
     with expect_user_error("gradients", "pixels"):
@@ -117,7 +123,7 @@ def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expect
     training_files, tmp_path, add_documented_networks, control
 ):
     run_training(
-        arguments_without_resynthesizer(
+        make_train_detector_arguments_without_resynthesizer(
             training_files, tmp_path, f"--fixed-sr --sr-arch {control} --arch small_cnn --epochs 1"
         )
     )
@@ -136,7 +142,9 @@ def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expect
 def test_training_a_resynthesizer_without_parameters_is_refused(training_files, tmp_path):
     with expect_user_error("--fixed-sr", "no parameters"):
         run_training(
-            arguments_without_resynthesizer(training_files, tmp_path, "--sr-arch bicubic --arch resnet18 --epochs 1")
+            make_train_detector_arguments_without_resynthesizer(
+                training_files, tmp_path, "--sr-arch bicubic --arch resnet18 --epochs 1"
+            )
         )
     with expect_user_error("bicubic", "no parameters"):
         flags = f"--train-file {training_files}/real --outputs-dir {tmp_path} {BASE} --sr-arch bicubic --num-epochs 1"
@@ -145,7 +153,11 @@ def test_training_a_resynthesizer_without_parameters_is_refused(training_files, 
 
 def test_training_with_an_rdn_but_without_its_weights_file_is_refused(training_files, tmp_path):
     with expect_user_error("--sr-weights-file", "rdn"):
-        run_training(arguments_without_resynthesizer(training_files, tmp_path, "--fixed-sr --arch resnet18 --epochs 1"))
+        run_training(
+            make_train_detector_arguments_without_resynthesizer(
+                training_files, tmp_path, "--fixed-sr --arch resnet18 --epochs 1"
+            )
+        )
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "vit_b_16"])
@@ -157,7 +169,7 @@ def test_a_torchvision_classifier_reads_the_channels_of_the_residual(name):
 
 def test_a_torchvision_classifier_is_trained_and_loaded(training_files, tmp_path):
     flags = "--fixed-sr --arch torchvision:mobilenet_v3_small --epochs 1"
-    run_training(train_detector_arguments(training_files, tmp_path, flags))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, flags))
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
     assert np.isfinite(detector.predict([f"{training_files}/real/0.png"])).all()
 
@@ -184,7 +196,7 @@ def test_the_documented_dicts_and_linked_files_of_the_extension_guide_exist():
         assert Path(ROOT, path).exists()
 
 
-def test_the_documented_perturbation_metric_and_task_can_be_added(monkeypatch):
+def test_the_documented_example_perturbation_metric_and_auxiliary_task_work(monkeypatch):
     code = re.search(r"```python\n(def change_gamma.*?)```", DOCUMENT, re.DOTALL)[1]
     names = {"torch": torch, "SWEEP": {}, "METRICS": {}, "TASKS": {}}
     exec(code, {**names, "Sweep": perturbations.Sweep, "Metric": metrics.Metric})
@@ -247,9 +259,13 @@ def test_a_frozen_resynthesizer_and_the_features_stay_in_evaluation_mode():
         ("--sr-arch none --idx-stages 3 --feature-args stage=2", ("--feature-args", "--features")),
     ],
 )
-def test_arguments_that_another_option_fixes_are_refused(training_files, tmp_path, flags, words):
+def test_network_arguments_that_another_option_already_sets_are_refused(training_files, tmp_path, flags, words):
     with expect_user_error(*words):
-        run_training(arguments_without_resynthesizer(training_files, tmp_path, f"--fixed-sr --epochs 1 {flags}"))
+        run_training(
+            make_train_detector_arguments_without_resynthesizer(
+                training_files, tmp_path, f"--fixed-sr --epochs 1 {flags}"
+            )
+        )
 
 
 def test_torchvision_classifiers_with_auxiliary_outputs_return_only_logits():

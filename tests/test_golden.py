@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_rule import load_reference_weights
+from golden_rule import load_fixed_pseudo_random_weights
 
 from models.features import STAGES, VGG19, Pixels, VGG19Stage
 from models.losses import compute_perceptual_distance, compute_reconstruction_loss
@@ -38,17 +38,17 @@ def input_images(outputs_of_the_authors_code):
 
 @pytest.fixture(scope="module")
 def rdn_with_reference_weights():
-    """Return a full-size RDN with the weights of `make_reference_weight`."""
-    return load_reference_weights(RDN())
+    """Return a full-size RDN with the weights of `make_fixed_weight_from_parameter_name`."""
+    return load_fixed_pseudo_random_weights(RDN())
 
 
 @pytest.fixture(scope="module")
 def vgg_with_reference_weights():
-    """Return VGG-19 with the weights of `make_reference_weight`."""
-    return load_reference_weights(VGG19())
+    """Return VGG-19 with the weights of `make_fixed_weight_from_parameter_name`."""
+    return load_fixed_pseudo_random_weights(VGG19())
 
 
-def create_features_of_stage(stage, vgg):
+def create_pixel_or_vgg_feature_module(stage, vgg):
     """Return the features module of a stage: `Pixels` for stage 0, and `VGG19Stage` for stages 1 to 5."""
     if stage == 0:
         return Pixels()
@@ -101,7 +101,7 @@ def test_rdn_has_22_271_107_parameters_as_in_the_paper(rdn_with_reference_weight
 
 @pytest.mark.parametrize("scale", [2, 3, 4])
 def test_a_small_rdn_has_the_output_of_the_authors_code_at_each_scale(outputs_of_the_authors_code, scale):
-    small = load_reference_weights(RDN(scale=scale, **TINY))
+    small = load_fixed_pseudo_random_weights(RDN(scale=scale, **TINY))
     with torch.inference_mode():
         assert_close(small(outputs_of_the_authors_code["tiny_in"]), outputs_of_the_authors_code[f"rdn_small_x{scale}"])
     assert read_rdn_scale_and_arguments(small.state_dict(), "file") == (scale, TINY)
@@ -144,8 +144,8 @@ def test_detectors_have_the_logits_of_the_authors_code(
     stage,
     dilated,
 ):
-    features = create_features_of_stage(stage, vgg_with_reference_weights)
-    classifier = load_reference_weights(DeepStemResNet(features.channels, arch, dilated))
+    features = create_pixel_or_vgg_feature_module(stage, vgg_with_reference_weights)
+    classifier = load_fixed_pseudo_random_weights(DeepStemResNet(features.channels, arch, dilated))
     detector = ResynthesisDetector(rdn_with_reference_weights, features, classifier).eval()
     with torch.inference_mode():
         assert_close(detector(input_images), outputs_of_the_authors_code[key])

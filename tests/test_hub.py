@@ -1,4 +1,4 @@
-"""Test that torch.hub loads a detector in a program with its own packages `models`, `utils` and `data`."""
+"""Test that torch.hub loads a detector even if the calling program has packages named models, utils and data."""
 
 import subprocess
 import sys
@@ -40,7 +40,7 @@ def test_torch_hub_loads_a_detector_beside_other_packages_named_models_utils_and
     assert rest == "mine 1 mine mine, too False"
 
 
-def test_a_neighbouring_folder_with_a_longer_name_is_not_this_checkout(monkeypatch):
+def test_a_neighbouring_folder_with_a_longer_name_is_not_taken_for_this_checkout(monkeypatch):
     module = types.ModuleType("models")
     module.__file__ = f"{ROOT}2/models/__init__.py"
     monkeypatch.setitem(sys.modules, "models", module)

@@ -17,12 +17,12 @@ from data.folders import HAS_AVIF
 from data.images import (
     Header,
     SizePolicy,
-    check_headers,
-    compute_final_size,
+    compute_size_after_resize_and_crop,
+    read_and_check_headers,
     read_image_as_tensor,
     require_equal_sizes,
     resize_and_crop,
-    select_usable_items,
+    select_usable_images,
 )
 from data.lists import Item
 from utils.console import make_printable
@@ -47,7 +47,7 @@ def exif_with_orientation(orientation):
 
 
 def png_bytes(*chunks):
-    """Return the bytes of a PNG file with the given (name, content) chunks."""
+    """Return the bytes of a PNG file. Each of the given chunks is a pair (name, content)."""
     parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + bytes(4) + b"IEND\xaeB`\x82"
 
@@ -125,7 +125,7 @@ def test_images_of_every_colour_mode_are_decoded_to_rgb(tmp_path, name, image, o
 def test_an_avif_image_is_decoded(tmp_path):
     path = save_image(tmp_path / "a.avif", np.full((16, 16, 3), 100, np.uint8))
     assert np.abs(load_pixels(path).astype(int) - 100).max() <= 2
-    assert check_headers([path], SizePolicy()) == [Header((16, 16))]
+    assert read_and_check_headers([path], SizePolicy()) == [Header((16, 16))]
 
 
 def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
@@ -147,7 +147,7 @@ def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
             ],
             [[[0, 100, 255], [7, 1, 0]]],
         ),
-        (  # an interlaced image of 2 x 2 pixels; it stores pixel 0, then pixel 1, then row 1
+        (  # an interlaced PNG of 2 x 2 pixels stores the first pixel, then the second pixel, then the second row
             [png_header_chunk(2, 2, 8, 0, 1), png_pixel_chunk(b"\0\x0a" + b"\0\x14" + b"\0\x1e\x28")],
             [[[10] * 3, [20] * 3], [[30] * 3, [40] * 3]],
         ),
@@ -178,7 +178,7 @@ def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value
         read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
-# A viewer shows the image UPRIGHT for a file with the EXIF orientation k and the pixels STORED[k]
+# If a file contains the pixels STORED[k] and the EXIF orientation k, a viewer shows the image UPRIGHT
 UPRIGHT = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, 3, axis=-1)
 STORED = {
     1: UPRIGHT,
@@ -197,11 +197,11 @@ STORED = {
 def test_the_exif_orientation_is_applied_to_the_pixels_and_to_the_size_in_the_header(
     tmp_path, orientation, suffix, options
 ):
-    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # the decoded image has 16 rows and 24 columns
+    stored = np.kron(STORED[orientation], np.ones((8, 8, 1), np.uint8))  # the upright image has 16 rows and 24 columns
     path = save_image(tmp_path / f"a.{suffix}", stored, exif=exif_with_orientation(orientation), **options)
     centres = load_pixels(path)[4::8, 4::8].astype(int)
     assert np.abs(centres - UPRIGHT).max() <= (3 if suffix == "jpg" else 0)
-    assert check_headers([path], SizePolicy()) == [Header((16, 24), jpeg=suffix == "jpg")]
+    assert read_and_check_headers([path], SizePolicy()) == [Header((16, 24), jpeg=suffix == "jpg")]
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
@@ -213,7 +213,7 @@ def test_the_exif_orientation_is_applied_to_16_bit_images(tmp_path, name):
 def test_an_image_with_damaged_exif_is_decoded_without_turning(tmp_path):
     path = save_image(tmp_path / "c.png", random_rgb_pixels(), exif=b"Exif\0\0nonsense")
     assert np.array_equal(load_pixels(path), random_rgb_pixels())
-    assert check_headers([path], SizePolicy()) == [Header((16, 16))]
+    assert read_and_check_headers([path], SizePolicy()) == [Header((16, 16))]
 
 
 # --- bad files ----------------------------------------------------------------------------------------------
@@ -233,8 +233,8 @@ BAD_FILES = {  # file name -> words in the expected error message
 
 
 @pytest.fixture
-def folder_of_bad_files(tmp_path):
-    """Return a folder of unreadable files: the files in BAD_FILES, and two truncated images in each of six formats."""
+def folder_of_unreadable_image_files(tmp_path):
+    """Return a folder with the unreadable files of BAD_FILES, and with two truncated images in each of six formats."""
     folder = tmp_path / "bad"
     folder.mkdir()
     for form in ("png", "jpeg", "webp", "bmp", "tiff", "gif"):
@@ -253,26 +253,26 @@ def folder_of_bad_files(tmp_path):
     return folder
 
 
-@pytest.mark.filterwarnings("ignore")  # pytest would show warnings of Pillow that users do not see
-def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(folder_of_bad_files):
+@pytest.mark.filterwarnings("ignore")  # data.images hides warnings of Pillow, but pytest would show them
+def test_every_unreadable_file_gives_a_one_line_error_and_is_closed(folder_of_unreadable_image_files):
     open_files = len(os.listdir("/dev/fd"))
-    names = os.listdir(folder_of_bad_files)
+    names = os.listdir(folder_of_unreadable_image_files)
     assert len(names) == 22
     for name in names:
-        path = str(folder_of_bad_files / name)
+        path = str(folder_of_unreadable_image_files / name)
         with expect_user_error(make_printable(path) + ": ", BAD_FILES.get(name, "")):
             read_image_as_tensor(path)
     assert len(os.listdir("/dev/fd")) == open_files
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_path, folder_of_bad_files):
-    bad = [str(folder_of_bad_files / name) for name in os.listdir(folder_of_bad_files)]
+def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_path, folder_of_unreadable_image_files):
+    bad = [str(folder_of_unreadable_image_files / name) for name in os.listdir(folder_of_unreadable_image_files)]
     good = [
         save_image(tmp_path / f"good.{s}", random_rgb_pixels(8, 12))
         for s in ("png", "jpg", "webp", "bmp", "tif", "gif")
     ]
-    headers = dict(zip([*bad, *good], check_headers([*bad, *good], SizePolicy()), strict=True))
+    headers = dict(zip([*bad, *good], read_and_check_headers([*bad, *good], SizePolicy()), strict=True))
     for path in bad:
         name, problem = os.path.basename(path), headers[path].problem
         if problem is None:
@@ -280,10 +280,10 @@ def test_check_headers_finds_every_unreadable_file_whose_header_is_damaged(tmp_p
         else:
             assert BAD_FILES.get(name, "") in problem and problem.isprintable() and path not in problem
     assert {(headers[path].size, headers[path].problem) for path in good} == {((8, 12), None)}
-    assert check_headers([], SizePolicy()) == []
+    assert read_and_check_headers([], SizePolicy()) == []
 
 
-def encoded_images():
+def encode_images_in_six_formats():
     """Return the bytes of twelve small image files in six formats."""
     rgb, exif = Image.fromarray(random_rgb_pixels()), exif_with_orientation(6)
     deep = Image.fromarray(random_rgb_pixels()[..., 0].astype(np.uint16) * 257)
@@ -304,10 +304,10 @@ def encoded_images():
 
 
 def damage_random_bytes(data, rng):
-    """Change 1 to 5 random bytes of an image file, and return the changed bytes.
+    """Change 1 to 5 random bytes of an image file, and return the damaged file as bytes.
 
-    With probability 1/2, only the first 64 bytes are changed. With probability 0.1, 20 bytes are inserted. With
-    probability 0.2, the end of the file is removed.
+    With probability 1/2, all changed bytes are among the first 64 bytes. With probability 0.1, 20 bytes are inserted.
+    With probability 0.2, the end of the file is removed.
     """
     data = np.frombuffer(data, np.uint8).copy()
     positions = rng.integers(len(data) if rng.random() < 0.5 else 64, size=rng.integers(1, 6))
@@ -322,17 +322,17 @@ def damage_random_bytes(data, rng):
 @pytest.mark.filterwarnings("ignore")
 def test_3000_image_files_with_random_damage_give_an_image_or_a_one_line_error(tmp_path):
     rng, slowest, readable, unreadable = np.random.default_rng(0), 0.0, 0, 0
-    for form, data in enumerate(encoded_images()):
+    for form, data in enumerate(encode_images_in_six_formats()):
         paths = [str(tmp_path / f"{form} {i}.png") for i in range(250)]
         for path in paths:
             with open(path, "wb") as file:
                 file.write(damage_random_bytes(data, rng))
-        for path, header in zip(paths, check_headers(paths, SizePolicy()), strict=True):
+        for path, header in zip(paths, read_and_check_headers(paths, SizePolicy()), strict=True):
             start = time.monotonic()
             try:
                 resize_and_crop(read_image_as_tensor(path), SizePolicy())
                 readable += 1
-                assert header.problem is None  # check_headers must not refuse a file that can be decoded
+                assert header.problem is None  # read_and_check_headers must not refuse a file that can be decoded
             except UserError as error:
                 unreadable += 1
                 assert str(error).isprintable()
@@ -351,7 +351,7 @@ def make_coordinate_image_tensor(height, width):
 
 
 def locate_crop(image):
-    """Return the row and column at which a crop of an image of `make_coordinate_image_tensor` starts."""
+    """Return the top row and the left column of a crop. The crop comes from `make_coordinate_image_tensor`."""
     return image[:2, 0, 0].tolist()
 
 
@@ -391,7 +391,7 @@ def test_resizing_keeps_the_aspect_ratio_and_applies_antialiasing():
 @pytest.mark.parametrize("size", [(64, 64), (65, 127), (201, 50)])
 def test_compute_final_size_predicts_the_size_after_resizing_and_cropping(size, policy):
     image = resize_and_crop(torch.zeros(3, *size, dtype=torch.uint8), policy)
-    assert compute_final_size(*size, policy) == tuple(image.shape[-2:])
+    assert compute_size_after_resize_and_crop(*size, policy) == tuple(image.shape[-2:])
 
 
 @pytest.mark.parametrize(
@@ -426,7 +426,7 @@ def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_
 
 
 @pytest.fixture
-def readable_and_unreadable_items(tmp_path):
+def usable_and_unusable_image_items(tmp_path):
     """Return one `Item` per file, for three usable images, one image that is too small, and one empty file."""
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # (height, width) in pixels
     paths = [
@@ -436,22 +436,22 @@ def readable_and_unreadable_items(tmp_path):
     return [Item(path, REAL, "") for path in [*paths, str(tmp_path / "zero.png")]]
 
 
-def test_without_skip_bad_a_list_with_unusable_images_is_refused(readable_and_unreadable_items):
+def test_without_skip_bad_a_list_with_unusable_images_is_refused(usable_and_unusable_image_items):
     with expect_user_error("2 of 5", "--skip-bad", "2x16.png: is 16 x 2"):
-        select_usable_items(readable_and_unreadable_items, SizePolicy(4))
+        select_usable_images(usable_and_unusable_image_items, SizePolicy(4))
 
 
-def test_with_skip_bad_unusable_images_are_left_out_and_named(readable_and_unreadable_items, caplog):
+def test_with_skip_bad_unusable_images_are_left_out_and_named(usable_and_unusable_image_items, caplog):
     caplog.set_level(logging.INFO)
-    items, headers = select_usable_items(readable_and_unreadable_items, SizePolicy(4), skip_bad=True)
-    assert items == readable_and_unreadable_items[:3] and headers == [
+    items, headers = select_usable_images(usable_and_unusable_image_items, SizePolicy(4), skip_bad=True)
+    assert items == usable_and_unusable_image_items[:3] and headers == [
         Header((16, 16)),
         Header((17, 16)),
         Header((16, 18)),
     ]
     expected = [
-        ["left out", readable_and_unreadable_items[3].path, "16 x 2"],
-        ["left out", readable_and_unreadable_items[4].path, "is empty"],
+        ["left out", usable_and_unusable_image_items[3].path, "16 x 2"],
+        ["left out", usable_and_unusable_image_items[4].path, "is empty"],
         ["left out 2 of 5 images, because they cannot be used"],
         ["2 of 3", "not multiples of 4"],
     ]
@@ -460,20 +460,20 @@ def test_with_skip_bad_unusable_images_are_left_out_and_named(readable_and_unrea
         assert all(word in message for word in words)
 
 
-def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(readable_and_unreadable_items):
-    items, _ = select_usable_items(readable_and_unreadable_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
-    assert items == readable_and_unreadable_items[:3]
+def test_with_skip_bad_images_smaller_than_the_stride_of_the_features_are_left_out(usable_and_unusable_image_items):
+    items, _ = select_usable_images(usable_and_unusable_image_items[:3], SizePolicy(4, min_side=16), skip_bad=True)
+    assert items == usable_and_unusable_image_items[:3]
     with expect_user_error("3 of 3", "at least 32"):
-        select_usable_items(readable_and_unreadable_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
+        select_usable_images(usable_and_unusable_image_items[:3], SizePolicy(4, min_side=32), skip_bad=True)
 
 
-def test_with_skip_bad_a_list_without_usable_images_is_refused(readable_and_unreadable_items):
+def test_with_skip_bad_a_list_without_usable_images_is_refused(usable_and_unusable_image_items):
     with expect_user_error("2 of 2"):
-        select_usable_items(readable_and_unreadable_items[3:], SizePolicy(4), skip_bad=True)
-    assert select_usable_items([], SizePolicy()) == ([], [])
+        select_usable_images(usable_and_unusable_image_items[3:], SizePolicy(4), skip_bad=True)
+    assert select_usable_images([], SizePolicy()) == ([], [])
 
 
 @pytest.mark.parametrize("policy", [SizePolicy(4, crop_size=2), SizePolicy(4, crop_size=10, min_side=16)])
 def test_a_crop_size_that_is_too_small_for_the_networks_is_refused_in_one_error(policy, tmp_path):
     with expect_user_error(f"--crop-size {policy.crop_size}", "too small"):
-        select_usable_items([Item(str(tmp_path / "missing.png"), None, "")], policy)
+        select_usable_images([Item(str(tmp_path / "missing.png"), None, "")], policy)

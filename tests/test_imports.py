@@ -23,7 +23,7 @@ MAY_IMPORT = {
 }
 
 
-def module_files() -> dict[str, Path]:
+def map_module_names_to_files() -> dict[str, Path]:
     """Return a dict from module name to source file. The dict does not contain tests and benchmarks."""
     files = [ROOT / f"{name}.py" for name in PROGRAMS]
     for package in PACKAGES:
@@ -50,11 +50,11 @@ def get_package_of_module(module: str) -> str:
 
 def project_imports() -> dict[str, set[str]]:
     """Return a dict from the name of a module to the names of the project's modules that this module imports."""
-    files = module_files()
+    files = map_module_names_to_files()
     return {name: imported_modules(file) & files.keys() - {name} for name, file in files.items()}
 
 
-@pytest.mark.parametrize("module", sorted(module_files()))
+@pytest.mark.parametrize("module", sorted(map_module_names_to_files()))
 def test_a_module_imports_only_from_its_own_and_lower_packages(module):
     imported = {get_package_of_module(other) for other in project_imports()[module]}
     assert imported <= MAY_IMPORT[get_package_of_module(module)]
@@ -62,7 +62,7 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    # A package's __init__ imports the package's modules, so a module that imports the package would look like a cycle
+    # The test ignores imports of a whole package, because the package's __init__ imports the modules of the package
     for package in PACKAGES:
         for others in imports.values():
             others.discard(package)

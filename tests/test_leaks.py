@@ -17,11 +17,11 @@ from data.leaks import (
     WARNING,
     File,
     audit_images,
-    compare_attribute_in_classes,
-    list_header_attributes,
+    compare_attribute_of_real_and_fake,
+    list_image_header_attributes,
     run_and_log_quick_leak_audit,
 )
-from data.lists import Item, list_folder_items, list_items_of_folder_tree
+from data.lists import Item, list_labelled_images_in_folders, list_labelled_images_in_tree
 from utils.labels import FAKE, REAL
 
 COUNT = 20  # images per class
@@ -55,7 +55,7 @@ def real_and_fake_paths(tmp_path):
 
 def audit_folders(real, fake, **options):
     """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit_images`."""
-    return audit_images(list_folder_items([str(real)], [str(fake)]), **options)
+    return audit_images(list_labelled_images_in_folders([str(real)], [str(fake)]), **options)
 
 
 def list_checks_with_findings(result):
@@ -65,7 +65,7 @@ def list_checks_with_findings(result):
 
 LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all sizes are different
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
-LEAKS = {  # leak -> (options of `write_pictures` for real images, for fake images, reported attributes)
+LEAKS = {  # leak -> (arguments of `write_pictures` for real images, arguments for fake images, reported attributes)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
     "quality": ({"suffix": ".jpg", "quality": 95}, {"suffix": ".jpg", "quality": 75}, ["JPEG quality"]),
     "size": ({}, {"sizes": [(104, 96)]}, ["size"]),
@@ -99,39 +99,42 @@ def test_the_jpeg_quality_is_read_from_the_file(tmp_path):
     for quality in (20, 50, 75, 90, 99):
         Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg", quality=quality)
         with Image.open(tmp_path / "a.jpg") as image:
-            assert list_header_attributes(image)["JPEG quality"] == f"quality {quality}"
+            assert list_image_header_attributes(image)["JPEG quality"] == f"quality {quality}"
 
 
 def test_a_leak_of_one_of_four_generators_is_found(tmp_path):
     for i, (generator, suffix) in enumerate((("a", ".png"), ("b", ".png"), ("c", ".png"), ("d", ".jpg"))):
         write_pictures(tmp_path / generator / "0_real", 1000 * i, count=COUNT)
         write_pictures(tmp_path / generator / "1_fake", 1000 * i + 500, suffix, count=6)
-    (finding,) = audit_images(list_items_of_folder_tree(str(tmp_path))).findings
+    (finding,) = audit_images(list_labelled_images_in_tree(str(tmp_path))).findings
     assert finding.check == "format (train, d)" and finding.severity == LEAK
 
 
 def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path):
     write_pictures(real_and_fake_paths[0], 0)
     write_pictures(real_and_fake_paths[1], 100)
-    validation = list_folder_items(
-        [str(write_pictures(tmp_path / "a", 200))], [str(write_pictures(tmp_path / "b", 300, ".jpg"))]
+    validation = list_labelled_images_in_folders(
+        [str(write_pictures(tmp_path / "a", 200))],
+        [str(write_pictures(tmp_path / "b", 300, ".jpg"))],
     )
-    result = audit_images(list_folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]), validation)
+    result = audit_images(
+        list_labelled_images_in_folders([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]), validation
+    )
     assert list_checks_with_findings(result) == ["format (validation)"]
 
 
 # --- differences --------------------------------------------------------------------------------------------
 
 
-def make_files_of_given_sizes(reals, fakes):
-    """Return one `File` for each size in `reals` and `fakes`. The size is the only attribute of the file."""
+def make_file_objects_of_given_sizes(reals, fakes):
+    """Return one `File` for each size in `reals` and `fakes`. The only attribute of each `File` is its size."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
 def find_severity_of_size_difference(reals, fakes):
-    """Return the severity of the finding of `compare_attribute_in_classes`, or None if it finds nothing."""
-    finding = compare_attribute_in_classes(make_files_of_given_sizes(reals, fakes), "size", "train")
+    """Compare the sizes of real and fake images. Return the severity of the finding, or None without a finding."""
+    finding = compare_attribute_of_real_and_fake(make_file_objects_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 
 
@@ -142,7 +145,9 @@ def test_the_size_of_a_difference_between_real_and_fake_files_determines_its_sev
 
 
 def test_a_finding_reports_how_often_an_attribute_value_occurs_in_real_and_fake_images():
-    finding = compare_attribute_in_classes(make_files_of_given_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train")
+    finding = compare_attribute_of_real_and_fake(
+        make_file_objects_of_given_sizes("aaaaaaaaab", "bbbbbbbbbb"), "size", "train"
+    )
     assert finding.message == "a in 90% of the real and 0% of the fake images"
 
 
@@ -169,8 +174,8 @@ def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(re
     shutil.copy(real_and_fake_paths[0] / "0003.png", validation / "another name.png")
     shutil.copy(real_and_fake_paths[0] / "0005.png", real_and_fake_paths[1] / "real.png")
     shutil.copy(real_and_fake_paths[1] / "0107.png", real_and_fake_paths[1] / "again.png")
-    train = list_folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])])
-    result = audit_images(train, list_folder_items([str(validation)], []))
+    train = list_labelled_images_in_folders([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])])
+    result = audit_images(train, list_labelled_images_in_folders([str(validation)], []))
     found = {f.check: (f.severity, [os.path.basename(path) for path in f.examples]) for f in result.findings}
     assert found == {
         "exact duplicates in train and validation": (LEAK, ["0003.png", "another name.png"]),
@@ -210,20 +215,22 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
     validation = write_pictures(tmp_path / "validation", 50, ".jpg", count=8)
     shutil.copy(real_and_fake_paths[0] / "0003.jpg", validation / "other.jpg")
     sets = [
-        list_folder_items([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]),
-        list_folder_items([str(validation)], []),
+        list_labelled_images_in_folders([str(real_and_fake_paths[0])], [str(real_and_fake_paths[1])]),
+        list_labelled_images_in_folders([str(validation)], []),
     ]
     if not labelled:
         sets = [[item._replace(label=None) for item in items] for items in sets]
     with caplog.at_level("INFO"):
         run_and_log_quick_leak_audit(*sets)
     assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * len(leaks)
-    assert all(f"LEAK: {leak}" in caplog.text for leak in leaks)
+    assert all(f'LEAK in the check "{leak}' in caplog.text for leak in leaks)
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 
 def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(real_and_fake_paths):
-    (item,) = list_folder_items([str(write_pictures(real_and_fake_paths[0], 0, count=1))], [])
+    (item,) = list_labelled_images_in_folders(
+        [str(write_pictures(real_and_fake_paths[0], 0, count=1))], []
+    )
     items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
     assert SAMPLE / 2 < audit_images(items, quick=True).checked <= SAMPLE
 

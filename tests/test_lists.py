@@ -15,22 +15,22 @@ from data.lists import (
     ImageFlags,
     Item,
     count_images_trained_on,
-    describe_and_hash_items,
+    describe_and_hash_image_list,
     hash_image_files,
-    list_csv_items,
-    list_folder_items,
     list_image_paths,
-    list_items_of_folder_tree,
-    list_labelled_items,
-    list_unlabelled_items,
+    list_images_without_labels,
+    list_labelled_images,
+    list_labelled_images_in_csv,
+    list_labelled_images_in_folders,
+    list_labelled_images_in_tree,
     read_path_list,
-    require_both_classes,
+    require_real_and_fake_images,
 )
 from train_detector import list_validation_images
 from utils.labels import FAKE, REAL
 
 
-def items_with_relative_paths(root, items):
+def list_relative_path_label_and_generator(root, items):
     """Return one tuple (path relative to `root`, label, generator) per item."""
     return [(os.path.relpath(item.path, root), item.label, item.generator) for item in items]
 
@@ -41,7 +41,7 @@ def items_with_relative_paths(root, items):
 def test_real_images_are_listed_before_fakes_and_each_fake_folder_is_one_generator(tmp_path):
     real = write_empty_files(tmp_path / "real", "2.png", "1.png")
     fakes = [write_empty_files(tmp_path / name, "b.png", "a.png") for name in ("StyleGAN", "ProGAN")]
-    assert items_with_relative_paths(tmp_path, list_folder_items([real], fakes)) == [
+    assert list_relative_path_label_and_generator(tmp_path, list_labelled_images_in_folders([real], fakes)) == [
         ("real/1.png", REAL, ""),
         ("real/2.png", REAL, ""),
         ("StyleGAN/a.png", FAKE, "StyleGAN"),
@@ -54,7 +54,10 @@ def test_real_images_are_listed_before_fakes_and_each_fake_folder_is_one_generat
 
 def test_generators_with_equal_folder_names_are_named_by_their_parent_folders(tmp_path):
     roots = [write_empty_files(tmp_path / name / "images", "a.png") for name in ("x", "y")]
-    assert [item.generator for item in list_folder_items([], [roots[0], roots[1] + "/"])] == ["x/images", "y/images"]
+    assert [item.generator for item in list_labelled_images_in_folders([], [roots[0], roots[1] + "/"])] == [
+        "x/images",
+        "y/images",
+    ]
 
 
 def test_an_image_folder_inside_another_image_folder_is_refused(tmp_path):
@@ -62,14 +65,14 @@ def test_an_image_folder_inside_another_image_folder_is_refused(tmp_path):
     (tmp_path / "link").symlink_to(real)
     for roots in ([real], [fake]), ([fake], [real]), ([real, real + "/"], []), ([real], [str(tmp_path / "link")]):
         with expect_user_error("inside", "twice"):
-            list_folder_items(*roots)
+            list_labelled_images_in_folders(*roots)
     with expect_user_error("no image folders"):
-        list_folder_items([], [])
+        list_labelled_images_in_folders([], [])
 
 
 def test_the_folders_real_and_real2_are_accepted_together(tmp_path):
     one, other = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "real2", "1.png")
-    assert len(list_folder_items([one], [other])) == 2
+    assert len(list_labelled_images_in_folders([one], [other])) == 2
 
 
 # --- trees --------------------------------------------------------------------------------------------------
@@ -79,21 +82,21 @@ def test_the_folders_real_and_real2_are_accepted_together(tmp_path):
 def test_trees_in_the_layouts_of_wang_et_al_and_of_genimage_are_listed(tmp_path, real, fake):
     names = [f"progan/cat/{real}/1.png", f"progan/cat/{fake}/2.png", f"sd/{real}/3.png", f"sd/{fake}/a/4.png"]
     root = write_empty_files(tmp_path / "t", *names)
-    assert items_with_relative_paths(root, list_items_of_folder_tree(root)) == [
+    assert list_relative_path_label_and_generator(root, list_labelled_images_in_tree(root)) == [
         (names[0], REAL, "progan"),
         (names[2], REAL, "sd"),
         (names[1], FAKE, "progan"),
         (names[3], FAKE, "sd"),
     ]
-    assert {item.generator for item in list_items_of_folder_tree(f"{root}/sd/")} == {"sd"}
+    assert {item.generator for item in list_labelled_images_in_tree(f"{root}/sd/")} == {"sd"}
 
 
-def test_a_tree_may_mix_layouts_and_the_log_names_each_layout(tmp_path, caplog):
+def test_a_folder_tree_may_mix_class_folder_layouts_and_the_log_names_them(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     names = ["a/0_real/1.png", "a/1_fake/2.png", "b/nature/3.png", "b/ai/4.png", "b/ai/5.png", "readme/6.png"]
     root = write_empty_files(tmp_path / "t", *names)
-    items = list_items_of_folder_tree(root)
-    assert {path for path, _, _ in items_with_relative_paths(root, items)} == set(names[:5])
+    items = list_labelled_images_in_tree(root)
+    assert {path for path, _, _ in list_relative_path_label_and_generator(root, items)} == set(names[:5])
     assert [item.label for item in items] == [REAL, REAL, FAKE, FAKE, FAKE]
     for words in ("2 0_real/1_fake", "3 nature/ai", "1 in no class folder"):
         assert words in caplog.messages[-1]
@@ -104,28 +107,28 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
     train = [f"sd/train/{kind}/{i}.png" for kind in ("nature", "ai") for i in range(2)]
     val = [f"sd/val/{kind}/9.png" for kind in ("nature", "ai")]
     root = write_empty_files(tmp_path / "t", *train, *val)
-    items = list_items_of_folder_tree(root, training=True)
-    assert {path for path, _, _ in items_with_relative_paths(root, items)} == set(train)
+    items = list_labelled_images_in_tree(root, training=True)
+    assert {path for path, _, _ in list_relative_path_label_and_generator(root, items)} == set(train)
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
-    assert len(list_items_of_folder_tree(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    # If the user names the folder val itself, training uses its images
-    assert len(list_items_of_folder_tree(f"{root}/sd/val", training=True)) == 2
+    assert len(list_labelled_images_in_tree(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
+    # If the root of the tree is the folder val, training uses the images in val
+    assert len(list_labelled_images_in_tree(f"{root}/sd/val", training=True)) == 2
     shutil.rmtree(tmp_path / "t/sd/train")
     with expect_user_error("no images that can be used", "2 in val"):
-        list_items_of_folder_tree(root, training=True)
+        list_labelled_images_in_tree(root, training=True)
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
-    """In a tree with the class folders 0_real and 1_fake, a folder named "nature" is not a class folder."""
+    """In a tree with the class folders 0_real and 1_fake, a folder "nature" does not mean that images are real."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
-    assert [item.label for item in list_items_of_folder_tree(root, training=True)] == [REAL, REAL, FAKE, FAKE]
+    assert [item.label for item in list_labelled_images_in_tree(root, training=True)] == [REAL, REAL, FAKE, FAKE]
 
 
 def test_a_tree_without_class_folders_is_refused(tmp_path):
     with expect_user_error("0_real", "nature", "--data-root-pos", "1 in no class folder"):
-        list_items_of_folder_tree(write_empty_files(tmp_path / "plain", "a.png"))
+        list_labelled_images_in_tree(write_empty_files(tmp_path / "plain", "a.png"))
 
 
 # --- tables -------------------------------------------------------------------------------------------------
@@ -137,21 +140,21 @@ def test_csv_tables_with_any_column_order_and_relative_paths_are_read(tmp_path, 
     rows = ["a.png,REAL,,x", '"with, comma.png",fake,gan,', "b.png, Real ,,", f"{tmp_path}/t/a.png,fake,,", ""]
     file.write_bytes("\r\n".join(["\ufeffPath,label,generator,note", *rows]).encode())
     monkeypatch.chdir(tmp_path / "cwd")
-    assert list_csv_items(str(file)) == [
-        Item("a.png", REAL, ""),  # a.png in the working folder, not a.png beside the table
+    assert list_labelled_images_in_csv(str(file)) == [
+        Item("a.png", REAL, ""),  # a.png in the working folder has priority over a.png in the folder of the table
         Item(f"{tmp_path}/t/with, comma.png", FAKE, "gan"),
         Item("b.png", REAL, ""),
         Item(f"{tmp_path}/t/a.png", FAKE, ""),
     ]
     file.write_text("label,path\nreal,b.png\n")
-    assert list_csv_items("../t/list.csv") == [Item("b.png", REAL, "")]
+    assert list_labelled_images_in_csv("../t/list.csv") == [Item("b.png", REAL, "")]
 
 
 @pytest.mark.parametrize("real, fake, lines", [("1", "0", 1), ("real", "fake", 0), ("real", "0", 1)])
 def test_numeric_labels_in_a_csv_table_give_one_warning_that_1_means_real(tmp_path, caplog, real, fake, lines):
     write_empty_files(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text(f"path,label\na.png,{real}\nb.png,{fake}\n")
-    assert [item.label for item in list_csv_items(str(tmp_path / "list.csv"))] == [REAL, FAKE]
+    assert [item.label for item in list_labelled_images_in_csv(str(tmp_path / "list.csv"))] == [REAL, FAKE]
     assert len(caplog.messages) == lines and all("1 = real" in text for text in caplog.messages)
 
 
@@ -170,15 +173,15 @@ def test_numeric_labels_in_a_csv_table_give_one_warning_that_1_means_real(tmp_pa
         ('path,label\n"a.png,real\n', ["cannot be read"]),
     ],
 )
-def test_a_wrong_csv_table_is_refused_in_one_line(tmp_path, text, words):
+def test_an_invalid_csv_table_of_labelled_images_is_refused_with_the_reason(tmp_path, text, words):
     write_empty_files(tmp_path, "a.png")
     (tmp_path / "list.csv").write_text(text)
     with expect_user_error("list.csv", *words):
-        list_csv_items(str(tmp_path / "list.csv"))
+        list_labelled_images_in_csv(str(tmp_path / "list.csv"))
 
 
-@pytest.mark.parametrize("read", [list_csv_items, read_path_list])
-def test_a_folder_a_missing_file_and_an_image_are_refused_as_lists(tmp_path, read):
+@pytest.mark.parametrize("read", [list_labelled_images_in_csv, read_path_list])
+def test_a_folder_a_missing_file_and_an_image_are_refused_as_image_lists(tmp_path, read):
     with expect_user_error("directory"):
         read(str(tmp_path))
     with expect_user_error("No such file"):
@@ -190,7 +193,7 @@ def test_a_folder_a_missing_file_and_an_image_are_refused_as_lists(tmp_path, rea
 # --- text lists ---------------------------------------------------------------------------------------------
 
 
-def test_text_lists_with_relative_and_absolute_paths_are_read(tmp_path, monkeypatch):
+def test_text_files_that_list_relative_and_absolute_image_paths_are_read(tmp_path, monkeypatch):
     write_empty_files(tmp_path, "lists/a.png", "cwd/sub/b.png")
     file = tmp_path / "lists/train.txt"
     file.write_bytes(f"a.png\r\n\nsub/b.png \n{tmp_path}/lists/a.png".encode())
@@ -202,7 +205,7 @@ def test_text_lists_with_relative_and_absolute_paths_are_read(tmp_path, monkeypa
 @pytest.mark.parametrize(
     "text, words", [("a.png\nx.png\ny.png\n", ["2 of 3 listed files", "x.png"]), ("\n", ["lists no images"])]
 )
-def test_a_wrong_text_list_is_refused_in_one_line(tmp_path, text, words):
+def test_a_text_file_that_lists_missing_files_or_no_paths_is_refused(tmp_path, text, words):
     write_empty_files(tmp_path, "a.png")
     (tmp_path / "list.txt").write_text(text)
     with expect_user_error("list.txt", *words):
@@ -218,11 +221,11 @@ def test_a_csv_table_can_contain_any_file_name(tmp_path, name):
     path = os.path.join(tmp_path, os.fsdecode(name))
     with open(tmp_path / "list.csv", "w", newline="", errors="surrogateescape") as file:
         csv.writer(file, quoting=csv.QUOTE_ALL).writerows([("path", "label"), (path, "real")])
-    assert list_csv_items(str(tmp_path / "list.csv")) == [Item(path, REAL, "")]
+    assert list_labelled_images_in_csv(str(tmp_path / "list.csv")) == [Item(path, REAL, "")]
 
 
 @pytest.mark.parametrize("name", ODD_NAMES)
-def test_a_text_list_can_contain_any_file_name_without_newlines(tmp_path, name):
+def test_a_text_file_can_list_any_file_name_without_newlines(tmp_path, name):
     (tmp_path / os.fsdecode(name)).touch()
     path = os.path.join(tmp_path, os.fsdecode(name))
     (tmp_path / "list.txt").write_bytes(os.fsencode(path) + b"\n")
@@ -236,17 +239,17 @@ def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path)
     root = write_empty_files(tmp_path / "t", "0_real/1.png", "1_fake/2.png")
     (tmp_path / "list.csv").write_text("path,label\nt/0_real/1.png,real\n")
     real, fake, table = f"{root}/0_real", f"{root}/1_fake", str(tmp_path / "list.csv")
-    assert list_labelled_items([real], [fake]) == list_folder_items([real], [fake])
-    assert list_labelled_items(None, None, root) == list_items_of_folder_tree(root)
-    assert list_labelled_items(None, None, None, table) == list_csv_items(table)
+    assert list_labelled_images([real], [fake]) == list_labelled_images_in_folders([real], [fake])
+    assert list_labelled_images(None, None, root) == list_labelled_images_in_tree(root)
+    assert list_labelled_images(None, None, None, table) == list_labelled_images_in_csv(table)
     with expect_user_error("no images", "--data-root-pos", "--data-root", "--csv"):
-        list_labelled_items(None, None)
+        list_labelled_images(None, None)
     with expect_user_error("more than one way"):
-        list_labelled_items([real], [fake], root)
+        list_labelled_images([real], [fake], root)
     with expect_user_error("one class", "with --data-root-neg"):
-        list_labelled_items([real], None)
+        list_labelled_images([real], None)
     with expect_user_error("one class", "with --val-root-pos"):
-        list_labelled_items([], [fake], flags=ImageFlags("--val-root-pos", "--val-root-neg"))
+        list_labelled_images([], [fake], flags=ImageFlags("--val-root-pos", "--val-root-neg"))
 
 
 @pytest.mark.parametrize("link", ["real/2.png", "real/more"])
@@ -254,20 +257,20 @@ def test_an_image_file_listed_as_real_and_as_fake_is_refused(tmp_path, link):
     real, fake = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "fake", "2.png")
     (tmp_path / link).symlink_to(f"{fake}/2.png" if link.endswith(".png") else fake)
     with expect_user_error("1 files are listed both as real and as generated", link, "fake/2.png"):
-        list_labelled_items([real], [fake])
+        list_labelled_images([real], [fake])
 
 
 def test_a_csv_table_that_labels_one_file_as_real_and_as_fake_is_refused(tmp_path):
     write_empty_files(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text("path,label\na.png,real\nb.png,fake\n./a.png,fake\n")
     with expect_user_error("1 files are listed both as real and as generated", "a.png"):
-        list_labelled_items(None, None, None, str(tmp_path / "list.csv"))
+        list_labelled_images(None, None, None, str(tmp_path / "list.csv"))
 
 
 def test_a_link_to_the_parent_folder_adds_no_images(tmp_path):
     real, fake = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "fake", "2.png")
     (tmp_path / "real/up").symlink_to("..")
-    assert items_with_relative_paths(tmp_path, list_labelled_items([real], [fake])) == [
+    assert list_relative_path_label_and_generator(tmp_path, list_labelled_images([real], [fake])) == [
         ("real/1.png", REAL, ""),
         ("fake/2.png", FAKE, "fake"),
     ]
@@ -278,7 +281,10 @@ def test_a_link_inside_a_tree_does_not_change_the_class_of_an_image(tmp_path, ta
     names = ["gan/0_real/1.png", "gan/1_fake/2.png", "other/1_fake/3.png"]
     root = write_empty_files(tmp_path / "t", *names)
     (tmp_path / "t/gan/0_real/link").symlink_to(target)
-    labels = {path: label for path, label, _ in items_with_relative_paths(root, list_items_of_folder_tree(root))}
+    labels = {
+        path: label
+        for path, label, _ in list_relative_path_label_and_generator(root, list_labelled_images_in_tree(root))
+    }
     assert labels == {names[0]: REAL, names[1]: FAKE, names[2]: FAKE}
 
 
@@ -286,17 +292,19 @@ def test_a_link_inside_a_tree_does_not_change_the_class_of_an_image(tmp_path, ta
 def test_a_list_with_images_of_one_class_is_refused(labels):
     counts = f"{labels.count(REAL)} real and {labels.count(FAKE)} generated"
     with expect_user_error("validation images must contain both", counts):
-        require_both_classes([Item("a.png", label, "") for label in labels], "validation images")
-    require_both_classes([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
+        require_real_and_fake_images([Item("a.png", label, "") for label in labels], "validation images")
+    require_real_and_fake_images([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
 
 
 def test_input_paths_may_be_folders_or_files_with_any_suffix(tmp_path, caplog):
     root = write_empty_files(tmp_path / "r", "b.png", "a.png")
     file = write_empty_files(tmp_path / "q", "odd.name") + "/odd.name"
-    assert list_unlabelled_items([file, root]) == [Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")]
+    assert list_images_without_labels([file, root]) == [
+        Item(p, None, "") for p in (file, f"{root}/a.png", f"{root}/b.png")
+    ]
     assert not caplog.messages
     with expect_user_error("does not exist"):
-        list_unlabelled_items([str(tmp_path / "x")])
+        list_images_without_labels([str(tmp_path / "x")])
 
 
 # --- recognising images -------------------------------------------------------------------------------------
@@ -305,12 +313,12 @@ def test_input_paths_may_be_folders_or_files_with_any_suffix(tmp_path, caplog):
 def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_working_folder(tmp_path, monkeypatch):
     write_empty_files(tmp_path, "a.png", "b.png")
     one, two = Item(f"{tmp_path}/a.png", REAL, ""), Item(f"{tmp_path}/b.png", FAKE, "gan")
-    digest = describe_and_hash_items([one, two])
+    digest = describe_and_hash_image_list([one, two])
     assert digest.startswith("2 images (1 real, 1 generated), ")
     monkeypatch.chdir(tmp_path)
-    assert describe_and_hash_items([one._replace(path="a.png"), two]) == digest
+    assert describe_and_hash_image_list([one._replace(path="a.png"), two]) == digest
     for other in ([two, one], [one], [one._replace(label=FAKE), two], [one, two._replace(generator="x")]):
-        assert describe_and_hash_items(other) != digest
+        assert describe_and_hash_image_list(other) != digest
 
 
 def test_training_images_are_recognised_by_name_size_and_content(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluation import metrics
-from evaluation.score_table import Row, make_rows, read_table, write_table
+from evaluation.score_table import Row, make_rows_from_logits, read_table, write_table
 from utils.labels import FAKE, REAL
 
 
@@ -27,7 +27,7 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
     return scores, is_fake
 
 
-def write_and_read_table(tmp_path, rows):
+def write_and_read_score_table(tmp_path, rows):
     """Write rows to the file of a score table, and return the table read from this file."""
     write_table(tmp_path / "t.csv", rows)
     return read_table(tmp_path / "t.csv")
@@ -36,7 +36,7 @@ def write_and_read_table(tmp_path, rows):
 def make_score_rows(margins, label, generator=""):
     """Return one row of a score table per margin. A row has the logits (margin, 0) and the given label."""
     items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
-    return make_rows(items, [(margin, 0) for margin in margins])
+    return make_rows_from_logits(items, [(margin, 0) for margin in margins])
 
 
 def auroc_by_pairs(scores, is_fake):
@@ -45,7 +45,7 @@ def auroc_by_pairs(scores, is_fake):
     return ((difference > 0) + 0.5 * (difference == 0)).mean()
 
 
-def rates_by_threshold(scores, is_fake):
+def fpr_tpr_and_precision_by_threshold(scores, is_fake):
     """Compute the false positive rate, the true positive rate and the precision at each threshold.
 
     The thresholds are the scores in descending order.
@@ -57,9 +57,9 @@ def rates_by_threshold(scores, is_fake):
     return np.array(points).T
 
 
-def average_precision_by_threshold(scores, is_fake):
+def average_precision_summed_over_thresholds(scores, is_fake):
     """Compute the average precision: the sum of each precision times the increase of the true positive rate."""
-    _, tpr, precision = rates_by_threshold(scores, is_fake)
+    _, tpr, precision = fpr_tpr_and_precision_by_threshold(scores, is_fake)
     return (np.diff(tpr, prepend=0) * precision).sum()
 
 
@@ -68,12 +68,12 @@ def average_precision_by_threshold(scores, is_fake):
 def test_ranking_metrics_equal_brute_force_over_all_pairs_and_thresholds(seed, levels):
     scores, is_fake = random_scores(seed, levels=levels)
     scores *= 100  # a sigmoid would round all scores above 37 to 1, so the metrics must not apply a sigmoid
-    fpr, tpr, _ = rates_by_threshold(scores, is_fake)
+    fpr, tpr, _ = fpr_tpr_and_precision_by_threshold(scores, is_fake)
     assert metrics.auroc(scores, is_fake) == pytest.approx(auroc_by_pairs(scores, is_fake), abs=1e-12)
-    by_thresholds = average_precision_by_threshold(scores, is_fake)
+    by_thresholds = average_precision_summed_over_thresholds(scores, is_fake)
     assert metrics.average_precision(scores, is_fake) == pytest.approx(by_thresholds, abs=1e-12)
     np.testing.assert_allclose(metrics.roc_curve(scores, is_fake), [[0, *fpr], [0, *tpr]], atol=1e-12)
-    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # with 40 real images, one false positive is a rate of 0.025
+    for highest_fpr in (0.0, 0.025, 0.05, 0.3):  # for 40 real images, a rate of 0.025 is one false positive
         expected = tpr[fpr <= highest_fpr].max(initial=0)
         assert metrics.tpr_at_fpr(scores, is_fake, highest_fpr) == pytest.approx(expected, abs=1e-12)
 
@@ -90,7 +90,8 @@ def test_the_equal_error_rate_equals_the_value_computed_by_hand():
 
 def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_path):
     measured = metrics.compute_metrics_over_all_rows(
-        write_and_read_table(tmp_path, make_score_rows([-1, 1, -1], REAL) + make_score_rows([1, -1], FAKE)), resamples=0
+        write_and_read_score_table(tmp_path, make_score_rows([-1, 1, -1], REAL) + make_score_rows([1, -1], FAKE)),
+        resamples=0,
     )
     assert measured["accuracy"] == pytest.approx(3 / 5)
     assert measured["accuracy_real"] == pytest.approx(2 / 3)
@@ -103,7 +104,7 @@ def test_accuracy_precision_and_recall_equal_the_values_computed_by_hand(tmp_pat
         "fake": {"real": 1, "fake": 1, "unsure": 0},
     }
     all_called_fake = metrics.compute_metrics_over_all_rows(
-        write_and_read_table(tmp_path, make_score_rows([1, 1], REAL)), resamples=0
+        write_and_read_score_table(tmp_path, make_score_rows([1, 1], REAL)), resamples=0
     )
     assert all_called_fake["precision_real_positive"] is None
     assert all_called_fake["recall_real_positive"] == 0
@@ -128,7 +129,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
     scores = np.zeros(len(is_fake))
     for metric in (metrics.auroc, metrics.average_precision, metrics.roc_curve, metrics.equal_error_rate):
         assert metric(scores, is_fake) is None
-    assert metrics.bootstrap_intervals(scores, is_fake) is None
+    assert metrics.compute_bootstrap_intervals(scores, is_fake) is None
     assert metrics.tpr_at_fpr(scores, is_fake, 0.05) is None
     for metric in (metrics.expected_calibration_error, metrics.negative_log_likelihood):
         assert (metric(scores, is_fake) is None) == (len(is_fake) == 0)
@@ -137,7 +138,7 @@ def test_ranking_metrics_of_a_single_class_are_none(is_fake):
 @pytest.mark.parametrize("levels", [None, 2])
 def test_bootstrap_intervals_equal_the_intervals_from_resampling_images_one_by_one(levels):
     scores, is_fake = random_scores(5, n_real=50, n_fake=25, levels=levels)
-    intervals = metrics.bootstrap_intervals(scores, is_fake, resamples=2000, seed=1)
+    intervals = metrics.compute_bootstrap_intervals(scores, is_fake, resamples=2000, seed=1)
     rng = np.random.default_rng(2)
     labels = np.arange(75) >= 50
     values = {"accuracy": [], "auroc": [], "average_precision": []}
@@ -145,16 +146,16 @@ def test_bootstrap_intervals_equal_the_intervals_from_resampling_images_one_by_o
         drawn = np.concatenate([rng.choice(scores[~is_fake], 50), rng.choice(scores[is_fake], 25)])
         values["accuracy"].append(((drawn >= 0) == labels).mean())
         values["auroc"].append(auroc_by_pairs(drawn, labels))
-        values["average_precision"].append(average_precision_by_threshold(drawn, labels))
+        values["average_precision"].append(average_precision_summed_over_thresholds(drawn, labels))
     for name, drawn in values.items():
         np.testing.assert_allclose(intervals[name], np.percentile(drawn, [2.5, 97.5]), atol=0.03)
 
 
 def test_bootstrap_intervals_depend_only_on_scores_and_seed():
     scores, is_fake = random_scores(5)
-    intervals = metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
-    assert intervals == metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
-    assert intervals != metrics.bootstrap_intervals(scores, is_fake, resamples=50, seed=2)
+    intervals = metrics.compute_bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
+    assert intervals == metrics.compute_bootstrap_intervals(scores, is_fake, resamples=50, seed=1)
+    assert intervals != metrics.compute_bootstrap_intervals(scores, is_fake, resamples=50, seed=2)
 
 
 def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcneil():
@@ -163,7 +164,7 @@ def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcnei
     area = metrics.auroc(scores, is_fake)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     error = np.sqrt((area * (1 - area) + 9_999 * (q1 - area**2) + 9_999 * (q2 - area**2)) / 1e8)
-    interval = metrics.bootstrap_intervals(scores, is_fake, resamples=400, seed=3)["auroc"]
+    interval = metrics.compute_bootstrap_intervals(scores, is_fake, resamples=400, seed=3)["auroc"]
     np.testing.assert_allclose(interval, [area - 1.96 * error, area + 1.96 * error], atol=1e-3)
 
 
@@ -175,7 +176,9 @@ def test_fakes_are_compared_with_reals_of_their_generator_or_else_with_reals_wit
     ]
     rows += make_score_rows([-4, 5], FAKE, "other") + make_score_rows([0], None)
     rows += [Row("broken.png", "fake", "other", error="truncated")]
-    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows), resamples=50)
+    summary = metrics.compute_metrics_overall_and_per_generator(
+        write_and_read_score_table(tmp_path, rows), resamples=50
+    )
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
@@ -192,7 +195,7 @@ def test_fakes_are_compared_with_reals_of_their_generator_or_else_with_reals_wit
 @pytest.mark.parametrize(("label", "accuracy"), [(REAL, 1 / 3), (FAKE, 2 / 3), (None, None)])
 def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tmp_path, label, accuracy):
     rows = [Row("a.png", "fake", "g", error="broken"), *make_score_rows([1, -1, 2], label)]
-    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows))
+    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_score_table(tmp_path, rows))
     assert summary["all"]["auroc"] is None and summary["all"]["intervals"] is None
     assert summary["all"]["accuracy"] == (None if accuracy is None else pytest.approx(accuracy))
     assert any("AUROC" in note for note in summary["notes"])
@@ -204,7 +207,7 @@ def test_a_metric_added_to_the_dict_of_metrics_appears_in_summaries_and_tables(t
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)
     rows = make_score_rows([-1, 1], REAL) + make_score_rows([0, 2], FAKE, "a") + make_score_rows([2, 3], FAKE, "b")
-    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows), resamples=0)
+    summary = metrics.compute_metrics_overall_and_per_generator(write_and_read_score_table(tmp_path, rows), resamples=0)
     assert summary["all"]["highest"] == 3
     assert summary["mean"]["highest"] == 2.5
     assert metrics.make_metric_table({"": summary})[0][-1] == "max"
@@ -212,11 +215,11 @@ def test_a_metric_added_to_the_dict_of_metrics_appears_in_summaries_and_tables(t
 
 def test_metric_tables_have_one_row_per_perturbation_and_no_control_characters(tmp_path):
     rows = make_score_rows([-1, 1], REAL) + make_score_rows([0, 2], FAKE, "a")
-    blurred = metrics.compute_metrics_overall_and_per_generator(write_and_read_table(tmp_path, rows), resamples=0)
+    blurred = metrics.compute_metrics_overall_and_per_generator(write_and_read_score_table(tmp_path, rows), resamples=0)
     clean = metrics.compute_metrics_overall_and_per_generator(
-        write_and_read_table(tmp_path, rows + make_score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
+        write_and_read_score_table(tmp_path, rows + make_score_rows([2, 3], FAKE, "evil\x1b[31m\nname")), resamples=0
     )
-    assert metrics.make_generator_table({"none": clean, "blur sigma 2": blurred}) == [
+    assert metrics.make_table_of_metrics_per_generator({"none": clean, "blur sigma 2": blurred}) == [
         ["AUROC", "a", "evil\\x1b[31m\\nname"],
         ["none", "75.0", "100.0"],
         ["blur sigma 2", "75.0", "-"],

@@ -34,7 +34,7 @@ NETWORK_OPTIONS = {
 SIZE_OPTIONS = {"crop_size", "resize"}
 
 
-def list_options_with_effect(program):
+def list_parser_options_without_ignored_flags(program):
     """Return the options of a program, without --help and without flags that have no effect."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
@@ -122,7 +122,7 @@ def test_every_option_has_a_help_text_and_is_used(program):
     files = [ROOT / program, *(ROOT / "utils").glob("*.py"), *(ROOT / "evaluation").glob("*.py")]
     source = "".join(file.read_text() for file in files if file.name != "options.py")
     used = {name for pair in re.findall(r"\bargs\.(\w+)|\"(\w+)\"", source) for name in pair}
-    for option in list_options_with_effect(program):
+    for option in list_parser_options_without_ignored_flags(program):
         assert option.help
         assert option.dest in used | NETWORK_OPTIONS | SIZE_OPTIONS, f"{option.dest} is not used"
 
@@ -131,7 +131,7 @@ def test_every_option_has_a_help_text_and_is_used(program):
 def test_the_parser_accepts_any_name_of_a_network(program):
     """The parser does not check the names of networks, because users can add networks to models/build.py."""
     names = ("sr_arch", "features", "arch", "auxiliary")
-    flags = [word for option in list_options_with_effect(program) if option.dest in names
+    flags = [word for option in list_parser_options_without_ignored_flags(program) if option.dest in names
              for word in (option.option_strings[-1], "my-own")]  # fmt: skip
     args = vars(PARSERS[program]().parse_args(flags))
     assert len(flags) >= 2 and list(args.values()).count("my-own") == len(flags) // 2
@@ -159,13 +159,13 @@ def test_a_wrong_option_gives_one_error_line_and_exit_status_2(program, wrong, c
 
 
 def test_a_number_outside_the_limits_of_its_option_is_refused():
-    parse = options.create_number_type(float, 0, 1)
+    parse = options.create_argparse_number_type(float, 0, 1)
     assert (parse("0"), parse("0.5"), parse("1")) == (0, 0.5, 1)
     for text in ("-0.1", "1.1", "nan", "inf"):
         with pytest.raises(argparse.ArgumentTypeError, match="from 0 to 1"):
             parse(text)
     with pytest.raises(argparse.ArgumentTypeError):
-        options.create_number_type(float)("inf")
+        options.create_argparse_number_type(float)("inf")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_the_lines_of_the_help_text_have_at_most_120_characters(program):
     ("arguments", "message"),
     [("--batch-size 0", "expected a finite number of at least 1, got 0"), ("--lr nan", "expected a finite number")],
 )
-def test_a_number_out_of_range_is_refused_with_the_range(arguments, message, capsys):
+def test_the_error_for_an_impossible_number_states_which_numbers_are_allowed(arguments, message, capsys):
     with pytest.raises(SystemExit):
         create_train_detector_parser().parse_args(arguments.split())
     assert message in capsys.readouterr().err

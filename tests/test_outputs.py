@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_rule import load_reference_weights
+from golden_rule import load_fixed_pseudo_random_weights
 from PIL import Image
 from processes import patch_test_py_to_send_signal_before_batch, start_program, wait_for_exit
 from scorings import (
     CONFIG,
     error_line_of_test_py,
     list_sorted_names_in_folder,
+    make_arguments_of_test_py,
     read_bytes_of_all_files_in_folder,
     read_csv_rows,
     run_test_py,
-    scoring_arguments,
     write_detector,
     write_noise_image,
 )
@@ -31,19 +31,20 @@ from models.resnet import DeepStemResNet
 
 
 @pytest.fixture(scope="module")
-def flags_of_stage5_detector(tmp_path_factory, shrink_resnet18):
+def flags_to_load_vgg_stage5_detector(tmp_path_factory, shrink_resnet18):
     """Write all weights of a detector that classifies VGG-19 features of stage 5.
 
     Returns the flags with which test.py loads the detector.
     """
     folder = tmp_path_factory.mktemp("stage5")
-    torch.save(load_reference_weights(VGG19()).state_dict(), folder / "vgg19.pth")
+    torch.save(load_fixed_pseudo_random_weights(VGG19()).state_dict(), folder / "vgg19.pth")
     torch.save(
-        load_reference_weights(RDN(num_features=8, growth_rate=8, num_blocks=1, num_layers=2)).state_dict(),
+        load_fixed_pseudo_random_weights(RDN(num_features=8, growth_rate=8, num_blocks=1, num_layers=2)).state_dict(),
         folder / "rdn.pth",
     )
     torch.save(
-        {"state_dict": load_reference_weights(DeepStemResNet(512, "resnet18")).state_dict()}, folder / "detector.pth"
+        {"state_dict": load_fixed_pseudo_random_weights(DeepStemResNet(512, "resnet18")).state_dict()},
+        folder / "detector.pth",
     )
     files = ["--resume", folder / "detector.pth", "--sr-weights-file", folder / "rdn.pth"]
     return [*files, "--vgg-weights", folder / "vgg19.pth", "--idx-stages", 5, "--no_dilation"]
@@ -52,7 +53,7 @@ def flags_of_stage5_detector(tmp_path_factory, shrink_resnet18):
 # --- files that test.py has not written are neither replaced nor deleted --------------------------------------
 
 
-def write_user_files(folder: Path) -> None:
+def write_user_files_at_output_paths(folder: Path) -> None:
     """Write files with the names of the outputs of `test.py --save_path p`, but with other content."""
     write_noise_image(folder / "p.png", 0)
     (folder / "p.csv").write_text("path,label\np.png,real\n")
@@ -66,13 +67,16 @@ def write_user_files(folder: Path) -> None:
 def test_a_file_of_the_user_at_the_save_path_is_refused_and_unchanged(
     detector_file, image_folder, tmp_path, capfd, name, overwrite
 ):
-    write_user_files(tmp_path)
+    write_user_files_at_output_paths(tmp_path)
     for path in tmp_path.iterdir():
         if path.name != name:
             path.unlink()
     before = read_bytes_of_all_files_in_folder(tmp_path)
     line = error_line_of_test_py(
-        capfd, *scoring_arguments(detector_file, image_folder, tmp_path / "p", *(["--overwrite"] if overwrite else []))
+        capfd,
+        *make_arguments_of_test_py(
+            detector_file, image_folder, tmp_path / "p", *(["--overwrite"] if overwrite else [])
+        ),
     )
     assert name in line
     assert read_bytes_of_all_files_in_folder(tmp_path) == before
@@ -81,7 +85,7 @@ def test_a_file_of_the_user_at_the_save_path_is_refused_and_unchanged(
 def test_an_input_image_with_the_file_name_of_the_figure_is_refused_and_unchanged(detector_file, tmp_path, capfd):
     cat = write_noise_image(tmp_path / "cat.png", 0)
     before = read_bytes_of_all_files_in_folder(tmp_path)
-    assert "cat.png" in error_line_of_test_py(capfd, *scoring_arguments(detector_file, cat, tmp_path / "cat"))
+    assert "cat.png" in error_line_of_test_py(capfd, *make_arguments_of_test_py(detector_file, cat, tmp_path / "cat"))
     assert read_bytes_of_all_files_in_folder(tmp_path) == before
 
 
@@ -102,7 +106,7 @@ def test_test_py_does_not_replace_the_csv_list_of_its_images(detector_file, tmp_
 def test_test_py_does_not_replace_the_checkpoint_of_the_detector(tmp_path, image_folder, shrink_resnet18, capfd):
     detector = write_detector(tmp_path / "p.csv")
     before = read_bytes_of_all_files_in_folder(tmp_path)
-    assert "p.csv" in error_line_of_test_py(capfd, *scoring_arguments(detector, image_folder, tmp_path / "p"))
+    assert "p.csv" in error_line_of_test_py(capfd, *make_arguments_of_test_py(detector, image_folder, tmp_path / "p"))
     assert read_bytes_of_all_files_in_folder(tmp_path) == before
 
 
@@ -113,7 +117,10 @@ def test_a_file_of_the_user_at_the_path_of_a_residual_picture_is_refused_and_unc
     write_noise_image(tmp_path / "pictures" / "3.png.residual.png", 0)
     before = read_bytes_of_all_files_in_folder(tmp_path)
     line = error_line_of_test_py(
-        capfd, *scoring_arguments(detector_file, ".", tmp_path / "out" / "p", "--save-residuals", tmp_path / "pictures")
+        capfd,
+        *make_arguments_of_test_py(
+            detector_file, ".", tmp_path / "out" / "p", "--save-residuals", tmp_path / "pictures"
+        ),
     )
     assert "3.png.residual.png" in line
     assert read_bytes_of_all_files_in_folder(tmp_path) == before
@@ -123,14 +130,14 @@ def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_befor
     detector_file, image_folder, tmp_path, capfd
 ):
     (tmp_path / "p_blur_sigma_2.csv").write_text("mine")
-    words = scoring_arguments(detector_file, image_folder, tmp_path / "p", "--perturb", "none", "blur=2")
+    words = make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p", "--perturb", "none", "blur=2")
     assert "p_blur_sigma_2.csv" in error_line_of_test_py(capfd, *words)
     assert list_sorted_names_in_folder(tmp_path) == ["p_blur_sigma_2.csv"]
 
 
 def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(detector_file, image_folder, tmp_path):
-    """A run that is killed after it has written p.npy leaves p.npy without p.json."""
-    words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
+    """If test.py is killed after it has written p.npy, the file p.json is missing."""
+    words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
             start_program("test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, 9))
@@ -147,7 +154,7 @@ def test_a_save_path_without_a_usable_file_name_is_refused_in_one_line(
     detector_file, image_folder, tmp_path, monkeypatch, capfd, save_path
 ):
     monkeypatch.chdir(tmp_path)
-    error_line_of_test_py(capfd, *scoring_arguments(detector_file, image_folder, save_path))
+    error_line_of_test_py(capfd, *make_arguments_of_test_py(detector_file, image_folder, save_path))
     assert list_sorted_names_in_folder(tmp_path) == []
 
 
@@ -155,7 +162,7 @@ def test_an_output_folder_that_is_a_file_is_refused_in_one_line(detector_file, i
     (tmp_path / "file").write_text("mine")
     for place in ([tmp_path / "file" / "p"], [tmp_path / "p", "--save-residuals", tmp_path / "file"]):
         assert str(tmp_path / "file") in error_line_of_test_py(
-            capfd, *scoring_arguments(detector_file, image_folder, *place)
+            capfd, *make_arguments_of_test_py(detector_file, image_folder, *place)
         )
     assert read_bytes_of_all_files_in_folder(tmp_path) == {"file": b"mine"}
 
@@ -190,7 +197,9 @@ def test_residual_pictures_in_the_scored_working_folder_are_not_scored(detector_
     write_noise_image("a.png", 0)
     for _ in range(2):
         assert (
-            run_test_py(*scoring_arguments(detector_file, ".", "p", "--save-residuals", "residuals", "--overwrite"))
+            run_test_py(
+                *make_arguments_of_test_py(detector_file, ".", "p", "--save-residuals", "residuals", "--overwrite")
+            )
             == 0
         )
         assert len(read_csv_rows("p.csv")) == 1
@@ -205,7 +214,7 @@ def test_unreadable_images_become_rows_with_an_error(detector_file, tmp_path, mo
     Path("broken.png").write_bytes(b"\x89PNG\r\n\x1a\n nothing more")
     assert (
         run_test_py(
-            *scoring_arguments(detector_file, "good.png", "s")[:-3],
+            *make_arguments_of_test_py(detector_file, "good.png", "s")[:-3],
             "good.png",
             "broken.png",
             "small.png",
@@ -224,7 +233,7 @@ def test_unreadable_images_become_rows_with_an_error(detector_file, tmp_path, mo
 
 
 def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_error(
-    flags_of_stage5_detector, tmp_path, capfd
+    flags_to_load_vgg_stage5_detector, tmp_path, capfd
 ):
     for name, size in (("a.png", (32, 32)), ("b.png", (12, 12)), ("c.png", (32, 32)), ("d.png", (64, 12))):
         write_noise_image(tmp_path / "images" / name, 0, size)
@@ -233,7 +242,7 @@ def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_
         "cpu",
         "-j",
         0,
-        *flags_of_stage5_detector,
+        *flags_to_load_vgg_stage5_detector,
         "--input",
         tmp_path / "images",
         "--save_path",
@@ -248,7 +257,7 @@ def test_an_image_smaller_than_the_stride_of_the_features_becomes_a_row_with_an_
 
 
 def test_crops_smaller_than_the_stride_of_the_features_are_refused_in_one_line(
-    flags_of_stage5_detector, tmp_path, capfd
+    flags_to_load_vgg_stage5_detector, tmp_path, capfd
 ):
     write_noise_image(tmp_path / "a.png", 0, (64, 64))
     words = [
@@ -256,7 +265,7 @@ def test_crops_smaller_than_the_stride_of_the_features_are_refused_in_one_line(
         "cpu",
         "-j",
         0,
-        *flags_of_stage5_detector,
+        *flags_to_load_vgg_stage5_detector,
         "--input",
         tmp_path / "a.png",
         "--save_path",
@@ -271,9 +280,9 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
     detector_file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # ".residual.png" makes the third file name too long
+    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # with ".residual.png", the third file name is too long
         write_noise_image(f"images/{name}", 0)
-    assert run_test_py(*scoring_arguments(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
+    assert run_test_py(*make_arguments_of_test_py(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
     assert [bool(row["error"]) for row in read_csv_rows("p.csv")] == [False, False, True]
     assert list_sorted_names_in_folder(tmp_path / "pictures" / "images") == ["a.png.residual.png", "b.png.residual.png"]
 
@@ -281,7 +290,7 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
 def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(detector_file, tmp_path):
     write_noise_image(tmp_path / "images" / "a.png", 0)
     write_noise_image(tmp_path / "images" / "b.png", 1, (4, 4))  # this image is smaller than the blur kernel
-    words = scoring_arguments(detector_file, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
+    words = make_arguments_of_test_py(detector_file, tmp_path / "images", tmp_path / "p", "--perturb", "blur=4")
     status = run_test_py(*words)
     errors = [bool(row["error"]) for row in read_csv_rows(tmp_path / "p.csv")]
     assert errors in ([False, True], [False, False])
@@ -296,16 +305,16 @@ def test_if_the_network_fails_on_one_image_of_a_batch_only_its_row_has_an_error(
     images = [np.asarray(Image.open(image_folder / f"{key}.png")) for key in range(9)]
     bad = torch.from_numpy(images[2].transpose(2, 0, 1).copy()) / 255  # (3, 32, 32)
 
-    def raise_if_batch_contains_bad_image(method, self, x):
+    def raise_if_batch_contains_chosen_image(method, self, x):
         if any(image.shape == bad.shape and torch.equal(image, bad) for image in x):
             raise RuntimeError("no such kernel")
         return method(self, x)
 
-    monkeypatch.setattr(network, "forward", lambda self, x: raise_if_batch_contains_bad_image(forward, self, x))
+    monkeypatch.setattr(network, "forward", lambda self, x: raise_if_batch_contains_chosen_image(forward, self, x))
     monkeypatch.setattr(
-        network, "resynthesize", lambda self, x: raise_if_batch_contains_bad_image(resynthesize, self, x)
+        network, "resynthesize", lambda self, x: raise_if_batch_contains_chosen_image(resynthesize, self, x)
     )
-    assert run_test_py(*scoring_arguments(detector_file, image_folder, tmp_path / "p")) == 1
+    assert run_test_py(*make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")) == 1
     errors = [row["error"] for row in read_csv_rows(tmp_path / "p.csv")]
     assert [bool(error) for error in errors] == [key == 2 for key in range(9)]
     assert "2.png" in errors[2] and "no such kernel" in errors[2]
@@ -318,7 +327,7 @@ def test_residual_pictures_can_be_drawn_after_the_score_table_is_finished(
     detector_file, image_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(image_folder)
-    words = scoring_arguments(detector_file, ".", tmp_path / "p")
+    words = make_arguments_of_test_py(detector_file, ".", tmp_path / "p")
     assert run_test_py(*words) == 0
     logits = np.load(tmp_path / "p.npy")
     pictures = tmp_path / "pictures"
@@ -337,7 +346,7 @@ def test_residual_pictures_are_drawn_again_if_the_image_size_has_changed(
     detector_file, image_folder, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(image_folder)
-    words = scoring_arguments(detector_file, "3.png", tmp_path / "p", "--save-residuals", tmp_path / "pictures")
+    words = make_arguments_of_test_py(detector_file, "3.png", tmp_path / "p", "--save-residuals", tmp_path / "pictures")
     assert run_test_py(*words) == 0
     picture = tmp_path / "pictures" / "3.png.residual.png"
     before = picture.read_bytes()
@@ -350,19 +359,19 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     crops_of_16 = {**CONFIG, "images": {"crop_size": 16, "resize": None}}
     detector = load(str(write_detector(tmp_path / "d", config=crops_of_16)), "cpu", options={"crops": count})
     image = write_noise_image(tmp_path / "a.png", 3, (48, 52))
-    prepared = detector.prepare_image(image)
+    prepared = detector.decode_resize_and_crop_image(image)
     examination = detector.compute_resynthesis_residual_and_logits(prepared)
     assert examination.x.shape == (count, 3, 16, 16)
     assert examination.columns == columns
     assert torch.allclose(examination.logits, detector.logits(prepared[None])[0], atol=1e-5)
-    words = scoring_arguments(
+    words = make_arguments_of_test_py(
         tmp_path / "d", image, tmp_path / "p", "--crops", count, "--save-residuals", tmp_path / "pictures"
     )
     assert run_test_py(*words) == 0
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    # The image is 3.4 inches wide. Title and margin need 0.4 inches of height. The figure has 160 dots per inch
+    # The figure has 160 dots per inch. Each image is 3.4 inches wide. Title and margin are 0.4 inches high
     expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)
     assert abs(height - expected) <= 2
     assert width == 11 * 160
@@ -372,7 +381,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
 
 
 def test_test_py_refuses_a_rank_without_a_world_size_in_one_line(detector_file, image_folder, tmp_path):
-    words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
+    words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     for incomplete in ({"RANK": "1"}, {"WORLD_SIZE": "2"}):
         process = start_program("test.py", words, tmp_path / "log", **incomplete)
         assert wait_for_exit(process) == 2
@@ -384,7 +393,7 @@ def test_test_py_refuses_a_rank_without_a_world_size_in_one_line(detector_file, 
 def test_the_json_file_contains_crop_size_number_of_crops_and_resizing(detector_file, image_folder, tmp_path):
     assert (
         run_test_py(
-            *scoring_arguments(
+            *make_arguments_of_test_py(
                 detector_file, image_folder, tmp_path / "p", "--crop-size", 16, "--crops", 2, "--resize", 32
             )
         )

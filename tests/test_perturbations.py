@@ -23,7 +23,7 @@ FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # kernel size -> standard devi
 
 
 def perturb_image(image, name, protocol, seed, strength=None):
-    """Apply the perturbation `name` to an image, as defined in the given protocol."""
+    """Apply a perturbation of a protocol, such as "blur" of the protocol "sweep", to an image."""
     return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 
@@ -38,7 +38,7 @@ def grey_image(side=128):
     return torch.full((3, side, side), 128, dtype=torch.uint8)
 
 
-def gradient_image(height=256, width=256):
+def image_with_red_and_green_ramps(height=256, width=256):
     """Return an image with a horizontal ramp from 0 to 255 in red and a vertical ramp from 0 to 255 in green."""
     x = torch.zeros(3, height, width)
     x[0] = torch.arange(width) * 256 / width
@@ -66,10 +66,12 @@ def compress_and_decode_jpeg_with_pillow(image, quality):
     return np.asarray(Image.open(file)).transpose(2, 0, 1)
 
 
-def measure_cut_fractions(result, channel):
-    """Measure which fraction of the columns (channel 0) or rows (channel 1) of a `gradient_image` was cut off.
+def measure_fractions_cropped_at_borders(result, channel):
+    """Measure which fraction of the width (channel 0) or height (channel 1) of an image was cropped away.
 
-    Returns three fractions: both sides together, the left or top side, and the right or bottom side.
+    The image is the result of cropping and enlarging `image_with_red_and_green_ramps`.
+
+    Returns three fractions: cropped in total, cropped at the left or top, and cropped at the right or bottom.
     """
     line = result[channel].double().mean(channel)
     inner = line[16:-16]
@@ -80,7 +82,7 @@ def measure_cut_fractions(result, channel):
 def recognise_perturbation(image, result):
     """Find out which perturbation of Frank et al. has changed a random image into `result`.
 
-    Returns the name and the strength of the perturbation. The strength is None except for blur and JPEG.
+    Returns the name and the strength of the perturbation. Only blur and JPEG have a strength other than None.
     """
     if torch.equal(image, result):
         return "none", None
@@ -113,7 +115,7 @@ def test_images_smaller_than_the_kernel_can_be_blurred():
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.15, 0.2, 0.25])
-def test_noise_of_the_sweep_has_the_given_standard_deviation(std):
+def test_noise_of_the_sweep_protocol_has_the_given_standard_deviation(std):
     noisy = perturb_image(grey_image(), "noise", "sweep", 0, std).double()
     expected = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
     assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # pixel values are clipped
@@ -128,10 +130,10 @@ def test_noise_of_different_strengths_is_one_pattern_with_different_amplitudes()
 @pytest.mark.parametrize("size", [(256, 256), (128, 384)])
 @pytest.mark.parametrize("fraction", [0.05, 0.1, 0.2])
 def test_crop_cuts_half_of_the_fraction_at_each_border_and_keeps_the_image_size(size, fraction):
-    result = perturbations.crop_and_enlarge(gradient_image(*size), fraction)
+    result = perturbations.crop_and_enlarge(image_with_red_and_green_ramps(*size), fraction)
     assert result.shape == (3, *size)
     for channel in (0, 1):
-        total, begin, end = measure_cut_fractions(result, channel)
+        total, begin, end = measure_fractions_cropped_at_borders(result, channel)
         assert total == pytest.approx(fraction, abs=0.02)
         assert begin == pytest.approx(fraction / 2, abs=0.01)
         assert end == pytest.approx(fraction / 2, abs=0.015)
@@ -149,7 +151,7 @@ def test_resize_removes_fine_detail_and_keeps_the_image_size():
     assert perturb_image(random_images(1, 5, 9)[0], "resize", "sweep", 0, 0.5).shape == (3, 5, 9)
 
 
-def test_jpeg_compression_of_the_sweep_has_the_given_quality():
+def test_jpeg_compression_of_the_sweep_protocol_has_the_given_quality():
     (image,) = random_images(1, 24, 40)
     for _, quality in select_perturbations("sweep", [("jpeg", None)]):
         assert np.array_equal(
@@ -184,8 +186,8 @@ def test_noise_of_the_frank2020_protocol_has_a_variance_from_5_to_20():
 
 
 def test_crop_of_the_frank2020_protocol_cuts_5_to_20_percent_of_the_image():
-    results = [perturb_image(gradient_image(), "crop", "frank2020", seed) for seed in range(80)]
-    fractions = [measure_cut_fractions(result, 0)[0] for result in results]
+    results = [perturb_image(image_with_red_and_green_ramps(), "crop", "frank2020", seed) for seed in range(80)]
+    fractions = [measure_fractions_cropped_at_borders(result, 0)[0] for result in results]
     fractions = [fraction for fraction in fractions if fraction > 0.02]
     assert 25 < len(fractions) < 55
     assert 0.03 < min(fractions) < 0.09 and 0.16 < max(fractions) < 0.21
@@ -196,8 +198,8 @@ def test_the_frank2020_perturbation_combined_applies_each_perturbation_independe
     assert untouched == pytest.approx(480 / 2**4, abs=16)
     counts = Counter()
     for seed in range(120):
-        result = perturb_image(gradient_image(128, 128), "combined", "frank2020", seed)
-        is_cropped = measure_cut_fractions(result, 0)[0] > 0.035
+        result = perturb_image(image_with_red_and_green_ramps(128, 128), "combined", "frank2020", seed)
+        is_cropped = measure_fractions_cropped_at_borders(result, 0)[0] > 0.035
         has_noise_or_jpeg = bool(result[2].float().std() > 0.6)  # the blue channel is 0 before the perturbation
         counts[is_cropped, has_noise_or_jpeg] += 1
     assert counts[True, True] == pytest.approx(45, abs=14) and counts[False, True] == pytest.approx(45, abs=14)
@@ -240,7 +242,10 @@ def test_perturbations_are_selected_in_the_requested_order_without_repetition():
 def test_a_perturbation_setting_has_a_label_and_a_file_name():
     setting = PerturbationSetting("jpeg", 70.0)
     assert setting.label == "jpeg quality 70" and setting.file_name == "jpeg_quality_70"
-    assert setting.sweep_entry_or_default.axis == "quality" and setting.sweep_entry_or_default.smaller_is_harder
+    assert (
+        setting.get_sweep_of_perturbation_or_default.axis == "quality"
+        and setting.get_sweep_of_perturbation_or_default.smaller_is_harder
+    )
     assert PerturbationSetting("from another program", 2.0).label == "from another program 2"
 
 

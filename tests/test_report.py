@@ -1,6 +1,6 @@
 """Tests of tools.report, which writes HTML pages and Markdown tables from score tables.
 
-A study file is a CSV file that describes a results table: each cell is computed from the listed score tables.
+A study file is a CSV file that names the score tables from which each cell of a results table is computed.
 """
 
 import base64
@@ -17,7 +17,7 @@ from PIL import Image
 from processes import ROOT
 
 from evaluation import metrics
-from evaluation.score_table import Row, make_rows, path_of_residual_picture, read_table, write_table
+from evaluation.score_table import Row, make_rows_from_logits, path_of_residual_picture, read_table, write_table
 from tools import report, report_page
 from utils.labels import FAKE, REAL
 
@@ -28,14 +28,14 @@ BROKEN = Row(f"{EVIL}.png", "fake", EVIL, error=f"not an image {EVIL}")
 def make_score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
     """Return rows of a score table with n real images, and n fake images of each generator.
 
-    The difference between the mean scores of real and fake images grows with `shift`.
+    The mean of logit_fake - logit_real is -`shift` for real images and `shift` for fake images.
     """
     rng = np.random.default_rng(0)
     result = []
     for label, generator, mean in [(REAL, "", -shift)] + [(FAKE, name, shift) for name in generators]:
         logits = rng.normal(0, 2, size=(n, 2)) + [mean / 2, -mean / 2]
         items = [(f"{generator or 'real'}/{i:03d}.png", label, generator) for i in range(n)]
-        result += make_rows(items, logits)
+        result += make_rows_from_logits(items, logits)
     return result
 
 
@@ -55,7 +55,7 @@ def write_score_table(folder, name, table_rows, **record):
 class Page(HTMLParser):
     """A parsed HTML page with its tags, attributes, text and pictures.
 
-    A picture that is not embedded in the page raises an error.
+    Parsing fails if a picture is not embedded in the page.
     """
 
     def __init__(self, path):
@@ -133,7 +133,7 @@ def test_the_report_page_shows_residual_pictures_and_images_in_the_folder_of_the
     Image.new("RGB", (900, 300), (0, 0, 250)).save(residual)
     (tmp_path / "text.png").write_text("no picture")
     items = [(name, REAL, "") for name in ("real/a.png", "real/b.png", "text.png", "missing.png")]
-    table = write_score_table(tmp_path, "s", make_rows(items, [[4, 0], [3, 0], [2, 0], [1, 0]]))
+    table = write_score_table(tmp_path, "s", make_rows_from_logits(items, [[4, 0], [3, 0], [2, 0], [1, 0]]))
     page = write_and_parse_page([table], tmp_path / "out", tmp_path / "residuals")
     cards = [picture.size for picture in page.pictures if picture.format == "JPEG"]
     assert cards == [(720, 240), (320, 213)]
@@ -142,18 +142,18 @@ def test_the_report_page_shows_residual_pictures_and_images_in_the_folder_of_the
 
 def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
-    # Wrong logit minus correct logit of each image: 1, 5, -9, -3, none (no label), 2
+    # The errors of images a to f (wrong logit minus correct logit) are 1, 5, -9, -3, unknown and 2
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]
-    table = read_table(write_score_table(tmp_path, "s", [*make_rows(items, logits), BROKEN]))
+    table = read_table(write_score_table(tmp_path, "s", [*make_rows_from_logits(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.find_most_wrongly_scored_images(table)] == ["b", "f", "a", "d", "c"]
     assert len(report_page.find_most_wrongly_scored_images(table, 2)) == 2
 
 
 ODD_TABLES = {
     "only errors": [BROKEN],
-    "no labels": make_rows([("a", None, "")], [[1, 2]]),
-    "one class": make_rows([("a", FAKE, "g"), ("b", FAKE, "h")], [[1, 2], [1, 2]]),
-    "one tied pair": make_rows([("a", REAL, ""), ("b", FAKE, "")], [[1, 1], [1, 1]]),
+    "no labels": make_rows_from_logits([("a", None, "")], [[1, 2]]),
+    "one class": make_rows_from_logits([("a", FAKE, "g"), ("b", FAKE, "h")], [[1, 2], [1, 2]]),
+    "one tied pair": make_rows_from_logits([("a", REAL, ""), ("b", FAKE, "")], [[1, 1], [1, 1]]),
     "many generators": make_score_rows(generators=[f"generator {i} $x_{{" for i in range(12)], n=5),
 }
 
@@ -203,7 +203,7 @@ def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
 # --- markdown
 
 
-def split_markdown_table(markdown):
+def split_markdown_table_into_cells(markdown):
     """Split a Markdown table into a list of rows. Each row is a list of cells. The first row is the heading."""
     heading, line, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
     assert len(line) == len(heading) and set("".join(line)) == set("-:")
@@ -215,7 +215,7 @@ def test_the_markdown_table_shows_metrics_with_intervals(tmp_path):
     command = [sys.executable, "-m", "tools.report", table, "--markdown"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    heading, first, *_ = split_markdown_table(done.stdout)
+    heading, first, *_ = split_markdown_table_into_cells(done.stdout)
     measured = metrics.compute_metrics_overall_and_per_generator(read_table(table), seed=5)["generators"]["ProGAN"]
     assert first[heading.index("AUROC")] == metrics.format_percent(measured, "auroc")
     assert first[0] == "ProGAN"
@@ -228,7 +228,7 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
     ]
     b, a = (table.summary["generators"] for table in report_page.load_score_tables(tables))
     report.main([*tables, "--markdown", "accuracy"])
-    assert split_markdown_table(capsys.readouterr().out) == [
+    assert split_markdown_table_into_cells(capsys.readouterr().out) == [
         ["acc", "StyleGAN", "ProGAN"],
         ["b", metrics.format_percent(b["StyleGAN"], "accuracy"), "-"],
         ["a", metrics.format_percent(a["StyleGAN"], "accuracy"), metrics.format_percent(a["ProGAN"], "accuracy")],
@@ -240,7 +240,7 @@ def test_the_markdown_table_of_one_metric_has_one_row_per_score_table_and_one_co
 HEADER = "table,row,column,scores,generators\n"
 
 
-def mean_auroc_percent(table, *generators):
+def mean_auroc_over_generators_in_percent(table, *generators):
     """Compute the mean AUROC over generators, in percent, from a score table, without tools.study."""
     measured = metrics.compute_metrics_overall_and_per_generator(read_table(table), 0)["generators"]
     values = [measured[name]["auroc"] for name in generators or measured]
@@ -268,13 +268,15 @@ def test_the_table_of_a_study_shows_means_over_seeds(path_of_study_csv_file, cap
     one, two, control = (
         str(path_of_study_csv_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control")
     )
-    seen = (mean_auroc_percent(one, "ProGAN") + mean_auroc_percent(two, "ProGAN")) / 2
+    seen = (
+        mean_auroc_over_generators_in_percent(one, "ProGAN") + mean_auroc_over_generators_in_percent(two, "ProGAN")
+    ) / 2
     report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc"])
     assert capsys.readouterr().out.splitlines() == [
         "| AUROC | seen | both |",
         "| --- | --: | --: |",
-        f"| residual \\| pixels | {seen:.1f} | {mean_auroc_percent(one):.1f} |",
-        f"| control | {mean_auroc_percent(control, 'ProGAN'):.1f} | - |",
+        f"| residual \\| pixels | {seen:.1f} | {mean_auroc_over_generators_in_percent(one):.1f} |",
+        f"| control | {mean_auroc_over_generators_in_percent(control, 'ProGAN'):.1f} | - |",
     ]
 
 
@@ -282,11 +284,14 @@ def test_the_intervals_of_a_study_are_ranges_over_seeds_or_bootstrap_intervals(p
     one, two, control = (
         str(path_of_study_csv_file.parent / "scores" / f"{name}.csv") for name in ("one", "two", "control")
     )
-    values = [mean_auroc_percent(one, "ProGAN"), mean_auroc_percent(two, "ProGAN")]
+    values = [
+        mean_auroc_over_generators_in_percent(one, "ProGAN"),
+        mean_auroc_over_generators_in_percent(two, "ProGAN"),
+    ]
     report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc", "--intervals"])
-    _, first, second = split_markdown_table(capsys.readouterr().out.replace("\\|", ""))
+    _, first, second = split_markdown_table_into_cells(capsys.readouterr().out.replace("\\|", ""))
     assert first[1] == f"{sum(values) / 2:.1f} ({min(values):.1f} to {max(values):.1f})"
-    assert first[2] == f"{mean_auroc_percent(one):.1f}"
+    assert first[2] == f"{mean_auroc_over_generators_in_percent(one):.1f}"
     assert second[1] == metrics.format_percent(
         metrics.compute_metrics_overall_and_per_generator(read_table(control))["generators"]["ProGAN"], "auroc"
     )
@@ -298,7 +303,7 @@ def test_a_cell_of_a_study_is_empty_if_one_of_its_seeds_has_no_real_images(path_
     lines = ["main,a,b,scores/fakes.csv,ProGAN", "main,a,b,scores/one.csv,ProGAN"]
     path_of_study_csv_file.write_text(HEADER + "\n".join(lines) + "\n")
     report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc"])
-    _, row = split_markdown_table(capsys.readouterr().out)
+    _, row = split_markdown_table_into_cells(capsys.readouterr().out)
     assert row == ["a", "-"]
 
 
@@ -313,7 +318,7 @@ def test_a_cell_of_a_study_is_empty_if_one_of_its_seeds_has_no_real_images(path_
         (HEADER + "main,a,b,scores/none.csv,\n", "none.csv"),
     ],
 )
-def test_a_wrong_study_file_is_refused_in_one_line(path_of_study_csv_file, content, text):
+def test_an_invalid_csv_file_of_a_study_is_refused_with_the_reason(path_of_study_csv_file, content, text):
     path_of_study_csv_file.write_text(content)
     with expect_user_error(text):
         report.main(["--study", str(path_of_study_csv_file), "--table", "main", "--markdown", "auroc"])
@@ -382,7 +387,7 @@ def test_robustness_curves_are_drawn_separately_for_each_detector(tmp_path):
                 "detector": {"classifier_fingerprint": detector},
             }
             files.append(write_score_table(tmp_path, f"{detector}{strength:g}", make_score_rows(shift), **record))
-    groups = report_page.group_by_detector(report_page.load_score_tables(files, resamples=0))
+    groups = report_page.group_score_tables_by_detector(report_page.load_score_tables(files, resamples=0))
     curves = [report_page.collect_robustness_curves(group)["blur"] for group in groups]
     assert [[strength for strength, _ in points] for points in curves] == [[1.0, 2.0], [1.0, 2.0]]
 

@@ -9,7 +9,14 @@ import pytest
 import torch
 from files import expect_user_error
 from PIL import Image
-from trainings import CPU, TINY, checkpoint_without_settings, read_stats, run_training, train_detector_arguments
+from trainings import (
+    CPU,
+    TINY,
+    make_arguments_of_train_detector,
+    read_checkpoint_without_settings_entry,
+    read_epoch_statistics_of_training,
+    run_training,
+)
 
 from data.datasets import Augmentation, ImageDataset, Key
 from data.images import Header, SizePolicy
@@ -38,7 +45,7 @@ def image_dataset(*paths, augmentation=None, policy=SizePolicy(4), transform=Non
 
 
 def residual_dataset(folder, *paths, storage="fp16", **options):
-    """Return a dataset that stores the residuals of images in a folder and reads them from there."""
+    """Return a dataset that stores residuals of images as files in a folder, and reads these files."""
     return ResidualDataset(image_dataset(*paths, **options), folder, STORAGE[storage])
 
 
@@ -89,7 +96,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # a damaged time stamp in the .npz file does not change the residual
+        if sample.error is None:  # no error is correct if only a time stamp in the .npz file is damaged
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -134,7 +141,9 @@ CONFIG = {
 }
 
 
-def make_cache_folder(root, policy=WHOLE_IMAGES, precision="fp32", features_fingerprint="b", code=(), **changed_config):
+def create_residual_cache_folder(
+    root, policy=WHOLE_IMAGES, precision="fp32", features_fingerprint="b", code=(), **changed_config
+):
     """Return the cache folder for a detector and its settings.
 
     `changed_config` replaces entries of CONFIG, which describes the detector.
@@ -159,30 +168,34 @@ def make_cache_folder(root, policy=WHOLE_IMAGES, precision="fp32", features_fing
     ],
 )
 def test_changing_a_setting_of_the_residual_changes_the_folder_of_the_cache(tmp_path, change):
-    assert make_cache_folder(tmp_path) == make_cache_folder(tmp_path) != make_cache_folder(tmp_path, **change)
+    assert (
+        create_residual_cache_folder(tmp_path)
+        == create_residual_cache_folder(tmp_path)
+        != create_residual_cache_folder(tmp_path, **change)
+    )
 
 
 @pytest.mark.parametrize("module", ["torch", "PIL", "numpy"])
 def test_changing_the_version_of_a_library_changes_the_folder_of_the_cache(tmp_path, monkeypatch, module):
-    before = make_cache_folder(tmp_path)
+    before = create_residual_cache_folder(tmp_path)
     monkeypatch.setattr(f"{module}.__version__", "0")
-    assert make_cache_folder(tmp_path) != before
+    assert create_residual_cache_folder(tmp_path) != before
 
 
 def test_opening_the_cache_deletes_only_old_temporary_files(tmp_path):
-    folder = make_cache_folder(tmp_path)
+    folder = create_residual_cache_folder(tmp_path)
     for name, age in ((".a.npz.1.tmp", 7200), (".b.npz.2.tmp", 60)):
         (folder / name).touch()
         os.utime(folder / name, (time.time() - age, time.time() - age))
-    make_cache_folder(tmp_path)
+    create_residual_cache_folder(tmp_path)
     assert sorted(os.listdir(folder)) == [".b.npz.2.tmp", "settings.txt"]
 
 
 # --- which images are cached, and filling the cache ---------------------------------------------------------
 
 
-def cached_datasets(folder, images, max_gb=1.0):
-    """Return a list with the dataset of cached residuals for a dataset of images, or [] if caching is impossible."""
+def create_datasets_of_cached_residuals(folder, images, max_gb=1.0):
+    """Return a list with one dataset of cached residuals, or an empty list if the images cannot be cached."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = residual_cache_key(CONFIG, "b", (), images.policy, ON_CPU)
     return create_residual_datasets([images], tiny_detector().residual_shape, key, options, World())
@@ -190,13 +203,13 @@ def cached_datasets(folder, images, max_gb=1.0):
 
 def test_images_with_random_crops_and_images_beyond_the_size_limit_are_not_cached(training_files, tmp_path):
     path = training_files / "real/0.png"
-    assert len(cached_datasets(tmp_path, image_dataset(path))) == 1
-    assert cached_datasets(tmp_path, image_dataset(path), max_gb=0) == []
-    assert cached_datasets(tmp_path, image_dataset(path, transform=str)) == []
+    assert len(create_datasets_of_cached_residuals(tmp_path, image_dataset(path))) == 1
+    assert create_datasets_of_cached_residuals(tmp_path, image_dataset(path), max_gb=0) == []
+    assert create_datasets_of_cached_residuals(tmp_path, image_dataset(path, transform=str)) == []
     changing = image_dataset(path, augmentation=Augmentation(1), policy=SizePolicy(4, 32))
-    assert cached_datasets(tmp_path, changing) == []
+    assert create_datasets_of_cached_residuals(tmp_path, changing) == []
     fixed = image_dataset(path, augmentation=Augmentation(1, crops=2), policy=SizePolicy(4, 32))
-    assert len(cached_datasets(tmp_path, fixed)) == 1
+    assert len(create_datasets_of_cached_residuals(tmp_path, fixed)) == 1
 
 
 def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_detector(training_files, tmp_path):
@@ -205,13 +218,13 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
     dataset = residual_dataset(tmp_path, *paths, **options)
     detector, computed = tiny_detector(), []
 
-    def record_keys_and_compute_residuals(batch):
+    def collect_image_keys_and_compute_residuals(batch):
         computed.extend(batch.keys)
         return residual_without_gradients(detector, ON_CPU, None, batch)
 
     for _ in range(2):
         dataset.store_missing_residuals(
-            0, record_keys_and_compute_residuals, lambda loader, _: loader, 0, ON_CPU, World()
+            0, collect_image_keys_and_compute_residuals, lambda loader, _: loader, 0, ON_CPU, World()
         )
         assert len(computed) == len(set(computed)) == len(list(tmp_path.iterdir())) == 10
     for index in range(10):
@@ -226,36 +239,44 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
-    """The training without the cache computes residuals one by one, because of --micro-batch 1.
+    """With --micro-batch 1, the training without the cache computes one residual at a time.
 
-    The training with the cache also computes residuals one by one, so the losses are equal bit for bit.
+    The other training also computes one residual at a time to fill the cache, so the losses are exactly equal.
     """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
-    run_training(train_detector_arguments(training_files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1"))
-    run_training(train_detector_arguments(training_files, tmp_path / "with", f"{flags} --cache-precision fp32"))
+    run_training(
+        make_arguments_of_train_detector(training_files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1")
+    )
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "with", f"{flags} --cache-precision fp32"))
     assert not (tmp_path / "without/residual_cache").exists() and cached_file_names(tmp_path / "with/residual_cache")
-    assert read_stats(tmp_path / "with") == read_stats(tmp_path / "without")
+    assert read_epoch_statistics_of_training(tmp_path / "with") == read_epoch_statistics_of_training(
+        tmp_path / "without"
+    )
 
 
 def test_a_cache_in_half_precision_changes_the_loss_by_at_most_3_percent(training_files, tmp_path):
     # All ten images form one batch, because batch norm on a batch of two images would amplify rounding errors.
     flags = "--fixed-sr --epochs 1 --batch-size 10"
-    run_training(train_detector_arguments(training_files, tmp_path / "full", f"{flags} --cache-precision fp32"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "full", f"{flags} --cache-precision fp32"))
     run_training(
-        train_detector_arguments(training_files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache")
+        make_arguments_of_train_detector(
+            training_files, tmp_path / "half", f"{flags} --cache-dir {tmp_path}/half_cache"
+        )
     )
     assert cached_file_names(tmp_path / "half_cache") and not (tmp_path / "half/residual_cache").exists()
-    assert read_stats(tmp_path / "half")[0]["loss"] == pytest.approx(read_stats(tmp_path / "full")[0]["loss"], rel=3e-2)
+    assert read_epoch_statistics_of_training(tmp_path / "half")[0]["loss"] == pytest.approx(
+        read_epoch_statistics_of_training(tmp_path / "full")[0]["loss"], rel=3e-2
+    )
 
 
 def test_a_training_with_a_filled_cache_decodes_no_images(training_files, tmp_path, monkeypatch):
     flags = "--fixed-sr --epochs 2 VALIDATE --crop-size 40 --crops-per-image 2 --cache-dir"
-    run_training([*train_detector_arguments(training_files, tmp_path / "a", flags), tmp_path / "cache"])
+    run_training([*make_arguments_of_train_detector(training_files, tmp_path / "a", flags), tmp_path / "cache"])
     before = cached_file_names(tmp_path / "cache")
     monkeypatch.setattr("data.datasets.read_image_as_tensor", None)
-    run_training([*train_detector_arguments(training_files, tmp_path / "b", flags), tmp_path / "cache"])
+    run_training([*make_arguments_of_train_detector(training_files, tmp_path / "b", flags), tmp_path / "cache"])
     assert cached_file_names(tmp_path / "cache") == before
-    one, two = (checkpoint_without_settings(tmp_path / name / "last.pth.tar") for name in "ab")
+    one, two = (read_checkpoint_without_settings_entry(tmp_path / name / "last.pth.tar") for name in "ab")
     assert all(torch.equal(value, two["state_dict"][name]) for name, value in one["state_dict"].items())
 
 
@@ -263,14 +284,18 @@ def test_training_refuses_images_of_different_sizes_but_caches_residuals_of_thei
     mixed = shutil.copytree(training_files, tmp_path / "files")
     Image.fromarray(np.zeros((72, 100, 3), np.uint8)).save(mixed / "real/9.png")
     with expect_user_error("9.png", "100 x 72", "--crop-size"):
-        run_training(train_detector_arguments(mixed, tmp_path / "out", "--fixed-sr"))
+        run_training(make_arguments_of_train_detector(mixed, tmp_path / "out", "--fixed-sr"))
     with expect_user_error("9.png", "100 x 72", "--crop-size"):
         flags = f"--fixed-sr --val-root-pos {mixed}/real --val-root-neg FAKE"
-        run_training(train_detector_arguments(training_files, tmp_path / "out", flags))
+        run_training(make_arguments_of_train_detector(training_files, tmp_path / "out", flags))
     assert not (tmp_path / "out").exists()
     run_training(
-        train_detector_arguments(mixed, tmp_path / "out", "--fixed-sr --epochs 2 --crop-size 48 --crops-per-image 2")
+        make_arguments_of_train_detector(
+            mixed, tmp_path / "out", "--fixed-sr --epochs 2 --crop-size 48 --crops-per-image 2"
+        )
     )
     assert 22 <= len(cached_file_names(tmp_path / "out/residual_cache")) <= 44
     with expect_user_error("--crop-size"):
-        run_training(train_detector_arguments(training_files, tmp_path / "none", "--fixed-sr --crops-per-image 2"))
+        run_training(
+            make_arguments_of_train_detector(training_files, tmp_path / "none", "--fixed-sr --crops-per-image 2")
+        )

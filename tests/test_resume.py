@@ -16,22 +16,22 @@ import torch
 from files import cut_file_in_half, expect_user_error, save_image
 from processes import (
     hold_lock_in_process,
+    make_environments_of_two_torchrun_processes,
     patch_checkpoint_saving_to_kill_program,
-    patch_loops_to_send_signal,
-    patch_loops_to_sleep_first,
+    patch_progress_bar_to_send_signal,
+    patch_progress_bar_to_sleep_first,
     start_program,
-    torchrun_environments,
     wait_for_exit,
 )
 from trainings import (
-    checkpoint_without_settings,
-    list_differing_entries,
+    list_differing_checkpoint_entries,
+    make_arguments_of_train_detector,
+    make_arguments_of_train_sr,
     read_checkpoint_content,
-    read_stats,
+    read_checkpoint_without_settings_entry,
+    read_epoch_statistics_of_training,
     run_training,
     run_training_for_status_and_last_line,
-    train_detector_arguments,
-    train_sr_arguments,
 )
 
 from data.datasets import EpochBatchSampler
@@ -44,31 +44,31 @@ pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 SAVE_EVERY_STEP = ["--save-minutes", "0"]
 AUTO = ["--resume", "auto"]
-# name of the training -> (program, function that returns the command line, file of the last state, flags)
+# name of the training -> (program, function that returns the command line, last checkpoint, additional flags)
 TRAININGS = {
     "super-resolution": (
         "train_sr.py",
-        train_sr_arguments,
+        make_arguments_of_train_sr,
         "x2/last.pth",
         "--num-epochs 3 --augment --completion --colorization --patches-per-image 2 --eval-file REAL"
         " --lr-decay-epoch 1 --num-save 1 --keep-last 1",
     ),
     "frozen": (
         "train_detector.py",
-        train_detector_arguments,
+        make_arguments_of_train_detector,
         "last.pth.tar",
         "--fixed-sr VALIDATE --augment-perturb --epochs 2 --batch-size 5 --crop-size 56 --save-every-epoch 1"
         " --keep-last 1",
     ),
     "cached": (
         "train_detector.py",
-        train_detector_arguments,
+        make_arguments_of_train_detector,
         "last.pth.tar",
         "--fixed-sr VALIDATE --epochs 3 --batch-size 5 --crop-size 56 --crops-per-image 2",
     ),
     "end to end": (
         "train_detector.py",
-        train_detector_arguments,
+        make_arguments_of_train_detector,
         "last.pth.tar",
         "--mode-sr colorization --idx-stages 1 --micro-batch 2 --lr 1e-6 --epochs 2 --batch-size 5 --crop-size 32",
     ),
@@ -79,11 +79,11 @@ TRAININGS = {
 def make_training_arguments(training_files):
     """Return a function that makes the command line of a training in TRAININGS."""
 
-    def make_arguments_of_named_training(name, out, *flags):
+    def make_training_command_line_by_name(name, out, *flags):
         _, make_arguments, _, own_flags = TRAININGS[name]
         return [*make_arguments(training_files, out, own_flags), *flags]
 
-    return make_arguments_of_named_training
+    return make_training_command_line_by_name
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def run_training_without_interruption(make_training_arguments, tmp_path_factory)
 def resume_and_require_equal_results(make_training_arguments, run_training_without_interruption):
     """Return a function that resumes an interrupted training.
 
-    The function requires that the resumed and the uninterrupted training write equal checkpoints, bit for bit.
+    The function raises an AssertionError if a checkpoint differs from that of an uninterrupted training.
     """
 
     def resume_and_require_equal_files(name, out, *flags):
@@ -114,8 +114,9 @@ def resume_and_require_equal_results(make_training_arguments, run_training_witho
         assert sorted(path.name for path in resumed.iterdir() if path.is_file()) == names
         assert (resumed / STATS).read_text() == (expected / STATS).read_text()
         for checkpoint in [name for name in names if ".pth" in name]:
-            found = list_differing_entries(
-                checkpoint_without_settings(expected / checkpoint), checkpoint_without_settings(resumed / checkpoint)
+            found = list_differing_checkpoint_entries(
+                read_checkpoint_without_settings_entry(expected / checkpoint),
+                read_checkpoint_without_settings_entry(resumed / checkpoint),
             )
             assert found == [], checkpoint
 
@@ -129,13 +130,13 @@ def resume_and_require_equal_results(make_training_arguments, run_training_witho
     ("name", "workers", "accident"),
     [
         ("super-resolution", 0, partial(patch_checkpoint_saving_to_kill_program, 4)),
-        ("super-resolution", 2, partial(patch_loops_to_send_signal, "epoch", 4, signal.SIGKILL)),
+        ("super-resolution", 2, partial(patch_progress_bar_to_send_signal, "epoch", 4, signal.SIGKILL)),
         ("frozen", 0, partial(patch_checkpoint_saving_to_kill_program, 5)),  # the fifth saved file is best.pth.tar
-        ("frozen", 2, partial(patch_loops_to_send_signal, "epoch", 3, signal.SIGKILL)),
-        ("cached", 0, partial(patch_loops_to_send_signal, "residuals", 22, signal.SIGKILL)),
-        ("cached", 2, partial(patch_loops_to_send_signal, "epoch", 6, signal.SIGKILL)),
+        ("frozen", 2, partial(patch_progress_bar_to_send_signal, "epoch", 3, signal.SIGKILL)),
+        ("cached", 0, partial(patch_progress_bar_to_send_signal, "residuals", 22, signal.SIGKILL)),
+        ("cached", 2, partial(patch_progress_bar_to_send_signal, "epoch", 6, signal.SIGKILL)),
         ("end to end", 0, partial(patch_checkpoint_saving_to_kill_program, 3)),
-        ("end to end", 2, partial(patch_loops_to_send_signal, "epoch", 4, signal.SIGKILL)),
+        ("end to end", 2, partial(patch_progress_bar_to_send_signal, "epoch", 4, signal.SIGKILL)),
     ],
 )
 def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_training(
@@ -173,7 +174,7 @@ def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
     for at in (1, 2):
         log = tmp_path / f"log{at}"
         flags = make_training_arguments(name, out, *AUTO, "--workers", str(workers))
-        accident = partial(patch_loops_to_send_signal, description, at, number, all_processes=workers > 0)
+        accident = partial(patch_progress_bar_to_send_signal, description, at, number, all_processes=workers > 0)
         assert wait_for_exit(start_program(program, flags, log, accident)) == 128 + number, log.read_text()
         assert "Traceback" not in log.read_text()
         assert "saved" in log.read_text().splitlines()[-1]
@@ -188,26 +189,26 @@ def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
 # --- the state from which a run starts ----------------------------------------------------------------------
 
 
-def test_a_training_with_resume_auto_and_init_starts_from_init_if_there_is_no_run_to_resume(training_files, tmp_path):
+def test_the_flag_resume_auto_uses_the_init_checkpoint_only_if_no_run_exists(training_files, tmp_path):
     """If the output folder contains a run to resume, --resume auto has priority over --init.
 
     The fine-tuning scripts pass --init and --resume auto.
     """
-    run_training(train_detector_arguments(training_files, tmp_path / "first", "--fixed-sr --epochs 1 --lr 0"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "first", "--fixed-sr --epochs 1 --lr 0"))
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --resume auto --epochs"
     for epochs in (1, 2):
-        run_training(train_detector_arguments(training_files, tmp_path / "second", f"{flags} {epochs}"))
+        run_training(make_arguments_of_train_detector(training_files, tmp_path / "second", f"{flags} {epochs}"))
     first, second = (read_checkpoint_content(tmp_path / name / "last.pth.tar") for name in ("first", "second"))
     assert torch.equal(first["state_dict"]["conv1.0.weight"], second["state_dict"]["conv1.0.weight"])
     assert second["progress"]["epoch"] == 2
 
 
-def test_a_training_with_resume_file_and_init_resumes_the_file(training_files, tmp_path):
-    run_training(train_detector_arguments(training_files, tmp_path / "first", "--fixed-sr --epochs 1"))
+def test_the_flag_resume_with_a_checkpoint_has_priority_over_the_flag_init(training_files, tmp_path):
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "first", "--fixed-sr --epochs 1"))
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --epochs"
-    run_training(train_detector_arguments(training_files, tmp_path / "second", f"{flags} 1"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "second", f"{flags} 1"))
     run_training(
-        train_detector_arguments(
+        make_arguments_of_train_detector(
             training_files, tmp_path / "second", f"{flags} 2 --resume {tmp_path}/second/0001.pth.tar"
         )
     )
@@ -226,7 +227,7 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
     assert (out / last).read_bytes() == before
     flag = "--num-epochs" if name == "super-resolution" else "--epochs"
     run_training(make_training_arguments(name, out, "--overwrite", flag, "1"))
-    assert len(read_stats((out / last).parent)) == 1
+    assert len(read_epoch_statistics_of_training((out / last).parent)) == 1
     assert read_checkpoint_content(out / last)["progress"]["epoch"] == 1
     assert not {"0003.pth.tar", "epoch_2.pth"} & {path.name for path in (out / last).parent.iterdir()}
 
@@ -240,7 +241,7 @@ def test_resuming_a_training_without_its_flag_fixed_sr_is_refused(
     shutil.copytree(run_training_without_interruption("cached"), out)
     before = (out / "last.pth.tar").read_bytes()
     with expect_user_error("last.pth.tar", "--fixed-sr"):
-        run_training(train_detector_arguments(training_files, out, f"--epochs 3 {flags}"))
+        run_training(make_arguments_of_train_detector(training_files, out, f"--epochs 3 {flags}"))
     assert (out / "last.pth.tar").read_bytes() == before
 
 
@@ -248,11 +249,11 @@ def test_a_training_killed_before_its_first_save_starts_from_the_beginning(train
     (tmp_path / EVENTS).mkdir()
     (tmp_path / STATS).write_text('{"epoch": 0}\n')
     (tmp_path / RECORD).write_text(json.dumps({"format": RECORD_FORMAT, "files": [RECORD, STATS, EVENTS]}))
-    run_training([*train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 1"), *AUTO])
-    assert len(read_stats(tmp_path)) == 1
+    run_training([*make_arguments_of_train_detector(training_files, tmp_path, "--fixed-sr --epochs 1"), *AUTO])
+    assert len(read_epoch_statistics_of_training(tmp_path)) == 1
 
 
-def test_the_error_for_a_truncated_last_state_names_the_newest_numbered_state(
+def test_the_error_for_a_truncated_last_checkpoint_names_the_newest_numbered_checkpoint(
     training_files, run_training_without_interruption, tmp_path
 ):
     out = tmp_path / "out"
@@ -260,7 +261,7 @@ def test_the_error_for_a_truncated_last_state_names_the_newest_numbered_state(
     last = out / "last.pth.tar"
     last.write_bytes(last.read_bytes()[:1000])
     with expect_user_error("truncated", "--resume", "0003.pth.tar"):
-        run_training([*train_detector_arguments(training_files, out, "--fixed-sr"), *AUTO])
+        run_training([*make_arguments_of_train_detector(training_files, out, "--fixed-sr"), *AUTO])
 
 
 @pytest.mark.parametrize("name", ["super-resolution", "frozen"])
@@ -282,7 +283,7 @@ def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused
 # --- options and images that have changed since the run began -----------------------------------------------
 
 
-def get_log_line_by_changed_setting(caplog):
+def map_changed_settings_to_log_lines(caplog):
     """Return a dict from the name of each changed setting to the log line about this setting."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
     return {line.split()[3]: line for line in lines}
@@ -290,14 +291,14 @@ def get_log_line_by_changed_setting(caplog):
 
 def test_a_resumed_training_uses_changed_options_and_reports_them(training_files, tmp_path, caplog):
     flags = "--mode-sr none --lw-sr 0 --lr 1e-6"
-    run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 1"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, f"{flags} --epochs 1"))
     changed = "--wd 0.5 --momentum 0.3 --lr-sr 0.25 --batch-size 5 --resume auto --epochs 2"
-    run_training(train_detector_arguments(training_files, tmp_path, f"{flags} {changed}"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, f"{flags} {changed}"))
     classifier, resynthesizer = read_checkpoint_content(tmp_path / "last.pth.tar")["optimizer"]["param_groups"]
     assert (classifier["weight_decay"], resynthesizer["weight_decay"]) == (0.5 / 0.25, 0.5)
     assert classifier["momentum"] == resynthesizer["momentum"] == 0.3
     assert classifier["lr"] == pytest.approx(0.25e-6) and resynthesizer["lr"] == pytest.approx(1e-6)
-    assert get_log_line_by_changed_setting(caplog).keys() == {
+    assert map_changed_settings_to_log_lines(caplog).keys() == {
         "weight_decay",
         "momentum",
         "classifier_rate_factor",
@@ -308,19 +309,19 @@ def test_a_resumed_training_uses_changed_options_and_reports_them(training_files
 
 def test_a_resumed_training_reports_that_changed_images_are_read_in_another_order(training_files, tmp_path, caplog):
     shutil.copytree(training_files, tmp_path / "files")
-    flags = train_detector_arguments(tmp_path / "files", tmp_path / "out", "--fixed-sr --epochs 2")
+    flags = make_arguments_of_train_detector(tmp_path / "files", tmp_path / "out", "--fixed-sr --epochs 2")
     log = tmp_path / "log"
     assert (
         wait_for_exit(
             start_program(
-                "train_detector.py", flags, log, partial(patch_loops_to_send_signal, "epoch", 2, signal.SIGTERM)
+                "train_detector.py", flags, log, partial(patch_progress_bar_to_send_signal, "epoch", 2, signal.SIGTERM)
             )
         )
         == 143
     )
     (tmp_path / "files/fake/0.png").unlink()
     run_training([*flags, *AUTO])
-    (line,) = get_log_line_by_changed_setting(caplog).values()
+    (line,) = map_changed_settings_to_log_lines(caplog).values()
     assert "10 images" in line and "9 images" in line and "step 2" in line and "order" in line
 
 
@@ -339,13 +340,17 @@ def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_fil
     """
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
-    run_training(train_sr_arguments(training_files, tmp_path / "out", f"{flags} {lists['easy']} --num-epochs 1"))
+    run_training(
+        make_arguments_of_train_sr(training_files, tmp_path / "out", f"{flags} {lists['easy']} --num-epochs 1")
+    )
     assert read_checkpoint_content(tmp_path / "out/x2/best.pth")["epoch"] == 1
-    run_training(train_sr_arguments(training_files, tmp_path / "out", f"{flags} {lists['hard']} --num-epochs 3"))
-    line = get_log_line_by_changed_setting(caplog)["validation_images"]
+    run_training(
+        make_arguments_of_train_sr(training_files, tmp_path / "out", f"{flags} {lists['hard']} --num-epochs 3")
+    )
+    line = map_changed_settings_to_log_lines(caplog)["validation_images"]
     assert "3 images" in line and "5 images" in line and "best score" in line
-    assert get_log_line_by_changed_setting(caplog).keys() == {"validation_images", "num_epochs"}
-    scores = {record["epoch"]: record["psnr"] for record in read_stats(tmp_path / "out/x2")}
+    assert map_changed_settings_to_log_lines(caplog).keys() == {"validation_images", "num_epochs"}
+    scores = {record["epoch"]: record["psnr"] for record in read_epoch_statistics_of_training(tmp_path / "out/x2")}
     assert scores[0] > max(scores[1], scores[2]) + 3
     state = read_checkpoint_content(tmp_path / "out/x2/best.pth")
     assert state["epoch"] > 1 and state["progress"]["best"] == max(scores[1], scores[2])
@@ -353,12 +358,12 @@ def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_fil
 
 def test_changed_validation_images_of_a_detector_reset_the_best_score(training_files, tmp_path, caplog):
     flags = "--fixed-sr --lr 0 --save-every-epoch 1"
-    run_training(train_detector_arguments(training_files, tmp_path / "out", f"{flags} --epochs 1 VALIDATE"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "out", f"{flags} --epochs 1 VALIDATE"))
     (tmp_path / "one").mkdir()
     shutil.copy(training_files / "real/0.png", tmp_path / "one")
     changed = f"--epochs 2 --val-root-pos {tmp_path}/one --val-root-neg FAKE --resume auto"
-    run_training(train_detector_arguments(training_files, tmp_path / "out", f"{flags} {changed}"))
-    assert "validation_images" in get_log_line_by_changed_setting(caplog)
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "out", f"{flags} {changed}"))
+    assert "validation_images" in map_changed_settings_to_log_lines(caplog)
     assert read_checkpoint_content(tmp_path / "out/best.pth.tar")["epoch"] == 2
 
 
@@ -367,33 +372,33 @@ def test_changed_validation_images_of_a_detector_reset_the_best_score(training_f
 
 def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_for_it(training_files, tmp_path):
     run_training(
-        train_detector_arguments(
+        make_arguments_of_train_detector(
             training_files, tmp_path / "d", "--fixed-sr VALIDATE --epochs 6 --save-every-epoch 9 --lr 0.1"
         )
     )
-    scores = [line["val_auroc"] for line in read_stats(tmp_path / "d")]
+    scores = [line["val_auroc"] for line in read_epoch_statistics_of_training(tmp_path / "d")]
     state = read_checkpoint_content(tmp_path / "d/best.pth.tar")
     assert state["progress"]["best"] == max(scores)
     assert state["epoch"] == scores.index(max(scores)) + 1
     run_training(
-        train_sr_arguments(
+        make_arguments_of_train_sr(
             training_files, tmp_path / "s", "--num-epochs 3 --num-save 9 --eval-file REAL --vgg-lambda 0 --lr 0.05"
         )
     )
-    scores = [line["psnr"] for line in read_stats(tmp_path / "s/x2")]
+    scores = [line["psnr"] for line in read_epoch_statistics_of_training(tmp_path / "s/x2")]
     assert read_checkpoint_content(tmp_path / "s/x2/best.pth")["epoch"] == scores.index(max(scores)) + 1
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
-    """The error of a black image is 0 in every epoch, so train_sr.py must limit the PSNR to a finite value.
+    """The network can enlarge a black image without error, so train_sr.py must limit the PSNR to a finite value.
 
     With the learning rate of this test, the first epoch does not have the best PSNR.
     """
     images = Path(shutil.copytree(training_files / "real", tmp_path / "real"))
     save_image(images / "black.png", torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
     flags = f"--num-epochs 4 --eval-file {images} --vgg-lambda 0 --num-save 1"
-    run_training(train_sr_arguments(training_files, tmp_path / "out", flags))
-    scores = [line["psnr"] for line in read_stats(tmp_path / "out/x2")]
+    run_training(make_arguments_of_train_sr(training_files, tmp_path / "out", flags))
+    scores = [line["psnr"] for line in read_epoch_statistics_of_training(tmp_path / "out/x2")]
     assert None not in scores and scores.index(max(scores)) > 0
     assert read_checkpoint_content(tmp_path / "out/x2/best.pth")["epoch"] == scores.index(max(scores)) + 1
 
@@ -403,31 +408,33 @@ def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(trainin
 
 @pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("flags", ["--fixed-sr --no-cache", "--fixed-sr", "--mode-sr none --lr 1e-6"])
-def test_a_training_that_reads_a_damaged_image_ends_with_one_line_and_a_saved_state(
+def test_training_on_a_damaged_image_ends_with_one_error_line_and_can_be_resumed(
     training_files, tmp_path, capfd, flags, workers
 ):
     """The error line names the damaged image.
 
-    After the image is repaired, the resumed training ends with the same state as a training on undamaged images.
+    After the image is repaired, the resumed training ends with the checkpoint of a training on undamaged images.
     """
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
-    run_training(train_detector_arguments(images, tmp_path / "expected", flags))
-    # The index of the last image in the second training step
+    run_training(make_arguments_of_train_detector(images, tmp_path / "expected", flags))
+    # `last` is the index of the last image in the second training step
     last = [key.index for batch in EpochBatchSampler(10, 5, seed=123) for key in batch][-1]
     path = images / ("real" if last < 5 else "fake") / f"{last % 5}.png"
     times, content = path.stat(), cut_file_in_half(path)
     code, line = run_training_for_status_and_last_line(
-        train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"), capfd
+        make_arguments_of_train_detector(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
-    if "--no-cache" in flags or "--mode-sr" in flags:  # a training with a cache ends before its first step
+    if "--no-cache" in flags or "--mode-sr" in flags:  # with a residual cache, training fails before its first step
         assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    run_training(train_detector_arguments(images, tmp_path / "out", f"{flags} --resume auto"))
-    expected, resumed = (checkpoint_without_settings(tmp_path / name / "last.pth.tar") for name in ("expected", "out"))
-    assert list_differing_entries(expected, resumed) == []
+    run_training(make_arguments_of_train_detector(images, tmp_path / "out", f"{flags} --resume auto"))
+    expected, resumed = (
+        read_checkpoint_without_settings_entry(tmp_path / name / "last.pth.tar") for name in ("expected", "out")
+    )
+    assert list_differing_checkpoint_entries(expected, resumed) == []
 
 
 def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_each_epoch(
@@ -436,23 +443,25 @@ def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_ea
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     cut_file_in_half(images / "real/3.png")
     run_training(
-        train_detector_arguments(images, tmp_path / "d", "--fixed-sr --epochs 3 --batch-size 3 --skip-bad VALIDATE")
+        make_arguments_of_train_detector(
+            images, tmp_path / "d", "--fixed-sr --epochs 3 --batch-size 3 --skip-bad VALIDATE"
+        )
     )
-    assert [line["left_out"] for line in read_stats(tmp_path / "d")] == [1, 1, 1]
+    assert [line["left_out"] for line in read_epoch_statistics_of_training(tmp_path / "d")] == [1, 1, 1]
     flags = "--num-epochs 2 --eval-file REAL --vgg-lambda 0"
-    run_training(train_sr_arguments(images, tmp_path / "s", f"{flags} --batch-size 1 --skip-bad"))
+    run_training(make_arguments_of_train_sr(images, tmp_path / "s", f"{flags} --batch-size 1 --skip-bad"))
     lines = [record.getMessage() for record in caplog.records if "left out: " in record.getMessage()]
     assert len(lines) == 2 and all("3.png" in line for line in lines)
     with expect_user_error("real/3.png", "--skip-bad"):
-        run_training(train_sr_arguments(images, tmp_path / "e", flags))
+        run_training(make_arguments_of_train_sr(images, tmp_path / "e", flags))
 
 
 @pytest.fixture
 def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, training_files):
     """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
 
-    The classifier reduces an image of 32 x 32 pixels to one value per channel. In training mode, batch norm refuses
-    a batch with one value per channel.
+    For an image of 32 x 32 pixels, the last feature maps of the classifier have 1 x 1 pixels. In training mode, batch
+    norm fails on a batch with only one such image.
     """
     root = tmp_path / "small"
     root.mkdir()
@@ -467,8 +476,8 @@ def test_a_batch_with_one_usable_image_is_left_out_and_reported_in_one_line(
     folder_with_damaged_last_batch_image, tmp_path, caplog
 ):
     flags = "--fixed-sr --no-cache --epochs 1 --batch-size 8 --skip-bad"
-    run_training(train_detector_arguments(folder_with_damaged_last_batch_image, tmp_path / "out", flags))
-    assert [line["left_out"] for line in read_stats(tmp_path / "out")] == [2]
+    run_training(make_arguments_of_train_detector(folder_with_damaged_last_batch_image, tmp_path / "out", flags))
+    assert [line["left_out"] for line in read_epoch_statistics_of_training(tmp_path / "out")] == [2]
     assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     lines = [record.getMessage() for record in caplog.records if "batch norm needs at least 2" in record.getMessage()]
     assert len(lines) == 1
@@ -478,7 +487,7 @@ def test_a_batch_with_one_usable_image_is_left_out_and_reported_in_one_line(
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_training_on_a_full_disk_ends_with_one_line_and_can_be_resumed(
+def test_training_on_a_full_disk_ends_with_one_error_line_and_can_be_resumed(
     make_training_arguments, resume_and_require_equal_results, tmp_path, monkeypatch, capfd, call
 ):
     module, count = os if call == "fsync" else Path, itertools.count(1)
@@ -506,20 +515,22 @@ def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(t
     The first estimate of the remaining time must not include these 12 s.
     """
     log, epochs = tmp_path / "log", 1_000_000
-    flags = train_detector_arguments(
+    flags = make_arguments_of_train_detector(
         training_files, tmp_path / "out", f"--fixed-sr --save-every-epoch 1000000 --epochs {epochs}"
     )
-    assert wait_for_exit(start_program("train_detector.py", flags, log, prepare_slow_caching_and_sigterm)) == 143
+    assert (
+        wait_for_exit(start_program("train_detector.py", flags, log, delay_cache_filling_and_schedule_sigterm)) == 143
+    )
     minutes = [int(text) for text in re.findall(r"about (\d+) min left", log.read_text())]
     seconds_per_epoch = [60 * value / epochs for value in minutes]
     assert len(minutes) >= 2
     assert seconds_per_epoch[0] < 6 + max(seconds_per_epoch[1:]), log.read_text()
 
 
-def prepare_slow_caching_and_sigterm():
+def delay_cache_filling_and_schedule_sigterm():
     """Make filling the residual cache 12 s slower, and send SIGTERM in training step 9."""
-    patch_loops_to_sleep_first("residuals", 12)
-    patch_loops_to_send_signal("epoch", 9, signal.SIGTERM)
+    patch_progress_bar_to_sleep_first("residuals", 12)
+    patch_progress_bar_to_send_signal("epoch", 9, signal.SIGTERM)
 
 
 def test_tensorboard_shows_each_epoch_of_a_resumed_training_once(training_files, tmp_path):
@@ -527,7 +538,7 @@ def test_tensorboard_shows_each_epoch_of_a_resumed_training_once(training_files,
 
     flags = "--mode-sr denoising --lr 1e-6 VALIDATE"
     for epochs in (1, 2):
-        run_training([*train_detector_arguments(training_files, tmp_path, f"{flags} --epochs {epochs}"), *AUTO])
+        run_training([*make_arguments_of_train_detector(training_files, tmp_path, f"{flags} --epochs {epochs}"), *AUTO])
     events = EventAccumulator(str(tmp_path / EVENTS), size_guidance={"images": 0}).Reload()
     for tag in ("resynthesis/real", "resynthesis/fake_degraded"):
         assert [event.step for event in events.Images(tag)] == [0, 1, 2]
@@ -545,7 +556,7 @@ def test_tensorboard_shows_each_epoch_of_a_resumed_training_once(training_files,
         ("progress", None, ["progress.epoch", "missing"]),
     ],
 )
-def test_resuming_a_state_with_an_impossible_value_is_refused_in_one_line(
+def test_resuming_a_checkpoint_with_an_impossible_value_is_refused_in_one_line(
     training_files, run_training_without_interruption, tmp_path, key, value, words
 ):
     out = tmp_path / "out"
@@ -554,7 +565,7 @@ def test_resuming_a_state_with_an_impossible_value_is_refused_in_one_line(
     state[key] = value
     torch.save(state, out / "last.pth.tar")
     with expect_user_error("last.pth.tar", *words):
-        run_training([*train_detector_arguments(training_files, out, "--fixed-sr"), *AUTO])
+        run_training([*make_arguments_of_train_detector(training_files, out, "--fixed-sr"), *AUTO])
 
 
 # --- several processes --------------------------------------------------------------------------------------
@@ -562,7 +573,9 @@ def test_resuming_a_state_with_an_impossible_value_is_refused_in_one_line(
 
 def run_program_in_two_processes(program, flags, log, prepare=None):
     """Run a program in two processes as torchrun does. Return the exit statuses of the two processes."""
-    processes = [start_program(program, flags, log, prepare, **rank) for rank in torchrun_environments()]
+    processes = [
+        start_program(program, flags, log, prepare, **rank) for rank in make_environments_of_two_torchrun_processes()
+    ]
     return [wait_for_exit(process) for process in processes]
 
 
@@ -572,12 +585,14 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
     The last batch has only one of the five images, so the second process gets no image of this batch.
     """
     flags = "--num-epochs 2 --batch-size 4 --augment --eval-file FAKE"
-    run_training(train_sr_arguments(training_files, tmp_path / "one", flags))
-    again = train_sr_arguments(training_files, tmp_path / "two", f"{flags} --save-minutes 0 --resume auto --gpu 0")
+    run_training(make_arguments_of_train_sr(training_files, tmp_path / "one", flags))
+    again = make_arguments_of_train_sr(
+        training_files, tmp_path / "two", f"{flags} --save-minutes 0 --resume auto --gpu 0"
+    )
     log = tmp_path / "log"
     assert (
         run_program_in_two_processes(
-            "train_sr.py", again, log, partial(patch_loops_to_send_signal, "epoch", 3, signal.SIGKILL)
+            "train_sr.py", again, log, partial(patch_progress_bar_to_send_signal, "epoch", 3, signal.SIGKILL)
         )
         == [-signal.SIGKILL] * 2
     )
@@ -590,8 +605,8 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
 
 
 def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_detector(training_files, tmp_path):
-    """Each process has its own batch-norm statistics. The main process validates and saves its own statistics."""
-    flags = train_detector_arguments(
+    """Each process computes its own batch-norm statistics. All processes validate with those of the main process."""
+    flags = make_arguments_of_train_detector(
         training_files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE"
     )
     assert run_program_in_two_processes("train_detector.py", flags, tmp_path / "log") == [0, 0]
@@ -600,7 +615,7 @@ def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_de
     )
     labels = torch.arange(10) // 5
     logits = load(tmp_path / "two/last.pth.tar", device="cpu").logits(x)
-    (line,) = read_stats(tmp_path / "two")
+    (line,) = read_epoch_statistics_of_training(tmp_path / "two")
     assert line["val_auroc"] == pytest.approx(auroc((logits[:, 0] - logits[:, 1]).numpy(), labels.numpy() == 0))
     assert line["val_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
 
@@ -614,10 +629,10 @@ def test_a_process_without_a_usable_image_takes_part_in_the_training_step(traini
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     second = [key.index for key in [*EpochBatchSampler(10, 2, seed=123)][1]]
     cut_file_in_half(images / ("real" if second[1] < 5 else "fake") / f"{second[1] % 5}.png")
-    flags = train_detector_arguments(images, tmp_path / "out", f"{flags} --epochs 1 --batch-size 2 --skip-bad")
+    flags = make_arguments_of_train_detector(images, tmp_path / "out", f"{flags} --epochs 1 --batch-size 2 --skip-bad")
     log = tmp_path / "log"
     assert run_program_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
-    (line,) = read_stats(tmp_path / "out")
+    (line,) = read_epoch_statistics_of_training(tmp_path / "out")
     assert line["left_out"] == 1 and line["loss"] > 0
     assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 5
 
@@ -635,41 +650,41 @@ def test_a_process_with_one_usable_image_takes_part_in_the_training_step(
     shutil.copy(training_files / "rdn.pth", images)
     first = [key.index for key in [*EpochBatchSampler(12, 4, seed=123)][0]]
     cut_file_in_half(images / ("real" if first[1] < 6 else "fake") / f"{first[1] % 6}.png")
-    flags = train_detector_arguments(images, tmp_path / "out", "--fixed-sr --no-cache --epochs 1 --skip-bad")
+    flags = make_arguments_of_train_detector(images, tmp_path / "out", "--fixed-sr --no-cache --epochs 1 --skip-bad")
     log = tmp_path / "log"
     assert run_program_in_two_processes("train_detector.py", flags, log) == [0, 0], log.read_text()
-    (line,) = read_stats(tmp_path / "out")
+    (line,) = read_epoch_statistics_of_training(tmp_path / "out")
     assert line["left_out"] == 2
     assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 3
 
 
 def test_both_processes_of_a_training_stop_on_sigterm_without_a_traceback(training_files, tmp_path):
-    flags = train_detector_arguments(
+    flags = make_arguments_of_train_detector(
         training_files, tmp_path / "out", "--mode-sr none --epochs 3 --batch-size 5 --lr 1e-6 VALIDATE"
     )
     for description in ("epoch", "validation"):
         log = tmp_path / description
-        accident = partial(patch_loops_to_send_signal, description, 1, signal.SIGTERM)
+        accident = partial(patch_progress_bar_to_send_signal, description, 1, signal.SIGTERM)
         codes = run_program_in_two_processes("train_detector.py", [*flags, *AUTO], log, accident)
         assert codes == [143, 143] and "Traceback" not in log.read_text(), log.read_text()
 
 
 def test_a_run_whose_best_checkpoint_cannot_be_written_writes_it_when_resumed(training_files, tmp_path, monkeypatch):
     flags = "--fixed-sr --epochs 1 VALIDATE"
-    run_training(train_detector_arguments(training_files, tmp_path / "whole", flags))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "whole", flags))
     save_checkpoint = RunFolder.save_checkpoint
 
-    def fail_for_best_checkpoint(self, name, content):
+    def raise_disk_full_for_best_checkpoint(self, name, content):
         if name.startswith("best"):
             raise OSError(28, "No space left on device", name)
         save_checkpoint(self, name, content)
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "save_checkpoint", fail_for_best_checkpoint)
+        patch.setattr(RunFolder, "save_checkpoint", raise_disk_full_for_best_checkpoint)
         with pytest.raises(OSError, match="No space"):
-            run_training(train_detector_arguments(training_files, tmp_path / "stopped", flags))
+            run_training(make_arguments_of_train_detector(training_files, tmp_path / "stopped", flags))
     assert not (tmp_path / "stopped/best.pth.tar").exists()
-    run_training(train_detector_arguments(training_files, tmp_path / "stopped", f"{flags} --resume auto"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "stopped", f"{flags} --resume auto"))
     for name in ("best.pth.tar", "last.pth.tar"):
-        states = [checkpoint_without_settings(tmp_path / run / name) for run in ("whole", "stopped")]
-        assert not list_differing_entries(*states)
+        states = [read_checkpoint_without_settings_entry(tmp_path / run / name) for run in ("whole", "stopped")]
+        assert not list_differing_checkpoint_entries(*states)

@@ -14,7 +14,7 @@ from utils.compute import choose_device, choose_device_and_precision
 from utils.console import format_text_table, make_printable, progress_bar
 from utils.distributed import World
 from utils.errors import UserError, run_program
-from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_unfinished_files, write_json
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_leftover_temporary_files, write_json
 from utils.random_streams import seeded_generator
 from utils.signals import Stopped, StopSignal
 from utils.training import Progress
@@ -112,9 +112,9 @@ def test_remove_unfinished_files_deletes_only_temporary_files_of_the_given_names
     for name in (*kept, ".last.pth.12.tmp", ".epoch_3.pth.345.tmp"):
         (tmp_path / name).touch()
     names = r"last\.pth|epoch_\d+\.pth"
-    remove_unfinished_files(tmp_path, names, age=60)
+    remove_leftover_temporary_files(tmp_path, names, age=60)
     assert len(os.listdir(tmp_path)) == len(kept) + 2
-    remove_unfinished_files(tmp_path, names)
+    remove_leftover_temporary_files(tmp_path, names)
     assert set(os.listdir(tmp_path)) == kept
 
 
@@ -174,7 +174,7 @@ def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_
 
 @pytest.fixture
 def restore_pytorch_settings():
-    """After the test, set the global settings of PyTorch to the defaults of the programs."""
+    """After the test, restore the global PyTorch settings that the programs use by default."""
     yield
     choose_device_and_precision("cpu", "auto", deterministic=False, seed=0)
 
@@ -244,6 +244,6 @@ def test_a_gpu_number_larger_than_the_number_of_gpus_is_refused(monkeypatch, gpu
         choose_device(gpu)
 
 
-def test_the_name_of_the_image_count_is_refused_as_the_name_of_a_value():
+def test_training_progress_refuses_a_value_with_the_reserved_name_count():
     with pytest.raises(ValueError, match="count"):
-        Progress().count_step({"loss": 1.0, "count": 7.0}, 4)
+        Progress().record_optimizer_step({"loss": 1.0, "count": 7.0}, 4)

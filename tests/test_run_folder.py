@@ -15,8 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 from files import cut_file_in_half, expect_user_error, read_file_contents_by_path
-from processes import patch_checkpoint_saving_to_kill_program, patch_loops_to_send_signal, start_program, wait_for_exit
-from trainings import read_checkpoint_content, read_stats, run_training, train_detector_arguments, train_sr_arguments
+from processes import (
+    patch_checkpoint_saving_to_kill_program,
+    patch_progress_bar_to_send_signal,
+    start_program,
+    wait_for_exit,
+)
+from trainings import (
+    make_arguments_of_train_detector,
+    make_arguments_of_train_sr,
+    read_checkpoint_content,
+    read_epoch_statistics_of_training,
+    run_training,
+)
 
 from models.rdn import RDN
 from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS
@@ -30,7 +41,7 @@ FLAGS = "--fixed-sr --epochs 1 --no-cache"
 def finished_run_folder(training_files, tmp_path_factory, shrink_resnet18):
     """Return the output folder of a finished training of one epoch with train_detector.py."""
     folder = tmp_path_factory.mktemp("trained")
-    run_training(train_detector_arguments(training_files, folder, f"{FLAGS} VALIDATE"))
+    run_training(make_arguments_of_train_detector(training_files, folder, f"{FLAGS} VALIDATE"))
     assert {"best.pth.tar", "last.pth.tar", "0001.pth.tar", "0001_sr.pth.tar"} <= set(os.listdir(folder))
     return folder
 
@@ -44,8 +55,8 @@ def copied_run_folder(finished_run_folder, tmp_path):
 # --- files that no training has written ---------------------------------------------------------------------
 
 
-def write_user_files(folder):
-    """Write files of the user into a folder. A training never writes files with these names.
+def write_user_files_unrelated_to_training(folder):
+    """Write files of the user into a folder, under names that a training never uses.
 
     Some of the names look like names of temporary files.
     """
@@ -73,10 +84,10 @@ FOREIGN = [
 def test_train_detector_refuses_and_keeps_an_output_file_that_config_json_does_not_list(
     training_files, tmp_path, monkeypatch, name, flags
 ):
-    """The training refuses the output folder even with --overwrite."""
+    """Even with --overwrite, train_detector.py must not replace a file that config.json does not list."""
     if name == "last.pth.tar" and "auto" in flags:
         pytest.skip("this is the file to resume")
-    write_user_files(tmp_path)
+    write_user_files_unrelated_to_training(tmp_path)
     if name == "tensorboard":
         (tmp_path / name).mkdir()
         (tmp_path / name / "events.out.tfevents.1").write_bytes(b"events")
@@ -85,17 +96,17 @@ def test_train_detector_refuses_and_keeps_an_output_file_that_config_json_does_n
     before = read_file_contents_by_path(tmp_path)
     monkeypatch.chdir(tmp_path)
     with expect_user_error(name, "not recorded"):
-        run_training(train_detector_arguments(training_files, ".", f"{FLAGS} {flags}"))
+        run_training(make_arguments_of_train_detector(training_files, ".", f"{FLAGS} {flags}"))
     assert read_file_contents_by_path(tmp_path) == before
 
 
 @pytest.mark.parametrize("name", ["epoch_2.pth", "best.pth", "config.json", "stats.jsonl"])
 def test_train_sr_refuses_and_keeps_an_output_file_that_config_json_does_not_list(training_files, tmp_path, name):
-    write_user_files(tmp_path / "x2")
+    write_user_files_unrelated_to_training(tmp_path / "x2")
     torch.save(RDN(2).state_dict(), tmp_path / "x2" / name)
     before = read_file_contents_by_path(tmp_path)
     with expect_user_error(name, "not recorded"):
-        run_training(train_sr_arguments(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0 --overwrite"))
+        run_training(make_arguments_of_train_sr(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0 --overwrite"))
     assert read_file_contents_by_path(tmp_path) == before
 
 
@@ -107,26 +118,26 @@ def test_an_output_folder_whose_config_json_has_another_format_is_refused_and_un
     (tmp_path / STATS).write_text("1\n")
     before = read_file_contents_by_path(tmp_path)
     with expect_user_error(RECORD, "not recorded"):
-        run_training(train_detector_arguments(training_files, tmp_path, f"{FLAGS} --overwrite"))
+        run_training(make_arguments_of_train_detector(training_files, tmp_path, f"{FLAGS} --overwrite"))
     assert read_file_contents_by_path(tmp_path) == before
 
 
 def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder(training_files, tmp_path):
-    write_user_files(tmp_path)
+    write_user_files_unrelated_to_training(tmp_path)
     before = read_file_contents_by_path(tmp_path)
     for flags in ("", "--overwrite", "--resume auto --epochs 2"):
-        run_training(train_detector_arguments(training_files, tmp_path, f"{FLAGS} {flags}"))
+        run_training(make_arguments_of_train_detector(training_files, tmp_path, f"{FLAGS} {flags}"))
         after = read_file_contents_by_path(tmp_path)
         assert {name: after.get(name) for name in before} == before
 
 
 def test_a_resumed_run_does_not_replace_a_file_of_the_user(training_files, copied_run_folder):
-    """The resumed training would write 0003.pth.tar after the third epoch, but a file with this name exists."""
+    """A file of the user has the name 0003.pth.tar, which the training would write after its third epoch."""
     (copied_run_folder / "0003.pth.tar").write_text("mine")
     before = read_file_contents_by_path(copied_run_folder)
     with expect_user_error("0003.pth.tar", "not recorded"):
         run_training(
-            train_detector_arguments(
+            make_arguments_of_train_detector(
                 training_files, copied_run_folder, "--fixed-sr --epochs 3 --no-cache --resume auto"
             )
         )
@@ -134,16 +145,16 @@ def test_a_resumed_run_does_not_replace_a_file_of_the_user(training_files, copie
 
 
 def test_train_detector_does_not_replace_a_run_of_train_sr(training_files, tmp_path):
-    run_training(train_sr_arguments(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0"))
+    run_training(make_arguments_of_train_sr(training_files, tmp_path, "--num-epochs 1 --vgg-lambda 0"))
     before = read_file_contents_by_path(tmp_path)
     with expect_user_error("another program"):
-        run_training(train_detector_arguments(training_files, tmp_path / "x2", f"{FLAGS} --overwrite"))
+        run_training(make_arguments_of_train_detector(training_files, tmp_path / "x2", f"{FLAGS} --overwrite"))
     assert read_file_contents_by_path(tmp_path) == before
 
 
 def test_config_json_lists_every_file_that_a_training_has_written(training_files, tmp_path):
     run_training(
-        train_detector_arguments(
+        make_arguments_of_train_detector(
             training_files, tmp_path, "--fixed-sr --epochs 3 --save-every-epoch 1 --keep-last 1 VALIDATE"
         )
     )
@@ -156,7 +167,7 @@ def test_config_json_lists_every_file_that_a_training_has_written(training_files
 # --- files of an earlier run in the output folder -----------------------------------------------------------
 
 
-def copy_files_with_damaged_images(files, tmp_path):
+def copy_folder_and_damage_real_images(files, tmp_path):
     """Copy the training files, and damage all real images of the copy. Return the folder of the copy."""
     images = Path(shutil.copytree(files, tmp_path / "images"))
     for path in (images / "real").iterdir():
@@ -166,15 +177,15 @@ def copy_files_with_damaged_images(files, tmp_path):
 
 @pytest.mark.parametrize("accident", ["unreadable image", "infinite loss", "kill -9", "full disk"])
 @pytest.mark.parametrize("init", ["best.pth.tar", "0001.pth.tar"])
-def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_state(
+def test_files_of_an_earlier_run_are_kept_until_the_new_run_saves_a_checkpoint(
     training_files, copied_run_folder, tmp_path, monkeypatch, accident, init
 ):
-    """The new training has the flags --init and --overwrite. The training fails before it has written a checkpoint.
+    """With --overwrite, a new training starts from a checkpoint of the earlier training in the same output folder.
 
-    The flag --init names a checkpoint of the earlier training.
+    The new training fails before it has written a checkpoint.
     """
     before = {name: data for name, data in read_file_contents_by_path(copied_run_folder).items() if name != RECORD}
-    arguments = train_detector_arguments(
+    arguments = make_arguments_of_train_detector(
         training_files,
         copied_run_folder,
         f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copied_run_folder / init}",
@@ -182,15 +193,15 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
     if accident == "kill -9":
         log = tmp_path / "log"
         process = start_program(
-            "train_detector.py", arguments, log, partial(patch_loops_to_send_signal, "epoch", 1, signal.SIGKILL)
+            "train_detector.py", arguments, log, partial(patch_progress_bar_to_send_signal, "epoch", 1, signal.SIGKILL)
         )
         assert wait_for_exit(process) == -signal.SIGKILL, log.read_text()
     elif accident == "infinite loss":
         with expect_user_error("not finite"):
             run_training([*arguments, "--lr", "1e30", "--epochs", "9"])
     elif accident == "unreadable image":
-        arguments = train_detector_arguments(
-            copy_files_with_damaged_images(training_files, tmp_path),
+        arguments = make_arguments_of_train_detector(
+            copy_folder_and_damage_real_images(training_files, tmp_path),
             copied_run_folder,
             f"{FLAGS} --overwrite --init {copied_run_folder / init}",
         )
@@ -203,29 +214,33 @@ def test_the_files_of_an_earlier_run_are_kept_until_the_new_run_has_saved_a_stat
     after = read_file_contents_by_path(copied_run_folder)
     assert {name: after.get(name) for name in before} == before
     run_training(
-        train_detector_arguments(
+        make_arguments_of_train_detector(
             training_files,
             copied_run_folder,
             f"--fixed-sr --epochs 1 --no-cache --overwrite --init {copied_run_folder / init}",
         )
     )
     assert read_checkpoint_content(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 1
-    assert "val_auroc" not in read_stats(copied_run_folder)[0]  # the new training has no validation images
+    assert (
+        "val_auroc" not in read_epoch_statistics_of_training(copied_run_folder)[0]
+    )  # the new training has no validation images
     assert not set(before) & {name for name in read_file_contents_by_path(copied_run_folder) if "tfevents" in name}
 
 
-def test_train_sr_keeps_the_weights_from_which_it_starts_until_it_has_saved_a_state(training_files, tmp_path):
-    """The new training starts from best.pth of the earlier training, and fails because no image can be decoded."""
+def test_train_sr_keeps_its_initial_weights_file_until_it_has_saved_a_checkpoint(training_files, tmp_path):
+    """A new training starts from best.pth of an earlier training, and fails because its real images are damaged."""
     out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
-    run_training(train_sr_arguments(training_files, out, f"{flags} 2"))
+    run_training(make_arguments_of_train_sr(training_files, out, f"{flags} 2"))
     before = {name: data for name, data in read_file_contents_by_path(out / "x2").items() if name.endswith(".pth")}
     assert {"best.pth", "last.pth", "epoch_1.pth"} <= before.keys()
     again = f"{flags} 1 --overwrite --weights-file {out}/x2/best.pth"
     with expect_user_error("--skip-bad"):
-        run_training(train_sr_arguments(copy_files_with_damaged_images(training_files, tmp_path), out, again))
+        run_training(
+            make_arguments_of_train_sr(copy_folder_and_damage_real_images(training_files, tmp_path), out, again)
+        )
     after = read_file_contents_by_path(out / "x2")
     assert {name: after.get(name) for name in before} == before
-    run_training(train_sr_arguments(training_files, out, again))
+    run_training(make_arguments_of_train_sr(training_files, out, again))
     assert read_checkpoint_content(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
 
 
@@ -234,14 +249,14 @@ def raise_disk_full(content, file):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_state(
+def test_files_of_an_earlier_run_are_deleted_once_the_new_run_saves_a_checkpoint(
     training_files, copied_run_folder, tmp_path
 ):
     """The new training is killed while it writes its second checkpoint.
 
-    After the first checkpoint, the new training has deleted the files of the earlier training.
+    A new training deletes the files of the earlier training after it has written its first checkpoint.
     """
-    arguments = train_detector_arguments(
+    arguments = make_arguments_of_train_detector(
         training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0"
     )
     log = tmp_path / "log"
@@ -254,11 +269,11 @@ def test_the_files_of_an_earlier_run_are_deleted_once_the_new_run_has_saved_a_st
     states = {name for name in os.listdir(copied_run_folder) if name.endswith(".pth.tar") and not name.startswith(".")}
     assert states == {"last.pth.tar"}
     assert read_checkpoint_content(copied_run_folder / "last.pth.tar")["progress"]["total_steps"] == 1
-    assert read_stats(copied_run_folder) == []
+    assert read_epoch_statistics_of_training(copied_run_folder) == []
 
 
 def test_a_checkpoint_of_the_authors_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
-    """train_detector.py refuses the output folder even with --overwrite, and even if --init names the checkpoint."""
+    """Even with --overwrite, train_detector.py refuses an output folder with a checkpoint of the authors."""
     released = {
         key: value
         for key, value in read_checkpoint_content(copied_run_folder / "0001.pth.tar").items()
@@ -272,24 +287,24 @@ def test_a_checkpoint_of_the_authors_in_the_output_folder_is_never_deleted(train
     weights = f"--init {folder}/0020.pth.tar --sr-weights-file {folder}/0020_sr.pth.tar"
     for flags in ("", "--overwrite", f"--overwrite {weights}", f"{weights} --resume auto"):
         with expect_user_error("0020", "not recorded"):
-            run_training(train_detector_arguments(training_files, folder, f"{FLAGS} {flags}"))
+            run_training(make_arguments_of_train_detector(training_files, folder, f"{FLAGS} {flags}"))
         assert read_file_contents_by_path(folder) == before
 
 
 def test_an_output_folder_with_a_run_is_refused_without_resume_or_overwrite(training_files, copied_run_folder):
     before = read_file_contents_by_path(copied_run_folder)
     with expect_user_error("holds a run already", "--resume auto", "--overwrite"):
-        run_training(train_detector_arguments(training_files, copied_run_folder, FLAGS))
+        run_training(make_arguments_of_train_detector(training_files, copied_run_folder, FLAGS))
     assert read_file_contents_by_path(copied_run_folder) == before
 
 
-def test_a_run_whose_last_state_is_a_symbolic_link_is_resumed_and_the_link_is_kept(
+def test_resuming_a_run_whose_last_checkpoint_is_a_symbolic_link_keeps_the_link(
     training_files, copied_run_folder, tmp_path
 ):
     (copied_run_folder / "last.pth.tar").rename(tmp_path / "elsewhere.pth.tar")
     (copied_run_folder / "last.pth.tar").symlink_to(tmp_path / "elsewhere.pth.tar")
     run_training(
-        train_detector_arguments(
+        make_arguments_of_train_detector(
             training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --resume auto VALIDATE"
         )
     )

@@ -10,7 +10,7 @@ from evaluation.calibration import check_calibration, probabilities_and_verdicts
 from evaluation.score_table import (
     COLUMNS,
     Row,
-    make_rows,
+    make_rows_from_logits,
     path_of_residual_picture,
     read_json_record_of_score_table,
     read_rows,
@@ -43,7 +43,7 @@ def test_a_score_table_keeps_float32_logits_bit_for_bit(tmp_path):
     bits = np.random.default_rng(0).integers(0, 2**32, size=4000, dtype=np.uint32)
     logits = bits.view(np.float32)
     logits = logits[np.isfinite(logits)][:3000].reshape(-1, 2)
-    write_table(tmp_path / "s.csv", make_rows([("a.png", REAL, "")] * len(logits), logits))
+    write_table(tmp_path / "s.csv", make_rows_from_logits([("a.png", REAL, "")] * len(logits), logits))
     table = read_table(tmp_path / "s.csv")
     assert table.logits.dtype == np.float32
     np.testing.assert_array_equal(table.logits.view(np.uint32), logits.view(np.uint32))
@@ -65,7 +65,7 @@ def test_a_calibration_divides_the_logits_by_the_temperature_and_adds_the_verdic
     logits = np.log([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5], [0.4, 0.6]])
     calibration = {"temperature": 1.0, "t_real": 0.2 + 1e-9, "t_fake": 0.9 - 1e-9, "source": "val.csv"}
     assert probabilities_and_verdicts(logits, calibration)[1] == ["fake", "real", "unsure", "unsure"]
-    # A temperature of 2 halves the log odds. The odds 9 become 3, and the odds 1/4 become 1/2.
+    # A temperature of 2 halves the log odds, so the odds 9 : 1 become 3 : 1, and the odds 1 : 4 become 1 : 2
     prob_fake, _ = probabilities_and_verdicts(logits[:2], {"temperature": 2.0})
     np.testing.assert_allclose(prob_fake, [3 / 4, 1 / 3])
 
@@ -92,7 +92,7 @@ def test_a_calibration_with_an_impossible_value_is_refused(damage):
 
 def test_read_table_returns_the_columns_of_a_score_table_as_arrays(tmp_path):
     items = [("r.png", REAL, ""), ("f.png", FAKE, "gan"), ("u.png", None, "")]
-    rows = make_rows(items, [[0, 2], [3, 1], [0, 0]])
+    rows = make_rows_from_logits(items, [[0, 2], [3, 1], [0, 0]])
     rows.append(Row("bad.png", "fake", "gan", error="truncated file"))
     write_table(tmp_path / "s.csv", rows)
     table = read_table(tmp_path / "s.csv")
@@ -112,7 +112,7 @@ def test_read_table_returns_the_columns_of_a_score_table_as_arrays(tmp_path):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_make_an_error_row(bad):
-    good, row = make_rows([("a", REAL, ""), ("b", REAL, "")], [[1, 2], [bad, 0]])
+    good, row = make_rows_from_logits([("a", REAL, ""), ("b", REAL, "")], [[1, 2], [bad, 0]])
     assert good.prediction == "real" and not good.error
     assert "not finite" in row.error and row.prob_fake is None and row.prediction == ""
 

@@ -1,4 +1,4 @@
-"""Tests of test.py: logits of the authors' code, written files, stopped runs, several processes, wrong arguments."""
+"""Tests of test.py: logits, output files, interrupted runs, several processes, and wrong arguments."""
 
 import json
 import os
@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 from processes import (
     hold_lock_in_process,
+    make_environments_of_two_torchrun_processes,
     patch_test_py_to_send_signal_before_batch,
     start_program,
-    torchrun_environments,
     wait_for_exit,
 )
 from scorings import (
@@ -26,23 +26,23 @@ from scorings import (
     IMAGES,
     error_line_of_test_py,
     list_sorted_names_in_folder,
+    make_arguments_of_test_py,
     read_csv_rows,
     run_test_py,
-    scoring_arguments,
     write_detector,
     write_images_and_checkpoints_of_the_authors_format,
     write_noise_image,
 )
-from trainings import read_checkpoint_content, run_training, train_detector_arguments
+from trainings import make_arguments_of_train_detector, read_checkpoint_content, run_training
 
-from data.lists import hash_image_files, list_unlabelled_items
+from data.lists import hash_image_files, list_images_without_labels
 from evaluation import load
 from evaluation.score_table import COLUMNS, read_table
 
 
 @pytest.fixture(scope="module")
 def authors_checkpoint_folder(tmp_path_factory):
-    """Return a folder with checkpoints in the file formats of the released checkpoints, and with two images."""
+    """Return a folder with two images, and with checkpoints in the file formats of the authors' checkpoints."""
     return write_images_and_checkpoints_of_the_authors_format(tmp_path_factory.mktemp("release"))
 
 
@@ -50,7 +50,7 @@ def authors_checkpoint_folder(tmp_path_factory):
 def save_path_of_uninterrupted_scoring(detector_file, image_folder, tmp_path_factory):
     """Score nine images in one process without interruption. Return the value of --save_path."""
     path = tmp_path_factory.mktemp("whole") / "p"
-    assert run_test_py(*scoring_arguments(detector_file, image_folder, path)) == 0
+    assert run_test_py(*make_arguments_of_test_py(detector_file, image_folder, path)) == 0
     return path
 
 
@@ -169,7 +169,7 @@ def test_images_are_resized_and_cropped_as_in_training_unless_flags_set_other_si
         ("other", own, "--crop-size", 0, "--resize", 0),
         ("plain", detector_file),
     ):
-        assert run_test_py(*scoring_arguments(detector, tmp_path / "a.png", tmp_path / name, *flags)) == 0
+        assert run_test_py(*make_arguments_of_test_py(detector, tmp_path / "a.png", tmp_path / name, *flags)) == 0
         scores[name], err = np.load(tmp_path / f"{name}.npy"), capfd.readouterr().err
         assert ("as in training" in err) == (name == "own"), err
         assert ("training had" in err) == (name == "other"), err
@@ -189,8 +189,8 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
         write_noise_image(names[key], key, size)
-    status = 1 if count == 1 else 0  # a crop of 16 x 16 pixels does not fit into the image of 12 x 60 pixels
-    assert run_test_py(*scoring_arguments(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
+    status = 1 if count == 1 else 0  # one crop of 16 x 16 pixels does not fit into the image of 12 x 60
+    assert run_test_py(*make_arguments_of_test_py(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")
     x = torch.from_numpy(np.array(Image.open(names[1]))).permute(2, 0, 1)[None]  # (1, 3, 40, 48)
     plain = load(str(detector_file), "cpu")
@@ -201,9 +201,9 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     if count > 1:
         detector = load(str(own), "cpu", options={"crops": count})
         assert np.array_equal(detector.predict(names), read_table(tmp_path / "p.csv").prob_fake)
-        assert np.array_equal(detector.logits(detector.prepare_image(names[1])[None])[0], logits[1])
+        assert np.array_equal(detector.logits(detector.decode_resize_and_crop_image(names[1])[None])[0], logits[1])
         assert "--crop-size" in error_line_of_test_py(
-            capfd, *scoring_arguments(detector_file, names[0], tmp_path / "q", "--crops", count)
+            capfd, *make_arguments_of_test_py(detector_file, names[0], tmp_path / "q", "--crops", count)
         )
 
 
@@ -213,7 +213,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
 def test_images_whose_size_or_format_differs_from_the_training_images_are_reported(
     detector_file, training_files, image_folder, tmp_path, capfd
 ):
-    run_training(train_detector_arguments(training_files, tmp_path / "run", "--fixed-sr --epochs 1"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "run", "--fixed-sr --epochs 1"))
     trained = tmp_path / "run" / "last.pth.tar"
     known = read_checkpoint_content(trained)["config"]["images"]
     assert (known["sides"], known["jpegs"]) == ([64, 64], 0)
@@ -223,7 +223,7 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
     for detector, images, *expected in (
         (trained, tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
         (all_jpeg, image_folder, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
-        (detector_file, image_folder),  # this detector stores no image sizes, so test.py prints no warning
+        (detector_file, image_folder),  # no warning, because the checkpoint lacks the training image sizes
     ):
         capfd.readouterr()
         assert run_test_py("--gpu", "cpu", "-j", 0, "--resume", detector, "--input", images) == 0
@@ -234,10 +234,10 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
 
 
 def test_scored_images_that_are_training_images_are_counted(image_folder, tmp_path, shrink_resnet18, capfd):
-    trained_on = torch.from_numpy(hash_image_files(list_unlabelled_items([str(image_folder)])[:3]))
+    trained_on = torch.from_numpy(hash_image_files(list_images_without_labels([str(image_folder)])[:3]))
     detector = write_detector(tmp_path / "d", trained_on=trained_on)
     shutil.copytree(image_folder, tmp_path / "copies")
-    assert run_test_py(*scoring_arguments(detector, tmp_path / "copies", tmp_path / "p")) == 0
+    assert run_test_py(*make_arguments_of_test_py(detector, tmp_path / "copies", tmp_path / "p")) == 0
     assert f"3 of these {IMAGES} images" in capfd.readouterr().err
     assert json.loads((tmp_path / "p.json").read_text())["trained_on"] == 3
 
@@ -257,7 +257,7 @@ def two_runs_wrote_equal_csv_and_npy_files(path, uninterrupted_results) -> bool:
 def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected_table(
     detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path, capfd, number, status
 ):
-    words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
+    words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     process = start_program(
         "test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, number)
     )
@@ -269,7 +269,8 @@ def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected
     part.write_bytes(part.read_bytes()[:-3])  # a power failure may cut off the end of a file
     relative = [os.path.relpath(a) if os.path.exists(a) else a for a in words]
     runs = [
-        start_program("test.py", relative, tmp_path / f"log{rank['RANK']}", **rank) for rank in torchrun_environments()
+        start_program("test.py", relative, tmp_path / f"log{rank['RANK']}", **rank)
+        for rank in make_environments_of_two_torchrun_processes()
     ]
     assert [wait_for_exit(run) for run in runs] == [0, 0]
     assert f"{done - 1} of {IMAGES} images are scored already" in (tmp_path / "log0").read_text()
@@ -290,7 +291,7 @@ def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected
 def test_a_killed_run_of_test_py_that_is_resumed_writes_the_table_of_an_uninterrupted_run(
     detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path
 ):
-    words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
+    words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
             start_program("test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, 9))
@@ -303,15 +304,15 @@ def test_a_killed_run_of_test_py_that_is_resumed_writes_the_table_of_an_uninterr
 
 def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "copies")
-    assert run_test_py(*scoring_arguments(detector_file, tmp_path / "copies", tmp_path / "p")) == 0
+    assert run_test_py(*make_arguments_of_test_py(detector_file, tmp_path / "copies", tmp_path / "p")) == 0
     expected = read_table(tmp_path / "p.csv").logits.copy()
     shutil.copy(image_folder / "4.png", tmp_path / "copies" / "0.png")
     expected[0] = expected[4]
-    assert run_test_py(*scoring_arguments(detector_file, tmp_path / "copies", tmp_path / "p")) == 0
+    assert run_test_py(*make_arguments_of_test_py(detector_file, tmp_path / "copies", tmp_path / "p")) == 0
     assert np.allclose(read_table(tmp_path / "p.csv").logits, expected, atol=1e-6)
 
 
-# A program that runs test.py. When torchrun first starts the program, process 1 kills itself in the second batch.
+# This program runs test.py. At the first start by torchrun, the process with rank 1 kills itself in its second batch
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}
@@ -331,7 +332,8 @@ def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_o
     (tmp_path / "program.py").write_text(DIES_ONCE.format(paths=paths, program=str(root / "test.py")))
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 1".split()
     words = map(
-        str, [*torchrun, tmp_path / "program.py", *scoring_arguments(detector_file, image_folder, tmp_path / "p")]
+        str,
+        [*torchrun, tmp_path / "program.py", *make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")],
     )
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
@@ -342,7 +344,7 @@ def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_o
 def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and_kept(
     detector_file, image_folder, tmp_path, capfd
 ):
-    words = [str(a) for a in scoring_arguments(detector_file, image_folder, tmp_path / "p")]
+    words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
             start_program("test.py", words, tmp_path / "log", partial(patch_test_py_to_send_signal_before_batch, 3, 9))
@@ -351,14 +353,14 @@ def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and
     )
     kept = (tmp_path / "p.csv.0.part").read_bytes()
     other = write_detector(tmp_path / "d", calibration={"temperature": 2.0, "t_real": 0.5, "t_fake": 0.5})
-    line = error_line_of_test_py(capfd, *scoring_arguments(other, image_folder, tmp_path / "p"))
+    line = error_line_of_test_py(capfd, *make_arguments_of_test_py(other, image_folder, tmp_path / "p"))
     assert "--overwrite" in line and "detector" in line
     assert "perturbation" in error_line_of_test_py(
         capfd, *words, "--perturb", "combined", "--perturb-protocol", "frank2020"
     )
     assert "crop_size, crops" in error_line_of_test_py(capfd, *words, "--crops", 2, "--crop-size", 16)
     assert (tmp_path / "p.csv.0.part").read_bytes() == kept
-    assert run_test_py(*scoring_arguments(other, image_folder, tmp_path / "p", "--overwrite")) == 0
+    assert run_test_py(*make_arguments_of_test_py(other, image_folder, tmp_path / "p", "--overwrite")) == 0
     table = read_table(tmp_path / "p.csv")
     assert np.allclose(table.prob_fake, 1 / (1 + np.exp(-table.logit_margins / 2)))
 
@@ -366,15 +368,18 @@ def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and
 def test_a_second_run_with_the_save_path_of_a_running_run_is_refused(detector_file, image_folder, tmp_path, capfd):
     with hold_lock_in_process(tmp_path / ".p.lock"):
         assert "another run" in error_line_of_test_py(
-            capfd, *scoring_arguments(detector_file, image_folder, tmp_path / "p")
+            capfd, *make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")
         )
         assert list_sorted_names_in_folder(tmp_path) == [".p.lock"]
-        assert run_test_py(*scoring_arguments(detector_file, image_folder, tmp_path / "q")) == 0
+        assert run_test_py(*make_arguments_of_test_py(detector_file, image_folder, tmp_path / "q")) == 0
 
 
 def test_test_py_in_two_processes_without_a_save_path_is_refused(detector_file, image_folder, tmp_path):
     words = ["--gpu", "cpu", "-j", "0", "--resume", str(detector_file), "--input", str(image_folder)]
-    runs = [start_program("test.py", words, tmp_path / rank["RANK"], **rank) for rank in torchrun_environments()]
+    runs = [
+        start_program("test.py", words, tmp_path / rank["RANK"], **rank)
+        for rank in make_environments_of_two_torchrun_processes()
+    ]
     assert 2 in [wait_for_exit(run) for run in runs]
     assert "--save_path" in (tmp_path / "0").read_text()
 
@@ -416,7 +421,7 @@ def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_threshol
 ):
     calibration = {"temperature": 2.0, "t_real": 0.495, "t_fake": 0.505, "source": "val.csv"}
     detector = write_detector(tmp_path / "d", calibration=calibration)
-    assert run_test_py(*scoring_arguments(detector, image_folder, tmp_path / "p")) == 0
+    assert run_test_py(*make_arguments_of_test_py(detector, image_folder, tmp_path / "p")) == 0
     out = capfd.readouterr().out
     assert "temperature 2)" in out
     assert "fake from P(fake) = 0.505 on, real up to 0.495, unsure between" in out
@@ -454,7 +459,7 @@ def test_missing_images_and_wrong_flag_values_are_refused_in_one_line(detector_f
     assert list_sorted_names_in_folder(tmp_path) == ["empty"]
 
 
-def test_wrong_checkpoint_arguments_are_refused_in_one_line(
+def test_unusable_checkpoints_and_flags_that_do_not_fit_them_are_refused(
     detector_file, authors_checkpoint_folder, image_folder, tmp_path, capfd
 ):
     torn = tmp_path / "torn.pth.tar"
@@ -472,7 +477,7 @@ def test_wrong_checkpoint_arguments_are_refused_in_one_line(
         ([flipped], "flipped", "damaged"),
         ([pixel, "--idx-stages", 0], "--sr-weights-file"),
         ([pixel, *rdn, "--idx-stages", 5], "--idx-stages"),
-        (stage5, "--idx-stages"),  # the weights fit stage 4 and stage 5, so the flag is needed
+        (stage5, "--idx-stages"),  # the weights fit both stage 4 and stage 5, so the flag is required
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "random"], "VGG-19"),
         ([*stage5, "--idx-stages", 5, "--vgg-weights", "absent.pth"], "absent.pth"),
     ):
@@ -505,12 +510,12 @@ def test_a_checkpoint_with_a_value_of_a_wrong_type_or_range_is_refused_in_one_li
     image_folder, tmp_path, shrink_resnet18, capfd, content, word
 ):
     detector = write_detector(tmp_path / "odd.pth.tar", **content)
-    assert word in error_line_of_test_py(capfd, *scoring_arguments(detector, image_folder, tmp_path / "p"))
+    assert word in error_line_of_test_py(capfd, *make_arguments_of_test_py(detector, image_folder, tmp_path / "p"))
     assert list_sorted_names_in_folder(tmp_path) == ["odd.pth.tar"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, a number too high is an error")
 def test_test_py_uses_the_cpu_for_a_gpu_number_on_a_machine_without_a_gpu(detector_file, image_folder, tmp_path, capfd):
-    assert run_test_py(*scoring_arguments(detector_file, image_folder, tmp_path / "p", "--gpu", 7)) == 0
+    assert run_test_py(*make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p", "--gpu", 7)) == 0
     lines = [line for line in capfd.readouterr().err.splitlines() if "GPU 7" in line]
     assert len(lines) == 1 and "CPU" in lines[0]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from files import write_empty_files
-from golden_rule import load_reference_weights
+from golden_rule import load_fixed_pseudo_random_weights
 from PIL import Image
 
 from evaluation.score_table import read_table
@@ -30,9 +30,9 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# A shell script that replaces Python.
-# For `-c`, the script does nothing. For tools/example.py, the script makes empty folders and lists.
-# Every other command line is written to the file `recorded`.
+# STUB is a shell script that replaces Python.
+# With the argument `-c`, STUB does nothing. With tools/example.py, STUB makes empty folders and files.
+# STUB writes every other command line to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -59,7 +59,7 @@ def write_executable(path: Path, text: str) -> None:
 def project_copy(tmp_path):
     """Return a copy of the project folder without images, tests and results.
 
-    The folder contains the script STUB as an executable file with the name python.
+    In the copy, an executable file named python contains the script STUB, which replaces Python.
     """
     folder = tmp_path / "checkout"
     folder.mkdir()
@@ -89,14 +89,14 @@ def run_script(checkout: Path, script: str, *arguments, cwd=None, **environment)
     )
 
 
-def recorded_command(checkout: Path) -> list[str]:
-    """Return the words of the command line that the script STUB has recorded."""
+def read_command_recorded_by_python_stub(checkout: Path) -> list[str]:
+    """Return the words of the command line that the script STUB has written to the file `recorded`."""
     return (checkout / "recorded").read_text().splitlines()
 
 
-def recorded_options(checkout: Path) -> dict:
+def parse_options_recorded_by_python_stub(checkout: Path) -> dict:
     """Return the options that a shell script has passed to a Python program."""
-    words = recorded_command(checkout)
+    words = read_command_recorded_by_python_stub(checkout)
     position = 0
     while Path(words[position]).name not in PARSERS:
         position += 1
@@ -214,18 +214,21 @@ def write_empty_files_at_the_paths_of_the_authors_scripts(checkout: Path) -> Non
 def test_each_script_passes_the_flags_of_the_authors_script(project_copy, script):
     write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     assert run_script(project_copy, script, 0, "--seed", 123).returncode == 0
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     for name, value in SETTINGS[script].items():
         assert options_of_run[name] == value, name
     assert options_of_run["gpu"] == "0"
-    assert recorded_command(project_copy)[-2:] == ["--seed", "123"]  # later flags override earlier flags
+    assert read_command_recorded_by_python_stub(project_copy)[-2:] == [
+        "--seed",
+        "123",
+    ]  # later flags override earlier flags
 
 
 @pytest.mark.parametrize("script", SETTINGS)
 def test_each_script_prints_one_line_per_input_file_or_folder(project_copy, script):
     write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     lines = run_script(project_copy, script, 0).stderr.splitlines()
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     expected = []
     for name in INPUTS:
         value = options_of_run.get(name)
@@ -250,14 +253,14 @@ def test_each_script_is_refused_without_a_gpu_number_or_cpu_as_first_argument(pr
 def test_a_script_without_images_makes_example_images_once(project_copy):
     first = run_script(project_copy, "train_super_resolution_celeba.sh", "cpu")
     assert first.stderr.count("making example images") == 1
-    assert recorded_options(project_copy)["train_file"] == "./data/example/train.txt"
-    assert recorded_options(project_copy)["eval_file"] == "./data/example/val.txt"
+    assert parse_options_recorded_by_python_stub(project_copy)["train_file"] == "./data/example/train.txt"
+    assert parse_options_recorded_by_python_stub(project_copy)["eval_file"] == "./data/example/val.txt"
     second = run_script(project_copy, "train_super_resolution_celeba.sh", "cpu")
     assert "making example images" not in second.stderr
 
 
 CHAIN = [
-    # (script, input file of the script, script that writes the input file, expected options)
+    # (script, its input file, script that writes this file, options that the first script must pass to Python)
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",
@@ -294,7 +297,7 @@ def test_a_script_uses_the_output_of_an_earlier_script_and_names_the_script_if_i
     assert earlier_script in missing.stderr.splitlines()[-1]
     write_empty_files(project_copy, needed)
     assert run_script(project_copy, script, "cpu").returncode == 0
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     for name, value in expected.items():
         assert options_of_run[name] == value, name
 
@@ -315,7 +318,7 @@ def test_environment_variables_override_the_default_inputs_of_a_script(project_c
         VGG_WEIGHTS="my vgg.pth",
         **environment,
     )
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     assert options_of_run["real_roots"] == ["my reals"]
     assert options_of_run["fake_roots"] == ["my fakes"]
     assert options_of_run["resume"] == "detector.tar"
@@ -329,7 +332,7 @@ def test_environment_variables_override_the_default_inputs_of_a_script(project_c
 def test_the_variable_nproc_makes_a_script_start_torchrun(project_copy):
     write_empty_files_at_the_paths_of_the_authors_scripts(project_copy)
     run_script(project_copy, "test_pixel_celeba.sh", 0, NPROC="2")
-    words = recorded_command(project_copy)
+    words = read_command_recorded_by_python_stub(project_copy)
     assert words[:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     assert words[5] == "./test.py"
 
@@ -348,7 +351,7 @@ def test_a_script_called_from_another_folder_reads_paths_of_the_user_relative_to
     )
     assert result.returncode == 0
     assert Path((project_copy / "folder").read_text().strip()) == tmp_path / "elsewhere"
-    options_of_run = recorded_options(project_copy)
+    options_of_run = parse_options_recorded_by_python_stub(project_copy)
     assert options_of_run["real_roots"] == ["reals"]
     assert options_of_run["val_real_roots"] == ["reals"]
     assert options_of_run["fake_roots"] == [f"{project_copy}/data/CelebA_ProGAN"]
@@ -387,8 +390,8 @@ def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy)
     assert not (project_copy / ".venv").exists()
 
 
-# A shell script that replaces python3 on a machine without packages.
-# `-m venv` copies BARE_PYTHON. `-m pip` replaces the copy of BARE_PYTHON by the script STUB.
+# BARE_PYTHON is a shell script that imitates a python3 without installed packages.
+# `-m venv` copies BARE_PYTHON into the new environment. `-m pip` replaces this copy by the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
@@ -399,8 +402,8 @@ esac
 """
 
 
-def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
-    """Run test_pixel_celeba.sh on a simulated machine on which python3 is the script BARE_PYTHON."""
+def run_script_without_installed_python_packages(checkout, tmp_path, too_old=0, offline=0):
+    """Run test_pixel_celeba.sh with the script BARE_PYTHON in place of python3."""
     (tmp_path / "bin").mkdir(exist_ok=True)
     text = BARE_PYTHON.format(too_old=too_old, offline=offline, checkout=checkout)
     write_executable(tmp_path / "bin" / "python3", text)
@@ -409,25 +412,25 @@ def run_script_on_bare_machine(checkout, tmp_path, too_old=0, offline=0):
 
 
 def test_a_script_installs_missing_packages_once(project_copy, tmp_path):
-    first = run_script_on_bare_machine(project_copy, tmp_path)
+    first = run_script_without_installed_python_packages(project_copy, tmp_path)
     assert first.returncode == 0
     assert "installing" in first.stderr
     assert "requirements.txt" in (project_copy / "pip").read_text()
     (project_copy / "pip").unlink()
-    second = run_script_on_bare_machine(project_copy, tmp_path)
+    second = run_script_without_installed_python_packages(project_copy, tmp_path)
     assert second.returncode == 0
     assert "installing" not in second.stderr
     assert not (project_copy / "pip").exists()
 
 
 def test_a_script_refuses_a_python_that_is_too_old(project_copy, tmp_path):
-    result = run_script_on_bare_machine(project_copy, tmp_path, too_old=1)
+    result = run_script_without_installed_python_packages(project_copy, tmp_path, too_old=1)
     assert result.returncode == 2
     assert "Python 3.10 or newer" in result.stderr.splitlines()[-1]
 
 
 def test_a_script_reports_a_failed_installation_in_its_last_line(project_copy, tmp_path):
-    result = run_script_on_bare_machine(project_copy, tmp_path, offline=1)
+    result = run_script_without_installed_python_packages(project_copy, tmp_path, offline=1)
     assert result.returncode == 2
     assert "pip failed on" in result.stderr.splitlines()[-1]
 
@@ -447,9 +450,9 @@ def write_images_of_random_squares(folder: Path, count: int, cell: int) -> None:
 def test_the_test_script_gives_the_logits_of_the_authors_network(project_copy):
     golden = np.load(ROOT / "tests" / "golden" / "reference_outputs.npz")
     (project_copy / "pretrained_models").mkdir()
-    classifier = load_reference_weights(DeepStemResNet(3)).state_dict()
+    classifier = load_fixed_pseudo_random_weights(DeepStemResNet(3)).state_dict()
     torch.save({"arch": "resnet50", "state_dict": classifier}, project_copy / PIXEL_DETECTOR)
-    torch.save(load_reference_weights(RDN()).state_dict(), project_copy / RDN_FILE)
+    torch.save(load_fixed_pseudo_random_weights(RDN()).state_dict(), project_copy / RDN_FILE)
     for folder, pixels in zip(("CelebA", "CelebA_StyleGAN"), golden["image"], strict=True):
         (project_copy / "data" / folder).mkdir(parents=True)
         Image.fromarray(pixels.transpose(1, 2, 0)).save(project_copy / "data" / folder / "a.png")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from files import expect_user_error
-from trainings import read_checkpoint_content, run_training, train_detector_arguments
+from trainings import make_arguments_of_train_detector, read_checkpoint_content, run_training
 
 from evaluation import load
 from models.features import Pixels
@@ -60,7 +60,7 @@ def test_the_channel_power_classifier_ignores_contrast_and_notices_one_stronger_
     assert (classifier(stronger) - classifier(residual)).abs().min() > 1e-3
 
 
-def test_pad_by_reflection_extends_a_small_map_to_the_required_size():
+def test_pad_by_reflection_extends_a_small_residual_to_the_required_size():
     x = torch.arange(3.0).view(1, 1, 1, 3)
     padded = pad_by_reflection(x, 6)
     assert padded.shape == (1, 1, 6, 6)
@@ -80,8 +80,10 @@ def test_the_signed_residual_is_the_difference_and_the_absolute_residual_is_its_
 
 def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(training_files, tmp_path):
     flags = "--fixed-sr --residual signed --arch spectrum --arch-args hidden=4"
-    run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 1 VALIDATE"))
-    run_training(train_detector_arguments(training_files, tmp_path, f"{flags} --epochs 2 VALIDATE --resume auto"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, f"{flags} --epochs 1 VALIDATE"))
+    run_training(
+        make_arguments_of_train_detector(training_files, tmp_path, f"{flags} --epochs 2 VALIDATE --resume auto")
+    )
     assert read_checkpoint_content(tmp_path / "last.pth.tar")["config"]["residual"] == "signed"
     detector = load(str(tmp_path / "last.pth.tar"), device="cpu")
     residual = detector.residual(f"{training_files}/real/0.png")[0]
@@ -89,12 +91,12 @@ def test_a_detector_on_signed_residuals_is_trained_resumed_and_loaded(training_f
 
 
 def test_a_residual_option_that_contradicts_the_checkpoint_is_refused(training_files, tmp_path):
-    run_training(train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 1"))
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, "--fixed-sr --epochs 1"))
     with expect_user_error("--residual", "signed", "absolute"):
         load(str(tmp_path / "last.pth.tar"), device="cpu", options={"residual": "signed"})
 
 
 @pytest.mark.parametrize(("arguments", "word"), [({"window": 31}, "even"), ({"neighbourhood": 4}, "odd")])
-def test_impossible_windows_and_neighbourhoods_are_refused(arguments, word):
+def test_the_spectrum_classifier_refuses_an_odd_window_and_an_even_neighbourhood(arguments, word):
     with expect_user_error(word):
         SpectrumClassifier(3, **arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from files import expect_user_error, save_image
 
-from data.lists import list_csv_items, list_folder_items, read_path_list
+from data.lists import list_labelled_images_in_csv, list_labelled_images_in_folders, read_path_list
 from tools import split
 from utils.labels import REAL
 
@@ -16,7 +16,7 @@ LISTS = ("train.csv", "held_out.csv", "train_real.txt", "held_out_real.txt")
 
 
 @pytest.fixture
-def image_root(tmp_path):
+def folder_of_real_and_fake_images(tmp_path):
     """Return a folder with 30 real images, and with 20 fake images of each of two generators."""
     for folder, count in (("real", 30), ("gan", 20), ("diffusion", 20)):
         (tmp_path / folder).mkdir()
@@ -25,7 +25,7 @@ def image_root(tmp_path):
     return tmp_path
 
 
-def arguments_of_split(images, out, *more):
+def make_arguments_of_tools_split(images, out, *more):
     """Return a command line for tools.split that names all image folders and an output folder."""
     roots = ["--data-root-pos", images / "real", "--data-root-neg", images / "gan", images / "diffusion"]
     return [str(a) for a in (*roots, "--out", out, *more)]
@@ -36,68 +36,90 @@ def read_bytes_of_all_files_in_folder(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
-def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(image_root, capsys):
-    assert split.main(arguments_of_split(image_root, image_root / "lists")) == 0
-    sets = [list_csv_items(str(image_root / "lists" / name)) for name in ("train.csv", "held_out.csv")]
-    expected = list_folder_items([str(image_root / "real")], [str(image_root / "gan"), str(image_root / "diffusion")])
+def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(folder_of_real_and_fake_images, capsys):
+    assert (
+        split.main(
+            make_arguments_of_tools_split(folder_of_real_and_fake_images, folder_of_real_and_fake_images / "lists")
+        )
+        == 0
+    )
+    sets = [
+        list_labelled_images_in_csv(str(folder_of_real_and_fake_images / "lists" / name))
+        for name in ("train.csv", "held_out.csv")
+    ]
+    expected = list_labelled_images_in_folders(
+        [str(folder_of_real_and_fake_images / "real")],
+        [str(folder_of_real_and_fake_images / "gan"), str(folder_of_real_and_fake_images / "diffusion")],
+    )
     assert sorted(sets[0] + sets[1]) == sorted(expected)
     assert 5 < len(sets[1]) < 25  # by default, 20 % of the 70 images (about 14) are held out
     lines = []
     for items, name in zip(sets, ("train_real.txt", "held_out_real.txt"), strict=True):
         reals = [item.path for item in items if item.label == REAL]
-        assert read_path_list(str(image_root / "lists" / name)) == reals
+        assert read_path_list(str(folder_of_real_and_fake_images / "lists" / name)) == reals
         lines.append(f"{name.removesuffix('_real.txt')}: {len(reals)} real, {len(items) - len(reals)} generated")
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_adding_images_does_not_move_other_images_between_the_lists(image_root):
-    split.main(arguments_of_split(image_root, image_root / "lists"))
-    before = {item.path for item in list_csv_items(str(image_root / "lists" / "held_out.csv"))}
+def test_adding_images_does_not_move_other_images_between_the_lists(folder_of_real_and_fake_images):
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, folder_of_real_and_fake_images / "lists"))
+    before = {
+        item.path
+        for item in list_labelled_images_in_csv(str(folder_of_real_and_fake_images / "lists" / "held_out.csv"))
+    }
     for index in range(30, 60):
-        save_image(image_root / "real" / f"real {index}, a.png")
-    split.main(arguments_of_split(image_root, image_root / "lists"))
-    after = {item.path for item in list_csv_items(str(image_root / "lists" / "held_out.csv"))}
+        save_image(folder_of_real_and_fake_images / "real" / f"real {index}, a.png")
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, folder_of_real_and_fake_images / "lists"))
+    after = {
+        item.path
+        for item in list_labelled_images_in_csv(str(folder_of_real_and_fake_images / "lists" / "held_out.csv"))
+    }
     assert before < after
-    assert not before & {item.path for item in list_csv_items(str(image_root / "lists" / "train.csv"))}
+    assert not before & {
+        item.path for item in list_labelled_images_in_csv(str(folder_of_real_and_fake_images / "lists" / "train.csv"))
+    }
 
 
-def test_lists_with_another_fraction_are_replaced_only_with_overwrite(image_root):
-    out = image_root / "lists"
-    split.main(arguments_of_split(image_root, out, "--hold-out", 0.3))
+def test_lists_with_another_held_out_fraction_are_replaced_only_with_overwrite(folder_of_real_and_fake_images):
+    out = folder_of_real_and_fake_images / "lists"
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--hold-out", 0.3))
     before = read_bytes_of_all_files_in_folder(out)
     with expect_user_error("--hold-out 0.3", "--overwrite"):
-        split.main(arguments_of_split(image_root, out, "--hold-out", 0.5))
+        split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--hold-out", 0.5))
     assert read_bytes_of_all_files_in_folder(out) == before
-    assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite")) == 0
+    assert (
+        split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--hold-out", 0.5, "--overwrite"))
+        == 0
+    )
     assert read_bytes_of_all_files_in_folder(out)["held_out.csv"] != before["held_out.csv"]
-    assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5)) == 0
+    assert split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--hold-out", 0.5)) == 0
 
 
 @pytest.mark.parametrize("name", [*LISTS, "split.json"])
-def test_a_file_of_the_user_with_the_name_of_a_list_is_refused_and_unchanged(image_root, name):
-    out = image_root / "lists"
+def test_a_file_of_the_user_with_the_name_of_a_list_is_refused_and_unchanged(folder_of_real_and_fake_images, name):
+    out = folder_of_real_and_fake_images / "lists"
     out.mkdir()
     (out / name).write_bytes(b"my own list\n")
     for more in ((), ("--overwrite",)):
         with expect_user_error(name, "not written by this program"):
-            split.main(arguments_of_split(image_root, out, *more))
+            split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, *more))
         assert read_bytes_of_all_files_in_folder(out) == {name: b"my own list\n"}
 
 
-def test_a_list_that_the_user_has_edited_is_not_replaced(image_root):
-    out = image_root / "lists"
-    split.main(arguments_of_split(image_root, out))
+def test_a_list_that_the_user_has_edited_is_not_replaced(folder_of_real_and_fake_images):
+    out = folder_of_real_and_fake_images / "lists"
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out))
     with (out / "held_out.csv").open("a") as file:
         file.write("more.png,real,\n")
     before = read_bytes_of_all_files_in_folder(out)
     with expect_user_error("held_out.csv"):
-        split.main(arguments_of_split(image_root, out, "--overwrite"))
+        split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--overwrite"))
     assert read_bytes_of_all_files_in_folder(out) == before
 
 
-def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, monkeypatch):
-    out = image_root / "lists"
-    split.main(arguments_of_split(image_root, out))
+def test_tools_split_can_be_called_again_after_an_interrupted_call(folder_of_real_and_fake_images, monkeypatch):
+    out = folder_of_real_and_fake_images / "lists"
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out))
     real_atomic, calls = split.open_for_atomic_write, []
 
     def open_or_interrupt_third_call(path):
@@ -108,57 +130,68 @@ def test_tools_split_can_be_called_again_after_an_interrupted_call(image_root, m
 
     monkeypatch.setattr(split, "open_for_atomic_write", open_or_interrupt_third_call)
     with pytest.raises(KeyboardInterrupt):
-        split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite"))
+        split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--hold-out", 0.5, "--overwrite"))
     monkeypatch.undo()
-    assert split.main(arguments_of_split(image_root, out, "--hold-out", 0.5)) == 0
-    assert 25 < len(list_csv_items(str(out / "held_out.csv"))) < 45
+    assert split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--hold-out", 0.5)) == 0
+    assert 25 < len(list_labelled_images_in_csv(str(out / "held_out.csv"))) < 45
 
 
-def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(image_root):
-    out = image_root / "lists"
-    split.main(arguments_of_split(image_root, out))
-    (out / "train.csv").rename(image_root / "elsewhere.csv")
+def test_replacing_a_list_that_is_a_symbolic_link_keeps_the_link(folder_of_real_and_fake_images):
+    out = folder_of_real_and_fake_images / "lists"
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out))
+    (out / "train.csv").rename(folder_of_real_and_fake_images / "elsewhere.csv")
     (out / "train.csv").symlink_to("../elsewhere.csv")
-    split.main(arguments_of_split(image_root, out, "--hold-out", 0.5, "--overwrite"))
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, out, "--hold-out", 0.5, "--overwrite"))
     assert (out / "train.csv").is_symlink()
-    assert len(list_csv_items(str(image_root / "elsewhere.csv"))) < 50
+    assert len(list_labelled_images_in_csv(str(folder_of_real_and_fake_images / "elsewhere.csv"))) < 50
 
 
-def test_lists_with_file_names_that_are_not_utf8_can_be_read(image_root):
+def test_lists_with_file_names_that_are_not_utf8_can_be_read(folder_of_real_and_fake_images):
     for index in range(10):
         name = b"\xff\xe9 %d.png" % index
-        os.rename(image_root / "real" / f"real {index}, a.png", os.path.join(os.fsencode(image_root / "real"), name))
-    split.main(arguments_of_split(image_root, image_root / "lists"))
+        os.rename(
+            folder_of_real_and_fake_images / "real" / f"real {index}, a.png",
+            os.path.join(os.fsencode(folder_of_real_and_fake_images / "real"), name),
+        )
+    split.main(make_arguments_of_tools_split(folder_of_real_and_fake_images, folder_of_real_and_fake_images / "lists"))
     found = []
     for name in ("train_real.txt", "held_out_real.txt"):
-        found += read_path_list(str(image_root / "lists" / name))
-    assert sorted(found) == sorted(str(path) for path in (image_root / "real").iterdir())
+        found += read_path_list(str(folder_of_real_and_fake_images / "lists" / name))
+    assert sorted(found) == sorted(str(path) for path in (folder_of_real_and_fake_images / "real").iterdir())
     items = []
     for name in ("train.csv", "held_out.csv"):
-        items += list_csv_items(str(image_root / "lists" / name))
+        items += list_labelled_images_in_csv(str(folder_of_real_and_fake_images / "lists" / name))
     assert len(items) == 70 and all(os.path.exists(item.path) for item in items)
 
 
 @pytest.mark.parametrize("character", ["\n", "\r"])
-def test_a_file_name_with_a_line_break_is_refused_before_a_list_is_written(image_root, character):
-    save_image(image_root / "real" / f"a{character}b.png")
+def test_a_file_name_with_a_line_break_is_refused_before_a_list_is_written(folder_of_real_and_fake_images, character):
+    save_image(folder_of_real_and_fake_images / "real" / f"a{character}b.png")
     with expect_user_error("line break"):
-        split.main(arguments_of_split(image_root, image_root / "lists"))
-    assert not (image_root / "lists").exists()
+        split.main(
+            make_arguments_of_tools_split(folder_of_real_and_fake_images, folder_of_real_and_fake_images / "lists")
+        )
+    assert not (folder_of_real_and_fake_images / "lists").exists()
 
 
-def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(image_root):
+def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(folder_of_real_and_fake_images):
     for more in (["--hold-out", "0"], ["--hold-out", "1.5"], ["--hold-out", "nan"]):
         with pytest.raises(SystemExit) as caught:
-            split.main(arguments_of_split(image_root, image_root / "lists", *more))
+            split.main(
+                make_arguments_of_tools_split(
+                    folder_of_real_and_fake_images, folder_of_real_and_fake_images / "lists", *more
+                )
+            )
         assert caught.value.code == 2
     command = [
         sys.executable,
         "-m",
         "tools.split",
-        *arguments_of_split(image_root, image_root / "lists", "--hold-out", "0.0001"),
+        *make_arguments_of_tools_split(
+            folder_of_real_and_fake_images, folder_of_real_and_fake_images / "lists", "--hold-out", "0.0001"
+        ),
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
     assert "set held_out, got 0 real and 0 generated images" in done.stderr.splitlines()[-1]
-    assert not (image_root / "lists").exists()
+    assert not (folder_of_real_and_fake_images / "lists").exists()

@@ -1,4 +1,4 @@
-"""Tests that networks computed in tiles or with Winograd convolutions give the outputs of ordinary computation."""
+"""Tests that tiles and Winograd convolutions do not change the outputs of the networks."""
 
 from fractions import Fraction
 
@@ -29,7 +29,7 @@ def random_vgg():
 
 @pytest.fixture
 def tiny_rdn(request):
-    """Return a tiny RDN. The fixture parameter sets the scale of the RDN (default: 4)."""
+    """Return a tiny RDN. The parameter of the fixture is the scale of the RDN (default: 4)."""
     torch.manual_seed(0)
     return RDN(scale=getattr(request, "param", 4), **TINY)
 
@@ -67,20 +67,20 @@ def test_tiles_with_a_too_small_halo_give_wrong_values_at_their_borders(tiny_rdn
         assert_close(apply_function_in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=2), expected)
         error = (apply_function_in_tiles(tiny_rdn.rdbs[0], x, side=16, halo=1) - expected).abs().max(dim=1).values[0]
     assert error.max() > 1e-3 * expected.abs().max()
-    assert error[:15, :15].max() <= 2e-5  # the interior of the first tile has no error
+    assert error[:15, :15].max() <= 2e-5  # only the border of the first tile may be wrong
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 130), (70, 31)])
 def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(size, monkeypatch):
-    monkeypatch.setattr("models.winograd.TILES", 40)  # forces several strips per feature map
+    monkeypatch.setattr("models.winograd.TILES", 40)  # a feature map with more than 40 tiles is computed in strips
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
     used = []
 
-    def record_winograd_decision(*arguments):
+    def decide_and_record_winograd_use(*arguments):
         used.append(should_use_winograd(*arguments))
         return used[-1]
 
-    monkeypatch.setattr("models.rdn_inference.should_use_winograd", record_winograd_decision)
+    monkeypatch.setattr("models.rdn_inference.should_use_winograd", decide_and_record_winograd_use)
     torch.manual_seed(0)
     rdn = RDN(num_features=64, growth_rate=64, num_blocks=2, num_layers=3)
     rdn.tile = 48
@@ -90,7 +90,7 @@ def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
     assert used == [True, False]
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # RDN calls .float(), which must keep float64 here
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # .float() in RDN must not convert to float32
     expected = rdn.double()(x_lr.double()).detach()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
@@ -109,7 +109,7 @@ def test_rdn_with_gradient_checkpointing_has_the_gradients_of_rdn_without_checkp
     tiny_rdn.checkpoint_blocks = True
     for got, wanted in zip(rdn_gradients(), expected, strict=True):
         assert_close(got, wanted)
-    # Checkpointing computes the block a second time in the backward pass: 1 call without and 2 calls with checkpointing
+    # The block is called once without checkpointing. With checkpointing, the backward pass calls it a second time
     assert len(calls) == 3
 
 
@@ -135,7 +135,7 @@ def test_the_receptive_field_of_vgg_rounded_up_to_its_stride_of_16_is_80_pixels(
 def test_a_detector_that_computes_in_tiles_gives_the_logits_of_the_whole_image(tiny_rdn, random_vgg, stage):
     detector = toy_detector(tiny_rdn, stage, random_vgg)
     x = torch.rand(1, 3, 148, 132)
-    expected = detector(x).detach()  # networks use tiles only if gradients are disabled
+    expected = detector(x).detach()  # with gradients enabled, networks do not use tiles
     detector.set_tile_side(79)
     assert (detector.classifier.tile, detector.resynthesizer.tile) == (64, 16)
     with torch.inference_mode():

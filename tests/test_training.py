@@ -10,12 +10,12 @@ from trainings import (
     CPU,
     SIDE,
     TINY,
+    make_arguments_of_train_detector,
+    make_arguments_of_train_sr,
     read_checkpoint_content,
-    read_stats,
+    read_epoch_statistics_of_training,
     run_training,
     run_training_for_status_and_last_line,
-    train_detector_arguments,
-    train_sr_arguments,
 )
 
 import train_detector
@@ -55,7 +55,7 @@ class LinearFloat64Detector(torch.nn.Module):
         self.resynthesizer = torch.nn.Linear(3, 4).double()
         self.classifier = torch.nn.Linear(4, 2).double()
 
-    def loss_gradients(self, x, y):
+    def compute_gradients_of_cross_entropy(self, x, y):
         loss = F.cross_entropy(self.classifier(self.resynthesizer(x).relu()), y)
         return torch.autograd.grad(loss, list(self.parameters()))
 
@@ -69,8 +69,10 @@ def test_the_sgd_optimizer_makes_the_updates_of_the_authors_code(scale):
     velocity = [torch.zeros_like(p) for p in expected]
     sgd = optimizers.create_optimizer("sgd", model, lr, scale, momentum, decay)
     for _ in range(6):
-        gradients = model.loss_gradients(torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,)))
-        # Compute the update of the authors' code by hand: scale the gradients of the classifier, then apply SGD
+        gradients = model.compute_gradients_of_cross_entropy(
+            torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
+        )
+        # The authors' code multiplies the gradients of the classifier by `scale`, and then computes an SGD update
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]
@@ -138,7 +140,7 @@ def toy_batch(labels=LABELS, seed=1, side=SIDE):
     return Batch(x, torch.tensor(labels), weights, [], keys, {})
 
 
-def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
+def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
     """Take one training step on a batch. Return a dict from the name of each recorded loss to its value."""
     compute = Compute(CPU, "fp32")
     optimizer = optimizers.create_optimizer("sgd", detector, 0.1, 0.02, 0.9, 1e-4)
@@ -152,16 +154,16 @@ def take_one_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.
 
 @functools.cache
 def find_step_with_or_without_degradation(degraded):
-    """Return the number of a training step in which the auxiliary task degrades the batch, or does not.
+    """Return the number of a training step with or without a degraded batch.
 
     Args:
-        degraded: whether the auxiliary task must degrade the batch in the step.
+        degraded: True for a step in which the auxiliary task degrades the batch, False for a step in which it does not.
     """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
-    clean = take_one_step(toy_detector(), batch, vgg, "none")["auxiliary"]
+    clean = take_one_training_step(toy_detector(), batch, vgg, "none")["auxiliary"]
     for step in range(64):
-        loss = take_one_step(toy_detector(), batch, vgg, "denoising", step=step)["auxiliary"]
+        loss = take_one_training_step(toy_detector(), batch, vgg, "denoising", step=step)["auxiliary"]
         if (loss != clean) == degraded:
             return step
     raise AssertionError("never drawn")
@@ -196,22 +198,31 @@ def test_without_an_auxiliary_task_the_auxiliary_loss_is_the_reconstruction_loss
     batch = toy_batch()
     x = batch.x[batch.labels == REAL] / 255
     expected = reconstruction_loss_by_hand(toy_detector().resynthesizer(downsample(x, 4)), x, random_vgg).item()
-    losses = [take_one_step(toy_detector(), batch, random_vgg, "none", step=step)["auxiliary"] for step in range(4)]
-    losses.append(take_one_step(toy_detector(), batch, random_vgg, "none", weight=3.0)["auxiliary"] / 3)
+    losses = [
+        take_one_training_step(toy_detector(), batch, random_vgg, "none", step=step)["auxiliary"] for step in range(4)
+    ]
+    losses.append(take_one_training_step(toy_detector(), batch, random_vgg, "none", weight=3.0)["auxiliary"] / 3)
     assert losses == pytest.approx([expected] * 5, rel=1e-5)
 
 
 def test_without_vgg_weights_the_auxiliary_loss_is_0():
-    values = take_one_step(toy_detector(), toy_batch(), None, "none", weight=0.0)
+    values = take_one_training_step(toy_detector(), toy_batch(), None, "none", weight=0.0)
     assert values["auxiliary"] == 0
     assert values["loss"] == pytest.approx(values["cross_entropy"])
 
 
 def test_a_batch_with_one_real_image_has_an_auxiliary_loss_of_0(random_vgg):
     for step in range(4):
-        values = take_one_step(toy_detector(), toy_batch([REAL, FAKE, FAKE, FAKE]), random_vgg, "denoising", step=step)
+        values = take_one_training_step(
+            toy_detector(), toy_batch([REAL, FAKE, FAKE, FAKE]), random_vgg, "denoising", step=step
+        )
         assert values["auxiliary"] == 0
-    assert take_one_step(toy_detector(), toy_batch([REAL, REAL, FAKE, FAKE]), random_vgg, "denoising")["auxiliary"] > 0
+    assert (
+        take_one_training_step(toy_detector(), toy_batch([REAL, REAL, FAKE, FAKE]), random_vgg, "denoising")[
+            "auxiliary"
+        ]
+        > 0
+    )
 
 
 @pytest.mark.parametrize("degraded", [False, True])
@@ -224,9 +235,9 @@ def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, 
         index = {"nothing": None, "a fake": 1, "a real": 2}[changed]
         if index is not None:
             batch.x[index] = 255 - batch.x[index] // 2
-        losses[changed] = take_one_step(toy_detector(), batch, random_vgg, "denoising", micro_batch, step=step)[
-            "auxiliary"
-        ]
+        losses[changed] = take_one_training_step(
+            toy_detector(), batch, random_vgg, "denoising", micro_batch, step=step
+        )["auxiliary"]
     assert losses["a fake"] == pytest.approx(losses["nothing"], rel=1e-6)
     assert losses["a real"] != pytest.approx(losses["nothing"], rel=1e-4)
 
@@ -235,7 +246,7 @@ def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, 
 def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_whole_batch(
     monkeypatch, stage, degraded, micro_batch
 ):
-    """If a feature map has only one value, batch norm amplifies rounding errors, so the test uses float64."""
+    """Batch norm of very small feature maps amplifies rounding errors, so the test computes in float64."""
     step = find_step_with_or_without_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.images_to_float
@@ -247,7 +258,7 @@ def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_who
         detector = toy_detector(stage).double()
         batch = toy_batch(side=32)
         batch = batch._replace(weights=batch.weights.double())
-        values.append(take_one_step(detector, batch, vgg, "denoising", size, step=step))
+        values.append(take_one_training_step(detector, batch, vgg, "denoising", size, step=step))
         states.append(detector.state_dict())
     assert values[0] == pytest.approx(values[1], rel=1e-6)
     for key, tensor in states[0].items():
@@ -257,7 +268,7 @@ def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_who
 
 
 def test_the_classifier_computes_in_float32_even_if_the_precision_is_bf16():
-    """In bfloat16 on a CPU, a strided convolution whose output has one value per channel has infinite gradients."""
+    """On a CPU, bfloat16 gradients of a strided convolution with an output of 1 x 1 pixel can be infinite."""
     residual = 10 * torch.rand(4, 512, 16, 16, generator=torch.Generator().manual_seed(0))
     gradients = []
     for precision in ("fp32", "bf16"):
@@ -272,7 +283,9 @@ def test_the_classifier_computes_in_float32_even_if_the_precision_is_bf16():
 
 
 def test_a_training_whose_loss_is_not_finite_ends_and_keeps_a_finite_checkpoint(training_files, tmp_path, capfd):
-    flags = train_detector_arguments(training_files, tmp_path, "--fixed-sr --epochs 3 --lr 1e38 --save-minutes 0")
+    flags = make_arguments_of_train_detector(
+        training_files, tmp_path, "--fixed-sr --epochs 3 --lr 1e38 --save-minutes 0"
+    )
     code, line = run_training_for_status_and_last_line(flags, capfd)
     saved = read_checkpoint_content(tmp_path / "last.pth.tar")
     assert code == 2
@@ -293,8 +306,8 @@ def test_a_step_whose_loss_is_not_finite_does_not_change_the_weights():
 
 def test_mean_losses_are_weighted_by_the_number_of_images():
     progress = Progress()
-    progress.count_step({"loss": 1.0}, 3)
-    progress.count_step({"loss": 5.0}, 1)
+    progress.record_optimizer_step({"loss": 1.0}, 3)
+    progress.record_optimizer_step({"loss": 5.0}, 1)
     assert progress.compute_mean_values_of_epoch() == {"loss": 2.0}
     progress.start_next_epoch()
     assert (progress.epoch, progress.step, progress.total_steps, progress.compute_mean_values_of_epoch()) == (
@@ -320,8 +333,10 @@ def test_mean_losses_are_weighted_by_the_number_of_images():
     ],
 )
 def test_the_resynthesizer_is_trained_if_and_only_if_fixed_sr_is_not_given(training_files, tmp_path, flags, moves):
-    run_training(train_detector_arguments(training_files, tmp_path / "still", f"{flags} --epochs 1 --lr 0 --wd 0"))
-    run_training(train_detector_arguments(training_files, tmp_path / "moved", f"{flags} --epochs 1"))
+    run_training(
+        make_arguments_of_train_detector(training_files, tmp_path / "still", f"{flags} --epochs 1 --lr 0 --wd 0")
+    )
+    run_training(make_arguments_of_train_detector(training_files, tmp_path / "moved", f"{flags} --epochs 1"))
     before = read_checkpoint_content(training_files / "rdn.pth")
     after = read_checkpoint_content(tmp_path / "moved/0001_sr.pth.tar")["state_dict"]
     assert before.keys() == after.keys()
@@ -331,17 +346,21 @@ def test_the_resynthesizer_is_trained_if_and_only_if_fixed_sr_is_not_given(train
     moved = read_checkpoint_content(tmp_path / "moved/0001.pth.tar")["state_dict"]
     learned = [name for name, _ in DeepStemResNet(3, "resnet18").named_parameters()]
     assert [name for name in learned if torch.equal(still[name], moved[name])] == []
-    (line,) = read_stats(tmp_path / "moved")
+    (line,) = read_epoch_statistics_of_training(tmp_path / "moved")
     assert (line.get("auxiliary", 0) > 0) == (moves and "--lw-sr 0" not in flags)
 
 
 def test_numbered_checkpoints_are_written_after_the_same_epochs_as_in_the_authors_code(training_files, tmp_path):
-    run_training(train_detector_arguments(training_files, tmp_path / "d", "--fixed-sr --epochs 4 --save-every-epoch 2"))
+    run_training(
+        make_arguments_of_train_detector(training_files, tmp_path / "d", "--fixed-sr --epochs 4 --save-every-epoch 2")
+    )
     names = sorted(path.name for path in (tmp_path / "d").glob("0*"))
     assert names == sorted(f"{n:04d}{kind}.pth.tar" for n in (1, 3, 4) for kind in ("", "_sr"))
     written = read_checkpoint_content(tmp_path / "d/0001.pth.tar")
     assert (written["arch"], written["epoch"]) == ("resnet18", 1)
-    run_training(train_sr_arguments(training_files, tmp_path / "s", "--num-epochs 4 --num-save 2 --vgg-lambda 0"))
+    run_training(
+        make_arguments_of_train_sr(training_files, tmp_path / "s", "--num-epochs 4 --num-save 2 --vgg-lambda 0")
+    )
     assert sorted(path.name for path in (tmp_path / "s/x2").glob("epoch*")) == ["epoch_1.pth", "epoch_3.pth"]
     assert read_checkpoint_content(tmp_path / "s/x2/epoch_3.pth").keys() == RDN(scale=2, **TINY).state_dict().keys()
 
@@ -350,25 +369,29 @@ def test_a_tiny_evaluation_image_gets_a_psnr_and_a_psnr_below_bicubic_gives_a_wa
     (tmp_path / "images").mkdir()
     save_image(tmp_path / "images/tiny.png", random_rgb_pixels(4, 4))
     run_training(
-        train_sr_arguments(training_files, tmp_path, f"--num-epochs 1 --vgg-lambda 0 --eval-file {tmp_path}/images")
+        make_arguments_of_train_sr(
+            training_files, tmp_path, f"--num-epochs 1 --vgg-lambda 0 --eval-file {tmp_path}/images"
+        )
     )
     assert "bicubic" in caplog.text
-    assert "psnr" in read_stats(tmp_path / "x2")[0]
+    assert "psnr" in read_epoch_statistics_of_training(tmp_path / "x2")[0]
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
-    """The error of a black image is 0, so train_sr.py must limit the PSNR to a finite value.
+    """The network can enlarge a black image without error, so train_sr.py must limit the PSNR to a finite value.
 
-    With an infinite mean PSNR in the first epoch, no later epoch could be the best epoch.
+    If the mean PSNR of the first epoch were infinite, no later epoch could be better.
     """
     images = tmp_path / "images"
     images.mkdir()
     save_image(images / "black.png", random_rgb_pixels(32, 32) * 0)
     save_image(images / "other.png", random_rgb_pixels(32, 32))
     run_training(
-        train_sr_arguments(training_files, tmp_path, f"--num-epochs 3 --lr 1e-3 --vgg-lambda 0 --eval-file {images}")
+        make_arguments_of_train_sr(
+            training_files, tmp_path, f"--num-epochs 3 --lr 1e-3 --vgg-lambda 0 --eval-file {images}"
+        )
     )
-    values = [line["psnr"] for line in read_stats(tmp_path / "x2")]
+    values = [line["psnr"] for line in read_epoch_statistics_of_training(tmp_path / "x2")]
     assert all(0 < value < 60 for value in values)
     assert read_checkpoint_content(tmp_path / "x2/best.pth")["epoch"] == 1 + values.index(max(values))
 
@@ -393,7 +416,7 @@ def test_options_with_which_training_is_impossible_are_refused_before_training_b
     training_files, tmp_path, flags, words
 ):
     with expect_user_error(*words):
-        run_training(train_detector_arguments(training_files, tmp_path / "out", f"--fixed-sr {flags}"))
+        run_training(make_arguments_of_train_detector(training_files, tmp_path / "out", f"--fixed-sr {flags}"))
     assert not (tmp_path / "out").exists()
 
 
@@ -401,7 +424,9 @@ def test_options_with_which_training_is_impossible_are_refused_before_training_b
 def test_residuals_no_larger_than_the_stride_of_the_classifier_give_a_warning(
     training_files, tmp_path, caplog, flags, warned
 ):
-    run_training(train_detector_arguments(training_files, tmp_path, f"--fixed-sr --epochs 1 --batch-size 5 {flags}"))
+    run_training(
+        make_arguments_of_train_detector(training_files, tmp_path, f"--fixed-sr --epochs 1 --batch-size 5 {flags}")
+    )
     assert ("stride" in caplog.text) == warned
 
 

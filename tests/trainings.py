@@ -18,11 +18,11 @@ SR = f"{COMMON} --batch-size 2 --patch-size 8 --scale 2 {SHAPE}"
 DETECTOR = f"{COMMON} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
 
 
-def train_sr_arguments(files, out, flags=""):
+def make_arguments_of_train_sr(files, out, flags=""):
     """Return a command line for a small training with train_sr.py that writes into the folder OUT/x2.
 
     Args:
-        flags: further flags in one string, which `split_flags_and_fill_in_folders` splits.
+        flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.
     """
     return [
         "--train-file",
@@ -30,15 +30,15 @@ def train_sr_arguments(files, out, flags=""):
         "--outputs-dir",
         str(out),
         *SR.split(),
-        *split_flags_and_fill_in_folders(files, flags),
+        *split_flags_and_insert_folder_paths(files, flags),
     ]
 
 
-def train_detector_arguments(files, out, flags=""):
+def make_arguments_of_train_detector(files, out, flags=""):
     """Return a command line for a small training with train_detector.py that writes into the folder OUT.
 
     Args:
-        flags: further flags in one string, which `split_flags_and_fill_in_folders` splits.
+        flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.
     """
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]
@@ -48,24 +48,25 @@ def train_detector_arguments(files, out, flags=""):
         "--output-path",
         str(out),
         *DETECTOR.split(),
-        *split_flags_and_fill_in_folders(files, flags),
+        *split_flags_and_insert_folder_paths(files, flags),
     ]
 
 
-def split_flags_and_fill_in_folders(files, flags):
+def split_flags_and_insert_folder_paths(files, flags):
     """Split a string of flags into words, and replace the placeholders REAL, FAKE and VALIDATE.
 
-    REAL becomes the path of the folder of real images. FAKE becomes the path of the folder of fake images. VALIDATE
-    becomes the flags that choose the images of both folders as validation images.
+    REAL is replaced by the path of the folder of real images. FAKE is replaced by the path of the folder of fake
+    images. VALIDATE is replaced by the flags `--val-root-pos REAL --val-root-neg FAKE`.
     """
     flags = flags.replace("VALIDATE", "--val-root-pos REAL --val-root-neg FAKE")
     return flags.replace("REAL", str(files / "real")).replace("FAKE", str(files / "fake")).split()
 
 
 def run_training(arguments):
-    """Run train_detector.py in this process if the arguments contain --output-path, and train_sr.py otherwise.
+    """Run train_detector.py or train_sr.py with the given command line in this process.
 
-    The function does not catch a `UserError` of the program.
+    If the arguments contain --output-path, the program is train_detector.py. A `UserError` of the program is not
+    caught.
     """
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
@@ -75,7 +76,7 @@ def run_training(arguments):
 
 
 def run_training_for_status_and_last_line(arguments, capfd):
-    """Run a training with the given command line. Return its exit status and the last line that it writes to stderr."""
+    """Run a training with the given command line. Return the exit status and the last line on stderr."""
     code = run_program(lambda: run_training(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 
@@ -85,26 +86,26 @@ def read_checkpoint_content(path):
     return torch.load(path, weights_only=True)
 
 
-def read_stats(folder):
+def read_epoch_statistics_of_training(folder):
     """Return the content of the file stats.jsonl in a folder as a list with one dict per epoch."""
     return [json.loads(line) for line in (folder / "stats.jsonl").read_text().splitlines()]
 
 
-def list_differing_entries(a, b, place=""):
-    """Compare two nested dicts or lists of tensors bit for bit. Return one line of text per entry that differs."""
+def list_differing_checkpoint_entries(a, b, place=""):
+    """Compare two nested dicts or lists of tensors exactly. Return one line of text per entry that differs."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return [f"{place}: {a.keys() ^ b.keys()}"]
-        return [found for key in a for found in list_differing_entries(a[key], b[key], f"{place}.{key}")]
+        return [found for key in a for found in list_differing_checkpoint_entries(a[key], b[key], f"{place}.{key}")]
     if isinstance(a, list | tuple):
         pairs = enumerate(zip(a, b, strict=True))
-        return [found for i, (p, q) in pairs for found in list_differing_entries(p, q, f"{place}.{i}")]
+        return [found for i, (p, q) in pairs for found in list_differing_checkpoint_entries(p, q, f"{place}.{i}")]
     return [] if a == b else [f"{place}: {a} != {b}"]
 
 
-def checkpoint_without_settings(path):
+def read_checkpoint_without_settings_entry(path):
     """Return the content of a checkpoint without the entry "settings".
 
     The settings contain the name of the output folder, which differs between runs.

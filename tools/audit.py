@@ -1,4 +1,4 @@
-"""Search image sets for leaks: differences between real and generated images besides their content.
+"""Search image sets for leaks: properties such as the file format that reveal which images are generated.
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
 
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from data.leaks import LEAK, SEVERITIES, Audit, audit_images
-from data.lists import list_folder_items, list_labelled_items
+from data.lists import list_labelled_images, list_labelled_images_in_folders
 from utils import options
 from utils.console import make_printable
 from utils.errors import run_program
@@ -38,16 +38,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--val-root-pos", **folders, help="folders of real images for validation")
     parser.add_argument("--val-root-neg", **folders, help="folders of generated images for validation")
     parser.add_argument(
-        "--data-root", dest="tree", metavar="TREE", help="folder that contains GENERATOR/0_real and GENERATOR/1_fake"
+        "--data-root",
+        dest="tree",
+        metavar="TREE",
+        help="folder with one folder per generator: TREE/GENERATOR/0_real and TREE/GENERATOR/1_fake",
     )
     parser.add_argument(
         "--csv", metavar="FILE", help="CSV file with columns path,label[,generator] and labels real, fake"
     )
     args = parser.parse_args(arguments)
-    train = list_labelled_items(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
+    train = list_labelled_images(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
     validation = []
     if args.val_root_pos or args.val_root_neg:
-        validation = list_folder_items(args.val_root_pos, args.val_root_neg)
+        validation = list_labelled_images_in_folders(args.val_root_pos, args.val_root_neg)
     result = audit_images(train, validation)
     sys.stdout.write(format_audit_result(result) + "\n")
     return int(any(finding.severity == LEAK for finding in result.findings))

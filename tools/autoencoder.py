@@ -1,9 +1,9 @@
-"""The small image autoencoder TAEF2, whose decoder leaves traces like the decoder of a modern image generator.
+"""TAEF2, a small image autoencoder. Its decoder leaves traces in images, as the decoders of image generators do.
 
 The architecture and the weights are by Ollin Boer Bohan, https://github.com/madebyollin/taesd, commit 5cccb12, MIT
 licence. TAEF2 was distilled from the autoencoder of FLUX.2. This project does not contain the weights. Download the
-weight files of the encoder and the decoder from Bohan's repository. The parameters of the modules in this file have the
-same names as in the weight files.
+weight files of the encoder and the decoder from Bohan's repository. The keys in the weight files are the parameter
+names of `Encoder` and `Decoder`.
 """
 
 import torch
@@ -13,7 +13,7 @@ from utils import checkpoints
 
 WIDTH = 64  # number of channels of the hidden feature maps
 LATENT_CHANNELS = 32
-FACTOR = 8  # height of the image / height of the latent map; the same factor holds for the width
+FACTOR = 8  # the encoder divides the height and the width of an image by this factor
 
 
 class Pool(nn.Sequential):
@@ -50,7 +50,7 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """A layer that limits latent values smoothly to the range from -3 to 3. The tensor z has any shape."""
+    """A layer that limits latent values smoothly to the range from -3 to 3. The layer accepts tensors of any shape."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
@@ -72,7 +72,10 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """The decoder of TAEF2, which converts latent maps z (B, 32, h, w) to images (B, 3, 8 h, 8 w), about in [0, 1]."""
+    """The decoder of TAEF2, which converts latent maps z (B, 32, h, w) to images (B, 3, 8 h, 8 w).
+
+    Some pixel values may be slightly outside [0, 1].
+    """
 
     def __init__(self) -> None:
         layers = [SoftClamp(), nn.Conv2d(LATENT_CHANNELS, WIDTH, 3, padding=1), nn.ReLU()]  # (B, 64, h, w)

@@ -2,10 +2,11 @@
 
     python -m tools.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 --fnr 0.01]
 
-SCORES.csv is a score table that test.py wrote with this detector for images with labels. These images must not be used
-for training or for the final test. The program fits a temperature (Guo et al., "On Calibration of Modern Neural
-Networks", ICML 2017), and then two thresholds. The program stores the calibration in the checkpoint of the detector.
-test.py reads the calibration from the checkpoint. The entry "calibration" of the checkpoint contains these values:
+SCORES.csv is a score table that test.py wrote with this detector for images with labels. The images in
+SCORES.csv must differ from the training images and from the images of the final test. The program fits a temperature
+(Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), and then two thresholds. The program stores the
+calibration in the checkpoint of the detector. test.py reads the calibration from the checkpoint. The entry
+"calibration" of the checkpoint contains these values:
 
     temperature          number by which the logits are divided
     t_fake, t_real       an image is called fake if P(fake) >= t_fake, real if P(fake) <= t_real, else unsure
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation.calibration import probabilities_and_verdicts, sigmoid
-from evaluation.loading import choose_image_settings
+from evaluation.loading import choose_resize_and_crop_settings
 from evaluation.metrics import count_verdicts_by_class, expected_calibration_error, negative_log_likelihood
 from evaluation.score_table import ScoreTable, read_json_record_of_score_table, read_table
 from models.released import extract_state_dict
@@ -46,8 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content = None
     if args.into:
         content = checkpoints.read_checkpoint_content(args.into)
-        require_scores_of_detector(content, record, args.into)
-        require_default_image_settings(content, record, args.into)
+        require_scores_computed_by_detector(content, record, args.into)
+        require_scores_with_default_settings(content, record, args.into)
     table = read_table(args.scores)
     calibration, warnings = fit_calibration(table, args.fpr, args.fnr)
     if record.get("trained_on"):
@@ -90,8 +91,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 # --- checks that the scores belong to the detector ---
 
 
-def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> None:
-    """Check that a score table was computed with a given detector from unperturbed images.
+def require_scores_computed_by_detector(content: Mapping, record: Mapping, name: str) -> None:
+    """Check that a score table contains scores of unperturbed images by the detector in `content`.
 
     Args:
         content: content of the checkpoint of the detector.
@@ -126,8 +127,8 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
     for part, (expected, got) in fingerprints.items():
         if None not in (expected, got) and expected != got:
             raise UserError(
-                f"another detector than {make_printable(name)} computed the scores: expected the {part} fingerprint"
-                f" {expected}, got {got}; score the images again with test.py --resume {make_printable(name)}"
+                f"the scores are from another detector than {make_printable(name)}: score the images again with test.py"
+                f" --resume {make_printable(name)} (expected the {part} fingerprint {expected}, got {got})"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
@@ -137,7 +138,7 @@ def require_scores_of_detector(content: Mapping, record: Mapping, name: str) -> 
         )
 
 
-def require_default_image_settings(content: Mapping, record: Mapping, name: str) -> None:
+def require_scores_with_default_settings(content: Mapping, record: Mapping, name: str) -> None:
     """Check that the scored images were resized and cropped with the settings that test.py uses by default.
 
     Raises:
@@ -145,13 +146,13 @@ def require_default_image_settings(content: Mapping, record: Mapping, name: str)
     """
     scoring_settings = record.get("scoring_settings") or {}
     trained = (content.get("config") or {}).get("images") or {}
-    for setting, expected in choose_image_settings(trained, {})._asdict().items():
+    for setting, expected in choose_resize_and_crop_settings(trained, {})._asdict().items():
         got = scoring_settings.get(setting, expected)
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
             raise UserError(
-                f"expected scores that test.py computed with {flag} {expected or 0}, its default for the detector"
-                f" {make_printable(name)}, got scores with {flag} {got or 0}: score the images again without {flag}"
+                f"the images were scored with {flag} {got or 0}, but the default for the detector"
+                f" {make_printable(name)} is {flag} {expected or 0}: score the images again without {flag}"
             )
 
 
@@ -165,7 +166,8 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
         fpr: largest fraction of the real images that may be called fake.
         fnr: largest fraction of the fake images that may be called real.
     Returns:
-        All values of the calibration except "source", and a list of warnings. Each warning is one line.
+        The calibration (temperature, thresholds, error rates and image counts), and a list of warnings. Each warning is
+        one line.
     Raises:
         UserError: if the table has no real images or no fake images.
     """
@@ -190,7 +192,8 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     """Find the temperature T that minimises the mean negative log-likelihood of P(fake) = sigmoid(margin / T).
 
     The negative log-likelihood is convex in 1 / T, so bisection finds the point where its derivative is 0. If the class
-    with the larger logit is correct for every image, there is no minimum, and the function returns T = 1.
+    with the larger logit is correct for every image, the negative log-likelihood has no minimum. The function then
+    returns T = 1.
 
     Args:
         margins: logit_fake - logit_real of each image, (N,).
@@ -204,7 +207,8 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     low, high = np.log(TEMPERATURES)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))  # derivative of the NLL by 1 / T
+        # This is the derivative of the mean negative log-likelihood with respect to 1 / T
+        slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))
         if slope < 0:
             high = middle
         else:
@@ -217,16 +221,17 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 
 
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> tuple[float, float]:
-    """Choose thresholds t_real <= t_fake with which the error rates are at most `fpr` and `fnr`.
+    """Choose the thresholds t_real <= t_fake, which limit the two error rates.
 
-    Images between the thresholds are unsure. The thresholds leave as few images unsure as possible.
+    Images with t_real < P(fake) < t_fake get the verdict "unsure". The thresholds are chosen so that as few images as
+    possible get this verdict.
 
     At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
     P(fake) <= t_real. If no image is unsure, both thresholds are equal.
 
     Args:
         prob_fake: calibrated P(fake) of each image, (N,).
-        is_fake: whether each image is fake, (N,) bool. The images must include real and fake images.
+        is_fake: whether each image is fake, (N,) bool. The array must contain both True and False.
     Returns:
         The thresholds t_real and t_fake.
     """
@@ -238,14 +243,14 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """Return a threshold t such that at most a fraction `rate` of the values in `negatives` is t or higher.
+    """Return a threshold for which the fraction of `negatives` >= threshold is at most `rate`.
 
-    Let h be the highest value of `negatives` that must be below t. The threshold t is halfway between h and the lowest
-    value of `scores` above h. If no value of `scores` is above h, t is the next floating-point number above h.
+    The threshold is halfway between two neighbouring values of `scores`. If the threshold must be above all values of
+    `scores`, the function returns the next floating-point number above the highest value.
     """
     allowed = min(math.floor(rate * len(negatives) + COUNT_TOLERANCE), len(negatives) - 1)
-    # Only the `allowed` highest values may be t or higher, so the next value must be below t
-    highest_below = np.sort(negatives)[::-1][allowed]
+    # At most `allowed` values of `negatives` may be >= threshold
+    highest_below = np.sort(negatives)[::-1][allowed]  # highest value of `negatives` that must be < threshold
     above = scores[scores > highest_below]
     smallest_step = np.nextafter(highest_below, np.inf)
     if len(above) == 0:

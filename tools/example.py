@@ -6,9 +6,9 @@
 Without --from, the program writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. The
 program also writes the lists OUT/train.txt and OUT/val.txt, which name the real images for train_sr.py. Real images are
 random drawings of overlapping shapes (tools/scenes.py). Fake images are other random drawings, which are reduced to
-half their size and up-sampled to the full size (tools/upsampling.py). No image generator was used. High accuracy on
-these images shows that the programs work, but says nothing about images from the internet. Licence of the images: CC0
-1.0.
+half their size and up-sampled to the full size (tools/upsampling.py). The program needs no image generator. High
+accuracy on these images shows that the programs work, but says nothing about images from the internet. Licence of the
+images: CC0 1.0.
 
 With --from, the program writes a fake copy (twin) of each image in the folder PHOTOGRAPHS and in its subfolders. A twin
 is a copy with the traces of a generator (tools/twins.py). The twin of PHOTOGRAPHS/PATH is OUT/PATH.
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     settings = {"format": FORMAT, "size": args.size, "seed": args.seed}
     settings["counts"] = {"train": args.train, "val": args.val, "test": args.test}
-    if read_earlier_settings(out) == settings:
+    if read_settings_of_existing_images(out) == settings:
         logger.info(
             "%s already contains the requested example images, so the program writes none", make_printable(args.out)
         )
@@ -103,13 +103,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     if args.size < SMALLEST_SIDE or args.size % 2:
         parser.error(f"--size must be an even number of at least {SMALLEST_SIDE}, got {args.size}")
     if min(counts) < 0 or not any(counts) or args.seed < 0:
-        parser.error("--seed, --train, --val and --test must be at least 0, and at least one image must be requested")
+        parser.error(
+            "--seed, --train, --val and --test must be at least 0, and one of --train, --val and --test above 0"
+        )
     if args.autoencoder and not args.photographs:
         parser.error("--autoencoder needs --from DIR: give the folder of the photographs")
     return args
 
 
-def read_earlier_settings(out: Path) -> dict | None:
+def read_settings_of_existing_images(out: Path) -> dict | None:
     """Read the settings of existing example images from settings.json. Returns None if the file cannot be read."""
     try:
         return json.loads((out / "settings.json").read_text())
@@ -118,13 +120,14 @@ def read_earlier_settings(out: Path) -> dict | None:
 
 
 def require_missing_or_empty_folder(out: Path, name: str) -> None:
-    """Raise a UserError if `out` is a file or a folder with content. name: value of --out, for the error message."""
+    """Raise a UserError if `out` is a file or a non-empty folder. name: value of --out, for the error message."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if os.path.lexists(out):
         what = "a folder with other files or with images of other settings" if out.is_dir() else "a file"
         raise UserError(
-            f"--out {make_printable(name)} is {what}: give another folder, or remove {make_printable(name)}"
+            f"--out must be a new or empty folder, but {make_printable(name)} is {what}: give another folder, or remove"
+            f" {make_printable(name)}"
         )
 
 
@@ -142,7 +145,7 @@ def temporary_output_folder(out: Path) -> Iterator[Path]:
 
 
 def write_example_images(settings: dict, out: Path) -> None:
-    """Write the images OUT/SPLIT/FOLDER/INDEX.png. The content of an image does not depend on the number of images."""
+    """Write the images OUT/SPLIT/FOLDER/INDEX.png. Each image stays the same if a later run writes more images."""
     jobs = []
     for split, count in settings["counts"].items():
         for label in LABELS:
@@ -173,7 +176,7 @@ def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str
     Args:
         counts: number of real images in each split.
         folder: temporary folder into which the lists are written.
-        listed: absolute path of the final output folder, with which each path in the lists begins.
+        listed: absolute path of the final output folder. Each path in the lists begins with this path.
     """
     for split in ("train", "val"):
         if counts[split]:

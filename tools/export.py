@@ -3,11 +3,11 @@
     python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
     python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
-A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. A graph
-is written only if its logits and P(fake) agree with the detector up to rounding. The option --check compares an
-existing graph with the detector. A bundle is one .safetensors file with a model card and the weights of all networks of
-the detector except VGG-19. The option --resume and the function `evaluation.load` accept a bundle. docs/integrations.md
-explains how to use graphs and bundles.
+A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. The
+program writes a graph only if the outputs of the graph and of the detector are equal up to small rounding errors. The
+option --check compares an existing graph with the detector. A bundle is one .safetensors file with a model card and the
+weights of all networks of the detector except VGG-19. The option --resume and the function `evaluation.load` accept a
+bundle. docs/integrations.md explains how to use graphs and bundles.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from evaluation.detector import Detector
 from evaluation.loading import load, select_settings_that_load_accepts
 from evaluation.metrics import format_metrics
 from evaluation.score_table import read_json_record_of_score_table
-from tools.calibrate import require_scores_of_detector
+from tools.calibrate import require_scores_computed_by_detector
 from tools.graph import MARK, compare_graph_with_detector, copy_config_without_vgg_folder, export_graph
 from utils import checkpoints
 from utils.console import make_printable
@@ -101,7 +101,7 @@ def refuse_to_replace_file_without_mark(path: Path, mark: bytes) -> None:
     """Raise a UserError if `path` exists, but is not a file that this program wrote.
 
     Args:
-        mark: bytes that each graph or each bundle of this program contains.
+        mark: bytes by which the function recognises a file that this program wrote.
     """
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(
@@ -124,12 +124,12 @@ def collect_contents_of_safetensors_bundle(
 ) -> dict:
     """Collect the weights, the config and the model card that a bundle contains.
 
-    A bundle contains only a fingerprint of the VGG-19 weights. These weights take 50 MB, and many detectors share them.
+    Instead of the VGG-19 weights, which many detectors share, a bundle contains a hash (fingerprint) of the weights.
 
     Args:
         found: content of the checkpoint of the detector.
-        scores: path of the file P.json that test.py wrote. The model card shows the metrics in this file. If the path
-            is None, the model card shows no metrics.
+        scores: path of the file P.json that test.py wrote. The model card shows the metrics in P.json. If `scores` is
+            None, the model card shows no metrics.
         checkpoint_name: file name of the checkpoint, for error messages.
     Raises:
         UserError: if the scores are from a different detector, or from images without labels.
@@ -142,14 +142,14 @@ def collect_contents_of_safetensors_bundle(
     record = {}
     if scores:
         if not Path(scores).is_file():
-            raise UserError(f"--scores: expected the P.json that test.py wrote, found no file {make_printable(scores)}")
+            raise UserError(f"--scores: there is no file {make_printable(scores)}; give a JSON file that test.py wrote")
         record = read_json_record_of_score_table(scores)
         if not record.get("metrics"):
             raise UserError(
-                f"{make_printable(scores)} contains no metrics: give the P.json that test.py wrote for images with"
+                f"{make_printable(scores)} contains no metrics: give a JSON file that test.py wrote for images with"
                 " labels"
             )
-        require_scores_of_detector(content, record, checkpoint_name)
+        require_scores_computed_by_detector(content, record, checkpoint_name)
     template = jinja2.Template(Path(__file__).with_name("card.md").read_text(), trim_blocks=True)
     settings = found.get("settings", {})
     content["card"] = template.render(**content, settings=settings, record=record, format_metrics=format_metrics)
@@ -168,11 +168,11 @@ def create_export_parser() -> Parser:
         help="write the detector's computation graph to FILE.onnx, or to FILE.pt2 for torch.export.load")  # fmt: skip
     add("--check", type=Path, metavar="FILE",
         help="check that the graph in FILE computes the same logits as the detector")  # fmt: skip
-    add("--bundle", type=Path, metavar="FILE", help="write the detector to FILE.safetensors, a file for sharing")
+    add("--bundle", type=Path, metavar="FILE", help="write the detector with a model card to FILE.safetensors")
     add(
         "--scores",
         metavar="P.json",
-        help="with --bundle: file P.json that test.py wrote; the model card of the bundle shows its metrics",
+        help="with --bundle: JSON file that test.py wrote; the model card shows the metrics in P.json",
     )
     return parser
 

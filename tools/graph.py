@@ -2,7 +2,7 @@
 
 The input of the graph is a batch of whole images, or a batch of crops if the detector was trained on crops. The graph
 does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of the graph
-contain the crop size, the size for resizing, the number of crops and the thresholds.
+contain the crop size, the value of --resize, the number of crops and the thresholds.
 """
 
 import copy
@@ -29,8 +29,8 @@ from utils.random_streams import seeded_generator
 logger = logging.getLogger("tools.export")
 
 FORMAT = "beyond-the-spectrum graph, version 2"
-MARK = b"beyond-the-spectrum graph"  # bytes that each graph file of this program contains, in every version of FORMAT
-FACTS = "facts.json"  # name of the metadata in a .pt2 file
+MARK = b"beyond-the-spectrum graph"  # each graph file of this program contains these bytes
+FACTS = "facts.json"  # name of the metadata file inside a .pt2 file, which is a zip archive
 SMALLEST_EXAMPLE = 96  # smallest side in pixels of example images for detectors that were trained on whole images
 TOLERANCE = 1e-4  # largest allowed |graph - detector| / max(1, |detector|), for logits and P(fake)
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
@@ -48,7 +48,7 @@ class Graph(nn.Module):
         super().__init__()
         self.network = detector.network
         if not TORCH_CONVERTS_BATCH_NORM:
-            self.network = copy_with_plain_batch_norms(self.network)
+            self.network = copy_network_with_plain_batch_norms(self.network)
         self.temperature = detector.calibration.get("temperature", 1.0)
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +72,7 @@ class PlainBatchNorm(nn.Module):
         return x * self.scale + self.shift
 
 
-def copy_with_plain_batch_norms(network: nn.Module) -> nn.Module:
+def copy_network_with_plain_batch_norms(network: nn.Module) -> nn.Module:
     """Copy a network, and replace each batch norm in the copy by a `PlainBatchNorm`."""
     network = copy.deepcopy(network)
     for name, module in list(network.named_modules()):
@@ -95,7 +95,7 @@ def export_graph(detector: Detector, suffix: str) -> bytes:
     for name in ("onnxscript", "onnx_ir", "torch.onnx", "py.warnings"):
         logging.getLogger(name).setLevel(logging.ERROR)  # hide messages about the steps of the export
     program, is_dynamic = export_program(detector)
-    facts = collect_metadata(detector)
+    facts = collect_graph_metadata(detector)
     if suffix == ".pt2":
         file = io.BytesIO()
         torch.export.save(program.run_decompositions({}), file, extra_files={FACTS: json.dumps(facts)})
@@ -108,7 +108,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
     """Convert a program from torch.export to ONNX.
 
     Args:
-        axes: names of the input dimensions that may have any size, {dimension: name}.
+        axes: input dimensions that may have any size, {index: name}, such as {0: "batch"}.
         facts: metadata of the graph, {name: value as JSON}.
     Returns:
         The bytes of the graph file.
@@ -142,27 +142,27 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
 def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bool]:
     """Export the network of a detector for images of any size.
 
-    If this export fails and the detector was trained on crops, the network is exported for images of the crop size.
+    If torch.export fails for a detector that was trained on crops, the network is exported only for the crop size.
 
     Returns:
         The exported program, and whether it accepts images of any size.
     """
     scale = detector.policy.scale
-    _, height, width = choose_example_sizes(detector)[0]
+    _, height, width = choose_image_sizes_for_comparison(detector)[0]
     any_batch = {0: torch.export.Dim.AUTO}
     any_size = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
     # From a square example image, torch.export may conclude that all images are square
-    program, reason = try_to_export(detector, height, width + 16 * scale, any_batch | any_size)
+    program, reason = try_to_export_network(detector, height, width + 16 * scale, any_batch | any_size)
     if program is not None:
         return program, True
     if detector.policy.crop_size:
-        program, reason = try_to_export(detector, height, width, any_batch)
+        program, reason = try_to_export_network(detector, height, width, any_batch)
         if program is not None:
             return program, False
     raise UserError(f"PyTorch {torch.__version__} cannot export this detector ({reason})")
 
 
-def try_to_export(
+def try_to_export_network(
     detector: Detector, height: int, width: int, dynamic_shape: Mapping[int, object]
 ) -> tuple[torch.export.ExportedProgram | None, str]:
     """Try to export the network of a detector.
@@ -172,21 +172,22 @@ def try_to_export(
         dynamic_shape: the `dynamic_shapes` entry of the input image for torch.export.export.
 
     Returns:
-        The exported program and "", or None and the reason why the network cannot be exported.
+        The exported program and an error message. The program is None if the export failed. The message is "" if the
+        export succeeded.
     """
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     try:
-        with torch.enable_grad():  # export the computation on whole feature maps, not in tiles
+        with torch.enable_grad():  # if gradients are enabled, the networks do not run on tiles
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
         return None, str(error).strip().partition("\n")[0]
 
 
-def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
-    """Choose three sizes (batch, height, width) of images on which a graph is compared with the detector.
+def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int, int]]:
+    """Choose the sizes (batch, height, width) of three image batches for comparing a graph with the detector.
 
-    If the detector was trained on crops, the first size is the crop size. Heights and widths are multiples of the
-    factor by which the re-synthesizer enlarges images.
+    If the detector was trained on crops, the images of the first batch have the crop size. All heights and widths are
+    multiples of the super-resolution scale.
     """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
@@ -194,7 +195,7 @@ def choose_example_sizes(detector: Detector) -> list[tuple[int, int, int]]:
     return [(1, side, side), (3, side + 2 * scale, side), (2, side, side + 7 * scale)]
 
 
-def collect_metadata(detector: Detector) -> dict[str, str]:
+def collect_graph_metadata(detector: Detector) -> dict[str, str]:
     """Collect the metadata of a graph, {name: value as JSON}, such as the image size, the thresholds and the config."""
     facts = {"format": FORMAT, "labels": LABEL_NAMES, "crops": detector.crops}
     facts.update(detector.policy._asdict())
@@ -227,7 +228,7 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
     """
     if data.startswith(b"PK"):  # a .pt2 file is a zip file
         extra = {FACTS: ""}
-        module = module_without_size_checks(torch.export.load(io.BytesIO(data), extra_files=extra))
+        module = create_module_without_size_checks(torch.export.load(io.BytesIO(data), extra_files=extra))
         return lambda image: [output.detach().numpy() for output in module(image)], json.loads(extra[FACTS])
     import onnxruntime  # imported here, because .pt2 files do not need it
 
@@ -235,7 +236,7 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
     return lambda image: session.run(None, {"image": image.numpy()}), session.get_modelmeta().custom_metadata_map
 
 
-def module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
+def create_module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
     """Create a module that runs an exported program without checking the input size.
 
     By default, PyTorch 2.9 and later versions refuse inputs whose size does not fit the example input of the export.
@@ -259,7 +260,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     name = make_printable(path)
     rng = seeded_generator(0)
     images = []
-    for batch, height, width in choose_example_sizes(detector):
+    for batch, height, width in choose_image_sizes_for_comparison(detector):
         images.append(torch.from_numpy(rng.integers(0, 256, (batch, 3, height, width), np.uint8)))
     try:
         run, found = load_graph(data)
@@ -269,21 +270,25 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         raise UserError(
             f"{name} is damaged or is not the graph of a detector ({reason}): export the graph again"
         ) from None
-    for fact, expected in collect_metadata(detector).items():
+    for fact, expected in collect_graph_metadata(detector).items():
         if found.get(fact) != expected:
-            raise UserError(f"{name} is not from this detector: expected {fact} = {expected}, got {found.get(fact)}")
+            raise UserError(
+                f"{name} is not the graph of this detector: expected {fact} = {expected}, got {found.get(fact)};"
+                " export the graph again"
+            )
     for image in images[1:]:
         try:
             results.append(run(image))
         except Exception as error:
-            if not detector.policy.crop_size:  # a graph for whole images must accept images of any size
+            if not detector.policy.crop_size:  # trained on whole images, so the graph must accept images of any size
                 reason = str(error).strip().partition("\n")[0]
                 size = f"{image.shape[3]} x {image.shape[2]} pixels"
                 raise UserError(f"the graph {name} cannot process images of {size} ({reason})") from None
             logger.info("the graph %s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
     difference = max(
-        largest_difference_from_detector(detector, x, result) for x, result in zip(images, results, strict=False)
+        compute_largest_difference_from_detector(detector, x, result)
+        for x, result in zip(images, results, strict=False)
     )
     if not difference <= TOLERANCE:  # unlike `difference > TOLERANCE`, this is also true for NaN
         raise UserError(
@@ -297,10 +302,10 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     )
 
 
-def largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
+def compute_largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
     """Compute the largest difference between the outputs of a graph and of the detector.
 
-    The difference of each output is divided by the absolute value of the detector's output, if this value is above 1.
+    The function divides each difference by max(1, |d|), where d is the output of the detector.
 
     Args:
         image: uint8 (B, 3, H, W).

@@ -6,14 +6,14 @@
     python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
 With --out, the program writes the web page DIR/report.html with figures and metrics (tools/report_page.py). With
---markdown, the program prints a markdown table with one row per score table or generator. With --study, a study file
-lists the rows and columns of the markdown table (tools/study.py). With --refresh, the program updates the tables in
-markdown documents. A comment directly above each table contains the command that makes the table:
+--markdown, the program prints a markdown table with one row per score table or generator. With --study and
+--markdown, the program prints a table that compares detectors (tools/study.py). With --refresh, the program updates the
+tables in markdown documents. A comment directly above each table contains the command that makes the table:
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
-The program replaces the table by the table that the command in the comment prints. The program also accepts a score
-table SCORES.csv without the file SCORES.json, which test.py writes beside SCORES.csv.
+The program runs the command in each comment, and replaces the table below the comment by the result. test.py writes a
+file SCORES.json beside each score table SCORES.csv. The program also works if SCORES.json is missing.
 """
 
 import argparse
@@ -49,8 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write(make_markdown_table(args) + "\n")
         return 0
     if args.residuals and not os.path.isdir(args.residuals):
-        text = "expected the folder that test.py --save-residuals wrote"
-        raise UserError(f"--residuals: {text}, got {make_printable(args.residuals)}, which is not a folder")
+        raise UserError(
+            f"--residuals: {make_printable(args.residuals)} is not a folder; give the folder that test.py"
+            " --save-residuals wrote"
+        )
     tables = load_score_tables(args.scores)
     page = write_report_page(tables, args.out, args.residuals)
     rows = metrics.make_metric_table({table.name: table.summary for table in tables}, COMPARED)
@@ -67,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         metavar="STUDY.csv",
-        help="CSV file that says which score table belongs to each row and column of a results table",
+        help="CSV file that names the score tables for each cell of the results tables",
     )
     parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
@@ -101,7 +103,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def count_name_columns_of_metric_table(tables: Sequence) -> int:
-    """Return how many columns of a table from `metrics.make_metric_table` contain names instead of numbers.
+    """Count the columns of names in a table from `metrics.make_metric_table`. All other columns contain numbers.
 
     The markdown table aligns the columns of names left and the columns of numbers right.
     """
@@ -120,7 +122,7 @@ def make_markdown_table(args: argparse.Namespace) -> str:
             rows = metrics.make_metric_table(summaries, COMPARED)
             left = count_name_columns_of_metric_table(tables)
         else:
-            rows = metrics.make_generator_table(summaries, args.markdown)
+            rows = metrics.make_table_of_metrics_per_generator(summaries, args.markdown)
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     line = ["---"] * left + ["--:"] * (len(heading) - left)
     return "\n".join(f"| {' | '.join(row)} |" for row in (heading, line, *body))
@@ -131,7 +133,7 @@ def update_tables_of_document(path: str, check: bool) -> None:
 
     Args:
         path: path of the document.
-        check: if True, the function does not change the document.
+        check: whether to only check that the tables are up to date, without changing the document.
 
     Raises:
         UserError: if a table cannot be made, or if `check` is True and a table is not up to date.
@@ -140,7 +142,7 @@ def update_tables_of_document(path: str, check: bool) -> None:
         before = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {make_printable(path)} ({error})") from None
-    after = MADE_BY.sub(make_updated_table, before)
+    after = MADE_BY.sub(make_table_with_command_in_comment, before)
     if after == before:
         return
     if check:
@@ -151,7 +153,7 @@ def update_tables_of_document(path: str, check: bool) -> None:
         file.write(after.encode())
 
 
-def make_updated_table(match: re.Match) -> str:
+def make_table_with_command_in_comment(match: re.Match) -> str:
     """Run the command in a "made by" comment, and return the comment with the new table below it."""
     comment, command = match[1], match[2]
     try:

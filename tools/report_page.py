@@ -39,7 +39,7 @@ class Scores(NamedTuple):
 
     @property
     def perturbation(self) -> PerturbationSetting:
-        """The perturbation of the scored images. Its name is "none" for unperturbed images."""
+        """The perturbation of the scored images, or the perturbation "none" if the images were not perturbed."""
         recorded = self.record.get("perturbation")
         if not isinstance(recorded, dict):
             recorded = {}
@@ -47,7 +47,7 @@ class Scores(NamedTuple):
 
     @property
     def detector(self) -> str:
-        """The fingerprints of the detector, or "" if the score table has no JSON file."""
+        """The weight hashes of the classifier and the re-synthesizer, or "" if the score table has no JSON file."""
         recorded = self.record.get("detector")
         if not isinstance(recorded, dict):
             return ""
@@ -61,7 +61,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
         UserError: if a score table cannot be read, or if `files` contains the same path twice.
     """
     tables = []
-    for file, name in zip(files, choose_unique_names(files), strict=True):
+    for file, name in zip(files, choose_unique_names_of_files(files), strict=True):
         table, record = read_table(file), read_json_record_of_score_table(file)
         settings = record.get("settings")
         seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
@@ -77,8 +77,8 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
     return tables
 
 
-def choose_unique_names(files: Sequence[str | os.PathLike]) -> list[str]:
-    """Name each file by its stem. If two stems are equal, all names begin with parent folders, so that they differ."""
+def choose_unique_names_of_files(files: Sequence[str | os.PathLike]) -> list[str]:
+    """Name each file by its stem. If two files have the same stem, all names include parent folders."""
     parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
     longest = max((len(p) for p in parts), default=1)
     for depth in range(1, longest + 1):
@@ -95,15 +95,15 @@ def write_report_page(
     """Write the web page OUT/report.html.
 
     Args:
-        residuals: folder of pictures of residuals, from `test.py --save-residuals`. If None, the page shows
-            the images without residuals.
+        residuals: folder of pictures of residuals from `test.py --save-residuals`, or None for a page without
+            residuals.
     Returns:
         The path of the page.
     Raises:
         UserError: if the page cannot be written, or report.html exists and was not written by this program.
     """
     page = Path(out, "report.html")
-    require_replaceable_page(page)
+    require_page_written_by_this_program(page)
     make_folder(out)
     clean = [t for t in tables if t.perturbation.name == "none"]
     perturbed = sorted((t for t in tables if t.perturbation.name != "none"), key=perturbation_sorting_key)
@@ -116,8 +116,8 @@ def write_report_page(
         mark=MARK,
         tables=tables,
         sections=sections,
-        perturbed=metrics.make_generator_table(summaries) if perturbed else [],
-        curves=[draw_robustness_curves(own) for own in group_by_detector(clean + perturbed)],
+        perturbed=metrics.make_table_of_metrics_per_generator(summaries) if perturbed else [],
+        curves=[draw_robustness_curves(own) for own in group_score_tables_by_detector(clean + perturbed)],
         metrics=metrics,
     )
     with open_for_atomic_write(os.path.realpath(page)) as file:
@@ -125,7 +125,7 @@ def write_report_page(
     return page
 
 
-def require_replaceable_page(page: Path) -> None:
+def require_page_written_by_this_program(page: Path) -> None:
     """Raise a UserError if the file `page` exists, but does not contain the text MARK of the pages of this program."""
     if not os.path.lexists(page):
         return
@@ -149,7 +149,7 @@ def load_page_template() -> jinja2.Template:
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Do not change objects of Markup, jinja2's subclass of str for HTML that is already escaped
+        # Markup, jinja2's subclass of str, contains finished HTML, so only plain strings are changed
         finalize=lambda value: make_printable(value) if type(value) is str else value,
     )
     return environment.get_template("report.html")
@@ -159,10 +159,10 @@ def draw_roc_and_histogram(scores: Scores) -> str | None:
     """Draw the ROC curves and histograms of scores. Returns a PNG data URI, or None if no image has a score."""
     if not scores.table.has_score.any():
         return None
-    return draw_as_data_uri(figures.draw_roc_and_histograms, scores.table)
+    return draw_figure_as_data_uri(figures.draw_roc_and_histograms, scores.table)
 
 
-def group_by_detector(tables: Sequence[Scores]) -> list[list[Scores]]:
+def group_score_tables_by_detector(tables: Sequence[Scores]) -> list[list[Scores]]:
     """Group score tables that were computed with the same detector."""
     groups = {}
     for scores in tables:
@@ -171,10 +171,10 @@ def group_by_detector(tables: Sequence[Scores]) -> list[list[Scores]]:
 
 
 def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
-    """Draw the AUROC of one detector over the strength of each perturbation.
+    """Draw the AUROC of one detector as a function of the strength of each perturbation.
 
     Args:
-        tables: score tables of the detector, of unperturbed and of perturbed images.
+        tables: all score tables of the detector, for images with or without a perturbation.
     Returns:
         A PNG data URI, or None if no perturbation was tested at two or more strengths.
     """
@@ -185,30 +185,30 @@ def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
     baseline = {}
     if clean:
         baseline = {name: measured["auroc"] for name, measured in clean[0].summary["generators"].items()}
-    return draw_as_data_uri(figures.draw_auroc_by_perturbation_strength, curves, baseline)
+    return draw_figure_as_data_uri(figures.draw_auroc_by_perturbation_strength, curves, baseline)
 
 
-def draw_as_data_uri(figure: Callable, *content) -> str:
+def draw_figure_as_data_uri(figure: Callable, *content) -> str:
     """Draw a figure, and return the PNG file as a data URI.
 
     Args:
         figure: function of `evaluation.figures` that draws the figure.
-        content: arguments of `figure` before the path of the PNG file.
+        content: positional arguments of `figure`. The path of the PNG file follows as the last argument.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
         figure(*content, path)
-        return encode_as_data_uri(path.read_bytes(), "image/png")
+        return encode_bytes_as_data_uri(path.read_bytes(), "image/png")
 
 
-def encode_as_data_uri(content: bytes, kind: str) -> str:
+def encode_bytes_as_data_uri(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
     """Return the sorting key of a score table: the perturbation, and then its strength from weak to strong."""
     strength = scores.perturbation.strength or 0
-    if scores.perturbation.sweep_entry_or_default.smaller_is_harder:
+    if scores.perturbation.get_sweep_of_perturbation_or_default.smaller_is_harder:
         strength = -strength
     return scores.perturbation.name, strength
 
@@ -217,7 +217,7 @@ def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tup
     """Collect the metrics of each perturbation that was tested at two or more strengths.
 
     Returns:
-        {perturbation: [(strength, {generator: metrics}), ...]}
+        For each perturbation, a list of pairs (strength, {generator: metrics}).
     """
     curves = {}
     for scores in perturbed:
@@ -252,7 +252,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
-        # The residual picture contains the image too, so it replaces the image on the page
+        # The residual picture shows both the image and the residual, so the page needs no other picture
         picture, kind = path_of_residual_picture(residuals, path), "residual"
     correct = (table.logit_margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])
@@ -268,4 +268,4 @@ def make_thumbnail(path: Path, side: int) -> str:
     image.thumbnail((side, side))
     file = io.BytesIO()
     image.save(file, "JPEG", quality=88)
-    return encode_as_data_uri(file.getvalue(), "image/jpeg")
+    return encode_bytes_as_data_uri(file.getvalue(), "image/jpeg")

@@ -30,18 +30,18 @@ def draw_scene(size: int, rng: np.random.Generator) -> np.ndarray:
         The RGB image, uint8 (size, size, 3).
     """
     side = SUPERSAMPLING * size
-    shapes, count = draw_random_numbered_polygons(side, rng)  # (side, side)
-    x = colour_and_texture_shapes(shapes, count, rng)  # (side, side, 3)
+    shapes, count = draw_polygons_filled_with_their_numbers(side, rng)  # (side, side)
+    x = give_shapes_random_colours_and_textures(shapes, count, rng)  # (side, side, 3)
     x = x.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean(axis=(1, 3))  # (size, size, 3)
-    return simulate_camera(x, rng)
+    return simulate_lighting_lens_and_noise(x, rng)
 
 
-def draw_random_numbered_polygons(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def draw_polygons_filled_with_their_numbers(side: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
     """Paint random polygons over one another.
 
     Returns:
-        An integer array (side, side), and the number of shapes. The array contains the number of the shape that is
-        visible at each pixel, or 0 for the background.
+        The index of the visible shape at each pixel, (side, side), and how many shapes there are. Index 0 is the
+        background.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))
@@ -70,11 +70,11 @@ def draw_random_numbered_polygons(side: int, rng: np.random.Generator) -> tuple[
     return np.array(canvas), count
 
 
-def colour_and_texture_shapes(shapes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+def give_shapes_random_colours_and_textures(shapes: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Give each shape a random colour and texture.
 
     Args:
-        shapes: number of the shape that each pixel shows, (S, S). The number 0 means the background.
+        shapes: index of the visible shape at each pixel, (S, S). Index 0 is the background.
         count: number of shapes.
     Returns:
         The RGB image, float32 (S, S, 3), with values of about 0 to 1.
@@ -103,7 +103,7 @@ def draw_fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
     return (noise / noise.std()).numpy()
 
 
-def simulate_camera(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def simulate_lighting_lens_and_noise(x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Simulate light from one side, the blur of a lens, and the noise of a camera sensor.
 
     Args:

@@ -3,10 +3,10 @@
     python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
 The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. The options --csv
-and --val-csv of train_detector.py read these lists. The program also writes DIR/train_real.txt and
-DIR/held_out_real.txt, which name the real images of both sets for train_sr.py. A checksum of the file name decides
-whether an image is held out. If the folders later contain more images, no old image moves to the other set.
-DIR/split.json contains the value of --hold-out and the SHA-256 hashes of the lists.
+and --val-csv of train_detector.py read these lists. For train_sr.py, the program also writes DIR/train_real.txt
+and DIR/held_out_real.txt, which list only the real images. A checksum of the file name decides whether an image is held
+out. If images are added to the folders later, the earlier images stay in their sets. DIR/split.json contains the value
+of --hold-out and the SHA-256 hashes of the lists.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.lists import Item, list_labelled_items
+from data.lists import Item, list_labelled_images
 from utils import options
 from utils.console import make_printable
 from utils.errors import UserError, run_program
@@ -38,11 +38,11 @@ FORMAT = "beyond-the-spectrum split, version 1"
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse_arguments(arguments)
     out = Path(args.out)
-    require_replaceable_lists(out, args.hold_out, args.overwrite)
-    sets = split_by_file_name(list_labelled_items(args.data_root_pos, args.data_root_neg), args.hold_out)
+    check_that_lists_may_be_replaced(out, args.hold_out, args.overwrite)
+    sets = split_by_file_name(list_labelled_images(args.data_root_pos, args.data_root_neg), args.hold_out)
     files = {}
     for name, items in sets.items():
-        require_both_classes(name, items)
+        require_real_and_fake_images(name, items)
         files[f"{name}.csv"] = make_csv_table(items)
         files[f"{name}_real.txt"] = make_list_of_real_images(items)
     make_folder(out)
@@ -69,14 +69,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--out", required=True, metavar="DIR", help="folder into which the lists are written")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace existing lists made with a different value of --hold-out")
+    add("--overwrite", action="store_true", help="replace lists that an earlier run has made with another --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out must be above 0 and below 1, got {args.hold_out:g}")
     return args
 
 
-def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> None:
+def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool) -> None:
     """Check that existing lists in the output folder may be replaced.
 
     Only lists that this program wrote and that nobody edited may be replaced.
@@ -92,7 +92,7 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
     if not present:
         return
-    record = read_split_record(out / RECORD)
+    record = read_split_json(out / RECORD)
     own = record.get("format") == FORMAT
     for name in present:
         if not own or (name != RECORD and hash_file(out / name) not in record["files"].get(name, [])):
@@ -100,12 +100,12 @@ def require_replaceable_lists(out: Path, hold_out: float, overwrite: bool) -> No
             raise UserError(f"{make_printable(out / name)} {reason}: give another --out folder, or remove the file")
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
-            f"{make_printable(out)} contains lists made with --hold-out {record['hold_out']:g}, but --hold-out"
-            f" {hold_out:g} was given: give another --out folder, or replace the lists with --overwrite"
+            f"the lists in {make_printable(out)} were made with --hold-out {record['hold_out']:g}, not --hold-out"
+            f" {hold_out:g}: give another --out folder, or replace the lists with --overwrite"
         )
 
 
-def read_split_record(path: Path) -> dict:
+def read_split_json(path: Path) -> dict:
     """Read split.json, which an earlier run of this program wrote. Returns {} if the file cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list
     return sets
 
 
-def require_both_classes(name: str, items: Sequence[Item]) -> None:
+def require_real_and_fake_images(name: str, items: Sequence[Item]) -> None:
     """Raise a UserError if a set lacks real images or generated images. name: name of the set, for the message."""
     reals = sum(item.label == REAL for item in items)
     fakes = len(items) - reals
@@ -168,18 +168,19 @@ def make_list_of_real_images(items: Sequence[Item]) -> bytes:
 def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     """Write the lists and split.json.
 
-    While the lists are written, split.json contains the hashes of the old and the new lists. After an interruption, the
-    next run therefore recognises both the old and the new lists as lists of this program, and replaces them.
+    While the lists are written, split.json contains the hashes of the old and the new lists. If a run is
+    interrupted, the next run can therefore recognise and replace the lists of this program, both old and new.
 
     Args:
         files: content of each list, {file name: content}.
     """
-    old = read_split_record(out / RECORD).get("files", {})
+    old = read_split_json(out / RECORD).get("files", {})
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
-    for name in sorted(files, reverse=True):  # script/train_folders.sh expects held_out.csv to be written last
+    # held_out.csv is written last, because script/train_folders.sh takes it as a sign that all lists are complete
+    for name in sorted(files, reverse=True):
         with open_for_atomic_write(os.path.realpath(out / name)) as file:
             file.write(files[name])
     write_json(out / RECORD, {**record, "files": new})

@@ -1,4 +1,4 @@
-"""Make the tables of a study, which compares detectors.
+"""Make tables of metrics that compare detectors, as described in a study file.
 
 A study file is a CSV file. Each line assigns a score table to one cell of a table, for example:
 
@@ -8,8 +8,8 @@ A study file is a CSV file. Each line assigns a score table to one cell of a tab
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
 generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used. The
-number in a cell is the mean of a metric over the generators of the line. A cell may have several lines, for example one
-line per seed. The number in such a cell is the mean over the lines of the cell.
+number in a cell is the mean of a metric over the generators in the cell's line. Several lines may belong to the same
+cell, for example one line per random seed. A cell with several lines shows the mean over its lines.
 """
 
 import csv
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     generators: tuple[str, ...]  # names of generators; () means all generators of the score table
 
 
-def read_cell_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
+def read_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
     """Read a study file.
 
     Raises:
@@ -72,15 +72,15 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         path: path of the study file.
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
-        intervals: whether to show how uncertain each number is. If several lines of the study file belong to
-            a cell, the cell shows the smallest and the largest number of these lines. A cell with one line and one
-            generator shows the bootstrap interval of the metric.
+        intervals: whether to show how uncertain each number is. A cell that is computed from several lines of the
+            study file also shows the smallest and the largest number of these lines. A cell that is computed from one
+            line with one generator also shows the bootstrap interval of the metric.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:
         UserError: if the study does not have the table, or a score table cannot be read.
     """
-    entries = read_cell_entries_of_study_file(path)
+    entries = read_entries_of_study_file(path)
     chosen = [entry for entry in entries if entry.table == table]
     if not chosen:
         names = ", ".join(dict.fromkeys(entry.table for entry in entries))
@@ -92,17 +92,17 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         cells = []
         for column in column_names:
             same = [entry for entry in chosen if (entry.row, entry.column) == (row, column)]
-            cells.append(format_cell(same, metric, intervals))
+            cells.append(format_mean_metric_of_cell(same, metric, intervals))
         rows.append([make_printable(row), *cells])
     return rows
 
 
-def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
+def format_mean_metric_of_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
     """Format the mean of a metric over the lines of one cell, in %.
 
-    Returns "-" if there are no lines, or if the metric is not defined for one of the lines.
+    Returns "-" if `entries` is empty, or if the metric is not defined for one of the entries.
     """
-    values = [compute_mean_metric(entry, metric) for entry in entries]
+    values = [compute_mean_metric_over_generators(entry, metric) for entry in entries]
     if not values or None in values:
         return "-"
     text = f"{100 * sum(values) / len(values):.1f}"
@@ -116,7 +116,7 @@ def format_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
     return text
 
 
-def compute_mean_metric(entry: Entry, metric: str) -> float | None:
+def compute_mean_metric_over_generators(entry: Entry, metric: str) -> float | None:
     """Compute the mean of a metric over the generators of one line of a study file.
 
     Returns:

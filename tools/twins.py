@@ -1,8 +1,8 @@
 """Make fake copies of photographs. A fake copy, also called twin, contains the traces of a generator.
 
-A twin has the content, the file format and the size of the photograph. If a detector is trained on photographs and
-their twins, it cannot separate the two classes by the content of the images. The method follows B-Free (Guillaro et
-al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
+A twin has the content, the file format and the size of the photograph. Training on photographs and their twins keeps a
+detector from learning differences in image content. The method follows B-Free (Guillaro et al., CVPR 2025), Aligned
+Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
 """
 
 import logging
@@ -68,24 +68,24 @@ def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
     if not os.path.isfile(path):
         raise UserError("expected a file, got a folder or a special file")
     with Image.open(path, formats=FORMATS) as image:
-        settings = choose_saving_options(image, path)
+        settings = choose_save_options_like_original(image, path)
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             logger.warning("the fake copy (twin) of %s has no alpha channel, unlike the image", make_printable(path))
         if image.mode[0] in "IF":
             raise UserError(f"expected an image with 8 bits per channel, got an image of mode {image.mode}")
         grey = image.mode == "L"
-        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3); the EXIF rotation is not applied
+        pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), as stored in the file, without the EXIF rotation
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
     with torch.inference_mode():
-        y = make_fake_copy_of_any_size(x, imitate)
+        y = pad_image_and_make_fake_copy(x, imitate)
     twin = Image.fromarray((y[0] * 255).round().byte().permute(1, 2, 0).numpy())
     if grey:
         twin = twin.convert("L")
     twin.save(target, **settings)
 
 
-def choose_saving_options(image: Image.Image, path: str) -> dict:
-    """Choose arguments of `Image.save` that give a fake copy (twin) the compression of its original image."""
+def choose_save_options_like_original(image: Image.Image, path: str) -> dict:
+    """Choose arguments for `Image.save`, so that a fake copy (twin) is compressed like the original image."""
     options = {"format": image.format}
     for name in ("exif", "icc_profile"):
         if image.format in ("JPEG", "MPO", "PNG", "WEBP") and image.info.get(name):
@@ -116,7 +116,7 @@ def is_lossless_webp(path: str) -> bool:
     return lossless >= 0 and (lossy < 0 or lossless < lossy)
 
 
-def make_fake_copy_of_any_size(x: Tensor, imitate: Imitate) -> Tensor:
+def pad_image_and_make_fake_copy(x: Tensor, imitate: Imitate) -> Tensor:
     """Compute the fake copy (twin) of an image of any size.
 
     The image is padded until its height and width are multiples of FACTOR. The twin is cropped to the original size.
@@ -151,7 +151,7 @@ def create_upsampling_function(seed: int) -> Imitate:
 def create_autoencoder_function(model: Autoencoder) -> Imitate:
     """Create a function that passes an image through an autoencoder, tile by tile.
 
-    The borders of the tiles may be visible, because each group norm computes its statistics from one tile.
+    Tile borders may be visible in the result, because each group norm computes separate statistics for each tile.
     """
 
     def encode_and_decode(x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Checkpoint files.
 
-A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. A program checks
-each value of a checkpoint before it uses the value.
+A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. The class
+`Fields` checks the type and the range of plain values from a checkpoint.
 
 A checkpoint whose name ends in .safetensors is called a bundle. Bundles are safe to share, because they contain no
 pickled Python objects. In a bundle, a tensor checkpoint[KEY] has the name KEY, and a tensor checkpoint[KEY][NAME] has
@@ -29,7 +29,7 @@ SHOWN_KEYS = 3  # largest number of wrong keys that an error message names
 BUNDLE = "beyond-the-spectrum bundle, version 1"
 FINGERPRINT_DIGITS = 16
 
-# Words in PyTorch's error messages for a file that holds more than tensors and plain values
+# PyTorch's error message has one of these words if a file holds more than tensors and plain values
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function", "allowlisted", "Unsupported class")
 
 
@@ -53,9 +53,10 @@ def read_checkpoint_if_path_is_given(path: str | os.PathLike | None) -> Checkpoi
 def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     """Write a checkpoint completely or not at all.
 
+    If the checkpoint cannot be written, an earlier file at `path` stays unchanged.
+
     Raises:
-        UserError: if the file cannot be written, for example because the disk is full. After this error, an earlier
-            file at `path` is unchanged.
+        UserError: if the file cannot be written, for example because the disk is full.
     """
     try:
         with open_for_atomic_write(path) as file:
@@ -72,7 +73,10 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
 
 
 class _ErrorRecorder(io.RawIOBase):
-    """A file object that keeps the first OSError of `write`, because torch.save may raise a RuntimeError instead."""
+    """A file object whose method `write` stores its first OSError in `error` instead of raising it.
+
+    If `write` raised an OSError, torch.save might replace it by a RuntimeError.
+    """
 
     def __init__(self, file: BinaryIO):
         self.file = file
@@ -150,9 +154,10 @@ def compute_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load a state dict into a module. State dict and module must have equal keys and shapes.
 
+    If a key or a shape differs, all weights of `module` stay unchanged.
+
     Raises:
-        UserError: if keys are missing or unknown, or if shapes differ. After this error, all weights of
-            `module` are unchanged.
+        UserError: if keys are missing or unknown, or if shapes differ.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     got = {key: tuple(value.shape) for key, value in state.items()}
@@ -190,11 +195,12 @@ _REQUIRED = object()
 
 
 class Fields:
-    """A dictionary of plain values that was read from a file.
+    """A wrapper of a dictionary of plain values from a checkpoint.
 
     The get methods check the type and the range of the value that they return. A value of a wrong type or outside its
     range raises a UserError that names the file and the key in one line. If a value is missing or None, methods with an
-    argument `default` return `default`. If the caller passes no `default`, these methods raise a UserError.
+    argument `default` return `default`. If the caller of such a method passes no `default`, a missing value raises a
+    UserError.
 
     Args:
         values: dictionary of the values. If `values` is None, an empty dictionary is used.
@@ -219,69 +225,70 @@ class Fields:
         """Return whether `key` has a value other than None."""
         return self.values.get(key) is not None
 
-    def get_integer(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
+    def get_integer_field(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
         """Return the integer under `key`, which must be from `low` to `high`."""
         if not self.has_value(key):
-            return self._get_default(key, default)
+            return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         if not (_is_integer(value) and low <= value <= high):
-            raise self._make_error(key, f"must be an integer{describe_allowed_numbers(low, high)}")
+            raise self._create_invalid_field_error(key, f"an integer{describe_allowed_numbers(low, high)}")
         return value
 
-    def get_number(
+    def get_number_field(
         self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED
     ) -> float:
         """Return the finite number under `key`, which must be from `low` to `high`."""
         if not self.has_value(key):
-            return self._get_default(key, default)
+            return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         is_number = _is_integer(value) or isinstance(value, float)
         if not (is_number and math.isfinite(value) and low <= value <= high):
-            raise self._make_error(key, f"must be a finite number{describe_allowed_numbers(low, high)}")
+            raise self._create_invalid_field_error(key, f"a finite number{describe_allowed_numbers(low, high)}")
         return value
 
-    def get_positive_number(self, key: str, default: object = _REQUIRED) -> float:
+    def get_positive_number_field(self, key: str, default: object = _REQUIRED) -> float:
         """Return the finite number under `key`, which must be above 0."""
-        value = self.get_number(key, 0, default=default)
+        value = self.get_number_field(key, 0, default=default)
         if self.has_value(key) and value == 0:
-            raise self._make_error(key, "must be a finite number above 0")
+            raise self._create_invalid_field_error(key, "a finite number above 0")
         return value
 
-    def get_text(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
+    def get_text_field(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
         """Return the text under `key`, which must be one of `choices` unless `choices` is empty."""
         if not self.has_value(key):
-            return self._get_default(key, default)
+            return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         if not isinstance(value, str):
-            raise self._make_error(key, "must be a text")
+            raise self._create_invalid_field_error(key, "a text")
         if choices and value not in choices:
-            raise self._make_error(key, f"must be one of {', '.join(choices)}")
+            raise self._create_invalid_field_error(key, f"one of {', '.join(choices)}")
         return value
 
     def get_nested_fields(self, key: str) -> "Fields":
         """Return the dictionary under `key`. A missing dictionary counts as empty."""
-        return Fields(self.values.get(key), self.file, self._full_key(key))
+        return Fields(self.values.get(key), self.file, self._dotted_key(key))
 
     def get_keyword_arguments(self, key: str) -> dict[str, object]:
         """Return the dictionary under `key` as keyword arguments. Each keyword must be a Python identifier."""
         values = self.get_nested_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
-                raise self._make_error(key, "must have identifiers as keys")
+                raise self._create_invalid_field_error(key, "a dictionary whose keys are Python identifiers")
         return dict(values)
 
-    def _get_default(self, key: str, default: object) -> object:
+    def _get_default_of_missing_field(self, key: str, default: object) -> object:
         """Return `default`, or raise a UserError if the caller has passed no default."""
         if default is _REQUIRED:
-            raise UserError(f"{make_printable(self.file)}: {self._full_key(key)} is missing")
+            raise UserError(f"{make_printable(self.file)}: {self._dotted_key(key)} is missing")
         return default
 
-    def _full_key(self, key: str) -> str:
+    def _dotted_key(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
 
-    def _make_error(self, key: str, rule: str) -> UserError:
+    def _create_invalid_field_error(self, key: str, rule: str) -> UserError:
         return UserError(
-            f"{make_printable(self.file)}: {self._full_key(key)} {rule}, got {_describe_value(self.values[key])}"
+            f"{make_printable(self.file)}: {self._dotted_key(key)} must be {rule}, got"
+            f" {_describe_value(self.values[key])}"
         )
 
 

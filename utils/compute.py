@@ -43,14 +43,14 @@ def choose_device_and_precision(
 ) -> Compute:
     """Choose the device and the number format, and set PyTorch's global switches accordingly.
 
-    On a GPU, the switches for TF32 apply to the whole process. Each call of this function sets these switches again.
+    If the device is a GPU, each call switches TF32 on or off for the whole process.
 
     Args:
         gpu: the device, as explained in `choose_device`.
         precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the authors' code. On a CPU, auto
             means fp32.
-        deterministic: whether reproducible algorithms are used. If False, cuDNN chooses the fastest algorithm for each
-            shape. If None, this function does not change PyTorch's switches for reproducible algorithms.
+        deterministic: True switches PyTorch to reproducible algorithms. False lets cuDNN choose the fastest algorithm
+            for each shape. None leaves PyTorch's switches for reproducible algorithms unchanged.
         seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
@@ -74,7 +74,7 @@ def choose_device_and_precision(
 
 
 def _set_deterministic(deterministic: bool) -> None:
-    # The first call of use_deterministic_algorithms takes 1.5 s, so unnecessary calls are avoided
+    # An unnecessary call of use_deterministic_algorithms would cost time, because the first call takes 1.5 s
     if deterministic != torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -85,13 +85,14 @@ def _set_deterministic(deterministic: bool) -> None:
 def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     """Choose the device. If the device is a GPU, make it PyTorch's current device.
 
-    If torchrun has set LOCAL_RANK, each process that runs on a GPU uses the GPU with the number LOCAL_RANK. Only an
-    int, or a device with an index such as "cuda:1", chooses another GPU.
+    Under torchrun, a process that runs on a GPU uses the GPU with the number LOCAL_RANK by default. A `gpu` that is an
+    int or a device with an index, such as "cuda:1", has priority over LOCAL_RANK. LOCAL_RANK has priority over a `gpu`
+    that is a text such as "1".
 
     Args:
         gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means the GPU with this number.
-            On a machine without a GPU, a number means the CPU, and a warning is logged. Other values are "cpu", "cuda",
-            "cuda:1", or a torch.device.
+            On a machine without a GPU, a number means the CPU, and a warning is logged. `gpu` may also be "cpu",
+            "cuda", "cuda:1", or a torch.device.
 
     Raises:
         UserError: if the name of the device is unknown, or if the machine lacks this GPU.

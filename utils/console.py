@@ -17,16 +17,16 @@ MISTAKE_DELAY = 10  # seconds that other processes wait before they print an err
 
 
 def is_main_process() -> bool:
-    """Return whether this process is the only process of its run, or process 0 of the processes from torchrun."""
+    """Return whether this process has rank 0 or is the only process of its run."""
     return os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
 
 
 def wait_while_main_process_prints_error() -> None:
-    """Wait MISTAKE_DELAY seconds in every process except the main process. The caller then prints an error.
+    """Wait MISTAKE_DELAY seconds in every process except the main process, before the caller prints an error.
 
-    A user's mistake usually raises an error in all processes. While the other processes wait, the main process prints
-    the error and exits, and torchrun then ends the other processes. If an error occurs in one process only, this
-    process prints the error after it has waited.
+    A user's mistake usually raises the same error in all processes of a run. While the other processes wait, the main
+    process prints the error and exits, and torchrun then ends the other processes. If only one of the other processes
+    has an error, that process prints its error after the delay.
     """
     if not is_main_process():
         time.sleep(MISTAKE_DELAY)

@@ -1,8 +1,8 @@
 """Functions for runs with several processes, which torchrun starts.
 
 Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel. Each process
-divides its loss by the number of images that all processes have in the batch. Several processes therefore compute the
-same update as a single process, even if the processes hold different numbers of images.
+divides its loss by the number of images in the batches of all processes. Several processes therefore compute the same
+update as a single process, even if the processes hold different numbers of images.
 """
 
 import os
@@ -41,8 +41,8 @@ def read_rank_and_world_size() -> World:
     If neither variable is set, this process is the only process of the run.
 
     Raises:
-        UserError: if only one of the variables is set, or if a value is impossible. Only the process with rank 0 writes
-            results, so a single process with a wrong rank would write none.
+        UserError: if only one of the variables is set, or if a value is impossible. A single process that has
+            RANK=1 by mistake would write no results, because only rank 0 writes results.
     """
     given = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:
@@ -50,14 +50,14 @@ def read_rank_and_world_size() -> World:
     words = " ".join(f"{name}={value}" for name, value in given.items())
     way_out = "start several processes with torchrun, or unset these variables"
     if not given.get("RANK", "").isdecimal() or not given.get("WORLD_SIZE", "").isdecimal():
-        raise UserError(f"RANK and WORLD_SIZE must both be set to numbers, got {words}; {way_out}")
+        raise UserError(f"RANK and WORLD_SIZE must both be set to numbers, got {words}; to correct this, {way_out}")
     world = World(int(given["RANK"]), int(given["WORLD_SIZE"]))
     if world.rank >= world.size:
-        raise UserError(f"RANK must be less than WORLD_SIZE, got {words}; {way_out}")
+        raise UserError(f"RANK must be less than WORLD_SIZE, got {words}; to correct this, {way_out}")
     if world.size > 1 and len(given) < len(LAUNCHER_VARIABLES):
         raise UserError(
             f"a run with several processes needs the environment variables {', '.join(LAUNCHER_VARIABLES)}, got"
-            f" {words}; {way_out}"
+            f" only {words}; to correct this, {way_out}"
         )
     return world
 

@@ -18,7 +18,7 @@ FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # a full disk, or a missing permission
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path at which no file can be written
 }
-# Words in the error messages of torch.distributed after another process of the run has ended
+# An error message of torch.distributed has one of these words if another process of the run has ended
 PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 
 
@@ -51,7 +51,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         logger.warning("the program was interrupted")
         return 128 + signal.SIGINT
     except Exception as error:
-        message = _message_for_user(error)
+        message = _describe_error_for_user(error)
         if message is None:
             raise
         wait_while_main_process_prints_error()
@@ -59,7 +59,7 @@ def run_program(main: Callable[[], int | None]) -> int:
         return EXIT_MISTAKE
 
 
-def _message_for_user(error: Exception) -> str | None:
+def _describe_error_for_user(error: Exception) -> str | None:
     """Return a message for an error that a user can correct. Returns None for a bug in the program."""
     text = str(error)
     if isinstance(error, UserError):

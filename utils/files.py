@@ -42,7 +42,7 @@ def open_for_atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_unfinished_files(folder: Path, names: str = ".+", age: float = 0) -> None:
+def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float = 0) -> None:
     """Delete the temporary files of `open_for_atomic_write` that a killed process has left in a folder.
 
     Args:
@@ -87,12 +87,12 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
     frees the lock at once. On a file system without locks, a warning is logged, and the block runs without a lock.
 
     Args:
-        path: the lock file. The file is deleted at the end of the block.
+        path: the lock file, which is deleted at the end of the `with` block.
         world: the processes of this run.
 
     Raises:
-        UserError: if a second run holds the lock, or if the file at `path` is not a lock file of this project. This
-            UserError is raised in all processes of this run.
+        UserError: in all processes of this run, if a second run holds the lock, or if the file at `path` is not a lock
+            file of this project.
     """
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -105,7 +105,7 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
 
 
 def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
-    """Create a lock file and lock it. Closing `stack` deletes the file and frees the lock.
+    """Create a lock file and lock it. When the caller closes `stack`, the lock file is deleted and the lock is freed.
 
     Returns:
         None, or one line that says why the lock cannot be taken.

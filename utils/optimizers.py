@@ -19,9 +19,9 @@ def create_optimizer(
     The re-synthesizer learns at the rate `lr`, and the classifier at the rate `lr * classifier_rate_factor`.
 
     Release: the code of the paper's authors uses the rate `lr` for all parameters, and multiplies the classifier's
-    gradients by `classifier_rate_factor` (option --lr-sr). With SGD, both methods compute equal weights up to rounding,
-    because this function divides the classifier's weight decay by `classifier_rate_factor`. With AdamW, this function
-    does not divide the weight decay, because AdamW does not add the weight decay to the gradients.
+    gradients by `classifier_rate_factor` (option --lr-sr). For SGD, this function divides the classifier's weight decay
+    by `classifier_rate_factor`. SGD therefore computes the same weights as the authors' code, up to rounding. For
+    AdamW, this function uses the same weight decay for all parameters.
 
     Args:
         name: "sgd" or "adamw".
@@ -65,5 +65,5 @@ def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) 
     return (1 - FINAL_RATE) * math.cos(math.pi / 2 * fraction) + FINAL_RATE
 
 
-# name of a learning-rate schedule (--schedule) -> function that takes (number of epochs, number of finished epochs)
+# --schedule NAME chooses a function that takes the number of epochs and the number of finished epochs
 SCHEDULES = {"released": compute_authors_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}

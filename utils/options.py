@@ -2,14 +2,15 @@
 
 The default hyperparameters are the values of the paper. Programs in tools/ declare their own options.
 
-Flags have the same spelling as in the authors' code, so that scripts for the authors' code keep working. The argument
-`dest` gives each flag the name that the programs use for its value.
+Flags have the same spelling as in the authors' code, so that scripts for the authors' code keep working. `dest` is the
+name under which the programs read the value of a flag.
 
 Options on the architecture of a network default to None, which means that the option was not given. For an option that
 was not given, the programs use the value in the checkpoint. Without a checkpoint, models/build.py uses the values of
 the paper.
 
-The modules that define networks, perturbations and auxiliary tasks check their names.
+This module does not check the names of networks, perturbations and auxiliary tasks. The module that defines a network,
+a perturbation or a task checks its name.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """The argparse action of a flag that is accepted but has no effect. The action tells the user so."""
+    """The argparse action of a flag that is accepted, but only prints a line that the flag has no effect."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -72,7 +73,7 @@ class KeyValues(argparse.Action):
 
 
 def parse_number_bool_or_text(text: str) -> int | float | bool | str:
-    """Convert a text to an int, a finite float or a bool if possible. Any other text is returned unchanged."""
+    """Convert a text to an int, a finite float or a bool if possible, and otherwise return the text unchanged."""
     if text in ("true", "false"):
         return text == "true"
     for kind in (int, float):
@@ -85,7 +86,7 @@ def parse_number_bool_or_text(text: str) -> int | float | bool | str:
     return text
 
 
-def create_number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
+def create_argparse_number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
     """Create an argparse type for finite numbers from `low` to `high`.
 
     Args:
@@ -107,21 +108,20 @@ def create_number_type(kind: type, low: float = -math.inf, high: float = math.in
 def parse_perturbation(text: str) -> tuple[str, float | None]:
     """Convert the text NAME or NAME=STRENGTH to the name and the strength of a perturbation.
 
-    The strength is None if the text is NAME.
-
-    The module data.perturbations checks the name later.
+    A text without =STRENGTH gives the strength None. This function accepts any NAME, because the module
+    data.perturbations checks the names of perturbations.
     """
     name, equals, strength = text.partition("=")
-    return name, create_number_type(float)(strength) if equals else None
+    return name, create_argparse_number_type(float)(strength) if equals else None
 
 
-integer_from_0 = create_number_type(int, 0)
-integer_from_1 = create_number_type(int, 1)
-float_from_0 = create_number_type(float, 0)
-fraction = create_number_type(float, 0, 1)
+integer_from_0 = create_argparse_number_type(int, 0)
+integer_from_1 = create_argparse_number_type(int, 1)
+float_from_0 = create_argparse_number_type(float, 0)
+fraction = create_argparse_number_type(float, 0, 1)
 
 
-def add_flags_without_effect(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
+def add_accepted_but_ignored_flags(group: argparse._ArgumentGroup, *flags: str, nargs: int | None = None) -> None:
     """Add flags that are accepted but have no effect.
 
     Args:
@@ -165,8 +165,9 @@ def add_resynthesizer_options(parser: Parser) -> None:
     group = parser.add_argument_group("re-synthesizer (default: as in its checkpoint, else the paper's RDN)")
     add = group.add_argument
     add("--sr-arch", metavar="NAME",
-        help="super-resolution network: rdn; for control experiments, bicubic (interpolation) or none (no re-synthesis);"
-        " or a name that was added to models.build.RESYNTHESIZERS (default: rdn)")  # fmt: skip
+        help="super-resolution network: rdn, bicubic (interpolation), none (no re-synthesis), or a name that you have"
+        " added to models.build.RESYNTHESIZERS. Use bicubic and none for control experiments (default:"
+        " rdn)")  # fmt: skip
     add("--sr-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the network that --sr-arch names")  # fmt: skip
     add("--sr-scale", "--scale", dest="scale", type=integer_from_1, metavar="N",
@@ -184,31 +185,34 @@ def add_detector_options(parser: Parser) -> None:
     """Add options for the features, the residual, the classifier and the weights of the re-synthesizer."""
     add = parser.add_argument_group("detector").add_argument
     add("--features", metavar="NAME",
-        help="features of which the residual is computed: pixels, vgg19, or a name added to models.build.FEATURES"
-        " (default: as in the checkpoint, else pixels)")  # fmt: skip
+        help="features of which the residual is computed: pixels, vgg19, or a name that you have added to"
+        " models.build.FEATURES (default: the value in the checkpoint if there is one, otherwise pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
-    add("--idx-stages", dest="stage", type=create_number_type(int, 0, 5), metavar="0..5",
+    add("--idx-stages", dest="stage", type=create_argparse_number_type(int, 0, 5), metavar="0..5",
         help="flag of the authors' code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
         " layer relu1_1 to relu5_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
         help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
-        " difference, as in the paper (default: as in the checkpoint, else absolute)")  # fmt: skip
+        " difference, as in the paper (default: the value in the checkpoint if there is one, otherwise"
+        " absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
         help="classifier. resnet18, resnet34, resnet50, resnet101, resnet152: ResNets with the deep stem of the"
-        " authors' code. spectrum, channel_power: small classifiers for few training images; use spectrum with"
+        " authors' code. spectrum, channel_power: small classifiers for few training images. Use spectrum with"
         " --residual signed, and channel_power with --features vgg19. torchvision:NAME: a classifier of torchvision."
-        " You can add names to models.build.CLASSIFIERS (default: as in the checkpoint, else resnet50)")  # fmt: skip
+        " You can add names to models.build.CLASSIFIERS (default: the value in the checkpoint if there is one,"
+        " otherwise resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the classifier that --arch names")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
         help="number of channels of the residual, which must equal the number of channels of the features")  # fmt: skip
     add("--no_dilation", dest="dilated", action="store_const", const=False,
-        help="build layer3 and layer4 of the ResNet without dilated convolutions, as all scripts of the authors do"
-        " (default: as in the checkpoint, else dilated)")  # fmt: skip
+        help="build layer3 and layer4 of the ResNet without dilated convolutions. All scripts of the paper's authors"
+        " give this flag (default: the setting in the checkpoint if there is one, otherwise dilated"
+        " convolutions)")  # fmt: skip
     add("--sr-weights-file", dest="resynthesizer_file", metavar="FILE",
         help="weights of the re-synthesizer: a checkpoint of train_sr.py, a checkpoint NNNN_sr.pth.tar of"
-        " train_detector.py, or weights that the paper's authors offer (default: the weights inside the detector's"
+        " train_detector.py, or a file of weights from the paper's authors (default: the weights inside the detector's"
         " checkpoint)")  # fmt: skip
 
 
@@ -220,15 +224,17 @@ def add_image_options(parser: Parser) -> None:
         help="folders of GENERATED images; each folder counts as one generator")  # fmt: skip
     add("--data-root", dest="tree", metavar="DIR",
         help="instead of --data-root-pos and --data-root-neg: a folder that contains GENERATOR/0_real and"
-        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai. Other folders may lie in between, as in"
-        " GENERATOR/train/nature")  # fmt: skip
+        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai. There may be folders between GENERATOR and nature, as"
+        " in GENERATOR/train/nature")  # fmt: skip
     add("--csv", metavar="FILE",
         help="instead of folders: a CSV file with the columns path,label[,generator]; a label is real or fake")  # fmt: skip
     add("--resize", type=integer_from_0, metavar="N",
-        help="resize the shorter side to N pixels; 0: do not resize (default of test.py: as in training)")  # fmt: skip
+        help="resize the shorter side of each image to N pixels; 0: do not resize (default of train_detector.py: 0;"
+        " default of test.py: the N of the training)")  # fmt: skip
     add("--crop-size", type=integer_from_0, metavar="N",
-        help="crop N x N pixels: at random places in training, in the centre in test.py; 0: do not crop (default of"
-        " train_detector.py: 0; default of test.py: as in training)")  # fmt: skip
+        help="crop each image to N x N pixels; 0: do not crop. Training images are cropped at random places. test.py"
+        " crops in the centre, or cuts several crops (--crops) (default of train_detector.py: 0; default of test.py:"
+        " the N of the training)")  # fmt: skip
 
 
 def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: str, output: str) -> None:
@@ -247,34 +253,36 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     add("--lr", "--learning-rate", type=float_from_0, default=lr, metavar="X",
         help="base learning rate (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=(schedule, "cosine"), default=schedule,
-        help=f"learning-rate schedule: {schedule} = as in the authors' code; cosine = a short warm-up, then a cosine"
-        " down to 0, for trainings of few epochs (default: %(default)s)")  # fmt: skip
+        help=f"learning-rate schedule: {schedule} = as in the authors' code; cosine = a short warm-up, then a"
+        " decrease to 0 along a cosine. Use cosine if there are few epochs (default: %(default)s)")  # fmt: skip
     add("--clip-norm", type=float_from_0, metavar="X",
         help="scale down gradients whose norm is above X to the norm X (default: gradients are not scaled)")  # fmt: skip
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--resume", metavar="FILE|auto",
-        help=f"FILE: continue the run that has saved FILE. auto: continue the run in {output}, or start a new run if"
-        f" {output} holds no run. If FILE holds only weights, as the authors' checkpoints do, a new run starts with"
-        " these weights")  # fmt: skip
+        help=f"FILE: continue the run that has saved its state in FILE. auto: continue the run in {output}, or start a"
+        f" new run if {output} holds no run. A FILE that holds only weights, such as a checkpoint of the authors,"
+        " starts a new run with these weights")  # fmt: skip
     add("--overwrite", action="store_true",
-        help=f"start a new run in {output}, and delete the checkpoints and records of an earlier run")  # fmt: skip
+        help=f"start a new run in {output}, and delete the checkpoints and logged values of the earlier run"
+        " there")  # fmt: skip
     add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
         help="save the training state every X minutes, even within an epoch (default: %(default)s)")  # fmt: skip
     add("--keep-last", type=integer_from_1, metavar="N",
         help="keep only the N newest numbered checkpoints (default: all)")  # fmt: skip
-    add("--skip-bad", action="store_true", help="leave out images that cannot be used (default: stop with an error)")
-    add_flags_without_effect(group, "--skip-nonfinite")
+    add("--skip-bad", action="store_true",
+        help="leave out images that cannot be used, such as damaged files (default: stop with an error)")  # fmt: skip
+    add_accepted_but_ignored_flags(group, "--skip-nonfinite")
 
 
 def add_ignored_options_of_authors(parser: Parser) -> None:
     """Add flags of the authors' train.py and test.py that are accepted but have no effect."""
     group = parser.add_argument_group("released")
-    add_flags_without_effect(
+    add_accepted_but_ignored_flags(
         group, "--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
         "--dist-url", "--dist-backend", "--carlibration", "--defense"
     )  # fmt: skip
-    add_flags_without_effect(group, "-e --evaluate", "--pretrained", "--multiprocessing-distributed", nargs=0)
+    add_accepted_but_ignored_flags(group, "-e --evaluate", "--pretrained", "--multiprocessing-distributed", nargs=0)
 
 
 # --- the programs -------------------------------------------------------------------------------------------
@@ -292,11 +300,14 @@ def create_train_sr_parser() -> Parser:
     add("--eval-file", metavar="FILE",
         help="text file with one image path per line, or a folder of images; PSNR and SSIM are computed on these images"
         " after each epoch")  # fmt: skip
-    add("--evaluate", action="store_true", help="do not train; compute PSNR and SSIM of --weights-file on --eval-file")
+    add("--evaluate", action="store_true",
+        help="do not train; compute PSNR and SSIM on the images of --eval-file, with the weights of"
+        " --weights-file")  # fmt: skip
     add("--outputs-dir", default="output_hr", metavar="DIR",
         help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
     add("--weights-file", dest="init", metavar="FILE",
-        help="weights of a re-synthesizer, for a new run or for --evaluate")  # fmt: skip
+        help="weights of a re-synthesizer: the initial weights of a new run, or the weights for"
+        " --evaluate")  # fmt: skip
     add("--patch-size", type=integer_from_1, default=24, metavar="N",
         help="side length of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
     add("--patches-per-image", type=integer_from_1, default=1, metavar="N",
@@ -305,7 +316,7 @@ def create_train_sr_parser() -> Parser:
         help="initial weights of a new RDN: random = PyTorch's default, as in the authors' code; interpolation ="
         " weights with which RDN computes an interpolation (default: %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
-        help="multiply the learning rate by X, from 0 to 1, every --lr-decay-epoch epochs (default:"
+        help="multiply the learning rate by X every --lr-decay-epoch epochs; X is between 0 and 1 (default:"
         " %(default)s)")  # fmt: skip
     add("--lr-decay-epoch", type=integer_from_1, default=225, metavar="N",
         help="number of epochs between two multiplications by --lr-decay (default: %(default)s)")  # fmt: skip
@@ -314,9 +325,12 @@ def create_train_sr_parser() -> Parser:
         help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
     add("--vgg-lambda", type=float_from_0, default=0.2, metavar="X",
         help="weight of the perceptual loss; 0 disables it (default: %(default)s)")  # fmt: skip
-    add("--augment", action="store_true", help="degrade input patches by noise and JPEG compression")
-    add("--completion", action="store_true", help="degrade input patches by removing pixels")
-    add("--colorization", action="store_true", help="degrade input patches by making pixels grey")
+    add("--augment", action="store_true",
+        help="add noise, JPEG compression or both to random low-resolution training patches")  # fmt: skip
+    add("--completion", action="store_true",
+        help="turn 5 to 15 %% of the pixels black in random low-resolution training patches")  # fmt: skip
+    add("--colorization", action="store_true",
+        help="turn 5 to 15 %% of the pixels grey in random low-resolution training patches")  # fmt: skip
     return parser
 
 
@@ -345,11 +359,12 @@ def create_train_detector_parser() -> Parser:
         " X must be above 0 (default: %(default)s)")  # fmt: skip
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
     add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
-        help="auxiliary task on which the re-synthesizer is fine-tuned: colorization, denoising, none (restore images"
-        " that are not degraded), or a name added to data.degradations.TASKS (default: %(default)s)")  # fmt: skip
+        help="auxiliary task on which the re-synthesizer is fine-tuned: colorization, denoising, none, or a name that"
+        " you have added to data.degradations.TASKS. With none, the re-synthesizer's inputs are not degraded"
+        " (default: %(default)s)")  # fmt: skip
     add("--lw-sr", dest="auxiliary_weight", type=float_from_0, default=1.0, metavar="X",
-        help="weight of the auxiliary loss in end-to-end training. This loss is the reconstruction error of real"
-        " images; 0 disables it (default: %(default)s)")  # fmt: skip
+        help="weight of the auxiliary loss, which is the re-synthesizer's error on real images. The value 0 or the flag"
+        " --fixed-sr disables the auxiliary loss (default: %(default)s)")  # fmt: skip
     add("--save-every-epoch", type=integer_from_1, default=2, metavar="N",
         help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
     add("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="folders of REAL validation images")
@@ -357,7 +372,7 @@ def create_train_detector_parser() -> Parser:
         help="folders of GENERATED validation images")  # fmt: skip
     add("--val-csv", metavar="FILE",
         help="instead of folders: a CSV file of validation images, with the columns of --csv")  # fmt: skip
-    add_flags_without_effect(group, "--save_path")
+    add_accepted_but_ignored_flags(group, "--save_path")
     _add_memory_and_time_options(parser)
     return parser
 
@@ -366,9 +381,9 @@ def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
-        help="pass N images at a time through the re-synthesizer and the features, to save memory. If the"
-        " re-synthesizer has no batch norm, N does not change the gradients. End-to-end training with this option needs"
-        " one more forward pass (default: the whole batch)")  # fmt: skip
+        help="pass N images at a time through the re-synthesizer and the features, to save memory. N changes the"
+        " gradients only if the re-synthesizer has batch norm. Without --fixed-sr, this option costs one more forward"
+        " pass per training step (default: the whole batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
         help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
         " epoch (default: %(default)s)")  # fmt: skip
@@ -376,8 +391,8 @@ def _add_memory_and_time_options(parser: Parser) -> None:
         help="in each epoch, perturb a random half of the training images by blur, crop, JPEG compression or noise, as in"
         " test.py --perturb-protocol frank2020")  # fmt: skip
     add("--no-cache", dest="cache", action="store_false",
-        help="compute residuals again in each epoch. Without this option, --fixed-sr stores residuals on disk if images"
-        " are not cropped or perturbed at random")  # fmt: skip
+        help="compute residuals again in each epoch. Without --no-cache, training with --fixed-sr stores residuals on"
+        " disk, unless random crops or --augment-perturb change the images in each epoch")  # fmt: skip
     add("--cache-dir", metavar="DIR",
         help="folder of stored residuals, which several runs may share (default:"
         " OUTPUT_PATH/residual_cache)")  # fmt: skip
@@ -406,24 +421,25 @@ def create_test_parser() -> Parser:
     add("--save-residuals", metavar="DIR",
         help="for each image, write a picture of the image, its re-synthesis and the residual into DIR")  # fmt: skip
     add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
-        help="score the images once with each perturbation NAME: none, blur, crop, jpeg, noise, resize, combined or"
-        " all. With --perturb-protocol sweep, NAME without =STRENGTH means all strengths (default: none)")  # fmt: skip
+        help="perturb the images before scoring. NAME is none, blur, crop, jpeg, noise, resize, combined or all."
+        " Several NAMEs give several scores per image. With --perturb-protocol sweep, NAME without =STRENGTH means all"
+        " strengths of the sweep (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip
     add("-b", "--batch-size", type=integer_from_1, metavar="N",
-        help="number of images per batch (default: as many images as have 1024 x 1024 pixels in total)")  # fmt: skip
+        help="number of images per batch (default: as many images as fit into 1024 x 1024 pixels)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if the files of --save_path already hold scores")  # fmt: skip
-    add("--tile", type=create_number_type(int, 64), default=1024, metavar="N",
+    add("--tile", type=create_argparse_number_type(int, 64), default=1024, metavar="N",
         help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
         " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
         help="score N crops of --crop-size that are spread over the image, and average their logits; 1 = one crop in"
         " the centre (default: 9 if the crop size comes from the checkpoint, else 1)")  # fmt: skip
-    add_flags_without_effect(
+    add_accepted_but_ignored_flags(
         group, "--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
         "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"
     )  # fmt: skip
-    add_flags_without_effect(group, "--fixed-sr", "--stability", nargs=0)
+    add_accepted_but_ignored_flags(group, "--fixed-sr", "--stability", nargs=0)
     return parser

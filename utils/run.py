@@ -37,7 +37,7 @@ def read_starting_checkpoint(
     Args:
         resume: value of `--resume`: a file, "auto", or None.
         init: value of `--init`: a file with weights, which is used if there is no run to resume.
-        states: paths at which `--resume auto` looks for a state. At most one of these paths may exist.
+        states: paths at which `--resume auto` looks for a state. A file may exist at only one of the paths in `states`.
 
     Returns:
         origin: the checkpoint whose weights are used, or None if the initial weights are new.
@@ -49,7 +49,7 @@ def read_starting_checkpoint(
     if resume == "auto":
         resume = _find_single_state_file(states)
     if resume or init:
-        logger.info("starting from %s", make_printable(resume or init))
+        logger.info("loading the checkpoint %s", make_printable(resume or init))
     origin = read_checkpoint_if_path_is_given(resume or init)
     if not resume:
         return origin, None
@@ -82,11 +82,12 @@ def _find_single_state_file(states: Sequence[Path]) -> str | None:
 class Run(contextlib.AbstractContextManager):
     """A context manager for a training run, which saves states, writes records and stops the run after a signal.
 
-    The state is saved every --save-minutes, when a signal stops the run, and when an error other than NotFinite ends
-    the run. The state is also saved at the end of an epoch for which best.* or a numbered checkpoint is written.
+    In training, the state is saved every --save-minutes. The state is also saved when a signal or an error ends the
+    run. Only the error NotFinite ends the run without saving the state. The state is also saved at the end of an epoch
+    for which best.* or a numbered checkpoint is written.
 
-    The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. In TensorBoard, the step of
-    a record is the number of finished epochs.
+    The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The x axis of TensorBoard's
+    plots is the number of finished epochs.
 
     Args:
         folder: the folder of the run, from `open_run_folder`.
@@ -122,18 +123,19 @@ class Run(contextlib.AbstractContextManager):
         self.stop.__exit__()
         if isinstance(error, NotFinite):
             last = self.folder.last
-            saved = f"the last good state is {make_printable(last)}" if last.exists() else "no state is saved yet"
-            raise UserError(f"{error}; {saved}") from error
+            saved = make_printable(last) if last.exists() else "none"
+            raise UserError(f"{error}; state that was saved before this error: {saved}") from error
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps and not self.ending_epoch:
                 self.save_state()
-            if self.stop.received:  # the error occurred because another process has stopped after the signal
+            if self.stop.received:  # after a signal, another process may have stopped first and so caused the error
                 raise Stopped(self.stop.received) from error
         if error is None and self.writer:
             self.writer.close()
             already = " already" if self.first_epoch >= self.epochs else ""
             folder = make_printable(self.folder.path)
-            logger.info("finished%s: %d epochs are trained; all files are in %s", already, self.epochs, folder)
+            text = "the training is finished%s: %d epochs are trained; all files are in %s"
+            logger.info(text, already, self.epochs, folder)
 
     # --- saving
 
@@ -153,13 +155,12 @@ class Run(contextlib.AbstractContextManager):
 
     def _save_as_last_state(self, state: dict) -> None:
         self.folder.save_checkpoint(self.folder.last.name, state)
-        self.folder.delete_replaced_files()
+        self.folder.delete_files_of_replaced_run()
 
     def _save_state_if_due(self, training: bool) -> None:
         """Save the state if a signal was received or --save-minutes have passed. After a signal, raise `Stopped`.
 
-        In training, all processes stop after the same batch. Otherwise, a process could wait forever for a process that
-        has stopped.
+        In training, all processes stop after the same batch, so that no process waits forever for a stopped process.
         """
         due = training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60
         signal_number = self.stop.received or 0
@@ -180,19 +181,20 @@ class Run(contextlib.AbstractContextManager):
 
         With --skip-bad, each image that cannot be used is left out with one log line.
 
-        In training with several processes, each process must take every step. For a batch that is too small, this
-        method therefore yields repeated images, which have weight 0 in the loss.
+        A batch with fewer than `min_images` images is skipped in validation and in training with a single process. In
+        training with several processes, every process must take part in every optimizer step. If a process has too few
+        images for a step, this method repeats images, and sets their weights in the loss to 0.
 
         Args:
             loader: iterable of batches (data.datasets.Batch).
             description: text in front of the progress bar.
             training: whether the caller takes an optimizer step with each batch. The state is saved every
                 --save-minutes only if `training` is True.
-            min_images: smallest number of images that a process needs in a batch. The caller passes 2 if batch norm
-                cannot be trained on a single image. A batch with fewer images is not yielded.
+            min_images: smallest number of images in a yielded batch. It must be 2 if batch norm cannot be trained on a
+                single image.
 
         Yields:
-            the batches that hold at least `min_images` images.
+            batches of at least `min_images` images.
 
         Raises:
             UserError: if an image cannot be used, and --skip-bad is not given.
@@ -209,7 +211,7 @@ class Run(contextlib.AbstractContextManager):
             else:
                 errors = self._log_images_of_small_batch(batch, min_images)
                 if training and self.world.size > 1:
-                    yield _fill_batch_by_repetition(usable or batch, min_images)._replace(errors=errors)
+                    yield _repeat_images_to_fill_batch(usable or batch, min_images)._replace(errors=errors)
                 elif training:
                     self.progress.count_skipped_batch(len(errors))
             self._save_state_if_due(training)
@@ -230,7 +232,7 @@ class Run(contextlib.AbstractContextManager):
         """Log one line for each image of a batch that is too small.
 
         Returns:
-            A dict with one error message per image of the batch. Its keys are the indices of the images in the dataset.
+            a dict from the index of an image in the dataset to the reason why the image is left out.
         """
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
@@ -253,19 +255,19 @@ class Run(contextlib.AbstractContextManager):
         checkpoint is written, the state is also saved as last.*.
 
         Args:
-            values: values to record, by name. None and non-finite values are recorded as missing.
-            score_name: name of the value by which epochs are compared. A higher value is better. Without validation,
-                `values` has no key `score_name`. A value that is not finite is never the best.
+            values: values to record, by name. NaN and infinite values are written as null to stats.jsonl.
+            score_name: name of the value that is highest in the best epoch. Without validation, `values` has no key
+                `score_name`. An epoch whose score is not finite is never the best epoch.
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
-        self._write_values_of_epoch(values)
+        self._write_values_of_epoch_to_logs(values)
         progress = self.progress
         progress.start_next_epoch()
         value = values.get(score_name)
         if value is not None and not math.isfinite(value):
             logger.warning(
-                "warning: %s is %s in epoch %d: this epoch is not saved as the best epoch",
+                "warning: the score %s has the value %s in epoch %d: this epoch is not saved as the best epoch",
                 score_name,
                 value,
                 progress.epoch - 1,
@@ -306,14 +308,14 @@ class Run(contextlib.AbstractContextManager):
         for _, path in sorted(found)[:-keep]:
             self.folder.delete_file(path)
 
-    def _write_values_of_epoch(self, values: Mapping[str, float | None]) -> None:
+    def _write_values_of_epoch_to_logs(self, values: Mapping[str, float | None]) -> None:
         """Write the values of an epoch to stats.jsonl, TensorBoard and the log."""
         minutes = self._estimate_minutes_left()
         self.epoch_began = None
         if self.writer is None:
             return
         if self.folder.replacing:
-            # Saving the state deletes the records of the earlier run, before this run adds its first record
+            # `save_state` also deletes all lines that the earlier run has written to stats.jsonl
             self.save_state()
         epoch = self.progress.epoch
         finite = {}
@@ -327,7 +329,7 @@ class Run(contextlib.AbstractContextManager):
                 self.writer.add_scalar(name, value, epoch + 1)
             words.append(f"{name} {'-' if value is None else f'{value:.4g}'}")
         left = f"  (about {minutes:.0f} min left)" if minutes >= 1 else ""
-        logger.info("epoch %d: %s%s", epoch, "  ".join(words), left)
+        logger.info("epoch %d is finished, with the values %s%s", epoch, "  ".join(words), left)
 
     def _estimate_minutes_left(self) -> float:
         """Estimate how many minutes the remaining epochs take, from the duration of the current epoch.
@@ -341,7 +343,7 @@ class Run(contextlib.AbstractContextManager):
         minutes = (time.monotonic() - self.epoch_began) / 60
         return minutes * (self.progress.step / steps) * (self.epochs - self.progress.epoch - 1)
 
-    def write_pictures(self, name: str, images: Tensor, finished: int) -> None:
+    def write_images_to_tensorboard(self, name: str, images: Tensor, finished: int) -> None:
         """Write images (B, 3, H, W) in [0, 1] to TensorBoard.
 
         Args:
@@ -352,8 +354,8 @@ class Run(contextlib.AbstractContextManager):
             self.writer.add_images(name, images.detach().float().clamp(0, 1).cpu(), finished)
 
 
-def _fill_batch_by_repetition(batch, min_images: int):
-    """Repeat the images of a batch until the batch has at least `min_images` images, and set `weights` to 0.
+def _repeat_images_to_fill_batch(batch, min_images: int):
+    """Repeat the images of a batch until the batch has at least `min_images` images, and set all image weights to 0.
 
     An image with weight 0 contributes nothing to the gradients.
 
@@ -362,8 +364,10 @@ def _fill_batch_by_repetition(batch, min_images: int):
     """
     if not len(batch.x):
         reason = next(iter(batch.errors.values()))
-        text = "this process has no usable image for its step; repair the image, or use a larger --batch-size"
-        raise UserError(f"{reason}; {text}")
+        raise UserError(
+            f"{reason}; without this image, a process has no image for its training step: repair the image, or use a"
+            " larger --batch-size"
+        )
     times = math.ceil(min_images / len(batch.x))
     return batch._replace(
         x=torch.cat([batch.x] * times),

@@ -1,4 +1,4 @@
-"""The output folder of a training run, and the record of the files that a run may replace or delete."""
+"""The output folder of a training run, and the list of the files that the programs may replace or delete there."""
 
 import contextlib
 import json
@@ -12,11 +12,11 @@ from utils.compute import package_versions
 from utils.console import make_printable
 from utils.distributed import World, broadcast_from_main
 from utils.errors import UserError
-from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_unfinished_files, write_json
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_leftover_temporary_files, write_json
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# For each file ending of checkpoints: a regular expression that matches the names of the checkpoints
+# The keys are file endings of checkpoints. The values are regular expressions that checkpoint names match.
 CHECKPOINT_NAMES = {
     ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
     ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
@@ -27,8 +27,8 @@ class RunFolder:
     """The output folder of a run. The file config.json in the folder lists the files that the run has written.
 
     A file is replaced or deleted only if config.json lists the file. With --overwrite, the files of an earlier run are
-    deleted after the first state of the new run has been saved. Until then, a file of the earlier run may be the
-    only copy of the new run's initial weights.
+    deleted after the first state of the new run has been saved. The reason is that the new run may have read its
+    initial weights from a file of the earlier run.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
@@ -54,14 +54,14 @@ class RunFolder:
         Returns:
             None, or one line that says why the run must not write into the folder.
         """
-        self.files = self._read_names_of_recorded_files()
+        self.files = self._read_written_file_names_from_config()
         if resumed is not None:
             state = Path(resumed.name)  # this path may be a symbolic link or contain a symbolic link
             self.continued = self.path.resolve() in (state.parent.resolve(), state.resolve().parent)
         if self.continued:
             self.files.add(Path(resumed.name).name)
         for path in sorted(self.path.iterdir()):
-            if self._is_run_file(path.name) and path.name not in self.files:
+            if self._is_output_file_of_run(path.name) and path.name not in self.files:
                 return (
                     f"{make_printable(path)} is not recorded as a file of an earlier run, and would be replaced: move"
                     " the file, or write elsewhere"
@@ -70,7 +70,7 @@ class RunFolder:
         earlier = [path for path in earlier if path.exists()]
         if self.continued or not earlier:
             return None
-        if not any(self._is_run_file(path.name) for path in earlier):
+        if not any(self._is_output_file_of_run(path.name) for path in earlier):
             return f"{make_printable(self.path)} holds a run of another program: write elsewhere"
         if not overwrite:
             return (
@@ -88,7 +88,7 @@ class RunFolder:
             about: entries of config.json.
             first_epoch: first epoch that this run trains.
         """
-        remove_unfinished_files(self.path, self._pattern_of_recorded_names())
+        remove_leftover_temporary_files(self.path, self._regex_of_written_file_names())
         self.record = {**about, "versions": package_versions(), "format": RECORD_FORMAT}
         self.files |= {RECORD, STATS, EVENTS}
         self._write_config_json()
@@ -117,7 +117,7 @@ class RunFolder:
     def save_checkpoint(self, name: str, content: dict) -> None:
         """Add the name of a checkpoint to config.json, and then write the checkpoint.
 
-        Because of this order, config.json lists the file even if the run is killed before the file is complete.
+        If the run is killed while it writes the checkpoint, config.json already lists the name of the checkpoint.
         """
         if name not in self.files:
             self.files.add(name)
@@ -126,7 +126,7 @@ class RunFolder:
         if self.path / name in self.replaced:
             self.replaced.remove(self.path / name)
 
-    def delete_replaced_files(self) -> None:
+    def delete_files_of_replaced_run(self) -> None:
         """Delete the files of the earlier run that --overwrite replaces, except files that are already overwritten."""
         if self.replacing:
             self._keep_stats_of_first_epochs(0)
@@ -143,7 +143,7 @@ class RunFolder:
     def _write_config_json(self) -> None:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
-    def _read_names_of_recorded_files(self) -> set[str]:
+    def _read_written_file_names_from_config(self) -> set[str]:
         """Read from config.json which files earlier runs have written.
 
         Returns an empty set if the folder has no config.json of this project.
@@ -160,10 +160,10 @@ class RunFolder:
     def _is_name_without_folder(name: object) -> bool:
         return isinstance(name, str) and Path(name).name == name
 
-    def _is_run_file(self, name: str) -> bool:
+    def _is_output_file_of_run(self, name: str) -> bool:
         return name in (RECORD, STATS, EVENTS) or re.fullmatch(self.pattern, name) is not None
 
-    def _pattern_of_recorded_names(self) -> str:
+    def _regex_of_written_file_names(self) -> str:
         """Return a regular expression that matches the names of the files that config.json lists."""
         return "|".join(re.escape(name) for name in sorted(self.files)) or r"(?!)"
 
@@ -182,7 +182,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
         UserError: if no file can be written into the folder.
         UserError: if a second run is writing into the folder.
         UserError: if the folder holds an earlier run that must not be replaced.
-        UserError: if this run would replace a file that no run has recorded.
+        UserError: if this run would replace a file that config.json does not list.
     """
     folder = RunFolder(last)
     make_folder(folder.path)

@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The exception that ends a run after SIGINT or SIGTERM. It is raised after the run has saved its progress."""
+    """The exception that ends a run after SIGINT or SIGTERM. A run raises it after saving the state."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -25,7 +25,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         self._previous = {
-            number: signal.signal(number, self._remember_signal) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, self._record_signal) for number in (signal.SIGINT, signal.SIGTERM)
         }
         return self
 
@@ -33,7 +33,7 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _remember_signal(self, number: int, _frame) -> None:
+    def _record_signal(self, number: int, _frame) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is None:

@@ -24,7 +24,7 @@ FREE_SETTINGS = {
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
     "fake_roots", "tree", "csv", "val_real_roots", "val_fake_roots", "val_csv",
 }  # fmt: skip
-ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # settings on which the order of the images depends
+ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # settings that change the order of the images
 VALIDATION_SETTING = "validation_images"  # name of the setting that holds the digest of the validation images
 WARM_UP = 0.03  # fraction of the epochs during which the cosine schedule raises the learning rate from 0
 
@@ -33,7 +33,7 @@ COUNT = "count"  # key of the number of images in `Progress.sums`
 
 
 class NotFinite(UserError):
-    """The error that is raised if the loss or a gradient is not finite. The weights are unchanged after NotFinite."""
+    """The error that is raised before an optimizer step if the loss or a gradient is not finite."""
 
 
 @dataclass
@@ -47,8 +47,8 @@ class Progress:
     best: float | None = None  # best validation score of all epochs
     left_out: int = 0  # number of images in the current epoch that could not be used
 
-    def count_step(self, values: Mapping[str, float], count: float) -> None:
-        """Count an optimizer step, and add `values`, multiplied by `count`, to the sums of the epoch.
+    def record_optimizer_step(self, values: Mapping[str, float], count: float) -> None:
+        """Count an optimizer step, and add `count` times each value to the sums of the epoch.
 
         `values` must not have the key "count".
 
@@ -99,17 +99,17 @@ class Progress:
         Raises:
             UserError: if a value has a wrong type or is out of range.
         """
-        self.epoch = fields.get_integer("epoch")
-        self.step = fields.get_integer("step")
-        self.total_steps = fields.get_integer("total_steps")
+        self.epoch = fields.get_integer_field("epoch")
+        self.step = fields.get_integer_field("step")
+        self.total_steps = fields.get_integer_field("total_steps")
         sums = fields.get_nested_fields("sums")
-        self.sums = {name: sums.get_number(name) for name in sums.values}
-        self.best = fields.get_number("best", default=None)
-        self.left_out = fields.get_integer("left_out", default=0)
+        self.sums = {name: sums.get_number_field(name) for name in sums.values}
+        self.best = fields.get_number_field("best", default=None)
+        self.left_out = fields.get_integer_field("left_out", default=0)
 
 
 def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> float:
-    """Compute the cosine schedule's factor on the base learning rate after `epochs` of `epochs_total` epochs.
+    """Compute the factor by which the cosine schedule multiplies the base learning rate after `epochs` finished epochs.
 
     The factor rises linearly from 0 to 1 during the warm-up, and then falls to 0 along a cosine.
     """
@@ -120,7 +120,7 @@ def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> flo
 
 
 def compute_constant_learning_rate_factor(epochs: float) -> float:
-    """Return the factor 1, with which the learning rate is the same in all epochs."""
+    """Return 1 as the factor on the base learning rate, which keeps the learning rate constant."""
     return 1.0
 
 
@@ -168,18 +168,17 @@ class Stepper:
         """Compute gradients and take one optimizer step.
 
         Args:
-            loss: this process's part of the loss, as a scalar. The sum of the parts over the processes is the mean loss
-                of the whole batch.
-            values: further scalars to record, by name. Each scalar is this process's part of a mean over the whole
+            loss: a scalar. The sum of `loss` over all processes is the mean loss of the whole batch.
+            values: further scalars to record, by name. The sum of a scalar over all processes is a mean over the whole
                 batch.
             batch: the batch (data.datasets.Batch). Only `weights`, `errors` and `items` of the batch are read.
 
         Raises:
-            NotFinite: if the loss is not finite, or if a gradient is not finite and the precision is not fp16. The
-                weights are unchanged after NotFinite.
+            NotFinite: before the weights change, if the loss is not finite, or if a gradient is not finite and the
+                precision is not fp16.
         """
         self.scaler.scale(loss).backward()
-        gradients = self._sum_gradients()
+        gradients = self._sum_gradients_over_processes()
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
             norm = norm.nan_to_num()  # in fp16, an infinite gradient is no error, because GradScaler skips the step
@@ -194,9 +193,9 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad()
         self.progress.left_out += int(left_out)
-        self.progress.count_step(means, count)
+        self.progress.record_optimizer_step(means, count)
 
-    def _sum_gradients(self) -> list[Tensor]:
+    def _sum_gradients_over_processes(self) -> list[Tensor]:
         """Sum the gradients over the processes, and divide them by the scale of GradScaler. Returns the gradients."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         distributed.all_reduce_gradients(parameters, self.world)
@@ -206,7 +205,7 @@ class Stepper:
     def _compute_step_statistics_over_processes(
         self, parts: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
-        """Sum `parts` and the numbers of images over all processes, and copy the sums and `norm` to the CPU.
+        """Sum the scalars in `parts` over all processes, count the images of all processes, and copy `norm` to the CPU.
 
         All numbers are copied together, so that the CPU waits for the GPU only once per step.
 
@@ -224,7 +223,8 @@ class Stepper:
         weight, count, left_out, norm_on_cpu = numbers[len(parts) :]
         means = {}
         for name, value in zip(parts, sums_of_values, strict=True):
-            means[name] = value / (weight or 1)  # the sum of the weights is below 1, or even 0, if images were left out
+            # `weight`, the sum of all image weights, is below 1 if images were left out, and 0 if no image remains
+            means[name] = value / (weight or 1)
         return means, count, left_out, norm_on_cpu
 
     def _require_finite_loss_and_gradients(self, loss: float, norm: float, batch) -> None:
@@ -261,8 +261,8 @@ class Stepper:
             return
         content = Fields(resumed.content, resumed.name)
         earlier = content.get_nested_fields("settings")
-        # train_sr.py has no setting "optimizer"
-        optimizer, present = earlier.get_text("optimizer", default=""), settings.get("optimizer", "")
+        # train_sr.py has no setting "optimizer", because it always trains with Adam
+        optimizer, present = earlier.get_text_field("optimizer", default=""), settings.get("optimizer", "")
         if optimizer != present:
             raise UserError(
                 f"{make_printable(resumed.name)} was trained with --optimizer {optimizer}, not {present}: give"
@@ -315,7 +315,7 @@ def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Pr
                 f": from step {progress.step} of this epoch, images come in another order, some twice or not at all"
             )
         logger.warning(
-            "warning: the setting %s was %s when the run began and is %s now%s",
+            "warning: the setting %s was %s when the run began and is %s in the resumed run%s",
             name,
             earlier[name],
             present[name],
