@@ -17,7 +17,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import find_images, folder_contains, format_file_counts_by_reason, describe_picture_written_by_test_py
+from data.folders import describe_picture_written_by_test_py, find_images, folder_contains, format_file_counts_by_reason
 from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import FAKE, REAL

@@ -228,9 +228,7 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
 
 
 def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(real_and_fake_paths):
-    (item,) = list_labelled_images_in_folders(
-        [str(write_pictures(real_and_fake_paths[0], 0, count=1))], []
-    )
+    (item,) = list_labelled_images_in_folders([str(write_pictures(real_and_fake_paths[0], 0, count=1))], [])
     items = [Item(item.path, REAL, "")] * (2 * SAMPLE + 50)
     assert SAMPLE / 2 < audit_images(items, quick=True).checked <= SAMPLE
 

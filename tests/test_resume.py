@@ -64,7 +64,7 @@ TRAININGS = {
         "train_detector.py",
         make_arguments_of_train_detector,
         "last.pth.tar",
-        "--fixed-sr VALIDATE --epochs 3 --batch-size 5 --crop-size 56 --crops-per-image 2",
+        "--fixed-sr VALIDATE --arch spectrum --epochs 3 --batch-size 5 --crop-size 56 --crops-per-image 2",
     ),
     "end to end": (
         "train_detector.py",
