@@ -361,6 +361,13 @@ def load_detector(
     check_weights_against_recorded_fingerprint(
         detector.classifier, read_fingerprint_of_config(source, "classifier_fingerprint"), "classifier", name
     )
+    expected = read_fingerprint_of_config(source, "features_fingerprint")
+    if expected not in (None, config["features_fingerprint"]):
+        raise UserError(
+            f"{name} was trained with other weights of the features {config['features']['name']}: expected weights with"
+            f" the fingerprint {expected}, got the fingerprint {config['features_fingerprint']}; features must have the"
+            " same weights each time they are created, or need a method load_pretrained (docs/extending.md)"
+        )
     expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
         raise UserError(
@@ -518,23 +525,32 @@ def assemble_detector(
         name: name of the detector's checkpoint, for error messages.
 
     Returns:
-        the detector, and a copy of `config` in which the entries "resynthesizer_fingerprint" and "vgg" are set. The
-        entry "vgg" contains the source and the fingerprint of the VGG-19 weights, or is None without VGG-19.
+        the detector, and a copy of `config` in which the entries "resynthesizer_fingerprint", "vgg" and
+        "features_fingerprint" are set. The entry "vgg" contains the source and the fingerprint of the VGG-19 weights,
+        or is None without VGG-19. The entry "features_fingerprint" is None if the features have a method
+        `load_pretrained`, which checks the weights itself.
     """
     features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
         chosen = config["features"]["name"]
         raise UserError(f"--input-channel must be {features.channels} for the features {chosen}, got {in_channels}")
-    vgg_record = None
+    vgg_record = features_fingerprint = None
     if hasattr(features, "load_pretrained"):
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)
+    else:
+        features_fingerprint = compute_fingerprint(features)
     features.requires_grad_(False)
     classifier = create_classifier(config["classifier"]["name"], features.channels, config["classifier"]["args"])
     if config["residual"] not in RESIDUALS:
         raise UserError(f"--residual must be one of {', '.join(RESIDUALS)}, got {config['residual']}")
     detector = ResynthesisDetector(resynthesizer, features, classifier, signed=config["residual"] == "signed")
-    complete = {**config, "resynthesizer_fingerprint": compute_fingerprint(resynthesizer), "vgg": vgg_record}
+    complete = {
+        **config,
+        "resynthesizer_fingerprint": compute_fingerprint(resynthesizer),
+        "vgg": vgg_record,
+        "features_fingerprint": features_fingerprint,
+    }
     return detector, complete
 
 

@@ -118,6 +118,24 @@ def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_
         load(str(tmp_path / "last.pth.tar"), device="cpu")
 
 
+class RandomFeatures(torch.nn.Sequential):
+    """Features whose weights are different each time they are created."""
+
+    channels, stride = 4, 1
+
+    def __init__(self):
+        super().__init__(torch.nn.Conv2d(3, self.channels, 3, padding=1))
+
+
+def test_features_that_get_other_weights_when_a_detector_is_loaded_are_refused(training_files, tmp_path, monkeypatch):
+    monkeypatch.setitem(build.FEATURES, "random", RandomFeatures)
+    flags = "--fixed-sr --sr-arch none --features random --arch resnet18 --epochs 1"
+    run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path, flags))
+    torch.manual_seed(1)
+    with expect_user_error("other weights of the features random"):
+        load(str(tmp_path / "last.pth.tar"), device="cpu")
+
+
 @pytest.mark.parametrize("control", ["bicubic", "none"])
 def test_the_resynthesizers_bicubic_and_none_need_no_weights_and_give_the_expected_residual(
     training_files, tmp_path, add_documented_networks, control
