@@ -13,7 +13,8 @@
 #   5. Score them again after JPEG, noise, blur and resizing, with the detectors trained on all generators.
 #
 # Environment: INPUTS (default: all), EVAL (images for PSNR), GPU (default: cpu), SEEN (training sets; default: "all" and
-# each generator), FACES (the images of results/faces; detectors of the spectrum are tested on them, too).
+# each generator), SEEDS (default: 123), FACES (the images of results/faces; detectors of the spectrum are tested on them,
+# too).
 # Writes ./output/real_pictures. To refresh the tables, copy output/real_pictures/scores/*.csv to results/real_pictures/scores.
 source "$(dirname "$0")/../../script/common.sh"
 source "$root/results/copies.sh"
@@ -92,14 +93,17 @@ for input in $inputs; do
         training_sets+=" twins ${generators[*]/%/+twins} ${generators[*]/%/+upsampled} ${generators[*]/%/+twins+upsampled}"
     fi
     for training_set in $training_sets; do
-        name=${input}_on_${training_set//+/_and_}
         seen=${training_set//+/ }
         [[ "$training_set" != all ]] || seen=${generators[*]}
-        detector "$name" "$epochs" "$seen" "${network[@]}" "${recipe[@]}"
-        if [[ "$input" == spectrum* && -n "${FACES:-}" && ! -f "$out/scores/${name}_faces.csv" ]]; then
-            score "$name" --data-root-pos "$FACES/val/real" --data-root-neg "$FACES/val/stylegan2" \
-                --save_path "$out/scores/${name}_faces"
-        fi
+        for seed in ${SEEDS:-123}; do
+            name=${input}_on_${training_set//+/_and_}
+            [[ "$seed" == 123 ]] || name+=_seed$seed # 123 is the default seed of train_detector.py
+            detector "$name" "$epochs" "$seen" --seed "$seed" "${network[@]}" "${recipe[@]}"
+            if [[ "$input" == spectrum* && -n "${FACES:-}" && ! -f "$out/scores/${name}_faces.csv" ]]; then
+                score "$name" --data-root-pos "$FACES/val/real" --data-root-neg "$FACES/val/stylegan2" \
+                    --save_path "$out/scores/${name}_faces"
+            fi
+        done
     done
 done
 
