@@ -23,13 +23,14 @@ from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E40
 from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
-# SETTINGS[study][detector] contains three patterns for the file names of score tables.
-# The first pattern is for RDN, the second for bicubic interpolation, and the third for no re-synthesis.
+# SETTINGS[study][detector] contains the names of three detectors, which are the file names of their score tables.
+# The first detector uses RDN, the second uses bicubic interpolation, and the third uses no re-synthesis.
+# The name of each further training of the same detector ends with _seed and a number.
 SETTINGS = {
     "faces": {
-        "pixel": ("pixel_rdn_seed?", "pixel_bicubic_seed?", "pixel_none_seed?"),
-        "stage 4": ("stage4_rdn_seed?", "stage4_bicubic_seed?", "stage4_none_seed?"),
-        "stage 5": ("stage5_rdn_seed?", "stage5_bicubic_seed?", "stage5_none_seed?"),
+        "pixel": ("pixel_rdn", "pixel_bicubic", "pixel_none"),
+        "stage 4": ("stage4_rdn", "stage4_bicubic", "stage4_none"),
+        "stage 5": ("stage5_rdn", "stage5_bicubic", "stage5_none"),
     },
     "real_pictures": {
         "pixel, trained on DALL-E mini": ("pixel_on_dalle_mini", "bicubic_on_dalle_mini", "control_on_dalle_mini"),
@@ -77,9 +78,11 @@ SETTINGS = {
 }
 
 
-def read_tables_of_all_seeds(study: str, pattern: str) -> list[ScoreTable]:
-    """Read the score tables with file names that match `pattern`, one table per seed, from the folder of a study."""
-    return [read_table(file) for file in sorted((FOLDER / study / "scores").glob(f"{pattern}.csv"))]
+def read_tables_of_all_seeds(study: str, detector: str) -> list[ScoreTable]:
+    """Read the score tables of a detector, one table per seed, from the folder of a study."""
+    folder = FOLDER / study / "scores"
+    files = [*folder.glob(f"{detector}.csv"), *sorted(folder.glob(f"{detector}_seed?.csv"))]
+    return [read_table(file) for file in files]
 
 
 def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.ndarray:
@@ -138,8 +141,8 @@ def format_auroc_difference(rdn: list[ScoreTable], control: list[ScoreTable], ro
 
 def main(study: str) -> None:
     sys.stdout.write("| AUROC, points | test images | RDN - bicubic | RDN - none |\n| --- | --- | --: | --: |\n")
-    for setting, patterns in SETTINGS[study].items():
-        rdn, bicubic, none = [read_tables_of_all_seeds(study, pattern) for pattern in patterns]
+    for setting, detectors in SETTINGS[study].items():
+        rdn, bicubic, none = [read_tables_of_all_seeds(study, detector) for detector in detectors]
         for generator, rows in select_fakes_and_reals_per_generator(rdn[0]).items():
             cells = [format_auroc_difference(rdn, control, rows) for control in (bicubic, none)]
             sys.stdout.write(f"| {setting} | {generator} | {' | '.join(cells)} |\n")
