@@ -33,8 +33,8 @@ def is_project_already_imported() -> bool:
 def put_project_packages_first() -> Iterator[None]:
     """While a `with` block runs, let import statements find the packages of this checkout before all others.
 
-    The calling program may have imported other modules with the names in PACKAGES. After the block, `sys.modules` holds
-    these modules of the calling program again.
+    The calling program may have its own modules with names such as `models` or `data`. At the end of the `with` block,
+    the calling program's own modules are put back into `sys.modules`.
     """
     callers = pop_modules_with_project_package_names()
     sys.path.insert(0, str(CHECKOUT))

@@ -56,7 +56,7 @@ logger = logging.getLogger("test")
 
 EXIT_ERRORS = 1  # exit status if some images could not be scored
 LONGEST_REASON = 300  # maximum number of characters of an exception's text in an error message
-UNKNOWN_SIZE = (1024, 1024)  # (height, width) that determines the batch size if the first image cannot be read
+UNKNOWN_SIZE = (1024, 1024)  # assumed (height, width) of the first image if its header cannot be read
 
 
 def main(args: Namespace) -> int:
@@ -151,9 +151,8 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
     count = count_images_trained_on(items, detector.trained_on.numpy())
     if count:
         logger.warning(
-            "warning: %d of these %d images are probably training images of the detector, because a training image has"
-            " the same file name, file size and 64 bytes in the middle: scores of training images do not show how well"
-            " the detector works on new images",
+            "warning: %d of these %d images are probably training images of the detector (same file name, file size and"
+            " middle 64 bytes of the file): their scores do not show how well the detector works on new images",
             count,
             len(items),
         )
@@ -199,7 +198,7 @@ def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
     """
     identity = detector.describe_model()
     vgg = identity.get("vgg")
-    # The path of the VGG-19 weights file does not affect the scores, so only the fingerprint of the weights is used.
+    # The fingerprint identifies the VGG-19 weights. The path of the weights file does not affect the scores.
     identity["vgg"] = vgg and vgg["fingerprint"]
     return {
         "detector": identity,
@@ -220,8 +219,8 @@ def read_unscored_batches(
     """Read the images that have no row in the score table yet, and yield batches of images of equal size.
 
     Args:
-        batch_size: maximum number of images per batch. If `batch_size` is None, a batch of two or more images has at
-            most BATCH_PIXELS pixels.
+        batch_size: maximum number of images per batch. If `batch_size` is None, a batch has at most BATCH_PIXELS
+            pixels, or contains a single larger image.
         workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
@@ -245,7 +244,7 @@ def score_images(
     With the option --save-residuals, also draw a picture of each image, its re-synthesis and its residual.
 
     Raises:
-        Stopped: after a batch, if the program has received a signal to stop.
+        Stopped: if the program has received a signal to stop, after the current batch is scored.
     """
     logged_errors = set()
     for batch in batches:
@@ -290,7 +289,7 @@ def score_batch(
 
 
 def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: ResidualPictures, index: int) -> Row:
-    """Score one image. With the option --save-residuals, also draw the picture of its residual.
+    """Score one image. With the option --save-residuals, also draw a picture of the image's residual.
 
     Args:
         image: uint8 (3, H, W).
@@ -347,7 +346,7 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
 
         draw_roc_and_histograms(table, figure)
     else:
-        # `refuse_to_replace_files_of_other_programs` has checked that an existing P.png is a picture of this project.
+        # `refuse_to_replace_files_of_other_programs` has checked that no other program wrote the file `figure`.
         figure.unlink(missing_ok=True)
     writer.delete_partial_tables()
     return table, metrics

@@ -76,7 +76,7 @@ LAST = "last.pth.tar"
 
 # A function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
 # If several processes share a batch, the loss of the batch is the sum of the losses that the processes return.
-# Each other scalar of the batch is also the sum of the scalars that the processes return.
+# Each logged scalar of the batch, such as the accuracy, is also a sum over the processes.
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -207,7 +207,9 @@ def create_dataset(
     augmentation: Augmentation | None = None,
     transform: Callable | None = None,
 ) -> ImageDataset:
-    """Create a dataset of the usable images. An image is usable if its header can be read and its size is suitable.
+    """Create a dataset of the usable images.
+
+    An image is usable if its header can be read and its width and height are allowed by `policy`.
 
     Args:
         skip_bad: whether to leave out unusable images. If `skip_bad` is False, an unusable image raises a UserError.
@@ -222,10 +224,10 @@ def find_smallest_trainable_batch_size(
     """Return the smallest batch size with which the classifier can be trained: 1 or 2.
 
     Batch norm can be trained only if a batch has at least two values per channel. If the classifier's last feature map
-    has a single value per channel and image, then a batch must hold two images.
+    has a single value per channel and image, batch norm can be trained only on two or more images.
 
     Raises:
-        UserError: if batch norm needs two images, but some process gets only one image in a training step.
+        UserError: if batch norm needs two or more images, but a process gets a batch of one image.
     """
     stride = getattr(detector.classifier, "stride", 0)
     shapes = [detector.residual_shape(*size)[1:] for size in set(sizes)]
@@ -236,13 +238,13 @@ def find_smallest_trainable_batch_size(
     if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
             f"batch norm cannot be trained on a single residual of {width} x {height} values: expected at least two"
-            f" images per process in each step, got a step with one image ({sampler.count} training images in batches"
-            f" of {sampler.batch_size}, {sampler.world.size} process(es)); change --batch-size, or use a larger"
+            f" images per process and step, got a step with one image per process ({sampler.count} training images in"
+            f" batches of {sampler.batch_size}, {sampler.world.size} process(es)); change --batch-size, or use a larger"
             " --crop-size or --resize"
         )
     logger.warning(
-        "warning: the smallest residual has %d x %d values, and the stride of the classifier is %d: the last batch norm"
-        " sees one value per channel and image, so the gradients may be very large; use larger images or a lower"
+        "warning: residuals of %d x %d values are small for a classifier with the stride %d: its last batch norm gets"
+        " only one value per channel and image, which can make the gradients very large; use larger images or a lower"
         " --idx-stages",
         width,
         height,
@@ -300,12 +302,12 @@ def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, comput
 
 
 def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
-    """Return `resumed` if this run can continue the training of the checkpoint, or None if this run must start anew.
+    """Return the checkpoint `resumed` if this run continues its training, or None if this run starts a new training.
 
     A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
 
     Raises:
-        UserError: if the training cannot be continued, and the output folder already holds this training.
+        UserError: if the training cannot be continued, and `resumed` is a file in the output folder of this run.
     """
     if resumed is None:
         return None
@@ -315,9 +317,9 @@ def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, 
         if before != value:
             if Path(resumed.name).resolve().parent == last.resolve().parent:
                 raise UserError(
-                    f"{resumed.name} was trained with {flag} = {before}, got {flag} = {value}: to continue this"
-                    f" training, use {flag} = {before}; to start a new training from the checkpoint, give it with"
-                    " --init, and give another --output-path"
+                    f"{resumed.name} was trained with {flag} = {before}, got {flag} = {value}: to continue its"
+                    f" training, use {flag} = {before}; to start a new training from its weights, give the file with"
+                    " --init instead of --resume, and give another --output-path"
                 )
             text = "%s was trained with %s = %s, got %s = %s: a new training starts from the weights in the checkpoint"
             logger.info(text, resumed.name, flag, before, flag, value)
@@ -335,8 +337,9 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
         residual: the residuals of the batch, (B, C_l, H_l, W_l).
 
     Returns:
-        The cross-entropy and the accuracy, as scalars. If several processes share a batch, each scalar of the batch is
-        the sum of the scalars that the processes return.
+        The cross-entropy and the accuracy, as scalars. If several processes share a batch, the cross-entropy of the
+        batch is the sum of the cross-entropies that the processes return. The accuracy of the batch is the sum of the
+        accuracies that the processes return.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -355,8 +358,8 @@ def residual_without_gradients(
 
     Args:
         micro_batch: number of images whose residuals are computed at a time. If `micro_batch` is None, the residuals of
-            the whole batch are computed at a time.
-        batch: images, or residuals that a `data.residuals.ResidualDataset` has read from the cache.
+            the whole batch are computed at once.
+        batch: a batch of images, or a batch of cached residuals from a `data.residuals.ResidualDataset`.
 
     Returns:
         The residuals, float32 (B, C_l, H_l, W_l), on the device of the networks.
@@ -403,8 +406,8 @@ def end_to_end_loss(
     The auxiliary loss is computed on the real images. The auxiliary loss is 0 if the batch has fewer than two real
     images.
 
-    Release: the authors' code degrades a random half of the batches for the auxiliary loss. With `--mode-sr none`, the
-    authors' code computes the auxiliary loss on undegraded images in every step.
+    Release: for the auxiliary loss, the authors' code degrades each batch with probability 0.5. With `--mode-sr none`,
+    the authors' code computes the auxiliary loss on undegraded images in every step.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, H, W)
     counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
@@ -434,8 +437,8 @@ def downsample_and_degrade_images(
 ) -> Tensor | None:
     """Downsample a batch of images, and degrade the low-resolution images at random.
 
-    The seed, the epoch and the training step determine how the batch is degraded. For each image, the seed, the
-    epoch and the index of the image in the dataset determine the random pixels or the noise.
+    The seed, the epoch and the training step determine how the batch is degraded. The noise or the grey pixels of an
+    image are drawn with a random generator whose seed depends on the epoch and on the index of the image.
 
     Returns:
         the degraded low-resolution batch (B, 3, h, w), or None if the batch is not degraded.
@@ -459,7 +462,7 @@ def call_function_in_micro_batches(
     Args:
         function: takes a `slice` of the batch, and returns two tensors with one row per image of the slice.
         count: number of images in the batch.
-        micro_batch: number of images per slice. None means a single slice with all images.
+        micro_batch: number of images per slice. If `micro_batch` is None, `function` is called once for all images.
     """
     if micro_batch is None or micro_batch >= count:
         return function(slice(0, count))
@@ -479,7 +482,7 @@ def residual_cache_key(
 ) -> dict[str, object]:
     """Return a dict that describes how residuals are computed: the networks, the image sizes and the arithmetic.
 
-    A run uses a cached residual only if the dict of the run that stored the residual is equal.
+    A run uses a cached residual only if the run that stored the residual had an equal dict.
 
     Args:
         code: hashes of the source code of the re-synthesizer and the features. A change of the source code can change

@@ -237,8 +237,8 @@ class PatchDegradations(NamedTuple):
         """Degrade each patch of x_lr (B, 3, p, p) at random.
 
         Args:
-            keys: for each patch, the epoch, the index of the image, and the index of the patch in the image. A key and
-                the seed determine the random numbers of the patch.
+            keys: for each patch, the epoch, the index of the image, and the index of the patch in the image. The
+                random numbers for a patch depend only on its key and on `self.seed`.
         """
         if not (self.augment or self.completion or self.colorization):
             return x_lr
@@ -260,8 +260,8 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, each scalar of the batch is
-            the sum of the scalars that the processes return.
+        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, the loss of the batch is
+            the sum of the losses that the processes return. The L1 term of the batch is also a sum over the processes.
         pictures: n pictures, (n, 3, P, 3 * P). Each picture shows the input, the re-synthesis and the target of a patch
             side by side.
     """
@@ -321,8 +321,8 @@ def warn_if_psnr_is_below_bicubic(values: dict[str, float]) -> None:
     """Warn if the PSNR of the network is lower than the PSNR of bicubic interpolation.
 
     Args:
-        values: a dict that may contain the result of `compute_mean_psnr_and_ssim`. Without this result, the function
-            does not warn.
+        values: a dict that may contain the result of `compute_mean_psnr_and_ssim`. If `values` contains no PSNR, the
+            function does not warn.
     """
     if values.get("psnr", 0) < values.get("psnr_bicubic", 0):
         logger.warning("warning: the network has a lower PSNR than bicubic interpolation: train the network longer")
@@ -382,7 +382,8 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
     """Return a dict from file name to state dict for the checkpoint epoch_N.pth of an epoch.
 
-    Release: the authors' code also saves epoch_N.pth as a state dict. In the file name, N counts the epochs from 0.
+    Release: the authors' code also saves epoch_N.pth as a state dict. The number N in the file
+    name epoch_N.pth counts the epochs from 0.
     """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}

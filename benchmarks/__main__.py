@@ -44,7 +44,8 @@ GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
     """List the rows of the table.
 
-    Each row is a `Case`. The field `form` of each `Case` is a placeholder, because a row compares several forms.
+    Each row of the table is described by a `Case`. Before a measurement, the field `form` of the `Case` is replaced by
+    the name of the measured implementation.
     """
     gpu = args.gpu
     if args.quick:
@@ -80,7 +81,8 @@ def estimate_tflop(case: Case) -> float:
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
     if case.kind == "step, fine-tuning":
-        # A step costs 4 forward passes, because checkpointing runs 2, and the backward pass costs as much as 2 more
+        # With gradient checkpointing, a training step runs the forward pass twice.
+        # The backward pass takes as many operations as two forward passes.
         auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2  # the auxiliary loss is computed on half of the images
         return 4 * megapixels * (resynthesis + auxiliary)
     if case.kind == "step, train_sr.py":
@@ -107,7 +109,7 @@ def measure_in_new_process(case: Case) -> dict[str, float] | None:
 
 
 def measure_implementations_of_case(case: Case, rounds: int) -> tuple[str, ...]:
-    """Measure each implementation of a row `rounds` times. Returns the cells of the row as texts."""
+    """Measure each implementation of a row `rounds` times. Return the texts of the table cells in the row."""
     best = {}
     for _ in range(rounds):
         for form in list_network_implementations(case):
@@ -165,11 +167,11 @@ def measure_and_print_startup_times(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
-    text = "height and width of the images in pixels, if the CPU is measured (default: 512)"
+    text = "height and width in pixels of the images with which the CPU is measured (default: 512)"
     parser.add_argument("--side", type=int, default=512, metavar="N", help=text)
     text = "how often each implementation is measured (default: 2)"
     parser.add_argument("--rounds", type=int, default=2, metavar="N", help=text)
-    text = "features to measure: 0 = pixels, 5 = stage 5 of VGG-19 (default: 0 5)"
+    text = "features of the measured detectors: 0 = pixels, 5 = stage 5 of VGG-19 (default: 0 5)"
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 5], choices=(0, 5), help=text)
     text = "number of the GPU on which to measure, or cpu (default: cpu)"
     parser.add_argument("--gpu", metavar="N|cpu", default="cpu", help=text)

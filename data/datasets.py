@@ -45,7 +45,7 @@ Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, ge
 
 
 class Key(NamedTuple):
-    """The epoch in which a dataset entry is read, the index of the entry, and its weight in the loss.
+    """A `Key` tells a dataset which entry to read, and for which epoch.
 
     `dataset[key]` reads the entry that `key` names.
     """
@@ -60,21 +60,22 @@ class Sample(NamedTuple):
 
     key: Key
     item: Item
-    x: Tensor | None  # (K, ...): K stacked uint8 images or patches, or K stacked residuals; None after an error
+    x: Tensor | None  # (K, ...): K tensors of one image, stacked along dimension 0; None after an error
     error: str | None = None  # reason in one line why the image cannot be used
 
 
 class Batch(NamedTuple):
     """A batch of B images, patches or residuals of equal shape.
 
-    An image that could not be read has no row in the tensors. Its error message is in `errors`.
+    An image that could not be read has no row in the tensors. `errors` contains the error message of each image that has
+    no row.
     """
 
-    x: Tensor  # uint8 images (B, 3, H, W) in 0..255, or residuals (B, C_l, H_l, W_l) with C_l channels
+    x: Tensor  # B images or patches, uint8 (B, 3, H, W), or B residuals, float (B, channels, height, width)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
-    weights: Tensor  # float32 (B,): factor for the loss of each row, before the losses of all rows are added
+    weights: Tensor  # float32 (B,): factor by which the loss of each row is multiplied
     items: list[Item]  # the image of each row
-    keys: list[tuple[int, int, int]]  # for each row: (epoch, index in the dataset, index k of the tensor in the sample)
+    keys: list[tuple[int, int, int]]  # for each row: epoch, index of the dataset entry, number of the patch (or 0)
     errors: dict[int, str]  # index in the dataset -> one-line error message
 
 
@@ -84,8 +85,8 @@ class Batch(NamedTuple):
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch.
 
-    All tensors in a batch have equal shape. If the tensors of a sample differ in shape from the tensors of the first
-    readable sample, the batch contains an error message instead of the sample.
+    The first readable sample determines the shape of all tensors in the batch. For a sample whose tensors have another
+    shape, the batch contains only an error message.
     """
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
@@ -139,7 +140,7 @@ def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixe
 
 
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
-    """Return whether `batch` can be merged with the batches in `waiting`.
+    """Return whether `batch` can be merged with `waiting`, a list of batches that will become one batch.
 
     All images must be in the same block of the dataset. All images must have equal size. A merged batch must have at
     most `pixels` pixels.
@@ -188,9 +189,10 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 class EpochBatchSampler(Sampler):
     """A `batch_sampler` for DataLoader that yields a list of `Key`s for each batch of one epoch.
 
-    If n processes share each batch, process r gets the entries r, r + n, r + 2 n and so on of the batch. The last batch
-    of an epoch may be smaller. All processes must take the same number of steps. If a batch has fewer entries than
-    there are processes, each process without an entry gets the first entry of the batch with weight 0.
+    If n processes share each batch, process r gets every n-th entry of the batch, starting with entry r. The last batch
+    of an epoch may have fewer entries than the other batches. All processes must take the same number of steps. If a
+    batch has fewer entries than there are processes, each process without an entry gets the first entry of the batch
+    with weight 0.
 
     Args:
         count: number of entries in the dataset.
@@ -204,7 +206,7 @@ class EpochBatchSampler(Sampler):
         self.batch_size = batch_size
         self.seed = seed
         self.world = world
-        self.steps = -(-count // batch_size)  # number of steps in a whole epoch
+        self.steps = -(-count // batch_size)  # number of batches per epoch: count / batch_size, rounded up
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, first_step: int = 0) -> None:
@@ -233,7 +235,7 @@ class EpochBatchSampler(Sampler):
                 yield [Key(self.epoch, batch[0], 0.0)]
 
     def compute_smallest_batch_size_of_any_process(self) -> int:
-        """Return the smallest number of entries that any process gets in any step of the epoch."""
+        """Return the smallest number of entries that one process gets in one step, over all processes and steps."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
@@ -293,8 +295,8 @@ class ImageDataset(ItemDataset):
 
     Args:
         augmentation: random mirroring and cropping, or None for centre crops without mirroring.
-        transform: called as transform(image, rng) on each image, uint8 (3, H, W), before the image is resized and
-            cropped. `rng` is a random generator, or None if `augmentation` is None.
+        transform: function (image, random generator) -> image that is applied before resizing and cropping. Without
+            `augmentation`, the function gets None instead of a random generator.
         headers: the header of each image, or an empty sequence if the headers were not read.
     """
 
@@ -348,9 +350,9 @@ class PatchDataset(ItemDataset):
     """A dataset that cuts K random patches from each high-resolution image.
 
     A patch has `patch_size * scale` pixels per side. Images are first centre-cropped so that their sides are multiples
-    of `scale`. The borders of a patch lie between low-resolution pixels, which are `scale` pixels wide. Horizontal
-    flip, vertical flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and in
-    yjn870/RDN-pytorch (MIT licence).
+    of `scale`. In the cropped image, the row and the column of a patch's top left pixel are multiples of `scale`.
+    Horizontal flip, vertical flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and
+    in yjn870/RDN-pytorch (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
@@ -379,7 +381,8 @@ class PatchDataset(ItemDataset):
 def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
     """Cut a random patch out of an image, then flip and rotate the patch at random.
 
-    The borders of the patch lie between low-resolution pixels, which are `scale` pixels wide.
+    The patch is cut from the largest centred box whose sides are multiples of `scale`. In this box, the row and the
+    column of the patch's top left pixel are multiples of `scale`.
 
     Returns:
         the patch, uint8 (3, P, P) with P = patch_size * scale.
@@ -456,7 +459,7 @@ def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
 def _batches_fit_in_shared_memory(size: int, workers: int) -> bool:
     """Return whether shared memory has space for all batches that the workers may store at the same time.
 
-    A reserve of 1 MB is added to the size of each batch.
+    As a safety margin, the function adds 1 MB to the size of each batch.
 
     Args:
         size: size of a batch in bytes.
@@ -470,7 +473,7 @@ def _batches_fit_in_shared_memory(size: int, workers: int) -> bool:
 
 
 def _apply_to_batch_tensors(batch: Batch, function: Callable) -> Batch:
-    """Return a copy of `batch` with `function` applied to `x`, `labels` and `weights`."""
+    """Apply `function` to the tensors `x`, `labels` and `weights` of a batch, and return a batch with the results."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 

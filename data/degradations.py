@@ -1,8 +1,9 @@
-"""Degradations of low-resolution images, for the auxiliary tasks of train_detector.py and the patches of train_sr.py.
+"""Functions that degrade low-resolution images by noise, JPEG compression, and grey or black pixels.
 
-In an auxiliary task, the re-synthesizer also learns to denoise or colorize its input. According to section 3.3 of the
-paper, auxiliary tasks make the residual robust. To add an auxiliary task, write a function and add a line to TASKS. All
-images are tensors (3, h, w) with values in [0, 1]. After noise is added to an image, its values may be outside [0, 1].
+train_detector.py degrades images in auxiliary tasks, and train_sr.py degrades training patches. In an auxiliary task,
+the re-synthesizer also learns to denoise or colorize its input. According to section 3.3 of the paper, auxiliary tasks
+make the residual robust. To add an auxiliary task, write a function and add a line to TASKS. All images are tensors
+(3, h, w) with values in [0, 1]. `add_noise` does not clip its result to [0, 1].
 """
 
 import io
@@ -20,7 +21,7 @@ TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxili
 TASK_NOISE_STD = 4 / 255
 TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-# If two degradations are switched on, each has probability 1 - sqrt(0.5), so that half of the patches stay unchanged.
+# A patch that can get two degradations stays unchanged with probability (1 - PATCH_PROBABILITY) ** 2, which is 0.5.
 PATCH_PROBABILITY = 1 - math.sqrt(0.5)
 PATCH_NOISE_STD = (0, 10 / 255)
 PATCH_JPEG_QUALITY = (25, 74)  # lowest and highest quality, both included
@@ -92,9 +93,8 @@ def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
     return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
 
 
-# TASKS maps the name of each auxiliary task to a function that creates a `Degradation` for one batch.
-# The argument of the function is a random generator.
-# The auxiliary task "none" has no degradation.
+# For each auxiliary task, TASKS contains a function that creates a `Degradation` from a random generator.
+# The auxiliary task "none" does not degrade images, so TASKS contains None instead of a function.
 TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
 
 
@@ -129,8 +129,8 @@ def degrade_patch(
 ) -> Tensor:
     """Degrade a training patch (3, h, w) at random.
 
-    Each degradation that is switched on is applied with probability PATCH_PROBABILITY. U(a, b) is a random number,
-    uniformly distributed between a and b.
+    Each degradation that an argument requests is applied with probability PATCH_PROBABILITY. In the list of arguments,
+    U(a, b) stands for a random number that is uniformly distributed between a and b.
 
     Args:
         augment: whether to add noise with a standard deviation U(0, 10) / 255, and to compress the patch as JPEG with

@@ -70,8 +70,7 @@ def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: 
     """Select the subfolders that `find_images` searches.
 
     Args:
-        left_out: number of left-out files and folders for each reason. This function adds the subfolders that it leaves
-            out.
+        left_out: number of left-out files and folders for each reason, which this function increases in place.
     """
     selected = []
     for name in sorted(subfolders):
@@ -89,7 +88,7 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
     Args:
         names: names of all files in the folder.
-        left_out: number of left-out files and folders for each reason. This function adds the files that it leaves out.
+        left_out: number of left-out files and folders for each reason, which this function increases in place.
     """
     images = []
     for name in names:

@@ -27,13 +27,13 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 # Pillow's warnings are hidden, because this module raises a UserError for each image that cannot be used.
-# warnings.catch_warnings must not be used in threads, so the warnings are hidden for the whole program.
+# The filter is set once for the whole program, because warnings.catch_warnings must not be used in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is left out, because EPS files contain programs
 if HAS_AVIF:
     FORMATS += ("AVIF",)
-MAX_PIXELS = 178_956_970  # twice Pillow's default MAX_IMAGE_PIXELS, above which Pillow refuses to decode an image
+MAX_PIXELS = 178_956_970  # largest number of pixels that Pillow decodes by default: 2 * Image.MAX_IMAGE_PIXELS
 HEADER_THREADS = 16  # number of threads that read headers; these threads mostly wait for the disk
 Tag = ExifTags.Base  # numbers of the tags in EXIF data and TIFF files
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
@@ -45,7 +45,7 @@ class SizePolicy(NamedTuple):
     Images are resized, then cropped, then centre-cropped so that both sides are multiples of `scale`.
     """
 
-    scale: int = 4  # factor by which the re-synthesizer enlarges images; sides become multiples of `scale`
+    scale: int = 4  # factor by which the re-synthesizer enlarges images; image sides are cut to multiples of `scale`
     crop_size: int | None = None  # side of the square crop in pixels, or None for no crop
     resize: int | None = None  # length of the shorter side after resizing, in pixels, or None for no resizing
     min_side: int = 1  # smallest image side, in pixels, for which residuals can be computed
@@ -84,9 +84,10 @@ def read_image_as_pillow_rgb(path: str) -> Image.Image:
 
 
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Convert a decoded image to an upright 8-bit RGB image, as `read_image_as_pillow_rgb` describes.
+    """Convert a decoded image to an upright 8-bit RGB image.
 
-    This function may change the argument `image` in place.
+    The docstring of `read_image_as_pillow_rgb` lists the rules of the conversion. This function may change the argument
+    `image` in place.
     """
     with suppress(Exception):  # an image with damaged EXIF data can still be used
         ImageOps.exif_transpose(image, in_place=True)
@@ -122,7 +123,7 @@ def open_image(path: str) -> Iterator[Image.Image]:
     """Open an image file and read its header.
 
     Raises:
-        UserError: if the file cannot be opened, or if the body of the `with` statement raises an exception.
+        UserError: if the file cannot be opened, or if the caller's `with open_image(...)` block raises an exception.
     """
     try:
         _check_regular_file(path)
@@ -215,7 +216,7 @@ def require_large_enough_crops(policy: SizePolicy) -> None:
 def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     """Return why images with `height` x `width` pixels cannot be used, or None if they can be used.
 
-    The returned text continues a sentence that begins with a file name, such as "is 5 x 5 pixels: ...".
+    The returned text is the end of a sentence about an image, such as "is 5 x 5 pixels: ...".
     """
     text = f"is {width} x {height} pixels"
     height, width = _compute_size_after_resize(height, width, policy)
@@ -229,7 +230,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
             " (or --patch-size), or leave the image out"
         )
     if policy.crop_size is not None:
-        return None  # `require_large_enough_crops` checks whether `policy.crop_size` is too small
+        return None  # the networks get only crops, whose size `require_large_enough_crops` checks
     side = min(height, width)
     if side < policy.scale:
         return f"{text}: both sides must be at least {policy.scale} pixels (the scale); leave the image out"
@@ -244,7 +245,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
 def _compute_size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
     """Compute the (height, width) of an image after resizing its shorter side to `policy.resize`.
 
-    The aspect ratio is kept, and the length of the longer side is rounded down.
+    The function keeps the aspect ratio, apart from rounding the longer side down to whole pixels.
     """
     if policy.resize is None:
         return height, width

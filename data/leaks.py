@@ -26,7 +26,8 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# The audit reports an attribute value if its frequencies in real and in fake images differ by at least this much.
+# These are the smallest differences between real and fake images that the audit reports as a leak and as a warning.
+# Each difference is between the fraction of real images and the fraction of fake images with one attribute value.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
@@ -81,7 +82,7 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
     """Search image files for leaks and duplicates.
 
     Args:
-        quick: whether to read at most SAMPLE images of each class from each list. Otherwise, all images are read.
+        quick: whether to read at most SAMPLE images of each class from `train` and from `validation`, instead of all.
     """
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
@@ -131,13 +132,14 @@ def list_image_header_attributes(image: Image.Image) -> dict[str, str]:
     attributes = {
         "format": image.format,
         "size": f"{width} x {height}",
-        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # in pixels, rounded to a power of sqrt(2)
+        "shorter side": f"about {2 ** (half_octaves / 2):.0f}",  # length in pixels, rounded to a power of sqrt(2)
         "colour mode": image.mode,
     }
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO files, which contain several JPEG images
         luminance_table = image.quantization[min(image.quantization)]
         scale = sum(luminance_table) / QUALITY_50
-        quality = 50 / scale if scale > 1 else 100 - 50 * scale  # exact for libjpeg qualities from 20 to 99
+        # If libjpeg compressed the image with a quality from 20 to 99, then `quality` rounds to the same number.
+        quality = 50 / scale if scale > 1 else 100 - 50 * scale
         attributes["format"] = "JPEG"
         attributes["JPEG quality"] = f"quality {quality:.0f}"
     return attributes
@@ -147,8 +149,9 @@ def find_attributes_that_separate_classes(files: Sequence[File]) -> list[Finding
     """Find attributes whose values differ between real and fake images.
 
     Training and validation images are searched separately. First, the fake images of all generators together are
-    compared with the real images. If an attribute does not separate these two classes, the fake images of each
-    generator are compared with the real images for this generator.
+    compared with the real images. If this comparison finds no difference in an attribute, the fake images of each
+    generator are compared separately. Each generator is compared with the real images that name this generator in
+    `Item.generator`, and with the real images that name no generator.
     """
     findings = []
     for split in ("train", "validation"):
@@ -168,7 +171,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
     """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
 
     Args:
-        where: text that names the compared images in the returned finding, such as "train".
+        where: description of `files`, such as "train", which is copied into the finding.
     """
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
@@ -178,7 +181,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    # `three_sigma` is at least three standard deviations of the difference that chance alone causes
+    # If both classes are samples of one population, `three_sigma` is at least 3 standard deviations of the difference.
     three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None
@@ -220,7 +223,7 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
 
 
 def group_files_with_equal_key(files: Sequence[File], key: Callable[[File], object]) -> list[list[File]]:
-    """Group files with equal values of `key(file)`, and return the groups that contain at least two files."""
+    """Group files for which `key` returns equal values, and return the groups of at least two files."""
     groups = defaultdict(list)
     for file in files:
         groups[key(file)].append(file)

@@ -39,7 +39,7 @@ class Item(NamedTuple):
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
     # For a fake image, `generator` is the name of the generator that made the image.
-    # For a real image, `generator` is the name of the generator whose fake images are compared with the image.
+    # A real image gets the name of a generator if metrics compare it only with the fake images of that generator.
     # The value "" means that no generator is named.
     generator: str
 
@@ -49,7 +49,7 @@ class ImageFlags(NamedTuple):
 
     real: str = "--data-root-pos"
     fake: str = "--data-root-neg"
-    others: str = "--data-root TREE, or --csv FILE"  # text that names the alternatives to the flags `real` and `fake`
+    others: str = "--data-root TREE, or --csv FILE"  # other ways to give images, for error messages
 
 
 IMAGE_FLAGS = ImageFlags()
@@ -61,8 +61,8 @@ IMAGE_FLAGS = ImageFlags()
 def list_labelled_images_in_folders(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
     """List the images of folders: first the real images, then the fake images.
 
-    All images in a folder of fake images get the name of the folder as the name of their generator. If two of
-    these folders have the same name, all generator names also contain parent folders, such as "run1/stylegan".
+    All images in a folder of fake images get the name of the folder as the name of their generator. If two folders of
+    fake images have the same name, all generator names also contain parent folders, such as "run1/stylegan".
 
     Raises:
         UserError: if no folder is given, if one folder contains another, or if a folder has no images.
@@ -106,9 +106,10 @@ def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item
     """List the images of a folder tree: first the real images, then the fake images.
 
     Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
-    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. Images in `root`/0_real get the name of `root` as the name
-    of their generator. Metrics compare the fake images of GENERATOR with the real images in GENERATOR/0_real. If
-    images are left out, one log line says how many images are used, and how many are left out.
+    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. Images in `root`/0_real and `root`/1_fake get the name of
+    the folder `root` as the name of their generator. Metrics compare the fake images in GENERATOR/1_fake with the real
+    images in GENERATOR/0_real. If images are left out, one log line says how many images are used, and how many are
+    left out.
 
     Args:
         training: whether to leave out images in folders for validation or test (HELD_OUT_FOLDERS).
@@ -151,8 +152,9 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
         folders: names of the folders in the path, from the root of the folder tree down.
 
     Returns:
-        the entry of LAYOUTS that contains the name of the folder, and the index of the folder in `folders`. If the path
-        contains no folder of real or fake images, the function returns None and 0.
+        the pair of folder names in LAYOUTS to which the found folder belongs, such as ("nature", "ai"), and the index
+        of the found folder in `folders`. If the path contains no folder of real or fake images, the function returns
+        None and 0.
     """
     for layout in LAYOUTS:
         for position, folder in enumerate(folders):
@@ -164,8 +166,8 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     """Return the name of the generator of an image.
 
-    Folder names such as "train" and "test" are ignored. The name of the generator is the first remaining entry of
-    `parents`. If no entry remains, the generator gets the name of the folder `root`.
+    The generator is named after the first folder in `parents`, except folders such as "train" and "test". If `parents`
+    contains no other folder, the generator is named after the folder `root`.
 
     Args:
         root: root of the folder tree.
@@ -269,7 +271,7 @@ def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list
         what: text that names `file` in an error message.
 
     Raises:
-        UserError: if `names` is empty, or if a file does not exist.
+        UserError: if `names` is empty, or if a listed file does not exist.
     """
     if not names:
         raise UserError(f"{what} lists no images: expected at least one image path")
@@ -287,7 +289,7 @@ def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list
 def _find_listed_image_file(name: str, folder: str) -> str | None:
     """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
 
-    If the file does not exist, the function also tries `name` without leading and trailing spaces.
+    The function first tries `name` as written, then `name` without leading and trailing spaces.
     """
     for spelling in (name, name.strip()):
         for path in (spelling, os.path.join(folder, spelling)):
@@ -432,11 +434,11 @@ def describe_and_hash_image_list(items: Sequence[Item]) -> str:
 
 
 def hash_image_files(items: Sequence[Item]) -> np.ndarray:
-    """Compute hashes of image files, with which `count_images_trained_on` later recognizes training images.
+    """Compute hashes of training images, by which `count_images_trained_on` recognizes the images later.
 
     Returns:
-        int64 (N, 2), with one row per image. The first column contains a hash of the name and the size of the file. The
-        second column contains a hash of 64 bytes of the file.
+        the hashes, int64 (N, 2): each row contains two hashes of one image file. The first column contains a hash of
+        the name and the size of the file. The second column contains a hash of 64 bytes in the middle of the file.
     """
     rows = [(_hash_name_and_size(item.path), _hash_middle_of_file(item.path)) for item in items]
     return np.array(rows, np.int64).reshape(-1, 2)

@@ -177,7 +177,8 @@ def shrink_and_enlarge_at_strength(image: Tensor, factor: float, _: np.random.Ge
 class Sweep(NamedTuple):
     """One perturbation of the protocol "sweep", and the strengths at which it is applied."""
 
-    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None  # returns the perturbed image
+    # `apply` is called as apply(image, strength, random generator), and returns the perturbed image.
+    apply: Callable[[Tensor, float, np.random.Generator], Tensor] | None = None
     strengths: tuple[float, ...] = ()
     label: str = "{:g}"  # format of a strength in tables
     axis: str = "strength"  # label of the strength axis in figures
@@ -200,17 +201,17 @@ SWEEP = {
 
 
 class PerturbationSetting(NamedTuple):
-    """The name of a perturbation and, in the protocol sweep, its strength.
+    """A choice of one perturbation, and of its strength if the protocol is sweep.
 
     The perturbation "none" does not change images.
     """
 
     name: str
-    strength: float | None = None  # None if the perturbation has no fixed strength
+    strength: float | None = None  # None for "none", and for all perturbations of the protocol frank2020
 
     @property
     def get_sweep_of_perturbation_or_default(self) -> Sweep:
-        """The entry of SWEEP for the perturbation `name`, or a default `Sweep` if SWEEP has no such entry."""
+        """The `Sweep` of the perturbation `name`, or a default `Sweep` if `name` is not in SWEEP."""
         return SWEEP.get(self.name, Sweep())
 
     @property
@@ -243,7 +244,8 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
 
     Args:
         protocol: "frank2020" or "sweep".
-        requested: pairs (name, strength). The strength None means all strengths. The name "all" means all settings.
+        requested: pairs (name, strength). A pair with the strength None selects all strengths of the perturbation. A
+            pair with the name "all" selects every perturbation.
 
     Returns:
         the settings in the requested order, without duplicates.
@@ -276,7 +278,7 @@ class Perturbation(NamedTuple):
 
     In the protocol frank2020, a perturbation is applied to an image with probability 0.5. The setting "combined"
     applies each of its four perturbations with probability 0.5. In the protocol sweep, every image is perturbed. In the
-    protocol sweep, the perturbation "noise" multiplies one noise pattern per image by the strength.
+    protocol sweep, "noise" adds the same random pattern to an image at every strength, multiplied by the strength.
     """
 
     setting: PerturbationSetting

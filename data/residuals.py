@@ -1,9 +1,9 @@
 """Store residuals on disk for training with a frozen re-synthesizer.
 
-If the re-synthesizer is frozen, the residual of an image is the same in every epoch. Therefore each residual is
-computed only once and stored in a cache. The cache has one file for each crop of an image, and one file for each
-mirrored crop. The residual of a mirrored image is not the mirrored residual, because the networks are not symmetric.
-The name of the cache folder is a hash of all settings that change residuals. Before each epoch,
+A frozen re-synthesizer computes the same residual of an image in every epoch. Therefore each residual is computed only
+once and stored in a cache. The cache has one file for each crop of an image, and one file for each mirrored crop. The
+residual of a mirrored image is not the mirrored residual, because the networks are not symmetric. The name of the cache
+folder is a hash of all settings that change residuals. Before each epoch,
 `ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. During the epoch, the cached
 residuals are read instead of the images.
 """
@@ -166,17 +166,17 @@ class ResidualDataset(Dataset):
     ) -> None:
         """Compute and store all residuals that an epoch needs, except those that are in the cache already.
 
-        Each process computes a part of the residuals. Residuals are computed for one image at a time, so that they do
-        not depend on other images in a batch.
+        The missing residuals are divided among the processes. Residuals are computed for one image at a time, so that
+        they do not depend on other images in a batch.
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: called as readable_batches(loader, description), to iterate over the batches of `loader`
-                whose image could be read.
+            readable_batches: function (loader, description) that yields the batches whose image could be read. The
+                description is the text of the progress bar.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.is_residual_stored(key)]
-        barrier(world)  # all processes must list the missing residuals before any process stores one
+        barrier(world)  # before a process stores residuals, each process must have computed `missing`
         own_keys = missing[world.rank :: world.size]
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
@@ -191,7 +191,7 @@ class CacheOptions(NamedTuple):
 
     folder: str | Path  # parent folder of all cache folders
     precision: str  # "fp16" or "fp32"
-    max_gb: float  # maximum total size of the residuals in GB; if they need more, no residual is stored
+    max_gb: float  # maximum total size of all residuals in GB; no residual is stored if the total is larger
 
 
 def create_residual_datasets(
@@ -208,8 +208,8 @@ def create_residual_datasets(
         key: names and values of all settings that change residuals.
 
     Returns:
-        a list of one dataset of residuals for each dataset of images. The list is empty if crops or perturbations
-        change in each epoch, or if the residuals take too much space.
+        a list of one dataset of residuals for each dataset of images. The list is empty if the images change in each
+        epoch. The list is also empty if the residuals take too much space.
     """
     for images in datasets:
         if images.crops_change_each_epoch or images.transform:

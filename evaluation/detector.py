@@ -4,7 +4,7 @@
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py also uses the Python class `Detector`, so `Detector.predict` and test.py give equal scores.
+test.py scores images with the Python class `Detector`, so `Detector.predict` and test.py give equal scores.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -75,8 +75,8 @@ class Detector:
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
         """Compute the residual of each image: the features of its re-synthesis minus the features of the image.
 
-        By default, a residual is the absolute value of this difference. Each residual is float32 (C_l, H_l, W_l) on
-        the CPU. If `crops` is greater than 1, the residual is computed on the whole image.
+        By default, a residual is the absolute value of the difference between the two feature maps. Each residual is
+        float32 (C_l, H_l, W_l) on the CPU. Even if `crops` is greater than 1, `residual` uses the whole image.
         """
         residuals = []
         for batch in self._group_images_into_batches(images):
@@ -161,7 +161,7 @@ class Detector:
     def resize_and_crop_policy_for_reading(self) -> SizePolicy:
         """Return the rule by which images are resized and cropped when they are read.
 
-        If `crops` is greater than 1, the rule has no crop size, because `cut_crops` cuts the crops after reading.
+        If `crops` is greater than 1, the returned rule has no crop size, because `cut_crops` later cuts the crops.
         """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
@@ -181,7 +181,7 @@ class Detector:
     def _group_images_into_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
         """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W).
 
-        By default, test.py forms batches by the same rule.
+        This function and test.py form equal batches, unless test.py runs with the option --batch-size.
         """
         if is_one_image(images):
             images = [images]
@@ -246,8 +246,8 @@ def describe_training_images(images: ImageDataset) -> dict:
 
     Returns:
         A dict with the keys "sides" and "jpegs". "sides" holds the minimum and the maximum, in pixels, of the
-        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, "jpegs" is set to
-        0.5, because the perturbations include JPEG compression.
+        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, the value
+        0.5 is stored under "jpegs", because the perturbations include JPEG compression.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))

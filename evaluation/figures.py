@@ -77,9 +77,9 @@ def draw_auroc_by_perturbation_strength(
     In each panel, the strength that changes images most is on the right.
 
     Args:
-        curves: for each perturbation, a list of pairs (strength, {name of a generator: its metrics}), sorted by
-            strength.
-        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows this AUROC on
+        curves: a dict {name of a perturbation: list of pairs}. Each pair holds a strength and a dict {name of a
+            generator: its metrics at this strength}. The pairs are sorted by strength.
+        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows the AUROC on
             unperturbed images.
     """
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
@@ -116,7 +116,7 @@ def draw_residual_picture(
         x: the image (3, H, W). Values of x outside [0, 1] are clipped.
         x_hat: the re-synthesis (3, H, W). Values of x_hat outside [0, 1] are clipped.
         residual: (H_l, W_l), the mean over the channels of the residual's absolute values. The largest 0.5 % of the
-            values share the brightest colour, so that a few very large values do not make the picture dark.
+            residual's values share the brightest colour, so that a few very large values do not make the picture dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -146,7 +146,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
         if metrics.has_real_and_fake_images(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
-                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # a logarithmic axis has no 0: 0 is drawn here
+                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # an FPR of 0 is drawn at this value
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
             label = f"{shorten_name_for_legend(name)}  {metrics.auroc(scores, is_fake):.3f}"
@@ -170,7 +170,8 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     """
     table = table.select_rows(table.has_label_and_score if table.has_label_and_score.any() else table.has_score)
     edges = histogram_bin_edges(table.logit_margins)
-    scores = np.clip(table.logit_margins, edges[0], edges[-1])  # outliers count in the outer bins
+    # The first and the last bin also count the scores that lie outside all bins
+    scores = np.clip(table.logit_margins, edges[0], edges[-1])
     for name, rows, look in select_images_of_each_histogram(table):
         if rows.any():
             fractions = np.histogram(scores[rows], edges)[0] / rows.sum()

@@ -58,7 +58,7 @@ def load(
             "resize" (0 disables resizing) and "crops" replace the settings used in training.
 
     Raises:
-        UserError: if the device does not exist, a precision or option is unknown, or the files do not fit together.
+        UserError: if an argument is invalid, a file cannot be read, or the weights differ from those used in training.
     """
     for name, path in (("checkpoint", checkpoint), ("vgg_weights", vgg_weights)):
         if not isinstance(path, str | os.PathLike):
@@ -77,7 +77,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector that runs on `compute.device`. The function `load` explains the arguments after `compute`."""
+    """Load a detector that runs on `compute.device`. `load` explains all arguments except `compute`."""
     source = read_checkpoint_if_path_is_given(checkpoint)
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -124,7 +124,7 @@ def select_settings_that_load_accepts(settings: Mapping) -> dict:
 
 
 def check_load_options(options: Mapping) -> dict:
-    """Check the argument `options` of `load`, and convert the names in ALIASES to the names of options.
+    """Check the argument `options` of `load`, and replace "idx_stages" by "stage" and "no_dilation" by "dilated".
 
     Raises:
         UserError: if an option is unknown or its value is impossible.
@@ -161,10 +161,10 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
     """Check the entry "images" of a checkpoint's config, which describes the training images.
 
     Returns:
-        The entry "images"; empty if the config has none.
+        The entry "images", or an empty dict if the config has no entry "images".
 
     Raises:
-        UserError: if a value is impossible.
+        UserError: if the entry "images" contains an invalid value.
     """
     images = Fields(config.get("images"), name, "config.images")
     for key in ("crop_size", "resize"):
@@ -206,7 +206,8 @@ def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> Image
     If the user does not choose "crop_size" or "resize", the value from training is used.
 
     Args:
-        trained: the values of "crop_size" and "resize" in training. An unknown value is left out.
+        trained: the values of "crop_size" and "resize" in training. If the checkpoint does not store a value, its key
+            is missing.
         options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that the user does
             not choose has the value None or is missing.
 
@@ -227,7 +228,7 @@ def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> Image
 
 
 def log_resize_and_crop_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
-    """Log the values of --crop-size and --resize that the user did not choose, and the number of crops.
+    """Log the values of --crop-size and --resize that are taken from training, and the number of crops.
 
     For a value that differs from training, a warning is logged.
     """
@@ -236,7 +237,8 @@ def log_resize_and_crop_settings(settings: ImageSettings, trained: Mapping, opti
         used = getattr(settings, name)
         in_training = trained.get(name) or None
         if options.get(name) is None and in_training:
-            logger.info("the option %s has the value %d, as in training; %s 0 disables it", flag, in_training, flag)
+            text = "the option %s is set to %d pixels, as in training; give %s 0 to disable the option"
+            logger.info(text, flag, in_training, flag)
         elif trained and used != in_training:
             text = "warning: %s is %d, and training had %s: the scores may be less accurate"
             logger.warning(text, flag, used or 0, in_training or "none")

@@ -2,8 +2,8 @@
 
 FAKE IS THE POSITIVE CLASS: an image with a higher score is more likely to be generated. A false positive is a real
 image that is called fake. Exception: REAL is the positive class of precision_real_positive and recall_real_positive, as
-in the program of the paper's authors. A metric that is not defined, for example because a class is missing, is None. No
-metric is NaN, so that metrics can be written as JSON.
+in the program of the paper's authors. The value of an undefined metric is None. For example, AUROC is None if all
+images are real. No metric is NaN, so that metrics can be written as JSON.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -138,7 +138,8 @@ def compute_bootstrap_intervals(
     drawn. Cumulative sums of the counts give the ROC curve and the precision of the resample.
 
     Args:
-        scores: (N,). A higher score means more likely fake. An image is called fake if its score is >= 0.
+        scores: (N,). A higher score means that the image is more likely fake. An image is called fake if its score is
+            >= 0.
         is_fake: (N,) bool, whether each image is fake.
         resamples: number of resamples.
         seed: random seed.
@@ -152,12 +153,12 @@ def compute_bootstrap_intervals(
     reals, fakes = np.flatnonzero(~is_fake), np.flatnonzero(is_fake)
     if min(len(reals), len(fakes)) < 2:
         return None
-    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # (K,), where each run of equal scores ends
+    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # (K,), index of the last image of each score
     is_right = (scores >= 0) == is_fake
     rng = seeded_generator(seed, len(reals), len(fakes))
     values = {"accuracy": [], "auroc": [], "average_precision": []}
     for _ in range(resamples):
-        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,), draws of each image
+        drawn_reals = np.bincount(rng.choice(reals, len(reals)), minlength=len(scores))  # (N,), draw count per image
         drawn_fakes = np.bincount(rng.choice(fakes, len(fakes)), minlength=len(scores))  # (N,)
         false_positives = np.cumsum(drawn_reals)[thresholds]  # (K,), number of false positives at each threshold
         true_positives = np.cumsum(drawn_fakes)[thresholds]  # (K,)
@@ -187,13 +188,13 @@ def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int 
     """Compute all reported metrics and counts of a labelled score table, as a dict that can be written as JSON.
 
     Args:
-        resamples: number of bootstrap resamples. If 0, no intervals are computed.
+        resamples: number of bootstrap resamples. If `resamples` is 0, no intervals are computed.
         seed: random seed of the bootstrap.
 
     Returns:
         A dict. Its entry "all" holds the metrics of all images with a label and a score. "generators" is a dict {name:
-        metrics}. "mean" holds the mean of each metric over the generators with both real and fake images. "images"
-        holds numbers of images. "notes" is a list of warnings, for example about undefined metrics.
+        metrics}. "mean" holds the means that `average_metrics_over_generators` computes. "images" holds numbers of
+        images. "notes" is a list of warnings, for example about undefined metrics.
     """
     all_images = compute_metrics_over_all_rows(table.select_rows(table.has_label_and_score), resamples, seed)
     generators = {}
@@ -233,7 +234,7 @@ def compute_metrics_over_all_rows(table: ScoreTable, resamples: int = RESAMPLES,
 
 
 def average_metrics_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float | None]:
-    """Compute the mean of each metric over the generators with both real and fake images."""
+    """Compute the mean of each metric over the generators that have fakes and real images for comparison."""
     complete = [measured for measured in generators.values() if measured["auroc"] is not None]
     means = {}
     for name in METRICS:

@@ -1,8 +1,8 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
-P stands for the value of --save_path. P.csv is recognised by its header and P.json by its keys. P.png and residual
-pictures are recognised by the entry "Software" in the header of the PNG file. P.npy is replaced only if test.py also
-wrote P.json or a partial table P.csv.N.part.
+P stands for the value of --save_path without "/" or ".npy" at its end. P.csv is recognised by its header and P.json by
+its keys. P.png and residual pictures are recognised by the entry "Software" in the header of the PNG file. P.npy is
+replaced only if test.py also wrote P.json or a partial table P.csv.N.part.
 """
 
 import hashlib
@@ -176,7 +176,8 @@ class ResidualPictures:
         """Find the images whose residual picture is missing, or was drawn with different settings.
 
         Returns:
-            A mask (N,) bool of these images, or None if no pictures are drawn.
+            A mask (N,) bool that is True for each image without an up-to-date picture. The result is None if no
+            pictures are drawn.
         """
         if not self.paths:
             return None
@@ -187,7 +188,10 @@ class ResidualPictures:
         return missing
 
     def draw_residual_picture_of_image(self, index: int, examination: Examination) -> None:
-        """Draw the residual picture of the image at `index` in the list. The picture shows all scored crops."""
+        """Draw the residual picture of the image at `index` in the list.
+
+        If several crops of the image were scored, the picture shows all these crops.
+        """
         from evaluation.figures import draw_residual_picture  # imported here: Matplotlib takes a second to import
 
         columns = examination.columns

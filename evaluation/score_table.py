@@ -104,7 +104,7 @@ def make_error_row(item: Item, error: str) -> Row:
     """Make the row of an image that could not be scored.
 
     Args:
-        error: why the image could not be scored. Each line break in the text is replaced by a space.
+        error: why the image could not be scored. Each sequence of spaces and line breaks in `error` becomes one space.
     """
     path, label, generator = item
     return Row(path, convert_label_to_word(label), generator, error=" ".join(error.split()))
@@ -250,10 +250,10 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
 
 
 def read_json_record_of_score_table(path: str | os.PathLike) -> dict:
-    """Read the file P.json, called record, that test.py writes for a score table P.csv.
+    """Read the file P.json that test.py writes beside a score table P.csv.
 
     Returns:
-        The record; empty if P.json does not exist.
+        The content of P.json, or an empty dict if P.json does not exist.
 
     Raises:
         UserError: if P.json cannot be read.
@@ -264,8 +264,8 @@ def read_json_record_of_score_table(path: str | os.PathLike) -> dict:
     try:
         return dict(json.loads(record_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        text = "delete the file to continue without the record"
-        raise UserError(f"cannot read {make_printable(record_path)} ({error}); {text}") from None
+        text = f"cannot read {make_printable(record_path)} ({error})"
+        raise UserError(f"{text}: to continue without this file, delete the file") from None
 
 
 def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:

@@ -4,7 +4,8 @@ Each process writes its rows to its own file P.csv.N.part, called a partial tabl
 of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
 files. A run refuses to continue a partial table that has different scoring settings. If the scoring settings are the
 same, a run skips the images that have a row in a partial table. If the size or the modification time of an image file
-has changed, the image is scored again. When every image has a row, the rows are written to P.csv in the order of the list of images.
+has changed, the image is scored again. When every image has a row, the rows are written to P.csv in the order of the
+list of images.
 
 In a partial table, each row is one line. A row contains the index of its image in the list of images, but not the path
 of the image. While P.csv is written, only the positions of the rows are held in memory, because a list may hold ten
@@ -91,8 +92,8 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, existing partial tables are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture is missing. These images are
-                scored again, except images whose row holds an error. If `without_picture` is None, every image
+            without_picture: mask (N,) bool of the images whose residual picture is missing. An image without
+                a picture is scored again, unless its row holds an error. If `without_picture` is None, every image
                 that has a row is skipped.
 
         Returns:
@@ -119,7 +120,8 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             delete_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
-        if table_has_same_settings and self.world.is_main:  # only pictures are missing: copy all rows of P.csv
+        # If only residual pictures are missing, the new partial table begins with all rows of P.csv
+        if table_has_same_settings and self.world.is_main:
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
         return True
@@ -137,9 +139,12 @@ class ScoreWriter:
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write_rows(self, rows: Mapping[int, Row]) -> None:
-        """Append rows, {index of the image: row}, to the partial table of this process, and flush the file.
+        """Append rows to the partial table of this process, and flush the file.
 
         If the process is killed during this function, the file may end with an incomplete row, which later runs ignore.
+
+        Args:
+            rows: a dict {index of the image: row}.
         """
         lines = []
         for i, row in rows.items():
@@ -186,7 +191,7 @@ class ScoreWriter:
     ) -> None:
         """Set `self.done` to True for each image in `known_rows` that need not be scored again.
 
-        `start_partial_table` explains `without_picture`.
+        An image in the mask `without_picture` (N,) is scored again, unless its row holds an error.
         """
         for i, row in known_rows:
             needs_picture = without_picture is not None and without_picture[i] and not row.error

@@ -81,7 +81,12 @@ def write_resynthesis_pictures(
 
 
 def join_images_and_brightened_difference(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Join three pictures side by side: `before`, `x_hat` and the brightened difference |x_hat - x|.
+    """Join `before`, the re-synthesis and its brightened difference from the original image side by side.
+
+    Args:
+        before: the picture on the left, (1, 3, H, W). This picture shows the original image or its degraded copy.
+        x_hat: the re-synthesis, (1, 3, H, W).
+        x: the original image, (1, 3, H, W).
 
     Returns one picture (1, 3, H, 3 * W).
     """

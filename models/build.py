@@ -8,9 +8,9 @@ network. The files epoch_N.pth and the checkpoints by the paper's authors do not
 train_detector.py and test.py choose the settings of a detector, such as the name of the classifier, in the same way. If
 the checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError.
 If neither the checkpoint nor an option sets a value, the value in the paper is used. One default differs from the
-paper: as in the authors' program, a ResNet-50 or larger is dilated unless `--no_dilation` is given. The classifier of a
-new detector has random weights. If the re-synthesizer of a new detector has weights, these weights must already be
-trained.
+paper: a ResNet-50 or larger is dilated, as in the authors' program. The option `--no_dilation` switches dilation off.
+The classifier of a new detector has random weights. The re-synthesizer of a new detector must be trained already. The
+re-synthesizers "bicubic" and "none" have no weights and need no training.
 """
 
 import inspect
@@ -144,7 +144,10 @@ def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], argum
     """
     refused = sorted(set(fixed) & arguments.keys())
     if refused:
-        raise UserError(f"{what} does not take the argument {refused[0]}, whose value is fixed: leave {refused[0]} out")
+        raise UserError(
+            f"{what} does not accept the argument {refused[0]}, because the program sets its value:"
+            f" leave {refused[0]} out"
+        )
 
 
 def construct_network_or_raise_user_error(
@@ -204,7 +207,8 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
             )
             return model
     raise UserError(
-        f"torchvision's {name} has no convolution that could take the residual as input: choose another classifier with --arch"
+        f"torchvision's {name} has no convolution that could take the residual as input: choose another classifier"
+        " with --arch"
     )
 
 
@@ -365,16 +369,15 @@ def load_detector(
     if expected not in (None, config["features_fingerprint"]):
         raise UserError(
             f"{name} was trained with other weights of the features {config['features']['name']}: expected weights with"
-            f" the fingerprint {expected}, got the fingerprint {config['features_fingerprint']}; features must have the"
-            " same weights each time they are created, or need a method load_pretrained (docs/extending.md)"
+            f" the fingerprint {expected}, got the fingerprint {config['features_fingerprint']}; create the features"
+            " with the same weights each time, or give their class a method load_pretrained (docs/extending.md)"
         )
     expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
         raise UserError(
             f"{name} was trained with another re-synthesizer than {resynthesizer.name}: expected weights with the"
-            f" fingerprint {expected}, got the fingerprint {config['resynthesizer_fingerprint']}; give the"
-            " re-synthesizer of the training with --sr-weights-file, or leave --sr-weights-file out if the detector's"
-            " checkpoint contains the re-synthesizer"
+            f" fingerprint {expected}, got the fingerprint {config['resynthesizer_fingerprint']}; leave"
+            f" --sr-weights-file out to use the re-synthesizer in {name}"
         )
     return detector, config
 
@@ -403,7 +406,7 @@ def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, T
     """Return the name and the arguments of the features with which a detector was trained.
 
     A checkpoint by the paper's authors does not say which features the detector uses. For a checkpoint by the paper's
-    authors, the options and the number of input channels of the classifier determine the features.
+    authors, this function infers the features from the options and the classifier's number of input channels.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -416,8 +419,8 @@ def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, T
     if stage is not None and get_features_name_and_arguments_of_stage(stage) != (part["name"], part["args"]):
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
         raise UserError(
-            f"--idx-stages {stage} contradicts the checkpoint {name}, which has the features {has}: leave --idx-stages"
-            f" out, or give a checkpoint that was trained with --idx-stages {stage}"
+            f"--idx-stages {stage} contradicts the checkpoint {name}, which was trained with the features {has}: leave"
+            f" --idx-stages out, or give a checkpoint that was trained with --idx-stages {stage}"
         )
     choose_value_from_checkpoint_or_option("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments_from_checkpoint_or_option(
@@ -469,10 +472,10 @@ def merge_classifier_config_with_options(source: Checkpoint, state: Mapping[str,
 def infer_features_config_of_authors_checkpoint(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
-    If the option `--features` is given, it chooses the features. Without `--features`, this function chooses the stage
-    that has as many channels as the classifier has input channels. Stage 0 stands for the pixels, and stages 1 to 5
-    stand for feature maps of VGG-19. If two stages have the same number of channels, `--idx-stages` must name one of
-    these stages.
+    If the option `--features` is given, this function returns the features that `--features` names. Without
+    `--features`, the number of input channels of the classifier determines the stage of the features. Stage 0 stands
+    for the pixels, and stages 1 to 5 stand for feature maps of VGG-19. If two stages have the same number of channels,
+    users must choose the stage with `--idx-stages`.
     """
     if options.get("features") is not None or options.get("feature_args"):
         return create_features_config_from_options(options)
@@ -527,8 +530,8 @@ def assemble_detector(
     Returns:
         the detector, and a copy of `config` in which the entries "resynthesizer_fingerprint", "vgg" and
         "features_fingerprint" are set. The entry "vgg" contains the source and the fingerprint of the VGG-19 weights,
-        or is None without VGG-19. The entry "features_fingerprint" is None if the features have a method
-        `load_pretrained`, which checks the weights itself.
+        or is None without VGG-19. If the features have a method `load_pretrained`, this method checks the weights,
+        and the entry "features_fingerprint" is None.
     """
     features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")
@@ -570,9 +573,9 @@ def check_weights_against_recorded_fingerprint(module: nn.Module, recorded: obje
     """Raise a UserError if the weights of a network do not have the fingerprint that its checkpoint contains.
 
     Args:
-        recorded: fingerprint in the checkpoint. None means that the checkpoint contains no fingerprint.
-        what: kind of the network, such as "classifier". The error message contains `what`.
-        name: name of the checkpoint. The error message contains `name`.
+        recorded: fingerprint in the checkpoint, or None if the checkpoint contains no fingerprint.
+        what: kind of the network for the error message, such as "classifier".
+        name: name of the checkpoint for the error message.
 
     Raises:
         UserError: if the fingerprints differ, which means that the weights have changed since they were saved.

@@ -42,7 +42,7 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
 
 
 def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return the fingerprint of weights in the entry `key` of a checkpoint's config, or None without this entry."""
+    """Return the fingerprint in the entry `key` of a checkpoint's config, or None if the config has no such entry."""
     return read_config(source).get_text_field(key, default=None)
 
 
@@ -81,8 +81,8 @@ def choose_value_from_checkpoint_or_option(
         return default if given is None else given
     if given is not None and given != found:
         raise UserError(
-            f"{flag} {given} contradicts the checkpoint {name}, which has {found}: leave {flag} out, or give a"
-            f" checkpoint that was trained with {flag} {given}"
+            f"{flag} {given} contradicts the checkpoint {name}, which needs the value {found}: leave {flag} out, or"
+            f" give a checkpoint that was trained with {flag} {given}"
         )
     return found
 
@@ -104,8 +104,9 @@ def choose_arguments_from_checkpoint_or_option(flag: str, given: Mapping, found:
     for key, value in given.items():
         if key in found and found[key] != value:
             raise UserError(
-                f"{flag} {key}={value} contradicts the checkpoint {name}, which has {key}={found[key]}: leave"
-                f" {key}={value} out, or give a checkpoint that was trained with {key}={value}"
+                f"{flag} {key}={value} contradicts the checkpoint {name}, whose network was trained with"
+                f" {key}={found[key]}: leave {key}={value} out, or give a checkpoint that was trained with"
+                f" {key}={value}"
             )
         if key not in found:
             raise UserError(

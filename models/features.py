@@ -35,14 +35,14 @@ CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VG
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
 TILE_CUTS = (10, 19)  # indices of the layers after pool2 and pool3, where tiles are joined to whole feature maps
 
-# The file name ends with the first 8 hexadecimal digits of the file's SHA-256
+# The digits dcbb9e9d in the file name are the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 DOWNLOAD_TIMEOUT = 20  # the download is stopped if the server does not answer for this many seconds
 RANDOM_SEED = 19  # seed of the random VGG-19 weights; the seed is fixed so that all runs use the same weights
 
 
 class Pixels(nn.Module):
-    """The pixels as features (stage 0): this network returns its input x (B, 3, H, W)."""
+    """A network that returns its input x (B, 3, H, W), for pixels as features (stage 0)."""
 
     channels = 3
     stride = 1
@@ -80,16 +80,16 @@ class VGG19Stage(nn.Module):
         """Load the weights of VGG-19. For the arguments, see `load_vgg`.
 
         Returns:
-            a dict with the source and the fingerprint of the weights. Checkpoints store this dict.
+            a dict with the source and the fingerprint of the weights. The returned dict is stored in checkpoints.
         """
         self.vgg, record = load_vgg(source, trained_with, name)
         return record
 
     def set_tile_side(self, side: int) -> None:
-        """Make VGG-19 process square tiles of `side // 4` x `side // 4` pixels if no gradients are computed.
+        """Set the side of the tiles in which VGG-19 processes images if no gradients are computed.
 
-        VGG-19 cuts at most three tensors into tiles: the image, the output of pool2, and the output of pool3. The tiles
-        of each tensor have the same height and width.
+        VGG-19 cuts at most three tensors into tiles: the image, the output of pool2, and the output of pool3. In each
+        of the three tensors, a tile has `side // 4` x `side // 4` pixels.
         """
         self.vgg.tile = side // 4
 
@@ -204,15 +204,18 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     Args:
         source: value of `--vgg-weights`: "imagenet", "random", "auto", or the path of a state dict of torchvision's
             vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
-            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If
-            `trained_with` is None, "auto" loads the ImageNet weights, or draws random weights if the download fails.
-            A state dict of VGG-19 must contain the parameters `features.*` of all layers up to relu5_1.
-        trained_with: None for a new training, or a dict from a checkpoint. The dict contains the source of the VGG-19
-            weights that were used in training, and their fingerprint if it is known.
+            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If `source` is
+            "auto" and `trained_with` is None, the ImageNet weights are loaded, or random weights are drawn if the
+            download fails. If `source` is a path, the state dict in the file must contain the parameters `features.*`
+            of all layers of VGG-19 up to relu5_1.
+        trained_with: dict that describes the VGG-19 weights that must be loaded, or None if any weights may be loaded.
+            The entry "source" of `trained_with` is "imagenet", "random" or the path of the file of weights. The entry
+            "fingerprint" of `trained_with` is None or missing if the fingerprint of the weights is unknown.
         name: name of the checkpoint for error messages.
 
     Returns:
-        VGG-19, and a dict with the source and the fingerprint of its weights. Checkpoints store this dict.
+        VGG-19, and a dict with the source and the fingerprint of its weights. The returned dict is stored in
+        checkpoints.
 
     Raises:
         UserError: if the weights cannot be read.

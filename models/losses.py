@@ -20,8 +20,8 @@ def compute_perceptual_distance(
 ) -> Tensor:
     """Compute the perceptual distance of two images, a weighted sum of the distances of their VGG-19 feature maps.
 
-    Each stage of VGG-19 adds one distance to the sum. STAGE_WEIGHTS contains the weight of each distance.
-    The distance is computed in float32. Gradients are computed for x_hat, but not for x.
+    For each stage k of VGG-19, the distance of the feature maps is multiplied by STAGE_WEIGHTS[k] and added to the sum.
+    The distances of the feature maps are computed in float32. Gradients are computed for x_hat, but not for x.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
@@ -42,7 +42,7 @@ def compute_super_resolution_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss of train_sr.py: the L1 loss plus `vgg_weight` times the perceptual distance.
 
-    The perceptual distance is computed with the mean squared error.
+    The perceptual distance is a weighted sum of mean squared errors between VGG-19 feature maps.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
@@ -60,7 +60,7 @@ def compute_super_resolution_loss(
 def compute_reconstruction_loss(x_hat: Tensor, x: Tensor, vgg: VGG19) -> Tensor:
     """Compute the auxiliary loss of each image: the L1 loss of the pixels plus the perceptual distance.
 
-    The perceptual distance is computed with the L1 loss.
+    The perceptual distance is a weighted sum of L1 losses between VGG-19 feature maps.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
@@ -102,7 +102,7 @@ def compute_residuals_and_auxiliary_losses(
 
     Returns:
         residual: residuals (B, C_l, H_l, W_l).
-        losses: auxiliary loss of each image, (B,). The loss is 0 where `real` is False.
+        losses: auxiliary loss of each image, (B,). The auxiliary loss of an image is 0 if its value in `real` is False.
     """
     x_hat = detector.resynthesize(x)  # (B, 3, H, W)
     residual = detector.residual(x, x_hat)  # (B, C_l, H_l, W_l)

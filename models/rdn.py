@@ -17,8 +17,8 @@ LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN ac
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
 # Interpolation in one dimension replaces each old pixel by two new pixels.
 # A new pixel is a weighted sum of three old pixels: the left neighbour, the pixel itself, and the right neighbour.
-# INTERPOLATION[0] contains the weights of the three old pixels in the left new pixel.
-# INTERPOLATION[1] contains the weights of the three old pixels in the right new pixel.
+# INTERPOLATION[0] contains the three weights with which the left new pixel is computed.
+# INTERPOLATION[1] contains the three weights with which the right new pixel is computed.
 # The mean of the left and the right new pixel equals the old pixel that they replace.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
@@ -146,9 +146,10 @@ class RDN(nn.Module):
             return self.output(x.float())
 
     def call_with_optional_gradient_checkpointing(self, part, *inputs: Tensor) -> Tensor:
-        """Return the output of `part`, a residual dense block or a method of this class, for the given inputs.
+        """Call part(*inputs), and return the output.
 
-        If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again, which saves memory.
+        `part` is a residual dense block of RDN, or a method of RDN. If `checkpoint_blocks` is True, the backward pass
+        computes part(*inputs) again, which saves memory.
         """
         if self.checkpoint_blocks:
             return checkpoint(part, *inputs, use_reentrant=False)
@@ -194,9 +195,9 @@ class RDN(nn.Module):
 def set_convolution_to_filter_colours_separately(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
     """Set the weights of a convolution so that it applies each of the given kernels to red, green and blue separately.
 
-    Input channel c contains the colour c (0 = red, 1 = green, 2 = blue). Output channel len(kernels) * c + k becomes
-    input channel c convolved with kernels[k]. nn.PixelShuffle expects the output channels of one colour next to each
-    other. Only the weights and biases of the first 3 * len(kernels) output channels are changed.
+    Input channel c contains the colour c (0 = red, 1 = green, 2 = blue). The convolution of input channel c with
+    kernels[k] gives output channel len(kernels) * c + k. nn.PixelShuffle expects the output channels of one colour
+    next to each other. Only the weights and biases of the first 3 * len(kernels) output channels are changed.
 
     Args:
         kernels: convolution kernels, each of the shape (3, 3).

@@ -1,7 +1,8 @@
 """Inference with RDN, which takes less memory and, on a CPU, less time than the forward pass of training.
 
-`run_rdn` is the function that other modules call. `run_rdn` differs from the forward pass of training in three ways.
-`run_rdn` and the forward pass of training compute equal images except for rounding errors.
+`run_rdn` is the function that other modules call. `run_rdn` and the forward pass of training compute equal images
+except for rounding errors. The list below describes the three differences between `run_rdn` and the forward pass of
+training.
 
 - The dense blocks and the up-sampling layers process one tile of their input at a time. Each tile is cut out with all
   pixels on which the output of the tile depends.
@@ -19,7 +20,8 @@ from models.tiling import apply_function_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
 STRIP_BYTES = 2**15  # bytes per channel that a layer computes at a time, few enough for the caches of a CPU
-# Side and halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels.
+# UPSCALE_TILE is the side of the tiles in up-sampling, in low-resolution pixels.
+# UPSCALE_HALO is the width of the halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels.
 # UPSCALE_HALO must be at least 1.75, because an up-sampled pixel depends on input pixels up to 1.75 pixels away.
 UPSCALE_TILE, UPSCALE_HALO = 64, 2
 
@@ -53,7 +55,8 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     run_block = run_dense_block_in_strips
     if should_use_winograd(x, model.rdbs[0].layers):
         run_block = partial(run_dense_block_by_winograd, scratch=x.new_empty(0))
-        tile = (model.tile // 2, model.tile)  # half the height, because Winograd's algorithm takes more memory
+        # Winograd's algorithm takes more memory than a direct convolution. Tiles with half the height save memory.
+        tile = (model.tile // 2, model.tile)
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):

@@ -54,9 +54,8 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} contains no RDN: expected a state dict with the key {error}, got a state dict with {len(state)}"
-            f" other keys (first key: {first}); give a checkpoint of an RDN from train_sr.py or from the paper's"
-            " authors"
+            f"{name} contains no RDN: expected a state dict with the key {error}, got a state dict without this key,"
+            f" whose first key is {first}; give a checkpoint of an RDN from train_sr.py or from the paper's authors"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:
@@ -94,8 +93,8 @@ def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tup
                 return arch, channels
     found = f"a state dict whose first key is {next(iter(state))}" if state else "an empty state dict"
     raise UserError(
-        f"{name} contains no detector: expected a state dict of {', '.join(LAYOUTS)} with a deep stem (key"
-        f" conv1.0.weight), got {found}; give a checkpoint of a detector from train_detector.py or from the paper's"
+        f"{name} contains no detector: expected the weights of a ResNet ({', '.join(LAYOUTS)}) with the key"
+        f" conv1.0.weight, got {found}; give a checkpoint of a detector from train_detector.py or from the paper's"
         " authors"
     )
 

@@ -4,9 +4,9 @@ ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recogni
 the stride of a bottleneck block is in its 3x3 convolution. The parameters of the ResNet have the same names as in
 torchvision.
 
-The ResNet of the paper's authors differs from torchvision's ResNet in three ways. The stem, which precedes layer1, has
-three convolutions, two of them with stride 2. The stride of layer1 is 2. The stride of layer3 and layer4 is 1. The
-total stride is 32, as in torchvision.
+The ResNet of the paper's authors differs from torchvision's ResNet in its stem and in its strides. The stem, which
+precedes layer1, has three convolutions, two of them with stride 2. The stride of layer1 is 2. The stride of layer3 and
+layer4 is 1. The total stride is 32, as in torchvision.
 """
 
 from fractions import Fraction
@@ -18,7 +18,8 @@ from models.tiling import apply_function_in_tiles
 from utils.errors import UserError
 
 STEM_CHANNELS = 128
-# Total stride of the stem and halo (overlapping margin) of its tiles, in pixels of the residual.
+# STEM_STRIDE is the total stride of the stem, which consists of the layers before layer1.
+# STEM_HALO is the width of the halo (overlapping margin) of the stem's tiles, in pixels of the residual.
 # STEM_HALO must be at least 11, because an output value of the stem depends on input pixels up to 11 pixels away.
 STEM_STRIDE, STEM_HALO = 8, 16
 
@@ -133,7 +134,8 @@ class DeepStemResNet(nn.Module):
     # `stride` is the side of the residual divided by the side of the last feature map.
     # If the sides of a residual are at most `stride`, its last feature map has one value per channel.
     # Batch norm cannot be trained on one value per channel.
-    # Unless batch norm is synchronized, train_detector.py refuses batches of one residual with sides up to `stride`.
+    # If the sides of residuals are at most `stride`, train_detector.py refuses batches of one image.
+    # With synchronized batch norm, which uses the images of all GPUs, train_detector.py accepts one image per GPU.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):

@@ -94,10 +94,11 @@ class ResynthesisDetector(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ResynthesisDetector":
-        """Set the training mode of the classifier and, unless it is frozen, of the re-synthesizer.
+        """Put the classifier in training mode, or in evaluation mode if `mode` is False.
 
-        The feature network and a frozen re-synthesizer always stay in evaluation mode, without dropout and without
-        updates of the running statistics of batch norm.
+        A re-synthesizer that is not frozen is put in the same mode as the classifier. The feature network and a frozen
+        re-synthesizer always stay in evaluation mode, without dropout and without updates of the running statistics of
+        batch norm.
         """
         super().train(mode)
         self.features.eval()

@@ -21,25 +21,27 @@ from utils.errors import UserError
 # SMALLEST_POWER is far below the power of the noise that rounding to 8 bits adds to an image in [0, 1].
 SMALLEST_POWER = 1e-7
 
-# SMALLEST_DISTANCE is added to each distance so that the logarithm is finite. Typical distances are about 1.
+# SMALLEST_DISTANCE is added to the distance d in `SpectrumClassifier`, so that log(d) is finite.
+# Typical values of the distance d are about 1.
 SMALLEST_DISTANCE = 1e-4
 
 
 class SpectrumClassifier(nn.Module):
     """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
-    The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over channels,
-    mirror images and rotations by 90 degrees. Then the mean log power of the neighbouring frequencies is subtracted
-    from the log power of each frequency. These differences of log powers show the peaks and edges that up-sampling
-    causes in a spectrum. The differences of log powers depend little on brightness, sharpness and image content.
+    The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over all
+    channels. The log power is also averaged over the residual and its copies that are mirrored or rotated by 90
+    degrees. Then the mean log power of the neighbouring frequencies is subtracted from the log power of each frequency.
+    The differences of log powers show the peaks and edges that up-sampling causes in a spectrum. The differences of log
+    powers depend little on brightness, sharpness and image content.
 
     Each logit of this classifier is the sum of two terms. The first term of a logit is the output of a network with one
     hidden layer, which learns to recognize the generators of the training images. The second term depends on d, a
     distance of the image from real images. The second term of the logit for FAKE is w * log(d), with a learned weight
     w. The second term of the logit for REAL is -w * log(d). To compute d, a linear layer is applied to the standardized
-    differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes
-    the distance d small for real images. A large d raises the logit for FAKE, even if no training image was made by the generator of
-    the image.
+    differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes the
+    distance d small for real images. A large d raises the logit for FAKE, even for an image from a generator that did
+    not make any training image.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
     Images may have any size.

@@ -25,9 +25,9 @@ def apply_function_in_tiles(
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
             result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
         maps: one or more feature maps (B, C, h, w) of equal height and width.
-        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. Multiplied by `scale`, each side must
-            be an integer.
-        halo: width of the halo in pixels of `maps`. Multiplied by `scale`, the halo must be an integer.
+        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. The product of each side and
+            `scale` must be an integer.
+        halo: width of the halo in pixels of `maps`. The product of `halo` and `scale` must be an integer.
         scale: height of the output of `function` divided by the height of `maps`.
     """
     height, width = maps[0].shape[2:]
@@ -54,4 +54,5 @@ def apply_function_in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    return result[:, :, :bottom, :right]  # without rows and columns that `function` did not compute
+    # The sides of `result` were rounded up. If `function` rounds down, remove the row or column that was not filled.
+    return result[:, :, :bottom, :right]

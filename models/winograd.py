@@ -33,8 +33,9 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
-    # The product of `powers` and the coefficients of a polynomial contains the values of the polynomial at POINTS.
-    # The row that is appended to `powers` gives the value at the point infinity, which is the highest coefficient.
+    # The matrix `powers` maps the coefficients of a polynomial to the values of the polynomial at POINTS.
+    # The value of a polynomial at infinity is defined as the highest coefficient.
+    # In each matrix below, the row from `infinity` selects the highest coefficient.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
@@ -48,8 +49,8 @@ def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
     """Return whether to use Winograd's algorithm for the layers of a dense block with the input x (B, C, h, w).
 
     Winograd's algorithm is used only for inference in float32 on an x86 CPU with AVX. The input x must have at least
-    MIN_CHANNELS channels. The input x must have at least as many pixels as MIN_TILES output tiles. Each layer must have
-    as many output channels as x has channels.
+    MIN_CHANNELS channels. The product h * w must be at least MIN_TILES * 16, because an output tile has 4 x 4 pixels.
+    Each layer must have as many output channels as x has channels.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -64,7 +65,7 @@ def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
 
 
 class DenseMaps:
-    """A store for the feature maps of a dense block, which are transformed for Winograd's algorithm.
+    """A store that transforms the feature maps of a dense block for Winograd's algorithm, and keeps the results.
 
     Each feature map is transformed only once, although several layers read it.
 
@@ -104,7 +105,8 @@ class DenseMaps:
             strict=True,
         ):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
-            # A convolution with 36 groups computes (KERNEL g) * (INPUT d), summed over all feature maps and channels
+            # The grouped convolution multiplies the transformed tiles by the transformed kernels, element by element.
+            # The grouped convolution also sums the products over all feature maps and channels.
             values = maps[: self.added]  # (self.added, n, 36 * C)
             if self.added == 1:
                 # For a single feature map, conv2d is faster if the tiles form rows and columns instead of one long row
@@ -127,7 +129,7 @@ class DenseMaps:
         return weight.permute(0, 3, 1, 2)
 
     def split_images_into_strips(self, images: Tensor) -> list[Tensor]:
-        """Split a tensor (B, rows of tiles, ...) into strips, each with at most `strip_rows` rows of one image."""
+        """Split each image in `images` (B, rows of tiles, ...) into strips of at most `strip_rows` rows of tiles."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))

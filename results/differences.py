@@ -4,9 +4,9 @@
     python results/differences.py real_pictures
 
 The AUROCs with and without RDN are computed on the same test images. The detectors without RDN, called controls, use
-bicubic interpolation or no re-synthesis. With several seeds, each difference is the mean over the seeds. The 95 %
-interval is computed from 1,000 bootstrap resamples of the images. In each resample, the AUROCs of all seeds, with and
-without RDN, are computed on the same images.
+bicubic interpolation or no re-synthesis. If a detector was trained with several seeds, its AUROC is the mean over the
+seeds. The 95 % interval is computed from 1,000 bootstrap resamples of the images. In each resample, the AUROCs of all
+seeds, with and without RDN, are computed on the same images.
 """
 
 import argparse
@@ -126,10 +126,11 @@ def compute_auroc_difference_with_interval(
 def format_auroc_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
     """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
 
-    If `control` is empty, return "-".
+    If `control` contains no score tables, return "-".
 
     Args:
-        rows: bool (N,), True for the images in the score table rdn[0] from which the AUROCs are computed.
+        rows: one bool for each image in the score table rdn[0], (N,). The AUROCs are computed on the images for which
+            `rows` is True.
     """
     if not control:
         return "-"

@@ -120,12 +120,12 @@ def _hold_lock_in_process_and_worker(lock, connection):
 
 
 def patch_progress_bar_to_send_signal(description: str, at: int, number: int, all_processes: bool = False) -> None:
-    """Make the program send itself a signal at a chosen item of its loops with a progress bar.
+    """Make the program send itself a signal when a loop with a progress bar reaches a chosen item.
 
     Args:
         description: beginning of the text beside the progress bar, such as "epoch".
-        at: number of the item at which the program sends the signal. The first item of the first loop has the number
-            1, and the next loop with this description continues the count.
+        at: number of the item at which the program sends the signal. The first item has the number 1. The count
+            continues over all loops whose text begins with `description`.
         number: number of the signal, such as 9 for SIGKILL.
         all_processes: whether the program also sends the signal to its worker processes, and then waits 0.3 s.
     """

@@ -14,7 +14,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value 
 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Compute the logits of two images, float (2, 2). `form` names an implementation of the networks."""
+    """Compute the logits of two images, float (2, 2), with the implementation `form` of the networks."""
     return cases.prepare_scoring(TOY._replace(form=form, precision=precision))()
 
 

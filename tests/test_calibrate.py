@@ -19,14 +19,14 @@ from utils import checkpoints
 from utils.labels import FAKE, REAL
 
 IMAGES = {"crop_size": 128, "resize": None}
-# By default, test.py scores images with these settings if the detector was trained on crops of 128 x 128 pixels
+# SETTINGS are the defaults of test.py for a detector that was trained on crops of 128 x 128 pixels
 SETTINGS = {"crop_size": 128, "resize": None, "crops": 9}
 
 
 def write_score_table(path, reals, fakes):
-    """Write a score table with one image per margin in `reals` and `fakes`. An image has the logits (margin, 0).
+    """Write a score table with one row per number in `reals` and `fakes`. Return the path of the score table.
 
-    Return the path of the table.
+    In each row, logit_fake is the number in `reals` or `fakes`, and logit_real is 0.
     """
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
@@ -38,8 +38,8 @@ def draw_overconfident_logit_margins(n_real=300, n_fake=250):
     """Return margins of real images and margins of fake images, for an overconfident detector.
 
     A margin is logit_fake - logit_real. Each image has a random number x, drawn from N(-1, 1) for a real image and
-    from N(1, 1) for a fake image. If both classes are equally frequent, the correct margin of an image is 2 x. The
-    overconfident detector returns 8 x, which is four times the correct margin.
+    from N(1, 1) for a fake image. If both classes are equally frequent, a calibrated detector returns the margin 2 x.
+    The overconfident detector returns the margin 8 x instead of 2 x.
     """
     rng = np.random.default_rng(0)
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
@@ -68,7 +68,7 @@ def checkpoint_path(tmp_path):
 
 @pytest.fixture
 def score_table_path(tmp_path):
-    """Write a score table of an overconfident detector. Return the path of the table."""
+    """Write a score table of an overconfident detector. Return the path of the score table."""
     return write_score_table(tmp_path / "val.csv", *draw_overconfident_logit_margins())
 
 
@@ -110,8 +110,10 @@ def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_
     assert t_real <= t_fake
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
-    if t_real < t_fake:  # with a higher t_real or a lower t_fake, an error rate would be too high
+    if t_real < t_fake:
+        # If t_fake were lowered to the next lower P(fake), too many real images would get the verdict "fake"
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
+        # If t_real were raised to the next higher P(fake), too many fake images would get the verdict "real"
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 
 

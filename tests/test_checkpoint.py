@@ -113,7 +113,7 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`checkpoints.read_checkpoint_content`, test.py, train_sr.py and train_detector.py all refuse the checkpoint."""
+    """`read_checkpoint_content`, test.py, train_sr.py and train_detector.py refuse a checkpoint that runs code."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -372,7 +372,7 @@ def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
 ):
     """The training program must refuse the command line `flags`.
 
-    If `flags` contains --init, the test replaces --init by --resume, and requires that test.py also refuses `flags`.
+    If `flags` contains --init, test.py must also refuse the command line in which --resume replaces --init.
     """
     monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}

@@ -312,7 +312,7 @@ def test_merged_batches_keep_the_pixel_limit_and_stay_within_blocks_of_consecuti
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # With block=2, images 1 and 2 belong to different blocks, even if loading starts at image 1
+    # With block=2, the blocks are (0, 1), (2, 3) and so on. So images 1 and 2 are not merged into one batch
     assert [
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(1, 3), block=2, pixels=math.inf)

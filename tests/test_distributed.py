@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_torchrun_variables(monkeypatch, text):
-    """Set environment variables from a text such as "RANK=1 WORLD_SIZE=2". Delete the other variables of torchrun."""
+    """Replace the environment variables of torchrun by those in a text such as "RANK=1 WORLD_SIZE=2"."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():

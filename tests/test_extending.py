@@ -49,7 +49,7 @@ def train_documented_super_resolution_network(files, out):
 
 
 def make_train_detector_arguments_without_resynthesizer(files, out, flags):
-    """Return a command line for train_detector.py. The argument `flags` can choose a re-synthesizer."""
+    """Return a command line for train_detector.py. Only `flags` can choose the re-synthesizer."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 
@@ -119,7 +119,7 @@ def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_
 
 
 class RandomFeatures(torch.nn.Sequential):
-    """Features whose weights are different each time they are created."""
+    """A features module. Each new instance has different random weights."""
 
     channels, stride = 4, 1
 

@@ -127,7 +127,10 @@ def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path)
 
 
 def make_file_objects_of_given_sizes(reals, fakes):
-    """Return one `File` for each size in `reals` and `fakes`. The only attribute of each `File` is its size."""
+    """Return one `File` object for each image size in `reals` and in `fakes`.
+
+    The dict `attributes` of a `File` object contains only the entry "size".
+    """
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 

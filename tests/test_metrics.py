@@ -28,13 +28,16 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
 
 
 def write_and_read_score_table(tmp_path, rows):
-    """Write rows to the file of a score table, and return the table read from this file."""
+    """Write a score table with the given rows. Read the score table from its file, and return it."""
     write_table(tmp_path / "t.csv", rows)
     return read_table(tmp_path / "t.csv")
 
 
 def make_score_rows(margins, label, generator=""):
-    """Return one row of a score table per margin. A row has the logits (margin, 0) and the given label."""
+    """Return one row of a score table for each number in `margins`. All rows have the given label.
+
+    In each row, logit_fake is the number in `margins`, and logit_real is 0.
+    """
     items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
     return make_rows_from_logits(items, [(margin, 0) for margin in margins])
 

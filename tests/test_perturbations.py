@@ -23,7 +23,7 @@ FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # kernel size -> standard devi
 
 
 def perturb_image(image, name, protocol, seed, strength=None):
-    """Apply a perturbation of a protocol, such as "blur" of the protocol "sweep", to an image."""
+    """Apply a perturbation, such as "blur", to an image. `protocol` is "frank2020" or "sweep"."""
     return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 

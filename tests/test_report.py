@@ -1,6 +1,6 @@
 """Tests of tools.report, which writes HTML pages and Markdown tables from score tables.
 
-A study file is a CSV file that names the score tables from which each cell of a results table is computed.
+A study file is a CSV file that assigns score tables to the cells of a table of results.
 """
 
 import base64
@@ -43,7 +43,7 @@ def write_score_table(folder, name, table_rows, **record):
     """Write a score table, and return the path of the table.
 
     Args:
-        record: entries of the JSON file beside the table. Without entries, no JSON file is written.
+        record: entries of the JSON file of the score table. If `record` is empty, the function writes no JSON file.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table_rows)
@@ -142,7 +142,8 @@ def test_the_report_page_shows_residual_pictures_and_images_in_the_folder_of_the
 
 def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
-    # The errors of images a to f (wrong logit minus correct logit) are 1, 5, -9, -3, unknown and 2
+    # The error of an image is the logit of the wrong class minus the logit of the correct class
+    # The errors of images a, b, c, d and f are 1, 5, -9, -3 and 2. Image e has no label and thus no error
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]
     table = read_table(write_score_table(tmp_path, "s", [*make_rows_from_logits(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.find_most_wrongly_scored_images(table)] == ["b", "f", "a", "d", "c"]

@@ -96,7 +96,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # no error is correct if only a time stamp in the .npz file is damaged
+        if sample.error is None:  # a damaged time stamp in the .npz file causes no error
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -144,7 +144,7 @@ CONFIG = {
 def create_residual_cache_folder(
     root, policy=WHOLE_IMAGES, precision="fp32", features_fingerprint="b", code=(), **changed_config
 ):
-    """Return the cache folder for a detector and its settings.
+    """Create the folder for the cached residuals of a detector, and return the path of the folder.
 
     `changed_config` replaces entries of CONFIG, which describes the detector.
     """
@@ -241,7 +241,7 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
     """With --micro-batch 1, the training without the cache computes one residual at a time.
 
-    The other training also computes one residual at a time to fill the cache, so the losses are exactly equal.
+    The training with the cache also computes one residual at a time. So both trainings have exactly equal losses.
     """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     run_training(

@@ -77,7 +77,7 @@ TRAININGS = {
 
 @pytest.fixture(scope="module")
 def make_training_arguments(training_files):
-    """Return a function that makes the command line of a training in TRAININGS."""
+    """Return a function that makes the command line of a training whose name is a key of TRAININGS."""
 
     def make_training_command_line_by_name(name, out, *flags):
         _, make_arguments, _, own_flags = TRAININGS[name]
@@ -88,7 +88,7 @@ def make_training_arguments(training_files):
 
 @pytest.fixture(scope="module")
 def run_training_without_interruption(make_training_arguments, tmp_path_factory):
-    """Return a function that runs a training of TRAININGS without interruption, and returns the output folder."""
+    """Return a function that runs a training without interruption, and returns the training's output folder."""
 
     @functools.cache
     def run_training_once(name):
@@ -268,7 +268,10 @@ def test_the_error_for_a_truncated_last_checkpoint_names_the_newest_numbered_che
 def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused(
     make_training_arguments, tmp_path, capfd, name
 ):
-    """The refused training writes no file. After the running training is killed, a new training can start."""
+    """A second training must write no file into the output folder of a running training.
+
+    After the running training is killed, a new training can use the output folder.
+    """
     folder = (tmp_path / TRAININGS[name][2]).parent
     folder.mkdir(exist_ok=True)
     with hold_lock_in_process(folder / ".lock") as kill:
@@ -461,7 +464,7 @@ def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, t
     """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
 
     For an image of 32 x 32 pixels, the last feature maps of the classifier have 1 x 1 pixels. In training mode, batch
-    norm fails on a batch with only one such image.
+    norm fails on a batch with one image whose feature maps have 1 x 1 pixels.
     """
     root = tmp_path / "small"
     root.mkdir()
@@ -510,9 +513,9 @@ def test_training_on_a_full_disk_ends_with_one_error_line_and_can_be_resumed(
 
 
 def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(training_files, tmp_path):
-    """The test makes filling the residual cache 12 s slower.
+    """In this test, the training sleeps for 12 s before it fills the residual cache.
 
-    The first estimate of the remaining time must not include these 12 s.
+    The first estimate of the remaining time must not include the 12 s for which the training sleeps.
     """
     log, epochs = tmp_path / "log", 1_000_000
     flags = make_arguments_of_train_detector(
@@ -528,7 +531,7 @@ def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(t
 
 
 def delay_cache_filling_and_schedule_sigterm():
-    """Make filling the residual cache 12 s slower, and send SIGTERM in training step 9."""
+    """Make a training sleep for 12 s before it fills the residual cache, and send itself SIGTERM in step 9."""
     patch_progress_bar_to_sleep_first("residuals", 12)
     patch_progress_bar_to_send_signal("epoch", 9, signal.SIGTERM)
 
@@ -605,7 +608,10 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
 
 
 def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_detector(training_files, tmp_path):
-    """Each process computes its own batch-norm statistics. All processes validate with those of the main process."""
+    """Each process computes its own batch-norm statistics.
+
+    In validation, all processes use the batch-norm statistics of the main process.
+    """
     flags = make_arguments_of_train_detector(
         training_files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE"
     )

@@ -223,7 +223,7 @@ def test_files_of_an_earlier_run_are_kept_until_the_new_run_saves_a_checkpoint(
     assert read_checkpoint_content(copied_run_folder / "last.pth.tar")["progress"]["epoch"] == 1
     assert (
         "val_auroc" not in read_epoch_statistics_of_training(copied_run_folder)[0]
-    )  # the new training has no validation images
+    )  # a training without validation images writes no val_auroc into stats.jsonl
     assert not set(before) & {name for name in read_file_contents_by_path(copied_run_folder) if "tfevents" in name}
 
 

@@ -223,7 +223,7 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
     for detector, images, *expected in (
         (trained, tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
         (all_jpeg, image_folder, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
-        (detector_file, image_folder),  # no warning, because the checkpoint lacks the training image sizes
+        (detector_file, image_folder),  # without data about training images, test.py prints no warning
     ):
         capfd.readouterr()
         assert run_test_py("--gpu", "cpu", "-j", 0, "--resume", detector, "--input", images) == 0

@@ -221,7 +221,7 @@ def test_each_script_passes_the_flags_of_the_authors_script(project_copy, script
     assert read_command_recorded_by_python_stub(project_copy)[-2:] == [
         "--seed",
         "123",
-    ]  # later flags override earlier flags
+    ]  # the flags of the user come last, to override the flags in the script
 
 
 @pytest.mark.parametrize("script", SETTINGS)
@@ -260,7 +260,8 @@ def test_a_script_without_images_makes_example_images_once(project_copy):
 
 
 CHAIN = [
-    # (script, its input file, script that writes this file, options that the first script must pass to Python)
+    # Each tuple contains a script, an input file of the script, and the earlier script that writes the input file.
+    # The last entry of a tuple is a dict of options that the script must pass to Python.
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",

@@ -109,7 +109,7 @@ def test_rdn_with_gradient_checkpointing_has_the_gradients_of_rdn_without_checkp
     tiny_rdn.checkpoint_blocks = True
     for got, wanted in zip(rdn_gradients(), expected, strict=True):
         assert_close(got, wanted)
-    # The block is called once without checkpointing. With checkpointing, the backward pass calls it a second time
+    # With checkpointing, the backward pass calls the first dense block again. So there are 1 + 2 calls
     assert len(calls) == 3
 
 

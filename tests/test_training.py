@@ -154,10 +154,10 @@ def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, 
 
 @functools.cache
 def find_step_with_or_without_degradation(degraded):
-    """Return the number of a training step with or without a degraded batch.
+    """Return the number of a training step in which the auxiliary task degrades (or does not degrade) the batch.
 
     Args:
-        degraded: True for a step in which the auxiliary task degrades the batch, False for a step in which it does not.
+        degraded: whether the auxiliary task degrades the batch in the returned step.
     """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)

@@ -36,7 +36,7 @@ def make_training_arguments_without_image_folders(files, out, flags):
 def write_csv_table(path, files, labels):
     """Write a CSV table with one image per entry of `labels`. Each entry is "real" or "fake".
 
-    Return the path of the table.
+    Return the path of the CSV table.
     """
     counts = {"real": 0, "fake": 0}
     lines = ["path,label"]

@@ -65,8 +65,8 @@ def split_flags_and_insert_folder_paths(files, flags):
 def run_training(arguments):
     """Run train_detector.py or train_sr.py with the given command line in this process.
 
-    If the arguments contain --output-path, the program is train_detector.py. A `UserError` of the program is not
-    caught.
+    If the arguments contain --output-path, the program is train_detector.py. `run_training` does not
+    catch a `UserError` of the program.
     """
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
@@ -108,7 +108,7 @@ def list_differing_checkpoint_entries(a, b, place=""):
 def read_checkpoint_without_settings_entry(path):
     """Return the content of a checkpoint without the entry "settings".
 
-    The settings contain the name of the output folder, which differs between runs.
+    The entry "settings" contains the name of the output folder, which differs between runs.
     """
     state = read_checkpoint_content(path)
     state.pop("settings", None)  # numbered checkpoints of a re-synthesizer contain no settings

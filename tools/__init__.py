@@ -1,4 +1,4 @@
 """Command-line programs besides training and testing. Start a program with `python -m tools.NAME`.
 
-No other package imports `tools`.
+Except for the tests, no module outside the package `tools` imports it.
 """

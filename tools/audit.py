@@ -1,4 +1,4 @@
-"""Search image sets for leaks: properties such as the file format that reveal which images are generated.
+"""Search image sets for leaks. A leak is a property, such as the file format, that reveals the generated images.
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
 

@@ -6,7 +6,7 @@ SCORES.csv is a score table that test.py wrote with this detector for images wit
 SCORES.csv must differ from the training images and from the images of the final test. The program fits a temperature
 (Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), and then two thresholds. The program stores the
 calibration in the checkpoint of the detector. test.py reads the calibration from the checkpoint. The entry
-"calibration" of the checkpoint contains these values:
+"calibration" of the checkpoint is a dictionary with these keys:
 
     temperature          number by which the logits are divided
     t_fake, t_real       an image is called fake if P(fake) >= t_fake, real if P(fake) <= t_real, else unsure
@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.Parser("python -m tools.calibrate", text)
     add = parser.add_argument
     add("scores", metavar="SCORES.csv", help="score table that test.py wrote for images with labels")
-    add("--into", metavar="FILE", help="checkpoint into which the calibration is written (default: it is only printed)")
+    add("--into", metavar="FILE", help="checkpoint that stores the calibration (default: only print the calibration)")
     text = "fraction of real images that may be called fake (default: %(default)s)"
     add("--fpr", type=float, default=0.01, metavar="X", help=text)
     text = "fraction of fake images that may be called real (default: the value of --fpr)"
@@ -92,12 +92,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def require_scores_computed_by_detector(content: Mapping, record: Mapping, name: str) -> None:
-    """Check that a score table contains scores of unperturbed images by the detector in `content`.
+    """Check that a detector computed the scores of a score table, and that the scored images were not perturbed.
 
     Args:
         content: content of the checkpoint of the detector.
-        record: content of SCORES.json, or {} if there is no SCORES.json. If `record` is {}, the function does not check
-            the score table, and logs a warning.
+        record: content of SCORES.json, or {} if there is no SCORES.json. If `record` is {}, the function logs a
+            warning instead of checking the score table.
         name: file name of the checkpoint, for error messages.
     Raises:
         UserError: if another detector computed the scores, if the scored images were perturbed, or if the checkpoint
@@ -119,7 +119,7 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
         )
         return
     scored = record.get("detector") or {}
-    fingerprints = {  # name of a network -> (fingerprint in the checkpoint, fingerprint in SCORES.json)
+    fingerprints = {  # network -> hash of its weights: (in the checkpoint, in SCORES.json)
         "classifier": (checkpoints.compute_fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
@@ -128,7 +128,7 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
         if None not in (expected, got) and expected != got:
             raise UserError(
                 f"the scores are from another detector than {make_printable(name)}: score the images again with test.py"
-                f" --resume {make_printable(name)} (expected the {part} fingerprint {expected}, got {got})"
+                f" --resume {make_printable(name)} (fingerprint of the {part} weights: expected {expected}, got {got})"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
@@ -191,9 +191,8 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
 def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, list[str]]:
     """Find the temperature T that minimises the mean negative log-likelihood of P(fake) = sigmoid(margin / T).
 
-    The negative log-likelihood is convex in 1 / T, so bisection finds the point where its derivative is 0. If the class
-    with the larger logit is correct for every image, the negative log-likelihood has no minimum. The function then
-    returns T = 1.
+    The negative log-likelihood is convex in 1 / T, so bisection finds the point where its derivative is 0. If the
+    larger logit belongs to the correct class for every image, the function returns T = 1, because there is no best T.
 
     Args:
         margins: logit_fake - logit_real of each image, (N,).
@@ -221,7 +220,7 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 
 
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> tuple[float, float]:
-    """Choose the thresholds t_real <= t_fake, which limit the two error rates.
+    """Choose thresholds t_real <= t_fake with a false positive rate <= `fpr` and a false negative rate <= `fnr`.
 
     Images with t_real < P(fake) < t_fake get the verdict "unsure". The thresholds are chosen so that as few images as
     possible get this verdict.
@@ -231,7 +230,7 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
     Args:
         prob_fake: calibrated P(fake) of each image, (N,).
-        is_fake: whether each image is fake, (N,) bool. The array must contain both True and False.
+        is_fake: whether each image is fake, (N,) bool. At least one image must be real, and at least one must be fake.
     Returns:
         The thresholds t_real and t_fake.
     """
@@ -243,14 +242,14 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """Return a threshold for which the fraction of `negatives` >= threshold is at most `rate`.
+    """Return a threshold that at most a fraction `rate` of the numbers in `negatives` reaches or exceeds.
 
-    The threshold is halfway between two neighbouring values of `scores`. If the threshold must be above all values of
-    `scores`, the function returns the next floating-point number above the highest value.
+    The threshold is halfway between two values of `scores` that are neighbours in sorted order. If no value of `scores`
+    may reach the threshold, the function returns the next floating-point number above the highest value.
     """
     allowed = min(math.floor(rate * len(negatives) + COUNT_TOLERANCE), len(negatives) - 1)
-    # At most `allowed` values of `negatives` may be >= threshold
-    highest_below = np.sort(negatives)[::-1][allowed]  # highest value of `negatives` that must be < threshold
+    # At most `allowed` values of `negatives` may reach or exceed the threshold
+    highest_below = np.sort(negatives)[::-1][allowed]  # highest value that must stay below the threshold
     above = scores[scores > highest_below]
     smallest_step = np.nextafter(highest_below, np.inf)
     if len(above) == 0:

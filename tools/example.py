@@ -5,15 +5,15 @@
 
 Without --from, the program writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. The
 program also writes the lists OUT/train.txt and OUT/val.txt, which name the real images for train_sr.py. Real images are
-random drawings of overlapping shapes (tools/scenes.py). Fake images are other random drawings, which are reduced to
-half their size and up-sampled to the full size (tools/upsampling.py). The program needs no image generator. High
+random drawings of overlapping shapes (tools/scenes.py). Fake images are different random drawings, reduced to half
+their size and then up-sampled to the full size (tools/upsampling.py). The program needs no image generator. High
 accuracy on these images shows that the programs work, but says nothing about images from the internet. Licence of the
 images: CC0 1.0.
 
 With --from, the program writes a fake copy (twin) of each image in the folder PHOTOGRAPHS and in its subfolders. A twin
 is a copy with the traces of a generator (tools/twins.py). The twin of PHOTOGRAPHS/PATH is OUT/PATH.
 
-The folder OUT appears only when all images have been written.
+The program writes all images into a temporary folder, and then renames this folder to OUT.
 """
 
 import argparse
@@ -145,7 +145,7 @@ def temporary_output_folder(out: Path) -> Iterator[Path]:
 
 
 def write_example_images(settings: dict, out: Path) -> None:
-    """Write the images OUT/SPLIT/FOLDER/INDEX.png. Each image stays the same if a later run writes more images."""
+    """Write the images OUT/SPLIT/FOLDER/INDEX.png. The pixels of an image do not depend on the number of images."""
     jobs = []
     for split, count in settings["counts"].items():
         for label in LABELS:
@@ -176,7 +176,7 @@ def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str
     Args:
         counts: number of real images in each split.
         folder: temporary folder into which the lists are written.
-        listed: absolute path of the final output folder. Each path in the lists begins with this path.
+        listed: absolute path of the final output folder, with which each path in the lists begins.
     """
     for split in ("train", "val"):
         if counts[split]:

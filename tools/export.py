@@ -3,8 +3,8 @@
     python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
     python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
-A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. The
-program writes a graph only if the outputs of the graph and of the detector are equal up to small rounding errors. The
+A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. Before
+the program writes a graph, it checks that graph and detector give the same outputs up to small rounding errors. The
 option --check compares an existing graph with the detector. A bundle is one .safetensors file with a model card and the
 weights of all networks of the detector except VGG-19. The option --resume and the function `evaluation.load` accept a
 bundle. docs/integrations.md explains how to use graphs and bundles.
@@ -101,7 +101,7 @@ def refuse_to_replace_file_without_mark(path: Path, mark: bytes) -> None:
     """Raise a UserError if `path` exists, but is not a file that this program wrote.
 
     Args:
-        mark: bytes by which the function recognises a file that this program wrote.
+        mark: bytes that each file from this program contains.
     """
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(

@@ -151,7 +151,7 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
     _, height, width = choose_image_sizes_for_comparison(detector)[0]
     any_batch = {0: torch.export.Dim.AUTO}
     any_size = {2: scale * torch.export.Dim("height"), 3: scale * torch.export.Dim("width")}
-    # From a square example image, torch.export may conclude that all images are square
+    # The example image is not square: from a square image, torch.export may conclude that height = width always
     program, reason = try_to_export_network(detector, height, width + 16 * scale, any_batch | any_size)
     if program is not None:
         return program, True
@@ -169,7 +169,7 @@ def try_to_export_network(
 
     Args:
         height, width: size of the example image.
-        dynamic_shape: the `dynamic_shapes` entry of the input image for torch.export.export.
+        dynamic_shape: which dimensions of the input may vary, in the format of `dynamic_shapes` of torch.export.export.
 
     Returns:
         The exported program and an error message. The program is None if the export failed. The message is "" if the
@@ -177,7 +177,7 @@ def try_to_export_network(
     """
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     try:
-        with torch.enable_grad():  # if gradients are enabled, the networks do not run on tiles
+        with torch.enable_grad():  # enabled gradients make the networks process whole images, not tiles
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
         return None, str(error).strip().partition("\n")[0]
@@ -186,8 +186,8 @@ def try_to_export_network(
 def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int, int]]:
     """Choose the sizes (batch, height, width) of three image batches for comparing a graph with the detector.
 
-    If the detector was trained on crops, the images of the first batch have the crop size. All heights and widths are
-    multiples of the super-resolution scale.
+    If the detector was trained on crops, the images of the first batch have the crop size, rounded down to a multiple
+    of the super-resolution scale. All other heights and widths are also multiples of the super-resolution scale.
     """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
@@ -208,7 +208,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
 def copy_config_without_vgg_folder(detector: Detector) -> dict:
     """Copy the config of a detector, without the folder of the VGG-19 weight file.
 
-    The function adds the fingerprint of the classifier to the copied config.
+    The copy also contains the fingerprint (weight hash) of the classifier.
     """
     config = dict(detector.config)
     config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
@@ -239,7 +239,8 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
 def create_module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
     """Create a module that runs an exported program without checking the input size.
 
-    By default, PyTorch 2.9 and later versions refuse inputs whose size does not fit the example input of the export.
+    From the example input, torch.export derives conditions on the input size. By default, the modules of PyTorch 2.9
+    and later versions check these conditions.
     """
     if "check_guards" in inspect.signature(program.module).parameters:
         return program.module(check_guards=False)
@@ -308,7 +309,7 @@ def compute_largest_difference_from_detector(detector: Detector, image: Tensor, 
     The function divides each difference by max(1, |d|), where d is the output of the detector.
 
     Args:
-        image: uint8 (B, 3, H, W).
+        image: batch of images, uint8 (B, 3, H, W).
         result: outputs of the graph, logits (B, 2) and P(fake) (B,).
     """
     logits, prob_fake = result

@@ -12,8 +12,8 @@ tables in markdown documents. A comment directly above each table contains the c
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
-The program runs the command in each comment, and replaces the table below the comment by the result. test.py writes a
-file SCORES.json beside each score table SCORES.csv. The program also works if SCORES.json is missing.
+The program runs the command in each comment, and replaces the table below the comment by the result. The file
+SCORES.json, which test.py writes beside a score table SCORES.csv, may be missing.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         metavar="STUDY.csv",
-        help="CSV file that names the score tables for each cell of the results tables",
+        help="CSV file that names, for each cell of a table, the score tables from which the cell is computed",
     )
     parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
@@ -168,7 +168,7 @@ def make_table_with_command_in_comment(match: re.Match) -> str:
         arguments += sorted(glob.glob(word)) or [word]
     try:
         args = parse_arguments(arguments)
-    except SystemExit:  # argparse has already printed the reason
+    except SystemExit:  # argparse has already printed an error message
         raise UserError(f"cannot run the command of a 'made by' comment, {command!r}: see the error above") from None
     if not args.markdown:
         raise UserError(f"expected the command {PROGRAM} ... --markdown in a 'made by' comment, got {command!r}")

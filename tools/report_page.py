@@ -24,12 +24,12 @@ from utils.errors import UserError
 from utils.files import make_folder, open_for_atomic_write
 
 WORST = 10  # number of images with the worst scores that are shown per score table
-THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> largest side in pixels
+THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> longest allowed thumbnail side in pixels
 MARK = '<meta name="generator" content="beyond-the-spectrum report">'  # text that every page of this program contains
 
 
 class Scores(NamedTuple):
-    """A score table, its metrics, and the JSON file that test.py wrote beside it."""
+    """The content of a score table and of the JSON file beside it, and the metrics of the score table."""
 
     name: str
     path: Path
@@ -126,7 +126,7 @@ def write_report_page(
 
 
 def require_page_written_by_this_program(page: Path) -> None:
-    """Raise a UserError if the file `page` exists, but does not contain the text MARK of the pages of this program."""
+    """Raise a UserError if the file `page` exists, but lacks the text MARK, which all pages of this program contain."""
     if not os.path.lexists(page):
         return
     try:
@@ -149,7 +149,7 @@ def load_page_template() -> jinja2.Template:
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Markup, jinja2's subclass of str, contains finished HTML, so only plain strings are changed
+        # Strings of the type markupsafe.Markup contain finished HTML, so `make_printable` changes only plain strings
         finalize=lambda value: make_printable(value) if type(value) is str else value,
     )
     return environment.get_template("report.html")
@@ -193,7 +193,7 @@ def draw_figure_as_data_uri(figure: Callable, *content) -> str:
 
     Args:
         figure: function of `evaluation.figures` that draws the figure.
-        content: positional arguments of `figure`. The path of the PNG file follows as the last argument.
+        content: positional arguments of `figure` before the last argument, which is the path of the PNG file.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
@@ -230,7 +230,7 @@ def collect_robustness_curves(perturbed: Sequence[Scores]) -> dict[str, list[tup
 
 
 def find_most_wrongly_scored_images(table: ScoreTable, count: int = WORST) -> np.ndarray:
-    """Find the images with the worst scores: fake images with low scores, and real images with high scores.
+    """Find the images with the most wrong P(fake): fake images with low P(fake), and real images with high P(fake).
 
     Returns:
         At most `count` row numbers of the score table, the worst image first.

@@ -10,10 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import gaussian_blur
 
-SUPERSAMPLING = 2  # shapes are drawn at twice the image size, and averaged over 2 x 2 pixels for smooth edges
+SUPERSAMPLING = 2  # images are drawn at twice their size and then averaged over 2 x 2 pixels, which smooths the edges
 SMALLEST_RADIUS = (1.0, 4.0)  # the radius of the smallest shapes is drawn from this range, in pixels
 LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the image side
-COVERAGE = 4.0  # sum of pi r^2 over all shapes / area of the image; about 12 % of the pixels show the background
+COVERAGE = 4.0  # sum of pi r^2 over all shapes, divided by the image area; about 12 % of the pixels are background
 POINTS = 24  # number of points per outline; a multiple of each number in CORNERS
 CORNERS = (3, 4, 6, 24, 24)  # possible numbers of corners of a shape; a shape with 24 corners looks like an ellipse
 LENS_BLUR = (0.4, 1.2)  # the standard deviation of the lens blur is drawn from this range, in pixels
@@ -55,7 +55,7 @@ def draw_polygons_filled_with_their_numbers(side: int, rng: np.random.Generator)
     stretches = np.exp(rng.uniform(0, 0.6, (count, 1)))
     turns = rng.uniform(0, 2 * np.pi, (count, 1))
 
-    # Compute the outlines of polygons. Each outline has POINTS points, so a triangle repeats each corner eight times
+    # Each polygon outline has POINTS points, so the outline of a triangle contains each corner eight times
     angles = np.floor(np.arange(POINTS) * corners / POINTS) * 2 * np.pi / corners  # (count, POINTS)
     along = radii * stretches * np.cos(angles)
     across = radii / stretches * np.sin(angles)

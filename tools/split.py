@@ -77,16 +77,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool) -> None:
-    """Check that existing lists in the output folder may be replaced.
+    """Check that the program may replace existing lists in the output folder.
 
-    Only lists that this program wrote and that nobody edited may be replaced.
+    The program may replace only lists that it wrote itself and that nobody edited.
 
     Args:
         hold_out: value of --hold-out for the new lists.
-        overwrite: whether lists with a different value of --hold-out may be replaced.
+        overwrite: whether the program may replace lists with a different value of --hold-out.
 
     Raises:
-        UserError: if an existing list may not be replaced.
+        UserError: if the program may not replace an existing list.
     """
     names = [f"{name}{ending}" for name in SETS for ending in (".csv", "_real.txt")]
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
@@ -168,8 +168,8 @@ def make_list_of_real_images(items: Sequence[Item]) -> bytes:
 def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     """Write the lists and split.json.
 
-    While the lists are written, split.json contains the hashes of the old and the new lists. If a run is
-    interrupted, the next run can therefore recognise and replace the lists of this program, both old and new.
+    Until all new lists are written, split.json contains the hashes of both the old and the new lists. If the program is
+    interrupted, its next run recognises the old and the new lists by their hashes, and may replace them.
 
     Args:
         files: content of each list, {file name: content}.
@@ -179,7 +179,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
-    # held_out.csv is written last, because script/train_folders.sh takes it as a sign that all lists are complete
+    # The list held_out.csv is written last, because script/train_folders.sh uses the lists if held_out.csv exists
     for name in sorted(files, reverse=True):
         with open_for_atomic_write(os.path.realpath(out / name)) as file:
             file.write(files[name])

@@ -7,9 +7,9 @@ A study file is a CSV file. Each line assigns a score table to one cell of a tab
     generators,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
-generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used. The
-number in a cell is the mean of a metric over the generators in the cell's line. Several lines may belong to the same
-cell, for example one line per random seed. A cell with several lines shows the mean over its lines.
+generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used.
+Each line yields one number, which is the mean of a metric over the generators of the line. Several lines may belong to
+the same cell, for example one line per random seed. A cell with several lines shows the mean over its lines.
 """
 
 import csv
@@ -28,7 +28,7 @@ COLUMNS = ("table", "row", "column", "scores", "generators")
 
 
 class Entry(NamedTuple):
-    """One line of a study file: a cell of a table, and a score table from which the cell is computed."""
+    """One line of a study file, which assigns a score table to a cell of a table."""
 
     table: str
     row: str
@@ -100,7 +100,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
 def format_mean_metric_of_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
     """Format the mean of a metric over the lines of one cell, in %.
 
-    Returns "-" if `entries` is empty, or if the metric is not defined for one of the entries.
+    Returns "-" if the cell has no line, or if the metric is not defined for one of the lines.
     """
     values = [compute_mean_metric_over_generators(entry, metric) for entry in entries]
     if not values or None in values:

@@ -36,7 +36,7 @@ Imitate = Callable[[Tensor], Tensor]
 def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
     """Write a fake copy (twin) of each image in the folder `photographs`. The twin of photographs/PATH is out/PATH.
 
-    If an image cannot be read or its twin cannot be written, a warning names the image.
+    The function logs a warning for each image that cannot be read, and for each twin that cannot be written.
 
     Args:
         imitate: function that computes the twin of an image.
@@ -109,7 +109,7 @@ def choose_save_options_like_original(image: Image.Image, path: str) -> dict:
 
 
 def is_lossless_webp(path: str) -> bool:
-    """Check whether a WebP file is lossless. The first image chunk of a lossless file is VP8L."""
+    """Check whether a WebP file is lossless. In a lossless file, the first chunk with image data has the type VP8L."""
     with open(path, "rb") as file:
         header = file.read(1 << 16)
     lossless, lossy = header.find(b"VP8L"), header.find(b"VP8 ")
@@ -119,7 +119,8 @@ def is_lossless_webp(path: str) -> bool:
 def pad_image_and_make_fake_copy(x: Tensor, imitate: Imitate) -> Tensor:
     """Compute the fake copy (twin) of an image of any size.
 
-    The image is padded until its height and width are multiples of FACTOR. The twin is cropped to the original size.
+    The function pads the image, so that its height and width are multiples of FACTOR. At the end, the function crops
+    the twin to the size of the image without padding.
 
     Args:
         x: the image, (1, 3, H, W) in [0, 1].

@@ -4,9 +4,9 @@ A checkpoint is written completely or not at all. Reading a checkpoint executes 
 `Fields` checks the type and the range of plain values from a checkpoint.
 
 A checkpoint whose name ends in .safetensors is called a bundle. Bundles are safe to share, because they contain no
-pickled Python objects. In a bundle, a tensor checkpoint[KEY] has the name KEY, and a tensor checkpoint[KEY][NAME] has
-the name KEY/NAME. All plain values in a bundle (numbers, texts, lists, dictionaries) are stored as one JSON text in the
-metadata of the file.
+pickled Python objects. A bundle stores the tensor content[KEY] of a checkpoint under the name KEY, and the tensor
+content[KEY][NAME] under the name KEY/NAME. The plain values of a checkpoint (numbers, texts, lists, dictionaries) are
+stored as one JSON text in the metadata of the bundle. Only the text content["card"] has its own entry in the metadata.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ SHOWN_KEYS = 3  # largest number of wrong keys that an error message names
 BUNDLE = "beyond-the-spectrum bundle, version 1"
 FINGERPRINT_DIGITS = 16
 
-# PyTorch's error message has one of these words if a file holds more than tensors and plain values
+# If a file holds more than tensors and plain values, PyTorch's error message contains one of the texts in FORBIDDEN
 FORBIDDEN = ("Unsupported global", "unsupported GLOBAL", "unrecognized function", "allowlisted", "Unsupported class")
 
 
@@ -75,7 +75,7 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
 class _ErrorRecorder(io.RawIOBase):
     """A file object whose method `write` stores its first OSError in `error` instead of raising it.
 
-    If `write` raised an OSError, torch.save might replace it by a RuntimeError.
+    If `write` raised an OSError, torch.save might raise a RuntimeError instead of the OSError.
     """
 
     def __init__(self, file: BinaryIO):
@@ -199,13 +199,14 @@ class Fields:
 
     The get methods check the type and the range of the value that they return. A value of a wrong type or outside its
     range raises a UserError that names the file and the key in one line. If a value is missing or None, methods with an
-    argument `default` return `default`. If the caller of such a method passes no `default`, a missing value raises a
+    argument `default` return `default`. If the argument `default` is omitted, a missing value or None raises a
     UserError.
 
     Args:
-        values: dictionary of the values. If `values` is None, an empty dictionary is used.
+        values: dictionary of the values. None counts as an empty dictionary.
         file: name of the file, for error messages.
-        path: keys that lead to the dictionary in the file, such as "config.images", for error messages.
+        path: place of `values` in the file, for error messages. For example, "config.images" means
+            content["config"]["images"].
 
     Raises:
         UserError: if `values` is neither a mapping nor None.

@@ -49,8 +49,9 @@ def choose_device_and_precision(
         gpu: the device, as explained in `choose_device`.
         precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the authors' code. On a CPU, auto
             means fp32.
-        deterministic: True switches PyTorch to reproducible algorithms. False lets cuDNN choose the fastest algorithm
-            for each shape. None leaves PyTorch's switches for reproducible algorithms unchanged.
+        deterministic: True switches PyTorch to reproducible algorithms. If `deterministic` is False, cuDNN chooses the
+            fastest algorithm for each shape. If `deterministic` is None, PyTorch's switches for reproducible algorithms
+            stay unchanged.
         seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
@@ -95,7 +96,7 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
             "cuda", "cuda:1", or a torch.device.
 
     Raises:
-        UserError: if the name of the device is unknown, or if the machine lacks this GPU.
+        UserError: if `gpu` is not the name of a device, or if the machine does not have the chosen GPU.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())

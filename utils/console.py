@@ -25,8 +25,8 @@ def wait_while_main_process_prints_error() -> None:
     """Wait MISTAKE_DELAY seconds in every process except the main process, before the caller prints an error.
 
     A user's mistake usually raises the same error in all processes of a run. While the other processes wait, the main
-    process prints the error and exits, and torchrun then ends the other processes. If only one of the other processes
-    has an error, that process prints its error after the delay.
+    process prints the error and exits, and torchrun then ends the other processes. If the main process has no error, a
+    process with an error prints the error after MISTAKE_DELAY seconds.
     """
     if not is_main_process():
         time.sleep(MISTAKE_DELAY)
@@ -75,7 +75,7 @@ def format_text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
     Args:
         rows: the cells of each row.
-        left: number of columns that are aligned to the left. The remaining columns are aligned to the right.
+        left: The first `left` columns are aligned to the left, and all other columns to the right.
     """
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
@@ -88,7 +88,7 @@ def format_text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 def describe_allowed_numbers(low: float, high: float) -> str:
-    """Describe a range of numbers as the end of a sentence, such as " of at least 1" or " from 0 to 5"."""
+    """Return the words for a range of numbers in an error message, such as " of at least 1" or " from 0 to 5"."""
     if math.isinf(low) and math.isinf(high):
         return ""
     if math.isinf(high):

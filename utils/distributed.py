@@ -38,11 +38,13 @@ class World(NamedTuple):
 def read_rank_and_world_size() -> World:
     """Read the environment variables RANK and WORLD_SIZE, which torchrun sets.
 
-    If neither variable is set, this process is the only process of the run.
+    If RANK and WORLD_SIZE are both unset, this process is the only process of the run. A single process that has RANK=1
+    by mistake would write no results, because only rank 0 writes results.
 
     Raises:
-        UserError: if only one of the variables is set, or if a value is impossible. A single process that has
-            RANK=1 by mistake would write no results, because only rank 0 writes results.
+        UserError: if only one of RANK and WORLD_SIZE is set.
+        UserError: if RANK or WORLD_SIZE is not a number, or if RANK is not less than WORLD_SIZE.
+        UserError: if a run with several processes lacks MASTER_ADDR or MASTER_PORT.
     """
     given = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:

@@ -18,7 +18,7 @@ FILE_ERRORS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # a full disk, or a missing permission
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path at which no file can be written
 }
-# An error message of torch.distributed has one of these words if another process of the run has ended
+# If another process of the run has ended, the error of torch.distributed contains one of the texts in PEER_ENDED
 PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 
 
@@ -60,7 +60,7 @@ def run_program(main: Callable[[], int | None]) -> int:
 
 
 def _describe_error_for_user(error: Exception) -> str | None:
-    """Return a message for an error that a user can correct. Returns None for a bug in the program."""
+    """Return a message if the user can correct `error`, and None if `error` is a bug in the program."""
     text = str(error)
     if isinstance(error, UserError):
         return text

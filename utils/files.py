@@ -47,8 +47,8 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
 
     Args:
         folder: the folder.
-        names: regular expression. A temporary file .NAME.N.tmp is deleted only if NAME matches `names`.
-        age: seconds for which a temporary file must have been unchanged before it is deleted.
+        names: regular expression. The temporary file of a file NAME is deleted only if NAME matches `names`.
+        age: Only temporary files that have not changed for `age` seconds are deleted.
     """
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
@@ -105,7 +105,7 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
 
 
 def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
-    """Create a lock file and lock it. When the caller closes `stack`, the lock file is deleted and the lock is freed.
+    """Create a lock file and lock it. Closing the ExitStack `stack` deletes the lock file and frees the lock.
 
     Returns:
         None, or one line that says why the lock cannot be taken.

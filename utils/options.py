@@ -9,8 +9,8 @@ Options on the architecture of a network default to None, which means that the o
 was not given, the programs use the value in the checkpoint. Without a checkpoint, models/build.py uses the values of
 the paper.
 
-This module does not check the names of networks, perturbations and auxiliary tasks. The module that defines a network,
-a perturbation or a task checks its name.
+This module does not check the names of networks, perturbations and auxiliary tasks. The modules that define the
+networks, perturbations and auxiliary tasks check the names.
 """
 
 import argparse
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """The argparse action of a flag that is accepted, but only prints a line that the flag has no effect."""
+    """The argparse action of a flag without effect. The action only prints that the flag has no effect."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -245,7 +245,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         batch_size: default of --batch-size, in images.
         lr: default of --lr.
         schedule: name of the learning-rate schedule in the authors' code.
-        output: flag of the output folder, for the help texts.
+        output: flag that sets the output folder, such as "--output-path". The help texts mention this flag.
     """
     add = parser.add_argument_group("optimizer").add_argument
     add("-b", "--batch-size", type=integer_from_1, default=batch_size, metavar="N",

@@ -40,7 +40,7 @@ def read_starting_checkpoint(
         states: paths at which `--resume auto` looks for a state. A file may exist at only one of the paths in `states`.
 
     Returns:
-        origin: the checkpoint whose weights are used, or None if the initial weights are new.
+        origin: the checkpoint from which the run loads its weights, or None if no file gives initial weights.
         resumed: the checkpoint whose run is continued, or None if a new run begins.
 
     Raises:
@@ -83,8 +83,8 @@ class Run(contextlib.AbstractContextManager):
     """A context manager for a training run, which saves states, writes records and stops the run after a signal.
 
     In training, the state is saved every --save-minutes. The state is also saved when a signal or an error ends the
-    run. Only the error NotFinite ends the run without saving the state. The state is also saved at the end of an epoch
-    for which best.* or a numbered checkpoint is written.
+    run. If the error NotFinite ends the run, the state is not saved. The state is also saved at the end of an epoch for
+    which best.* or a numbered checkpoint is written.
 
     The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The x axis of TensorBoard's
     plots is the number of finished epochs.
@@ -92,8 +92,8 @@ class Run(contextlib.AbstractContextManager):
     Args:
         folder: the folder of the run, from `open_run_folder`.
         about: entries of config.json, which are also saved in every state. `about` must have the key "settings".
-        networks: function that returns the entries of the state that belong to the networks. Only the main process
-            calls `networks`.
+        networks: function that returns the networks' part of the state, such as their weights, as a dict. Only the main
+            process calls `networks`.
         stepper: the optimizer and the progress of the training.
         epochs: number of epochs of the whole training.
     """
@@ -190,8 +190,8 @@ class Run(contextlib.AbstractContextManager):
             description: text in front of the progress bar.
             training: whether the caller takes an optimizer step with each batch. The state is saved every
                 --save-minutes only if `training` is True.
-            min_images: smallest number of images in a yielded batch. It must be 2 if batch norm cannot be trained on a
-                single image.
+            min_images: smallest number of images in a yielded batch. `min_images` must be 2 if batch norm cannot be
+                trained on a single image.
 
         Yields:
             batches of at least `min_images` images.
@@ -229,7 +229,7 @@ class Run(contextlib.AbstractContextManager):
             self._log_left_out_image(text)
 
     def _log_images_of_small_batch(self, batch, min_images: int) -> dict[int, str]:
-        """Log one line for each image of a batch that is too small.
+        """Log one line for each image of a batch that has fewer than `min_images` images.
 
         Returns:
             a dict from the index of an image in the dataset to the reason why the image is left out.
@@ -256,8 +256,8 @@ class Run(contextlib.AbstractContextManager):
 
         Args:
             values: values to record, by name. NaN and infinite values are written as null to stats.jsonl.
-            score_name: name of the value that is highest in the best epoch. Without validation, `values` has no key
-                `score_name`. An epoch whose score is not finite is never the best epoch.
+            score_name: name of the value that is highest in the best epoch. In a run without validation images,
+                `values` does not contain this value. An epoch whose score is not finite is never the best epoch.
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
@@ -278,7 +278,8 @@ class Run(contextlib.AbstractContextManager):
             progress.best = value
         if not self.world.is_main or not (is_best or numbered):
             return
-        # last.* is saved after the other checkpoints. A run that was killed in between writes them again when resumed
+        # last.* is saved after the other checkpoints.
+        # If the run is killed before last.* is saved, the resumed run writes the other checkpoints again.
         self.ending_epoch = True
         state = self.collect_run_state()
         if is_best:
@@ -294,7 +295,7 @@ class Run(contextlib.AbstractContextManager):
     def _delete_older_checkpoints(self, name: str) -> None:
         """Delete old numbered checkpoints, so that only the --keep-last newest are left.
 
-        Only checkpoints whose names equal `name` except for the number of the epoch are counted and deleted.
+        The checkpoints that are counted and deleted have names that differ from `name` only in the number of the epoch.
         """
         keep = self.settings["keep_last"]
         if not keep:

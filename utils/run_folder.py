@@ -27,8 +27,8 @@ class RunFolder:
     """The output folder of a run. The file config.json in the folder lists the files that the run has written.
 
     A file is replaced or deleted only if config.json lists the file. With --overwrite, the files of an earlier run are
-    deleted after the first state of the new run has been saved. The reason is that the new run may have read its
-    initial weights from a file of the earlier run.
+    deleted after the first state of the new run has been saved. Until the new run has saved a state, its initial
+    weights may exist only in a file of the earlier run.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
@@ -127,7 +127,7 @@ class RunFolder:
             self.replaced.remove(self.path / name)
 
     def delete_files_of_replaced_run(self) -> None:
-        """Delete the files of the earlier run that --overwrite replaces, except files that are already overwritten."""
+        """Delete the files of the run that --overwrite replaces, except files that the new run has overwritten."""
         if self.replacing:
             self._keep_stats_of_first_epochs(0)
             for path in self.replaced:

@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The exception that ends a run after SIGINT or SIGTERM. A run raises it after saving the state."""
+    """The exception that ends a run after SIGINT or SIGTERM. A run saves its state before it raises `Stopped`."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)

@@ -48,7 +48,7 @@ class Progress:
     left_out: int = 0  # number of images in the current epoch that could not be used
 
     def record_optimizer_step(self, values: Mapping[str, float], count: float) -> None:
-        """Count an optimizer step, and add `count` times each value to the sums of the epoch.
+        """Count an optimizer step, and add each value, multiplied by `count`, to the sums of the epoch.
 
         `values` must not have the key "count".
 
@@ -68,7 +68,7 @@ class Progress:
         """Count a batch that was skipped because too few images of the batch could be used.
 
         Args:
-            left_out: number of images in the batch, which are all left out.
+            left_out: number of all images of the skipped batch, including the images that could be used.
         """
         self.step += 1
         self.left_out += left_out
@@ -167,15 +167,17 @@ class Stepper:
     def step(self, loss: Tensor, values: Mapping[str, Tensor], batch) -> None:
         """Compute gradients and take one optimizer step.
 
+        If this method raises `NotFinite`, the weights stay unchanged.
+
         Args:
             loss: a scalar. The sum of `loss` over all processes is the mean loss of the whole batch.
-            values: further scalars to record, by name. The sum of a scalar over all processes is a mean over the whole
-                batch.
+            values: further scalars to record, by name. Each scalar is the share of this process in a mean over
+                images of the whole batch.
             batch: the batch (data.datasets.Batch). Only `weights`, `errors` and `items` of the batch are read.
 
         Raises:
-            NotFinite: before the weights change, if the loss is not finite, or if a gradient is not finite and the
-                precision is not fp16.
+            NotFinite: if the loss is not finite.
+            NotFinite: if a gradient is not finite in fp32, tf32 or bf16.
         """
         self.scaler.scale(loss).backward()
         gradients = self._sum_gradients_over_processes()
@@ -196,7 +198,11 @@ class Stepper:
         self.progress.record_optimizer_step(means, count)
 
     def _sum_gradients_over_processes(self) -> list[Tensor]:
-        """Sum the gradients over the processes, and divide them by the scale of GradScaler. Returns the gradients."""
+        """Sum the gradients over the processes, and divide them by the scale of GradScaler.
+
+        Returns:
+            the resulting gradient of each parameter that has a gradient.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         distributed.all_reduce_gradients(parameters, self.world)
         self.scaler.unscale_(self.optimizer)
@@ -205,15 +211,15 @@ class Stepper:
     def _compute_step_statistics_over_processes(
         self, parts: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
-        """Sum the scalars in `parts` over all processes, count the images of all processes, and copy `norm` to the CPU.
+        """Compute the means of the scalars in `parts` and the numbers of images over all processes.
 
-        All numbers are copied together, so that the CPU waits for the GPU only once per step.
+        All numbers are copied to the CPU together, so that the CPU waits for the GPU only once per step.
 
         Returns:
-            means: for each name in `parts`, the mean over all images with a weight above 0.
-            count: number of images with a weight above 0.
-            left_out: number of images left out.
-            norm_on_cpu: `norm` as a float.
+            means: for each name in `parts`, the mean over all images whose weight in the loss is above 0.
+            count: number of images whose weight in the loss is above 0.
+            left_out: number of images that could not be used.
+            norm_on_cpu: the gradient norm `norm` as a float.
         """
         counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
         scalars = [value.detach().float().to(self.compute.device) for value in (*parts.values(), *counts)]
@@ -223,7 +229,8 @@ class Stepper:
         weight, count, left_out, norm_on_cpu = numbers[len(parts) :]
         means = {}
         for name, value in zip(parts, sums_of_values, strict=True):
-            # `weight`, the sum of all image weights, is below 1 if images were left out, and 0 if no image remains
+            # If images were left out, the sum `weight` of all image weights is below 1.
+            # If no image is left, `weight` is 0.
             means[name] = value / (weight or 1)
         return means, count, left_out, norm_on_cpu
 
