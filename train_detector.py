@@ -207,7 +207,7 @@ def create_dataset(
     augmentation: Augmentation | None = None,
     transform: Callable | None = None,
 ) -> ImageDataset:
-    """Create a dataset of the usable images.
+    """Create a dataset of the images that can be read and are large enough.
 
     An image is usable if its header can be read and its width and height are allowed by `policy`.
 

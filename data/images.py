@@ -348,7 +348,9 @@ def select_usable_images(
         logger.warning("image left out: %s" if skip_bad else "image cannot be used: %s", problem)
     if problems and not (skip_bad and good_items):
         way_out = "repair or remove these images" + ("" if skip_bad else ", or leave them out with --skip-bad")
-        raise UserError(f"{len(problems)} of {len(items)} images cannot be used: {way_out}; the first: {problems[0]}")
+        raise UserError(
+            f"{len(problems)} of {len(items)} images cannot be used: {way_out}; the first problem: {problems[0]}"
+        )
     if problems:
         logger.warning("left out %d of %d images, because they cannot be used", len(problems), len(items))
     _log_centre_crops(good_headers, policy)

@@ -207,7 +207,7 @@ class PerturbationSetting(NamedTuple):
     """
 
     name: str
-    strength: float | None = None  # None for "none", and for all perturbations of the protocol frank2020
+    strength: float | None = None  # None for the perturbation "none", and in the protocol frank2020
 
     @property
     def get_sweep_of_perturbation_or_default(self) -> Sweep:

@@ -324,7 +324,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
 
 def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
-    """Select the metrics that `make_metric_table` shows in rows. Returns {name of the row: metrics}."""
+    """Select the metrics for each row of `make_metric_table`. Returns a dict {name of the row: metrics}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]

@@ -176,7 +176,7 @@ class ResidualPictures:
         """Find the images whose residual picture is missing, or was drawn with different settings.
 
         Returns:
-            A mask (N,) bool that is True for each image without an up-to-date picture. The result is None if no
+            A mask (N,) bool that is True for each image whose residual picture must be drawn. The result is None if no
             pictures are drawn.
         """
         if not self.paths:

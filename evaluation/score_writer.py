@@ -91,9 +91,9 @@ class ScoreWriter:
         """Find the images that must be scored, and create a new partial table for this process.
 
         Args:
-            overwrite: if True, existing partial tables are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture is missing. An image without
-                a picture is scored again, unless its row holds an error. If `without_picture` is None, every image
+            overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
+            without_picture: mask (N,) bool of the images whose residual picture is missing. These images
+                are scored again, except images whose row holds an error. If `without_picture` is None, every image
                 that has a row is skipped.
 
         Returns:

@@ -1,8 +1,8 @@
 """Create re-synthesizers and detectors from command-line options and from checkpoints.
 
-A detector has three parts: re-synthesizer, features and classifier. The dicts RESYNTHESIZERS, FEATURES and CLASSIFIERS
-list the classes that can be chosen for each part of a detector. To add a network, write a class and add one line to one
-of these dicts (docs/extending.md). The file config.json and most checkpoints store the name and the arguments of each
+A detector consists of three networks: the re-synthesizer, the feature network and the classifier. The dicts
+RESYNTHESIZERS, FEATURES and CLASSIFIERS list the classes that can be chosen for each network. To add a network, write a
+class and add one line to one of these dicts (docs/extending.md). The file config.json and most checkpoints store the name and the arguments of each
 network. The files epoch_N.pth and the checkpoints by the paper's authors do not store the arguments.
 
 train_detector.py and test.py choose the settings of a detector, such as the name of the classifier, in the same way. If

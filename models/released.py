@@ -54,8 +54,8 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} contains no RDN: expected a state dict with the key {error}, got a state dict without this key,"
-            f" whose first key is {first}; give a checkpoint of an RDN from train_sr.py or from the paper's authors"
+            f"{name} contains no RDN: expected a state dict with the key {error}, got a state dict"
+            f" with the first key {first}; give a checkpoint of an RDN from train_sr.py or from the paper's authors"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:

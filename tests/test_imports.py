@@ -62,7 +62,7 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    # The test ignores imports of a whole package, because the package's __init__ imports the modules of the package
+    # Imports of a whole package are ignored: a package imports its own modules, which would look like a cycle
     for package in PACKAGES:
         for others in imports.values():
             others.discard(package)

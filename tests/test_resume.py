@@ -91,12 +91,12 @@ def run_training_without_interruption(make_training_arguments, tmp_path_factory)
     """Return a function that runs a training without interruption, and returns the training's output folder."""
 
     @functools.cache
-    def run_training_once(name):
+    def run_training_or_return_cached_folder(name):
         out = tmp_path_factory.mktemp("uninterrupted")
         run_training(make_training_arguments(name, out))
         return out
 
-    return run_training_once
+    return run_training_or_return_cached_folder
 
 
 @pytest.fixture

@@ -255,7 +255,7 @@ class Fields:
         return value
 
     def get_text_field(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
-        """Return the text under `key`, which must be one of `choices` unless `choices` is empty."""
+        """Return the text stored under `key`. If `choices` is not empty, the text must be in `choices`."""
         if not self.has_value(key):
             return self._get_default_of_missing_field(key, default)
         value = self.values[key]
