@@ -159,8 +159,8 @@ def main(args: Namespace) -> None:
 
         # 7. Train
         pictures = read_one_real_and_fake_image(images)
-        text = "%d training images; the training starts at epoch %d, step %d"
-        logger.info(text, sampler.count, progress.epoch, progress.step)
+        text = "%d training images, %d samples per epoch; the training starts at epoch %d, step %d"
+        logger.info(text, len(images.items), sampler.count, progress.epoch, progress.step)
         if not progress.total_steps:
             write_resynthesis_pictures(detector, compute, args.auxiliary, run, pictures, 0)
         for epoch in range(progress.epoch, args.epochs):

@@ -117,8 +117,20 @@ def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.rand
 
     Args:
         rngs: random generator of each image.
+
+    Raises:
+        UserError: if the degradation changes the shape of an image.
     """
-    return torch.stack([degradation(image, rng) for image, rng in zip(x_lr, rngs, strict=True)])
+    degraded = []
+    for image, rng in zip(x_lr, rngs, strict=True):
+        result = degradation(image, rng)
+        if result.shape != image.shape:
+            raise UserError(
+                f"a degradation of the auxiliary task must return an image of shape {tuple(image.shape)}, got"
+                f" {tuple(result.shape)}"
+            )
+        degraded.append(result)
+    return torch.stack(degraded)
 
 
 # --- patches of train_sr.py -----------------------------------------------------------------------------------

@@ -290,17 +290,21 @@ class Perturbation(NamedTuple):
 
         Returns:
             a new tensor, or `image` itself if the image is not perturbed.
+
+        Raises:
+            UserError: if the function of the perturbation returns a tensor of another type or shape.
         """
         name, strength = self.setting
         if name == "none":
             return image
         rng = self._create_random_generator(image)
         if self.protocol == "sweep":
-            return self.setting.get_sweep_of_perturbation_or_default.apply(image, strength, rng)
+            perturbed = self.setting.get_sweep_of_perturbation_or_default.apply(image, strength, rng)
+            return _require_image_of_equal_shape(perturbed, image, name)
         names = list(FRANK2020) if name == "combined" else [name]
         chosen = [n for n in names if rng.random() < PROBABILITY]
         for n in chosen:
-            image = FRANK2020[n](image, rng)
+            image = _require_image_of_equal_shape(FRANK2020[n](image, rng), image, n)
         return image
 
     def _create_random_generator(self, image: Tensor) -> np.random.Generator:
@@ -308,6 +312,16 @@ class Perturbation(NamedTuple):
         image_hash = zlib.crc32(image.contiguous().numpy(), zlib.crc32(shape))
         setting_hash = zlib.crc32(f"{self.protocol}/{self.setting.name}".encode())
         return seeded_generator(self.seed, image_hash, setting_hash)
+
+
+def _require_image_of_equal_shape(perturbed: Tensor, image: Tensor, name: str) -> Tensor:
+    """Return `perturbed`, or raise a UserError if its type or shape differs from `image`."""
+    if perturbed.dtype != image.dtype or perturbed.shape != image.shape:
+        raise UserError(
+            f"the perturbation {name} must return a tensor of type {image.dtype} and shape {tuple(image.shape)}, got"
+            f" {perturbed.dtype} and {tuple(perturbed.shape)}"
+        )
+    return perturbed
 
 
 def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:

@@ -6,6 +6,7 @@ in the program of the paper's authors. The value of an undefined metric is None.
 images are real. No metric is NaN, so that metrics can be written as JSON.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -100,7 +101,10 @@ def has_real_and_fake_images(is_fake: np.ndarray) -> bool:
 
 
 class Metric(NamedTuple):
-    """A number that is computed from a score table, such as AUROC."""
+    """A number that is computed from a score table, such as AUROC.
+
+    The function `compute` returns None or NaN if the metric is not defined, for example without fake images.
+    """
 
     label: str
     description: str
@@ -219,9 +223,10 @@ def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int 
 
 def compute_metrics_over_all_rows(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
     """Compute all metrics of a score table. Every row must have a label and a score."""
-    values = {
-        name: metric.compute(table.logit_margins, table.prob_fake, table.is_fake) for name, metric in METRICS.items()
-    }
+    values = {}
+    for name, metric in METRICS.items():
+        value = metric.compute(table.logit_margins, table.prob_fake, table.is_fake)
+        values[name] = None if value is None or math.isnan(value) else float(value)
     return {
         "n_real": int(table.is_real.sum()),
         "n_fake": int(table.is_fake.sum()),

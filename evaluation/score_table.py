@@ -127,7 +127,7 @@ def make_rows_from_logits(items: Sequence[Item], logits: np.ndarray, calibration
             numbers = logit_fake, logit_real, float(prob_fake[i])
             rows.append(Row(path, convert_label_to_word(label), generator, *numbers, verdicts[i]))
         else:
-            problem = f"the logits of the network are not finite: {logit_fake}, {logit_real}"
+            problem = f"{make_printable(path)}: the logits are not finite: {logit_fake}, {logit_real}"
             rows.append(make_error_row(items[i], problem))
     return rows
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from models.config import (
@@ -98,6 +99,7 @@ TORCHVISION_STRIDE = 32  # stride of the last feature map of most torchvision cl
 
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
+CHECKED_SIDE = 128  # side length in pixels of the image with which the attributes of features are checked, rounded down
 RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options for RDN, as in the authors' code
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
@@ -246,6 +248,8 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
     file = ""
     if source is not None:
         file = source.name
+        if "sr_state_dict" in source.content:
+            raise UserError(f"{file} is a detector: expected a re-synthesizer, such as last.pth or NNNN_sr.pth.tar")
         state = extract_state_dict(source.content, file)
         recorded = read_resynthesizer_config(source, state, given_name)
     found = recorded or {"name": None, "scale": None, "args": None}
@@ -396,7 +400,10 @@ def load_resynthesizer_of_detector(
         return create_resynthesizer(resynthesizer, options)
     content, name = source
     if "sr_state_dict" not in content:
-        raise UserError(f"{name} contains no re-synthesizer: give the re-synthesizer with --sr-weights-file")
+        raise UserError(
+            f"{name} contains no re-synthesizer: give a detector from train_detector.py; with a detector of the paper's"
+            " authors, also give its re-synthesizer with --sr-weights-file"
+        )
     expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
     inside = {"state_dict": content["sr_state_dict"], "fingerprint": expected, "config": content.get("config")}
     return create_resynthesizer(Checkpoint(inside, name), options)
@@ -543,7 +550,8 @@ def assemble_detector(
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)
     else:
         features_fingerprint = compute_fingerprint(features)
-    features.requires_grad_(False)
+    features.requires_grad_(False).eval()
+    check_channels_and_stride(features, config["features"]["name"])
     classifier = create_classifier(config["classifier"]["name"], features.channels, config["classifier"]["args"])
     if config["residual"] not in RESIDUALS:
         raise UserError(f"--residual must be one of {', '.join(RESIDUALS)}, got {config['residual']}")
@@ -555,6 +563,20 @@ def assemble_detector(
         "features_fingerprint": features_fingerprint,
     }
     return detector, complete
+
+
+@torch.no_grad()
+def check_channels_and_stride(features: nn.Module, name: str) -> None:
+    """Raise a UserError if the attributes `channels` and `stride` do not fit the feature maps of a black image."""
+    side = max(CHECKED_SIDE // features.stride, 1)  # height and width of the feature maps
+    maps = features(torch.zeros(1, 3, side * features.stride, side * features.stride))
+    expected = (1, features.channels, side, side)
+    if tuple(maps.shape) != expected:
+        raise UserError(
+            f"the features {name} must return feature maps of shape {expected} for an image of"
+            f" {side * features.stride} x {side * features.stride} pixels, because their attributes are channels ="
+            f" {features.channels} and stride = {features.stride}; got shape {tuple(maps.shape)}"
+        )
 
 
 def warn_that_resnet_is_dilated(name: str) -> None:

@@ -342,12 +342,12 @@ LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
     # A flag names a file that does not contain the required weights
-    (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
+    (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "is a detector"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
-    (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "does not fit"]),
+    (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "is a detector"]),
     # A flag and the config in a checkpoint have different values for the same option
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),

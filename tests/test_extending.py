@@ -13,6 +13,8 @@ from torch import nn
 from trainings import make_arguments_of_train_detector, read_checkpoint_content, run_training
 
 from data import degradations, perturbations
+from data.degradations import degrade_batch
+from data.perturbations import SWEEP, Perturbation, PerturbationSetting, Sweep
 from evaluation import load, metrics
 from models import build
 from models.released import extract_state_dict
@@ -215,7 +217,7 @@ def test_the_documented_dicts_and_linked_files_of_the_extension_guide_exist():
 
 
 def test_the_documented_example_perturbation_metric_and_auxiliary_task_work(monkeypatch):
-    code = re.search(r"```python\n(def change_gamma.*?)```", DOCUMENT, re.DOTALL)[1]
+    code = re.search(r"```python\n(# image: uint8.*?)```", DOCUMENT, re.DOTALL)[1]
     names = {"torch": torch, "SWEEP": {}, "METRICS": {}, "TASKS": {}}
     exec(code, {**names, "Sweep": perturbations.Sweep, "Metric": metrics.Metric})
     rng = np.random.default_rng(0)
@@ -284,6 +286,32 @@ def test_network_arguments_that_another_option_already_sets_are_refused(training
                 training_files, tmp_path, f"--fixed-sr --epochs 1 {flags}"
             )
         )
+
+
+class WrongStride(NormalizedPixels):
+    """Features whose attribute `stride` is not the stride of their feature maps."""
+
+    stride = 2
+
+
+def test_features_with_a_wrong_stride_are_refused(training_files, tmp_path, monkeypatch):
+    monkeypatch.setitem(build.FEATURES, "wrong", WrongStride)
+    flags = "--fixed-sr --sr-arch none --features wrong --arch resnet18 --epochs 1"
+    with expect_user_error("features wrong", "stride = 2", "(1, 3, 64, 64)", "(1, 3, 128, 128)"):
+        run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path, flags))
+
+
+@pytest.mark.parametrize("wrong", [lambda image, *_: image / 255, lambda image, *_: image[:, ::2]])
+def test_an_added_perturbation_that_returns_another_type_or_shape_is_refused(monkeypatch, wrong):
+    monkeypatch.setitem(SWEEP, "wrong", Sweep(wrong, (1.0,)))
+    perturbation = Perturbation(PerturbationSetting("wrong", 1.0), "sweep", seed=0)
+    with expect_user_error("perturbation wrong", "torch.uint8", "(3, 8, 8)"):
+        perturbation(torch.zeros(3, 8, 8, dtype=torch.uint8))
+
+
+def test_an_added_auxiliary_task_that_returns_another_shape_is_refused():
+    with expect_user_error("auxiliary task", "(3, 8, 8)", "(3, 4, 8)"):
+        degrade_batch(lambda image, rng: image[:, ::2], torch.zeros(1, 3, 8, 8), [None])
 
 
 def test_torchvision_classifiers_with_auxiliary_outputs_return_only_logits():

@@ -206,6 +206,13 @@ def test_the_summary_of_a_single_class_has_an_accuracy_and_a_note_about_auroc(tm
     assert "AUROC" in metrics.format_metrics(summary)
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), np.float32("nan")])
+def test_an_added_metric_without_a_value_is_undefined(tmp_path, monkeypatch, value):
+    monkeypatch.setitem(metrics.METRICS, "undefined", metrics.Metric("und", "never defined", lambda *_: value))
+    table = write_and_read_score_table(tmp_path, make_score_rows([1, -1], FAKE))
+    assert metrics.compute_metrics_over_all_rows(table)["undefined"] is None
+
+
 def test_a_metric_added_to_the_dict_of_metrics_appears_in_summaries_and_tables(tmp_path, monkeypatch):
     highest = metrics.Metric("max", "the highest score", lambda s, p, f: s.max())
     monkeypatch.setitem(metrics.METRICS, "highest", highest)

@@ -221,11 +221,14 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
 ):
     out, last = tmp_path / "out", TRAININGS[name][2]
     shutil.copytree(run_training_without_interruption(name), out)
-    before = (out / last).read_bytes()
-    code, line = run_training_for_status_and_last_line(make_training_arguments(name, out, *AUTO), capfd)
-    assert code == 0 and "finished already" in line
-    assert (out / last).read_bytes() == before
+    config = (out / last).with_name("config.json")
+    before = [path.read_bytes() for path in (out / last, config)]
     flag = "--num-epochs" if name == "super-resolution" else "--epochs"
+    arguments = make_training_arguments(name, out, *AUTO, "--save-minutes", "5", flag, "1")
+    code, line = run_training_for_status_and_last_line(arguments, capfd)
+    epochs = read_checkpoint_content(out / last)["progress"]["epoch"]
+    assert code == 0 and f"finished already: {epochs} epochs are trained" in line
+    assert [path.read_bytes() for path in (out / last, config)] == before
     run_training(make_training_arguments(name, out, "--overwrite", flag, "1"))
     assert len(read_epoch_statistics_of_training((out / last).parent)) == 1
     assert read_checkpoint_content(out / last)["progress"]["epoch"] == 1
@@ -568,7 +571,7 @@ def test_resuming_a_checkpoint_with_an_impossible_value_is_refused_in_one_line(
     state[key] = value
     torch.save(state, out / "last.pth.tar")
     with expect_user_error("last.pth.tar", *words):
-        run_training([*make_arguments_of_train_detector(training_files, out, "--fixed-sr"), *AUTO])
+        run_training([*make_arguments_of_train_detector(training_files, out, "--fixed-sr --arch spectrum"), *AUTO])
 
 
 # --- several processes --------------------------------------------------------------------------------------

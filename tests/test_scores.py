@@ -114,7 +114,9 @@ def test_read_table_returns_the_columns_of_a_score_table_as_arrays(tmp_path):
 def test_logits_that_are_not_finite_make_an_error_row(bad):
     good, row = make_rows_from_logits([("a", REAL, ""), ("b", REAL, "")], [[1, 2], [bad, 0]])
     assert good.prediction == "real" and not good.error
-    assert "not finite" in row.error and row.prob_fake is None and row.prediction == ""
+    assert (
+        "not finite" in row.error and row.error.startswith(row.path) and row.prob_fake is None and row.prediction == ""
+    )
 
 
 def test_the_columns_of_a_score_table_may_have_any_order_and_unknown_columns_are_ignored(tmp_path):

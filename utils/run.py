@@ -53,6 +53,8 @@ def read_starting_checkpoint(
     origin = read_checkpoint_if_path_is_given(resume or init)
     if not resume:
         return origin, None
+    if init:
+        logger.info("%s is resumed: --init %s is not used", make_printable(resume), make_printable(init))
     if "progress" in origin.content:
         return origin, origin
     logger.info("%s holds weights but no training state: a new run starts from the weights", make_printable(resume))
@@ -112,7 +114,8 @@ class Run(contextlib.AbstractContextManager):
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # imported here, because the import takes seconds
 
-            folder.write_config_and_trim_stats(about, self.first_epoch)
+            if self.first_epoch < epochs:
+                folder.write_config_and_trim_stats(about, self.first_epoch)
             self.writer = SummaryWriter(str(folder.path / EVENTS), purge_step=self.first_epoch + 1)
 
     def __enter__(self) -> "Run":
@@ -135,7 +138,7 @@ class Run(contextlib.AbstractContextManager):
             already = " already" if self.first_epoch >= self.epochs else ""
             folder = make_printable(self.folder.path)
             text = "the training is finished%s: %d epochs are trained; all files are in %s"
-            logger.info(text, already, self.epochs, folder)
+            logger.info(text, already, self.progress.epoch, folder)
 
     # --- saving
 

@@ -19,10 +19,13 @@ logger = logging.getLogger(__name__)
 
 # A resumed run may change the settings in FREE_SETTINGS without a warning.
 # The paths of image folders and lists may change, because the setting "images" holds a digest of the images.
+# The networks are always those of the resumed run, so the options that choose networks may be left out.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
-    "fake_roots", "tree", "csv", "val_real_roots", "val_fake_roots", "val_csv",
+    "fake_roots", "tree", "csv", "val_real_roots", "val_fake_roots", "val_csv", "sr_arch", "sr_args", "scale",
+    "num_features", "growth_rate", "num_blocks", "num_layers", "features", "feature_args", "stage", "residual", "arch",
+    "arch_args", "in_channels", "dilated",
 }  # fmt: skip
 ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # settings that change the order of the images
 VALIDATION_SETTING = "validation_images"  # name of the setting that holds the digest of the validation images
