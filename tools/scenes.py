@@ -97,9 +97,11 @@ def draw_fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
         The noise, float32 (side, side), with mean 0 and standard deviation 1.
     """
     frequency = torch.hypot(torch.fft.fftfreq(side)[:, None], torch.fft.rfftfreq(side))
-    frequency[0, 0] = torch.inf  # makes the mean of the noise 0
+    frequency[0, 0] = 1  # avoids a division by zero
     white = torch.from_numpy(rng.standard_normal((side, side), dtype=np.float32))
-    noise = torch.fft.irfft2(torch.fft.rfft2(white) / frequency, s=(side, side))
+    spectrum = torch.fft.rfft2(white) / frequency
+    spectrum[0, 0] = 0  # makes the mean of the noise 0
+    noise = torch.fft.irfft2(spectrum, s=(side, side))
     return (noise / noise.std()).numpy()
 
 
