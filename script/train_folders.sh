@@ -9,9 +9,9 @@
 # With fewer than 600 pictures, the detector is a spectrum classifier on the signed pixel residual, because a ResNet would
 #   memorise so few pictures. With 600 pictures or more, it is a ResNet-18 on the pixel residual or, if VGG_WEIGHTS is set, on
 #   the stage-4 residual of VGG-19. The stage-4 residual is robust to compression.
-# Except for stage 4, up-sampled copies of the real pictures are added to the generated pictures, so that the detector does
-#   not learn a single generator only. With fewer than 600 pictures, AUTOENCODER="ENCODER DECODER" replaces the up-sampled
-#   copies by copies that this autoencoder makes ("twins").
+# With fewer than 600 pictures, up-sampled copies of the real pictures are added to the generated pictures, so that the
+#   spectrum classifier does not learn a single generator only. AUTOENCODER="ENCODER DECODER" replaces the up-sampled copies
+#   by copies that this autoencoder makes ("twins").
 # docs/results.md contains the test results of these detectors. A second call resumes a call that was stopped.
 #
 # Environment variables and defaults: OUT=output/folders, GPU=cpu, SIDE=128 (stage 4: 256), CROPS=4 for each picture
@@ -29,27 +29,21 @@ started=$SECONDS
 out=${OUT:-$root/output/folders}
 gpu=${GPU:-cpu}
 
-# add_copies [FLAG ...]: make copies of the real pictures with tools.example, and add them to the generated pictures.
-add_copies() {
-    if [[ ! -d "$out/copies" ]]; then
-        tool example --from "${folders[0]}" --out "$out/copies" "$@"
-    fi
-    folders+=("$out/copies")
-}
-
 pictures=$(find -L "${folders[@]}" -type f | wc -l)
 if [[ $pictures -lt 600 ]]; then
     learning=(--residual signed --arch spectrum --optimizer adamw --lr 2e-3 --wd 0.05)
     side=${SIDE:-128} crops=${CROPS:-4}
     steps=400 batch=64
     step_ms=1300 prepare_ms=500 # time of a training step and of the residual of one crop, on 256 x 256 pixels
-    add_copies ${AUTOENCODER:+--autoencoder $AUTOENCODER}
+    if [[ ! -d "$out/copies" ]]; then
+        tool example --from "${folders[0]}" --out "$out/copies" ${AUTOENCODER:+--autoencoder $AUTOENCODER}
+    fi
+    folders+=("$out/copies")
 elif [[ -z "${VGG_WEIGHTS:-}" ]]; then
     learning=(--arch resnet18 --no_dilation --optimizer adamw --lr 1e-3 --wd 0.05)
     side=${SIDE:-128} crops=${CROPS:-2}
     steps=760 batch=16
     step_ms=1500 prepare_ms=500
-    add_copies
 else
     learning=(--arch resnet18 --no_dilation --idx-stages 4 --lr 0.01)
     side=${SIDE:-256} crops=${CROPS:-1}
