@@ -126,15 +126,15 @@ def compute_auroc_difference_with_interval(
 def format_auroc_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
     """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
 
-    If `control` contains no score tables, return "-".
+    If there are no score tables in `control`, or if a score table lacks one of the images, return "-".
 
     Args:
         rows: one bool for each image in the score table rdn[0], (N,). The AUROCs are computed on the images for which
             `rows` is True.
     """
-    if not control:
-        return "-"
     paths = [path for path, used in zip(rdn[0].paths, rows, strict=True) if used]
+    if not control or any(not set(paths) <= set(table.paths) for table in control):
+        return "-"
     scores = [select_scores_of_images(tables, paths) for tables in (rdn, control)]
     value, low, high = compute_auroc_difference_with_interval(*scores, rdn[0].is_fake[rows])
     return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
