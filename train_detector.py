@@ -65,7 +65,7 @@ from utils.errors import UserError, run_program
 from utils.labels import FAKE, REAL
 from utils.optimizers import SCHEDULES, create_optimizer
 from utils.options import create_train_detector_parser
-from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seed_torch_for_step, seeded_generator
+from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
 from utils.run import Run, read_starting_checkpoint
 from utils.run_folder import open_run_folder
 from utils.training import Progress, Stepper
@@ -168,7 +168,7 @@ def main(args: Namespace) -> None:
                 dataset.store_missing_residuals(epoch, residual_of, run.iterate_batches, args.workers, compute, world)
             sampler.set_epoch(epoch, progress.step)
             batches = run.iterate_batches(loader, f"epoch {epoch}", True, min_images)
-            train_one_epoch(detector, batches, loss_of, stepper, args.seed)
+            train_one_epoch(detector, batches, loss_of, stepper)
             values = progress.compute_mean_values_of_epoch()
             if val_items:
                 values |= compute_validation_metrics(
@@ -512,13 +512,10 @@ def hash_source_code(module: nn.Module) -> str | None:
 # --- training and validation --------------------------------------------------------------------------------
 
 
-def train_one_epoch(
-    detector: ResynthesisDetector, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper, seed: int
-) -> None:
+def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> None:
     """Train the detector for one epoch, with one optimizer step per batch."""
     detector.train()
     for batch in batches:
-        seed_torch_for_step(seed, stepper.progress.epoch, stepper.progress.step, stepper.world.rank)
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
     # Without SyncBatchNorm, each process has its own batch-norm statistics.

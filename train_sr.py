@@ -40,7 +40,7 @@ from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import World, all_reduce_sum, broadcast_buffers, connect_processes
 from utils.errors import UserError, run_program
 from utils.options import create_train_sr_parser
-from utils.random_streams import DEGRADE_PATCH, seed_torch_for_step, seeded_generator
+from utils.random_streams import DEGRADE_PATCH, seeded_generator
 from utils.run import Run, read_starting_checkpoint
 from utils.run_folder import open_run_folder
 from utils.training import Stepper
@@ -113,7 +113,7 @@ def main(args: Namespace) -> None:
         for epoch in range(progress.epoch, args.num_epochs):
             sampler.set_epoch(epoch, progress.step)
             batches = run.iterate_batches(loader, f"epoch {epoch}", training=True)
-            pictures = train_one_epoch(model, batches, loss_of, stepper, args.seed)
+            pictures = train_one_epoch(model, batches, loss_of, stepper)
             values = progress.compute_mean_values_of_epoch()
             if eval_images.items:
                 values |= compute_mean_psnr_and_ssim(
@@ -209,7 +209,7 @@ class Schedule(NamedTuple):
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper, seed: int) -> Tensor:
+def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> Tensor:
     """Train the network for one epoch, with one optimizer step per batch.
 
     Returns:
@@ -218,7 +218,6 @@ def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf,
     model.train()
     pictures = torch.empty(0)
     for batch in batches:
-        seed_torch_for_step(seed, stepper.progress.epoch, stepper.progress.step, stepper.world.rank)
         loss, l1, pictures = loss_of(batch)
         stepper.step(loss, {"l1": l1}, batch)
     broadcast_buffers(model, stepper.world)  # all processes evaluate with the batch-norm statistics of the main process

@@ -103,17 +103,17 @@ class ScoreWriter:
             UserError: if an existing partial table has different scoring settings, or if P.csv was edited.
         """
         parts = find_partial_tables(self.table)
-        table_has_same_settings = not overwrite and not parts and self._table_has_same_settings()
-        if table_has_same_settings:
+        use_rows_of_table = not overwrite and not parts and self._table_has_same_settings()
+        if use_rows_of_table:
             self._mark_images_with_rows_as_done(self._read_rows_of_table(), without_picture)
         elif not overwrite:
             self._mark_images_with_rows_as_done(self._read_rows_of_partial_tables(parts), without_picture)
-        if broadcast_from_main(bool(table_has_same_settings and self.done.all()), self.world):
+        if broadcast_from_main(bool(use_rows_of_table and self.done.all()), self.world):
             logger.info("%s is finished already; --overwrite scores the images again", make_printable(self.table))
             return False
         if self.done.any():
             logger.info("%d of %d images are scored already", self.done.sum(), len(self.items))
-        elif self.table.exists() and not overwrite and not table_has_same_settings:
+        elif self.table.exists() and not overwrite and not use_rows_of_table:
             text = "%s was made with different settings or from different image files, and will be replaced"
             logger.info(text, make_printable(self.table))
         barrier(self.world)  # wait until every process has read the existing partial tables
@@ -121,7 +121,7 @@ class ScoreWriter:
             delete_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
         # If only residual pictures are missing, the new partial table begins with all rows of P.csv
-        if table_has_same_settings and self.world.is_main:
+        if use_rows_of_table and self.world.is_main:
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
         return True

@@ -326,7 +326,9 @@ def create_detector(
         "residual": options.get("residual") or PAPER["residual"],
         "classifier": {"name": arch, "args": arguments},
     }
-    return assemble_detector(model, config, options, vgg_source, None, "this new detector")
+    detector, config = assemble_detector(model, config, options, vgg_source, None, "this new detector")
+    check_channels_and_stride(detector.features, config["features"]["name"])
+    return detector, config
 
 
 def load_detector(
@@ -551,7 +553,6 @@ def assemble_detector(
     else:
         features_fingerprint = compute_fingerprint(features)
     features.requires_grad_(False).eval()
-    check_channels_and_stride(features, config["features"]["name"])
     classifier = create_classifier(config["classifier"]["name"], features.channels, config["classifier"]["args"])
     if config["residual"] not in RESIDUALS:
         raise UserError(f"--residual must be one of {', '.join(RESIDUALS)}, got {config['residual']}")

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from models.build import OPTION_NAMES
 from utils import options
 from utils.options import create_test_parser, create_train_detector_parser, create_train_sr_parser
+from utils.training import FREE_SETTINGS
 
 ROOT = Path(__file__).parents[1]
 PARSERS = {
@@ -189,3 +191,7 @@ def test_the_error_for_an_impossible_number_states_which_numbers_are_allowed(arg
     with pytest.raises(SystemExit):
         create_train_detector_parser().parse_args(arguments.split())
     assert message in capsys.readouterr().err
+
+
+def test_a_resumed_run_may_leave_out_each_option_that_chooses_a_network():
+    assert set(OPTION_NAMES) <= FREE_SETTINGS

@@ -229,6 +229,8 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
     epochs = read_checkpoint_content(out / last)["progress"]["epoch"]
     assert code == 0 and f"finished already: {epochs} epochs are trained" in line
     assert [path.read_bytes() for path in (out / last, config)] == before
+    run_training(make_training_arguments(name, tmp_path / "other", "--resume", str(out / last)))
+    assert (tmp_path / "other" / last).with_name("config.json").exists()
     run_training(make_training_arguments(name, out, "--overwrite", flag, "1"))
     assert len(read_epoch_statistics_of_training((out / last).parent)) == 1
     assert read_checkpoint_content(out / last)["progress"]["epoch"] == 1

@@ -148,7 +148,7 @@ def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, 
     stepper.progress.step = step
     auxiliary = train_detector.AuxiliaryTask(task, weight, vgg, 123, micro_batch)
     loss_of = functools.partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)
-    train_detector.train_one_epoch(detector, [batch], loss_of, stepper, seed=0)
+    train_detector.train_one_epoch(detector, [batch], loss_of, stepper)
     return stepper.progress.compute_mean_values_of_epoch()
 
 

@@ -16,6 +16,7 @@ from utils import console, distributed
 from utils.checkpoints import Checkpoint, read_checkpoint_if_path_is_given
 from utils.console import make_printable
 from utils.errors import UserError
+from utils.random_streams import seed_torch_for_step
 from utils.run_folder import EVENTS, STATS, RunFolder
 from utils.signals import Stopped, StopSignal
 from utils.training import NotFinite, Stepper
@@ -54,7 +55,7 @@ def read_starting_checkpoint(
     if not resume:
         return origin, None
     if init:
-        logger.info("%s is resumed: --init %s is not used", make_printable(resume), make_printable(init))
+        logger.info("%s is used, and --init %s is not used", make_printable(resume), make_printable(init))
     if "progress" in origin.content:
         return origin, origin
     logger.info("%s holds weights but no training state: a new run starts from the weights", make_printable(resume))
@@ -114,7 +115,8 @@ class Run(contextlib.AbstractContextManager):
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # imported here, because the import takes seconds
 
-            if self.first_epoch < epochs:
+            already_finished = folder.continued and self.first_epoch >= epochs
+            if not already_finished:
                 folder.write_config_and_trim_stats(about, self.first_epoch)
             self.writer = SummaryWriter(str(folder.path / EVENTS), purge_step=self.first_epoch + 1)
 
@@ -182,7 +184,8 @@ class Run(contextlib.AbstractContextManager):
     ) -> Iterator:
         """Iterate over the batches of a loader. After each batch, call `_save_state_if_due`.
 
-        With --skip-bad, each image that cannot be used is left out with one log line.
+        With --skip-bad, each image that cannot be used is left out with one log line. In training, PyTorch's generator is
+        seeded before each batch, so that a resumed run uses the same dropout as an uninterrupted run.
 
         A batch with fewer than `min_images` images is skipped in validation and in training with a single process. In
         training with several processes, every process must take part in every optimizer step. If a process has too few
@@ -208,6 +211,8 @@ class Run(contextlib.AbstractContextManager):
         usable = None  # the last batch that held enough images
         for batch in console.progress_bar(loader, description):
             self._report_image_errors(batch.errors)
+            if training:
+                seed_torch_for_step(self.settings["seed"], self.progress.epoch, self.progress.step, self.world.rank)
             if len(batch.x) >= max(min_images, 1):
                 usable = batch
                 yield batch

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 # A resumed run may change the settings in FREE_SETTINGS without a warning.
 # The paths of image folders and lists may change, because the setting "images" holds a digest of the images.
-# The networks are always those of the resumed run, so the options that choose networks may be left out.
+# A resumed run always keeps its networks, so the options that choose networks may be left out.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
