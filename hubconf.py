@@ -1,4 +1,4 @@
-"""Let torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar") return a trained detector."""
+"""Define `detector`, which torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar") calls."""
 
 import contextlib
 import sys

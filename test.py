@@ -130,8 +130,8 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
 
     Args:
         inputs: the paths that follow --input, or None.
-        labelled: the values of --data-root-pos, --data-root-neg, --data-root and --csv. The value of an option that is
-            not given is None.
+        labelled: the values of --data-root-pos, --data-root-neg, --data-root and --csv. An option that the user does
+            not give has the value None.
     """
     if inputs and any(labelled):
         raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
@@ -142,7 +142,7 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
 
 
 def count_training_images_among_scored_images(items: list[Item], detector: Detector) -> int:
-    """Count the images that the detector was trained on, and warn if there are any.
+    """Count the training images of the detector among the images to score, and warn if there are any.
 
     Returns 0 if the checkpoint does not list its training images.
     """
@@ -160,7 +160,7 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
 
 
 class OutputPaths(NamedTuple):
-    """The paths of the files that test.py writes when it scores images with one perturbation, such as JPEG."""
+    """The paths of the files that test.py writes for one perturbation, such as JPEG compression."""
 
     base: Path  # path of the output files without .csv, .npy, .json or .png
     pictures: ResidualPictures
@@ -194,11 +194,11 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
 def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
     """Return a dict of everything that the scores depend on, except the perturbation and the content of image files.
 
-    The caller adds the description of the perturbation to the dict.
+    The function `main` adds the entry "perturbation" to the returned dict.
     """
     identity = detector.describe_model()
     vgg = identity.get("vgg")
-    # The fingerprint identifies the VGG-19 weights. The path of the weights file does not affect the scores.
+    # The path of the file of VGG-19 weights is left out of the dict, because the path does not affect the scores.
     identity["vgg"] = vgg and vgg["fingerprint"]
     return {
         "detector": identity,
@@ -219,8 +219,8 @@ def read_unscored_batches(
     """Read the images that have no row in the score table yet, and yield batches of images of equal size.
 
     Args:
-        batch_size: maximum number of images per batch. If `batch_size` is None, a batch has at most BATCH_PIXELS
-            pixels, or contains a single larger image.
+        batch_size: maximum number of images per batch. If `batch_size` is None, the images of a batch have at most
+            BATCH_PIXELS pixels in total. An image with more than BATCH_PIXELS pixels is a batch of its own.
         workers: number of processes that read images.
     """
     size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
@@ -244,7 +244,7 @@ def score_images(
     With the option --save-residuals, also draw a picture of each image, its re-synthesis and its residual.
 
     Raises:
-        Stopped: if the program has received a signal to stop, after the current batch is scored.
+        Stopped: after the current batch, if the program has received a signal to stop.
     """
     logged_errors = set()
     for batch in batches:
@@ -267,8 +267,8 @@ def score_batch(
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
 
     Args:
-        logged_errors: descriptions of the errors whose traceback was logged already. If scoring the batch fails, this
-            function adds the description of the error to `logged_errors`.
+        logged_errors: descriptions of errors. For an error with one of these descriptions, no traceback is logged. If
+            scoring the batch fails, this function adds the description of the error to `logged_errors`.
     """
     indices = [index for _, index, _ in batch.keys]
     if not pictures.paths:

@@ -75,8 +75,8 @@ logger = logging.getLogger("train_detector")
 LAST = "last.pth.tar"
 
 # A function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
-# If several processes share a batch, the loss of the batch is the sum of the losses that the processes return.
-# Each logged scalar of the batch, such as the accuracy, is also a sum over the processes.
+# If several processes share a batch, each process returns only what its own images contribute to these values.
+# The loss and the other scalars of the whole batch are the sums over the processes.
 LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -223,8 +223,8 @@ def find_smallest_trainable_batch_size(
 ) -> int:
     """Return the smallest batch size with which the classifier can be trained: 1 or 2.
 
-    Batch norm can be trained only if a batch has at least two values per channel. If the classifier's last feature map
-    has a single value per channel and image, batch norm can be trained only on two or more images.
+    Batch norm can be trained only if a batch has at least two values per channel. A batch of one image is too small if
+    the classifier's last feature map has only one value per channel.
 
     Raises:
         UserError: if batch norm needs two or more images, but a process gets a batch of one image.
@@ -237,10 +237,10 @@ def find_smallest_trainable_batch_size(
         return 1
     if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
-            f"batch norm cannot be trained on a single residual of {width} x {height} values: expected at least two"
-            f" images per process and step, got a step with one image per process ({sampler.count} training images in"
-            f" batches of {sampler.batch_size}, {sampler.world.size} process(es)); change --batch-size, or use a larger"
-            " --crop-size or --resize"
+            f"images with residuals of {width} x {height} values are too small for batch norm in batches of one image:"
+            f" expected at least two images per process in each batch, got one ({sampler.count} training images,"
+            f" --batch-size {sampler.batch_size}, {sampler.world.size} process(es)); change --batch-size, or use a"
+            " larger --crop-size or --resize"
         )
     logger.warning(
         "warning: residuals of %d x %d values are small for a classifier with the stride %d: its last batch norm gets"
@@ -264,7 +264,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
         last: path of last.pth.tar, the checkpoint that `--resume auto` loads.
 
     Returns:
-        the detector, its config, and the checkpoint of the run to resume, which is None for a new run.
+        the detector, its config, and the checkpoint from which this run resumes, or None if this run is a new run.
     """
     origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
     resumed = choose_state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
@@ -302,9 +302,12 @@ def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, comput
 
 
 def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
-    """Return the checkpoint `resumed` if this run continues its training, or None if this run starts a new training.
+    """Decide whether this run continues the training that saved the checkpoint `resumed`.
 
     A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
+
+    Returns:
+        `resumed`, or None if this run starts a new training.
 
     Raises:
         UserError: if the training cannot be continued, and `resumed` is a file in the output folder of this run.
@@ -337,9 +340,9 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
         residual: the residuals of the batch, (B, C_l, H_l, W_l).
 
     Returns:
-        The cross-entropy and the accuracy, as scalars. If several processes share a batch, the cross-entropy of the
-        batch is the sum of the cross-entropies that the processes return. The accuracy of the batch is the sum of the
-        accuracies that the processes return.
+        The cross-entropy and the accuracy, as scalars. If several processes share a batch, each process returns only
+        what its own images contribute to these values. The cross-entropy and the accuracy of the whole batch are the
+        sums over the processes.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -384,7 +387,7 @@ def loss_with_frozen_resynthesizer(
 
 
 class AuxiliaryTask(NamedTuple):
-    """Settings of the auxiliary task. In end-to-end training, the re-synthesizer also learns to restore real images."""
+    """Settings of the auxiliary task: in end-to-end training, the re-synthesizer also learns to restore real images."""
 
     name: str  # name of the auxiliary task, a key of data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
@@ -482,7 +485,7 @@ def residual_cache_key(
 ) -> dict[str, object]:
     """Return a dict that describes how residuals are computed: the networks, the image sizes and the arithmetic.
 
-    A run uses a cached residual only if the run that stored the residual had an equal dict.
+    A cached residual is used only if it was stored with a dict that equals the dict of the current run.
 
     Args:
         code: hashes of the source code of the re-synthesizer and the features. A change of the source code can change
@@ -554,7 +557,7 @@ def compute_validation_metrics(
 def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
     """Return the weights and the config of the detector as a dict, which is saved in checkpoints.
 
-    The authors' checkpoints also contain the keys "arch" and "state_dict".
+    As in the authors' checkpoints, the keys "arch" and "state_dict" hold the name and the weights of the classifier.
 
     Args:
         trained_on: hashes of the training images, from `data.lists.hash_image_files`.

@@ -49,12 +49,13 @@ logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoard
-# Lower bound on the mean squared error from which PSNR is computed. PSNR is therefore at most 58.9 dB.
-# Rounding pixels to 8 bits causes a mean squared error of 1 / (12 * 255^2).
+# A mean squared error below SMALLEST_MSE is replaced by SMALLEST_MSE, so that PSNR is at most 58.9 dB.
+# SMALLEST_MSE is the mean squared error that rounding pixels to 8 bits causes.
 SMALLEST_MSE = 1 / (12 * 255**2)
 
 # A function that takes a batch, and returns the loss, the L1 term of the loss, and pictures for TensorBoard.
-# If several processes share a batch, the loss of the batch is the sum of the losses that the processes return.
+# If several processes share a batch, each process returns only what its own patches contribute to the loss.
+# The loss and the L1 term of the whole batch are the sums over the processes.
 LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -170,8 +171,8 @@ def load_perceptual_vgg(
     """Load VGG-19 for the perceptual loss. A resumed run uses the VGG-19 weights with which it began.
 
     Returns:
-        VGG-19, and a dict that describes the VGG-19 weights in checkpoints. If the weight of the perceptual loss is 0,
-        the function returns (None, None).
+        VGG-19, and a dict with the source and the fingerprint of the VGG-19 weights. If the weight of the perceptual
+        loss is 0, the function returns (None, None).
     """
     if weight == 0:
         return None, None
@@ -259,8 +260,9 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, the loss of the batch is
-            the sum of the losses that the processes return. The L1 term of the batch is also a sum over the processes.
+        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, each process returns only
+            what its own patches contribute to these values. The loss and the L1 term of the whole batch are the sums
+            over the processes.
         pictures: n pictures, (n, 3, P, 3 * P). Each picture shows the input, the re-synthesis and the target of a patch
             side by side.
     """

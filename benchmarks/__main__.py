@@ -33,7 +33,7 @@ HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
 TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass per 1024 x 1024 pixels, in 10^12
 START_SECONDS = 5  # estimated time to start a process
-ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices whose product is timed to estimate the total time
+ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices whose product is timed to estimate the benchmark's time
 GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is compared with RDN on a GPU
 # Largest side in pixels of the images with which fine-tuning in plain PyTorch is measured on a CPU.
 # With larger images, fine-tuning in plain PyTorch needs more than 22 GiB.
@@ -44,8 +44,8 @@ GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
     """List the rows of the table.
 
-    Each row of the table is described by a `Case`. Before a measurement, the field `form` of the `Case` is replaced by
-    the name of the measured implementation.
+    Each row of the table is described by a `Case`. The field `form` of each `Case` is a placeholder, which
+    `measure_implementations_of_case` replaces before each measurement.
     """
     gpu = args.gpu
     if args.quick:
@@ -68,7 +68,7 @@ def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def list_network_implementations(case: Case) -> list[str]:
-    """List the implementations of the networks that are measured for one row of the table."""
+    """List the implementations ("plain", "channels-last" or "here") with which a case is measured."""
     if case.kind == "scoring" and case.precision != "bf16":
         return ["plain", "channels-last", "here"]
     if case.kind == "step, fine-tuning" and case.side > LARGEST_PLAIN_SIDE and case.gpu == "cpu":
@@ -93,7 +93,7 @@ def estimate_tflop(case: Case) -> float:
 
 
 def measure_in_new_process(case: Case) -> dict[str, float] | None:
-    """Measure a case (a task and its settings) in a new process.
+    """Start a new process that measures a benchmark case (a task and its settings).
 
     Returns:
         The result of `measure_time_and_memory_of_case`, or None if the process fails. A process may fail because of
@@ -109,7 +109,7 @@ def measure_in_new_process(case: Case) -> dict[str, float] | None:
 
 
 def measure_implementations_of_case(case: Case, rounds: int) -> tuple[str, ...]:
-    """Measure each implementation of a row `rounds` times. Return the texts of the table cells in the row."""
+    """Measure a case `rounds` times with each implementation. Return the texts of the cells in the case's table row."""
     best = {}
     for _ in range(rounds):
         for form in list_network_implementations(case):
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--gpu {args.gpu}: this machine has no GPU that PyTorch can use; give --gpu cpu")
     args.rounds = 1 if args.quick else args.rounds
 
-    # Estimate the total time from the measured speed of a matrix product
+    # Estimate the time of the whole benchmark from the measured speed of a matrix product
     rows = list_benchmark_cases(args)
     product = measure_time_and_memory_of_case(
         Case("matrix product", "here", "fp32", 0, ESTIMATE_MATRIX_SIDE, 1, args.gpu, False)
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     runs_per_process = 8 if on_gpu else 1
     seconds = 0.0
     for case in rows:
-        if not args.quick:  # with --quick, the estimate stays 0, because the run takes only seconds
+        if not args.quick:  # with --quick, the benchmark takes only seconds, so its time is not estimated
             seconds += (
                 args.rounds
                 * len(list_network_implementations(case))

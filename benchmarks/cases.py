@@ -1,4 +1,4 @@
-"""Measure one case (a task and its settings) in this process.
+"""Measure the time and memory of one benchmark case (a task and its settings).
 
     python -m benchmarks.cases JSON
 
@@ -50,7 +50,7 @@ GPU_RUNS = 5  # number of timed runs
 class Case(NamedTuple):
     """The task and the settings of one measurement."""
 
-    kind: str  # task to measure, a key of KINDS
+    kind: str  # name of the task to measure, one of the keys of the dict KINDS
     form: str  # implementation of the networks: plain, channels-last or here
     precision: str  # fp32, tf32 or bf16
     stage: int  # feature stage: 0 = pixels, 5 = stage 5 of VGG-19
@@ -107,7 +107,7 @@ def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
 
 
 def make_noise_batch(case: Case) -> Batch:
-    """Create a batch of noise images. Every second image has the label real."""
+    """Create a batch of noise images, whose labels alternate between FAKE and REAL."""
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (case.images, 3, case.side, case.side), dtype=np.uint8)
     labels = torch.arange(case.images) % 2
@@ -220,7 +220,7 @@ KINDS = {
 
 
 def measure_time_and_memory_of_case(case: Case) -> dict[str, float]:
-    """Measure a case in this process.
+    """Run a benchmark case (a task and its settings), and measure its time and memory.
 
     Returns:
         A dict with two entries. The entry "seconds" is the median time of one run. The entry "gib" is the peak of the

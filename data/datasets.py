@@ -85,8 +85,8 @@ class Batch(NamedTuple):
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch.
 
-    The first readable sample determines the shape of all tensors in the batch. For a sample whose tensors have another
-    shape, the batch contains only an error message.
+    The first readable sample determines the shape of all tensors in the batch. If a later sample has tensors of a
+    different shape than the first readable sample, the batch contains only an error message for the later sample.
     """
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
@@ -119,13 +119,14 @@ def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixe
     """Merge consecutive one-image batches if their images have equal size.
 
     The dataset is divided into blocks of `block` consecutive images. Only images in the same block are merged into one
-    batch. These blocks make the batches independent of the number of processes. A resumed run makes the same batches as
-    an uninterrupted run. The last bits of the scores of an image can depend on the size of its batch.
+    batch. test.py gives whole blocks to each process, so that the number of processes does not change the batches. A
+    resumed run makes the same batches as an uninterrupted run. The last bits of the scores of an image can depend on
+    the size of its batch.
 
     Args:
         batches: batches of one image each.
         block: number of consecutive images in a block.
-        pixels: maximum number of pixels in a batch of two or more images.
+        pixels: maximum number of pixels in a merged batch. An image with more pixels is not merged with other images.
     """
     waiting = []
     for batch in batches:
@@ -142,8 +143,8 @@ def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixe
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
     """Return whether `batch` can be merged with `waiting`, a list of batches that will become one batch.
 
-    All images must be in the same block of the dataset. All images must have equal size. A merged batch must have at
-    most `pixels` pixels.
+    Images from different blocks of the dataset are not merged into one batch. Images of different sizes are not merged
+    into one batch. Two or more images are not merged into one batch if they have more than `pixels` pixels in total.
     """
     if _get_first_dataset_index_of_batch(batch) // block != _get_first_dataset_index_of_batch(waiting[-1]) // block:
         return False
@@ -157,7 +158,7 @@ def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels:
 def _get_first_dataset_index_of_batch(batch: Batch) -> int:
     """Return the dataset index of the first image in a batch.
 
-    If no image of the batch could be read, the function returns the dataset index of the first error.
+    If no image of the batch could be read, the function returns the dataset index of the first unreadable image.
     """
     if batch.keys:
         return batch.keys[0][1]
@@ -235,7 +236,7 @@ class EpochBatchSampler(Sampler):
                 yield [Key(self.epoch, batch[0], 0.0)]
 
     def compute_smallest_batch_size_of_any_process(self) -> int:
-        """Return the smallest number of entries that one process gets in one step, over all processes and steps."""
+        """Return the smallest number of entries that any process gets in any step of an epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
@@ -295,8 +296,8 @@ class ImageDataset(ItemDataset):
 
     Args:
         augmentation: random mirroring and cropping, or None for centre crops without mirroring.
-        transform: function (image, random generator) -> image that is applied before resizing and cropping. Without
-            `augmentation`, the function gets None instead of a random generator.
+        transform: function (image, random generator) -> image that is applied before resizing and cropping. If
+            `augmentation` is None, `transform` gets None instead of a random generator.
         headers: the header of each image, or an empty sequence if the headers were not read.
     """
 
@@ -332,7 +333,10 @@ class ImageDataset(ItemDataset):
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) of each image after resizing and cropping. The list is empty if no headers were read."""
+        """The (height, width) of each image after resizing and cropping.
+
+        If the headers of the images were not read, `image_sizes` is an empty list.
+        """
         return [compute_size_after_resize_and_crop(*header.size, self.policy) for header in self.headers]
 
     @property
@@ -473,7 +477,7 @@ def _batches_fit_in_shared_memory(size: int, workers: int) -> bool:
 
 
 def _apply_to_batch_tensors(batch: Batch, function: Callable) -> Batch:
-    """Apply `function` to the tensors `x`, `labels` and `weights` of a batch, and return a batch with the results."""
+    """Call `function` on each of the tensors `x`, `labels` and `weights` of a batch, and return the new batch."""
     return batch._replace(x=function(batch.x), labels=function(batch.labels), weights=function(batch.weights))
 
 

@@ -141,8 +141,8 @@ def degrade_patch(
 ) -> Tensor:
     """Degrade a training patch (3, h, w) at random.
 
-    Each degradation that an argument requests is applied with probability PATCH_PROBABILITY. In the list of arguments,
-    U(a, b) stands for a random number that is uniformly distributed between a and b.
+    Each degradation that an argument requests is applied with probability PATCH_PROBABILITY. In the descriptions
+    of `augment`, `completion` and `colorization`, U(a, b) is a random number, drawn uniformly between a and b.
 
     Args:
         augment: whether to add noise with a standard deviation U(0, 10) / 255, and to compress the patch as JPEG with

@@ -70,7 +70,8 @@ def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: 
     """Select the subfolders that `find_images` searches.
 
     Args:
-        left_out: number of left-out files and folders for each reason, which this function increases in place.
+        left_out: for each reason, the number of files and folders left out. This function adds the subfolders that it
+            leaves out.
     """
     selected = []
     for name in sorted(subfolders):
@@ -88,7 +89,8 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
     Args:
         names: names of all files in the folder.
-        left_out: number of left-out files and folders for each reason, which this function increases in place.
+        left_out: for each reason, the number of files and folders left out. This function adds the files that it leaves
+            out.
     """
     images = []
     for name in names:
@@ -116,7 +118,7 @@ def folder_contains(outer: str, inner: str) -> bool:
     """Return whether the folder `outer` equals or contains the folder `inner`.
 
     Args:
-        outer, inner: paths without links.
+        outer, inner: paths without symbolic links.
     """
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
@@ -134,7 +136,8 @@ def describe_picture_written_by_test_py(path: str) -> str | None:
     """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
 
     Returns:
-        "residual picture", "figure of a score table" or None.
+        "residual picture" for an image of a residual, "figure of a score table" for a plot of scores, or None for any
+        other file.
     """
     if path.endswith(".residual.png"):
         return "residual picture"

@@ -123,7 +123,8 @@ def open_image(path: str) -> Iterator[Image.Image]:
     """Open an image file and read its header.
 
     Raises:
-        UserError: if the file cannot be opened, or if the caller's `with open_image(...)` block raises an exception.
+        UserError: if the file cannot be opened. An exception inside a `with open_image(...)` block also becomes a
+            UserError.
     """
     try:
         _check_regular_file(path)
@@ -216,7 +217,7 @@ def require_large_enough_crops(policy: SizePolicy) -> None:
 def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     """Return why images with `height` x `width` pixels cannot be used, or None if they can be used.
 
-    The returned text is the end of a sentence about an image, such as "is 5 x 5 pixels: ...".
+    The returned text starts with "is" and the size of the image, such as "is 5 x 5 pixels: ...".
     """
     text = f"is {width} x {height} pixels"
     height, width = _compute_size_after_resize(height, width, policy)
@@ -230,7 +231,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
             " (or --patch-size), or leave the image out"
         )
     if policy.crop_size is not None:
-        return None  # the networks get only crops, whose size `require_large_enough_crops` checks
+        return None  # the crop fits into the image, and `require_large_enough_crops` checks the crop size
     side = min(height, width)
     if side < policy.scale:
         return f"{text}: both sides must be at least {policy.scale} pixels (the scale); leave the image out"

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# These are the smallest differences between real and fake images that the audit reports as a leak and as a warning.
-# Each difference is between the fraction of real images and the fraction of fake images with one attribute value.
+# For each attribute value, the audit computes the fraction of real images and of fake images with this value.
+# The audit reports a leak only if the fractions of real and of fake images differ by at least LEAK_DIFFERENCE.
+# The audit reports a warning only if the fractions of real and of fake images differ by at least WARNING_DIFFERENCE.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
@@ -73,7 +74,7 @@ class Finding(NamedTuple):
 class Audit(NamedTuple):
     """The result of a leak audit."""
 
-    files: dict[str, int]  # name of each group, such as "train real" -> number of files
+    files: dict[str, int]  # split and class, such as "train real" -> number of files
     checked: int  # number of files whose headers were read
     findings: list[Finding]  # first leaks, then warnings
 
@@ -82,7 +83,8 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
     """Search image files for leaks and duplicates.
 
     Args:
-        quick: whether to read at most SAMPLE images of each class from `train` and from `validation`, instead of all.
+        quick: whether to read at most SAMPLE images of each class in `train` and in `validation`. If `quick` is
+            False, all images are read.
     """
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
@@ -138,7 +140,7 @@ def list_image_header_attributes(image: Image.Image) -> dict[str, str]:
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO files, which contain several JPEG images
         luminance_table = image.quantization[min(image.quantization)]
         scale = sum(luminance_table) / QUALITY_50
-        # If libjpeg compressed the image with a quality from 20 to 99, then `quality` rounds to the same number.
+        # For images that libjpeg compressed with a quality from 20 to 99, `round(quality)` is libjpeg's quality.
         quality = 50 / scale if scale > 1 else 100 - 50 * scale
         attributes["format"] = "JPEG"
         attributes["JPEG quality"] = f"quality {quality:.0f}"
@@ -150,8 +152,8 @@ def find_attributes_that_separate_classes(files: Sequence[File]) -> list[Finding
 
     Training and validation images are searched separately. First, the fake images of all generators together are
     compared with the real images. If this comparison finds no difference in an attribute, the fake images of each
-    generator are compared separately. Each generator is compared with the real images that name this generator in
-    `Item.generator`, and with the real images that name no generator.
+    generator are compared separately. The comparison for a generator uses the images whose `Item.generator`
+    is this generator or empty.
     """
     findings = []
     for split in ("train", "validation"):
@@ -181,7 +183,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    # If both classes are samples of one population, `three_sigma` is at least 3 standard deviations of the difference.
+    # For two samples of one distribution, 3 standard deviations of each value in `differences` are <= `three_sigma`.
     three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None

@@ -25,9 +25,9 @@ from utils.labels import FAKE, REAL
 logger = logging.getLogger(__name__)
 
 LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # text in the column "label" of a CSV table -> label
-# Names of the folders of real and of fake images in two data sets:
-# Wang et al., "CNN-generated images are surprisingly easy to spot... for now", CVPR 2020.
-# Zhu et al., "GenImage", NeurIPS 2023.
+# LAYOUTS contains the names of the folders of real and of fake images in two data sets.
+# The first data set is from Wang et al., "CNN-generated images are surprisingly easy to spot... for now", CVPR 2020.
+# The second data set is from Zhu et al., "GenImage", NeurIPS 2023.
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
@@ -40,7 +40,7 @@ class Item(NamedTuple):
     label: int | None  # FAKE, REAL, or None if unknown
     # For a fake image, `generator` is the name of the generator that made the image.
     # A real image gets the name of a generator if metrics compare it only with the fake images of that generator.
-    # The value "" means that no generator is named.
+    # If an image has no generator name, `generator` is "".
     generator: str
 
 
@@ -49,7 +49,7 @@ class ImageFlags(NamedTuple):
 
     real: str = "--data-root-pos"
     fake: str = "--data-root-neg"
-    others: str = "--data-root TREE, or --csv FILE"  # other ways to give images, for error messages
+    others: str = "--data-root TREE, or --csv FILE"  # flags besides `real` and `fake`, as text for error messages
 
 
 IMAGE_FLAGS = ImageFlags()
@@ -146,14 +146,14 @@ def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item
 
 
 def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, int]:
-    """Find the folder of real or fake images in a path.
+    """Find the folder whose name, such as "0_real", says that its images are real or fake.
 
     Args:
         folders: names of the folders in the path, from the root of the folder tree down.
 
     Returns:
-        the pair of folder names in LAYOUTS to which the found folder belongs, such as ("nature", "ai"), and the index
-        of the found folder in `folders`. If the path contains no folder of real or fake images, the function returns
+        the pair in LAYOUTS that contains the name of the found folder, such as ("nature", "ai"), and the index of the
+        found folder in `folders`. If the path contains no folder of real or fake images, the function returns
         None and 0.
     """
     for layout in LAYOUTS:
@@ -166,8 +166,8 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     """Return the name of the generator of an image.
 
-    The generator is named after the first folder in `parents`, except folders such as "train" and "test". If `parents`
-    contains no other folder, the generator is named after the folder `root`.
+    The generator is named after the first folder in `parents` whose name is not in TRAIN_FOLDERS or HELD_OUT_FOLDERS.
+    If all names in `parents` are in TRAIN_FOLDERS or HELD_OUT_FOLDERS, the generator is named after the folder `root`.
 
     Args:
         root: root of the folder tree.
@@ -410,7 +410,10 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
             f"left out {left_out.total()} pictures that test.py has written: {format_file_counts_by_reason(left_out)}"
         )
         if not found:
-            raise UserError(f"no images are given: {text}; give images that test.py has not written")
+            raise UserError(
+                "no images are given: all given files are pictures that test.py has written"
+                f" ({format_file_counts_by_reason(left_out)}); give other images"
+            )
         logger.info(text)
     return [Item(path, None, "") for path in found]
 

@@ -211,7 +211,7 @@ class PerturbationSetting(NamedTuple):
 
     @property
     def get_sweep_of_perturbation_or_default(self) -> Sweep:
-        """The `Sweep` of the perturbation `name`, or a default `Sweep` if `name` is not in SWEEP."""
+        """The `Sweep` of the perturbation `name`, or `Sweep()` if `name` is not in SWEEP."""
         return SWEEP.get(self.name, Sweep())
 
     @property

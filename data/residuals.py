@@ -171,8 +171,8 @@ class ResidualDataset(Dataset):
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: function (loader, description) that yields the batches whose image could be read. The
-                description is the text of the progress bar.
+            readable_batches: function that takes a loader and the text of a progress bar, and yields the batches whose
+                image could be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.is_residual_stored(key)]
@@ -187,7 +187,7 @@ class ResidualDataset(Dataset):
 
 
 class CacheOptions(NamedTuple):
-    """The options of the command line for the residual cache."""
+    """The command-line options of the residual cache."""
 
     folder: str | Path  # parent folder of all cache folders
     precision: str  # "fp16" or "fp32"
@@ -208,8 +208,8 @@ def create_residual_datasets(
         key: names and values of all settings that change residuals.
 
     Returns:
-        a list of one dataset of residuals for each dataset of images. The list is empty if the images change in each
-        epoch. The list is also empty if the residuals take too much space.
+        a list of one `ResidualDataset` for each dataset in `datasets`. If the images change in each epoch, the function
+        returns an empty list. If the residuals do not fit into the cache, the function returns an empty list.
     """
     for images in datasets:
         if images.crops_change_each_epoch or images.transform:
@@ -221,7 +221,7 @@ def create_residual_datasets(
     dtype = STORAGE[options.precision]
     byte_counts = []
     for images in datasets:
-        directions = 2 if images.augmentation else 1  # a mirrored crop has a residual of its own
+        directions = 2 if images.augmentation else 1  # with augmentation, mirrored crops are also cached
         for size in images.image_sizes:
             values = math.prod(residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.entries_per_image * directions)

@@ -8,7 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import make_printable
 from utils.errors import UserError
 
-THRESHOLD_TOLERANCE = 1e-6  # t_real and t_fake may be this far outside [0, 1]; tools.calibrate may choose t_fake > 1
+THRESHOLD_TOLERANCE = 1e-6  # tolerance for thresholds that tools.calibrate puts just below 0 or just above 1
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 

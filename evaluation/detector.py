@@ -4,7 +4,7 @@
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py scores images with the Python class `Detector`, so `Detector.predict` and test.py give equal scores.
+test.py also scores images with the class `Detector`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,7 +76,7 @@ class Detector:
         """Compute the residual of each image: the features of its re-synthesis minus the features of the image.
 
         By default, a residual is the absolute value of the difference between the two feature maps. Each residual is
-        float32 (C_l, H_l, W_l) on the CPU. Even if `crops` is greater than 1, `residual` uses the whole image.
+        float32 (C_l, H_l, W_l) on the CPU. If `crops` is greater than 1, the residual still covers the whole image.
         """
         residuals = []
         for batch in self._group_images_into_batches(images):
@@ -161,7 +161,7 @@ class Detector:
     def resize_and_crop_policy_for_reading(self) -> SizePolicy:
         """Return the rule by which images are resized and cropped when they are read.
 
-        If `crops` is greater than 1, the returned rule has no crop size, because `cut_crops` later cuts the crops.
+        If `crops` is greater than 1, images are not cropped when they are read: `cut_crops` cuts the crops later.
         """
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
@@ -181,7 +181,7 @@ class Detector:
     def _group_images_into_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
         """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W).
 
-        This function and test.py form equal batches, unless test.py runs with the option --batch-size.
+        By default, test.py merges images into batches by the rule of this function.
         """
         if is_one_image(images):
             images = [images]
@@ -263,7 +263,7 @@ def images_per_batch(height: int, width: int) -> int:
 
 
 def yield_each_image_as_batch(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Yield each image, uint8 (3, H, W), as a batch of size 1: the image `first`, and then the images in `others`."""
+    """Convert each image, uint8 (3, H, W), to a batch of size 1. Yields `first` before the images in `others`."""
     unnamed = Item("", None, "")
     yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

@@ -55,7 +55,7 @@ def load(
         options: settings that the authors' checkpoints do not store, as a dict {name: value}. The tuple
             `models.build.OPTION_NAMES` lists the names of these settings ("stage", "dilated", ...). "idx_stages" is
             another name for "stage", and "no_dilation" means the opposite of "dilated". The options "crop_size",
-            "resize" (0 disables resizing) and "crops" replace the settings used in training.
+            "resize" and "crops" override the settings used in training. The value 0 of "resize" disables resizing.
 
     Raises:
         UserError: if an argument is invalid, a file cannot be read, or the weights differ from those used in training.
@@ -77,7 +77,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector that runs on `compute.device`. `load` explains all arguments except `compute`."""
+    """Load a detector that runs on `compute.device`. See `load` for the other arguments."""
     source = read_checkpoint_if_path_is_given(checkpoint)
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -111,8 +111,8 @@ def create_resize_and_crop_policy(network: ResynthesisDetector, settings: ImageS
 def convert_gpu_number_to_device_name(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    On a machine without a GPU, `choose_device_and_precision` raises an error for the name "cuda:1", but uses the CPU
-    for the number 1.
+    If the machine has no GPU, `choose_device_and_precision` raises an error for a device name such as "cuda:1". For a
+    number such as 1, `choose_device_and_precision` would use the CPU.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
@@ -124,7 +124,9 @@ def select_settings_that_load_accepts(settings: Mapping) -> dict:
 
 
 def check_load_options(options: Mapping) -> dict:
-    """Check the argument `options` of `load`, and replace "idx_stages" by "stage" and "no_dilation" by "dilated".
+    """Check the argument `options` of `load`, and rename "idx_stages" to "stage".
+
+    The option no_dilation=True is returned as dilated=False.
 
     Raises:
         UserError: if an option is unknown or its value is impossible.
@@ -142,7 +144,7 @@ def check_load_options(options: Mapping) -> dict:
         if target not in known:
             raise UserError(f"unknown option {name!r}: expected one of {', '.join((*known, *ALIASES))}")
         if target in checked:
-            raise UserError(f"option {target!r} is given twice, under two different names: remove one of the two")
+            raise UserError(f"option {target!r} is given twice, once under another name: give only {target!r}")
         checked[target] = value
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
@@ -153,7 +155,7 @@ def check_load_options(options: Mapping) -> dict:
 
 
 def is_integer_at_least(value: object, lowest: int) -> bool:
-    """Return whether a value is an integer, but not a bool, and at least `lowest`."""
+    """Return whether a value is an int that is at least `lowest`. The result is False for True and False."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
@@ -187,7 +189,7 @@ def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
     `data.lists.hash_image_files` computes hashes of images.
 
     Returns:
-        The hashes `trained_on`, or None if the checkpoint contains no hashes.
+        The argument `trained_on`, which is None if the checkpoint contains no hashes.
 
     Raises:
         UserError: if `trained_on` is not an int64 tensor (N, 2).
@@ -206,8 +208,8 @@ def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> Image
     If the user does not choose "crop_size" or "resize", the value from training is used.
 
     Args:
-        trained: the values of "crop_size" and "resize" in training. If the checkpoint does not store a value, its key
-            is missing.
+        trained: the values of "crop_size" and "resize" in training. `trained` lacks the key of a value that the
+            checkpoint does not store.
         options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that the user does
             not choose has the value None or is missing.
 

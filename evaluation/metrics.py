@@ -21,7 +21,7 @@ from utils.random_streams import seeded_generator
 ECE_BINS = 15  # number of bins of P(fake), as in Guo et al. (ICML 2017)
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-FEW_REALS = 100  # with fewer real images, a false-positive rate of 1 % is less than one image
+FEW_REALS = 100  # with fewer real images, TPR at 1 % FPR allows no false positive
 UNNAMED = "(unnamed)"
 RELEASE = "as in the authors' program (positive class: REAL)"
 
@@ -38,7 +38,7 @@ def auroc(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
 
 
 def average_precision(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the average precision: the sum over all thresholds of precision times the increase in recall."""
+    """Compute the average precision: the mean precision over all thresholds, weighted by the increase in recall."""
     return float(average_precision_score(is_fake, scores)) if has_real_and_fake_images(is_fake) else None
 
 
@@ -86,7 +86,7 @@ def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> fl
 
 
 def negative_log_likelihood(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the mean of -log P(true class), in nats. If P(fake) is 0.5 for every image, the result is 0.693."""
+    """Compute the mean of -log P(true class), in nats. A detector that always answers P(fake) = 0.5 gets 0.693."""
     return float(log_loss(is_fake, prob_fake, labels=[False, True])) if len(prob_fake) else None
 
 
@@ -196,9 +196,9 @@ def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int 
         seed: random seed of the bootstrap.
 
     Returns:
-        A dict. Its entry "all" holds the metrics of all images with a label and a score. "generators" is a dict {name:
-        metrics}. "mean" holds the means that `average_metrics_over_generators` computes. "images" holds numbers of
-        images. "notes" is a list of warnings, for example about undefined metrics.
+        A dict whose entry "all" holds the metrics of all images with a label and a score. "generators" is a dict
+        {name: metrics}. "mean" holds the means that `average_metrics_over_generators` computes. "images" holds numbers
+        of images. "notes" is a list of warnings, for example about undefined metrics.
     """
     all_images = compute_metrics_over_all_rows(table.select_rows(table.has_label_and_score), resamples, seed)
     generators = {}
@@ -239,7 +239,7 @@ def compute_metrics_over_all_rows(table: ScoreTable, resamples: int = RESAMPLES,
 
 
 def average_metrics_over_generators(generators: Mapping[str, Mapping]) -> dict[str, float | None]:
-    """Compute the mean of each metric over the generators that have fakes and real images for comparison."""
+    """Compute the mean of each metric over the generators whose AUROC is defined."""
     complete = [measured for measured in generators.values() if measured["auroc"] is not None]
     means = {}
     for name in METRICS:
@@ -329,7 +329,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
 
 def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
-    """Select the metrics for each row of `make_metric_table`. Returns a dict {name of the row: metrics}."""
+    """Select the metrics that `make_metric_table` shows for `summary`. Returns a dict {name of the row: metrics}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]

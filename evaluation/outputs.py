@@ -1,8 +1,8 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
-P stands for the value of --save_path without "/" or ".npy" at its end. P.csv is recognised by its header and P.json by
-its keys. P.png and residual pictures are recognised by the entry "Software" in the header of the PNG file. P.npy is
-replaced only if test.py also wrote P.json or a partial table P.csv.N.part.
+P stands for the value of --save_path without "/" or ".npy" at its end. test.py recognises its earlier table P.csv by
+the header, and its earlier P.json by the keys. The entry "Software" in the header of a PNG file shows that this project
+wrote the file. The array file P.npy is replaced only if test.py also wrote P.json or P.csv.N.part.
 """
 
 import hashlib
@@ -107,7 +107,9 @@ def refuse_path_that_cannot_exist(path: Path) -> None:
 
 
 def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Return the device number and the inode number of a file, which are equal for all names of the file.
+    """Return the device number and the inode number of a file.
+
+    Different paths to one file, such as hard links and symbolic links, have equal numbers.
 
     Returns None if the file cannot be found.
     """
@@ -131,7 +133,7 @@ def is_score_table(path: Path) -> bool:
 
 
 def is_json_of_score_table(path: Path) -> bool:
-    """Return whether a file is a P.json that test.py wrote for a score table."""
+    """Return whether a file is a JSON file that test.py wrote beside a score table."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -188,7 +190,7 @@ class ResidualPictures:
         return missing
 
     def draw_residual_picture_of_image(self, index: int, examination: Examination) -> None:
-        """Draw the residual picture of the image at `index` in the list.
+        """Draw an image, its re-synthesis and its residual side by side into the PNG file `self.paths[index]`.
 
         If several crops of the image were scored, the picture shows all these crops.
         """

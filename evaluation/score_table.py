@@ -33,7 +33,8 @@ class Row(NamedTuple):
 
     path: str
     label: str = ""  # real, fake, or empty if the image has no label
-    generator: str = ""  # generator of a fake; for a real image, the generator whose fakes it is compared with
+    # A real image can name the generator whose fakes are compared with the image
+    generator: str = ""  # name of the generator that made a fake image
     logit_fake: float | None = None
     logit_real: float | None = None
     prob_fake: float | None = None  # in [0, 1]
@@ -69,7 +70,7 @@ class ScoreTable:
     def logit_margins(self) -> np.ndarray:
         """Compute the margins logit_fake - logit_real, float64 (N,).
 
-        Margins rank images like prob_fake, but do not saturate at 0 and 1.
+        Metrics rank images by their margins, because prob_fake is rounded to 1 for all large margins.
         """
         logits = self.logits.astype(np.float64)
         return logits[:, 0] - logits[:, 1]
@@ -138,7 +139,7 @@ def convert_label_to_word(label: int | None) -> str:
 
 
 def cells_from_row(row: Row) -> list[str]:
-    """Convert a row to the cells of a CSV file. A number becomes the shortest text that is read as the same number."""
+    """Convert a row to the cells of a CSV file. A number gets the fewest digits that preserve its value."""
     logits = ["" if value is None else str(np.float32(value)) for value in (row.logit_fake, row.logit_real)]
     prob_fake = "" if row.prob_fake is None else repr(float(row.prob_fake))
     return [row.path, row.label, row.generator, *logits, prob_fake, row.prediction, row.error]
@@ -151,7 +152,7 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
         ValueError: if a cell has an impossible value.
     """
     path, error = cells["path"], cells["error"]
-    # Millions of rows repeat few words: `intern` keeps each word in memory once
+    # Millions of rows contain the same few words, and `sys.intern` keeps a single copy of each word in memory
     label, generator, prediction = (sys.intern(cells[name]) for name in ("label", "generator", "prediction"))
     if not path:
         raise ValueError("the path is empty")
@@ -182,7 +183,7 @@ def format_csv_line(cells: Sequence[str]) -> str:
 
 
 def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Write a score table. The file appears at `path` only when it is complete."""
+    """Write a score table. A file at `path` is replaced only after all rows are written."""
     with open_for_atomic_write(path) as file:
         file.write(format_csv_line(COLUMNS).encode())
         for row in rows:

@@ -2,14 +2,14 @@
 
 Each process writes its rows to its own file P.csv.N.part, called a partial table, where N is a number. The first line
 of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
-files. A run refuses to continue a partial table that has different scoring settings. If the scoring settings are the
-same, a run skips the images that have a row in a partial table. If the size or the modification time of an image file
-has changed, the image is scored again. When every image has a row, the rows are written to P.csv in the order of the
-list of images.
+files. A run refuses to continue a partial table that has different scoring settings. A run does not score an image
+again if an earlier run wrote a row of the image to a partial table. If the size or the modification time of an image
+file has changed, the image is scored again. When every image has a row, the rows are written to P.csv in the order of
+the list of images.
 
-In a partial table, each row is one line. A row contains the index of its image in the list of images, but not the path
-of the image. While P.csv is written, only the positions of the rows are held in memory, because a list may hold ten
-million images.
+Each row fills one line of P.csv.N.part, so that `readline` reads one row. A row contains the index of its image in the
+list of images, but not the path of the image. While P.csv is written, only the positions of the rows are held in
+memory, because a list may hold ten million images.
 """
 
 import csv
@@ -65,7 +65,7 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
 
 
 class ScoreWriter:
-    """A writer of the rows of one score table, which several processes may write together.
+    """Writes one score table. Several processes can write the table together, each with its own `ScoreWriter`.
 
     Args:
         table: path of P.csv.
@@ -92,9 +92,9 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture is missing. These images
-                are scored again, except images whose row holds an error. If `without_picture` is None, every image
-                that has a row is skipped.
+            without_picture: mask (N,) bool of the images whose residual picture is missing. An image in the mask is
+                scored again, unless its row holds an error. If `without_picture` is None, every image that has a row is
+                skipped.
 
         Returns:
             False if P.csv is finished already, otherwise True.
@@ -129,8 +129,7 @@ class ScoreWriter:
     def list_unscored_images(self, block: int) -> np.ndarray:
         """Return the indices of the images that this process must score.
 
-        The list of images is divided into blocks. With n processes, process r scores the images without a row in the
-        blocks r, r + n, ...
+        The list of images is divided into blocks. Block b belongs to the process with rank b % `world.size`.
 
         Args:
             block: number of images per block.
@@ -201,7 +200,7 @@ class ScoreWriter:
         """Create the partial table P.csv.N.part, where N is `number`, and open it as `self.partial_table`."""
         path = self.table.with_name(f"{self.table.name}.{number}.part")
         header = PARTIAL_TABLE_MARK + json.dumps(self.settings) + "\n" + format_csv_line(PARTIAL_TABLE_COLUMNS)
-        # The header is written atomically: a later run cannot continue a partial table with an incomplete header
+        # The atomic write ensures that no partial table with an incomplete header is left behind if the run is killed
         with open_for_atomic_write(path) as file:
             file.write(header.encode())
         self.partial_table = path.open("ab")
@@ -274,7 +273,10 @@ class ScoreWriter:
     def _read_rows_at_positions(
         self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray
     ) -> Iterator[Row]:
-        """Read the rows of all images in the order of the list, at positions from `_find_byte_positions_of_rows`."""
+        """Read the rows of all images from the partial tables, in the order of the list of images.
+
+        `_find_byte_positions_of_rows` returns the arguments `numbers` and `offsets`.
+        """
         with ExitStack() as stack:
             files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
             for number, offset in zip(numbers.tolist(), offsets.tolist(), strict=True):
@@ -295,8 +297,8 @@ class ScoreWriter:
     def _parse_row_of_partial_table(self, line: bytes) -> tuple[int, Row] | None:
         """Convert a line of a partial table to a pair (index of the image, row). Returns None for an invalid row.
 
-        A row is invalid if its image file has changed. An incompletely written row is invalid too, because its last
-        cell, the modification time, is missing or incomplete.
+        A row is invalid if its image file has changed. If a killed process wrote only the beginning of a row, the row
+        is invalid, because its modification time is missing or incomplete.
         """
         with suppress(csv.Error, ValueError):
             texts = next(csv.reader([line.decode("utf-8", "surrogateescape")], strict=True))

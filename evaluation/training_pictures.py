@@ -81,10 +81,10 @@ def write_resynthesis_pictures(
 
 
 def join_images_and_brightened_difference(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Join `before`, the re-synthesis and its brightened difference from the original image side by side.
+    """Join three pictures side by side: `before`, `x_hat` and the brightened difference |x_hat - x|.
 
     Args:
-        before: the picture on the left, (1, 3, H, W). This picture shows the original image or its degraded copy.
+        before: the original image or its enlarged degraded copy, (1, 3, H, W).
         x_hat: the re-synthesis, (1, 3, H, W).
         x: the original image, (1, 3, H, W).
 

@@ -2,8 +2,9 @@
 
 A detector consists of three networks: the re-synthesizer, the feature network and the classifier. The dicts
 RESYNTHESIZERS, FEATURES and CLASSIFIERS list the classes that can be chosen for each network. To add a network, write a
-class and add one line to one of these dicts (docs/extending.md). The file config.json and most checkpoints store the name and the arguments of each
-network. The files epoch_N.pth and the checkpoints by the paper's authors do not store the arguments.
+class and add one line to one of these dicts (docs/extending.md). The file config.json and most checkpoints store the
+name and the arguments of each network. The files epoch_N.pth and the checkpoints by the paper's authors do not store
+the arguments.
 
 train_detector.py and test.py choose the settings of a detector, such as the name of the classifier, in the same way. If
 the checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError.
@@ -99,7 +100,7 @@ TORCHVISION_STRIDE = 32  # stride of the last feature map of most torchvision cl
 
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
-CHECKED_SIDE = 128  # side length in pixels of the image with which the attributes of features are checked, rounded down
+CHECKED_SIDE = 128  # approximate side length, in pixels, of the test image in `check_channels_and_stride`
 RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options for RDN, as in the authors' code
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
@@ -375,8 +376,9 @@ def load_detector(
     if expected not in (None, config["features_fingerprint"]):
         raise UserError(
             f"{name} was trained with other weights of the features {config['features']['name']}: expected weights with"
-            f" the fingerprint {expected}, got the fingerprint {config['features_fingerprint']}; create the features"
-            " with the same weights each time, or give their class a method load_pretrained (docs/extending.md)"
+            f" the fingerprint {expected}, got the fingerprint {config['features_fingerprint']}; change the class"
+            " of the features: it must always create the same weights, or load them in a method load_pretrained"
+            " (docs/extending.md)"
         )
     expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
@@ -539,8 +541,8 @@ def assemble_detector(
     Returns:
         the detector, and a copy of `config` in which the entries "resynthesizer_fingerprint", "vgg" and
         "features_fingerprint" are set. The entry "vgg" contains the source and the fingerprint of the VGG-19 weights,
-        or is None without VGG-19. If the features have a method `load_pretrained`, this method checks the weights,
-        and the entry "features_fingerprint" is None.
+        or is None without VGG-19. The entry "features_fingerprint" is None if the features have a method
+        `load_pretrained`. The method `load_pretrained` itself checks the weights that it loads.
     """
     features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     in_channels = options.get("in_channels")
@@ -568,7 +570,13 @@ def assemble_detector(
 
 @torch.no_grad()
 def check_channels_and_stride(features: nn.Module, name: str) -> None:
-    """Raise a UserError if the attributes `channels` and `stride` do not fit the feature maps of a black image."""
+    """Raise a UserError if the attributes `channels` and `stride` of `features` contradict its output shape.
+
+    The output shape is measured on a black image.
+
+    Args:
+        name: name of the features for the error message, such as "vgg19".
+    """
     side = max(CHECKED_SIDE // features.stride, 1)  # height and width of the feature maps
     maps = features(torch.zeros(1, 3, side * features.stride, side * features.stride))
     expected = (1, features.channels, side, side)

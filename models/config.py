@@ -11,7 +11,7 @@ from utils.errors import UserError
 
 
 def read_config(source: Checkpoint) -> Fields:
-    """Return the config of a checkpoint in a `Fields` object, which checks the type of each value that is read from it.
+    """Return the config of a checkpoint as a `Fields` object, whose get methods check the types of values.
 
     The `Fields` object of a checkpoint by the paper's authors is empty, because their checkpoints have no config.
     """
@@ -42,7 +42,14 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
 
 
 def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
-    """Return the fingerprint in the entry `key` of a checkpoint's config, or None if the config has no such entry."""
+    """Read the fingerprint of a network's weights from the config of a checkpoint.
+
+    Args:
+        key: entry of the config that contains the fingerprint, such as "classifier_fingerprint".
+
+    Returns:
+        the fingerprint, or None if the config has no entry `key`.
+    """
     return read_config(source).get_text_field(key, default=None)
 
 

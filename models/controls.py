@@ -25,9 +25,9 @@ class Bicubic(nn.Module):
 class NoResynthesis(nn.Module):
     """A substitute for the re-synthesizer that returns black images (B, 3, scale * h, scale * w).
 
-    With pixels as features, the absolute residual |x_hat - x| of a black image x_hat is the image x itself. With VGG-19
-    features, the absolute residual is the absolute difference between the features of the image and the features of a
-    black image. The features of a black image are not zero, because the convolutions have biases.
+    The re-synthesis x_hat is a black image, so the absolute residual |x_hat - x| of the pixels is the image x itself.
+    With VGG-19 features, the absolute residual is the absolute difference between the features of the image and the
+    features of a black image. The features of a black image are not zero, because the convolutions have biases.
     """
 
     def __init__(self, scale: int = 4):

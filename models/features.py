@@ -33,7 +33,7 @@ STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
 STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of layer relu{k}_1 in torchvision's vgg19().features
 CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-TILE_CUTS = (10, 19)  # indices of the layers after pool2 and pool3, where tiles are joined to whole feature maps
+TILE_CUTS = (10, 19)  # tiles are joined to whole feature maps before layer 10 (after pool2) and layer 19 (after pool3)
 
 # The digits dcbb9e9d in the file name are the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -86,10 +86,10 @@ class VGG19Stage(nn.Module):
         return record
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side of the tiles in which VGG-19 processes images if no gradients are computed.
+        """Set the side length of the tiles in which VGG-19 processes images when gradients are disabled.
 
-        VGG-19 cuts at most three tensors into tiles: the image, the output of pool2, and the output of pool3. In each
-        of the three tensors, a tile has `side // 4` x `side // 4` pixels.
+        VGG-19 cuts at most three tensors into tiles: the image, the output of pool2, and the output of pool3. A
+        tile has `side // 4` x `side // 4` pixels, whether it is cut from the image or from a feature map.
         """
         self.vgg.tile = side // 4
 
@@ -116,7 +116,7 @@ class VGG19(nn.Module):
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
         # If no gradients are computed, VGG-19 runs on tiles of its feature maps.
-        # self.tile is the side length of a tile in pixels of the feature map from which the tile is cut.
+        # self.tile is the side length of the tiles, in pixels of the image or feature map that is cut into tiles.
         self.tile = 256
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:
@@ -209,8 +209,8 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
             download fails. If `source` is a path, the state dict in the file must contain the parameters `features.*`
             of all layers of VGG-19 up to relu5_1.
         trained_with: dict that describes the VGG-19 weights that must be loaded, or None if any weights may be loaded.
-            The entry "source" of `trained_with` is "imagenet", "random" or the path of the file of weights. The entry
-            "fingerprint" of `trained_with` is None or missing if the fingerprint of the weights is unknown.
+            The entry "source" of `trained_with` is "imagenet", "random" or the path of the file of weights. If
+            the entry "fingerprint" of `trained_with` is None or missing, the fingerprint of the weights is not checked.
         name: name of the checkpoint for error messages.
 
     Returns:

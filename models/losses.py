@@ -25,8 +25,8 @@ def compute_perceptual_distance(
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
-        distance: function that is called as distance(feature_maps_of_x_hat, feature_maps_of_x) for each stage of
-            VGG-19.
+        distance: function that gets the feature maps of `x_hat` and of `x` from one stage of VGG-19, and returns their
+            distance.
     """
     with torch.no_grad():
         maps = vgg(x, STAGES)
@@ -82,7 +82,8 @@ def compute_classification_loss(logits: Tensor, labels: Tensor, weights: Tensor)
     Args:
         logits: logits of each image, (B, 2).
         labels: label of each image, (B,).
-        weights: weight of each image, (B,). In a training step, the weights of all images in all processes sum to 1.
+        weights: factor by which the cross-entropy of each image is multiplied, (B,). In a training step, these factors
+            sum to 1 over the images of all processes, or to less if images cannot be read.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
     return (weights * losses).sum()
@@ -102,7 +103,7 @@ def compute_residuals_and_auxiliary_losses(
 
     Returns:
         residual: residuals (B, C_l, H_l, W_l).
-        losses: auxiliary loss of each image, (B,). The auxiliary loss of an image is 0 if its value in `real` is False.
+        losses: auxiliary loss of each image, (B,). losses[i] is 0 if real[i] is False.
     """
     x_hat = detector.resynthesize(x)  # (B, 3, H, W)
     residual = detector.residual(x, x_hat)  # (B, C_l, H_l, W_l)

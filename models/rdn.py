@@ -52,9 +52,9 @@ class ResidualDenseBlock(nn.Module):
         super().__init__()
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
-        # Release: in the code of the paper's authors, the convolution lff has growth_rate output channels.
+        # Release: in the code of the paper's authors, lff (local feature fusion) has growth_rate output channels.
         # The forward pass of the authors' RDN fails if growth_rate differs from num_features.
-        # In this class, lff has num_features output channels, as in the RDN article.
+        # In `ResidualDenseBlock`, lff (local feature fusion) has num_features output channels, as in the RDN article.
         self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ class RDN(nn.Module):
         return self.call_with_optional_gradient_checkpointing(self.upsample_to_image, x)  # (B, 3, scale * h, scale * w)
 
     def fuse_block_outputs(self, *block_outputs: Tensor) -> Tensor:
-        """Fuse the outputs of all blocks to the feature maps F_GF (B, G0, h, w), by global feature fusion."""
+        """Reduce the concatenated outputs of all blocks to G0 channels by two convolutions (global feature fusion)."""
         return self.gff(torch.cat(block_outputs, dim=1))
 
     def upsample_to_image(self, x: Tensor) -> Tensor:
@@ -146,17 +146,16 @@ class RDN(nn.Module):
             return self.output(x.float())
 
     def call_with_optional_gradient_checkpointing(self, part, *inputs: Tensor) -> Tensor:
-        """Call part(*inputs), and return the output.
+        """Return part(*inputs), where `part` is a residual dense block or a method of RDN.
 
-        `part` is a residual dense block of RDN, or a method of RDN. If `checkpoint_blocks` is True, the backward pass
-        computes part(*inputs) again, which saves memory.
+        If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again, which saves memory.
         """
         if self.checkpoint_blocks:
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side of the tiles in which RDN processes images if no gradients are computed.
+        """Set the side length of the tiles in which RDN processes images when gradients are disabled.
 
         Args:
             side: side of a tile in pixels of the high-resolution image.
@@ -169,8 +168,8 @@ class RDN(nn.Module):
 
         The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
         interpolates the channels 0, 1 and 2. The output layer copies the channels 0, 1 and 2 to red, green and blue.
-        The weights of the dense blocks stay random. Before training, the dense blocks do not change the output, because
-        the weights and biases of the last convolution of the global feature fusion are zero.
+        The weights of the dense blocks stay random. The weights and biases of the convolution
+        gff[1] are set to zero, so that the dense blocks do not change the output before training.
 
         Raises:
             UserError: if `num_features` is less than 3.

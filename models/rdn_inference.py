@@ -1,8 +1,7 @@
 """Inference with RDN, which takes less memory and, on a CPU, less time than the forward pass of training.
 
 `run_rdn` is the function that other modules call. `run_rdn` and the forward pass of training compute equal images
-except for rounding errors. The list below describes the three differences between `run_rdn` and the forward pass of
-training.
+except for rounding errors. `run_rdn` differs from the forward pass of training in three ways:
 
 - The dense blocks and the up-sampling layers process one tile of their input at a time. Each tile is cut out with all
   pixels on which the output of the tile depends.
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from models.tiling import apply_function_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
-STRIP_BYTES = 2**15  # bytes per channel that a layer computes at a time, few enough for the caches of a CPU
+STRIP_BYTES = 2**15  # size of a strip of rows in bytes per channel, small enough for the caches of a CPU
 # UPSCALE_TILE is the side of the tiles in up-sampling, in low-resolution pixels.
 # UPSCALE_HALO is the width of the halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels.
 # UPSCALE_HALO must be at least 1.75, because an up-sampled pixel depends on input pixels up to 1.75 pixels away.
@@ -55,12 +54,12 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     run_block = run_dense_block_in_strips
     if should_use_winograd(x, model.rdbs[0].layers):
         run_block = partial(run_dense_block_by_winograd, scratch=x.new_empty(0))
-        # Winograd's algorithm takes more memory than a direct convolution. Tiles with half the height save memory.
+        # Winograd's algorithm takes more memory than a direct convolution, so its tiles are only half as high as wide.
         tile = (model.tile // 2, model.tile)
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):
-        # The halo (overlapping margin of tiles) has one pixel per layer, as a 3x3 convolution reads adjacent pixels.
+        # Each 3x3 convolution reads one pixel beyond its output, so a tile's halo (margin) has one pixel per layer.
         x = apply_function_in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
         for fused_rows, rows in zip(fused.split(model.tile, dim=2), x.split(model.tile, dim=2), strict=True):
             fused_rows.add_(F.conv2d(rows, weight))
@@ -85,8 +84,8 @@ def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) ->
     """Run a residual dense block on x (B, G0, h, w) with Winograd's algorithm.
 
     Args:
-        scratch: tensor whose memory `models.winograd.DenseMaps` uses. If all calls get the same `scratch`, its memory
-            is allocated only once.
+        scratch: one-dimensional float32 tensor, which is resized and overwritten with transformed feature maps. If all
+            calls get the same `scratch`, its memory is allocated only once.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)
     first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)  # one weight (G0, G, 1, 1) per feature map

@@ -134,7 +134,7 @@ class DeepStemResNet(nn.Module):
     # `stride` is the side of the residual divided by the side of the last feature map.
     # If the sides of a residual are at most `stride`, its last feature map has one value per channel.
     # Batch norm cannot be trained on one value per channel.
-    # If the sides of residuals are at most `stride`, train_detector.py refuses batches of one image.
+    # If the height and width of residuals are at most `stride`, train_detector.py rejects batches of one image.
     # With synchronized batch norm, which uses the images of all GPUs, train_detector.py accepts one image per GPU.
     stride = 32
 
@@ -209,7 +209,7 @@ class DeepStemResNet(nn.Module):
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side of the tiles in which the stem processes residuals if no gradients are computed.
+        """Set the side length of the tiles in which the stem processes residuals in evaluation mode without gradients.
 
         Args:
             side: side of a tile in pixels of the residual.

@@ -22,7 +22,7 @@ from utils.errors import UserError
 SMALLEST_POWER = 1e-7
 
 # SMALLEST_DISTANCE is added to the distance d in `SpectrumClassifier`, so that log(d) is finite.
-# Typical values of the distance d are about 1.
+# SMALLEST_DISTANCE is far below typical values of the distance d, which are about 1.
 SMALLEST_DISTANCE = 1e-4
 
 
@@ -30,8 +30,8 @@ class SpectrumClassifier(nn.Module):
     """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
     The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over all
-    channels. The log power is also averaged over the residual and its copies that are mirrored or rotated by 90
-    degrees. Then the mean log power of the neighbouring frequencies is subtracted from the log power of each frequency.
+    channels. The log power is also averaged over the residual, its mirror image, and both rotated by 90 degrees.
+    Then the mean log power of the neighbouring frequencies is subtracted from the log power of each frequency.
     The differences of log powers show the peaks and edges that up-sampling causes in a spectrum. The differences of log
     powers depend little on brightness, sharpness and image content.
 
@@ -47,7 +47,7 @@ class SpectrumClassifier(nn.Module):
     Images may have any size.
 
     Args:
-        channels: number of channels of the residual. The argument is not used, because the log spectra of all channels
+        channels: number of channels of the residual. `channels` is not used, because the log spectra of all channels
             are averaged.
         window: side length of the windows in pixels, an even number. Neighbouring windows overlap by half their side.
         neighbourhood: side of the square of frequencies around each frequency, an odd number.
@@ -76,9 +76,9 @@ class SpectrumClassifier(nn.Module):
         taper = torch.hann_window(window, periodic=False)
         taper = torch.outer(taper, taper) / taper.square().sum()
         self.register_buffer("taper", taper, persistent=False)  # two-dimensional Hann window, (window, window)
-        half = window // 2 + 1  # number of frequencies 0 .. window / 2
+        half = window // 2 + 1  # number of the frequencies 0, 1, ..., window / 2
         # Only the upper triangle of the spectrum is used, because the averaged spectrum is a symmetric matrix
-        self.register_buffer("triangle", torch.triu_indices(half, half), persistent=False)  # row and column indices
+        self.register_buffer("triangle", torch.triu_indices(half, half), persistent=False)  # (2, count)
         count = self.triangle.shape[1]
         self.standardise = Standardise(count)
         self.layers = nn.Sequential(
@@ -121,7 +121,7 @@ class SpectrumClassifier(nn.Module):
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def average_neighbouring_frequencies(self, spectrum: Tensor) -> Tensor:
-        """Replace each value of spectra (B, half, half) by the mean over a square of frequencies around it.
+        """For each frequency of spectra (B, half, half), compute the mean over a square of frequencies around it.
 
         If the square extends beyond the spectrum, the spectrum is padded by reflection.
         """

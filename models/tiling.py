@@ -25,8 +25,8 @@ def apply_function_in_tiles(
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
             result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
         maps: one or more feature maps (B, C, h, w) of equal height and width.
-        side: side of a tile, or (height, width) of a tile, in pixels of `maps`. The product of each side and
-            `scale` must be an integer.
+        side: side length of a square tile, or (height, width) of a tile, in pixels of `maps`. The height and the
+            width of a tile, multiplied by `scale`, must be integers.
         halo: width of the halo in pixels of `maps`. The product of `halo` and `scale` must be an integer.
         scale: height of the output of `function` divided by the height of `maps`.
     """
@@ -54,5 +54,6 @@ def apply_function_in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    # The sides of `result` were rounded up. If `function` rounds down, remove the row or column that was not filled.
+    # The height and width of `result` were rounded up.
+    # If `function` rounds down, the last row or column of `result` was not filled, and is removed.
     return result[:, :, :bottom, :right]

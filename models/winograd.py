@@ -35,7 +35,7 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
     # The matrix `powers` maps the coefficients of a polynomial to the values of the polynomial at POINTS.
     # The value of a polynomial at infinity is defined as the highest coefficient.
-    # In each matrix below, the row from `infinity` selects the highest coefficient.
+    # The last row of each concatenation below is from `infinity`, and selects the highest coefficient of a polynomial.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
@@ -129,7 +129,7 @@ class DenseMaps:
         return weight.permute(0, 3, 1, 2)
 
     def split_images_into_strips(self, images: Tensor) -> list[Tensor]:
-        """Split each image in `images` (B, rows of tiles, ...) into strips of at most `strip_rows` rows of tiles."""
+        """Split each image in `images` along dimension 1 (rows of tiles) into strips of at most `strip_rows` rows."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))

@@ -25,7 +25,7 @@ from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 RESAMPLES = 1000
 # SETTINGS[study][detector] contains the names of three detectors, which are the file names of their score tables.
 # The first detector uses RDN, the second uses bicubic interpolation, and the third uses no re-synthesis.
-# The name of each further training of the same detector ends with _seed and a number.
+# If a detector was trained again with another seed, its name ends with _seed and a digit, as in pixel_rdn_seed1.
 SETTINGS = {
     "faces": {
         "pixel": ("pixel_rdn", "pixel_bicubic", "pixel_none"),
@@ -129,8 +129,8 @@ def format_auroc_difference(rdn: list[ScoreTable], control: list[ScoreTable], ro
     If there are no score tables in `control`, or if a score table lacks one of the images, return "-".
 
     Args:
-        rows: one bool for each image in the score table rdn[0], (N,). The AUROCs are computed on the images for which
-            `rows` is True.
+        rows: whether to use each image of the score table rdn[0], (N,) bool. The AUROCs are computed on the images for
+            which `rows` is True.
     """
     paths = [path for path, used in zip(rdn[0].paths, rows, strict=True) if used]
     if not control or any(not set(paths) <= set(table.paths) for table in control):

@@ -22,7 +22,7 @@ torch.set_num_threads(1)  # OMP_NUM_THREADS has no effect if PyTorch was importe
 def shrink_resnet18():
     """Replace resnet18 in the test process by a smaller network with half as many blocks.
 
-    In each new process, `processes.start_program` replaces resnet18 by the same smaller network.
+    In each new process, `processes.start_program` also replaces resnet18 by a network with half as many blocks.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])

@@ -38,7 +38,7 @@ def write_empty_files(root, *names):
 
 
 def cut_file_in_half(path):
-    """Remove the second half of an image file. The function keeps the first half, which contains the header.
+    """Truncate an image file to its first half, which contains the header.
 
     Returns:
         The original bytes of the whole file.

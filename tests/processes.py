@@ -124,8 +124,8 @@ def patch_progress_bar_to_send_signal(description: str, at: int, number: int, al
 
     Args:
         description: beginning of the text beside the progress bar, such as "epoch".
-        at: number of the item at which the program sends the signal. The first item has the number 1. The count
-            continues over all loops whose text begins with `description`.
+        at: number of the loop iteration before which the program sends the signal. The first iteration has the
+            number 1. Iterations of all loops whose text begins with `description` are counted together.
         number: number of the signal, such as 9 for SIGKILL.
         all_processes: whether the program also sends the signal to its worker processes, and then waits 0.3 s.
     """
@@ -158,10 +158,10 @@ def patch_progress_bar_to_sleep_first(description: str, seconds: float) -> None:
 
 
 def patch_checkpoint_saving_to_kill_program(save: int) -> None:
-    """Make the program kill itself while a checkpoint file contains only its first half.
+    """Make the program truncate a checkpoint file to its first half, and then kill itself with SIGKILL.
 
     Args:
-        save: number of the incomplete checkpoint. The first saved checkpoint has the number 1.
+        save: number of the checkpoint that the program truncates. The first saved checkpoint has the number 1.
     """
     original, count = torch.save, itertools.count(1)
 

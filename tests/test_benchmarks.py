@@ -14,7 +14,7 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value 
 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Compute the logits of two images, float (2, 2), with the implementation `form` of the networks."""
+    """Compute logits, float (2, 2), of two images. `form` names the implementation of the networks, such as "plain"."""
     return cases.prepare_scoring(TOY._replace(form=form, precision=precision))()
 
 
@@ -41,7 +41,7 @@ def test_the_comparison_of_implementations_fails_if_one_resynthesizes_brighter_i
 def test_the_benchmark_measures_time_and_memory_of_training_steps_and_of_rdn(kind):
     result = cases.measure_time_and_memory_of_case(TOY._replace(kind=kind, images=4))
     assert result["seconds"] > 0
-    assert result["gib"] > 0.1  # the PyTorch library alone needs more than 0.1 GiB
+    assert result["gib"] > 0.1  # a process that has imported PyTorch uses more than 0.1 GiB of memory
 
 
 def test_the_fine_tuning_step_changes_the_resynthesizer_and_the_frozen_step_does_not(monkeypatch):

@@ -130,7 +130,7 @@ def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, 
         assert "evil.pth.tar" in error_line_of_program(program, f"{flags} {path}", capfd)
     assert not folder.exists()
     torch.load(path, weights_only=False) if writer == "torch" else pickle.loads(path.read_bytes())
-    assert folder.exists()  # an unprotected load runs the code in the checkpoint, which makes this folder
+    assert folder.exists()  # without protection, loading the checkpoint runs code that makes this folder
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -341,14 +341,14 @@ NEW = f"{IMAGES} --fixed-sr --no_dilation --arch resnet18 --vgg-weights random"
 LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
-    # A flag names a file that does not contain the required weights
+    # The programs must refuse a flag that names a file without the required weights
     (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "is a detector"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
     (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "is a detector"]),
-    # A flag and the config in a checkpoint have different values for the same option
+    # The programs must refuse a flag whose value contradicts a checkpoint or weights file
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
     (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages 2", "pixel.pth.tar"]),
@@ -356,10 +356,11 @@ CASES = [
     (f"{LOADED} --init dilated.pth.tar --no_dilation", ["--no_dilation", "dilated.pth.tar"]),
     (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "64", "3"]),
     (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth", "4"]),
+    # train_sr.py must refuse patches that are larger than an image
     (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
-    # The values of two flags contradict each other
+    # train_detector.py must refuse two flags whose values contradict each other
     (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel", "128", "3"]),
-    # A flag names other RDN or VGG-19 weights than those with which the detector was trained
+    # The programs must refuse RDN or VGG-19 weights with which the detector was not trained
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["--sr-weights-file", "other_rdn.pth"]),
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["--sr-weights-file", "rdn_x2.pth"]),
     (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["VGG-19", "other_vgg.pth"]),
@@ -370,9 +371,9 @@ CASES = [
 def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
     folder_with_mismatched_weights, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """The training program must refuse the command line `flags`.
+    """train_sr.py or train_detector.py must refuse the command line `flags`.
 
-    If `flags` contains --init, test.py must also refuse the command line in which --resume replaces --init.
+    If train_detector.py must refuse a checkpoint after --init, test.py must refuse this checkpoint after --resume.
     """
     monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}

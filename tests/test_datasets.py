@@ -1,7 +1,7 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-In an image of `make_coordinate_image_array`, the values of each pixel are its row and its column. So the pixels of a
-crop show the position of the crop in the image.
+In an image of `make_coordinate_image_array`, the values of each pixel are its row and its column. The tests compute
+the position of a crop in the image from the pixel values of the crop.
 """
 
 import math
@@ -49,7 +49,7 @@ def make_coordinate_image_array(height, width):
 
 
 def make_labelled_image_items(*paths, label=REAL):
-    """Return one `Item` per path. All items have the same label."""
+    """Return one `Item` object (path, label, generator) per path. Each object has the label `label`."""
     return [Item(path, label, "") for path in paths]
 
 
@@ -312,7 +312,7 @@ def test_merged_batches_keep_the_pixel_limit_and_stay_within_blocks_of_consecuti
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # With block=2, the blocks are (0, 1), (2, 3) and so on. So images 1 and 2 are not merged into one batch
+    # Images 1 and 2 belong to different blocks of two images, so they must not be merged into one batch
     assert [
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(1, 3), block=2, pixels=math.inf)

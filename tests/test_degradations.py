@@ -39,7 +39,7 @@ def test_the_colorization_task_draws_a_grey_fraction_per_batch_and_a_mask_per_im
         changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
         torch.testing.assert_close(y[changed], grey[changed])
         per_image = changed[:, 0].float().mean(dim=(1, 2))
-        # Each image of a batch has a random fraction of grey pixels, with a standard deviation below 0.007
+        # Chance changes the fraction of grey pixels in an image, with a standard deviation below 0.007
         assert per_image.max() - per_image.min() < 0.05
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
@@ -80,7 +80,7 @@ def test_the_degradation_of_an_image_does_not_depend_on_the_other_images_of_the_
 @pytest.mark.parametrize("task", ["colorization", "denoising"])
 def test_an_auxiliary_task_degrades_half_of_the_batches(task):
     drawn = [sample_degradation_for_batch(task, make_seeded_numpy_generator(seed)) is not None for seed in range(600)]
-    assert 250 <= sum(drawn) <= 350  # expected: 300 of 600 batches, with a standard deviation of 12
+    assert 250 <= sum(drawn) <= 350  # 300 degraded batches are expected, with a standard deviation of 12
 
 
 def test_the_auxiliary_task_none_degrades_no_batch():
@@ -105,7 +105,7 @@ def test_the_degradations_completion_and_colorization_replace_random_pixels_of_s
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
             fractions.append(changed.float().mean().item())
-    # The authors' code changes a patch with probability 1 - 0.5**0.5
+    # The authors' code changes a patch with probability 1 - 0.5**0.5, which is about 0.29
     assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)
     # The authors' code draws the fraction of changed pixels from the range 0.05 to 0.15
     assert 0.02 < min(fractions) < 0.065

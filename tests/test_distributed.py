@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_torchrun_variables(monkeypatch, text):
-    """Replace the environment variables of torchrun by those in a text such as "RANK=1 WORLD_SIZE=2"."""
+    """Delete the environment variables of torchrun. Set the variables in `text`, such as "RANK=1 WORLD_SIZE=2"."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():
@@ -70,7 +70,9 @@ def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(program):
 
 
 def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_not(monkeypatch, capfd):
-    """The process with rank 1 waits, so that torchrun ends it as soon as the process with rank 0 has failed.
+    """The process with rank 1 waits before it prints an error.
+
+    During the wait, torchrun ends the process with rank 1 if the process with rank 0 has failed.
 
     If both processes fail with the same error, only the process with rank 0 prints this error.
     """

@@ -44,14 +44,14 @@ def add_documented_networks(monkeypatch):
 
 
 def train_documented_super_resolution_network(files, out):
-    """Train the super-resolution network of docs/extending.md. Return the path of the file with its weights."""
+    """Train the super-resolution network of docs/extending.md. Return the path of the trained weights."""
     flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
     run_training(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
     return out / "x4/last.pth"
 
 
 def make_train_detector_arguments_without_resynthesizer(files, out, flags):
-    """Return a command line for train_detector.py. Only `flags` can choose the re-synthesizer."""
+    """Return a command line for train_detector.py that names no re-synthesizer, except in `flags`."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_
 
 
 class RandomFeatures(torch.nn.Sequential):
-    """A features module. Each new instance has different random weights."""
+    """A features module whose weights are random and differ between instances."""
 
     channels, stride = 4, 1
 
@@ -289,7 +289,7 @@ def test_network_arguments_that_another_option_already_sets_are_refused(training
 
 
 class WrongStride(NormalizedPixels):
-    """Features whose attribute `stride` is not the stride of their feature maps."""
+    """A features module whose attribute `stride` is 2, although its feature maps have a stride of 1."""
 
     stride = 2
 

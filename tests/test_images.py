@@ -401,7 +401,7 @@ def test_compute_final_size_predicts_the_size_after_resizing_and_cropping(size, 
         ((63, 100), SizePolicy(4, 64), ["100 x 63 pixels", "64 x 64", "--crop-size"]),
         ((63, 100), SizePolicy(4, 64, 32), ["100 x 63 pixels", "50 x 32 when resized"]),
         ((12, 12), SizePolicy(4, min_side=16), ["12 x 12 pixels", "at least 16", "--idx-stages"]),
-        # The sides of a crop must be multiples of the scale 5, so the crop would have only 15 x 15 pixels
+        # With scale 5, the image would be cut to 15 x 15 pixels, which is less than the `min_side` of 16
         ((19, 17), SizePolicy(5, min_side=16), ["17 x 19 pixels", "at least 16"]),
         ((1, 100_000), SizePolicy(4, None, 256), ["25600000 x 256", "more than 178956970", "--resize"]),
     ],
@@ -427,7 +427,7 @@ def test_images_of_different_sizes_are_refused_for_training_on_whole_images(tmp_
 
 @pytest.fixture
 def usable_and_unusable_image_items(tmp_path):
-    """Return one `Item` per file, for three usable images, one image that is too small, and one empty file."""
+    """Return five `Item` objects: for three usable images, for an image that is too small, and for an empty file."""
     sizes = ((16, 16), (17, 16), (16, 18), (2, 16))  # (height, width) in pixels
     paths = [
         save_image(tmp_path / f"{height}x{width}.png", random_rgb_pixels(height, width)) for height, width in sizes

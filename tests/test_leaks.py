@@ -136,7 +136,7 @@ def make_file_objects_of_given_sizes(reals, fakes):
 
 
 def find_severity_of_size_difference(reals, fakes):
-    """Compare the sizes of real and fake images. Return the severity of the finding, or None without a finding."""
+    """Compare the sizes of real and fake images. Return the severity if a difference is reported, else None."""
     finding = compare_attribute_of_real_and_fake(make_file_objects_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 

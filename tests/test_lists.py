@@ -31,7 +31,7 @@ from utils.labels import FAKE, REAL
 
 
 def list_relative_path_label_and_generator(root, items):
-    """Return one tuple (path relative to `root`, label, generator) per item."""
+    """Convert each `Item` object to a tuple (path relative to `root`, label, generator)."""
     return [(os.path.relpath(item.path, root), item.label, item.generator) for item in items]
 
 
@@ -120,7 +120,7 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
-    """In a tree with the class folders 0_real and 1_fake, a folder "nature" does not mean that images are real."""
+    """In a tree with the folders 0_real and 1_fake, a folder "nature" is not treated as a folder of real images."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [item.label for item in list_labelled_images_in_tree(root, training=True)] == [REAL, REAL, FAKE, FAKE]

@@ -185,7 +185,7 @@ def test_fakes_are_compared_with_reals_of_their_generator_or_else_with_reals_wit
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
-    assert own["intervals"] is None  # an interval needs more than one real image
+    assert own["intervals"] is None  # a confidence interval needs at least two real images
     assert other["intervals"]["auroc"] is not None
     assert summary["images"] == {"real": 3, "fake": 5, "unlabelled": 1, "errors": 1}
     assert summary["mean"]["auroc"] == 0.75

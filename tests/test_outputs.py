@@ -32,9 +32,9 @@ from models.resnet import DeepStemResNet
 
 @pytest.fixture(scope="module")
 def flags_to_load_vgg_stage5_detector(tmp_path_factory, shrink_resnet18):
-    """Write all weights of a detector that classifies VGG-19 features of stage 5.
+    """Write the weights of RDN, of VGG-19, and of a classifier of VGG-19 features of stage 5 into three files.
 
-    Returns the flags with which test.py loads the detector.
+    Returns the flags with which test.py loads the three files as a detector.
     """
     folder = tmp_path_factory.mktemp("stage5")
     torch.save(load_fixed_pseudo_random_weights(VGG19()).state_dict(), folder / "vgg19.pth")

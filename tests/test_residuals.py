@@ -239,9 +239,9 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
-    """With --micro-batch 1, the training without the cache computes one residual at a time.
+    """A training with the residual cache and a training without the cache must have exactly equal losses.
 
-    The training with the cache also computes one residual at a time. So both trainings have exactly equal losses.
+    The training without the cache needs --micro-batch 1, because filling a cache computes one residual at a time.
     """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     run_training(

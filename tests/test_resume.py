@@ -77,7 +77,7 @@ TRAININGS = {
 
 @pytest.fixture(scope="module")
 def make_training_arguments(training_files):
-    """Return a function that makes the command line of a training whose name is a key of TRAININGS."""
+    """Return a function that makes a command line from the name of a training. The names are the keys of TRAININGS."""
 
     def make_training_command_line_by_name(name, out, *flags):
         _, make_arguments, _, own_flags = TRAININGS[name]
@@ -103,7 +103,7 @@ def run_training_without_interruption(make_training_arguments, tmp_path_factory)
 def resume_and_require_equal_results(make_training_arguments, run_training_without_interruption):
     """Return a function that resumes an interrupted training.
 
-    The function raises an AssertionError if a checkpoint differs from that of an uninterrupted training.
+    The test fails if the resumed training and an uninterrupted training have different checkpoints or statistics.
     """
 
     def resume_and_require_equal_files(name, out, *flags):
@@ -292,7 +292,7 @@ def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused
 
 
 def map_changed_settings_to_log_lines(caplog):
-    """Return a dict from the name of each changed setting to the log line about this setting."""
+    """Return a dict from each setting that has changed since a training began, such as "epochs", to its log line."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
     return {line.split()[3]: line for line in lines}
 
@@ -344,7 +344,7 @@ def validation_folders(folder, files):
 def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_files, tmp_path, caplog):
     """The first epoch is scored on easy images, and all later epochs are scored on hard images.
 
-    If train_sr.py kept the best score on the easy images, no later epoch could be the best epoch.
+    train_sr.py must forget the best score on the easy images, which no score on the hard images exceeds.
     """
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"

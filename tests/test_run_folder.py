@@ -252,7 +252,7 @@ def raise_disk_full(content, file):
 def test_files_of_an_earlier_run_are_deleted_once_the_new_run_saves_a_checkpoint(
     training_files, copied_run_folder, tmp_path
 ):
-    """The new training is killed while it writes its second checkpoint.
+    """With --overwrite, a new training is killed while it writes its second checkpoint.
 
     A new training deletes the files of the earlier training after it has written its first checkpoint.
     """

@@ -21,7 +21,7 @@ SETTINGS = {"seed": 1}
 
 @pytest.fixture
 def labelled_image_list(tmp_path):
-    """Write seven empty image files. Return one `Item` per file."""
+    """Write seven empty image files. Return one `Item` object (path, label, generator) per file."""
     write_empty_files(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
     return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(COUNT)]
 
@@ -33,12 +33,12 @@ def make_score_rows_by_image_index(items, indices, add=0.0):
 
 
 def make_unopened_score_writer(folder, items, settings=SETTINGS, world=World()) -> ScoreWriter:  # noqa: B008
-    """Return a ScoreWriter for the score table p.csv, without a call of `start_partial_table`."""
+    """Return a ScoreWriter for the score table p.csv. The writer has not created its part file yet."""
     return ScoreWriter(folder / "p.csv", items, read_file_sizes_and_times(items), settings, world)
 
 
 def make_opened_score_writer(folder, items, settings=SETTINGS) -> ScoreWriter:
-    """Return a ScoreWriter for the score table p.csv, after a call of `start_partial_table`."""
+    """Return a ScoreWriter for the score table p.csv. The writer has already created its part file."""
     writer = make_unopened_score_writer(folder, items, settings)
     assert writer.start_partial_table(overwrite=False)
     return writer

@@ -189,7 +189,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
         write_noise_image(names[key], key, size)
-    status = 1 if count == 1 else 0  # one crop of 16 x 16 pixels does not fit into the image of 12 x 60
+    status = 1 if count == 1 else 0  # --crops 1 refuses the image of 12 x 60, because a crop is 16 x 16
     assert run_test_py(*make_arguments_of_test_py(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")
     x = torch.from_numpy(np.array(Image.open(names[1]))).permute(2, 0, 1)[None]  # (1, 3, 40, 48)

@@ -154,10 +154,9 @@ def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, 
 
 @functools.cache
 def find_step_with_or_without_degradation(degraded):
-    """Return the number of a training step in which the auxiliary task degrades (or does not degrade) the batch.
+    """Return the number of the first training step in which the auxiliary task degrades the batch.
 
-    Args:
-        degraded: whether the auxiliary task degrades the batch in the returned step.
+    If `degraded` is False, return the number of the first step in which the auxiliary task does not degrade the batch.
     """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)

@@ -34,7 +34,7 @@ def make_training_arguments_without_image_folders(files, out, flags):
 
 
 def write_csv_table(path, files, labels):
-    """Write a CSV table with one image per entry of `labels`. Each entry is "real" or "fake".
+    """Write a CSV table with one image for each label in `labels`. A label is "real" or "fake".
 
     Return the path of the CSV table.
     """

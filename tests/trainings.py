@@ -92,7 +92,7 @@ def read_epoch_statistics_of_training(folder):
 
 
 def list_differing_checkpoint_entries(a, b, place=""):
-    """Compare two nested dicts or lists of tensors exactly. Return one line of text per entry that differs."""
+    """Return one line of text for each entry in which two nested dicts or lists of tensors differ."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return [] if torch.equal(a, b) else [place]
     if isinstance(a, dict) and isinstance(b, dict):

@@ -96,8 +96,8 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
 
     Args:
         content: content of the checkpoint of the detector.
-        record: content of SCORES.json, or {} if there is no SCORES.json. If `record` is {}, the function logs a
-            warning instead of checking the score table.
+        record: content of the JSON file that test.py wrote beside the score table, or {} if there is no JSON file. If
+            `record` is {}, the function logs a warning instead of checking the score table.
         name: file name of the checkpoint, for error messages.
     Raises:
         UserError: if another detector computed the scores, if the scored images were perturbed, or if the checkpoint
@@ -119,7 +119,7 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
         )
         return
     scored = record.get("detector") or {}
-    fingerprints = {  # network -> hash of its weights: (in the checkpoint, in SCORES.json)
+    fingerprints = {  # network -> its weight hash in the checkpoint, and its weight hash in the JSON file
         "classifier": (checkpoints.compute_fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
@@ -127,8 +127,8 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
     for part, (expected, got) in fingerprints.items():
         if None not in (expected, got) and expected != got:
             raise UserError(
-                f"the scores are from another detector than {make_printable(name)}: score the images again with test.py"
-                f" --resume {make_printable(name)} (fingerprint of the {part} weights: expected {expected}, got {got})"
+                f"another detector than {make_printable(name)} computed the scores: expected {part} weights with the"
+                f" fingerprint {expected}, got {got}; run test.py again with --resume {make_printable(name)}"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
@@ -151,8 +151,8 @@ def require_scores_with_default_settings(content: Mapping, record: Mapping, name
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
             raise UserError(
-                f"the images were scored with {flag} {got or 0}, but the default for the detector"
-                f" {make_printable(name)} is {flag} {expected or 0}: score the images again without {flag}"
+                f"expected scores computed with {flag} {expected or 0}, the default for the detector"
+                f" {make_printable(name)}, got scores computed with {flag} {got or 0}: run test.py again without {flag}"
             )
 
 
@@ -192,7 +192,8 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     """Find the temperature T that minimises the mean negative log-likelihood of P(fake) = sigmoid(margin / T).
 
     The negative log-likelihood is convex in 1 / T, so bisection finds the point where its derivative is 0. If the
-    larger logit belongs to the correct class for every image, the function returns T = 1, because there is no best T.
+    detector classifies every image correctly, the negative log-likelihood has no minimum: the smaller T is, the smaller
+    the negative log-likelihood is. In this case, the function returns T = 1.
 
     Args:
         margins: logit_fake - logit_real of each image, (N,).
@@ -242,10 +243,15 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """Return a threshold that at most a fraction `rate` of the numbers in `negatives` reaches or exceeds.
+    """Choose a threshold so high that at most a fraction `rate` of `negatives` is >= the threshold.
 
-    The threshold is halfway between two values of `scores` that are neighbours in sorted order. If no value of `scores`
-    may reach the threshold, the function returns the next floating-point number above the highest value.
+    The threshold is halfway between two values of `scores` that are neighbours in sorted order. If the threshold must
+    be higher than all values of `scores`, the function returns the next floating-point number above the highest value.
+
+    Args:
+        negatives: scores of the images that should stay below the threshold.
+        scores: scores of all images.
+        rate: largest allowed fraction of `negatives` that is >= the threshold.
     """
     allowed = min(math.floor(rate * len(negatives) + COUNT_TOLERANCE), len(negatives) - 1)
     # At most `allowed` values of `negatives` may reach or exceed the threshold

@@ -11,7 +11,8 @@ accuracy on these images shows that the programs work, but says nothing about im
 images: CC0 1.0.
 
 With --from, the program writes a fake copy (twin) of each image in the folder PHOTOGRAPHS and in its subfolders. A twin
-is a copy with the traces of a generator (tools/twins.py). The twin of PHOTOGRAPHS/PATH is OUT/PATH.
+is a copy with the traces of a generator (tools/twins.py). The program writes the twin of a file
+PHOTOGRAPHS/SUBFOLDER/NAME to OUT/SUBFOLDER/NAME.
 
 The program writes all images into a temporary folder, and then renames this folder to OUT.
 """
@@ -104,7 +105,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--size must be an even number of at least {SMALLEST_SIDE}, got {args.size}")
     if min(counts) < 0 or not any(counts) or args.seed < 0:
         parser.error(
-            "--seed, --train, --val and --test must be at least 0, and one of --train, --val and --test above 0"
+            "--seed, --train, --val and --test must be at least 0, and at least one of --train, --val and --test must"
+            " be above 0"
         )
     if args.autoencoder and not args.photographs:
         parser.error("--autoencoder needs --from DIR: give the folder of the photographs")
@@ -176,7 +178,7 @@ def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str
     Args:
         counts: number of real images in each split.
         folder: temporary folder into which the lists are written.
-        listed: absolute path of the final output folder, with which each path in the lists begins.
+        listed: absolute path that the output folder will finally have. The lists contain paths in this folder.
     """
     for split in ("train", "val"):
         if counts[split]:

@@ -101,7 +101,7 @@ def refuse_to_replace_file_without_mark(path: Path, mark: bytes) -> None:
     """Raise a UserError if `path` exists, but is not a file that this program wrote.
 
     Args:
-        mark: bytes that each file from this program contains.
+        mark: byte string that occurs in every file that this program writes.
     """
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(
@@ -172,7 +172,7 @@ def create_export_parser() -> Parser:
     add(
         "--scores",
         metavar="P.json",
-        help="with --bundle: JSON file that test.py wrote; the model card shows the metrics in P.json",
+        help="with --bundle: show the metrics of the file P.json, which test.py wrote, in the model card",
     )
     return parser
 

@@ -108,8 +108,8 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
     """Convert a program from torch.export to ONNX.
 
     Args:
-        axes: input dimensions that may have any size, {index: name}, such as {0: "batch"}.
-        facts: metadata of the graph, {name: value as JSON}.
+        axes: names of the input dimensions that may have any size, {dimension: name}, such as {0: "batch"}.
+        facts: metadata to store in the graph. The values are texts in JSON format.
     Returns:
         The bytes of the graph file.
     Raises:
@@ -177,7 +177,7 @@ def try_to_export_network(
     """
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     try:
-        with torch.enable_grad():  # enabled gradients make the networks process whole images, not tiles
+        with torch.enable_grad():  # with gradients enabled, the networks do not divide an image into tiles
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
         return None, str(error).strip().partition("\n")[0]
@@ -186,8 +186,8 @@ def try_to_export_network(
 def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int, int]]:
     """Choose the sizes (batch, height, width) of three image batches for comparing a graph with the detector.
 
-    If the detector was trained on crops, the images of the first batch have the crop size, rounded down to a multiple
-    of the super-resolution scale. All other heights and widths are also multiples of the super-resolution scale.
+    All heights and widths are multiples of the super-resolution scale. If the detector was trained on crops, the images
+    of the first batch have the crop size, rounded down to such a multiple.
     """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
@@ -208,7 +208,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
 def copy_config_without_vgg_folder(detector: Detector) -> dict:
     """Copy the config of a detector, without the folder of the VGG-19 weight file.
 
-    The copy also contains the fingerprint (weight hash) of the classifier.
+    The function adds the fingerprint (weight hash) of the classifier to the copy.
     """
     config = dict(detector.config)
     config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
@@ -239,8 +239,8 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
 def create_module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
     """Create a module that runs an exported program without checking the input size.
 
-    From the example input, torch.export derives conditions on the input size. By default, the modules of PyTorch 2.9
-    and later versions check these conditions.
+    From the example input, torch.export derives conditions on the input size. In PyTorch 2.9 and later versions,
+    the module of an exported program checks the conditions on the input size, unless `check_guards` is False.
     """
     if "check_guards" in inspect.signature(program.module).parameters:
         return program.module(check_guards=False)

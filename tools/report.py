@@ -12,8 +12,8 @@ tables in markdown documents. A comment directly above each table contains the c
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
 
-The program runs the command in each comment, and replaces the table below the comment by the result. The file
-SCORES.json, which test.py writes beside a score table SCORES.csv, may be missing.
+The program runs the command in each comment, and replaces the table below the comment by the table that the command
+makes. The file SCORES.json, which test.py writes beside a score table SCORES.csv, may be missing.
 """
 
 import argparse
@@ -34,7 +34,8 @@ from utils.errors import UserError, run_program
 from utils.files import open_for_atomic_write
 
 PROGRAM = "python -m tools.report"
-MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # group 1: comment; group 2: command
+# Each match is a comment with a command and the table below the comment
+MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # [1]: comment; [2]: its command
 COMPARED = ("accuracy", "auroc", "average_precision")  # metrics in the tables with bootstrap intervals
 ALL_METRICS = "all"
 
@@ -69,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         metavar="STUDY.csv",
-        help="CSV file that names, for each cell of a table, the score tables from which the cell is computed",
+        help="CSV file in which each line assigns a score table to one cell of a table (see tools/study.py)",
     )
     parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
@@ -83,7 +84,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     output.add_argument("--refresh", nargs="+", metavar="FILE.md", help=text)
     text = "with --refresh: change no document, but exit with an error if a table is not up to date"
     parser.add_argument("--check", action="store_true", help=text)
-    text = "with --out: folder of pictures of residuals that test.py --save-residuals wrote"
+    text = "with --out: folder that test.py --save-residuals wrote; the page shows its pictures of residuals"
     parser.add_argument("--residuals", metavar="DIR", help=text)
     args = parser.parse_args(arguments)
     sources = [bool(args.scores), bool(args.study), bool(args.refresh)]
@@ -103,7 +104,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def count_name_columns_of_metric_table(tables: Sequence) -> int:
-    """Count the columns of names in a table from `metrics.make_metric_table`. All other columns contain numbers.
+    """Return how many columns in a table from `metrics.make_metric_table` contain names instead of numbers.
 
     The markdown table aligns the columns of names left and the columns of numbers right.
     """
@@ -159,19 +160,23 @@ def make_table_with_command_in_comment(match: re.Match) -> str:
     try:
         words = shlex.split(command)
     except ValueError as error:
-        raise UserError(f"cannot run the command of a 'made by' comment, {command!r} ({error})") from None
+        raise UserError(
+            f"cannot run the command {command!r} from a comment in a --refresh document ({error})"
+        ) from None
     program = PROGRAM.split()
     if words[: len(program)] != program:
-        raise UserError(f"expected the command {PROGRAM} ... --markdown in a 'made by' comment, got {command!r}")
+        raise UserError(f"expected a comment <!-- made by: {PROGRAM} ... --markdown -->, got the command {command!r}")
     arguments = []
     for word in words[len(program) :]:
         arguments += sorted(glob.glob(word)) or [word]
     try:
         args = parse_arguments(arguments)
     except SystemExit:  # argparse has already printed an error message
-        raise UserError(f"cannot run the command of a 'made by' comment, {command!r}: see the error above") from None
+        raise UserError(
+            f"cannot run the command {command!r} from a comment in a --refresh document: see the error above"
+        ) from None
     if not args.markdown:
-        raise UserError(f"expected the command {PROGRAM} ... --markdown in a 'made by' comment, got {command!r}")
+        raise UserError(f"expected a comment <!-- made by: {PROGRAM} ... --markdown -->, got the command {command!r}")
     return f"{comment}\n{make_markdown_table(args)}"
 
 

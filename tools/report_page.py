@@ -47,7 +47,10 @@ class Scores(NamedTuple):
 
     @property
     def detector(self) -> str:
-        """The weight hashes of the classifier and the re-synthesizer, or "" if the score table has no JSON file."""
+        """The weight hashes of the classifier and the re-synthesizer, as one text.
+
+        The text is "" if the JSON file of the score table is missing or has no entry "detector".
+        """
         recorded = self.record.get("detector")
         if not isinstance(recorded, dict):
             return ""
@@ -95,8 +98,7 @@ def write_report_page(
     """Write the web page OUT/report.html.
 
     Args:
-        residuals: folder of pictures of residuals from `test.py --save-residuals`, or None for a page without
-            residuals.
+        residuals: folder into which `test.py --save-residuals` drew residuals, or None for a page without residuals.
     Returns:
         The path of the page.
     Raises:
@@ -126,7 +128,10 @@ def write_report_page(
 
 
 def require_page_written_by_this_program(page: Path) -> None:
-    """Raise a UserError if the file `page` exists, but lacks the text MARK, which all pages of this program contain."""
+    """Raise a UserError if the file `page` exists, but was not written by this program.
+
+    Each page that this program writes contains the text MARK.
+    """
     if not os.path.lexists(page):
         return
     try:
@@ -140,8 +145,8 @@ def require_page_written_by_this_program(page: Path) -> None:
 def load_page_template() -> jinja2.Template:
     """Load the jinja2 template report.html.
 
-    The template escapes HTML characters in inserted texts and replaces unprintable characters. If the JSON file of a
-    score table lacks an entry, the page shows an empty text.
+    The template escapes HTML characters in inserted texts and replaces unprintable characters. If an entry is missing
+    in the JSON file of a score table, the page shows nothing in its place.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -174,7 +179,7 @@ def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
     """Draw the AUROC of one detector as a function of the strength of each perturbation.
 
     Args:
-        tables: all score tables of the detector, for images with or without a perturbation.
+        tables: all score tables of the detector, of perturbed and of unperturbed images.
     Returns:
         A PNG data URI, or None if no perturbation was tested at two or more strengths.
     """
@@ -192,8 +197,8 @@ def draw_figure_as_data_uri(figure: Callable, *content) -> str:
     """Draw a figure, and return the PNG file as a data URI.
 
     Args:
-        figure: function of `evaluation.figures` that draws the figure.
-        content: positional arguments of `figure` before the last argument, which is the path of the PNG file.
+        figure: function of `evaluation.figures` that draws a figure. Its last argument is the path of the PNG file.
+        content: the arguments that the function `figure` takes before the path.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
@@ -206,7 +211,7 @@ def encode_bytes_as_data_uri(content: bytes, kind: str) -> str:
 
 
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
-    """Return the sorting key of a score table: the perturbation, and then its strength from weak to strong."""
+    """Return a key that sorts score tables by the name of the perturbation, and then from weak to strong."""
     strength = scores.perturbation.strength or 0
     if scores.perturbation.get_sweep_of_perturbation_or_default.smaller_is_harder:
         strength = -strength
@@ -241,7 +246,7 @@ def find_most_wrongly_scored_images(table: ScoreTable, count: int = WORST) -> np
 
 
 def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None) -> dict:
-    """Collect what the page shows about an image: row number, thumbnail, and whether the larger logit is correct.
+    """Collect the row number and the thumbnail of an image, and whether the detector classified it correctly.
 
     If the path of an image is relative, the function looks for the image in the working folder first, and then in the
     folder of the score table.
@@ -252,7 +257,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
-        # The residual picture shows both the image and the residual, so the page needs no other picture
+        # A picture from `test.py --save-residuals` shows the image and its residual, so the image file is not needed
         picture, kind = path_of_residual_picture(residuals, path), "residual"
     correct = (table.logit_margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])

@@ -96,8 +96,10 @@ def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool
     own = record.get("format") == FORMAT
     for name in present:
         if not own or (name != RECORD and hash_file(out / name) not in record["files"].get(name, [])):
-            reason = "was not written by this program, or was edited"
-            raise UserError(f"{make_printable(out / name)} {reason}: give another --out folder, or remove the file")
+            raise UserError(
+                f"{make_printable(out / name)} was not written by this program, or was edited: give another --out"
+                " folder, or remove the file"
+            )
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
             f"the lists in {make_printable(out)} were made with --hold-out {record['hold_out']:g}, not --hold-out"
@@ -168,8 +170,8 @@ def make_list_of_real_images(items: Sequence[Item]) -> bytes:
 def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
     """Write the lists and split.json.
 
-    Until all new lists are written, split.json contains the hashes of both the old and the new lists. If the program is
-    interrupted, its next run recognises the old and the new lists by their hashes, and may replace them.
+    While the program writes the lists, split.json contains the hashes of the old and the new version of each list. If
+    the program is interrupted, its next run recognises the old and the new lists by their hashes, and may replace them.
 
     Args:
         files: content of each list, {file name: content}.

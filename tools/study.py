@@ -8,7 +8,7 @@ A study file is a CSV file. Each line assigns a score table to one cell of a tab
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
 generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used.
-Each line yields one number, which is the mean of a metric over the generators of the line. Several lines may belong to
+Each line yields one number: the mean of a metric over the generators that the line selects. Several lines may belong to
 the same cell, for example one line per random seed. A cell with several lines shows the mean over its lines.
 """
 
@@ -53,7 +53,8 @@ def read_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
             for line in lines:
                 if None in line or None in line.values() or not all(line[column] for column in COLUMNS[:4]):
                     raise UserError(
-                        f"{name}, line {lines.line_num}: expected five cells, of which only the fifth may be empty"
+                        f"{name}, line {lines.line_num}: expected a value in each of the columns {', '.join(COLUMNS)};"
+                        " only the column generators may be empty"
                     )
                 generators = tuple(filter(None, line["generators"].split(";")))
                 scores = Path(path).parent / line["scores"]

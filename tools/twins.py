@@ -34,12 +34,13 @@ Imitate = Callable[[Tensor], Tensor]
 
 
 def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
-    """Write a fake copy (twin) of each image in the folder `photographs`. The twin of photographs/PATH is out/PATH.
+    """Write a fake copy (twin) of each image in the folder `photographs`.
 
-    The function logs a warning for each image that cannot be read, and for each twin that cannot be written.
+    The twin has the same path in `out` as the image in `photographs`. The function logs a warning for each image that
+    cannot be read, and for each twin that cannot be written.
 
     Args:
-        imitate: function that computes the twin of an image.
+        imitate: function that adds the traces of a generator to an image.
 
     Raises:
         UserError: if not a single twin could be written.
@@ -66,13 +67,13 @@ def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
 def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
     """Write the fake copy (twin) of one image, with the size, the file format and the EXIF data of the image."""
     if not os.path.isfile(path):
-        raise UserError("expected a file, got a folder or a special file")
+        raise UserError("expected an image file, got a folder or a special file, such as a device or a pipe")
     with Image.open(path, formats=FORMATS) as image:
         settings = choose_save_options_like_original(image, path)
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             logger.warning("the fake copy (twin) of %s has no alpha channel, unlike the image", make_printable(path))
         if image.mode[0] in "IF":
-            raise UserError(f"expected an image with 8 bits per channel, got an image of mode {image.mode}")
+            raise UserError(f"expected an image with 8 bits per channel, got an image of the Pillow mode {image.mode}")
         grey = image.mode == "L"
         pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), as stored in the file, without the EXIF rotation
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 KINDS = ("nearest", "bilinear")
 FILTER_WEIGHT = (0.05, 0.25)  # range of the outer weights of the random 3-tap filter; the centre weight is 1
-NOISE = 0.4  # standard deviation of the noise, as a multiple of the mean of |image - low-pass filtered image|
+NOISE = 0.4  # standard deviation of the noise, relative to the mean absolute fine detail of the image
 BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # weights of a 3-tap low-pass filter, which removes fine detail
 STRONGEST_GAIN = 3.0  # largest factor by which fine detail is amplified
 
@@ -20,8 +20,9 @@ STRONGEST_GAIN = 3.0  # largest factor by which fine detail is amplified
 def halve_and_upsample(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     """Reduce images to half their size, up-sample them, add noise, and convolve them with a random filter.
 
-    At the end, the function sharpens the images, so that fine detail is about as strong as in `x`. The fine detail is
-    multiplied by at most STRONGEST_GAIN. Without sharpening, a detector could recognise fake images by blur alone.
+    At the end, the function sharpens the images, so that fine detail is about as strong as in the original images `x`.
+    Sharpening amplifies the fine detail by a factor of at most STRONGEST_GAIN. Without sharpening, a detector could
+    recognise fake images by blur alone.
 
     Args:
         x: the images, (B, 3, H, W) in [0, 1]. H and W must be even and at least 4.

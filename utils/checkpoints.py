@@ -199,14 +199,14 @@ class Fields:
 
     The get methods check the type and the range of the value that they return. A value of a wrong type or outside its
     range raises a UserError that names the file and the key in one line. If a value is missing or None, methods with an
-    argument `default` return `default`. If the argument `default` is omitted, a missing value or None raises a
-    UserError.
+    argument `default` return `default`. If the caller does not pass `default`, a method with this argument raises a
+    UserError for a missing value and for None.
 
     Args:
-        values: dictionary of the values. None counts as an empty dictionary.
+        values: the dictionary, or None for an empty dictionary.
         file: name of the file, for error messages.
-        path: place of `values` in the file, for error messages. For example, "config.images" means
-            content["config"]["images"].
+        path: keys that lead to `values` in the file, joined by dots, for error messages. For the dictionary
+            content["config"]["images"], `path` is "config.images".
 
     Raises:
         UserError: if `values` is neither a mapping nor None.
@@ -266,7 +266,7 @@ class Fields:
         return value
 
     def get_nested_fields(self, key: str) -> "Fields":
-        """Return the dictionary under `key`. A missing dictionary counts as empty."""
+        """Return the dictionary under `key`, or an empty dictionary if the value of `key` is missing or None."""
         return Fields(self.values.get(key), self.file, self._dotted_key(key))
 
     def get_keyword_arguments(self, key: str) -> dict[str, object]:
@@ -337,7 +337,8 @@ def _read_safetensors_file(path: Path) -> dict:
     """Read a bundle, and convert it back to the content of a checkpoint.
 
     Raises:
-        UserError: if the bundle has a different format version, or if its content has changed since it was written.
+        UserError: if the format of the bundle is not `BUNDLE`.
+        UserError: if the content of the bundle has changed since the bundle was written.
     """
     with _import_safetensors().safe_open(path, "pt") as file:
         metadata = file.metadata() or {}

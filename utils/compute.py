@@ -75,7 +75,7 @@ def choose_device_and_precision(
 
 
 def _set_deterministic(deterministic: bool) -> None:
-    # An unnecessary call of use_deterministic_algorithms would cost time, because the first call takes 1.5 s
+    # The first call of use_deterministic_algorithms takes 1.5 s, so the function is called only for a change
     if deterministic != torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
         torch.use_deterministic_algorithms(deterministic, warn_only=True)

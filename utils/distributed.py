@@ -96,7 +96,8 @@ def connect_processes(device_type: str) -> Iterator[World]:
     world = read_rank_and_world_size()
     if world.size > 1:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
-        # The store of torchrun still holds old keys after a restart. A new prefix per restart hides the old keys.
+        # After a restart, the key-value store of torchrun still holds the keys of the ended processes.
+        # The number of restarts, as a prefix of all keys, hides the keys of the ended processes.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)

@@ -47,8 +47,9 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
 
     Args:
         folder: the folder.
-        names: regular expression. The temporary file of a file NAME is deleted only if NAME matches `names`.
-        age: Only temporary files that have not changed for `age` seconds are deleted.
+        names: regular expression. A temporary file is deleted only if `names` matches the whole name of the file that
+            the temporary file was meant to replace.
+        age: number of seconds. A temporary file is deleted only if it has not changed for `age` seconds.
     """
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)

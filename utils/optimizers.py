@@ -20,8 +20,8 @@ def create_optimizer(
 
     Release: the code of the paper's authors uses the rate `lr` for all parameters, and multiplies the classifier's
     gradients by `classifier_rate_factor` (option --lr-sr). For SGD, this function divides the classifier's weight decay
-    by `classifier_rate_factor`. With this weight decay, SGD computes the same weights as the authors' code, up to
-    rounding. For AdamW, this function uses the same weight decay for all parameters.
+    by `classifier_rate_factor`. With the divided weight decay, SGD computes the same weights as the authors' code, up
+    to rounding. For AdamW, this function uses the same weight decay for all parameters.
 
     Args:
         name: "sgd" or "adamw".
@@ -51,10 +51,11 @@ def create_optimizer(
 def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
     """Compute the factor by which the authors' code multiplies the base learning rate.
 
-    For a training of E epochs, the authors' formula is f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001.
+    The authors' code computes the factor f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001 from the number e of an epoch
+    and the number E of epochs.
 
-    Release: the code of the paper's authors sets the learning rate after each epoch. Epoch 0 uses the factor 1. Every
-    later epoch e uses the factor f(e - 1), which the code computes at the end of epoch e - 1.
+    Release: the code of the paper's authors sets the learning rate after each epoch. The learning rate in epoch 0 is
+    the base learning rate. The learning rate in every later epoch e is the base learning rate times f(e - 1).
 
     Args:
         epochs_total: E, number of epochs of the training.

@@ -190,8 +190,8 @@ def add_detector_options(parser: Parser) -> None:
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=create_argparse_number_type(int, 0, 5), metavar="0..5",
-        help="flag of the authors' code for the features: 0 = --features pixels; 1 to 5 = --features vgg19 with the"
-        " layer relu1_1 to relu5_1")  # fmt: skip
+        help="shorter flag for --features, as in the authors' code: 0 = pixels; N from 1 to 5 = vgg19 with the layer"
+        " reluN_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
         help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
         " difference, as in the paper (default: the value in the checkpoint if there is one, otherwise"
@@ -232,8 +232,8 @@ def add_image_options(parser: Parser) -> None:
         help="resize the shorter side of each image to N pixels; 0: do not resize (default of train_detector.py: 0;"
         " default of test.py: the N of the training)")  # fmt: skip
     add("--crop-size", type=integer_from_0, metavar="N",
-        help="crop each image to N x N pixels; 0: do not crop. Training images are cropped at random places. test.py"
-        " crops in the centre, or cuts several crops (--crops) (default of train_detector.py: 0; default of test.py:"
+        help="crop each image to N x N pixels; 0: do not crop. Training images are cropped at random places. The option"
+        " --crops of test.py sets the number of crops per image (default of train_detector.py: 0; default of test.py:"
         " the N of the training)")  # fmt: skip
 
 
@@ -245,7 +245,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         batch_size: default of --batch-size, in images.
         lr: default of --lr.
         schedule: name of the learning-rate schedule in the authors' code.
-        output: flag that sets the output folder, such as "--output-path". The help texts mention this flag.
+        output: name of the flag that sets the output folder, such as "--output-path". The help texts contain the name.
     """
     add = parser.add_argument_group("optimizer").add_argument
     add("-b", "--batch-size", type=integer_from_1, default=batch_size, metavar="N",
@@ -371,7 +371,7 @@ def create_train_detector_parser() -> Parser:
     add("--val-root-neg", dest="val_fake_roots", nargs="+", metavar="DIR",
         help="folders of GENERATED validation images")  # fmt: skip
     add("--val-csv", metavar="FILE",
-        help="instead of folders: a CSV file of validation images, with the columns of --csv")  # fmt: skip
+        help="instead of folders: a CSV file of validation images; the columns are the same as for --csv")  # fmt: skip
     add_accepted_but_ignored_flags(group, "--save_path")
     _add_memory_and_time_options(parser)
     return parser

@@ -38,7 +38,7 @@ def read_starting_checkpoint(
     Args:
         resume: value of `--resume`: a file, "auto", or None.
         init: value of `--init`: a file with weights, which is used if there is no run to resume.
-        states: paths at which `--resume auto` looks for a state. A file may exist at only one of the paths in `states`.
+        states: paths at which `--resume auto` looks for a saved training state. At most one path in `states` may exist.
 
     Returns:
         origin: the checkpoint from which the run loads its weights, or None if no file gives initial weights.
@@ -55,7 +55,9 @@ def read_starting_checkpoint(
     if not resume:
         return origin, None
     if init:
-        logger.info("%s is used, and --init %s is not used", make_printable(resume), make_printable(init))
+        logger.info(
+            "the run starts from %s (--resume), and ignores --init %s", make_printable(resume), make_printable(init)
+        )
     if "progress" in origin.content:
         return origin, origin
     logger.info("%s holds weights but no training state: a new run starts from the weights", make_printable(resume))
@@ -86,8 +88,8 @@ class Run(contextlib.AbstractContextManager):
     """A context manager for a training run, which saves states, writes records and stops the run after a signal.
 
     In training, the state is saved every --save-minutes. The state is also saved when a signal or an error ends the
-    run. If the error NotFinite ends the run, the state is not saved. The state is also saved at the end of an epoch for
-    which best.* or a numbered checkpoint is written.
+    run. If the error NotFinite ends the run, the state is not saved. At the end of an epoch, the state is saved if
+    best.* or a numbered checkpoint is written.
 
     The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The x axis of TensorBoard's
     plots is the number of finished epochs.
@@ -108,7 +110,7 @@ class Run(contextlib.AbstractContextManager):
         self.saved_at = time.monotonic()
         self.epoch_began: float | None = None  # time at which this process began to train the current epoch
         self.first_step = 0  # first step of this process in the current epoch; above 0 if the epoch is resumed
-        self.reported: set[str] = set()  # errors that were logged already, each about an image that was left out
+        self.reported: set[str] = set()  # messages about left-out images that this run has logged already
         self.ending_epoch = False  # whether the checkpoints of a finished epoch are being written
         self.stop = StopSignal()
         self.writer = None
@@ -129,11 +131,11 @@ class Run(contextlib.AbstractContextManager):
         if isinstance(error, NotFinite):
             last = self.folder.last
             saved = make_printable(last) if last.exists() else "none"
-            raise UserError(f"{error}; state that was saved before this error: {saved}") from error
+            raise UserError(f"{error}; checkpoint with the last saved state: {saved}") from error
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps and not self.ending_epoch:
                 self.save_state()
-            if self.stop.received:  # after a signal, another process may have stopped first and so caused the error
+            if self.stop.received:  # after a signal, `error` may only mean that another process has stopped
                 raise Stopped(self.stop.received) from error
         if error is None and self.writer:
             self.writer.close()
@@ -237,7 +239,7 @@ class Run(contextlib.AbstractContextManager):
             self._log_left_out_image(text)
 
     def _log_images_of_small_batch(self, batch, min_images: int) -> dict[int, str]:
-        """Log one line for each image of a batch that has fewer than `min_images` images.
+        """Log one line for each image of `batch`, which has fewer than `min_images` images.
 
         Returns:
             a dict from the index of an image in the dataset to the reason why the image is left out.
@@ -263,9 +265,10 @@ class Run(contextlib.AbstractContextManager):
         checkpoint is written, the state is also saved as last.*.
 
         Args:
-            values: values to record, by name. NaN and infinite values are written as null to stats.jsonl.
+            values: dict from the name of a quantity, such as "psnr", to its value in the finished epoch. NaN and
+                infinite values are written as null to stats.jsonl.
             score_name: name of the value that is highest in the best epoch. In a run without validation images,
-                `values` does not contain this value. An epoch whose score is not finite is never the best epoch.
+                `values` has no key `score_name`. An epoch whose score is not finite is never the best epoch.
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
@@ -303,7 +306,7 @@ class Run(contextlib.AbstractContextManager):
     def _delete_older_checkpoints(self, name: str) -> None:
         """Delete old numbered checkpoints, so that only the --keep-last newest are left.
 
-        The checkpoints that are counted and deleted have names that differ from `name` only in the number of the epoch.
+        This method considers only checkpoints whose names equal `name` except for the number of the epoch.
         """
         keep = self.settings["keep_last"]
         if not keep:
@@ -324,7 +327,7 @@ class Run(contextlib.AbstractContextManager):
         if self.writer is None:
             return
         if self.folder.replacing:
-            # `save_state` also deletes all lines that the earlier run has written to stats.jsonl
+            # With --overwrite, the first call of `save_state` deletes the lines of the replaced run from stats.jsonl
             self.save_state()
         epoch = self.progress.epoch
         finite = {}

@@ -16,7 +16,7 @@ from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remo
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# The keys are file endings of checkpoints. The values are regular expressions that checkpoint names match.
+# For each file ending of checkpoints, this dictionary holds a regular expression that the file names match.
 CHECKPOINT_NAMES = {
     ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
     ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
@@ -82,7 +82,9 @@ class RunFolder:
         return None
 
     def write_config_and_trim_stats(self, about: Mapping, first_epoch: int) -> None:
-        """Write config.json, and remove the records of epochs that this run trains again.
+        """Write config.json, and delete the lines of epochs that this run trains again from stats.jsonl.
+
+        If the run replaces an earlier run, `delete_files_of_replaced_run` deletes the lines later.
 
         Args:
             about: entries of config.json.

@@ -51,7 +51,7 @@ class Progress:
     left_out: int = 0  # number of images in the current epoch that could not be used
 
     def record_optimizer_step(self, values: Mapping[str, float], count: float) -> None:
-        """Count an optimizer step, and add each value, multiplied by `count`, to the sums of the epoch.
+        """Count an optimizer step, and add the values of all images of the step to the sums of the epoch.
 
         `values` must not have the key "count".
 
@@ -174,8 +174,8 @@ class Stepper:
 
         Args:
             loss: a scalar. The sum of `loss` over all processes is the mean loss of the whole batch.
-            values: further scalars to record, by name. Each scalar is the share of this process in a mean over
-                images of the whole batch.
+            values: further scalars to record, by name. The sum of each scalar over all processes is its mean over the
+                whole batch.
             batch: the batch (data.datasets.Batch). Only `weights`, `errors` and `items` of the batch are read.
 
         Raises:
@@ -214,7 +214,7 @@ class Stepper:
     def _compute_step_statistics_over_processes(
         self, parts: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
-        """Compute the means of the scalars in `parts` and the numbers of images over all processes.
+        """Compute the means of the scalars in `parts` over all processes, and count the images of all processes.
 
         All numbers are copied to the CPU together, so that the CPU waits for the GPU only once per step.
 
@@ -232,8 +232,8 @@ class Stepper:
         weight, count, left_out, norm_on_cpu = numbers[len(parts) :]
         means = {}
         for name, value in zip(parts, sums_of_values, strict=True):
-            # If images were left out, the sum `weight` of all image weights is below 1.
-            # If no image is left, `weight` is 0.
+            # `weight` is the sum of the weights of all images, which is below 1 if images were left out.
+            # If all images were left out, `weight` is 0.
             means[name] = value / (weight or 1)
         return means, count, left_out, norm_on_cpu
 
