@@ -144,8 +144,9 @@ class ResidualDataset(Dataset):
         if not self.is_residual_stored(key):
             # If the image cannot be read, `self.images[key]` returns a `Sample` with the error message
             error = self.images[key].error
-            changed = f"{name}: the image file has changed during training; start again with --resume auto"
-            return Sample(key, item, None, error or changed)
+            lost = f"{name}: its residual is not in the cache {make_printable(self.folder)} any more"
+            reason = "because the image file or the cache was changed during training"
+            return Sample(key, item, None, error or f"{lost}, {reason}; start again with --resume auto")
         path = self.compute_residual_file_path(key)
         try:
             residual = torch.from_numpy(np.load(path)["residual"])  # (C_l, H_l, W_l)

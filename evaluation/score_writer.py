@@ -92,12 +92,12 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture is missing. An image in the mask is
+            without_picture: mask (N,) bool of the images whose residual picture must be drawn. An image in the mask is
                 scored again, unless its row holds an error. If `without_picture` is None, every image that has a row is
                 skipped.
 
         Returns:
-            False if P.csv is finished already, otherwise True.
+            False if P.csv and the residual pictures are finished already, otherwise True.
 
         Raises:
             UserError: if an existing partial table has different scoring settings, or if P.csv was edited.

@@ -132,7 +132,7 @@ def patch_progress_bar_to_send_signal(description: str, at: int, number: int, al
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
 
-    def yield_loop_items_and_send_signal(items, text, *more):
+    def yield_items_and_signal_this_process(items, text, *more):
         for item in original(items, text, *more):
             if text.startswith(description) and next(count) == at:
                 if all_processes:
@@ -142,7 +142,7 @@ def patch_progress_bar_to_send_signal(description: str, at: int, number: int, al
                     os.kill(os.getpid(), number)
             yield item
 
-    console.progress_bar = yield_loop_items_and_send_signal
+    console.progress_bar = yield_items_and_signal_this_process
 
 
 def patch_progress_bar_to_sleep_first(description: str, seconds: float) -> None:

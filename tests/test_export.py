@@ -280,7 +280,7 @@ def test_an_exported_file_is_replaced_and_a_symbolic_link_to_it_is_kept(exported
     export.main(["--resume", path, "--bundle", f"{tmp_path}/link.safetensors"])
     assert (tmp_path / "link.safetensors").is_symlink()
     assert checkpoints.read_checkpoint_content(target)["config"]["resynthesizer"]["name"] == "none"
-    export.refuse_to_replace_file_without_mark(exported_detector_folder / "mine.onnx", graph.MARK)
+    export.refuse_to_replace_file_of_other_program(exported_detector_folder / "mine.onnx", graph.MARK)
 
 
 # --- bundles

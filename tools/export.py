@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_onnx_packages(args)
     for path, mark in ((args.out, MARK), (args.bundle, checkpoints.BUNDLE.encode())):
         if path:
-            refuse_to_replace_file_without_mark(path, mark)
+            refuse_to_replace_file_of_other_program(path, mark)
     detector = load(
         args.resume,
         "cpu",
@@ -97,7 +97,7 @@ def require_onnx_packages(args: argparse.Namespace) -> None:
             raise UserError(f"packages for ONNX files are missing: run pip install {' '.join(missing)}")
 
 
-def refuse_to_replace_file_without_mark(path: Path, mark: bytes) -> None:
+def refuse_to_replace_file_of_other_program(path: Path, mark: bytes) -> None:
     """Raise a UserError if `path` exists, but is not a file that this program wrote.
 
     Args:
