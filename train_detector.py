@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import inspect
 import logging
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
@@ -44,7 +45,7 @@ from data.lists import (
     require_real_and_fake_images,
 )
 from data.perturbations import perturb_at_random
-from data.residuals import CacheOptions, create_residual_datasets
+from data.residuals import CacheOptions, ResidualDataset, create_residual_datasets
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
 from evaluation.training_pictures import read_one_real_and_fake_image, write_resynthesis_pictures
@@ -145,11 +146,8 @@ def main(args: Namespace) -> None:
         if args.fixed_resynthesizer:
             loss_of = partial(loss_with_frozen_resynthesizer, detector, residual_of)
             if args.cache:
-                folder = args.cache_dir or output / "residual_cache"
-                options = CacheOptions(folder, args.cache_precision, args.cache_gb)
-                code = [hash_source_code(network) for network in (detector.resynthesizer, detector.features)]
-                key = residual_cache_key(config, compute_fingerprint(detector.features), code, policy, compute)
-                cached = create_residual_datasets(datasets, detector.residual_shape, key, options, world)
+                cache = CacheOptions(args.cache_dir or output / "residual_cache", args.cache_precision, args.cache_gb)
+                cached = create_cached_datasets(datasets, detector, config, cache, compute, world)
                 datasets = cached or datasets
         else:
             task = AuxiliaryTask(args.auxiliary, args.auxiliary_weight, vgg, args.seed, args.micro_batch)
@@ -421,14 +419,13 @@ def end_to_end_loss(
         detector.resynthesizer.scale, task, progress, batch, x
     )  # (B, 3, h, w) or None
 
-    def compute_residuals_and_losses_of_rows(rows: slice) -> tuple[Tensor, Tensor]:
-        low = None if degraded is None else degraded[rows]
-        with compute.autocast():
-            return compute_residuals_and_auxiliary_losses(detector, task.vgg, x[rows], low, used[rows])
-
-    residual, auxiliary = call_function_in_micro_batches(
-        compute_residuals_and_losses_of_rows, len(x), task.micro_batch
-    )  # (B, C_l, H_l, W_l), (B,)
+    with compute.autocast():
+        if task.micro_batch is None or task.micro_batch >= len(x):
+            residual, auxiliary = compute_residuals_and_auxiliary_losses(detector, task.vgg, x, degraded, used)
+        else:
+            residual, auxiliary = compute_in_micro_batches(
+                task.micro_batch, detector, task.vgg, x, degraded, used
+            )  # (B, C_l, H_l, W_l), (B,)
     cross_entropy, accuracy = cross_entropy_and_accuracy(detector, residual, batch)
     auxiliary = task.weight * (auxiliary * counted.to(auxiliary)).sum() / max(real_count, 1)
     values = {"accuracy": accuracy, "cross_entropy": cross_entropy, "auxiliary": auxiliary}
@@ -454,30 +451,54 @@ def downsample_and_degrade_images(
     return degrade_batch(degradation, downsample(x, scale), rngs)
 
 
-def call_function_in_micro_batches(
-    function: Callable[[slice], tuple[Tensor, Tensor]], count: int, micro_batch: int | None
+def compute_in_micro_batches(
+    micro_batch: int,
+    detector: ResynthesisDetector,
+    vgg: VGG19 | None,
+    x: Tensor,
+    degraded: Tensor | None,
+    real: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Call `function` on slices of `micro_batch` images, and concatenate the results.
+    """Call `compute_residuals_and_auxiliary_losses` on micro-batches, and concatenate the results.
 
-    If there are several slices, gradient checkpointing recomputes each slice in the backward pass, which saves memory.
-    If the re-synthesizer has no batch norm, the slices give the same gradients as the whole batch at once.
+    Gradient checkpointing computes each micro-batch again in the backward pass, which saves memory. If the
+    re-synthesizer has no batch norm, micro-batches give the same gradients as the whole batch at once.
 
     Args:
-        function: takes a `slice` of the batch, and returns two tensors with one row per image of the slice.
-        count: number of images in the batch.
-        micro_batch: number of images per slice. If `micro_batch` is None, `function` is called once for all images.
+        micro_batch: number of images per micro-batch.
+        detector, vgg, x, degraded, real: the arguments of `compute_residuals_and_auxiliary_losses`.
     """
-    if micro_batch is None or micro_batch >= count:
-        return function(slice(0, count))
-    first, second = [], []
-    for start in range(0, count, micro_batch):
-        a, b = checkpoint(function, slice(start, start + micro_batch), use_reentrant=False)
-        first.append(a)
-        second.append(b)
-    return torch.cat(first), torch.cat(second)
+    residuals, losses = [], []
+    for start in range(0, len(x), micro_batch):
+        rows = slice(start, start + micro_batch)
+        low = None if degraded is None else degraded[rows]
+        residual, loss = checkpoint(
+            compute_residuals_and_auxiliary_losses, detector, vgg, x[rows], low, real[rows], use_reentrant=False
+        )
+        residuals.append(residual)
+        losses.append(loss)
+    return torch.cat(residuals), torch.cat(losses)
 
 
 # --- the residual cache ------------------------------------------------------------------------------------
+
+
+def create_cached_datasets(
+    datasets: Sequence[ImageDataset],
+    detector: ResynthesisDetector,
+    config: dict,
+    cache: CacheOptions,
+    compute: Compute,
+    world: World,
+) -> list[ResidualDataset]:
+    """Create a dataset of cached residuals for each dataset of images.
+
+    Returns:
+        a list of one dataset of residuals for each dataset of images. The list is empty if residuals cannot be cached.
+    """
+    code = [hash_source_code(network) for network in (detector.resynthesizer, detector.features)]
+    key = residual_cache_key(config, compute_fingerprint(detector.features), code, datasets[0].policy, compute)
+    return create_residual_datasets(datasets, detector.residual_shape, key, cache, world)
 
 
 def residual_cache_key(
@@ -532,7 +553,7 @@ def compute_validation_metrics(
 ) -> dict[str, float | None]:
     """Compute the loss, the accuracy and the AUROC on the validation images.
 
-    For the AUROC, fake images are the positive class.
+    For the AUROC, fake images are the positive class. The AUROC is NaN if a logit is not finite.
     """
     detector.eval()
     labels = [torch.empty(0, dtype=torch.int64)]
@@ -544,10 +565,11 @@ def compute_validation_metrics(
     labels = all_gather_rows(torch.cat(labels), world)  # (N,)
     logits = all_gather_rows(torch.cat(logits), world)  # (N, 2)
     margins = logits[:, FAKE] - logits[:, REAL]
+    finite = bool(margins.isfinite().all())
     return {
         "val_loss": F.cross_entropy(logits, labels).item(),
         "val_accuracy": (logits.argmax(dim=1) == labels).float().mean().item(),
-        "val_auroc": auroc(margins.numpy(), (labels == FAKE).numpy()),
+        "val_auroc": auroc(margins.numpy(), (labels == FAKE).numpy()) if finite else math.nan,
     }
 
 

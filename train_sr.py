@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from data.datasets import Batch, EpochBatchSampler, ImageDataset, PatchDataset, make_loader
+from data.datasets import Batch, EpochBatchSampler, ImageDataset, Key, PatchDataset, make_loader
 from data.degradations import degrade_patch
 from data.images import SizePolicy, select_usable_images
 from data.leaks import run_and_log_quick_leak_audit
@@ -34,11 +34,11 @@ from models.build import create_resynthesizer
 from models.features import VGG19, load_vgg
 from models.losses import compute_super_resolution_loss
 from models.resynthesis import downsample
-from utils import training
 from utils.checkpoints import Checkpoint, compute_fingerprint
 from utils.compute import Compute, choose_device_and_precision
 from utils.distributed import World, all_reduce_sum, broadcast_buffers, connect_processes
 from utils.errors import UserError, run_program
+from utils.optimizers import compute_cosine_learning_rate_factor, compute_step_learning_rate_factor
 from utils.options import create_train_sr_parser
 from utils.random_streams import DEGRADE_PATCH, seeded_generator
 from utils.run import Run, read_starting_checkpoint
@@ -48,15 +48,15 @@ from utils.training import Stepper
 logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
-SHOWN_PATCHES = 4  # largest number of training patches per picture in TensorBoard
+SHOWN_IMAGES = 4  # number of training images whose patches are shown in TensorBoard
 # A mean squared error below SMALLEST_MSE is replaced by SMALLEST_MSE, so that PSNR is at most 58.9 dB.
 # SMALLEST_MSE is the mean squared error that rounding pixels to 8 bits causes.
 SMALLEST_MSE = 1 / (12 * 255**2)
 
-# A function that takes a batch, and returns the loss, the L1 term of the loss, and pictures for TensorBoard.
+# A function that takes a batch, and returns the loss and a dict of other scalars to log, such as its L1 term.
 # If several processes share a batch, each process returns only what its own patches contribute to the loss.
-# The loss and the L1 term of the whole batch are the sums over the processes.
-LossOf = Callable[[Batch], tuple[Tensor, Tensor, Tensor]]
+# The loss and the other scalars of the whole batch are the sums over the processes.
+LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def main(args: Namespace) -> None:
@@ -86,11 +86,12 @@ def main(args: Namespace) -> None:
         if not parameters:
             raise UserError(f"--sr-arch {config['name']} has no parameters to train: choose another --sr-arch")
         sampler = EpochBatchSampler(len(items), args.batch_size, args.seed, world)
-        schedule = Schedule(args.schedule, args.num_epochs, args.lr_decay, args.lr_decay_epoch)
+        if args.schedule == "cosine":
+            rate_factor = partial(compute_cosine_learning_rate_factor, args.num_epochs)
+        else:
+            rate_factor = partial(compute_step_learning_rate_factor, args.lr_decay, args.lr_decay_epoch)
         optimizer = torch.optim.Adam(parameters, lr=args.lr)
-        stepper = Stepper(
-            optimizer, compute, world, schedule.compute_learning_rate_factor, sampler.steps, args.clip_norm
-        )
+        stepper = Stepper(optimizer, compute, world, rate_factor, sampler.steps, args.clip_norm)
         progress = stepper.progress
 
         # 4. Open the output folder, and load the training state of the run to resume
@@ -114,7 +115,7 @@ def main(args: Namespace) -> None:
         for epoch in range(progress.epoch, args.num_epochs):
             sampler.set_epoch(epoch, progress.step)
             batches = run.iterate_batches(loader, f"epoch {epoch}", training=True)
-            pictures = train_one_epoch(model, batches, loss_of, stepper)
+            train_one_epoch(model, batches, loss_of, stepper)
             values = progress.compute_mean_values_of_epoch()
             if eval_images.items:
                 values |= compute_mean_psnr_and_ssim(
@@ -123,7 +124,7 @@ def main(args: Namespace) -> None:
             is_last = epoch + 1 == args.num_epochs
             due = is_last or (epoch + 1) % args.num_save == 0
             if due:
-                run.write_images_to_tensorboard("input, re-synthesis, target", pictures, epoch + 1)
+                write_patch_pictures(model, patches, degradations, compute, run, epoch + 1)
             run.end_epoch(values, "psnr", collect_contents_of_numbered_checkpoints if due else None)
             if is_last:
                 warn_if_psnr_is_below_bicubic(values)
@@ -181,48 +182,16 @@ def load_perceptual_vgg(
     return vgg.to(compute.device, memory_format=torch.channels_last), record
 
 
-# --- learning rate ------------------------------------------------------------------------------------------
-
-
-class Schedule(NamedTuple):
-    """A learning-rate schedule.
-
-    The schedule "steps" multiplies the learning rate by `decay` after every `decay_epochs` epochs. The schedule
-    "cosine" uses the factors of `utils.training.compute_cosine_learning_rate_factor`.
-    """
-
-    name: str  # "steps" or "cosine"
-    epochs_total: int  # number of epochs of the training
-    decay: float  # factor by which the schedule "steps" multiplies the learning rate
-    decay_epochs: int  # number of epochs after which the schedule "steps" multiplies the learning rate again
-
-    def compute_learning_rate_factor(self, epochs_done: float) -> float:
-        """Return the factor by which the base learning rate is multiplied after `epochs_done` epochs.
-
-        Args:
-            epochs_done: number of finished epochs, which may be a fraction such as 2.5.
-        """
-        if self.name == "cosine":
-            return training.compute_cosine_learning_rate_factor(self.epochs_total, epochs_done)
-        return self.decay ** (int(epochs_done) // self.decay_epochs)
-
-
 # --- training -----------------------------------------------------------------------------------------------
 
 
-def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> Tensor:
-    """Train the network for one epoch, with one optimizer step per batch.
-
-    Returns:
-        Pictures for TensorBoard, (n, 3, P, 3 * P), which show patches of the last batch.
-    """
+def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> None:
+    """Train the network for one epoch, with one optimizer step per batch."""
     model.train()
-    pictures = torch.empty(0)
     for batch in batches:
-        loss, l1, pictures = loss_of(batch)
-        stepper.step(loss, {"l1": l1}, batch)
+        loss, values = loss_of(batch)
+        stepper.step(loss, values, batch)
     broadcast_buffers(model, stepper.world)  # all processes evaluate with the batch-norm statistics of the main process
-    return pictures
 
 
 class PatchDegradations(NamedTuple):
@@ -256,15 +225,13 @@ def compute_patch_loss(
     degradations: PatchDegradations,
     compute: Compute,
     batch: Batch,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        loss, l1: the loss and its L1 term, as scalars. If several processes share a batch, each process returns only
-            what its own patches contribute to these values. The loss and the L1 term of the whole batch are the sums
-            over the processes.
-        pictures: n pictures, (n, 3, P, 3 * P). Each picture shows the input, the re-synthesis and the target of a patch
-            side by side.
+        the loss, and a dict with its L1 term, as scalars. If several processes share a batch, each process returns only
+        what its own patches contribute to these values. The loss and the L1 term of the whole batch are the sums over
+        the processes.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
@@ -272,9 +239,38 @@ def compute_patch_loss(
         x_hat = model(x_lr)  # (B, 3, P, P)
         loss, l1 = compute_super_resolution_loss(x_hat, x, vgg, vgg_weight)
     part = batch.weights.sum().to(x.device)  # fraction of the whole batch that this process holds
-    enlarged = F.interpolate(x_lr[:SHOWN_PATCHES], scale_factor=model.scale)  # (n, 3, P, P)
-    pictures = torch.cat([enlarged, x_hat[:SHOWN_PATCHES].detach(), x[:SHOWN_PATCHES]], dim=3)  # (n, 3, P, 3 * P)
-    return loss * part, l1 * part, pictures
+    return loss * part, {"l1": l1 * part}
+
+
+@torch.no_grad()
+def write_patch_pictures(
+    model: nn.Module,
+    patches: PatchDataset,
+    degradations: PatchDegradations,
+    compute: Compute,
+    run: Run,
+    epochs_done: int,
+) -> None:
+    """Write pictures of the first training patches to TensorBoard.
+
+    Each picture shows the low-resolution input, the re-synthesis and the target of a patch side by side. The patches
+    and their degradations are the same in every epoch, so that pictures of different epochs can be compared. The
+    network is in evaluation mode afterwards.
+    """
+    if run.writer is None:
+        return
+    model.eval()
+    keys = [Key(0, index) for index in range(min(SHOWN_IMAGES, len(patches)))]
+    (batch,) = make_loader(patches, [keys], 0, compute)
+    if not len(batch.x):
+        return  # the training loop has reported that the images cannot be read
+    x = compute.images_to_float(batch.x)  # (B, 3, P, P)
+    x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
+    with compute.autocast():
+        x_hat = model(x_lr)  # (B, 3, P, P)
+    enlarged = F.interpolate(x_lr, scale_factor=model.scale)  # (B, 3, P, P)
+    pictures = torch.cat([enlarged, x_hat, x], dim=3)  # (B, 3, P, 3 * P)
+    run.write_images_to_tensorboard("input, re-synthesis, target", pictures, epochs_done)
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------

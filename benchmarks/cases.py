@@ -178,8 +178,8 @@ def prepare_rdn_training_step(case: Case) -> Callable[[], object]:
     batch = make_noise_batch(case)
 
     def run_rdn_training_step() -> None:
-        loss, l1, _ = train_sr.compute_patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
-        stepper.step(loss, {"l1": l1}, batch)
+        loss, values = train_sr.compute_patch_loss(model, vgg, VGG_LAMBDA, degradations, compute, batch)
+        stepper.step(loss, values, batch)
 
     return run_rdn_training_step
 

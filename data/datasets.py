@@ -34,7 +34,7 @@ from data.lists import Item
 from utils.compute import Compute
 from utils.console import make_printable
 from utils.distributed import World
-from utils.errors import UserError
+from utils.errors import UserError, describe_exception
 from utils.random_streams import CROP, PERTURB, seeded_generator
 
 UNLABELLED = -1  # value in Batch.labels for an image whose label is unknown
@@ -270,7 +270,7 @@ class ItemDataset(Dataset):
         except UserError as error:
             text = str(error)
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # exceptions of Pillow, NumPy and PyTorch
-            text = f"cannot be prepared ({type(error).__name__}: {make_printable(' '.join(str(error).split()))})"
+            text = f"cannot be prepared ({type(error).__name__}: {make_printable(describe_exception(error))})"
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
     def read_sample_tensors(self, path: str, key: Key) -> Tensor:

@@ -3,18 +3,17 @@
 train_detector.py degrades images in auxiliary tasks, and train_sr.py degrades training patches. In an auxiliary task,
 the re-synthesizer also learns to denoise or colorize its input. According to section 3.3 of the paper, auxiliary tasks
 make the residual robust. To add an auxiliary task, write a function and add a line to TASKS. All images are tensors
-(3, h, w) with values in [0, 1]. `add_noise` does not clip its result to [0, 1].
+(3, h, w) with values in [0, 1]. `add_noise_to_float_image` does not clip its result to [0, 1].
 """
 
-import io
 import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from data.perturbations import compress_as_jpeg
 from utils.errors import UserError
 
 TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxiliary loss is computed
@@ -31,7 +30,7 @@ PATCH_FRACTION = (0.05, 0.15)  # smallest and largest fraction of pixels that ar
 Degradation = Callable[[Tensor, np.random.Generator], Tensor]
 
 
-def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
+def add_noise_to_float_image(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
     """Add Gaussian noise with standard deviation `std` to an image (3, h, w) with values in [0, 1]."""
     noise = rng.standard_normal(tuple(image.shape), np.float32)
     return image + std * torch.from_numpy(noise).to(image)
@@ -67,13 +66,10 @@ def draw_random_mask(image: Tensor, fraction: float, rng: np.random.Generator) -
     return torch.from_numpy(rng.random((1, height, width)) < fraction).to(image.device)
 
 
-def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
+def compress_float_image_as_jpeg(image: Tensor, quality: int) -> Tensor:
     """Compress an image (3, h, w) as JPEG, and decode the JPEG image to (3, h, w) in [0, 1]."""
     pixels = (image * 255).round().clamp(0, 255).to(torch.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()).save(file, "JPEG", quality=quality)
-    decoded = torch.from_numpy(np.array(Image.open(file)))  # (h, w, 3)
-    return decoded.permute(2, 0, 1).to(image) / 255  # (3, h, w)
+    return compress_as_jpeg(pixels.cpu(), quality).to(image) / 255
 
 
 # --- auxiliary tasks of train_detector.py: --mode-sr ----------------------------------------------------------
@@ -90,7 +86,7 @@ def create_grey_pixel_degradation(batch_rng: np.random.Generator) -> Degradation
 
 def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
     """Return a function that adds Gaussian noise to an image, for the auxiliary task "denoising"."""
-    return lambda image, rng: add_noise(image, TASK_NOISE_STD, rng)
+    return lambda image, rng: add_noise_to_float_image(image, TASK_NOISE_STD, rng)
 
 
 # For each auxiliary task, TASKS contains a function that creates a `Degradation` from a random generator.
@@ -151,9 +147,9 @@ def degrade_patch(
         colorization: whether to turn a fraction U(0.05, 0.15) of the pixels grey.
     """
     if augment and rng.random() < PATCH_PROBABILITY:
-        patch = add_noise(patch, rng.uniform(*PATCH_NOISE_STD), rng)
+        patch = add_noise_to_float_image(patch, rng.uniform(*PATCH_NOISE_STD), rng)
     if augment and rng.random() < PATCH_PROBABILITY:
-        patch = compress_as_jpeg(patch, int(rng.integers(*PATCH_JPEG_QUALITY, endpoint=True)))
+        patch = compress_float_image_as_jpeg(patch, int(rng.integers(*PATCH_JPEG_QUALITY, endpoint=True)))
     if completion and rng.random() < PATCH_PROBABILITY:
         patch = blacken_random_pixels(patch, rng.uniform(*PATCH_FRACTION), rng)
     if colorization and rng.random() < PATCH_PROBABILITY:

@@ -22,7 +22,7 @@ from torch import Tensor
 from data.folders import HAS_AVIF
 from data.lists import Item
 from utils.console import make_printable, progress_bar
-from utils.errors import UserError
+from utils.errors import UserError, describe_exception
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,7 @@ def _check_regular_file(path: str) -> None:
 
 def _describe_read_error(error: Exception) -> str:
     """Describe in one line why reading an image file raised the exception `error`."""
-    text = make_printable(" ".join(str(error).split())) or type(error).__name__
+    text = make_printable(describe_exception(error))
     if isinstance(error, UnidentifiedImageError):
         return f"is not an image, or its first bytes are damaged (expected {', '.join(FORMATS)})"
     if isinstance(error, OSError) and error.strerror:

@@ -20,6 +20,7 @@ import numpy as np
 from data.folders import describe_picture_written_by_test_py, find_images, folder_contains, format_file_counts_by_reason
 from utils.console import make_printable
 from utils.errors import UserError
+from utils.files import choose_unique_names
 from utils.labels import FAKE, REAL
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ def list_labelled_images_in_folders(real_roots: Sequence[str], fake_roots: Seque
     items = []
     for root in real_roots:
         items += [Item(path, REAL, "") for path in find_images(root)]
-    for root, generator in zip(fake_roots, _name_generators_after_folders(fake_roots), strict=True):
+    for root, generator in zip(fake_roots, choose_unique_names(fake_roots), strict=True):
         items += [Item(path, FAKE, generator) for path in find_images(root)]
     return items
 
@@ -88,15 +89,6 @@ def _refuse_nested_folders(roots: Sequence[str]) -> None:
                     f"image folder {make_printable(roots[i])} is the same as or inside {make_printable(roots[j])},"
                     " so its images would be listed twice: give folders that do not contain each other"
                 )
-
-
-def _name_generators_after_folders(roots: Sequence[str]) -> list[str]:
-    """Return a unique name for each folder: the last N components of its path, with the smallest possible N."""
-    parts = [os.path.abspath(root).split(os.sep) for root in roots]
-    length = 1
-    while len({tuple(p[-length:]) for p in parts}) < len(parts):
-        length += 1
-    return ["/".join(p[-length:]) for p in parts]
 
 
 # --- trees --------------------------------------------------------------------------------------------------

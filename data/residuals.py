@@ -8,6 +8,7 @@ folder is a hash of all settings that change residuals. Before each epoch,
 residuals are read instead of the images.
 """
 
+import contextlib
 import hashlib
 import logging
 import math
@@ -71,7 +72,10 @@ def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float)
         max_bytes: largest allowed sum of `sizes`.
     """
     needed = sum(sizes)
-    stored = sum(entry.stat().st_size for entry in os.scandir(folder))
+    stored = 0
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # another training may use the folder and rename temporary files
+            stored += entry.stat().st_size
     fits = needed <= max_bytes and needed - stored <= shutil.disk_usage(folder).free
     if fits:
         result = "you may delete this folder when no training is running"

@@ -80,7 +80,7 @@ class Detector:
         """
         residuals = []
         for batch in self._group_images_into_batches(images):
-            _, _, residual = self.resynthesize(batch)
+            _, _, residual = self.compute_resynthesis_and_residual(batch)
             residuals.extend(residual.cpu())
         return residuals
 
@@ -113,7 +113,7 @@ class Detector:
         return torch.cat(logits).mean(dim=0)  # (2,)
 
     @torch.inference_mode()
-    def resynthesize(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def compute_resynthesis_and_residual(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Re-synthesize images and compute the residual.
 
         Args:
@@ -137,7 +137,7 @@ class Detector:
         crops, columns = self.cut_crops(image) if self.crops > 1 else (image[None], 1)  # (K, 3, h, w)
         parts = []
         for batch in crops.split(images_per_batch(*crops.shape[2:])):
-            x, x_hat, residual = self.resynthesize(batch)
+            x, x_hat, residual = self.compute_resynthesis_and_residual(batch)
             logits = self.network.classify(residual)  # (k, 2)
             parts.append([tensor.float().cpu() for tensor in (x, x_hat, residual, logits)])
         x, x_hat, residual, logits = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data.images import FORMATS, convert_to_upright_rgb, read_image_as_tensor
 from utils.console import make_printable
-from utils.errors import UserError
+from utils.errors import UserError, describe_exception
 
 ImageInput = str | os.PathLike | Image.Image | Tensor | np.ndarray | BinaryIO
 ACCEPTED = (
@@ -55,11 +55,14 @@ def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
         UserError: if the image cannot be decoded.
     """
     try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image, formats=FORMATS)
-        pixels = np.array(convert_to_upright_rgb(opened.copy()))  # (H, W, 3)
+        if isinstance(image, Image.Image):
+            opened = image.copy()  # the conversion below may change the image
+        else:
+            opened = Image.open(image, formats=FORMATS)
+        pixels = np.array(convert_to_upright_rgb(opened))  # (H, W, 3)
     except Exception as error:  # decoders raise exceptions of any type
         name = getattr(image, "filename", None) or getattr(image, "name", None) or type(image).__name__
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = describe_exception(error)
         raise UserError(f"cannot decode the image {make_printable(str(name))} ({make_printable(reason)})") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

@@ -56,9 +56,12 @@ def write_resynthesis_pictures(
     task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right third of
     the second picture shows the difference between the re-synthesis of the degraded image and the original image.
     Images and degradation are the same in every epoch, so that pictures of different epochs can be compared.
+
+    The detector is in evaluation mode afterwards.
     """
     if run.writer is None:
         return
+    detector.eval()
     scale = detector.resynthesizer.scale
     for name, image in images.items():
         x = compute.images_to_float(image)  # (1, 3, H, W)

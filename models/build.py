@@ -44,7 +44,7 @@ from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
 from models.spectrum import ChannelPowerClassifier, SpectrumClassifier
 from utils.checkpoints import Checkpoint, compute_fingerprint, load_weights
-from utils.errors import UserError
+from utils.errors import UserError, describe_exception
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +139,18 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
     return construct_network_or_raise_user_error(f"{kind} {name}", entry, *required, **arguments)
 
 
+def get_default_arguments(entries: Mapping, name: str) -> dict:
+    """Return the default values of the constructor arguments of a network, or {} if `entries` does not contain `name`.
+
+    Args:
+        entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
+    """
+    if name not in entries:  # a classifier of torchvision, or a wrong name, which `create_network` refuses
+        return {}
+    parameters = inspect.signature(entries[name]).parameters.values()
+    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+
+
 def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
     """Raise a UserError if `arguments` contains an argument that users cannot choose.
 
@@ -156,9 +168,10 @@ def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], argum
 def construct_network_or_raise_user_error(
     what: str, entry: Callable[..., nn.Module], /, *required, **arguments
 ) -> nn.Module:
-    """Call the constructor of a network, and raise a UserError if the constructor raises any exception.
+    """Call the constructor of a network, and raise a UserError if the constructor does not accept the arguments.
 
-    Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values.
+    Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values. A
+    NameError or an AttributeError is raised unchanged, because it shows a mistake in the source code of the network.
 
     Args:
         what: name of the network for the error message, such as "classifier resnet50".
@@ -166,10 +179,10 @@ def construct_network_or_raise_user_error(
     """
     try:
         return entry(*required, **arguments)
-    except UserError:
+    except (UserError, NameError, AttributeError):
         raise
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = describe_exception(error)
         raise UserError(f"{what} cannot be created with the arguments {arguments}: {reason}") from None
 
 
@@ -258,7 +271,8 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
     scale = choose_value_from_checkpoint_or_option(
         "--sr-scale", options.get("scale"), found["scale"], PAPER["scale"], file
     )
-    arguments = choose_arguments_from_checkpoint_or_option("--sr-args", given_args, found["args"], file)
+    defaults = get_default_arguments(RESYNTHESIZERS, name)
+    arguments = choose_arguments_from_checkpoint_or_option("--sr-args", given_args, found["args"], defaults, file)
     model = create_network("re-synthesizer", RESYNTHESIZERS, name, scale=scale, **arguments)
     if source is not None:
         load_weights(model, state, file)
@@ -317,10 +331,7 @@ def create_detector(
             " --sr-weights-file, or choose --sr-arch none or bicubic, which need no weights"
         )
     arch = options.get("arch") or PAPER["classifier"]
-    arguments = convert_no_dilation_to_resnet_arguments(arch, options.get("dilated") is False)
-    if arguments.get("dilated") and options.get("dilated") is None and not options.get("arch_args"):
-        warn_that_resnet_is_dilated("this new detector")
-    arguments |= options.get("arch_args") or {}
+    arguments = choose_classifier_arguments_from_options(arch, options, "this new detector")
     config = {
         "resynthesizer": resynthesizer_config,
         "features": create_features_config_from_options(options),
@@ -426,8 +437,10 @@ def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, T
     part = read_network_settings_of_config(source, "features")
     if part is None:
         return infer_features_config_of_authors_checkpoint(state, options, name)
+    defaults = get_default_arguments(FEATURES, part["name"])
+    trained_with = (part["name"], {**defaults, **part["args"]})
     stage = options.get("stage")
-    if stage is not None and get_features_name_and_arguments_of_stage(stage) != (part["name"], part["args"]):
+    if stage is not None and get_features_name_and_arguments_of_stage(stage) != trained_with:
         has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
         raise UserError(
             f"--idx-stages {stage} contradicts the checkpoint {name}, which was trained with the features {has}: leave"
@@ -435,7 +448,7 @@ def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, T
         )
     choose_value_from_checkpoint_or_option("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments_from_checkpoint_or_option(
-        "--feature-args", options.get("feature_args") or {}, part["args"], name
+        "--feature-args", options.get("feature_args") or {}, part["args"], defaults, name
     )
     return {"name": part["name"], "args": arguments}
 
@@ -463,21 +476,38 @@ def merge_classifier_config_with_options(source: Checkpoint, state: Mapping[str,
     """
     name = source.name
     part = read_network_settings_of_config(source, "classifier")
-    given_args = dict(options.get("arch_args") or {})
     if part is None:
         arch, _ = read_resnet_name_and_channels(state, name)
         choose_value_from_checkpoint_or_option("--arch", options.get("arch"), arch, None, name)
-        arguments = convert_no_dilation_to_resnet_arguments(arch, options.get("dilated") is False)
-        if arguments.get("dilated") and options.get("dilated") is None:
-            warn_that_resnet_is_dilated(name)
-        return {"name": arch, "args": arguments | given_args}
+        return {"name": arch, "args": choose_classifier_arguments_from_options(arch, options, name)}
     choose_value_from_checkpoint_or_option("--arch", options.get("arch"), part["name"], None, name)
     if options.get("dilated") is False and part["args"].get("dilated"):
         raise UserError(f"--no_dilation contradicts {name}, whose classifier is dilated: leave --no_dilation out")
-    return {
-        "name": part["name"],
-        "args": choose_arguments_from_checkpoint_or_option("--arch-args", given_args, part["args"], name),
-    }
+    arguments = choose_arguments_from_checkpoint_or_option(
+        "--arch-args",
+        options.get("arch_args") or {},
+        part["args"],
+        get_default_arguments(CLASSIFIERS, part["name"]),
+        name,
+    )
+    return {"name": part["name"], "args": arguments}
+
+
+def choose_classifier_arguments_from_options(arch: str, options: Mapping, name: str) -> dict:
+    """Return the arguments of a classifier for which no checkpoint contains arguments.
+
+    A ResNet-50 or larger is dilated, unless `--no_dilation` or `--arch-args` says otherwise. This function warns if the
+    ResNet is dilated, but no option asks for dilation.
+
+    Args:
+        arch: name of the classifier.
+        name: name of the detector for the warning.
+    """
+    given_args = options.get("arch_args") or {}
+    arguments = convert_no_dilation_to_resnet_arguments(arch, options.get("dilated") is False)
+    if arguments.get("dilated") and options.get("dilated") is None and "dilated" not in given_args:
+        warn_that_resnet_is_dilated(name)
+    return {**arguments, **given_args}
 
 
 def infer_features_config_of_authors_checkpoint(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:

@@ -94,28 +94,34 @@ def choose_value_from_checkpoint_or_option(
     return found
 
 
-def choose_arguments_from_checkpoint_or_option(flag: str, given: Mapping, found: Mapping | None, name: str) -> dict:
+def choose_arguments_from_checkpoint_or_option(
+    flag: str, given: Mapping, found: Mapping | None, defaults: Mapping, name: str
+) -> dict:
     """Choose the keyword arguments of a network: the arguments in the checkpoint, else the arguments in the option.
 
     Args:
         flag: name of the option for the error message, such as "--arch-args".
         given: keyword arguments from the option.
         found: keyword arguments from the checkpoint, or None if the checkpoint does not contain them.
+        defaults: the default values of the network's constructor. A network was created with these values, except for
+            the arguments in `found`.
         name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if an argument in the option is missing in the checkpoint, or has another value in the checkpoint.
+        UserError: if the network in the checkpoint has another value of an argument in the option, or does not have
+            this argument.
     """
     if found is None:
         return dict(given)
+    trained_with = {**defaults, **found}
     for key, value in given.items():
-        if key in found and found[key] != value:
+        if key in trained_with and trained_with[key] != value:
             raise UserError(
                 f"{flag} {key}={value} contradicts the checkpoint {name}, whose network was trained with"
-                f" {key}={found[key]}: leave {key}={value} out, or give a checkpoint that was trained with"
+                f" {key}={trained_with[key]}: leave {key}={value} out, or give a checkpoint that was trained with"
                 f" {key}={value}"
             )
-        if key not in found:
+        if key not in trained_with:
             raise UserError(
                 f"{flag} {key}={value} contradicts the checkpoint {name}, whose network was trained without {key}:"
                 f" leave {key} out"

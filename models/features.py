@@ -23,7 +23,7 @@ from models.released import extract_state_dict
 from models.tiling import apply_function_in_tiles
 from utils.checkpoints import compute_fingerprint, load_weights, read_checkpoint_content
 from utils.console import make_printable
-from utils.errors import UserError
+from utils.errors import UserError, describe_exception
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
         try:
             return read_checkpoint_content(_find_or_download_imagenet_weights()), "imagenet"
         except OSError as error:
-            reason = " ".join(str(error).split())
+            reason = describe_exception(error)
             if source == "imagenet":
                 raise UserError(
                     f"the ImageNet weights for VGG-19 are not in torch hub's cache ({torch.hub.get_dir()}), and"

@@ -13,12 +13,19 @@ from trainings import TINY, make_arguments_of_train_detector, read_checkpoint_co
 import test as tester
 import train_detector
 import train_sr
+from models.build import (
+    choose_classifier_arguments_from_options,
+    create_network,
+    create_resynthesizer,
+    merge_classifier_config_with_options,
+    merge_features_config_with_options,
+)
 from models.features import VGG19, load_vgg
 from models.rdn import RDN
 from models.released import extract_state_dict
 from models.resnet import DeepStemResNet
 from utils import checkpoints, options
-from utils.checkpoints import Fields, compute_fingerprint, load_weights
+from utils.checkpoints import Checkpoint, Fields, compute_fingerprint, load_weights
 from utils.errors import run_program
 
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
@@ -383,6 +390,44 @@ def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
         line = error_line_of_program(program, f"{its_flags} {PROGRAMS[program][2]} {tmp_path}/out", capfd)
         assert [word for word in words if word not in line] == [], line
         assert not (tmp_path / "out").exists()
+
+
+def test_a_flag_may_repeat_a_default_value_that_the_checkpoint_does_not_contain():
+    """The scripts of the release give the default sizes of RDN, but `train_sr.py` without flags does not store them."""
+    config = {
+        "resynthesizer": {"name": "rdn", "scale": 4, "args": {}},
+        "features": {"name": "vgg19", "args": {}},
+        "classifier": {"name": "spectrum", "args": {}},
+    }
+    source = Checkpoint({"state_dict": RDN().state_dict(), "config": config}, "best.pth")
+    sizes = {"num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8}
+    assert create_resynthesizer(source, sizes)[1] == config["resynthesizer"]
+    with expect_user_error("num_blocks=20", "num_blocks=16"):
+        create_resynthesizer(source, {**sizes, "num_blocks": 20})
+    assert merge_features_config_with_options(source, {}, {"stage": 5}) == config["features"]
+    with expect_user_error("--idx-stages 4"):
+        merge_features_config_with_options(source, {}, {"stage": 4})
+    arguments = {"arch_args": {"dropout": 0.5}}
+    assert merge_classifier_config_with_options(source, {}, arguments) == config["classifier"]
+
+
+def test_a_resnet_that_is_dilated_although_no_option_says_so_gives_a_warning(caplog):
+    assert choose_classifier_arguments_from_options("resnet50", {}, "x") == {"dilated": True}
+    assert "DILATED" in caplog.text
+    caplog.clear()
+    for options_of_user in ({"dilated": False}, {"arch_args": {"dilated": False}}):
+        arguments = choose_classifier_arguments_from_options("resnet50", options_of_user, "x")
+        assert arguments == {"dilated": False} and not caplog.text
+    assert choose_classifier_arguments_from_options("resnet50", {"arch_args": {"dilated": True}}, "x")["dilated"]
+    assert not caplog.text
+
+
+def test_a_programming_error_in_an_added_network_keeps_its_traceback():
+    def make_network():
+        return torch.nn.Conv2D(3, 4, 1)  # the name is torch.nn.Conv2d
+
+    with pytest.raises(AttributeError, match="Conv2D"):
+        create_network("classifier", {"mine": make_network}, "mine")
 
 
 def test_a_detector_with_one_flipped_bit_in_its_weights_is_refused_as_damaged(

@@ -7,7 +7,7 @@ from files import expect_user_error
 
 from data.degradations import (
     TASKS,
-    compress_as_jpeg,
+    compress_float_image_as_jpeg,
     degrade_batch,
     degrade_patch,
     require_known_auxiliary_task,
@@ -131,7 +131,7 @@ def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses_patches
 
 def test_jpeg_compression_changes_an_image_more_at_lower_quality():
     image = random_image(3, 32, 32)
-    lost = [(compress_as_jpeg(image, quality) - image).abs().mean() for quality in (95, 60, 25)]
+    lost = [(compress_float_image_as_jpeg(image, quality) - image).abs().mean() for quality in (95, 60, 25)]
     assert 0 < lost[0] < lost[1] < lost[2] < 0.3
 
 

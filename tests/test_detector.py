@@ -67,7 +67,7 @@ def test_residual_returns_the_absolute_difference_between_an_image_and_its_resyn
     path = str(image_folder / "1.png")
     (residual,) = detector.residual(path)
     assert residual.shape == (3, 32, 32) and residual.dtype == torch.float32
-    x, x_hat, _ = detector.resynthesize(detector.decode_resize_and_crop_image(path)[None])
+    x, x_hat, _ = detector.compute_resynthesis_and_residual(detector.decode_resize_and_crop_image(path)[None])
     assert torch.equal(residual, (x_hat - x).abs()[0])
 
 

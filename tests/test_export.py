@@ -3,8 +3,10 @@
 A graph is an ONNX file or a file of torch.export. A bundle is one safetensors file with the weights of all networks.
 """
 
+import dataclasses
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from models.rdn import RDN
 from tools import export, graph
 from train_detector import collect_weights_and_config
 from utils import checkpoints
+from utils.options import create_train_detector_parser
 from utils.random_streams import seeded_generator
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -333,6 +336,25 @@ def make_bundle_export_arguments_with_scores(exported_detector_folder, tmp_path)
     """Return a command line for tools.export with --bundle a.safetensors and --scores p.json."""
     detector = f"{exported_detector_folder}/mine.pth.tar"
     return ["--resume", detector, "--bundle", f"{tmp_path}/a.safetensors", "--scores", f"{tmp_path}/p.json"]
+
+
+def test_equal_vgg_weights_from_different_files_give_equal_graph_metadata(exported_detector_folder):
+    detector = load(exported_detector_folder / "mine.pth.tar", device="cpu")
+    metadata = []
+    for source in ("imagenet", "/home/me/vgg19.pth"):
+        vgg = {"source": source, "fingerprint": "0123"}
+        changed = dataclasses.replace(detector, config={**detector.config, "vgg": vgg, "auxiliary_vgg": vgg})
+        metadata.append(graph.collect_graph_metadata(changed))
+        copied = graph.copy_config_without_vgg_folder(changed)
+        assert copied["vgg"]["source"] == copied["auxiliary_vgg"]["source"] == Path(source).name
+    assert metadata[0] == metadata[1]
+
+
+def test_each_setting_in_the_model_card_is_an_option_of_train_detector_py():
+    template = (Path(export.__file__).parent / "card.md").read_text()
+    (names,) = re.findall(r"for name in \((.*?)\) if name in settings", template)
+    options = vars(create_train_detector_parser().parse_args([])).keys() | {"images"}
+    assert set(re.findall(r'"(\w+)"', names)) <= options
 
 
 def test_the_model_card_of_a_bundle_shows_the_metrics_of_the_given_scores(exported_detector_folder, tmp_path):

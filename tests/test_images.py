@@ -25,6 +25,7 @@ from data.images import (
     select_usable_images,
 )
 from data.lists import Item
+from evaluation.inputs import decode_image_with_pillow
 from utils.console import make_printable
 from utils.errors import UserError
 from utils.labels import REAL
@@ -134,7 +135,10 @@ def test_a_tiff_image_with_12_bits_is_decoded(tmp_path):
     directory = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
     header = b"II*\0" + struct.pack("<I", 8 + len(data)) + data
     (tmp_path / "a.tif").write_bytes(header + struct.pack("<H", len(tags)) + directory + bytes(4))
-    assert load_pixels(tmp_path / "a.tif").tolist() == [[[255] * 3, [0] * 3], [[128] * 3, [0] * 3]]
+    expected = [[[255] * 3, [0] * 3], [[128] * 3, [0] * 3]]
+    assert load_pixels(tmp_path / "a.tif").tolist() == expected
+    with open(tmp_path / "a.tif", "rb") as file:
+        assert decode_image_with_pillow(file).permute(1, 2, 0).tolist() == expected
 
 
 @pytest.mark.parametrize(

@@ -95,12 +95,6 @@ def test_each_flag_of_the_authors_without_an_effect_prints_one_line(program, cap
     assert len(lines) == 15 and all(line.endswith("has no effect here") for line in lines)
 
 
-@pytest.mark.parametrize("program, flag", [("test.py", "--stability"), ("train_sr.py", "--skip-nonfinite=1")])
-def test_a_flag_of_an_earlier_version_is_accepted_and_prints_one_line(program, flag, capsys):
-    PARSERS[program]().parse_args([flag])
-    assert capsys.readouterr().err == f"{flag.split('=')[0]} has no effect here\n"
-
-
 def test_the_default_options_equal_the_settings_of_the_paper():
     sr = create_train_sr_parser().parse_args([])
     assert (sr.lr, sr.lr_decay, sr.lr_decay_epoch, sr.batch_size, sr.patch_size) == (1e-4, 0.5, 225, 12, 24)

@@ -21,7 +21,14 @@ from trainings import (
 from data.datasets import Augmentation, ImageDataset, Key
 from data.images import Header, SizePolicy
 from data.lists import Item
-from data.residuals import STORAGE, CacheOptions, ResidualDataset, create_cache_folder, create_residual_datasets
+from data.residuals import (
+    STORAGE,
+    CacheOptions,
+    ResidualDataset,
+    create_cache_folder,
+    create_residual_datasets,
+    residuals_fit_in_cache,
+)
 from models.features import Pixels
 from models.rdn import RDN
 from models.resnet import DeepStemResNet
@@ -75,6 +82,12 @@ def test_residuals_read_from_the_cache_have_the_documented_precision(training_fi
         assert error.max() == 0
     assert (error / values)[is_normal].max() <= 2**-11
     assert error[~is_normal].max() <= 2**-25
+
+
+def test_a_file_that_another_training_renames_meanwhile_does_not_stop_the_run(tmp_path):
+    (tmp_path / "0.npz").write_bytes(bytes(10))
+    (tmp_path / ".0.npz.123.tmp").symlink_to("absent")  # like a renamed file, its size cannot be read
+    assert residuals_fit_in_cache(tmp_path, [100], 1000)
 
 
 @pytest.mark.parametrize("value, words", [(70_000.0, "--cache-precision fp32"), (float("nan"), "not finite")])

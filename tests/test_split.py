@@ -193,5 +193,6 @@ def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(folder_of_real_
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
-    assert "set held_out, got 0 real and 0 generated images" in done.stderr.splitlines()[-1]
+    message = "the set held_out (with --hold-out 0.0001) must contain both real and generated images"
+    assert message in done.stderr.splitlines()[-1]
     assert not (folder_of_real_and_fake_images / "lists").exists()

@@ -1,6 +1,8 @@
 """Tests of train_detector.py and train_sr.py: weight updates, schedules, losses, and written files."""
 
-import functools
+import math
+from functools import cache, partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,8 +21,8 @@ from trainings import (
 )
 
 import train_detector
-import train_sr
 from data.datasets import Batch
+from evaluation.training_pictures import write_resynthesis_pictures
 from models.features import STAGES, Pixels, VGG19Stage, load_vgg
 from models.losses import compute_residuals_and_auxiliary_losses
 from models.rdn import RDN
@@ -109,12 +111,52 @@ def test_the_authors_cosine_schedule_uses_the_full_learning_rate_in_epochs_0_and
 
 
 def test_the_schedules_of_train_sr_give_the_expected_learning_rates():
-    steps = train_sr.Schedule("steps", 10, 0.5, 2)
-    assert [steps.compute_learning_rate_factor(epochs) for epochs in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
-    cosine = train_sr.Schedule("cosine", 100, 0.5, 2)
-    assert [cosine.compute_learning_rate_factor(epochs) for epochs in (0, 1.5, 3, 51.5, 100)] == pytest.approx(
-        [0, 0.5, 1, 0.5, 0]
-    )
+    steps = partial(optimizers.compute_step_learning_rate_factor, 0.5, 2)
+    assert [steps(epochs) for epochs in (0, 1.9, 2, 4.5)] == [1, 1, 0.5, 0.25]
+    cosine = partial(optimizers.compute_cosine_learning_rate_factor, 100)
+    assert [cosine(epochs) for epochs in (0, 1.5, 3, 51.5, 100)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+
+
+# --- validation and pictures --------------------------------------------------------------------------------
+
+
+class InfiniteLogits(torch.nn.Module):
+    """A detector whose logits are infinite."""
+
+    def classify(self, residual):
+        return torch.full((len(residual), 2), torch.inf)
+
+
+def test_the_validation_auroc_of_infinite_logits_is_nan():
+    labels = torch.tensor([REAL, FAKE])
+    batch = Batch(torch.zeros(2, 3, 8, 8), labels, torch.ones(2), [], [], {})
+    values = train_detector.compute_validation_metrics(InfiniteLogits(), [batch], lambda batch: batch.x, World())
+    assert math.isnan(values["val_auroc"])
+
+
+class NormalizedEnlargement(torch.nn.Module):
+    """A re-synthesizer with batch norm."""
+
+    scale = 4
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(3)
+
+    def forward(self, x_lr):
+        return F.interpolate(self.norm(x_lr), scale_factor=4)
+
+
+def test_pictures_for_tensorboard_do_not_change_the_statistics_of_batch_norm():
+    detector = toy_detector()
+    detector.resynthesizer = NormalizedEnlargement().train()
+    before = detector.resynthesizer.norm.running_mean.clone()
+    names = []
+    run = SimpleNamespace(writer="", write_images_to_tensorboard=lambda name, *more: names.append(name))
+    images = {"real": torch.full((1, 3, 16, 16), 255, dtype=torch.uint8)}
+    write_resynthesis_pictures(detector, Compute(CPU, "fp32"), "denoising", run, images, 0)
+    assert names == ["resynthesis/real", "resynthesis/real_degraded"]
+    assert torch.equal(detector.resynthesizer.norm.running_mean, before)
 
 
 # --- the losses of end-to-end training ----------------------------------------------------------------------
@@ -147,12 +189,12 @@ def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, 
     stepper = Stepper(optimizer, compute, World())
     stepper.progress.step = step
     auxiliary = train_detector.AuxiliaryTask(task, weight, vgg, 123, micro_batch)
-    loss_of = functools.partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)
+    loss_of = partial(train_detector.end_to_end_loss, detector, compute, World(), auxiliary, stepper.progress)
     train_detector.train_one_epoch(detector, [batch], loss_of, stepper)
     return stepper.progress.compute_mean_values_of_epoch()
 
 
-@functools.cache
+@cache
 def find_step_with_or_without_degradation(degraded):
     """Return the number of the first training step in which the auxiliary task degrades the batch.
 
@@ -400,8 +442,8 @@ def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_f
     [
         ("--val-root-neg FAKE", ["--val-root-pos"]),
         ("--val-root-pos REAL", ["--val-root-neg"]),
-        ("--batch-size 1 --crop-size 32", ["batches of 1", "--crop-size"]),
-        ("--batch-size 3 --idx-stages 2", ["batches of 3", "--batch-size"]),
+        ("--batch-size 1 --crop-size 32", ["batches of one image", "--crop-size"]),
+        ("--batch-size 3 --idx-stages 2", ["batches of one image", "--batch-size 3"]),
         ("--mode-sr denoising", ["--fixed-sr"]),
         ("--mode-sr inpainting", ["--mode-sr", "colorization"]),
         ("--crops-per-image 2", ["--crop-size"]),

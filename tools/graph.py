@@ -125,7 +125,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
             verbose=False,
         )
     except Exception as error:  # the converter raises exceptions of many types
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        reason = get_first_line(error.__cause__ or error)
         raise UserError(
             f"PyTorch {torch.__version__} cannot convert this detector to ONNX ({reason}): use --out FILE.pt2"
         ) from None
@@ -180,7 +180,7 @@ def try_to_export_network(
         with torch.enable_grad():  # with gradients enabled, the networks do not divide an image into tiles
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
-        return None, str(error).strip().partition("\n")[0]
+        return None, get_first_line(error)
 
 
 def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int, int]]:
@@ -201,20 +201,30 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
         facts[name] = detector.calibration.get(name, default)
-    facts["detector"] = copy_config_without_vgg_folder(detector)
+    config = copy_config_without_vgg_folder(detector)
+    for part in ("vgg", "auxiliary_vgg"):
+        if config.get(part):  # equal weights of VGG-19 may come from different files
+            config[part] = {"fingerprint": config[part]["fingerprint"]}
+    facts["detector"] = config
     return {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
 
 
 def copy_config_without_vgg_folder(detector: Detector) -> dict:
-    """Copy the config of a detector, without the folder of the VGG-19 weight file.
+    """Copy the config of a detector, without the folders of VGG-19 weight files.
 
     The function adds the fingerprint (weight hash) of the classifier to the copy.
     """
     config = dict(detector.config)
     config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
-    if config.get("vgg"):
-        config["vgg"] = {**config["vgg"], "source": Path(config["vgg"]["source"]).name}
+    for part in ("vgg", "auxiliary_vgg"):
+        if config.get(part):
+            config[part] = {**config[part], "source": Path(config[part]["source"]).name}
     return config
+
+
+def get_first_line(error: BaseException) -> str:
+    """Return the first line of the message of an exception. Messages of PyTorch and ONNX have many lines."""
+    return str(error).strip().partition("\n")[0]
 
 
 # --- checking ---
@@ -267,7 +277,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         run, found = load_graph(data)
         results = [run(images[0])]
     except Exception as error:  # each runtime raises exceptions of its own types
-        reason = str(error).strip().partition("\n")[0]
+        reason = get_first_line(error)
         raise UserError(
             f"{name} is damaged or is not the graph of a detector ({reason}): export the graph again"
         ) from None
@@ -282,7 +292,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
             results.append(run(image))
         except Exception as error:
             if not detector.policy.crop_size:  # trained on whole images, so the graph must accept images of any size
-                reason = str(error).strip().partition("\n")[0]
+                reason = get_first_line(error)
                 size = f"{image.shape[3]} x {image.shape[2]} pixels"
                 raise UserError(f"the graph {name} cannot process images of {size} ({reason})") from None
             logger.info("the graph %s accepts only images of %d x %d pixels", name, *images[0].shape[2:])

@@ -21,7 +21,7 @@ from evaluation import figures, metrics
 from evaluation.score_table import ScoreTable, path_of_residual_picture, read_json_record_of_score_table, read_table
 from utils.console import make_printable
 from utils.errors import UserError
-from utils.files import make_folder, open_for_atomic_write
+from utils.files import choose_unique_names, make_folder, open_for_atomic_write
 
 WORST = 10  # number of images with the worst scores that are shown per score table
 THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> longest allowed thumbnail side in pixels
@@ -64,7 +64,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
         UserError: if a score table cannot be read, or if `files` contains the same path twice.
     """
     tables = []
-    for file, name in zip(files, choose_unique_names_of_files(files), strict=True):
+    for file, name in zip(files, choose_names_of_score_tables(files), strict=True):
         table, record = read_table(file), read_json_record_of_score_table(file)
         settings = record.get("settings")
         seed = settings.get("seed", 0) if isinstance(settings, dict) else 0  # as in test.py
@@ -80,16 +80,13 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
     return tables
 
 
-def choose_unique_names_of_files(files: Sequence[str | os.PathLike]) -> list[str]:
+def choose_names_of_score_tables(files: Sequence[str | os.PathLike]) -> list[str]:
     """Name each file by its stem. If two files have the same stem, all names include parent folders."""
-    parts = [Path(os.path.abspath(file)).with_suffix("").parts for file in files]
-    longest = max((len(p) for p in parts), default=1)
-    for depth in range(1, longest + 1):
-        names = ["/".join(p[-depth:]) for p in parts]
-        if len(set(names)) == len(names):
-            return names
-    repeated = next(file for file, name in zip(files, names, strict=True) if names.count(name) > 1)
-    raise UserError(f"{make_printable(repeated)} is given twice: give each score table once")
+    names = choose_unique_names([Path(file).with_suffix("") for file in files])
+    for file, name in zip(files, names, strict=True):
+        if names.count(name) > 1:
+            raise UserError(f"{make_printable(file)} is given twice: give each score table once")
+    return names
 
 
 def write_report_page(

@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.lists import Item, list_labelled_images
+from data.lists import Item, list_labelled_images, require_real_and_fake_images
 from utils import options
 from utils.console import make_printable
 from utils.errors import UserError, run_program
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sets = split_by_file_name(list_labelled_images(args.data_root_pos, args.data_root_neg), args.hold_out)
     files = {}
     for name, items in sets.items():
-        require_real_and_fake_images(name, items)
+        require_real_and_fake_images(items, f"the set {name} (with --hold-out {args.hold_out:g})")
         files[f"{name}.csv"] = make_csv_table(items)
         files[f"{name}_real.txt"] = make_list_of_real_images(items)
     make_folder(out)
@@ -138,17 +138,6 @@ def split_by_file_name(items: Sequence[Item], hold_out: float) -> dict[str, list
         name = "held_out" if checksum < hold_out * 2**32 else "train"
         sets[name].append(item)
     return sets
-
-
-def require_real_and_fake_images(name: str, items: Sequence[Item]) -> None:
-    """Raise a UserError if a set lacks real images or generated images. name: name of the set, for the message."""
-    reals = sum(item.label == REAL for item in items)
-    fakes = len(items) - reals
-    if not reals or not fakes:
-        raise UserError(
-            f"expected real and generated images in the set {name}, got {reals} real and {fakes} generated images:"
-            " change --hold-out, or add images"
-        )
 
 
 def make_csv_table(items: Sequence[Item]) -> bytes:

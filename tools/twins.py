@@ -22,7 +22,7 @@ from models.tiling import apply_function_in_tiles
 from tools.autoencoder import FACTOR, Autoencoder
 from tools.upsampling import halve_and_upsample
 from utils.console import make_printable, progress_bar
-from utils.errors import UserError
+from utils.errors import UserError, describe_exception
 from utils.random_streams import seeded_generator
 
 logger = logging.getLogger("tools.example")
@@ -53,7 +53,7 @@ def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
         try:
             write_fake_copy(path, target, imitate)
         except Exception as error:  # image decoders raise exceptions of many types
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = describe_exception(error)
             logger.warning("cannot make a fake copy (twin) of %s: %s", make_printable(path), make_printable(reason))
             target.unlink(missing_ok=True)
             left_out += 1

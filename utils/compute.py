@@ -11,7 +11,7 @@ from torch import Tensor
 
 from utils.console import is_main_process
 from utils.distributed import read_local_rank
-from utils.errors import UserError
+from utils.errors import UserError, describe_exception
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def _device_from_name(name: str | torch.device) -> torch.device:
     try:
         return torch.device(name)
     except (RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())
+        reason = describe_exception(error)
         raise UserError(f"expected a GPU number or cpu as the device, got {name!r} ({reason})") from None
 
 

@@ -29,6 +29,11 @@ class UserError(ValueError):
     """
 
 
+def describe_exception(error: Exception) -> str:
+    """Return the message of an exception as one line, or the name of its class if the message is empty."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def run_program(main: Callable[[], int | None]) -> int:
     """Run a program. A user's mistake or a signal is reported by one log line instead of a traceback.
 

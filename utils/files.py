@@ -8,7 +8,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,6 +57,18 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime >= age:
                     path.unlink()
+
+
+def choose_unique_names(paths: Sequence[str | os.PathLike]) -> list[str]:
+    """Name each path by its last N components, such as "run1/stylegan", with the smallest N that gives unique names.
+
+    Equal paths get equal names.
+    """
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    length = 1
+    while len({p[-length:] for p in parts}) < len(set(parts)):
+        length += 1
+    return ["/".join(p[-length:]) for p in parts]
 
 
 def write_json(path: Path, obj: dict) -> None:

@@ -1,4 +1,4 @@
-"""Create the optimizer of train_detector.py, and compute its learning-rate schedules."""
+"""Create the optimizer of train_detector.py, and compute the learning-rate schedules of both training programs."""
 
 import math
 
@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from utils.errors import UserError
-from utils.training import compute_cosine_learning_rate_factor
 
 FINAL_RATE = 1e-4  # the authors' learning-rate schedule ends at this fraction of the base rate
+WARM_UP = 0.03  # fraction of the epochs during which the cosine schedule raises the learning rate from 0
 
 
 def create_optimizer(
@@ -66,5 +66,26 @@ def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) 
     return (1 - FINAL_RATE) * math.cos(math.pi / 2 * fraction) + FINAL_RATE
 
 
-# --schedule NAME chooses a function that takes the number of epochs and the number of finished epochs
+def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> float:
+    """Compute the factor by which the cosine schedule multiplies the base learning rate after `epochs` finished epochs.
+
+    The factor rises linearly from 0 to 1 during the warm-up, and then falls to 0 along a cosine.
+    """
+    done = epochs / epochs_total
+    if done < WARM_UP:
+        return done / WARM_UP
+    return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
+
+
+def compute_step_learning_rate_factor(decay: float, decay_epochs: int, epochs_done: float) -> float:
+    """Compute the factor by which the schedule "steps" of train_sr.py multiplies the base learning rate.
+
+    Args:
+        decay: factor by which the learning rate is multiplied after every `decay_epochs` epochs.
+        epochs_done: number of finished epochs, such as 2.5 in the middle of epoch 2.
+    """
+    return decay ** (int(epochs_done) // decay_epochs)
+
+
+# Option --schedule of train_detector.py chooses a function that takes the number of epochs and the number of finished epochs
 SCHEDULES = {"released": compute_authors_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}

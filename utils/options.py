@@ -272,7 +272,6 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         help="keep only the N newest numbered checkpoints (default: all)")  # fmt: skip
     add("--skip-bad", action="store_true",
         help="leave out images that cannot be used, such as damaged files (default: stop with an error)")  # fmt: skip
-    add_accepted_but_ignored_flags(group, "--skip-nonfinite")
 
 
 def add_ignored_options_of_authors(parser: Parser) -> None:
@@ -441,5 +440,5 @@ def create_test_parser() -> Parser:
         group, "--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
         "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"
     )  # fmt: skip
-    add_accepted_but_ignored_flags(group, "--fixed-sr", "--stability", nargs=0)
+    add_accepted_but_ignored_flags(group, "--fixed-sr", nargs=0)
     return parser

@@ -29,7 +29,6 @@ FREE_SETTINGS = {
 }  # fmt: skip
 ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # settings that change the order of the images
 VALIDATION_SETTING = "validation_images"  # name of the setting that holds the digest of the validation images
-WARM_UP = 0.03  # fraction of the epochs during which the cosine schedule raises the learning rate from 0
 
 
 COUNT = "count"  # key of the number of images in `Progress.sums`
@@ -109,17 +108,6 @@ class Progress:
         self.sums = {name: sums.get_number_field(name) for name in sums.values}
         self.best = fields.get_number_field("best", default=None)
         self.left_out = fields.get_integer_field("left_out", default=0)
-
-
-def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> float:
-    """Compute the factor by which the cosine schedule multiplies the base learning rate after `epochs` finished epochs.
-
-    The factor rises linearly from 0 to 1 during the warm-up, and then falls to 0 along a cosine.
-    """
-    done = epochs / epochs_total
-    if done < WARM_UP:
-        return done / WARM_UP
-    return 0.5 + 0.5 * math.cos(math.pi * (done - WARM_UP) / (1 - WARM_UP))
 
 
 def compute_constant_learning_rate_factor(epochs: float) -> float:
