@@ -118,6 +118,8 @@ def main(args: Namespace) -> int:
                 logger.warning("warning: %s", line)
         if args.save_path:
             log_written_files(base, results)
+        if args.save_residuals:
+            logger.info("the residual pictures are in %s", make_printable(args.save_residuals))
         is_complete = all(table.has_score.all() for table, _ in results.values())
         return 0 if is_complete else EXIT_ERRORS
 

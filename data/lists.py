@@ -378,7 +378,8 @@ def require_real_and_fake_images(items: Sequence[Item], what: str) -> None:
 def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
     """List images without labels, in the order of `paths`.
 
-    Pictures written by test.py are left out.
+    Pictures written by test.py are left out. An image that is given twice, by its path and by its folder, is listed
+    once.
 
     Args:
         paths: folders, which are searched for images, and image files with any suffix.
@@ -407,7 +408,10 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
                 f" ({format_file_counts_by_reason(left_out)}); give other images"
             )
         logger.info(text)
-    return [Item(path, None, "") for path in found]
+    unique = {os.path.abspath(path): path for path in reversed(found)}
+    if len(unique) < len(found):
+        logger.info("left out %d images that are given twice", len(found) - len(unique))
+    return [Item(path, None, "") for path in reversed(unique.values())]
 
 
 # --- recognising images -------------------------------------------------------------------------------------

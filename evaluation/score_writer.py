@@ -129,10 +129,11 @@ class ScoreWriter:
     def list_unscored_images(self, block: int) -> np.ndarray:
         """Return the indices of the images that this process must score.
 
-        The list of images is divided into blocks. Block b belongs to the process with rank b % `world.size`.
+        The list of images is divided into blocks of consecutive images. The process with rank b % `world.size` scores
+        the images in block b.
 
         Args:
-            block: number of images per block.
+            block: number of consecutive images that form a block.
         """
         missing = np.flatnonzero(~self.done)
         return missing[missing // block % self.world.size == self.world.rank]

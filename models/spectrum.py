@@ -68,8 +68,8 @@ class SpectrumClassifier(nn.Module):
             raise UserError(f"the window of the spectrum classifier must be an even number of pixels, got {window}")
         if neighbourhood < 1 or neighbourhood % 2 == 0:
             raise UserError(
-                f"the neighbourhood of the spectrum classifier must be an odd number of frequencies, got"
-                f" {neighbourhood}"
+                "the spectrum classifier compares each frequency with a square of frequencies around it: the side"
+                f" neighbourhood of this square must be odd and at least 1, got {neighbourhood}"
             )
         self.window = window
         self.neighbourhood = neighbourhood
@@ -113,7 +113,7 @@ class SpectrumClassifier(nn.Module):
         power = torch.fft.rfft2(windows * self.taper).abs().square()  # (B, C, rows, columns, n, half)
         power = power.mean(dim=(2, 3))  # (B, C, n, half)
         log_power = (power + SMALLEST_POWER).log().mean(dim=1)  # (B, n, half)
-        # Average the spectrum with the spectrum of the mirrored image, in which the rows f and -f are swapped
+        # Average the spectrum with the spectrum of the mirrored image. Mirroring swaps the rows f and -f of a spectrum.
         mirrored = log_power.flip(1).roll(1, dims=1)
         log_power = (log_power + mirrored)[:, :half] / 2  # (B, half, half)
         # Average the spectrum with the spectrum of the image rotated by 90 degrees, in which the axes are swapped
@@ -131,7 +131,7 @@ class SpectrumClassifier(nn.Module):
 
 
 class ChannelPowerClassifier(nn.Module):
-    """A linear classifier that computes logits (B, 2) for FAKE and REAL from the channel powers of residuals.
+    """A linear classifier that computes logits (B, 2) for FAKE and REAL from the power of each channel of residuals.
 
     The power of a channel is the mean of its squared values. The mean log power of all channels is subtracted from each
     log power, so that the contrast of the image does not change the logits.

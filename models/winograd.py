@@ -86,7 +86,7 @@ class DenseMaps:
         self.transformed = []  # one tensor (count, n, 36 * C) of transformed feature maps for each strip of tiles
         for strip in self.split_images_into_strips(memory):
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
-        self.added = 0  # number of feature maps that are in the store
+        self.added = 0  # number of feature maps that were appended so far
 
     def append_map_and_convolve_all_maps(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
         """Append the feature map x (B, C, h, w), and convolve the concatenation of all appended feature maps.

@@ -54,7 +54,7 @@ def read_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
                 if None in line or None in line.values() or not all(line[column] for column in COLUMNS[:4]):
                     raise UserError(
                         f"{name}, line {lines.line_num}: expected a value in each of the columns {', '.join(COLUMNS)};"
-                        " only the column generators may be empty"
+                        ' only the cells in the column "generators" may be empty'
                     )
                 generators = tuple(filter(None, line["generators"].split(";")))
                 scores = Path(path).parent / line["scores"]
@@ -74,7 +74,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
         intervals: whether to show how uncertain each number is. A cell that is computed from several lines of the
-            study file also shows the smallest and the largest number of these lines. A cell that is computed from one
+            study file also shows the smallest and the largest value of the metric in these lines. A cell that is computed from one
             line with one generator also shows the bootstrap interval of the metric.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.

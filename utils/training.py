@@ -161,9 +161,10 @@ class Stepper:
         If this method raises `NotFinite`, the weights stay unchanged.
 
         Args:
-            loss: a scalar. The sum of `loss` over all processes is the mean loss of the whole batch.
-            values: further scalars to record, by name. The sum of each scalar over all processes is its mean over the
-                whole batch.
+            loss: a scalar. Each process divides by the size of the whole batch, so the sum of `loss` over all processes
+                is the mean loss of the whole batch.
+            values: further scalars to record, by name. The sum of a scalar over all processes is its mean over the
+                whole batch, like the sum of `loss`.
             batch: the batch (data.datasets.Batch). Only `weights`, `errors` and `items` of the batch are read.
 
         Raises:
