@@ -32,6 +32,7 @@ SEVERITIES = (LEAK, WARNING)
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
+HEAD_BYTES = 2**16  # number of bytes at the beginning of a file that are hashed before the whole file is hashed
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
 QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg uses at quality 50
 WAYS_OUT = {  # for each attribute, advice on how to remove the difference between real and fake images
@@ -195,11 +196,13 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
 def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     """Find files with identical content.
 
-    A file is read only if another file has the same length.
+    Only files of equal length are compared. A file is read to the end only if another file of equal length has the same
+    first HEAD_BYTES bytes.
     """
     copies = []
     for same_size in group_files_with_equal_key(files, lambda file: file.size):
-        copies += group_files_with_equal_key(same_size, hash_content_of_file)
+        for same_head in group_files_with_equal_key(same_size, lambda file: hash_beginning_of_file(file, HEAD_BYTES)):
+            copies += group_files_with_equal_key(same_head, lambda file: hash_beginning_of_file(file, None))
     across_splits, across_classes, within = [], [], []
     for group in copies:
         if len({file.split for file in group}) > 1:
@@ -229,14 +232,14 @@ def group_files_with_equal_key(files: Sequence[File], key: Callable[[File], obje
     return [group for group in groups.values() if len(group) > 1]
 
 
-def hash_content_of_file(file: File) -> bytes:
-    """Return a hash of all bytes of a file.
+def hash_beginning_of_file(file: File, count: int | None) -> bytes:
+    """Return a hash of the first `count` bytes of a file, or of the whole file if `count` is None.
 
     Raises:
         UserError: if the file can no longer be read.
     """
     try:
         with open(file.item.path, "rb") as opened:
-            return hashlib.sha256(opened.read()).digest()
+            return hashlib.sha256(opened.read(count)).digest()
     except OSError as error:
         raise UserError(f"{make_printable(file.item.path)} cannot be read ({error.strerror})") from None

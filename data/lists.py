@@ -433,38 +433,44 @@ def describe_and_hash_image_list(items: Sequence[Item]) -> str:
 
 
 def hash_image_files(items: Sequence[Item]) -> np.ndarray:
-    """Compute a hash of each training image, by which `count_images_trained_on` recognizes the image later.
+    """Compute hashes of training images, by which `count_images_trained_on` recognizes the images later.
 
     Returns:
-        the hashes, int64 (N,). Files that cannot be read have no hash.
+        the hashes, int64 (N, 2): each row contains two hashes of one image file. The first column contains a hash of
+        the name and the size of the file. The second column contains a hash of 64 bytes in the middle of the file.
     """
-    hashes = [_hash_image_file(item.path) for item in items]
-    return np.array([value for value in hashes if value is not None], np.int64)
+    rows = [(_hash_name_and_size(item.path), _hash_middle_of_file(item.path)) for item in items]
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def count_images_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
-    """Count how many of the given images a detector was trained on. Files that cannot be read are not counted.
+    """Count how many of the given images a detector was trained on.
+
+    An image file is opened only if a training image has the same file name and the same number of bytes.
 
     Args:
         trained_on: hashes of the training images, from `hash_image_files`.
     """
-    known = set(trained_on.tolist())
-    return sum(_hash_image_file(item.path) in known for item in items)
+    names = set(trained_on[:, 0].tolist())
+    known = set(map(tuple, trained_on.tolist()))
+    candidates = [(_hash_name_and_size(item.path), item.path) for item in items]
+    return sum(name in names and (name, _hash_middle_of_file(path)) in known for name, path in candidates)
 
 
-def _hash_image_file(path: str) -> int | None:
-    """Compute a hash of the name, the size and the middle 64 bytes of a file, or None if the file cannot be read.
+def _hash_name_and_size(path: str) -> int:
+    size = os.path.getsize(path) if os.path.isfile(path) else -1
+    return _hash_to_int64(f"{os.path.basename(path)}\0{size}".encode(errors="surrogateescape"))
+
+
+def _hash_middle_of_file(path: str) -> int:
+    """Compute a hash of 64 bytes in the middle of a file.
 
     The function does not read the other bytes, so that it is fast for large files.
     """
-    if not os.path.isfile(path):  # for example a named pipe, for which open() may wait forever
-        return None
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            file.seek(size // 2)
-            middle = file.read(64)
-    except OSError:
-        return None
-    content = f"{os.path.basename(path)}\0{size}\0".encode(errors="surrogateescape") + middle
+    with open(path, "rb") as file:
+        file.seek(os.path.getsize(path) // 2)
+        return _hash_to_int64(file.read(64))
+
+
+def _hash_to_int64(content: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little", signed=True)

@@ -192,13 +192,13 @@ def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
         The argument `trained_on`, which is None if the checkpoint contains no hashes.
 
     Raises:
-        UserError: if `trained_on` is not an int64 tensor (N,).
+        UserError: if `trained_on` is not an int64 tensor (N, 2).
     """
-    is_list = isinstance(trained_on, Tensor) and trained_on.ndim == 1 and trained_on.dtype == torch.int64
-    if trained_on is None or is_list:
+    is_table = isinstance(trained_on, Tensor) and trained_on.ndim == 2 and trained_on.shape[1] == 2
+    if trained_on is None or (is_table and trained_on.dtype == torch.int64):
         return trained_on
     raise UserError(
-        f"{make_printable(name)} is damaged: trained_on must be an int64 tensor (N,); use an undamaged copy"
+        f"{make_printable(name)} is damaged: trained_on must be an int64 tensor (N, 2); use an undamaged copy"
     )
 
 

@@ -19,7 +19,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -164,16 +164,16 @@ class ScoreWriter:
         barrier(self.world)
         if not self.world.is_main:
             return
-        rows = {}
-        for i, row in self._read_rows_of_partial_tables(find_partial_tables(self.table)):
-            rows.setdefault(i, row)  # if an image has several rows, the first row is used
-        for i, item in enumerate(self.items):
-            if i not in rows:
-                raise UserError(
-                    f"{make_printable(item.path)} has no row in the score table, perhaps because a .part file of the"
-                    " table was deleted: run test.py again"
-                )
-        write_table(self.table, (rows[i] for i in range(len(self.items))))
+        parts = find_partial_tables(self.table)
+        numbers, offsets = self._find_byte_positions_of_rows(parts)
+        without_row = np.flatnonzero(numbers < 0)
+        if len(without_row):
+            first = self.items[without_row[0]].path
+            raise UserError(
+                f"{make_printable(first)} has no row in the score table, perhaps because a .part file of the"
+                " table was deleted: run test.py again"
+            )
+        write_table(self.table, self._read_rows_at_positions(parts, numbers, offsets))
 
     def write_json_record_of_score_table(self, record: Mapping) -> None:
         """Write `record` and the scoring settings to P.json.
@@ -251,11 +251,49 @@ class ScoreWriter:
         for part in parts.values():
             self._require_same_scoring_settings(part)
         for part in parts.values():
-            with part.open("rb") as file:
-                for line in file:
-                    parsed = self._parse_row_of_partial_table(line)
-                    if parsed is not None:
-                        yield parsed
+            for _, i, row in self._read_rows_of_partial_table(part):
+                yield i, row
+
+    def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
+        """Find the first valid row of each image in the partial tables P.csv.N.part.
+
+        Returns:
+            numbers: (N,), for each image, the number of the partial table that holds its row, or -1 if the image has
+                no row.
+            offsets: (N,), for each image, the position in bytes of its row in the partial table.
+        """
+        numbers = np.full(len(self.items), -1)
+        offsets = np.zeros(len(self.items), np.int64)
+        for number, part in sorted(parts.items()):
+            for offset, i, _ in self._read_rows_of_partial_table(part):
+                if numbers[i] < 0:
+                    numbers[i] = number
+                    offsets[i] = offset
+        return numbers, offsets
+
+    def _read_rows_at_positions(
+        self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray
+    ) -> Iterator[Row]:
+        """Read the rows of all images from the partial tables, in the order of the list of images.
+
+        `_find_byte_positions_of_rows` returns the arguments `numbers` and `offsets`.
+        """
+        with ExitStack() as stack:
+            files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
+            for number, offset in zip(numbers.tolist(), offsets.tolist(), strict=True):
+                files[number].seek(offset)
+                _, row = self._parse_row_of_partial_table(files[number].readline())
+                yield row
+
+    def _read_rows_of_partial_table(self, part: Path) -> Iterator[tuple[int, int, Row]]:
+        """Read the valid rows of a partial table, as triples (byte position of the row, index of the image, row)."""
+        offset = 0
+        with part.open("rb") as file:
+            for line in file:
+                parsed = self._parse_row_of_partial_table(line)
+                if parsed is not None:
+                    yield offset, *parsed
+                offset += len(line)
 
     def _parse_row_of_partial_table(self, line: bytes) -> tuple[int, Row] | None:
         """Convert a line of a partial table to a pair (index of the image, row). Returns None for an invalid row.
@@ -288,14 +326,14 @@ def _row_belongs_to_image(row: Row, item: Item) -> bool:
 
 
 def find_partial_tables(table: Path) -> dict[int, Path]:
-    """Find the partial tables P.csv.N.part of a score table P.csv. Returns a dict {N: path}, sorted by N."""
+    """Find the partial tables P.csv.N.part of a score table P.csv. Returns a dict {N: path}."""
     pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
     parts = {}
     for path in table.parent.iterdir() if table.parent.is_dir() else ():
         match = pattern.fullmatch(path.name)
         if match:
             parts[int(match[1])] = path
-    return dict(sorted(parts.items()))
+    return parts
 
 
 def read_settings_of_partial_table(part: Path) -> dict | None:

@@ -237,7 +237,7 @@ def test_a_quick_audit_of_many_files_reads_a_limited_number_of_headers(real_and_
 
 
 def test_files_with_the_same_size_and_beginning_are_duplicates_only_if_they_are_equal(tmp_path):
-    beginning = bytes(2**16)
+    beginning = bytes(leaks.HEAD_BYTES)
     files = []
     for name, end in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(beginning + end)

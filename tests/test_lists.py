@@ -324,7 +324,7 @@ def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_w
 def test_training_images_are_recognised_by_name_size_and_content(tmp_path):
     items = [Item(save_image(tmp_path / f"{i}.bmp"), REAL, "") for i in range(3)]
     trained_on = hash_image_files(items[:2])
-    assert trained_on.shape == (2,) and count_images_trained_on(items, trained_on) == 2
+    assert trained_on.shape == (2, 2) and count_images_trained_on(items, trained_on) == 2
     (tmp_path / "copy").mkdir()
     copy = shutil.copy(items[0].path, tmp_path / "copy")
     changed = save_image(tmp_path / "copy/1.bmp", random_rgb_pixels(seed=1))
