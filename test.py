@@ -17,11 +17,12 @@ If a run with --save_path is killed, repeat its command without --overwrite to s
 import contextlib
 import logging
 import math
+import re
 import sys
 import tempfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,14 +42,19 @@ from data.lists import (
 from data.perturbations import Perturbation, PerturbationSetting, select_perturbations
 from evaluation.detector import BATCH_PIXELS, Detector, images_per_batch
 from evaluation.loading import detector_from_checkpoint, select_settings_that_load_accepts
-from evaluation.outputs import ResidualPictures, path_without_suffix, refuse_to_replace_files_of_other_programs
+from evaluation.outputs import (
+    ResidualPictures,
+    device_and_inode,
+    path_without_suffix,
+    refuse_to_replace_files_of_other_programs,
+)
 from evaluation.score_table import Row, ScoreTable, make_error_row, make_rows_from_logits, read_table
 from evaluation.score_writer import ScoreWriter, read_file_sizes_and_times
 from utils.compute import choose_device_and_precision, package_versions
 from utils.console import format_text_table, make_printable, progress_bar
 from utils.distributed import connect_processes
-from utils.errors import UserError, run_program
-from utils.files import hold_lock_file, make_folder, open_for_atomic_write
+from utils.errors import UserError, is_machine_fault, run_program
+from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_leftover_temporary_files
 from utils.options import create_test_parser
 from utils.signals import Stopped, StopSignal
 
@@ -56,7 +62,7 @@ logger = logging.getLogger("test")
 
 EXIT_ERRORS = 1  # exit status if some images could not be scored
 LONGEST_REASON = 300  # maximum number of characters of an exception's text in an error message
-UNKNOWN_SIZE = (1024, 1024)  # assumed (height, width) of the first image if its header cannot be read
+HEADERS = 32  # about so many image headers are read to choose the number of images per batch
 
 
 def main(args: Namespace) -> int:
@@ -72,28 +78,32 @@ def main(args: Namespace) -> int:
         options = select_settings_that_load_accepts(vars(args))
         detector = detector_from_checkpoint(compute, args.resume, args.resynthesizer_file, args.vgg_weights, options)
         detector.network.set_tile_side(args.tile)
-        trained_on = count_training_images_among_scored_images(items, detector)
+        trained_on = count_training_images_among_scored_images(items, detector) if world.is_main else 0
 
         # 2. Choose the output files. An existing file is replaced only if test.py wrote it.
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
         base = path_without_suffix(save_path)  # path of the output files without .csv, .npy, .json or .png
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
+        read_files = {device_and_inode(path) for path in inputs if path} - {None}
         for place in places.values():
-            refuse_to_replace_files_of_other_programs(place.base, place.pictures.paths, filter(None, inputs))
+            refuse_to_replace_files_of_other_programs(place.base, place.pictures.paths, read_files)
         for folder in filter(None, (base.parent, args.save_residuals)):
             make_folder(folder)
         stack.enter_context(hold_lock_file(base.with_name(f".{base.name}.lock"), world))
+        if world.is_main:
+            remove_leftover_temporary_files(base.parent, re.escape(base.name) + r"\.(csv|npy|json|png)")
 
         # 3. For each perturbation, score all images
         stamps = read_file_sizes_and_times(items)
+        common_settings = describe_scoring_settings(detector, items)
         results = {}
         for perturbation, (base_of_table, pictures) in places.items():
             transform = None
             if perturbation.name != "none":
                 transform = Perturbation(perturbation, args.perturb_protocol, args.seed)
             description = describe_perturbation(perturbation, args.perturb_protocol, args.seed)
-            scoring_settings = {**describe_scoring_settings(detector, items), "perturbation": description}
+            scoring_settings = {**common_settings, "perturbation": description}
             pictures.store_hash_of_scoring_settings(scoring_settings)
             writer = ScoreWriter(Path(f"{base_of_table}.csv"), items, stamps, scoring_settings, world)
             if writer.start_partial_table(args.overwrite, pictures.find_images_without_current_picture()):
@@ -225,17 +235,44 @@ def read_unscored_batches(
             BATCH_PIXELS pixels in total. An image with more than BATCH_PIXELS pixels is a batch of its own.
         workers: number of processes that read images.
     """
-    size = read_header(images.items[0].path, images.policy).size or UNKNOWN_SIZE
-    block, pixels = images_per_batch(*compute_size_after_resize_and_crop(*size, images.policy)), BATCH_PIXELS
     if batch_size:
         block, pixels = batch_size, math.inf
+    else:
+        block, pixels = estimate_images_per_batch(images), BATCH_PIXELS
     missing = writer.list_unscored_images(block)
-    one_by_one = [[Key(0, int(index))] for index in missing]
-    loader = make_loader(images, one_by_one, workers if len(missing) > 1 else 0, detector.compute)
+    loader = make_loader(images, OneImageBatches(missing), workers if len(missing) > 1 else 0, detector.compute)
     with progress_bar(None, "scoring", total=len(missing), unit="images") as bar:
         for batch in merge_batches_of_equal_image_size(loader, block, pixels):
             yield batch
             bar.update(len(batch.items) + len(batch.errors))
+
+
+def estimate_images_per_batch(images: ImageDataset) -> int:
+    """Estimate how many images of the dataset fit into a batch, from the headers of up to HEADERS images."""
+    step = max(len(images.items) // HEADERS, 1)
+    counts = []
+    for item in images.items[::step]:
+        size = read_header(item.path, images.policy).size
+        if size is not None:
+            counts.append(images_per_batch(*compute_size_after_resize_and_crop(*size, images.policy)))
+    return sorted(counts)[len(counts) // 2] if counts else 1
+
+
+class OneImageBatches(Sequence):
+    """The keys of batches of one image each, for `make_loader`. The keys are created one at a time to save memory.
+
+    Args:
+        indices: the index of each image in the dataset.
+    """
+
+    def __init__(self, indices: np.ndarray):
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, number: int) -> list[Key]:
+        return [Key(0, int(self.indices[number]))]
 
 
 def score_images(
@@ -280,6 +317,8 @@ def score_batch(
                 zip(indices, make_rows_from_logits(batch.items, logits.numpy(), detector.calibration), strict=True)
             )
         except Exception as error:
+            if is_machine_fault(error):
+                raise  # the other images cannot be scored, either
             reason = describe_error(error)
             text = "a batch of %d images cannot be scored (%s): its images are scored one by one"
             logger.warning(text, len(batch.x), reason, exc_info=reason not in logged_errors)
@@ -298,7 +337,7 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
 
     Returns:
         The row of the image in the score table. If an exception occurs, the row holds an error message instead of a
-        score.
+        score. An exception that shows a fault of the machine is raised.
     """
     doing = "be scored"
     try:
@@ -307,6 +346,8 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
         if pictures.paths:
             pictures.draw_residual_picture_of_image(index, examination)
     except Exception as error:
+        if is_machine_fault(error):
+            raise
         return make_error_row(item, f"{make_printable(item.path)}: cannot {doing} ({describe_error(error)})")
     return make_rows_from_logits([item], examination.logits.numpy(), detector.calibration)[0]
 

@@ -93,8 +93,10 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
             out.
     """
     images = []
+    known = set(names)
     for name in names:
-        reason = _find_reason_to_leave_out_file(folder, name)
+        has_table = f"{os.path.splitext(name)[0]}.csv" in known
+        reason = _find_reason_to_leave_out_file(folder, name, has_table)
         if reason is None:
             images.append(os.path.join(folder, name))
         else:
@@ -123,12 +125,18 @@ def folder_contains(outer: str, inner: str) -> bool:
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
 
-def _find_reason_to_leave_out_file(folder: str, name: str) -> str | None:
-    """Return the reason why a file is left out, or None if the file is an image."""
+def _find_reason_to_leave_out_file(folder: str, name: str, has_table: bool) -> str | None:
+    """Return the reason why a file is left out, or None if the file is an image.
+
+    Args:
+        has_table: whether the folder contains a CSV file with the same stem, which may be a score table.
+    """
     if name.startswith("."):
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
+    if not has_table and not name.endswith(".residual.png"):
+        return None
     return describe_picture_written_by_test_py(os.path.join(folder, name))
 
 

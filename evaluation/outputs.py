@@ -8,7 +8,7 @@ wrote the file. The array file P.npy is replaced only if test.py also wrote P.js
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,21 +46,21 @@ def path_without_suffix(save_path: str) -> Path:
 
 
 def refuse_to_replace_files_of_other_programs(
-    base: Path, pictures: Sequence[Path], inputs: Iterable[str | os.PathLike]
+    base: Path, pictures: Sequence[Path], read_files: set[tuple[int, int]]
 ) -> None:
     """Check that every file that test.py will write is a new file or an earlier output of test.py.
 
     Args:
         base: the path P, without suffix, of P.csv, P.npy, P.json and P.png.
         pictures: paths of the residual pictures.
-        inputs: files that this run reads. An input is never replaced, even if it is an earlier output of test.py.
+        read_files: device number and inode number of each file that this run reads, from `device_and_inode`. These
+            files are never replaced, even if they are earlier outputs of test.py.
 
     Raises:
         UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The error
             message names the file that would be replaced.
     """
     refuse_path_that_cannot_exist(Path(f"{base}.json"))
-    read_files = {device_and_inode(path) for path in inputs} - {None}
     parts = find_partial_tables(Path(f"{base}.csv")).values()
     has_record = is_json_of_score_table(Path(f"{base}.json")) or any(is_unfinished_score_table(part) for part in parts)
     refuse_to_replace_file_of_other_program(Path(f"{base}.csv"), is_score_table, read_files)

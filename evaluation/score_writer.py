@@ -93,8 +93,7 @@ class ScoreWriter:
         Args:
             overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
             without_picture: mask (N,) bool of the images whose residual picture must be drawn. An image in the mask is
-                scored again, unless its row holds an error. If `without_picture` is None, every image that has a row is
-                skipped.
+                scored again. An image whose row holds an error is scored again, too.
 
         Returns:
             False if P.csv and the residual pictures are finished already, otherwise True.
@@ -120,7 +119,7 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             delete_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
-        # If only residual pictures are missing, the new partial table begins with all rows of P.csv
+        # If only residual pictures or some scores are missing, the new partial table begins with all rows of P.csv
         if use_rows_of_table and self.world.is_main:
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
@@ -191,11 +190,12 @@ class ScoreWriter:
     ) -> None:
         """Set `self.done` to True for each image in `known_rows` that need not be scored again.
 
-        An image in the mask `without_picture` (N,) is scored again, unless its row holds an error.
+        An image is scored again if its row holds an error, or if the image is in the mask `without_picture` (N,).
         """
         for i, row in known_rows:
-            needs_picture = without_picture is not None and without_picture[i] and not row.error
-            self.done[i] = not needs_picture
+            needs_picture = without_picture is not None and without_picture[i]
+            if not row.error and not needs_picture:
+                self.done[i] = True
 
     def _open_new_partial_table(self, number: int) -> None:
         """Create the partial table P.csv.N.part, where N is `number`, and open it as `self.partial_table`."""
@@ -257,6 +257,8 @@ class ScoreWriter:
     def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
         """Find the first valid row of each image in the partial tables P.csv.N.part.
 
+        If the first row of an image holds an error, a later row of the image is used, if there is one.
+
         Returns:
             numbers: (N,), for each image, the number of the partial table that holds its row, or -1 if the image has
                 no row.
@@ -264,11 +266,13 @@ class ScoreWriter:
         """
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
+        has_error = np.zeros(len(self.items), bool)
         for number, part in sorted(parts.items()):
-            for offset, i, _ in self._read_rows_of_partial_table(part):
-                if numbers[i] < 0:
+            for offset, i, row in self._read_rows_of_partial_table(part):
+                if numbers[i] < 0 or has_error[i]:
                     numbers[i] = number
                     offsets[i] = offset
+                    has_error[i] = bool(row.error)
         return numbers, offsets
 
     def _read_rows_at_positions(

@@ -4,9 +4,10 @@
     python results/differences.py real_pictures
 
 The AUROCs with and without RDN are computed on the same test images. The detectors without RDN, called controls, use
-bicubic interpolation or no re-synthesis. If a detector was trained with several seeds, its AUROC is the mean over the
-seeds. The 95 % interval is computed from 1,000 bootstrap resamples of the images. In each resample, the AUROCs of all
-seeds, with and without RDN, are computed on the same images.
+bicubic interpolation or no re-synthesis. If detectors were trained with several seeds, the difference is the mean over
+the seeds with which both detectors were trained. The 95 % interval is computed from 1,000 bootstrap resamples. Each
+resample draws both images and seeds. If both detectors were trained with one seed only, the interval does not show how
+much the difference depends on the seed, and the cell says "one seed".
 """
 
 import argparse
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from sklearn.metrics import roc_auc_score
+from scipy.stats import rankdata
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER.parent))
@@ -78,11 +79,14 @@ SETTINGS = {
 }
 
 
-def read_tables_of_all_seeds(study: str, detector: str) -> list[ScoreTable]:
-    """Read the score tables of a detector, one table per seed, from the folder of a study."""
+def read_tables_of_all_seeds(study: str, detector: str) -> dict[str, ScoreTable]:
+    """Read the score tables of a detector from the folder of a study. Returns a dict from seed to table.
+
+    If the file name of a table names no seed, the key of the table is "".
+    """
     folder = FOLDER / study / "scores"
     files = [*folder.glob(f"{detector}.csv"), *sorted(folder.glob(f"{detector}_seed?.csv"))]
-    return [read_table(file) for file in files]
+    return {file.stem.removeprefix(detector): read_table(file) for file in files}
 
 
 def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.ndarray:
@@ -95,8 +99,15 @@ def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.nd
 
 
 def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
-    """Return the mean over seeds of the AUROC of `scores` (seeds, N). `is_fake` (N,) is True for fake images."""
-    return float(np.mean([roc_auc_score(is_fake, row) for row in scores]))
+    """Return the mean over seeds of the AUROC of `scores` (seeds, N). `is_fake` (N,) is True for fake images.
+
+    The AUROC is computed from the ranks of the scores (Mann and Whitney, 1947).
+    """
+    ranks = rankdata(scores, axis=1)  # (seeds, N); equal scores have equal ranks
+    fakes = np.count_nonzero(is_fake)
+    reals = len(is_fake) - fakes
+    wins = ranks[:, is_fake].sum(axis=1) - fakes * (fakes + 1) / 2  # pairs in which the fake scores higher, (seeds,)
+    return float(np.mean(wins / (fakes * reals)))
 
 
 def compute_auroc_difference_with_interval(
@@ -105,7 +116,7 @@ def compute_auroc_difference_with_interval(
     """Compute the AUROC of the scores `with_rdn` minus the AUROC of the scores `with_control`.
 
     Args:
-        with_rdn, with_control: scores of the same images, (seeds, N).
+        with_rdn, with_control: scores of the same images by detectors with the same seeds, (seeds, N).
         is_fake: whether each image is fake, (N,) bool.
 
     Returns:
@@ -117,35 +128,43 @@ def compute_auroc_difference_with_interval(
     values = []
     for _ in range(RESAMPLES):
         drawn = np.concatenate([rng.choice(reals, len(reals)), rng.choice(fakes, len(fakes))])
-        auroc = mean_auroc_over_seeds(with_rdn[:, drawn], is_fake[drawn])
-        values.append(auroc - mean_auroc_over_seeds(with_control[:, drawn], is_fake[drawn]))
+        seeds = rng.integers(len(with_rdn), size=len(with_rdn))
+        auroc = mean_auroc_over_seeds(with_rdn[seeds][:, drawn], is_fake[drawn])
+        values.append(auroc - mean_auroc_over_seeds(with_control[seeds][:, drawn], is_fake[drawn]))
     low, high = np.percentile(values, [2.5, 97.5])
     return mean_auroc_over_seeds(with_rdn, is_fake) - mean_auroc_over_seeds(with_control, is_fake), low, high
 
 
-def format_auroc_difference(rdn: list[ScoreTable], control: list[ScoreTable], rows: np.ndarray) -> str:
+def format_auroc_difference(rdn: dict[str, ScoreTable], control: dict[str, ScoreTable], generator: str) -> str:
     """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
 
-    If there are no score tables in `control`, or if a score table lacks one of the images, return "-".
+    If both detectors have no seed in common whose score tables contain these images, return "-".
 
     Args:
-        rows: whether to use each image of the score table rdn[0], (N,) bool. The AUROCs are computed on the images for
-            which `rows` is True.
+        rdn, control: for each seed, the score table of the detector.
+        generator: the generator of the fake images on which the AUROCs are computed.
     """
-    paths = [path for path, used in zip(rdn[0].paths, rows, strict=True) if used]
-    if not control or any(not set(paths) <= set(table.paths) for table in control):
+    first = next(iter(rdn.values()))
+    rows = select_fakes_and_reals_per_generator(first)[generator]
+    paths = [path for path, used in zip(first.paths, rows, strict=True) if used]
+    seeds = []
+    for seed in sorted(rdn.keys() & control.keys()):
+        if set(paths) <= set(rdn[seed].paths) and set(paths) <= set(control[seed].paths):
+            seeds.append(seed)
+    if not seeds:
         return "-"
-    scores = [select_scores_of_images(tables, paths) for tables in (rdn, control)]
-    value, low, high = compute_auroc_difference_with_interval(*scores, rdn[0].is_fake[rows])
-    return f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    scores = [select_scores_of_images([tables[seed] for seed in seeds], paths) for tables in (rdn, control)]
+    value, low, high = compute_auroc_difference_with_interval(*scores, first.is_fake[rows])
+    cell = f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return cell if len(seeds) > 1 else f"{cell}, one seed"
 
 
 def main(study: str) -> None:
     sys.stdout.write("| AUROC, points | test images | RDN - bicubic | RDN - none |\n| --- | --- | --: | --: |\n")
     for setting, detectors in SETTINGS[study].items():
         rdn, bicubic, none = [read_tables_of_all_seeds(study, detector) for detector in detectors]
-        for generator, rows in select_fakes_and_reals_per_generator(rdn[0]).items():
-            cells = [format_auroc_difference(rdn, control, rows) for control in (bicubic, none)]
+        for generator in select_fakes_and_reals_per_generator(next(iter(rdn.values()))):
+            cells = [format_auroc_difference(rdn, control, generator) for control in (bicubic, none)]
             sys.stdout.write(f"| {setting} | {generator} | {' | '.join(cells)} |\n")
 
 

@@ -61,6 +61,14 @@ find_python() {
 # tool NAME FLAG ...: run the program tools/NAME.py.
 tool() { "$PYTHON" "$root/tools/$1.py" "${@:2}"; }
 
+# count_images FOLDER ...: print the number of images in all folders together.
+count_images() {
+    "$PYTHON" -c 'import sys
+from data.folders import find_images
+from utils.errors import run_program
+sys.exit(run_program(lambda: print(sum(len(find_images(folder)) for folder in sys.argv[1:]))))' "$@"
+}
+
 # make_example_images: create $root/data/example unless it exists.
 make_example_images() {
     if [[ ! -f $root/data/example/settings.json ]]; then
@@ -123,7 +131,7 @@ choose_detector() {
     done
     choose RESUME "detector" "$released" "${candidates[@]}"
     [[ -n "$RESUME" ]] || fail "found no detector at $released or in $*: run script/$script first, or set RESUME"
-    if [[ "$RESUME" == "$released" ]]; then
+    if [[ "$RESUME" -ef "$released" ]]; then
         choose_resynthesizer "$released_rdn"
     elif [[ -n "${SR_RESUME:-}" ]]; then
         say "re-synthesizer: $SR_RESUME (from SR_RESUME)"
@@ -132,12 +140,15 @@ choose_detector() {
     fi
 }
 
-# train_once FILE PROGRAM FLAG ...: run a training program on $gpu, unless FILE exists. FILE is the last file that the
-# program writes. If an earlier training was stopped, the training is resumed.
+# train_once FILE PROGRAM FLAG ...: run a training program on $gpu, unless the training is finished already. If an earlier
+# training was stopped, the training is resumed. FILE is the numbered checkpoint of the last epoch. The training is
+# finished if FILE exists and last.pth or last.pth.tar, which the program saves after FILE, is not older.
 train_once() {
-    local file=$1 program=$2
+    local file=$1 program=$2 last
     shift 2
-    if [[ -f "$file" ]]; then
+    last=$(dirname "$file")/last.pth
+    [[ "$file" != *.pth.tar ]] || last+=.tar
+    if [[ -f "$file" && ! "$last" -ot "$file" ]]; then
         say "$file exists already, so $program is not started"
         return
     fi

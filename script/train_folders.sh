@@ -29,7 +29,13 @@ started=$SECONDS
 out=${OUT:-$root/output/folders}
 gpu=${GPU:-cpu}
 
-pictures=$(find -L "${folders[@]}" -type f | wc -l)
+# The first call counts the pictures. Later calls use the same number, so that a resumed training keeps its recipe.
+mkdir -p "$out"
+if [[ ! -f "$out/picture_count.txt" ]]; then
+    count_images "${folders[@]}" >"$out/picture_count.tmp"
+    mv "$out/picture_count.tmp" "$out/picture_count.txt"
+fi
+pictures=$(<"$out/picture_count.txt")
 if [[ $pictures -lt 600 ]]; then
     learning=(--residual signed --arch spectrum --optimizer adamw --lr 2e-3 --wd 0.05)
     side=${SIDE:-128} crops=${CROPS:-4}

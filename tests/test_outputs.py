@@ -1,5 +1,6 @@
 """Tests of the files that test.py reads, writes, keeps and replaces."""
 
+import errno
 import json
 import os
 from functools import partial
@@ -24,6 +25,7 @@ from scorings import (
 )
 
 from evaluation import load
+from evaluation.outputs import ResidualPictures
 from evaluation.score_table import read_table
 from models.features import VGG19
 from models.rdn import RDN
@@ -285,6 +287,20 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
     assert run_test_py(*make_arguments_of_test_py(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
     assert [bool(row["error"]) for row in read_csv_rows("p.csv")] == [False, False, True]
     assert list_sorted_names_in_folder(tmp_path / "pictures" / "images") == ["a.png.residual.png", "b.png.residual.png"]
+
+
+def test_a_full_disk_stops_the_program_instead_of_giving_a_row_with_an_error(
+    detector_file, image_folder, tmp_path, monkeypatch
+):
+    def raise_error_of_full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ResidualPictures, "draw_residual_picture_of_image", raise_error_of_full_disk)
+    words = make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p", "--save-residuals", tmp_path / "r")
+    assert run_test_py(*words) == 2
+    assert not (tmp_path / "p.csv").exists()
+    monkeypatch.undo()
+    assert run_test_py(*words) == 0
 
 
 def test_an_image_on_which_a_perturbation_fails_becomes_a_row_with_an_error(detector_file, tmp_path):

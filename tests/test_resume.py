@@ -58,6 +58,7 @@ TRAININGS = {
         make_arguments_of_train_detector,
         "last.pth.tar",
         "--fixed-sr VALIDATE --augment-perturb --epochs 2 --batch-size 5 --crop-size 56 --save-every-epoch 1"
+        " --schedule cosine"
         " --keep-last 1",
     ),
     "cached": (
@@ -150,6 +151,18 @@ def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_t
     has_state = accident.args[0] != "residuals"
     assert (out / last).exists() == has_state
     resume_and_require_equal_results(name, out, *flags)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_training_killed_while_it_saves_the_checkpoints_of_its_first_epoch_can_be_resumed(
+    make_training_arguments, resume_and_require_equal_results, tmp_path, number
+):
+    """The program is killed while it writes best.pth.tar or 0001.pth.tar, and has saved last.pth.tar before."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    kill = partial(patch_checkpoint_saving_to_kill_program, number)
+    process = start_program("train_detector.py", make_training_arguments("frozen", out), log, kill)
+    assert wait_for_exit(process) == -signal.SIGKILL, log.read_text()
+    resume_and_require_equal_results("frozen", out)
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_the_error_for_a_folder_that_cannot_be_created_names_the_folder(tmp_path
         make_folder(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("content", [b"", b"pid 12\n", None])
+@pytest.mark.parametrize("content", [b"pid 12\n", None])
 def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_path, content):
     path = tmp_path / ".lock"
     path.mkdir() if content is None else path.write_bytes(content)
@@ -132,6 +132,14 @@ def test_a_file_that_is_not_a_lock_file_is_refused_as_a_lock_and_unchanged(tmp_p
     with expect_user_error(".lock", "not a lock file"), hold_lock_file(path, World()):
         pass
     assert read_file_contents_by_path(tmp_path) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"beyond"])
+def test_a_lock_file_that_a_killed_run_wrote_only_in_part_can_be_locked(tmp_path, content):
+    (tmp_path / ".lock").write_bytes(content)
+    with hold_lock_file(tmp_path / ".lock", World()):
+        pass
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_a_lock_file_exists_only_inside_the_with_block_that_holds_it(tmp_path):

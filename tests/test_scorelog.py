@@ -90,22 +90,21 @@ def test_a_finished_score_table_is_kept_without_overwrite_and_made_again_with_ov
     assert other_job.identity != again.identity
 
 
-def test_scored_images_that_lack_a_required_residual_picture_are_scored_again(tmp_path, labelled_image_list):
+def test_images_that_lack_a_score_or_a_required_residual_picture_are_scored_again(tmp_path, labelled_image_list):
     writer = make_opened_score_writer(tmp_path, labelled_image_list)
     writer.write_rows(
         make_score_rows_by_image_index(labelled_image_list, range(COUNT - 1))
         | {COUNT - 1: Row(labelled_image_list[-1].path, error="unreadable")}
     )
     finish_score_table_and_json_file(writer)
-    lacks_picture = np.isin(np.arange(COUNT), [2, 5, COUNT - 1])
+    lacks_picture = np.isin(np.arange(COUNT), [2, 5])
     again = make_unopened_score_writer(tmp_path, labelled_image_list)
     assert again.start_partial_table(overwrite=False, without_picture=lacks_picture)
-    assert again.list_unscored_images(1).tolist() == [
-        2,
-        5,
-    ]  # no picture can be drawn for the last image, because it is unreadable
-    again.write_rows(make_score_rows_by_image_index(labelled_image_list, [2, 5]))
+    missing = [2, 5, COUNT - 1]
+    assert again.list_unscored_images(1).tolist() == missing
+    again.write_rows(make_score_rows_by_image_index(labelled_image_list, missing))
     finish_score_table_and_json_file(again)
+    assert not any(read_table(tmp_path / "p.csv").errors)
     assert not make_unopened_score_writer(tmp_path, labelled_image_list).start_partial_table(overwrite=False)
 
 

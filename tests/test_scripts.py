@@ -382,6 +382,23 @@ def test_a_script_refuses_one_image_folder_without_the_other_and_makes_no_exampl
 # --- installation -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("numbered", "last", "starts"),
+    [(None, None, True), (None, 0, True), (1, None, True), (1, 0, True), (1, 1, False), (1, 2, False)],
+)
+def test_a_training_of_a_script_is_finished_only_if_last_pth_tar_is_not_older_than_the_last_numbered_checkpoint(
+    tmp_path, numbered, last, starts
+):
+    """`numbered` and `last` are the modification times of the two checkpoints, or None for a missing file."""
+    for name, time in (("0002.pth.tar", numbered), ("last.pth.tar", last)):
+        if time is not None:
+            (tmp_path / name).touch()
+            os.utime(tmp_path / name, (time, time))
+    command = f"source '{ROOT}/script/common.sh'; PYTHON=echo gpu=cpu; train_once '{tmp_path}/0002.pth.tar' PROGRAM"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert ("PROGRAM --gpu cpu --resume auto" in done.stdout) == starts
+
+
 def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy):
     write_executable(project_copy / "python", "#!/usr/bin/env bash\nexit 1\n")
     result = run_script(project_copy, "test_pixel_celeba.sh", 0)

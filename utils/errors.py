@@ -14,8 +14,9 @@ from utils.signals import Stopped
 logger = logging.getLogger(__name__)
 
 EXIT_MISTAKE = 2
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # a disk that is full or can only be read
 FILE_ERRORS = {
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),  # a full disk, or a missing permission
+    *(*DISK_ERRORS, errno.EACCES, errno.EPERM),  # a full disk, or a missing permission
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path at which no file can be written
 }
 # If another process of the run has ended, the error of torch.distributed contains one of the texts in PEER_ENDED
@@ -27,6 +28,12 @@ class UserError(ValueError):
 
     The message is one line that says what was expected, what was found, and what the user can do.
     """
+
+
+def is_machine_fault(error: Exception) -> bool:
+    """Return whether an exception shows a fault of the machine, such as a full disk or a GPU that has failed."""
+    gpu_error = getattr(torch, "AcceleratorError", ())  # PyTorch 2.6 does not have this class
+    return isinstance(error, gpu_error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
 
 
 def describe_exception(error: Exception) -> str:

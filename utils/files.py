@@ -133,7 +133,8 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
         return busy
     except IsADirectoryError:
         return foreign
-    if file.read(len(LOCK_TEXT) + 1) != LOCK_TEXT:
+    content = file.read(len(LOCK_TEXT) + 1)
+    if not LOCK_TEXT.startswith(content):  # a killed run may have written only the beginning of the text
         return foreign
     try:
         # Unlike flock, lockf does not pass the lock on to forked worker processes, which may outlive the run

@@ -326,8 +326,10 @@ class Run(contextlib.AbstractContextManager):
         self.epoch_began = None
         if self.writer is None:
             return
-        if self.folder.replacing:
-            # With --overwrite, the first call of `save_state` deletes the lines of the replaced run from stats.jsonl
+        if self.folder.replacing or not self.folder.last.exists():
+            # With --overwrite, the first call of `save_state` deletes the lines of the replaced run from stats.jsonl.
+            # If last.* does not exist, the state must be saved before best.* and the numbered checkpoints are written.
+            # A folder with these checkpoints, but without last.*, could not be resumed.
             self.save_state()
         epoch = self.progress.epoch
         finite = {}

@@ -268,8 +268,10 @@ class Stepper:
                 f" --optimizer {optimizer}, or start a new run with --init, which loads only the weights"
             )
         self._load_optimizer_state(resumed)
-        self.set_learning_rates(1.0)
         self.progress.load_state(content.get_nested_fields("progress"))
+        # If the state was saved after the last step of an epoch, this learning rate is logged at the end of the epoch
+        last_step = max(self.progress.step - 1, 0)
+        self.set_learning_rates(self.rate_factor(self.progress.epoch + last_step / self.steps_per_epoch))
         warn_about_changed_settings(earlier.values, settings, self.progress)
 
     def _load_optimizer_state(self, resumed: Checkpoint) -> None:

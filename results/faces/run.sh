@@ -26,7 +26,7 @@ out=$root/output/faces
 rdn=$out/sr/x4/last.pth
 twins=$out/twins
 generator=$faces/train/stylegan2
-both="$generator $twins/train"
+both=$generator$'\n'$twins/train # folders are separated by line breaks
 mkdir -p "$out"
 
 # 1. The re-synthesizer: about 2,600 steps of 4 patches
@@ -47,17 +47,18 @@ score() {
         --save_path "$out/scores/$name" "$@" >/dev/null
 }
 
-# detector NAME EPOCHS SEED "FOLDER ..." FLAG ...: train a detector on these generated faces, and score it.
+# detector NAME EPOCHS SEED FOLDERS FLAG ...: train a detector on the generated faces in these folders, and score it.
 detector() {
-    local name=$1 epochs=$2 seed=$3 fakes=$4
+    local name=$1 epochs=$2 seed=$3 fakes
+    mapfile -t fakes <<<"$4"
     shift 4
     train_once "$out/$name/$(printf %04d "$epochs").pth.tar" train_detector.py --fixed-sr --seed "$seed" \
         --optimizer adamw --lr 2e-3 --wd 0.05 --lr-sr 1 --schedule cosine --batch-size 64 \
         --epochs "$epochs" --save-every-epoch "$epochs" --cache-dir "$out/cache" \
-        --data-root-pos "$faces/train/real" --data-root-neg $fakes \
+        --data-root-pos "$faces/train/real" --data-root-neg "${fakes[@]}" \
         --val-root-pos "$faces/val/real" --val-root-neg "$faces/val/stylegan2" --output-path "$out/$name" "$@"
     [[ -f "$out/scores/$name.csv" ]] || score "$name"
-    if [[ " ${PERTURB_SEEDS:-1} " == *" $seed "* && ! -f "$out/scores/${name}_resize_x0.5_and_back.csv" ]]; then
+    if [[ " ${PERTURB_SEEDS:-1} " == *" $seed "* ]]; then
         score "$name" --perturb jpeg=90 jpeg=70 jpeg=50 resize=0.5 blur=1 noise=0.05
     fi
 }
@@ -69,7 +70,7 @@ fine_tune() {
     train_once "$out/$name/0001.pth.tar" train_detector.py --seed "$seed" --init "$out/pixel_rdn_seed$seed/last.pth.tar" \
         --optimizer adamw --wd 0.05 --schedule cosine --batch-size 16 --crop-size 128 --crops-per-image 2 \
         --augment-perturb --epochs 1 --save-every-epoch 1 \
-        --data-root-pos "$faces/train/real" --data-root-neg $both --output-path "$out/$name" "$@"
+        --data-root-pos "$faces/train/real" --data-root-neg "$generator" "$twins/train" --output-path "$out/$name" "$@"
     if [[ ! -f "$out/scores/${name}_noise_std_0.05.csv" ]]; then
         score "$name" --perturb none jpeg=70 blur=1 noise=0.05
     fi
@@ -103,10 +104,10 @@ for seed in ${SEEDS:-1 2 3}; do
                 single) detector "$name" 37 "$seed" "$generator" "${resynthesis[@]}" "${pixels[@]}" ;;
                 twins) detector "$name" 56 "$seed" "$twins/train" "${resynthesis[@]}" "${pixels[@]}" ;;
                 upsampled)
-                    detector "$name" 28 "$seed" "$generator $out/upsampled/train" "${resynthesis[@]}" "${pixels[@]}"
+                    detector "$name" 28 "$seed" "$generator"$'\n'"$out/upsampled/train" "${resynthesis[@]}" "${pixels[@]}"
                     ;;
                 absolute) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --residual absolute ;;
-                copies) detector "$name" 23 "$seed" "$both $out/upsampled/train" "${resynthesis[@]}" "${pixels[@]}" ;;
+                copies) detector "$name" 23 "$seed" "$both"$'\n'"$out/upsampled/train" "${resynthesis[@]}" "${pixels[@]}" ;;
                 window16) detector "$name" 28 "$seed" "$both" "${resynthesis[@]}" "${pixels[@]}" --arch-args window=16 ;;
                 resnet) detector "$name" 14 "$seed" "$both" "${resynthesis[@]}" "${resnet[@]}" ;;
                 resnet_signed)

@@ -111,11 +111,11 @@ done
 for input in $inputs; do
     if [[ -f "$out/${input}_on_all/last.pth.tar" ]]; then
         score "${input}_on_all" --perturb jpeg=90 jpeg=70 jpeg=50 noise=0.05 blur=1 resize=0.5
-    fi
-    if [[ "$input" == pixel ]]; then
-        for crops in 1 4 9; do
-            score pixel_on_all --crop-size 128 --crops "$crops" --save_path "$out/scores/pixel_on_all_crops_$crops"
-        done
+        if [[ "$input" == pixel ]]; then
+            for crops in 1 4 9; do
+                score pixel_on_all --crop-size 128 --crops "$crops" --save_path "$out/scores/pixel_on_all_crops_$crops"
+            done
+        fi
     fi
 done
 tool report "$out"/scores/*.csv --markdown
