@@ -62,7 +62,7 @@ logger = logging.getLogger("test")
 
 EXIT_ERRORS = 1  # exit status if some images could not be scored
 LONGEST_REASON = 300  # maximum number of characters of an exception's text in an error message
-HEADERS = 32  # about so many image headers are read to choose the number of images per batch
+HEADERS = 32  # maximum number of image headers that are read to choose the number of images per batch
 
 
 def main(args: Namespace) -> int:
@@ -92,7 +92,9 @@ def main(args: Namespace) -> int:
             make_folder(folder)
         stack.enter_context(hold_lock_file(base.with_name(f".{base.name}.lock"), world))
         if world.is_main:
-            remove_leftover_temporary_files(base.parent, re.escape(base.name) + r"\.(csv|npy|json|png)")
+            for place in places.values():
+                own_files = re.escape(place.base.name) + r"\.(csv(\.\d+\.part)?|npy|json|png)"
+                remove_leftover_temporary_files(base.parent, own_files)
 
         # 3. For each perturbation, score all images
         stamps = read_file_sizes_and_times(items)
@@ -228,7 +230,7 @@ def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
 def read_unscored_batches(
     images: ImageDataset, detector: Detector, writer: ScoreWriter, batch_size: int | None, workers: int
 ) -> Iterator[Batch]:
-    """Read the images that have no row in the score table yet, and yield batches of images of equal size.
+    """Read the images that must still be scored, and yield batches of images of equal size.
 
     Args:
         batch_size: maximum number of images per batch. If `batch_size` is None, the images of a batch have at most
@@ -249,7 +251,7 @@ def read_unscored_batches(
 
 def estimate_images_per_batch(images: ImageDataset) -> int:
     """Estimate how many images of the dataset fit into a batch, from the headers of up to HEADERS images."""
-    step = max(len(images.items) // HEADERS, 1)
+    step = math.ceil(len(images.items) / HEADERS)
     counts = []
     for item in images.items[::step]:
         size = read_header(item.path, images.policy).size

@@ -408,10 +408,12 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
                 f" ({format_file_counts_by_reason(left_out)}); give other images"
             )
         logger.info(text)
-    unique = {os.path.abspath(path): path for path in reversed(found)}
+    unique = {}
+    for path in found:
+        unique.setdefault(os.path.abspath(path), path)
     if len(unique) < len(found):
         logger.info("left out %d images that are given twice", len(found) - len(unique))
-    return [Item(path, None, "") for path in reversed(unique.values())]
+    return [Item(path, None, "") for path in unique.values()]
 
 
 # --- recognising images -------------------------------------------------------------------------------------

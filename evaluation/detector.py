@@ -179,10 +179,7 @@ class Detector:
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
     def _group_images_into_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
-        """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W).
-
-        By default, test.py merges images into batches by the rule of this function.
-        """
+        """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W)."""
         if is_one_image(images):
             images = [images]
         elif not isinstance(images, Iterable):

@@ -3,9 +3,9 @@
 Each process writes its rows to its own file P.csv.N.part, called a partial table, where N is a number. The first line
 of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
 files. A run refuses to continue a partial table that has different scoring settings. A run does not score an image
-again if an earlier run wrote a row of the image to a partial table. If the size or the modification time of an image
-file has changed, the image is scored again. When every image has a row, the rows are written to P.csv in the order of
-the list of images.
+again if an earlier run wrote a row with its score to a partial table. If the row holds an error, or if the size or the
+modification time of the image file has changed, the image is scored again. When every image has a row, one row per
+image is written to P.csv, in the order of the list of images.
 
 Each row fills one line of P.csv.N.part, so that `readline` reads one row. A row contains the index of its image in the
 list of images, but not the path of the image. While P.csv is written, only the positions of the rows are held in
@@ -255,9 +255,10 @@ class ScoreWriter:
                 yield i, row
 
     def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
-        """Find the first valid row of each image in the partial tables P.csv.N.part.
+        """Find the valid row of each image in the partial tables P.csv.N.part.
 
-        If the first row of an image holds an error, a later row of the image is used, if there is one.
+        An image has several rows if it was scored again. The first row with a score is used, so that the score does not
+        change if only a residual picture is drawn later. But if the newest row holds an error, the newest row is used.
 
         Returns:
             numbers: (N,), for each image, the number of the partial table that holds its row, or -1 if the image has
@@ -269,7 +270,7 @@ class ScoreWriter:
         has_error = np.zeros(len(self.items), bool)
         for number, part in sorted(parts.items()):
             for offset, i, row in self._read_rows_of_partial_table(part):
-                if numbers[i] < 0 or has_error[i]:
+                if numbers[i] < 0 or has_error[i] or row.error:
                     numbers[i] = number
                     offsets[i] = offset
                     has_error[i] = bool(row.error)

@@ -89,8 +89,7 @@ class VGG19Stage(nn.Module):
         """Set the side length of the tiles in which VGG-19 processes images when gradients are disabled.
 
         To save memory, VGG-19 processes up to three tensors in tiles: the image, the output of pool2, and the output
-        of pool3. A
-        tile has `side // 4` x `side // 4` pixels, whether it is cut from the image or from a feature map.
+        of pool3. A tile has `side // 4` x `side // 4` pixels, whether it is cut from the image or from a feature map.
         """
         self.vgg.tile = side // 4
 

@@ -64,6 +64,7 @@ tool() { "$PYTHON" "$root/tools/$1.py" "${@:2}"; }
 # count_images FOLDER ...: print the number of images in all folders together.
 count_images() {
     "$PYTHON" -c 'import sys
+sys.path.pop(0) # do not import modules from the working folder
 from data.folders import find_images
 from utils.errors import run_program
 sys.exit(run_program(lambda: print(sum(len(find_images(folder)) for folder in sys.argv[1:]))))' "$@"

@@ -307,6 +307,14 @@ def test_input_paths_may_be_folders_or_files_with_any_suffix(tmp_path, caplog):
         list_images_without_labels([str(tmp_path / "x")])
 
 
+def test_an_input_image_that_is_given_twice_is_listed_once_at_its_first_position(tmp_path, caplog):
+    root = write_empty_files(tmp_path / "r", "a.png", "b.png")
+    with caplog.at_level("INFO"):
+        items = list_images_without_labels([f"{root}/b.png", root, f"{root}/../r/a.png"])
+    assert [item.path for item in items] == [f"{root}/b.png", f"{root}/a.png"]
+    assert caplog.messages == ["left out 2 images that are given twice"]
+
+
 # --- recognising images -------------------------------------------------------------------------------------
 
 

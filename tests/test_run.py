@@ -32,6 +32,7 @@ from utils.training import Progress
         (IsADirectoryError(21, "Is a directory", "folder"), "folder"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried."), "--batch-size"),
         (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers"),
+        (RuntimeError("CUDA error: an illegal memory access was encountered\nmore"), "the GPU has failed"),
     ],
 )
 def test_a_user_error_gives_one_error_line_and_exit_status_2(error, words, capfd):

@@ -379,9 +379,6 @@ def test_a_script_refuses_one_image_folder_without_the_other_and_makes_no_exampl
     assert not (project_copy / "data" / "example").exists()
 
 
-# --- installation -------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("numbered", "last", "starts"),
     [(None, None, True), (None, 0, True), (1, None, True), (1, 0, True), (1, 1, False), (1, 2, False)],
@@ -397,6 +394,9 @@ def test_a_training_of_a_script_is_finished_only_if_last_pth_tar_is_not_older_th
     command = f"source '{ROOT}/script/common.sh'; PYTHON=echo gpu=cpu; train_once '{tmp_path}/0002.pth.tar' PROGRAM"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert ("PROGRAM --gpu cpu --resume auto" in done.stdout) == starts
+
+
+# --- installation -------------------------------------------------------------------------------------------
 
 
 def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy):

@@ -204,7 +204,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
     config = copy_config_without_vgg_folder(detector)
     for part in ("vgg", "auxiliary_vgg"):
         if config.get(part):  # equal weights of VGG-19 may come from different files
-            config[part] = {"fingerprint": config[part]["fingerprint"]}
+            config[part] = {"fingerprint": config[part].get("fingerprint")}
     facts["detector"] = config
     return {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
 

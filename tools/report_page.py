@@ -82,7 +82,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 def choose_names_of_score_tables(files: Sequence[str | os.PathLike]) -> list[str]:
     """Name each file by its stem. If two files have the same stem, all names include parent folders."""
-    names = choose_unique_names([Path(file).with_suffix("") for file in files])
+    names = choose_unique_names([Path(os.path.abspath(file)).with_suffix("") for file in files])
     for file, name in zip(files, names, strict=True):
         if names.count(name) > 1:
             raise UserError(f"{make_printable(file)} is given twice: give each score table once")

@@ -74,8 +74,8 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
         intervals: whether to show how uncertain each number is. A cell that is computed from several lines of the
-            study file also shows the smallest and the largest value of the metric in these lines. A cell that is computed from one
-            line with one generator also shows the bootstrap interval of the metric.
+            study file also shows the smallest and the largest value of the metric in these lines. A cell that is
+            computed from one line with one generator also shows the bootstrap interval of the metric.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:

@@ -32,8 +32,12 @@ class UserError(ValueError):
 
 def is_machine_fault(error: Exception) -> bool:
     """Return whether an exception shows a fault of the machine, such as a full disk or a GPU that has failed."""
-    gpu_error = getattr(torch, "AcceleratorError", ())  # PyTorch 2.6 does not have this class
-    return isinstance(error, gpu_error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
+    return is_gpu_fault(error) or (isinstance(error, OSError) and error.errno in DISK_ERRORS)
+
+
+def is_gpu_fault(error: Exception) -> bool:
+    """Return whether an exception shows that the GPU has failed, so that the program cannot use it any more."""
+    return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
 
 
 def describe_exception(error: Exception) -> str:
@@ -81,6 +85,8 @@ def _describe_error_for_user(error: Exception) -> str | None:
         return f"cannot read or write {file}; earlier files are unchanged"
     if isinstance(error, torch.OutOfMemoryError):
         return f"{text.splitlines()[0]} Use a smaller --batch-size, --crop-size or --micro-batch, or --precision bf16"
+    if is_gpu_fault(error):
+        return f"the GPU has failed ({text.splitlines()[0]}): start the program again"
     if isinstance(error, RuntimeError) and text.startswith("DataLoader worker"):
         return f"{text} If memory was short, use fewer --workers"
     if isinstance(error, RuntimeError) and any(words in text for words in PEER_ENDED):

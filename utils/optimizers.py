@@ -87,5 +87,5 @@ def compute_step_learning_rate_factor(decay: float, decay_epochs: int, epochs_do
     return decay ** (int(epochs_done) // decay_epochs)
 
 
-# Option --schedule of train_detector.py chooses a function that takes the number of epochs and the number of finished epochs
+# For each value of the option --schedule of train_detector.py, a function that computes the factor on the learning rate
 SCHEDULES = {"released": compute_authors_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}

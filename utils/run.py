@@ -89,7 +89,7 @@ class Run(contextlib.AbstractContextManager):
 
     In training, the state is saved every --save-minutes. The state is also saved when a signal or an error ends the
     run. If the error NotFinite ends the run, the state is not saved. At the end of an epoch, the state is saved if
-    best.* or a numbered checkpoint is written.
+    best.* or a numbered checkpoint is written, or if no state was saved before.
 
     The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The x axis of TensorBoard's
     plots is the number of finished epochs.
@@ -321,7 +321,7 @@ class Run(contextlib.AbstractContextManager):
             self.folder.delete_file(path)
 
     def _write_values_of_epoch_to_logs(self, values: Mapping[str, float | None]) -> None:
-        """Write the values of an epoch to stats.jsonl, TensorBoard and the log."""
+        """Write the values of an epoch to stats.jsonl, TensorBoard and the log. Before, save the state if necessary."""
         minutes = self._estimate_minutes_left()
         self.epoch_began = None
         if self.writer is None:

@@ -1,4 +1,4 @@
-"""Progress of a training run, optimizer steps over all processes, and learning-rate schedules."""
+"""Progress of a training run, and optimizer steps over all processes."""
 
 import logging
 import math

@@ -71,9 +71,7 @@ fine_tune() {
         --optimizer adamw --wd 0.05 --schedule cosine --batch-size 16 --crop-size 128 --crops-per-image 2 \
         --augment-perturb --epochs 1 --save-every-epoch 1 \
         --data-root-pos "$faces/train/real" --data-root-neg "$generator" "$twins/train" --output-path "$out/$name" "$@"
-    if [[ ! -f "$out/scores/${name}_noise_std_0.05.csv" ]]; then
-        score "$name" --perturb none jpeg=70 blur=1 noise=0.05
-    fi
+    score "$name" --perturb none jpeg=70 blur=1 noise=0.05
 }
 
 # 5. The classifier learns at lr * lr-sr = 5e-4 in each of these. RDN learns at lr = 1e-4 where it is trained.
