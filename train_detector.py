@@ -235,10 +235,10 @@ def find_smallest_trainable_batch_size(
         return 1
     if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
-            f"images with residuals of {width} x {height} values are too small for batch norm in batches of one image:"
-            f" expected at least two images per process in each batch, got one ({sampler.count} training images,"
-            f" --batch-size {sampler.batch_size}, {sampler.world.size} process(es)); change --batch-size, or use a"
-            " larger --crop-size or --resize"
+            f"batch norm cannot be trained on batches of one image if its residual has only {width} x {height} values:"
+            " change --batch-size so that each process gets at least two images in every batch, or use a larger"
+            f" --crop-size or --resize (got {sampler.count} training images, --batch-size {sampler.batch_size} and"
+            f" {sampler.world.size} process(es))"
         )
     logger.warning(
         "warning: residuals of %d x %d values are small for a classifier with the stride %d: its last batch norm gets"

@@ -377,10 +377,9 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return a dict from file name to state dict for the checkpoint epoch_N.pth of an epoch.
+    """Return a dict with the file name epoch_N.pth and its content, the state dict of the network after epoch N.
 
-    Release: the authors' code also saves epoch_N.pth as a state dict. The number N in the file
-    name epoch_N.pth counts the epochs from 0.
+    Release: the authors' code also saves epoch_N.pth as a state dict, and counts the epochs from 0.
     """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}

@@ -35,8 +35,8 @@ TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass
 START_SECONDS = 5  # estimated time to start a process
 ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices whose product is timed to estimate the benchmark's time
 GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is compared with RDN on a GPU
-# Largest side in pixels of the images with which fine-tuning in plain PyTorch is measured on a CPU.
-# With larger images, fine-tuning in plain PyTorch needs more than 22 GiB.
+# On a CPU, fine-tuning in plain PyTorch, without the code of this project that saves memory, is measured only on images
+# whose sides have at most so many pixels. With larger images, it needs more than 22 GiB.
 LARGEST_PLAIN_SIDE = 512
 GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 

@@ -172,7 +172,7 @@ def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator 
     height, width = image.shape[-2:]
     problem = describe_size_problem(height, width, policy)
     if problem:
-        raise UserError(f"image {problem}")
+        raise UserError(f"the image {problem}")
     if policy.resize is not None:
         image = resize_bicubic(image, *_compute_size_after_resize(height, width, policy))  # (3, H', W')
     if policy.crop_size is not None:

@@ -54,7 +54,8 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        An int64 array (N, 2). The values of a file that does not exist are -1.
+        An int64 array (N, 2) with one row per file: its size and its modification time. Both values are -1 if the file
+        does not exist.
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -117,7 +118,7 @@ class ScoreWriter:
             logger.info(text, make_printable(self.table))
         barrier(self.world)  # wait until every process has read the existing partial tables
         if overwrite and self.world.is_main:
-            delete_files(parts.values())
+            delete_partial_table_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
         # If only residual pictures or some scores are missing, the new partial table begins with all rows of P.csv
         if use_rows_of_table and self.world.is_main:
@@ -183,7 +184,7 @@ class ScoreWriter:
 
     def delete_partial_tables(self) -> None:
         """Delete the partial tables, so that a later run treats P.csv as finished."""
-        delete_files(find_partial_tables(self.table).values())
+        delete_partial_table_files(find_partial_tables(self.table).values())
 
     def _mark_images_with_rows_as_done(
         self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None
@@ -281,7 +282,8 @@ class ScoreWriter:
     ) -> Iterator[Row]:
         """Read the rows of all images from the partial tables, in the order of the list of images.
 
-        `_find_byte_positions_of_rows` returns the arguments `numbers` and `offsets`.
+        Args:
+            numbers, offsets: the two arrays that `_find_byte_positions_of_rows` returns.
         """
         with ExitStack() as stack:
             files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
@@ -353,7 +355,7 @@ def read_settings_of_partial_table(part: Path) -> dict | None:
     return None
 
 
-def delete_files(paths: Iterable[Path]) -> None:
-    """Delete files, all of which must exist."""
+def delete_partial_table_files(paths: Iterable[Path]) -> None:
+    """Delete partial tables, all of which must exist."""
     for path in paths:
         path.unlink()

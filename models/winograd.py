@@ -35,7 +35,7 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
     # The matrix `powers` maps the coefficients of a polynomial to the values of the polynomial at POINTS.
     # The value of a polynomial at infinity is defined as the highest coefficient.
-    # The last row of each concatenation below is from `infinity`, and selects the highest coefficient of a polynomial.
+    # The last row of each concatenation below belongs to the point at infinity: it selects the highest coefficient.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)

@@ -70,7 +70,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         metavar="STUDY.csv",
-        help="CSV file in which each line assigns a score table to one cell of a table (see tools/study.py)",
+        help="CSV file in which each line names a cell of a table of results, and the file of scores from which the"
+        " number in the cell is computed (see tools/study.py)",
     )
     parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"

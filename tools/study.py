@@ -79,7 +79,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:
-        UserError: if the study does not have the table, or a score table cannot be read.
+        UserError: if the study file has no line for `table`, or if a file of scores cannot be read.
     """
     entries = read_entries_of_study_file(path)
     chosen = [entry for entry in entries if entry.table == table]

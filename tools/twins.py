@@ -105,7 +105,10 @@ def choose_save_options_like_original(image: Image.Image, path: str) -> dict:
     elif image.format == "TIFF":
         options["compression"] = image.info.get("compression")
     elif image.format == "GIF":
-        raise UserError("GIF files have at most 256 colours, too few for a fake copy: convert the image to PNG")
+        raise UserError(
+            "a fake copy has the file format of its original, and GIF files have too few colours (256): convert the"
+            " image to PNG"
+        )
     return options
 
 

@@ -55,7 +55,7 @@ def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) 
     and the number E of epochs.
 
     Release: the code of the paper's authors sets the learning rate after each epoch. The learning rate in epoch 0 is
-    the base learning rate. The learning rate in every later epoch e is the base learning rate times f(e - 1).
+    the base learning rate. In epoch e > 0, the learning rate is the base learning rate times the factor f(e - 1).
 
     Args:
         epochs_total: E, number of epochs of the training.

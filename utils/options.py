@@ -349,7 +349,7 @@ def create_train_detector_parser() -> Parser:
     add("--init", metavar="FILE", help="start a new run from the weights of the detector in FILE")
     add("--epochs", type=integer_from_1, default=100, metavar="N", help="number of epochs (default: %(default)s)")
     add("--optimizer", choices=("sgd", "adamw"), default="sgd",
-        help="optimizer; sgd = as in the authors' code (default: %(default)s)")  # fmt: skip
+        help="optimizer; the code of the paper's authors uses sgd (default: %(default)s)")  # fmt: skip
     add("--momentum", type=fraction, default=0.9, metavar="X", help="momentum of SGD (default: %(default)s)")
     add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
         help="weight decay (default: %(default)s)")  # fmt: skip

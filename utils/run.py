@@ -210,7 +210,7 @@ class Run(contextlib.AbstractContextManager):
         """
         if training and self.epoch_began is None:
             self.epoch_began, self.first_step = time.monotonic(), self.progress.step
-        usable = None  # the last batch that held enough images
+        usable = None  # the last batch with at least `min_images` images
         for batch in console.progress_bar(loader, description):
             self._report_image_errors(batch.errors)
             if training:
