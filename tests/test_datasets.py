@@ -218,7 +218,7 @@ def test_only_an_image_that_a_perturbation_cannot_process_gets_an_error(tmp_path
 def test_only_an_image_smaller_than_the_stride_of_the_features_gets_an_error(tmp_path):
     paths = [write_random_image(tmp_path / f"{side}.png", side, side) for side in (12, 16)]
     data = ImageDataset(make_labelled_image_items(*paths), SizePolicy(4, min_side=16))
-    assert "12.png: image is 12 x 12 pixels" in data[Key(0, 0)].error
+    assert "12.png: the image is 12 x 12 pixels" in data[Key(0, 0)].error
     assert data[Key(0, 1)].x.shape == (1, 3, 16, 16)
 
 
