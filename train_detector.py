@@ -59,7 +59,6 @@ from utils.distributed import (
     World,
     all_gather_rows,
     all_reduce_sum,
-    broadcast_buffers,
     connect_processes,
 )
 from utils.errors import UserError, run_program
@@ -69,16 +68,11 @@ from utils.options import create_train_detector_parser
 from utils.random_streams import DEGRADE_BATCH, DEGRADE_IMAGE, seeded_generator
 from utils.run import Run, read_starting_checkpoint
 from utils.run_folder import open_run_folder
-from utils.training import Progress, Stepper
+from utils.training import Progress, Stepper, train_one_epoch
 
 logger = logging.getLogger("train_detector")
 
 LAST = "last.pth.tar"
-
-# A function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
-# If several processes share a batch, each process returns only what its own images contribute to these values.
-# The loss and the other scalars of the whole batch are the sums over the processes.
-LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def main(args: Namespace) -> None:
@@ -533,18 +527,7 @@ def hash_source_code(module: nn.Module) -> str | None:
     return hashlib.sha256(source.encode()).hexdigest()[:16]
 
 
-# --- training and validation --------------------------------------------------------------------------------
-
-
-def train_one_epoch(detector: ResynthesisDetector, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> None:
-    """Train the detector for one epoch, with one optimizer step per batch."""
-    detector.train()
-    for batch in batches:
-        loss, values = loss_of(batch)
-        stepper.step(loss, values, batch)
-    # Without SyncBatchNorm, each process has its own batch-norm statistics.
-    # All processes validate with the batch-norm statistics of the main process, which the checkpoints contain.
-    broadcast_buffers(detector, stepper.world)
+# --- validation --------------------------------------------------------------------------------
 
 
 @torch.inference_mode()

@@ -15,7 +15,7 @@ import logging
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,14 +36,14 @@ from models.losses import compute_super_resolution_loss
 from models.resynthesis import downsample
 from utils.checkpoints import Checkpoint, compute_fingerprint
 from utils.compute import Compute, choose_device_and_precision
-from utils.distributed import World, all_reduce_sum, broadcast_buffers, connect_processes
+from utils.distributed import World, all_reduce_sum, connect_processes
 from utils.errors import UserError, run_program
 from utils.optimizers import compute_cosine_learning_rate_factor, compute_step_learning_rate_factor
 from utils.options import create_train_sr_parser
 from utils.random_streams import DEGRADE_PATCH, seeded_generator
 from utils.run import Run, read_starting_checkpoint
 from utils.run_folder import open_run_folder
-from utils.training import Stepper
+from utils.training import Stepper, train_one_epoch
 
 logger = logging.getLogger("train_sr")
 
@@ -52,11 +52,6 @@ SHOWN_IMAGES = 4  # number of training images whose patches are shown in TensorB
 # A mean squared error below SMALLEST_MSE is replaced by SMALLEST_MSE, so that PSNR is at most 58.9 dB.
 # SMALLEST_MSE is the mean squared error that rounding pixels to 8 bits causes.
 SMALLEST_MSE = 1 / (12 * 255**2)
-
-# A function that takes a batch, and returns the loss and a dict of other scalars to log, such as its L1 term.
-# If several processes share a batch, each process returns only what its own patches contribute to the loss.
-# The loss and the other scalars of the whole batch are the sums over the processes.
-LossOf = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]
 
 
 def main(args: Namespace) -> None:
@@ -183,15 +178,6 @@ def load_perceptual_vgg(
 
 
 # --- training -----------------------------------------------------------------------------------------------
-
-
-def train_one_epoch(model: nn.Module, batches: Iterable[Batch], loss_of: LossOf, stepper: Stepper) -> None:
-    """Train the network for one epoch, with one optimizer step per batch."""
-    model.train()
-    for batch in batches:
-        loss, values = loss_of(batch)
-        stepper.step(loss, values, batch)
-    broadcast_buffers(model, stepper.world)  # all processes evaluate with the batch-norm statistics of the main process
 
 
 class PatchDegradations(NamedTuple):

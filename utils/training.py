@@ -1,18 +1,18 @@
-"""Progress of a training run, and optimizer steps over all processes."""
+"""Progress of a training run, optimizer steps over all processes, and one epoch of training."""
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils import distributed
 from utils.checkpoints import Checkpoint, Fields
 from utils.compute import Compute
 from utils.console import make_printable
-from utils.distributed import World
+from utils.distributed import World, broadcast_buffers
 from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -113,6 +113,12 @@ class Progress:
 def compute_constant_learning_rate_factor(epochs: float) -> float:
     """Return 1 as the factor on the base learning rate, which keeps the learning rate constant."""
     return 1.0
+
+
+# A function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
+# If several processes share a batch, each process returns only what its own images contribute to these values.
+# The loss and the other scalars of the whole batch are the sums over the processes.
+LossOf = Callable[[object], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class Stepper:
@@ -322,3 +328,18 @@ def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Pr
             present[name],
             effect,
         )
+
+
+def train_one_epoch(model: nn.Module, batches: Iterable, loss_of: LossOf, stepper: Stepper) -> None:
+    """Train a network for one epoch, with one optimizer step per batch.
+
+    Args:
+        batches: batches of the class `data.datasets.Batch`.
+    """
+    model.train()
+    for batch in batches:
+        loss, values = loss_of(batch)
+        stepper.step(loss, values, batch)
+    # Without SyncBatchNorm, each process has its own batch-norm statistics.
+    # All processes validate with the batch-norm statistics of the main process, which the checkpoints contain.
+    broadcast_buffers(model, stepper.world)
