@@ -20,6 +20,7 @@ HAS_AVIF = "avif" in features.modules and features.check("avif")  # True for Pil
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 if HAS_AVIF:
     IMAGE_SUFFIXES += (".avif",)
+RESIDUAL_PICTURE_SUFFIX = ".residual.png"  # end of the names of the pictures that test.py --save-residuals writes
 MOST_REASONS = 9  # maximum number of reasons that a log line about left-out files contains
 
 
@@ -135,9 +136,9 @@ def _find_reason_to_leave_out_file(folder: str, name: str, has_table: bool) -> s
         return "hidden"
     if not name.lower().endswith(IMAGE_SUFFIXES):
         return os.path.splitext(name)[1].lower() or "without suffix"
-    if not has_table and not name.endswith(".residual.png"):
-        return None
-    return describe_picture_written_by_test_py(os.path.join(folder, name))
+    if has_table or name.endswith(RESIDUAL_PICTURE_SUFFIX):
+        return describe_picture_written_by_test_py(os.path.join(folder, name))
+    return None
 
 
 def describe_picture_written_by_test_py(path: str) -> str | None:
@@ -147,7 +148,7 @@ def describe_picture_written_by_test_py(path: str) -> str | None:
         "residual picture" for an image of a residual, "figure of a score table" for a plot of scores, or None for any
         other file.
     """
-    if path.endswith(".residual.png"):
+    if path.endswith(RESIDUAL_PICTURE_SUFFIX):
         return "residual picture"
     if path.endswith(".png") and _is_score_table(f"{path.removesuffix('.png')}.csv"):
         return "figure of a score table"

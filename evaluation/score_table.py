@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.folders import RESIDUAL_PICTURE_SUFFIX
 from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
 from utils.console import make_printable
@@ -282,4 +283,4 @@ def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
             parts.append("__")
         elif part.strip("\\/"):  # leave out the root "/"
             parts.append(part)
-    return Path(folder, *parts[:-1], f"{parts[-1]}.residual.png")
+    return Path(folder, *parts[:-1], f"{parts[-1]}{RESIDUAL_PICTURE_SUFFIX}")
