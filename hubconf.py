@@ -1,4 +1,9 @@
-"""Define `detector`, which torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar") calls."""
+"""Let torch.hub load a trained detector with the function `detector`.
+
+    torch.hub.load(CHECKOUT, "detector", source="local", checkpoint="best.pth.tar")
+
+CHECKOUT is the folder of this project.
+"""
 
 import contextlib
 import sys
@@ -31,7 +36,7 @@ def is_project_already_imported() -> bool:
 
 @contextlib.contextmanager
 def put_project_packages_first() -> Iterator[None]:
-    """While a `with` block runs, let import statements find the packages of this checkout before all others.
+    """Create a context in which import statements import the packages in PACKAGES from this checkout.
 
     The calling program may have its own modules with names such as `models` or `data`. At the end of the `with` block,
     the calling program's own modules are put back into `sys.modules`.
@@ -47,6 +52,9 @@ def put_project_packages_first() -> Iterator[None]:
 
 
 def pop_modules_with_project_package_names() -> dict:
-    """Remove the packages in PACKAGES from `sys.modules`. Returns a dict of the removed modules, by name."""
+    """Remove the packages in PACKAGES and their submodules from `sys.modules`.
+
+    Returns a dict from the name of each removed module to the module.
+    """
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}

@@ -82,7 +82,7 @@ def main(args: Namespace) -> int:
 
         # 2. Choose the output files. An existing file is replaced only if test.py wrote it.
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
-        base = path_without_suffix(save_path)  # path of the output files without .csv, .npy, .json or .png
+        base = path_without_suffix(save_path)  # the path P of the output files P.csv, P.npy, P.json and P.png
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         read_files = {device_and_inode(path) for path in inputs if path} - {None}
@@ -148,7 +148,10 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
             not give has the value None.
     """
     if inputs and any(labelled):
-        raise UserError("--input cannot be combined with labelled images: score them in two runs of test.py")
+        raise UserError(
+            "--input cannot be combined with labelled images: score the images of --input in one run of test.py, and"
+            " the labelled images in another run"
+        )
     if inputs:
         return list_images_without_labels(inputs)
     others = "--data-root TREE, or --csv FILE; for images without labels, give --input PATH"
@@ -156,7 +159,7 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
 
 
 def count_training_images_among_scored_images(items: list[Item], detector: Detector) -> int:
-    """Count the training images of the detector among the images to score, and warn if there are any.
+    """Count the images to score that are training images of the detector, and warn if there are any.
 
     Returns 0 if the checkpoint does not list its training images.
     """
@@ -165,8 +168,9 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
     count = count_images_trained_on(items, detector.trained_on.numpy())
     if count:
         logger.warning(
-            "warning: %d of these %d images are probably training images of the detector (same file name, file size and"
-            " middle 64 bytes of the file): their scores do not show how well the detector works on new images",
+            "warning: %d of the %d images to score are probably training images of the detector, because a training"
+            " image has the same file name, file size and middle 64 bytes. The scores of training images do not show"
+            " how well the detector works on new images: leave training images out",
             count,
             len(items),
         )
@@ -176,7 +180,7 @@ def count_training_images_among_scored_images(items: list[Item], detector: Detec
 class OutputPaths(NamedTuple):
     """The paths of the files that test.py writes for one perturbation, such as JPEG compression."""
 
-    base: Path  # path of the output files without .csv, .npy, .json or .png
+    base: Path  # the path P of the output files P.csv, P.npy, P.json and P.png
     pictures: ResidualPictures
 
 
@@ -212,7 +216,7 @@ def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
     """
     identity = detector.describe_model()
     vgg = identity.get("vgg")
-    # The path of the file of VGG-19 weights is left out of the dict, because the path does not affect the scores.
+    # The entry "vgg" keeps only the fingerprint of the VGG-19 weights, because their path does not affect the scores.
     identity["vgg"] = vgg and vgg["fingerprint"]
     return {
         "detector": identity,
@@ -250,7 +254,7 @@ def read_unscored_batches(
 
 
 def estimate_images_per_batch(images: ImageDataset) -> int:
-    """Estimate how many images of the dataset fit into a batch, from the headers of up to HEADERS images."""
+    """Read the sizes of up to HEADERS images, and estimate how many images of the dataset fit into a batch."""
     step = math.ceil(len(images.items) / HEADERS)
     counts = []
     for item in images.items[::step]:
@@ -261,10 +265,12 @@ def estimate_images_per_batch(images: ImageDataset) -> int:
 
 
 class OneImageBatches(Sequence):
-    """The keys of batches of one image each, for `make_loader`. The keys are created one at a time to save memory.
+    """A sequence of lists that contain one `Key` each, from which `make_loader` makes batches of one image.
+
+    To save memory, each `Key` is created only when it is needed.
 
     Args:
-        indices: the index of each image in the dataset.
+        indices: for each batch, the index of its image in the dataset.
     """
 
     def __init__(self, indices: np.ndarray):
@@ -282,7 +288,8 @@ def score_images(
 ) -> None:
     """Score each image in the batches, and write one row per image to the score table.
 
-    With the option --save-residuals, also draw a picture of each image, its re-synthesis and its residual.
+    With the option --save-residuals, also draw one picture per image, which shows the image, its re-synthesis and its
+    residual.
 
     Raises:
         Stopped: after the current batch, if the program has received a signal to stop.
@@ -308,8 +315,9 @@ def score_batch(
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
 
     Args:
-        logged_errors: descriptions of errors. For an error with one of these descriptions, no traceback is logged. If
-            scoring the batch fails, this function adds the description of the error to `logged_errors`.
+        logged_errors: descriptions of the errors whose traceback has been logged. If the batch cannot be scored, the
+            traceback is logged only if the description of the error is not in `logged_errors`. The description is then
+            added to `logged_errors`.
     """
     indices = [index for _, index, _ in batch.keys]
     if not pictures.paths:
@@ -320,7 +328,7 @@ def score_batch(
             )
         except Exception as error:
             if is_machine_fault(error):
-                raise  # the other images cannot be scored, either
+                raise  # a fault of the machine, such as a failed GPU, affects all images
             reason = describe_error(error)
             text = "a batch of %d images cannot be scored (%s): its images are scored one by one"
             logger.warning(text, len(batch.x), reason, exc_info=reason not in logged_errors)
@@ -338,8 +346,11 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
         image: uint8 (3, H, W).
 
     Returns:
-        The row of the image in the score table. If an exception occurs, the row holds an error message instead of a
-        score. An exception that shows a fault of the machine is raised.
+        The row of the image in the score table. If the image cannot be scored or drawn, the row holds an error message
+        instead of a score.
+
+    Raises:
+        Exception: if the machine has a fault, such as a full disk or a failed GPU.
     """
     doing = "be scored"
     try:
@@ -371,7 +382,8 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
         seed: random seed of the bootstrap, which estimates the uncertainty of the metrics.
 
     Returns:
-        The score table, and its metrics. The metrics are None if no image has both a label and a score.
+        a tuple of the score table and the metrics of its scores. The metrics are None if no image has both a label and
+        a score.
     """
     table = read_table(f"{base}.csv")
     with open_for_atomic_write(f"{base}.npy") as file:
@@ -412,7 +424,8 @@ def format_verdicts_or_metrics(
     from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
-    # The report contains all metrics of the first perturbation. A table compares the AUROC of all perturbations.
+    # The lines contain all metrics for the first perturbation.
+    # If several perturbations were requested, the lines also contain a table of the AUROC for each perturbation.
     if summaries:
         label, metrics = next(iter(summaries.items()))
         if len(results) > 1:

@@ -87,7 +87,7 @@ def main(args: Namespace) -> None:
         output = Path(args.output_path)
         detector, config, resumed = build_detector(vars(args), output / LAST)
         detector.set_resynthesizer_frozen(args.fixed_resynthesizer)
-        # Without gradient checkpointing, end-to-end training of RDN needs 12 GB per image of 1024 x 1024 pixels
+        # Without gradient checkpointing, RDN needs 12 GB of memory per training image of 1024 x 1024 pixels.
         detector.resynthesizer.checkpoint_blocks = not args.fixed_resynthesizer
         detector.to(compute.device, memory_format=torch.channels_last)
         vgg = None
@@ -134,7 +134,8 @@ def main(args: Namespace) -> None:
         run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
-        # 6. Choose the loss. The residuals of a frozen re-synthesizer do not change, so they can be cached.
+        # 6. Choose the loss, and create the data loaders.
+        # With a frozen re-synthesizer, the residuals do not change, so the data loaders can read them from a cache.
         residual_of = partial(residual_without_gradients, detector, compute, args.micro_batch)
         datasets, cached = [images, val_images], []
         if args.fixed_resynthesizer:
@@ -201,10 +202,10 @@ def create_dataset(
 ) -> ImageDataset:
     """Create a dataset of the images that can be read and are large enough.
 
-    An image is usable if its header can be read and its width and height are allowed by `policy`.
-
     Args:
-        skip_bad: whether to leave out unusable images. If `skip_bad` is False, an unusable image raises a UserError.
+        policy: how images are resized and cropped, and the smallest image side for which residuals can be computed.
+        skip_bad: whether to leave out images that cannot be used. If `skip_bad` is False, such an image raises a
+            UserError.
     """
     items, headers = select_usable_images(items, policy, skip_bad)
     return ImageDataset(items, policy, augmentation, transform, headers)
@@ -229,15 +230,15 @@ def find_smallest_trainable_batch_size(
         return 1
     if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
-            f"batch norm cannot be trained on batches of one image if its residual has only {width} x {height} values:"
-            " change --batch-size so that each process gets at least two images in every batch, or use a larger"
-            f" --crop-size or --resize (got {sampler.count} training images, --batch-size {sampler.batch_size} and"
-            f" {sampler.world.size} process(es))"
+            f"with --batch-size {sampler.batch_size}, {sampler.count} samples per epoch and {sampler.world.size}"
+            " process(es), a process gets batches of one image, but batch norm needs at least two images per batch,"
+            f" because the smallest residual has only {width} x {height} values per channel: change --batch-size, or"
+            " use a larger --crop-size or --resize"
         )
     logger.warning(
-        "warning: residuals of %d x %d values are small for a classifier with the stride %d: its last batch norm gets"
-        " only one value per channel and image, which can make the gradients very large; use larger images or a lower"
-        " --idx-stages",
+        "warning: the smallest residual has only %d x %d values per channel, and the stride of the classifier is %d, so"
+        " the classifier's last batch norm gets only one value per channel and image. This can make the gradients very"
+        " large: use larger images or a lower --idx-stages",
         width,
         height,
         stride,
@@ -256,7 +257,8 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
         last: path of last.pth.tar, the checkpoint that `--resume auto` loads.
 
     Returns:
-        the detector, its config, and the checkpoint from which this run resumes, or None if this run is a new run.
+        a tuple of the detector, its config, and the checkpoint from which this run resumes. The checkpoint is None if
+        this run is a new run.
     """
     origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
     resumed = choose_state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
@@ -272,7 +274,8 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     if resumed is None:
-        config.pop("auxiliary_vgg", None)  # a new run may use other VGG-19 weights than the old run
+        # A new run may use other VGG-19 weights for the auxiliary loss than the run that saved the checkpoint.
+        config.pop("auxiliary_vgg", None)
     return detector, config, resumed
 
 
@@ -296,13 +299,14 @@ def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, comput
 def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
     """Decide whether this run continues the training that saved the checkpoint `resumed`.
 
-    A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
+    A training can be continued only with the values of --fixed-sr and --mode-sr with which it began. With other values,
+    this run starts a new training from the weights in the checkpoint.
 
     Returns:
         `resumed`, or None if this run starts a new training.
 
     Raises:
-        UserError: if the training cannot be continued, and `resumed` is a file in the output folder of this run.
+        UserError: if this run would start a new training from a checkpoint in its own output folder.
     """
     if resumed is None:
         return None
@@ -312,11 +316,14 @@ def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, 
         if before != value:
             if Path(resumed.name).resolve().parent == last.resolve().parent:
                 raise UserError(
-                    f"{resumed.name} was trained with {flag} = {before}, got {flag} = {value}: to continue its"
-                    f" training, use {flag} = {before}; to start a new training from its weights, give the file with"
-                    " --init instead of --resume, and give another --output-path"
+                    f"{resumed.name} was trained with {flag} = {before}, but this run has {flag} = {value}: to continue"
+                    f" the training, use {flag} = {before}; to start a new training from the weights, give the file"
+                    " with --init instead of --resume, and give another --output-path"
                 )
-            text = "%s was trained with %s = %s, got %s = %s: a new training starts from the weights in the checkpoint"
+            text = (
+                "%s was trained with %s = %s, but this run has %s = %s: a new training starts from the weights in the"
+                " checkpoint"
+            )
             logger.info(text, resumed.name, flag, before, flag, value)
             return None
     return resumed
@@ -332,9 +339,9 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
         residual: the residuals of the batch, (B, C_l, H_l, W_l).
 
     Returns:
-        The cross-entropy and the accuracy, as scalars. If several processes share a batch, each process returns only
-        what its own images contribute to these values. The cross-entropy and the accuracy of the whole batch are the
-        sums over the processes.
+        The cross-entropy and the accuracy, as scalars. If several processes share a batch, each process returns its
+        share of the cross-entropy and of the accuracy. The sum of the shares of all processes is the value for the
+        whole batch.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -347,7 +354,7 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
 def residual_without_gradients(
     detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch
 ) -> Tensor:
-    """Compute the residuals of a batch of images without gradients.
+    """Compute the residuals of a batch of images. No gradients are computed.
 
     If the batch holds residuals from the cache, they are copied to the device and converted to float32.
 
@@ -379,7 +386,10 @@ def loss_with_frozen_resynthesizer(
 
 
 class AuxiliaryTask(NamedTuple):
-    """Settings of the auxiliary task: in end-to-end training, the re-synthesizer also learns to restore real images."""
+    """Settings of the auxiliary task.
+
+    In end-to-end training, the auxiliary task trains the re-synthesizer to restore real images.
+    """
 
     name: str  # name of the auxiliary task, a key of data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
@@ -431,8 +441,9 @@ def downsample_and_degrade_images(
 ) -> Tensor | None:
     """Downsample a batch of images, and degrade the low-resolution images at random.
 
-    The seed, the epoch and the training step determine how the batch is degraded. The noise or the grey pixels of an
-    image are drawn with a random generator whose seed depends on the epoch and on the index of the image.
+    Random choices for the whole batch, such as whether to degrade the batch, depend only on the seed, the epoch and the
+    training step. Random choices for one image, such as its noise, depend only on the seed, the epoch and the index of
+    the dataset entry.
 
     Returns:
         the degraded low-resolution batch (B, 3, h, w), or None if the batch is not degraded.
@@ -455,8 +466,8 @@ def compute_in_micro_batches(
 ) -> tuple[Tensor, Tensor]:
     """Call `compute_residuals_and_auxiliary_losses` on micro-batches, and concatenate the results.
 
-    Gradient checkpointing computes each micro-batch again in the backward pass, which saves memory. If the
-    re-synthesizer has no batch norm, micro-batches give the same gradients as the whole batch at once.
+    To save memory, the backward pass computes the activations of each micro-batch again (gradient checkpointing). If
+    the re-synthesizer has no batch norm, micro-batches give the same gradients as the whole batch at once.
 
     Args:
         micro_batch: number of images per micro-batch.
@@ -488,7 +499,7 @@ def create_cached_datasets(
     """Create a dataset of cached residuals for each dataset of images.
 
     Returns:
-        a list of one dataset of residuals for each dataset of images. The list is empty if residuals cannot be cached.
+        a list of the created datasets, in the order of `datasets`. The list is empty if residuals cannot be cached.
     """
     code = [hash_source_code(network) for network in (detector.resynthesizer, detector.features)]
     key = residual_cache_key(config, compute_fingerprint(detector.features), code, datasets[0].policy, compute)
@@ -498,13 +509,15 @@ def create_cached_datasets(
 def residual_cache_key(
     config: dict, features_fingerprint: str, code: Sequence[str | None], policy: SizePolicy, compute: Compute
 ) -> dict[str, object]:
-    """Return a dict that describes how residuals are computed: the networks, the image sizes and the arithmetic.
+    """Return a dict of all settings that change residuals, such as the networks, the crop size and the precision.
 
-    A cached residual is used only if it was stored with a dict that equals the dict of the current run.
+    The name of the cache folder depends on the returned dict, so that a run reads only residuals that were computed
+    with the same settings.
 
     Args:
-        code: hashes of the source code of the re-synthesizer and the features. A change of the source code can change
-            the residuals.
+        features_fingerprint: fingerprint of the weights of the features.
+        code: results of `hash_source_code` for the re-synthesizer and for the features. The dict contains these hashes,
+            because a change of the source code can change the residuals.
     """
     return {
         "re-synthesizer": config["resynthesizer"],
@@ -581,11 +594,12 @@ def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trai
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return a dict from file name to content for the checkpoints NNNN.pth.tar and NNNN_sr.pth.tar of an epoch.
+    """Return a dict from file name to content for the two checkpoints of an epoch.
 
-    Both checkpoints have the file formats of the authors' code.
+    NNNN.pth.tar contains the detector, and NNNN_sr.pth.tar contains the re-synthesizer. NNNN is the number of the
+    epoch, counted from 1.
 
-    Release: in the file names of checkpoints, the authors' code counts the epochs from 1.
+    Release: the file names and the file formats are the same as in the authors' code.
     """
     epoch = state["progress"]["epoch"]
     config = state["config"]

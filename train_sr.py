@@ -79,7 +79,9 @@ def main(args: Namespace) -> None:
         # 3. Create the optimizer
         parameters = list(model.parameters())
         if not parameters:
-            raise UserError(f"--sr-arch {config['name']} has no parameters to train: choose another --sr-arch")
+            raise UserError(
+                f"the re-synthesizer {config['name']} has no parameters to train: choose another one with --sr-arch"
+            )
         sampler = EpochBatchSampler(len(items), args.batch_size, args.seed, world)
         if args.schedule == "cosine":
             rate_factor = partial(compute_cosine_learning_rate_factor, args.num_epochs)
@@ -132,8 +134,8 @@ def set_initial_weights(model: nn.Module, start: str) -> None:
     """Set the initial weights of a new network.
 
     Args:
-        start: "random" keeps PyTorch's random weights. "interpolation" sets weights with which the network computes an
-            interpolation.
+        start: "random" keeps PyTorch's random weights. "interpolation" calls the network's method
+            `initialize_as_interpolation`, so that the untrained network enlarges images by interpolation.
     """
     if start == "random":
         return
@@ -155,7 +157,10 @@ def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
 
 
 def create_evaluation_dataset(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
-    """Create a dataset of the usable images in --eval-file. If --eval-file is not given, the dataset is empty."""
+    """Create a dataset of the images in --eval-file that can be read and are large enough.
+
+    If --eval-file is not given, the dataset is empty.
+    """
     items = list_unlabelled_images(source, "--eval-file") if source else []
     items, _ = select_usable_images(items, SizePolicy(scale), skip_bad)
     return ImageDataset(items, SizePolicy(scale))
@@ -167,8 +172,8 @@ def load_perceptual_vgg(
     """Load VGG-19 for the perceptual loss. A resumed run uses the VGG-19 weights with which it began.
 
     Returns:
-        VGG-19, and a dict with the source and the fingerprint of the VGG-19 weights. If the weight of the perceptual
-        loss is 0, the function returns (None, None).
+        VGG-19, and the dict with which `load_vgg` describes the VGG-19 weights. If the weight of the perceptual loss is
+        0, the function returns (None, None).
     """
     if weight == 0:
         return None, None
@@ -215,16 +220,16 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        the loss, and a dict with its L1 term, as scalars. If several processes share a batch, each process returns only
-        what its own patches contribute to these values. The loss and the L1 term of the whole batch are the sums over
-        the processes.
+        a tuple of the loss and a dict. The dict contains the L1 term of the loss under the key "l1". Both values are
+        scalars. If several processes share a batch, each process returns its share of the loss and of the L1 term. The
+        sum of the shares of all processes is the value for the whole batch.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
     with compute.autocast():
         x_hat = model(x_lr)  # (B, 3, P, P)
         loss, l1 = compute_super_resolution_loss(x_hat, x, vgg, vgg_weight)
-    part = batch.weights.sum().to(x.device)  # fraction of the whole batch that this process holds
+    part = batch.weights.sum().to(x.device)  # this process's share of the batch, from 0 to 1
     return loss * part, {"l1": l1 * part}
 
 
@@ -240,8 +245,8 @@ def write_patch_pictures(
     """Write pictures of the first training patches to TensorBoard.
 
     Each picture shows the low-resolution input, the re-synthesis and the target of a patch side by side. The patches
-    and their degradations are the same in every epoch, so that pictures of different epochs can be compared. The
-    network is in evaluation mode afterwards.
+    and their degradations are the same in every epoch, so that pictures of different epochs can be compared. To draw
+    the pictures, the network is switched to evaluation mode, and stays in this mode.
     """
     if run.writer is None:
         return
@@ -249,7 +254,7 @@ def write_patch_pictures(
     keys = [Key(0, index) for index in range(min(SHOWN_IMAGES, len(patches)))]
     (batch,) = make_loader(patches, [keys], 0, compute)
     if not len(batch.x):
-        return  # the training loop has reported that the images cannot be read
+        return  # none of the images to show can be read, and the training loop has already logged the reason
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
     with compute.autocast():
@@ -266,7 +271,10 @@ def write_patch_pictures(
 def compute_mean_psnr_and_ssim(
     model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World
 ) -> dict[str, float]:
-    """Compute the PSNR (dB) and SSIM of the network and of bicubic interpolation, averaged over RGB images."""
+    """Compute the mean PSNR (dB) and the mean SSIM of enlarged images, for the network and for bicubic interpolation.
+
+    The enlarged images are compared with the RGB images in `batches`.
+    """
     model.eval()
     sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
     for batch in batches:
@@ -285,10 +293,13 @@ def compute_mean_psnr_and_ssim(
 
 
 def compute_psnr_and_ssim_of_one_image(y: Tensor, x: Tensor) -> tuple[float, float]:
-    """Clip y to [0, 1], and compute its PSNR (dB, at most 58.9) and its SSIM against x.
+    """Compute the PSNR (dB) and the SSIM of an enlarged image y, compared with the original image x.
+
+    The PSNR is at most 58.9 dB, because SMALLEST_MSE replaces smaller mean squared errors.
 
     Args:
-        y, x: images, (1, 3, H, W).
+        y: the enlarged image, (1, 3, H, W). The function clips y to [0, 1].
+        x: the original image, (1, 3, H, W) in [0, 1].
     """
     y = y.float().clamp(0, 1).contiguous()
     mse = F.mse_loss(y, x).clamp(min=SMALLEST_MSE)
@@ -363,9 +374,11 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return a dict with the file name epoch_N.pth and its content, the state dict of the network after epoch N.
+    """Return a dict from the file name epoch_N.pth to the content of the file.
 
-    Release: the authors' code also saves epoch_N.pth as a state dict, and counts the epochs from 0.
+    The content is the state dict of the network after epoch N, counted from 0.
+
+    Release: the file name and the file format are the same as in the authors' code.
     """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}

@@ -31,12 +31,13 @@ from utils.errors import UserError, run_program
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels-last / here", "plain GiB", "here GiB")
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
-TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}  # operations of a forward pass per 1024 x 1024 pixels, in 10^12
+# TFLOP contains the number of operations, in units of 10^12, of one forward pass on an image of 1024 x 1024 pixels.
+TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}
 START_SECONDS = 5  # estimated time to start a process
 ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices whose product is timed to estimate the benchmark's time
-GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is compared with RDN on a GPU
-# On a CPU, fine-tuning in plain PyTorch, without the code of this project that saves memory, is measured only on images
-# whose sides have at most so many pixels. With larger images, it needs more than 22 GiB.
+GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is timed on a GPU, to compare its speed with RDN's
+# On a CPU, fine-tuning in plain PyTorch is measured only on images of at most LARGEST_PLAIN_SIDE pixels per side.
+# On larger images, fine-tuning in plain PyTorch needs more than 22 GiB of memory.
 LARGEST_PLAIN_SIDE = 512
 GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
 
@@ -68,7 +69,10 @@ def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def list_network_implementations(case: Case) -> list[str]:
-    """List the implementations ("plain", "channels-last" or "here") with which a case is measured."""
+    """List the names of the implementations that are measured for a case.
+
+    The names "plain" and "channels-last" stand for plain PyTorch, and the name "here" for the code of this project.
+    """
     if case.kind == "scoring" and case.precision != "bf16":
         return ["plain", "channels-last", "here"]
     if case.kind == "step, fine-tuning" and case.side > LARGEST_PLAIN_SIDE and case.gpu == "cpu":
@@ -77,13 +81,14 @@ def list_network_implementations(case: Case) -> list[str]:
 
 
 def estimate_tflop(case: Case) -> float:
-    """Estimate how many floating-point operations one run of the measured task needs, in units of 10^12."""
+    """Estimate how many floating-point operations one run of the task of a case needs, in units of 10^12."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
     if case.kind == "step, fine-tuning":
         # With gradient checkpointing, a training step runs the forward pass twice.
         # The backward pass takes as many operations as two forward passes.
-        auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2  # the auxiliary loss is computed on half of the images
+        # The auxiliary loss is computed only for the real images, which are half of the batch.
+        auxiliary = (TFLOP["rdn"] + 2 * TFLOP["vgg"]) / 2
         return 4 * megapixels * (resynthesis + auxiliary)
     if case.kind == "step, train_sr.py":
         return 3 * megapixels * (TFLOP["rdn"] + 2 * TFLOP["vgg"])

@@ -2,10 +2,10 @@
 
     python -m benchmarks.cases JSON
 
-The argument JSON is a JSON object with the fields of `Case`. The benchmark compares three implementations of the same
-networks, which are called forms. The form "plain" computes whole feature maps, concatenates them with torch.cat, and
-uses PyTorch's default memory format. The form "channels-last" is the plain form in channels-last memory format, with
-autocast for bf16. The form "here" is the code that the programs of this project run.
+The argument JSON is a JSON object with the fields of `Case`. The benchmark compares three implementations ("forms") of
+the same networks. The form "plain" runs RDN and VGG-19 without tiles, and uses PyTorch's default memory format. The
+form "channels-last" equals the form "plain", but uses the channels-last memory format. The form "here" is the code that
+the programs of this project run.
 """
 
 import json
@@ -51,7 +51,7 @@ class Case(NamedTuple):
     """The task and the settings of one measurement."""
 
     kind: str  # name of the task to measure, one of the keys of the dict KINDS
-    form: str  # implementation of the networks: plain, channels-last or here
+    form: str  # implementation of the networks: "plain", "channels-last", or "here" (the code of this project)
     precision: str  # fp32, tf32 or bf16
     stage: int  # feature stage: 0 = pixels, 5 = stage 5 of VGG-19
     side: int  # height and width of the images in pixels
@@ -137,7 +137,10 @@ def prepare_scoring(case: Case) -> Callable[[], Tensor]:
 
 
 def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
-    """Return a function that runs a training step of train_detector.py --fixed-sr, without cached residuals."""
+    """Return a function that runs a training step of the classifier, with a frozen re-synthesizer (--fixed-sr).
+
+    The training step computes the residuals of its batch, and reads no residuals from a cache.
+    """
     detector, compute = build_detector(case)
     detector.train().set_resynthesizer_frozen(True)
     stepper = Stepper(create_optimizer("sgd", detector, 1e-6, 0.02, 0.9, 1e-4), compute, World())
@@ -152,7 +155,7 @@ def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
 
 
 def prepare_fine_tuning_step(case: Case) -> Callable[[], object]:
-    """Return a function that takes one optimizer step of end-to-end training, with an auxiliary task."""
+    """Return a function that runs a training step of the classifier and the re-synthesizer, with an auxiliary task."""
     detector, compute = build_detector(case)
     detector.train().set_resynthesizer_frozen(False)
     detector.resynthesizer.checkpoint_blocks = True
@@ -223,8 +226,9 @@ def measure_time_and_memory_of_case(case: Case) -> dict[str, float]:
     """Run a benchmark case (a task and its settings), and measure its time and memory.
 
     Returns:
-        A dict with two entries. The entry "seconds" is the median time of one run. The entry "gib" is the peak of the
-        reserved memory on a GPU, or of the resident memory on a CPU.
+        A dict with two entries. The entry "seconds" is the median time of the timed runs. The entry "gib" is the peak
+        memory in GiB. On a GPU, the peak of PyTorch's reserved memory is measured. On a CPU, the peak of the process's
+        resident memory is measured.
     """
     run = KINDS[case.kind](case)
     on_gpu = case.gpu != "cpu"

@@ -61,22 +61,22 @@ class Sample(NamedTuple):
     key: Key
     item: Item
     x: Tensor | None  # (K, ...): K tensors of one image, stacked along dimension 0; None after an error
-    error: str | None = None  # reason in one line why the image cannot be used
+    error: str | None = None  # one-line message that says why the image cannot be used
 
 
 class Batch(NamedTuple):
     """A batch of B images, patches or residuals of equal shape.
 
-    An image that could not be read has no row in the tensors. `errors` contains the error message of each image that has
-    no row.
+    The tensors `x`, `labels` and `weights` have no row for an image that could not be used. `errors` contains the error
+    message of each image that has no row.
     """
 
     x: Tensor  # B images or patches, uint8 (B, 3, H, W), or B residuals, float (B, channels, height, width)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
     weights: Tensor  # float32 (B,): factor by which the loss of each row is multiplied
-    items: list[Item]  # the image of each row
+    items: list[Item]  # for each row: path, label and generator of its image
     keys: list[tuple[int, int, int]]  # for each row: epoch, index of the dataset entry, number of the patch (or 0)
-    errors: dict[int, str]  # index in the dataset -> one-line error message
+    errors: dict[int, str]  # index of each dataset entry that has no row -> one-line error message
 
 
 # --- batches ------------------------------------------------------------------------------------------------
@@ -85,8 +85,8 @@ class Batch(NamedTuple):
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch.
 
-    The first readable sample determines the shape of all tensors in the batch. If a later sample has tensors of a
-    different shape than the first readable sample, the batch contains only an error message for the later sample.
+    The first readable sample determines the shape of all tensors in the batch. If a later sample has tensors of
+    another shape, the batch contains an error message instead of these tensors.
     """
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
@@ -126,7 +126,8 @@ def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixe
     Args:
         batches: batches of one image each.
         block: number of consecutive images in a block.
-        pixels: maximum number of pixels in a merged batch. An image with more pixels is not merged with other images.
+        pixels: maximum number of pixels in a merged batch. An image with more than `pixels` pixels is not merged with
+            other images.
     """
     waiting = []
     for batch in batches:
@@ -190,10 +191,10 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 class EpochBatchSampler(Sampler):
     """A `batch_sampler` for DataLoader that yields a list of `Key`s for each batch of one epoch.
 
-    If n processes share each batch, process r gets every n-th entry of the batch, starting with entry r. The last batch
-    of an epoch may have fewer entries than the other batches. All processes must take the same number of steps. If a
-    batch has fewer entries than there are processes, each process without an entry gets the first entry of the batch
-    with weight 0.
+    In a run with n processes, process r gets the entries r, r + n, r + 2n, ... of each batch, counted from 0. The last
+    batch of an epoch may have fewer entries than the other batches. All processes must take the same number of steps.
+    If a batch has fewer entries than there are processes, each process without an entry gets the first entry of the
+    batch with weight 0.
 
     Args:
         count: number of entries in the dataset.
@@ -236,7 +237,7 @@ class EpochBatchSampler(Sampler):
                 yield [Key(self.epoch, batch[0], 0.0)]
 
     def compute_smallest_batch_size_of_any_process(self) -> int:
-        """Return the smallest number of entries that any process gets in any step of an epoch."""
+        """Return the smallest number of entries that one process gets in one step of an epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
@@ -269,7 +270,7 @@ class ItemDataset(Dataset):
             return Sample(key, item, self.read_sample_tensors(item.path, key))
         except UserError as error:
             text = str(error)
-        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # exceptions of Pillow, NumPy and PyTorch
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:  # raised by Pillow, NumPy or PyTorch
             text = f"cannot be prepared ({type(error).__name__}: {make_printable(describe_exception(error))})"
         return Sample(key, item, None, text if text.startswith(name) else f"{name}: {text}")
 
@@ -295,9 +296,10 @@ class ImageDataset(ItemDataset):
     """A dataset of images, which are resized and cropped according to a `SizePolicy`.
 
     Args:
-        augmentation: random mirroring and cropping, or None for centre crops without mirroring.
-        transform: function (image, random generator) -> image that is applied before resizing and cropping. If
-            `augmentation` is None, `transform` gets None instead of a random generator.
+        augmentation: settings of random mirroring and cropping, or None for centre crops without mirroring.
+        transform: function that changes an image before resizing and cropping. It is called as
+            transform(image, random generator), and returns the new image. If `augmentation` is None, `transform` gets
+            None instead of a random generator.
         headers: the header of each image, or an empty sequence if the headers were not read.
     """
 
@@ -345,7 +347,7 @@ class ImageDataset(ItemDataset):
         return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
     def is_mirrored(self, key: Key) -> bool:
-        """Return whether the image that `key` names is mirrored, without reading the image file."""
+        """Return whether the image that `key` names is mirrored. This function does not read the image file."""
         rng = self._create_random_generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 
@@ -355,8 +357,8 @@ class PatchDataset(ItemDataset):
 
     A patch has `patch_size * scale` pixels per side. Images are first centre-cropped so that their sides are multiples
     of `scale`. In the cropped image, the row and the column of a patch's top left pixel are multiples of `scale`.
-    Horizontal flip, vertical flip and rotation by 90 degrees have probability 0.5 each, as in the paper (He et al.) and
-    in yjn870/RDN-pytorch (MIT licence).
+    A patch is flipped horizontally, flipped vertically and rotated by 90 degrees, each with probability 0.5, as in
+    yjn870/RDN-pytorch (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
@@ -485,9 +487,10 @@ def _set_worker_signal_handlers_and_threads(_: int) -> None:
     """Set the signal handlers and the number of threads of a worker process.
 
     A worker ignores SIGINT. A worker exits GRACE seconds after it gets SIGTERM. SIGINT and SIGTERM are often sent to
-    all processes of a program. If a worker exited at once, the main process would fail before it could save its
-    progress. A worker must not ignore SIGTERM, because `multiprocessing` ends its workers with SIGTERM. One thread per
-    worker is enough, because several workers run at the same time.
+    all processes of a program. If a signal ended a worker at once, the DataLoader would raise an exception in the main
+    process before the main process could save the state of the run. A worker must not ignore SIGTERM, because
+    `multiprocessing` ends its workers with SIGTERM. One thread per worker is enough, because several workers run at the
+    same time.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
@@ -496,9 +499,10 @@ def _set_worker_signal_handlers_and_threads(_: int) -> None:
 
 
 def _end_loader_workers_at_exit() -> None:
-    """Send SIGALRM to all running workers when the program exits.
+    """Send SIGALRM to all running workers.
 
-    SIGALRM ends a worker at once. SIGTERM would end the worker only after GRACE seconds.
+    `atexit` calls this function when the program exits. SIGALRM ends a worker at once. SIGTERM would end the worker
+    only after GRACE seconds.
     """
     for process in multiprocessing.active_children():
         if process.daemon:

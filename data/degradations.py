@@ -1,9 +1,10 @@
 """Functions that degrade low-resolution images by noise, JPEG compression, and grey or black pixels.
 
 train_detector.py degrades images in auxiliary tasks, and train_sr.py degrades training patches. In an auxiliary task,
-the re-synthesizer also learns to denoise or colorize its input. According to section 3.3 of the paper, auxiliary tasks
-make the residual robust. To add an auxiliary task, write a function and add a line to TASKS. All images are tensors
-(3, h, w) with values in [0, 1]. `add_noise_to_float_image` does not clip its result to [0, 1].
+the re-synthesizer learns to restore real images from degraded low-resolution images. According to section 3.3 of the
+paper, auxiliary tasks make the residual robust. To add an auxiliary task, write a function that creates a `Degradation`
+from a random generator, and add the function to TASKS. Images that are not degraded are float tensors (3, h, w) with
+values in [0, 1]. `add_noise_to_float_image` does not clip its result to [0, 1].
 """
 
 import math
@@ -20,7 +21,8 @@ TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxili
 TASK_NOISE_STD = 4 / 255
 TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-# A patch that can get two degradations stays unchanged with probability (1 - PATCH_PROBABILITY) ** 2, which is 0.5.
+# train_sr.py applies each requested degradation to a patch with probability PATCH_PROBABILITY.
+# If two degradations are requested, a patch stays unchanged with probability (1 - PATCH_PROBABILITY) ** 2 = 0.5.
 PATCH_PROBABILITY = 1 - math.sqrt(0.5)
 PATCH_NOISE_STD = (0, 10 / 255)
 PATCH_JPEG_QUALITY = (25, 74)  # lowest and highest quality, both included
@@ -37,10 +39,10 @@ def add_noise_to_float_image(image: Tensor, std: float, rng: np.random.Generator
 
 
 def turn_random_pixels_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Replace random pixels of an image (3, h, w) by the mean of their three channels.
+    """Set each channel of random pixels of an image (3, h, w) to the mean of the pixel's three channels.
 
     Args:
-        fraction: probability that a pixel is replaced.
+        fraction: probability that a pixel turns grey.
     """
     mask = draw_random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.mean(dim=0, keepdim=True), image)
@@ -101,7 +103,7 @@ def require_known_auxiliary_task(name: str) -> None:
 
 
 def sample_degradation_for_batch(task: str, batch_rng: np.random.Generator) -> Degradation | None:
-    """Draw the degradation of a batch at random, or return None if the batch is not degraded."""
+    """Decide at random whether a batch is degraded, and return its degradation, or None for no degradation."""
     create = TASKS[task]
     if create is None or batch_rng.random() >= TASK_PROBABILITY:
         return None

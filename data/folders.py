@@ -71,8 +71,8 @@ def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: 
     """Select the subfolders that `find_images` searches.
 
     Args:
-        left_out: for each reason, the number of files and folders left out. This function adds the subfolders that it
-            leaves out.
+        left_out: for each reason, the number of files and folders left out. This function increases these numbers by
+            the subfolders that it leaves out.
     """
     selected = []
     for name in sorted(subfolders):
@@ -90,8 +90,8 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
     Args:
         names: names of all files in the folder.
-        left_out: for each reason, the number of files and folders left out. This function adds the files that it leaves
-            out.
+        left_out: for each reason, the number of files and folders left out. This function increases these numbers by
+            the files that it leaves out.
     """
     images = []
     known = set(names)
@@ -109,7 +109,7 @@ def _is_link_to_parent_folder(folder: str) -> bool:
     """Return whether `folder` is a link to a folder that contains the link.
 
     For example, the folder `real` may contain a link to its parent folder. If `find_images` followed a link from `real`
-    to its parent folder, it would list generated images in the parent folder as real.
+    to its parent folder, it would list fake images in the parent folder as real.
     """
     if not os.path.islink(folder):
         return False
@@ -130,7 +130,8 @@ def _find_reason_to_leave_out_file(folder: str, name: str, has_table: bool) -> s
     """Return the reason why a file is left out, or None if the file is an image.
 
     Args:
-        has_table: whether the folder contains a CSV file with the same stem, which may be a score table.
+        has_table: whether the folder contains a CSV file with the stem of `name`, such as a.csv for a.png. This CSV
+            file may be a score table.
     """
     if name.startswith("."):
         return "hidden"
@@ -167,7 +168,7 @@ def _is_score_table(path: str) -> bool:
 
 
 def format_file_counts_by_reason(counts: Counter) -> str:
-    """Format the number of files for each reason as text, such as "3 .heic, 1 hidden"."""
+    """Format counts as text, such as "3 .heic, 1 hidden" for the counts {".heic": 3, "hidden": 1}."""
     parts = [f"{number} {make_printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
     if len(counts) > MOST_REASONS:
         parts.append("...")

@@ -1,7 +1,4 @@
-"""Decode image files to uint8 (3, H, W) RGB, resize and crop images, and check the headers of image files.
-
-The functions raise a `UserError` with a message of one line for a file that cannot be used.
-"""
+"""Decode image files to uint8 (3, H, W) RGB, resize and crop images, and check the headers of image files."""
 
 import logging
 import os
@@ -27,10 +24,11 @@ from utils.errors import UserError, describe_exception
 logger = logging.getLogger(__name__)
 
 # Pillow's warnings are hidden, because this module raises a UserError for each image that cannot be used.
-# The filter is set once for the whole program, because warnings.catch_warnings must not be used in threads.
+# The warning filter is set for the whole program, because warnings.catch_warnings must not be used in threads.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # EPS is left out, because EPS files contain programs
+# EPS is not allowed, because an EPS file is a PostScript program, which Pillow would run with Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")  # image formats that may be decoded
 if HAS_AVIF:
     FORMATS += ("AVIF",)
 MAX_PIXELS = 178_956_970  # largest number of pixels that Pillow decodes by default: 2 * Image.MAX_IMAGE_PIXELS
@@ -104,7 +102,7 @@ def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
 def _convert_grey_to_uint8(image: Image.Image) -> np.ndarray:
     """Convert a float or integer grey image to uint8 (H, W) by scaling and rounding.
 
-    White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in other integer images.
+    White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in 16-bit and 32-bit images.
     """
     values = np.asarray(image).astype(np.float64)  # (H, W)
     is_12_bit = getattr(image, "tag_v2", {}).get(Tag.BitsPerSample) == (12,)
@@ -191,7 +189,7 @@ def _crop_square(image: Tensor, side: int, rng: np.random.Generator | None) -> T
 
 
 def resize_bicubic(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
-    """Resize an image, uint8 (3, H, W), to `height` x `width` pixels by bicubic interpolation, as torchvision does."""
+    """Resize an image, uint8 (3, H, W), to `height` x `width` pixels by bicubic interpolation."""
     if image.shape[-2:] == (height, width):
         return image
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=antialias)[0]
@@ -209,15 +207,15 @@ def require_large_enough_crops(policy: SizePolicy) -> None:
     smallest = max(policy.scale, policy.min_side)
     if policy.crop_size - policy.crop_size % policy.scale < smallest:
         raise UserError(
-            f"--crop-size {policy.crop_size} is too small: crops are cut to multiples of {policy.scale} pixels, and"
-            f" must then have at least {smallest} pixels per side"
+            f"--crop-size {policy.crop_size} is too small: give a multiple of {policy.scale}, at least {smallest}"
         )
 
 
 def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     """Return why images with `height` x `width` pixels cannot be used, or None if they can be used.
 
-    The returned text starts with "is" and the size of the image, such as "is 5 x 5 pixels: ...".
+    The returned text starts with "is" and the size of the image, such as "is 5 x 5 pixels: ...". The function does not
+    check whether `policy.crop_size` is too small.
     """
     text = f"is {width} x {height} pixels"
     height, width = _compute_size_after_resize(height, width, policy)
@@ -231,7 +229,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
             " (or --patch-size), or leave the image out"
         )
     if policy.crop_size is not None:
-        return None  # the crop fits into the image, and `require_large_enough_crops` checks the crop size
+        return None  # the image can be used, because the crop fits into it
     side = min(height, width)
     if side < policy.scale:
         return f"{text}: both sides must be at least {policy.scale} pixels (the scale); leave the image out"
@@ -278,8 +276,8 @@ def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]])
             (height, width), (other_height, other_width) = sizes[0], size
             raise UserError(
                 f"images of different sizes cannot be in one batch: {make_printable(items[0].path)} has {width} x"
-                f" {height} pixels and {make_printable(item.path)} has {other_width} x {other_height}; use --crop-size"
-                " N (and --resize N), or --batch-size 1"
+                f" {height} pixels and {make_printable(item.path)} has {other_width} x {other_height}; cut crops of"
+                " one size with --crop-size N, or use --batch-size 1"
             )
 
 
@@ -287,7 +285,7 @@ def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]])
 
 
 def read_and_check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
-    """Read and check the headers of image files, which takes about 0.05 ms per file.
+    """Read and check the headers of image files.
 
     This function does not decode pixels. Damaged pixels are found later, when the image is decoded.
     """
@@ -309,10 +307,11 @@ def read_header(path: str, policy: SizePolicy) -> Header:
         with open_image(path) as image:
             width, height = image.size
             is_jpeg = image.format in ("JPEG", "MPO")
-            if image.format == "TIFF":  # only some Pillow versions rotate image.size of TIFF images
+            # If a TIFF image is sideways, some Pillow versions have already swapped width and height in `image.size`.
+            if image.format == "TIFF":
                 width, height = image.tag_v2[Tag.ImageWidth], image.tag_v2[Tag.ImageLength]
             with suppress(Exception):  # an image with damaged EXIF data can still be used
-                exif = Image.Image.getexif(image)  # unlike PngImageFile.getexif, this does not decode the image
+                exif = Image.Image.getexif(image)  # PngImageFile.getexif would decode the image
                 if exif.get(Tag.Orientation) in SIDEWAYS:
                     width, height = height, width
     except UserError as error:

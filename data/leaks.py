@@ -1,8 +1,9 @@
-"""Search image files for leaks: properties besides the image content that separate real from generated images.
+"""Search image files for leaks.
 
-If every real image is a JPEG file and every generated image is a PNG file, a detector learns to recognize JPEG files
-instead of generated images. The leak audit reads file headers and searches for duplicate files. The command
-`python -m tools.audit` prints the findings of the audit.
+A leak is a property of image files, such as the format, by which a detector can tell real from fake images without
+looking at their content. If every real image is a JPEG file and every fake image is a PNG file, a detector learns to
+recognize JPEG files instead of fake images. The leak audit reads file headers and searches for duplicate files. The
+command `python -m tools.audit` prints the findings of the audit.
 """
 
 import hashlib
@@ -27,14 +28,14 @@ logger = logging.getLogger(__name__)
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
 # For each attribute value, the audit computes the fraction of real images and of fake images with this value.
-# The audit reports a leak only if the fractions of real and of fake images differ by at least LEAK_DIFFERENCE.
-# The audit reports a warning only if the fractions of real and of fake images differ by at least WARNING_DIFFERENCE.
+# If the two fractions differ by at least LEAK_DIFFERENCE, the audit reports a leak, except in very small sets.
+# If they differ by at least WARNING_DIFFERENCE, but less than LEAK_DIFFERENCE, the finding is at most a warning.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
 THREADS = 8
 HEAD_BYTES = 2**16  # number of bytes at the beginning of a file that are hashed before the whole file is hashed
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
-QUALITY_50 = 3688  # sum of the luminance table in ITU T.81 Annex K, which libjpeg uses at quality 50
+QUALITY_50 = 3688  # sum of the 64 luminance quantization values of libjpeg at quality 50 (ITU T.81, Annex K)
 WAYS_OUT = {  # for each attribute, advice on how to remove the difference between real and fake images
     "format": "compress both classes as JPEG with the same quality, or use images that were never compressed",
     "JPEG quality": "compress both classes as JPEG with the same quality, or train with --augment-perturb",
@@ -152,8 +153,8 @@ def find_attributes_that_separate_classes(files: Sequence[File]) -> list[Finding
 
     Training and validation images are searched separately. First, the fake images of all generators together are
     compared with the real images. If this comparison finds no difference in an attribute, the fake images of each
-    generator are compared separately. The comparison for a generator uses the images whose `Item.generator`
-    is this generator or empty.
+    single generator are compared with the real images. The comparison for one generator leaves out all images that have
+    another generator name in `Item.generator`.
     """
     findings = []
     for split in ("train", "validation"):
@@ -173,7 +174,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
     """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
 
     Args:
-        where: description of `files`, such as "train", which is copied into the finding.
+        where: description of `files`, such as "train". The finding contains this description.
     """
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
@@ -183,7 +184,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    # For two samples of one distribution, 3 standard deviations of each value in `differences` are <= `three_sigma`.
+    # If real and fake images had the same distribution, a single difference would rarely exceed `three_sigma`.
     three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None

@@ -1,6 +1,6 @@
 """List image files as `Item`s from folders, folder trees, CSV tables and text files with one path per line.
 
-This file does not decode images. The functions raise a `UserError` for a folder or list that cannot be used. If a
+This module does not decode images. The functions raise a `UserError` for a folder or list that cannot be used. If a
 function leaves out files in a folder, one log line says how many, and why.
 """
 
@@ -35,12 +35,12 @@ HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
 
 
 class Item(NamedTuple):
-    """An image file with its label and the name of a generator."""
+    """An image file with its label and its generator name."""
 
     path: str
     label: int | None  # FAKE, REAL, or None if unknown
     # For a fake image, `generator` is the name of the generator that made the image.
-    # A real image gets the name of a generator if metrics compare it only with the fake images of that generator.
+    # If a real image is used only in the metrics of one generator, its `generator` is the name of this generator.
     # If an image has no generator name, `generator` is "".
     generator: str
 
@@ -50,7 +50,7 @@ class ImageFlags(NamedTuple):
 
     real: str = "--data-root-pos"
     fake: str = "--data-root-neg"
-    others: str = "--data-root TREE, or --csv FILE"  # flags besides `real` and `fake`, as text for error messages
+    others: str = "--data-root TREE, or --csv FILE"  # other flags that give labelled images, as text for messages
 
 
 IMAGE_FLAGS = ImageFlags()
@@ -63,14 +63,15 @@ def list_labelled_images_in_folders(real_roots: Sequence[str], fake_roots: Seque
     """List the images of folders: first the real images, then the fake images.
 
     All images in a folder of fake images get the name of the folder as the name of their generator. If two folders of
-    fake images have the same name, all generator names also contain parent folders, such as "run1/stylegan".
+    fake images have the same name, parent folders are added to all generator names until the names differ, as in
+    "run1/stylegan".
 
     Raises:
         UserError: if no folder is given, if one folder contains another, or if a folder has no images.
     """
     roots = [*real_roots, *fake_roots]
     if not roots:
-        raise UserError("no image folders are given: give at least one folder of real or generated images")
+        raise UserError("no image folders are given: give at least one folder of real or fake images")
     _refuse_nested_folders(roots)
     items = []
     for root in real_roots:
@@ -97,14 +98,14 @@ def _refuse_nested_folders(roots: Sequence[str]) -> None:
 def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item]:
     """List the images of a folder tree: first the real images, then the fake images.
 
-    Real and fake images must be in folders with names in LAYOUTS, for example GENERATOR/0_real,
-    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. Images in `root`/0_real and `root`/1_fake get the name of
-    the folder `root` as the name of their generator. Metrics compare the fake images in GENERATOR/1_fake with the real
-    images in GENERATOR/0_real. If images are left out, one log line says how many images are used, and how many are
-    left out.
+    The name of a folder says whether its images are real or fake, for example GENERATOR/0_real,
+    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. LAYOUTS lists these folder names. Images in other folders are
+    left out. Images in `root`/0_real and `root`/1_fake get the name of the folder `root` as the name of their
+    generator. The metrics of a generator are computed from the fake images in GENERATOR/1_fake and the real images in
+    GENERATOR/0_real. If the function leaves out images, it logs how many images it uses, and how many it leaves out.
 
     Args:
-        training: whether to leave out images in folders for validation or test (HELD_OUT_FOLDERS).
+        training: if True, images in folders for validation or test (HELD_OUT_FOLDERS) are left out.
 
     Raises:
         UserError: if no image can be used.
@@ -144,9 +145,9 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
         folders: names of the folders in the path, from the root of the folder tree down.
 
     Returns:
-        the pair in LAYOUTS that contains the name of the found folder, such as ("nature", "ai"), and the index of the
-        found folder in `folders`. If the path contains no folder of real or fake images, the function returns
-        None and 0.
+        a pair (layout, index). `layout` is the pair in LAYOUTS that contains the name of the found folder, such as
+        ("nature", "ai"). `index` is the index of the found folder in `folders`. If the path contains no folder of real
+        or fake images, the function returns (None, 0).
     """
     for layout in LAYOUTS:
         for position, folder in enumerate(folders):
@@ -158,8 +159,8 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
     """Return the name of the generator of an image.
 
-    The generator is named after the first folder in `parents` whose name is not in TRAIN_FOLDERS or HELD_OUT_FOLDERS.
-    If all names in `parents` are in TRAIN_FOLDERS or HELD_OUT_FOLDERS, the generator is named after the folder `root`.
+    The generator is named after the topmost folder in `parents` that is not for training, validation or test. If all
+    names in `parents` are in TRAIN_FOLDERS or HELD_OUT_FOLDERS, the generator is named after the folder `root`.
 
     Args:
         root: root of the folder tree.
@@ -174,8 +175,8 @@ def _raise_error_for_tree_without_images(root: str, left_out: Counter) -> None:
     raise UserError(
         f"image tree {make_printable(root)} has no images that can be used"
         f" ({format_file_counts_by_reason(left_out)}): expected images in folders GENERATOR/0_real and"
-        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai; give folders with other names with --data-root-pos"
-        " and --data-root-neg"
+        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai; if the folders have other names, use --data-root-pos"
+        " for real and --data-root-neg for fake images"
     )
 
 
@@ -221,8 +222,8 @@ def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
     if not path.strip() or label not in LABELS or has_too_many_cells:
         got = make_printable(", ".join(str(value) for value in row.values())[:100])
         raise UserError(
-            f"{where}: expected a path and a label (real or fake, or 1 = real, 0 = fake), got {got}; put a path that"
-            " contains a comma in quotes"
+            f"{where}: expected a path and a label (real or fake, or 1 = real, 0 = fake), got {got}; if a"
+            " path contains a comma, put the path in quotes"
         )
     return path, sys.intern(label), sys.intern(generator)
 
@@ -251,7 +252,8 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
             yield stream
     except (OSError, csv.Error) as error:
-        raise UserError(f"{what} cannot be read ({getattr(error, 'strerror', error)})") from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"{what} cannot be read ({reason}): correct the path or the file") from None
 
 
 def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list[str]:
@@ -272,8 +274,8 @@ def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list
     if None in paths:
         first = make_printable(names[paths.index(None)][:1000])
         raise UserError(
-            f"{what}: {paths.count(None)} of {len(names)} listed files do not exist, the first is {first}; relative"
-            " paths are searched in the working folder and in the folder of the list"
+            f"{what}: {paths.count(None)} of {len(names)} listed files do not exist, for example {first}: give paths"
+            " that are absolute, or relative to the working folder or to the folder of the list"
         )
     return paths
 
@@ -294,7 +296,7 @@ def _find_listed_image_file(name: str, folder: str) -> str | None:
 
 
 def list_image_paths(source: str) -> list[str]:
-    """List the paths of the images in a folder (`find_images`) or in a text file (`read_path_list`)."""
+    """List the paths of the images in a folder, or the image paths in a text file."""
     return find_images(source) if os.path.isdir(source) else read_path_list(source)
 
 
@@ -324,8 +326,8 @@ def list_labelled_images(
     if sources != 1:
         got = "images are given in more than one way" if sources else "no images are given"
         raise UserError(
-            f"expected images to be given in exactly one way, but {got}: give folders of real images with {flags.real}"
-            f" and folders of generated images with {flags.fake}, or {flags.others}"
+            f"expected one source of images, but {got}: give either {flags.real} (folders of real images) and"
+            f" {flags.fake} (folders of fake images), or {flags.others}"
         )
     if tree:
         items = list_labelled_images_in_tree(tree, training)
@@ -335,17 +337,17 @@ def list_labelled_images(
         items = list_labelled_images_in_folders(real_roots, fake_roots)
     else:
         missing = flags.fake if real_roots else flags.real
-        raise UserError(f"expected real and generated images, got only one class: give the other class with {missing}")
+        raise UserError(f"expected real and fake images, got only one class: give the other class with {missing}")
     _refuse_files_in_both_classes(items)
     return items
 
 
 def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
-    """Raise a UserError if a file is listed both as real and as generated.
+    """Raise a UserError if a file is listed both as real and as fake.
 
     A link and the file to which it points count as the same file.
     """
-    first_with = {}  # (device, inode) of each file -> first item whose path leads to the file
+    first_with = {}  # (device, inode) of each file -> first item in `items` with this file
     conflicts = []
     for item in items:
         try:
@@ -358,28 +360,28 @@ def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
     if conflicts:
         one, other = (make_printable(path) for path in conflicts[0])
         raise UserError(
-            f"{len(conflicts)} files are listed both as real and as generated: the first conflict is between {one} and"
-            f" {other}; remove the link or the table row that has the wrong label"
+            f"{len(conflicts)} files are listed both as real and as fake: for example, {one} and {other} are the same"
+            " file; remove the path that has the wrong label"
         )
 
 
 def require_real_and_fake_images(items: Sequence[Item], what: str) -> None:
-    """Raise a UserError if a list of images does not contain both real and generated images.
+    """Raise a UserError if a list of images does not contain both real and fake images.
 
     Args:
         what: description of the list for the error message, such as "training images".
     """
     counts = Counter(item.label for item in items)
     if not counts[REAL] or not counts[FAKE]:
-        got = f"{counts[REAL]} real and {counts[FAKE]} generated"
-        raise UserError(f"{what} must contain both real and generated images, got {got}")
+        got = f"{counts[REAL]} real and {counts[FAKE]} fake"
+        raise UserError(f"{what} must contain both real and fake images, got {got}: add images of the missing class")
 
 
 def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
     """List images without labels, in the order of `paths`.
 
-    Pictures written by test.py are left out. An image that is given twice, by its path and by its folder, is listed
-    once.
+    Residual pictures and figures that test.py has written are left out. An image that is given twice, by its
+    path and by its folder, is listed once.
 
     Args:
         paths: folders, which are searched for images, and image files with any suffix.
@@ -412,7 +414,7 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
     for path in found:
         unique.setdefault(os.path.abspath(path), path)
     if len(unique) < len(found):
-        logger.info("left out %d images that are given twice", len(found) - len(unique))
+        logger.info("left out %d repeated paths: each image is used once", len(found) - len(unique))
     return [Item(path, None, "") for path in unique.values()]
 
 
@@ -420,7 +422,7 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
 
 
 def describe_and_hash_image_list(items: Sequence[Item]) -> str:
-    """Return one line with the number of images in a list, and a hash of their paths, labels and generators.
+    """Return one line of text: the number of images in a list, and one hash of all paths, labels and generators.
 
     The hash is computed from absolute paths, so that the line does not depend on the working folder.
     """
@@ -435,7 +437,7 @@ def describe_and_hash_image_list(items: Sequence[Item]) -> str:
 
 
 def hash_image_files(items: Sequence[Item]) -> np.ndarray:
-    """Compute hashes of training images, by which `count_images_trained_on` recognizes the images later.
+    """Compute hashes of training images, for `count_images_trained_on`.
 
     Returns:
         the hashes, int64 (N, 2): each row contains two hashes of one image file. The first column contains a hash of
@@ -467,7 +469,7 @@ def _hash_name_and_size(path: str) -> int:
 def _hash_middle_of_file(path: str) -> int:
     """Compute a hash of 64 bytes in the middle of a file.
 
-    The function does not read the other bytes, so that it is fast for large files.
+    The function reads only these 64 bytes, so that it is also fast for large files.
     """
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)

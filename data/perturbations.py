@@ -4,9 +4,10 @@ Images are uint8 (3, H, W) RGB tensors. Every perturbation returns an image of t
 perturbed by one of two protocols, frank2020 and sweep. Metrics of one protocol cannot be compared with metrics of the
 other protocol.
 
-In the protocol frank2020, each perturbation is applied with probability 0.5 and a random strength, as in Frank et al.,
-"Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020). In the protocol sweep, each perturbation is
-applied to every image at a fixed strength, to plot AUROC against strength.
+In the protocol frank2020, a perturbation changes an image with probability 0.5, at a random strength, as in Frank et
+al., "Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020). In the protocol sweep, a perturbation
+is applied to all images at the same strength. Repeating this at several strengths gives a plot of AUROC against
+strength.
 
 To add a perturbation, write a function and add a line to SWEEP, to FRANK2020, or to both.
 
@@ -43,7 +44,7 @@ def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Blur an image with a Gaussian kernel, and round the result to uint8.
 
     The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The image is blurred
-    along one axis at a time. Along each axis, the radius of the kernel is limited to the image side minus 1.
+    along one axis at a time. Along an axis of n pixels, the radius of the kernel is at most n - 1.
     """
     x = image.float()  # (3, H, W)
     for _ in range(2):
@@ -113,7 +114,7 @@ def _round_to_uint8(x: Tensor) -> Tensor:
 
 
 def crop_by_random_amount(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Crop the centre of an image by a random fraction (CROP_FRACTION), and enlarge the crop to the original size."""
+    """Cut a random fraction (CROP_FRACTION) off the sides of an image, and enlarge the rest to the original size."""
     return crop_and_enlarge(image, rng.uniform(*CROP_FRACTION))
 
 
@@ -150,7 +151,7 @@ FRANK2020 = {
 def blur_at_strength(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
     """Blur an image with a Gaussian kernel whose standard deviation is `sigma` pixels.
 
-    The radius of the kernel is at least 4 * sigma.
+    The radius of the kernel is 4 * sigma, rounded up to whole pixels, or less in a very small image.
     """
     return blur_image(image, 2 * math.ceil(4 * sigma) + 1, sigma)
 
@@ -201,17 +202,17 @@ SWEEP = {
 
 
 class PerturbationSetting(NamedTuple):
-    """A choice of one perturbation, and of its strength if the protocol is sweep.
+    """The name of a perturbation, and in the protocol sweep also its strength.
 
     The perturbation "none" does not change images.
     """
 
     name: str
-    strength: float | None = None  # None for the perturbation "none", and in the protocol frank2020
+    strength: float | None = None  # None if the name is "none" or the protocol is frank2020
 
     @property
     def get_sweep_of_perturbation_or_default(self) -> Sweep:
-        """The `Sweep` of the perturbation `name`, or `Sweep()` if `name` is not in SWEEP."""
+        """The `Sweep` of the perturbation `name`. If `name` is not in SWEEP, a `Sweep` with default labels."""
         return SWEEP.get(self.name, Sweep())
 
     @property
@@ -260,14 +261,14 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
         if not same_name:
             names = ", ".join(dict.fromkeys(s.name for s in available))
             raise UserError(
-                f"--perturb {name!r} is not a name in --perturb-protocol {protocol}: expected one of {names} or all"
+                f"--perturb {name!r} does not exist with --perturb-protocol {protocol}: expected one of {names} or all"
             )
         found = [s for s in same_name if strength is None or s.strength == strength]
         if not found:
             strengths = ", ".join(f"{s.strength:g}" for s in same_name if s.strength is not None)
             expected = f"expected one of {strengths}" if strengths else "this perturbation takes no strength"
             raise UserError(
-                f"--perturb {name}={strength:g} is not a setting in --perturb-protocol {protocol}: {expected}"
+                f"--perturb {name}={strength:g} does not exist with --perturb-protocol {protocol}: {expected}"
             )
         selected += found
     return list(dict.fromkeys(selected))
@@ -277,8 +278,9 @@ class Perturbation(NamedTuple):
     """A transform for `ImageDataset` that applies one perturbation setting to images.
 
     In the protocol frank2020, a perturbation is applied to an image with probability 0.5. The setting "combined"
-    applies each of its four perturbations with probability 0.5. In the protocol sweep, every image is perturbed. In the
-    protocol sweep, "noise" adds the same random pattern to an image at every strength, multiplied by the strength.
+    applies each perturbation of FRANK2020 with probability 0.5. In the protocol sweep, a perturbation is applied to
+    every image. In the protocol sweep, "noise" draws one random pattern for an image, and uses this pattern at all
+    strengths.
     """
 
     setting: PerturbationSetting
@@ -327,8 +329,8 @@ def _require_image_of_equal_shape(perturbed: Tensor, image: Tensor, name: str) -
 def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Apply a random perturbation of FRANK2020 to a training image with probability 0.5.
 
-    Training must perturb both real and generated images. If only one class were perturbed, the detector would learn to
-    recognize perturbed images instead of generated images.
+    Training must perturb both real and fake images. If only one class were perturbed, the detector would learn to
+    recognize perturbed images instead of fake images.
     """
     if rng.random() >= PROBABILITY:
         return image

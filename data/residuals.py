@@ -2,8 +2,8 @@
 
 A frozen re-synthesizer computes the same residual of an image in every epoch. Therefore each residual is computed only
 once and stored in a cache. The cache has one file for each crop of an image, and one file for each mirrored crop. The
-residual of a mirrored image is not the mirrored residual, because the networks are not symmetric. The name of the cache
-folder is a hash of all settings that change residuals. Before each epoch,
+residual of a mirrored image is not the mirrored residual of the image, because convolution kernels are not
+symmetric. The name of the cache folder is a hash of all settings that change residuals. Before each epoch,
 `ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. During the epoch, the cached
 residuals are read instead of the images.
 """
@@ -63,7 +63,7 @@ def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
 def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
     """Return whether the residuals fit into the cache, and log the result.
 
-    The residuals must take at most `max_bytes`. The free disk space must be large enough for residuals that are not yet
+    The residuals fit if they take at most `max_bytes` in total, and if the disk has space for those that are not yet
     stored.
 
     Args:
@@ -74,7 +74,7 @@ def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float)
     needed = sum(sizes)
     stored = 0
     for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # another training may use the folder and rename temporary files
+        with contextlib.suppress(FileNotFoundError):  # another run may have renamed or deleted the file
             stored += entry.stat().st_size
     fits = needed <= max_bytes and needed - stored <= shutil.disk_usage(folder).free
     if fits:
@@ -176,12 +176,12 @@ class ResidualDataset(Dataset):
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: function that takes a loader and the text of a progress bar, and yields the batches whose
-                image could be read.
+            readable_batches: function that is called with a loader and the text of a progress bar. It yields the
+                batches of the loader, but leaves out images that cannot be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.is_residual_stored(key)]
-        barrier(world)  # before a process stores residuals, each process must have computed `missing`
+        barrier(world)  # wait, because a residual stored now would shorten `missing` in a slower process
         own_keys = missing[world.rank :: world.size]
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
@@ -209,24 +209,26 @@ def create_residual_datasets(
     """Create a dataset of cached residuals for each dataset of images.
 
     Args:
-        residual_shape: computes the shape (C_l, H_l, W_l) of a residual from the height and the width of an image.
+        residual_shape: function that computes the shape (C_l, H_l, W_l) of a residual from the height and the width of
+            an image.
         key: names and values of all settings that change residuals.
 
     Returns:
-        a list of one `ResidualDataset` for each dataset in `datasets`. If the images change in each epoch, the function
-        returns an empty list. If the residuals do not fit into the cache, the function returns an empty list.
+        a list of one `ResidualDataset` for each dataset in `datasets`. If a dataset draws new crops in each epoch or
+        has a `transform`, the function returns an empty list. If the residuals do not fit into the cache, the function
+        returns an empty list.
     """
     for images in datasets:
         if images.crops_change_each_epoch or images.transform:
             logger.info(
-                "residuals are not cached, because the images change in each epoch: leave out --augment-perturb, and"
-                " give --crops-per-image together with --crop-size"
+                "residuals are not cached, because the images change in each epoch; to cache residuals, leave out"
+                " --augment-perturb, and use --crop-size only with --crops-per-image"
             )
             return []
     dtype = STORAGE[options.precision]
     byte_counts = []
     for images in datasets:
-        directions = 2 if images.augmentation else 1  # with augmentation, mirrored crops are also cached
+        directions = 2 if images.augmentation else 1  # residuals per crop: augmentation also needs the mirrored crop
         for size in images.image_sizes:
             values = math.prod(residual_shape(*size))
             byte_counts += [values * dtype.itemsize] * (images.entries_per_image * directions)

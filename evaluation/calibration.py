@@ -8,7 +8,8 @@ from utils.checkpoints import Fields
 from utils.console import make_printable
 from utils.errors import UserError
 
-THRESHOLD_TOLERANCE = 1e-6  # tolerance for thresholds that tools.calibrate puts just below 0 or just above 1
+# tools.calibrate can choose the next floating-point number below 0 or above 1 as a threshold
+THRESHOLD_TOLERANCE = 1e-6  # maximum distance of a threshold below 0 or above 1
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -18,8 +19,9 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     Args:
         logits: (N, 2), with the columns FAKE and REAL.
         calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by
-            calibration["temperature"]. The verdict is fake if P(fake) >= "t_fake", real if P(fake) <= "t_real", and
-            unsure between these thresholds. Without a calibration, the temperature is 1 and both thresholds are 0.5.
+            calibration["temperature"]. The verdict is fake if P(fake) >= calibration["t_fake"], otherwise real if
+            P(fake) <= calibration["t_real"], otherwise unsure. Without a calibration, the temperature is 1 and both
+            thresholds are 0.5.
 
     Returns:
         P(fake), float64 (N,) in [0, 1], and N verdicts: real, fake or unsure.
@@ -27,7 +29,7 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
     rule = {**UNCALIBRATED, **(calibration or {})}
     logits = np.asarray(logits, dtype=np.float64).reshape(-1, 2)
     margins = logits[:, 0] - logits[:, 1]
-    prob_fake = sigmoid(margins / rule["temperature"])  # equals softmax(logits / temperature)[:, 0]
+    prob_fake = sigmoid(margins / rule["temperature"])  # equals softmax(logits / temperature)[:, FAKE]
     verdicts = np.full(len(prob_fake), "unsure")
     verdicts[prob_fake <= rule["t_real"]] = "real"
     verdicts[prob_fake >= rule["t_fake"]] = "fake"
@@ -50,7 +52,7 @@ def check_calibration(calibration: object, name: str) -> dict:
         The calibration as a dict, which is empty if the checkpoint has no calibration.
 
     Raises:
-        UserError: if the temperature or a threshold is missing or impossible.
+        UserError: if a value of the calibration is missing or outside its range, or if t_real is greater than t_fake.
     """
     fields = Fields(calibration, name, "calibration")
     if not fields.values:
@@ -60,7 +62,7 @@ def check_calibration(calibration: object, name: str) -> dict:
     t_fake = fields.get_number_field("t_fake", -THRESHOLD_TOLERANCE, 1 + THRESHOLD_TOLERANCE)
     if t_real > t_fake:
         raise UserError(
-            f"{make_printable(name)} is damaged: calibration.t_real must not exceed calibration.t_fake, got t_real"
-            f" {t_real:g} and t_fake {t_fake:g}; use an undamaged copy"
+            f"{make_printable(name)} is damaged: the threshold calibration.t_real must not exceed the threshold"
+            f" calibration.t_fake, got {t_real:g} and {t_fake:g}; use an undamaged copy"
         )
     return dict(fields.values)

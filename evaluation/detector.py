@@ -4,7 +4,7 @@
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py also scores images with the class `Detector`.
+test.py scores images with the class `Detector` of this module.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -55,7 +55,7 @@ class Detector:
     policy: SizePolicy
     calibration: Mapping  # see `probabilities_and_verdicts`; empty if the detector is not calibrated
     config: Mapping  # architecture of the network, and hashes of its weights
-    # Hashes of the training images (`data.lists.hash_image_files`), or None if the checkpoint has none
+    # Hashes of the training images (`data.lists.hash_image_files`), or None if the checkpoint stores no hashes
     trained_on: Tensor | None
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
@@ -73,10 +73,11 @@ class Detector:
         return verdicts
 
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
-        """Compute the residual of each image: the features of its re-synthesis minus the features of the image.
+        """Compute the residual of each image, float32 (C_l, H_l, W_l), on the CPU.
 
-        By default, a residual is the absolute value of the difference between the two feature maps. Each residual is
-        float32 (C_l, H_l, W_l) on the CPU. If `crops` is greater than 1, the residual still covers the whole image.
+        A residual is the absolute difference between the features of an image and the features of its re-synthesis. If
+        `network.signed` is True, a residual is instead the features of the re-synthesis minus the features of the
+        image. If `crops` is greater than 1, the residual still covers the whole image.
         """
         residuals = []
         for batch in self._group_images_into_batches(images):
@@ -195,7 +196,7 @@ class Detector:
     # --- what the scores depend on ---
 
     def describe_model(self) -> dict:
-        """Return a dict of the detector's config, a hash of the weights of its classifier, and its calibration."""
+        """Return a dict with the entries of `config`, a hash of the classifier's weights, and the calibration."""
         return {
             **self.config,
             "classifier_fingerprint": compute_fingerprint(self.network.classifier),
@@ -203,7 +204,7 @@ class Detector:
         }
 
     def describe_differences_from_training_images(self, paths: Sequence[str]) -> list[str]:
-        """List differences in size or file format between image files and the training images.
+        """Compare image files with the training images, and list the differences in size and file format.
 
         Each difference is described in one line of text.
 
@@ -239,12 +240,12 @@ class Detector:
 
 
 def describe_training_images(images: ImageDataset) -> dict:
-    """Describe the sizes and the file formats of training images, as a dict for a checkpoint.
+    """Describe the sizes and the file formats of the training images, in a dict that is stored in the checkpoint.
 
     Returns:
         A dict with the keys "sides" and "jpegs". "sides" holds the minimum and the maximum, in pixels, of the
-        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, the value
-        0.5 is stored under "jpegs", because the perturbations include JPEG compression.
+        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, "jpegs" is 0.5, which
+        means that training sees images with and without JPEG compression.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))
@@ -260,7 +261,7 @@ def images_per_batch(height: int, width: int) -> int:
 
 
 def yield_each_image_as_batch(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Convert each image, uint8 (3, H, W), to a batch of size 1. Yields `first` before the images in `others`."""
+    """Yield the image `first`, and then each image in `others`, as a batch of size 1. Images are uint8 (3, H, W)."""
     unnamed = Item("", None, "")
     yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])
     for index, image in enumerate(others, start=1):

@@ -1,7 +1,8 @@
-"""Draw score tables and residuals into PNG files.
+"""Draw figures of scores, metrics and residuals as PNG files.
 
 Fake is the positive class. Histograms of real images are grey. Each generator has the same colour and dash pattern in
-all panels of a figure. Colour-blind readers can distinguish the colours (Okabe and Ito, 2008).
+all panels of a figure. The colours of the generators are from Okabe and Ito (2008), so that colour-blind readers can
+distinguish the generators.
 """
 
 import contextlib
@@ -50,11 +51,11 @@ FEWEST_BINS, MOST_BINS = 10, 40  # smallest and largest number of bins of a hist
 LONGEST_NAME = 28  # maximum number of characters of a name in a legend
 LONGEST_LEGEND = 6  # maximum number of entries of a legend inside a panel; longer legends go below the panels
 LEGEND_ENTRY_WIDTH = 2.6  # width in inches of an entry in a legend below the panels
-MOST_HISTOGRAMS = 4  # maximum number of generators in one panel of histograms; more could not be distinguished
-LOWEST_FPR = 0.005  # left end of the logarithmic axis; with more than 100 real images, the axis begins further left
+MOST_HISTOGRAMS = 4  # maximum number of generators that get a histogram each
+LOWEST_FPR = 0.005  # left end of the logarithmic FPR axis for at most 100 real images
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-HIGHEST_PICTURE = 34  # maximum height in inches of each panel of a residual picture; taller images are squeezed
+HIGHEST_PICTURE = 34  # maximum height in inches of a panel in a residual picture
 BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
@@ -74,7 +75,7 @@ def draw_auroc_by_perturbation_strength(
 ) -> None:
     """Draw AUROC against the strength of a perturbation, in one panel per perturbation.
 
-    In each panel, the strength that changes images most is on the right.
+    In each panel, the perturbation changes images more and more from left to right.
 
     Args:
         curves: a dict {name of a perturbation: list of pairs}. Each pair holds a strength and a dict {name of a
@@ -146,7 +147,8 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
         if metrics.has_real_and_fake_images(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
-                smallest = max(0.5 / np.sum(~is_fake), 1e-5)  # an FPR of 0 is drawn at this value
+                # A logarithmic axis has no 0: an FPR of 0 is drawn at half the smallest positive FPR, at least at 1e-5
+                smallest = max(0.5 / np.sum(~is_fake), 1e-5)
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
             label = f"{shorten_name_for_legend(name)}  {metrics.auroc(scores, is_fake):.3f}"
@@ -166,7 +168,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
 def draw_histograms(axes: Axes, table: ScoreTable) -> None:
     """Draw a histogram of the scores of real images, and a histogram for each generator's fakes.
 
-    The height of a bar is the fraction of the histogram's images whose scores lie in the bin.
+    The height of a bar is the number of images in its bin, divided by the number of images in the histogram.
     """
     table = table.select_rows(table.has_label_and_score if table.has_label_and_score.any() else table.has_score)
     edges = histogram_bin_edges(table.logit_margins)
@@ -185,7 +187,7 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
 def select_images_of_each_histogram(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
     """Select the images of each histogram: real images, unlabelled images, and the fakes of each generator.
 
-    With more than MOST_HISTOGRAMS generators, one histogram shows the fakes of all generators.
+    If there are more than MOST_HISTOGRAMS generators, a single histogram shows the fakes of all generators.
 
     Returns:
         For each histogram, its name, a mask (N,) bool of its images, and its style as arguments for `Axes.stairs`.
@@ -232,13 +234,13 @@ def write_png_figure(
     grid: Mapping | None = None,
     description: str = "",
 ) -> Iterator[np.ndarray]:
-    """Yield an array of the panels of a new figure. After the `with` block, write the figure to a PNG file.
+    """Yield the panels of a new figure as an array. When the `with` block ends, the figure is written to a PNG file.
 
     Args:
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
         grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. If `grid` is None,
-            matplotlib places the panels so that all labels fit, which takes 0.6 s.
+            matplotlib places the panels so that all labels fit. The placement takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):
@@ -262,7 +264,10 @@ def choose_generator_line_style(i: int) -> dict[str, str]:
 
 
 def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
-    """Choose the edges of histogram bins. The bins cover the middle 99 % of the scores, and one edge is at zero."""
+    """Choose the edges of histogram bins. The bins cover the middle 99 % of the scores.
+
+    One edge is at zero, so that no bin holds both negative and positive scores.
+    """
     low, high = np.percentile(scores, [0.5, 99.5]) if len(scores) else (-1.0, 1.0)
     low, high = min(low, 0.0), max(high, 0.0)
     count = np.clip(1.5 * np.sqrt(len(scores)), FEWEST_BINS, MOST_BINS)
@@ -273,7 +278,7 @@ def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
 def draw_legend(axes: Axes, title: str | None, place: str) -> None:
     """Draw the legend of a panel: inside the panel, or below all panels if the legend is long.
 
-    If a panel has no entries for a legend, the panel shows the text "needs real and fake images".
+    A legend without entries is replaced by the text "needs real and fake images".
     """
     entries = len(axes.get_legend_handles_labels()[0])
     if entries > LONGEST_LEGEND:

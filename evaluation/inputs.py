@@ -40,11 +40,11 @@ def decode_image(image: ImageInput) -> Tensor:
     if isinstance(image, Tensor):
         if image.dtype == torch.uint8 and image.ndim == 3 and image.shape[0] == 3:
             return image.cpu()
-        raise UserError(f"expected {ACCEPTED}; got a tensor of {image.dtype} {tuple(image.shape)}")
+        raise UserError(f"expected {ACCEPTED}; got a tensor with dtype {image.dtype} and shape {tuple(image.shape)}")
     if isinstance(image, np.ndarray):
         if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
             return torch.from_numpy(image.transpose(2, 0, 1).copy())
-        raise UserError(f"expected {ACCEPTED}; got an array of {image.dtype} {image.shape}")
+        raise UserError(f"expected {ACCEPTED}; got an array with dtype {image.dtype} and shape {image.shape}")
     raise UserError(f"expected {ACCEPTED}; got {type(image).__name__}")
 
 
@@ -56,7 +56,7 @@ def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
     """
     try:
         if isinstance(image, Image.Image):
-            opened = image.copy()  # the conversion below may change the image
+            opened = image.copy()  # `convert_to_upright_rgb` may change its argument in place
         else:
             opened = Image.open(image, formats=FORMATS)
         pixels = np.array(convert_to_upright_rgb(opened))  # (H, W, 3)
@@ -71,21 +71,22 @@ def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
 
 
 def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
-    """Cut `count` square crops that are evenly spread over an image, from border to border.
+    """Cut at most `count` square crops, which are evenly spread over an image.
 
-    The crops form a grid with about the aspect ratio of the image. If several crops would have the same position,
-    only one of them is cut. If a side of the image is shorter than a crop, each crop covers the whole side.
+    The crops form a grid of rows and columns. The ratio rows / columns is as close as possible to the ratio H / W of
+    the image. If several crops would have the same position, only one of them is cut. If one side of the image is
+    shorter than `side` pixels, the crops are as long as this side and are not square.
 
     Args:
         image: a tensor (3, H, W).
         side: side length of a crop in pixels.
 
     Returns:
-        The crops (K, 3, h, w), ordered row by row, and the number of crops per row. K is at most `count`.
+        The crops (K, 3, h, w), ordered row by row, and the number of crops per row.
     """
     height, width = image.shape[1:]
     divisors = [n for n in range(1, count + 1) if count % n == 0]
-    # Choose the grid whose rows / columns is closest to height / width of the image
+    # Choose the number of rows for which rows / columns is closest to height / width of the image
     rows = min(divisors, key=lambda n: abs(math.log((n * n / count) / (height / width))))
     tops = compute_crop_start_positions(height, side, rows)
     lefts = compute_crop_start_positions(width, side, count // rows)
@@ -94,9 +95,13 @@ def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tenso
 
 
 def compute_crop_start_positions(length: int, side: int, count: int) -> list[int]:
-    """Compute the positions at which `count` crops of `side` pixels begin on a line of `length` pixels.
+    """Compute the pixel positions at which `count` crops begin along one side of an image.
 
     A single crop is centred. Duplicate positions are removed.
+
+    Args:
+        length: length of the image's side in pixels.
+        side: side length of a crop in pixels.
     """
     free = max(length - side, 0)
     if count == 1:

@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CROPS = 9  # number of crops per image, for a detector that was trained on crops (see docs/results.md)
 IMAGE_OPTIONS = ("crop_size", "resize", "crops")
+# The value of "no_dilation" is the opposite of the value of "dilated"
 ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of test.py -> name of the option
 
 
 class ImageSettings(NamedTuple):
-    """The sizes to which images are resized and cropped before they are scored."""
+    """How images are resized and cropped before they are scored."""
 
     crop_size: int | None  # side length of a crop in pixels; None if images are not cropped
     resize: int | None  # length of the shorter side after resizing, in pixels; None if images are not resized
@@ -51,7 +52,8 @@ def load(
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
         resynthesizer: path of the checkpoint of the re-synthesizer. `resynthesizer` is needed only if `checkpoint` is a
             checkpoint of the paper's authors.
-        vgg_weights: "auto", "imagenet", "random" or the path of a file, as for the flag `--vgg-weights`.
+        vgg_weights: weights of VGG-19: "auto", "imagenet", "random" or the path of a file. The values mean the same as
+            in the flag `--vgg-weights` of test.py.
         options: settings that the authors' checkpoints do not store, as a dict {name: value}. The tuple
             `models.build.OPTION_NAMES` lists the names of these settings ("stage", "dilated", ...). "idx_stages" is
             another name for "stage", and "no_dilation" means the opposite of "dilated". The options "crop_size",

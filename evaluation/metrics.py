@@ -1,9 +1,9 @@
 """Compute metrics of score tables with bootstrap intervals, and show the metrics in tables.
 
 FAKE IS THE POSITIVE CLASS: an image with a higher score is more likely to be generated. A false positive is a real
-image that is called fake. Exception: REAL is the positive class of precision_real_positive and recall_real_positive, as
-in the program of the paper's authors. The value of an undefined metric is None. For example, AUROC is None if all
-images are real. No metric is NaN, so that metrics can be written as JSON.
+image that is called fake. Exception: for precision_real_positive and recall_real_positive, REAL is the positive class,
+as in the release. The value of an undefined metric is None, because JSON has no NaN. For example, AUROC is None if all
+images are real.
 """
 
 import math
@@ -21,7 +21,7 @@ from utils.random_streams import seeded_generator
 ECE_BINS = 15  # number of bins of P(fake), as in Guo et al. (ICML 2017)
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-FEW_REALS = 100  # with fewer real images, TPR at 1 % FPR allows no false positive
+FEW_REALS = 100  # number of real images below which one false positive means an FPR above 1 %
 UNNAMED = "(unnamed)"
 RELEASE = "as in the authors' program (positive class: REAL)"
 
@@ -104,12 +104,13 @@ class Metric(NamedTuple):
     """A number that is computed from a score table, such as AUROC.
 
     The function `compute` returns None or NaN if the metric is not defined, for example without fake images.
+    `compute_metrics_over_all_rows` replaces NaN by None.
     """
 
     label: str
     description: str
     compute: Callable[[np.ndarray, np.ndarray, np.ndarray], float | None]  # (scores, prob_fake, is_fake), each (N,)
-    is_column: bool = True  # True: a column of tables, in %; False: a number below the tables
+    is_column: bool = True  # whether tables show the metric as a column, in %; other metrics are shown below the tables
 
 
 METRICS = {  # arguments of the lambda functions: s = logit_fake - logit_real, p = prob_fake, f = is_fake
@@ -142,8 +143,7 @@ def compute_bootstrap_intervals(
     drawn. Cumulative sums of the counts give the ROC curve and the precision of the resample.
 
     Args:
-        scores: (N,). A higher score means that the image is more likely fake. An image is called fake if its score is
-            >= 0.
+        scores: (N,), the margin logit_fake - logit_real of each image. An image is called fake if its margin is >= 0.
         is_fake: (N,) bool, whether each image is fake.
         resamples: number of resamples.
         seed: random seed.
@@ -157,7 +157,7 @@ def compute_bootstrap_intervals(
     reals, fakes = np.flatnonzero(~is_fake), np.flatnonzero(is_fake)
     if min(len(reals), len(fakes)) < 2:
         return None
-    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # (K,), index of the last image of each score
+    thresholds = np.flatnonzero(np.diff(scores, append=-np.inf))  # (K,), index of the last image of each distinct score
     is_right = (scores >= 0) == is_fake
     rng = seeded_generator(seed, len(reals), len(fakes))
     values = {"accuracy": [], "auroc": [], "average_precision": []}
@@ -252,7 +252,7 @@ def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[
     """Return warnings about undefined metrics, and about metrics that are computed from few real images.
 
     Args:
-        groups: {name of a generator, or "all images": metrics}.
+        groups: a dict whose keys are the names of generators and "all images", and whose values are dicts of metrics.
     """
     lines, few = [], []
     for name, measured in groups.items():
@@ -270,8 +270,8 @@ def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[
 def select_fakes_and_reals_per_generator(table: ScoreTable) -> dict[str, np.ndarray]:
     """Select the rows of each generator: the fakes of the generator, and the real images for comparison.
 
-    Fakes are compared with the reals whose column "generator" names the same generator. If no reals name the generator,
-    its fakes are compared with the reals whose column "generator" is empty.
+    The fakes of a generator are compared with the real images whose rows have the same name in the column "generator".
+    If no real image has this name, the fakes are compared with the real images whose column "generator" is empty.
 
     Returns:
         A dict from the name of each generator to a mask (N,) bool of its rows, sorted by name.
@@ -313,7 +313,8 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
     """Make a table with one row per generator, one row for the mean over generators and one row for all images.
 
     Args:
-        summaries: {name: summary of a score table}. With several score tables, the first column holds their names.
+        summaries: a dict {name of a score table: summary of the score table}. If `summaries` has several entries, the
+            first column shows the names of the score tables.
         columns: names of metrics. If `columns` is empty, the table shows all metrics whose `is_column` is True.
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]

@@ -1,8 +1,9 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
-P stands for the value of --save_path without "/" or ".npy" at its end. test.py recognises its earlier table P.csv by
-the header, and its earlier P.json by the keys. The entry "Software" in the header of a PNG file shows that this project
-wrote the file. The array file P.npy is replaced only if test.py also wrote P.json or P.csv.N.part.
+P is the value of --save_path without a final "/" or ".npy". test.py recognises an earlier score table P.csv by the
+header of the table, and an earlier JSON file P.json by the keys in the file. The entry "Software" in the header of a
+PNG file shows that this project wrote the file. The array file P.npy does not show which program wrote it. Therefore,
+test.py replaces P.npy only if a P.json or a partial table of test.py lies beside it.
 """
 
 import hashlib
@@ -22,12 +23,13 @@ from evaluation.score_writer import find_partial_tables, read_settings_of_partia
 from utils.console import make_printable
 from utils.errors import UserError
 
+# Every file P.json that test.py writes has the keys in RECORD_KEYS
 RECORD_KEYS = {
     "scoring_settings",
     "detector",
     "metrics",
     "versions",
-}  # every P.json that test.py writes has these keys
+}
 
 
 def path_without_suffix(save_path: str) -> Path:
@@ -53,8 +55,8 @@ def refuse_to_replace_files_of_other_programs(
     Args:
         base: the path P, without suffix, of P.csv, P.npy, P.json and P.png.
         pictures: paths of the residual pictures.
-        read_files: device number and inode number of each file that this run reads, from `device_and_inode`. These
-            files are never replaced, even if they are earlier outputs of test.py.
+        read_files: device number and inode number of each file that this run reads, from `device_and_inode`. A file
+            that this run reads is never replaced, even if it is an earlier output of test.py.
 
     Raises:
         UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The error
@@ -103,13 +105,13 @@ def refuse_path_that_cannot_exist(path: Path) -> None:
         pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{make_printable(path)} cannot be written ({reason})") from None
+        raise UserError(f"{make_printable(path)} cannot be written ({reason}): choose another --save_path") from None
 
 
 def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
     """Return the device number and the inode number of a file.
 
-    Different paths to one file, such as hard links and symbolic links, have equal numbers.
+    All paths that lead to one file, such as hard links and symbolic links, give the same two numbers.
 
     Returns None if the file cannot be found.
     """
@@ -175,7 +177,7 @@ class ResidualPictures:
         self.settings_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_images_without_current_picture(self) -> np.ndarray | None:
-        """Find the images whose residual picture is missing, or was drawn with different settings.
+        """Find the images whose residual picture is missing, or was not drawn with the scoring settings of this run.
 
         Returns:
             A mask (N,) bool that is True for each image whose residual picture must be drawn. The result is None if no

@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     path: str
     label: str = ""  # real, fake, or empty if the image has no label
-    # A real image can name the generator whose fakes are compared with the image
+    # In the row of a real image, `generator` can name the generator whose fakes are compared with the image
     generator: str = ""  # name of the generator that made a fake image
     logit_fake: float | None = None
     logit_real: float | None = None
@@ -53,11 +53,14 @@ PREDICTIONS = ("real", "fake", "unsure")
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The columns of a score table of N images, in file order. Rows with an error have NaN logits and prob_fake."""
+    """The columns of a score table of N images, in file order.
+
+    In rows with an error, the logits and prob_fake are NaN.
+    """
 
     paths: list[str]
     is_real: np.ndarray  # (N,) bool
-    is_fake: np.ndarray  # (N,) bool; an image without a label is neither real nor fake
+    is_fake: np.ndarray  # (N,) bool; False for real images and for images without a label
     generators: list[str]
     logits: np.ndarray  # (N, 2) float32, columns FAKE, REAL
     prob_fake: np.ndarray  # (N,) float64
@@ -71,14 +74,14 @@ class ScoreTable:
     def logit_margins(self) -> np.ndarray:
         """Compute the margins logit_fake - logit_real, float64 (N,).
 
-        Metrics rank images by their margins, because prob_fake is rounded to 1 for all large margins.
+        Metrics rank images by margin, because floating-point rounding makes prob_fake equal to 1 for all large margins.
         """
         logits = self.logits.astype(np.float64)
         return logits[:, 0] - logits[:, 1]
 
     @property
     def has_score(self) -> np.ndarray:
-        """Return a mask (N,) bool of the rows that have a score and therefore no error."""
+        """Return a mask (N,) bool of the rows that have a score. All other rows have an error."""
         return ~np.isnan(self.prob_fake)
 
     @property
@@ -176,7 +179,7 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 def format_csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
-    # Before Python 3.13, csv.writer with QUOTE_MINIMAL does not quote a cell that contains "\r"
+    # QUOTE_ALL is needed before Python 3.13, where QUOTE_MINIMAL does not quote a cell that contains "\r"
     # csv.reader would end the line at an unquoted "\r"
     quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
@@ -184,7 +187,7 @@ def format_csv_line(cells: Sequence[str]) -> str:
 
 
 def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
-    """Write a score table. A file at `path` is replaced only after all rows are written."""
+    """Write a score table to a temporary file, which then replaces the file at `path`."""
     with open_for_atomic_write(path) as file:
         file.write(format_csv_line(COLUMNS).encode())
         for row in rows:
@@ -200,7 +203,7 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
         UserError: if the file cannot be read or a row is wrong. The message names the file, the line and the mistake.
     """
     line = 1
-    try:  # utf-8-sig, because Excel writes a byte order mark
+    try:  # the encoding utf-8-sig skips the byte order mark that Excel writes at the start of a file
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             reader = csv.reader(file, strict=True)
             header = [name.strip() for name in next(reader, [])]
@@ -216,7 +219,8 @@ def read_rows(path: str | os.PathLike) -> Iterator[Row]:
                     yield row_from_cells(by_column)
                 line = reader.line_num + 1
     except OSError as error:
-        raise UserError(f"cannot read the score table {make_printable(path)} ({error.strerror})") from None
+        text = f"cannot read the score table {make_printable(path)} ({error.strerror})"
+        raise UserError(f"{text}: check the path and the permissions of the file") from None
     except (csv.Error, ValueError) as error:
         raise UserError(f"{make_printable(path)}, line {line}: {error}") from None
 
@@ -267,7 +271,7 @@ def read_json_record_of_score_table(path: str | os.PathLike) -> dict:
         return dict(json.loads(record_path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         text = f"cannot read {make_printable(record_path)} ({error})"
-        raise UserError(f"{text}: to continue without this file, delete the file") from None
+        raise UserError(f"{text}: repair the file, or delete it to continue without it") from None
 
 
 def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
@@ -281,6 +285,6 @@ def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
     for part in Path(path).parts:
         if part == os.pardir:
             parts.append("__")
-        elif part.strip("\\/"):  # leave out the root "/"
+        elif part.strip("\\/"):  # the root "/" becomes empty here, and is left out
             parts.append(part)
     return Path(folder, *parts[:-1], f"{parts[-1]}{RESIDUAL_PICTURE_SUFFIX}")

@@ -3,13 +3,13 @@
 Each process writes its rows to its own file P.csv.N.part, called a partial table, where N is a number. The first line
 of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
 files. A run refuses to continue a partial table that has different scoring settings. A run does not score an image
-again if an earlier run wrote a row with its score to a partial table. If the row holds an error, or if the size or the
-modification time of the image file has changed, the image is scored again. When every image has a row, one row per
-image is written to P.csv, in the order of the list of images.
+again if an earlier run wrote a row with its score to a partial table. If the row holds an error, the image is scored
+again. The image is also scored again if the size or the modification time of the image file differs from the values in
+the row. When every image has a row, one row per image is written to P.csv, in the order of the list of images.
 
-Each row fills one line of P.csv.N.part, so that `readline` reads one row. A row contains the index of its image in the
-list of images, but not the path of the image. While P.csv is written, only the positions of the rows are held in
-memory, because a list may hold ten million images.
+Each row of a partial table fills one line, so that `readline` reads exactly one row. A row contains the index of its
+image in the list of images, but not the path of the image. While P.csv is written, only the byte positions of the rows
+in the partial tables are held in memory, because a list may hold ten million images.
 """
 
 import csv
@@ -75,7 +75,7 @@ class ScoreWriter:
         settings: the scoring settings (everything that the scores depend on besides the content of the image files),
             as a dict for JSON. One entry of `settings` must identify the list of images (see
             `describe_and_hash_image_list`).
-        world: the processes that write the table together.
+        world: the rank of this process, and the number of processes that write the table together.
     """
 
     def __init__(self, table: Path, items: Sequence[Item], stamps: np.ndarray, settings: dict, world: World):
@@ -93,14 +93,16 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture must be drawn. An image in the mask is
-                scored again. An image whose row holds an error is scored again, too.
+            without_picture: mask (N,) bool of the images that are scored again because their residual picture must be
+                drawn. An image whose row holds an error is scored again, too.
 
         Returns:
-            False if P.csv and the residual pictures are finished already, otherwise True.
+            False if the score table and all residual pictures are finished already, so that nothing must be scored or
+            written. Otherwise True.
 
         Raises:
-            UserError: if an existing partial table has different scoring settings, or if P.csv was edited.
+            UserError: if the scoring settings in a partial table differ from those of this run.
+            UserError: if P.csv does not have one row per image, in the order of the images.
         """
         parts = find_partial_tables(self.table)
         use_rows_of_table = not overwrite and not parts and self._table_has_same_settings()
@@ -120,7 +122,7 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             delete_partial_table_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
-        # If only residual pictures or some scores are missing, the new partial table begins with all rows of P.csv
+        # A run that only adds missing scores or residual pictures first copies all rows of P.csv to its partial table
         if use_rows_of_table and self.world.is_main:
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
@@ -176,7 +178,7 @@ class ScoreWriter:
         write_table(self.table, self._read_rows_at_positions(parts, numbers, offsets))
 
     def write_json_record_of_score_table(self, record: Mapping) -> None:
-        """Write `record` and the scoring settings to P.json.
+        """Write P.json with the entries of `record`, the scoring settings, and a hash of image file sizes and times.
 
         While partial tables of the score table exist, a later run treats the score table as unfinished.
         """
@@ -191,7 +193,7 @@ class ScoreWriter:
     ) -> None:
         """Set `self.done` to True for each image in `known_rows` that need not be scored again.
 
-        An image is scored again if its row holds an error, or if the image is in the mask `without_picture` (N,).
+        An image is scored again if its row holds an error, or if its entry in the mask `without_picture` (N,) is True.
         """
         for i, row in known_rows:
             needs_picture = without_picture is not None and without_picture[i]
@@ -256,15 +258,17 @@ class ScoreWriter:
                 yield i, row
 
     def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
-        """Find the valid row of each image in the partial tables P.csv.N.part.
+        """Choose one row per image from the valid rows of the partial tables, and find its byte position.
 
-        An image has several rows if it was scored again. The first row with a score is used, so that the score does not
-        change if only a residual picture is drawn later. But if the newest row holds an error, the newest row is used.
+        An image has several rows if it was scored again. If the newest row of an image holds an error, the newest row
+        is chosen. Otherwise, the oldest row after the last error is chosen. If an image is scored again only to draw
+        its residual picture, its score therefore stays the same.
 
         Returns:
-            numbers: (N,), for each image, the number of the partial table that holds its row, or -1 if the image has
-                no row.
-            offsets: (N,), for each image, the position in bytes of its row in the partial table.
+            numbers: (N,), for each image, the number in the file name of the partial table that holds the chosen row,
+                or -1 if the image has no row.
+            offsets: (N,), for each image, the byte position of the chosen row in its partial table, or 0 if the image
+                has no row.
         """
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
@@ -305,8 +309,9 @@ class ScoreWriter:
     def _parse_row_of_partial_table(self, line: bytes) -> tuple[int, Row] | None:
         """Convert a line of a partial table to a pair (index of the image, row). Returns None for an invalid row.
 
-        A row is invalid if its image file has changed. If a killed process wrote only the beginning of a row, the row
-        is invalid, because its modification time is missing or incomplete.
+        A row is invalid if the size or the modification time of the image file differs from the values in the row. A
+        row that a killed process wrote incompletely is invalid, because its last cell, the modification time of the
+        image file, is missing or incomplete.
         """
         with suppress(csv.Error, ValueError):
             texts = next(csv.reader([line.decode("utf-8", "surrogateescape")], strict=True))
@@ -324,9 +329,9 @@ class ScoreWriter:
 
 
 def _row_belongs_to_image(row: Row, item: Item) -> bool:
-    """Return whether a row has the file name, the label and the generator of an image.
+    """Return whether the file name, the label and the generator in a row are equal to those of an image.
 
-    The folders are not compared, because the same file can have a relative and an absolute path.
+    Folders are not compared, because one run may use the relative path and another the absolute path of the same file.
     """
     names = [os.path.basename(path) for path in (row.path, item.path)]
     return names[0] == names[1] and row.label == convert_label_to_word(item.label) and row.generator == item.generator

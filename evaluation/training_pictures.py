@@ -14,12 +14,14 @@ from utils.labels import LABEL_NAMES
 from utils.random_streams import seeded_generator
 from utils.run import Run
 
-PICTURE_SIDE = 256  # maximum side length of a picture in pixels
+PICTURE_SIDE = 256  # maximum height and width, in pixels, of each image in a picture
 PICTURE_GAIN = 4  # factor by which the faint differences are brightened
 
 
 def read_one_real_and_fake_image(images: ImageDataset) -> dict[str, Tensor]:
-    """Read the first readable real image and the first readable fake image, cropped to at most PICTURE_SIDE pixels.
+    """Read the first readable real image and the first readable fake image, and crop both to squares.
+
+    The side of a square is at most PICTURE_SIDE pixels long.
 
     Returns:
         The images, uint8 (1, 3, H, W), under the keys "real" and "fake".
@@ -54,10 +56,10 @@ def write_resynthesis_pictures(
 
     In an auxiliary task, the re-synthesizer also learns to denoise or colorize low-resolution images. With an auxiliary
     task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right third of
-    the second picture shows the difference between the re-synthesis of the degraded image and the original image.
+    the second picture shows how the re-synthesis of the degraded image differs from the original image.
     Images and degradation are the same in every epoch, so that pictures of different epochs can be compared.
 
-    The detector is in evaluation mode afterwards.
+    Writing the pictures puts the detector in evaluation mode.
     """
     if run.writer is None:
         return
@@ -87,7 +89,7 @@ def join_images_and_brightened_difference(before: Tensor, x_hat: Tensor, x: Tens
     """Join three pictures side by side: `before`, `x_hat` and the brightened difference |x_hat - x|.
 
     Args:
-        before: the original image or its enlarged degraded copy, (1, 3, H, W).
+        before: the original image, or the degraded low-resolution image enlarged to H x W pixels, (1, 3, H, W).
         x_hat: the re-synthesis, (1, 3, H, W).
         x: the original image, (1, 3, H, W).
 

@@ -66,9 +66,9 @@ class Resynthesizer(Protocol):
 class Features(Protocol):
     """A network that computes feature maps (B, channels, H / stride, W / stride) of images x (B, 3, H, W).
 
-    A features network is created as FEATURES[name](**args). The weights of a features network are never trained. A
-    features network with pretrained weights needs a method `load_pretrained(source, trained_with, name)`, like the
-    class `VGG19Stage`. A features network may also have a method `set_tile_side(side)`.
+    A feature network is created as FEATURES[name](**args). The weights of a feature network are never trained. A
+    feature network with pretrained weights needs a method `load_pretrained(source, trained_with, name)`. The class
+    `VGG19Stage` is an example. A feature network may also have a method `set_tile_side(side)`.
     """
 
     channels: int
@@ -145,7 +145,7 @@ def get_default_arguments(entries: Mapping, name: str) -> dict:
     Args:
         entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
     """
-    if name not in entries:  # a classifier of torchvision, or a wrong name, which `create_network` refuses
+    if name not in entries:  # the name of a torchvision classifier, or a wrong name, which later raises a UserError
         return {}
     parameters = inspect.signature(entries[name]).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
@@ -252,7 +252,7 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
         options: values of the command-line options that OPTION_NAMES lists.
 
     Returns:
-        the re-synthesizer, and its config, a dict with the keys "name", "scale" and "args".
+        a tuple of the re-synthesizer and its config. The config is a dict with the keys "name", "scale" and "args".
     """
     given_name = options.get("sr_arch")
     given_args = {key: options[key] for key in RDN_OPTIONS if options.get(key) is not None}
@@ -362,7 +362,7 @@ def load_detector(
         the detector, and its config.
 
     Raises:
-        UserError: if the detector was trained with another re-synthesizer, other VGG-19 weights or other options.
+        UserError: if the re-synthesizer, the VGG-19 weights or an option contradicts the checkpoint.
     """
     content, name = source
     state = extract_state_dict(content, name)
@@ -386,17 +386,17 @@ def load_detector(
     expected = read_fingerprint_of_config(source, "features_fingerprint")
     if expected not in (None, config["features_fingerprint"]):
         raise UserError(
-            f"{name} was trained with other weights of the features {config['features']['name']}: expected weights with"
-            f" the fingerprint {expected}, got the fingerprint {config['features_fingerprint']}; change the class"
-            " of the features: it must always create the same weights, or load them in a method load_pretrained"
-            " (docs/extending.md)"
+            f"{name} was trained with other weights of the features {config['features']['name']} (fingerprint"
+            f" {expected}) than the weights created now (fingerprint {config['features_fingerprint']}): change the"
+            " class of the features so that it creates the same weights every time, or loads them in a method"
+            " load_pretrained (docs/extending.md)"
         )
     expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
         raise UserError(
-            f"{name} was trained with another re-synthesizer than {resynthesizer.name}: expected weights with the"
-            f" fingerprint {expected}, got the fingerprint {config['resynthesizer_fingerprint']}; leave"
-            f" --sr-weights-file out to use the re-synthesizer in {name}"
+            f"{name} was trained with a re-synthesizer with the fingerprint {expected}, but the re-synthesizer in"
+            f" {resynthesizer.name} has the fingerprint {config['resynthesizer_fingerprint']}: leave --sr-weights-file"
+            f" out to use the re-synthesizer in {name}"
         )
     return detector, config
 
@@ -469,7 +469,7 @@ def merge_classifier_config_with_options(source: Checkpoint, state: Mapping[str,
     """Return the name and the arguments of the classifier in the checkpoint of a detector.
 
     Checkpoints by the paper's authors do not contain the arguments of the classifier. For a checkpoint by
-    the paper's authors, the names of the weights show whether the classifier is a ResNet-18, 34, 50, 101 or 152.
+    the paper's authors, the names of the weights show which ResNet the classifier is: 18, 34, 50, 101 or 152.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -494,7 +494,7 @@ def merge_classifier_config_with_options(source: Checkpoint, state: Mapping[str,
 
 
 def choose_classifier_arguments_from_options(arch: str, options: Mapping, name: str) -> dict:
-    """Return the arguments of a classifier for which no checkpoint contains arguments.
+    """Return the arguments of a new classifier, or of a classifier whose checkpoint does not contain the arguments.
 
     A ResNet-50 or larger is dilated, unless `--no_dilation` or `--arch-args` says otherwise. This function warns if the
     ResNet is dilated, but no option asks for dilation.
@@ -600,9 +600,9 @@ def assemble_detector(
 
 @torch.no_grad()
 def check_channels_and_stride(features: nn.Module, name: str) -> None:
-    """Raise a UserError if the attributes `channels` and `stride` of `features` contradict its output shape.
+    """Raise a UserError if the output shape of the feature network does not match its attributes.
 
-    The output shape is measured on a black image.
+    The attributes `channels` and `stride` give the expected shape. The output shape is measured on a black image.
 
     Args:
         name: name of the features for the error message, such as "vgg19".
@@ -612,9 +612,10 @@ def check_channels_and_stride(features: nn.Module, name: str) -> None:
     expected = (1, features.channels, side, side)
     if tuple(maps.shape) != expected:
         raise UserError(
-            f"the features {name} must return feature maps of shape {expected} for an image of"
-            f" {side * features.stride} x {side * features.stride} pixels, because their attributes are channels ="
-            f" {features.channels} and stride = {features.stride}; got shape {tuple(maps.shape)}"
+            f"the features {name} return feature maps of shape {tuple(maps.shape)} for an image of"
+            f" {side * features.stride} x {side * features.stride} pixels, but their attributes channels ="
+            f" {features.channels} and stride = {features.stride} require the shape {expected}: correct the attributes"
+            " or the network"
         )
 
 
@@ -624,8 +625,9 @@ def warn_that_resnet_is_dilated(name: str) -> None:
     The shapes of the weights do not show whether the ResNet was trained with dilation.
     """
     logger.warning(
-        "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. The paper's authors trained all"
-        " their detectors with --no_dilation, and dilation changes the scores: give --no_dilation for such a detector",
+        "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. Dilation changes the scores, and the"
+        " paper's authors trained all their detectors without dilation: give --no_dilation to load one of their"
+        " detectors, or to train a detector with their settings",
         name,
     )
 

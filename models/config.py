@@ -25,7 +25,8 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
         key: which settings to read: "resynthesizer", "features" or "classifier".
 
     Returns:
-        a dict with the keys "name", "args" and "scale", or None if the config has no entry `key`.
+        a dict with the keys "name", "args" and "scale", or None if the config has no entry `key`. The value of "scale"
+        is None if the entry contains no scale.
 
     Raises:
         UserError: if the entry `key` of the config is not a dictionary, or contains a value of a wrong type.
@@ -56,6 +57,9 @@ def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
 def read_vgg_source_and_fingerprint(source: Checkpoint, key: str) -> dict | None:
     """Return the source and the fingerprint of the VGG-19 weights with which a detector was trained.
 
+    Args:
+        key: entry of the config that describes the VGG-19 weights, such as "vgg".
+
     Returns:
         a dict with the keys "source" and "fingerprint", or None if the config of the checkpoint has no entry `key`.
     """
@@ -72,7 +76,7 @@ def read_vgg_source_and_fingerprint(source: Checkpoint, key: str) -> dict | None
 def choose_value_from_checkpoint_or_option(
     flag: str, given: object, found: object, default: object, name: str
 ) -> object:
-    """Choose the value of a setting: the value in the checkpoint, else the value of the option, else the default.
+    """Choose the value of a setting. The checkpoint has priority over the option, and the option over the default.
 
     Args:
         flag: name of the option for the error message, such as "--sr-scale".
@@ -97,19 +101,19 @@ def choose_value_from_checkpoint_or_option(
 def choose_arguments_from_checkpoint_or_option(
     flag: str, given: Mapping, found: Mapping | None, defaults: Mapping, name: str
 ) -> dict:
-    """Choose the keyword arguments of a network: the arguments in the checkpoint, else the arguments in the option.
+    """Choose the keyword arguments of a network. The checkpoint has priority over the option.
 
     Args:
         flag: name of the option for the error message, such as "--arch-args".
         given: keyword arguments from the option.
         found: keyword arguments from the checkpoint, or None if the checkpoint does not contain them.
-        defaults: the default values of the network's constructor. A network was created with these values, except for
-            the arguments in `found`.
+        defaults: the default values of the network's constructor. The network in the checkpoint was created with the
+            arguments in `found`, and with the default values of all other arguments.
         name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if the network in the checkpoint has another value of an argument in the option, or does not have
-            this argument.
+        UserError: if the option sets an argument that the network in the checkpoint does not have, or sets an argument
+            to another value than in this network.
     """
     if found is None:
         return dict(given)

@@ -1,7 +1,7 @@
 """Features by which an image and its re-synthesis are compared: the pixels, or the feature maps of VGG-19.
 
 The features of stage 0 are the pixels. The features of stage k = 1..5 are the output of layer relu{k}_1 of VGG-19. The
-features are never trained.
+weights of VGG-19 are never trained.
 
 VGG-19 is from Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR 2015).
 The parameters of VGG-19 have the same names as in torchvision, so that torchvision's ImageNet weights can be loaded.
@@ -35,14 +35,14 @@ CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VG
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
 TILE_CUTS = (10, 19)  # tiles are joined to whole feature maps before layer 10 (after pool2) and layer 19 (after pool3)
 
-# The digits dcbb9e9d in the file name are the first 8 hexadecimal digits of the file's SHA-256
+# The digits dcbb9e9d in the name of the VGG-19 file are the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 DOWNLOAD_TIMEOUT = 20  # the download is stopped if the server does not answer for this many seconds
 RANDOM_SEED = 19  # seed of the random VGG-19 weights; the seed is fixed so that all runs use the same weights
 
 
 class Pixels(nn.Module):
-    """A network that returns its input x (B, 3, H, W), for pixels as features (stage 0)."""
+    """A network that returns its input x (B, 3, H, W), because the features of stage 0 are the pixels."""
 
     channels = 3
     stride = 1
@@ -86,10 +86,11 @@ class VGG19Stage(nn.Module):
         return record
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side length of the tiles in which VGG-19 processes images when gradients are disabled.
+        """Set the side length of VGG-19's tiles to `side // 4`, in pixels of the image or feature map that is cut.
 
-        To save memory, VGG-19 processes up to three tensors in tiles: the image, the output of pool2, and the output
-        of pool3. A tile has `side // 4` x `side // 4` pixels, whether it is cut from the image or from a feature map.
+        When gradients are disabled, VGG-19 processes the image in tiles to save memory. For stages 3 to 5, the output
+        of layer pool2 is also processed in tiles. For stages 4 and 5, the output of layer pool3 is also processed in
+        tiles.
         """
         self.vgg.tile = side // 4
 
@@ -109,13 +110,13 @@ class VGG19(nn.Module):
             if block > 0:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(count):
-                # skip_init leaves weights uninitialized, because initialization takes longer than loading the weights
+                # skip_init is used because initializing the weights takes longer than loading them
                 layers.append(nn.utils.skip_init(nn.Conv2d, in_channels, channels, kernel_size=3, padding=1))
                 layers.append(nn.ReLU(inplace=True))
                 in_channels = channels
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
-        # If no gradients are computed, VGG-19 runs on tiles of its feature maps.
+        # If no gradients are computed, VGG-19 processes the image and the feature maps in tiles.
         # self.tile is the side length of the tiles, in pixels of the image or feature map that is cut into tiles.
         self.tile = 256
 
@@ -163,8 +164,8 @@ class VGG19(nn.Module):
 def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
     """Compute the receptive radius and the total stride of a sequence of 3x3 convolutions and 2x2 poolings.
 
-    The receptive radius is the distance to the farthest input pixel on which an output value depends. The returned
-    radius is rounded up to a multiple of the total stride.
+    The output for a tile of the input also depends on input pixels around the tile. The receptive radius is the largest
+    distance of these input pixels from the tile. The returned radius is rounded up to a multiple of the total stride.
 
     Returns:
         the receptive radius and the total stride, in pixels of the input.
@@ -204,10 +205,10 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
     Args:
         source: value of `--vgg-weights`: "imagenet", "random", "auto", or the path of a state dict of torchvision's
             vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
-            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If `source` is
-            "auto" and `trained_with` is None, the ImageNet weights are loaded, or random weights are drawn if the
-            download fails. If `source` is a path, the state dict in the file must contain the parameters `features.*`
-            of all layers of VGG-19 up to relu5_1.
+            "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If
+            `trained_with` is None, "auto" loads the ImageNet weights. If `trained_with` is None and the ImageNet
+            weights cannot be downloaded, "auto" draws random weights. If `source` is a path, the state dict in the file
+            must contain the parameters `features.*` of all layers of VGG-19 up to relu5_1.
         trained_with: dict that describes the VGG-19 weights that must be loaded, or None if any weights may be loaded.
             The entry "source" of `trained_with` is "imagenet", "random" or the path of the file of weights. If
             the entry "fingerprint" of `trained_with` is None or missing, the fingerprint of the weights is not checked.
@@ -239,9 +240,9 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         )
     if expected not in (None, record["fingerprint"]):
         raise UserError(
-            f"{name} was trained with the VGG-19 weights {make_printable(trained_with['source'])} with fingerprint"
-            f" {expected}, but the loaded VGG-19 weights {make_printable(record['source'])} have the fingerprint"
-            f" {record['fingerprint']}: pass the VGG-19 weights of the training with --vgg-weights"
+            f"{name} was trained with other VGG-19 weights: expected {make_printable(trained_with['source'])} with the"
+            f" fingerprint {expected}, got {make_printable(record['source'])} with the fingerprint"
+            f" {record['fingerprint']}; pass the expected weights with --vgg-weights"
         )
     return vgg, record
 
@@ -260,9 +261,9 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
             reason = describe_exception(error)
             if source == "imagenet":
                 raise UserError(
-                    f"the ImageNet weights for VGG-19 are not in torch hub's cache ({torch.hub.get_dir()}), and"
-                    f" cannot be downloaded ({reason}): copy the file {Path(IMAGENET_URL).name} into the folder"
-                    " checkpoints of this cache, or pass --vgg-weights FILE"
+                    "the ImageNet weights for VGG-19 are not in torch hub's cache and cannot be downloaded"
+                    f" ({reason}): copy the file {Path(IMAGENET_URL).name} into the folder"
+                    f" {Path(torch.hub.get_dir(), 'checkpoints')}, or pass --vgg-weights FILE"
                 ) from None
         logger.warning(
             "WARNING: the ImageNet weights for VGG-19 are not on this machine and cannot be downloaded. This training"
@@ -298,7 +299,7 @@ def _find_or_download_imagenet_weights() -> Path:
 
     Raises:
         OSError: if the file is missing and cannot be downloaded.
-        UserError: if the SHA-256 of the file is wrong.
+        UserError: if the SHA-256 of the file does not start with the digits in the file name.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET_URL).name)
     digest = path.stem.partition("-")[2]
@@ -313,5 +314,7 @@ def _find_or_download_imagenet_weights() -> Path:
         finally:
             socket.setdefaulttimeout(timeout)
     if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(digest):
-        raise UserError(f"{path} is damaged: its SHA-256 must start with {digest}; delete the file and try again")
+        raise UserError(
+            f"{path} is damaged, because its SHA-256 does not start with {digest}: delete the file and try again"
+        )
     return path

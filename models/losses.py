@@ -1,4 +1,4 @@
-"""Losses for training super-resolution networks and detectors, and the loss of the auxiliary tasks.
+"""Losses for training super-resolution networks and detectors.
 
 The weights of the VGG-19 stages in the perceptual distance are taken from pix2pixHD (Wang et al., CVPR 2018).
 """
@@ -82,8 +82,8 @@ def compute_classification_loss(logits: Tensor, labels: Tensor, weights: Tensor)
     Args:
         logits: logits of each image, (B, 2).
         labels: label of each image, (B,).
-        weights: factor by which the cross-entropy of each image is multiplied, (B,). In a training step, these factors
-            sum to 1 over the images of all processes, or to less if images cannot be read.
+        weights: factor by which the cross-entropy of each image is multiplied, (B,). In a training step, the weights of
+            the images of all processes sum to 1. If some images cannot be read, the sum of the weights is less than 1.
     """
     losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
     return (weights * losses).sum()
@@ -102,7 +102,7 @@ def compute_residuals_and_auxiliary_losses(
         real: bool (B,), True for the images on which the auxiliary loss is computed.
 
     Returns:
-        residual: residuals (B, C_l, H_l, W_l).
+        residual: residuals of all images, with the shape of the detector's features, (B, C_l, H_l, W_l).
         losses: auxiliary loss of each image, (B,). losses[i] is 0 if real[i] is False.
     """
     x_hat = detector.resynthesize(x)  # (B, 3, H, W)

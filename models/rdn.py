@@ -14,11 +14,11 @@ from models import rdn_inference
 from utils.errors import UserError
 
 LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN accepts
-SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # scale -> factors of the up-sampling steps
+SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # for each scale, the enlargement factors of the up-sampling steps
 # Interpolation in one dimension replaces each old pixel by two new pixels.
-# A new pixel is a weighted sum of three old pixels: the left neighbour, the pixel itself, and the right neighbour.
-# INTERPOLATION[0] contains the three weights with which the left new pixel is computed.
-# INTERPOLATION[1] contains the three weights with which the right new pixel is computed.
+# A new pixel is a weighted sum of three old pixels: the replaced pixel, its left neighbour and its right neighbour.
+# INTERPOLATION[0] contains the three weights, from left to right, with which the left new pixel is computed.
+# INTERPOLATION[1] contains the three weights, from left to right, with which the right new pixel is computed.
 # The mean of the left and the right new pixel equals the old pixel that they replace.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
@@ -34,14 +34,19 @@ def create_conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 class DenseLayer(nn.Module):
-    """A 3x3 convolution with ReLU, which reads the input of a dense block and the outputs of all earlier layers."""
+    """A dense layer, which consists of a 3x3 convolution and a ReLU."""
 
     def __init__(self, in_channels: int, growth_rate: int):
         super().__init__()
         self.conv = create_conv3x3(in_channels, growth_rate)
 
     def forward(self, *maps: Tensor) -> Tensor:
-        """Compute G feature maps (B, G, h, w) from the feature maps (B, C_i, h, w) of each earlier layer i."""
+        """Concatenate `maps`, and compute G feature maps (B, G, h, w) from them.
+
+        Args:
+            maps: the input (B, G0, h, w) of the dense block, and the output (B, G, h, w) of each earlier dense layer of
+                the block.
+        """
         return self.conv(torch.cat(maps, dim=1)).relu_()
 
 
@@ -95,12 +100,12 @@ class RDN(nn.Module):
             if type(count) is not int or not 1 <= count <= LARGEST_COUNT:
                 raise UserError(
                     "num_features, growth_rate, num_blocks and num_layers of RDN must be integers from 1 to"
-                    f" {LARGEST_COUNT}, but one of them is {count}"
+                    f" {LARGEST_COUNT}, got {num_features}, {growth_rate}, {num_blocks} and {num_layers}"
                 )
         self.scale = scale
-        # If checkpoint_blocks is True, the backward pass computes each block again, which saves memory
+        # If checkpoint_blocks is True, training uses gradient checkpointing, which takes less memory but more time
         self.checkpoint_blocks = False
-        self.tile = 256  # side of the tiles on which RDN runs without gradients, in low-resolution pixels
+        self.tile = 256  # side of a tile in low-resolution pixels; RDN uses tiles only if gradients are disabled
         self.sfe1 = create_conv3x3(3, num_features)
         self.sfe2 = create_conv3x3(num_features, num_features)
         blocks = [ResidualDenseBlock(num_features, growth_rate, num_layers) for _ in range(num_blocks)]
@@ -120,7 +125,7 @@ class RDN(nn.Module):
         Returns:
             x_hat: enlarged images, float32 (B, 3, scale * h, scale * w), not clipped to [0, 1].
         """
-        # If no gradients are computed, `run_rdn` enlarges the images, which takes less memory
+        # If no gradients are computed, `run_rdn` is used, because it takes less memory than the code below
         if not torch.is_grad_enabled():
             return rdn_inference.run_rdn(self, x_lr)
         sfe1 = self.sfe1(x_lr)  # (B, G0, h, w)
@@ -141,14 +146,16 @@ class RDN(nn.Module):
     def upsample_to_image(self, x: Tensor) -> Tensor:
         """Enlarge the fused feature maps x (B, G0, h, w) to float32 images (B, 3, scale * h, scale * w)."""
         x = self.upscale(x)  # (B, G0, scale * h, scale * w)
-        # The output layer computes in float32 also under autocast, because the residual is a small difference of images
+        # The output layer computes in float32 also under autocast.
+        # Rounding errors of bf16 would be large compared with a residual, which is a small difference of two images.
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
     def call_with_optional_gradient_checkpointing(self, part, *inputs: Tensor) -> Tensor:
         """Return part(*inputs), where `part` is a residual dense block or a method of RDN.
 
-        If `checkpoint_blocks` is True, the backward pass computes part(*inputs) again, which saves memory.
+        If `checkpoint_blocks` is True, the intermediate results of `part` are not stored, to save memory. The backward
+        pass computes the intermediate results again.
         """
         if self.checkpoint_blocks:
             return checkpoint(part, *inputs, use_reentrant=False)
@@ -164,12 +171,12 @@ class RDN(nn.Module):
 
     @torch.no_grad()
     def initialize_as_interpolation(self) -> None:
-        """Set the weights so that an untrained RDN enlarges images by interpolation, similar to bicubic interpolation.
+        """Set the weights so that the output of an untrained RDN is similar to bicubic interpolation of the input.
 
         The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
-        interpolates the channels 0, 1 and 2. The output layer copies the channels 0, 1 and 2 to red, green and blue.
-        The weights of the dense blocks stay random. The weights and biases of the convolution
-        gff[1] are set to zero, so that the dense blocks do not change the output before training.
+        enlarges the channels 0, 1 and 2 by interpolation. The output layer copies the channels 0, 1 and 2 to red, green
+        and blue. The weights of the dense blocks stay random. The weights and biases of gff[1], the last convolution of
+        the global feature fusion, are set to zero, so that the dense blocks do not change the output before training.
 
         Raises:
             UserError: if `num_features` is less than 3.

@@ -1,4 +1,4 @@
-"""Inference with RDN, which takes less memory and, on a CPU, less time than the forward pass of training.
+"""Run RDN without gradients, in less memory and, on a CPU, in less time than the forward pass of training.
 
 `run_rdn` is the function that other modules call. `run_rdn` and the forward pass of training compute equal images
 except for rounding errors. `run_rdn` differs from the forward pass of training in three ways:
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from models.tiling import apply_function_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
-STRIP_BYTES = 2**15  # size of a strip of rows in bytes per channel, small enough for the caches of a CPU
+# On a CPU, `run_dense_block_in_strips` cuts feature maps into strips of rows that fit into the caches.
+# STRIP_BYTES is the intended size of one channel of a strip, in bytes.
+STRIP_BYTES = 2**15
 # UPSCALE_TILE is the side of the tiles in up-sampling, in low-resolution pixels.
 # UPSCALE_HALO is the width of the halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels.
 # UPSCALE_HALO must be at least 1.75, because an up-sampled pixel depends on input pixels up to 1.75 pixels away.
@@ -42,11 +44,11 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
 
 
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
-    """Run all dense blocks on x (B, G0, h, w), and the 1x1 convolution that fuses their outputs.
+    """Run the dense blocks one after another, starting with x (B, G0, h, w), and fuse the outputs of all blocks.
 
     The fusion is computed as a sum of 1x1 convolutions, one for the output of each block. Summing takes less memory
-    than a convolution of the concatenated outputs of all blocks. The returned tensor is float32 also under autocast,
-    because the parameters of RDN are float32.
+    than a convolution of the concatenated outputs of all blocks. The sum has the data type of the parameters (float32)
+    also under autocast.
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one weight (G0, G0, 1, 1) per block
@@ -54,12 +56,12 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     run_block = run_dense_block_in_strips
     if should_use_winograd(x, model.rdbs[0].layers):
         run_block = partial(run_dense_block_by_winograd, scratch=x.new_empty(0))
-        # Winograd's algorithm takes more memory than a direct convolution, so its tiles are only half as high as wide.
+        # Winograd's algorithm takes more memory than a direct convolution, so the height of RDN's tiles is halved here.
         tile = (model.tile // 2, model.tile)
     fused = torch.empty_like(x, dtype=fusion.bias.dtype)
     fused.copy_(fusion.bias[:, None, None])
     for block, weight in zip(model.rdbs, weights, strict=True):
-        # Each 3x3 convolution reads one pixel beyond its output, so a tile's halo (margin) has one pixel per layer.
+        # The halo (margin) of a tile needs one pixel for each dense layer, because a dense layer is a 3x3 convolution.
         x = apply_function_in_tiles(partial(run_block, block), x, side=tile, halo=len(block.layers))  # (B, G0, h, w)
         for fused_rows, rows in zip(fused.split(model.tile, dim=2), x.split(model.tile, dim=2), strict=True):
             fused_rows.add_(F.conv2d(rows, weight))
@@ -88,7 +90,9 @@ def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) ->
             calls get the same `scratch`, its memory is allocated only once.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)
-    first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)  # one weight (G0, G, 1, 1) per feature map
+    # `first_weight` is the weight of lff for x. `weights` are the weights of lff for the outputs of the dense layers.
+    # All these weights have the shape (G0, G, 1, 1), because Winograd's algorithm is used only if G equals G0.
+    first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)
     fused = F.conv2d(x, first_weight, block.lff.bias)  # (B, G0, h, w)
     maps = x
     for layer, weight in zip(block.layers, weights, strict=True):

@@ -54,8 +54,8 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} contains no RDN: expected a state dict with the key {error}, got a state dict"
-            f" with the first key {first}; give a checkpoint of an RDN from train_sr.py or from the paper's authors"
+            f"{name} contains no RDN: its state dict has no key {error} (first key: {first}); give a checkpoint of an"
+            " RDN from train_sr.py or from the paper's authors"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:
@@ -74,7 +74,7 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
 
 
 def read_resnet_name_and_channels(state: Mapping[str, Tensor], name: str) -> tuple[str, int]:
-    """Read the name and the number of input channels of a ResNet from the names and shapes of its weights.
+    """Read the architecture of a ResNet, such as "resnet50", and its number of input channels from its state dict.
 
     The weights do not show whether the ResNet is dilated.
 

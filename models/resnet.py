@@ -5,8 +5,8 @@ the stride of a bottleneck block is in its 3x3 convolution. The parameters of th
 torchvision.
 
 The ResNet of the paper's authors differs from torchvision's ResNet in its stem and in its strides. The stem, which
-precedes layer1, has three convolutions, two of them with stride 2. The stride of layer1 is 2. The stride of layer3 and
-layer4 is 1. The total stride is 32, as in torchvision.
+precedes layer1, has three convolutions, two of them with stride 2, and a max pooling with stride 2. The stride of
+layer1 is 2. The stride of layer3 and layer4 is 1. The total stride is 32, as in torchvision.
 """
 
 from fractions import Fraction
@@ -61,8 +61,8 @@ class Block(nn.Module):
     def add_input_projection(self, in_planes: int, out_planes: int, stride: int) -> None:
         """Create the 1x1 convolution of the input, if the input and the output of the block have different shapes.
 
-        `__init__` must call `add_input_projection` last, because saved optimizer states identify parameters by their
-        order.
+        `__init__` must call `add_input_projection` last, so that the parameters have the same order as in saved
+        optimizer states.
         """
         if stride != 1 or in_planes != out_planes:
             projection = create_convolution(in_planes, out_planes, 1, stride)
@@ -124,16 +124,16 @@ class DeepStemResNet(nn.Module):
     Args:
         channels: number of channels of the residual.
         arch: name of the ResNet, one of the names in LAYOUTS.
-        dilated: whether layer3 has dilation 2 and layer4 has dilation 4. Release: the code of the paper's authors uses
-            dilation unless `--no_dilation` is given.
+        dilated: whether layer3 has dilation 2 and layer4 has dilation 4. Release: the code of the paper's authors
+            dilates a ResNet-50, ResNet-101 or ResNet-152 unless `--no_dilation` is given.
 
     Raises:
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
     # `stride` is the side of the residual divided by the side of the last feature map.
-    # If the sides of a residual are at most `stride`, its last feature map has one value per channel.
-    # Batch norm cannot be trained on one value per channel.
+    # If height and width of a residual are at most `stride`, the ResNet's last feature map has one value per channel.
+    # Batch norm can be trained only if a batch has at least two values per channel.
     # If the height and width of residuals are at most `stride`, train_detector.py rejects batches of one image.
     # With synchronized batch norm, which uses the images of all GPUs, train_detector.py accepts one image per GPU.
     stride = 32
@@ -141,7 +141,9 @@ class DeepStemResNet(nn.Module):
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
         super().__init__()
         if dilated and arch not in BOTTLENECKS:
-            raise UserError(f"{arch} cannot be dilated: pass --no_dilation, or choose --arch {', '.join(BOTTLENECKS)}")
+            raise UserError(
+                f"{arch} cannot be dilated: pass --no_dilation, or choose another --arch ({', '.join(BOTTLENECKS)})"
+            )
         block = Bottleneck if arch in BOTTLENECKS else BasicBlock
         self.conv1 = nn.Sequential(
             create_convolution(channels, 64, 3, stride=2),

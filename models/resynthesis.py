@@ -71,9 +71,9 @@ class ResynthesisDetector(nn.Module):
     def classify(self, residual: Tensor) -> Tensor:
         """Compute the logits (B, 2) of residuals (B, C_l, H_l, W_l).
 
-        The classifier computes in float32 also under autocast, because rounding errors are large in a batch norm over
-        only a few values per channel. Computing the classifier in float32 costs little time: with RDN and
-        ResNet-50, the classifier does only about 2 % of the detector's floating-point operations.
+        The classifier computes in float32 also under autocast, because a batch norm over only a few values per channel
+        would amplify the rounding errors of bf16. Running a ResNet-50 in float32 costs little time, because it does
+        only about 2 % of the floating-point operations of a detector with RDN.
         """
         with torch.autocast(residual.device.type, enabled=False):
             return self.classifier(residual.float())
@@ -97,8 +97,7 @@ class ResynthesisDetector(nn.Module):
         """Put the classifier in training mode, or in evaluation mode if `mode` is False.
 
         A re-synthesizer that is not frozen is put in the same mode as the classifier. The feature network and a frozen
-        re-synthesizer always stay in evaluation mode, without dropout and without updates of the running statistics of
-        batch norm.
+        re-synthesizer always stay in evaluation mode.
         """
         super().train(mode)
         self.features.eval()
@@ -113,8 +112,8 @@ class ResynthesisDetector(nn.Module):
         without a method `set_tile_side` processes its whole input at once.
 
         Args:
-            side: side of a tile in pixels of the image, rounded down to a multiple of 16, at least 16. Sides below 512
-                pixels take much more time, because tiles overlap.
+            side: side of a tile in pixels of the image. A side below 16 is raised to 16. All other sides are rounded
+                down to a multiple of 16. Sides below 512 pixels take much more time, because tiles overlap.
         """
         side = max(side - side % 16, 16)
         for part in (self.resynthesizer, self.features, self.classifier):

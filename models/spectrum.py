@@ -7,8 +7,7 @@ a small number of values, and then classify these values.
 spectrum of a residual with the power of neighbouring frequencies. The spectrum of the residual is averaged over
 overlapping windows by Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
 
-`ChannelPowerClassifier` classifies residuals of VGG-19 features by the power of each channel. For residuals of VGG-19
-features, the channel powers separate real from generated images better than the spectrum does.
+`ChannelPowerClassifier` classifies residuals of VGG-19 features by the power of each channel.
 """
 
 import torch
@@ -30,18 +29,18 @@ class SpectrumClassifier(nn.Module):
     """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
     The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over all
-    channels. The log power is also averaged over the residual, its mirror image, and both rotated by 90 degrees.
-    Then the mean log power of the neighbouring frequencies is subtracted from the log power of each frequency.
-    The differences of log powers show the peaks and edges that up-sampling causes in a spectrum. The differences of log
-    powers depend little on brightness, sharpness and image content.
+    channels. The log power is also averaged over four versions of the residual: the residual, its mirror image, and
+    these two rotated by 90 degrees. Then the mean log power of the neighbouring frequencies is subtracted from the log
+    power of each frequency. The differences of log powers show the peaks and edges that up-sampling causes in a
+    spectrum. The differences of log powers depend little on brightness, sharpness and image content.
 
     Each logit of this classifier is the sum of two terms. The first term of a logit is the output of a network with one
     hidden layer, which learns to recognize the generators of the training images. The second term depends on d, a
     distance of the image from real images. The second term of the logit for FAKE is w * log(d), with a learned weight
     w. The second term of the logit for REAL is -w * log(d). To compute d, a linear layer is applied to the standardized
     differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes the
-    distance d small for real images. A large d raises the logit for FAKE, even for an image from a generator that did
-    not make any training image.
+    distance d small for real images. A large d raises the logit for FAKE, also for images of generators that are unseen
+    in training.
 
     Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
     Images may have any size.
@@ -68,8 +67,8 @@ class SpectrumClassifier(nn.Module):
             raise UserError(f"the window of the spectrum classifier must be an even number of pixels, got {window}")
         if neighbourhood < 1 or neighbourhood % 2 == 0:
             raise UserError(
-                "the spectrum classifier compares each frequency with a square of frequencies around it: the side"
-                f" neighbourhood of this square must be odd and at least 1, got {neighbourhood}"
+                "the neighbourhood of the spectrum classifier must be an odd number of frequencies, at least 1, got"
+                f" {neighbourhood}"
             )
         self.window = window
         self.neighbourhood = neighbourhood
@@ -116,7 +115,7 @@ class SpectrumClassifier(nn.Module):
         # Average the spectrum with the spectrum of the mirrored image. Mirroring swaps the rows f and -f of a spectrum.
         mirrored = log_power.flip(1).roll(1, dims=1)
         log_power = (log_power + mirrored)[:, :half] / 2  # (B, half, half)
-        # Average the spectrum with the spectrum of the image rotated by 90 degrees, in which the axes are swapped
+        # Average the spectrum with its transpose, which is the spectrum of the image rotated by 90 degrees
         log_power = (log_power + log_power.transpose(1, 2)) / 2
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
@@ -155,7 +154,7 @@ class ChannelPowerClassifier(nn.Module):
 
 
 class Standardise(nn.BatchNorm1d):
-    """A batch norm without trainable weight and bias, for values (B, count).
+    """A batch norm without trainable weight and bias, for `count` values per image, (B, count).
 
     A training batch with a single image is normalized by the running mean and variance, as in evaluation.
     """
@@ -174,7 +173,7 @@ def pad_by_reflection(x: Tensor, side: int) -> Tensor:
     while min(x.shape[2:]) < side:
         missing_rows = max(side - x.shape[2], 0)
         missing_columns = max(side - x.shape[3], 0)
-        bottom = min(missing_rows, x.shape[2] - 1)  # F.pad can reflect at most H - 1 rows at a time
+        bottom = min(missing_rows, x.shape[2] - 1)  # F.pad can reflect at most x.shape[2] - 1 rows at a time
         right = min(missing_columns, x.shape[3] - 1)
         if bottom == right == 0:
             # A single row or column cannot be reflected, so it is repeated

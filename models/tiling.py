@@ -1,4 +1,4 @@
-"""Run a convolutional network on one tile of a feature map at a time, which takes less memory than the whole map."""
+"""Run a convolutional network on one tile of a feature map at a time, to save memory."""
 
 import math
 from collections.abc import Callable
@@ -18,8 +18,9 @@ def apply_function_in_tiles(
     """Compute function(*maps) on one tile of the feature maps at a time.
 
     Each tile is cut out with a halo, a margin of `halo` pixels on all sides. Output values that lie in the halo are
-    discarded. At the border of the feature map, a tile has no halo, because `function` pads its input there. The result
-    equals function(*maps) if each output value depends only on input pixels that are at most `halo` pixels away.
+    discarded. At the border of the feature map, a tile has no halo, because `function` pads its input at the border.
+    The result equals function(*maps) if each output value depends only on input pixels that are at most `halo` pixels
+    away.
 
     Args:
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
@@ -28,7 +29,7 @@ def apply_function_in_tiles(
         side: side length of a square tile, or (height, width) of a tile, in pixels of `maps`. The height and the
             width of a tile, multiplied by `scale`, must be integers.
         halo: width of the halo in pixels of `maps`. The product of `halo` and `scale` must be an integer.
-        scale: height of the output of `function` divided by the height of `maps`.
+        scale: factor by which `function` changes the height and the width of `maps`.
     """
     height, width = maps[0].shape[2:]
     tile_height, tile_width = (side, side) if isinstance(side, int) else side
@@ -55,5 +56,5 @@ def apply_function_in_tiles(
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
     # The height and width of `result` were rounded up.
-    # If `function` rounds down, the last row or column of `result` was not filled, and is removed.
+    # If `function` rounds the size of its output down, the last row or column of `result` has no values and is removed.
     return result[:, :, :bottom, :right]

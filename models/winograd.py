@@ -34,8 +34,8 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
     # The matrix `powers` maps the coefficients of a polynomial to the values of the polynomial at POINTS.
-    # The value of a polynomial at infinity is defined as the highest coefficient.
-    # The last row of each concatenation below belongs to the point at infinity: it selects the highest coefficient.
+    # The value of a polynomial at infinity is defined as the coefficient of the highest power.
+    # In each torch.cat below, the last row comes from `infinity` and selects the coefficient of the highest power.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
@@ -70,7 +70,7 @@ class DenseMaps:
     Each feature map is transformed only once, although several layers read it.
 
     Args:
-        like: a tensor that has the shape (B, C, h, w) of each feature map.
+        like: a tensor with the shape (B, C, h, w) of the feature maps. The values of `like` are not used.
         count: number of feature maps that the store can hold.
         scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. If all blocks get the
             same `scratch`, its memory is allocated only once.
@@ -89,7 +89,7 @@ class DenseMaps:
         self.added = 0  # number of feature maps that were appended so far
 
     def append_map_and_convolve_all_maps(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
-        """Append the feature map x (B, C, h, w), and convolve the concatenation of all appended feature maps.
+        """Append the feature map x (B, C, h, w), and apply `convolution` to all appended feature maps, concatenated.
 
         Returns:
             the output of the convolution with "same" padding, (B, O, h, w).
@@ -111,7 +111,8 @@ class DenseMaps:
             if self.added == 1:
                 # For a single feature map, conv2d is faster if the tiles form rows and columns instead of one long row
                 values = maps[0].view(-1, self.columns, maps.shape[2])
-            # `products` has the shape (1, 36 * O, rows, columns) for one feature map, and (1, 36 * O, 1, n) for several
+            # For one feature map, `products` has the shape (1, 36 * O, rows, columns).
+            # For several feature maps, `products` has the shape (1, 36 * O, 1, n).
             products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)
             products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
             y = OUTPUT @ products  # (n, 16, O)
@@ -122,14 +123,18 @@ class DenseMaps:
         return y[:, :, : self.height, : self.width]
 
     def transform_kernel(self, convolution: nn.Conv2d) -> Tensor:
-        """Transform the weight (O, maps * C, 3, 3) of a convolution to the shape (36 * O, C, maps, 1)."""
+        """Transform the weight (O, maps * C, 3, 3) of a convolution that reads `maps` feature maps of C channels each.
+
+        Returns:
+            the transformed weight, (36 * O, C, maps, 1).
+        """
         weight = convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (9, O * maps * C)
         weight = KERNEL @ weight  # (36, O * maps * C)
         weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
         return weight.permute(0, 3, 1, 2)
 
     def split_images_into_strips(self, images: Tensor) -> list[Tensor]:
-        """Split each image in `images` along dimension 1 (rows of tiles) into strips of at most `strip_rows` rows."""
+        """Split each image in `images` (B, rows of tiles, ...) into strips of at most `strip_rows` rows of tiles."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))

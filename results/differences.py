@@ -4,10 +4,10 @@
     python results/differences.py real_pictures
 
 The AUROCs with and without RDN are computed on the same test images. The detectors without RDN, called controls, use
-bicubic interpolation or no re-synthesis. If detectors were trained with several seeds, the difference is the mean over
-the seeds with which both detectors were trained. The 95 % interval is computed from 1,000 bootstrap resamples. Each
-resample draws both images and seeds. If both detectors were trained with one seed only, the interval does not show how
-much the difference depends on the seed, and the cell says "one seed".
+bicubic interpolation or no re-synthesis. The difference between a detector with RDN and its control is the mean over
+the seeds with which both were trained. The 95 % interval is computed from 1,000 bootstrap resamples. Each resample
+draws both images and seeds. If a detector with RDN and its control have only one seed in common, the table cell says
+"one seed". The interval in such a cell does not show how much the difference depends on the seed.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E40
 from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
-# SETTINGS[study][detector] contains the names of three detectors, which are the file names of their score tables.
+# SETTINGS[study][setting] contains the names of three detectors.
+# The name of a detector is also the file name (without .csv) of the detector's score table.
 # The first detector uses RDN, the second uses bicubic interpolation, and the third uses no re-synthesis.
 # If a detector was trained again with another seed, its name ends with _seed and a digit, as in pixel_rdn_seed1.
 SETTINGS = {
@@ -106,7 +107,9 @@ def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
     ranks = rankdata(scores, axis=1)  # (seeds, N); equal scores have equal ranks
     fakes = np.count_nonzero(is_fake)
     reals = len(is_fake) - fakes
-    wins = ranks[:, is_fake].sum(axis=1) - fakes * (fakes + 1) / 2  # pairs in which the fake scores higher, (seeds,)
+    # `wins` is the number of pairs of a fake and a real image in which the fake image has the higher score.
+    # A pair with equal scores counts as half a pair.
+    wins = ranks[:, is_fake].sum(axis=1) - fakes * (fakes + 1) / 2  # (seeds,)
     return float(np.mean(wins / (fakes * reals)))
 
 
@@ -138,7 +141,8 @@ def compute_auroc_difference_with_interval(
 def format_auroc_difference(rdn: dict[str, ScoreTable], control: dict[str, ScoreTable], generator: str) -> str:
     """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
 
-    If both detectors have no seed in common whose score tables contain these images, return "-".
+    If there is no seed for which the score tables of both detectors contain the fake images of `generator` and the real
+    images, return "-".
 
     Args:
         rdn, control: for each seed, the score table of the detector.

@@ -31,9 +31,10 @@ def shrink_resnet18():
 
 @pytest.fixture(scope="session")
 def write_real_and_fake_images():
-    """Return a function that writes `count` square images of `side` pixels into each of ROOT/real and ROOT/fake.
+    """Return a function that writes `count` real and `count` fake images into the folders root/real and root/fake.
 
-    Each pixel of a real image is random. A fake image consists of squares of 4 x 4 pixels with random colours.
+    An image has `side` x `side` pixels. Each pixel of a real image has a random colour. A fake image consists of
+    squares of 4 x 4 pixels, and each square has one random colour.
     """
 
     def write_real_and_fake_folders(root, count, side):

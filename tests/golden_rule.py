@@ -1,6 +1,6 @@
 """Fill a network with fixed pseudo-random weights.
 
-The expected outputs in tests/golden/reference_outputs.npz were computed with these weights.
+The authors' code computed the outputs in tests/golden/reference_outputs.npz with weights from this module.
 """
 
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 
-@functools.cache  # drawing random weights is slow, so the cache keeps about 0.5 GB of weights in memory
+@functools.cache  # drawing random weights is slow; the cached weights take about 0.5 GB of memory
 def make_fixed_weight_from_parameter_name(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     """Return fixed pseudo-random values for a parameter or buffer of a network.
 

@@ -35,12 +35,12 @@ def mark_tensors_as_cuda_or_cpu(value, on_cuda: bool = True):
 
 
 def is_cuda_device(device) -> bool:
-    """Return whether a device argument, such as "cuda:0", is a CUDA device."""
+    """Return whether a device argument, such as "cuda:0", names a CUDA device."""
     return device is not None and torch.device(device).type == "cuda"
 
 
 class PretendCuda(TorchFunctionMode):
-    """A torch function mode that accepts "cuda" as a device, and marks each tensor that would be on the GPU."""
+    """A torch function mode that accepts "cuda" as a device, and marks each tensor that a real GPU would store."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -94,7 +94,8 @@ class PretendCuda(TorchFunctionMode):
     def imitate_tensor_to_method(tensor, *args, **kwargs):
         """Imitate `Tensor.to`, which moves a tensor to a device or converts the dtype of the tensor.
 
-        Each element of `args` is a device, a dtype, or an example tensor with the wanted device and dtype.
+        `args` may contain a device, a dtype, or a tensor with the wanted device and dtype. Other elements of `args` are
+        ignored.
         """
         on_cuda = is_marked_as_cuda(tensor)
         kwargs.pop("non_blocking", None)
@@ -121,6 +122,7 @@ def pretend_cuda():
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        patch.setattr(torch.accelerator, "is_available", lambda: False)  # PyTorch must not call the CUDA driver
+        # If torch.accelerator were available, DataLoader and the optimizers would call the CUDA driver
+        patch.setattr(torch.accelerator, "is_available", lambda: False)
         patch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
         yield

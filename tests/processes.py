@@ -24,7 +24,7 @@ from utils.distributed import World
 from utils.files import hold_lock_file
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"resnet18": (1, 1, 1, 1)}  # a ResNet with one block per stage, to write checkpoints faster
+SMALL = {"resnet18": (1, 1, 1, 1)}  # number of blocks in each of the four layers of a smaller resnet18
 SERVER = multiprocessing.get_context("forkserver")  # forking the test process would be unsafe, because it has threads
 SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 
@@ -107,7 +107,7 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
 def _hold_lock_in_process_and_worker(lock, connection):
     """Lock a file, start a worker process, and keep both processes running for 60 s.
 
-    The process with the lock sends the process id of its worker through the pipe `connection`.
+    The process with the lock sends the process id of its worker to the test process through the pipe `connection`.
     """
     with hold_lock_file(lock, World()):
         worker = os.fork()
@@ -120,14 +120,15 @@ def _hold_lock_in_process_and_worker(lock, connection):
 
 
 def patch_progress_bar_to_send_signal(description: str, at: int, number: int, all_processes: bool = False) -> None:
-    """Make the program send itself a signal when a loop with a progress bar reaches a chosen item.
+    """Make a program send itself a signal before a chosen iteration of a loop with a progress bar.
 
     Args:
         description: beginning of the text beside the progress bar, such as "epoch".
         at: number of the loop iteration before which the program sends the signal. The first iteration has the
-            number 1. Iterations of all loops whose text begins with `description` are counted together.
+            number 1. All loops whose progress bar has a text that begins with `description` share one count.
         number: number of the signal, such as 9 for SIGKILL.
-        all_processes: whether the program also sends the signal to its worker processes, and then waits 0.3 s.
+        all_processes: if True, the program sends the signal to itself and to its worker processes, and then waits for
+            0.3 s.
     """
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)

@@ -91,10 +91,10 @@ def write_detector(path: Path, **content) -> Path:
 
 
 def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
-    """Write two images, and checkpoints in the file formats of the checkpoints that the paper's authors published.
+    """Write two images, VGG-19 weights, and checkpoints of RDN and of two classifiers in the authors' file formats.
 
-    One image is real, and the other image is fake. The images come from tests/golden/reference_outputs.npz. The networks
-    get their weights from `load_fixed_pseudo_random_weights`.
+    One image is real, and the other image is fake. The images come from tests/golden/reference_outputs.npz. All weights
+    come from `load_fixed_pseudo_random_weights`.
 
     Returns the folder.
     """

@@ -1,4 +1,4 @@
-"""Tests of the package benchmarks, which measures three implementations of the networks."""
+"""Tests of the package benchmarks, which measures the time and memory of three implementations of the detector."""
 
 import pytest
 import torch
@@ -19,7 +19,10 @@ def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest error of a logit, divided by the largest difference between the two images' logits."""
+    """Return the largest difference between `logits` and `expected`, divided by a reference difference.
+
+    The reference difference is the largest difference between the expected logits of the first and the second image.
+    """
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 

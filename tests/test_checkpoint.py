@@ -46,7 +46,7 @@ def run_program_for_status_and_last_line(program, flags, capfd):
 
 
 def error_line_of_program(program, flags, capfd):
-    """Run a program with flags that the program must refuse with exit status 2. Return the error line."""
+    """Require that a program refuses its flags with exit status 2, and return the program's error line."""
     code, line = run_program_for_status_and_last_line(program, flags, capfd)
     assert code == 2 and line.startswith("error: "), line
     return line
@@ -120,7 +120,7 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """`read_checkpoint_content`, test.py, train_sr.py and train_detector.py refuse a checkpoint that runs code."""
+    """test.py, train_sr.py and train_detector.py must refuse a checkpoint that would run code when it is unpickled."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -380,7 +380,7 @@ def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
 ):
     """train_sr.py or train_detector.py must refuse the command line `flags`.
 
-    If train_detector.py must refuse a checkpoint after --init, test.py must refuse this checkpoint after --resume.
+    If train_detector.py must refuse `--init CHECKPOINT`, test.py must refuse `--resume CHECKPOINT`.
     """
     monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
@@ -393,7 +393,10 @@ def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
 
 
 def test_a_flag_may_repeat_a_default_value_that_the_checkpoint_does_not_contain():
-    """The scripts of the release give the default sizes of RDN, but `train_sr.py` without flags does not store them."""
+    """The scripts of the release pass the default sizes of RDN as flags.
+
+    If train_sr.py runs without these flags, its checkpoint does not contain the sizes.
+    """
     config = {
         "resynthesizer": {"name": "rdn", "scale": 4, "args": {}},
         "features": {"name": "vgg19", "args": {}},
@@ -424,7 +427,7 @@ def test_a_resnet_that_is_dilated_although_no_option_says_so_gives_a_warning(cap
 
 def test_a_programming_error_in_an_added_network_keeps_its_traceback():
     def make_network():
-        return torch.nn.Conv2D(3, 4, 1)  # the name is torch.nn.Conv2d
+        return torch.nn.Conv2D(3, 4, 1)  # an intended error: the correct name is torch.nn.Conv2d
 
     with pytest.raises(AttributeError, match="Conv2D"):
         create_network("classifier", {"mine": make_network}, "mine")

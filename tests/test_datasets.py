@@ -1,7 +1,7 @@
 """Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
 
-In an image of `make_coordinate_image_array`, the values of each pixel are its row and its column. The tests compute
-the position of a crop in the image from the pixel values of the crop.
+In an image of `make_coordinate_image_array`, the first channel of a pixel is its row, and the second channel is its
+column. The tests compute the position of a crop in the image from the pixel values of the crop.
 """
 
 import math
@@ -96,7 +96,7 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
         keys = [key for part in parts for key in part[step]]
         assert sorted(key.index for key in keys if key.weight) == sorted(batch)
         assert sum(key.weight for key in keys) == pytest.approx(1)
-        # If a batch has fewer images than processes, each process without an image gets the first image with weight 0
+        # Each process for which the batch has no image gets the first image of the batch, with weight 0
         ignored = [key.index for key in keys if not key.weight]
         assert ignored == [batch[0]] * max(0, size - len(batch))
         assert all(len(part[step]) >= smallest for part in parts)
@@ -106,7 +106,7 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 
 
 def locate_patch(patch):
-    """Return the top row, the left column and the orientation (0 to 7) of a patch.
+    """Return the position (row, column) of a patch's top left corner in the image, and its orientation (0 to 7).
 
     Raises an error if the patch was not cut out of an image of `make_coordinate_image_array`.
     """
@@ -156,9 +156,9 @@ def test_a_patch_depends_only_on_seed_epoch_and_index(tmp_path):
 
 
 def locate_crop(sample):
-    """Return the top row and the left column of a crop, and whether the crop is mirrored.
+    """Return the position (row, column) of a crop's top left corner in the image, and whether the crop is mirrored.
 
-    The crop comes from an image of `make_coordinate_image_array`.
+    The crop must be cut from an image of `make_coordinate_image_array`.
     """
     rows, columns = sample.x[0, 0].int(), sample.x[0, 1].int()
     return rows.min().item(), columns.min().item(), bool(columns[0, 0] > columns[0, -1])
@@ -182,7 +182,7 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
-    assert corners[0] != corners[1]  # crops are mirrored at random in each epoch
+    assert corners[0] != corners[1]  # the crops of two epochs differ only by random mirroring
 
 
 def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_path):
@@ -251,7 +251,8 @@ def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_image
 ):
     first, _ = make_loader(dataset_of_readable_and_unreadable_patches, EpochBatchSampler(7, 4), 0, ON_CPU)
     assert first.keys == [(0, 0, 0), (0, 0, 1), (0, 2, 0), (0, 2, 1)] and first.x.shape == (4, 3, 16, 16)
-    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)  # weight of a patch: 1 / (4 images x 2 patches)
+    # Each patch has the weight 1 / (4 images x 2 patches), although two of the four images are unreadable
+    assert first.weights.tolist() == pytest.approx([1 / 8] * 4)
     assert "small.png: is 48 x 15" in first.errors[1] and "zero.png" in first.errors[3]
 
 
@@ -312,7 +313,8 @@ def test_merged_batches_keep_the_pixel_limit_and_stay_within_blocks_of_consecuti
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # Images 1 and 2 belong to different blocks of two images, so they must not be merged into one batch
+    # Images of different blocks must not be merged into one batch.
+    # The first block consists of images 0 and 1, and the second block consists of images 2 and 3
     assert [
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(1, 3), block=2, pixels=math.inf)

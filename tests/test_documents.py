@@ -41,7 +41,11 @@ def commands_of_document(document: str) -> list[list[str]]:
 
 
 def collect_flags_of_programs_and_tools() -> set[str]:
-    """Return the flags of the programs, and the flags in the source code of tools, benchmarks, studies and utils."""
+    """Return all flags that a document may mention.
+
+    These are the flags of train_sr.py, train_detector.py, test.py and torchrun, and all flags that occur in the source
+    code in the folders tools, benchmarks, results and utils.
+    """
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)

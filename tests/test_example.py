@@ -65,7 +65,7 @@ def test_the_power_of_drawn_scenes_falls_with_frequency_as_in_photographs():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_of_upsampling_leaves_a_pattern_with_a_period_of_two_pixels(kind):
-    """In an up-sampled image, differences between neighbouring pixels depend on whether the column is even or odd."""
+    """In an up-sampled image, differences between neighbouring columns depend on whether the column is even or odd."""
     x = torch.stack([torch.from_numpy(draw_scene(64, seeded_generator(i))) for i in range(8)]).permute(0, 3, 1, 2) / 255
 
     def difference_of_even_and_odd_columns(images):

@@ -38,7 +38,7 @@ NO_DILATION = {"dilated": False}
 
 
 def write_rdn_weights(path, scale=4):
-    """Write the weights of a small RDN in the file format of the released weights. Return the path of the file."""
+    """Write the weights of a small RDN in the file format of the release, and return the path of the weights."""
     torch.manual_seed(scale)
     rdn = RDN(scale, num_features=8, growth_rate=4, num_blocks=1, num_layers=2)
     torch.save(rdn.state_dict(), path)
@@ -155,7 +155,10 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(exporte
 
 
 def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_detector_folder):
-    """tools.graph replaces batch norms, because PyTorch 2.6 with onnxscript 0.7 cannot convert them to ONNX."""
+    """tools.graph replaces each batch norm by a `PlainBatchNorm`, which computes x * scale + shift.
+
+    PyTorch 2.6 with onnxscript 0.7 cannot convert batch norms to ONNX.
+    """
     network = load(exported_detector_folder / "mine.pth.tar", device="cpu").network
     plain = graph.copy_network_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -51,7 +51,7 @@ def train_documented_super_resolution_network(files, out):
 
 
 def make_train_detector_arguments_without_resynthesizer(files, out, flags):
-    """Return a command line for train_detector.py that names no re-synthesizer, except in `flags`."""
+    """Return a command line for train_detector.py. Only the argument `flags` can name a re-synthesizer."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 
@@ -327,5 +327,5 @@ def test_the_prefix_of_data_parallel_is_removed_only_if_all_weights_have_it():
 
 def test_the_residual_cache_depends_on_the_source_code_of_a_network():
     assert hash_source_code(NormalizedPixels()) != hash_source_code(NormalizedEnlargement())
-    # Python does not know the source code of a class that `exec` has defined
+    # Python cannot find the source code of a class that `exec` has defined, so `hash_source_code` returns None
     assert hash_source_code(load_example_module("gradients").Gradients()) is None

@@ -93,7 +93,8 @@ def folder_with_outputs_of_test_py(tmp_path):
         tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png"
     )
     (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
-    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")  # photo.png is an image, because photo.csv is no score table
+    # The file photo.csv is not a score table, so photo.png is an image and not the figure of a score table
+    (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")
     return root
 
 
@@ -109,7 +110,7 @@ def test_figures_and_residual_pictures_of_test_py_are_left_out_of_a_folder(folde
 def test_images_whose_names_resemble_outputs_of_test_py_are_kept(tmp_path):
     names = ["scores.png", "residual.png", "alone.png"]
     root = write_empty_files(tmp_path / "r", *names)
-    os.mkfifo(tmp_path / "r/scores.csv")  # the search must not open a named pipe, because opening a pipe blocks
+    os.mkfifo(tmp_path / "r/scores.csv")  # find_images must not open a named pipe, because opening a pipe blocks
     assert paths_relative_to_folder(root, find_images(root)) == sorted(names)
 
 

@@ -38,13 +38,13 @@ def input_images(outputs_of_the_authors_code):
 
 @pytest.fixture(scope="module")
 def rdn_with_reference_weights():
-    """Return a full-size RDN with the weights of `make_fixed_weight_from_parameter_name`."""
+    """Return a full-size RDN with the weights that `make_fixed_weight_from_parameter_name` makes."""
     return load_fixed_pseudo_random_weights(RDN())
 
 
 @pytest.fixture(scope="module")
 def vgg_with_reference_weights():
-    """Return VGG-19 with the weights of `make_fixed_weight_from_parameter_name`."""
+    """Return VGG-19 with the weights that `make_fixed_weight_from_parameter_name` makes."""
     return load_fixed_pseudo_random_weights(VGG19())
 
 

@@ -66,7 +66,7 @@ def png_pixel_chunk(content):
 def encode_image(form, image=None, **options):
     """Return the bytes of an image file in the given format.
 
-    The default image has 64 x 64 random pixels.
+    If `image` is None, the file contains 64 x 64 random pixels.
     """
     stream = io.BytesIO()
     if image is None:
@@ -182,7 +182,7 @@ def test_an_image_with_integer_values_outside_16_bits_is_refused(tmp_path, value
         read_image_as_tensor(save_image(tmp_path / "b.tif", np.array([[0, value]], np.int32)))
 
 
-# If a file contains the pixels STORED[k] and the EXIF orientation k, a viewer shows the image UPRIGHT
+# If a file contains the pixels STORED[k] and the EXIF orientation k, a viewer shows the pixels of UPRIGHT
 UPRIGHT = np.repeat(np.arange(6, dtype=np.uint8).reshape(2, 3, 1) * 40, 3, axis=-1)
 STORED = {
     1: UPRIGHT,
@@ -355,7 +355,10 @@ def make_coordinate_image_tensor(height, width):
 
 
 def locate_crop(image):
-    """Return the top row and the left column of a crop. The crop comes from `make_coordinate_image_tensor`."""
+    """Return the row and the column of a crop's top left corner in the image.
+
+    The crop must be cut from an image of `make_coordinate_image_tensor`.
+    """
     return image[:2, 0, 0].tolist()
 
 

@@ -33,7 +33,7 @@ def map_module_names_to_files() -> dict[str, Path]:
 
 
 def imported_modules(file: Path) -> set[str]:
-    """Return the names of all modules that a source file imports, also inside functions."""
+    """Return the names of all modules that a source file imports at the top level or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +62,8 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = project_imports()
-    # Imports of a whole package are ignored: a package imports its own modules, which would look like a cycle
+    # An import of a whole package is ignored.
+    # If a package imports one of its modules, this module may import other modules from the package
     for package in PACKAGES:
         for others in imports.values():
             others.discard(package)

@@ -1,6 +1,6 @@
 """Tests of data.leaks, which searches a set of real and fake images for leaks.
 
-A leak is a difference between real and fake images that is not caused by the generator, such as the file format.
+A leak is a difference between real and fake images that the generator has not caused, for example in the file format.
 """
 
 import os
@@ -136,7 +136,10 @@ def make_file_objects_of_given_sizes(reals, fakes):
 
 
 def find_severity_of_size_difference(reals, fakes):
-    """Compare the sizes of real and fake images. Return the severity if a difference is reported, else None."""
+    """Compare the sizes of real and fake images, and return the severity (LEAK or WARNING) of the difference.
+
+    If no difference is reported, the function returns None.
+    """
     finding = compare_attribute_of_real_and_fake(make_file_objects_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 

@@ -112,7 +112,7 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
     assert {item.generator for item in items} == {"sd"}
     assert "2 in val (not for training)" in caplog.text
     assert len(list_labelled_images_in_tree(root)) == 6 and "nature/ai of val" in caplog.messages[-1]
-    # If the root of the tree is the folder val, training uses the images in val
+    # Training leaves out a folder val inside a tree, but uses the images in val if val is the root of the tree
     assert len(list_labelled_images_in_tree(f"{root}/sd/val", training=True)) == 2
     shutil.rmtree(tmp_path / "t/sd/train")
     with expect_user_error("no images that can be used", "2 in val"):
@@ -120,7 +120,7 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
-    """In a tree with the folders 0_real and 1_fake, a folder "nature" is not treated as a folder of real images."""
+    """The folder name "nature" does not determine the class of an image whose path also contains 0_real or 1_fake."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [item.label for item in list_labelled_images_in_tree(root, training=True)] == [REAL, REAL, FAKE, FAKE]
@@ -256,14 +256,14 @@ def test_labelled_images_must_be_given_as_folders_or_a_tree_or_a_table(tmp_path)
 def test_an_image_file_listed_as_real_and_as_fake_is_refused(tmp_path, link):
     real, fake = write_empty_files(tmp_path / "real", "1.png"), write_empty_files(tmp_path / "fake", "2.png")
     (tmp_path / link).symlink_to(f"{fake}/2.png" if link.endswith(".png") else fake)
-    with expect_user_error("1 files are listed both as real and as generated", link, "fake/2.png"):
+    with expect_user_error("1 files are listed both as real and as fake", link, "fake/2.png"):
         list_labelled_images([real], [fake])
 
 
 def test_a_csv_table_that_labels_one_file_as_real_and_as_fake_is_refused(tmp_path):
     write_empty_files(tmp_path, "a.png", "b.png")
     (tmp_path / "list.csv").write_text("path,label\na.png,real\nb.png,fake\n./a.png,fake\n")
-    with expect_user_error("1 files are listed both as real and as generated", "a.png"):
+    with expect_user_error("1 files are listed both as real and as fake", "a.png"):
         list_labelled_images(None, None, None, str(tmp_path / "list.csv"))
 
 
@@ -290,7 +290,7 @@ def test_a_link_inside_a_tree_does_not_change_the_class_of_an_image(tmp_path, ta
 
 @pytest.mark.parametrize("labels", [[REAL, REAL], [FAKE], []])
 def test_a_list_with_images_of_one_class_is_refused(labels):
-    counts = f"{labels.count(REAL)} real and {labels.count(FAKE)} generated"
+    counts = f"{labels.count(REAL)} real and {labels.count(FAKE)} fake"
     with expect_user_error("validation images must contain both", counts):
         require_real_and_fake_images([Item("a.png", label, "") for label in labels], "validation images")
     require_real_and_fake_images([Item("a.png", REAL, ""), Item("b.png", FAKE, "")], "validation images")
@@ -312,7 +312,7 @@ def test_an_input_image_that_is_given_twice_is_listed_once_at_its_first_position
     with caplog.at_level("INFO"):
         items = list_images_without_labels([f"{root}/b.png", root, f"{root}/../r/a.png"])
     assert [item.path for item in items] == [f"{root}/b.png", f"{root}/a.png"]
-    assert caplog.messages == ["left out 2 images that are given twice"]
+    assert caplog.messages == ["left out 2 repeated paths: each image is used once"]
 
 
 # --- recognising images -------------------------------------------------------------------------------------

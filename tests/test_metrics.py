@@ -61,7 +61,11 @@ def fpr_tpr_and_precision_by_threshold(scores, is_fake):
 
 
 def average_precision_summed_over_thresholds(scores, is_fake):
-    """Compute the average precision: the sum of each precision times the increase of the true positive rate."""
+    """Compute the average precision as a sum over all thresholds.
+
+    The term of a threshold is its precision, multiplied by the increase of the true positive rate since the threshold
+    before.
+    """
     _, tpr, precision = fpr_tpr_and_precision_by_threshold(scores, is_fake)
     return (np.diff(tpr, prepend=0) * precision).sum()
 
@@ -162,7 +166,7 @@ def test_bootstrap_intervals_depend_only_on_scores_and_seed():
 
 
 def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcneil():
-    """Hanley and McNeil (Radiology, 1982) give a closed form for the standard error of the AUROC."""
+    """The expected width follows from the formula of Hanley and McNeil (Radiology, 1982) for the standard error."""
     scores, is_fake = random_scores(7, n_real=10_000, n_fake=10_000)
     area = metrics.auroc(scores, is_fake)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
@@ -185,7 +189,7 @@ def test_fakes_are_compared_with_reals_of_their_generator_or_else_with_reals_wit
     own, other = summary["generators"]["own"], summary["generators"]["other"]
     assert (own["n_real"], own["n_fake"], own["auroc"]) == (1, 3, 1.0)
     assert (other["n_real"], other["n_fake"], other["auroc"]) == (2, 2, 0.5)
-    assert own["intervals"] is None  # a confidence interval needs at least two real images
+    assert own["intervals"] is None  # an interval needs two real and two fake images, and there is only one real image
     assert other["intervals"]["auroc"] is not None
     assert summary["images"] == {"real": 3, "fake": 5, "unlabelled": 1, "errors": 1}
     assert summary["mean"]["auroc"] == 0.75

@@ -37,7 +37,7 @@ SIZE_OPTIONS = {"crop_size", "resize"}
 
 
 def list_parser_options_without_ignored_flags(program):
-    """Return the options of a program, without --help and without flags that have no effect."""
+    """Return the options of a program, without --help and without the flags that the program accepts but ignores."""
     actions = PARSERS[program]()._actions
     return [a for a in actions if not isinstance(a, argparse._HelpAction) and a.dest != argparse.SUPPRESS]
 

@@ -34,7 +34,7 @@ from models.resnet import DeepStemResNet
 
 @pytest.fixture(scope="module")
 def flags_to_load_vgg_stage5_detector(tmp_path_factory, shrink_resnet18):
-    """Write the weights of RDN, of VGG-19, and of a classifier of VGG-19 features of stage 5 into three files.
+    """Write three files of weights: for RDN, for VGG-19, and for a classifier that reads residuals of stage 5.
 
     Returns the flags with which test.py loads the three files as a detector.
     """
@@ -138,7 +138,7 @@ def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_befor
 
 
 def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(detector_file, image_folder, tmp_path):
-    """If test.py is killed after it has written p.npy, the file p.json is missing."""
+    """test.py writes p.npy before p.json. This test imitates a run that was killed between the two."""
     words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
@@ -282,7 +282,8 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
     detector_file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    for name in ("a.png", "b.png", "x" * 245 + ".png"):  # with ".residual.png", the third file name is too long
+    # The name of a residual picture ends with ".residual.png", so the name for the third image is too long for a file
+    for name in ("a.png", "b.png", "x" * 245 + ".png"):
         write_noise_image(f"images/{name}", 0)
     assert run_test_py(*make_arguments_of_test_py(detector_file, "images", "p", "--save-residuals", "pictures")) == 1
     assert [bool(row["error"]) for row in read_csv_rows("p.csv")] == [False, False, True]
@@ -387,7 +388,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    # The figure has 160 dots per inch. Each image is 3.4 inches wide. Title and margin are 0.4 inches high
+    # The figure has 160 dots per inch. Each image is 3.4 inches wide. Title and margin are together 0.4 inches high
     expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)
     assert abs(height - expected) <= 2
     assert width == 11 * 160

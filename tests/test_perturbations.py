@@ -118,7 +118,8 @@ def test_images_smaller_than_the_kernel_can_be_blurred():
 def test_noise_of_the_sweep_protocol_has_the_given_standard_deviation(std):
     noisy = perturb_image(grey_image(), "noise", "sweep", 0, std).double()
     expected = 128 + 255 * std * np.random.default_rng(1).standard_normal(10**6)
-    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)  # pixel values are clipped
+    # The perturbation clips pixel values to 0 to 255, so the expected values are also clipped
+    assert noisy.std() == pytest.approx(np.clip(expected, 0, 255).std(), rel=0.02)
     assert noisy.mean() == pytest.approx(128, abs=1)
 
 

@@ -86,7 +86,8 @@ def test_residuals_read_from_the_cache_have_the_documented_precision(training_fi
 
 def test_a_file_that_another_training_renames_meanwhile_does_not_stop_the_run(tmp_path):
     (tmp_path / "0.npz").write_bytes(bytes(10))
-    (tmp_path / ".0.npz.123.tmp").symlink_to("absent")  # like a renamed file, its size cannot be read
+    # Reading the size of a broken link fails like reading the size of a file that another training has just renamed
+    (tmp_path / ".0.npz.123.tmp").symlink_to("absent")
     assert residuals_fit_in_cache(tmp_path, [100], 1000)
 
 
@@ -208,7 +209,7 @@ def test_opening_the_cache_deletes_only_old_temporary_files(tmp_path):
 
 
 def create_datasets_of_cached_residuals(folder, images, max_gb=1.0):
-    """Return a list with one dataset of cached residuals, or an empty list if the images cannot be cached."""
+    """Return a list with one dataset of cached residuals, or an empty list if residuals of `images` are not cached."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = residual_cache_key(CONFIG, "b", (), images.policy, ON_CPU)
     return create_residual_datasets([images], tiny_detector().residual_shape, key, options, World())
@@ -254,7 +255,8 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
     """A training with the residual cache and a training without the cache must have exactly equal losses.
 
-    The training without the cache needs --micro-batch 1, because filling a cache computes one residual at a time.
+    The residuals in a cache are computed one at a time. With --micro-batch 1, the training without the cache also
+    computes one residual at a time, so its rounding errors are the same.
     """
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     run_training(

@@ -157,7 +157,7 @@ def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_t
 def test_a_training_killed_while_it_saves_the_checkpoints_of_its_first_epoch_can_be_resumed(
     make_training_arguments, resume_and_require_equal_results, tmp_path, number
 ):
-    """The program is killed while it writes best.pth.tar or 0001.pth.tar, and has saved last.pth.tar before."""
+    """train_detector.py first saves last.pth.tar. It is killed while it writes best.pth.tar or 0001.pth.tar."""
     out, log = tmp_path / "out", tmp_path / "log"
     kill = partial(patch_checkpoint_saving_to_kill_program, number)
     process = start_program("train_detector.py", make_training_arguments("frozen", out), log, kill)
@@ -254,7 +254,6 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
 def test_resuming_a_training_without_its_flag_fixed_sr_is_refused(
     training_files, run_training_without_interruption, tmp_path, flags
 ):
-    """The training was started with --fixed-sr, and the command line to resume it lacks --fixed-sr."""
     out = tmp_path / "out"
     shutil.copytree(run_training_without_interruption("cached"), out)
     before = (out / "last.pth.tar").read_bytes()
@@ -305,7 +304,7 @@ def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused
 
 
 def map_changed_settings_to_log_lines(caplog):
-    """Return a dict from each setting that has changed since a training began, such as "epochs", to its log line."""
+    """Return a dict from setting name, such as "epochs", to the log line that reports a change of the setting."""
     lines = [record.getMessage() for record in caplog.records if "when the run began" in record.getMessage()]
     return {line.split()[3]: line for line in lines}
 
@@ -347,7 +346,10 @@ def test_a_resumed_training_reports_that_changed_images_are_read_in_another_orde
 
 
 def validation_folders(folder, files):
-    """Return two folders for --eval-file: "easy" with plain grey images, and "hard" with fake images."""
+    """Return a dict with two folders of images for the flag --eval-file of train_sr.py.
+
+    The folder "easy" contains images of one grey level. The folder "hard" contains images of squares of random colours.
+    """
     (folder / "easy").mkdir()
     for i in range(3):
         save_image(folder / f"easy/{i}.png", torch.full((64, 64, 3), 60 * i, dtype=torch.uint8).numpy())
@@ -357,7 +359,7 @@ def validation_folders(folder, files):
 def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_files, tmp_path, caplog):
     """The first epoch is scored on easy images, and all later epochs are scored on hard images.
 
-    train_sr.py must forget the best score on the easy images, which no score on the hard images exceeds.
+    When the images change, train_sr.py must forget the best score. Otherwise, no later epoch could become the best.
     """
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
@@ -411,7 +413,7 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
-    """The network can enlarge a black image without error, so train_sr.py must limit the PSNR to a finite value.
+    """A network can enlarge a black image exactly, so train_sr.py must replace an infinite PSNR by a finite value.
 
     With the learning rate of this test, the first epoch does not have the best PSNR.
     """
@@ -434,7 +436,7 @@ def test_training_on_a_damaged_image_ends_with_one_error_line_and_can_be_resumed
 ):
     """The error line names the damaged image.
 
-    After the image is repaired, the resumed training ends with the checkpoint of a training on undamaged images.
+    After the image is repaired, the resumed training must write the same last checkpoint as an uninterrupted training.
     """
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
@@ -482,7 +484,7 @@ def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, t
     """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
 
     For an image of 32 x 32 pixels, the last feature maps of the classifier have 1 x 1 pixels. In training mode, batch
-    norm fails on a batch with one image whose feature maps have 1 x 1 pixels.
+    norm fails if a batch consists of a single image and the feature maps have 1 x 1 pixels.
     """
     root = tmp_path / "small"
     root.mkdir()
@@ -549,7 +551,7 @@ def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(t
 
 
 def delay_cache_filling_and_schedule_sigterm():
-    """Make a training sleep for 12 s before it fills the residual cache, and send itself SIGTERM in step 9."""
+    """Make a training sleep for 12 s before it fills the residual cache, and stop the training by SIGTERM in step 9."""
     patch_progress_bar_to_sleep_first("residuals", 12)
     patch_progress_bar_to_send_signal("epoch", 9, signal.SIGTERM)
 
@@ -601,7 +603,7 @@ def run_program_in_two_processes(program, flags, log, prepare=None):
 
 
 def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(training_files, tmp_path):
-    """The two processes are killed in their third step, and are then resumed.
+    """Two processes are killed before their third step. Two new processes then resume the training.
 
     The last batch has only one of the five images, so the second process gets no image of this batch.
     """

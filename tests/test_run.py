@@ -183,7 +183,7 @@ def test_different_keys_give_different_random_numbers_and_equal_keys_give_equal_
 
 @pytest.fixture
 def restore_pytorch_settings():
-    """After the test, restore the global PyTorch settings that the programs use by default."""
+    """After the test, switch off PyTorch's deterministic algorithms, which the test may have switched on."""
     yield
     choose_device_and_precision("cpu", "auto", deterministic=False, seed=0)
 

@@ -56,7 +56,7 @@ def copied_run_folder(finished_run_folder, tmp_path):
 
 
 def write_user_files_unrelated_to_training(folder):
-    """Write files of the user into a folder, under names that a training never uses.
+    """Write files into a folder, under names that a training never uses.
 
     Some of the names look like names of temporary files.
     """
@@ -168,7 +168,7 @@ def test_config_json_lists_every_file_that_a_training_has_written(training_files
 
 
 def copy_folder_and_damage_real_images(files, tmp_path):
-    """Copy the training files, and damage all real images of the copy. Return the folder of the copy."""
+    """Copy a folder of training images, and damage all real images in the copy. Return the path of the copy."""
     images = Path(shutil.copytree(files, tmp_path / "images"))
     for path in (images / "real").iterdir():
         cut_file_in_half(path)
@@ -228,7 +228,7 @@ def test_files_of_an_earlier_run_are_kept_until_the_new_run_saves_a_checkpoint(
 
 
 def test_train_sr_keeps_its_initial_weights_file_until_it_has_saved_a_checkpoint(training_files, tmp_path):
-    """A new training starts from best.pth of an earlier training, and fails because its real images are damaged."""
+    """train_sr.py starts from best.pth of an earlier training, and fails because all training images are damaged."""
     out, flags = tmp_path / "out", "--vgg-lambda 0 --eval-file REAL --num-epochs"
     run_training(make_arguments_of_train_sr(training_files, out, f"{flags} 2"))
     before = {name: data for name, data in read_file_contents_by_path(out / "x2").items() if name.endswith(".pth")}

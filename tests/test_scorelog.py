@@ -69,7 +69,7 @@ def test_rows_of_three_successive_score_writers_are_joined_into_one_score_table(
     third.write_rows(make_score_rows_by_image_index(labelled_image_list, [5, 6]))
     third.write_table_from_partial_tables()
     assert read_logit_fake_column(tmp_path) == list(range(COUNT))
-    # Joining does not remove the part files, so a new ScoreWriter can join the part files again
+    # `write_table_from_partial_tables` keeps the part files, so a new ScoreWriter can join the part files again
     make_opened_score_writer(tmp_path, labelled_image_list).write_table_from_partial_tables()
     finish_score_table_and_json_file(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
@@ -117,7 +117,8 @@ def test_images_with_incomplete_or_missing_score_table_rows_are_scored_again(tmp
     content = part.read_bytes()
     if lost == 10_000:
         lost = len(content) - content.index(b"\n") - 1  # number of bytes after the first line
-    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))  # a power failure can leave a zero byte at the end
+    # A power failure can cut off the end of a file. If `lost` is 30, the file also gets a zero byte at its new end
+    part.write_bytes(content[:-lost] + b"\0" * (lost == 30))
     again = make_opened_score_writer(tmp_path, labelled_image_list)
     missing = again.list_unscored_images(1).tolist()
     assert missing == {1: [4, 5, 6], 2: [3, 4, 5, 6], 30: [3, 4, 5, 6]}.get(lost, list(range(COUNT)))

@@ -42,7 +42,7 @@ from evaluation.score_table import COLUMNS, read_table
 
 @pytest.fixture(scope="module")
 def authors_checkpoint_folder(tmp_path_factory):
-    """Return a folder with two images, and with checkpoints in the file formats of the authors' checkpoints."""
+    """Return a folder with two images, VGG-19 weights, and checkpoints in the file formats of the release."""
     return write_images_and_checkpoints_of_the_authors_format(tmp_path_factory.mktemp("release"))
 
 
@@ -189,7 +189,9 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
         write_noise_image(names[key], key, size)
-    status = 1 if count == 1 else 0  # --crops 1 refuses the image of 12 x 60, because a crop is 16 x 16
+    # With one crop per image, test.py refuses the image of 12 x 60 pixels, because a crop has 16 x 16 pixels.
+    # With several crops per image, test.py scores an image that is smaller than a crop
+    status = 1 if count == 1 else 0
     assert run_test_py(*make_arguments_of_test_py(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")
     x = torch.from_numpy(np.array(Image.open(names[1]))).permute(2, 0, 1)[None]  # (1, 3, 40, 48)
@@ -223,7 +225,8 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
     for detector, images, *expected in (
         (trained, tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
         (all_jpeg, image_folder, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
-        (detector_file, image_folder),  # without data about training images, test.py prints no warning
+        # A detector without data about its training images gives no warning about unlike images
+        (detector_file, image_folder),
     ):
         capfd.readouterr()
         assert run_test_py("--gpu", "cpu", "-j", 0, "--resume", detector, "--input", images) == 0
@@ -238,7 +241,7 @@ def test_scored_images_that_are_training_images_are_counted(image_folder, tmp_pa
     detector = write_detector(tmp_path / "d", trained_on=trained_on)
     shutil.copytree(image_folder, tmp_path / "copies")
     assert run_test_py(*make_arguments_of_test_py(detector, tmp_path / "copies", tmp_path / "p")) == 0
-    assert f"3 of these {IMAGES} images" in capfd.readouterr().err
+    assert f"3 of the {IMAGES} images" in capfd.readouterr().err
     assert json.loads((tmp_path / "p.json").read_text())["trained_on"] == 3
 
 

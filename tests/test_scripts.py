@@ -1,4 +1,4 @@
-"""Tests of the shell scripts in the folder script/: input files, flags of the authors, and package installation."""
+"""Tests of the shell scripts in the folder script/: flags, input files, and installation of Python packages."""
 
 import os
 import shutil
@@ -31,7 +31,8 @@ STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
 # STUB is a shell script that replaces Python.
-# With the argument `-c`, STUB does nothing. With tools/example.py, STUB makes empty folders and files.
+# If the first argument is `-c`, STUB does nothing.
+# If the first argument is the path of tools/example.py, STUB makes empty output folders and files of this program.
 # STUB writes every other command line to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
@@ -261,7 +262,7 @@ def test_a_script_without_images_makes_example_images_once(project_copy):
 
 CHAIN = [
     # Each tuple contains a script, an input file of the script, and the earlier script that writes the input file.
-    # The last entry of a tuple is a dict of options that the script must pass to Python.
+    # The last entry of each tuple in CHAIN is a dict of option values that the script must pass to the Python program.
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",
@@ -386,7 +387,10 @@ def test_a_script_refuses_one_image_folder_without_the_other_and_makes_no_exampl
 def test_a_training_of_a_script_is_finished_only_if_last_pth_tar_is_not_older_than_the_last_numbered_checkpoint(
     tmp_path, numbered, last, starts
 ):
-    """`numbered` and `last` are the modification times of the two checkpoints, or None for a missing file."""
+    """`numbered` is the modification time of 0002.pth.tar, and `last` is the modification time of last.pth.tar.
+
+    None stands for a missing file.
+    """
     for name, time in (("0002.pth.tar", numbered), ("last.pth.tar", last)):
         if time is not None:
             (tmp_path / name).touch()
@@ -409,7 +413,8 @@ def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy)
 
 
 # BARE_PYTHON is a shell script that imitates a python3 without installed packages.
-# `-m venv` copies BARE_PYTHON into the new environment. `-m pip` replaces this copy by the script STUB.
+# With the arguments `-m venv`, BARE_PYTHON copies itself into the new environment.
+# With the arguments `-m pip`, the copy of BARE_PYTHON in the new environment replaces itself by the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;

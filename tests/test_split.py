@@ -193,6 +193,6 @@ def test_tools_split_refuses_a_wrong_fraction_with_exit_status_2(folder_of_real_
     ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.returncode == 2
-    message = "the set held_out (with --hold-out 0.0001) must contain both real and generated images"
+    message = "the set held_out (with --hold-out 0.0001) must contain both real and fake images"
     assert message in done.stderr.splitlines()[-1]
     assert not (folder_of_real_and_fake_images / "lists").exists()

@@ -74,7 +74,7 @@ def test_the_sgd_optimizer_makes_the_updates_of_the_authors_code(scale):
         gradients = model.compute_gradients_of_cross_entropy(
             torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
         )
-        # The authors' code multiplies the gradients of the classifier by `scale`, and then computes an SGD update
+        # The authors' code multiplies the gradients of the classifier by --lr-sr (here `scale`) before an SGD update
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]
@@ -196,9 +196,9 @@ def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, 
 
 @cache
 def find_step_with_or_without_degradation(degraded):
-    """Return the number of the first training step in which the auxiliary task degrades the batch.
+    """Return the number of the first training step in which the task "denoising" adds noise to the images.
 
-    If `degraded` is False, return the number of the first step in which the auxiliary task does not degrade the batch.
+    If `degraded` is False, return the number of the first step in which the task adds no noise to the images.
     """
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
@@ -419,7 +419,7 @@ def test_a_tiny_evaluation_image_gets_a_psnr_and_a_psnr_below_bicubic_gives_a_wa
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
-    """The network can enlarge a black image without error, so train_sr.py must limit the PSNR to a finite value.
+    """A network can enlarge a black image exactly, so train_sr.py must replace an infinite PSNR by a finite value.
 
     If the mean PSNR of the first epoch were infinite, no later epoch could be better.
     """

@@ -1,4 +1,4 @@
-"""Tests of which image sets train_detector.py and train_sr.py use, and which image sets they refuse."""
+"""Tests of the image sets that train_detector.py and train_sr.py use, and of the image sets that they refuse."""
 
 import os
 import shutil
@@ -55,9 +55,9 @@ def test_image_sets_are_refused_if_skip_bad_leaves_out_all_images_of_a_class(tra
     for path in (mixed / "fake").iterdir():
         save_image(path, random_rgb_pixels(32, 32))
     flags = f"{FLAGS} --crop-size 48 --skip-bad"
-    with expect_user_error("training images must contain both", "5 real and 0 generated"):
+    with expect_user_error("training images must contain both", "5 real and 0 fake"):
         run_training(make_arguments_of_train_detector(mixed, tmp_path / "out", flags))
-    with expect_user_error("validation images must contain both", "5 real and 0 generated"):
+    with expect_user_error("validation images must contain both", "5 real and 0 fake"):
         run_training(
             make_arguments_of_train_detector(
                 training_files, tmp_path / "out", f"{flags} --val-root-pos REAL --val-root-neg {mixed}/fake"
@@ -69,9 +69,9 @@ def test_image_sets_are_refused_if_skip_bad_leaves_out_all_images_of_a_class(tra
 def test_csv_tables_with_images_of_one_class_are_refused(training_files, tmp_path):
     both = write_csv_table(tmp_path / "both.csv", training_files, ["real", "real", "fake", "fake"])
     fakes = write_csv_table(tmp_path / "fakes.csv", training_files, ["fake", "fake", "fake"])
-    with expect_user_error("training images must contain both", "0 real and 3 generated"):
+    with expect_user_error("training images must contain both", "0 real and 3 fake"):
         run_training(make_training_arguments_without_image_folders(training_files, tmp_path / "out", f"--csv {fakes}"))
-    with expect_user_error("validation images must contain both", "0 real and 3 generated"):
+    with expect_user_error("validation images must contain both", "0 real and 3 fake"):
         run_training(
             make_training_arguments_without_image_folders(
                 training_files, tmp_path / "out", f"--csv {both} --val-csv {fakes}"
@@ -81,7 +81,7 @@ def test_csv_tables_with_images_of_one_class_are_refused(training_files, tmp_pat
 
 def test_a_tree_with_images_of_one_class_is_refused(training_files, tmp_path):
     shutil.copytree(training_files / "fake", tmp_path / "tree/gan/1_fake")
-    with expect_user_error("training images must contain both", "0 real and 5 generated"):
+    with expect_user_error("training images must contain both", "0 real and 5 fake"):
         run_training(
             make_training_arguments_without_image_folders(
                 training_files, tmp_path / "out", f"--data-root {tmp_path}/tree"

@@ -19,7 +19,7 @@ DETECTOR = f"{COMMON} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
 
 
 def make_arguments_of_train_sr(files, out, flags=""):
-    """Return a command line for a small training with train_sr.py that writes into the folder OUT/x2.
+    """Return a command line for a small training with train_sr.py. The training writes into the subfolder x2 of `out`.
 
     Args:
         flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.
@@ -35,7 +35,7 @@ def make_arguments_of_train_sr(files, out, flags=""):
 
 
 def make_arguments_of_train_detector(files, out, flags=""):
-    """Return a command line for a small training with train_detector.py that writes into the folder OUT.
+    """Return a command line for a small training with train_detector.py. The training writes into the folder `out`.
 
     Args:
         flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.

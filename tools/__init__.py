@@ -1,4 +1,4 @@
-"""Command-line programs besides training and testing. Start a program with `python -m tools.NAME`.
+"""Command-line programs other than train_sr.py, train_detector.py and test.py.
 
-Except for the tests, no module outside the package `tools` imports it.
+Start a program with `python -m tools.NAME`. Outside the package `tools`, only the tests import its modules.
 """

@@ -1,6 +1,8 @@
-"""Search image sets for leaks. A leak is a property, such as the file format, that reveals the generated images.
+"""Search image sets for leaks: properties besides the image content that separate real from fake images.
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
+
+For example, the file format is a leak if all real images are JPEG files and all fake images are PNG files.
 
 The exit status is 0 if no leak was found, 1 if a leak was found, and 2 if the arguments are wrong.
 """
@@ -30,18 +32,18 @@ def format_audit_result(result: Audit) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Search the image sets that the command line names for leaks, and print the findings. Returns the exit status."""
+    """Run the leak audit of the images that the command line names, and print the findings. Returns the exit status."""
     parser = options.Parser("python -m tools.audit", __doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
     parser.add_argument("--data-root-pos", **folders, help="folders of real images for training")
-    parser.add_argument("--data-root-neg", **folders, help="folders of generated images for training")
+    parser.add_argument("--data-root-neg", **folders, help="folders of fake images for training")
     parser.add_argument("--val-root-pos", **folders, help="folders of real images for validation")
-    parser.add_argument("--val-root-neg", **folders, help="folders of generated images for validation")
+    parser.add_argument("--val-root-neg", **folders, help="folders of fake images for validation")
     parser.add_argument(
         "--data-root",
         dest="tree",
         metavar="TREE",
-        help="folder with one folder per generator: TREE/GENERATOR/0_real and TREE/GENERATOR/1_fake",
+        help="folder of images, with one subfolder per generator: TREE/GENERATOR/0_real and TREE/GENERATOR/1_fake",
     )
     parser.add_argument(
         "--csv", metavar="FILE", help="CSV file with columns path,label[,generator] and labels real, fake"

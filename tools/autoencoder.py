@@ -91,7 +91,8 @@ class Decoder(nn.Sequential):
 class Autoencoder(nn.Module):
     """The encoder of TAEF2, followed by the decoder.
 
-    The input and the output are images (B, 3, H, W) in [0, 1]. H and W must be multiples of 8.
+    The input is a batch of images (B, 3, H, W) in [0, 1]. H and W must be multiples of 8. The output has the same shape
+    as the input, and is clamped to [0, 1].
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""Calibrate a detector: make P(fake) a probability, and choose the thresholds of the verdicts real, fake and unsure.
+"""Calibrate a detector: fit a temperature for its logits, and two thresholds for the verdicts real, fake and unsure.
 
     python -m tools.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 --fnr 0.01]
 
-SCORES.csv is a score table that test.py wrote with this detector for images with labels. The images in
-SCORES.csv must differ from the training images and from the images of the final test. The program fits a temperature
-(Guo et al., "On Calibration of Modern Neural Networks", ICML 2017), and then two thresholds. The program stores the
+SCORES.csv is a score table that test.py wrote with the detector DETECTOR.pth.tar for images with labels. The images in
+SCORES.csv must differ from the training images and from the images of the final test. The program fits the temperature
+by the method of Guo et al. ("On Calibration of Modern Neural Networks", ICML 2017). With --into, the program stores the
 calibration in the checkpoint of the detector. test.py reads the calibration from the checkpoint. The entry
 "calibration" of the checkpoint is a dictionary with these keys:
 
@@ -74,7 +74,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = options.Parser("python -m tools.calibrate", text)
     add = parser.add_argument
     add("scores", metavar="SCORES.csv", help="score table that test.py wrote for images with labels")
-    add("--into", metavar="FILE", help="checkpoint that stores the calibration (default: only print the calibration)")
+    add("--into", metavar="FILE", help="write the calibration into the checkpoint FILE (default: only print it)")
     text = "fraction of real images that may be called fake (default: %(default)s)"
     add("--fpr", type=float, default=0.01, metavar="X", help=text)
     text = "fraction of fake images that may be called real (default: the value of --fpr)"
@@ -119,7 +119,7 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
         )
         return
     scored = record.get("detector") or {}
-    fingerprints = {  # network -> its weight hash in the checkpoint, and its weight hash in the JSON file
+    fingerprints = {  # for each network, its weight hash in the checkpoint and its weight hash in the JSON file
         "classifier": (checkpoints.compute_fingerprint(state), scored.get("classifier_fingerprint")),
         "re-synthesizer": (config.get("resynthesizer_fingerprint"), scored.get("resynthesizer_fingerprint")),
         "VGG": ((config.get("vgg") or {}).get("fingerprint"), (scored.get("vgg") or {}).get("fingerprint")),
@@ -127,8 +127,8 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
     for part, (expected, got) in fingerprints.items():
         if None not in (expected, got) and expected != got:
             raise UserError(
-                f"another detector than {make_printable(name)} computed the scores: expected {part} weights with the"
-                f" fingerprint {expected}, got {got}; run test.py again with --resume {make_printable(name)}"
+                f"another detector computed the scores: the fingerprint of its {part} weights is {got}, but"
+                f" {make_printable(name)} has {expected}; run test.py again with --resume {make_printable(name)}"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
@@ -151,8 +151,8 @@ def require_scores_with_default_settings(content: Mapping, record: Mapping, name
         if got != expected:
             flag = f"--{setting.replace('_', '-')}"
             raise UserError(
-                f"expected scores computed with {flag} {expected or 0}, the default for the detector"
-                f" {make_printable(name)}, got scores computed with {flag} {got or 0}: run test.py again without {flag}"
+                f"the scores were computed with {flag} {got or 0}, but the default for {make_printable(name)} is"
+                f" {flag} {expected or 0}: run test.py again without {flag}"
             )
 
 
@@ -174,7 +174,10 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
     table = table.select_rows(table.has_label_and_score)
     n_real, n_fake = int(table.is_real.sum()), int(table.is_fake.sum())
     if not n_real or not n_fake:
-        raise UserError(f"expected scores of real and fake images, got {n_real} real and {n_fake} fake images")
+        raise UserError(
+            f"the score table has scores of {n_real} real and {n_fake} fake images, but needs at least one of each: run"
+            " test.py on real and fake images"
+        )
     temperature, warnings = fit_temperature(table.logit_margins, table.is_fake)
     prob_fake, _ = probabilities_and_verdicts(table.logits, {"temperature": temperature})
     t_real, t_fake = fit_thresholds(prob_fake, table.is_fake, fpr, fnr)
@@ -227,7 +230,7 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
     possible get this verdict.
 
     At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
-    P(fake) <= t_real. If no image is unsure, both thresholds are equal.
+    P(fake) <= t_real. If no image needs to be unsure, the function returns two equal thresholds.
 
     Args:
         prob_fake: calibrated P(fake) of each image, (N,).
@@ -243,10 +246,10 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """Choose a threshold so high that at most a fraction `rate` of `negatives` is >= the threshold.
+    """Choose the lowest threshold that at most a fraction `rate` of the scores in `negatives` reaches or exceeds.
 
-    The threshold is halfway between two values of `scores` that are neighbours in sorted order. If the threshold must
-    be higher than all values of `scores`, the function returns the next floating-point number above the highest value.
+    The function considers only thresholds halfway between two values of `scores` that are neighbours in sorted order.
+    If all of them are too low, the function returns the next floating-point number above the highest value of `scores`.
 
     Args:
         negatives: scores of the images that should stay below the threshold.

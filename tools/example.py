@@ -5,13 +5,14 @@
 
 Without --from, the program writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. The
 program also writes the lists OUT/train.txt and OUT/val.txt, which name the real images for train_sr.py. Real images are
-random drawings of overlapping shapes (tools/scenes.py). Fake images are different random drawings, reduced to half
-their size and then up-sampled to the full size (tools/upsampling.py). The program needs no image generator. High
-accuracy on these images shows that the programs work, but says nothing about images from the internet. Licence of the
-images: CC0 1.0.
+random drawings of overlapping shapes (tools/scenes.py). The folders nearest and bilinear contain fake images: different
+random drawings, reduced to half their size and then up-sampled to the full size (tools/upsampling.py). The program
+needs no image generator. High accuracy on these images shows that training and testing work, but says nothing about
+images from the internet. Licence of the images: CC0 1.0.
 
-With --from, the program writes a fake copy (twin) of each image in the folder PHOTOGRAPHS and in its subfolders. A twin
-is a copy with the traces of a generator (tools/twins.py). The program writes the twin of a file
+With --from, the program writes a fake copy (twin) of each image in the folder PHOTOGRAPHS and in its subfolders. To
+make a twin, the program reduces and up-samples the image or, with --autoencoder, passes it through an autoencoder. Both
+methods leave traces like those of an image generator (tools/twins.py). The program writes the twin of a file
 PHOTOGRAPHS/SUBFOLDER/NAME to OUT/SUBFOLDER/NAME.
 
 The program writes all images into a temporary folder, and then renames this folder to OUT.
@@ -47,7 +48,7 @@ logger = logging.getLogger("tools.example")
 
 SPLITS = ("train", "val", "test")
 LABELS = ("real", "fake")
-FORMAT = 3  # version of the example images; increase it when a change of the code changes the images
+FORMAT = 3  # version of the example images, to be increased with each code change that changes their pixels
 SMALLEST_SIDE = 32  # pixels
 
 
@@ -95,7 +96,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--from",
         dest="photographs",
         metavar="DIR",
-        help="for each image in DIR, make a copy with the traces of a generator",
+        help="instead of example images, write a fake copy (twin) of each image in DIR and its subfolders",
     )
     text = "with --from: weight files of the autoencoder TAEF2, which adds the traces (default: simulated up-sampling)"
     add("--autoencoder", nargs=2, metavar=("ENCODER", "DECODER"), help=text)
@@ -147,7 +148,10 @@ def temporary_output_folder(out: Path) -> Iterator[Path]:
 
 
 def write_example_images(settings: dict, out: Path) -> None:
-    """Write the images OUT/SPLIT/FOLDER/INDEX.png. The pixels of an image do not depend on the number of images."""
+    """Write the example images OUT/SPLIT/FOLDER/INDEX.png, where FOLDER is "real", "nearest" or "bilinear".
+
+    The pixels of an image do not depend on how many images are requested.
+    """
     jobs = []
     for split, count in settings["counts"].items():
         for label in LABELS:
@@ -178,7 +182,7 @@ def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str
     Args:
         counts: number of real images in each split.
         folder: temporary folder into which the lists are written.
-        listed: absolute path that the output folder will finally have. The lists contain paths in this folder.
+        listed: absolute path of the output folder. The paths in the lists begin with `listed`.
     """
     for split in ("train", "val"):
         if counts[split]:

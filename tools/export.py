@@ -3,11 +3,12 @@
     python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
     python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
-A graph (.onnx, or .pt2 for torch.export.load) computes P(fake) from the pixels of one crop or one whole image. Before
-the program writes a graph, it checks that graph and detector give the same outputs up to small rounding errors. The
-option --check compares an existing graph with the detector. A bundle is one .safetensors file with a model card and the
-weights of all networks of the detector except VGG-19. The option --resume and the function `evaluation.load` accept a
-bundle. docs/integrations.md explains how to use graphs and bundles.
+A graph is an .onnx file, or a .pt2 file for torch.export.load. The graph computes P(fake) from the pixels of images, or
+of crops if the detector was trained on crops. Before the program writes a graph, it checks that graph and detector give
+the same outputs up to small rounding errors. The option --check compares an existing graph with the detector. A bundle
+is one .safetensors file with a model card and the weights of all networks of the detector except VGG-19. The option
+--resume and the function `evaluation.load` accept a bundle. docs/integrations.md explains how to use graphs and
+bundles.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 The input of the graph is a batch of whole images, or a batch of crops if the detector was trained on crops. The graph
 does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of the graph
-contain the crop size, the value of --resize, the number of crops and the thresholds.
+contain the length of the shorter side after resizing, the crop size, the number of crops and the thresholds.
 """
 
 import copy
@@ -32,7 +32,7 @@ FORMAT = "beyond-the-spectrum graph, version 2"
 MARK = b"beyond-the-spectrum graph"  # each graph file of this program contains these bytes
 FACTS = "facts.json"  # name of the metadata file inside a .pt2 file, which is a zip archive
 SMALLEST_EXAMPLE = 96  # smallest side in pixels of example images for detectors that were trained on whole images
-TOLERANCE = 1e-4  # largest allowed |graph - detector| / max(1, |detector|), for logits and P(fake)
+TOLERANCE = 1e-4  # largest allowed difference from an output d of the detector, divided by max(1, |d|)
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
@@ -55,7 +55,7 @@ class Graph(nn.Module):
         x = image.to(torch.float32) / 255  # (B, 3, H, W) in [0, 1]
         logits = self.network(x)  # (B, 2)
         margin = (logits[:, 0] - logits[:, 1]) / self.temperature  # (B,)
-        return logits, margin.sigmoid()  # sigmoid of the difference of two logits = softmax
+        return logits, margin.sigmoid()  # P(fake), which equals softmax(logits / temperature)[:, 0]
 
 
 class PlainBatchNorm(nn.Module):
@@ -105,11 +105,11 @@ def export_graph(detector: Detector, suffix: str) -> bytes:
 
 
 def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
-    """Convert a program from torch.export to ONNX.
+    """Convert an `ExportedProgram` of torch.export to an ONNX graph.
 
     Args:
         axes: names of the input dimensions that may have any size, {dimension: name}, such as {0: "batch"}.
-        facts: metadata to store in the graph. The values are texts in JSON format.
+        facts: metadata to store in the graph, {name: value in JSON format}.
     Returns:
         The bytes of the graph file.
     Raises:
@@ -120,7 +120,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
             program,
             input_names=["image"],
             output_names=["logits", "prob_fake"],
-            opset_version=18,  # version of the ONNX operators; all runtimes since 2023 read opset 18
+            opset_version=18,  # version of the ONNX operators; ONNX Runtime 1.14 and later versions support opset 18
             dynamo=True,
             verbose=False,
         )
@@ -159,7 +159,10 @@ def export_program(detector: Detector) -> tuple[torch.export.ExportedProgram, bo
         program, reason = try_to_export_network(detector, height, width, any_batch)
         if program is not None:
             return program, False
-    raise UserError(f"PyTorch {torch.__version__} cannot export this detector ({reason})")
+    raise UserError(
+        f"PyTorch {torch.__version__} cannot export this detector as a graph ({reason}): try another version of"
+        " PyTorch, or write a bundle with --bundle FILE.safetensors"
+    )
 
 
 def try_to_export_network(
@@ -187,7 +190,7 @@ def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int
     """Choose the sizes (batch, height, width) of three image batches for comparing a graph with the detector.
 
     All heights and widths are multiples of the super-resolution scale. If the detector was trained on crops, the images
-    of the first batch have the crop size, rounded down to such a multiple.
+    of the first batch have the crop size, rounded down to a multiple of the super-resolution scale.
     """
     scale = detector.policy.scale
     side = detector.policy.crop_size or max(SMALLEST_EXAMPLE, 4 * detector.network.features.stride)
@@ -196,14 +199,19 @@ def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int
 
 
 def collect_graph_metadata(detector: Detector) -> dict[str, str]:
-    """Collect the metadata of a graph, {name: value as JSON}, such as the image size, the thresholds and the config."""
+    """Collect the metadata of a graph, such as the crop size, the thresholds and the config.
+
+    Returns:
+        The metadata, {name: value in JSON format}.
+    """
     facts = {"format": FORMAT, "labels": LABEL_NAMES, "crops": detector.crops}
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
         facts[name] = detector.calibration.get(name, default)
     config = copy_config_without_vgg_folder(detector)
+    # The metadata contain no file names of VGG-19 weights, because different files may contain equal weights
     for part in ("vgg", "auxiliary_vgg"):
-        if config.get(part):  # equal weights of VGG-19 may come from different files
+        if config.get(part):
             config[part] = {"fingerprint": config[part].get("fingerprint")}
     facts["detector"] = config
     return {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
@@ -247,10 +255,10 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
 
 
 def create_module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
-    """Create a module that runs an exported program without checking the input size.
+    """Create a module that runs an exported program without guards.
 
-    From the example input, torch.export derives conditions on the input size. In PyTorch 2.9 and later versions,
-    the module of an exported program checks the conditions on the input size, unless `check_guards` is False.
+    Guards are checks of the input size, which torch.export derives from the example input. In PyTorch 2.9 and later
+    versions, the module of an exported program contains guards unless `check_guards` is False.
     """
     if "check_guards" in inspect.signature(program.module).parameters:
         return program.module(check_guards=False)
@@ -291,10 +299,14 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         try:
             results.append(run(image))
         except Exception as error:
-            if not detector.policy.crop_size:  # trained on whole images, so the graph must accept images of any size
+            # The graph of a detector that was trained on whole images must accept images of any size
+            if not detector.policy.crop_size:
                 reason = get_first_line(error)
                 size = f"{image.shape[3]} x {image.shape[2]} pixels"
-                raise UserError(f"the graph {name} cannot process images of {size} ({reason})") from None
+                raise UserError(
+                    f"the graph {name} must accept images of any size, but cannot process images of {size} ({reason}):"
+                    " export the graph again with another version of PyTorch"
+                ) from None
             logger.info("the graph %s accepts only images of %d x %d pixels", name, *images[0].shape[2:])
             break
     difference = max(
@@ -303,11 +315,13 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     )
     if not difference <= TOLERANCE:  # unlike `difference > TOLERANCE`, this is also true for NaN
         raise UserError(
-            f"the outputs of the graph {name} differ from the outputs of the detector: expected a difference of at most"
-            f" {TOLERANCE:g}, got {difference:.2g}"
+            f"the outputs of the graph {name} differ from the outputs d of the detector: expected a difference of at"
+            f" most {TOLERANCE:g} * max(1, |d|), got {difference:.2g} * max(1, |d|); export the graph again with"
+            " another version of PyTorch"
         )
     logger.info(
-        "the logits and P(fake) of the graph %s differ from the results of the detector by at most %.2g",
+        "the outputs of the graph %s agree with the outputs d of the detector: the largest difference is %.2g *"
+        " max(1, |d|)",
         name,
         difference,
     )

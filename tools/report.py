@@ -70,8 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         metavar="STUDY.csv",
-        help="CSV file in which each line names a cell of a table of results, and the file of scores from which the"
-        " number in the cell is computed (see tools/study.py)",
+        help="study file: a CSV file that assigns score tables to the cells of tables of metrics (see tools/study.py)",
     )
     parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
@@ -162,11 +161,11 @@ def make_table_with_command_in_comment(match: re.Match) -> str:
         words = shlex.split(command)
     except ValueError as error:
         raise UserError(
-            f"cannot run the command {command!r} from a comment in a --refresh document ({error})"
+            f"cannot run the command {command!r} of a 'made by' comment ({error}): correct the command"
         ) from None
     program = PROGRAM.split()
     if words[: len(program)] != program:
-        raise UserError(f"expected a comment <!-- made by: {PROGRAM} ... --markdown -->, got the command {command!r}")
+        raise UserError(f"the command {command!r} of a 'made by' comment must start with {PROGRAM}: correct it")
     arguments = []
     for word in words[len(program) :]:
         arguments += sorted(glob.glob(word)) or [word]
@@ -174,10 +173,10 @@ def make_table_with_command_in_comment(match: re.Match) -> str:
         args = parse_arguments(arguments)
     except SystemExit:  # argparse has already printed an error message
         raise UserError(
-            f"cannot run the command {command!r} from a comment in a --refresh document: see the error above"
+            f"cannot run the command {command!r} of a 'made by' comment: correct the command, see the error above"
         ) from None
     if not args.markdown:
-        raise UserError(f"expected a comment <!-- made by: {PROGRAM} ... --markdown -->, got the command {command!r}")
+        raise UserError(f"the command {command!r} of a 'made by' comment makes no markdown table: add --markdown")
     return f"{comment}\n{make_markdown_table(args)}"
 
 

@@ -23,7 +23,7 @@ from utils.console import make_printable
 from utils.errors import UserError
 from utils.files import choose_unique_names, make_folder, open_for_atomic_write
 
-WORST = 10  # number of images with the worst scores that are shown per score table
+WORST = 10  # number of images with the most wrong P(fake) that the page shows for each score table
 THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> longest allowed thumbnail side in pixels
 MARK = '<meta name="generator" content="beyond-the-spectrum report">'  # text that every page of this program contains
 
@@ -81,7 +81,13 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 
 def choose_names_of_score_tables(files: Sequence[str | os.PathLike]) -> list[str]:
-    """Name each file by its stem. If two files have the same stem, all names include parent folders."""
+    """Name each score table by the last N parts of its path without the file extension, such as "run1/scores".
+
+    N is the smallest number with which different paths get different names.
+
+    Raises:
+        UserError: if `files` contains the same path twice.
+    """
     names = choose_unique_names([Path(os.path.abspath(file)).with_suffix("") for file in files])
     for file, name in zip(files, names, strict=True):
         if names.count(name) > 1:
@@ -151,7 +157,8 @@ def load_page_template() -> jinja2.Template:
         undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # Strings of the type markupsafe.Markup contain finished HTML, so `make_printable` changes only plain strings
+        # Plain strings may contain control characters, which `make_printable` escapes.
+        # Strings of the type markupsafe.Markup are finished HTML, and must stay unchanged.
         finalize=lambda value: make_printable(value) if type(value) is str else value,
     )
     return environment.get_template("report.html")
@@ -194,8 +201,8 @@ def draw_figure_as_data_uri(figure: Callable, *content) -> str:
     """Draw a figure, and return the PNG file as a data URI.
 
     Args:
-        figure: function of `evaluation.figures` that draws a figure. Its last argument is the path of the PNG file.
-        content: the arguments that the function `figure` takes before the path.
+        figure: function of `evaluation.figures` that draws a PNG file. The path of the PNG file is its last argument.
+        content: all arguments of the function `figure` except the path.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
@@ -208,7 +215,10 @@ def encode_bytes_as_data_uri(content: bytes, kind: str) -> str:
 
 
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
-    """Return a key that sorts score tables by the name of the perturbation, and then from weak to strong."""
+    """Return a key for sorting score tables by the name of their perturbation.
+
+    The key sorts score tables with the same perturbation by the strength of the perturbation, the weakest first.
+    """
     strength = scores.perturbation.strength or 0
     if scores.perturbation.get_sweep_of_perturbation_or_default.smaller_is_harder:
         strength = -strength
@@ -254,7 +264,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
-        # A picture from `test.py --save-residuals` shows the image and its residual, so the image file is not needed
+        # A picture from `test.py --save-residuals` shows the image and its residual, so the page shows only the picture
         picture, kind = path_of_residual_picture(residuals, path), "residual"
     correct = (table.logit_margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])

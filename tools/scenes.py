@@ -1,8 +1,8 @@
 """Draw random images of overlapping shapes (scenes), which share some statistics with photographs.
 
 Later shapes cover earlier shapes (dead leaves model). The probability density of the radius r of a shape is
-proportional to r^-3. Such images resemble photographs in their edges, their scale invariance and their spectrum (Lee,
-Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
+proportional to r^-3. Images of overlapping shapes resemble photographs in their edges, scale invariance and spectrum
+(Lee, Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
 """
 
 import numpy as np
@@ -11,11 +11,11 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import gaussian_blur
 
 SUPERSAMPLING = 2  # images are drawn at twice their size and then averaged over 2 x 2 pixels, which smooths the edges
-SMALLEST_RADIUS = (1.0, 4.0)  # the radius of the smallest shapes is drawn from this range, in pixels
+SMALLEST_RADIUS = (1.0, 4.0)  # range in pixels of the smallest radius, which is drawn once per image
 LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the image side
 COVERAGE = 4.0  # sum of pi r^2 over all shapes, divided by the image area; about 12 % of the pixels are background
 POINTS = 24  # number of points per outline; a multiple of each number in CORNERS
-CORNERS = (3, 4, 6, 24, 24)  # possible numbers of corners of a shape; a shape with 24 corners looks like an ellipse
+CORNERS = (3, 4, 6, 24, 24)  # numbers of corners of a shape; 24 (nearly an ellipse) is twice as likely as 3
 LENS_BLUR = (0.4, 1.2)  # the standard deviation of the lens blur is drawn from this range, in pixels
 # Luminance, blue-yellow and red-green vary nearly independently in photographs (Ruderman, Cronin, Chiao, JOSA A 1998)
 OPPONENT_TO_RGB = np.array([[1, 1, 1], [1, 0.3, -1.1], [1, -0.9, 0.2]])
@@ -40,8 +40,8 @@ def draw_polygons_filled_with_their_numbers(side: int, rng: np.random.Generator)
     """Paint random polygons over one another.
 
     Returns:
-        The index of the visible shape at each pixel, (side, side), and how many shapes there are. Index 0 is the
-        background.
+        The index of the visible shape at each pixel, (side, side), and the number of shapes. The background has index
+        0, and does not count as a shape.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))

@@ -2,11 +2,12 @@
 
     python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
-The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. The options --csv
-and --val-csv of train_detector.py read these lists. For train_sr.py, the program also writes DIR/train_real.txt
-and DIR/held_out_real.txt, which list only the real images. A checksum of the file name decides whether an image is held
-out. If images are added to the folders later, the earlier images stay in their sets. DIR/split.json contains the value
-of --hold-out and the SHA-256 hashes of the lists.
+The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. train_detector.py
+reads train.csv with the option --csv, and held_out.csv with the option --val-csv. For train_sr.py, the program also
+writes DIR/train_real.txt and DIR/held_out_real.txt, which list only the real images. A checksum of the file name
+decides whether an image is held out. If the program runs again with more images and the same --hold-out, the images of
+the earlier run stay in the same sets. DIR/split.json contains the value of --hold-out and the SHA-256 hashes of the
+lists.
 """
 
 import argparse
@@ -64,12 +65,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="DIR",
-        help="folders of generated images, one folder per generator",
+        help="folders of fake images, one folder per generator",
     )
     add("--out", required=True, metavar="DIR", help="folder into which the lists are written")
     text = "fraction of the images to hold out, between 0 and 1 (default: %(default)s)"
     add("--hold-out", type=float, default=0.2, metavar="X", help=text)
-    add("--overwrite", action="store_true", help="replace lists that an earlier run has made with another --hold-out")
+    add("--overwrite", action="store_true", help="replace lists that were made with a different value of --hold-out")
     args = parser.parse_args(arguments)
     if not 0 < args.hold_out < 1:
         parser.error(f"--hold-out must be above 0 and below 1, got {args.hold_out:g}")
@@ -83,7 +84,7 @@ def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool
 
     Args:
         hold_out: value of --hold-out for the new lists.
-        overwrite: whether the program may replace lists with a different value of --hold-out.
+        overwrite: whether the program may replace lists that were made with a different value of --hold-out.
 
     Raises:
         UserError: if the program may not replace an existing list.
@@ -103,7 +104,7 @@ def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool
     if record["hold_out"] != hold_out and not overwrite:
         raise UserError(
             f"the lists in {make_printable(out)} were made with --hold-out {record['hold_out']:g}, not --hold-out"
-            f" {hold_out:g}: give another --out folder, or replace the lists with --overwrite"
+            f" {hold_out:g}: give another --out folder, or add --overwrite to replace the lists"
         )
 
 
@@ -160,7 +161,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     """Write the lists and split.json.
 
     While the program writes the lists, split.json contains the hashes of the old and the new version of each list. If
-    the program is interrupted, its next run recognises the old and the new lists by their hashes, and may replace them.
+    the program is interrupted, its next run can therefore recognise and replace both versions of each list.
 
     Args:
         files: content of each list, {file name: content}.
@@ -170,7 +171,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     both = {name: new[name] + old.get(name, []) for name in new}
     record = {"format": FORMAT, "hold_out": hold_out}
     write_json(out / RECORD, {**record, "files": both})
-    # The list held_out.csv is written last, because script/train_folders.sh uses the lists if held_out.csv exists
+    # held_out.csv is written last, because script/train_folders.sh regards the lists as complete if held_out.csv exists
     for name in sorted(files, reverse=True):
         with open_for_atomic_write(os.path.realpath(out / name)) as file:
             file.write(files[name])

@@ -1,10 +1,11 @@
-"""Make tables of metrics that compare detectors, as described in a study file.
+"""Make tables of metrics that compare detectors. A study file describes the tables.
 
-A study file is a CSV file. Each line assigns a score table to one cell of a table, for example:
+A study file is a CSV file. Each line names a cell of a table, and a score table from which the number in the cell is
+computed, for example:
 
     table,row,column,scores,generators
-    generators,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
-    generators,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
+    main,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
+    main,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
 generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used.
@@ -41,7 +42,7 @@ def read_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
     """Read a study file.
 
     Raises:
-        UserError: if the file cannot be read, or does not have the format in the docstring of this module.
+        UserError: if the file cannot be read, or is not a study file.
     """
     name = make_printable(path)
     entries = []
@@ -53,8 +54,8 @@ def read_entries_of_study_file(path: str | os.PathLike) -> list[Entry]:
             for line in lines:
                 if None in line or None in line.values() or not all(line[column] for column in COLUMNS[:4]):
                     raise UserError(
-                        f"{name}, line {lines.line_num}: expected a value in each of the columns {', '.join(COLUMNS)};"
-                        ' only the cells in the column "generators" may be empty'
+                        f"{name}, line {lines.line_num}: expected {len(COLUMNS)} values ({', '.join(COLUMNS)}), of"
+                        " which only the last may be empty: correct the line"
                     )
                 generators = tuple(filter(None, line["generators"].split(";")))
                 scores = Path(path).parent / line["scores"]
@@ -73,13 +74,13 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         path: path of the study file.
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
-        intervals: whether to show how uncertain each number is. A cell that is computed from several lines of the
-            study file also shows the smallest and the largest value of the metric in these lines. A cell that is
-            computed from one line with one generator also shows the bootstrap interval of the metric.
+        intervals: whether to show how uncertain each number is. If several lines of the study file belong to a cell,
+            the metric is computed for each line, and the cell also shows the smallest and the largest result. A cell
+            that is computed from one line with one generator also shows the bootstrap interval of the metric.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:
-        UserError: if the study file has no line for `table`, or if a file of scores cannot be read.
+        UserError: if the study file has no line for `table`, or if a score table cannot be read.
     """
     entries = read_entries_of_study_file(path)
     chosen = [entry for entry in entries if entry.table == table]
@@ -121,7 +122,7 @@ def compute_mean_metric_over_generators(entry: Entry, metric: str) -> float | No
     """Compute the mean of a metric over the generators of one line of a study file.
 
     Returns:
-        The mean in [0, 1], or None if the metric is not defined for a generator.
+        The mean in [0, 1], or None if the metric is not defined for one of the generators.
     """
     values = [measured[metric] for measured in metrics_by_generator(entry, intervals=False).values()]
     if not values or None in values:

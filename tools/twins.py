@@ -1,8 +1,8 @@
 """Make fake copies of photographs. A fake copy, also called twin, contains the traces of a generator.
 
-A twin has the content, the file format and the size of the photograph. Training on photographs and their twins keeps a
-detector from learning differences in image content. The method follows B-Free (Guillaro et al., CVPR 2025), Aligned
-Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
+A twin has the content, the file format and the size of the photograph. A detector that is trained on photographs and
+their twins therefore cannot learn to recognise fake images by their content. The method follows B-Free (Guillaro et
+al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
 """
 
 import logging
@@ -27,7 +27,7 @@ from utils.random_streams import seeded_generator
 
 logger = logging.getLogger("tools.example")
 
-TILE, MARGIN = 512, 64  # side of a tile and margin around it, in pixels; both are multiples of FACTOR
+TILE, MARGIN = 512, 64  # side of a tile without its margin, and width of the margin, in pixels; multiples of FACTOR
 ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 # Function that computes the fake copy (1, 3, H, W) of an image (1, 3, H, W). H and W must be multiples of FACTOR
 Imitate = Callable[[Tensor], Tensor]
@@ -59,9 +59,10 @@ def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
             left_out += 1
     if left_out == len(paths):
         raise UserError(
-            f"none of the {len(paths)} images in {make_printable(photographs)} could be copied: see the warnings above"
+            f"none of the {len(paths)} images in {make_printable(photographs)} could be turned into a fake copy (twin):"
+            " see the warnings above"
         )
-    logger.info("wrote %d fake copies (twins); %d images could not be copied", len(paths) - left_out, left_out)
+    logger.info("wrote fake copies (twins) of %d images, and left out %d images", len(paths) - left_out, left_out)
 
 
 def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
@@ -73,7 +74,10 @@ def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
         if image.mode in ALPHA_MODES or "transparency" in image.info:
             logger.warning("the fake copy (twin) of %s has no alpha channel, unlike the image", make_printable(path))
         if image.mode[0] in "IF":
-            raise UserError(f"expected an image with 8 bits per channel, got an image of the Pillow mode {image.mode}")
+            raise UserError(
+                f"expected an image with 8 bits per channel, got an image of the Pillow mode {image.mode}: convert the"
+                " image to 8 bits per channel"
+            )
         grey = image.mode == "L"
         pixels = np.asarray(image.convert("RGB"))  # (H, W, 3), as stored in the file, without the EXIF rotation
     x = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None] / 255  # (1, 3, H, W)
@@ -105,10 +109,7 @@ def choose_save_options_like_original(image: Image.Image, path: str) -> dict:
     elif image.format == "TIFF":
         options["compression"] = image.info.get("compression")
     elif image.format == "GIF":
-        raise UserError(
-            "a fake copy has the file format of its original, and GIF files have too few colours (256): convert the"
-            " image to PNG"
-        )
+        raise UserError("expected a file format with more than 256 colours, got a GIF file: convert the image to PNG")
     return options
 
 
@@ -123,8 +124,8 @@ def is_lossless_webp(path: str) -> bool:
 def pad_image_and_make_fake_copy(x: Tensor, imitate: Imitate) -> Tensor:
     """Compute the fake copy (twin) of an image of any size.
 
-    The function pads the image, so that its height and width are multiples of FACTOR. At the end, the function crops
-    the twin to the size of the image without padding.
+    The function pads the image, so that its height and width are multiples of FACTOR, as `imitate` requires. At the
+    end, the function cuts the padding off the twin.
 
     Args:
         x: the image, (1, 3, H, W) in [0, 1].
@@ -140,10 +141,10 @@ def pad_image_and_make_fake_copy(x: Tensor, imitate: Imitate) -> Tensor:
 
 
 def create_upsampling_function(seed: int) -> Imitate:
-    """Create a function that imitates a generator by nearest-neighbour up-sampling and a random convolution.
+    """Create a function that imitates a generator by nearest-neighbour up-sampling, noise and a random filter.
 
     Args:
-        seed: random seed of the noise and of the convolutions.
+        seed: random seed of the noise and of the random filters.
     """
     rng = seeded_generator(seed)
 
@@ -156,7 +157,8 @@ def create_upsampling_function(seed: int) -> Imitate:
 def create_autoencoder_function(model: Autoencoder) -> Imitate:
     """Create a function that passes an image through an autoencoder, tile by tile.
 
-    Tile borders may be visible in the result, because each group norm computes separate statistics for each tile.
+    Tile borders may be visible in the result, because the group norms of the autoencoder compute the mean and the
+    variance of each tile separately.
     """
 
     def encode_and_decode(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Simulate the traces that up-sampling layers of generators leave in images.
 
 Images are reduced to half their size, and up-sampled to the full size. Up-sampling leaves periodic traces in images of
-any content (Zhang, Karaman, Chang: Detecting and simulating artifacts in GAN fake images, WIFS 2019). ProGAN uses
-`nearest` up-sampling, and StyleGAN uses `bilinear` up-sampling.
+any content (Zhang, Karaman, Chang: Detecting and simulating artifacts in GAN fake images, WIFS 2019). ProGAN up-samples
+by nearest-neighbour interpolation, and StyleGAN by bilinear interpolation.
 """
 
 import numpy as np
@@ -12,7 +12,7 @@ from torch import Tensor
 
 KINDS = ("nearest", "bilinear")
 FILTER_WEIGHT = (0.05, 0.25)  # range of the outer weights of the random 3-tap filter; the centre weight is 1
-NOISE = 0.4  # standard deviation of the noise, relative to the mean absolute fine detail of the image
+NOISE = 0.4  # standard deviation of the noise, divided by the mean of |image - low-pass filtered image|
 BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # weights of a 3-tap low-pass filter, which removes fine detail
 STRONGEST_GAIN = 3.0  # largest factor by which fine detail is amplified
 
@@ -29,7 +29,7 @@ def halve_and_upsample(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor
         kind: kind of up-sampling, "nearest" or "bilinear".
         rng: random number generator for the noise and the filter.
     Returns:
-        The images with the traces, (B, 3, H, W) in [0, 1].
+        The images with the traces of up-sampling, (B, 3, H, W) in [0, 1].
     """
     half = F.interpolate(x, scale_factor=0.5, mode="bicubic", antialias=True)  # (B, 3, H / 2, W / 2)
     fake = F.interpolate(half, scale_factor=2, mode=kind)  # (B, 3, H, W)

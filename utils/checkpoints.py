@@ -4,9 +4,11 @@ A checkpoint is written completely or not at all. Reading a checkpoint executes 
 `Fields` checks the type and the range of plain values from a checkpoint.
 
 A checkpoint whose name ends in .safetensors is called a bundle. Bundles are safe to share, because they contain no
-pickled Python objects. A bundle stores the tensor content[KEY] of a checkpoint under the name KEY, and the tensor
-content[KEY][NAME] under the name KEY/NAME. The plain values of a checkpoint (numbers, texts, lists, dictionaries) are
-stored as one JSON text in the metadata of the bundle. Only the text content["card"] has its own entry in the metadata.
+pickled Python objects. The content of a checkpoint is a dictionary. In a bundle, a tensor with the key KEY in this
+dictionary has the name KEY. If the value of KEY is a dictionary of tensors, the tensor with the key NAME in the inner
+dictionary has the name KEY/NAME. The plain values of a checkpoint (numbers, texts, lists, dictionaries) are stored as
+one JSON text in the metadata of the bundle. The model card, which is a text that describes the detector, is a separate
+entry of the metadata.
 """
 
 import hashlib
@@ -114,7 +116,10 @@ def read_checkpoint_content(path: str | os.PathLike) -> dict:
     except Exception as error:  # torch.load raises many types of exceptions, from EOFError to UnpicklingError
         raise UserError(_reason_for_failed_load(path, error)) from None
     if not isinstance(content, Mapping):
-        raise UserError(f"{name}: expected a dictionary, got {_describe_value(content)}")
+        raise UserError(
+            f"{name} is not a checkpoint: expected a dictionary in the file, got {_describe_value(content)}; give"
+            " another file"
+        )
     return dict(content)
 
 
@@ -152,7 +157,7 @@ def compute_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict into a module. State dict and module must have equal keys and shapes.
+    """Load a state dict into a module. The keys and the tensor shapes of both must be equal.
 
     If a key or a shape differs, all weights of `module` stay unchanged.
 
@@ -173,7 +178,10 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
         shapes = [f"{key} (expected {expected[key]}, got {got[key]})" for key in reshaped[:SHOWN_KEYS]]
         faults.append(f"{len(reshaped)} of another shape: {', '.join(shapes)}")
     if faults:
-        raise UserError(f"{name} does not fit the network, which has {len(expected)} tensors: {'; '.join(faults)}")
+        raise UserError(
+            f"{name} does not fit the network, which has {len(expected)} tensors ({'; '.join(faults)}): give a"
+            " checkpoint of the same network"
+        )
     module.load_state_dict(state)
 
 
@@ -197,10 +205,10 @@ _REQUIRED = object()
 class Fields:
     """A wrapper of a dictionary of plain values from a checkpoint.
 
-    The get methods check the type and the range of the value that they return. A value of a wrong type or outside its
-    range raises a UserError that names the file and the key in one line. If a value is missing or None, methods with an
-    argument `default` return `default`. If the caller does not pass `default`, a method with this argument raises a
-    UserError for a missing value and for None.
+    The get methods check the type and the range of the value that they return. If the type is wrong or the value is
+    outside its range, the method raises a UserError, whose message of one line names the file and the key. If a value
+    is missing or None, methods with an argument `default` return `default`. If a value is missing or None and the
+    caller passes no `default`, these methods raise a UserError.
 
     Args:
         values: the dictionary, or None for an empty dictionary.
@@ -270,7 +278,7 @@ class Fields:
         return Fields(self.values.get(key), self.file, self._dotted_key(key))
 
     def get_keyword_arguments(self, key: str) -> dict[str, object]:
-        """Return the dictionary under `key` as keyword arguments. Each keyword must be a Python identifier."""
+        """Return the dictionary of keyword arguments under `key`. Each keyword must be a Python identifier."""
         values = self.get_nested_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
@@ -280,7 +288,9 @@ class Fields:
     def _get_default_of_missing_field(self, key: str, default: object) -> object:
         """Return `default`, or raise a UserError if the caller has passed no default."""
         if default is _REQUIRED:
-            raise UserError(f"{make_printable(self.file)}: {self._dotted_key(key)} is missing")
+            raise UserError(
+                f"{make_printable(self.file)}: the value {self._dotted_key(key)} is missing: give a complete checkpoint"
+            )
         return default
 
     def _dotted_key(self, key: str) -> str:
@@ -308,12 +318,12 @@ def _describe_value(value: object) -> str:
 
 
 def is_safetensors_path(path: str | os.PathLike) -> bool:
-    """Return whether `path` is the path of a bundle, which ends in .safetensors."""
+    """Return whether `path` ends in .safetensors, which means that the file is a bundle."""
     return os.fspath(path).endswith(".safetensors")
 
 
 def _convert_to_safetensors_bytes(content: Mapping) -> bytes:
-    """Convert the content of a checkpoint to the bytes of a bundle.
+    """Convert the content of a checkpoint to the bytes of a bundle (a .safetensors file).
 
     Args:
         content: tensors, dictionaries of tensors, and plain values that JSON can represent.
@@ -334,7 +344,7 @@ def _convert_to_safetensors_bytes(content: Mapping) -> bytes:
 
 
 def _read_safetensors_file(path: Path) -> dict:
-    """Read a bundle, and convert it back to the content of a checkpoint.
+    """Read a bundle (a .safetensors file), and convert it back to the content of a checkpoint.
 
     Raises:
         UserError: if the format of the bundle is not `BUNDLE`.
@@ -352,7 +362,7 @@ def _read_safetensors_file(path: Path) -> dict:
         )
     if written_digest != compute_sha256(tensors, metadata):
         raise UserError(
-            f"{name} is damaged, because its content has changed since it was written: download the file again"
+            f"{name} is damaged: its content has changed since the file was written; use an undamaged copy of the file"
         )
     content = {"card": metadata["card"], **json.loads(metadata["content"])}
     for key, tensor in tensors.items():

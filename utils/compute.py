@@ -43,15 +43,15 @@ def choose_device_and_precision(
 ) -> Compute:
     """Choose the device and the number format, and set PyTorch's global switches accordingly.
 
-    If the device is a GPU, each call switches TF32 on or off for the whole process.
+    If the device is a GPU, this function switches TF32 on or off for the whole process.
 
     Args:
         gpu: the device, as explained in `choose_device`.
-        precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the authors' code. On a CPU, auto
-            means fp32.
+        precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the code of the paper's authors. On
+            a CPU, auto means fp32.
         deterministic: True switches PyTorch to reproducible algorithms. If `deterministic` is False, cuDNN chooses the
-            fastest algorithm for each shape. If `deterministic` is None, PyTorch's switches for reproducible algorithms
-            stay unchanged.
+            fastest algorithm for each input shape. If `deterministic` is None, PyTorch's switches for reproducible
+            algorithms stay unchanged.
         seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
 
     Raises:
@@ -75,9 +75,9 @@ def choose_device_and_precision(
 
 
 def _set_deterministic(deterministic: bool) -> None:
-    # The first call of use_deterministic_algorithms takes 1.5 s, so the function is called only for a change
+    # The first call of use_deterministic_algorithms takes 1.5 s, so the function is called only if the setting changes
     if deterministic != torch.are_deterministic_algorithms_enabled():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is reproducible only with this setting
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without this variable, cuBLAS is not reproducible
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not deterministic
     torch.backends.cudnn.deterministic = deterministic
@@ -86,9 +86,9 @@ def _set_deterministic(deterministic: bool) -> None:
 def choose_device(gpu: str | int | torch.device | None) -> torch.device:
     """Choose the device. If the device is a GPU, make it PyTorch's current device.
 
-    Under torchrun, a process that runs on a GPU uses the GPU with the number LOCAL_RANK by default. A `gpu` that is an
-    int or a device with an index, such as "cuda:1", has priority over LOCAL_RANK. LOCAL_RANK has priority over a `gpu`
-    that is a text such as "1".
+    Under torchrun, a process that runs on a GPU uses the GPU with the number LOCAL_RANK by default. LOCAL_RANK is
+    ignored if `gpu` is an int, a torch.device with an index, or a text such as "cuda:1". If `gpu` is a text of digits,
+    such as "1", LOCAL_RANK replaces the number.
 
     Args:
         gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means the GPU with this number.
@@ -96,7 +96,9 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
             "cuda", "cuda:1", or a torch.device.
 
     Raises:
-        UserError: if `gpu` is not the name of a device, or if the machine does not have the chosen GPU.
+        UserError: if `gpu` is not the name of a device.
+        UserError: if the machine has GPUs, but not the chosen GPU.
+        UserError: if the machine has no GPU, and `gpu` is a CUDA device such as "cuda:1".
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())

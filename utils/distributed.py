@@ -38,8 +38,8 @@ class World(NamedTuple):
 def read_rank_and_world_size() -> World:
     """Read the environment variables RANK and WORLD_SIZE, which torchrun sets.
 
-    If RANK and WORLD_SIZE are both unset, this process is the only process of the run. A single process that has RANK=1
-    by mistake would write no results, because only rank 0 writes results.
+    If RANK and WORLD_SIZE are both unset, this process is the only process of the run. RANK without WORLD_SIZE is an
+    error: a single process with RANK=1 would write no results, because only rank 0 writes results.
 
     Raises:
         UserError: if only one of RANK and WORLD_SIZE is set.
@@ -52,14 +52,14 @@ def read_rank_and_world_size() -> World:
     words = " ".join(f"{name}={value}" for name, value in given.items())
     way_out = "start several processes with torchrun, or unset these variables"
     if not given.get("RANK", "").isdecimal() or not given.get("WORLD_SIZE", "").isdecimal():
-        raise UserError(f"RANK and WORLD_SIZE must both be set to numbers, got {words}; to correct this, {way_out}")
+        raise UserError(f"RANK and WORLD_SIZE must both be set to numbers, got {words}: {way_out}")
     world = World(int(given["RANK"]), int(given["WORLD_SIZE"]))
     if world.rank >= world.size:
-        raise UserError(f"RANK must be less than WORLD_SIZE, got {words}; to correct this, {way_out}")
+        raise UserError(f"RANK must be less than WORLD_SIZE, got {words}: {way_out}")
     if world.size > 1 and len(given) < len(LAUNCHER_VARIABLES):
         raise UserError(
             f"a run with several processes needs the environment variables {', '.join(LAUNCHER_VARIABLES)}, got"
-            f" only {words}; to correct this, {way_out}"
+            f" only {words}: {way_out}"
         )
     return world
 
@@ -97,7 +97,7 @@ def connect_processes(device_type: str) -> Iterator[World]:
     if world.size > 1:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
         # After a restart, the key-value store of torchrun still holds the keys of the ended processes.
-        # The number of restarts, as a prefix of all keys, hides the keys of the ended processes.
+        # Every key therefore starts with the number of restarts, so that no key of an ended process is read.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)

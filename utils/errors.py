@@ -14,9 +14,9 @@ from utils.signals import Stopped
 logger = logging.getLogger(__name__)
 
 EXIT_MISTAKE = 2
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # a disk that is full or can only be read
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}  # a full disk, an exceeded quota, or a read-only file system
 FILE_ERRORS = {
-    *(*DISK_ERRORS, errno.EACCES, errno.EPERM),  # a full disk, or a missing permission
+    *(*DISK_ERRORS, errno.EACCES, errno.EPERM),  # an error of the disk, or a missing permission
     *(errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR),  # a path at which no file can be written
 }
 # If another process of the run has ended, the error of torch.distributed contains one of the texts in PEER_ENDED
@@ -61,7 +61,8 @@ def run_program(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except Stopped as stopped:
-        logger.warning("the program was stopped by %s; all progress so far is saved", stopped)
+        text = "the program was stopped by %s: to continue, start it again (%s)"
+        logger.warning(text, stopped, "training with --resume auto, test.py with the same --save_path")
         return stopped.exit_status
     except KeyboardInterrupt:
         logger.warning("the program was interrupted")

@@ -46,9 +46,9 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
     """Delete the temporary files of `open_for_atomic_write` that a killed process has left in a folder.
 
     Args:
-        folder: the folder.
-        names: regular expression. A temporary file is deleted only if `names` matches the whole name of the file that
-            the temporary file was meant to replace.
+        folder: the folder that contains the temporary files.
+        names: regular expression for the names of the files that the temporary files were meant to replace. Only the
+            temporary files of files whose whole name matches are deleted.
         age: number of seconds. A temporary file is deleted only if it has not changed for `age` seconds.
     """
     for path in folder.glob(".*.tmp"):
@@ -60,9 +60,9 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
 
 
 def choose_unique_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Name each path by its last N components, such as "run1/stylegan", with the smallest N that gives unique names.
+    """Return the last N components of each path, such as "run1/stylegan", as its name.
 
-    Equal paths get equal names.
+    N is the smallest number with which different paths get different names.
     """
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     length = 1
@@ -97,7 +97,8 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
     """Hold a lock file while the `with` block runs, so that a second run cannot write into the folder of the lock file.
 
     The main process holds the lock for all processes of the run. If the main process is killed, the operating system
-    frees the lock at once. On a file system without locks, a warning is logged, and the block runs without a lock.
+    frees the lock at once. If the file system does not support locks, a warning is logged, and the block runs without
+    a lock.
 
     Args:
         path: the lock file, which is deleted at the end of the `with` block.
@@ -134,7 +135,7 @@ def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
     except IsADirectoryError:
         return foreign
     content = file.read(len(LOCK_TEXT) + 1)
-    if not LOCK_TEXT.startswith(content):  # a killed run may have written only the beginning of the text
+    if not LOCK_TEXT.startswith(content):  # a killed run may have written only the beginning of LOCK_TEXT
         return foreign
     try:
         # Unlike flock, lockf does not pass the lock on to forked worker processes, which may outlive the run

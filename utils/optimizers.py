@@ -7,8 +7,8 @@ from torch import nn
 
 from utils.errors import UserError
 
-FINAL_RATE = 1e-4  # the authors' learning-rate schedule ends at this fraction of the base rate
-WARM_UP = 0.03  # fraction of the epochs during which the cosine schedule raises the learning rate from 0
+FINAL_RATE = 1e-4  # smallest learning-rate factor in the schedule of the paper's authors
+WARM_UP = 0.03  # length of the cosine schedule's warm-up, as a fraction of all epochs
 
 
 def create_optimizer(
@@ -25,10 +25,11 @@ def create_optimizer(
 
     Args:
         name: "sgd" or "adamw".
+        classifier_rate_factor: value of the option --lr-sr, which is never negative.
         momentum: momentum of SGD.
 
     Raises:
-        UserError: if `classifier_rate_factor` is 0, because the classifier would then not be trained.
+        UserError: if `classifier_rate_factor` is 0, because the learning rate of the classifier would then be 0.
     """
     if classifier_rate_factor == 0:
         raise UserError("--lr-sr must be above 0, because the learning rate of the classifier is --lr times --lr-sr")
@@ -49,17 +50,16 @@ def create_optimizer(
 
 
 def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
-    """Compute the factor by which the authors' code multiplies the base learning rate.
+    """Compute the factor by which the authors' code multiplies the base learning rate after `epochs_done` epochs.
 
-    The authors' code computes the factor f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001 from the number e of an epoch
-    and the number E of epochs.
+    The authors' code uses the function f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001, where E is `epochs_total`.
 
     Release: the code of the paper's authors sets the learning rate after each epoch. The learning rate in epoch 0 is
     the base learning rate. In epoch e > 0, the learning rate is the base learning rate times the factor f(e - 1).
 
     Args:
-        epochs_total: E, number of epochs of the training.
-        epochs_done: number of finished epochs, such as 2.5 in the middle of epoch 2.
+        epochs_total: number of epochs of the training.
+        epochs_done: number of finished epochs, such as 2.5 in the middle of the third epoch.
     """
     epoch = max(int(epochs_done) - 1, 0)
     fraction = epoch / max(epochs_total - 1, 1)
@@ -78,14 +78,17 @@ def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> flo
 
 
 def compute_step_learning_rate_factor(decay: float, decay_epochs: int, epochs_done: float) -> float:
-    """Compute the factor by which the schedule "steps" of train_sr.py multiplies the base learning rate.
+    """Compute the factor by which the schedule "steps" multiplies the base learning rate after `epochs_done` epochs.
+
+    Only train_sr.py has the schedule "steps".
 
     Args:
         decay: factor by which the learning rate is multiplied after every `decay_epochs` epochs.
-        epochs_done: number of finished epochs, such as 2.5 in the middle of epoch 2.
+        epochs_done: number of finished epochs, such as 2.5 in the middle of the third epoch.
     """
     return decay ** (int(epochs_done) // decay_epochs)
 
 
-# For each value of the option --schedule of train_detector.py, a function that computes the factor on the learning rate
+# SCHEDULES maps each value of the option --schedule of train_detector.py to a function.
+# The function computes the factor by which the base learning rate is multiplied.
 SCHEDULES = {"released": compute_authors_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}

@@ -1,9 +1,9 @@
 """Command-line options of train_sr.py, train_detector.py and test.py, each declared once.
 
-The default hyperparameters are the values of the paper. Programs in tools/ declare their own options.
+Programs in tools/ declare their own options.
 
-Flags have the same spelling as in the authors' code, so that scripts for the authors' code keep working. `dest` is the
-name under which the programs read the value of a flag.
+A flag that also exists in the authors' code has the same spelling here, so that scripts for the authors' code keep
+working. `dest` is the name under which the programs read the value of a flag.
 
 Options on the architecture of a network default to None, which means that the option was not given. For an option that
 was not given, the programs use the value in the checkpoint. Without a checkpoint, models/build.py uses the values of
@@ -57,7 +57,7 @@ class NoEffect(argparse.Action):
 class KeyValues(argparse.Action):
     """The argparse action of a flag with values KEY=VALUE, from which the action makes a dict.
 
-    `parse_number_bool_or_text` converts each VALUE.
+    `parse_number_bool_or_text` converts each VALUE to a number, a bool or a text.
     """
 
     def __call__(self, parser, namespace, values, option_string=None):
@@ -125,7 +125,7 @@ def add_accepted_but_ignored_flags(group: argparse._ArgumentGroup, *flags: str, 
     """Add flags that are accepted but have no effect.
 
     Args:
-        flags: one text per flag, which lists all spellings of the flag, such as "-p --print-freq".
+        flags: for each flag, one text with all its spellings, such as "-p --print-freq".
         nargs: 0 for flags without a value, and None for flags with one value.
     """
     for spellings in flags:
@@ -139,9 +139,10 @@ def add_vgg_and_compute_options(parser: Parser) -> None:
     """Add options on VGG-19 weights, device, workers, precision and random numbers."""
     add_vgg_options(parser)
     add = parser.add_argument_group("run").add_argument
-    add("--gpu", "--gpu-id", dest="gpu", metavar="N|cpu", help="GPU number, or cpu (default: GPU 0 if there is one)")
+    add("--gpu", "--gpu-id", dest="gpu", metavar="N|cpu",
+        help="number of a GPU, or cpu (default: 0, or cpu on a machine without a GPU)")  # fmt: skip
     add("-j", "--workers", "--num-workers", dest="workers", type=integer_from_0, default=4, metavar="N",
-        help="number of processes that read images; 0: the main process reads images (default: %(default)s)")  # fmt: skip
+        help="number of worker processes that read images; 0: no worker processes (default: %(default)s)")  # fmt: skip
     add("--seed", type=integer_from_0, default=123, metavar="N",
         help="seed of all random numbers (default: %(default)s)")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="auto",
@@ -155,9 +156,10 @@ def add_vgg_options(parser: Parser) -> None:
     """Add the option for the source of the VGG-19 weights."""
     add = parser.add_argument_group("VGG-19").add_argument
     add("--vgg-weights", default="auto", metavar="auto|imagenet|random|FILE",
-        help="weights of VGG-19. imagenet: from torch hub's cache or by download. random: fixed-seed random weights."
-        " FILE: a torchvision vgg19 state dict. auto: the weights that the checkpoint names. In a new training, auto"
-        " means imagenet, or random if the download fails (default: %(default)s)")  # fmt: skip
+        help="weights of VGG-19. imagenet: ImageNet weights from torch hub's cache or by download. random: random"
+        " weights from a fixed seed. FILE: a state dict of torchvision's vgg19. auto: the weights with which the"
+        " checkpoint was trained. In a new training, auto means imagenet, or random if the download fails (default:"
+        " %(default)s)")  # fmt: skip
 
 
 def add_resynthesizer_options(parser: Parser) -> None:
@@ -169,7 +171,7 @@ def add_resynthesizer_options(parser: Parser) -> None:
         " added to models.build.RESYNTHESIZERS. Use bicubic and none for control experiments (default:"
         " rdn)")  # fmt: skip
     add("--sr-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
-        help="arguments of the network that --sr-arch names")  # fmt: skip
+        help="arguments of the super-resolution network that --sr-arch chooses")  # fmt: skip
     add("--sr-scale", "--scale", dest="scale", type=integer_from_1, metavar="N",
         help="factor by which images are reduced and enlarged; 2, 3 or 4 for RDN (paper: 4)")  # fmt: skip
     for name, text in (
@@ -185,35 +187,35 @@ def add_detector_options(parser: Parser) -> None:
     """Add options for the features, the residual, the classifier and the weights of the re-synthesizer."""
     add = parser.add_argument_group("detector").add_argument
     add("--features", metavar="NAME",
-        help="features of which the residual is computed: pixels, vgg19, or a name that you have added to"
+        help="features from which the residual is computed: pixels, vgg19, or a name that you have added to"
         " models.build.FEATURES (default: the value in the checkpoint if there is one, otherwise pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=create_argparse_number_type(int, 0, 5), metavar="0..5",
-        help="shorter flag for --features, as in the authors' code: 0 = pixels; N from 1 to 5 = vgg19 with the layer"
-        " reluN_1")  # fmt: skip
+        help="features as a number, as in the authors' code, instead of --features: 0 = pixels; N from 1 to 5 = vgg19"
+        " with the layer reluN_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
         help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
         " difference, as in the paper (default: the value in the checkpoint if there is one, otherwise"
         " absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier. resnet18, resnet34, resnet50, resnet101, resnet152: ResNets with the deep stem of the"
-        " authors' code. spectrum, channel_power: small classifiers for few training images. Use spectrum with"
-        " --residual signed, and channel_power with --features vgg19. torchvision:NAME: a classifier of torchvision."
+        help="classifier. resnet18, resnet34, resnet50, resnet101, resnet152: ResNets as in the authors' code."
+        " spectrum, channel_power: small classifiers for few training images. spectrum is meant for --residual signed,"
+        " and channel_power for --features vgg19. torchvision:NAME: a classifier of torchvision."
         " You can add names to models.build.CLASSIFIERS (default: the value in the checkpoint if there is one,"
         " otherwise resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
-        help="arguments of the classifier that --arch names")  # fmt: skip
+        help="arguments of the classifier that --arch chooses")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
-        help="number of channels of the residual, which must equal the number of channels of the features")  # fmt: skip
+        help="number of channels of the residual; not needed, because the features determine the number")  # fmt: skip
     add("--no_dilation", dest="dilated", action="store_const", const=False,
         help="build layer3 and layer4 of the ResNet without dilated convolutions. All scripts of the paper's authors"
         " give this flag (default: the setting in the checkpoint if there is one, otherwise dilated"
         " convolutions)")  # fmt: skip
     add("--sr-weights-file", dest="resynthesizer_file", metavar="FILE",
         help="weights of the re-synthesizer: a checkpoint of train_sr.py, a checkpoint NNNN_sr.pth.tar of"
-        " train_detector.py, or a file of weights from the paper's authors (default: the weights inside the detector's"
-        " checkpoint)")  # fmt: skip
+        " train_detector.py, or a file of weights from the paper's authors (default: the weights in the detector's"
+        " checkpoint). A new detector needs this option, unless --sr-arch is none or bicubic")  # fmt: skip
 
 
 def add_image_options(parser: Parser) -> None:
@@ -221,20 +223,20 @@ def add_image_options(parser: Parser) -> None:
     add = parser.add_argument_group("images").add_argument
     add("--data-root-pos", dest="real_roots", nargs="+", metavar="DIR", help="folders of REAL images")
     add("--data-root-neg", dest="fake_roots", nargs="+", metavar="DIR",
-        help="folders of GENERATED images; each folder counts as one generator")  # fmt: skip
+        help="folders of FAKE images, one folder per generator")  # fmt: skip
     add("--data-root", dest="tree", metavar="DIR",
         help="instead of --data-root-pos and --data-root-neg: a folder that contains GENERATOR/0_real and"
-        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai. There may be folders between GENERATOR and nature, as"
-        " in GENERATOR/train/nature")  # fmt: skip
+        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai. Other folders may lie between GENERATOR and these"
+        " four folders, as in GENERATOR/train/nature")  # fmt: skip
     add("--csv", metavar="FILE",
         help="instead of folders: a CSV file with the columns path,label[,generator]; a label is real or fake")  # fmt: skip
     add("--resize", type=integer_from_0, metavar="N",
         help="resize the shorter side of each image to N pixels; 0: do not resize (default of train_detector.py: 0;"
-        " default of test.py: the N of the training)")  # fmt: skip
+        " default of test.py: the value with which the detector was trained)")  # fmt: skip
     add("--crop-size", type=integer_from_0, metavar="N",
         help="crop each image to N x N pixels; 0: do not crop. Training images are cropped at random places. The option"
         " --crops of test.py sets the number of crops per image (default of train_detector.py: 0; default of test.py:"
-        " the N of the training)")  # fmt: skip
+        " the value with which the detector was trained)")  # fmt: skip
 
 
 def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: str, output: str) -> None:
@@ -242,10 +244,11 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
 
     Args:
         parser: the parser of the trainer.
-        batch_size: default of --batch-size, in images.
+        batch_size: default of --batch-size.
         lr: default of --lr.
         schedule: name of the learning-rate schedule in the authors' code.
-        output: name of the flag that sets the output folder, such as "--output-path". The help texts contain the name.
+        output: name of the flag that sets the output folder, such as "--output-path". The help texts of --resume and
+            --overwrite contain the name of this flag.
     """
     add = parser.add_argument_group("optimizer").add_argument
     add("-b", "--batch-size", type=integer_from_1, default=batch_size, metavar="N",
@@ -256,7 +259,8 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         help=f"learning-rate schedule: {schedule} = as in the authors' code; cosine = a short warm-up, then a"
         " decrease to 0 along a cosine. Use cosine if there are few epochs (default: %(default)s)")  # fmt: skip
     add("--clip-norm", type=float_from_0, metavar="X",
-        help="scale down gradients whose norm is above X to the norm X (default: gradients are not scaled)")  # fmt: skip
+        help="if the total norm of all gradients is above X, scale it down to X (default: gradients are not"
+        " scaled)")  # fmt: skip
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--resume", metavar="FILE|auto",
@@ -264,8 +268,8 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         f" new run if {output} holds no run. A FILE that holds only weights, such as a checkpoint of the authors,"
         " starts a new run with these weights")  # fmt: skip
     add("--overwrite", action="store_true",
-        help=f"start a new run in {output}, and delete the checkpoints and logged values of the earlier run"
-        " there")  # fmt: skip
+        help=f"start a new run in {output}, and delete the checkpoints and logged values of the earlier run in this"
+        " folder")  # fmt: skip
     add("--save-minutes", type=float_from_0, default=15.0, metavar="X",
         help="save the training state every X minutes, even within an epoch (default: %(default)s)")  # fmt: skip
     add("--keep-last", type=integer_from_1, metavar="N",
@@ -303,7 +307,7 @@ def create_train_sr_parser() -> Parser:
         help="do not train; compute PSNR and SSIM on the images of --eval-file, with the weights of"
         " --weights-file")  # fmt: skip
     add("--outputs-dir", default="output_hr", metavar="DIR",
-        help="output folder; files go into DIR/xSCALE (default: %(default)s)")  # fmt: skip
+        help="output folder; with --scale 4, the files are written into DIR/x4 (default: %(default)s)")  # fmt: skip
     add("--weights-file", dest="init", metavar="FILE",
         help="weights of a re-synthesizer: the initial weights of a new run, or the weights for"
         " --evaluate")  # fmt: skip
@@ -313,7 +317,7 @@ def create_train_sr_parser() -> Parser:
         help="number of patches from each image per epoch; 1 in the authors' code (default: %(default)s)")  # fmt: skip
     add("--start", choices=("random", "interpolation"), default="random",
         help="initial weights of a new RDN: random = PyTorch's default, as in the authors' code; interpolation ="
-        " weights with which RDN computes an interpolation (default: %(default)s)")  # fmt: skip
+        " weights with which RDN enlarges images almost like bicubic interpolation (default: %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
         help="multiply the learning rate by X every --lr-decay-epoch epochs; X is between 0 and 1 (default:"
         " %(default)s)")  # fmt: skip
@@ -325,11 +329,11 @@ def create_train_sr_parser() -> Parser:
     add("--vgg-lambda", type=float_from_0, default=0.2, metavar="X",
         help="weight of the perceptual loss; 0 disables it (default: %(default)s)")  # fmt: skip
     add("--augment", action="store_true",
-        help="add noise, JPEG compression or both to random low-resolution training patches")  # fmt: skip
+        help="add noise, JPEG compression or both to randomly chosen low-resolution training patches")  # fmt: skip
     add("--completion", action="store_true",
-        help="turn 5 to 15 %% of the pixels black in random low-resolution training patches")  # fmt: skip
+        help="turn 5 to 15 %% of the pixels black in randomly chosen low-resolution training patches")  # fmt: skip
     add("--colorization", action="store_true",
-        help="turn 5 to 15 %% of the pixels grey in random low-resolution training patches")  # fmt: skip
+        help="turn 5 to 15 %% of the pixels grey in randomly chosen low-resolution training patches")  # fmt: skip
     return parser
 
 
@@ -354,8 +358,8 @@ def create_train_detector_parser() -> Parser:
     add("--wd", "--weight-decay", dest="weight_decay", type=float_from_0, default=1e-4, metavar="X",
         help="weight decay (default: %(default)s)")  # fmt: skip
     add("--lr-sr", dest="classifier_rate_factor", type=float_from_0, default=0.02, metavar="X",
-        help="despite the flag's name: the CLASSIFIER learns at the rate lr * X, and the re-synthesizer at the rate lr;"
-        " X must be above 0 (default: %(default)s)")  # fmt: skip
+        help="set the learning rate of the CLASSIFIER to --lr times X, despite the name of the flag. The re-synthesizer"
+        " learns at the rate --lr. X must be above 0 (default: %(default)s)")  # fmt: skip
     add("--fixed-sr", dest="fixed_resynthesizer", action="store_true", help="do not train the re-synthesizer")
     add("--mode-sr", dest="auxiliary", default="none", metavar="NAME",
         help="auxiliary task on which the re-synthesizer is fine-tuned: colorization, denoising, none, or a name that"
@@ -368,7 +372,7 @@ def create_train_detector_parser() -> Parser:
         help="write a numbered checkpoint every N epochs (default: %(default)s)")  # fmt: skip
     add("--val-root-pos", dest="val_real_roots", nargs="+", metavar="DIR", help="folders of REAL validation images")
     add("--val-root-neg", dest="val_fake_roots", nargs="+", metavar="DIR",
-        help="folders of GENERATED validation images")  # fmt: skip
+        help="folders of FAKE validation images")  # fmt: skip
     add("--val-csv", metavar="FILE",
         help="instead of folders: a CSV file of validation images; the columns are the same as for --csv")  # fmt: skip
     add_accepted_but_ignored_flags(group, "--save_path")
@@ -380,9 +384,9 @@ def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
-        help="pass N images at a time through the re-synthesizer and the features, to save memory. N changes the"
-        " gradients only if the re-synthesizer has batch norm. Without --fixed-sr, this option costs one more forward"
-        " pass per training step (default: the whole batch)")  # fmt: skip
+        help="pass N images at a time through the re-synthesizer and the feature extractor, to save memory. N changes"
+        " the gradients only if the re-synthesizer has batch norm. Without --fixed-sr, this option costs one more"
+        " forward pass per training step (default: the whole batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
         help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
         " epoch (default: %(default)s)")  # fmt: skip
@@ -390,8 +394,8 @@ def _add_memory_and_time_options(parser: Parser) -> None:
         help="in each epoch, perturb a random half of the training images by blur, crop, JPEG compression or noise, as in"
         " test.py --perturb-protocol frank2020")  # fmt: skip
     add("--no-cache", dest="cache", action="store_false",
-        help="compute residuals again in each epoch. Without --no-cache, training with --fixed-sr stores residuals on"
-        " disk, unless random crops or --augment-perturb change the images in each epoch")  # fmt: skip
+        help="compute residuals again in each epoch. By default, training with --fixed-sr stores residuals on disk,"
+        " unless random crops or --augment-perturb change the images in each epoch")  # fmt: skip
     add("--cache-dir", metavar="DIR",
         help="folder of stored residuals, which several runs may share (default:"
         " OUTPUT_PATH/residual_cache)")  # fmt: skip
@@ -416,26 +420,31 @@ def create_test_parser() -> Parser:
     add("--resume", metavar="FILE", help="checkpoint of the detector")
     add("--input", nargs="+", metavar="PATH", help="image files or folders of images that are scored without labels")
     add("--save_path", "--save-path", dest="save_path", metavar="P",
-        help="write scores and metrics to P.csv, P.npy, P.json and P.png")  # fmt: skip
+        help="write P.csv (scores), P.npy (logits), P.json (metrics) and P.png (figure); P is a path without file"
+        " ending")  # fmt: skip
     add("--save-residuals", metavar="DIR",
         help="for each image, write a picture of the image, its re-synthesis and the residual into DIR")  # fmt: skip
     add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
-        help="perturb the images before scoring. NAME is none, blur, crop, jpeg, noise, resize, combined or all."
-        " Several NAMEs give several scores per image. With --perturb-protocol sweep, NAME without =STRENGTH means all"
-        " strengths of the sweep (default: none)")  # fmt: skip
+        help="perturb the images before scoring. NAME is none, blur, crop, jpeg, noise, resize, combined (crop, blur,"
+        " noise and jpeg, each with probability 0.5) or all (every NAME in turn). Several NAMEs give several scores per"
+        " image. STRENGTH is one strength of --perturb-protocol sweep. Without STRENGTH, all strengths are used"
+        " (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip
     add("-b", "--batch-size", type=integer_from_1, metavar="N",
-        help="number of images per batch (default: as many images as fit into 1024 x 1024 pixels)")  # fmt: skip
+        help="number of images per batch (default: as many images as have together at most 1024 x 1024"
+        " pixels)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if the files of --save_path already hold scores")  # fmt: skip
     add("--tile", type=create_argparse_number_type(int, 64), default=1024, metavar="N",
-        help="process images in tiles of at most N x N pixels; N is at least 64. A smaller N takes less memory and more"
-        " time. Tiles change the logits by rounding errors only (default: %(default)s)")  # fmt: skip
+        help="let the networks process each image in tiles of at most N x N pixels; N is at least 64. A smaller N takes"
+        " less memory and more time. Tiles change the logits by rounding errors only (default:"
+        " %(default)s)")  # fmt: skip
     add("--crops", type=integer_from_1, metavar="N",
-        help="score N crops of --crop-size that are spread over the image, and average their logits; 1 = one crop in"
-        " the centre (default: 9 if the crop size comes from the checkpoint, else 1)")  # fmt: skip
+        help="score N crops that are spread over the image, and average their logits. --crop-size sets the size of the"
+        " crops. 1: one crop in the centre (default: 9 if the crop size comes from the checkpoint, else"
+        " 1)")  # fmt: skip
     add_accepted_but_ignored_flags(
         group, "--lr --learning-rate", "--momentum", "--wd --weight-decay", "--epochs", "--output-path",
         "--save-every-epoch", "--mode-sr", "--lr-sr", "--lw-sr"

@@ -73,7 +73,7 @@ def _find_single_state_file(states: Sequence[Path]) -> str | None:
     found = [str(path) for path in states if path.exists()]
     if len(found) > 1:
         runs = ", ".join(map(make_printable, found))
-        raise UserError(f"--resume auto found {len(found)} runs ({runs}): give the file to resume with --resume FILE")
+        raise UserError(f"--resume auto found {len(found)} runs ({runs}): choose one of them with --resume FILE")
     if not found:
         logger.info("nothing to resume: a new run starts")
         return None
@@ -85,11 +85,11 @@ def _find_single_state_file(states: Sequence[Path]) -> str | None:
 
 
 class Run(contextlib.AbstractContextManager):
-    """A context manager for a training run, which saves states, writes records and stops the run after a signal.
+    """A context manager that saves the states and records of a training run, and stops the run after a signal.
 
-    In training, the state is saved every --save-minutes. The state is also saved when a signal or an error ends the
-    run. If the error NotFinite ends the run, the state is not saved. At the end of an epoch, the state is saved if
-    best.* or a numbered checkpoint is written, or if no state was saved before.
+    The option --save-minutes sets how often the state is saved in training. The state is also saved when a signal or an
+    error ends the run. If the error NotFinite ends the run, the state is not saved. At the end of an epoch, the state
+    is saved if best.* or a numbered checkpoint is written, or if the output folder holds no state of the run yet.
 
     The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The x axis of TensorBoard's
     plots is the number of finished epochs.
@@ -135,7 +135,7 @@ class Run(contextlib.AbstractContextManager):
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps and not self.ending_epoch:
                 self.save_state()
-            if self.stop.received:  # after a signal, `error` may only mean that another process has stopped
+            if self.stop.received:  # after a signal, the cause of `error` can be that another process has stopped
                 raise Stopped(self.stop.received) from error
         if error is None and self.writer:
             self.writer.close()
@@ -165,9 +165,10 @@ class Run(contextlib.AbstractContextManager):
         self.folder.delete_files_of_replaced_run()
 
     def _save_state_if_due(self, training: bool) -> None:
-        """Save the state if a signal was received or --save-minutes have passed. After a signal, raise `Stopped`.
+        """Save the state if a signal was received, or if the last save is older than --save-minutes allows.
 
-        In training, all processes stop after the same batch, so that no process waits forever for a stopped process.
+        After a signal, this method raises `Stopped`. In validation, the state is saved only after a signal. In
+        training, all processes stop after the same batch, so that no process waits forever for a stopped process.
         """
         due = training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60
         signal_number = self.stop.received or 0
@@ -186,18 +187,19 @@ class Run(contextlib.AbstractContextManager):
     ) -> Iterator:
         """Iterate over the batches of a loader. After each batch, call `_save_state_if_due`.
 
-        With --skip-bad, each image that cannot be used is left out with one log line. In training, PyTorch's generator is
-        seeded before each batch, so that a resumed run uses the same dropout as an uninterrupted run.
+        With --skip-bad, each image that cannot be used is left out, and one line is logged for the image. In training,
+        PyTorch's generator is seeded before each batch, so that a resumed run uses the same dropout as an uninterrupted
+        run.
 
         A batch with fewer than `min_images` images is skipped in validation and in training with a single process. In
         training with several processes, every process must take part in every optimizer step. If a process has too few
-        images for a step, this method repeats images, and sets their weights in the loss to 0.
+        images for a step, this method yields an earlier batch again, or repeats the few images. All images of such a
+        batch have the weight 0 in the loss.
 
         Args:
             loader: iterable of batches (data.datasets.Batch).
             description: text in front of the progress bar.
-            training: whether the caller takes an optimizer step with each batch. The state is saved every
-                --save-minutes only if `training` is True.
+            training: whether the caller takes an optimizer step with each batch.
             min_images: smallest number of images in a yielded batch. `min_images` must be 2 if batch norm cannot be
                 trained on a single image.
 
@@ -239,7 +241,7 @@ class Run(contextlib.AbstractContextManager):
             self._log_left_out_image(text)
 
     def _log_images_of_small_batch(self, batch, min_images: int) -> dict[int, str]:
-        """Log one line for each image of `batch`, which has fewer than `min_images` images.
+        """Log that each image of `batch` is left out, because `batch` has fewer than `min_images` images.
 
         Returns:
             a dict from the index of an image in the dataset to the reason why the image is left out.
@@ -267,8 +269,9 @@ class Run(contextlib.AbstractContextManager):
         Args:
             values: dict from the name of a quantity, such as "psnr", to its value in the finished epoch. NaN and
                 infinite values are written as null to stats.jsonl.
-            score_name: name of the value that is highest in the best epoch. In a run without validation images,
-                `values` has no key `score_name`. An epoch whose score is not finite is never the best epoch.
+            score_name: name of the value that is the score. The epoch with the highest score is the best epoch. In a
+                run without validation images, `values` has no key `score_name`. An epoch whose score is not finite is
+                never the best epoch.
             numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
                 checkpoint is written.
         """
@@ -289,8 +292,8 @@ class Run(contextlib.AbstractContextManager):
             progress.best = value
         if not self.world.is_main or not (is_best or numbered):
             return
-        # last.* is saved after the other checkpoints.
-        # If the run is killed before last.* is saved, the resumed run writes the other checkpoints again.
+        # last.* is saved after best.* and the numbered checkpoints.
+        # If the run is killed before last.* is saved, the resumed run writes best.* and the numbered checkpoints again.
         self.ending_epoch = True
         state = self.collect_run_state()
         if is_best:
@@ -304,7 +307,7 @@ class Run(contextlib.AbstractContextManager):
         self.saved_at = time.monotonic()
 
     def _delete_older_checkpoints(self, name: str) -> None:
-        """Delete old numbered checkpoints, so that only the --keep-last newest are left.
+        """Delete old numbered checkpoints, and keep as many of the newest ones as the option --keep-last says.
 
         This method considers only checkpoints whose names equal `name` except for the number of the epoch.
         """
@@ -321,7 +324,10 @@ class Run(contextlib.AbstractContextManager):
             self.folder.delete_file(path)
 
     def _write_values_of_epoch_to_logs(self, values: Mapping[str, float | None]) -> None:
-        """Write the values of an epoch to stats.jsonl, TensorBoard and the log. Before, save the state if necessary."""
+        """Write the values of an epoch to stats.jsonl, TensorBoard and the log.
+
+        If the output folder holds no state of the run yet, the state is saved before the values are written.
+        """
         minutes = self._estimate_minutes_left()
         self.epoch_began = None
         if self.writer is None:

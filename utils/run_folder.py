@@ -1,4 +1,4 @@
-"""The output folder of a training run, and the list of the files that the programs may replace or delete there."""
+"""The output folder of a training run, and the list of the files in it that the programs may replace or delete."""
 
 import contextlib
 import json
@@ -42,7 +42,7 @@ class RunFolder:
         self.files: set[str] = set()  # names of the files that config.json lists
         self.continued = False  # whether this run continues an earlier run in the same folder
         self.replacing = False  # whether the files of an earlier run must be deleted after the first save
-        self.replaced: list[Path] = []  # checkpoints and TensorBoard files of the earlier run that must be deleted
+        self.replaced: list[Path] = []  # checkpoints and TensorBoard files that must be deleted with the earlier run
 
     def describe_why_run_must_not_write(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
         """Read the list of written files, and check whether the run may write into the folder.
@@ -82,9 +82,10 @@ class RunFolder:
         return None
 
     def write_config_and_trim_stats(self, about: Mapping, first_epoch: int) -> None:
-        """Write config.json, and delete the lines of epochs that this run trains again from stats.jsonl.
+        """Write config.json, and delete from stats.jsonl the lines of the epochs that this run trains again.
 
-        If the run replaces an earlier run, `delete_files_of_replaced_run` deletes the lines later.
+        If the run replaces an earlier run, the lines of the earlier run are deleted later, by
+        `delete_files_of_replaced_run`.
 
         Args:
             about: entries of config.json.
@@ -183,7 +184,8 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
     Raises:
         UserError: if no file can be written into the folder.
         UserError: if a second run is writing into the folder.
-        UserError: if the folder holds an earlier run that must not be replaced.
+        UserError: if the folder holds an earlier run, `overwrite` is False, and this run does not continue that run.
+        UserError: if the folder holds a run of another program.
         UserError: if this run would replace a file that config.json does not list.
     """
     folder = RunFolder(last)

@@ -27,11 +27,11 @@ FREE_SETTINGS = {
     "num_features", "growth_rate", "num_blocks", "num_layers", "features", "feature_args", "stage", "residual", "arch",
     "arch_args", "in_channels", "dilated",
 }  # fmt: skip
-ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # settings that change the order of the images
+ORDER_SETTINGS = ("batch_size", "images", "seed", "crops")  # settings that determine which images a training step uses
 VALIDATION_SETTING = "validation_images"  # name of the setting that holds the digest of the validation images
 
 
-COUNT = "count"  # key of the number of images in `Progress.sums`
+COUNT = "count"  # key in `Progress.sums` under which the number of images is stored
 
 
 class NotFinite(UserError):
@@ -167,21 +167,21 @@ class Stepper:
         If this method raises `NotFinite`, the weights stay unchanged.
 
         Args:
-            loss: a scalar. Each process divides by the size of the whole batch, so the sum of `loss` over all processes
-                is the mean loss of the whole batch.
-            values: further scalars to record, by name. The sum of a scalar over all processes is its mean over the
-                whole batch, like the sum of `loss`.
+            loss: a scalar, the part that this process contributes to the loss of the whole batch. The loss of the whole
+                batch is the sum of `loss` over all processes.
+            values: further scalars to record, by name. The value of a scalar for the whole batch is the sum of the
+                scalar over all processes.
             batch: the batch (data.datasets.Batch). Only `weights`, `errors` and `items` of the batch are read.
 
         Raises:
             NotFinite: if the loss is not finite.
-            NotFinite: if a gradient is not finite in fp32, tf32 or bf16.
+            NotFinite: if a gradient is not finite. In fp16, GradScaler skips the step instead.
         """
         self.scaler.scale(loss).backward()
         gradients = self._sum_gradients_over_processes()
         norm = torch.nn.utils.get_total_norm(gradients)
         if self.scaler.is_enabled():
-            norm = norm.nan_to_num()  # in fp16, an infinite gradient is no error, because GradScaler skips the step
+            norm = norm.nan_to_num()  # in fp16, an infinite norm must raise no error, because GradScaler skips the step
         means, count, left_out, norm = self._compute_step_statistics_over_processes(
             {"loss": loss, **values}, batch, norm
         )
@@ -209,7 +209,7 @@ class Stepper:
     def _compute_step_statistics_over_processes(
         self, parts: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
-        """Compute the means of the scalars in `parts` over all processes, and count the images of all processes.
+        """Compute the mean of each scalar in `parts` over the images of all processes, and count these images.
 
         All numbers are copied to the CPU together, so that the CPU waits for the GPU only once per step.
 
@@ -275,7 +275,7 @@ class Stepper:
             )
         self._load_optimizer_state(resumed)
         self.progress.load_state(content.get_nested_fields("progress"))
-        # If the state was saved after the last step of an epoch, this learning rate is logged at the end of the epoch
+        # Set the learning rate of the last finished step, which is logged if the epoch has no step left
         last_step = max(self.progress.step - 1, 0)
         self.set_learning_rates(self.rate_factor(self.progress.epoch + last_step / self.steps_per_epoch))
         warn_about_changed_settings(earlier.values, settings, self.progress)
@@ -294,7 +294,10 @@ class Stepper:
 
 
 def _require_equal_shapes(parameter: Tensor, buffers: Mapping[str, object]) -> None:
-    """Raise ValueError if a buffer of the optimizer and its parameter have different shapes."""
+    """Raise ValueError if a buffer of the optimizer has another shape than the parameter to which it belongs.
+
+    Scalar buffers, such as the number of steps of AdamW, are not checked.
+    """
     for name, buffer in buffers.items():
         if isinstance(buffer, Tensor) and buffer.dim() > 0 and buffer.shape != parameter.shape:
             raise ValueError(f"expected {name} of shape {tuple(parameter.shape)}, got {tuple(buffer.shape)}")
