@@ -18,11 +18,8 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 def detector(checkpoint: str, **arguments):
     """Load a trained detector. The arguments are the same as for `evaluation.load`."""
-    if is_project_already_imported():
-        from evaluation import load
-
-        return load(checkpoint, **arguments)
-    with put_project_packages_first():
+    imports = contextlib.nullcontext() if is_project_already_imported() else put_project_packages_first()
+    with imports:
         from evaluation import load
 
         return load(checkpoint, **arguments)

@@ -319,7 +319,7 @@ def score_batch(
             traceback is logged only if the description of the error is not in `logged_errors`. The description is then
             added to `logged_errors`.
     """
-    indices = [index for _, index, _ in batch.keys]
+    indices = [key.index for key in batch.keys]
     if not pictures.paths:
         try:
             logits = detector.logits(batch.x)  # (B, 2)

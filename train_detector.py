@@ -49,7 +49,7 @@ from data.residuals import CacheOptions, ResidualDataset, create_residual_datase
 from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
 from evaluation.training_pictures import read_one_real_and_fake_image, write_resynthesis_pictures
-from models.build import create_detector, load_detector
+from models.build import TORCHVISION, create_detector, load_detector
 from models.features import VGG19, load_vgg
 from models.losses import compute_classification_loss, compute_residuals_and_auxiliary_losses
 from models.resynthesis import ResynthesisDetector, downsample
@@ -61,7 +61,7 @@ from utils.distributed import (
     all_reduce_sum,
     connect_processes,
 )
-from utils.errors import UserError, run_program
+from utils.errors import UserError, describe_exception, run_program
 from utils.labels import FAKE, REAL
 from utils.optimizers import SCHEDULES, create_optimizer
 from utils.options import create_train_detector_parser
@@ -109,6 +109,7 @@ def main(args: Namespace) -> None:
         if args.batch_size > 1:
             require_equal_sizes(images.items, images.image_sizes)
             require_equal_sizes(val_images.items, val_images.image_sizes)
+        require_classifier_accepts_residual(detector, config["classifier"]["name"], images.image_sizes[0], compute)
         min_images = find_smallest_trainable_batch_size(detector, images.image_sizes, sampler, compute)
         if world.is_main:
             run_and_log_quick_leak_audit(images.items, val_images.items)
@@ -209,6 +210,37 @@ def create_dataset(
     """
     items, headers = select_usable_images(items, policy, skip_bad)
     return ImageDataset(items, policy, augmentation, transform, headers)
+
+
+def require_classifier_accepts_residual(
+    detector: ResynthesisDetector, name: str, size: tuple[int, int], compute: Compute
+) -> None:
+    """Classify a residual of zeros, so that a classifier that cannot be used is refused before the training.
+
+    Args:
+        name: name of the classifier, for error messages.
+        size: height and width of a training image, in pixels.
+
+    Raises:
+        UserError: if a torchvision classifier refuses residuals of this size. The vision transformers of torchvision,
+            for example, accept only one size. An exception of any other classifier is raised unchanged, because its
+            traceback shows the mistake.
+        UserError: if the classifier does not return logits (B, 2).
+    """
+    shape = detector.residual_shape(*size)
+    detector.eval()
+    try:
+        with torch.no_grad():
+            logits = detector.classify(torch.zeros(1, *shape, device=compute.device))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        if not name.startswith(TORCHVISION):
+            raise
+        raise UserError(
+            f"{name} cannot classify residuals of shape {shape} ({describe_exception(error)}): use another --crop-size,"
+            " --resize or --arch"
+        ) from error
+    if logits.shape != (1, 2):
+        raise UserError(f"the classifier {name} must return logits of shape (B, 2), got shape {tuple(logits.shape)}")
 
 
 def find_smallest_trainable_batch_size(

@@ -63,6 +63,8 @@ def main(args: Namespace) -> None:
         model, config = create_resynthesizer(origin, vars(args))
         if origin is None:
             set_initial_weights(model, args.start)
+        elif resumed is None and args.start != "random":
+            logger.info("--start %s is not used, because %s gives the initial weights", args.start, origin.name)
         model.to(compute.device, memory_format=torch.channels_last)
 
         # 2. List and check the images

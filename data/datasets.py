@@ -55,6 +55,14 @@ class Key(NamedTuple):
     weight: float = 1.0  # weight of the entry in the loss; 0 if the entry repeats an entry of another process
 
 
+class RowKey(NamedTuple):
+    """A `RowKey` says from which dataset entry a row of a batch was read, and for which epoch."""
+
+    epoch: int
+    index: int  # index of the entry in the dataset
+    part: int  # number of the row among the rows of the entry: the number of the patch, or 0
+
+
 class Sample(NamedTuple):
     """The result of reading one dataset entry: K tensors made from one image, or an error message."""
 
@@ -75,7 +83,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
     weights: Tensor  # float32 (B,): factor by which the loss of each row is multiplied
     items: list[Item]  # for each row: path, label and generator of its image
-    keys: list[tuple[int, int, int]]  # for each row: epoch, index of the dataset entry, number of the patch (or 0)
+    keys: list[RowKey]  # for each row: the dataset entry from which the row was read
     errors: dict[int, str]  # index of each dataset entry that has no row -> one-line error message
 
 
@@ -105,7 +113,7 @@ def collate_samples(samples: Sequence[Sample]) -> Batch:
             labels.append(UNLABELLED if sample.item.label is None else sample.item.label)
             weights.append(weight / len(sample.x))
             items.append(sample.item)
-            keys.append((epoch, index, part))
+            keys.append(RowKey(epoch, index, part))
     x = torch.stack(rows) if rows else torch.empty(0, 3, 0, 0, dtype=torch.uint8)
     return Batch(x, torch.tensor(labels, dtype=torch.int64), torch.tensor(weights), items, keys, errors)
 
@@ -162,7 +170,7 @@ def _get_first_dataset_index_of_batch(batch: Batch) -> int:
     If no image of the batch could be read, the function returns the dataset index of the first unreadable image.
     """
     if batch.keys:
-        return batch.keys[0][1]
+        return batch.keys[0].index
     return next(iter(batch.errors))
 
 

@@ -215,7 +215,7 @@ def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     findings = []
     for severity, sets, groups, way_out in (
         (LEAK, "train and validation", across_splits, "remove the duplicates from one of the two sets"),
-        (LEAK, "real and generated", across_classes, "one label is wrong: correct it, or remove the duplicates"),
+        (LEAK, "real and fake", across_classes, "one label is wrong: correct it, or remove the duplicates"),
         (WARNING, "one class", within, "keep one copy per image, because a random split may put copies into both sets"),
     ):
         if groups:

@@ -5,7 +5,6 @@ function leaves out files in a folder, one log line says how many, and why.
 """
 
 import csv
-import functools
 import hashlib
 import logging
 import os
@@ -424,16 +423,20 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
 def describe_and_hash_image_list(items: Sequence[Item]) -> str:
     """Return one line of text: the number of images in a list, and one hash of all paths, labels and generators.
 
-    The hash is computed from absolute paths, so that the line does not depend on the working folder.
+    The hash is computed from paths relative to the common parent folder of all images. The hash stays the same if the
+    whole data set is moved, and if the program runs in another working folder.
     """
-    real_folder = functools.cache(os.path.realpath)
+    folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(item.path) for item in items}}
+    common = os.path.commonpath(folders.values()) if folders else ""
+    folder_names = {folder: os.path.relpath(path, common) for folder, path in folders.items()}
     digest = hashlib.sha256()
     for path, label, generator in items:
         folder, name = os.path.split(path)
-        line = f"{real_folder(folder)}/{name}\0{label}\0{generator}\n"
+        line = f"{folder_names[folder]}/{name}\0{label}\0{generator}\n"
         digest.update(line.encode(errors="surrogateescape"))
     counts = Counter(item.label for item in items)
-    return f"{len(items)} images ({counts[REAL]} real, {counts[FAKE]} generated), {digest.hexdigest()[:16]}"
+    labels = f" ({counts[REAL]} real, {counts[FAKE]} fake)" if counts[None] < len(items) else ""
+    return f"{len(items)} images{labels}, {digest.hexdigest()[:16]}"
 
 
 def hash_image_files(items: Sequence[Item]) -> np.ndarray:

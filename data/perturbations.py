@@ -211,7 +211,7 @@ class PerturbationSetting(NamedTuple):
     strength: float | None = None  # None if the name is "none" or the protocol is frank2020
 
     @property
-    def get_sweep_of_perturbation_or_default(self) -> Sweep:
+    def sweep(self) -> Sweep:
         """The `Sweep` of the perturbation `name`. If `name` is not in SWEEP, a `Sweep` with default labels."""
         return SWEEP.get(self.name, Sweep())
 
@@ -220,7 +220,7 @@ class PerturbationSetting(NamedTuple):
         """The name and the strength as text for tables, such as "jpeg quality 70"."""
         if self.strength is None:
             return self.name
-        return f"{self.name} {self.get_sweep_of_perturbation_or_default.label.format(self.strength)}"
+        return f"{self.name} {self.sweep.label.format(self.strength)}"
 
     @property
     def file_name(self) -> str:
@@ -301,7 +301,7 @@ class Perturbation(NamedTuple):
             return image
         rng = self._create_random_generator(image)
         if self.protocol == "sweep":
-            perturbed = self.setting.get_sweep_of_perturbation_or_default.apply(image, strength, rng)
+            perturbed = self.setting.sweep.apply(image, strength, rng)
             return _require_image_of_equal_shape(perturbed, image, name)
         names = list(FRANK2020) if name == "combined" else [name]
         chosen = [n for n in names if rng.random() < PROBABILITY]

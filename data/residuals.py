@@ -186,8 +186,8 @@ class ResidualDataset(Dataset):
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
             for batch in readable_batches(loader, "residuals"):
-                key_epoch, index, _ = batch.keys[0]
-                self.store_residual(Key(key_epoch, index), residual_of(batch)[0])
+                row = batch.keys[0]
+                self.store_residual(Key(row.epoch, row.index), residual_of(batch)[0])
         barrier(world)
 
 

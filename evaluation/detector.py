@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.datasets import Batch, ImageDataset, Key, Sample, collate_samples, merge_batches_of_equal_image_size
+from data.datasets import ImageDataset
 from data.images import SizePolicy, read_and_check_headers, resize_and_crop
-from data.lists import Item
 from evaluation.calibration import probabilities_and_verdicts
 from evaluation.inputs import ACCEPTED, ImageInput, cut_evenly_spread_crops, decode_image, is_one_image
 from models.resynthesis import ResynthesisDetector
@@ -185,13 +184,14 @@ class Detector:
             images = [images]
         elif not isinstance(images, Iterable):
             raise UserError(f"expected images, each {ACCEPTED}; got {type(images).__name__}")
-        prepared = map(self.decode_resize_and_crop_image, images)
-        first = next(prepared, None)
-        if first is None:
-            return
-        block = images_per_batch(*first.shape[1:])
-        for batch in merge_batches_of_equal_image_size(yield_each_image_as_batch(first, prepared), block, BATCH_PIXELS):
-            yield batch.x
+        waiting = []  # consecutive images of equal size, uint8 (3, H, W)
+        for image in map(self.decode_resize_and_crop_image, images):
+            if waiting and (image.shape != waiting[0].shape or len(waiting) == images_per_batch(*waiting[0].shape[1:])):
+                yield torch.stack(waiting)  # (B, 3, H, W)
+                waiting = []
+            waiting.append(image)
+        if waiting:
+            yield torch.stack(waiting)  # (B, 3, H, W)
 
     # --- what the scores depend on ---
 
@@ -258,11 +258,3 @@ def describe_training_images(images: ImageDataset) -> dict:
 def images_per_batch(height: int, width: int) -> int:
     """Compute how many images (3, height, width) fit into a batch of at most BATCH_PIXELS pixels."""
     return max(1, BATCH_PIXELS // max(1, height * width))
-
-
-def yield_each_image_as_batch(first: Tensor, others: Iterable[Tensor]) -> Iterator[Batch]:
-    """Yield the image `first`, and then each image in `others`, as a batch of size 1. Images are uint8 (3, H, W)."""
-    unnamed = Item("", None, "")
-    yield collate_samples([Sample(Key(0, 0), unnamed, first[None])])
-    for index, image in enumerate(others, start=1):
-        yield collate_samples([Sample(Key(0, index), unnamed, image[None])])

@@ -52,7 +52,7 @@ LONGEST_NAME = 28  # maximum number of characters of a name in a legend
 LONGEST_LEGEND = 6  # maximum number of entries of a legend inside a panel; longer legends go below the panels
 LEGEND_ENTRY_WIDTH = 2.6  # width in inches of an entry in a legend below the panels
 MOST_HISTOGRAMS = 4  # maximum number of generators that get a histogram each
-LOWEST_FPR = 0.005  # left end of the logarithmic FPR axis for at most 100 real images
+LEFTMOST_FPR = 0.005  # left end of the logarithmic FPR axis for at most 100 real images
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
 HIGHEST_PICTURE = 34  # maximum height in inches of a panel in a residual picture
@@ -94,7 +94,7 @@ def draw_auroc_by_perturbation_strength(
                 draw_robustness_curve(panel, own, name, choose_generator_line_style(i))
                 if clean.get(name) is not None:
                     panel.axhline(clean[name], color=choose_generator_line_style(i)["color"], lw=1, ls=":")
-            sweep = PerturbationSetting(perturbation).get_sweep_of_perturbation_or_default
+            sweep = PerturbationSetting(perturbation).sweep
             panel.axhline(0.5, **CHANCE_STYLE)
             panel.set(title=shorten_name_for_legend(perturbation), xlabel=sweep.axis, ylabel="AUROC", ylim=(None, 1.01))
             panel.xaxis.set_inverted(sweep.smaller_is_harder)
@@ -141,7 +141,7 @@ def draw_residual_picture(
 
 def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> None:
     """Draw the ROC curve of each generator, with its AUROC in the legend."""
-    left_end = LOWEST_FPR
+    left_end = LEFTMOST_FPR
     for i, (name, rows) in enumerate(metrics.select_fakes_and_reals_per_generator(table).items()):
         scores, is_fake = table.logit_margins[rows], table.is_fake[rows]
         if metrics.has_real_and_fake_images(is_fake):

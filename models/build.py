@@ -244,11 +244,11 @@ def recreate_convolution_with_other_input_channels(convolution: nn.Conv2d, chann
 # --- the re-synthesizer -------------------------------------------------------------------------------------
 
 
-def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
+def create_resynthesizer(checkpoint: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
     """Create a re-synthesizer, and return it together with its config.
 
     Args:
-        source: checkpoint with the weights of the re-synthesizer, or None for random weights.
+        checkpoint: checkpoint with the weights of the re-synthesizer, or None for random weights.
         options: values of the command-line options that OPTION_NAMES lists.
 
     Returns:
@@ -260,12 +260,12 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
     refuse_user_values_of_fixed_arguments("--sr-args", ["scale"], given_args)
     state = recorded = None
     file = ""
-    if source is not None:
-        file = source.name
-        if "sr_state_dict" in source.content:
+    if checkpoint is not None:
+        file = checkpoint.name
+        if "sr_state_dict" in checkpoint.content:
             raise UserError(f"{file} is a detector: expected a re-synthesizer, such as last.pth or NNNN_sr.pth.tar")
-        state = extract_state_dict(source.content, file)
-        recorded = read_resynthesizer_config(source, state, given_name)
+        state = extract_state_dict(checkpoint.content, file)
+        recorded = read_resynthesizer_config(checkpoint, state, given_name)
     found = recorded or {"name": None, "scale": None, "args": None}
     name = choose_value_from_checkpoint_or_option("--sr-arch", given_name, found["name"], PAPER["resynthesizer"], file)
     scale = choose_value_from_checkpoint_or_option(
@@ -274,13 +274,15 @@ def create_resynthesizer(source: Checkpoint | None, options: Mapping) -> tuple[n
     defaults = get_default_arguments(RESYNTHESIZERS, name)
     arguments = choose_arguments_from_checkpoint_or_option("--sr-args", given_args, found["args"], defaults, file)
     model = create_network("re-synthesizer", RESYNTHESIZERS, name, scale=scale, **arguments)
-    if source is not None:
+    if checkpoint is not None:
         load_weights(model, state, file)
-        check_weights_against_recorded_fingerprint(model, source.content.get("fingerprint"), "re-synthesizer", file)
+        check_weights_against_recorded_fingerprint(model, checkpoint.content.get("fingerprint"), "re-synthesizer", file)
     return model, {"name": name, "scale": scale, "args": arguments}
 
 
-def read_resynthesizer_config(source: Checkpoint, state: Mapping[str, Tensor], given_name: str | None) -> dict | None:
+def read_resynthesizer_config(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], given_name: str | None
+) -> dict | None:
     """Read the config of the re-synthesizer in a checkpoint.
 
     A checkpoint without a config must contain the weights of an RDN, unless `--sr-arch` names another network. The
@@ -294,11 +296,11 @@ def read_resynthesizer_config(source: Checkpoint, state: Mapping[str, Tensor], g
         a dict with the keys "name", "scale" and "args", or None if the checkpoint has no config and `--sr-arch` names a
         network other than RDN.
     """
-    recorded = read_network_settings_of_config(source, "resynthesizer")
+    recorded = read_network_settings_of_config(checkpoint, "resynthesizer")
     if recorded is not None:
         return recorded
     if given_name in (None, "rdn"):
-        scale, arguments = read_rdn_scale_and_arguments(state, source.name)
+        scale, arguments = read_rdn_scale_and_arguments(state, checkpoint.name)
         return {"name": "rdn", "scale": scale, "args": arguments}
     return None
 
@@ -307,13 +309,13 @@ def read_resynthesizer_config(source: Checkpoint, state: Mapping[str, Tensor], g
 
 
 def create_detector(
-    resynthesizer: Checkpoint | None, options: Mapping, vgg_source: str
+    resynthesizer_checkpoint: Checkpoint | None, options: Mapping, vgg_source: str
 ) -> tuple[ResynthesisDetector, dict]:
     """Create a detector with a trained re-synthesizer and a classifier with random weights.
 
     Args:
-        resynthesizer: checkpoint with the weights of the re-synthesizer, or None for `--sr-arch none` and `--sr-arch
-            bicubic`, which have no weights.
+        resynthesizer_checkpoint: checkpoint with the weights of the re-synthesizer, or None for `--sr-arch none` and
+            `--sr-arch bicubic`, which have no weights.
         options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
 
@@ -321,11 +323,11 @@ def create_detector(
         the detector, and its config.
 
     Raises:
-        UserError: if the re-synthesizer needs weights, but `resynthesizer` is None.
+        UserError: if the re-synthesizer needs weights, but `resynthesizer_checkpoint` is None.
         UserError: if the options contradict each other.
     """
-    model, resynthesizer_config = create_resynthesizer(resynthesizer, options)
-    if resynthesizer is None and model.state_dict():
+    model, resynthesizer_config = create_resynthesizer(resynthesizer_checkpoint, options)
+    if resynthesizer_checkpoint is None and model.state_dict():
         raise UserError(
             f"no weights for the re-synthesizer {resynthesizer_config['name']}: give a checkpoint of train_sr.py with"
             " --sr-weights-file, or choose --sr-arch none or bicubic, which need no weights"
@@ -344,17 +346,18 @@ def create_detector(
 
 
 def load_detector(
-    source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping, vgg_source: str
+    checkpoint: Checkpoint, resynthesizer_checkpoint: Checkpoint | None, options: Mapping, vgg_source: str
 ) -> tuple[ResynthesisDetector, dict]:
     """Load a trained detector from its checkpoint.
 
     Args:
-        source: checkpoint of a detector, from train_detector.py or from the paper's authors. A checkpoint by the
-            authors does not contain the re-synthesizer, so the caller must also give `resynthesizer`. A checkpoint by
-            the authors does not store whether the ResNet is dilated, so users must give `--no_dilation` if the detector
-            was trained with this option. `--idx-stages` must be given only if two stages have as many channels as the
-            classifier has input channels.
-        resynthesizer: checkpoint with the weights of the re-synthesizer, or None if `source` contains these weights.
+        checkpoint: checkpoint of a detector, from train_detector.py or from the paper's authors. A checkpoint by the
+            authors does not contain the re-synthesizer, so the caller must also give `resynthesizer_checkpoint`. A
+            checkpoint by the authors does not store whether the ResNet is dilated, so users must give `--no_dilation`
+            if the detector was trained with this option. `--idx-stages` must be given only if two stages have as many
+            channels as the classifier has input channels.
+        resynthesizer_checkpoint: checkpoint with the weights of the re-synthesizer, or None if `checkpoint` contains
+            these weights.
         options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
 
@@ -364,26 +367,26 @@ def load_detector(
     Raises:
         UserError: if the re-synthesizer, the VGG-19 weights or an option contradicts the checkpoint.
     """
-    content, name = source
+    content, name = checkpoint
     state = extract_state_dict(content, name)
-    model, resynthesizer_config = load_resynthesizer_of_detector(source, resynthesizer, options)
+    model, resynthesizer_config = load_resynthesizer_of_detector(checkpoint, resynthesizer_checkpoint, options)
     config = {
         **(content.get("config") or {}),
         "resynthesizer": resynthesizer_config,
-        "features": merge_features_config_with_options(source, state, options),
-        "residual": merge_residual_kind_with_option(source, options),
-        "classifier": merge_classifier_config_with_options(source, state, options),
+        "features": choose_features_config(checkpoint, state, options),
+        "residual": choose_residual_kind(checkpoint, options),
+        "classifier": choose_classifier_config(checkpoint, state, options),
     }
-    trained_with = read_vgg_source_and_fingerprint(source, "vgg")
-    if read_network_settings_of_config(source, "features") is None:
+    trained_with = read_vgg_source_and_fingerprint(checkpoint, "vgg")
+    if read_network_settings_of_config(checkpoint, "features") is None:
         # Release: in the detectors of the paper's authors, VGG-19 has torchvision's ImageNet weights.
         trained_with = {"source": "imagenet"}
     detector, config = assemble_detector(model, config, options, vgg_source, trained_with, name)
     load_weights(detector.classifier, state, name)
     check_weights_against_recorded_fingerprint(
-        detector.classifier, read_fingerprint_of_config(source, "classifier_fingerprint"), "classifier", name
+        detector.classifier, read_fingerprint_of_config(checkpoint, "classifier_fingerprint"), "classifier", name
     )
-    expected = read_fingerprint_of_config(source, "features_fingerprint")
+    expected = read_fingerprint_of_config(checkpoint, "features_fingerprint")
     if expected not in (None, config["features_fingerprint"]):
         raise UserError(
             f"{name} was trained with other weights of the features {config['features']['name']} (fingerprint"
@@ -391,40 +394,41 @@ def load_detector(
             " class of the features so that it creates the same weights every time, or loads them in a method"
             " load_pretrained (docs/extending.md)"
         )
-    expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
+    expected = read_fingerprint_of_config(checkpoint, "resynthesizer_fingerprint")
     if expected not in (None, config["resynthesizer_fingerprint"]):
         raise UserError(
             f"{name} was trained with a re-synthesizer with the fingerprint {expected}, but the re-synthesizer in"
-            f" {resynthesizer.name} has the fingerprint {config['resynthesizer_fingerprint']}: leave --sr-weights-file"
-            f" out to use the re-synthesizer in {name}"
+            f" {resynthesizer_checkpoint.name} has the fingerprint {config['resynthesizer_fingerprint']}: leave"
+            f" --sr-weights-file out to use the re-synthesizer in {name}"
         )
     return detector, config
 
 
 def load_resynthesizer_of_detector(
-    source: Checkpoint, resynthesizer: Checkpoint | None, options: Mapping
+    checkpoint: Checkpoint, resynthesizer_checkpoint: Checkpoint | None, options: Mapping
 ) -> tuple[nn.Module, dict]:
     """Create the re-synthesizer of a trained detector, and return it together with its config.
 
     Args:
-        source: checkpoint of the detector.
-        resynthesizer: checkpoint with the weights of the re-synthesizer, or None to use the weights in `source`.
+        checkpoint: checkpoint of the detector.
+        resynthesizer_checkpoint: checkpoint with the weights of the re-synthesizer, or None to use the weights in
+            `checkpoint`.
         options: values of the command-line options that OPTION_NAMES lists.
     """
-    if resynthesizer is not None:
-        return create_resynthesizer(resynthesizer, options)
-    content, name = source
+    if resynthesizer_checkpoint is not None:
+        return create_resynthesizer(resynthesizer_checkpoint, options)
+    content, name = checkpoint
     if "sr_state_dict" not in content:
         raise UserError(
             f"{name} contains no re-synthesizer: give a detector from train_detector.py; with a detector of the paper's"
             " authors, also give its re-synthesizer with --sr-weights-file"
         )
-    expected = read_fingerprint_of_config(source, "resynthesizer_fingerprint")
+    expected = read_fingerprint_of_config(checkpoint, "resynthesizer_fingerprint")
     inside = {"state_dict": content["sr_state_dict"], "fingerprint": expected, "config": content.get("config")}
     return create_resynthesizer(Checkpoint(inside, name), options)
 
 
-def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+def choose_features_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the features with which a detector was trained.
 
     A checkpoint by the paper's authors does not say which features the detector uses. For a checkpoint by the paper's
@@ -433,8 +437,8 @@ def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, T
     Raises:
         UserError: if the options contradict the checkpoint.
     """
-    name = source.name
-    part = read_network_settings_of_config(source, "features")
+    name = checkpoint.name
+    part = read_network_settings_of_config(checkpoint, "features")
     if part is None:
         return infer_features_config_of_authors_checkpoint(state, options, name)
     defaults = get_default_arguments(FEATURES, part["name"])
@@ -453,7 +457,7 @@ def merge_features_config_with_options(source: Checkpoint, state: Mapping[str, T
     return {"name": part["name"], "args": arguments}
 
 
-def merge_residual_kind_with_option(source: Checkpoint, options: Mapping) -> str:
+def choose_residual_kind(checkpoint: Checkpoint, options: Mapping) -> str:
     """Return the kind of residual with which a detector was trained: "absolute" or "signed".
 
     The detectors of the paper's authors were trained with absolute residuals.
@@ -461,11 +465,13 @@ def merge_residual_kind_with_option(source: Checkpoint, options: Mapping) -> str
     Raises:
         UserError: if `--residual` contradicts the checkpoint.
     """
-    recorded = read_config(source).get_text_field("residual", RESIDUALS, default=PAPER["residual"])
-    return choose_value_from_checkpoint_or_option("--residual", options.get("residual"), recorded, None, source.name)
+    recorded = read_config(checkpoint).get_text_field("residual", RESIDUALS, default=PAPER["residual"])
+    return choose_value_from_checkpoint_or_option(
+        "--residual", options.get("residual"), recorded, None, checkpoint.name
+    )
 
 
-def merge_classifier_config_with_options(source: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
+def choose_classifier_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the classifier in the checkpoint of a detector.
 
     Checkpoints by the paper's authors do not contain the arguments of the classifier. For a checkpoint by
@@ -474,8 +480,8 @@ def merge_classifier_config_with_options(source: Checkpoint, state: Mapping[str,
     Raises:
         UserError: if the options contradict the checkpoint.
     """
-    name = source.name
-    part = read_network_settings_of_config(source, "classifier")
+    name = checkpoint.name
+    part = read_network_settings_of_config(checkpoint, "classifier")
     if part is None:
         arch, _ = read_resnet_name_and_channels(state, name)
         choose_value_from_checkpoint_or_option("--arch", options.get("arch"), arch, None, name)

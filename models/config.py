@@ -10,15 +10,15 @@ from utils.checkpoints import Checkpoint, Fields
 from utils.errors import UserError
 
 
-def read_config(source: Checkpoint) -> Fields:
+def read_config(checkpoint: Checkpoint) -> Fields:
     """Return the config of a checkpoint as a `Fields` object, whose get methods check the types of values.
 
     The `Fields` object of a checkpoint by the paper's authors is empty, because their checkpoints have no config.
     """
-    return Fields(source.content.get("config"), source.name, "config")
+    return Fields(checkpoint.content.get("config"), checkpoint.name, "config")
 
 
-def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None:
+def read_network_settings_of_config(checkpoint: Checkpoint, key: str) -> dict | None:
     """Read the settings of the re-synthesizer, the features or the classifier from the config of a checkpoint.
 
     Args:
@@ -31,7 +31,7 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
     Raises:
         UserError: if the entry `key` of the config is not a dictionary, or contains a value of a wrong type.
     """
-    config = read_config(source)
+    config = read_config(checkpoint)
     if not config.has_value(key):
         return None
     part = config.get_nested_fields(key)
@@ -42,7 +42,7 @@ def read_network_settings_of_config(source: Checkpoint, key: str) -> dict | None
     }
 
 
-def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
+def read_fingerprint_of_config(checkpoint: Checkpoint, key: str) -> str | None:
     """Read the fingerprint of a network's weights from the config of a checkpoint.
 
     Args:
@@ -51,10 +51,10 @@ def read_fingerprint_of_config(source: Checkpoint, key: str) -> str | None:
     Returns:
         the fingerprint, or None if the config has no entry `key`.
     """
-    return read_config(source).get_text_field(key, default=None)
+    return read_config(checkpoint).get_text_field(key, default=None)
 
 
-def read_vgg_source_and_fingerprint(source: Checkpoint, key: str) -> dict | None:
+def read_vgg_source_and_fingerprint(checkpoint: Checkpoint, key: str) -> dict | None:
     """Return the source and the fingerprint of the VGG-19 weights with which a detector was trained.
 
     Args:
@@ -63,7 +63,7 @@ def read_vgg_source_and_fingerprint(source: Checkpoint, key: str) -> dict | None
     Returns:
         a dict with the keys "source" and "fingerprint", or None if the config of the checkpoint has no entry `key`.
     """
-    config = read_config(source)
+    config = read_config(checkpoint)
     if not config.has_value(key):
         return None
     record = config.get_nested_fields(key)

@@ -1,5 +1,7 @@
 """Tests of the program tools.audit: the printed report and the exit status."""
 
+import shutil
+
 import pytest
 from files import expect_user_error
 from PIL import Image
@@ -47,6 +49,19 @@ def test_audit_reports_a_validation_image_that_is_also_a_training_image_as_a_lea
         == 1
     )
     assert "LEAK: exact duplicates in train and validation" in capsys.readouterr().out
+
+
+def test_audit_reads_the_training_images_of_a_tree_and_the_validation_images_of_a_csv_table(image_folders, capsys):
+    tree = image_folders / "tree/gan"
+    for part in ("train", "val"):
+        for kind, folder in (("real", "0_real"), ("fake", "1_fake")):
+            shutil.copytree(image_folders / kind, tree / part / folder)
+    arguments = ["--data-root", str(image_folders / "tree")]
+    assert audit.main(arguments) == 0  # the equal images in the folder "val" are not used for training
+    table = image_folders / "val.csv"
+    table.write_text(f"path,label\n{tree}/val/0_real/0.png,real\n{tree}/val/1_fake/0.png,fake\n")
+    assert audit.main([*arguments, "--val-csv", str(table)]) == 1
+    assert "exact duplicates in train and validation" in capsys.readouterr().out
 
 
 def test_audit_reports_a_wrong_command_line_in_one_line(image_folders):

@@ -15,10 +15,10 @@ import train_detector
 import train_sr
 from models.build import (
     choose_classifier_arguments_from_options,
+    choose_classifier_config,
+    choose_features_config,
     create_network,
     create_resynthesizer,
-    merge_classifier_config_with_options,
-    merge_features_config_with_options,
 )
 from models.features import VGG19, load_vgg
 from models.rdn import RDN
@@ -407,11 +407,11 @@ def test_a_flag_may_repeat_a_default_value_that_the_checkpoint_does_not_contain(
     assert create_resynthesizer(source, sizes)[1] == config["resynthesizer"]
     with expect_user_error("num_blocks=20", "num_blocks=16"):
         create_resynthesizer(source, {**sizes, "num_blocks": 20})
-    assert merge_features_config_with_options(source, {}, {"stage": 5}) == config["features"]
+    assert choose_features_config(source, {}, {"stage": 5}) == config["features"]
     with expect_user_error("--idx-stages 4"):
-        merge_features_config_with_options(source, {}, {"stage": 4})
+        choose_features_config(source, {}, {"stage": 4})
     arguments = {"arch_args": {"dropout": 0.5}}
-    assert merge_classifier_config_with_options(source, {}, arguments) == config["classifier"]
+    assert choose_classifier_config(source, {}, arguments) == config["classifier"]
 
 
 def test_a_resnet_that_is_dilated_although_no_option_says_so_gives_a_warning(caplog):

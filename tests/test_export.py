@@ -348,7 +348,7 @@ def test_equal_vgg_weights_from_different_files_give_equal_graph_metadata(export
         vgg = {"source": source, "fingerprint": "0123"}
         changed = dataclasses.replace(detector, config={**detector.config, "vgg": vgg, "auxiliary_vgg": vgg})
         metadata.append(graph.collect_graph_metadata(changed))
-        copied = graph.copy_config_without_vgg_folder(changed)
+        copied = graph.describe_detector_without_folders(changed)
         assert copied["vgg"]["source"] == copied["auxiliary_vgg"]["source"] == Path(source).name
     assert metadata[0] == metadata[1]
 

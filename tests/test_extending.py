@@ -194,6 +194,32 @@ def test_a_torchvision_classifier_is_trained_and_loaded(training_files, tmp_path
     assert np.isfinite(detector.predict([f"{training_files}/real/0.png"])).all()
 
 
+def test_a_torchvision_classifier_that_refuses_the_size_of_the_residual_is_refused_before_the_training(
+    training_files, tmp_path
+):
+    flags = "--fixed-sr --arch torchvision:vit_b_16 --arch-args image_size=224"
+    with expect_user_error("torchvision:vit_b_16", "cannot classify residuals", "224"):
+        run_training(make_arguments_of_train_detector(training_files, tmp_path / "out", flags))
+    assert not (tmp_path / "out").exists()
+
+
+class ThreeLogits(torch.nn.Module):
+    """A classifier that returns three logits instead of two."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.linear = torch.nn.Linear(channels, 3)
+
+    def forward(self, residual):
+        return self.linear(residual.mean(dim=(2, 3)))
+
+
+def test_a_classifier_that_does_not_return_two_logits_is_refused(training_files, tmp_path, monkeypatch):
+    monkeypatch.setitem(build.CLASSIFIERS, "three", ThreeLogits)
+    with expect_user_error("three", "(B, 2)", "(1, 3)"):
+        run_training(make_arguments_of_train_detector(training_files, tmp_path, "--fixed-sr --arch three"))
+
+
 def test_an_unknown_torchvision_classifier_is_refused():
     with expect_user_error("resnet19"):
         build.create_classifier("torchvision:resnet19", 3, {})

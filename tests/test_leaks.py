@@ -185,7 +185,7 @@ def test_duplicates_are_found_across_splits_across_classes_and_within_a_class(re
     found = {f.check: (f.severity, [os.path.basename(path) for path in f.examples]) for f in result.findings}
     assert found == {
         "exact duplicates in train and validation": (LEAK, ["0003.png", "another name.png"]),
-        "exact duplicates in real and generated": (LEAK, ["0005.png", "real.png"]),
+        "exact duplicates in real and fake": (LEAK, ["0005.png", "real.png"]),
         "exact duplicates in one class": (WARNING, ["0107.png", "again.png"]),
     }
     assert all("1 images occur in more than one file" in finding.message for finding in result.findings)

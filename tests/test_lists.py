@@ -322,11 +322,27 @@ def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_w
     write_empty_files(tmp_path, "a.png", "b.png")
     one, two = Item(f"{tmp_path}/a.png", REAL, ""), Item(f"{tmp_path}/b.png", FAKE, "gan")
     digest = describe_and_hash_image_list([one, two])
-    assert digest.startswith("2 images (1 real, 1 generated), ")
+    assert digest.startswith("2 images (1 real, 1 fake), ")
     monkeypatch.chdir(tmp_path)
     assert describe_and_hash_image_list([one._replace(path="a.png"), two]) == digest
     for other in ([two, one], [one], [one._replace(label=FAKE), two], [one, two._replace(generator="x")]):
         assert describe_and_hash_image_list(other) != digest
+
+
+def test_the_digest_of_a_list_stays_the_same_if_the_whole_data_set_is_moved(tmp_path):
+    digests = []
+    for place in ("job1", "job2"):
+        root = write_empty_files(tmp_path / place, "real/a.png", "fake/b.png")
+        items = [Item(f"{root}/real/a.png", REAL, ""), Item(f"{root}/fake/b.png", FAKE, "gan")]
+        digests.append(describe_and_hash_image_list(items))
+    assert digests[0] == digests[1]
+    swapped = [Item(f"{root}/fake/b.png", REAL, ""), Item(f"{root}/real/a.png", FAKE, "gan")]
+    assert describe_and_hash_image_list(swapped) != digests[0]
+
+
+def test_the_digest_of_images_without_labels_contains_no_numbers_of_real_and_fake_images(tmp_path):
+    root = write_empty_files(tmp_path, "a.png")
+    assert describe_and_hash_image_list([Item(f"{root}/a.png", None, "")]).startswith("1 images, ")
 
 
 def test_training_images_are_recognised_by_name_size_and_content(tmp_path):

@@ -243,10 +243,7 @@ def test_perturbations_are_selected_in_the_requested_order_without_repetition():
 def test_a_perturbation_setting_has_a_label_and_a_file_name():
     setting = PerturbationSetting("jpeg", 70.0)
     assert setting.label == "jpeg quality 70" and setting.file_name == "jpeg_quality_70"
-    assert (
-        setting.get_sweep_of_perturbation_or_default.axis == "quality"
-        and setting.get_sweep_of_perturbation_or_default.smaller_is_harder
-    )
+    assert setting.sweep.axis == "quality" and setting.sweep.smaller_is_harder
     assert PerturbationSetting("from another program", 2.0).label == "from another program 2"
 
 

@@ -228,6 +228,18 @@ def test_the_flag_resume_with_a_checkpoint_has_priority_over_the_flag_init(train
     assert read_checkpoint_content(tmp_path / "second/last.pth.tar")["progress"]["epoch"] == 2
 
 
+def test_resuming_an_older_checkpoint_of_the_same_folder_gives_a_warning_and_an_unused_overwrite_a_line(
+    training_files, tmp_path, caplog
+):
+    flags = "--fixed-sr --save-every-epoch 1 --epochs 2"
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, flags))
+    caplog.set_level("INFO")
+    again = f"{flags} --overwrite --resume {tmp_path}/0001.pth.tar"
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, again))
+    assert "--overwrite is not used" in caplog.text
+    assert "goes back to" in caplog.text and "best.pth.tar" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["super-resolution", "cached"])
 def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
     make_training_arguments, run_training_without_interruption, tmp_path, capfd, name
@@ -244,6 +256,7 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
     assert [path.read_bytes() for path in (out / last, config)] == before
     run_training(make_training_arguments(name, tmp_path / "other", "--resume", str(out / last)))
     assert (tmp_path / "other" / last).with_name("config.json").exists()
+    assert read_checkpoint_content(tmp_path / "other" / last)["progress"]["epoch"] == epochs
     run_training(make_training_arguments(name, out, "--overwrite", flag, "1"))
     assert len(read_epoch_statistics_of_training((out / last).parent)) == 1
     assert read_checkpoint_content(out / last)["progress"]["epoch"] == 1

@@ -57,7 +57,7 @@ def test_every_image_is_either_in_the_training_list_or_in_the_held_out_list(fold
     for items, name in zip(sets, ("train_real.txt", "held_out_real.txt"), strict=True):
         reals = [item.path for item in items if item.label == REAL]
         assert read_path_list(str(folder_of_real_and_fake_images / "lists" / name)) == reals
-        lines.append(f"{name.removesuffix('_real.txt')}: {len(reals)} real, {len(items) - len(reals)} generated")
+        lines.append(f"{name.removesuffix('_real.txt')}: {len(reals)} real, {len(items) - len(reals)} fake")
     assert capsys.readouterr().out.splitlines() == lines
 
 

@@ -100,7 +100,7 @@ def test_training_on_a_genimage_tree_does_not_use_its_validation_images(training
         make_training_arguments_without_image_folders(training_files, tmp_path / "out", f"--data-root {tmp_path}/tree")
     )
     state = torch.load(tmp_path / "out/last.pth.tar", weights_only=True)
-    assert state["settings"]["images"].startswith("10 images (5 real, 5 generated)")
+    assert state["settings"]["images"].startswith("10 images (5 real, 5 fake)")
     assert "10 in val (not for training)" in caplog.text
 
 

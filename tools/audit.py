@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from data.leaks import LEAK, SEVERITIES, Audit, audit_images
-from data.lists import list_labelled_images, list_labelled_images_in_folders
+from data.lists import list_labelled_images, list_labelled_images_in_csv, list_labelled_images_in_folders
 from utils import options
 from utils.console import make_printable
 from utils.errors import run_program
@@ -48,11 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--csv", metavar="FILE", help="CSV file with columns path,label[,generator] and labels real, fake"
     )
+    parser.add_argument("--val-csv", metavar="FILE", help="CSV file with the images for validation, like --csv")
     args = parser.parse_args(arguments)
-    train = list_labelled_images(args.data_root_pos, args.data_root_neg, args.tree, args.csv)
+    train = list_labelled_images(args.data_root_pos, args.data_root_neg, args.tree, args.csv, training=True)
     validation = []
+    if args.val_csv:
+        validation += list_labelled_images_in_csv(args.val_csv)
     if args.val_root_pos or args.val_root_neg:
-        validation = list_labelled_images_in_folders(args.val_root_pos, args.val_root_neg)
+        validation += list_labelled_images_in_folders(args.val_root_pos, args.val_root_neg)
     result = audit_images(train, validation)
     sys.stdout.write(format_audit_result(result) + "\n")
     return int(any(finding.severity == LEAK for finding in result.findings))

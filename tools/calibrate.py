@@ -105,8 +105,8 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
     """
     config = content.get("config") or {}
     state = extract_state_dict(content, name)
-    is_released_detector = any(key.endswith("fc.weight") for key in state)
-    if not is_released_detector and not config.get("classifier"):
+    has_resnet_weights = any(key.endswith("fc.weight") for key in state)
+    if not has_resnet_weights and not config.get("classifier"):
         raise UserError(
             f"{make_printable(name)} contains no classifier: give the checkpoint of the detector that computed the"
             " scores"

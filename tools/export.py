@@ -26,11 +26,11 @@ from evaluation.loading import load, select_settings_that_load_accepts
 from evaluation.metrics import format_metrics
 from evaluation.score_table import read_json_record_of_score_table
 from tools.calibrate import require_scores_computed_by_detector
-from tools.graph import MARK, compare_graph_with_detector, copy_config_without_vgg_folder, export_graph
+from tools.graph import MARK, compare_graph_with_detector, describe_detector_without_folders, export_graph
 from utils import checkpoints
 from utils.console import make_printable
 from utils.errors import UserError, run_program
-from utils.files import make_folder, open_for_atomic_write
+from utils.files import make_folder, open_for_atomic_write, require_new_or_marked_file
 from utils.options import Parser, add_detector_options, add_resynthesizer_options, add_vgg_options
 
 logger = logging.getLogger("tools.export")
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     require_onnx_packages(args)
     for path, mark in ((args.out, MARK), (args.bundle, checkpoints.BUNDLE.encode())):
         if path:
-            refuse_to_replace_file_of_other_program(path, mark)
+            require_new_or_marked_file(path, mark)
     detector = load(
         args.resume,
         "cpu",
@@ -98,18 +98,6 @@ def require_onnx_packages(args: argparse.Namespace) -> None:
             raise UserError(f"packages for ONNX files are missing: run pip install {' '.join(missing)}")
 
 
-def refuse_to_replace_file_of_other_program(path: Path, mark: bytes) -> None:
-    """Raise a UserError if `path` exists, but is not a file that this program wrote.
-
-    Args:
-        mark: byte string that occurs in every file that this program writes.
-    """
-    if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
-        raise UserError(
-            f"{make_printable(path)} was not written by this program: give another file name, or remove the file"
-        )
-
-
 def read_graph_file(path: Path) -> bytes:
     """Read the bytes of a graph file. Raises a UserError if the file cannot be read."""
     try:
@@ -137,7 +125,7 @@ def collect_contents_of_safetensors_bundle(
     """
     network = detector.network
     content = {name: found[name] for name in COPIED if name in found}
-    content["config"] = copy_config_without_vgg_folder(detector)
+    content["config"] = describe_detector_without_folders(detector)
     content["state_dict"] = network.classifier.state_dict()
     content["sr_state_dict"] = network.resynthesizer.state_dict()
     record = {}

@@ -208,7 +208,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
         facts[name] = detector.calibration.get(name, default)
-    config = copy_config_without_vgg_folder(detector)
+    config = describe_detector_without_folders(detector)
     # The metadata contain no file names of VGG-19 weights, because different files may contain equal weights
     for part in ("vgg", "auxiliary_vgg"):
         if config.get(part):
@@ -217,7 +217,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
     return {name: json.dumps(value, sort_keys=True) for name, value in facts.items()}
 
 
-def copy_config_without_vgg_folder(detector: Detector) -> dict:
+def describe_detector_without_folders(detector: Detector) -> dict:
     """Copy the config of a detector, without the folders of VGG-19 weight files.
 
     The function adds the fingerprint (weight hash) of the classifier to the copy.

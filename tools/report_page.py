@@ -21,7 +21,7 @@ from evaluation import figures, metrics
 from evaluation.score_table import ScoreTable, path_of_residual_picture, read_json_record_of_score_table, read_table
 from utils.console import make_printable
 from utils.errors import UserError
-from utils.files import choose_unique_names, make_folder, open_for_atomic_write
+from utils.files import choose_unique_names, make_folder, open_for_atomic_write, require_new_or_marked_file
 
 WORST = 10  # number of images with the most wrong P(fake) that the page shows for each score table
 THUMBNAIL_SIDES = {"image": 320, "residual": 720}  # kind of picture -> longest allowed thumbnail side in pixels
@@ -108,7 +108,7 @@ def write_report_page(
         UserError: if the page cannot be written, or report.html exists and was not written by this program.
     """
     page = Path(out, "report.html")
-    require_page_written_by_this_program(page)
+    require_new_or_marked_file(page, MARK.encode())
     make_folder(out)
     clean = [t for t in tables if t.perturbation.name == "none"]
     perturbed = sorted((t for t in tables if t.perturbation.name != "none"), key=perturbation_sorting_key)
@@ -128,21 +128,6 @@ def write_report_page(
     with open_for_atomic_write(os.path.realpath(page)) as file:
         file.write(text.encode())
     return page
-
-
-def require_page_written_by_this_program(page: Path) -> None:
-    """Raise a UserError if the file `page` exists, but was not written by this program.
-
-    Each page that this program writes contains the text MARK.
-    """
-    if not os.path.lexists(page):
-        return
-    try:
-        own = MARK in page.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        own = False
-    if not own:
-        raise UserError(f"{make_printable(page)} was not written by this program: give another --out folder")
 
 
 def load_page_template() -> jinja2.Template:
@@ -220,7 +205,7 @@ def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
     The key sorts score tables with the same perturbation by the strength of the perturbation, the weakest first.
     """
     strength = scores.perturbation.strength or 0
-    if scores.perturbation.get_sweep_of_perturbation_or_default.smaller_is_harder:
+    if scores.perturbation.sweep.smaller_is_harder:
         strength = -strength
     return scores.perturbation.name, strength
 

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_split_lists(out, files, args.hold_out)
     for name, items in sets.items():
         reals = sum(item.label == REAL for item in items)
-        sys.stdout.write(f"{name}: {reals} real, {len(items) - reals} generated\n")
+        sys.stdout.write(f"{name}: {reals} real, {len(items) - reals} fake\n")
     return 0
 
 

@@ -18,7 +18,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,37 +60,18 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     Raises:
         UserError: if the file cannot be written, for example because the disk is full.
     """
+    if is_safetensors_path(path):
+        data = _convert_to_safetensors_bytes(content)
+    else:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # torch.save into the file itself would hide the reason why a write fails
+        data = buffer.getbuffer()
     try:
         with open_for_atomic_write(path) as file:
-            recorder = _ErrorRecorder(file)
-            if is_safetensors_path(path):
-                recorder.write(_convert_to_safetensors_bytes(content))
-            else:
-                torch.save(content, recorder)
-            if recorder.error:
-                raise recorder.error
+            file.write(data)
     except OSError as error:
         text = f"cannot write {make_printable(path)} ({error.strerror}); the earlier file is unchanged"
         raise UserError(text) from error
-
-
-class _ErrorRecorder(io.RawIOBase):
-    """A file object whose method `write` stores its first OSError in `error` instead of raising it.
-
-    If `write` raised an OSError, torch.save might raise a RuntimeError instead of the OSError.
-    """
-
-    def __init__(self, file: BinaryIO):
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: bytes | memoryview) -> int:
-        try:
-            if self.error is None:
-                self.file.write(data)
-        except OSError as error:
-            self.error = error
-        return len(data)
 
 
 def read_checkpoint_content(path: str | os.PathLike) -> dict:

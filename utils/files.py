@@ -78,6 +78,19 @@ def write_json(path: Path, obj: dict) -> None:
         file.write(text.encode())
 
 
+def require_new_or_marked_file(path: Path, mark: bytes) -> None:
+    """Raise a UserError if a file exists at `path`, and a program of this project did not write the file.
+
+    Args:
+        path: path at which the program will write a file.
+        mark: bytes that every file contains that the program writes.
+    """
+    if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
+        raise UserError(
+            f"{make_printable(path)} was not written by this program: choose another place, or remove the file"
+        )
+
+
 def make_folder(path: str | os.PathLike) -> Path:
     """Create a folder and its parents, and check that files can be written into it.
 

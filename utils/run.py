@@ -137,6 +137,8 @@ class Run(contextlib.AbstractContextManager):
                 self.save_state()
             if self.stop.received:  # after a signal, the cause of `error` can be that another process has stopped
                 raise Stopped(self.stop.received) from error
+        if error is None and not self.folder.last.exists():  # a finished run was resumed into another folder
+            self.save_state()
         if error is None and self.writer:
             self.writer.close()
             already = " already" if self.first_epoch >= self.epochs else ""
@@ -249,8 +251,8 @@ class Run(contextlib.AbstractContextManager):
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
             size = f"a batch of {len(batch.x)}, and batch norm needs at least {min_images}"
-            errors[key[1]] = f"{make_printable(item.path)} (the other images of its batch cannot be used: {size})"
-            self._log_left_out_image(errors[key[1]])
+            errors[key.index] = f"{make_printable(item.path)} (the other images of its batch cannot be used: {size})"
+            self._log_left_out_image(errors[key.index])
         return errors
 
     def _log_left_out_image(self, text: str) -> None:

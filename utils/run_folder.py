@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from utils.console import make_printable
 from utils.distributed import World, broadcast_from_main
 from utils.errors import UserError
 from utils.files import hold_lock_file, make_folder, open_for_atomic_write, remove_leftover_temporary_files, write_json
+
+logger = logging.getLogger(__name__)
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
@@ -44,8 +47,8 @@ class RunFolder:
         self.replacing = False  # whether the files of an earlier run must be deleted after the first save
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files that must be deleted with the earlier run
 
-    def describe_why_run_must_not_write(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
-        """Read the list of written files, and check whether the run may write into the folder.
+    def prepare(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
+        """Read the list of written files, and determine which files the run continues or replaces.
 
         Args:
             resumed: the state from which the run continues. If `resumed` is None, the run is new.
@@ -59,7 +62,17 @@ class RunFolder:
             state = Path(resumed.name)  # this path may be a symbolic link or contain a symbolic link
             self.continued = self.path.resolve() in (state.parent.resolve(), state.resolve().parent)
         if self.continued:
-            self.files.add(Path(resumed.name).name)
+            name = Path(resumed.name).name
+            self.files.add(name)
+            if overwrite:
+                logger.info(
+                    "--overwrite is not used, because --resume continues the run in %s", make_printable(self.path)
+                )
+            if name != self.last.name and self.last.exists():
+                text = (
+                    "the run goes back to %s: it trains the later epochs again, and replaces their checkpoints and %s"
+                )
+                logger.warning("warning: " + text, make_printable(resumed.name), self.best.name)
         for path in sorted(self.path.iterdir()):
             if self._is_output_file_of_run(path.name) and path.name not in self.files:
                 return (
@@ -191,7 +204,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
     folder = RunFolder(last)
     make_folder(folder.path)
     with hold_lock_file(folder.path / ".lock", world):
-        refusal = folder.describe_why_run_must_not_write(resumed, overwrite) if world.is_main else None
+        refusal = folder.prepare(resumed, overwrite) if world.is_main else None
         refusal = broadcast_from_main(refusal, world)
         if refusal:
             raise UserError(refusal)
