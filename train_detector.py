@@ -270,7 +270,7 @@ def find_smallest_trainable_batch_size(
     logger.warning(
         "warning: the smallest residual has only %d x %d values per channel, and the stride of the classifier is %d, so"
         " the classifier's last batch norm gets only one value per channel and image. This can make the gradients very"
-        " large: use larger images or a lower --idx-stages",
+        " large: use larger images, a larger --crop-size, or features with a smaller stride",
         width,
         height,
         stride,
@@ -305,10 +305,20 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
         detector, config = create_detector(resynthesizer, options, options["vgg_weights"])
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
+    log_networks(config)
     if resumed is None:
         # A new run may use other VGG-19 weights for the auxiliary loss than the run that saved the checkpoint.
         config.pop("auxiliary_vgg", None)
     return detector, config, resumed
+
+
+def log_networks(config: dict) -> None:
+    """Log one line with the names and the arguments of the networks of a detector."""
+    networks = []
+    for kind in ("resynthesizer", "features", "classifier"):
+        arguments = [f"{key}={value}" for key, value in config[kind]["args"].items()]
+        networks.append(" ".join([config[kind]["name"], *arguments]))
+    logger.info("re-synthesizer: %s; features: %s; classifier: %s", *networks)
 
 
 def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:

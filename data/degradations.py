@@ -117,15 +117,16 @@ def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.rand
         rngs: random generator of each image.
 
     Raises:
-        UserError: if the degradation changes the shape of an image.
+        UserError: if the degradation changes the shape or the data type of an image.
     """
     degraded = []
     for image, rng in zip(x_lr, rngs, strict=True):
         result = degradation(image, rng)
-        if result.shape != image.shape:
+        if not torch.is_tensor(result) or result.shape != image.shape or result.dtype != image.dtype:
+            got = f"{tuple(result.shape)} and {result.dtype}" if torch.is_tensor(result) else type(result).__name__
             raise UserError(
-                f"a degradation of the auxiliary task must return an image of shape {tuple(image.shape)}, got"
-                f" {tuple(result.shape)}"
+                f"a degradation of the auxiliary task must return a tensor of shape {tuple(image.shape)} and"
+                f" {image.dtype}, got {got}"
             )
         degraded.append(result)
     return torch.stack(degraded)

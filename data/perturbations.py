@@ -135,7 +135,7 @@ def compress_with_random_quality(image: Tensor, rng: np.random.Generator) -> Ten
 
 
 # FRANK2020 maps the name of each perturbation to its function.
-# The setting "combined" applies the four perturbations in the order of FRANK2020.
+# The setting "combined" applies all perturbations in the order of FRANK2020.
 # JPEG is last, because an image is usually compressed when it is saved.
 FRANK2020 = {
     "crop": crop_by_random_amount,
@@ -318,10 +318,12 @@ class Perturbation(NamedTuple):
 
 def _require_image_of_equal_shape(perturbed: Tensor, image: Tensor, name: str) -> Tensor:
     """Return `perturbed`, or raise a UserError if its type or shape differs from `image`."""
-    if perturbed.dtype != image.dtype or perturbed.shape != image.shape:
+    if not torch.is_tensor(perturbed) or perturbed.dtype != image.dtype or perturbed.shape != image.shape:
+        is_tensor = torch.is_tensor(perturbed)
+        got = f"{perturbed.dtype} and {tuple(perturbed.shape)}" if is_tensor else type(perturbed).__name__
         raise UserError(
             f"the perturbation {name} must return a tensor of type {image.dtype} and shape {tuple(image.shape)}, got"
-            f" {perturbed.dtype} and {tuple(perturbed.shape)}"
+            f" {got}"
         )
     return perturbed
 
@@ -334,5 +336,5 @@ def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """
     if rng.random() >= PROBABILITY:
         return image
-    perturbations = list(FRANK2020.values())
-    return perturbations[rng.integers(len(perturbations))](image, rng)
+    name = list(FRANK2020)[rng.integers(len(FRANK2020))]
+    return _require_image_of_equal_shape(FRANK2020[name](image, rng), image, name)

@@ -100,7 +100,8 @@ TORCHVISION_STRIDE = 32  # stride of the last feature map of most torchvision cl
 
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
-CHECKED_SIDE = 128  # approximate side length, in pixels, of the test image in `check_channels_and_stride`
+CHECKED_SIDE = 128  # approximate side length, in pixels, of the test image in `check_features`
+CHECKED_LOW_SIDE = 16  # side length, in pixels, of the low-resolution test image in `check_resynthesizer`
 RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options for RDN, as in the authors' code
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
@@ -126,7 +127,10 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
         UserError: if `entries` does not contain `name`, or if the network does not accept the arguments.
     """
     if name not in entries:
-        raise UserError(f"no {kind} is called {name!r}: expected one of {', '.join(entries)}")
+        raise UserError(
+            f"unknown {kind} {name!r}: expected one of {', '.join(entries)}, or a name that you have added"
+            " (docs/extending.md)"
+        )
     entry = entries[name]
     refuse_user_values_of_fixed_arguments(f"{kind} {name}", getattr(entry, "keywords", {}), arguments)
     try:
@@ -142,13 +146,20 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
 def get_default_arguments(entries: Mapping, name: str) -> dict:
     """Return the default values of the constructor arguments of a network, or {} if `entries` does not contain `name`.
 
+    Checkpoints store the default values, too. A checkpoint then still describes its network if a default value in the
+    source code is changed later. Only numbers, texts and bools are returned, because checkpoints contain plain values.
+
     Args:
         entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
     """
     if name not in entries:  # the name of a torchvision classifier, or a wrong name, which later raises a UserError
         return {}
-    parameters = inspect.signature(entries[name]).parameters.values()
-    return {parameter.name: parameter.default for parameter in parameters if parameter.default is not parameter.empty}
+    fixed = {"scale", *getattr(entries[name], "keywords", {})}  # arguments that users cannot choose
+    defaults = {}
+    for parameter in inspect.signature(entries[name]).parameters.values():
+        if parameter.name not in fixed and isinstance(parameter.default, (bool, int, float, str)):
+            defaults[parameter.name] = parameter.default
+    return defaults
 
 
 def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
@@ -171,7 +182,8 @@ def construct_network_or_raise_user_error(
     """Call the constructor of a network, and raise a UserError if the constructor does not accept the arguments.
 
     Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values. A
-    NameError or an AttributeError is raised unchanged, because it shows a mistake in the source code of the network.
+    NameError, an AttributeError, and every exception of a constructor without arguments is raised unchanged, because it
+    shows a mistake in the source code of the network.
 
     Args:
         what: name of the network for the error message, such as "classifier resnet50".
@@ -182,7 +194,9 @@ def construct_network_or_raise_user_error(
     except (UserError, NameError, AttributeError):
         raise
     except Exception as error:
-        reason = describe_exception(error)
+        if not arguments:
+            raise
+        reason = f"{type(error).__name__}: {describe_exception(error)}"
         raise UserError(f"{what} cannot be created with the arguments {arguments}: {reason}") from None
 
 
@@ -192,7 +206,10 @@ def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module
         return create_torchvision_classifier(name.removeprefix(TORCHVISION), channels, arguments)
     if name not in CLASSIFIERS:
         known = ", ".join(CLASSIFIERS)
-        raise UserError(f"no classifier is called {name!r}: expected one of {known} or {TORCHVISION}NAME")
+        raise UserError(
+            f"unknown classifier {name!r}: expected one of {known}, {TORCHVISION}NAME, or a name that you have added"
+            " (docs/extending.md)"
+        )
     return create_network("classifier", CLASSIFIERS, name, channels, **arguments)
 
 
@@ -214,7 +231,8 @@ def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) 
     refuse_user_values_of_fixed_arguments(f"torchvision's {name}", fixed, arguments)
     entry = partial(torchvision.models.get_model, name, **fixed)
     model = construct_network_or_raise_user_error(f"torchvision's {name}", entry, **arguments)
-    model.stride = TORCHVISION_STRIDE
+    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        model.stride = TORCHVISION_STRIDE
     for path, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             owner, _, attribute = path.rpartition(".")
@@ -274,10 +292,12 @@ def create_resynthesizer(checkpoint: Checkpoint | None, options: Mapping) -> tup
     defaults = get_default_arguments(RESYNTHESIZERS, name)
     arguments = choose_arguments_from_checkpoint_or_option("--sr-args", given_args, found["args"], defaults, file)
     model = create_network("re-synthesizer", RESYNTHESIZERS, name, scale=scale, **arguments)
-    if checkpoint is not None:
+    if checkpoint is None:
+        check_resynthesizer(model, name, scale)
+    else:
         load_weights(model, state, file)
         check_weights_against_recorded_fingerprint(model, checkpoint.content.get("fingerprint"), "re-synthesizer", file)
-    return model, {"name": name, "scale": scale, "args": arguments}
+    return model, {"name": name, "scale": scale, "args": {**defaults, **arguments}}
 
 
 def read_resynthesizer_config(
@@ -341,7 +361,7 @@ def create_detector(
         "classifier": {"name": arch, "args": arguments},
     }
     detector, config = assemble_detector(model, config, options, vgg_source, None, "this new detector")
-    check_channels_and_stride(detector.features, config["features"]["name"])
+    check_features(detector.features, config["features"])
     return detector, config
 
 
@@ -575,12 +595,19 @@ def assemble_detector(
         name: name of the detector's checkpoint, for error messages.
 
     Returns:
-        the detector, and a copy of `config` in which the entries "resynthesizer_fingerprint", "vgg" and
-        "features_fingerprint" are set. The entry "vgg" contains the source and the fingerprint of the VGG-19 weights,
+        the detector, and a copy of `config` that contains the default values of all arguments, and in which the entries
+        "resynthesizer_fingerprint", "vgg" and "features_fingerprint" are set. The entry "vgg" contains the source and the fingerprint of the VGG-19 weights,
         or is None without VGG-19. The entry "features_fingerprint" is None if the features have a method
         `load_pretrained`. The method `load_pretrained` itself checks the weights that it loads.
     """
+    for kind, entries in (("features", FEATURES), ("classifier", CLASSIFIERS)):
+        name_of_network, arguments = config[kind]["name"], config[kind]["args"]
+        complete = {**get_default_arguments(entries, name_of_network), **arguments}
+        config = {**config, kind: {"name": name_of_network, "args": complete}}
     features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
+    for attribute in ("channels", "stride"):
+        if not isinstance(getattr(features, attribute, None), int):
+            raise UserError(f"the features {config['features']['name']} must have an integer attribute {attribute}")
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
         chosen = config["features"]["name"]
@@ -588,6 +615,11 @@ def assemble_detector(
     vgg_record = features_fingerprint = None
     if hasattr(features, "load_pretrained"):
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)
+        if not isinstance(vgg_record, Mapping) or not {"source", "fingerprint"} <= vgg_record.keys():
+            raise UserError(
+                f"the method load_pretrained of the features {config['features']['name']} must return a dict with the"
+                f" keys source and fingerprint, got {vgg_record!r}"
+            )
     else:
         features_fingerprint = compute_fingerprint(features)
     features.requires_grad_(False).eval()
@@ -605,16 +637,52 @@ def assemble_detector(
 
 
 @torch.no_grad()
-def check_channels_and_stride(features: nn.Module, name: str) -> None:
-    """Raise a UserError if the output shape of the feature network does not match its attributes.
-
-    The attributes `channels` and `stride` give the expected shape. The output shape is measured on a black image.
+def check_resynthesizer(model: nn.Module, name: str, scale: int) -> None:
+    """Raise a UserError if a new re-synthesizer does not enlarge a black image by the factor `scale`.
 
     Args:
-        name: name of the features for the error message, such as "vgg19".
+        name: name of the re-synthesizer for the error message, such as "rdn".
     """
+    if getattr(model, "scale", None) != scale:
+        raise UserError(f"the re-synthesizer {name} must have the attribute scale = {scale}: set it in __init__")
+    model.eval()
+    x_hat = model(torch.zeros(1, 3, CHECKED_LOW_SIDE, CHECKED_LOW_SIDE))
+    model.train()
+    side = scale * CHECKED_LOW_SIDE
+    if tuple(x_hat.shape) != (1, 3, side, side):
+        raise UserError(
+            f"the re-synthesizer {name} must enlarge images of {CHECKED_LOW_SIDE} x {CHECKED_LOW_SIDE} pixels to the"
+            f" shape {(1, 3, side, side)}, got {tuple(x_hat.shape)}"
+        )
+
+
+@torch.no_grad()
+def check_features(features: nn.Module, config: Mapping) -> None:
+    """Raise a UserError if a feature network does not keep the rules in docs/extending.md.
+
+    The function tests the network on an image of random values.
+
+    Args:
+        config: dict with the keys "name" and "args", with which the features were created.
+
+    Raises:
+        UserError: if the shape of the feature maps does not match the attributes `channels` and `stride`.
+        UserError: if the features change the values of their input.
+        UserError: if the features get other weights each time they are created.
+    """
+    name = config["name"]
     side = max(CHECKED_SIDE // features.stride, 1)  # height and width of the feature maps
-    maps = features(torch.zeros(1, 3, side * features.stride, side * features.stride))
+    x = torch.rand(1, 3, side * features.stride, side * features.stride, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    maps = features(x)
+    if not torch.equal(x, before):
+        raise UserError(f"the features {name} change the values of their input: compute on a copy of the input")
+    if not hasattr(features, "load_pretrained"):
+        again = create_network("features", FEATURES, name, **config["args"])
+        if compute_fingerprint(again) != compute_fingerprint(features):
+            raise UserError(
+                f"the features {name} get other weights each time they are created: set fixed weights in __init__"
+            )
     expected = (1, features.channels, side, side)
     if tuple(maps.shape) != expected:
         raise UserError(

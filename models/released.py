@@ -55,7 +55,7 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
         first = next(iter(state), "none")
         raise UserError(
             f"{name} contains no RDN: its state dict has no key {error} (first key: {first}); give a checkpoint of an"
-            " RDN from train_sr.py or from the paper's authors"
+            " RDN from train_sr.py or from the paper's authors, or name the network with --sr-arch"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:

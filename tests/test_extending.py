@@ -120,21 +120,23 @@ def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_
         load(str(tmp_path / "last.pth.tar"), device="cpu")
 
 
-class RandomFeatures(torch.nn.Sequential):
-    """A features module whose weights are random and differ between instances."""
+class ConstantFeatures(torch.nn.Sequential):
+    """A features module whose weights all have the value VALUE."""
 
     channels, stride = 4, 1
+    VALUE = 0.5
 
     def __init__(self):
-        super().__init__(torch.nn.Conv2d(3, self.channels, 3, padding=1))
+        super().__init__(torch.nn.Conv2d(3, self.channels, 3, padding=1, bias=False))
+        torch.nn.init.constant_(self[0].weight, self.VALUE)
 
 
 def test_features_that_get_other_weights_when_a_detector_is_loaded_are_refused(training_files, tmp_path, monkeypatch):
-    monkeypatch.setitem(build.FEATURES, "random", RandomFeatures)
-    flags = "--fixed-sr --sr-arch none --features random --arch resnet18 --epochs 1"
+    monkeypatch.setitem(build.FEATURES, "constant", ConstantFeatures)
+    flags = "--fixed-sr --sr-arch none --features constant --arch resnet18 --epochs 1"
     run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path, flags))
-    torch.manual_seed(1)
-    with expect_user_error("other weights of the features random"):
+    monkeypatch.setattr(ConstantFeatures, "VALUE", 0.25)
+    with expect_user_error("other weights of the features constant"):
         load(str(tmp_path / "last.pth.tar"), device="cpu")
 
 
@@ -314,6 +316,102 @@ def test_network_arguments_that_another_option_already_sets_are_refused(training
         )
 
 
+class FeaturesWithRandomWeights(NormalizedPixels):
+    """Features whose convolution has other random weights each time the class is created."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 3, kernel_size=1)
+
+
+class FeaturesThatChangeTheirInput(NormalizedPixels):
+    """Features that scale the values of their input in place."""
+
+    def forward(self, x):
+        return x.mul_(2)
+
+
+class FeaturesWithoutStride(NormalizedPixels):
+    """Features whose attribute `stride` is not an integer."""
+
+    stride = None
+
+
+class FeaturesWithoutRecord(NormalizedPixels):
+    """Features whose method `load_pretrained` returns nothing."""
+
+    def load_pretrained(self, source, trained_with, name):
+        """Load nothing."""
+
+
+@pytest.mark.parametrize(
+    ("features", "words"),
+    [
+        (FeaturesWithRandomWeights, "get other weights"),
+        (FeaturesThatChangeTheirInput, "change the values"),
+        (FeaturesWithoutStride, "attribute stride"),
+        (FeaturesWithoutRecord, "load_pretrained"),
+    ],
+)
+def test_features_that_do_not_keep_the_documented_rules_are_refused(
+    training_files, tmp_path, monkeypatch, features, words
+):
+    monkeypatch.setitem(build.FEATURES, "wrong", features)
+    flags = "--sr-arch none --fixed-sr --features wrong --arch resnet18"
+    with expect_user_error("wrong", words):
+        run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path / "out", flags))
+
+
+class NearestEnlargement(nn.Module):
+    """A re-synthesizer that enlarges images by `factor`, and has the attribute `scale` = `scale`."""
+
+    def __init__(self, scale, factor=4):
+        super().__init__()
+        self.scale = scale
+        self.layer = nn.Upsample(scale_factor=factor)
+
+    def forward(self, x_lr):
+        return self.layer(x_lr)
+
+
+class EnlargementWithoutScale(NearestEnlargement):
+    """A re-synthesizer without the attribute `scale`."""
+
+    def __init__(self, scale):
+        super().__init__(scale)
+        del self.scale
+
+
+class EnlargementByTwo(NearestEnlargement):
+    """A re-synthesizer that enlarges images by 2, although its attribute `scale` is 4."""
+
+    def __init__(self, scale):
+        super().__init__(scale, factor=2)
+
+
+@pytest.mark.parametrize(
+    ("network", "words"), [(EnlargementWithoutScale, "attribute scale = 4"), (EnlargementByTwo, "(1, 3, 64, 64)")]
+)
+def test_a_new_resynthesizer_without_scale_or_with_a_wrong_output_size_is_refused(
+    training_files, tmp_path, monkeypatch, network, words
+):
+    monkeypatch.setitem(build.RESYNTHESIZERS, "wrong", network)
+    flags = f"--train-file {training_files}/real --outputs-dir {tmp_path}/out --sr-arch wrong {BASE}"
+    with expect_user_error("wrong", words):
+        run_training(flags.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_stores_the_default_values_of_arguments_that_were_not_given(
+    training_files, tmp_path, add_documented_networks
+):
+    flags = "--sr-arch none --fixed-sr --epochs 1 --features gradients --arch small_cnn"
+    run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path, flags))
+    config = read_checkpoint_content(tmp_path / "last.pth.tar")["config"]
+    assert config["features"] == {"name": "gradients", "args": {"gain": 1.0}}
+    assert config["classifier"] == {"name": "small_cnn", "args": {"width": 32}}
+
+
 class WrongStride(NormalizedPixels):
     """A features module whose attribute `stride` is 2, although its feature maps have a stride of 1."""
 
@@ -335,9 +433,25 @@ def test_an_added_perturbation_that_returns_another_type_or_shape_is_refused(mon
         perturbation(torch.zeros(3, 8, 8, dtype=torch.uint8))
 
 
-def test_an_added_auxiliary_task_that_returns_another_shape_is_refused():
-    with expect_user_error("auxiliary task", "(3, 8, 8)", "(3, 4, 8)"):
-        degrade_batch(lambda image, rng: image[:, ::2], torch.zeros(1, 3, 8, 8), [None])
+@pytest.mark.parametrize(
+    ("degrade", "got"),
+    [
+        (lambda image, rng: image[:, ::2], "(3, 4, 8)"),
+        (lambda image, rng: image.double(), "float64"),
+        (lambda image, rng: image.numpy(), "ndarray"),
+    ],
+)
+def test_an_added_auxiliary_task_that_returns_another_shape_or_type_is_refused(degrade, got):
+    with expect_user_error("auxiliary task", "(3, 8, 8)", got):
+        degrade_batch(degrade, torch.zeros(1, 3, 8, 8), [None])
+
+
+def test_an_added_perturbation_for_training_that_returns_another_type_is_refused(monkeypatch):
+    monkeypatch.setattr(perturbations, "FRANK2020", {"wrong": lambda image, rng: image / 2})
+    image = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    with expect_user_error("perturbation wrong", "float32"):
+        for seed in range(20):  # an image is perturbed with probability 0.5
+            perturbations.perturb_at_random(image, np.random.default_rng(seed))
 
 
 def test_torchvision_classifiers_with_auxiliary_outputs_return_only_logits():

@@ -72,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             detector, checkpoints.read_checkpoint_content(args.resume), args.scores, args.resume
         )
         checkpoints.save_checkpoint(content, os.path.realpath(args.bundle))
+        logger.info("the bundle is written to %s", make_printable(args.bundle))
     return 0
 
 

@@ -49,6 +49,16 @@ def create_optimizer(
     return torch.optim.AdamW(groups)
 
 
+def get_learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Return the present learning rates of an optimizer, under the names with which they are logged.
+
+    The name "learning_rate" stands for the classifier in train_detector.py, and for the network in train_sr.py. The
+    name "resynthesizer_learning_rate" exists only in end-to-end training.
+    """
+    names = ("learning_rate", "resynthesizer_learning_rate")
+    return {name: group["lr"] for name, group in zip(names, optimizer.param_groups, strict=False)}
+
+
 def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
     """Compute the factor by which the authors' code multiplies the base learning rate after `epochs_done` epochs.
 

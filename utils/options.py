@@ -316,7 +316,7 @@ def create_train_sr_parser() -> Parser:
     add("--patches-per-image", type=integer_from_1, default=1, metavar="N",
         help="number of patches from each image per epoch; 1 in the authors' code (default: %(default)s)")  # fmt: skip
     add("--start", choices=("random", "interpolation"), default="random",
-        help="initial weights of a new RDN: random = PyTorch's default, as in the authors' code; interpolation ="
+        help="initial weights of a new network: random = PyTorch's default, as in the authors' code; interpolation ="
         " weights with which RDN enlarges images almost like bicubic interpolation (default: %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
         help="multiply the learning rate by X every --lr-decay-epoch epochs; X is between 0 and 1 (default:"
@@ -426,9 +426,9 @@ def create_test_parser() -> Parser:
         help="for each image, write a picture of the image, its re-synthesis and the residual into DIR")  # fmt: skip
     add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
         help="perturb the images before scoring. NAME is none, blur, crop, jpeg, noise, resize, combined (crop, blur,"
-        " noise and jpeg, each with probability 0.5) or all (every NAME in turn). Several NAMEs give several scores per"
-        " image. STRENGTH is one strength of --perturb-protocol sweep. Without STRENGTH, all strengths are used"
-        " (default: none)")  # fmt: skip
+        " noise and jpeg, each with probability 0.5), all (every NAME in turn), or a name that you have added to"
+        " data.perturbations.SWEEP. Several NAMEs give several scores per image. STRENGTH is one strength of"
+        " --perturb-protocol sweep. Without STRENGTH, all strengths are used (default: none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
         help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
         " %(default)s)")  # fmt: skip

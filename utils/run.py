@@ -16,6 +16,7 @@ from utils import console, distributed
 from utils.checkpoints import Checkpoint, read_checkpoint_if_path_is_given
 from utils.console import make_printable
 from utils.errors import UserError
+from utils.optimizers import get_learning_rates
 from utils.random_streams import seed_torch_for_step
 from utils.run_folder import EVENTS, STATS, RunFolder
 from utils.signals import Stopped, StopSignal
@@ -341,7 +342,7 @@ class Run(contextlib.AbstractContextManager):
             self.save_state()
         epoch = self.progress.epoch
         finite = {}
-        for name, value in {**values, "learning_rate": self.stepper.optimizer.param_groups[0]["lr"]}.items():
+        for name, value in {**values, **get_learning_rates(self.stepper.optimizer)}.items():
             finite[name] = value if value is not None and math.isfinite(value) else None
         with (self.folder.path / STATS).open("a") as file:
             file.write(json.dumps({"epoch": epoch, **finite}) + "\n")
