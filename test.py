@@ -8,8 +8,8 @@ program writes these files:
 
     P.csv     the scores, one row per image
     P.npy     the logits of the images, float32 (N, 2), with the columns FAKE and REAL
-    P.json    metrics, settings and version numbers
-    P.png     ROC curves and histograms of labelled images
+    P.json    metrics, settings, and the versions of Python and of packages
+    P.png     ROC curves and histograms of the scores, if the images are labelled
 
 If a run with --save_path is killed, repeat its command without --overwrite to score the remaining images.
 """
@@ -265,7 +265,7 @@ def estimate_images_per_batch(images: ImageDataset) -> int:
 
 
 class OneImageBatches(Sequence):
-    """A sequence of lists that contain one `Key` each, from which `make_loader` makes batches of one image.
+    """A sequence of lists that each contain the `Key` of one image, as argument `batches` of `make_loader`.
 
     To save memory, each `Key` is created only when it is needed.
 
@@ -346,8 +346,8 @@ def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: Res
         image: uint8 (3, H, W).
 
     Returns:
-        The row of the image in the score table. If the image cannot be scored or drawn, the row holds an error message
-        instead of a score.
+        The row of the image in the score table. If the image cannot be scored, or its residual cannot be drawn, the row
+        holds an error message instead of a score.
 
     Raises:
         Exception: if the machine has a fault, such as a full disk or a failed GPU.
@@ -403,7 +403,8 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
 
         draw_roc_and_histograms(table, figure)
     else:
-        # `refuse_to_replace_files_of_other_programs` has checked that no other program wrote the file `figure`.
+        # An older .png file is deleted, because it shows the scores of an earlier run.
+        # `refuse_to_replace_files_of_other_programs` has checked that test.py wrote the older .png file.
         figure.unlink(missing_ok=True)
     writer.delete_partial_tables()
     return table, metrics
@@ -424,8 +425,7 @@ def format_verdicts_or_metrics(
     from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
-    # The lines contain all metrics for the first perturbation.
-    # If several perturbations were requested, the lines also contain a table of the AUROC for each perturbation.
+    # All metrics are printed only for the first perturbation. A table shows the AUROC for each perturbation.
     if summaries:
         label, metrics = next(iter(summaries.items()))
         if len(results) > 1:
@@ -465,8 +465,8 @@ def format_verdict_table_and_counts(table: ScoreTable) -> list[str]:
 def log_written_files(base: Path, results: dict[str, tuple[ScoreTable, dict | None]]) -> None:
     """Log the names of the output files."""
     several = "_*" if len(results) > 1 else ""
-    figure = ",png" if any(metrics for _, metrics in results.values()) else ""
-    logger.info("test.py has written %s.{csv,npy,json%s}", make_printable(f"{base}{several}"), figure)
+    figure = ", .png" if any(metrics for _, metrics in results.values()) else ""
+    logger.info("test.py has written the files %s.* (.csv, .npy, .json%s)", make_printable(f"{base}{several}"), figure)
 
 
 if __name__ == "__main__":

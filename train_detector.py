@@ -124,7 +124,7 @@ def main(args: Namespace) -> None:
         stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), sampler.steps, args.clip_norm)
         progress = stepper.progress
 
-        # 5. Open the output folder, and load the training state of the run to resume
+        # 5. Open the output folder. If a run is resumed, load its training state.
         settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(images.items)}
         settings["validation_images"] = describe_and_hash_image_list(val_images.items)
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
@@ -201,7 +201,7 @@ def create_dataset(
     augmentation: Augmentation | None = None,
     transform: Callable | None = None,
 ) -> ImageDataset:
-    """Create a dataset of the images that can be read and are large enough.
+    """Create a dataset of the images whose files can be read and whose sizes fit `policy`.
 
     Args:
         policy: how images are resized and cropped, and the smallest image side for which residuals can be computed.
@@ -223,8 +223,8 @@ def require_classifier_accepts_residual(
 
     Raises:
         UserError: if a torchvision classifier refuses residuals of this size. The vision transformers of torchvision,
-            for example, accept only one size. An exception of any other classifier is raised unchanged, because its
-            traceback shows the mistake.
+            for example, accept only one size. An exception of a classifier that is not from torchvision is raised
+            unchanged, because the traceback shows the mistake in the classifier's source code.
         UserError: if the classifier does not return logits (B, 2).
     """
     shape = detector.residual_shape(*size)
@@ -248,8 +248,8 @@ def find_smallest_trainable_batch_size(
 ) -> int:
     """Return the smallest batch size with which the classifier can be trained: 1 or 2.
 
-    Batch norm can be trained only if a batch has at least two values per channel. A batch of one image is too small if
-    the classifier's last feature map has only one value per channel.
+    Batch norm can be trained only if a batch has at least two values per channel. If the classifier's last feature map
+    has only one value per channel, batch norm therefore needs batches of at least two images.
 
     Raises:
         UserError: if batch norm needs two or more images, but a process gets a batch of one image.
@@ -262,10 +262,10 @@ def find_smallest_trainable_batch_size(
         return 1
     if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
-            f"with --batch-size {sampler.batch_size}, {sampler.count} samples per epoch and {sampler.world.size}"
-            " process(es), a process gets batches of one image, but batch norm needs at least two images per batch,"
-            f" because the smallest residual has only {width} x {height} values per channel: change --batch-size, or"
-            " use a larger --crop-size or --resize"
+            f"--batch-size {sampler.batch_size} gives a process batches of one image ({sampler.count} samples per"
+            f" epoch, {sampler.world.size} process(es)). Batch norm cannot be trained on one image whose residual has"
+            f" only {width} x {height} values per channel: choose a --batch-size that gives each process at least two"
+            " images in every step, or a larger --crop-size or --resize"
         )
     logger.warning(
         "warning: the smallest residual has only %d x %d values per channel, and the stride of the classifier is %d, so"
@@ -307,13 +307,13 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     log_networks(config)
     if resumed is None:
-        # A new run may use other VGG-19 weights for the auxiliary loss than the run that saved the checkpoint.
+        # A new run may use other VGG-19 weights for the auxiliary loss than the checkpoint from which it starts.
         config.pop("auxiliary_vgg", None)
     return detector, config, resumed
 
 
 def log_networks(config: dict) -> None:
-    """Log one line with the names and the arguments of the networks of a detector."""
+    """Log one line with the names and the constructor arguments of the detector's three networks."""
     networks = []
     for kind in ("resynthesizer", "features", "classifier"):
         arguments = [f"{key}={value}" for key, value in config[kind]["args"].items()]
@@ -381,9 +381,8 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
         residual: the residuals of the batch, (B, C_l, H_l, W_l).
 
     Returns:
-        The cross-entropy and the accuracy, as scalars. If several processes share a batch, each process returns its
-        share of the cross-entropy and of the accuracy. The sum of the shares of all processes is the value for the
-        whole batch.
+        The cross-entropy and the accuracy, as scalars. If a batch is split over several processes, the results of the
+        processes add up to the cross-entropy and the accuracy of the whole batch.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -481,11 +480,11 @@ def end_to_end_loss(
 def downsample_and_degrade_images(
     scale: int, task: AuxiliaryTask, progress: Progress, batch: Batch, x: Tensor
 ) -> Tensor | None:
-    """Downsample a batch of images, and degrade the low-resolution images at random.
+    """Downsample a batch of images, and add random degradations, such as noise, to the low-resolution images.
 
     Random choices for the whole batch, such as whether to degrade the batch, depend only on the seed, the epoch and the
     training step. Random choices for one image, such as its noise, depend only on the seed, the epoch and the index of
-    the dataset entry.
+    the image's entry in the dataset.
 
     Returns:
         the degraded low-resolution batch (B, 3, h, w), or None if the batch is not degraded.
@@ -557,9 +556,9 @@ def residual_cache_key(
     with the same settings.
 
     Args:
-        features_fingerprint: fingerprint of the weights of the features.
-        code: results of `hash_source_code` for the re-synthesizer and for the features. The dict contains these hashes,
-            because a change of the source code can change the residuals.
+        features_fingerprint: fingerprint of the weights of the feature network.
+        code: results of `hash_source_code` for the re-synthesizer and for the feature network. The dict contains these
+            hashes, because a change of the source code can change the residuals.
     """
     return {
         "re-synthesizer": config["resynthesizer"],

@@ -93,7 +93,7 @@ def main(args: Namespace) -> None:
         stepper = Stepper(optimizer, compute, world, rate_factor, sampler.steps, args.clip_norm)
         progress = stepper.progress
 
-        # 4. Open the output folder, and load the training state of the run to resume
+        # 4. Open the output folder. If a run is resumed, load its training state.
         output = Path(args.outputs_dir) / f"x{model.scale}"
         vgg, vgg_record = load_perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
         settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(items)}
@@ -159,7 +159,7 @@ def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
 
 
 def create_evaluation_dataset(source: str | None, scale: int, skip_bad: bool) -> ImageDataset:
-    """Create a dataset of the images in --eval-file that can be read and are large enough.
+    """Create a dataset of the images in --eval-file that can be read and have at least `scale` pixels per side.
 
     If --eval-file is not given, the dataset is empty.
     """
@@ -222,9 +222,8 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        a tuple of the loss and a dict. The dict contains the L1 term of the loss under the key "l1". Both values are
-        scalars. If several processes share a batch, each process returns its share of the loss and of the L1 term. The
-        sum of the shares of all processes is the value for the whole batch.
+        the loss, and the dict {"l1": L1 term of the loss}. The loss and its L1 term are scalars. If a batch is split
+        over several processes, the results of the processes add up to the loss and the L1 term of the whole batch.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
@@ -332,7 +331,10 @@ def evaluate_and_log_psnr_and_ssim(
     compute: Compute,
     world: World,
 ) -> None:
-    """Log the PSNR and SSIM of the network `model`, whose weights were loaded from `origin` (option --evaluate).
+    """Log the PSNR and SSIM of a network on the images in `batches`, for the option --evaluate.
+
+    Args:
+        origin: checkpoint from which the weights of the network were loaded, or None if no weights were loaded.
 
     Raises:
         UserError: if no weights were loaded, or if there are no images.
@@ -376,9 +378,9 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return a dict from the file name epoch_N.pth to the content of the file.
+    """Return the dict {"epoch_N.pth": the network's state dict}, where N is the number of the finished epoch.
 
-    The content is the state dict of the network after epoch N, counted from 0.
+    Epochs are counted from 0.
 
     Release: the file name and the file format are the same as in the authors' code.
     """

@@ -1,8 +1,8 @@
 """Compare the time and memory of this project's networks with plain PyTorch implementations of the same networks.
 
-    python -m benchmarks [--side 512] [--rounds 2] [--stages 0 5]      measures on the CPU
-    python -m benchmarks --gpu 0                                       measures on GPU 0, with several image sizes
-    python -m benchmarks --quick                                       measures a toy network, which takes seconds
+    python -m benchmarks             measures on the CPU
+    python -m benchmarks --gpu 0     measures on GPU 0, with several image sizes
+    python -m benchmarks --quick     measures toy networks, in a few seconds
 
 Each row of the printed table shows time and memory for one task, such as scoring images in float32. A row compares up
 to three implementations ("forms", see benchmarks/cases.py) of the same networks. Each measurement runs in a separate
@@ -31,7 +31,8 @@ from utils.errors import UserError, run_program
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels-last / here", "plain GiB", "here GiB")
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
-# TFLOP contains the number of operations, in units of 10^12, of one forward pass on an image of 1024 x 1024 pixels.
+# For each network, TFLOP contains the number of operations of one forward pass, in units of 10^12.
+# The numbers in TFLOP are for one image of 1024 x 1024 pixels.
 TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}
 START_SECONDS = 5  # estimated time to start a process
 ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices whose product is timed to estimate the benchmark's time
@@ -39,14 +40,14 @@ GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is timed on 
 # On a CPU, fine-tuning in plain PyTorch is measured only on images of at most LARGEST_PLAIN_SIDE pixels per side.
 # On larger images, fine-tuning in plain PyTorch needs more than 22 GiB of memory.
 LARGEST_PLAIN_SIDE = 512
-GPU_SIDES = (256, 512, 1024)  # sides of the scored images in pixels, with --gpu
+GPU_SIDES = (256, 512, 1024)  # sides in pixels of the images that are scored when a GPU is measured
 
 
 def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
-    """List the rows of the table.
+    """Return one `Case` for each row of the printed table.
 
-    Each row of the table is described by a `Case`. The field `form` of each `Case` is a placeholder, which
-    `measure_implementations_of_case` replaces before each measurement.
+    The field `form` of each `Case` is a placeholder, which `measure_implementations_of_case` replaces before each
+    measurement.
     """
     gpu = args.gpu
     if args.quick:
@@ -69,10 +70,7 @@ def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def list_network_implementations(case: Case) -> list[str]:
-    """List the names of the implementations that are measured for a case.
-
-    The names "plain" and "channels-last" stand for plain PyTorch, and the name "here" for the code of this project.
-    """
+    """List the names of the implementations ("forms", see benchmarks/cases.py) that are measured for a case."""
     if case.kind == "scoring" and case.precision != "bf16":
         return ["plain", "channels-last", "here"]
     if case.kind == "step, fine-tuning" and case.side > LARGEST_PLAIN_SIDE and case.gpu == "cpu":
@@ -81,7 +79,7 @@ def list_network_implementations(case: Case) -> list[str]:
 
 
 def estimate_tflop(case: Case) -> float:
-    """Estimate how many floating-point operations one run of the task of a case needs, in units of 10^12."""
+    """Estimate how many floating-point operations a benchmark case needs, in units of 10^12, if its task runs once."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
     if case.kind == "step, fine-tuning":
@@ -151,7 +149,7 @@ def measure_and_print_rdn_speed(gpu: str) -> None:
 
 
 def measure_and_print_startup_times(folder: Path) -> None:
-    """Print the time to import PyTorch, to show the help text of test.py, and to score one image with test.py."""
+    """Print how long three commands take: importing PyTorch, `test.py --help`, and scoring one image with test.py."""
     options = {"sr_arch": "bicubic", "arch": "resnet18", "dilated": False}
     detector, config = create_detector(None, options, "random")
     content = {"arch": "resnet18", "config": config, "state_dict": detector.classifier.state_dict()}
@@ -180,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", type=int, nargs="+", default=[0, 5], choices=(0, 5), help=text)
     text = "number of the GPU on which to measure, or cpu (default: cpu)"
     parser.add_argument("--gpu", metavar="N|cpu", default="cpu", help=text)
-    text = "only measure one row with a toy network, to check that the program works"
+    text = "only measure one row with toy networks, to check that the program works"
     parser.add_argument("--quick", action="store_true", help=text)
     args = parser.parse_args(argv)
     on_gpu = args.gpu != "cpu"

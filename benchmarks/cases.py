@@ -3,9 +3,9 @@
     python -m benchmarks.cases JSON
 
 The argument JSON is a JSON object with the fields of `Case`. The benchmark compares three implementations ("forms") of
-the same networks. The form "plain" runs RDN and VGG-19 without tiles, and uses PyTorch's default memory format. The
-form "channels-last" equals the form "plain", but uses the channels-last memory format. The form "here" is the code that
-the programs of this project run.
+the same networks. The form "plain" runs RDN and VGG-19 on whole images instead of tiles, in PyTorch's default memory
+format. The form "channels-last" equals the form "plain", but uses the channels-last memory format. The form "here" is
+the code that the programs of this project run.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Datasets, batches and data loaders.
 
-A `Key` names one dataset entry in one epoch. For each batch, the sampler `EpochBatchSampler` yields a list of `Key`s. A
-dataset reads a `Sample` for each `Key`. The function `collate_samples` combines samples into a `Batch`. The random
-choices for a dataset entry depend only on the seed, the epoch and the index of the entry. The number of workers and
-processes does not change the random choices. A resumed run makes the same random choices as an uninterrupted run.
+For each batch, the sampler `EpochBatchSampler` yields a list of `Key`s. For each `Key`, a dataset reads one entry and
+returns a `Sample`. The function `collate_samples` combines samples into a `Batch`. The random choices for a dataset
+entry depend only on the seed, the epoch and the index of the entry. A resumed run makes the same random choices as an
+uninterrupted run.
 """
 
 import atexit
@@ -52,7 +52,7 @@ class Key(NamedTuple):
 
     epoch: int
     index: int  # index of the entry in the dataset
-    weight: float = 1.0  # weight of the entry in the loss; 0 if the entry repeats an entry of another process
+    weight: float = 1.0  # weight of the entry in the loss; 0 for a duplicate that `EpochBatchSampler` adds
 
 
 class RowKey(NamedTuple):
@@ -60,7 +60,7 @@ class RowKey(NamedTuple):
 
     epoch: int
     index: int  # index of the entry in the dataset
-    part: int  # number of the row among the rows of the entry: the number of the patch, or 0
+    part: int  # index of the row in `Sample.x`, such as the index of a patch
 
 
 class Sample(NamedTuple):
@@ -68,7 +68,7 @@ class Sample(NamedTuple):
 
     key: Key
     item: Item
-    x: Tensor | None  # (K, ...): K tensors of one image, stacked along dimension 0; None after an error
+    x: Tensor | None  # (K, ...): K patches, or one image or residual (K = 1); None if the image cannot be used
     error: str | None = None  # one-line message that says why the image cannot be used
 
 
@@ -82,9 +82,9 @@ class Batch(NamedTuple):
     x: Tensor  # B images or patches, uint8 (B, 3, H, W), or B residuals, float (B, channels, height, width)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
     weights: Tensor  # float32 (B,): factor by which the loss of each row is multiplied
-    items: list[Item]  # for each row: path, label and generator of its image
+    items: list[Item]  # for each row of x: path, label and generator name of its image
     keys: list[RowKey]  # for each row: the dataset entry from which the row was read
-    errors: dict[int, str]  # index of each dataset entry that has no row -> one-line error message
+    errors: dict[int, str]  # dataset index of each image that could not be used -> one-line error message
 
 
 # --- batches ------------------------------------------------------------------------------------------------
@@ -199,10 +199,10 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 class EpochBatchSampler(Sampler):
     """A `batch_sampler` for DataLoader that yields a list of `Key`s for each batch of one epoch.
 
-    In a run with n processes, process r gets the entries r, r + n, r + 2n, ... of each batch, counted from 0. The last
-    batch of an epoch may have fewer entries than the other batches. All processes must take the same number of steps.
-    If a batch has fewer entries than there are processes, each process without an entry gets the first entry of the
-    batch with weight 0.
+    In a run with n processes, the process of rank r gets the entries `batch[r::n]` of each batch. The last batch of an
+    epoch may have fewer entries than the other batches. All processes must take the same number of steps. If a batch
+    has fewer entries than there are processes, each process without an entry gets the first entry of the batch with
+    weight 0.
 
     Args:
         count: number of entries in the dataset.
@@ -245,7 +245,7 @@ class EpochBatchSampler(Sampler):
                 yield [Key(self.epoch, batch[0], 0.0)]
 
     def compute_smallest_batch_size_of_any_process(self) -> int:
-        """Return the smallest number of entries that one process gets in one step of an epoch."""
+        """Return the smallest number of entries that any process gets in any step of an epoch."""
         last = self.count - (self.steps - 1) * self.batch_size
         return max(min(self.batch_size, last) // self.world.size, 1)
 
@@ -256,8 +256,8 @@ class EpochBatchSampler(Sampler):
 class ItemDataset(Dataset):
     """A dataset that has `entries_per_image` entries for each image.
 
-    For an image that cannot be read, the dataset returns a `Sample` with an error message. The dataset does not raise
-    an exception, because an exception in a worker would end the program with a traceback.
+    For an image that cannot be read, the dataset returns a `Sample` with an error message, because an exception in a
+    worker would end the program with a traceback.
     """
 
     def __init__(self, items: Sequence[Item], entries_per_image: int = 1):
@@ -305,9 +305,9 @@ class ImageDataset(ItemDataset):
 
     Args:
         augmentation: settings of random mirroring and cropping, or None for centre crops without mirroring.
-        transform: function that changes an image before resizing and cropping. It is called as
-            transform(image, random generator), and returns the new image. If `augmentation` is None, `transform` gets
-            None instead of a random generator.
+        transform: function that changes an image before resizing and cropping, called as
+            transform(image, random generator). If `augmentation` is None, `transform` gets None instead of a random
+            generator.
         headers: the header of each image, or an empty sequence if the headers were not read.
     """
 
@@ -457,11 +457,12 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
 
 
 def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
-    """Combine samples into a batch. In a worker, convert the batch to NumPy arrays if shared memory is too small.
+    """Combine samples into a batch that a worker can send to the main process.
 
-    A worker sends tensors through shared memory, but NumPy arrays through a pipe. A Docker container has only 64 MB of
-    shared memory by default. If a batch does not fit into shared memory, the worker fails to send the batch, and the
-    main process waits forever for the batch.
+    If the batches of all workers may not fit into shared memory, a worker converts its batch to NumPy arrays. A worker
+    sends tensors through shared memory, but NumPy arrays through a pipe. A Docker container has only 64 MB of shared
+    memory by default. If a batch does not fit into shared memory, the worker fails to send the batch, and the main
+    process waits forever for the batch.
     """
     batch = collate_samples(samples)
     worker = get_worker_info()

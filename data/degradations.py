@@ -2,9 +2,9 @@
 
 train_detector.py degrades images in auxiliary tasks, and train_sr.py degrades training patches. In an auxiliary task,
 the re-synthesizer learns to restore real images from degraded low-resolution images. According to section 3.3 of the
-paper, auxiliary tasks make the residual robust. To add an auxiliary task, write a function that creates a `Degradation`
-from a random generator, and add the function to TASKS. Images that are not degraded are float tensors (3, h, w) with
-values in [0, 1]. `add_noise_to_float_image` does not clip its result to [0, 1].
+paper, auxiliary tasks make the residual robust to perturbations of the image. To add an auxiliary task, write a
+function like `create_noise_degradation`, and add the function to TASKS. Images that are not degraded are float tensors
+(3, h, w) with values in [0, 1]. `add_noise_to_float_image` does not clip its result to [0, 1].
 """
 
 import math
@@ -91,7 +91,7 @@ def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
     return lambda image, rng: add_noise_to_float_image(image, TASK_NOISE_STD, rng)
 
 
-# For each auxiliary task, TASKS contains a function that creates a `Degradation` from a random generator.
+# TASKS maps each auxiliary task to a function that takes a random generator and returns a `Degradation`.
 # The auxiliary task "none" does not degrade images, so TASKS contains None instead of a function.
 TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
 
@@ -125,8 +125,8 @@ def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.rand
         if not torch.is_tensor(result) or result.shape != image.shape or result.dtype != image.dtype:
             got = f"{tuple(result.shape)} and {result.dtype}" if torch.is_tensor(result) else type(result).__name__
             raise UserError(
-                f"a degradation of the auxiliary task must return a tensor of shape {tuple(image.shape)} and"
-                f" {image.dtype}, got {got}"
+                "the degradation of the auxiliary task in --mode-sr must return a tensor of shape"
+                f" {tuple(image.shape)} and type {image.dtype}, got {got}"
             )
         degraded.append(result)
     return torch.stack(degraded)

@@ -71,8 +71,8 @@ def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: 
     """Select the subfolders that `find_images` searches.
 
     Args:
-        left_out: for each reason, the number of files and folders left out. This function increases these numbers by
-            the subfolders that it leaves out.
+        left_out: number of left-out files and folders for each reason; this function counts the subfolders that it
+            leaves out.
     """
     selected = []
     for name in sorted(subfolders):
@@ -90,8 +90,8 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 
     Args:
         names: names of all files in the folder.
-        left_out: for each reason, the number of files and folders left out. This function increases these numbers by
-            the files that it leaves out.
+        left_out: number of left-out files and folders for each reason; this function counts the files that it leaves
+            out.
     """
     images = []
     known = set(names)
@@ -130,8 +130,8 @@ def _find_reason_to_leave_out_file(folder: str, name: str, has_table: bool) -> s
     """Return the reason why a file is left out, or None if the file is an image.
 
     Args:
-        has_table: whether the folder contains a CSV file with the stem of `name`, such as a.csv for a.png. This CSV
-            file may be a score table.
+        has_table: whether the folder contains a CSV file with the stem of `name`, such as a.csv for a.png. If a.csv is
+            a score table that test.py has written, a.png is left out as its figure.
     """
     if name.startswith("."):
         return "hidden"
@@ -158,7 +158,7 @@ def describe_picture_written_by_test_py(path: str) -> str | None:
 
 def _is_score_table(path: str) -> bool:
     """Return whether a file is a CSV table with a column "logit_fake"."""
-    if not os.path.isfile(path):  # for example a named pipe, for which open() may wait forever
+    if not os.path.isfile(path):  # open() may wait forever if the path is a named pipe
         return False
     try:
         with open(path, "rb") as file:

@@ -38,10 +38,7 @@ SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
 class SizePolicy(NamedTuple):
-    """Settings of resizing and cropping.
-
-    Images are resized, then cropped, then centre-cropped so that both sides are multiples of `scale`.
-    """
+    """Settings of resizing and cropping, applied in the order `resize`, `crop_size`, `scale`."""
 
     scale: int = 4  # factor by which the re-synthesizer enlarges images; image sides are cut to multiples of `scale`
     crop_size: int | None = None  # side of the square crop in pixels, or None for no crop
@@ -102,7 +99,8 @@ def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
 def _convert_grey_to_uint8(image: Image.Image) -> np.ndarray:
     """Convert a float or integer grey image to uint8 (H, W) by scaling and rounding.
 
-    White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in 16-bit and 32-bit images.
+    White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in 16-bit and 32-bit integer
+    images.
     """
     values = np.asarray(image).astype(np.float64)  # (H, W)
     is_12_bit = getattr(image, "tag_v2", {}).get(Tag.BitsPerSample) == (12,)
@@ -136,7 +134,7 @@ def _check_regular_file(path: str) -> None:
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise ValueError("is a folder, not an image file")
-    if not stat.S_ISREG(status.st_mode):  # for example a named pipe, for which open() may wait forever
+    if not stat.S_ISREG(status.st_mode):  # open() may wait forever if the path is a named pipe
         raise ValueError("is a device or pipe, not an image file")
     if status.st_size == 0:
         raise ValueError("is empty (0 bytes)")
@@ -158,14 +156,15 @@ def _describe_read_error(error: Exception) -> str:
 
 
 def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator | None = None) -> Tensor:
-    """Resize an image, crop it, and centre-crop it so that both sides are multiples of the scale.
+    """Resize and crop an image according to a `SizePolicy`.
 
     Args:
         image: uint8 (3, H, W).
         rng: random generator for the position of the crop, or None for a centre crop.
 
     Raises:
-        UserError: if the image is too small or too large.
+        UserError: if the image is too small for the crop or the networks, or has more than MAX_PIXELS pixels after
+            resizing.
     """
     height, width = image.shape[-2:]
     problem = describe_size_problem(height, width, policy)
@@ -289,7 +288,7 @@ def read_and_check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Hea
 
     This function does not decode pixels. Damaged pixels are found later, when the image is decoded.
     """
-    shared = {}  # stores each distinct header once, so that equal headers share one tuple in memory
+    shared = {}  # each distinct `Header`, so that images with equal headers share one `Header` object
     headers = []
     with ThreadPool(HEADER_THREADS) as pool:
         results = pool.imap(lambda path: read_header(path, policy), paths, chunksize=8)

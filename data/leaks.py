@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# For each attribute value, the audit computes the fraction of real images and of fake images with this value.
-# If the two fractions differ by at least LEAK_DIFFERENCE, the audit reports a leak, except in very small sets.
-# If they differ by at least WARNING_DIFFERENCE, but less than LEAK_DIFFERENCE, the finding is at most a warning.
+# For each attribute value, the audit computes the fraction of real and of fake images that have this value.
+# If the fractions of real and fake images differ by less than WARNING_DIFFERENCE, the audit reports nothing.
+# A reported difference of the fractions is a leak if it is at least LEAK_DIFFERENCE, and otherwise a warning.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
-SAMPLE = 2000  # maximum number of images per class and split that the quick audit reads
+SAMPLE = 2000  # maximum number of images of one class and one split that `audit_images` reads if `quick` is True
 THREADS = 8
-HEAD_BYTES = 2**16  # number of bytes at the beginning of a file that are hashed before the whole file is hashed
+HEAD_BYTES = 2**16  # number of first bytes that `find_duplicate_files` compares before it reads whole files
 CLASSES = {REAL: "real", FAKE: "fake", None: "unlabelled"}
 QUALITY_50 = 3688  # sum of the 64 luminance quantization values of libjpeg at quality 50 (ITU T.81, Annex K)
 WAYS_OUT = {  # for each attribute, advice on how to remove the difference between real and fake images
@@ -54,7 +54,7 @@ class File(NamedTuple):
     item: Item
     split: str  # "train" or "validation"
     size: int = 0  # length of the file in bytes
-    attributes: dict[str, str] = {}  # name of each attribute -> value
+    attributes: dict[str, str] = {}  # for example {"format": "PNG", "colour mode": "RGB"}
     error: str | None = None  # reason why the file cannot be read
 
 
@@ -66,7 +66,7 @@ class Finding(NamedTuple):
     """
 
     severity: str  # LEAK or WARNING
-    check: str  # what was compared, such as "format (train)" or "exact duplicates in one class"
+    check: str  # name of the check, such as "format (train)" or "exact duplicates in one class"
     message: str
     way_out: str  # advice on what the user can do
     examples: list[str]  # paths of up to two files to which the finding applies
@@ -116,7 +116,9 @@ def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequenc
     count = len(train_items) + len(val_items)
     logger.info("leak audit read %d of %d image files, result: %s", result.checked, count, summary)
     for finding in result.findings[:3]:
-        logger.warning('leak audit: %s in the check "%s": %s', finding.severity.upper(), finding.check, finding.message)
+        logger.warning(
+            'leak audit: %s from the check "%s": %s', finding.severity.upper(), finding.check, finding.message
+        )
 
 
 def read_attributes_of_image_file(item: Item, split: str) -> File:
@@ -141,7 +143,7 @@ def list_image_header_attributes(image: Image.Image) -> dict[str, str]:
     if isinstance(image, JpegImagePlugin.JpegImageFile):  # includes MPO files, which contain several JPEG images
         luminance_table = image.quantization[min(image.quantization)]
         scale = sum(luminance_table) / QUALITY_50
-        # For images that libjpeg compressed with a quality from 20 to 99, `round(quality)` is libjpeg's quality.
+        # If libjpeg saved the image with a quality setting from 20 to 99, `quality` rounds to this setting.
         quality = 50 / scale if scale > 1 else 100 - 50 * scale
         attributes["format"] = "JPEG"
         attributes["JPEG quality"] = f"quality {quality:.0f}"
@@ -153,8 +155,8 @@ def find_attributes_that_separate_classes(files: Sequence[File]) -> list[Finding
 
     Training and validation images are searched separately. First, the fake images of all generators together are
     compared with the real images. If this comparison finds no difference in an attribute, the fake images of each
-    single generator are compared with the real images. The comparison for one generator leaves out all images that have
-    another generator name in `Item.generator`.
+    single generator are compared with the real images. The comparison for one generator leaves out all images whose
+    `Item.generator` names another generator.
     """
     findings = []
     for split in ("train", "validation"):
@@ -184,7 +186,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
     differences = {v: real_counts[v] / len(reals) - fake_counts[v] / len(fakes) for v in real_counts | fake_counts}
     value = max(differences, key=lambda v: abs(differences[v]))
     difference = abs(differences[value])
-    # If real and fake images had the same distribution, a single difference would rarely exceed `three_sigma`.
+    # By chance alone, the fractions of real and of fake images with one value rarely differ by more than `three_sigma`.
     three_sigma = 1.5 * math.sqrt(1 / len(reals) + 1 / len(fakes))
     if difference < max(WARNING_DIFFERENCE, three_sigma):
         return None

@@ -49,7 +49,7 @@ class ImageFlags(NamedTuple):
 
     real: str = "--data-root-pos"
     fake: str = "--data-root-neg"
-    others: str = "--data-root TREE, or --csv FILE"  # other flags that give labelled images, as text for messages
+    others: str = "--data-root TREE, or --csv FILE"  # text for messages: flags that can replace `real` and `fake`
 
 
 IMAGE_FLAGS = ImageFlags()
@@ -100,7 +100,7 @@ def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item
     The name of a folder says whether its images are real or fake, for example GENERATOR/0_real,
     GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. LAYOUTS lists these folder names. Images in other folders are
     left out. Images in `root`/0_real and `root`/1_fake get the name of the folder `root` as the name of their
-    generator. The metrics of a generator are computed from the fake images in GENERATOR/1_fake and the real images in
+    generator. For each generator, metrics are computed from the fake images in GENERATOR/1_fake and the real images in
     GENERATOR/0_real. If the function leaves out images, it logs how many images it uses, and how many it leaves out.
 
     Args:
@@ -336,7 +336,10 @@ def list_labelled_images(
         items = list_labelled_images_in_folders(real_roots, fake_roots)
     else:
         missing = flags.fake if real_roots else flags.real
-        raise UserError(f"expected real and fake images, got only one class: give the other class with {missing}")
+        raise UserError(
+            f"{missing} is missing, so that all images are of one class: give real images with {flags.real} and fake"
+            f" images with {flags.fake}"
+        )
     _refuse_files_in_both_classes(items)
     return items
 
@@ -405,7 +408,7 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
         )
         if not found:
             raise UserError(
-                "no images are given: all given files are pictures that test.py has written"
+                "no images are left: test.py itself has written all given files"
                 f" ({format_file_counts_by_reason(left_out)}); give other images"
             )
         logger.info(text)

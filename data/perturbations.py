@@ -6,10 +6,9 @@ other protocol.
 
 In the protocol frank2020, a perturbation changes an image with probability 0.5, at a random strength, as in Frank et
 al., "Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020). In the protocol sweep, a perturbation
-is applied to all images at the same strength. Repeating this at several strengths gives a plot of AUROC against
-strength.
+changes every image at a fixed strength.
 
-To add a perturbation, write a function and add a line to SWEEP, to FRANK2020, or to both.
+To add a perturbation, write a function that perturbs an image, and add the function to SWEEP or FRANK2020.
 
 A `Perturbation` draws random numbers that depend only on the pixels of the image, the protocol, the name of the
 perturbation and the seed. The batch size, the order of the images and the number of workers do not change these random
@@ -53,7 +52,7 @@ def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
         kernel = torch.softmax(-(offsets**2) / (2 * sigma**2), dim=0)  # Gaussian weights (2 * radius + 1,) with sum 1
         padded = F.pad(x[:, None], (radius, radius, 0, 0), mode="reflect")
         x = F.conv2d(padded, kernel.view(1, 1, 1, -1))[:, 0]
-        x = x.transpose(1, 2)  # swap height and width; the second swap restores (3, H, W)
+        x = x.transpose(1, 2)  # (3, W, H) after the first pass of the loop, (3, H, W) after the second pass
     return _round_to_uint8(x)
 
 
@@ -212,7 +211,7 @@ class PerturbationSetting(NamedTuple):
 
     @property
     def sweep(self) -> Sweep:
-        """The `Sweep` of the perturbation `name`. If `name` is not in SWEEP, a `Sweep` with default labels."""
+        """The value of SWEEP for the key `name`, or `Sweep()` if SWEEP does not contain `name`."""
         return SWEEP.get(self.name, Sweep())
 
     @property
@@ -294,7 +293,7 @@ class Perturbation(NamedTuple):
             a new tensor, or `image` itself if the image is not perturbed.
 
         Raises:
-            UserError: if the function of the perturbation returns a tensor of another type or shape.
+            UserError: if a function in SWEEP or FRANK2020 does not return a tensor of the type and shape of `image`.
         """
         name, strength = self.setting
         if name == "none":

@@ -4,8 +4,8 @@ A frozen re-synthesizer computes the same residual of an image in every epoch. T
 once and stored in a cache. The cache has one file for each crop of an image, and one file for each mirrored crop. The
 residual of a mirrored image is not the mirrored residual of the image, because convolution kernels are not
 symmetric. The name of the cache folder is a hash of all settings that change residuals. Before each epoch,
-`ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. During the epoch, the cached
-residuals are read instead of the images.
+`ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. Training steps read cached
+residuals instead of images.
 """
 
 import contextlib
@@ -42,13 +42,13 @@ FORMAT = 2  # version of the cache files; increase FORMAT if residuals are compu
 
 
 def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
-    """Create the cache folder for residuals with the given settings, and return its path.
+    """Create the cache folder for residuals that are computed with the given settings, and return its path.
 
     Several runs may use the same cache folder at the same time.
 
     Args:
         folder: the parent folder of all cache folders.
-        settings: names and values of all settings that change residuals, such as fingerprints of weights.
+        settings: names and values of everything on which residuals depend, such as networks and image sizes.
     """
     versions = {"cache format": FORMAT, "torch": torch.__version__, "Pillow": PIL.__version__, "numpy": np.__version__}
     lines = [f"{name}: {value}\n" for name, value in sorted({**settings, **versions}.items())]
@@ -74,7 +74,7 @@ def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float)
     needed = sum(sizes)
     stored = 0
     for entry in os.scandir(folder):
-        with contextlib.suppress(FileNotFoundError):  # another run may have renamed or deleted the file
+        with contextlib.suppress(FileNotFoundError):  # another run may rename or delete cache files at this moment
             stored += entry.stat().st_size
     fits = needed <= max_bytes and needed - stored <= shutil.disk_usage(folder).free
     if fits:
@@ -92,7 +92,7 @@ class ResidualDataset(Dataset):
     Args:
         images: a dataset whose crops are the same in every epoch, apart from random mirroring.
         folder: the cache folder, from `create_cache_folder`.
-        dtype: data type of the stored residuals, a value of STORAGE.
+        dtype: data type of the stored residuals: torch.float16 or torch.float32.
     """
 
     def __init__(self, images: ImageDataset, folder: Path, dtype: torch.dtype):
@@ -176,12 +176,12 @@ class ResidualDataset(Dataset):
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
-            readable_batches: function that is called with a loader and the text of a progress bar. It yields the
-                batches of the loader, but leaves out images that cannot be read.
+            readable_batches: function that takes a loader and the text of a progress bar, and yields the batches of
+                the loader without images that cannot be read.
         """
         keys = [Key(epoch, index) for index in range(len(self.images))]
         missing = [key for key in keys if not self.is_residual_stored(key)]
-        barrier(world)  # wait, because a residual stored now would shorten `missing` in a slower process
+        barrier(world)  # no process may store residuals until all processes have computed the same `missing`
         own_keys = missing[world.rank :: world.size]
         if own_keys:
             loader = make_loader(self.images, [[key] for key in own_keys], workers, compute)
@@ -195,7 +195,7 @@ class CacheOptions(NamedTuple):
     """The command-line options of the residual cache."""
 
     folder: str | Path  # parent folder of all cache folders
-    precision: str  # "fp16" or "fp32"
+    precision: str  # data type of the stored residuals: "fp16" or "fp32"
     max_gb: float  # maximum total size of all residuals in GB; no residual is stored if the total is larger
 
 

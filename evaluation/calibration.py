@@ -8,8 +8,8 @@ from utils.checkpoints import Fields
 from utils.console import make_printable
 from utils.errors import UserError
 
-# tools.calibrate can choose the next floating-point number below 0 or above 1 as a threshold
-THRESHOLD_TOLERANCE = 1e-6  # maximum distance of a threshold below 0 or above 1
+# A threshold chosen by tools.calibrate can be the largest float below 0 or the smallest float above 1
+THRESHOLD_TOLERANCE = 1e-6  # largest accepted distance of a threshold from the interval [0, 1]
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 
@@ -20,8 +20,8 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
         logits: (N, 2), with the columns FAKE and REAL.
         calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by
             calibration["temperature"]. The verdict is fake if P(fake) >= calibration["t_fake"], otherwise real if
-            P(fake) <= calibration["t_real"], otherwise unsure. Without a calibration, the temperature is 1 and both
-            thresholds are 0.5.
+            P(fake) <= calibration["t_real"], otherwise unsure. Without a calibration, the temperature is 1, and t_fake
+            and t_real are 0.5.
 
     Returns:
         P(fake), float64 (N,) in [0, 1], and N verdicts: real, fake or unsure.

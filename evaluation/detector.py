@@ -179,12 +179,12 @@ class Detector:
         return torch.cat([torch.empty(0, 2), *logits]).numpy()
 
     def _group_images_into_batches(self, images: Iterable[ImageInput] | ImageInput) -> Iterator[Tensor]:
-        """Prepare images, and merge consecutive images of equal size into batches (B, 3, H, W)."""
+        """Decode, resize and crop images, and merge consecutive images of equal size into batches (B, 3, H, W)."""
         if is_one_image(images):
             images = [images]
         elif not isinstance(images, Iterable):
             raise UserError(f"expected images, each {ACCEPTED}; got {type(images).__name__}")
-        waiting = []  # consecutive images of equal size, uint8 (3, H, W)
+        waiting = []  # consecutive images of equal size for the next batch, uint8 (3, H, W)
         for image in map(self.decode_resize_and_crop_image, images):
             if waiting and (image.shape != waiting[0].shape or len(waiting) == images_per_batch(*waiting[0].shape[1:])):
                 yield torch.stack(waiting)  # (B, 3, H, W)
@@ -196,7 +196,7 @@ class Detector:
     # --- what the scores depend on ---
 
     def describe_model(self) -> dict:
-        """Return a dict with the entries of `config`, a hash of the classifier's weights, and the calibration."""
+        """Return a copy of `config`, to which the calibration and a hash of the classifier's weights are added."""
         return {
             **self.config,
             "classifier_fingerprint": compute_fingerprint(self.network.classifier),
@@ -244,8 +244,8 @@ def describe_training_images(images: ImageDataset) -> dict:
 
     Returns:
         A dict with the keys "sides" and "jpegs". "sides" holds the minimum and the maximum, in pixels, of the
-        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, "jpegs" is 0.5, which
-        means that training sees images with and without JPEG compression.
+        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, "jpegs" is instead
+        set to 0.5, because JPEG compression is one of the perturbations.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))

@@ -24,7 +24,7 @@ from utils.files import open_for_atomic_write
 
 REAL_COLOR = "#767676"
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ("-", "--", "-.", ":")  # the first 7 generators get "-" in 7 colours, the next 7 get "--", ...
+DASHES = ("-", "--", "-.", ":")  # line styles: the first for generators 1 to 7, the second for generators 8 to 14, ...
 INK = "#222222"
 STYLE = {
     "font.size": 9.5,
@@ -51,18 +51,18 @@ FEWEST_BINS, MOST_BINS = 10, 40  # smallest and largest number of bins of a hist
 LONGEST_NAME = 28  # maximum number of characters of a name in a legend
 LONGEST_LEGEND = 6  # maximum number of entries of a legend inside a panel; longer legends go below the panels
 LEGEND_ENTRY_WIDTH = 2.6  # width in inches of an entry in a legend below the panels
-MOST_HISTOGRAMS = 4  # maximum number of generators that get a histogram each
-LEFTMOST_FPR = 0.005  # left end of the logarithmic FPR axis for at most 100 real images
+MOST_HISTOGRAMS = 4  # maximum number of histograms of fakes; with more generators, one histogram shows all fakes
+LEFTMOST_FPR = 0.005  # left end of the logarithmic FPR axis; the end is further left with more than 100 real images
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
-HIGHEST_PICTURE = 34  # maximum height in inches of a panel in a residual picture
+HIGHEST_PICTURE = 34  # maximum height in inches of the panels that `draw_residual_picture` draws
 BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
 
 
 def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
-    """Draw three panels: ROC curves on a linear axis, ROC curves on a logarithmic axis, and histograms of the scores.
+    """Draw three panels: ROC curves, ROC curves with a logarithmic FPR axis, and histograms of the scores.
 
-    The logarithmic axis shows low false-positive rates in detail.
+    The logarithmic axis shows low false-positive rates (FPR) in detail.
     """
     with write_png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
@@ -75,7 +75,7 @@ def draw_auroc_by_perturbation_strength(
 ) -> None:
     """Draw AUROC against the strength of a perturbation, in one panel per perturbation.
 
-    In each panel, the perturbation changes images more and more from left to right.
+    In each panel, the strength that changes images most is at the right end of the axis.
 
     Args:
         curves: a dict {name of a perturbation: list of pairs}. Each pair holds a strength and a dict {name of a
@@ -116,7 +116,7 @@ def draw_residual_picture(
     Args:
         x: the image (3, H, W). Values of x outside [0, 1] are clipped.
         x_hat: the re-synthesis (3, H, W). Values of x_hat outside [0, 1] are clipped.
-        residual: (H_l, W_l), the mean over the channels of the residual's absolute values. The largest 0.5 % of the
+        residual: (H_l, W_l), the absolute value of the residual, averaged over its channels. The largest 0.5 % of the
             residual's values share the brightest colour, so that a few very large values do not make the picture dark.
         title: title of the first panel.
         description: text that is stored in the PNG file.
@@ -147,7 +147,8 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
         if metrics.has_real_and_fake_images(is_fake):
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
-                # A logarithmic axis has no 0: an FPR of 0 is drawn at half the smallest positive FPR, at least at 1e-5
+                # A logarithmic axis has no 0, so an FPR of 0 is drawn at half the smallest positive FPR
+                # With more than 50,000 real images, every FPR below 1e-5 is drawn at 1e-5
                 smallest = max(0.5 / np.sum(~is_fake), 1e-5)
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
@@ -210,7 +211,7 @@ def draw_robustness_curve(
 ) -> None:
     """Draw the AUROC of one generator against the strength of a perturbation.
 
-    The 95 % intervals are drawn if every point has an interval.
+    The 95 % bootstrap intervals of the AUROC are also drawn if every point has one.
     """
     strengths = [strength for strength, _ in points]
     values = [measured["auroc"] for _, measured in points]
@@ -239,8 +240,8 @@ def write_png_figure(
     Args:
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
-        grid: exact positions of the panels, as arguments for `matplotlib.gridspec`. If `grid` is None,
-            matplotlib places the panels so that all labels fit. The placement takes 0.6 s.
+        grid: exact positions of the panels, as a dict of arguments for `matplotlib.gridspec.GridSpec`. If `grid` is
+            None, matplotlib takes 0.6 s to place the panels so that all labels fit.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):
@@ -278,7 +279,7 @@ def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
 def draw_legend(axes: Axes, title: str | None, place: str) -> None:
     """Draw the legend of a panel: inside the panel, or below all panels if the legend is long.
 
-    A legend without entries is replaced by the text "needs real and fake images".
+    A panel that shows no data gets the text "needs real and fake images" instead of a legend.
     """
     entries = len(axes.get_legend_handles_labels()[0])
     if entries > LONGEST_LEGEND:

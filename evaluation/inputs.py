@@ -74,8 +74,8 @@ def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tenso
     """Cut at most `count` square crops, which are evenly spread over an image.
 
     The crops form a grid of rows and columns. The ratio rows / columns is as close as possible to the ratio H / W of
-    the image. If several crops would have the same position, only one of them is cut. If one side of the image is
-    shorter than `side` pixels, the crops are as long as this side and are not square.
+    the image. If several crops would have the same position, only one of them is cut. If the height or the
+    width of the image is less than `side`, each crop spans the whole height or width, and is not square.
 
     Args:
         image: a tensor (3, H, W).

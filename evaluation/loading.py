@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CROPS = 9  # number of crops per image, for a detector that was trained on crops (see docs/results.md)
 IMAGE_OPTIONS = ("crop_size", "resize", "crops")
 # The value of "no_dilation" is the opposite of the value of "dilated"
-ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of test.py -> name of the option
+ALIASES = {"idx_stages": "stage", "no_dilation": "dilated"}  # name of a flag of test.py -> name of the option of `load`
 
 
 class ImageSettings(NamedTuple):
@@ -32,7 +32,7 @@ class ImageSettings(NamedTuple):
 
     crop_size: int | None  # side length of a crop in pixels; None if images are not cropped
     resize: int | None  # length of the shorter side after resizing, in pixels; None if images are not resized
-    crops: int  # number of crops per image, over which the logits are averaged; a single crop is in the centre
+    crops: int  # number of crops per image, over which the logits are averaged; 1 means a crop in the centre
 
 
 def load(
@@ -52,21 +52,22 @@ def load(
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
         resynthesizer: path of the checkpoint of the re-synthesizer. `resynthesizer` is needed only if `checkpoint` is a
             checkpoint of the paper's authors.
-        vgg_weights: weights of VGG-19: "auto", "imagenet", "random" or the path of a file. The values mean the same as
-            in the flag `--vgg-weights` of test.py.
+        vgg_weights: weights of VGG-19: "auto", "imagenet", "random" or the path of a file, as in the flag
+            `--vgg-weights` of test.py.
         options: settings that the authors' checkpoints do not store, as a dict {name: value}. The tuple
             `models.build.OPTION_NAMES` lists the names of these settings ("stage", "dilated", ...). "idx_stages" is
             another name for "stage", and "no_dilation" means the opposite of "dilated". The options "crop_size",
             "resize" and "crops" override the settings used in training. The value 0 of "resize" disables resizing.
 
     Raises:
-        UserError: if an argument is invalid, a file cannot be read, or the weights differ from those used in training.
+        UserError: if an argument is invalid or a file cannot be read.
+        UserError: if the weights of the re-synthesizer, VGG-19 or the classifier differ from those used in training.
     """
     for name, path in (("checkpoint", checkpoint), ("vgg_weights", vgg_weights)):
         if not isinstance(path, str | os.PathLike):
             raise UserError(f"{name} must be a path, got {path!r}")
     if precision not in PRECISIONS:
-        raise UserError(f"expected a precision of {', '.join(PRECISIONS)}, got {precision!r}")
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}")
     compute = choose_device_and_precision(convert_gpu_number_to_device_name(device), precision, deterministic=None)
     options = check_load_options({} if options is None else options)
     return detector_from_checkpoint(compute, checkpoint, resynthesizer, str(vgg_weights), options)
@@ -79,7 +80,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector that runs on `compute.device`. See `load` for the other arguments."""
+    """Load a detector, and move its network to `compute.device`. See `load` for the other arguments."""
     source = read_checkpoint_if_path_is_given(checkpoint)
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -113,8 +114,8 @@ def create_resize_and_crop_policy(network: ResynthesisDetector, settings: ImageS
 def convert_gpu_number_to_device_name(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    If the machine has no GPU, `choose_device_and_precision` raises an error for a device name such as "cuda:1". For a
-    number such as 1, `choose_device_and_precision` would use the CPU.
+    On a machine without a GPU, `choose_device_and_precision` raises an error for the device name "cuda:1", but would
+    use the CPU for the number 1.
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device
@@ -151,13 +152,13 @@ def check_load_options(options: Mapping) -> dict:
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
         if value is not None and not is_integer_at_least(value, lowest=1 if name == "crops" else 0):
-            unit = "crops" if name == "crops" else "pixels"
-            raise UserError(f"option {name} must be a number of {unit}, got {value!r}")
+            unit = "number of crops, at least 1" if name == "crops" else "number of pixels, at least 0"
+            raise UserError(f"option {name} must be a whole {unit}; got {value!r}")
     return checked
 
 
 def is_integer_at_least(value: object, lowest: int) -> bool:
-    """Return whether a value is an int that is at least `lowest`. The result is False for True and False."""
+    """Return whether a value is an int, is not a bool, and is at least `lowest`."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= lowest
 
 
@@ -186,7 +187,7 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
 
 
 def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
-    """Check the hashes of training images that a checkpoint contains.
+    """Check that a checkpoint stores the hashes of its training images as an int64 tensor (N, 2).
 
     `data.lists.hash_image_files` computes hashes of images.
 
@@ -210,8 +211,7 @@ def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> Image
     If the user does not choose "crop_size" or "resize", the value from training is used.
 
     Args:
-        trained: the values of "crop_size" and "resize" in training. `trained` lacks the key of a value that the
-            checkpoint does not store.
+        trained: the values of "crop_size" and "resize" used in training, as far as the checkpoint stores them.
         options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that the user does
             not choose has the value None or is missing.
 
@@ -234,7 +234,7 @@ def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> Image
 def log_resize_and_crop_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
     """Log the values of --crop-size and --resize that are taken from training, and the number of crops.
 
-    For a value that differs from training, a warning is logged.
+    A warning is logged if the user chose a --crop-size or --resize that differs from the value used in training.
     """
     for name in ("crop_size", "resize"):
         flag = f"--{name.replace('_', '-')}"

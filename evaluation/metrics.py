@@ -1,4 +1,4 @@
-"""Compute metrics of score tables with bootstrap intervals, and show the metrics in tables.
+"""Compute metrics and their bootstrap intervals from the scores of images, and format the metrics as tables.
 
 FAKE IS THE POSITIVE CLASS: an image with a higher score is more likely to be generated. A false positive is a real
 image that is called fake. Exception: for precision_real_positive and recall_real_positive, REAL is the positive class,
@@ -21,7 +21,7 @@ from utils.random_streams import seeded_generator
 ECE_BINS = 15  # number of bins of P(fake), as in Guo et al. (ICML 2017)
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-FEW_REALS = 100  # number of real images below which one false positive means an FPR above 1 %
+FEW_REALS = 100  # smallest number of real images for which an FPR of at most 1 % allows a false positive
 UNNAMED = "(unnamed)"
 RELEASE = "as in the authors' program (positive class: REAL)"
 
@@ -96,7 +96,7 @@ def fraction_of_true(values: np.ndarray) -> float | None:
 
 
 def has_real_and_fake_images(is_fake: np.ndarray) -> bool:
-    """Return whether there is at least one real and at least one fake image."""
+    """Return whether `is_fake` (N,) contains at least one real image and at least one fake image."""
     return bool(is_fake.any() and not is_fake.all())
 
 
@@ -138,9 +138,8 @@ def compute_bootstrap_intervals(
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
 
-    A resample is drawn with replacement, and has as many images of each class as the table. The images are sorted by
-    score once, before the first resample is drawn. For each resample, the function counts how often each image is
-    drawn. Cumulative sums of the counts give the ROC curve and the precision of the resample.
+    A resample consists of as many real and as many fake images as were given, drawn with replacement. The images are
+    sorted by score only once, because a resample is stored as the number of times that each image was drawn.
 
     Args:
         scores: (N,), the margin logit_fake - logit_real of each image. An image is called fake if its margin is >= 0.
@@ -270,8 +269,9 @@ def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[
 def select_fakes_and_reals_per_generator(table: ScoreTable) -> dict[str, np.ndarray]:
     """Select the rows of each generator: the fakes of the generator, and the real images for comparison.
 
-    The fakes of a generator are compared with the real images whose rows have the same name in the column "generator".
-    If no real image has this name, the fakes are compared with the real images whose column "generator" is empty.
+    The fakes of a generator are compared with the real images whose column "generator" holds the name of that
+    generator. If no real image has the name of a generator, the fakes of the generator are compared with the real
+    images whose column "generator" is empty.
 
     Returns:
         A dict from the name of each generator to a mask (N,) bool of its rows, sorted by name.
@@ -313,8 +313,8 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
     """Make a table with one row per generator, one row for the mean over generators and one row for all images.
 
     Args:
-        summaries: a dict {name of a score table: summary of the score table}. If `summaries` has several entries, the
-            first column shows the names of the score tables.
+        summaries: a dict {name of a score table: result of `compute_metrics_overall_and_per_generator`}. If `summaries`
+            has several entries, the first column shows the names of the score tables.
         columns: names of metrics. If `columns` is empty, the table shows all metrics whose `is_column` is True.
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
@@ -330,7 +330,7 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
 
 
 def select_groups_shown_in_metric_table(summary: Mapping) -> dict[str, Mapping]:
-    """Select the metrics that `make_metric_table` shows for `summary`. Returns a dict {name of the row: metrics}."""
+    """Return the rows that `make_metric_table` shows for `summary`, as a dict {name of the row: metrics in the row}."""
     groups = dict(summary["generators"])
     if len(groups) > 1:
         groups["mean over generators"] = summary["mean"]
@@ -368,10 +368,7 @@ def format_metrics(summary: Mapping) -> str:
 
 
 def list_results_missing_from_metric_table(summary: Mapping) -> list[str]:
-    """List the results that are not in the table of metrics, such as the counts of verdicts and of errors.
-
-    Each result is one line of text.
-    """
+    """List the results that are not in the table of metrics, such as the number of images per verdict."""
     measured = summary["all"]
     lines = []
     for truth, counts in measured["confusion"].items():

@@ -3,7 +3,7 @@
 P is the value of --save_path without a final "/" or ".npy". test.py recognises an earlier score table P.csv by the
 header of the table, and an earlier JSON file P.json by the keys in the file. The entry "Software" in the header of a
 PNG file shows that this project wrote the file. The array file P.npy does not show which program wrote it. Therefore,
-test.py replaces P.npy only if a P.json or a partial table of test.py lies beside it.
+test.py replaces P.npy only if test.py also wrote P.json, or P.csv.N.part, a part of an unfinished score table.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from evaluation.score_writer import find_partial_tables, read_settings_of_partia
 from utils.console import make_printable
 from utils.errors import UserError
 
-# Every file P.json that test.py writes has the keys in RECORD_KEYS
+# The JSON file that test.py writes beside a score table has all these keys
 RECORD_KEYS = {
     "scoring_settings",
     "detector",
@@ -38,12 +38,14 @@ def path_without_suffix(save_path: str) -> Path:
     The values "P", "P.npy" and "P/" of --save_path all give the path P.
 
     Raises:
-        UserError: if --save_path does not end in the name of a file.
+        UserError: if --save_path does not end in a file name, for example if it is "/" or "folder/..".
     """
     name = save_path.rstrip("/").removesuffix(".npy")
     if os.path.basename(name) in ("", ".", ".."):
-        text = f"expected a path such as {make_printable(name)}/scores"
-        raise UserError(f"--save_path {make_printable(save_path)} does not end in a file name: {text}")
+        example = f"{make_printable(name)}/scores"
+        raise UserError(
+            f"--save_path {make_printable(save_path)} does not end in a file name: give a path such as {example}"
+        )
     return Path(name)
 
 
@@ -123,7 +125,7 @@ def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def is_unfinished_score_table(path: Path) -> bool:
-    """Return whether a file is a partial table of an unfinished score table (P.csv.N.part)."""
+    """Return whether a file is a partial table, in which test.py stores rows of an unfinished score table."""
     return read_settings_of_partial_table(path) is not None
 
 

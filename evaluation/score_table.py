@@ -34,7 +34,7 @@ class Row(NamedTuple):
 
     path: str
     label: str = ""  # real, fake, or empty if the image has no label
-    # In the row of a real image, `generator` can name the generator whose fakes are compared with the image
+    # In the row of a real image, `generator` can name a generator whose metrics are computed with this real image
     generator: str = ""  # name of the generator that made a fake image
     logit_fake: float | None = None
     logit_real: float | None = None
@@ -53,7 +53,7 @@ PREDICTIONS = ("real", "fake", "unsure")
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The columns of a score table of N images, in file order.
+    """The columns of a score table of N images. Entry i of each column belongs to image i.
 
     In rows with an error, the logits and prob_fake are NaN.
     """
@@ -120,7 +120,7 @@ def make_rows_from_logits(items: Sequence[Item], logits: np.ndarray, calibration
 
     Args:
         logits: (N, 2), with the columns FAKE and REAL.
-        calibration: the calibration of the detector, as in `probabilities_and_verdicts`.
+        calibration: temperature and thresholds of the detector, or None (see `probabilities_and_verdicts`).
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
     finite = np.isfinite(logits).all(axis=1)
@@ -179,8 +179,8 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 def format_csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
-    # QUOTE_ALL is needed before Python 3.13, where QUOTE_MINIMAL does not quote a cell that contains "\r"
-    # csv.reader would end the line at an unquoted "\r"
+    # QUOTE_MINIMAL does not quote a cell that contains "\r" in Python versions older than 3.13
+    # csv.reader would end the line at an unquoted "\r", so QUOTE_ALL is used
     quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
@@ -285,6 +285,6 @@ def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
     for part in Path(path).parts:
         if part == os.pardir:
             parts.append("__")
-        elif part.strip("\\/"):  # the root "/" becomes empty here, and is left out
+        elif part.strip("\\/"):  # is false for the root "/", which is not added to `parts`
             parts.append(part)
     return Path(folder, *parts[:-1], f"{parts[-1]}{RESIDUAL_PICTURE_SUFFIX}")

@@ -1,15 +1,16 @@
 """Write a score table while images are scored. If a run is killed, a new run continues the table.
 
-Each process writes its rows to its own file P.csv.N.part, called a partial table, where N is a number. The first line
-of a partial table holds the scoring settings: everything that the scores depend on besides the content of the image
-files. A run refuses to continue a partial table that has different scoring settings. A run does not score an image
-again if an earlier run wrote a row with its score to a partial table. If the row holds an error, the image is scored
-again. The image is also scored again if the size or the modification time of the image file differs from the values in
-the row. When every image has a row, one row per image is written to P.csv, in the order of the list of images.
+Each process writes its rows to its own file, called a partial table. The partial tables of the score table P.csv are
+named P.csv.0.part, P.csv.1.part, and so on. The first line of a partial table holds the scoring settings: everything
+that the scores depend on besides the content of the image files. A run refuses to continue a partial table that has
+different scoring settings. A run does not score an image again if an earlier run wrote a row with its score to a
+partial table. If the row holds an error, the image is scored again. The image is also scored again if the size or the
+modification time of the image file differs from the values in the row. When every image has a row, one row per image is
+written to the score table, in the order of the list of images.
 
 Each row of a partial table fills one line, so that `readline` reads exactly one row. A row contains the index of its
-image in the list of images, but not the path of the image. While P.csv is written, only the byte positions of the rows
-in the partial tables are held in memory, because a list may hold ten million images.
+image in the list of images, but not the path of the image. While the score table is written, only the byte positions of
+the rows in the partial tables are held in memory, because the score table may have ten million rows.
 """
 
 import csv
@@ -54,8 +55,8 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        An int64 array (N, 2) with one row per file: its size and its modification time. Both values are -1 if the file
-        does not exist.
+        An int64 array (N, 2) with the size and the modification time of each file. The row of a file that does not
+        exist is (-1, -1).
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -69,12 +70,12 @@ class ScoreWriter:
     """Writes one score table. Several processes can write the table together, each with its own `ScoreWriter`.
 
     Args:
-        table: path of P.csv.
+        table: path of the score table.
         items: the images, in the order of the table.
         stamps: result of `read_file_sizes_and_times` for the images.
-        settings: the scoring settings (everything that the scores depend on besides the content of the image files),
-            as a dict for JSON. One entry of `settings` must identify the list of images (see
-            `describe_and_hash_image_list`).
+        settings: the scoring settings, as a dict that can be written as JSON: everything that the scores depend on
+            besides the content of the image files. `settings` must include the result of
+            `data.lists.describe_and_hash_image_list`.
         world: the rank of this process, and the number of processes that write the table together.
     """
 
@@ -83,7 +84,7 @@ class ScoreWriter:
         self.items = items
         self.stamps = stamps
         self.world = world
-        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in a dict read from JSON
+        self.settings = json.loads(json.dumps(settings))  # tuples become lists, as in settings read from a file
         hash_of_files = hashlib.sha256(stamps.tobytes()).hexdigest()[:16]
         self.identity = {"scoring_settings": self.settings, "files": hash_of_files}
         self.done = np.zeros(len(items), bool)  # (N,): True for the images that need not be scored
@@ -93,8 +94,8 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images that are scored again because their residual picture must be
-                drawn. An image whose row holds an error is scored again, too.
+            without_picture: mask (N,) bool of the images whose residual picture must be drawn, and which are therefore
+                scored again. An image whose row holds an error is scored again, too.
 
         Returns:
             False if the score table and all residual pictures are finished already, so that nothing must be scored or
@@ -102,7 +103,7 @@ class ScoreWriter:
 
         Raises:
             UserError: if the scoring settings in a partial table differ from those of this run.
-            UserError: if P.csv does not have one row per image, in the order of the images.
+            UserError: if the score table does not have one row per image, in the order of the images.
         """
         parts = find_partial_tables(self.table)
         use_rows_of_table = not overwrite and not parts and self._table_has_same_settings()
@@ -122,7 +123,7 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             delete_partial_table_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
-        # A run that only adds missing scores or residual pictures first copies all rows of P.csv to its partial table
+        # To add scores or residual pictures to an existing score table, first copy its rows to a new partial table
         if use_rows_of_table and self.world.is_main:
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})
@@ -131,8 +132,8 @@ class ScoreWriter:
     def list_unscored_images(self, block: int) -> np.ndarray:
         """Return the indices of the images that this process must score.
 
-        The list of images is divided into blocks of consecutive images. The process with rank b % `world.size` scores
-        the images in block b.
+        The list of images is divided into blocks, and block number b is scored by the process with rank
+        b % `world.size`.
 
         Args:
             block: number of consecutive images that form a block.
@@ -157,10 +158,10 @@ class ScoreWriter:
         self.partial_table.flush()
 
     def write_table_from_partial_tables(self) -> None:
-        """Close the partial table of this process, wait for all processes, and write P.csv from all partial tables.
+        """Close the partial table of this process, wait for all processes, and write the score table.
 
         Raises:
-            UserError: if an image has no row.
+            UserError: if an image has no row in any partial table.
         """
         self.partial_table.close()
         barrier(self.world)
@@ -178,14 +179,17 @@ class ScoreWriter:
         write_table(self.table, self._read_rows_at_positions(parts, numbers, offsets))
 
     def write_json_record_of_score_table(self, record: Mapping) -> None:
-        """Write P.json with the entries of `record`, the scoring settings, and a hash of image file sizes and times.
+        """Write the JSON file that belongs to the score table.
+
+        The JSON file contains the entries of `record`, the scoring settings, and a hash of the sizes and the
+        modification times of the image files.
 
         While partial tables of the score table exist, a later run treats the score table as unfinished.
         """
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
     def delete_partial_tables(self) -> None:
-        """Delete the partial tables, so that a later run treats P.csv as finished."""
+        """Delete the partial tables, so that a later run treats the score table as finished."""
         delete_partial_table_files(find_partial_tables(self.table).values())
 
     def _mark_images_with_rows_as_done(
@@ -201,7 +205,7 @@ class ScoreWriter:
                 self.done[i] = True
 
     def _open_new_partial_table(self, number: int) -> None:
-        """Create the partial table P.csv.N.part, where N is `number`, and open it as `self.partial_table`."""
+        """Create a partial table with `number` in its file name, and open the partial table as `self.partial_table`."""
         path = self.table.with_name(f"{self.table.name}.{number}.part")
         header = PARTIAL_TABLE_MARK + json.dumps(self.settings) + "\n" + format_csv_line(PARTIAL_TABLE_COLUMNS)
         # The atomic write ensures that no partial table with an incomplete header is left behind if the run is killed
@@ -210,15 +214,15 @@ class ScoreWriter:
         self.partial_table = path.open("ab")
 
     def _table_has_same_settings(self) -> bool:
-        """Return whether P.csv was made with the scoring settings and the image files of this run."""
+        """Return whether the score table was made with the scoring settings and the image files of this run."""
         record = read_json_record_of_score_table(self.table)
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
     def _read_rows_of_table(self) -> Iterator[tuple[int, Row]]:
-        """Read the rows of P.csv, as pairs (index of the image, row).
+        """Read the rows of the score table, as pairs (index of the image, row).
 
         Raises:
-            UserError: if P.csv does not have one row per image, in the order of the images.
+            UserError: if the score table does not have one row per image, in the order of the images.
         """
         for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
             if item is None or row is None or not _row_belongs_to_image(row, item):
@@ -233,7 +237,8 @@ class ScoreWriter:
         old, new = read_settings_of_partial_table(part), self.settings
         if old is None:
             raise UserError(
-                f"{make_printable(part)} is not a partial score table: move the file, or choose another --save_path"
+                f"{make_printable(part)} has the name of a partial score table, but other content: move the file,"
+                " or choose another --save_path"
             )
         differences = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
         if differences:
@@ -244,9 +249,7 @@ class ScoreWriter:
             )
 
     def _read_rows_of_partial_tables(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
-        """Read the rows of all partial tables, as pairs (index of the image, row).
-
-        Rows that `_parse_row_of_partial_table` does not accept are skipped.
+        """Read the valid rows of all partial tables, as pairs (index of the image, row).
 
         Raises:
             UserError: if the scoring settings in a partial table differ from the settings of this run.
@@ -258,17 +261,17 @@ class ScoreWriter:
                 yield i, row
 
     def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
-        """Choose one row per image from the valid rows of the partial tables, and find its byte position.
+        """Choose one row per image from the valid rows of all partial tables, and find the byte position of this row.
 
-        An image has several rows if it was scored again. If the newest row of an image holds an error, the newest row
-        is chosen. Otherwise, the oldest row after the last error is chosen. If an image is scored again only to draw
-        its residual picture, its score therefore stays the same.
+        An image has several rows if it was scored again. A row with an error replaces all older rows of the same image.
+        A row with a score replaces only an older row with an error, so that an image keeps its score if it is scored
+        again only to draw its residual picture.
 
         Returns:
-            numbers: (N,), for each image, the number in the file name of the partial table that holds the chosen row,
-                or -1 if the image has no row.
-            offsets: (N,), for each image, the byte position of the chosen row in its partial table, or 0 if the image
-                has no row.
+            numbers: (N,), the number in the file name of the partial table that holds the chosen row of each image, or
+                -1 if the image has no row.
+            offsets: (N,), the byte position of the chosen row of each image in its partial table, or 0 if the image has
+                no row.
         """
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
@@ -329,7 +332,7 @@ class ScoreWriter:
 
 
 def _row_belongs_to_image(row: Row, item: Item) -> bool:
-    """Return whether the file name, the label and the generator in a row are equal to those of an image.
+    """Return whether a row of a score table has the file name, the label and the generator of an image.
 
     Folders are not compared, because one run may use the relative path and another the absolute path of the same file.
     """
@@ -338,7 +341,7 @@ def _row_belongs_to_image(row: Row, item: Item) -> bool:
 
 
 def find_partial_tables(table: Path) -> dict[int, Path]:
-    """Find the partial tables P.csv.N.part of a score table P.csv. Returns a dict {N: path}."""
+    """Find the partial tables of a score table, as a dict {number in the file name: path of the partial table}."""
     pattern = re.compile(re.escape(table.name) + r"\.(\d+)\.part")
     parts = {}
     for path in table.parent.iterdir() if table.parent.is_dir() else ():
@@ -361,6 +364,6 @@ def read_settings_of_partial_table(part: Path) -> dict | None:
 
 
 def delete_partial_table_files(paths: Iterable[Path]) -> None:
-    """Delete partial tables, all of which must exist."""
+    """Delete the partial tables at `paths`."""
     for path in paths:
         path.unlink()

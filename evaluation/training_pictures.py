@@ -15,7 +15,7 @@ from utils.random_streams import seeded_generator
 from utils.run import Run
 
 PICTURE_SIDE = 256  # maximum height and width, in pixels, of each image in a picture
-PICTURE_GAIN = 4  # factor by which the faint differences are brightened
+PICTURE_GAIN = 4  # factor that brightens the difference between an image and its re-synthesis
 
 
 def read_one_real_and_fake_image(images: ImageDataset) -> dict[str, Tensor]:
@@ -24,7 +24,7 @@ def read_one_real_and_fake_image(images: ImageDataset) -> dict[str, Tensor]:
     The side of a square is at most PICTURE_SIDE pixels long.
 
     Returns:
-        The images, uint8 (1, 3, H, W), under the keys "real" and "fake".
+        A dict with the two images, uint8 (1, 3, H, W), under the keys "real" and "fake".
     """
     examples = {}
     scale = images.policy.scale
@@ -59,7 +59,7 @@ def write_resynthesis_pictures(
     the second picture shows how the re-synthesis of the degraded image differs from the original image.
     Images and degradation are the same in every epoch, so that pictures of different epochs can be compared.
 
-    Writing the pictures puts the detector in evaluation mode.
+    If pictures are written, the detector is left in evaluation mode.
     """
     if run.writer is None:
         return

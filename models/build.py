@@ -3,15 +3,15 @@
 A detector consists of three networks: the re-synthesizer, the feature network and the classifier. The dicts
 RESYNTHESIZERS, FEATURES and CLASSIFIERS list the classes that can be chosen for each network. To add a network, write a
 class and add one line to one of these dicts (docs/extending.md). The file config.json and most checkpoints store the
-name and the arguments of each network. The files epoch_N.pth and the checkpoints by the paper's authors do not store
-the arguments.
+name and the arguments of each network. The files epoch_N.pth of train_sr.py and the checkpoints by the paper's authors
+do not store the arguments of networks.
 
-train_detector.py and test.py choose the settings of a detector, such as the name of the classifier, in the same way. If
-the checkpoint stores a setting, the stored value is used. An option that contradicts the checkpoint raises a UserError.
-If neither the checkpoint nor an option sets a value, the value in the paper is used. One default differs from the
-paper: a ResNet-50 or larger is dilated, as in the authors' program. The option `--no_dilation` switches dilation off.
-The classifier of a new detector has random weights. The re-synthesizer of a new detector must be trained already. The
-re-synthesizers "bicubic" and "none" have no weights and need no training.
+If a checkpoint stores a setting of a detector, such as the name of the classifier, the stored value is used. An option
+that contradicts the checkpoint raises a UserError. If neither the checkpoint nor an option sets a value, the value in
+the paper is used. One default differs from the paper: ResNet-50, ResNet-101 and ResNet-152 have dilated convolutions,
+as in the authors' program. The option `--no_dilation` switches dilation off. The classifier of a new detector has
+random weights. The re-synthesizer of a new detector must be trained already. The re-synthesizers "bicubic" and "none"
+have no weights and need no training.
 """
 
 import inspect
@@ -54,8 +54,8 @@ class Resynthesizer(Protocol):
 
     The values of x_lr are in [0, 1]. The values of x_hat may be slightly outside [0, 1].
 
-    A re-synthesizer is created as RESYNTHESIZERS[name](scale=4, **args). A re-synthesizer may also have the methods
-    `set_tile_side(side)` and `initialize_as_interpolation()`.
+    A re-synthesizer is created as RESYNTHESIZERS[name](scale=4, **args). docs/extending.md describes optional methods
+    of re-synthesizers.
     """
 
     scale: int
@@ -67,8 +67,8 @@ class Features(Protocol):
     """A network that computes feature maps (B, channels, H / stride, W / stride) of images x (B, 3, H, W).
 
     A feature network is created as FEATURES[name](**args). The weights of a feature network are never trained. A
-    feature network with pretrained weights needs a method `load_pretrained(source, trained_with, name)`. The class
-    `VGG19Stage` is an example. A feature network may also have a method `set_tile_side(side)`.
+    feature network with pretrained weights needs a method `load_pretrained`, like the one of `VGG19Stage`.
+    docs/extending.md describes `load_pretrained` and the optional methods of feature networks.
     """
 
     channels: int
@@ -80,7 +80,7 @@ class Features(Protocol):
 # A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l).
 # A classifier is created as CLASSIFIERS[name](channels, **args).
 # A classifier with batch norm should have an attribute `stride`, the stride of its last feature map.
-# From `stride`, train_detector.py computes whether batch norm needs batches of at least two images.
+# If a residual is at most `stride` values high and wide, train_detector.py refuses batches of one image.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -146,8 +146,8 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
 def get_default_arguments(entries: Mapping, name: str) -> dict:
     """Return the default values of the constructor arguments of a network, or {} if `entries` does not contain `name`.
 
-    Checkpoints store the default values, too. A checkpoint then still describes its network if a default value in the
-    source code is changed later. Only numbers, texts and bools are returned, because checkpoints contain plain values.
+    Checkpoints store the default values, so that a later change of a default value in the source code does not change
+    trained networks. Only default values that are numbers, texts or bools are returned.
 
     Args:
         entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
@@ -171,8 +171,8 @@ def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], argum
     refused = sorted(set(fixed) & arguments.keys())
     if refused:
         raise UserError(
-            f"{what} does not accept the argument {refused[0]}, because the program sets its value:"
-            f" leave {refused[0]} out"
+            f"{what}: the argument {refused[0]} cannot be chosen, because the program sets it: remove {refused[0]}"
+            " from the given arguments"
         )
 
 
@@ -182,8 +182,8 @@ def construct_network_or_raise_user_error(
     """Call the constructor of a network, and raise a UserError if the constructor does not accept the arguments.
 
     Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values. A
-    NameError, an AttributeError, and every exception of a constructor without arguments is raised unchanged, because it
-    shows a mistake in the source code of the network.
+    NameError or AttributeError is raised unchanged, because it shows a mistake in the source code of the network. If
+    `arguments` is empty, every exception is raised unchanged, because no option or checkpoint has caused it.
 
     Args:
         what: name of the network for the error message, such as "classifier resnet50".
@@ -281,7 +281,10 @@ def create_resynthesizer(checkpoint: Checkpoint | None, options: Mapping) -> tup
     if checkpoint is not None:
         file = checkpoint.name
         if "sr_state_dict" in checkpoint.content:
-            raise UserError(f"{file} is a detector: expected a re-synthesizer, such as last.pth or NNNN_sr.pth.tar")
+            raise UserError(
+                f"{file} is a checkpoint of a detector: give a checkpoint of a re-synthesizer, such as last.pth or"
+                " 0100_sr.pth.tar"
+            )
         state = extract_state_dict(checkpoint.content, file)
         recorded = read_resynthesizer_config(checkpoint, state, given_name)
     found = recorded or {"name": None, "scale": None, "args": None}
@@ -385,7 +388,8 @@ def load_detector(
         the detector, and its config.
 
     Raises:
-        UserError: if the re-synthesizer, the VGG-19 weights or an option contradicts the checkpoint.
+        UserError: if an option contradicts the checkpoint.
+        UserError: if the weights of a network do not have the fingerprint that the checkpoint contains.
     """
     content, name = checkpoint
     state = extract_state_dict(content, name)
@@ -409,9 +413,9 @@ def load_detector(
     expected = read_fingerprint_of_config(checkpoint, "features_fingerprint")
     if expected not in (None, config["features_fingerprint"]):
         raise UserError(
-            f"{name} was trained with other weights of the features {config['features']['name']} (fingerprint"
-            f" {expected}) than the weights created now (fingerprint {config['features_fingerprint']}): change the"
-            " class of the features so that it creates the same weights every time, or loads them in a method"
+            f"{name} was trained with other weights of the feature network {config['features']['name']} (fingerprint"
+            f" {expected}), but the network now has weights with the fingerprint {config['features_fingerprint']}:"
+            " change its class so that it creates the same weights every time, or loads them in a method"
             " load_pretrained (docs/extending.md)"
         )
     expected = read_fingerprint_of_config(checkpoint, "resynthesizer_fingerprint")
@@ -449,7 +453,7 @@ def load_resynthesizer_of_detector(
 
 
 def choose_features_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
-    """Return the name and the arguments of the features with which a detector was trained.
+    """Return the name and the arguments of the feature network with which a detector was trained.
 
     A checkpoint by the paper's authors does not say which features the detector uses. For a checkpoint by the paper's
     authors, this function infers the features from the options and the classifier's number of input channels.
@@ -522,8 +526,8 @@ def choose_classifier_config(checkpoint: Checkpoint, state: Mapping[str, Tensor]
 def choose_classifier_arguments_from_options(arch: str, options: Mapping, name: str) -> dict:
     """Return the arguments of a new classifier, or of a classifier whose checkpoint does not contain the arguments.
 
-    A ResNet-50 or larger is dilated, unless `--no_dilation` or `--arch-args` says otherwise. This function warns if the
-    ResNet is dilated, but no option asks for dilation.
+    A ResNet-50, ResNet-101 or ResNet-152 is dilated, unless `--no_dilation` or `--arch-args` says otherwise. This
+    function warns if the ResNet is dilated, but no option asks for dilation.
 
     Args:
         arch: name of the classifier.
@@ -595,10 +599,11 @@ def assemble_detector(
         name: name of the detector's checkpoint, for error messages.
 
     Returns:
-        the detector, and a copy of `config` that contains the default values of all arguments, and in which the entries
-        "resynthesizer_fingerprint", "vgg" and "features_fingerprint" are set. The entry "vgg" contains the source and the fingerprint of the VGG-19 weights,
-        or is None without VGG-19. The entry "features_fingerprint" is None if the features have a method
-        `load_pretrained`. The method `load_pretrained` itself checks the weights that it loads.
+        the detector, and a copy of `config`. The copy also contains the default arguments of the feature network and of
+        the classifier, and the entries "resynthesizer_fingerprint", "vgg" and "features_fingerprint". The entry "vgg"
+        is the result of the feature network's method `load_pretrained`, or None if the network has no such method. The
+        entry "features_fingerprint" is None if the feature network has a method `load_pretrained`, because
+        `load_pretrained` itself checks the fingerprint of the weights.
     """
     for kind, entries in (("features", FEATURES), ("classifier", CLASSIFIERS)):
         name_of_network, arguments = config[kind]["name"], config[kind]["args"]
@@ -607,7 +612,8 @@ def assemble_detector(
     features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
     for attribute in ("channels", "stride"):
         if not isinstance(getattr(features, attribute, None), int):
-            raise UserError(f"the features {config['features']['name']} must have an integer attribute {attribute}")
+            network = config["features"]["name"]
+            raise UserError(f"the feature network {network} must have an integer attribute {attribute}")
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
         chosen = config["features"]["name"]
@@ -617,8 +623,8 @@ def assemble_detector(
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)
         if not isinstance(vgg_record, Mapping) or not {"source", "fingerprint"} <= vgg_record.keys():
             raise UserError(
-                f"the method load_pretrained of the features {config['features']['name']} must return a dict with the"
-                f" keys source and fingerprint, got {vgg_record!r}"
+                f"the method load_pretrained of the feature network {config['features']['name']} must return a dict"
+                f" with the keys source and fingerprint, got {vgg_record!r}"
             )
     else:
         features_fingerprint = compute_fingerprint(features)
@@ -638,7 +644,7 @@ def assemble_detector(
 
 @torch.no_grad()
 def check_resynthesizer(model: nn.Module, name: str, scale: int) -> None:
-    """Raise a UserError if a new re-synthesizer does not enlarge a black image by the factor `scale`.
+    """Raise a UserError if a re-synthesizer does not enlarge a black test image by the factor `scale`.
 
     Args:
         name: name of the re-synthesizer for the error message, such as "rdn".
@@ -663,12 +669,12 @@ def check_features(features: nn.Module, config: Mapping) -> None:
     The function tests the network on an image of random values.
 
     Args:
-        config: dict with the keys "name" and "args", with which the features were created.
+        config: dict with the keys "name" and "args", with which the feature network was created.
 
     Raises:
         UserError: if the shape of the feature maps does not match the attributes `channels` and `stride`.
-        UserError: if the features change the values of their input.
-        UserError: if the features get other weights each time they are created.
+        UserError: if the feature network changes the values of its input.
+        UserError: if the weights of the feature network differ each time the network is created.
     """
     name = config["name"]
     side = max(CHECKED_SIDE // features.stride, 1)  # height and width of the feature maps
@@ -681,7 +687,8 @@ def check_features(features: nn.Module, config: Mapping) -> None:
         again = create_network("features", FEATURES, name, **config["args"])
         if compute_fingerprint(again) != compute_fingerprint(features):
             raise UserError(
-                f"the features {name} get other weights each time they are created: set fixed weights in __init__"
+                f"the weights of the feature network {name} differ each time the network is created: set fixed weights"
+                " in its __init__"
             )
     expected = (1, features.channels, side, side)
     if tuple(maps.shape) != expected:

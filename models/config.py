@@ -19,7 +19,7 @@ def read_config(checkpoint: Checkpoint) -> Fields:
 
 
 def read_network_settings_of_config(checkpoint: Checkpoint, key: str) -> dict | None:
-    """Read the settings of the re-synthesizer, the features or the classifier from the config of a checkpoint.
+    """Read the settings of the re-synthesizer, feature network or classifier from the config of a checkpoint.
 
     Args:
         key: which settings to read: "resynthesizer", "features" or "classifier".
@@ -76,7 +76,7 @@ def read_vgg_source_and_fingerprint(checkpoint: Checkpoint, key: str) -> dict | 
 def choose_value_from_checkpoint_or_option(
     flag: str, given: object, found: object, default: object, name: str
 ) -> object:
-    """Choose the value of a setting. The checkpoint has priority over the option, and the option over the default.
+    """Return the value in the checkpoint if there is one, else the value of the option, else the default value.
 
     Args:
         flag: name of the option for the error message, such as "--sr-scale".
@@ -112,8 +112,8 @@ def choose_arguments_from_checkpoint_or_option(
         name: name of the checkpoint for the error message.
 
     Raises:
-        UserError: if the option sets an argument that the network in the checkpoint does not have, or sets an argument
-            to another value than in this network.
+        UserError: if the option sets an argument that the network in the checkpoint does not have.
+        UserError: if the option and the network in the checkpoint have different values of the same argument.
     """
     if found is None:
         return dict(given)

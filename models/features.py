@@ -33,7 +33,9 @@ STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
 STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of layer relu{k}_1 in torchvision's vgg19().features
 CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-TILE_CUTS = (10, 19)  # tiles are joined to whole feature maps before layer 10 (after pool2) and layer 19 (after pool3)
+# TILE_CUTS contains the indices of the VGG-19 layers that follow the max poolings pool2 and pool3.
+# Before each layer in TILE_CUTS, the tiles are joined to whole feature maps, which are cut into new tiles.
+TILE_CUTS = (10, 19)
 
 # The digits dcbb9e9d in the name of the VGG-19 file are the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
@@ -86,11 +88,11 @@ class VGG19Stage(nn.Module):
         return record
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side length of VGG-19's tiles to `side // 4`, in pixels of the image or feature map that is cut.
+        """Set the side length of the tiles in which VGG-19 processes images when gradients are disabled.
 
-        When gradients are disabled, VGG-19 processes the image in tiles to save memory. For stages 3 to 5, the output
-        of layer pool2 is also processed in tiles. For stages 4 and 5, the output of layer pool3 is also processed in
-        tiles.
+        Args:
+            side: side of the detector's tiles in pixels of the image. VGG-19 uses smaller tiles, with a side of
+                `side // 4` pixels.
         """
         self.vgg.tile = side // 4
 
@@ -110,14 +112,14 @@ class VGG19(nn.Module):
             if block > 0:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(count):
-                # skip_init is used because initializing the weights takes longer than loading them
+                # To save time, skip_init does not initialize the weights, which are loaded or drawn after construction
                 layers.append(nn.utils.skip_init(nn.Conv2d, in_channels, channels, kernel_size=3, padding=1))
                 layers.append(nn.ReLU(inplace=True))
                 in_channels = channels
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
         # If no gradients are computed, VGG-19 processes the image and the feature maps in tiles.
-        # self.tile is the side length of the tiles, in pixels of the image or feature map that is cut into tiles.
+        # self.tile is the side length of a tile in pixels, and is the same for the image and for all feature maps.
         self.tile = 256
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:
@@ -206,9 +208,9 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
         source: value of `--vgg-weights`: "imagenet", "random", "auto", or the path of a state dict of torchvision's
             vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
             "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If
-            `trained_with` is None, "auto" loads the ImageNet weights. If `trained_with` is None and the ImageNet
-            weights cannot be downloaded, "auto" draws random weights. If `source` is a path, the state dict in the file
-            must contain the parameters `features.*` of all layers of VGG-19 up to relu5_1.
+            `trained_with` is None, "auto" means "imagenet", or "random" if the ImageNet weights cannot be downloaded.
+            If `source` is a path, the state dict in the file must contain the parameters `features.*` of all layers of
+            VGG-19 up to relu5_1.
         trained_with: dict that describes the VGG-19 weights that must be loaded, or None if any weights may be loaded.
             The entry "source" of `trained_with` is "imagenet", "random" or the path of the file of weights. If
             the entry "fingerprint" of `trained_with` is None or missing, the fingerprint of the weights is not checked.
@@ -299,7 +301,7 @@ def _find_or_download_imagenet_weights() -> Path:
 
     Raises:
         OSError: if the file is missing and cannot be downloaded.
-        UserError: if the SHA-256 of the file does not start with the digits in the file name.
+        UserError: if the SHA-256 of the file does not start with the 8 hexadecimal digits in the file name.
     """
     path = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET_URL).name)
     digest = path.stem.partition("-")[2]

@@ -20,13 +20,13 @@ def compute_perceptual_distance(
 ) -> Tensor:
     """Compute the perceptual distance of two images, a weighted sum of the distances of their VGG-19 feature maps.
 
-    For each stage k of VGG-19, the distance of the feature maps is multiplied by STAGE_WEIGHTS[k] and added to the sum.
-    The distances of the feature maps are computed in float32. Gradients are computed for x_hat, but not for x.
+    STAGE_WEIGHTS[k] is the weight of the distance between the feature maps of stage k of VGG-19. The distances of the
+    feature maps are computed in float32. Gradients are computed for x_hat, but not for x.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
-        distance: function that gets the feature maps of `x_hat` and of `x` from one stage of VGG-19, and returns their
-            distance.
+        distance: function that computes the distance of two tensors of feature maps (B, C, h, w). The distance is a
+            scalar, or one value per image, (B,).
     """
     with torch.no_grad():
         maps = vgg(x, STAGES)
@@ -97,12 +97,13 @@ def compute_residuals_and_auxiliary_losses(
     Args:
         vgg: VGG-19 with which the auxiliary loss is computed. If `vgg` is None, the auxiliary loss is 0.
         x: images (B, 3, H, W) in [0, 1].
-        degraded: degraded low-resolution images (B, 3, h, w), from which the auxiliary task re-synthesizes `x`. If
-            `degraded` is None, the auxiliary task re-synthesizes `x` from clean low-resolution images.
+        degraded: low-resolution images (B, 3, h, w) with noise or grey pixels, or None. The auxiliary loss compares `x`
+            with the re-synthesis of `degraded`. If `degraded` is None, the auxiliary loss compares `x` with the
+            re-synthesis of `x`.
         real: bool (B,), True for the images on which the auxiliary loss is computed.
 
     Returns:
-        residual: residuals of all images, with the shape of the detector's features, (B, C_l, H_l, W_l).
+        residual: residuals of all images, (B, C_l, H_l, W_l), the shape of the feature maps that the detector compares.
         losses: auxiliary loss of each image, (B,). losses[i] is 0 if real[i] is False.
     """
     x_hat = detector.resynthesize(x)  # (B, 3, H, W)

@@ -173,10 +173,11 @@ class RDN(nn.Module):
     def initialize_as_interpolation(self) -> None:
         """Set the weights so that the output of an untrained RDN is similar to bicubic interpolation of the input.
 
-        The layer sfe1 copies the colours red, green and blue into the channels 0, 1 and 2. Each up-sampling step
-        enlarges the channels 0, 1 and 2 by interpolation. The output layer copies the channels 0, 1 and 2 to red, green
-        and blue. The weights of the dense blocks stay random. The weights and biases of gff[1], the last convolution of
-        the global feature fusion, are set to zero, so that the dense blocks do not change the output before training.
+        The first convolution of RDN, sfe1, copies the colours red, green and blue into the channels 0, 1 and 2 of its
+        output. Each up-sampling step enlarges the channels 0, 1 and 2 by interpolation. The output layer copies the
+        channels 0, 1 and 2 to red, green and blue. The weights of the dense blocks stay random. The weights and biases
+        of gff[1], the last convolution of the global feature fusion, are set to zero, so that the dense blocks do not
+        change the output before training.
 
         Raises:
             UserError: if `num_features` is less than 3.

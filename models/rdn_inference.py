@@ -47,8 +47,8 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     """Run the dense blocks one after another, starting with x (B, G0, h, w), and fuse the outputs of all blocks.
 
     The fusion is computed as a sum of 1x1 convolutions, one for the output of each block. Summing takes less memory
-    than a convolution of the concatenated outputs of all blocks. The sum has the data type of the parameters (float32)
-    also under autocast.
+    than a convolution of the concatenated outputs of all blocks. Even under autocast, the fused feature maps have the
+    data type of RDN's parameters (float32).
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one weight (G0, G0, 1, 1) per block
@@ -86,12 +86,13 @@ def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) ->
     """Run a residual dense block on x (B, G0, h, w) with Winograd's algorithm.
 
     Args:
-        scratch: one-dimensional float32 tensor, which is resized and overwritten with transformed feature maps. If all
-            calls get the same `scratch`, its memory is allocated only once.
+        scratch: one-dimensional float32 tensor for the intermediate results of Winograd's algorithm. Each call resizes
+            and overwrites `scratch`. If all calls get the same `scratch`, its memory is allocated only once.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)
-    # `first_weight` is the weight of lff for x. `weights` are the weights of lff for the outputs of the dense layers.
-    # All these weights have the shape (G0, G, 1, 1), because Winograd's algorithm is used only if G equals G0.
+    # `first_weight` is the slice of block.lff.weight that is applied to x.
+    # `weights` contains the slices of block.lff.weight that are applied to the outputs of the dense layers.
+    # The slices have equal shapes, because `should_use_winograd` requires that growth_rate equals num_features.
     first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)
     fused = F.conv2d(x, first_weight, block.lff.bias)  # (B, G0, h, w)
     maps = x

@@ -1,9 +1,9 @@
 """Read checkpoints by the paper's authors, and find the architecture of a network from the shapes of its weights.
 
-The checkpoints by the authors have no config. A checkpoint of RDN by the authors is a state dict, or a dictionary with
-the state dict under the key "state_dict". A checkpoint of a detector by the authors is a dictionary with the keys
-"epoch", "arch", "state_dict" and "optimizer". The keys of a state dict may begin with "module.", which DataParallel
-adds.
+The checkpoints by the authors do not store the arguments of networks. A checkpoint of RDN by the authors is a state
+dict, or a dictionary with the state dict under the key "state_dict". A checkpoint of a detector by the authors is a
+dictionary with the keys "epoch", "arch", "state_dict" and "optimizer". The keys of a state dict may begin with
+"module.", which DataParallel adds.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from torch import Tensor
 from models.resnet import BOTTLENECKS, LAYOUTS
 from utils.errors import UserError
 
-SHOWN_KEYS = 3  # largest number of keys in an error message
+SHOWN_KEYS = 3  # maximum number of keys of a checkpoint that an error message lists
 PREFIX = "module."  # prefix of the keys in a state dict if the network was wrapped in DataParallel
 
 
@@ -54,8 +54,9 @@ def read_rdn_scale_and_arguments(state: Mapping[str, Tensor], name: str) -> tupl
     except KeyError as error:
         first = next(iter(state), "none")
         raise UserError(
-            f"{name} contains no RDN: its state dict has no key {error} (first key: {first}); give a checkpoint of an"
-            " RDN from train_sr.py or from the paper's authors, or name the network with --sr-arch"
+            f"{name} contains no RDN: its state dict has no key {error} (its first key is {first}); give a checkpoint"
+            " of an RDN from train_sr.py or from the paper's authors; if the network is not an RDN, give its name with"
+            " --sr-arch"
         ) from None
     scale = 2
     if shuffled_channels == 9 * num_features:

@@ -108,8 +108,8 @@ class ResynthesisDetector(nn.Module):
     def set_tile_side(self, side: int) -> None:
         """Set the side length of the tiles in which the detector processes images when gradients are disabled.
 
-        Smaller tiles take less memory, and give the same results except for rounding errors. A network of the detector
-        without a method `set_tile_side` processes its whole input at once.
+        Smaller tiles take less memory, and give the same results except for rounding errors. A network that has no
+        method `set_tile_side` processes its whole input at once.
 
         Args:
             side: side of a tile in pixels of the image. A side below 16 is raised to 16. All other sides are rounded

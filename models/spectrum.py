@@ -3,9 +3,10 @@
 A ResNet overfits if it is trained on only a few hundred images. The classifiers in this file first reduce a residual to
 a small number of values, and then classify these values.
 
-`SpectrumClassifier` is made for residuals of pixels. `SpectrumClassifier` compares the power of each frequency in the
-spectrum of a residual with the power of neighbouring frequencies. The spectrum of the residual is averaged over
-overlapping windows by Welch's method (IEEE Transactions on Audio and Electroacoustics, 1967).
+`SpectrumClassifier` is made for pixel residuals, not for residuals of VGG-19 features. `SpectrumClassifier` compares
+the power of each frequency in the spectrum of a residual with the power of neighbouring frequencies. The spectrum of
+the residual is averaged over overlapping windows by Welch's method (IEEE Transactions on Audio and Electroacoustics,
+1967).
 
 `ChannelPowerClassifier` classifies residuals of VGG-19 features by the power of each channel.
 """
@@ -42,8 +43,8 @@ class SpectrumClassifier(nn.Module):
     distance d small for real images. A large d raises the logit for FAKE, also for images of generators that are unseen
     in training.
 
-    Use this classifier with `--residual signed`, because taking the absolute value changes the spectrum of a residual.
-    Images may have any size.
+    Use this classifier with `--residual signed`, because `--residual absolute` replaces each residual by its absolute
+    value, which has another spectrum. Images may have any size.
 
     Args:
         channels: number of channels of the residual. `channels` is not used, because the log spectra of all channels
@@ -67,8 +68,8 @@ class SpectrumClassifier(nn.Module):
             raise UserError(f"the window of the spectrum classifier must be an even number of pixels, got {window}")
         if neighbourhood < 1 or neighbourhood % 2 == 0:
             raise UserError(
-                "the neighbourhood of the spectrum classifier must be an odd number of frequencies, at least 1, got"
-                f" {neighbourhood}"
+                "the side length of the neighbourhood in the spectrum classifier must be an odd number of frequencies,"
+                f" at least 1, got {neighbourhood}"
             )
         self.window = window
         self.neighbourhood = neighbourhood
@@ -120,9 +121,12 @@ class SpectrumClassifier(nn.Module):
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def average_neighbouring_frequencies(self, spectrum: Tensor) -> Tensor:
-        """For each frequency of spectra (B, half, half), compute the mean over a square of frequencies around it.
+        """For each frequency, compute the mean over the `neighbourhood` x `neighbourhood` frequencies around it.
 
-        If the square extends beyond the spectrum, the spectrum is padded by reflection.
+        At its edges, the spectrum is padded by reflection.
+
+        Args:
+            spectrum: spectra (B, half, half), where half = window / 2 + 1.
         """
         reach = self.neighbourhood // 2
         padded = F.pad(spectrum[:, None], (reach, reach, reach, reach), mode="reflect")
@@ -154,7 +158,7 @@ class ChannelPowerClassifier(nn.Module):
 
 
 class Standardise(nn.BatchNorm1d):
-    """A batch norm without trainable weight and bias, for `count` values per image, (B, count).
+    """A batch norm without trainable weight and bias, for inputs (B, count) with `count` values per image.
 
     A training batch with a single image is normalized by the running mean and variance, as in evaluation.
     """

@@ -55,6 +55,6 @@ def apply_function_in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    # The height and width of `result` were rounded up.
+    # The height and width of `result` are those of `maps`, multiplied by `scale` and rounded up.
     # If `function` rounds the size of its output down, the last row or column of `result` has no values and is removed.
     return result[:, :, :bottom, :right]

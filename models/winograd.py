@@ -33,11 +33,12 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
+    # The matrices input_1d, kernel_1d and output_1d are those of Winograd's algorithm in one dimension.
     # The matrix `powers` maps the coefficients of a polynomial to the values of the polynomial at POINTS.
     # The value of a polynomial at infinity is defined as the coefficient of the highest power.
     # In each torch.cat below, the last row comes from `infinity` and selects the coefficient of the highest power.
-    input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6), for tiles of 6 values
-    kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3), for kernels of 3 values
+    input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6)
+    kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3)
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
     return tuple(torch.kron(matrix, matrix).float() for matrix in (input_1d, kernel_1d, output_1d))
 
@@ -72,8 +73,8 @@ class DenseMaps:
     Args:
         like: a tensor with the shape (B, C, h, w) of the feature maps. The values of `like` are not used.
         count: number of feature maps that the store can hold.
-        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten. If all blocks get the
-            same `scratch`, its memory is allocated only once.
+        scratch: one-dimensional float32 tensor of any size, which is resized and overwritten with the transformed
+            feature maps. If all stores get the same `scratch`, its memory is allocated only once.
     """
 
     def __init__(self, like: Tensor, count: int, scratch: Tensor):
@@ -89,7 +90,7 @@ class DenseMaps:
         self.added = 0  # number of feature maps that were appended so far
 
     def append_map_and_convolve_all_maps(self, convolution: nn.Conv2d, x: Tensor) -> Tensor:
-        """Append the feature map x (B, C, h, w), and apply `convolution` to all appended feature maps, concatenated.
+        """Store the feature map x (B, C, h, w), and apply `convolution` to the concatenation of all stored maps.
 
         Returns:
             the output of the convolution with "same" padding, (B, O, h, w).
@@ -128,13 +129,17 @@ class DenseMaps:
         Returns:
             the transformed weight, (36 * O, C, maps, 1).
         """
-        weight = convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (9, O * maps * C)
-        weight = KERNEL @ weight  # (36, O * maps * C)
+        weight = convolution.weight.permute(2, 3, 0, 1).reshape(9, -1)  # (9, number of 3x3 kernels)
+        weight = KERNEL @ weight  # (36, number of 3x3 kernels)
         weight = weight.view(PRODUCTS * convolution.out_channels, self.added, 1, self.channels)
         return weight.permute(0, 3, 1, 2)
 
     def split_images_into_strips(self, images: Tensor) -> list[Tensor]:
-        """Split each image in `images` (B, rows of tiles, ...) into strips of at most `strip_rows` rows of tiles."""
+        """Split each image of a batch into strips of at most `strip_rows` rows of tiles.
+
+        Args:
+            images: batch (B, rows, ...), where `rows` is the number of rows of tiles in an image.
+        """
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))

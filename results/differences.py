@@ -1,13 +1,14 @@
 """Print a markdown table with the AUROC of detectors with RDN minus the AUROC of detectors without RDN.
 
-    python results/differences.py faces
-    python results/differences.py real_pictures
+    python results/differences.py faces             reads the score tables in results/faces/scores
+    python results/differences.py real_pictures     reads the score tables in results/real_pictures/scores
 
 The AUROCs with and without RDN are computed on the same test images. The detectors without RDN, called controls, use
-bicubic interpolation or no re-synthesis. The difference between a detector with RDN and its control is the mean over
-the seeds with which both were trained. The 95 % interval is computed from 1,000 bootstrap resamples. Each resample
-draws both images and seeds. If a detector with RDN and its control have only one seed in common, the table cell says
-"one seed". The interval in such a cell does not show how much the difference depends on the seed.
+bicubic interpolation or no re-synthesis. Each AUROC is the mean over the seeds with which both the detector with RDN
+and its control were trained. The 95 % interval of a difference of AUROCs is computed from 1,000 bootstrap resamples, in
+which the images and the seeds are drawn with replacement. If a detector with RDN and its control have only one seed in
+common, the table cell says "one seed". The interval in such a cell does not show how much the difference depends on the
+seed.
 """
 
 import argparse
@@ -24,9 +25,8 @@ from evaluation.metrics import select_fakes_and_reals_per_generator  # noqa: E40
 from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
-# SETTINGS[study][setting] contains the names of three detectors.
+# SETTINGS[study][setting] names three detectors: with RDN, with bicubic interpolation, and without re-synthesis.
 # The name of a detector is also the file name (without .csv) of the detector's score table.
-# The first detector uses RDN, the second uses bicubic interpolation, and the third uses no re-synthesis.
 # If a detector was trained again with another seed, its name ends with _seed and a digit, as in pixel_rdn_seed1.
 SETTINGS = {
     "faces": {
@@ -91,7 +91,11 @@ def read_tables_of_all_seeds(study: str, detector: str) -> dict[str, ScoreTable]
 
 
 def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.ndarray:
-    """Return the scores (logit for FAKE minus logit for REAL) of the images at the given paths, (seeds, N)."""
+    """Return the scores (seeds, N), logit for FAKE minus logit for REAL, of the N images with the given paths.
+
+    Args:
+        tables: one score table per seed.
+    """
     scores = []
     for table in tables:
         row_of_path = {path: i for i, path in enumerate(table.paths)}
@@ -104,7 +108,7 @@ def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
 
     The AUROC is computed from the ranks of the scores (Mann and Whitney, 1947).
     """
-    ranks = rankdata(scores, axis=1)  # (seeds, N); equal scores have equal ranks
+    ranks = rankdata(scores, axis=1)  # ranks among the N scores of each seed, (seeds, N); equal scores have equal ranks
     fakes = np.count_nonzero(is_fake)
     reals = len(is_fake) - fakes
     # `wins` is the number of pairs of a fake and a real image in which the fake image has the higher score.
@@ -141,8 +145,7 @@ def compute_auroc_difference_with_interval(
 def format_auroc_difference(rdn: dict[str, ScoreTable], control: dict[str, ScoreTable], generator: str) -> str:
     """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
 
-    If there is no seed for which the score tables of both detectors contain the fake images of `generator` and the real
-    images, return "-".
+    If the two detectors have no common seed with scores of all test images, return "-".
 
     Args:
         rdn, control: for each seed, the score table of the detector.

@@ -60,7 +60,7 @@ def training_files(tmp_path_factory, write_real_and_fake_images):
 
 @pytest.fixture(scope="module")
 def detector_file(tmp_path_factory, shrink_resnet18):
-    """Return the path of a checkpoint with a small detector that classifies residuals of pixels."""
+    """Return the path of a checkpoint of a small detector that classifies pixel residuals."""
     return write_detector(tmp_path_factory.mktemp("tiny") / "tiny.pth.tar")
 
 

@@ -49,7 +49,7 @@ def cut_file_in_half(path):
 
 
 def read_file_contents_by_path(folder):
-    """Return a dict from each relative path below a folder to the bytes of the file, or to None for a subfolder."""
+    """Return a dict of all files and subfolders in a folder: relative path -> bytes, or None for a subfolder."""
     found = {}
     for path in folder.rglob("*"):
         found[path.relative_to(folder).as_posix()] = path.read_bytes() if path.is_file() else None

@@ -24,7 +24,7 @@ def is_marked_as_cuda(value) -> bool:
 
 
 def mark_tensors_as_cuda_or_cpu(value, on_cuda: bool = True):
-    """Mark every tensor in `value` as a CUDA tensor or as a CPU tensor. Return `value`.
+    """Set the attribute `_on_cuda` of every tensor in `value` to the argument `on_cuda`. Return `value`.
 
     `value` is a tensor, or a list, tuple or dict of tensors.
     """
@@ -122,7 +122,7 @@ def pretend_cuda():
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "set_device", lambda device: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        # If torch.accelerator were available, DataLoader and the optimizers would call the CUDA driver
+        # Without this patch, DataLoader and the optimizers would call the CUDA driver, which may be missing
         patch.setattr(torch.accelerator, "is_available", lambda: False)
         patch.setattr("torch.utils.data._utils.pin_memory.pin_memory", lambda data, device=None: data)
         yield

@@ -86,7 +86,7 @@ def make_environments_of_two_torchrun_processes() -> list[dict[str, str]]:
 def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
     """Start a process that locks a file and then starts a worker process.
 
-    Yields a function that kills the process with the lock, but not its worker process.
+    Yields a function that kills the process that has locked the file, but not the worker process.
     """
     ours, theirs = SERVER.Pipe()
     process = SERVER.Process(target=_hold_lock_in_process_and_worker, args=(lock, theirs))
@@ -105,9 +105,9 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _hold_lock_in_process_and_worker(lock, connection):
-    """Lock a file, start a worker process, and keep both processes running for 60 s.
+    """Lock a file in this process, fork a worker process, and let both processes sleep for 60 s.
 
-    The process with the lock sends the process id of its worker to the test process through the pipe `connection`.
+    The process id of the worker process is sent to the test process through the pipe `connection`.
     """
     with hold_lock_file(lock, World()):
         worker = os.fork()
@@ -124,11 +124,11 @@ def patch_progress_bar_to_send_signal(description: str, at: int, number: int, al
 
     Args:
         description: beginning of the text beside the progress bar, such as "epoch".
-        at: number of the loop iteration before which the program sends the signal. The first iteration has the
-            number 1. All loops whose progress bar has a text that begins with `description` share one count.
+        at: number of the iteration before which the program sends the signal. The first iteration has the number 1.
+            Iterations are counted over all loops whose progress bar has a text that begins with `description`.
         number: number of the signal, such as 9 for SIGKILL.
-        all_processes: if True, the program sends the signal to itself and to its worker processes, and then waits for
-            0.3 s.
+        all_processes: if True, the program sends the signal to itself and to its worker processes. Then it waits for
+            0.3 s, so that the worker processes react first.
     """
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)

@@ -78,7 +78,7 @@ def write_noise_images(folder: Path) -> Path:
 
 
 def write_detector(path: Path, **content) -> Path:
-    """Write a checkpoint with a small detector that classifies residuals of pixels. Return the path.
+    """Write a checkpoint of a small detector that classifies pixel residuals. Return the path of the checkpoint.
 
     Args:
         path: path of the checkpoint.

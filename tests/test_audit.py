@@ -1,4 +1,4 @@
-"""Tests of the program tools.audit: the printed report and the exit status."""
+"""Tests of the output and the exit status of tools.audit, which searches image sets for leaks."""
 
 import shutil
 
@@ -57,7 +57,8 @@ def test_audit_reads_the_training_images_of_a_tree_and_the_validation_images_of_
         for kind, folder in (("real", "0_real"), ("fake", "1_fake")):
             shutil.copytree(image_folders / kind, tree / part / folder)
     arguments = ["--data-root", str(image_folders / "tree")]
-    assert audit.main(arguments) == 0  # the equal images in the folder "val" are not used for training
+    # "val" contains copies of the images in "train", but the audit of the training images leaves out "val"
+    assert audit.main(arguments) == 0
     table = image_folders / "val.csv"
     table.write_text(f"path,label\n{tree}/val/0_real/0.png,real\n{tree}/val/1_fake/0.png,fake\n")
     assert audit.main([*arguments, "--val-csv", str(table)]) == 1

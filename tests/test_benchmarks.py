@@ -82,7 +82,7 @@ def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys
     monkeypatch.setattr(program, "measure_implementations_of_case", count_printed_lines)
     monkeypatch.setattr(program, "measure_and_print_startup_times", lambda folder: None)
     program.main([])
-    # The program prints 3 lines before the first measurement, and one table row before each later measurement
+    # The program prints 3 lines before the first measurement, and one table row after each measurement
     assert printed == [3] + [1] * (len(printed) - 1)
 
 
@@ -104,7 +104,7 @@ def test_the_benchmark_on_a_gpu_scores_with_each_vgg_stage_image_size_and_precis
 
 @pytest.mark.parametrize("kind", ["scoring", "step, RDN frozen", "step, train_sr.py", "RDN alone", "matrix product"])
 def test_each_benchmark_case_except_fine_tuning_keeps_all_tensors_on_the_pretended_gpu(kind):
-    """Fine-tuning is not tested here, because `pretend_cuda` does not support gradient checkpointing."""
+    """Fine-tuning is left out, because it uses gradient checkpointing, which the pretended GPU does not support."""
     with pretend_cuda():
         cases.KINDS[kind](TOY._replace(kind=kind, images=4, gpu="0"))()
 

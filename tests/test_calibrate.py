@@ -111,9 +111,9 @@ def test_fitted_thresholds_keep_both_error_rates_and_leave_as_few_images_unsure_
     assert np.sum(prob[~is_fake] >= t_fake) <= allowed
     assert np.sum(prob[is_fake] <= t_real) <= allowed
     if t_real < t_fake:
-        # If t_fake were lowered to the next P(fake) in `prob`, too many real images would get the verdict "fake"
+        # With the next lower P(fake) as the threshold t_fake, more than `allowed` real images would be called fake
         assert np.sum(prob[~is_fake] >= prob[prob < t_fake].max()) > allowed
-        # If t_real were raised to the next P(fake) in `prob`, too many fake images would get the verdict "real"
+        # With the next higher P(fake) as the threshold t_real, more than `allowed` fake images would be called real
         assert np.sum(prob[is_fake] <= prob[prob > t_real].min()) > allowed
 
 

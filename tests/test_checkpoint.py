@@ -349,12 +349,12 @@ LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
     # The programs must refuse a flag that names a file without the required weights
-    (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "is a detector"]),
+    (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "is a checkpoint of a detector"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
-    (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "is a detector"]),
+    (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "is a checkpoint of a detector"]),
     # The programs must refuse a flag whose value contradicts a checkpoint or weights file
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
@@ -378,10 +378,7 @@ CASES = [
 def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
     folder_with_mismatched_weights, tmp_path, monkeypatch, capfd, flags, words
 ):
-    """train_sr.py or train_detector.py must refuse the command line `flags`.
-
-    If train_detector.py must refuse `--init CHECKPOINT`, test.py must refuse `--resume CHECKPOINT`.
-    """
+    """test.py --resume must refuse the same checkpoints and flags as train_detector.py --init."""
     monkeypatch.chdir(folder_with_mismatched_weights)
     calls = {"train_sr" if flags.startswith(SR) else "train_detector": flags}
     if "--init" in flags:
@@ -393,10 +390,7 @@ def test_programs_refuse_unsuitable_weights_files_and_contradictory_flags(
 
 
 def test_a_flag_may_repeat_a_default_value_that_the_checkpoint_does_not_contain():
-    """The scripts of the release pass the default sizes of RDN as flags.
-
-    If train_sr.py runs without these flags, its checkpoint does not contain the sizes.
-    """
+    """The scripts of the release pass `--sr-num-blocks 16`, although RDN has 16 blocks by default."""
     config = {
         "resynthesizer": {"name": "rdn", "scale": 4, "args": {}},
         "features": {"name": "vgg19", "args": {}},

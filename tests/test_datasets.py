@@ -182,7 +182,7 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         corners.append([locate_crop(samples[index]) for index in range(12)])
     positions = [[c[:2] for c in epoch] for epoch in corners]
     assert positions[0] == positions[1] and len(set(positions[0])) > 9
-    assert corners[0] != corners[1]  # the crops of two epochs differ only by random mirroring
+    assert corners[0] != corners[1]  # some crops are mirrored in only one of the two epochs
 
 
 def test_without_fixed_crops_each_epoch_crops_an_image_at_another_position(tmp_path):
@@ -313,8 +313,7 @@ def test_merged_batches_keep_the_pixel_limit_and_stay_within_blocks_of_consecuti
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # Images of different blocks must not be merged into one batch.
-    # The first block consists of images 0 and 1, and the second block consists of images 2 and 3
+    # Images 1 and 2 have equal sizes, but must not be merged, because they belong to different blocks of two images
     assert [
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(1, 3), block=2, pixels=math.inf)

@@ -19,7 +19,7 @@ TRIALS = 800
 
 
 def make_seeded_numpy_generator(*key):
-    """Return a NumPy random generator that is seeded with integers."""
+    """Return a NumPy random generator that is seeded with the integers in `key`."""
     return np.random.default_rng(key)
 
 
@@ -62,7 +62,8 @@ def test_the_denoising_task_adds_gaussian_noise_of_four_grey_levels():
     assert noise.std().item() == pytest.approx(4 / 255, rel=0.02)
     assert noise.mean().item() == pytest.approx(0, abs=4e-4)
     beyond_two_std = (noise.abs() > 2 * 4 / 255).float().mean().item()
-    assert beyond_two_std == pytest.approx(0.0455, abs=0.006)  # 4.55 % for a normal distribution
+    # In a normal distribution, 4.55 % of the values are more than two standard deviations away from the mean
+    assert beyond_two_std == pytest.approx(0.0455, abs=0.006)
     assert not torch.equal(noise[0], noise[1])
     assert not torch.equal(noise[0, 0], noise[0, 1])
 
@@ -105,9 +106,9 @@ def test_the_degradations_completion_and_colorization_replace_random_pixels_of_s
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
             fractions.append(changed.float().mean().item())
-    # The authors' code applies completion and colorization to a patch with probability 1 - 0.5**0.5 (0.29) each
+    # The authors' code applies the degradation `way` to a patch with probability 1 - 0.5**0.5 (0.29)
     assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)
-    # The authors' code draws the fraction of changed pixels from the range 0.05 to 0.15
+    # The authors' code turns a fraction of 0.05 to 0.15 of the pixels of a patch black or grey
     assert 0.02 < min(fractions) < 0.065
     assert 0.135 < max(fractions) < 0.19
 

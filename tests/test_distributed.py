@@ -80,14 +80,14 @@ def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_n
     monkeypatch.setattr(time, "sleep", waits.append)
 
     def raise_user_error():
-        raise UserError("this test raises an error")
+        raise UserError("raised on purpose by this test")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         assert run_program(raise_user_error) == 2
     assert waits == [console.MISTAKE_DELAY]
-    assert capfd.readouterr().err.splitlines() == ["error: this test raises an error"] * 2
+    assert capfd.readouterr().err.splitlines() == ["error: raised on purpose by this test"] * 2
 
 
 def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):

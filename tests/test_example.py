@@ -1,6 +1,6 @@
 """Tests of tools.example, which makes example images, and fake copies (twins) of photographs.
 
-A simulated generator or an autoencoder makes the fake copy of a photograph.
+A photograph is reduced and up-sampled, or passed through an autoencoder, to make its fake copy.
 """
 
 import io

@@ -328,7 +328,7 @@ def test_a_bundle_of_a_detector_of_the_authors_format_keeps_its_logits_and_refus
 
 
 def make_detector_description_and_metrics(exported_detector_folder, tmp_path):
-    """Return a description of the detector mine.pth.tar, and metrics of a score table with two images."""
+    """Return a dict that describes the detector mine.pth.tar, and a dict of metrics of two scored images."""
     header = "path,label,generator,logit_fake,logit_real,prob_fake,prediction,error\n"
     (tmp_path / "p.csv").write_text(header + "a.png,real,,0,1,0.3,real,\nb.png,fake,,2,1,0.7,fake,\n")
     detector = load(exported_detector_folder / "mine.pth.tar", device="cpu").describe_model()

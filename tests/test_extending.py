@@ -1,4 +1,4 @@
-"""Tests that the example networks of docs/extending.md can be trained, resumed, loaded, scored and fine-tuned."""
+"""Tests of networks, perturbations, metrics and auxiliary tasks that users add, as docs/extending.md shows."""
 
 import re
 import types
@@ -37,21 +37,21 @@ def load_example_module(name):
 
 @pytest.fixture
 def add_documented_networks(monkeypatch):
-    """Add the re-synthesizer, features and classifier of docs/extending.md to the dicts of models/build.py."""
+    """Add the three example networks in docs/extending.md to the dicts of networks in models/build.py."""
     monkeypatch.setitem(build.RESYNTHESIZERS, "small_sr", load_example_module("small_sr").SmallSR)
     monkeypatch.setitem(build.FEATURES, "gradients", load_example_module("gradients").Gradients)
     monkeypatch.setitem(build.CLASSIFIERS, "small_cnn", load_example_module("small_cnn").SmallCNN)
 
 
 def train_documented_super_resolution_network(files, out):
-    """Train the super-resolution network of docs/extending.md. Return the path of the trained weights."""
+    """Train SmallSR, the example re-synthesizer in docs/extending.md. Return the path of the trained weights."""
     flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
     run_training(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
     return out / "x4/last.pth"
 
 
 def make_train_detector_arguments_without_resynthesizer(files, out, flags):
-    """Return a command line for train_detector.py. Only the argument `flags` can name a re-synthesizer."""
+    """Return a command line for train_detector.py that names no re-synthesizer, unless `flags` names one."""
     roots = ["--data-root-pos", f"{files}/real", "--data-root-neg", f"{files}/fake", "--output-path", str(out)]
     return [*roots, *f"{BASE} --lr 1e-3 --lr-sr 1 --batch-size 4".split(), *flags.split()]
 
@@ -121,7 +121,7 @@ def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_
 
 
 class ConstantFeatures(torch.nn.Sequential):
-    """A features module whose weights all have the value VALUE."""
+    """A features module whose weights all equal the class attribute VALUE."""
 
     channels, stride = 4, 1
     VALUE = 0.5
@@ -136,7 +136,7 @@ def test_features_that_get_other_weights_when_a_detector_is_loaded_are_refused(t
     flags = "--fixed-sr --sr-arch none --features constant --arch resnet18 --epochs 1"
     run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path, flags))
     monkeypatch.setattr(ConstantFeatures, "VALUE", 0.25)
-    with expect_user_error("other weights of the features constant"):
+    with expect_user_error("other weights of the feature network constant"):
         load(str(tmp_path / "last.pth.tar"), device="cpu")
 
 
@@ -317,7 +317,7 @@ def test_network_arguments_that_another_option_already_sets_are_refused(training
 
 
 class FeaturesWithRandomWeights(NormalizedPixels):
-    """Features whose convolution has other random weights each time the class is created."""
+    """Features whose convolution has different random weights in each instance of the class."""
 
     def __init__(self):
         super().__init__()
@@ -347,7 +347,7 @@ class FeaturesWithoutRecord(NormalizedPixels):
 @pytest.mark.parametrize(
     ("features", "words"),
     [
-        (FeaturesWithRandomWeights, "get other weights"),
+        (FeaturesWithRandomWeights, "differ each time"),
         (FeaturesThatChangeTheirInput, "change the values"),
         (FeaturesWithoutStride, "attribute stride"),
         (FeaturesWithoutRecord, "load_pretrained"),
@@ -363,7 +363,7 @@ def test_features_that_do_not_keep_the_documented_rules_are_refused(
 
 
 class NearestEnlargement(nn.Module):
-    """A re-synthesizer that enlarges images by `factor`, and has the attribute `scale` = `scale`."""
+    """A re-synthesizer that enlarges images by `factor`, whatever value its attribute `scale` has."""
 
     def __init__(self, scale, factor=4):
         super().__init__()
@@ -450,7 +450,7 @@ def test_an_added_perturbation_for_training_that_returns_another_type_is_refused
     monkeypatch.setattr(perturbations, "FRANK2020", {"wrong": lambda image, rng: image / 2})
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
     with expect_user_error("perturbation wrong", "float32"):
-        for seed in range(20):  # an image is perturbed with probability 0.5
+        for seed in range(20):  # 20 attempts, because each perturbs the image only with probability 0.5
             perturbations.perturb_at_random(image, np.random.default_rng(seed))
 
 

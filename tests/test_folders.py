@@ -93,7 +93,7 @@ def folder_with_outputs_of_test_py(tmp_path):
         tmp_path / "r", "cat.png", "photo.png", "scores.png", "scores.json", "sub/cat.png.residual.png"
     )
     (tmp_path / "r/scores.csv").write_text(SCORE_TABLE)
-    # The file photo.csv is not a score table, so photo.png is an image and not the figure of a score table
+    # photo.png has the name of photo.csv, but is no figure of test.py, because photo.csv is not a score table
     (tmp_path / "r/photo.csv").write_text("x,y\n1,2\n")
     return root
 

@@ -58,7 +58,7 @@ def create_pixel_or_vgg_feature_module(stage, vgg):
 
 
 def assert_close(got, expected):
-    """Require that the largest error of a tensor is at most 1e-4 times the largest expected value."""
+    """Require that `got` differs from `expected` by at most 1e-4 times the largest absolute value in `expected`."""
     assert got.shape == expected.shape
     error = (got.double() - expected.double()).abs().max()
     assert error <= 1e-4 * expected.double().abs().max()

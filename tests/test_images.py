@@ -87,7 +87,7 @@ RED, GREEN, BLUE, WHITE = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3
 PALETTE = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
 PALETTE.putpalette(RED + GREEN + BLUE)
 ALPHA = np.array([[[200, 100, 50, 255], [200, 100, 50, 0], [200, 100, 50, 51]]], np.uint8)
-ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # an alpha of 51/255 mixes 1/5 colour with 4/5 white
+ALPHA_RESULT = [[[200, 100, 50], WHITE, [244, 224, 214]]]  # RGB values of ALPHA on a white background; 51/255 is 1/5
 GREY_ALPHA = Image.fromarray(np.array([[[10, 255], [10, 0]]], np.uint8), "LA")
 CYAN = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
 

@@ -63,7 +63,7 @@ def list_checks_with_findings(result):
     return [finding.check for finding in result.findings]
 
 
-LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # all sizes are different
+LARGE_SIZES = [(900 + 7 * i, 910 + 3 * i) for i in range(COUNT)]  # COUNT different sizes (width, height) in pixels
 SMALL_SIZES = [(100 + 3 * i, 101 + 2 * i) for i in range(COUNT)]
 LEAKS = {  # leak -> (arguments of `write_pictures` for real images, arguments for fake images, reported attributes)
     "format": ({"suffix": ".jpg"}, {}, ["format"]),
@@ -136,10 +136,7 @@ def make_file_objects_of_given_sizes(reals, fakes):
 
 
 def find_severity_of_size_difference(reals, fakes):
-    """Compare the sizes of real and fake images, and return the severity (LEAK or WARNING) of the difference.
-
-    If no difference is reported, the function returns None.
-    """
+    """Compare the sizes of real and fake images. Return the severity of the finding, or None without a finding."""
     finding = compare_attribute_of_real_and_fake(make_file_objects_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 
@@ -229,7 +226,7 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
     with caplog.at_level("INFO"):
         run_and_log_quick_leak_audit(*sets)
     assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * len(leaks)
-    assert all(f'LEAK in the check "{leak}' in caplog.text for leak in leaks)
+    assert all(f'LEAK from the check "{leak}' in caplog.text for leak in leaks)
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 

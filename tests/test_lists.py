@@ -120,7 +120,7 @@ def test_training_uses_only_images_in_the_train_folders_of_a_genimage_tree(tmp_p
 
 
 def test_folder_names_below_a_class_folder_do_not_change_the_class(tmp_path):
-    """The folder name "nature" does not determine the class of an image whose path also contains 0_real or 1_fake."""
+    """Images in a folder "nature" are real, unless their path also contains a folder "1_fake"."""
     names = ["gan/nature/0_real/1.png", "gan/nature/1_fake/2.png", "gan/city/0_real/val/3.png"]
     root = write_empty_files(tmp_path / "ai", *names, "gan/city/1_fake/nature/4.png")
     assert [item.label for item in list_labelled_images_in_tree(root, training=True)] == [REAL, REAL, FAKE, FAKE]

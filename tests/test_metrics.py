@@ -11,7 +11,7 @@ from utils.labels import FAKE, REAL
 
 
 def random_scores(seed, n_real=40, n_fake=30, levels=None):
-    """Draw random scores of real and fake images. Return the scores, and a bool array that is True for fake images.
+    """Return random scores of real and fake images, and a bool array that is True for fake images.
 
     Args:
         seed: seed of the random numbers.
@@ -28,7 +28,7 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
 
 
 def write_and_read_score_table(tmp_path, rows):
-    """Write a score table with the given rows. Read the score table from its file, and return it."""
+    """Write rows into a score table file, and return the score table that `read_table` reads from this file."""
     write_table(tmp_path / "t.csv", rows)
     return read_table(tmp_path / "t.csv")
 
@@ -126,7 +126,7 @@ def test_calibration_error_and_nll_equal_the_values_computed_by_hand():
     nll = -(3 * np.log(0.9) + np.log(0.1) + 2 * np.log(0.9)) / 6
     assert metrics.negative_log_likelihood(prob_fake, is_fake) == pytest.approx(nll)
     wrong_and_certain = metrics.negative_log_likelihood(np.array([1.0, 0.0]), np.array([False, True]))
-    assert 30 < wrong_and_certain < 40  # scikit-learn replaces the probability 0 by 2e-16, so the NLL is finite
+    assert 30 < wrong_and_certain < 40  # the NLL is -log(2e-16) = 36, because scikit-learn replaces P = 0 by 2e-16
     assert metrics.expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
 
 
@@ -166,7 +166,7 @@ def test_bootstrap_intervals_depend_only_on_scores_and_seed():
 
 
 def test_the_bootstrap_interval_of_auroc_has_the_width_given_by_hanley_and_mcneil():
-    """The expected width follows from the formula of Hanley and McNeil (Radiology, 1982) for the standard error."""
+    """Hanley and McNeil (Radiology, 1982) give a formula for the standard error of the AUROC."""
     scores, is_fake = random_scores(7, n_real=10_000, n_fake=10_000)
     area = metrics.auroc(scores, is_fake)
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)

@@ -138,7 +138,7 @@ def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_befor
 
 
 def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(detector_file, image_folder, tmp_path):
-    """test.py writes p.npy before p.json. This test imitates a run that was killed between the two."""
+    """This test imitates a run of test.py that was killed after it had written p.npy, and before it wrote p.json."""
     words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
@@ -282,7 +282,7 @@ def test_an_image_whose_residual_picture_cannot_be_written_becomes_a_row_with_an
     detector_file, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    # The name of a residual picture ends with ".residual.png", so the name for the third image is too long for a file
+    # The file name of the third residual picture would have 262 characters, but at most 255 are possible
     for name in ("a.png", "b.png", "x" * 245 + ".png"):
         write_noise_image(f"images/{name}", 0)
     assert run_test_py(*make_arguments_of_test_py(detector_file, "images", "p", "--save-residuals", "pictures")) == 1

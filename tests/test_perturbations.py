@@ -19,11 +19,11 @@ from data.perturbations import (
 )
 from utils.random_streams import seeded_generator
 
-FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # kernel size -> standard deviation, both in pixels
+FRANK_KERNELS = {3: 0.8, 5: 1.1, 7: 1.4, 9: 1.7}  # blur of Frank et al.: kernel size -> standard deviation (pixels)
 
 
 def perturb_image(image, name, protocol, seed, strength=None):
-    """Apply a perturbation, such as "blur", to an image. `protocol` is "frank2020" or "sweep"."""
+    """Apply a perturbation of the protocol `protocol` ("frank2020" or "sweep") to an image."""
     return Perturbation(PerturbationSetting(name, strength), protocol, seed)(image)
 
 
@@ -67,9 +67,11 @@ def compress_and_decode_jpeg_with_pillow(image, quality):
 
 
 def measure_fractions_cropped_at_borders(result, channel):
-    """Measure which fraction of the width (channel 0) or height (channel 1) of an image was cropped away.
+    """Measure how much of `image_with_red_and_green_ramps` was cropped away.
 
-    The image is the result of cropping and enlarging `image_with_red_and_green_ramps`.
+    Args:
+        result: the image after it was cropped and enlarged.
+        channel: 0 measures the width in the red ramp, and 1 measures the height in the green ramp.
 
     Returns three fractions: cropped in total, cropped at the left or top, and cropped at the right or bottom.
     """

@@ -43,7 +43,8 @@ def write_score_table(folder, name, table_rows, **record):
     """Write a score table, and return the path of the table.
 
     Args:
-        record: entries of the JSON file of the score table. If `record` is empty, the function writes no JSON file.
+        record: entries of NAME.json, which describes the score table NAME.csv. If `record` is empty, the function
+            does not write NAME.json.
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table_rows)
@@ -104,7 +105,7 @@ def test_the_report_page_shows_metrics_robustness_misclassified_images_and_setti
     ):  # fmt: skip
         assert text in page.text, text
     places = [page.text.index(f"jpeg quality {quality}") for quality in (90, 60, 30)]
-    assert places == sorted(places)  # the strongest perturbation, JPEG quality 30, comes last
+    assert places == sorted(places)  # the page lists the perturbations from weak (JPEG quality 90) to strong (30)
     assert "were fitted to this table" not in page.text
     assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["report.html"]
     assert len(page.pictures) == 2  # one figure of scores and one figure of robustness

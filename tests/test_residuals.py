@@ -86,7 +86,7 @@ def test_residuals_read_from_the_cache_have_the_documented_precision(training_fi
 
 def test_a_file_that_another_training_renames_meanwhile_does_not_stop_the_run(tmp_path):
     (tmp_path / "0.npz").write_bytes(bytes(10))
-    # Reading the size of a broken link fails like reading the size of a file that another training has just renamed
+    # The broken link stands for a file that another training has just renamed: its size cannot be read
     (tmp_path / ".0.npz.123.tmp").symlink_to("absent")
     assert residuals_fit_in_cache(tmp_path, [100], 1000)
 
@@ -110,7 +110,7 @@ def test_a_damaged_file_of_the_cache_is_never_used(training_files, tmp_path):
     for content in damaged:
         path.write_bytes(content)
         sample = dataset[FIRST]
-        if sample.error is None:  # a damaged time stamp in the .npz file causes no error
+        if sample.error is None:  # only a time stamp in the .npz file is damaged, and the residual is intact
             assert torch.equal(sample.x, expected)
         else:
             assert "damaged" in sample.error and not path.exists()
@@ -209,7 +209,7 @@ def test_opening_the_cache_deletes_only_old_temporary_files(tmp_path):
 
 
 def create_datasets_of_cached_residuals(folder, images, max_gb=1.0):
-    """Return a list with one dataset of cached residuals, or an empty list if residuals of `images` are not cached."""
+    """Return a list with one dataset of cached residuals, or [] if the residuals of `images` cannot be cached."""
     options = CacheOptions(folder, "fp16", max_gb)
     key = residual_cache_key(CONFIG, "b", (), images.policy, ON_CPU)
     return create_residual_datasets([images], tiny_detector().residual_shape, key, options, World())

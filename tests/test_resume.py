@@ -157,7 +157,7 @@ def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_t
 def test_a_training_killed_while_it_saves_the_checkpoints_of_its_first_epoch_can_be_resumed(
     make_training_arguments, resume_and_require_equal_results, tmp_path, number
 ):
-    """train_detector.py first saves last.pth.tar. It is killed while it writes best.pth.tar or 0001.pth.tar."""
+    """train_detector.py has saved last.pth.tar, and is killed while it writes best.pth.tar or 0001.pth.tar."""
     out, log = tmp_path / "out", tmp_path / "log"
     kill = partial(patch_checkpoint_saving_to_kill_program, number)
     process = start_program("train_detector.py", make_training_arguments("frozen", out), log, kill)
@@ -361,7 +361,8 @@ def test_a_resumed_training_reports_that_changed_images_are_read_in_another_orde
 def validation_folders(folder, files):
     """Return a dict with two folders of images for the flag --eval-file of train_sr.py.
 
-    The folder "easy" contains images of one grey level. The folder "hard" contains images of squares of random colours.
+    All pixels of an image in the folder "easy" have the same grey level. An image in the folder "hard" consists of
+    squares of random colours.
     """
     (folder / "easy").mkdir()
     for i in range(3):
@@ -372,7 +373,7 @@ def validation_folders(folder, files):
 def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_files, tmp_path, caplog):
     """The first epoch is scored on easy images, and all later epochs are scored on hard images.
 
-    When the images change, train_sr.py must forget the best score. Otherwise, no later epoch could become the best.
+    When the images in --eval-file change, train_sr.py must forget the best score, which hard images cannot reach.
     """
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
@@ -462,7 +463,7 @@ def test_training_on_a_damaged_image_ends_with_one_error_line_and_can_be_resumed
         make_arguments_of_train_detector(images, tmp_path / "out", f"{flags} --resume auto"), capfd
     )
     assert code == 2 and str(path) in line and "--skip-bad" in line
-    if "--no-cache" in flags or "--mode-sr" in flags:  # with a residual cache, training fails before its first step
+    if "--no-cache" in flags or "--mode-sr" in flags:  # without a residual cache, training fails in its second step
         assert read_checkpoint_content(tmp_path / "out/last.pth.tar")["progress"]["total_steps"] == 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))

@@ -25,7 +25,7 @@ from utils.training import Progress
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (UserError("bad\nvalue\x1b"), "bad value\\x1b"),
+        (UserError("line break\nand ESC \x1b"), "line break and ESC \\x1b"),
         (OSError(28, "No space left on device", "here"), "here"),
         (PermissionError(13, "Permission denied", "there"), "there"),
         (OSError(36, "File name too long", "xxx"), "File name too long"),

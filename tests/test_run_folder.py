@@ -1,7 +1,7 @@
 """Tests of the output folder of a training.
 
-The record of a training is a JSON file in the output folder. The record names every file that a training has written
-into this folder. A training replaces and deletes only files that the record names.
+The record of a training is the file config.json in the output folder. The record names every file that a training has
+written into this folder. A training replaces and deletes only files that the record names.
 """
 
 import errno
@@ -84,7 +84,6 @@ FOREIGN = [
 def test_train_detector_refuses_and_keeps_an_output_file_that_config_json_does_not_list(
     training_files, tmp_path, monkeypatch, name, flags
 ):
-    """Even with --overwrite, train_detector.py must not replace a file that config.json does not list."""
     if name == "last.pth.tar" and "auto" in flags:
         pytest.skip("this is the file to resume")
     write_user_files_unrelated_to_training(tmp_path)
@@ -132,7 +131,7 @@ def test_a_training_does_not_change_other_files_of_the_user_in_its_output_folder
 
 
 def test_a_resumed_run_does_not_replace_a_file_of_the_user(training_files, copied_run_folder):
-    """A file of the user has the name 0003.pth.tar, which the training would write after its third epoch."""
+    """A file of the user is named 0003.pth.tar, like the checkpoint of the third epoch of the training."""
     (copied_run_folder / "0003.pth.tar").write_text("mine")
     before = read_file_contents_by_path(copied_run_folder)
     with expect_user_error("0003.pth.tar", "not recorded"):
@@ -252,10 +251,7 @@ def raise_disk_full(content, file):
 def test_files_of_an_earlier_run_are_deleted_once_the_new_run_saves_a_checkpoint(
     training_files, copied_run_folder, tmp_path
 ):
-    """With --overwrite, a new training is killed while it writes its second checkpoint.
-
-    A new training deletes the files of the earlier training after it has written its first checkpoint.
-    """
+    """With --overwrite, a new training is killed while it writes its second checkpoint."""
     arguments = make_arguments_of_train_detector(
         training_files, copied_run_folder, "--fixed-sr --epochs 2 --no-cache --overwrite --save-minutes 0"
     )

@@ -117,7 +117,8 @@ def test_images_with_incomplete_or_missing_score_table_rows_are_scored_again(tmp
     content = part.read_bytes()
     if lost == 10_000:
         lost = len(content) - content.index(b"\n") - 1  # number of bytes after the first line
-    # A power failure can cut off the end of a file. If `lost` is 30, the file also gets a zero byte at its new end
+    # A power failure can cut off the last `lost` bytes of a file.
+    # A power failure can also leave zero bytes at the end of a file, as in the case `lost` = 30
     part.write_bytes(content[:-lost] + b"\0" * (lost == 30))
     again = make_opened_score_writer(tmp_path, labelled_image_list)
     missing = again.list_unscored_images(1).tolist()

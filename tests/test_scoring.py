@@ -225,7 +225,7 @@ def test_images_whose_size_or_format_differs_from_the_training_images_are_report
     for detector, images, *expected in (
         (trained, tmp_path / "new", ("2 of 4", "64", "c.png"), ("1 of 4", "JPEG", "a.jpg")),
         (all_jpeg, image_folder, (f"{IMAGES} of {IMAGES}", "JPEG", "0.png")),
-        # A detector without data about its training images gives no warning about unlike images
+        # A detector without data about its training images cannot warn about images that differ from them
         (detector_file, image_folder),
     ):
         capfd.readouterr()

@@ -31,9 +31,9 @@ STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
 # STUB is a shell script that replaces Python.
-# If the first argument is `-c`, STUB does nothing.
-# If the first argument is the path of tools/example.py, STUB makes empty output folders and files of this program.
-# STUB writes every other command line to the file `recorded`.
+# In place of `python -c CODE`, STUB does nothing.
+# In place of tools/example.py, STUB makes empty folders and files with the names that tools/example.py uses.
+# In place of any other program, STUB writes its command line to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -194,7 +194,7 @@ INPUTS = ("real_roots", "fake_roots", "resume", "init", "resynthesizer_file", "t
 
 
 def write_empty_files_at_the_paths_of_the_authors_scripts(checkout: Path) -> None:
-    """Write empty files at the default input paths of the scripts, and at two output paths of the training scripts."""
+    """Write empty files at the paths from which the scripts read images, lists and weights by default."""
     write_empty_files(
         checkout,
         "data/CelebA/a.png",
@@ -260,9 +260,7 @@ def test_a_script_without_images_makes_example_images_once(project_copy):
     assert "making example images" not in second.stderr
 
 
-CHAIN = [
-    # Each tuple contains a script, an input file of the script, and the earlier script that writes the input file.
-    # The last entry of each tuple in CHAIN is a dict of option values that the script must pass to the Python program.
+CHAIN = [  # (script, input file of the script, earlier script that writes this file, options that the script passes)
     (
         "train_pixel_pggan.sh",
         "output_hr/x4/last.pth",

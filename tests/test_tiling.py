@@ -16,7 +16,7 @@ TINY = {"num_features": 6, "growth_rate": 4, "num_blocks": 3, "num_layers": 2}
 
 
 def assert_close(got, expected):
-    """Require that the largest error of a tensor is at most 2e-5 times the largest expected value."""
+    """Require that `got` differs from `expected` by at most 2e-5 times the largest absolute value in `expected`."""
     assert got.shape == expected.shape
     assert (got - expected).abs().max() <= 2e-5 * expected.abs().max()
 
@@ -90,7 +90,8 @@ def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
     assert used == [True, False]
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)  # .float() in RDN must not convert to float32
+    # RDN calls .float(), but must compute the expected output in float64
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     expected = rdn.double()(x_lr.double()).detach()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 

@@ -287,7 +287,7 @@ def test_the_auxiliary_loss_depends_on_real_images_and_not_on_fakes(random_vgg, 
 def test_a_training_step_in_micro_batches_gives_the_weights_of_a_step_on_the_whole_batch(
     monkeypatch, stage, degraded, micro_batch
 ):
-    """Batch norm of very small feature maps amplifies rounding errors, so the test computes in float64."""
+    """Batch norm of feature maps with very few pixels amplifies rounding errors, so the test computes in float64."""
     step = find_step_with_or_without_degradation(degraded)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     original = Compute.images_to_float

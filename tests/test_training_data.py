@@ -34,9 +34,10 @@ def make_training_arguments_without_image_folders(files, out, flags):
 
 
 def write_csv_table(path, files, labels):
-    """Write a CSV table with one image for each label in `labels`. A label is "real" or "fake".
+    """Write a CSV table of images, and return the path of the table.
 
-    Return the path of the CSV table.
+    Args:
+        labels: label of the image in each row, "real" or "fake".
     """
     counts = {"real": 0, "fake": 0}
     lines = ["path,label"]

@@ -1,4 +1,4 @@
-"""Helpers that run small trainings with train_sr.py and train_detector.py, and read the files of a training."""
+"""Helpers that run small trainings with train_sr.py and train_detector.py, and read the files that they write."""
 
 import json
 

@@ -46,9 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="folder of images, with one subfolder per generator: TREE/GENERATOR/0_real and TREE/GENERATOR/1_fake",
     )
     parser.add_argument(
-        "--csv", metavar="FILE", help="CSV file with columns path,label[,generator] and labels real, fake"
+        "--csv",
+        metavar="FILE",
+        help="CSV file of images for training, with the columns path,label[,generator]; a label is real or fake",
     )
-    parser.add_argument("--val-csv", metavar="FILE", help="CSV file with the images for validation, like --csv")
+    parser.add_argument("--val-csv", metavar="FILE", help="CSV file of images for validation, in the format of --csv")
     args = parser.parse_args(arguments)
     train = list_labelled_images(args.data_root_pos, args.data_root_neg, args.tree, args.csv, training=True)
     validation = []

@@ -74,7 +74,7 @@ class Encoder(nn.Sequential):
 class Decoder(nn.Sequential):
     """The decoder of TAEF2, which converts latent maps z (B, 32, h, w) to images (B, 3, 8 h, 8 w).
 
-    Some pixel values may be slightly outside [0, 1].
+    Pixel values of the decoded images may be slightly outside [0, 1].
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Decoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """The encoder of TAEF2, followed by the decoder.
+    """The image autoencoder TAEF2, which consists of an encoder and a decoder.
 
     The input is a batch of images (B, 3, H, W) in [0, 1]. H and W must be multiples of 8. The output has the same shape
     as the input, and is clamped to [0, 1].
@@ -105,7 +105,7 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(encoder_file: str, decoder_file: str) -> Autoencoder:
-    """Create TAEF2 in evaluation mode, with float32 weights from two files.
+    """Create the autoencoder TAEF2 in evaluation mode, with float32 weights from `encoder_file` and `decoder_file`.
 
     Raises:
         UserError: if a file cannot be read or does not contain the weights of TAEF2.

@@ -38,7 +38,7 @@ logger = logging.getLogger("tools.calibrate")
 
 TEMPERATURES = (0.05, 20.0)  # smallest and largest temperature that the fit can return
 BISECTIONS = 60  # number of bisection steps; more steps do not change the temperature in float64
-COUNT_TOLERANCE = 1e-9  # tolerance for rounding errors such as 0.07 * 100 = 7.000000000000001
+COUNT_TOLERANCE = 1e-9  # tolerance for rounding errors of rate * image count, such as 0.29 * 100 = 28.999999999999996
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,7 +92,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def require_scores_computed_by_detector(content: Mapping, record: Mapping, name: str) -> None:
-    """Check that a detector computed the scores of a score table, and that the scored images were not perturbed.
+    """Check that the detector in `content` computed the scores of a score table from unperturbed images.
 
     Args:
         content: content of the checkpoint of the detector.
@@ -127,8 +127,8 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
     for part, (expected, got) in fingerprints.items():
         if None not in (expected, got) and expected != got:
             raise UserError(
-                f"another detector computed the scores: the fingerprint of its {part} weights is {got}, but"
-                f" {make_printable(name)} has {expected}; run test.py again with --resume {make_printable(name)}"
+                f"another detector computed the scores: expected {part} weights with the hash {expected}, got weights"
+                f" with the hash {got}; run test.py again with --resume {make_printable(name)}"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
@@ -160,7 +160,7 @@ def require_scores_with_default_settings(content: Mapping, record: Mapping, name
 
 
 def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> tuple[dict, list[str]]:
-    """Fit the temperature and both thresholds to the labelled rows of a score table.
+    """Fit a temperature and the verdict thresholds t_real and t_fake to the labelled images of a score table.
 
     Args:
         fpr: largest fraction of the real images that may be called fake.
@@ -192,11 +192,12 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
 
 
 def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, list[str]]:
-    """Find the temperature T that minimises the mean negative log-likelihood of P(fake) = sigmoid(margin / T).
+    """Find the temperature T that minimises the mean negative log-likelihood of P(fake).
 
-    The negative log-likelihood is convex in 1 / T, so bisection finds the point where its derivative is 0. If the
-    detector classifies every image correctly, the negative log-likelihood has no minimum: the smaller T is, the smaller
-    the negative log-likelihood is. In this case, the function returns T = 1.
+    P(fake) of an image is sigmoid((logit_fake - logit_real) / T). The negative log-likelihood is convex in 1 / T, so
+    bisection finds the point where its derivative is 0. If the detector classifies every image correctly, the negative
+    log-likelihood has no minimum: the smaller T is, the smaller the negative log-likelihood is. In this case, the
+    function returns T = 1.
 
     Args:
         margins: logit_fake - logit_real of each image, (N,).
@@ -210,7 +211,7 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     low, high = np.log(TEMPERATURES)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        # This is the derivative of the mean negative log-likelihood with respect to 1 / T
+        # `slope` is the derivative of the mean negative log-likelihood with respect to 1 / T
         slope = -np.mean(agreement * sigmoid(-agreement / math.exp(middle)))
         if slope < 0:
             high = middle
@@ -224,19 +225,17 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 
 
 def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: float) -> tuple[float, float]:
-    """Choose thresholds t_real <= t_fake with a false positive rate <= `fpr` and a false negative rate <= `fnr`.
+    """Choose thresholds of P(fake) for the verdicts "real" (P(fake) <= t_real) and "fake" (P(fake) >= t_fake).
 
-    Images with t_real < P(fake) < t_fake get the verdict "unsure". The thresholds are chosen so that as few images as
-    possible get this verdict.
-
-    At most a fraction `fpr` of the real images has P(fake) >= t_fake. At most a fraction `fnr` of the fake images has
-    P(fake) <= t_real. If no image needs to be unsure, the function returns two equal thresholds.
+    At most a fraction `fpr` of the real images gets the verdict "fake". At most a fraction `fnr` of the fake images
+    gets the verdict "real". As few images as possible get the verdict "unsure" (t_real < P(fake) < t_fake). If no image
+    needs the verdict "unsure", the function returns two equal thresholds.
 
     Args:
         prob_fake: calibrated P(fake) of each image, (N,).
         is_fake: whether each image is fake, (N,) bool. At least one image must be real, and at least one must be fake.
     Returns:
-        The thresholds t_real and t_fake.
+        The thresholds t_real and t_fake, with t_real <= t_fake.
     """
     t_fake = threshold_for_error_rate(prob_fake[~is_fake], prob_fake, fpr)
     t_real = -threshold_for_error_rate(-prob_fake[is_fake], -prob_fake, fnr)
@@ -246,7 +245,7 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 
 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
-    """Choose the lowest threshold that at most a fraction `rate` of the scores in `negatives` reaches or exceeds.
+    """Choose the lowest threshold such that at most a fraction `rate` of `negatives` is >= the threshold.
 
     The function considers only thresholds halfway between two values of `scores` that are neighbours in sorted order.
     If all of them are too low, the function returns the next floating-point number above the highest value of `scores`.

@@ -110,7 +110,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             " be above 0"
         )
     if args.autoencoder and not args.photographs:
-        parser.error("--autoencoder needs --from DIR: give the folder of the photographs")
+        parser.error("--autoencoder needs photographs: give their folder with --from DIR")
     return args
 
 

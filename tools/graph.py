@@ -2,7 +2,7 @@
 
 The input of the graph is a batch of whole images, or a batch of crops if the detector was trained on crops. The graph
 does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of the graph
-contain the length of the shorter side after resizing, the crop size, the number of crops and the thresholds.
+contain the settings with which images must be resized and cropped, and the thresholds.
 """
 
 import copy
@@ -31,8 +31,8 @@ logger = logging.getLogger("tools.export")
 FORMAT = "beyond-the-spectrum graph, version 2"
 MARK = b"beyond-the-spectrum graph"  # each graph file of this program contains these bytes
 FACTS = "facts.json"  # name of the metadata file inside a .pt2 file, which is a zip archive
-SMALLEST_EXAMPLE = 96  # smallest side in pixels of example images for detectors that were trained on whole images
-TOLERANCE = 1e-4  # largest allowed difference from an output d of the detector, divided by max(1, |d|)
+SMALLEST_EXAMPLE = 96  # minimum height and width of example images in pixels, for detectors trained on whole images
+TOLERANCE = 1e-4  # largest allowed |g - d| / max(1, |d|), where g is an output of the graph, and d that of the detector
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 
@@ -124,7 +124,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
             dynamo=True,
             verbose=False,
         )
-    except Exception as error:  # the converter raises exceptions of many types
+    except Exception as error:  # torch.onnx.export raises exceptions of many types
         reason = get_first_line(error.__cause__ or error)
         raise UserError(
             f"PyTorch {torch.__version__} cannot convert this detector to ONNX ({reason}): use --out FILE.pt2"
@@ -180,7 +180,8 @@ def try_to_export_network(
     """
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     try:
-        with torch.enable_grad():  # with gradients enabled, the networks do not divide an image into tiles
+        # With gradients disabled, the networks would work in tiles, so the graph would accept fewer image sizes
+        with torch.enable_grad():
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
         return None, get_first_line(error)
@@ -209,7 +210,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
     for name, default in UNCALIBRATED.items():
         facts[name] = detector.calibration.get(name, default)
     config = describe_detector_without_folders(detector)
-    # The metadata contain no file names of VGG-19 weights, because different files may contain equal weights
+    # The metadata identify VGG-19 weights by their hash, because files of different names can contain equal weights
     for part in ("vgg", "auxiliary_vgg"):
         if config.get(part):
             config[part] = {"fingerprint": config[part].get("fingerprint")}
@@ -315,13 +316,13 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
     )
     if not difference <= TOLERANCE:  # unlike `difference > TOLERANCE`, this is also true for NaN
         raise UserError(
-            f"the outputs of the graph {name} differ from the outputs d of the detector: expected a difference of at"
-            f" most {TOLERANCE:g} * max(1, |d|), got {difference:.2g} * max(1, |d|); export the graph again with"
-            " another version of PyTorch"
+            f"the graph {name} and the detector give different outputs: expected a difference of at most {TOLERANCE:g},"
+            f" relative to max(1, |output|), got {difference:.2g}; export the graph again with another version of"
+            " PyTorch"
         )
     logger.info(
-        "the outputs of the graph %s agree with the outputs d of the detector: the largest difference is %.2g *"
-        " max(1, |d|)",
+        "the graph %s and the detector give the same outputs: the largest difference, relative to max(1, |output|), is"
+        " %.2g",
         name,
         difference,
     )

@@ -6,7 +6,7 @@
     python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
 With --out, the program writes the web page DIR/report.html with figures and metrics (tools/report_page.py). With
---markdown, the program prints a markdown table with one row per score table or generator. With --study and
+--markdown, the program prints a markdown table of METRIC (default: accuracy, AUROC and AP). With --study and
 --markdown, the program prints a table that compares detectors (tools/study.py). With --refresh, the program updates the
 tables in markdown documents. A comment directly above each table contains the command that makes the table:
 
@@ -34,8 +34,8 @@ from utils.errors import UserError, run_program
 from utils.files import open_for_atomic_write
 
 PROGRAM = "python -m tools.report"
-# Each match is a comment with a command and the table below the comment
-MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)  # [1]: comment; [2]: its command
+# Each match is a comment (group 1) that contains a command (group 2), and the table below the comment
+MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)
 COMPARED = ("accuracy", "auroc", "average_precision")  # metrics in the tables with bootstrap intervals
 ALL_METRICS = "all"
 
@@ -70,9 +70,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         metavar="STUDY.csv",
-        help="study file: a CSV file that assigns score tables to the cells of tables of metrics (see tools/study.py)",
+        help="CSV file that says from which score tables each cell of a table is computed (see tools/study.py)",
     )
-    parser.add_argument("--table", metavar="NAME", help="with --study: name of a table in STUDY.csv")
+    text = "with --study: name of the table to make, one of the names in the column 'table' of STUDY.csv"
+    parser.add_argument("--table", metavar="NAME", help=text)
     text = "with --study: add bootstrap intervals, or the range over the seeds if there are several seeds"
     parser.add_argument("--intervals", action="store_true", help=text)
     names = [name for name, metric in metrics.METRICS.items() if metric.is_column]

@@ -150,7 +150,7 @@ def load_page_template() -> jinja2.Template:
 
 
 def draw_roc_and_histogram(scores: Scores) -> str | None:
-    """Draw the ROC curves and histograms of scores. Returns a PNG data URI, or None if no image has a score."""
+    """Draw ROC curves and histograms for one score table. Returns a PNG data URI, or None if no image has a score."""
     if not scores.table.has_score.any():
         return None
     return draw_figure_as_data_uri(figures.draw_roc_and_histograms, scores.table)
@@ -186,7 +186,7 @@ def draw_figure_as_data_uri(figure: Callable, *content) -> str:
     """Draw a figure, and return the PNG file as a data URI.
 
     Args:
-        figure: function of `evaluation.figures` that draws a PNG file. The path of the PNG file is its last argument.
+        figure: function of `evaluation.figures` whose last argument is the path of the PNG file to write.
         content: all arguments of the function `figure` except the path.
     """
     with TemporaryDirectory() as folder:
@@ -249,7 +249,7 @@ def describe_image(scores: Scores, row: int, residuals: str | os.PathLike | None
     if not picture.is_file():
         picture = scores.path.parent / path
     if residuals is not None and path_of_residual_picture(residuals, path).is_file():
-        # A picture from `test.py --save-residuals` shows the image and its residual, so the page shows only the picture
+        # A picture from `test.py --save-residuals` contains the image, so the page needs no thumbnail of the image file
         picture, kind = path_of_residual_picture(residuals, path), "residual"
     correct = (table.logit_margins[row] >= 0) == table.is_fake[row]
     source = make_thumbnail(picture, THUMBNAIL_SIDES[kind])

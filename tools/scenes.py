@@ -1,4 +1,4 @@
-"""Draw random images of overlapping shapes (scenes), which share some statistics with photographs.
+"""Draw scenes: random images of overlapping shapes.
 
 Later shapes cover earlier shapes (dead leaves model). The probability density of the radius r of a shape is
 proportional to r^-3. Images of overlapping shapes resemble photographs in their edges, scale invariance and spectrum
@@ -11,9 +11,9 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import gaussian_blur
 
 SUPERSAMPLING = 2  # images are drawn at twice their size and then averaged over 2 x 2 pixels, which smooths the edges
-SMALLEST_RADIUS = (1.0, 4.0)  # range in pixels of the smallest radius, which is drawn once per image
-LARGEST_RADIUS = 0.45  # largest radius, as a fraction of the image side
-COVERAGE = 4.0  # sum of pi r^2 over all shapes, divided by the image area; about 12 % of the pixels are background
+SMALLEST_RADIUS = (1.0, 4.0)  # range of the smallest shape radius in pixels; a random value is used for each image
+LARGEST_RADIUS = 0.45  # largest shape radius, as a fraction of the image side
+COVERAGE = 4.0  # sum of pi * radius^2 over all shapes, divided by the image area; leaves about 11 % background
 POINTS = 24  # number of points per outline; a multiple of each number in CORNERS
 CORNERS = (3, 4, 6, 24, 24)  # numbers of corners of a shape; 24 (nearly an ellipse) is twice as likely as 3
 LENS_BLUR = (0.4, 1.2)  # the standard deviation of the lens blur is drawn from this range, in pixels

@@ -161,7 +161,7 @@ def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) ->
     """Write the lists and split.json.
 
     While the program writes the lists, split.json contains the hashes of the old and the new version of each list. If
-    the program is interrupted, its next run can therefore recognise and replace both versions of each list.
+    the program is interrupted, its next run therefore recognises the old and the new lists as its own.
 
     Args:
         files: content of each list, {file name: content}.

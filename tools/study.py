@@ -1,7 +1,7 @@
-"""Make tables of metrics that compare detectors. A study file describes the tables.
+"""Make tables that compare the metrics of detectors. A study file describes the tables.
 
-A study file is a CSV file. Each line names a cell of a table, and a score table from which the number in the cell is
-computed, for example:
+A study file is a CSV file. Each line names a cell of a table, and the score table (CSV file of test.py) from which
+the cell is computed, for example:
 
     table,row,column,scores,generators
     main,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
@@ -9,8 +9,8 @@ computed, for example:
 
 The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
 generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used.
-Each line yields one number: the mean of a metric over the generators that the line selects. Several lines may belong to
-the same cell, for example one line per random seed. A cell with several lines shows the mean over its lines.
+Each line yields one number: the mean of a metric over the generators that the line selects. If several lines belong to
+the same cell, for example one line per random seed, the cell shows the mean of their numbers.
 """
 
 import csv
@@ -100,9 +100,9 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
 
 
 def format_mean_metric_of_cell(entries: Sequence[Entry], metric: str, intervals: bool) -> str:
-    """Format the mean of a metric over the lines of one cell, in %.
+    """Format the mean of a metric over `entries`, the lines of a study file that belong to one cell, in percent.
 
-    Returns "-" if the cell has no line, or if the metric is not defined for one of the lines.
+    Returns "-" if `entries` is empty, or if the metric is not defined for one of the entries.
     """
     values = [compute_mean_metric_over_generators(entry, metric) for entry in entries]
     if not values or None in values:

@@ -1,8 +1,8 @@
 """Make fake copies of photographs. A fake copy, also called twin, contains the traces of a generator.
 
 A twin has the content, the file format and the size of the photograph. A detector that is trained on photographs and
-their twins therefore cannot learn to recognise fake images by their content. The method follows B-Free (Guillaro et
-al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
+their twins therefore cannot learn to recognise fake images by their content. Training with twins follows B-Free
+(Guillaro et al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
 """
 
 import logging

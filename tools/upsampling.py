@@ -12,7 +12,7 @@ from torch import Tensor
 
 KINDS = ("nearest", "bilinear")
 FILTER_WEIGHT = (0.05, 0.25)  # range of the outer weights of the random 3-tap filter; the centre weight is 1
-NOISE = 0.4  # standard deviation of the noise, divided by the mean of |image - low-pass filtered image|
+NOISE = 0.4  # standard deviation of the noise, as a multiple of the mean of |image - low-pass filtered image|
 BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # weights of a 3-tap low-pass filter, which removes fine detail
 STRONGEST_GAIN = 3.0  # largest factor by which fine detail is amplified
 

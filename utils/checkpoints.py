@@ -4,11 +4,10 @@ A checkpoint is written completely or not at all. Reading a checkpoint executes 
 `Fields` checks the type and the range of plain values from a checkpoint.
 
 A checkpoint whose name ends in .safetensors is called a bundle. Bundles are safe to share, because they contain no
-pickled Python objects. The content of a checkpoint is a dictionary. In a bundle, a tensor with the key KEY in this
-dictionary has the name KEY. If the value of KEY is a dictionary of tensors, the tensor with the key NAME in the inner
-dictionary has the name KEY/NAME. The plain values of a checkpoint (numbers, texts, lists, dictionaries) are stored as
-one JSON text in the metadata of the bundle. The model card, which is a text that describes the detector, is a separate
-entry of the metadata.
+pickled Python objects. The content of a checkpoint is a dictionary `content`. A bundle stores the tensor content["a"]
+under the name "a", and the tensor content["a"]["b"] under the name "a/b". The plain values of a checkpoint (numbers,
+texts, lists, dictionaries) are stored as one JSON text in the metadata of the bundle. The model card, which is a text
+that describes the detector, is a separate entry of the metadata.
 """
 
 import hashlib
@@ -138,7 +137,7 @@ def compute_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    """Load a state dict into a module. The keys and the tensor shapes of both must be equal.
+    """Load a state dict into a module with the same keys and tensor shapes.
 
     If a key or a shape differs, all weights of `module` stay unchanged.
 
@@ -161,7 +160,7 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> N
     if faults:
         raise UserError(
             f"{name} does not fit the network, which has {len(expected)} tensors ({'; '.join(faults)}): give a"
-            " checkpoint of the same network"
+            " checkpoint of this network"
         )
     module.load_state_dict(state)
 
@@ -186,10 +185,9 @@ _REQUIRED = object()
 class Fields:
     """A wrapper of a dictionary of plain values from a checkpoint.
 
-    The get methods check the type and the range of the value that they return. If the type is wrong or the value is
-    outside its range, the method raises a UserError, whose message of one line names the file and the key. If a value
-    is missing or None, methods with an argument `default` return `default`. If a value is missing or None and the
-    caller passes no `default`, these methods raise a UserError.
+    If a value has a wrong type or is outside its range, the get methods raise a UserError that names the file and the
+    key. If a value is missing or None, a get method with a parameter `default` returns `default`, or raises a UserError
+    if the caller passes no `default`.
 
     Args:
         values: the dictionary, or None for an empty dictionary.
@@ -259,7 +257,7 @@ class Fields:
         return Fields(self.values.get(key), self.file, self._dotted_key(key))
 
     def get_keyword_arguments(self, key: str) -> dict[str, object]:
-        """Return the dictionary of keyword arguments under `key`. Each keyword must be a Python identifier."""
+        """Return the dictionary under `key`, whose keys must be valid names of keyword arguments."""
         values = self.get_nested_fields(key).values
         for name in values:
             if not isinstance(name, str) or not name.isidentifier():
@@ -328,7 +326,7 @@ def _read_safetensors_file(path: Path) -> dict:
     """Read a bundle (a .safetensors file), and convert it back to the content of a checkpoint.
 
     Raises:
-        UserError: if the format of the bundle is not `BUNDLE`.
+        UserError: if the format in the bundle's metadata differs from the constant `BUNDLE`.
         UserError: if the content of the bundle has changed since the bundle was written.
     """
     with _import_safetensors().safe_open(path, "pt") as file:

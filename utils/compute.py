@@ -28,7 +28,7 @@ class Compute(NamedTuple):
         return f"{self.precision} on {self.device.type}"
 
     def images_to_float(self, images: Tensor) -> Tensor:
-        """Convert uint8 images (B, 3, H, W) in 0..255 to float32 in [0, 1], on the device, in channels-last order."""
+        """Convert uint8 images (B, 3, H, W) in 0..255 to float32 in [0, 1], on the device, in channels_last format."""
         x = images.to(self.device, non_blocking=True).to(torch.float32) / 255
         return x.contiguous(memory_format=torch.channels_last)
 
@@ -75,7 +75,7 @@ def choose_device_and_precision(
 
 
 def _set_deterministic(deterministic: bool) -> None:
-    # The first call of use_deterministic_algorithms takes 1.5 s, so the function is called only if the setting changes
+    # The first call of torch.use_deterministic_algorithms takes 1.5 s, so a call that changes nothing is left out.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without this variable, cuBLAS is not reproducible
         torch.use_deterministic_algorithms(deterministic, warn_only=True)
@@ -96,7 +96,7 @@ def choose_device(gpu: str | int | torch.device | None) -> torch.device:
             "cuda", "cuda:1", or a torch.device.
 
     Raises:
-        UserError: if `gpu` is not the name of a device.
+        UserError: if `gpu` does not describe a device, for example "gpu1".
         UserError: if the machine has GPUs, but not the chosen GPU.
         UserError: if the machine has no GPU, and `gpu` is a CUDA device such as "cuda:1".
     """

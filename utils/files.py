@@ -47,9 +47,9 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
 
     Args:
         folder: the folder that contains the temporary files.
-        names: regular expression for the names of the files that the temporary files were meant to replace. Only the
-            temporary files of files whose whole name matches are deleted.
-        age: number of seconds. A temporary file is deleted only if it has not changed for `age` seconds.
+        names: a temporary file is deleted only if this regular expression matches the whole name of the file that it
+            was meant to replace.
+        age: a temporary file is deleted only if it has not changed for this number of seconds.
     """
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
@@ -60,9 +60,9 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
 
 
 def choose_unique_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Return the last N components of each path, such as "run1/stylegan", as its name.
+    """Return a name for each path: its last components, such as "run1/stylegan".
 
-    N is the smallest number with which different paths get different names.
+    All names have the same number of components: the smallest number with which different paths get different names.
     """
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     length = 1
@@ -79,15 +79,16 @@ def write_json(path: Path, obj: dict) -> None:
 
 
 def require_new_or_marked_file(path: Path, mark: bytes) -> None:
-    """Raise a UserError if a file exists at `path`, and a program of this project did not write the file.
+    """Raise a UserError if something exists at `path` that is not an earlier output of the program.
 
     Args:
-        path: path at which the program will write a file.
-        mark: bytes that every file contains that the program writes.
+        path: path at which the program will write its output.
+        mark: bytes that every output of the program contains.
     """
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(
-            f"{make_printable(path)} was not written by this program: choose another place, or remove the file"
+            f"{make_printable(path)} was not written by this program, so it is not replaced: give another output path,"
+            " or remove the file"
         )
 
 
@@ -118,8 +119,8 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
         world: the processes of this run.
 
     Raises:
-        UserError: in all processes of this run, if a second run holds the lock, or if the file at `path` is not a lock
-            file of this project.
+        UserError: in all processes of this run, if another run holds the lock.
+        UserError: in all processes of this run, if the file at `path` is not a lock file of this project.
     """
     with contextlib.ExitStack() as stack:
         refusal = None

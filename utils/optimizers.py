@@ -1,4 +1,4 @@
-"""Create the optimizer of train_detector.py, and compute the learning-rate schedules of both training programs."""
+"""The optimizer of train_detector.py, and the learning-rate schedules of train_detector.py and train_sr.py."""
 
 import math
 
@@ -52,8 +52,8 @@ def create_optimizer(
 def get_learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the present learning rates of an optimizer, under the names with which they are logged.
 
-    The name "learning_rate" stands for the classifier in train_detector.py, and for the network in train_sr.py. The
-    name "resynthesizer_learning_rate" exists only in end-to-end training.
+    In train_detector.py, "learning_rate" is the learning rate of the classifier. In train_sr.py, "learning_rate" is the
+    learning rate of the re-synthesizer. The name "resynthesizer_learning_rate" exists only in end-to-end training.
     """
     names = ("learning_rate", "resynthesizer_learning_rate")
     return {name: group["lr"] for name, group in zip(names, optimizer.param_groups, strict=False)}
@@ -62,10 +62,10 @@ def get_learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
     """Compute the factor by which the authors' code multiplies the base learning rate after `epochs_done` epochs.
 
-    The authors' code uses the function f(e) = 0.9999 cos(pi/2 * e / (E - 1)) + 0.0001, where E is `epochs_total`.
+    The factor is 1 in epoch 0, and 0.9999 cos(pi/2 * (e - 1) / (E - 1)) + 0.0001 in epoch e > 0, where E is
+    `epochs_total`.
 
-    Release: the code of the paper's authors sets the learning rate after each epoch. The learning rate in epoch 0 is
-    the base learning rate. In epoch e > 0, the learning rate is the base learning rate times the factor f(e - 1).
+    Release: the formula uses e - 1, because the code of the paper's authors sets the learning rate after each epoch.
 
     Args:
         epochs_total: number of epochs of the training.
@@ -99,6 +99,5 @@ def compute_step_learning_rate_factor(decay: float, decay_epochs: int, epochs_do
     return decay ** (int(epochs_done) // decay_epochs)
 
 
-# SCHEDULES maps each value of the option --schedule of train_detector.py to a function.
-# The function computes the factor by which the base learning rate is multiplied.
+# SCHEDULES maps each value of train_detector.py's option --schedule to the function for the learning-rate factor.
 SCHEDULES = {"released": compute_authors_learning_rate_factor, "cosine": compute_cosine_learning_rate_factor}

@@ -101,7 +101,7 @@ def create_argparse_number_type(kind: type, low: float = -math.inf, high: float 
             )
         return value
 
-    parse_number.__name__ = kind.__name__  # argparse prints this name if the text is not a number
+    parse_number.__name__ = kind.__name__  # argparse uses this name in the error message "invalid int value"
     return parse_number
 
 
@@ -157,9 +157,9 @@ def add_vgg_options(parser: Parser) -> None:
     add = parser.add_argument_group("VGG-19").add_argument
     add("--vgg-weights", default="auto", metavar="auto|imagenet|random|FILE",
         help="weights of VGG-19. imagenet: ImageNet weights from torch hub's cache or by download. random: random"
-        " weights from a fixed seed. FILE: a state dict of torchvision's vgg19. auto: the weights with which the"
-        " checkpoint was trained. In a new training, auto means imagenet, or random if the download fails (default:"
-        " %(default)s)")  # fmt: skip
+        " weights from a fixed seed. FILE: a state dict of torchvision's vgg19. auto: the VGG-19 weights that were used"
+        " when the loaded network was trained. In a new training, auto means imagenet, or random if the download fails"
+        " (default: %(default)s)")  # fmt: skip
 
 
 def add_resynthesizer_options(parser: Parser) -> None:
@@ -184,7 +184,7 @@ def add_resynthesizer_options(parser: Parser) -> None:
 
 
 def add_detector_options(parser: Parser) -> None:
-    """Add options for the features, the residual, the classifier and the weights of the re-synthesizer."""
+    """Add options for a detector: its features, residual, classifier, and file of re-synthesizer weights."""
     add = parser.add_argument_group("detector").add_argument
     add("--features", metavar="NAME",
         help="features from which the residual is computed: pixels, vgg19, or a name that you have added to"
@@ -192,8 +192,8 @@ def add_detector_options(parser: Parser) -> None:
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=create_argparse_number_type(int, 0, 5), metavar="0..5",
-        help="features as a number, as in the authors' code, instead of --features: 0 = pixels; N from 1 to 5 = vgg19"
-        " with the layer reluN_1")  # fmt: skip
+        help="alternative to --features, as in the authors' code: 0 = pixels; N from 1 to 5 = output of VGG-19's layer"
+        " reluN_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
         help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
         " difference, as in the paper (default: the value in the checkpoint if there is one, otherwise"
@@ -219,15 +219,15 @@ def add_detector_options(parser: Parser) -> None:
 
 
 def add_image_options(parser: Parser) -> None:
-    """Add options for labelled images, resizing and cropping."""
+    """Add options that name labelled images, and options that resize and crop images."""
     add = parser.add_argument_group("images").add_argument
     add("--data-root-pos", dest="real_roots", nargs="+", metavar="DIR", help="folders of REAL images")
     add("--data-root-neg", dest="fake_roots", nargs="+", metavar="DIR",
         help="folders of FAKE images, one folder per generator")  # fmt: skip
     add("--data-root", dest="tree", metavar="DIR",
-        help="instead of --data-root-pos and --data-root-neg: a folder that contains GENERATOR/0_real and"
-        " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai. Other folders may lie between GENERATOR and these"
-        " four folders, as in GENERATOR/train/nature")  # fmt: skip
+        help="instead of --data-root-pos and --data-root-neg: a folder with one folder GENERATOR per generator. Real"
+        " images are in GENERATOR/0_real or GENERATOR/nature, and fake images in GENERATOR/1_fake or GENERATOR/ai."
+        " Other folders may lie in between, as in GENERATOR/train/nature")  # fmt: skip
     add("--csv", metavar="FILE",
         help="instead of folders: a CSV file with the columns path,label[,generator]; a label is real or fake")  # fmt: skip
     add("--resize", type=integer_from_0, metavar="N",
@@ -247,8 +247,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         batch_size: default of --batch-size.
         lr: default of --lr.
         schedule: name of the learning-rate schedule in the authors' code.
-        output: name of the flag that sets the output folder, such as "--output-path". The help texts of --resume and
-            --overwrite contain the name of this flag.
+        output: flag of the output folder, such as "--output-path", for the help texts of --resume and --overwrite.
     """
     add = parser.add_argument_group("optimizer").add_argument
     add("-b", "--batch-size", type=integer_from_1, default=batch_size, metavar="N",
@@ -425,16 +424,18 @@ def create_test_parser() -> Parser:
     add("--save-residuals", metavar="DIR",
         help="for each image, write a picture of the image, its re-synthesis and the residual into DIR")  # fmt: skip
     add("--perturb", type=parse_perturbation, nargs="+", metavar="NAME[=STRENGTH]",
-        help="perturb the images before scoring. NAME is none, blur, crop, jpeg, noise, resize, combined (crop, blur,"
-        " noise and jpeg, each with probability 0.5), all (every NAME in turn), or a name that you have added to"
-        " data.perturbations.SWEEP. Several NAMEs give several scores per image. STRENGTH is one strength of"
-        " --perturb-protocol sweep. Without STRENGTH, all strengths are used (default: none)")  # fmt: skip
+        help="perturb the images before scoring. With --perturb-protocol sweep, NAME is blur, jpeg, noise, resize, or a"
+        " name that you have added to data.perturbations.SWEEP. With --perturb-protocol frank2020, NAME is blur, crop,"
+        " jpeg, noise, or combined (these four, each with probability 0.5). NAME can also be none (unchanged images) or"
+        " all (every NAME in turn). Several NAMEs give several scores per image. NAME=STRENGTH selects one strength of"
+        " --perturb-protocol sweep, as in jpeg=70. NAME without STRENGTH selects all strengths (default:"
+        " none)")  # fmt: skip
     add("--perturb-protocol", choices=("sweep", "frank2020"), default="sweep",
-        help="sweep = fixed strengths; frank2020 = random strengths, as in Frank et al., ICML 2020 (default:"
-        " %(default)s)")  # fmt: skip
+        help="how --perturb perturbs images. sweep: each image at fixed strengths. frank2020: each image with"
+        " probability 0.5, at a random strength, as in Frank et al., ICML 2020 (default: %(default)s)")  # fmt: skip
     add("-b", "--batch-size", type=integer_from_1, metavar="N",
-        help="number of images per batch (default: as many images as have together at most 1024 x 1024"
-        " pixels)")  # fmt: skip
+        help="largest number of images per batch (default: as many images as fit into 1024 x 1024 pixels in"
+        " total)")  # fmt: skip
     add("--overwrite", action="store_true",
         help="score all images again, even if the files of --save_path already hold scores")  # fmt: skip
     add("--tile", type=create_argparse_number_type(int, 64), default=1024, metavar="N",

@@ -29,10 +29,11 @@ def seed_torch_for_step(seed: int, epoch: int, step: int, rank: int) -> None:
 # Each constant is the last element of the keys for one kind of random choice, such as dropout.
 # Keys that end with different constants give independent random numbers.
 # PERTURB and DEGRADE_PATCH may both be 1, because keys of different lengths also give independent random numbers.
-# If each image has fixed crops, the keys for crops contain 0 instead of the epoch.
+# If an image gets the same crops in every epoch, the keys that end with CROP contain 0 instead of the epoch.
 # In the keys, `index` is the index of an entry in the dataset.
-PERTURB, CROP = 1, 2  # end of the key for perturbing or cropping an image: (seed, epoch, index, PERTURB or CROP)
-DEGRADE_IMAGE = 5  # end of the key for the degradation of an image: (seed, epoch, index, 0, DEGRADE_IMAGE)
-DEGRADE_BATCH = 4  # end of the key for the choice of a batch's degradation: (seed, epoch, step, DEGRADE_BATCH)
-DROPOUT = 6  # end of the key for the dropout in one process: (seed, epoch, step, rank of the process, DROPOUT)
-DEGRADE_PATCH = 1  # end of the key for the degradation of a patch: (seed, epoch, index, patch, DEGRADE_PATCH)
+# In the keys, `part` is the number of a patch in its image, or 0 if the image is not cut into patches.
+PERTURB, CROP = 1, 2  # last argument of seeded_generator(seed, epoch, index, ...) for perturbing or cropping an image
+DEGRADE_IMAGE = 5  # last argument of seeded_generator(seed, epoch, index, part, ...) for degrading an image
+DEGRADE_BATCH = 4  # last argument of seeded_generator(seed, epoch, step, ...) for choosing a batch's degradation
+DROPOUT = 6  # last argument of seeded_generator(seed, epoch, step, rank, ...) for the dropout in one process
+DEGRADE_PATCH = 1  # last argument of seeded_generator(seed, epoch, index, part, ...) for degrading a patch

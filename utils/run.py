@@ -24,7 +24,7 @@ from utils.training import NotFinite, Stepper
 
 logger = logging.getLogger(__name__)
 
-# Type of a function that takes the state of the run, and returns {file name: content} of the numbered checkpoints
+# Type of a function that takes the state of a run, and returns numbered checkpoints as a dict {file name: content}
 NumberedFiles = Callable[[dict], dict[str, dict]]
 
 
@@ -89,8 +89,9 @@ class Run(contextlib.AbstractContextManager):
     """A context manager that saves the states and records of a training run, and stops the run after a signal.
 
     The option --save-minutes sets how often the state is saved in training. The state is also saved when a signal or an
-    error ends the run. If the error NotFinite ends the run, the state is not saved. At the end of an epoch, the state
-    is saved if best.* or a numbered checkpoint is written, or if the output folder holds no state of the run yet.
+    error ends the run, unless the loss or a gradient is not finite, or the checkpoints of a finished epoch cannot be
+    written. At the end of an epoch, the state is saved if the epoch is the best so far, if a numbered checkpoint is
+    written, or if the output folder holds no state of the run yet.
 
     The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The x axis of TensorBoard's
     plots is the number of finished epochs.
@@ -100,7 +101,7 @@ class Run(contextlib.AbstractContextManager):
         about: entries of config.json, which are also saved in every state. `about` must have the key "settings".
         networks: function that returns the networks' part of the state, such as their weights, as a dict. Only the main
             process calls `networks`.
-        stepper: the optimizer and the progress of the training.
+        stepper: the optimizer, and the progress of the training (epoch, step and best score).
         epochs: number of epochs of the whole training.
     """
 
@@ -132,13 +133,14 @@ class Run(contextlib.AbstractContextManager):
         if isinstance(error, NotFinite):
             last = self.folder.last
             saved = make_printable(last) if last.exists() else "none"
-            raise UserError(f"{error}; checkpoint with the last saved state: {saved}") from error
+            raise UserError(f"{error}; last saved state, from which --resume continues: {saved}") from error
         if isinstance(error, Exception) and not isinstance(error, Stopped):
             if self.progress.total_steps and not self.ending_epoch:
                 self.save_state()
-            if self.stop.received:  # after a signal, the cause of `error` can be that another process has stopped
+            if self.stop.received:  # after a signal, other processes stop too, which can cause `error` in this one
                 raise Stopped(self.stop.received) from error
-        if error is None and not self.folder.last.exists():  # a finished run was resumed into another folder
+        # If a finished run is resumed into another folder, no epoch is trained, so this folder has no state yet.
+        if error is None and not self.folder.last.exists():
             self.save_state()
         if error is None and self.writer:
             self.writer.close()
@@ -203,8 +205,8 @@ class Run(contextlib.AbstractContextManager):
             loader: iterable of batches (data.datasets.Batch).
             description: text in front of the progress bar.
             training: whether the caller takes an optimizer step with each batch.
-            min_images: smallest number of images in a yielded batch. `min_images` must be 2 if batch norm cannot be
-                trained on a single image.
+            min_images: smallest number of images in a yielded batch: 2 if a batch-norm layer gets only one value per
+                channel from an image, else 1.
 
         Yields:
             batches of at least `min_images` images.
@@ -272,11 +274,10 @@ class Run(contextlib.AbstractContextManager):
         Args:
             values: dict from the name of a quantity, such as "psnr", to its value in the finished epoch. NaN and
                 infinite values are written as null to stats.jsonl.
-            score_name: name of the value that is the score. The epoch with the highest score is the best epoch. In a
-                run without validation images, `values` has no key `score_name`. An epoch whose score is not finite is
-                never the best epoch.
-            numbered: function that converts the state to the numbered checkpoints. If `numbered` is None, no numbered
-                checkpoint is written.
+            score_name: key of the score in `values`. The best epoch is the epoch with the highest finite score. In a
+                run without validation images, `values` contains no score, and no epoch is the best epoch.
+            numbered: function that takes the state, and returns the numbered checkpoints of the epoch. If `numbered` is
+                None, no numbered checkpoint is written.
         """
         self._write_values_of_epoch_to_logs(values)
         progress = self.progress
@@ -284,7 +285,7 @@ class Run(contextlib.AbstractContextManager):
         value = values.get(score_name)
         if value is not None and not math.isfinite(value):
             logger.warning(
-                "warning: the score %s has the value %s in epoch %d: this epoch is not saved as the best epoch",
+                "warning: the score %s is not finite (%s) in epoch %d: this epoch is not saved as the best epoch",
                 score_name,
                 value,
                 progress.epoch - 1,
@@ -310,9 +311,11 @@ class Run(contextlib.AbstractContextManager):
         self.saved_at = time.monotonic()
 
     def _delete_older_checkpoints(self, name: str) -> None:
-        """Delete old numbered checkpoints, and keep as many of the newest ones as the option --keep-last says.
+        """If --keep-last N is given, delete all checkpoints of a series except the newest N.
 
-        This method considers only checkpoints whose names equal `name` except for the number of the epoch.
+        Args:
+            name: file name of a checkpoint, such as "0002_sr.pth.tar". The series consists of this file and of the
+                files whose names differ from `name` only in the number of the epoch.
         """
         keep = self.settings["keep_last"]
         if not keep:
@@ -378,9 +381,9 @@ class Run(contextlib.AbstractContextManager):
 
 
 def _repeat_images_to_fill_batch(batch, min_images: int):
-    """Repeat the images of a batch until the batch has at least `min_images` images, and set all image weights to 0.
+    """Repeat the images of a batch, so that the new batch has at least `min_images` images.
 
-    An image with weight 0 contributes nothing to the gradients.
+    All images of the new batch have the weight 0 in the loss, so they contribute nothing to the gradients.
 
     Raises:
         UserError: if the batch has no images.

@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 RECORD_FORMAT = "beyond-the-spectrum run, version 1"
 RECORD, STATS, EVENTS = "config.json", "stats.jsonl", "tensorboard"
-# For each file ending of checkpoints, this dictionary holds a regular expression that the file names match.
+# CHECKPOINT_NAMES maps the file ending of checkpoints to a regular expression for their names.
 CHECKPOINT_NAMES = {
-    ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # train_detector.py
-    ".pth": r"(epoch_\d+|best|last)\.pth",  # train_sr.py
+    ".pth.tar": r"(\d+(_sr)?|best|last)\.pth\.tar",  # names of the checkpoints that train_detector.py writes
+    ".pth": r"(epoch_\d+|best|last)\.pth",  # names of the checkpoints that train_sr.py writes
 }
 
 
@@ -30,8 +30,7 @@ class RunFolder:
     """The output folder of a run. The file config.json in the folder lists the files that the run has written.
 
     A file is replaced or deleted only if config.json lists the file. With --overwrite, the files of an earlier run are
-    deleted after the first state of the new run has been saved. Until the new run has saved a state, its initial
-    weights may exist only in a file of the earlier run.
+    kept until the new run has saved a state, because one of them can be the only copy of the new run's initial weights.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
@@ -44,11 +43,11 @@ class RunFolder:
         self.record: dict = {}
         self.files: set[str] = set()  # names of the files that config.json lists
         self.continued = False  # whether this run continues an earlier run in the same folder
-        self.replacing = False  # whether the files of an earlier run must be deleted after the first save
-        self.replaced: list[Path] = []  # checkpoints and TensorBoard files that must be deleted with the earlier run
+        self.replacing = False  # whether an earlier run's files must be deleted after this run has saved a state
+        self.replaced: list[Path] = []  # checkpoints and TensorBoard files of an earlier run that must be deleted
 
     def prepare(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
-        """Read the list of written files, and determine which files the run continues or replaces.
+        """Read config.json, and determine whether the run is new, continues an earlier run, or replaces an earlier run.
 
         Args:
             resumed: the state from which the run continues. If `resumed` is None, the run is new.
@@ -196,7 +195,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
 
     Raises:
         UserError: if no file can be written into the folder.
-        UserError: if a second run is writing into the folder.
+        UserError: if another run is writing into the folder.
         UserError: if the folder holds an earlier run, `overwrite` is False, and this run does not continue that run.
         UserError: if the folder holds a run of another program.
         UserError: if this run would replace a file that config.json does not list.

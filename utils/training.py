@@ -1,4 +1,4 @@
-"""Progress of a training run, optimizer steps over all processes, and one epoch of training."""
+"""The progress of a training run, and its optimizer steps in one or several processes."""
 
 import logging
 import math
@@ -40,17 +40,17 @@ class NotFinite(UserError):
 
 @dataclass
 class Progress:
-    """The progress of a training run, which is saved in every state so that a run can be resumed at the exact step."""
+    """The progress of a training run. Every saved state contains it, so a run can be resumed at the exact step."""
 
     epoch: int = 0  # number of the current epoch, from 0
     step: int = 0  # number of finished batches of the current epoch
     total_steps: int = 0  # number of optimizer steps since the run began
-    sums: dict[str, float] = field(default_factory=dict)  # sum of each value over the images of the current epoch
+    sums: dict[str, float] = field(default_factory=dict)  # sum of each recorded scalar over the images of the epoch
     best: float | None = None  # best validation score of all epochs
     left_out: int = 0  # number of images in the current epoch that could not be used
 
     def record_optimizer_step(self, values: Mapping[str, float], count: float) -> None:
-        """Count an optimizer step, and add the values of all images of the step to the sums of the epoch.
+        """Count an optimizer step, and add `count` times each value in `values` to `sums`.
 
         `values` must not have the key "count".
 
@@ -76,9 +76,9 @@ class Progress:
         self.left_out += left_out
 
     def compute_mean_values_of_epoch(self) -> dict[str, float]:
-        """Return the mean of each value over the images of the current epoch.
+        """Return the mean of each recorded scalar over the images of the current epoch.
 
-        If images were left out, their number is returned as "left_out".
+        If some images of the epoch could not be used, their number is returned under the key "left_out".
         """
         count = self.sums.get(COUNT, 0.0)
         means = {}
@@ -175,7 +175,7 @@ class Stepper:
 
         Raises:
             NotFinite: if the loss is not finite.
-            NotFinite: if a gradient is not finite. In fp16, GradScaler skips the step instead.
+            NotFinite: if a gradient is not finite, except in fp16, where GradScaler skips the step.
         """
         self.scaler.scale(loss).backward()
         gradients = self._sum_gradients_over_processes()
@@ -227,8 +227,8 @@ class Stepper:
         weight, count, left_out, norm_on_cpu = numbers[len(parts) :]
         means = {}
         for name, value in zip(parts, sums_of_values, strict=True):
-            # `weight` is the sum of the weights of all images, which is below 1 if images were left out.
-            # If all images were left out, `weight` is 0.
+            # `weight` is the sum of the weights of all images in the loss.
+            # `weight` is 1, or less if some images of the step could not be used, or 0 if no image could be used.
             means[name] = value / (weight or 1)
         return means, count, left_out, norm_on_cpu
 
@@ -275,7 +275,8 @@ class Stepper:
             )
         self._load_optimizer_state(resumed)
         self.progress.load_state(content.get_nested_fields("progress"))
-        # Set the learning rate of the last finished step, which is logged if the epoch has no step left
+        # Set the learning rate of the last finished step.
+        # A run that resumes after the last step of an epoch logs this learning rate.
         last_step = max(self.progress.step - 1, 0)
         self.set_learning_rates(self.rate_factor(self.progress.epoch + last_step / self.steps_per_epoch))
         warn_about_changed_settings(earlier.values, settings, self.progress)
