@@ -81,8 +81,14 @@ def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float)
         result = "you may delete this folder when no training is running"
     else:
         result = "no residuals are stored, because this is more than --cache-gb or the free disk space"
-    text = "residual cache %s: up to %d residuals (of images and mirrored images) take %.2f GB (%.2f GB are stored already); %s"
-    logger.info(text, make_printable(folder.parent), len(sizes), needed / 1e9, stored / 1e9, result)
+    logger.info(
+        "residual cache %s: up to %d residuals (also of mirrored images) take %.2f GB (%.2f GB are stored already); %s",
+        make_printable(folder.parent),
+        len(sizes),
+        needed / 1e9,
+        stored / 1e9,
+        result,
+    )
     return fits
 
 

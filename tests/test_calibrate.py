@@ -236,7 +236,7 @@ def test_calibrate_reports_a_wrong_argument_in_one_line_with_exit_status_2(tmp_p
     one_class = str(write_score_table(tmp_path / "s.csv", np.array([-1.0, 1]), np.array([])))
     before = checkpoint_path.read_bytes()
     for arguments, text in (
-        ([one_class], "got 2 real and 0 fake images"),
+        ([one_class], "2 real and 0 fake images"),
         (["none.csv"], "none.csv"),
         ([one_class, "--fpr=0.5"], "--fpr must be"),
         ([one_class, "--fpr=-0.1"], "--fpr must be"),

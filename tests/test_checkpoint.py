@@ -398,7 +398,7 @@ def test_a_flag_may_repeat_a_default_value_that_the_checkpoint_does_not_contain(
     }
     source = Checkpoint({"state_dict": RDN().state_dict(), "config": config}, "best.pth")
     sizes = {"num_features": 64, "growth_rate": 64, "num_blocks": 16, "num_layers": 8}
-    assert create_resynthesizer(source, sizes)[1] == config["resynthesizer"]
+    assert create_resynthesizer(source, sizes)[1] == {"name": "rdn", "scale": 4, "args": sizes}
     with expect_user_error("num_blocks=20", "num_blocks=16"):
         create_resynthesizer(source, {**sizes, "num_blocks": 20})
     assert choose_features_config(source, {}, {"stage": 5}) == config["features"]
@@ -455,7 +455,7 @@ def test_a_resumed_run_is_refused_if_its_vgg_weights_have_changed(folder_with_mi
 def test_the_config_of_a_detector_names_its_features_classifier_and_resynthesizer(folder_with_mismatched_weights):
     config = read_checkpoint_content(folder_with_mismatched_weights / "stage2.pth.tar")["config"]
     assert config["features"] == {"name": "vgg19", "args": {"stage": 2}}
-    assert config["classifier"] == {"name": "resnet18", "args": {}}
+    assert config["classifier"] == {"name": "resnet18", "args": {"dilated": False}}
     assert config["resynthesizer"] == {"name": "rdn", "scale": 4, "args": TINY}
     assert config["resynthesizer_fingerprint"] == compute_fingerprint(
         read_checkpoint_content(folder_with_mismatched_weights / "rdn.pth")

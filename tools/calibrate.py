@@ -133,8 +133,8 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":
         raise UserError(
-            f"expected scores of unperturbed images, got scores of images perturbed by {perturbation}: run test.py without"
-            " --perturb"
+            f"expected scores of unperturbed images, got scores of images perturbed by {perturbation}: run test.py"
+            " without --perturb"
         )
 
 
@@ -184,8 +184,8 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
     for rate, count, kind in ((fpr, n_real, "real"), (fnr, n_fake, "fake")):
         if rate * count < 1 - COUNT_TOLERANCE:
             warnings.append(
-                f"{100 * rate:g} % of {count} {kind} images is less than one image, so the error rate on other images is"
-                f" not known: use more {kind} images"
+                f"{100 * rate:g} % of {count} {kind} images is less than one image, so the error rate on other images"
+                f" is not known: use more {kind} images"
             )
     fitted = {"temperature": temperature, "t_real": t_real, "t_fake": t_fake}
     return {**fitted, "fpr": fpr, "fnr": fnr, "n_real": n_real, "n_fake": n_fake}, warnings

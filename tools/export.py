@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with open_for_atomic_write(os.path.realpath(args.out)) as file:
             file.write(data)
         if detector.crops > 1:
-            text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md for the average"
+            text = "the graph scores one crop, but test.py averages over %d crops: see docs/integrations.md"
             logger.info(text, detector.crops)
     if args.bundle:
         content = collect_contents_of_safetensors_bundle(
